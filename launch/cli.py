@@ -1,0 +1,76 @@
+"""The `scldm` command: finds the verb, prints its help, turns an InputError into one line and exit code 2.
+
+A verb is a module of this package with `PURPOSE`, `EXAMPLE`, `CONFIG` (its dataclass) and `main(config)`; it is imported
+only when called, so that `scldm embed` needs neither deepspeed nor tiledbsoma.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from launch.config import compose, help_text
+from scldm.errors import InputError
+
+# verb -> (module, what it does, in one line)
+VERBS = {
+    "shards write": ("launch.shards_write", "turn an atlas (h5ad, SOMA, Census) into shuffled training shards"),
+    "train vae": ("launch.train_vae", "train the autoencoder on shards"),
+    "encode": ("launch.encode", "encode every cell of a shard set once, as latent shards"),
+    "train ldm": ("launch.train_ldm", "train the latent diffusion model on latent shards"),
+    "export": ("launch.export", "write trained runs as a model folder that scldm.load reads"),
+    "generate": ("launch.generate", "generate cells for given conditions"),
+    "embed": ("launch.embed", "embed the cells of an h5ad file"),
+    "evaluate": ("launch.evaluate", "compare generated cells with real ones: metrics, figures, report"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code: 0, or 2 for an InputError."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        verb, rest = find_verb(words)
+    except InputError as error:
+        print(f"scldm: error: {error}", file=sys.stderr)
+        return 2
+    if verb is None:
+        print(overview())
+        return 0
+    return run_verb(verb, rest)
+
+
+def find_verb(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The verb that a command line begins with, and the words after it; None for no words or --help."""
+    if not words or words[0] in ("-h", "--help"):
+        return None, []
+    for length in (2, 1):
+        verb = " ".join(words[:length])
+        if verb in VERBS:
+            return verb, list(words[length:])
+    raise InputError(f"unknown verb {' '.join(words[:2])!r}; there are: {', '.join(VERBS)}")
+
+
+def run_verb(verb: str, words: Sequence[str]) -> int:
+    """Run one verb with the rest of its command line. Modules run by torchrun or srun enter here."""
+    try:
+        module = importlib.import_module(VERBS[verb][0])
+        if "--help" in words or "-h" in words:
+            print(help_text(verb, module.PURPOSE, module.CONFIG, module.EXAMPLE))
+            return 0
+        module.main(compose(module.CONFIG, words))
+    except InputError as error:
+        print(f"scldm {verb}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def overview() -> str:
+    width = max(map(len, VERBS)) + 2
+    lines = ["usage: scldm VERB [PRESET ...] [key=value ...]", "", "verbs (scldm VERB --help tells more):"]
+    lines += [f"  {verb:<{width}}{text}" for verb, (_, text) in VERBS.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

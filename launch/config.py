@@ -1,0 +1,184 @@
+"""From a command line to a typed, frozen config, and its `--help`. The only place that knows OmegaConf.
+
+A command is `scldm VERB [PRESET ...] [key=value ...]`: the dataclass gives the schema and the defaults, each preset
+(`vae/tiny`, or a path to a YAML file) is merged over it from left to right, then each `key=value`. `--some-key value` is
+another spelling of `some_key=value`, and `--some-flag` of `some_flag=true`. Anything else is an error with its dotted key.
+
+Reading order: presets, parse, help.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import re
+import typing
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from scldm.errors import InputError
+
+Config = TypeVar("Config")
+
+
+# --- presets -------------------------------------------------------------------------------------------------------
+
+
+def shipped(folder: str) -> Path:
+    """A folder that travels with the launch package: `configs` or `slurm`; in a checkout it lies beside the package."""
+    inside = Path(str(resources.files("launch"))) / folder
+    return inside if inside.is_dir() else inside.parent.parent / folder
+
+
+def preset_path(name: str) -> Path:
+    """The file of a preset: a path to a YAML file, or `group/name` of the shipped ones.
+
+    Raises: InputError with the presets of that group.
+    """
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise InputError(f"preset {name!r}: no such file")
+        return Path(name)
+    root = shipped("configs")
+    path = root / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(str(p.relative_to(root).with_suffix("")) for p in root.glob("*/*.yaml"))
+        near = [k for k in known if k.split("/")[0] == name.split("/")[0]] or known
+        raise InputError(f"preset {name!r} is unknown; there are {', '.join(near)}, or a path to a .yaml file")
+    return path
+
+
+# --- parse ---------------------------------------------------------------------------------------------------------
+
+
+def compose(schema: type[Config], argv: Sequence[str]) -> Config:
+    """The config of a command line: schema <- each preset in order <- each key=value, as a frozen dataclass.
+
+    Raises: InputError with the dotted key for anything unknown, of the wrong type, or missing.
+    """
+    presets, overrides = split_arguments(schema, argv)
+    config = OmegaConf.structured(schema)
+    for name in presets:
+        path = preset_path(name)
+        config = _merge(config, OmegaConf.load(path), f"preset {name}")
+    for override in overrides:
+        config = _merge(config, OmegaConf.from_dotlist([override]), override)
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise InputError(f"{missing[0]} must be given, as {missing[0]}=VALUE")
+    return typing.cast(Config, OmegaConf.to_object(config))
+
+
+def split_arguments(schema: type, argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The presets and the key=value overrides of a command line."""
+    presets: list[str] = []
+    overrides: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word.startswith("--"):
+            key, equals, value = word[2:].partition("=")
+            key = key.replace("-", "_")
+            if not equals:
+                if _is_flag(schema, key):
+                    value = "true"
+                elif words:
+                    value = words.pop(0)
+                else:
+                    raise InputError(f"{word} needs a value")
+            overrides.append(_as_list(schema, f"{key}={value}"))
+        elif "=" in word:
+            overrides.append(_as_list(schema, word))
+        else:
+            presets.append(word)
+    return presets, overrides
+
+
+def _is_flag(schema: type, key: str) -> bool:
+    return typing.get_type_hints(schema).get(key) is bool
+
+
+def _as_list(schema: type, override: str) -> str:
+    """`by=a,b` as `by=[a,b]` where the key is a tuple."""
+    key, _, value = override.partition("=")
+    kind = {k: kind for k, kind, *_ in flatten(schema)}.get(key, "")
+    return f"{key}=[{value}]" if kind.startswith("tuple") and not value.startswith("[") else override
+
+
+def _merge(config: DictConfig, other: Any, where: str) -> DictConfig:
+    try:
+        return typing.cast(DictConfig, OmegaConf.merge(config, other))
+    except OmegaConfBaseException as error:
+        key = error.full_key or where
+        if type(error).__name__ == "ConfigKeyError":
+            raise InputError(f"{where}: unknown key {key!r}{_nearest(config, key)}") from None
+        raise InputError(f"{where}: {key}: {str(error).splitlines()[0]}") from None
+
+
+def _nearest(config: DictConfig, key: str) -> str:
+    known = [k for k, *_ in flatten(OmegaConf.get_type(config) or dict)]
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    near = near or [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+    return f"; did you mean {', '.join(near)}?" if near else "; --help lists the keys"
+
+
+def to_yaml(config: object) -> str:
+    """The resolved config as YAML, as kept in a run folder; `compose` reads it as a preset."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+# --- help ----------------------------------------------------------------------------------------------------------
+
+
+def flatten(schema: type, prefix: str = "") -> list[tuple[str, str, str, str]]:
+    """Every dotted key of a schema with its type, its default and the line of its class's docstring about it."""
+    hints = typing.get_type_hints(schema)
+    texts = dict(re.findall(r"^ *(\w+): (.+(?:\n {4,}\S.*)*)", inspect.getdoc(schema) or "", re.MULTILINE))
+    rows = []
+    for field in dataclasses.fields(schema):
+        kind = hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            rows += flatten(typing.cast(type, kind), f"{prefix}{field.name}.")
+            continue
+        if field.default_factory is not dataclasses.MISSING:
+            default = repr(field.default_factory())
+        else:
+            default = "required" if field.default in (dataclasses.MISSING, "???") else str(field.default)
+        text = " ".join(texts.get(field.name, "").split())
+        rows.append((prefix + field.name, _type_name(kind), default, text))
+    return rows
+
+
+def _type_name(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return "|".join(map(str, typing.get_args(kind)))
+    return str(kind).replace("typing.", "") if typing.get_origin(kind) else getattr(kind, "__name__", str(kind))
+
+
+def help_text(verb: str, purpose: str, schema: type, example: str) -> str:
+    """What `scldm VERB --help` prints: purpose, example, presets, every key with type, default and meaning."""
+    root = shipped("configs")
+    presets = "  ".join(sorted(str(p.relative_to(root).with_suffix("")) for p in root.glob("*/*.yaml")))
+    lines = [
+        f"usage: scldm {verb} [PRESET ...] [key=value ...]",
+        "",
+        purpose.strip(),
+        "",
+        "example:",
+        *(f"  {line}" for line in example.strip().splitlines()),
+        "",
+        f"presets, merged from left to right (or a path to a .yaml file): {presets}",
+        "",
+        "keys (--some-key VALUE is another spelling of some_key=VALUE):",
+    ]
+    for key, kind, default, text in flatten(schema):
+        lines.append(f"  {key}  [{kind}; {default}]")
+        if text:
+            lines.append(f"      {text}")
+    return "\n".join(lines)

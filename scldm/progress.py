@@ -1,0 +1,73 @@
+"""Progress that a person can read: a bar in a terminal, one line a minute elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+LINE_EVERY_S = 60.0
+
+
+class Progress:
+    """Context manager: `with Progress("train vae", total=2_000, unit="steps") as bar: bar.advance(1, "nll 532.1")`.
+
+    what: the stage
+    total: how many units there are
+    unit: their name, in the plural
+    shown: False on all ranks but the first
+    """
+
+    def __init__(self, what: str, total: int, unit: str, *, done: int = 0, shown: bool = True) -> None:
+        self.what, self.total, self.unit, self.shown = what, total, unit, shown
+        self.started_at, self.done = done, done
+        self.note = ""
+        self.bar: RichProgress | None = None
+
+    def __enter__(self) -> Progress:
+        self.start = self.last_line = time.monotonic()
+        if self.shown and sys.stderr.isatty():
+            self.bar = RichProgress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn(f"{self.unit}  {{task.fields[rate]}}"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
+            self.task = self.bar.add_task(self.what, total=self.total, completed=self.done, note="", rate="")
+            self.bar.start()
+        return self
+
+    def advance(self, n: int = 1, note: str | None = None) -> None:
+        """n more units are done; `note` is shown beside them."""
+        self.done += n
+        self.note = self.note if note is None else note
+        now = time.monotonic()
+        if self.bar:
+            self.bar.update(self.task, advance=n, note=self.note, rate=self._rate(now))
+        elif now - self.last_line >= LINE_EVERY_S:
+            self.last_line = now
+            self._line(now)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self.bar:
+            self.bar.stop()
+        else:
+            self._line(time.monotonic())
+
+    def _rate(self, now: float) -> str:
+        return f"{(self.done - self.started_at) / max(now - self.start, 1e-9):,.0f}/s"
+
+    def _line(self, now: float) -> None:
+        if not self.shown:
+            return
+        left = (self.total - self.done) * (now - self.start) / max(self.done - self.started_at, 1)
+        parts = [f"{self.what}: {self.done:,} of {self.total:,} {self.unit}", self._rate(now)]
+        parts.append(f"{left:.0f} s left" if self.done < self.total else f"{now - self.start:.1f} s")
+        print(", ".join([*parts, self.note] if self.note else parts), file=sys.stderr, flush=True)
