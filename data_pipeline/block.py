@@ -1,0 +1,327 @@
+"""A block: up to 256 cells of one split as bytes, and back. The layout is specified in README.md.
+
+A cell costs one byte per expressed gene for the gene and one for its count, before the codec. Both use 0 as the escape
+to a table of large values, since a step between ascending genes and a stored count are at least 1.
+
+Reading order: header, codec, encode_block, BlockBuffers, decode_block, the numba kernels (they release the GIL).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import lz4.block
+import numpy as np
+import zstandard
+from numba import njit
+
+from data_pipeline.schema import CODECS, Codec, column_dtype
+from scldm.errors import InputError
+
+MAGIC = b"SCLDMBLK"
+BLOCK_VERSION = 1
+HEADER = np.dtype(
+    [
+        ("magic", "S8"),
+        ("version", "<u2"),
+        ("codec", "<u1"),
+        ("split", "<u1"),
+        ("n_cells", "<u2"),
+        ("n_conditions", "<u2"),
+        ("n_genes", "<u4"),
+        ("n_nonzeros", "<u4"),
+        ("n_far_genes", "<u4"),
+        ("n_large_counts", "<u4"),
+        ("payload_bytes", "<u4"),
+        ("stored_bytes", "<u4"),
+        ("vocab_tag", "<u8"),
+        ("largest_count", "<u8"),
+        ("reserved", "<u8"),
+    ]
+)
+assert HEADER.itemsize == 64
+ALIGN = 8  # every section starts at a multiple of it, so that a view of any dtype is aligned
+
+
+@dataclass(frozen=True)
+class Block:
+    """Decoded cells in CSR. Arrays may be views of the buffers that were passed to decode_block.
+
+    split: number of the split
+    n_genes: width of the matrix
+    indptr: (n_cells + 1,) int64
+    columns: (n_nonzeros,) gene columns (vocabulary index minus 1), ascending within a cell
+    counts: (n_nonzeros,) counts, all at least 1
+    sources, rows: (n_cells,) uint16 and int64, a cell's identity
+    conditions: one (n_cells,) array of label ids per condition, in the vocabulary's order
+    """
+
+    split: int
+    n_genes: int
+    indptr: np.ndarray
+    columns: np.ndarray
+    counts: np.ndarray
+    sources: np.ndarray
+    rows: np.ndarray
+    conditions: tuple[np.ndarray, ...]
+
+    @property
+    def n_cells(self) -> int:
+        return len(self.sources)
+
+
+# --- codec ---------------------------------------------------------------------------------------------------------
+
+_per_thread = threading.local()  # a zstd context must not be shared between threads, and is dear to make anew
+
+
+def compress(payload: bytes | memoryview, codec: Codec, level: int) -> bytes:
+    """none: the bytes as they are; lz4: one raw LZ4 block; zstd: one frame with its content size and no checksum."""
+    if codec == "none":
+        return bytes(payload)
+    if codec == "lz4":
+        return lz4.block.compress(payload, store_size=False)
+    key = f"compress{level}"
+    if not hasattr(_per_thread, key):
+        setattr(_per_thread, key, zstandard.ZstdCompressor(level=level, write_checksum=False))
+    return getattr(_per_thread, key).compress(payload)
+
+
+def decompress(stored: memoryview, codec: Codec, out: np.ndarray) -> np.ndarray:
+    """The payload, uint8, of the length of `out`; it lies in `out`, but for lz4 and none, which need no copy.
+
+    Raises: ValueError for bytes that do not decompress to exactly that length.
+    """
+    if codec == "none":
+        payload = np.frombuffer(stored, np.uint8)
+    elif codec == "lz4":
+        try:
+            payload = np.frombuffer(lz4.block.decompress(stored, uncompressed_size=len(out)), np.uint8)
+        except lz4.block.LZ4BlockError as error:
+            raise ValueError(f"lz4: {error}") from None
+    else:
+        if not hasattr(_per_thread, "decompress"):
+            _per_thread.decompress = zstandard.ZstdDecompressor()
+        view, done = out.data, 0
+        try:
+            with _per_thread.decompress.stream_reader(stored) as reader:
+                while done < len(out) and (n := reader.readinto(view[done:])):
+                    done += n
+        except zstandard.ZstdError as error:
+            raise ValueError(f"zstd: {error}") from None
+        payload = out[:done]
+    if len(payload) != len(out):
+        raise ValueError(f"payload has {len(payload)} bytes where its header says {len(out)}")
+    return payload
+
+
+# --- encode --------------------------------------------------------------------------------------------------------
+
+
+def encode_block(
+    *,
+    split: int,
+    n_genes: int,
+    vocab_tag: int,
+    indptr: np.ndarray,
+    columns: np.ndarray,
+    counts: np.ndarray,
+    sources: np.ndarray,
+    rows: np.ndarray,
+    conditions: Sequence[np.ndarray],
+    codec: Codec,
+    level: int = 1,
+) -> bytes:
+    """The bytes of a block. Columns ascend within a cell, counts are at least 1, conditions have their stored dtype."""
+    n_cells, n_nonzeros = len(sources), len(columns)
+    assert len(indptr) == n_cells + 1
+    assert indptr[-1] == n_nonzeros == len(counts)
+    assert len(rows) == n_cells
+    columns, counts = np.ascontiguousarray(columns), np.ascontiguousarray(counts)
+    n_far, n_large, largest, sound = _measure(indptr, columns, counts, n_genes)
+    assert sound, "columns must ascend within a cell and lie below n_genes, counts must be at least 1"
+    widths = np.array([c.dtype.itemsize for c in conditions], np.uint8)
+    deltas, small = np.empty(n_nonzeros, np.uint8), np.empty(n_nonzeros, np.uint8)
+    far, large = np.empty(n_far, np.dtype("<u4")), np.empty(n_large, np.dtype("<u8"))
+    _narrow(indptr, columns, counts, deltas, small, far, large)
+    sections = [np.diff(indptr).astype("<u4"), sources.astype("<u2"), rows.astype("<i8"), widths, *conditions]
+    payload = b"".join(_padded(s) for s in [*sections, far, large, deltas, small])
+    stored = compress(payload, codec, level)
+    header = np.zeros((), HEADER)
+    header["magic"], header["version"], header["codec"] = MAGIC, BLOCK_VERSION, CODECS.index(codec)
+    header["split"], header["n_cells"], header["n_conditions"] = split, n_cells, len(conditions)
+    header["n_genes"], header["n_nonzeros"] = n_genes, n_nonzeros
+    header["n_far_genes"], header["n_large_counts"] = n_far, n_large
+    header["payload_bytes"], header["stored_bytes"] = len(payload), len(stored)
+    header["vocab_tag"], header["largest_count"] = vocab_tag, largest
+    return header.tobytes() + stored
+
+
+def _padded(section: np.ndarray) -> bytes:
+    return section.tobytes() + bytes(-section.nbytes % ALIGN)
+
+
+# --- decode --------------------------------------------------------------------------------------------------------
+
+
+class BlockBuffers:
+    """Memory that one thread reuses from block to block: fresh pages cost more than decoding. Grows, never shrinks.
+
+    column_dtype, count_dtype: what decode_block writes; schema.column_dtype and schema.count_dtype give the narrowest
+    """
+
+    def __init__(self, column_dtype: np.dtype | str, count_dtype: np.dtype | str) -> None:
+        self.payload = np.empty(0, np.uint8)
+        self.indptr = np.empty(0, np.int64)
+        self.columns = np.empty(0, column_dtype)
+        self.counts = np.empty(0, count_dtype)
+
+    def take(self, name: str, n: int) -> np.ndarray:
+        """The first n elements of a buffer."""
+        if len(getattr(self, name)) < n:
+            setattr(self, name, np.empty(n + n // 4, getattr(self, name).dtype))
+        return getattr(self, name)[:n]
+
+
+def read_header(data: bytes | bytearray | memoryview, where: str = "block") -> np.void:
+    """The header of a block's bytes, as a record of HEADER.
+
+    Raises: InputError for bytes that are no block, of an unknown version, or shorter than the header says.
+    """
+    if len(data) < HEADER.itemsize:
+        raise InputError(f"{where}: {len(data)} bytes are too few for a block")
+    header = np.frombuffer(data, HEADER, count=1)[0]
+    if header["magic"] != MAGIC:
+        raise InputError(f"{where}: not a block (it begins with {bytes(data[:8])!r})")
+    if header["version"] != BLOCK_VERSION or header["codec"] >= len(CODECS):
+        raise InputError(f"{where}: block version {header['version']}, codec {header['codec']} are unknown")
+    if len(data) < HEADER.itemsize + int(header["stored_bytes"]):
+        raise InputError(f"{where}: {len(data)} bytes, its header says {HEADER.itemsize + int(header['stored_bytes'])}")
+    return header
+
+
+def decode_block(
+    data: bytes | bytearray | memoryview,
+    buffers: BlockBuffers | None = None,
+    *,
+    vocab_tag: int | None = None,
+    where: str = "block",
+) -> Block:
+    """The cells of a block's bytes. With buffers, the arrays are views of them or of `data`: valid until the next call
+    with the same buffers.
+
+    vocab_tag: refuse a block of another gene vocabulary
+    Raises: InputError for bytes that are no sound block.
+    """
+    header = read_header(data, where)
+    if vocab_tag is not None and int(header["vocab_tag"]) != vocab_tag:
+        raise InputError(f"{where}: belongs to another gene vocabulary than the manifest's")
+    n_genes, largest = int(header["n_genes"]), int(header["largest_count"])
+    if buffers is None:
+        buffers = BlockBuffers(column_dtype(n_genes), "<i4" if largest < 1 << 31 else "<i8")
+    if n_genes - 1 > np.iinfo(buffers.columns.dtype).max or largest > np.iinfo(buffers.counts.dtype).max:
+        dtypes = f"{buffers.columns.dtype}, {buffers.counts.dtype}"
+        raise InputError(f"{where}: {n_genes} genes and a count of {largest} do not fit {dtypes}")
+    start = HEADER.itemsize
+    stored = memoryview(data)[start : start + int(header["stored_bytes"])]
+    try:
+        payload = decompress(stored, CODECS[header["codec"]], buffers.take("payload", int(header["payload_bytes"])))
+        at = 0
+
+        def section(dtype: str, n: int) -> np.ndarray:
+            nonlocal at
+            values = np.frombuffer(payload, dtype, count=n, offset=at) if n else np.empty(0, dtype)
+            at += values.nbytes + -values.nbytes % ALIGN
+            return values
+
+        n_cells, n_nonzeros = int(header["n_cells"]), int(header["n_nonzeros"])
+        nonzeros = section("<u4", n_cells)
+        sources, rows = section("<u2", n_cells), section("<i8", n_cells)
+        widths = section("<u1", int(header["n_conditions"]))
+        if not np.isin(widths, (1, 2, 4)).all():
+            raise ValueError(f"condition widths {widths.tolist()}")
+        conditions = tuple(section(f"<u{width}", n_cells) for width in widths)
+        far, large = section("<u4", int(header["n_far_genes"])), section("<u8", int(header["n_large_counts"]))
+        deltas, small = section("<u1", n_nonzeros), section("<u1", n_nonzeros)
+        indptr = buffers.take("indptr", n_cells + 1)
+        columns, counts = buffers.take("columns", n_nonzeros), buffers.take("counts", n_nonzeros)
+        if not _widen(nonzeros, deltas, small, far, large, n_genes, indptr, columns, counts):
+            raise ValueError("its sections do not fit each other")
+    except ValueError as error:
+        raise InputError(f"{where}: damaged: {error}") from None
+    return Block(int(header["split"]), n_genes, indptr, columns, counts, sources, rows, conditions)
+
+
+# --- kernels -------------------------------------------------------------------------------------------------------
+
+
+@njit(nogil=True, cache=True)
+def _measure(indptr, columns, counts, n_genes):
+    """Escapes that the cells need, the largest count, and whether the cells are sound."""
+    n_far, n_large, largest, sound = 0, 0, 0, True
+    for cell in range(len(indptr) - 1):
+        before = -1
+        for k in range(indptr[cell], indptr[cell + 1]):
+            column, count = np.int64(columns[k]), np.int64(counts[k])
+            sound &= (column > before) & (count > 0) & (column < n_genes)
+            n_far += column - before > 255
+            n_large += count > 255
+            largest = max(largest, count)
+            before = column
+    return n_far, n_large, largest, sound
+
+
+@njit(nogil=True, cache=True)
+def _narrow(indptr, columns, counts, deltas, small, far, large):
+    """Steps and counts as bytes; those over 255 go to the tables, in order, and leave a 0."""
+    n_far, n_large = 0, 0
+    for cell in range(len(indptr) - 1):
+        before = -1
+        for k in range(indptr[cell], indptr[cell + 1]):
+            column, count = np.int64(columns[k]), np.int64(counts[k])
+            step = column - before
+            before = column
+            if step > 255:
+                far[n_far] = step
+                n_far += 1
+                step = 0
+            if count > 255:
+                large[n_large] = count
+                n_large += 1
+                count = 0
+            deltas[k] = step
+            small[k] = count
+
+
+@njit(nogil=True, cache=True)
+def _widen(nonzeros, deltas, small, far, large, n_genes, indptr, columns, counts):
+    """_narrow back; False where the sections contradict each other (nothing is read or written out of bounds)."""
+    n_far, n_large, k = 0, 0, 0
+    indptr[0] = 0
+    for cell in range(len(nonzeros)):
+        end = k + np.int64(nonzeros[cell])
+        if end > len(deltas):
+            return False
+        column = np.int64(-1)
+        while k < end:
+            step, count = np.int64(deltas[k]), np.int64(small[k])
+            if step == 0:
+                if n_far == len(far):
+                    return False
+                step = np.int64(far[n_far])
+                n_far += 1
+            if count == 0:
+                if n_large == len(large):
+                    return False
+                count = np.int64(large[n_large])
+                n_large += 1
+            column += step
+            columns[k] = column
+            counts[k] = count
+            k += 1
+        if column >= n_genes:
+            return False
+        indptr[cell + 1] = k
+    return k == len(deltas) and n_far == len(far) and n_large == len(large)

@@ -1,0 +1,99 @@
+"""Blocks: exact for any cells, refused where damaged."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.block import HEADER, BlockBuffers, decode_block, encode_block
+from data_pipeline.schema import CODECS, column_dtype, count_dtype
+from scldm.errors import InputError
+
+N_GENES = 70_000
+
+
+def encode(cells: list[dict[int, int]], codec="zstd", **kwargs) -> bytes:
+    columns = [c for cell in cells for c in sorted(cell)]
+    counts = [cell[c] for cell in cells for c in sorted(cell)]
+    given = {
+        "split": 2,
+        "n_genes": N_GENES,
+        "vocab_tag": 7,
+        "indptr": np.cumsum([0, *map(len, cells)]),
+        "columns": np.array(columns, np.int64),
+        "counts": np.array(counts, np.int64),
+        "sources": np.arange(len(cells), dtype=np.uint16),
+        "rows": 2**40 + np.arange(len(cells), dtype=np.int64),
+        "conditions": [np.full(len(cells), 3, np.uint8), np.arange(len(cells), dtype=np.uint16)],
+        "codec": codec,
+    }
+    return encode_block(**{**given, **kwargs})
+
+
+count = st.one_of(
+    st.integers(1, 3), st.integers(250, 260), st.integers(2**16 - 2, 2**16 + 2), st.integers(2**31, 2**50)
+)
+column = st.one_of(st.integers(0, 20), st.integers(250, 260), st.integers(0, N_GENES - 1))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.dictionaries(column, count, max_size=20), min_size=1, max_size=6), st.sampled_from(CODECS))
+def test_roundtrip_is_exact(cells, codec):
+    """Steps and counts on both sides of the byte, first column 0, empty cells, counts past 32 bits."""
+    block = decode_block(encode(cells, codec))
+    ends = block.indptr
+    read = [dict(zip(block.columns[a:b], block.counts[a:b], strict=True)) for a, b in itertools.pairwise(ends)]
+    assert read == cells
+    assert block.split == 2
+    assert block.n_genes == N_GENES
+    assert block.rows.tolist() == [2**40 + i for i in range(len(cells))]
+    assert [c.tolist() for c in block.conditions] == [[3] * len(cells), list(range(len(cells)))]
+
+
+def test_buffers_are_reused_from_a_large_block_to_a_small_one():
+    buffers = BlockBuffers("<u4", "<i4")
+    large = decode_block(encode([dict.fromkeys(range(5000), 1)]), buffers)
+    memory = large.columns.__array_interface__["data"][0]
+    small = decode_block(encode([{9: 300}, {}]), buffers)
+    assert small.columns.__array_interface__["data"][0] == memory
+    assert (small.columns.tolist(), small.counts.tolist(), small.indptr.tolist()) == ([9], [300], [0, 1, 1])
+
+
+def test_buffers_that_are_too_narrow_are_refused():
+    with pytest.raises(InputError, match="70000 genes and a count of 70000 do not fit"):
+        decode_block(encode([{1: 70_000}]), BlockBuffers("<u4", "<u2"))
+    with pytest.raises(InputError, match="do not fit uint16"):
+        decode_block(encode([{1: 1}]), BlockBuffers("<u2", "<i4"))
+    assert (column_dtype(1 << 16), column_dtype((1 << 16) + 1)) == (np.uint16, np.uint32)
+    assert [count_dtype(n) for n in (65_535, 65_536, 2**31)] == [np.uint16, np.int32, np.int64]
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_damage_is_an_error_and_never_a_crash(codec):
+    """A flipped byte or a truncation gives an InputError or decodes within bounds (the CRC catches the rest)."""
+    data = encode([{c: 1 + c % 300 for c in range(0, 3000, 7)}, {69_999: 5}], codec)
+    rng = np.random.default_rng(0)
+    refused = 0
+    for at in [*range(HEADER.itemsize), *rng.integers(HEADER.itemsize, len(data), 100)]:
+        if 32 <= at < 40:
+            continue  # a wrong size alone may ask for gigabytes
+        broken = bytearray(data)
+        broken[at] ^= 0x55
+        try:
+            block = decode_block(bytes(broken), vocab_tag=7)
+            assert block.indptr[-1] == len(block.columns)
+        except InputError:
+            refused += 1
+    assert refused > 40
+    with pytest.raises(InputError, match="its header says"):
+        decode_block(data[:-1])
+    with pytest.raises(InputError, match="another gene vocabulary"):
+        decode_block(data, vocab_tag=8)
+    shorter = np.frombuffer(bytearray(data), HEADER, count=1)
+    shorter["n_nonzeros"] -= 1
+    with pytest.raises(InputError, match="damaged"):
+        decode_block(shorter.tobytes() + data[HEADER.itemsize :])
