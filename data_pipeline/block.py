@@ -3,7 +3,8 @@
 A cell costs one byte per expressed gene for the gene and one for its count, before the codec. Both use 0 as the escape
 to a table of large values, since a step between ascending genes and a stored count are at least 1.
 
-Reading order: header, codec, encode_block, BlockBuffers, decode_block, the numba kernels (they release the GIL).
+Reading order: header, codec, NarrowCells, encode_block, BlockBuffers,
+decode_block, the numba kernels (they release the GIL).
 """
 
 from __future__ import annotations
@@ -120,42 +121,90 @@ def decompress(stored: memoryview, codec: Codec, out: np.ndarray) -> np.ndarray:
 # --- encode --------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class NarrowCells:
+    """Cells as a block stores them, before they are packed: every cell's part is independent of the cells beside it.
+
+    nonzeros, n_far, n_large: (n_cells,) uint32, what belongs to each cell in the four arrays below
+    steps, small: (n_nonzeros,) uint8, gene steps and counts; 0 where the value stands in `far` or `large`
+    far, large: uint32 and uint64, the steps and counts over 255, in order
+    """
+
+    nonzeros: np.ndarray
+    n_far: np.ndarray
+    n_large: np.ndarray
+    steps: np.ndarray
+    small: np.ndarray
+    far: np.ndarray
+    large: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.nonzeros)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(getattr(self, name).nbytes for name in self.__dataclass_fields__)
+
+    def take(self, order: np.ndarray) -> NarrowCells:
+        """The cells at these positions, in this order."""
+        parts = []
+        owned = (
+            (self.steps, self.nonzeros),
+            (self.small, self.nonzeros),
+            (self.far, self.n_far),
+            (self.large, self.n_large),
+        )
+        for values, lengths in owned:
+            out = np.empty(int(lengths[order].sum(dtype=np.int64)), values.dtype)
+            starts = np.zeros(len(lengths) + 1, np.int64)
+            np.cumsum(lengths, out=starts[1:])
+            _gather(values, starts, order, out)
+            parts.append(out)
+        return NarrowCells(self.nonzeros[order], self.n_far[order], self.n_large[order], *parts)
+
+
+def concatenate(parts: Sequence[NarrowCells]) -> NarrowCells:
+    return NarrowCells(*(np.concatenate([getattr(p, f) for p in parts]) for f in NarrowCells.__dataclass_fields__))
+
+
+def narrow(indptr: np.ndarray, columns: np.ndarray, counts: np.ndarray, n_genes: int) -> NarrowCells:
+    """CSR cells as NarrowCells. Columns ascend within a cell, counts are integers of at least 1."""
+    n_cells = len(indptr) - 1
+    n_far, n_large = np.empty(n_cells, np.uint32), np.empty(n_cells, np.uint32)
+    sound = _measure(indptr, columns, counts, n_genes, n_far, n_large)
+    assert sound, "columns must ascend within a cell and lie below n_genes, counts must be at least 1"
+    steps, small = np.empty(len(columns), np.uint8), np.empty(len(columns), np.uint8)
+    far, large = np.empty(n_far.sum(dtype=np.int64), np.uint32), np.empty(n_large.sum(dtype=np.int64), np.uint64)
+    _narrow(indptr, columns, counts, steps, small, far, large)
+    return NarrowCells(np.diff(indptr).astype(np.uint32), n_far, n_large, steps, small, far, large)
+
+
 def encode_block(
+    cells: NarrowCells,
     *,
     split: int,
     n_genes: int,
     vocab_tag: int,
-    indptr: np.ndarray,
-    columns: np.ndarray,
-    counts: np.ndarray,
     sources: np.ndarray,
     rows: np.ndarray,
     conditions: Sequence[np.ndarray],
     codec: Codec,
     level: int = 1,
 ) -> bytes:
-    """The bytes of a block. Columns ascend within a cell, counts are at least 1, conditions have their stored dtype."""
-    n_cells, n_nonzeros = len(sources), len(columns)
-    assert len(indptr) == n_cells + 1
-    assert indptr[-1] == n_nonzeros == len(counts)
-    assert len(rows) == n_cells
-    columns, counts = np.ascontiguousarray(columns), np.ascontiguousarray(counts)
-    n_far, n_large, largest, sound = _measure(indptr, columns, counts, n_genes)
-    assert sound, "columns must ascend within a cell and lie below n_genes, counts must be at least 1"
+    """The bytes of a block; `conditions` have their stored dtype."""
+    assert len(cells) == len(sources) == len(rows)
     widths = np.array([c.dtype.itemsize for c in conditions], np.uint8)
-    deltas, small = np.empty(n_nonzeros, np.uint8), np.empty(n_nonzeros, np.uint8)
-    far, large = np.empty(n_far, np.dtype("<u4")), np.empty(n_large, np.dtype("<u8"))
-    _narrow(indptr, columns, counts, deltas, small, far, large)
-    sections = [np.diff(indptr).astype("<u4"), sources.astype("<u2"), rows.astype("<i8"), widths, *conditions]
-    payload = b"".join(_padded(s) for s in [*sections, far, large, deltas, small])
+    identity = [cells.nonzeros.astype("<u4"), sources.astype("<u2"), rows.astype("<i8"), widths, *conditions]
+    payload = b"".join(map(_padded, [*identity, cells.far, cells.large, cells.steps, cells.small]))
     stored = compress(payload, codec, level)
     header = np.zeros((), HEADER)
     header["magic"], header["version"], header["codec"] = MAGIC, BLOCK_VERSION, CODECS.index(codec)
-    header["split"], header["n_cells"], header["n_conditions"] = split, n_cells, len(conditions)
-    header["n_genes"], header["n_nonzeros"] = n_genes, n_nonzeros
-    header["n_far_genes"], header["n_large_counts"] = n_far, n_large
+    header["split"], header["n_cells"], header["n_conditions"] = split, len(cells), len(conditions)
+    header["n_genes"], header["n_nonzeros"] = n_genes, len(cells.steps)
+    header["n_far_genes"], header["n_large_counts"] = len(cells.far), len(cells.large)
     header["payload_bytes"], header["stored_bytes"] = len(payload), len(stored)
-    header["vocab_tag"], header["largest_count"] = vocab_tag, largest
+    header["vocab_tag"] = vocab_tag
+    header["largest_count"] = cells.large.max() if len(cells.large) else cells.small.max(initial=0)
     return header.tobytes() + stored
 
 
@@ -258,19 +307,29 @@ def decode_block(
 
 
 @njit(nogil=True, cache=True)
-def _measure(indptr, columns, counts, n_genes):
-    """Escapes that the cells need, the largest count, and whether the cells are sound."""
-    n_far, n_large, largest, sound = 0, 0, 0, True
+def _measure(indptr, columns, counts, n_genes, n_far, n_large):
+    """Fills in each cell's escapes; False where the cells are not sound."""
+    sound = True
     for cell in range(len(indptr) - 1):
-        before = -1
+        before = np.int64(-1)
+        far, large = 0, 0
         for k in range(indptr[cell], indptr[cell + 1]):
             column, count = np.int64(columns[k]), np.int64(counts[k])
             sound &= (column > before) & (count > 0) & (column < n_genes)
-            n_far += column - before > 255
-            n_large += count > 255
-            largest = max(largest, count)
+            far += column - before > 255
+            large += count > 255
             before = column
-    return n_far, n_large, largest, sound
+        n_far[cell], n_large[cell] = far, large
+    return sound
+
+
+@njit(nogil=True, cache=True)
+def _gather(values, starts, order, out):
+    at = 0
+    for cell in order:
+        n = starts[cell + 1] - starts[cell]
+        out[at : at + n] = values[starts[cell] : starts[cell + 1]]
+        at += n
 
 
 @njit(nogil=True, cache=True)
