@@ -35,12 +35,14 @@ ROWS_AT_ONCE = 200  # rows forwarded between two notes of how far; at 20 metrics
 METRICS_PER_BATCH, PARAMS_PER_BATCH = 1_000, 100  # MLflow's own limits of one log_batch
 LONGEST_WAIT_S = 60.0  # between two tries while the server is away
 # A server that is gone would block one call for minutes by default; none of ours for more than some seconds.
-HTTP_LIMITS = {
+# What the user has set stays.
+MLFLOW_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "3",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -193,7 +195,7 @@ class _Forwarder(threading.Thread):
             try:
                 self._forward_all(last)
             except Exception as error:  # whatever MLflow raises: none of it may end the run
-                self.failures, self.last_error = self.failures + 1, _one_line(error)
+                self.failures, self.last_error = self.failures + 1, self._one_line(error)
                 if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
                     self.client = None  # the store was emptied under us: begin again there
                 if not warned:
@@ -224,7 +226,7 @@ class _Forwarder(threading.Thread):
 
     def _begin(self) -> Any:
         """Resume the run noted in the folder where this store has it, else create one."""
-        for name, value in HTTP_LIMITS.items():
+        for name, value in MLFLOW_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         from mlflow import MlflowClient  # a second of work, here in the background and nowhere else
         from mlflow.entities import RunTag
@@ -232,6 +234,7 @@ class _Forwarder(threading.Thread):
 
         for name in ("alembic", "mlflow.store.db.utils"):
             logging.getLogger(name).setLevel(logging.WARNING)  # a page of migrations for every new database
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # two lines for every try
         client = MlflowClient(tracking_uri=self.uri)
         state = self._load_state()
         run = None
@@ -290,7 +293,7 @@ class _Forwarder(threading.Thread):
         except MlflowException as error:
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
-            _say(f"MLflow refuses {', '.join(what)} ({_one_line(error)}); they are in {self.run_dir} alone")
+            _say(f"MLflow refuses {', '.join(what)} ({self._one_line(error)}); they are in {self.run_dir} alone")
 
     def _unsent(self) -> Iterator[tuple[list, int]]:
         """Metrics of the complete rows after `sent_bytes`, some rows at a time, with the offset they end at.
@@ -319,6 +322,10 @@ class _Forwarder(threading.Thread):
                 if not metrics:
                     return
                 yield metrics, end
+
+    def _one_line(self, error: Exception) -> str:
+        text = " ".join(str(error).replace(self.uri, _public(self.uri)).split())
+        return text[:200] or type(error).__name__
 
     def _load_state(self) -> dict[str, Any]:
         try:
@@ -369,10 +376,6 @@ def _public(uri: str) -> str:
     """The URI without a password in it, as it may stand in files and messages."""
     parts = urlsplit(uri)
     return uri if parts.password is None else uri.replace(parts.netloc, parts.netloc.rpartition("@")[2])
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _say(text: str) -> None:
