@@ -1,0 +1,178 @@
+"""Who may import whom, held against the code; imports inside functions and under TYPE_CHECKING count too."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = ("data_pipeline", "launch", "scldm")
+
+# errors, progress and environment know nothing and may be imported by all; draws is numbers, nothing else
+EVERYWHERE = {"scldm.errors", "scldm.progress", "scldm.environment", "scldm.draws"}
+LEAVES = EVERYWHERE | {
+    "scldm.batch",
+    "scldm.vocab",
+    "scldm.likelihood",
+    "scldm.library_size",
+    "scldm.evaluate",
+    "scldm.kernels",
+    "scldm.parallel",
+}
+# room -> the rooms of ours that it may import besides itself and EVERYWHERE
+MAY_IMPORT: dict[str, set[str]] = {
+    **{leaf: set() for leaf in LEAVES - EVERYWHERE},
+    "scldm.evaluate": {"scldm.likelihood"},
+    "scldm.model": LEAVES - {"scldm.parallel"},
+    "scldm.flow": LEAVES | {"scldm.model"},
+    "scldm.train": LEAVES | {"scldm.flow", "scldm.model"},
+    "scldm.pretrained": LEAVES | {"scldm.flow", "scldm.model"},
+    "scldm": {"scldm.pretrained"},  # scldm/__init__.py
+    "data_pipeline": {"scldm.batch", "scldm.vocab"},
+}
+# package -> the only places that know it
+ONLY_IN = {
+    "deepspeed": "scldm.parallel",
+    "mlflow": "scldm.train.tracking",
+    "omegaconf": "launch.config",
+    "tiledbsoma": "data_pipeline",
+    "cellxgene_census": "data_pipeline",
+    "webdataset": "data_pipeline",
+    "triton": "scldm.kernels",
+}
+
+
+def violations(root: Path) -> list[str]:
+    """One line for each import of the packages under `root` that the tables above forbid."""
+    found = []
+    for path in sorted(p for package in OURS for p in (root / package).rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        package = module if parts[-1] == "__init__" else module.rpartition(".")[0]
+        for line, target in imports(ast.parse(path.read_text(), str(path)), package, root):
+            wrong = forbidden(module, target)
+            if wrong:
+                found.append(f"{path.relative_to(root)}:{line}: {wrong}")
+    return found
+
+
+def imports(tree: ast.Module, package: str, root: Path) -> Iterator[tuple[int, str]]:
+    """(line, absolute module) of every import in a file; `from a import b` names a.b where that is a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, name.name) for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            for name in node.names:
+                inner = root.joinpath(*base.split("."), name.name)
+                is_module = inner.is_dir() or inner.with_suffix(".py").is_file()
+                yield node.lineno, f"{base}.{name.name}" if is_module else base
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                yield node.lineno, node.args[0].value
+
+
+def room(module: str) -> str:
+    """`scldm.model.vae` -> `scldm.model`; `launch.cli` -> `launch`."""
+    depth = 2 if module.startswith("scldm.") else 1
+    return ".".join(module.split(".")[:depth])
+
+
+def forbidden(module: str, target: str) -> str:
+    """Why a module may not import a target; empty where it may."""
+    top = target.split(".")[0]
+    if top in ONLY_IN:
+        place = ONLY_IN[top]
+        return "" if f"{module}.".startswith(f"{place}.") else f"only {place} may import {top}"
+    if top not in OURS:
+        return ""
+    here, there = room(module), room(target)
+    if here == "launch" or there == here or (there in EVERYWHERE and here not in EVERYWHERE):
+        return ""
+    if here in EVERYWHERE:
+        return f"{here} is a leaf and imports nothing of ours, not {target}"
+    if here not in MAY_IMPORT:
+        return f"{here} has no row in the table of {Path(__file__).name}"
+    return "" if there in MAY_IMPORT[here] else f"{here} may not import {target}"
+
+
+def test_the_import_table_holds() -> None:
+    assert violations(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    "path, text",
+    [
+        ("scldm/model/a.py", "import scldm.train.loop"),
+        ("scldm/model/a.py", "from scldm.parallel import dist"),
+        ("scldm/flow/a.py", "def f():\n    from scldm import train"),
+        ("scldm/flow/a.py", "from ..train import loop"),
+        ("scldm/flow/a.py", "from scldm import load"),
+        ("scldm/pretrained.py", "from data_pipeline import read_shards"),
+        ("scldm/evaluate/a.py", "from scldm.model.vae import VAE"),
+        ("scldm/likelihood.py", "from scldm.vocab import GeneVocab"),
+        ("scldm/errors.py", "from scldm.progress import Progress"),
+        ("scldm/train/loop.py", "import launch.config"),
+        ("scldm/train/loop.py", "import mlflow.tracking"),
+        ("scldm/train/loop.py", "def f():\n    import deepspeed"),
+        ("scldm/train/loop.py", "import importlib\nimportlib.import_module('mlflow')"),
+        ("scldm/brandnew.py", "import scldm.batch"),
+        ("data_pipeline/a.py", "from scldm.likelihood import nb_sample"),
+        ("data_pipeline/a.py", "import launch"),
+        ("launch/a.py", "from omegaconf import OmegaConf"),
+        ("launch/a.py", "import tiledbsoma.io"),
+    ],
+)
+def test_a_planted_violation_is_found(tmp_path: Path, path: str, text: str) -> None:
+    for package in ("scldm/train", "scldm/flow", "scldm/model", "scldm/parallel", "data_pipeline", "launch"):
+        (tmp_path / package).mkdir(parents=True, exist_ok=True)
+    (tmp_path / "scldm/train/loop.py").touch()
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / path).write_text(text)
+    assert len(violations(tmp_path)) == 1
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_loading_a_model_needs_neither_deepspeed_mlflow_nor_tiledbsoma() -> None:
+    unwanted = (
+        "deepspeed",
+        "mlflow",
+        "tiledbsoma",
+        "cellxgene_census",
+        "webdataset",
+        "scanpy",
+        "data_pipeline",
+        "launch",
+    )
+    code = f"import sys, scldm; scldm.load; print([m for m in {unwanted} if m in sys.modules])"
+    assert run_python(code) == "[]"
+
+
+def test_the_data_pipeline_runs_without_torch_but_for_its_loader() -> None:
+    stems = {path.stem for path in (ROOT / "data_pipeline").glob("*.py")} - {"__init__", "loader"}
+    modules = sorted(f"data_pipeline.{stem}" for stem in stems)
+    assert modules
+    code = f"""
+import importlib, sys
+for name in {modules}:
+    importlib.import_module(name)
+    if "torch" in sys.modules:
+        sys.exit(name + " imports torch")
+"""
+    run_python(code)
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    run_python("import sys, launch.cli; sys.exit('torch' in sys.modules)")
