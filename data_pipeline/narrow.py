@@ -123,7 +123,7 @@ def _count_escapes(indptr, values, n_genes):
 
 
 @njit(nogil=True, cache=True)
-def _fault(value):
+def fault_of(value):
     """Position in FAULTS of what is wrong with a value; 0 where it is a count."""
     if value < 0:
         return 1
@@ -150,7 +150,7 @@ def _narrow_rows(
         for k in range(start, end):
             v = values[k]
             if not (v >= 0 and v < 9.2e18 and v == np.int64(v)):
-                return _fault(np.float64(v)), row, k, 0, 0, 0
+                return fault_of(np.float64(v)), row, k, 0, 0, 0
             column = np.int64(column_of[columns[k]])
             if v > 0:
                 genes += 1

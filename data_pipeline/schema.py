@@ -108,6 +108,7 @@ class ShardEntry:
     path: str
     split: int
     n_cells: int
+    first_cell: int
     n_blocks: int
     first_block: int
     bytes: int

@@ -15,6 +15,7 @@ from scldm.errors import InputError
 
 # verb -> (module, what it does, in one line)
 VERBS = {
+    "soma write": ("launch.soma_write", "write an h5ad file's counts as SOMA, laid out as the Census"),
     "shards write": ("launch.shards_write", "turn an atlas (h5ad, SOMA, Census) into shuffled training shards"),
     "train vae": ("launch.train_vae", "train the autoencoder on shards"),
     "encode": ("launch.encode", "encode every cell of a shard set once, as latent shards"),
@@ -24,6 +25,8 @@ VERBS = {
     "embed": ("launch.embed", "embed the cells of an h5ad file"),
     "evaluate": ("launch.evaluate", "compare generated cells with real ones: metrics, figures, report"),
 }
+
+EXTRAS_HINT = "scldm's extras data, train and evaluate bring what its verbs need"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +51,8 @@ def find_verb(words: Sequence[str]) -> tuple[str | None, list[str]]:
         verb = " ".join(words[:length])
         if verb in VERBS:
             return verb, list(words[length:])
-    raise InputError(f"unknown verb {' '.join(words[:2])!r}; there are: {', '.join(VERBS)}")
+    begun = [verb for verb in VERBS if verb.split()[0] == words[0]]
+    raise InputError(f"unknown verb {' '.join(words[: 2 if begun else 1])!r}; there are: {', '.join(begun or VERBS)}")
 
 
 def run_verb(verb: str, words: Sequence[str]) -> int:
@@ -61,6 +65,12 @@ def run_verb(verb: str, words: Sequence[str]) -> int:
         module.main(compose(module.CONFIG, words))
     except InputError as error:
         print(f"scldm {verb}: error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package in ("", "data_pipeline", "launch", "scldm"):
+            raise
+        print(f"scldm {verb}: error: the package {package} is missing; {EXTRAS_HINT}", file=sys.stderr)
         return 2
     return 0
 

@@ -1,0 +1,60 @@
+"""Files that are whole or not there: written aside, then renamed; and a full disk as a sentence."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from scldm.errors import InputError
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which gets its name only when it is whole and the block ends without an error."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with part.open("wb") as file:
+            yield file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def disk_full_explained(folder: str) -> Iterator[None]:
+    """Raises: InputError where a write inside failed for want of space."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise InputError(
+            f"{folder}: no space left ({error.strerror}); make room or name another folder, then run the same command again"
+        ) from None
+
+
+def sha256_of(file: IO[bytes], piece: int = 1 << 20) -> tuple[int, str]:
+    """Bytes and SHA-256 of a file from where it stands."""
+    digest, n = hashlib.sha256(), 0
+    while data := file.read(piece):
+        digest.update(data)
+        n += len(data)
+    return n, digest.hexdigest()
+
+
+def parse_bytes(text: str, key: str) -> int:
+    """`2GiB`, `500 MB`, `1000000` as bytes. Raises: InputError for anything else."""
+    units = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+    units |= {u + "ib": n for u, n in units.items() if len(u) == 1 and u != "b"}
+    units |= {u + "b": 1000**k for k, u in enumerate("kmgt", 1)}
+    number = text.strip().lower().rstrip("bikmgt ")
+    unit = text.strip().lower()[len(number) :].strip()
+    try:
+        return int(float(number) * units[unit])
+    except (ValueError, KeyError):
+        raise InputError(f"{key}={text!r} is no amount of memory; write 2GiB or 500MB") from None

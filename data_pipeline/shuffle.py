@@ -1,0 +1,146 @@
+"""The external shuffle: cells arrive in source order and leave in set order, in bounded memory and by sequential IO.
+
+A cell's position in set order is drawn before anything is read. The scatter pass keeps narrow cells in memory until a
+budget is full, then writes them in the order of their positions: a run. The gather pass reads, for a range of positions, one
+slice of each run, and sorts what it has read. What has no place in a set (cells with too few genes) leaves a gap in the
+positions, which the gather pass doesn't notice.
+
+Reading order: set_positions, RunWriter, Run, read_range.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.block import NarrowCells, concatenate
+from data_pipeline.files import written_aside
+from data_pipeline.splits import keys
+
+PIECE_CELLS = 4096  # cells that are brought into order at a time while a run is written
+SECTIONS = (("steps", np.uint8), ("small", np.uint8), ("far", np.uint32), ("large", np.uint64))
+
+
+def set_positions(split: np.ndarray, seed: int, source: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """Each cell's position in set order, int64: split by split, shuffled as a whole within each."""
+    order = np.lexsort((keys(seed, "shuffle", source, row), split))
+    positions = np.empty(len(order), np.int64)
+    positions[order] = np.arange(len(order))
+    return positions
+
+
+class RunWriter:
+    """Collects narrow cells; `flush` writes them as one run. The memory it takes is about `budget` bytes."""
+
+    def __init__(self, folder: Path, unit: int, budget: int) -> None:
+        self.folder, self.unit, self.budget = folder, unit, budget
+        self.parts: list[NarrowCells] = []
+        self.positions: list[np.ndarray] = []
+        self.held = 0
+        self.n_runs = 0
+        self.largest = 0  # count that was added
+
+    def add(self, cells: NarrowCells, positions: np.ndarray) -> None:
+        if self.parts and self.held + cells.nbytes > self.budget:
+            self.flush()
+        largest = cells.large.max() if len(cells.large) else cells.small.max(initial=0)
+        self.largest = max(self.largest, int(largest))
+        self.parts.append(cells)
+        self.positions.append(positions)
+        self.held += cells.nbytes
+
+    def flush(self) -> None:
+        if not self.parts:
+            return
+        positions = np.concatenate(self.positions)
+        order = np.argsort(positions)
+        part_of = np.repeat(np.arange(len(self.parts)), [len(p) for p in self.parts])
+        at = np.arange(len(positions)) - np.repeat(
+            np.cumsum([0, *map(len, self.parts[:-1])]), [len(p) for p in self.parts]
+        )
+        starts = np.zeros((len(order) + 1, 3), np.int64)
+        for k, name in enumerate(("nonzeros", "n_far", "n_large")):
+            np.cumsum(np.concatenate([getattr(p, name) for p in self.parts])[order], out=starts[1:, k])
+        stem = self.folder / f"{self.unit:05d}-{self.n_runs:03d}"
+        with written_aside(stem.with_suffix(".data")) as file:
+            offsets = _offsets(starts[-1])
+            for first in range(0, len(order), PIECE_CELLS):
+                piece = _take_from(self.parts, part_of, at, order[first : first + PIECE_CELLS])
+                for (name, _), offset in zip(SECTIONS, offsets):
+                    file.seek(offset[0] + offset[1])
+                    section = getattr(piece, name)
+                    file.write(section.data)
+                    offset[1] += section.nbytes
+        for suffix, array in ((".starts.npy", starts), (".positions.npy", positions[order])):
+            with written_aside(stem.with_suffix(suffix)) as file:
+                np.save(file, array)
+        self.parts, self.positions, self.held = [], [], 0
+        self.n_runs += 1
+
+
+def _offsets(totals: np.ndarray) -> list[list[int]]:
+    """[start of the section, bytes written of it] of each section in a run's data, 8-byte aligned; then the end."""
+    sizes = [int(totals[0]), int(totals[0]), 4 * int(totals[1]), 8 * int(totals[2])]
+    out, at = [], 0
+    for size in sizes:
+        out.append([at, 0])
+        at += size + -size % 8
+    return out
+
+
+def _take_from(parts: Sequence[NarrowCells], part_of: np.ndarray, at: np.ndarray, order: np.ndarray) -> NarrowCells:
+    """The cells of several parts at these positions of their concatenation, in this order."""
+    chosen, where, taken = [], np.empty(len(order), np.int64), 0
+    for number in np.unique(part_of[order]):
+        mine = np.flatnonzero(part_of[order] == number)
+        chosen.append(parts[number].take(at[order[mine]]))
+        where[mine] = taken + np.arange(len(mine))
+        taken += len(mine)
+    return concatenate(chosen).take(where)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's files: its cells by ascending position, and where each one's part of every section begins."""
+
+    path: Path
+    positions: np.ndarray
+    starts: np.ndarray
+
+    @classmethod
+    def open(cls, stem: Path) -> Run:
+        positions = np.load(stem.with_suffix(".positions.npy"), mmap_mode="r")
+        return cls(stem.with_suffix(".data"), positions, np.load(stem.with_suffix(".starts.npy"), mmap_mode="r"))
+
+
+def read_range(runs: Sequence[Run], low: int, high: int) -> tuple[np.ndarray, NarrowCells, np.ndarray]:
+    """The cells at positions low ... high: their positions ascending, the cells as they lie in the runs, and the order that
+    brings them to ascending positions."""
+    slices = [(bisect_left(r.positions, low), bisect_left(r.positions, high)) for r in runs]
+    lengths = [np.diff(r.starts[a : b + 1], axis=0) for r, (a, b) in zip(runs, slices)]
+    totals = np.sum([n.sum(axis=0) for n in lengths], axis=0, dtype=np.int64)
+    buffers = [np.empty(n, dtype) for n, (_, dtype) in zip((totals[0], totals[0], totals[1], totals[2]), SECTIONS)]
+    filled = [0] * len(SECTIONS)
+    for run, (a, b) in zip(runs, slices):
+        if a == b:
+            continue
+        columns = (0, 0, 1, 2)
+        offsets = _offsets(run.starts[-1])
+        with run.path.open("rb", buffering=0) as file:
+            for k, (buffer, (start, _), column) in enumerate(zip(buffers, offsets, columns)):
+                first, last = int(run.starts[a, column]), int(run.starts[b, column])
+                if first == last:
+                    continue
+                part = buffer[filled[k] : filled[k] + last - first]
+                file.seek(start + first * buffer.itemsize)
+                n_read = file.readinto(part.view(np.uint8).data)
+                assert n_read == part.nbytes, f"{run.path}: shorter than its index says"
+                filled[k] += last - first
+    n = np.concatenate(lengths).astype(np.uint32)
+    positions = np.concatenate([np.asarray(r.positions[a:b]) for r, (a, b) in zip(runs, slices)])
+    order = np.argsort(positions)
+    return positions[order], NarrowCells(n[:, 0], n[:, 1], n[:, 2], *buffers), order

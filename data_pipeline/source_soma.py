@@ -1,0 +1,186 @@
+"""SOMA experiments and the Census: obs and var by their filters, counts by whole ranges of joinids.
+
+Reading order: opening, kind_of, open_soma_source, SomaMatrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import cellxgene_census
+import numpy as np
+import pandas as pd
+import tiledbsoma
+
+from data_pipeline.genes import SourceGenes, namespace_of
+from data_pipeline.narrow import Rows, coo_to_rows
+from data_pipeline.sources import OpenSource, SourceConfig, SourceSpec, as_labels, spans
+from scldm.errors import InputError
+
+# A read hands its result over in tables of at most this size; the default of 1 GiB a column would break any memory bound.
+BUFFER_BYTES = 32 << 20
+
+
+def _context() -> tiledbsoma.SOMATileDBContext:
+    return tiledbsoma.SOMATileDBContext(tiledb_config={"soma.init_buffer_bytes": BUFFER_BYTES})
+
+
+def open_collection(uri: str, census_version: str) -> Any:
+    """What lies at a URI, or a Census version on the net, opened for reading.
+
+    Raises: InputError for a URI where no SOMA object lies, an unknown version.
+    """
+    try:
+        if census_version and not uri:
+            return cellxgene_census.open_soma(census_version=census_version, tiledb_config=_CENSUS_CONFIG)
+        return tiledbsoma.open(uri, context=_context())
+    except (tiledbsoma.SOMAError, ValueError, OSError) as error:
+        what = f"source.census_version={census_version!r}" if census_version and not uri else f"source.paths: {uri}"
+        raise InputError(f"{what} can't be opened: {str(error).splitlines()[0]}") from None
+
+
+_CENSUS_CONFIG = {"soma.init_buffer_bytes": BUFFER_BYTES}
+
+
+def kind_of(uri: str) -> Literal["soma", "census"]:
+    """Whether a SOMA experiment or a Census lies at a URI. Raises: InputError for neither."""
+    with open_collection(uri, "") as found:
+        if isinstance(found, tiledbsoma.Experiment):
+            return "soma"
+        if isinstance(found, tiledbsoma.Collection) and "census_data" in found:
+            return "census"
+    raise InputError(f"source.paths: {uri}: neither a SOMA experiment nor a Census (a collection with census_data)")
+
+
+def open_experiment(uri: str, kind: str, organism: str, census_version: str) -> tuple[Any, Any]:
+    """The collection to close, and its experiment."""
+    if kind == "soma":
+        found = open_collection(uri, "")
+        if not isinstance(found, tiledbsoma.Experiment):
+            raise InputError(f"source.paths: {uri}: a {type(found).__name__}, not a SOMA experiment")
+        return found, found
+    if uri:
+        try:
+            census = cellxgene_census.open_soma(uri=uri, tiledb_config=_CENSUS_CONFIG)
+        except (tiledbsoma.SOMAError, ValueError, OSError) as error:
+            raise InputError(f"source.paths: {uri} can't be opened: {str(error).splitlines()[0]}") from None
+    else:
+        census = open_collection("", census_version)
+    if "census_data" not in census:
+        raise InputError(f"source.paths: {uri}: not a Census: it has no census_data")
+    data = census["census_data"]
+    if organism not in data:
+        raise InputError(f"source.organism={organism!r} is not in the Census; it has {', '.join(data)}")
+    return census, data[organism]
+
+
+def open_soma_source(uri: str, kind: str, config: SourceConfig, columns: tuple[str, ...], missing: str) -> OpenSource:
+    """Raises: InputError for a measurement, layer, column or filter that doesn't fit the experiment."""
+    name = uri or f"Census {config.census_version}"
+    collection, experiment = open_experiment(uri, kind, config.organism, config.census_version)
+    with collection:
+        matrix, layer = _matrix(experiment, config.measurement, config.layer, name)
+        var_schema = experiment.ms[config.measurement].var.schema.names
+        gene_column = config.gene_column or next((c for c in ("feature_id", "var_id") if c in var_schema), "")
+        if gene_column not in var_schema:
+            raise InputError(
+                f"{name}: var has no column {gene_column or 'feature_id'!r}; source.gene_column names one of "
+                f"{', '.join(var_schema)}"
+            )
+        var = experiment.ms[config.measurement].var.read(column_names=["soma_joinid", gene_column]).concat().to_pandas()
+        n_rows, n_columns = matrix.shape
+        if (var["soma_joinid"].to_numpy() != np.arange(len(var))).any() or len(var) > n_columns:
+            raise InputError(
+                f"{name}: var's soma_joinids are not 0 ... {n_columns - 1} in order: this layout can't be read"
+            )
+        keep_gene = np.ones(len(var), bool)
+        if config.var_filter:
+            query = _read(
+                experiment.ms[config.measurement].var, ["soma_joinid"], config.var_filter, name, "source.var_filter"
+            )
+            keep_gene[:] = False
+            keep_gene[query["soma_joinid"].to_numpy()] = True
+        schema = experiment.obs.schema.names
+        for column in columns:
+            if column not in schema:
+                raise InputError(f"{name}: obs has no column {column!r}; it has {', '.join(schema)}")
+        obs_filter = config.obs_filter
+        if config.primary_data_only:
+            if "is_primary_data" not in schema:
+                raise InputError(f"{name}: source.primary_data_only: obs has no column is_primary_data")
+            obs_filter = f"({obs_filter}) and is_primary_data == True" if obs_filter else "is_primary_data == True"
+        wanted = list(dict.fromkeys(["soma_joinid", *columns]))
+        table = _read(experiment.obs, wanted, obs_filter, name, "source.obs_filter")
+        table = table.sort_values("soma_joinid", ignore_index=True)
+        rows = table["soma_joinid"].to_numpy().astype(np.int64)
+        obs = pd.DataFrame(index=range(len(rows)))
+        for column in columns:
+            obs[column] = as_labels(table[column], name, missing)
+        n_obs, n_stored = experiment.obs.count, matrix.nnz
+    ids = tuple(map(str, var[gene_column]))
+    namespace = namespace_of(ids) if config.gene_table or config.namespace == "auto" else config.namespace
+    spec = SourceSpec(
+        kind, uri, layer, n_rows, n_columns, n_stored / max(n_obs, 1), 0, config.measurement,
+        config.organism if kind == "census" else "", config.census_version if kind == "census" and not uri else "",
+    )  # fmt: skip
+    report = {"cells_not_selected": n_obs - len(rows), "genes_not_selected": int((~keep_gene).sum())}
+    return OpenSource(spec, SourceGenes(name, ids, namespace), keep_gene, rows, obs, report)
+
+
+def _matrix(experiment: Any, measurement: str, layer: str, name: str) -> tuple[Any, str]:
+    if measurement not in experiment.ms:
+        raise InputError(f"{name}: source.measurement={measurement!r} is not there; it has {', '.join(experiment.ms)}")
+    layers = experiment.ms[measurement].X
+    if not layer:
+        layer = "raw" if "raw" in layers else next(iter(layers)) if len(layers) == 1 else ""
+    if layer not in layers:
+        raise InputError(
+            f"{name}: source.layer={layer or 'raw'!r} is not in X of {measurement}; it has {', '.join(layers)}"
+        )
+    if not isinstance(layers[layer], tiledbsoma.SparseNDArray):
+        raise InputError(f"{name}: layer {layer!r} is a {type(layers[layer]).__name__}; a SparseNDArray can be read")
+    return layers[layer], layer
+
+
+def _read(frame: Any, columns: list[str], value_filter: str, name: str, key: str) -> pd.DataFrame:
+    try:
+        return frame.read(column_names=columns, value_filter=value_filter or None).concat().to_pandas()
+    except Exception as error:  # its parser raises SyntaxError, KeyError, SOMAError and others
+        if not value_filter:
+            raise
+        raise InputError(f"{name}: {key}={value_filter!r} can't be applied: {str(error).splitlines()[0]}") from None
+
+
+class SomaMatrix:
+    """A layer of an experiment, by chunks of rows."""
+
+    def __init__(self, spec: SourceSpec) -> None:
+        self.spec = spec
+        self.collection, experiment = open_experiment(spec.uri, spec.kind, spec.organism, spec.census_version)
+        self.obs = experiment.obs
+        self.matrix, _ = _matrix(experiment, spec.measurement, spec.layer, spec.uri)
+
+    def read(self, rows: np.ndarray, chunk_bytes: int) -> Iterator[Rows]:
+        """Rows are read by ranges; what such a range holds of rows that are not wanted is dropped."""
+        row_bytes = 24 * max(self.spec.mean_nonzeros, 1.0)  # two int64 coordinates, a value, and its sorted copy
+        # unwanted rows cost their reading, a range of its own costs about a millisecond: some hundred rows
+        for a, b in spans(rows, rows, rows + 1, max(chunk_bytes / row_bytes, 1), gap=256):
+            low, high = int(rows[a]), int(rows[b - 1])
+            try:
+                tables = list(self.matrix.read((slice(low, high),)).tables())
+            except tiledbsoma.SOMAError as error:
+                raise InputError(
+                    f"{self.spec.uri}: rows {low} to {high} can't be read: {str(error).splitlines()[0]}"
+                ) from None
+            parts = [[t.column(c).to_numpy() for t in tables] for c in ("soma_dim_0", "soma_dim_1", "soma_data")]
+            dim_0, dim_1, values = (np.concatenate(p) if len(p) > 1 else p[0] if p else np.empty(0) for p in parts)
+            row_of = np.full(high + 1 - low, -1, np.int32)
+            row_of[rows[a:b] - low] = np.arange(b - a, dtype=np.int32)
+            yield coo_to_rows(row_of, b - a, rows[a:b], dim_0.astype(np.int64) - low, dim_1.astype(np.int32), values)
+
+    def row_name(self, row: int) -> str:
+        return f"soma_joinid {row}"
+
+    def close(self) -> None:
+        self.collection.close()

@@ -1,0 +1,239 @@
+"""Where cells come from: h5ad files, SOMA experiments, the Census. What is asked of them, and what they hold.
+
+A source is opened twice. For the plan, once: its genes, and the rows that the filters choose with their obs columns
+(`open_sources`). For the counts, by every worker: bounded chunks of those rows (`open_matrix`).
+
+Reading order: SourceConfig, SourceSpec, OpenSource, open_sources, obs columns as labels, open_matrix.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import pandas as pd
+
+from data_pipeline.genes import Join, SourceGenes
+from data_pipeline.narrow import Rows
+from scldm.errors import InputError
+
+Kind = Literal["auto", "h5ad", "soma", "census"]
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """What to read.
+
+    kind: auto tells h5ad files by their ending, and looks into anything else
+    paths: h5ad files or globs of them; or the URI of a SOMA experiment or of a Census
+    census_version: of the Census on the net, such as 2025-01-30, where no path is given
+    organism: which experiment of a Census
+    measurement: of a SOMA experiment
+    layer: X, raw or a name in layers; empty: h5ad, the one that holds counts; SOMA, raw
+    obs_filter: cells to take, such as "tissue == 'lung' and n_genes > 500"
+    var_filter: genes to take
+    primary_data_only: of the Census, only cells with is_primary_data: each cell once
+    gene_column: column of var with the gene ids; empty: h5ad, its index; SOMA, feature_id or the obs index
+    namespace: of the gene vocabulary; auto takes the sources' own
+    join: several sources' genes: all, or those that every source has
+    gene_table: CSV with the columns ensembl and symbol, for sources that name genes otherwise than the vocabulary
+    """
+
+    kind: Kind = "auto"
+    paths: tuple[str, ...] = ()
+    census_version: str = ""
+    organism: str = "homo_sapiens"
+    measurement: str = "RNA"
+    layer: str = ""
+    obs_filter: str = ""
+    var_filter: str = ""
+    primary_data_only: bool = False
+    gene_column: str = ""
+    namespace: Literal["auto", "ensembl", "symbol"] = "auto"
+    join: Join = "intersection"
+    gene_table: str = ""
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """One source as the manifest names it, and all that it takes to read its counts again.
+
+    n_rows, n_columns: shape of the matrix, before filters
+    mean_nonzeros: stored values a row
+    size: bytes of the file, 0 where it is none
+    """
+
+    kind: str
+    uri: str
+    layer: str
+    n_rows: int
+    n_columns: int
+    mean_nonzeros: float
+    size: int = 0
+    measurement: str = ""
+    organism: str = ""
+    census_version: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class OpenSource:
+    """A source and what was chosen of it.
+
+    rows: chosen rows or joinids, ascending, int64
+    obs: the asked columns of the chosen rows, as labels
+    report: what the filters dropped
+    """
+
+    spec: SourceSpec
+    genes: SourceGenes
+    keep_gene: np.ndarray
+    rows: np.ndarray
+    obs: pd.DataFrame
+    report: dict[str, int]
+
+
+class Matrix(Protocol):
+    """The counts of a source, by chunks."""
+
+    def read(self, rows: np.ndarray, chunk_bytes: int) -> Iterator[Rows]:
+        """The given rows (ascending), in order, in chunks that take about chunk_bytes of memory as read."""
+        ...
+
+    def row_name(self, row: int) -> str:
+        """How a person finds the cell."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def open_sources(config: SourceConfig, columns: tuple[str, ...], missing: str) -> list[OpenSource]:
+    """The sources of a config, in an order that doesn't depend on how they were listed.
+
+    columns: obs columns to read
+    missing: label for missing values; empty refuses them
+    Raises: InputError for what can't be read or found, or a filter that selects nothing.
+    """
+    kind, uris = resolve(config)
+    if kind == "h5ad":
+        from data_pipeline.source_h5ad import open_h5ad_source  # SOMA users need no h5py
+
+        sources = [open_h5ad_source(uri, config, columns, missing) for uri in uris]
+    else:
+        from data_pipeline.source_soma import open_soma_source  # h5ad users need no tiledbsoma
+
+        sources = [open_soma_source(uri, kind, config, columns, missing) for uri in uris]
+    if not sum(len(s.rows) for s in sources):
+        raise InputError(f"source.obs_filter={config.obs_filter!r} selects no cell of {', '.join(uris[:3])}")
+    return sources
+
+
+def resolve(config: SourceConfig) -> tuple[Literal["h5ad", "soma", "census"], list[str]]:
+    """The kind of the sources and their URIs, sorted; the Census on the net has the URI ''."""
+    uris: list[str] = []
+    for path in config.paths:
+        if glob.has_magic(path):
+            found = glob.glob(path)
+            if not found:
+                raise InputError(f"source.paths: {path}: no file matches")
+            uris += found
+        else:
+            uris.append(path.rstrip("/"))
+    uris = sorted(set(uris))
+    endings = {u.endswith((".h5ad", ".h5")) for u in uris}
+    kind = config.kind
+    if kind == "auto" and not uris:
+        if not config.census_version:
+            raise InputError("source.paths must be given: h5ad files or a SOMA URI; or source.census_version")
+        kind = "census"
+    if len(endings) == 2:
+        raise InputError("source.paths: h5ad files and SOMA URIs can't be mixed; write the h5ad files as SOMA first")
+    if kind == "h5ad" or (kind == "auto" and endings == {True}):
+        for uri in uris:
+            if not Path(uri).is_file():
+                raise InputError(f"source.paths: {uri}: no such file")
+        if not uris:
+            raise InputError("source.paths must name h5ad files")
+        return "h5ad", uris
+    if kind == "auto":
+        from data_pipeline.source_soma import kind_of
+
+        kind = kind_of(uris[0])
+    if kind == "soma" and not uris:
+        raise InputError("source.paths must name the URI of a SOMA experiment")
+    if kind == "census" and not uris and not config.census_version:
+        raise InputError("source.census_version must be given, such as 2025-01-30, or the Census's URI as source.paths")
+    assert kind != "auto"
+    return kind, uris or [""]
+
+
+def as_labels(column: pd.Series, where: str, missing: str) -> pd.Series:
+    """A column of obs as strings. Whole numbers read as such, so that 1.0 and 1 are one label.
+
+    Raises: InputError for a missing value where no label for it is named.
+    """
+    absent = column.isna()
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        categories = _texts(pd.Series(column.cat.categories))
+        labels = pd.Series(np.append(categories.to_numpy(object), missing)[column.cat.codes], index=column.index)
+    else:
+        labels = _texts(column)
+    absent |= labels.isin(["", "nan"]) if labels.dtype == object else False
+    if absent.any():
+        if not missing:
+            at = int(np.flatnonzero(absent)[0])
+            raise InputError(
+                f"{where}: column {column.name!r} has no value in {int(absent.sum())} cells, the first at position {at}; "
+                "missing=LABEL gives them one"
+            )
+        labels[absent] = missing
+    return labels
+
+
+def _texts(values: pd.Series) -> pd.Series:
+    if pd.api.types.is_float_dtype(values.dtype):
+        whole = values.dropna() % 1 == 0
+        if whole.all():
+            values = values.astype("Int64")
+    return values.astype(object).map(lambda v: str(v)).astype(object)
+
+
+def open_matrix(spec: SourceSpec, transposed: Path | None = None) -> Matrix:
+    """The counts of a source; `transposed` holds a CSC matrix's rows. Raises: InputError where it can't be opened."""
+    if spec.kind == "h5ad":
+        from data_pipeline.source_h5ad import H5adMatrix
+
+        return H5adMatrix(spec, transposed)
+    from data_pipeline.source_soma import SomaMatrix
+
+    return SomaMatrix(spec)
+
+
+def csc_groups(spec: SourceSpec, chunk_bytes: int) -> list[tuple[int, int]]:
+    """The groups of columns in which a CSC matrix must be transposed before its rows are read; none for any other."""
+    if spec.kind != "h5ad":
+        return []
+    from data_pipeline.source_h5ad import groups_to_transpose
+
+    return groups_to_transpose(spec, chunk_bytes)
+
+
+def spans(rows: np.ndarray, start: np.ndarray, end: np.ndarray, budget: float, gap: float) -> Iterator[tuple[int, int]]:
+    """Positions a, b such that reading all rows from rows[a] to rows[b - 1] costs at most `budget` (or is one row), and no
+    rows between chosen ones that cost more than `gap` are read in vain.
+
+    start, end: cost of all rows of the source before and up to each chosen row
+    """
+    cut = np.append(np.flatnonzero(start[1:] - end[:-1] > gap) + 1, len(rows))
+    a = 0
+    while a < len(rows):
+        b = max(int(np.searchsorted(end, start[a] + budget, "right")), a + 1)
+        b = min(b, int(cut[np.searchsorted(cut, a, "right")]))
+        yield a, b
+        a = b

@@ -1,0 +1,32 @@
+"""`scldm shards write`: an atlas as a shard set."""
+
+from __future__ import annotations
+
+import sys
+
+from data_pipeline.plan import ShardsWriteConfig
+from data_pipeline.write_shards import write_shards
+from launch.cli import run_verb
+
+PURPOSE = """Turn an atlas (h5ad files, a SOMA experiment, the Census) into shuffled training shards with splits and a manifest.
+Run again after an interruption, it goes on; as an array job, give each task --task i/n, then one command --finish."""
+EXAMPLE = """scldm shards write out=shards source.paths=cells.h5ad conditions=cell_type split.stratify=cell_type
+scldm shards write data/census out=census-human source.obs_filter="tissue_general == 'lung'" workers=8 memory=64GiB"""
+CONFIG = ShardsWriteConfig
+
+
+def main(config: ShardsWriteConfig) -> None:
+    manifest = write_shards(config)
+    if manifest:
+        splits = ", ".join(f"{s.name} {s.n_cells:,}" for s in manifest.splits if s.n_cells)
+        size = sum(s.bytes for s in manifest.shards)
+        layers = sorted({f"{s['uri'] or 'Census'}: {s['layer']}" for s in manifest.sources})
+        print(f"counts from {'; '.join(layers[:3])}{' and others' if len(layers) > 3 else ''}")
+        print(
+            f"{config.out}: {manifest.n_cells:,} cells ({splits}) x {manifest.genes.n_genes:,} genes, "
+            f"{len(manifest.shards)} shards, {size / 1e6:,.1f} MB, {size / manifest.n_cells:,.0f} bytes a cell"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(run_verb("shards write", sys.argv[1:]))
