@@ -1,0 +1,1 @@
+"""Benchmarks, one file each: the work, its controls, its targets."""
