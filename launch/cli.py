@@ -1,7 +1,7 @@
 """The `scldm` command: finds the verb, prints its help, turns an InputError into one line and exit code 2.
 
-A verb is a module of this package with `PURPOSE`, `EXAMPLE`, `CONFIG` (its dataclass) and `main(config)`; it is imported
-only when called, so that `scldm embed` needs neither deepspeed nor tiledbsoma.
+A verb is a module of this package with `PURPOSE`, `EXAMPLE`, `CONFIG` (its dataclass) and `main(config)`; it is
+imported only when called, so that `scldm embed` needs neither deepspeed nor tiledbsoma.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """From a command line to a typed, frozen config, and its `--help`. The only place that knows OmegaConf.
 
 A command is `scldm VERB [PRESET ...] [key=value ...]`: the dataclass gives the schema and the defaults, each preset
-(`vae/tiny`, or a path to a YAML file) is merged over it from left to right, then each `key=value`. `--some-key value` is
-another spelling of `some_key=value`, and `--some-flag` of `some_flag=true`. Anything else is an error with its dotted key.
+(`vae/tiny`, or a path to a YAML file) is merged over it from left to right, then each `key=value`. `--some-key value`
+is another spelling of `some_key=value`, and `--some-flag` of `some_flag=true`. Anything else is an error with its key.
 
 Reading order: presets, parse, help.
 """
@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # OmegaConf's own reader raises it
 
 from scldm.errors import InputError
 
@@ -50,8 +51,20 @@ def preset_path(name: str) -> Path:
     if not path.is_file():
         known = sorted(str(p.relative_to(root).with_suffix("")) for p in root.glob("*/*.yaml"))
         near = [k for k in known if k.split("/")[0] == name.split("/")[0]] or known
-        raise InputError(f"preset {name!r} is unknown; there are {', '.join(near)}, or a path to a .yaml file")
+        raise InputError(f"preset {name!r} is unknown; there are: {', '.join([*near, 'a path to a .yaml file'])}")
     return path
+
+
+def load_preset(name: str) -> DictConfig:
+    """A preset as it stands in its file. Raises: InputError where that is not a YAML mapping."""
+    path = preset_path(name)
+    try:
+        preset = OmegaConf.load(path)
+    except (YAMLError, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"preset {name!r}: {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(preset, DictConfig):
+        raise InputError(f"preset {name!r}: {path} must hold `key: value` lines")
+    return preset
 
 
 # --- parse ---------------------------------------------------------------------------------------------------------
@@ -65,10 +78,9 @@ def compose(schema: type[Config], argv: Sequence[str]) -> Config:
     presets, overrides = split_arguments(schema, argv)
     config = OmegaConf.structured(schema)
     for name in presets:
-        path = preset_path(name)
-        config = _merge(config, OmegaConf.load(path), f"preset {name}")
+        config = _merge(config, load_preset(name), f"preset {name}")
     for override in overrides:
-        config = _merge(config, OmegaConf.from_dotlist([override]), override)
+        config = _merge(config, _nested(schema, override), override)
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise InputError(f"{missing[0]} must be given, as {missing[0]}=VALUE")
@@ -86,39 +98,61 @@ def split_arguments(schema: type, argv: Sequence[str]) -> tuple[list[str], list[
             key, equals, value = word[2:].partition("=")
             key = key.replace("-", "_")
             if not equals:
-                if _is_flag(schema, key):
+                if _kind(schema, key) is bool:
                     value = "true"
-                elif words:
+                elif words and not words[0].startswith("--"):
                     value = words.pop(0)
                 else:
                     raise InputError(f"{word} needs a value")
-            overrides.append(_as_list(schema, f"{key}={value}"))
+            overrides.append(f"{key}={value}")
         elif "=" in word:
-            overrides.append(_as_list(schema, word))
+            overrides.append(word)
         else:
             presets.append(word)
     return presets, overrides
 
 
-def _is_flag(schema: type, key: str) -> bool:
-    return typing.get_type_hints(schema).get(key) is bool
+def _kind(schema: type, dotted_key: str) -> Any:
+    """The type of a key; None for one that the schema does not spell out."""
+    kind: Any = schema
+    for name in dotted_key.split("."):
+        kind = typing.get_type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
+    return kind
 
 
-def _as_list(schema: type, override: str) -> str:
-    """`by=a,b` as `by=[a,b]` where the key is a tuple."""
-    key, _, value = override.partition("=")
-    kind = {k: kind for k, kind, *_ in flatten(schema)}.get(key, "")
-    return f"{key}=[{value}]" if kind.startswith("tuple") and not value.startswith("[") else override
+def _nested(schema: type, override: str) -> dict[str, Any]:
+    """`a.b=value` as {"a": {"b": value}}. Text stays as typed (`1.10`, `yes`, `a: b`); other types are read as YAML."""
+    key, _, text = override.partition("=")
+    kind = _kind(schema, key)
+    is_list = typing.get_origin(kind) is tuple and not text.startswith("[")
+    value: Any
+    if kind in (str, Path) or (kind in (str | None, Path | None) and text != "null"):
+        value = text
+    elif is_list and str in typing.get_args(kind):
+        value = [part.strip() for part in text.split(",")] if text else []
+    else:
+        value = _yaml(f"[{text}]" if is_list else text, override)
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
+
+
+def _yaml(text: str, override: str) -> Any:
+    try:
+        return OmegaConf.from_dotlist([f"value={text}"])["value"]
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise InputError(f"{override}: {text!r} can't be read: {' '.join(str(error).split())}") from None
 
 
 def _merge(config: DictConfig, other: Any, where: str) -> DictConfig:
     try:
         return typing.cast(DictConfig, OmegaConf.merge(config, other))
-    except OmegaConfBaseException as error:
-        key = error.full_key or where
+    except (OmegaConfBaseException, TypeError) as error:
+        key = getattr(error, "full_key", "") or where.partition("=")[0]
         if type(error).__name__ == "ConfigKeyError":
             raise InputError(f"{where}: unknown key {key!r}{_nearest(config, key)}") from None
-        raise InputError(f"{where}: {key}: {str(error).splitlines()[0]}") from None
+        at = "" if where.startswith(f"{key}=") else f"{key}: "
+        raise InputError(f"{where}: {at}{str(error).splitlines()[0]}") from None
 
 
 def _nearest(config: DictConfig, key: str) -> str:
@@ -130,7 +164,15 @@ def _nearest(config: DictConfig, key: str) -> str:
 
 def to_yaml(config: object) -> str:
     """The resolved config as YAML, as kept in a run folder; `compose` reads it as a preset."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    values = OmegaConf.to_container(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.create(_plain(values)))
+
+
+def _plain(values: Any) -> Any:
+    """With every Path as its text."""
+    if isinstance(values, dict):
+        return {key: _plain(value) for key, value in values.items()}
+    return str(values) if isinstance(values, Path) else values
 
 
 # --- help ----------------------------------------------------------------------------------------------------------
@@ -149,7 +191,7 @@ def flatten(schema: type, prefix: str = "") -> list[tuple[str, str, str, str]]:
         if field.default_factory is not dataclasses.MISSING:
             default = repr(field.default_factory())
         else:
-            default = "required" if field.default in (dataclasses.MISSING, "???") else str(field.default)
+            default = "required" if field.default in (dataclasses.MISSING, "???") else str(field.default) or "empty"
         text = " ".join(texts.get(field.name, "").split())
         rows.append((prefix + field.name, _type_name(kind), default, text))
     return rows

@@ -51,7 +51,7 @@ class Progress:
         now = time.monotonic()
         if self.bar:
             self.bar.update(self.task, advance=n, note=self.note, rate=self._rate(now))
-        elif now - self.last_line >= LINE_EVERY_S:
+        elif now - self.last_line >= LINE_EVERY_S and self.done < self.total:
             self.last_line = now
             self._line(now)
 
@@ -62,7 +62,8 @@ class Progress:
             self._line(time.monotonic())
 
     def _rate(self, now: float) -> str:
-        return f"{(self.done - self.started_at) / max(now - self.start, 1e-9):,.0f}/s"
+        rate = (self.done - self.started_at) / max(now - self.start, 1e-9)
+        return f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s"
 
     def _line(self, now: float) -> None:
         if not self.shown:

@@ -1,0 +1,160 @@
+"""Command line -> frozen config: what is merged in which order, what stays as typed, and what each mistake says."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from launch import config as launch_config
+from launch.config import compose, flatten, help_text, to_yaml
+from scldm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Optim:
+    """How to step.
+
+    lr: learning rate
+    betas: decay of both moments
+    kind: which optimizer
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    kind: Literal["adamw", "sgd"] = "adamw"
+
+
+@dataclass(frozen=True)
+class Config:
+    """A verb's config.
+
+    out: folder that is
+        written
+    steps: optimizer steps
+    """
+
+    out: str
+    steps: int = 50_000
+    seed: int | None = None
+    label: str | None = None
+    by: tuple[str, ...] = ()
+    where: Path = Path("here")
+    fresh: bool = False
+    optim: Optim = field(default_factory=Optim)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise InputError(f"steps: {self.steps} must be at least 1")
+
+
+@pytest.fixture
+def presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two presets of group `vae` and one of `hardware` in place of the shipped ones."""
+    for name, text in {
+        "vae/tiny": "steps: 10\noptim: {lr: 0.5}\n",
+        "vae/other": "steps: 20\n",
+        "hardware/cpu": "optim:\n  kind: sgd\n",
+    }.items():
+        path = tmp_path / "configs" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr(launch_config, "shipped", lambda folder: tmp_path / folder)
+    return tmp_path / "configs"
+
+
+def test_presets_merge_left_to_right_and_overrides_win(presets: Path) -> None:
+    config = compose(Config, ["vae/tiny", "out=runs/a", "vae/other", "hardware/cpu", "optim.betas=0.8,0.9"])
+    assert config == Config("runs/a", steps=20, optim=Optim(lr=0.5, betas=(0.8, 0.9), kind="sgd"))
+    assert compose(Config, ["steps=3", "vae/tiny", "out=a"]).steps == 3
+    assert compose(Config, [str(presets / "vae/tiny.yaml"), "out=a"]).steps == 10
+    with pytest.raises(FrozenInstanceError):
+        config.steps = 1  # type: ignore[misc]
+
+
+def test_dashes_are_another_spelling() -> None:
+    config = compose(Config, ["--out", "a", "--fresh", "--optim.lr", "0.25", "--by", "x, y", "--seed=7"])
+    assert config == Config("a", seed=7, by=("x", "y"), fresh=True, optim=Optim(lr=0.25))
+
+
+@pytest.mark.parametrize("text", ["1.10", "yes", "007", "2025-01-30", "a: b", "{a", "[a]", "x == 'B cell'", "", "5e4"])
+def test_text_stays_as_typed(text: str) -> None:
+    config = compose(Config, [f"out={text}", f"label={text}", f"where={text}", f"by=k,{text}"])
+    assert (config.out, config.label, config.where, config.by) == (text, text, Path(text), ("k", text))
+
+
+def test_none_is_null_and_a_tuple_can_be_empty() -> None:
+    config = compose(Config, ["out=a", "seed=3", "seed=null", "label=null", "by=a", "by="])
+    assert (config.seed, config.label, config.by) == (None, None, ())
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["steps=3"], "out must be given, as out=VALUE"),
+        (["out=a", "step=3"], "step=3: unknown key 'step'; did you mean steps"),
+        (["out=a", "optim.lrr=3"], "unknown key 'optim.lrr'; did you mean optim.lr"),
+        (["out=a", "lr=3"], "unknown key 'lr'; did you mean optim.lr"),
+        (["out=a", "steps=x"], "steps=x: Value 'x'"),
+        (["out=a", "steps=5e4"], "steps=5e4: "),
+        (["out=a", "steps=[1"], "steps=[1: "),
+        (["out=a", "optim.kind=adam"], "optim.kind=adam: Invalid value 'adam', expected one of ['adamw', 'sgd']"),
+        (["out=a", "optim.betas=0.1"], "optim.betas=0.1: "),
+        (["out=a", "steps=0"], "steps: 0 must be at least 1"),
+        (["out=a", "--steps"], "--steps needs a value"),
+        (["--out", "--fresh"], "--out needs a value"),
+        (["out=a", "vae/tini"], "preset 'vae/tini' is unknown; there are: vae/other, vae/tiny, a path"),
+        (["out=a", "tiny"], "preset 'tiny' is unknown; there are: hardware/cpu, vae/other"),
+        (["out=a", "none.yaml"], "preset 'none.yaml': no such file"),
+        (["out=a", "=3"], "=3: unknown key ''"),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_key(presets: Path, words: list[str], said: str) -> None:
+    with pytest.raises(InputError) as error:
+        compose(Config, words)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"optim: {lrr: 1}", "unknown key 'optim.lrr'; did you mean optim.lr"),
+        (b"optim: {lr: fast}", "optim.lr: Value 'fast'"),
+        (b"a: [1", "is not YAML"),
+        (b"- 1", "must hold `key: value` lines"),
+        (b"\xff\xfe\x00", "is not YAML"),
+    ],
+)
+def test_a_broken_preset_is_named(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        compose(Config, [str(path), "out=a"])
+    assert said in str(error.value)
+    assert "mine.yaml" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_written_as_yaml_is_a_preset_that_gives_it_back(tmp_path: Path) -> None:
+    config = Config("a: b", steps=7, by=("1.10", "yes"), where=Path("x/y"), optim=Optim(lr=1e-5, betas=(0.5, 0.6)))
+    text = to_yaml(config)
+    assert "!!python" not in text
+    (tmp_path / "config.yaml").write_text(text)
+    assert compose(Config, [str(tmp_path / "config.yaml")]) == config
+
+
+def test_help_shows_every_key_with_type_default_and_meaning(presets: Path) -> None:
+    assert flatten(Config)[0] == ("out", "str", "required", "folder that is written")
+    text = help_text("try", "Tries.", Config, "scldm try out=a")
+    for part in (
+        "steps  [int; 50000]\n      optimizer steps",
+        "optim.kind  [adamw|sgd; adamw]\n      which optimizer",
+        "optim.betas  [tuple[float, float]; (0.9, 0.95)]",
+        "hardware/cpu  vae/other  vae/tiny",
+        "Tries.",
+        "  scldm try out=a",
+    ):
+        assert part in text
