@@ -1,0 +1,189 @@
+"""Gene sets: which genes the encoder is given and which the decoder is asked about. Pure functions of (seed, epoch,
+position in the epoch) and, where a policy looks at it, of the cell.
+
+all: every gene, zeros included.
+    Encoder: the whole cell. Decoder: the likelihood of the whole cell.
+random: n_genes drawn uniformly without replacement, expressed or not.
+    Encoder: an unbiased view, in which a zero is an observation. Decoder: the likelihood of a random part.
+expressed: the cell's own expressed genes, padded with index 0 to a common width and masked.
+    Encoder: the whole cell, since what is absent is zero. Decoder: only counts above 0 are judged and no gene's absence
+    is, so that rates come out too high; for experiments.
+expressed_plus_zeros: the expressed genes and, up to n_genes, unexpressed ones drawn uniformly.
+    Encoder: the whole cell, and some zeros said aloud. Decoder: all that is there, and a sample of what is not.
+weighted: n_genes without replacement, more often those of a high mean (or of variable expression).
+    Encoder and decoder: a part rich in informative genes; not an unbiased one.
+same: for the decoder alone, the encoder's set; with `random`, what the paper does.
+
+The library size given to the likelihood is always that of the decoder's set. `random` and `weighted` draw one set per
+cell, as in the paper, or one per group of `gene_set_group` positions of the global batch, which its cells share:
+faster, since their embeddings are looked up once.
+
+Reading order: GeneSetConfig, GeneSets, the kernel (numba; it releases the GIL).
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numba import njit
+
+from data_pipeline.order import random_words
+from scldm.errors import InputError
+
+Policy = Literal["all", "random", "expressed", "expressed_plus_zeros", "weighted", "same"]
+DRAWN: tuple[Policy, ...] = ("random", "weighted")
+OF_THE_CELL: tuple[Policy, ...] = ("expressed", "expressed_plus_zeros")
+WIDTH_STEP = 64  # a micro-batch's padded width is rounded up to it, so that a compiled model meets few shapes
+
+
+@dataclass(frozen=True)
+class GeneSetConfig:
+    """Which genes of a cell are taken.
+
+    policy: all, random, expressed, expressed_plus_zeros, weighted; for the decoder also same (the encoder's set)
+    n_genes: genes in a set (random, weighted, expressed_plus_zeros), or the padded width (expressed; 0 pads to the
+        longest cell of each micro-batch)
+    gene_set_group: positions of the global batch that share a drawn set; 1 draws one per cell. It changes the result:
+        it belongs to the run and not to the hardware; micro_batch must divide it
+    weight_by: weighted draws by `mean`, the mean count, or by `variability`, the variance f (1 - f) of being expressed
+    overflow: for cells with more expressed genes than n_genes: refuse, or sample (n_genes of them, uniformly)
+    """
+
+    policy: Policy = "all"
+    n_genes: int = 0
+    gene_set_group: int = 1
+    weight_by: Literal["mean", "variability"] = "mean"
+    overflow: Literal["refuse", "sample"] = "refuse"
+
+
+class GeneSets:
+    """The gene sets of one side, encoder or decoder.
+
+    key: where the config stands in the run's, for messages
+    purpose: DRAW_GIVEN or DRAW_ASKED, which keeps the draws of the two sides apart
+    n_expressed_largest: expressed genes of the cell that has most
+    weights: of the genes, (G,), for policy weighted
+
+    Raises: InputError for a policy that this vocabulary, these cells or this micro-batch can't serve.
+    """
+
+    def __init__(
+        self,
+        config: GeneSetConfig,
+        key: str,
+        *,
+        seed: int,
+        purpose: int,
+        n_genes: int,
+        n_expressed_largest: int,
+        weights: np.ndarray | None,
+        global_batch: int,
+        micro_batch: int,
+        loud: bool,
+    ) -> None:
+        self.config, self.seed, self.purpose = config, seed, purpose
+        self.total, self.width, self.global_batch = n_genes, config.n_genes, global_batch
+        policy = config.policy
+        if policy == "same":
+            raise InputError(f"{key}.policy=same is for the decoder alone: say which genes the encoder is given")
+        if policy in ("random", "weighted", "expressed_plus_zeros") and not 1 <= config.n_genes <= n_genes:
+            raise InputError(f"{key}.n_genes={config.n_genes} must lie in 1 ... {n_genes}, the genes of the vocabulary")
+        if config.n_genes < 0 or config.gene_set_group < 1:
+            raise InputError(
+                f"{key}: n_genes={config.n_genes} and gene_set_group={config.gene_set_group} can't be negative"
+            )
+        if policy in DRAWN and config.gene_set_group > 1 and config.gene_set_group % micro_batch:
+            down = config.gene_set_group // micro_batch * micro_batch
+            near = f"{down} or {down + micro_batch}" if down else f"{micro_batch}"
+            raise InputError(
+                f"{key}.gene_set_group={config.gene_set_group} must be 1 or a multiple of micro_batch={micro_batch}, "
+                f"which may not cross a group; nearest: {near}"
+            )
+        if policy in OF_THE_CELL and 0 < config.n_genes < n_expressed_largest:
+            if config.overflow == "refuse":
+                raise InputError(
+                    f"{key}.n_genes={config.n_genes}: a cell of this set expresses {n_expressed_largest} genes; "
+                    f"n_genes={n_expressed_largest} takes all, overflow=sample a random part of such cells' genes"
+                )
+            if loud:
+                text = (
+                    f"{key}: cells with over {config.n_genes} expressed genes (up to {n_expressed_largest}) lose some"
+                )
+                print(text, file=sys.stderr)
+        self.rates: np.ndarray | None = None
+        if policy == "weighted":
+            assert weights is not None
+            if (weights > 0).sum() < config.n_genes:
+                n = (weights > 0).sum()
+                raise InputError(f"{key}.n_genes={config.n_genes}: only {n} genes have a {config.weight_by} above 0")
+            self.rates = weights
+        self.scratch = np.arange(1, n_genes + 1, dtype=np.int32)
+
+    @property
+    def of_the_cell(self) -> bool:
+        """Whether the set depends on what the cell expresses."""
+        return self.config.policy in OF_THE_CELL
+
+    @property
+    def shared(self) -> bool:
+        """Whether the cells of a micro-batch share one set."""
+        return self.config.policy == "all" or (self.config.policy in DRAWN and self.config.gene_set_group > 1)
+
+    def ids(self, epoch: int, step: int, positions: np.ndarray) -> np.ndarray:
+        """The vocabulary indices of the sets at these positions of the epoch's global batch `step`, int32: (S,) where
+        they share one, else (B, S)."""
+        assert not self.of_the_cell
+        if self.config.policy == "all":
+            return np.arange(1, self.total + 1, dtype=np.int32)
+        group = self.config.gene_set_group
+        if group > 1:
+            assert positions[0] // group == positions[-1] // group, "a micro-batch crosses a gene set's group"
+            return self._draw(epoch, step * self.global_batch + int(positions[0]) // group * group)
+        return np.stack([self._draw(epoch, step * self.global_batch + int(p)) for p in positions])
+
+    def words(self, epoch: int, step: int, positions: np.ndarray) -> np.ndarray:
+        """One random word (B,) for each cell, from which a policy that looks at the cell goes on."""
+        if self.config.policy == "expressed" and (not self.width or self.config.overflow == "refuse"):
+            return np.zeros(len(positions), np.uint64)  # draws nothing
+        first = step * self.global_batch
+        return np.concatenate([self._words(epoch, first + int(p), 1) for p in positions])
+
+    def _words(self, epoch: int, position: int, n: int) -> np.ndarray:
+        return random_words(self.seed, self.purpose, epoch, position, n)
+
+    def _draw(self, epoch: int, position: int) -> np.ndarray:
+        if self.rates is not None:
+            # n smallest of Exp(rate): successive sampling without replacement (Efraimidis & Spirakis 2006)
+            words = self._words(epoch, position, self.total)
+            uniform = ((words >> np.uint64(11)) + 1) * 2.0**-53
+            with np.errstate(divide="ignore"):
+                arrival = -np.log(uniform) / self.rates
+            arrival[self.rates <= 0] = np.inf
+            return np.sort(np.argsort(arrival, kind="stable")[: self.width] + 1).astype(np.int32)
+        # two draws a word; 32 bits make a draw from 60,000 genes uneven by 1 in 70,000 of its probability
+        words = self._words(epoch, position, (self.width + 1) // 2)
+        out = np.empty(self.width, np.int32)
+        _draw_without_replacement(self.scratch, words.view(np.uint32), out)
+        return out
+
+
+# --- kernels -------------------------------------------------------------------------------------------------------
+
+
+@njit(nogil=True, cache=True)
+def _draw_without_replacement(items, words, out):
+    """The first steps of a Fisher-Yates shuffle of `items`, then undone: every draw starts from the same order."""
+    n = len(items)
+    for k in range(len(out)):
+        j = k + np.int64((np.uint64(words[k]) * np.uint64(n - k)) >> np.uint64(32))
+        out[k] = items[j]
+        items[j] = items[k]
+        items[k] = out[k]
+    for k in range(len(out) - 1, -1, -1):
+        j = k + np.int64((np.uint64(words[k]) * np.uint64(n - k)) >> np.uint64(32))
+        out_k = items[k]
+        items[k] = items[j]
+        items[j] = out_k

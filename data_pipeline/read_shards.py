@@ -1,0 +1,310 @@
+"""Reads a shard set: its manifest and index, and any block by one positioned read, checked against its CRC-32.
+
+Local folders are read in place. Of a remote set (any fsspec URL) the index is copied to a cache folder when it is
+opened, and blocks are kept there up to a limit. Which blocks may be kept follows from the index alone (the first ones
+that fit), and each has its place in one sparse file, so that the ranks of a node share the cache without a word between
+them: a block whose CRC-32 fits is there, any other is fetched. As an epoch reads every block once in random order, no
+rule that evicts would hit more often.
+
+Reading order: BlockSource (what a loader needs), ShardSet, open files, the cache of a remote set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import sys
+import threading
+import zlib
+from collections import OrderedDict
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+import fsspec
+import numpy as np
+from fsspec.implementations.local import LocalFileSystem
+
+from data_pipeline import schema
+from data_pipeline.schema import Manifest
+from scldm.errors import InputError
+
+OPEN_FILES = 128
+ATTEMPTS = 5
+BACK_OFF_S = 0.5  # then 1, 2 and 4 s
+
+
+class BlockSource(Protocol):
+    """Cells in blocks, as a loader reads them: a ShardSet, or cells in memory.
+
+    hash: of everything that determines the cells and their order
+    blocks: one record of schema.BLOCK_INDEX per block
+    """
+
+    manifest: Manifest
+    hash: str
+    blocks: np.ndarray
+
+    def fetch(self, block: int) -> bytes: ...
+    def where(self, block: int) -> str: ...
+    def cell_column(self, name: str) -> np.ndarray: ...
+    def gene_column(self, name: str) -> np.ndarray: ...
+    def close(self) -> None: ...
+
+
+class ShardSet:
+    """A finished shard set, open for reading from any number of threads.
+
+    url: folder, or fsspec URL
+    cache_folder: where a remote set's index and blocks are kept; shared by the processes of a node
+    cache_bytes: at most so many bytes of blocks
+
+    Raises: InputError where there is no whole set, or one that this version can't read.
+    """
+
+    def __init__(self, url: str, *, cache_folder: str = "", cache_bytes: int = 0) -> None:
+        self.url = url.rstrip("/")
+        self.manifest = schema.read_manifest(self.url)
+        self.hash = manifest_hash(self.manifest)
+        fs, root = fsspec.core.url_to_fs(self.url)
+        self.fs, self.root = fs, str(root).rstrip("/")
+        self.closing = threading.Event()
+        self.local = isinstance(fs, LocalFileSystem)
+        self.files = _OpenFiles(OPEN_FILES)
+        self.cache: _BlockCache | None = None
+        if not self.local:
+            if not cache_folder:
+                raise InputError(
+                    f"{url}: a remote shard set needs cache_folder, a local folder for its index and blocks"
+                )
+            self.cache_root = Path(cache_folder).expanduser() / self.hash[:16]
+            self.cache_root.mkdir(parents=True, exist_ok=True)
+        self.index = {entry.path: entry for entry in self.manifest.index}
+        self.blocks = self._load(schema.BLOCK_INDEX_PATH, hashed=True)
+        self._check_index()
+        if not self.local and cache_bytes:
+            self.cache = _BlockCache(self.cache_root / "blocks.bin", self.blocks["length"], cache_bytes)
+
+    def _check_index(self) -> None:
+        """The block index fits the manifest, and every shard is there by name; sizes are checked when one is opened."""
+        m = self.manifest
+        if self.blocks.dtype != schema.BLOCK_INDEX:
+            raise InputError(
+                f"{self.url}/{schema.BLOCK_INDEX_PATH}: its fields are not those of format {schema.VERSION}"
+            )
+        n_cells, n_blocks = int(self.blocks["n_cells"].sum(dtype=np.int64)), sum(s.n_blocks for s in m.shards)
+        if (n_cells, len(self.blocks)) != (m.n_cells, n_blocks):
+            raise InputError(
+                f"{self.url}/{schema.BLOCK_INDEX_PATH}: {len(self.blocks)} blocks of {n_cells} cells, "
+                f"the manifest says {n_blocks} of {m.n_cells}"
+            )
+        folder = f"{self.root}/shards"
+        try:
+            there = {str(p).rstrip("/").split("/")[-1] for p in self.fs.ls(folder, detail=False)} if m.shards else set()
+        except FileNotFoundError:
+            there = set()
+        missing = [s.path for s in m.shards if s.path.split("/")[-1] not in there]
+        if missing:
+            raise InputError(
+                f"{self.url}: {len(missing)} of {len(m.shards)} shards are missing, the first is {missing[0]}"
+            )
+
+    def cell_column(self, name: str) -> np.ndarray:
+        """One value per cell in set order, memory-mapped: source, row, total_counts, n_expressed, condition.NAME."""
+        return self._load(schema.cell_column_path(name))
+
+    def gene_column(self, name: str) -> np.ndarray:
+        """One value per gene, in vocabulary order."""
+        return self._load(schema.gene_column_path(name))
+
+    def where(self, block: int) -> str:
+        """The name of a block for a message: its shard and number."""
+        return f"{self.url}/{self._shard(block).path}, block {block}"
+
+    def fetch(self, block: int) -> bytes:
+        """The bytes of a block, checked against the index.
+
+        Raises: InputError for a shard that is missing, cut short, changed or corrupt; OSError where a remote read fails
+        five times.
+        """
+        if not self.local:
+            return self._fetch_remote(block)
+        record, shard = self.blocks[block], self._shard(block)
+        with self.files.open(f"{self.root}/{shard.path}", shard.bytes) as fd:
+            data = os.pread(fd, int(record["length"]), int(record["offset"]))
+        if zlib.crc32(data) != record["crc32"]:
+            raise InputError(
+                f"{self.where(block)}: its CRC-32 is not that of the index: the shard is damaged or was changed"
+            )
+        return data
+
+    def close(self) -> None:
+        """Releases every file; a read that waits to try again gives up."""
+        self.closing.set()
+        self.files.close()
+        if self.cache:
+            self.cache.close()
+
+    # --- within
+
+    def _shard(self, block: int) -> schema.ShardEntry:
+        return self.manifest.shards[int(self.blocks["shard"][block])]
+
+    def _fetch_remote(self, block: int) -> bytes:
+        record = self.blocks[block]
+        crc = int(record["crc32"])
+        if self.cache and (data := self.cache.get(block)) is not None and zlib.crc32(data) == crc:
+            return data
+        start, length = int(record["offset"]), int(record["length"])
+        data = self._remote(self._shard(block).path, self.where(block), start, start + length, crc)
+        if self.cache:
+            self.cache.put(block, data)
+        return data
+
+    def _remote(self, path: str, name: str, start: int | None, end: int | None, crc: int | None) -> bytes:
+        """Bytes of a remote file, tried five times with growing pauses."""
+        problem: BaseException | None = None
+        for attempt in range(ATTEMPTS):
+            if attempt and self.closing.wait(BACK_OFF_S * 2 ** (attempt - 1)):
+                break
+            try:
+                data = self.fs.cat_file(f"{self.root}/{path}", start=start, end=end)
+            except FileNotFoundError:
+                raise InputError(f"{self.url}/{path}: is missing") from None
+            except (OSError, TimeoutError, ConnectionError) as error:
+                problem = error
+                continue
+            if crc is None or zlib.crc32(data) == crc:
+                return data
+            problem = InputError(f"{name}: its CRC-32 is not that of the index: the shard is damaged or was changed")
+        if isinstance(problem, InputError):
+            raise problem
+        raise OSError(f"{name}: reading failed {ATTEMPTS} times, at last: {problem!r}") from problem
+
+    def _load(self, path: str, hashed: bool = False) -> np.ndarray:
+        """An index file, memory-mapped; of a remote set from the cache folder, where it is put first."""
+        entry = self.index.get(path)
+        if entry is None:
+            raise InputError(f"{self.url}: the set has no {path}")
+        local = Path(self.root) / path
+        if not self.local:
+            local = self.cache_root / path
+            if not local.is_file() or local.stat().st_size != entry.bytes:
+                data = self._remote(path, f"{self.url}/{path}", None, None, None)
+                local.parent.mkdir(parents=True, exist_ok=True)
+                aside = local.with_name(f"{local.name}.{os.getpid()}.{threading.get_ident()}")
+                aside.write_bytes(data)
+                os.replace(aside, local)
+        try:
+            size = local.stat().st_size
+        except FileNotFoundError:
+            raise InputError(f"{self.url}/{path}: is missing") from None
+        if size != entry.bytes:
+            raise InputError(f"{self.url}/{path}: {size} bytes, the manifest says {entry.bytes}")
+        if hashed and hashlib.sha256(local.read_bytes()).hexdigest() != entry.sha256:
+            raise InputError(f"{self.url}/{path}: its SHA-256 is not that of the manifest: damaged or changed")
+        return _map(local)
+
+
+def _map(path: Path) -> np.ndarray:
+    """A .npy file, memory-mapped (an empty array can't be)."""
+    with open(path, "rb") as file:
+        head = io.BytesIO(file.read(1 << 16))
+    version = np.lib.format.read_magic(head)
+    assert version == (1, 0), version
+    shape, _, _ = np.lib.format.read_array_header_1_0(head)
+    return np.load(path, mmap_mode="r" if np.prod(shape) else None)
+
+
+def manifest_hash(manifest: Manifest) -> str:
+    """SHA-256 over all that a manifest says, hence (it holds the shards' SHA-256) over the whole set."""
+    return hashlib.sha256(json.dumps(manifest.to_json(), sort_keys=True).encode()).hexdigest()
+
+
+# --- open files ----------------------------------------------------------------------------------------------------
+
+
+class _OpenFiles:
+    """Files kept open between reads, at most `limit` of them (and those being read)."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.lock = threading.Lock()
+        self.held: OrderedDict[str, list[int]] = OrderedDict()  # path -> [file descriptor, readers]
+
+    def open(self, path: str, expected_bytes: int) -> _Reading:
+        return _Reading(self, path, expected_bytes)
+
+    def close(self) -> None:
+        with self.lock:
+            self._shrink(0)
+
+    def _shrink(self, limit: int) -> None:
+        for path in [p for p, (_, readers) in self.held.items() if not readers]:
+            if len(self.held) <= limit:
+                break
+            os.close(self.held.pop(path)[0])
+
+
+class _Reading:
+    """`with files.open(path, bytes) as fd`: the file stays open at least as long."""
+
+    def __init__(self, files: _OpenFiles, path: str, expected_bytes: int) -> None:
+        self.files, self.path, self.expected_bytes = files, path, expected_bytes
+
+    def __enter__(self) -> int:
+        with self.files.lock:
+            entry = self.files.held.get(self.path)
+            if entry is None:
+                try:
+                    fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                except FileNotFoundError:
+                    raise InputError(f"{self.path}: the shard is missing") from None
+                size = os.fstat(fd).st_size
+                if size != self.expected_bytes:
+                    os.close(fd)
+                    raise InputError(
+                        f"{self.path}: {size} bytes, the manifest says {self.expected_bytes}: cut short or changed"
+                    )
+                self.files._shrink(self.files.limit - 1)
+                entry = self.files.held[self.path] = [fd, 0]
+            self.files.held.move_to_end(self.path)
+            entry[1] += 1
+            return entry[0]
+
+    def __exit__(self, *_: object) -> None:
+        with self.files.lock:
+            self.files.held[self.path][1] -= 1
+
+
+# --- the cache of a remote set -------------------------------------------------------------------------------------
+
+
+class _BlockCache:
+    """The first blocks of a set that fit the limit, each at its own place in one sparse file; readers check the CRC."""
+
+    def __init__(self, path: Path, lengths: np.ndarray, limit: int) -> None:
+        self.end = np.cumsum(lengths, dtype=np.int64)
+        self.start = self.end - lengths.astype(np.int64)
+        self.limit, self.path = limit, path
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+    def get(self, block: int) -> bytes | None:
+        if self.end[block] > self.limit:
+            return None
+        return os.pread(self.fd, int(self.end[block] - self.start[block]), int(self.start[block]))
+
+    def put(self, block: int, data: bytes) -> None:
+        if self.end[block] > self.limit:
+            return
+        try:
+            os.pwrite(self.fd, data, int(self.start[block]))
+        except OSError as error:  # a full disk costs speed, not the run
+            self.limit = 0
+            print(f"{self.path}: {error.strerror}; nothing more is cached", file=sys.stderr)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            os.close(self.fd)

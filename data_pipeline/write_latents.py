@@ -1,0 +1,277 @@
+"""Latent shard sets: every cell of a cell set encoded once, in the same blocks, shards, splits and order.
+
+A set of kind `latents` has the layout of README.md, with the index of cells and genes, vocabularies, splits and
+statistics of the cell set that it comes from. Its manifest's `extra` says `cells` (that set's hash), `vae` (hash of the
+model), `shape` (L, Z), and `mean` and `std` over the training cells, each (L, Z). A block is 64 bytes of header
+(LATENT_HEADER), then these sections, each filled up with zero bytes to a multiple of 8: total counts u8, source u2, row
+i8, condition widths u1, label ids of each condition, latents f4 (n_cells, L, Z). Blocks are not compressed: floats
+hardly shrink.
+
+Any number of processes write shards side by side; a shard counts as written once its note under `parts/` is there.
+`finish` writes index and manifest last.
+
+Reading order: the block (encode, LatentSlots decodes), LatentWriter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+import threading
+import zlib
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline import schema
+from data_pipeline.block import ALIGN
+from data_pipeline.read_shards import BlockSource
+from data_pipeline.schema import FileEntry, Manifest, ShardEntry
+from scldm.errors import InputError
+
+LATENT_MAGIC = b"SCLDMLAT"
+LATENT_HEADER = np.dtype(
+    [
+        ("magic", "S8"),
+        ("version", "<u2"),
+        ("split", "<u1"),
+        ("zero", "<u1"),
+        ("n_cells", "<u2"),
+        ("n_conditions", "<u2"),
+        ("n_tokens", "<u4"),
+        ("width", "<u4"),
+        ("reserved", "S40"),
+    ]
+)
+assert LATENT_HEADER.itemsize == 64
+
+
+# --- the block -----------------------------------------------------------------------------------------------------
+
+
+def encode_latent_block(
+    latent_BLZ: np.ndarray,
+    *,
+    split: int,
+    total_counts: np.ndarray,
+    sources: np.ndarray,
+    rows: np.ndarray,
+    conditions: list[np.ndarray],
+) -> bytes:
+    """The bytes of a block; `conditions` have their stored dtype."""
+    header = np.zeros((), LATENT_HEADER)
+    header["magic"], header["version"], header["split"] = LATENT_MAGIC, 1, split
+    header["n_cells"], header["n_conditions"] = len(latent_BLZ), len(conditions)
+    header["n_tokens"], header["width"] = latent_BLZ.shape[1:]
+    widths = np.array([c.dtype.itemsize for c in conditions], "u1")
+    parts = [total_counts.astype("<u8"), sources.astype("<u2"), rows.astype("<i8"), widths, *conditions]
+    sections = [*parts, latent_BLZ.astype("<f4")]
+    return header.tobytes() + b"".join(s.tobytes() + bytes(-s.nbytes % ALIGN) for s in sections)
+
+
+class LatentSlots:
+    """Memory for `n_slots` blocks of latents. Different slots may be filled from different threads at once.
+
+    latent: (n_slots, block_cells, L, Z) float32; the other arrays are CellSlots'
+    """
+
+    def __init__(self, manifest: Manifest, n_slots: int) -> None:
+        self.n_slots, self.shape = n_slots, tuple(manifest.extra["shape"])
+        self.names = manifest.conditions.names
+        cells = manifest.block_cells
+        self.latent = np.empty((n_slots, cells, *self.shape), np.float32)
+        self.labels = np.zeros((n_slots, cells, len(self.names)), np.int64)
+        self.identity = np.zeros((n_slots, cells, 2), np.int64)
+        self.total_counts = np.zeros((n_slots, cells), np.int64)
+
+    def fill(self, slot: int, data: bytes, where: str) -> None:
+        """Puts a block into a slot.
+
+        Raises: InputError for bytes that are no sound block of this set.
+        """
+        if len(data) < LATENT_HEADER.itemsize or data[:8] != LATENT_MAGIC:
+            raise InputError(f"{where}: not a block of latents")
+        header = np.frombuffer(data, LATENT_HEADER, count=1)[0]
+        n, at = int(header["n_cells"]), LATENT_HEADER.itemsize
+        if header["version"] != 1 or (header["n_tokens"], header["width"]) != self.shape:
+            raise InputError(
+                f"{where}: version {header['version']}, latents of {header['n_tokens']} x {header['width']}"
+            )
+
+        def section(dtype: str, length: int) -> np.ndarray:
+            nonlocal at
+            values = np.frombuffer(data, dtype, count=length, offset=at) if length else np.empty(0, dtype)
+            at += values.nbytes + -values.nbytes % ALIGN
+            return values
+
+        try:
+            self.total_counts[slot, :n] = section("<u8", n)
+            self.identity[slot, :n, 0] = section("<u2", n)
+            self.identity[slot, :n, 1] = section("<i8", n)
+            for c, width in enumerate(section("<u1", int(header["n_conditions"]))):
+                self.labels[slot, :n, c] = section(f"<u{width}", n)
+            self.latent[slot, :n] = section("<f4", n * self.shape[0] * self.shape[1]).reshape(n, *self.shape)
+        except (ValueError, IndexError) as error:
+            raise InputError(f"{where}: damaged: {error}") from None
+
+
+# --- the writer ----------------------------------------------------------------------------------------------------
+
+
+class LatentWriter:
+    """Writes the latents of a cell set shard by shard; interrupted, the next one goes on with what is missing.
+
+    out: a local folder
+    cells: the set that is encoded
+    vae_hash: of the model that encodes
+    shape: (L, Z)
+
+    Raises: InputError where the folder holds other latents.
+    """
+
+    def __init__(self, out: str | Path, cells: BlockSource, vae_hash: str, shape: tuple[int, int]) -> None:
+        self.out, self.cells, self.shape = Path(out), cells, shape
+        self.identity: dict[str, Any] = {"cells": cells.hash, "vae": vae_hash, "shape": list(shape)}
+        self.parts = self.out / "parts"
+        self.finished = (self.out / schema.MANIFEST).is_file()
+        if self.finished:
+            there = schema.read_manifest(str(self.out)).extra
+        else:
+            self.parts.mkdir(parents=True, exist_ok=True)
+            (self.out / "shards").mkdir(exist_ok=True)
+            note = self.parts / "set.json"
+            if not note.is_file():
+                _write(note, json.dumps(self.identity).encode())
+            there = json.loads(note.read_text())
+        for key, value in self.identity.items():
+            if there.get(key) != value:
+                raise InputError(
+                    f"{self.out}: holds latents of another run: {key} is {there.get(key)!r}, not {value!r}; "
+                    "give another folder, or remove this one"
+                )
+
+    def missing_shards(self) -> list[int]:
+        """Numbers of the shards that are not written yet."""
+        if self.finished:
+            return []
+        shards = self.cells.manifest.shards
+        return [
+            k for k, shard in enumerate(shards) if not (self._note(k).is_file() and (self.out / shard.path).is_file())
+        ]
+
+    def write_shard(self, shard: int, latents: np.ndarray | Iterable[np.ndarray]) -> None:
+        """The latents (n, L, Z) of every cell of a shard in set order, at once or in pieces of any length."""
+        entry, cells = self.cells.manifest.shards[shard], self.cells
+        pieces = iter([latents] if isinstance(latents, np.ndarray) else latents)
+        held = np.empty((0, *self.shape), np.float32)
+        total, total_of_squares = np.zeros(self.shape), np.zeros(self.shape)
+        columns = {name: cells.cell_column(name) for name in ("source", "row", "total_counts")}
+        conditions = [cells.cell_column(f"condition.{name}") for name in cells.manifest.conditions.names]
+        (self.out / entry.path).parent.mkdir(parents=True, exist_ok=True)
+        aside = self.out / f"{entry.path}.{os.getpid()}.{threading.get_ident()}"
+        blocks = []
+        with tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for block in range(entry.first_block, entry.first_block + entry.n_blocks):
+                record = cells.blocks[block]
+                n, first = int(record["n_cells"]), int(record["first_cell"])
+                while len(held) < n:
+                    piece = next(pieces, None)
+                    assert piece is not None, f"shard {shard}: fewer latents than its {entry.n_cells} cells"
+                    assert piece.shape[1:] == self.shape, (piece.shape, self.shape)
+                    held = np.concatenate([held, piece.astype(np.float32)])
+                own, held = held[:n], held[n:]
+                if not np.isfinite(own).all():
+                    raise InputError(f"latents of {entry.path}, block {block}: not finite; the model is not usable")
+                total += own.sum(0, dtype=np.float64)
+                total_of_squares += np.square(own, dtype=np.float64).sum(0)
+                here = slice(first, first + n)
+                data = encode_latent_block(
+                    own,
+                    split=int(record["split"]),
+                    total_counts=columns["total_counts"][here],
+                    sources=columns["source"][here],
+                    rows=columns["row"][here],
+                    conditions=[c[here] for c in conditions],
+                )
+                member = tarfile.TarInfo(schema.member_name(block))
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+                blocks.append({"length": len(data), "crc32": zlib.crc32(data)})
+        assert not len(held), f"shard {shard}: more latents than its {entry.n_cells} cells"
+        assert next(pieces, None) is None, f"shard {shard}: more latents than its {entry.n_cells} cells"
+        size, sha = _size_and_sha(aside)
+        os.replace(aside, self.out / entry.path)
+        sums = {"sum": total.tolist(), "sum_of_squares": total_of_squares.tolist()}
+        _write(self._note(shard), json.dumps({"blocks": blocks, "bytes": size, "sha256": sha, **sums}).encode())
+
+    def finish(self) -> None:
+        """Writes index and manifest, once every shard is there; does nothing where they are."""
+        if self.finished:
+            return
+        missing = self.missing_shards()
+        assert not missing, f"{len(missing)} shards are missing, the first is {missing[0]}"
+        source = self.cells.manifest
+        notes = [json.loads(self._note(k).read_text()) for k in range(len(source.shards))]
+        shards: list[ShardEntry] = []
+        index = np.array(self.cells.blocks)
+        for entry, note in zip(source.shards, notes):
+            shards.append(replace(entry, bytes=note["bytes"], sha256=note["sha256"]))
+            at = 0
+            for block, made in enumerate(note["blocks"], entry.first_block):
+                record = index[block]
+                record["offset"], record["length"], record["crc32"] = at + 512, made["length"], made["crc32"]
+                index[block] = record
+                at += 512 + -(-made["length"] // 512) * 512
+        files = []
+        for path in [e.path for e in source.index]:
+            kind, _, name = Path(path).stem.partition(".")
+            values = index
+            if path != schema.BLOCK_INDEX_PATH:
+                values = self.cells.cell_column(name) if kind == "cells" else self.cells.gene_column(name)
+            (self.out / path).parent.mkdir(parents=True, exist_ok=True)
+            buffer = io.BytesIO()
+            np.lib.format.write_array(buffer, np.asarray(values), version=(1, 0))
+            data = buffer.getvalue()
+            _write(self.out / path, data)
+            files.append(FileEntry(path, len(data), hashlib.sha256(data).hexdigest()))
+        extra = {**self.identity, **self._moments(notes)}
+        manifest = replace(
+            source, kind="latents", shards=tuple(shards), index=tuple(files), codec="none", codec_level=0, extra=extra
+        )
+        _write(self.out / schema.MANIFEST, json.dumps(manifest.to_json()).encode())
+        self.finished = True
+        for note in self.parts.iterdir():
+            note.unlink()
+        self.parts.rmdir()
+
+    def _moments(self, notes: list[dict[str, Any]]) -> dict[str, Any]:
+        """Mean and standard deviation over the training cells, float64 (L, Z)."""
+        manifest = self.cells.manifest
+        train = [note for note, entry in zip(notes, manifest.shards) if manifest.splits[entry.split].name == "train"]
+        n = sum(e.n_cells for e in manifest.shards if manifest.splits[e.split].name == "train")
+        if not n:
+            return {}
+        mean = np.sum([note["sum"] for note in train], axis=0) / n
+        variance = np.sum([note["sum_of_squares"] for note in train], axis=0) / n - mean**2
+        return {"mean": mean.tolist(), "std": np.sqrt(np.maximum(variance, 0)).tolist()}
+
+    def _note(self, shard: int) -> Path:
+        return self.parts / f"{shard:06d}.json"
+
+
+def _write(path: Path, data: bytes) -> None:
+    aside = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
+    aside.write_bytes(data)
+    os.replace(aside, path)
+
+
+def _size_and_sha(path: Path) -> tuple[int, str]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return file.tell(), digest.hexdigest()
