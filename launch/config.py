@@ -77,6 +77,9 @@ def compose(schema: type[Config], argv: Sequence[str]) -> Config:
     """
     presets, overrides = split_arguments(schema, argv)
     config = OmegaConf.structured(schema)
+    while nested := [key for key in OmegaConf.missing_keys(config) if dataclasses.is_dataclass(_kind(schema, key))]:
+        for key in nested:  # a nested config without a default: its own required keys are what is missing
+            config = _merge(config, _at(key, OmegaConf.structured(_kind(schema, key))), key)
     for name in presets:
         config = _merge(config, load_preset(name), f"preset {name}")
     for override in overrides:
@@ -132,7 +135,11 @@ def _nested(schema: type, override: str) -> dict[str, Any]:
         value = [part.strip() for part in text.split(",")] if text else []
     else:
         value = _yaml(f"[{text}]" if is_list else text, override)
-    for name in reversed(key.split(".")):
+    return _at(key, value)
+
+
+def _at(dotted_key: str, value: Any) -> dict[str, Any]:
+    for name in reversed(dotted_key.split(".")):
         value = {name: value}
     return value
 

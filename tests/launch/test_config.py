@@ -50,6 +50,24 @@ class Config:
             raise InputError(f"steps: {self.steps} must be at least 1")
 
 
+@dataclass(frozen=True)
+class Nested:
+    """A config that requires another.
+
+    optim: with a default
+    inner: without one
+    """
+
+    inner: Config
+    optim: Optim = field(default_factory=Optim)
+
+
+def test_a_nested_config_without_a_default_asks_for_its_own_keys() -> None:
+    with pytest.raises(InputError, match=r"inner\.out must be given, as inner\.out=VALUE"):
+        compose(Nested, ["inner.steps=3"])
+    assert compose(Nested, ["inner.out=a", "inner.optim.lr=0.5"]).inner == Config("a", optim=Optim(lr=0.5))
+
+
 @pytest.fixture
 def presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two presets of group `vae` and one of `hardware` in place of the shipped ones."""
