@@ -1,0 +1,80 @@
+"""Marker genes of each type, chosen on real training cells, and whether generated cells have them too.
+
+Reading order: choose, fold change, check.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+
+N_MARKERS = 5
+MIN_CELLS = 3
+
+
+@dataclass(frozen=True)
+class Marker:
+    """A marker gene of a type.
+
+    t: Welch's t statistic of log1p counts per 10,000, the type's training cells against all others
+    log2_fold_change: source -> log2 of the ratio of mean counts per 10,000 (+ 1), the type against all others of that
+        source
+    """
+
+    type: str
+    gene: str
+    t: float
+    log2_fold_change: dict[str, float]
+
+
+def choose(log: sp.csr_matrix, types: np.ndarray, n: int = N_MARKERS) -> dict[str, list[tuple[int, float]]]:
+    """type -> its n genes of the highest Welch t (log expression in the type against all other cells), as (column, t),
+    best first; only genes that are up. Types with fewer than 3 cells inside or outside are left out: they have no
+    variance."""
+    total, squares = _sums(log)
+    out = {}
+    for label in np.unique(types):
+        rows = np.flatnonzero(types == label)
+        n_in, n_out = len(rows), len(types) - len(rows)
+        if min(n_in, n_out) < MIN_CELLS:
+            continue
+        total_in, squares_in = _sums(log[rows])
+        mean_in, mean_out = total_in / n_in, (total - total_in) / n_out
+        variance_in = np.clip(squares_in - n_in * mean_in**2, 0, None) / (n_in - 1)
+        variance_out = np.clip(squares - squares_in - n_out * mean_out**2, 0, None) / (n_out - 1)
+        error = np.sqrt(variance_in / n_in + variance_out / n_out)
+        t = np.divide(mean_in - mean_out, error, out=np.zeros_like(error), where=error > 0)
+        best = np.argsort(-t, kind="stable")[:n]
+        out[str(label)] = [(int(g), float(t[g])) for g in best if t[g] > 0]
+    return out
+
+
+def log2_fold_change(log: sp.csr_matrix, types: np.ndarray, label: str, genes: list[int]) -> np.ndarray:
+    """log2((mean counts per 10,000 in the type + 1) / (mean in all other cells + 1)), (genes,)."""
+    per_10k = log[:, genes].expm1()
+    inside = types == label
+    mean_in, mean_out = (np.asarray(per_10k[np.flatnonzero(rows)].mean(0)).ravel() for rows in (inside, ~inside))
+    return np.log2((mean_in + 1) / (mean_out + 1))
+
+
+def check(
+    train: tuple[sp.csr_matrix, np.ndarray], sources: dict[str, tuple[sp.csr_matrix, np.ndarray]], genes: list[str]
+) -> list[Marker]:
+    """The markers chosen on the training cells with their fold changes in every source (name -> log matrix, types).
+    Types of which some source has fewer than 3 cells inside or outside are left out."""
+    markers = []
+    for label, chosen in choose(*train).items():
+        inside = [((types == label).sum(), (types != label).sum()) for _, types in sources.values()]
+        if min(map(min, inside)) < MIN_CELLS:
+            continue
+        columns = [column for column, _ in chosen]
+        changes = {name: log2_fold_change(log, types, label, columns) for name, (log, types) in sources.items()}
+        for k, (column, t) in enumerate(chosen):
+            markers.append(Marker(label, genes[column], t, {name: float(v[k]) for name, v in changes.items()}))
+    return markers
+
+
+def _sums(log: sp.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
+    return np.asarray(log.sum(0)).ravel(), np.asarray(log.multiply(log).sum(0)).ravel()

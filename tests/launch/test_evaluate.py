@@ -1,0 +1,128 @@
+"""Cells come out of files and shard sets as they went in; the verb writes all that it promises, or one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+from data_pipeline.plan import ShardsWriteConfig
+from data_pipeline.sources import SourceConfig
+from data_pipeline.splits import SplitConfig
+from data_pipeline.write_shards import write_shards
+from launch.cli import main
+from launch.evaluated_cells import cells_of_h5ad, cells_of_shards, generated_cells
+from scldm.errors import InputError
+
+GENES = [f"g{k}" for k in range(30)]
+
+
+def cells(seed: int, n: int) -> tuple[sp.csr_matrix, pd.DataFrame]:
+    rng = np.random.default_rng(seed)
+    kind = np.arange(n) % 3 % 2
+    rate = np.ones((n, 30)) * rng.gamma(8, 0.5, size=(n, 1))
+    rate[kind == 0, :6] *= 5
+    rate[kind == 1, 6:12] *= 5
+    counts = sp.csr_matrix(rng.poisson(rate))
+    obs = pd.DataFrame({"kind": pd.Categorical(np.array(["T cell", "B cell"])[kind])})
+    obs["part"] = np.array(["train", "train", "train", "validation", "test"])[rng.integers(0, 5, n)]
+    return counts, obs.set_index(obs.index.astype(str))
+
+
+def write(path: Path, counts: sp.csr_matrix, obs: pd.DataFrame) -> None:
+    ad.AnnData(counts, obs, pd.DataFrame(index=pd.Index(GENES))).write_h5ad(path)
+
+
+@pytest.fixture
+def files(tmp_path):
+    write(tmp_path / "real.h5ad", *cells(0, 400))
+    write(tmp_path / "generated.h5ad", *cells(1, 90))
+    return tmp_path
+
+
+def test_h5ad_cells_are_dealt_by_their_split(files):
+    counts, obs = cells(0, 400)
+    dealt = cells_of_h5ad(str(files / "real.h5ad"), "kind", "part", "")
+    for found, part in zip(dealt, ("train", "validation", "test"), strict=True):
+        rows = np.flatnonzero(obs["part"] == part)
+        assert (found.counts != counts[rows]).nnz == 0
+        assert found.types.tolist() == obs["kind"].iloc[rows].tolist()
+    assert generated_cells(str(files / "generated.h5ad"), "kind").numbers() == {"T cell": 60, "B cell": 30}
+
+
+def test_shard_cells_are_those_that_were_written(files):
+    source = SourceConfig(paths=(str(files / "real.h5ad"),))
+    split = SplitConfig(validation=0.2, test=0.2, stratify=("kind",))
+    out = str(files / "shards")
+    write_shards(ShardsWriteConfig(source=source, out=out, conditions=("kind",), split=split, block_cells=64))
+    parts = cells_of_shards(out, "kind")
+    counts, obs = cells(0, 400)
+
+    def rows(counts, types) -> list[tuple]:
+        return sorted((t, *row) for t, row in zip(types, counts.toarray().tolist()))
+
+    together = sp.vstack([p.counts for p in parts]), np.concatenate([p.types for p in parts])
+    assert rows(*together) == rows(counts, obs["kind"])
+    assert sum(len(p.types) for p in parts[1:]) == pytest.approx(160, abs=30)
+    assert parts[0].genes == tuple(GENES)
+    with pytest.raises(InputError, match=r"shards has no condition='tissue'; it has kind"):
+        cells_of_shards(out, "tissue")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("real=R condition=tissue split=part", "obs has no column condition='tissue'; it has kind, part"),
+        ("real=R condition=kind", "obs has no column split='split'; it has kind, part"),
+        ("real=R condition=kind split=kind", "split='kind' marks no train cells; it must say train, validation, test"),
+        ("condition=kind", "give the real cells once: as shards=FOLDER, or as real=FILE.h5ad"),
+        ("real=R shards=S condition=kind", "give the real cells once"),
+        ("shards=S condition=kind", "S: no manifest.json"),
+        ("real=R condition=kind split=part layer=scaled", "layer='scaled' is not in the file; it has X"),
+        ("real=R condition=kind split=part vae_run=nowhere", "vae_run=nowhere: no metrics.jsonl"),
+        ("real=R condition=kind split=part evaluate.n_draws=1", "evaluate.n_draws=1 must be at least 2"),
+        ("real=R condition=kind split=part generated=N", "no counts in X"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(files, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(files)
+    counts, obs = cells(1, 90)
+    write(files / "N", counts.log1p(), obs)
+    (files / "real.h5ad").rename("R")
+    given = ["generated=generated.h5ad", "out=out", *words.split()]
+    assert main(["evaluate", *given]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not (files / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_verb_writes_report_evaluation_and_figures(files, monkeypatch, capsys):
+    monkeypatch.chdir(files)
+    (files / "vae").mkdir()
+    row = {"step": 1, "cells_seen": 64, "time": 0.0, "split": "validation", "nll": 3.0}
+    (files / "vae" / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    words = (
+        "generated=generated.h5ad real=real.h5ad split=part condition=kind out=out vae_run=vae tracking.enabled=false"
+    )
+    assert main(["evaluate", *words.split(), "evaluate.n_draws=3", "evaluate.min_cells=10"]) == 0
+    written = {str(p.relative_to(files / "out")) for p in (files / "out").rglob("*") if p.is_file()}
+    figures = ("scores", "umap", "marker_dots", "marker_changes", "genes", "library_sizes", "loss_curves")
+    assert written == {
+        "report.html",
+        "evaluation.json",
+        "evaluation/metrics.jsonl",
+        *(f"figures/{f}.png" for f in figures),
+    }
+    evaluation = json.loads((files / "out" / "evaluation.json").read_text())
+    assert evaluation["made_with"]["generated"] == "generated.h5ad"
+    assert evaluation["per_type"]["w2"]["beats"]["c"] is True
+    tracked = json.loads((files / "out" / "evaluation" / "metrics.jsonl").read_text())
+    assert tracked["per_type.w2"] == pytest.approx(evaluation["per_type"]["w2"]["score"])
+    assert "10 of 10  marker genes up" in capsys.readouterr().out
