@@ -70,7 +70,9 @@ class GeneVocab:
         """Raises: InputError where the stored hash is not that of the stored genes."""
         vocab = cls(tuple(obj["ids"]), obj["namespace"])
         if obj.get("hash") != vocab.hash:
-            raise InputError(f"{where}: hash {obj.get('hash')!r} does not match its {vocab.n_genes} genes ({vocab.hash})")
+            raise InputError(
+                f"{where}: hash {obj.get('hash')!r} does not match its {vocab.n_genes} genes ({vocab.hash})"
+            )
         return vocab
 
     def save(self, path: Path) -> None:
@@ -115,7 +117,9 @@ class ConditionVocab:
         index = self.index_of[name]
         for value in values:
             if value not in index:
-                near = difflib.get_close_matches(str(value), self.labels[name], n=3, cutoff=0.3) or self.labels[name][:5]
+                near = (
+                    difflib.get_close_matches(str(value), self.labels[name], n=3, cutoff=0.3) or self.labels[name][:5]
+                )
                 raise InputError(
                     f"condition {name!r} has no label {value!r}; nearest of its {len(index)}: {', '.join(map(repr, near))}"
                 )
