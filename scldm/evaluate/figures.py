@@ -28,10 +28,11 @@ from scldm.evaluate.rivals import RIVALS
 REAL, GENERATED, FLOOR, RIVAL = "#0072B2", "#D55E00", "#009E73", "#6E7781"
 INK, FAINT, GRID = "#1F2328", "#C9CED6", "#E7EAEE"
 TYPE_COLORS = ("#332288", "#DDCC77", "#117733", "#CC6677", "#88CCEE", "#882255", "#44AA99", "#AA4499", "#999933")
-TYPE_SHAPES = ("o", "^", "s", "D", "v", "P")
+OTHERS = ("#A3ABB5", "o")
 SOURCES = {"real": ("real test cells", REAL), "generated": ("generated cells", GENERATED)}
 WIDTH = 12.0  # inches; every figure is as wide, so that type has one size on the page
 SHOWN_TYPES = 12
+LIBRARY_TYPES = 24
 
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -69,9 +70,19 @@ def style() -> Iterator[None]:
 
 
 def type_look(types: list[str]) -> dict[str, tuple[str, str]]:
-    """type -> (colour, marker shape); the shape changes when the nine colours are used up."""
+    """type -> (colour, marker shape) of the first 18, whom nine colours and two shapes keep apart; the others share a
+    grey."""
     n = len(TYPE_COLORS)
-    return {t: (TYPE_COLORS[k % n], TYPE_SHAPES[k // n % len(TYPE_SHAPES)]) for k, t in enumerate(types)}
+    told_apart = {t: (TYPE_COLORS[k % n], "o^"[k // n]) for k, t in enumerate(types[: 2 * n])}
+    return {t: told_apart.get(t, OTHERS) for t in types}
+
+
+def type_legend(looks: Mapping[str, tuple[str, str]]) -> list[Line2D]:
+    """One handle a type that has a look of its own, and one for the rest."""
+    own = [(_short(t, 34), look) for t, look in looks.items() if look != OTHERS]
+    rest = len(looks) - len(own)
+    own += [(f"{rest} other types", OTHERS)] * (rest > 0)
+    return [Line2D([], [], marker=shape, linestyle="", color=color, label=label) for label, (color, shape) in own]
 
 
 # --- scores --------------------------------------------------------------------------------------------------------
@@ -120,7 +131,9 @@ def scores(evaluation: dict) -> Figure:
 
 def umap(evaluation: dict) -> Figure:
     """Real test and generated cells on one UMAP: by source, then each source by type."""
-    fig = Figure(figsize=(WIDTH, 4.6))
+    types = list(evaluation["cells"]["by_type"])
+    looks = type_look(types)
+    fig = Figure(figsize=(WIDTH, 3.9 + 0.18 * -(-len(type_legend(looks)) // 3)))
     axes = fig.subplots(1, 3, sharex=True, sharey=True)
     cells = {c["source"]: {k: np.array(v) for k, v in c.items() if k != "source"} for c in evaluation["map"]}
     n = sum(len(c["x"]) for c in cells.values())
@@ -134,20 +147,15 @@ def umap(evaluation: dict) -> Figure:
     handles = [Line2D([], [], marker="o", linestyle="", color=c, label=name) for name, c in SOURCES.values()]
     fig.legend(handles=handles, loc="outside lower left", ncols=2, handletextpad=0.2, columnspacing=1.2)
 
-    types = list(evaluation["cells"]["by_type"])
-    looks = type_look(types)
     for ax, (source, c) in zip(axes[1:], cells.items(), strict=True):
         ax.scatter(x, y, s=size * 0.6, color=FAINT, alpha=0.5, linewidths=0)
-        for t in types:
+        for t in reversed(types):  # the grey ones lie below
             here = c["type"] == t
             ax.scatter(
                 c["x"][here], c["y"][here], s=size, color=looks[t][0], marker=looks[t][1], alpha=0.9, linewidths=0
             )
         ax.set_title(f"{SOURCES[source][0]} by type")
-    handles = [Line2D([], [], marker=m, linestyle="", color=c, label=_short(t, 34)) for t, (c, m) in looks.items()]
-    fig.legend(
-        handles=handles, loc="outside lower right", ncols=min(3, len(types)), handletextpad=0.2, columnspacing=1.2
-    )
+    fig.legend(handles=type_legend(looks), loc="outside lower right", ncols=3, handletextpad=0.2, columnspacing=1.2)
     for ax in axes:
         ax.set(xticks=[], yticks=[], xlabel="UMAP 1")
         ax.spines[["left", "bottom"]].set_color(FAINT)
@@ -237,11 +245,9 @@ def marker_changes(evaluation: dict) -> Figure:
     ax.axhspan(low - pad, 0, color=GRID, zorder=0)
     ax.text(high, (low - pad) / 2, "not up in generated cells", ha="right", va="center", color=RIVAL, fontsize=9)
     ax.plot([low, high], [low, high], color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
-    for t in types:
+    for t in reversed(types):  # the grey ones lie below
         here = np.array([m["type"] == t for m in found])
-        ax.scatter(
-            real[here], generated[here], s=40, color=looks[t][0], marker=looks[t][1], alpha=0.9, label=_short(t, 34)
-        )
+        ax.scatter(real[here], generated[here], s=40, color=looks[t][0], marker=looks[t][1], alpha=0.9)
     short = [k for k in np.argsort(generated - real)[:5] if generated[k] < real[k]]
     for i, k in enumerate(sorted(short, key=lambda k: real[k])):
         side, align = ((-7, "right"), (7, "left"))[i % 2]  # neighbours don't write over each other
@@ -249,7 +255,8 @@ def marker_changes(evaluation: dict) -> Figure:
         ax.annotate(found[k]["gene"], at, (side, -4), textcoords="offset points", fontsize=8, ha=align)
     ax.grid()
     ax.set(xlabel="log2 fold change in real test cells", ylabel="log2 fold change in generated cells")
-    fig.legend(loc="outside right center", ncols=1 + (len(types) - 1) // 18, handletextpad=0.2)
+    shown = {t: look for t, look in looks.items() if t in types}
+    fig.legend(handles=type_legend(shown), loc="outside right center", handletextpad=0.2)
     return fig
 
 
@@ -283,7 +290,7 @@ def genes(evaluation: dict) -> Figure:
 
 def library_sizes(evaluation: dict) -> Figure:
     """Total counts per cell by type, real beside generated: cells, middle half and median."""
-    types = list(evaluation["cells"]["by_type"])[: 2 * SHOWN_TYPES]
+    types = list(evaluation["cells"]["by_type"])[:LIBRARY_TYPES]
     fig = Figure(figsize=(WIDTH, 1.2 + 0.46 * len(types)))
     ax = fig.subplots()
     rng = np.random.default_rng(0)

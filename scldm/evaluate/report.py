@@ -11,7 +11,7 @@ import os
 from html import escape
 from pathlib import Path
 
-from scldm.evaluate.figures import FIGURES, has, shown_types, style
+from scldm.evaluate.figures import FIGURES, LIBRARY_TYPES, has, shown_types, style
 from scldm.evaluate.metrics import METRICS
 from scldm.evaluate.rivals import RIVALS
 from scldm.progress import Progress
@@ -67,10 +67,10 @@ var(--line);
 figcaption, caption { color: var(--soft); font-size: .93rem; text-align: left; margin-top: .5rem; max-width: 90ch; }
 caption { margin: 0 0 .5rem; } caption b, figcaption b { color: var(--ink); }
 .scroll { overflow-x: auto; margin: 1.1rem 0; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .34rem .6rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line);
+table { border-collapse: collapse; width: 100%; font-size: .87rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .34rem .45rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line);
 white-space: nowrap; } th { font-weight: 600; vertical-align: bottom; white-space: normal; }
-th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 13rem; }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 11rem; }
 td small { display: block; line-height: 1.35; white-space: normal; } td .sd { color: var(--soft); font-size: .85em; }
 .group th { text-align: left; background: var(--card); } .left td, .left th { text-align: left; white-space: normal; }
 td.left-edge, th.left-edge { border-left: 1px solid var(--line); }
@@ -187,18 +187,14 @@ def _scores(e: dict, images: dict[str, bytes]) -> str:
         f"test cells ({_list(e['scored_types'])}), weighted by cells. {_how_to_read(draws)}"
     )
     pooled = f"<b>Scores pooled</b>: all {e['cells']['compared']:,} cells of all types at once. Columns as above."
-    by_type = "".join(
-        f"<details><summary>{escape(t)} ({e['cells']['by_type'][t]['compared']:,} cells)</summary>"
-        f"{_score_table(e['by_type'][t], f'<b>Scores of {escape(t)}</b>. Columns as above.', explain=False)}</details>"
-        for t in e["scored_types"]
-    )
     return (
         "<p>All scores compare log-normalised expression (counts per 10,000, log1p) of generated and of test cells. "
         f"The first four are distances in the first {p['n_components']} principal components, which were fitted on "
         f"validation cells and hold {100 * p['explained_variance']:.0f} % of their variance. The rivals, drawn from "
         f"the training cells:</p><ul>{rivals}</ul>"
         f"{_figure(images, 'scores', caption)}{_score_table(e['per_type'], per_type)}"
-        f"{_score_table(e['pooled'], pooled, explain=False)}{by_type}"
+        f"{_score_table(e['pooled'], pooled, explain=False)}"
+        f"{_by_type_table(e)}"
     )
 
 
@@ -246,12 +242,14 @@ def _markers(e: dict, images: dict[str, bytes]) -> str:
         "shortest are named."
     )
     number = {t: n["compared"] for t, n in e["cells"]["by_type"].items()}
-    rows = "".join(
-        f"<tr><td>{escape(m['type'])} <span "
-        f"class='soft'>({number[m['type']]:,})</span></td><td>{escape(m['gene'])}</td><td>{m['t']:.1f}</td><td>{m['log2_fold_change']['real']:+.2f}</td><td>{m['log2_fold_change']['generated']:+.2f}</td>"
-        f"<td>{'yes' if m['log2_fold_change']['generated'] > 0 else '<b>no</b>'}</td></tr>"
-        for m in found
-    )
+    rows = []
+    for m in found:
+        real, generated = (m["log2_fold_change"][source] for source in ("real", "generated"))
+        rows.append(
+            f"<tr><td>{escape(m['type'])} <span class='soft'>({number[m['type']]:,})</span></td>"
+            f"<td>{escape(m['gene'])}</td><td>{m['t']:.1f}</td><td>{real:+.2f}</td><td>{generated:+.2f}</td>"
+            f"<td>{'yes' if generated > 0 else '<b>no</b>'}</td></tr>"
+        )
     return (
         _figure(images, "marker_dots", dots)
         + _figure(images, "marker_changes", changes)
@@ -259,7 +257,7 @@ def _markers(e: dict, images: dict[str, bytes]) -> str:
         "genes.</b> t: Welch's statistic in the training cells; log2 fold change of the type (compared cells in "
         "brackets) against all other cells, in real test and in generated "
         f"cells.</caption><tr><th>type</th><th>gene</th><th>t</th><th>real test, log2</th><th>generated, "
-        f"log2</th><th>up in generated</th></tr>{rows}</table></div></details>"
+        f"log2</th><th>up in generated</th></tr>{''.join(rows)}</table></div></details>"
     )
 
 
@@ -273,10 +271,12 @@ def _genes(e: dict, images: dict[str, bytes]) -> str:
 
 
 def _library(e: dict, images: dict[str, bytes]) -> str:
+    n_types = len(e["cells"]["by_type"])
+    cut = f" Shown: the {LIBRARY_TYPES} largest of {n_types} types." if n_types > LIBRARY_TYPES else ""
     caption = (
         "<b>Total counts per cell, by type.</b> Points: single cells (at most 400 a row). Pale bar: the middle half "
         "of them. Black line: the median. In brackets: cells a source. Types in the order of their size. Blue and "
-        "orange bars should lie side by side."
+        f"orange bars should lie one above the other.{cut}"
     )
     return _figure(images, "library_sizes", caption)
 
@@ -345,6 +345,26 @@ def _score_table(rows: dict, caption: str, explain: bool = True) -> str:
     out.append(f"<tr class='group'><th colspan='{3 + 2 * len(RIVALS)}'>further scores</th></tr>")
     out += [_score_row(name, rows[name], explain) for name, metric in METRICS.items() if not metric.main]
     return f"<div class='scroll'><table><caption>{caption}</caption>{''.join(out)}</table></div>"
+
+
+def _by_type_table(e: dict) -> str:
+    main = [m for m, metric in METRICS.items() if metric.main]
+    titles = "".join(f"<th class='left-edge' colspan='2'>{METRICS[m].title}</th>" for m in main)
+    pairs = "<th class='left-edge'>generated</th><th>floor</th>" * len(main)
+    rows = []
+    for t in e["scored_types"]:
+        cells = f"<td>{escape(t)}</td><td>{e['cells']['by_type'][t]['compared']:,}</td>"
+        for m in main:
+            (score, _), (mean, sd), *_ = row_texts(e["by_type"][t][m])
+            cells += (
+                f"<td class='generated left-edge'>{score}</td><td>{mean} <span class='sd'>&plusmn; {sd}</span></td>"
+            )
+        rows.append(f"<tr>{cells}</tr>")
+    return (
+        "<div class='scroll'><table><caption><b>Scores of each type</b> with enough cells, beside the floor of that "
+        "type. Its rivals are in evaluation.json.</caption>"
+        f"<tr><th></th><th></th>{titles}</tr><tr><th>type</th><th>cells</th>{pairs}</tr>{''.join(rows)}</table></div>"
+    )
 
 
 def _score_row(name: str, row: dict, explain: bool) -> str:
