@@ -18,4 +18,5 @@ for word in "$@"; do
 done
 python=$(bash "$root/launch/setup.sh" all,test)
 cd "$root"
+export PATH="${python%/*}:$PATH" # the commands that came with the packages
 exec "$python" -m pytest -m "$selection" ${arguments[@]+"${arguments[@]}"}

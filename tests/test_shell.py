@@ -22,7 +22,11 @@ def scripts() -> list[Path]:
 
 
 def test_shellcheck_passes_every_script() -> None:
-    done = subprocess.run(["shellcheck", "--norc", *map(str, scripts())], capture_output=True, text=True)
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("shellcheck")), "--norc", *map(str, scripts())],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout
 
 
