@@ -117,12 +117,9 @@ class ConditionVocab:
         index = self.index_of[name]
         for value in values:
             if value not in index:
-                near = (
-                    difflib.get_close_matches(str(value), self.labels[name], n=3, cutoff=0.3) or self.labels[name][:5]
-                )
-                raise InputError(
-                    f"condition {name!r} has no label {value!r}; nearest of its {len(index)}: {', '.join(map(repr, near))}"
-                )
+                near = difflib.get_close_matches(str(value), self.labels[name], n=3, cutoff=0.3)
+                told = ", ".join(map(repr, near or self.labels[name][:5]))
+                raise InputError(f"condition {name!r} has no label {value!r}; nearest of its {len(index)}: {told}")
         return np.fromiter((index[v] for v in values), dtype=np.int64, count=len(values))
 
     def decode(self, name: str, ids: Iterable[int]) -> list[str]:

@@ -1,0 +1,104 @@
+"""`scldm encode`: every cell of a shard set through the frozen autoencoder, once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from data_pipeline.gene_sets import GeneSetConfig
+from data_pipeline.loader import shard_batches
+from data_pipeline.read_shards import ShardSet
+from data_pipeline.write_latents import LatentWriter
+from launch.cli import run_verb
+from launch.export import trained_vae
+from scldm.errors import InputError
+from scldm.model.vae import VAE
+from scldm.parallel.dist import World, close_world, world_of_environment
+from scldm.progress import Progress
+from scldm.vocab import GeneVocab
+
+PURPOSE = """Encode every cell of a shard set once: posterior means as a latent set, which stage 2 trains on.
+Runs on any number of ranks, each with its own shards; run again after an interruption, it goes on."""
+EXAMPLE = """
+scldm encode vae=runs/vae shards=shards out=latents
+torchrun --standalone --nproc-per-node 8 -m launch.encode vae=runs/vae shards=shards out=latents
+"""
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """What to encode with what.
+
+    vae: run folder of the autoencoder
+    shards: shard set with the same gene vocabulary
+    out: folder of the latent set
+    which: checkpoint: best by the validation metric, or latest
+    genes: what the encoder is given of a cell
+    batch: cells per forward pass
+    threads: CPU threads per rank for torch
+    """
+
+    vae: str
+    shards: str
+    out: str
+    which: Literal["best", "latest"] = "best"
+    genes: GeneSetConfig = field(default_factory=GeneSetConfig)
+    batch: int = 64
+    threads: int = 1
+
+
+CONFIG = EncodeConfig
+
+
+def main(config: EncodeConfig) -> Path:
+    """Write this rank's shards, and on the first rank the manifest when all are there; returns the folder."""
+    if config.batch < 1:
+        raise InputError(f"batch={config.batch} must be at least 1")
+    world = world_of_environment()
+    torch.set_num_threads(config.threads)
+    vae, origin = trained_vae(Path(config.vae), config.which)
+    vae = vae.to(world.device)
+    with closing(ShardSet(config.shards)) as cells:
+        trained_on = GeneVocab.load(Path(config.vae) / "genes.json")
+        if cells.manifest.genes.hash != trained_on.hash:
+            raise InputError(
+                f"{config.shards} has another gene vocabulary ({cells.manifest.genes.n_genes} genes) than "
+                f"{config.vae} was trained on ({trained_on.n_genes} genes)"
+            )
+        shape = (vae.config.n_latents, vae.config.latent_width)
+        writer = LatentWriter(config.out, cells, origin["hash"], shape)
+        missing = writer.missing_shards()
+        world.join()  # all ranks have seen the same missing shards before the first is written
+        own = missing[world.rank :: world.size]
+        n_cells = sum(cells.manifest.shards[k].n_cells for k in own)
+        with Progress("encode", n_cells, "cells", shown=world.is_first) as bar:
+            for shard in own:
+                writer.write_shard(shard, latents(vae, cells, shard, config, world, bar))
+        world.barrier()
+        if world.is_first:
+            writer.finish()
+            print(f"{cells.manifest.n_cells:,} cells as {shape[0]} tokens of width {shape[1]}: {config.out}")
+    close_world()
+    return Path(config.out)
+
+
+@torch.no_grad()
+def latents(
+    vae: VAE, cells: ShardSet, shard: int, config: EncodeConfig, world: World, bar: Progress
+) -> Iterator[np.ndarray]:
+    """Posterior means of a shard's cells in stored order, (B, L, Z) a piece."""
+    for batch in shard_batches(cells, shard, micro_batch=config.batch, given=config.genes):
+        batch = batch.to(world.device)
+        yield vae.encode(batch.given).mean_BLZ.float().cpu().numpy()
+        bar.advance(len(batch))
+
+
+if __name__ == "__main__":
+    sys.exit(run_verb("encode", sys.argv[1:]))

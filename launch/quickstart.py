@@ -1,0 +1,268 @@
+"""`bash launch/quickstart.sh`: every stage of the project on one small set of real cells, each by its own verb.
+
+Each stage is a command that a user could type, and is printed as such. A finished stage is noted in the folder's
+quickstart.json and not repeated; an unfinished one resumes by itself.
+Reading order: QuickstartConfig, main, the stages, the built-in cells.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from data_pipeline.schema import read_manifest
+from launch.cli import run_verb
+from launch.evaluate import show
+from scldm.errors import InputError
+from scldm.train.run_folder import write_json
+from scldm.train.tracking import Tracker, TrackingConfig
+
+PURPOSE = """The whole path on one small set of real cells, on a CPU: shards, both trainings on two ranks, generation,
+evaluation, report.
+Without h5ad, the cells are 700 PBMCs x 765 genes that scanpy carries. Run again, it goes on where it stopped."""
+EXAMPLE = """
+bash launch/quickstart.sh
+bash launch/quickstart.sh --h5ad cells.h5ad --condition cell_type
+"""
+NOTE = "quickstart.json"
+RANKS = 2
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """What to run it on.
+
+    h5ad: file with raw counts; empty takes the built-in cells
+    condition: obs column whose labels are the condition, such as cell_type
+    layer: where the counts are, as X, layers/counts or raw/X; empty finds out
+    top_genes: of a file with more genes, only so many most variable ones are kept; 0 keeps all
+    out: folder of everything that it makes
+    fresh: start over: remove what an earlier quickstart left in that folder
+    """
+
+    h5ad: str = ""
+    condition: str = ""
+    layer: str = ""
+    top_genes: int = 2_000
+    out: str = "runs/quickstart"
+    fresh: bool = False
+
+
+CONFIG = QuickstartConfig
+
+
+def main(config: QuickstartConfig) -> None:
+    """Run what is left of the stages, then print the table and where everything lies."""
+    out = Path(config.out)
+    note = open_folder(config, out)
+    began = time.monotonic()
+    cells, condition = note["cells"], note["condition"]
+    if not cells:
+        cells, condition = str(out / "input.h5ad"), "cell_type"
+    tracking = TrackingConfig(uri=f"sqlite:///{(out / 'mlflow.db').resolve()}", experiment="quickstart")
+    with Tracker(out, tracking, stage="quickstart", params=note) as parent:
+        own = {"uri": tracking.uri, "experiment": tracking.experiment, "parent_run_id": parent.run_id()}
+        track = [f"tracking.{key}={value}" for key, value in own.items()]
+        todo = Stages(out, note)
+        if not note["cells"]:
+            todo.call("input", "the built-in cells", lambda: write_builtin_cells(Path(cells)))
+        layer = [f"layer={note['layer']}"] if note["layer"] else []
+        todo.verb("soma", "soma_write", [f"h5ad={cells}", f"out={out}/soma", *layer])
+        # small blocks, so that a few hundred cells still are many blocks to shuffle
+        todo.verb("shards", "shards_write", [
+            f"source.paths={out}/soma", f"out={out}/shards", "block_cells=64", "shard_cells=1024",
+            f"conditions={condition}", "split.validation=0.2", "split.test=0.2", f"split.stratify={condition}",
+            *top_genes(cells, note["top_genes"]),
+        ])  # fmt: skip
+        third = math.ceil(read_manifest(str(out / "shards")).genes.n_genes / 3)
+        todo.verb("vae", "train_vae", [
+            "vae/tiny", "hardware/cpu", f"data.shards={out}/shards", f"data.given.n_genes={third}",
+            f"run_dir={out}/vae", *track,
+        ], ranks=RANKS)  # fmt: skip
+        todo.verb("latents", "encode", [f"vae={out}/vae", f"shards={out}/shards", f"out={out}/latents"], ranks=RANKS)
+        todo.verb("ldm", "train_ldm", [
+            "ldm/tiny", "hardware/cpu", f"data.shards={out}/latents", f"run_dir={out}/ldm", *track,
+        ], ranks=RANKS)  # fmt: skip
+        todo.verb("model", "export", [f"vae={out}/vae", f"ldm={out}/ldm", f"out={out}/model"])
+        todo.call("wanted", "as many cells per label as the test split holds", lambda: write_wanted(out, condition))
+        todo.verb("generated", "generate", [
+            f"model={out}/model", f"conditions={out}/wanted.csv", f"out={out}/generated.h5ad",
+        ])  # fmt: skip
+        todo.verb("evaluation", "evaluate", [
+            f"generated={out}/generated.h5ad", f"shards={out}/shards", f"condition={condition}",
+            f"vae_run={out}/vae", f"ldm_run={out}/ldm", f"out={out}", *track,
+        ])  # fmt: skip
+    say_where(out, todo, time.monotonic() - began)
+
+
+# --- stages --------------------------------------------------------------------------------------------------------
+
+
+class Stages:
+    """Runs the stages that the note in the folder does not list as finished."""
+
+    def __init__(self, out: Path, note: dict) -> None:
+        self.out, self.note, self.n_run = out, note, 0
+
+    def verb(self, stage: str, module: str, arguments: Iterable[str], ranks: int = 1) -> None:
+        """A verb as a command of its own, on one process or under torchrun."""
+        launcher = ["-m"]
+        if ranks > 1:
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+        command = [sys.executable, *launcher, f"launch.{module}", *arguments]
+        shown = shlex.join(["python", *command[1:]])
+        self.call(stage, shown, lambda: run(stage, command))
+
+    def call(self, stage: str, shown: str, work) -> None:
+        if stage in self.note["stages"]:
+            return
+        print(f"\n[{stage}] {shown}", file=sys.stderr, flush=True)
+        began = time.monotonic()
+        work()
+        self.n_run += 1
+        self.note["stages"][stage] = round(time.monotonic() - began, 1)
+        write_json(self.out / NOTE, self.note)
+
+
+def run(stage: str, command: list[str]) -> None:
+    """Raises: InputError where the command fails; it has said why itself."""
+    root = Path(__file__).resolve().parent.parent
+    path = os.pathsep.join(p for p in (str(root), os.environ.get("PYTHONPATH")) if p)
+    # one thread a process: two ranks on two cores; torchrun would say so at length
+    done = subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}, check=False)
+    if done.returncode:
+        raise InputError(f"stage {stage} failed with exit code {done.returncode}; its own message stands above")
+
+
+def open_folder(config: QuickstartConfig, out: Path) -> dict:
+    """The folder's note: settings and the seconds of every finished stage.
+
+    Raises: InputError for an h5ad without a condition, or a folder of another run.
+    """
+    if config.h5ad and not Path(config.h5ad).is_file():
+        raise InputError(f"h5ad={config.h5ad}: no such file")
+    if bool(config.h5ad) != bool(config.condition):
+        raise InputError("h5ad and condition go together: the file, and the obs column that cells are generated for")
+    if config.h5ad:
+        check_cells(config)
+    cells = str(Path(config.h5ad).resolve()) if config.h5ad else ""
+    settings = {"cells": cells, "condition": config.condition, "layer": config.layer, "top_genes": config.top_genes}
+    path = out / NOTE
+    if config.fresh and path.is_file():
+        shutil.rmtree(out)
+    if path.is_file():
+        note = json.loads(path.read_text())
+        for key, value in settings.items():
+            if note[key] != value:
+                told = f"{key} was {note[key]!r}, now {value!r}"
+                raise InputError(f"{out} holds another run: {told}; --fresh starts over")
+        return note
+    if out.is_dir() and any(out.iterdir()):
+        raise InputError(f"{out} is not empty and not a quickstart's folder; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    note = {**settings, "stages": {}}
+    write_json(path, note)
+    return note
+
+
+def check_cells(config: QuickstartConfig) -> None:
+    """Raises: InputError for a file without usable counts or without the condition, before anything is made."""
+    import h5py
+
+    from data_pipeline.source_h5ad import find_counts
+
+    try:
+        with h5py.File(config.h5ad) as file:
+            find_counts(file, config.layer)
+            obs = file["obs"]
+            columns = [
+                str(name) for name in (obs if isinstance(obs, h5py.Group) else ()) if not str(name).startswith("_")
+            ]
+    except (OSError, KeyError) as error:
+        raise InputError(f"h5ad={config.h5ad}: not a readable h5ad file: {error}") from None
+    if config.condition not in columns:
+        raise InputError(
+            f"condition={config.condition}: obs of {config.h5ad} has no such column; it has {', '.join(columns)}"
+        )
+
+
+def top_genes(cells: str, n: int) -> list[str]:
+    import anndata as ad
+
+    return [f"filter.n_top_genes={n}"] if 0 < n < ad.read_h5ad(cells, backed="r").n_vars else []
+
+
+def write_wanted(out: Path, condition: str) -> None:
+    """A table of conditions: each label with the number of test cells that have it."""
+    manifest = read_manifest(str(out / "shards"))
+    test = manifest.splits[manifest.split_number("test")]
+    ids = np.load(out / "shards" / "index" / f"cells.condition.{condition}.npy")[test.first_cell :][: test.n_cells]
+    labels = manifest.conditions.decode(condition, ids.tolist())
+    aside = out / "wanted.csv.partial"
+    pd.Series(labels, name=condition).value_counts().rename("n_cells").to_csv(aside)
+    os.replace(aside, out / "wanted.csv")
+
+
+def say_where(out: Path, todo: Stages, seconds: float) -> None:
+    """The last words."""
+    if todo.n_run == 0:
+        show(json.loads((out / "evaluation.json").read_text()), out / "report.html")
+        print(f"\nall is done already ({sum(todo.note['stages'].values()):.0f} s in all); --fresh starts over")
+    else:
+        print(f"\n{todo.n_run} stages in {seconds:.0f} s")
+    what = {
+        "report.html": "the report: open it in a browser",
+        "generated.h5ad": "generated cells",
+        "evaluation.json": "every number of the report",
+        "model": "the model: scldm.load(...) in Python",
+        "shards": "the cells as training shards",
+        "latents": "the cells, encoded",
+        "vae/checkpoints": "checkpoints of the autoencoder",
+        "ldm/checkpoints": "checkpoints of the diffusion transformer",
+    }
+    for name, meaning in what.items():
+        print(f"  {out / name!s:<36} {meaning}")
+    print(f"  {'mlflow ui --backend-store-uri sqlite:///' + str(out / 'mlflow.db')}")
+
+
+# --- the built-in cells --------------------------------------------------------------------------------------------
+
+
+def write_builtin_cells(path: Path) -> None:
+    """700 PBMCs x 765 genes (10x Genomics, subset in scanpy) with their raw counts.
+
+    scanpy carries log1p of counts scaled to 10,000 per cell, rounded to three decimals, and the totals: the counts can
+    be had back, since expm1(value) * total / 10,000 lies within 0.1 of an integer for each of the 174,400 nonzeros.
+    """
+    import anndata as ad
+    import scanpy as sc
+    import scipy.sparse as sp
+
+    source = sc.datasets.pbmc68k_reduced()
+    scaled = sp.csr_matrix(source.raw.X)
+    totals = np.repeat(source.obs["n_counts"].to_numpy(), np.diff(scaled.indptr))
+    counts = np.expm1(scaled.data.astype(np.float64)) * totals / 10_000
+    assert len(counts) == 174_400, "scanpy's file is not the one known"
+    assert np.abs(counts - counts.round()).max() < 0.1, "scanpy's file does not hold scaled counts"
+    matrix = sp.csr_matrix((counts.round().astype(np.int32), scaled.indices, scaled.indptr), shape=scaled.shape)
+    obs = pd.DataFrame({"cell_type": source.obs["bulk_labels"].astype(str)}, index=source.obs_names)
+    adata = ad.AnnData(matrix, obs=obs, var=pd.DataFrame(index=source.raw.var_names))
+    aside = path.with_name(path.name + ".partial")
+    adata.write_h5ad(aside)
+    os.replace(aside, path)
+
+
+if __name__ == "__main__":
+    sys.exit(run_verb("quickstart", sys.argv[1:]))

@@ -1,0 +1,68 @@
+"""`scldm train vae`: stage 1, the autoencoder, on a shard set."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from data_pipeline.gene_sets import GeneSetConfig
+from data_pipeline.loader import CellLoader, LoaderConfig
+from launch.cli import run_verb
+from launch.training import Parts, keep_data, run_training
+from scldm.model.vae import VAE, VAEConfig
+from scldm.parallel.dist import World
+from scldm.parallel.engine import HardwareConfig
+from scldm.train.loop import TrainConfig
+from scldm.train.losses import VAEStage
+from scldm.train.optim import OptimConfig
+from scldm.train.tracking import TrackingConfig
+
+PURPOSE = "Train the autoencoder on a shard set. Run again with the same run_dir, it resumes."
+EXAMPLE = """
+scldm train vae vae/tiny hardware/cpu data.shards=shards run_dir=runs/vae
+torchrun --standalone --nproc-per-node 8 -m launch.train_vae vae/dentate_gyrus data.shards=shards run_dir=runs/vae
+"""
+
+
+@dataclass(frozen=True)
+class TrainVAEConfig:
+    """Stage 1.
+
+    run_dir: folder of the run
+    """
+
+    run_dir: str
+    data: LoaderConfig
+    model: VAEConfig = field(default_factory=VAEConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+CONFIG = TrainVAEConfig
+
+
+def main(config: TrainVAEConfig) -> dict[str, float]:
+    """Train; returns the last validation metrics."""
+    return run_training("train vae", config, lambda world: set_up(config, world))
+
+
+def set_up(config: TrainVAEConfig, world: World) -> Parts:
+    place: Any = {
+        "rank": world.rank,
+        "world_size": world.size,
+        "global_batch": config.train.global_batch,
+        "micro_batch": config.hardware.micro_batch,
+    }
+    loader = CellLoader(config.data, split="train", **place)
+    # judged on all genes of every held-out cell, whatever it trains on
+    whole = replace(config.data, given=GeneSetConfig(), asked=GeneSetConfig(policy="same"), balance=[])
+    validation = CellLoader(whole, split="validation", **place)
+    module = VAE(config.model, loader.vocab.n_genes)
+    return Parts(module, VAEStage(module), loader, validation, lambda run_dir: keep_data(run_dir, loader.manifest))
+
+
+if __name__ == "__main__":
+    sys.exit(run_verb("train vae", sys.argv[1:]))

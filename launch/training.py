@@ -1,0 +1,115 @@
+"""What the two training verbs share: from a config to a finished run folder.
+
+The folder also keeps what later verbs need of the data (vocabularies, library sizes): they work without the shards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+
+from data_pipeline.schema import Manifest
+from scldm.environment import describe
+from scldm.library_size import LibrarySizeModel, LogNormal
+from scldm.parallel.dist import World, close_world, world_of_environment
+from scldm.parallel.engine import HardwareConfig, start_engine
+from scldm.train.loop import Loader, TrainConfig, train
+from scldm.train.losses import Stage
+from scldm.train.optim import OptimConfig, make_optimizer
+from scldm.train.run_folder import open_run_folder, write_json
+from scldm.train.tracking import Tracker, TrackingConfig
+
+# what a resume may change: where and how fast a run goes, how it is followed, but not what it computes
+FREE_ON_RESUME = ("run_dir", "hardware", "tracking", "train.log_every", "train.save_every", "train.keep")
+
+
+class RunConfig(Protocol):
+    """The fields that both verbs' configs have."""
+
+    @property
+    def run_dir(self) -> str: ...
+    @property
+    def optim(self) -> OptimConfig: ...
+    @property
+    def train(self) -> TrainConfig: ...
+    @property
+    def hardware(self) -> HardwareConfig: ...
+    @property
+    def tracking(self) -> TrackingConfig: ...
+
+
+class Parts(NamedTuple):
+    """What one stage trains, on which stream; `keep` is called on the first rank to fill the run folder."""
+
+    module: torch.nn.Module
+    stage: Stage
+    loader: Loader
+    validation: Loader
+    keep: Callable[[Path], None]
+
+
+def run_training(name: str, config: RunConfig, set_up: Callable[[World], Parts]) -> dict[str, float]:
+    """Train, or resume, the run of this config; returns the last validation metrics. Every rank calls it."""
+    world = world_of_environment()
+    torch.set_num_threads(config.hardware.threads)
+    config.hardware.accumulation(config.train.global_batch, world.size)
+    torch.manual_seed(config.train.seed)
+    parts = set_up(world)
+    run_dir = Path(config.run_dir)
+    as_dict = dataclasses.asdict(config)  # pyright: ignore[reportArgumentType]
+    if world.is_first:
+        open_run_folder(run_dir, as_dict, FREE_ON_RESUME)
+        parts.keep(run_dir)
+    engine = start_engine(
+        parts.module,
+        make_optimizer_of(config.optim),
+        config.hardware,
+        config.optim.clip,
+        world,
+        config.train.global_batch,
+    )
+    if world.is_first:
+        write_json(run_dir / "deepspeed.json", getattr(engine, "json", {}))
+    tags = {"git": describe()["git"]}
+    try:
+        with Tracker(run_dir, config.tracking, active=world.is_first, stage=name, params=as_dict, tags=tags) as tracker:
+            return train(
+                parts.stage,
+                engine,
+                parts.loader,
+                parts.validation,
+                config.train,
+                config.optim,
+                world,
+                run_dir,
+                tracker,
+                name,
+            )
+    finally:
+        close_world()
+
+
+def make_optimizer_of(optim: OptimConfig) -> Callable[[torch.nn.Module], torch.optim.Optimizer]:
+    return lambda module: make_optimizer(optim, module)
+
+
+def keep_data(run_dir: Path, manifest: Manifest) -> None:
+    """Vocabularies and library sizes of the data that a run trains on, in its folder."""
+    manifest.genes.save(run_dir / "genes.json")
+    manifest.conditions.save(run_dir / "conditions.json")
+    library_sizes_of(manifest).save(run_dir / "library_sizes.json")
+
+
+def library_sizes_of(manifest: Manifest) -> LibrarySizeModel:
+    """The library sizes that the manifest states, by label instead of by id."""
+    labels = manifest.conditions.labels
+    fitted = {}
+    for entry in manifest.statistics.library_sizes:
+        keys = [tuple(labels[name][k] for name, k in zip(entry.by, ids, strict=True)) for ids in entry.ids]
+        moments = map(LogNormal, entry.n, entry.log_mean, entry.log_std)
+        fitted[entry.by] = dict(zip(keys, moments, strict=True))
+    return LibrarySizeModel(manifest.conditions.names, fitted)

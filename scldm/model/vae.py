@@ -1,0 +1,177 @@
+"""The autoencoder of a cell: a set of (gene, count) -> a few latent tokens -> a negative binomial for each asked gene.
+
+Source: Palla et al., arXiv 2511.02986; equations by their number in v1.
+Reading order: VAEConfig, Posterior, NegativeBinomial, VAE.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from scldm.batch import GeneCounts
+from scldm.errors import InputError
+from scldm.likelihood import nb_log_prob
+from scldm.model.blocks import TransformerBlock
+from scldm.model.mcab import MCAB
+
+LR_SCALE = "lr_scale"  # the attribute by which a parameter asks the optimizer for a multiple of the learning rate
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Shape of the autoencoder.
+
+    width: model width D
+    n_latents: latent tokens L per cell
+    latent_width: width Z of a latent token
+    n_layers: transformer blocks in the encoder, and as many in the decoder
+    n_heads: attention heads of the transformer blocks and of the encoder's cross-attention
+    decoder_cross_heads: attention heads of the decoder's cross-attention
+    kl_weight: beta of the KL term in the loss; 0 is a deterministic autoencoder whose latent tokens are normalised
+    """
+
+    width: int = 128
+    n_latents: int = 128
+    latent_width: int = 16
+    n_layers: int = 2
+    n_heads: int = 4
+    decoder_cross_heads: int = 1
+    kl_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("width", "n_latents", "latent_width", "n_heads", "decoder_cross_heads"):
+            if getattr(self, name) < 1:
+                raise InputError(f"model.{name}={getattr(self, name)} must be at least 1")
+        for name in ("n_heads", "decoder_cross_heads"):
+            if self.width % getattr(self, name):
+                raise InputError(f"model.{name}={getattr(self, name)} does not divide model.width={self.width}")
+        if self.kl_weight < 0:
+            raise InputError(f"model.kl_weight={self.kl_weight} must not be negative")
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """q(latent | cell): a diagonal Gaussian, or a point where `log_var_BLZ` is None."""
+
+    mean_BLZ: Tensor
+    log_var_BLZ: Tensor | None
+
+    def sample(self, noise_BLZ: Tensor | None) -> Tensor:
+        """mean + std * noise; the mean itself for a point, or without noise."""
+        if self.log_var_BLZ is None or noise_BLZ is None:
+            return self.mean_BLZ
+        return self.mean_BLZ + torch.exp(0.5 * self.log_var_BLZ) * noise_BLZ
+
+    def kl_B(self) -> Tensor:
+        """KL(q || N(0, I)) in nats per cell, (B,); 0 for a point, where it is not part of the loss."""
+        if self.log_var_BLZ is None:
+            return self.mean_BLZ.new_zeros(len(self.mean_BLZ))
+        mean, log_var = self.mean_BLZ.float(), self.log_var_BLZ.float()
+        return 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum((1, 2))
+
+
+@dataclass(frozen=True)
+class NegativeBinomial:
+    """p(counts | latent) of the asked genes.
+
+    log_share_BQ: log of a gene's share of the asked genes' total count, float32; -inf at padding
+    theta: inverse dispersion, (Q,) or (B, Q), float32
+    """
+
+    log_share_BQ: Tensor
+    theta: Tensor
+
+    def mu(self, library_size_B: Tensor) -> Tensor:
+        """Expected counts, (B, Q): share x library size."""
+        return self.log_share_BQ.exp() * library_size_B[:, None]
+
+    def nll_B(self, asked: GeneCounts, library_size_B: Tensor) -> Tensor:
+        """Reconstruction error of a cell, (B,): -log p summed over its asked genes, in nats."""
+        log_prob_BQ = nb_log_prob(asked.counts_BS, self.mu(library_size_B), self.theta)
+        return -(log_prob_BQ * asked.mask).sum(1)
+
+
+class VAE(nn.Module):
+    """Encoder and decoder share one table E of gene embeddings (row 0 is padding)."""
+
+    def __init__(self, config: VAEConfig, n_genes: int) -> None:
+        super().__init__()
+        self.config, self.n_genes = config, n_genes
+        D, Z = config.width, config.latent_width
+        self.gene_embedding = nn.Embedding(n_genes + 1, D, padding_idx=0)
+        self.token = nn.Linear(2 * D, D)
+        self.latent_queries = nn.Parameter(torch.empty(config.n_latents, D))
+        self.pool = MCAB(D, config.n_heads)
+        self.encoder = nn.ModuleList(TransformerBlock(D, config.n_heads) for _ in range(config.n_layers))
+        self.to_latent = nn.Linear(D, 2 * Z if config.kl_weight > 0 else Z)
+        self.from_latent = nn.Linear(Z, D)
+        self.decoder = nn.ModuleList(TransformerBlock(D, config.n_heads) for _ in range(config.n_layers))
+        self.unpool = MCAB(D, config.decoder_cross_heads, bias_out=False)
+        self.head = nn.Linear(D, 1, bias=False)  # a bias would cancel in the softmax over genes
+        self.log_theta = nn.Embedding(n_genes + 1, 1)
+        # a lone number on a log scale: at the network's rate it moves by less than a factor of e in 1,000 steps
+        setattr(self.log_theta.weight, LR_SCALE, 10.0)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Start where the latents are felt: with embeddings and queries of unit scale the first 1,000 steps learn
+        nothing but the mean cell, as what differs between cells is a small part of every token and query.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.token.weight, std=self.config.width**-0.5)
+        nn.init.normal_(self.latent_queries, std=0.02)
+        nn.init.normal_(self.gene_embedding.weight, std=0.02)
+        self.gene_embedding.weight[0].zero_()
+        nn.init.zeros_(self.log_theta.weight)  # theta = 1
+
+    def forward(
+        self, given: GeneCounts, asked_ids: Tensor, noise_BLZ: Tensor | None = None
+    ) -> tuple[Posterior, NegativeBinomial]:
+        posterior = self.encode(given)
+        return posterior, self.decode(posterior.sample(noise_BLZ), asked_ids)
+
+    def encode(self, given: GeneCounts) -> Posterior:
+        """Eq. 8: the posterior over L latent tokens of Z numbers; the order of the genes and padding change nothing."""
+        x_BLD = self.pool(self.latent_queries, self.gene_tokens(given), given.mask)
+        for block in self.encoder:
+            x_BLD = block(x_BLD)
+        latent = self.to_latent(x_BLD)
+        if self.config.kl_weight == 0:
+            return Posterior(F.layer_norm(latent, latent.shape[-1:]), None)
+        mean_BLZ, log_var_BLZ = latent.chunk(2, dim=-1)
+        return Posterior(mean_BLZ, log_var_BLZ.clamp(-20, 10))
+
+    def gene_tokens(self, given: GeneCounts) -> Tensor:
+        """Eq. 9: Linear([repeat_D(c), E_g]) with c = log1p(count), (B, S, D).
+
+        The repeated count meets only the sum of its D columns, and the embedding's half is the same for all cells that
+        share a gene set, so the two halves of the product are taken apart.
+        """
+        D = self.config.width
+        count_column_D = self.token.weight[:, :D].sum(1)
+        embedded = F.linear(self.gene_embedding(given.gene_ids), self.token.weight[:, D:], self.token.bias)
+        c_BS = torch.log1p(given.counts_BS.to(count_column_D.dtype))
+        return c_BS[..., None] * count_column_D + embedded
+
+    def decode(self, latent_BLZ: Tensor, asked_ids: Tensor) -> NegativeBinomial:
+        """Eq. 10: the asked genes' embeddings read the latent tokens; a gene's share is a softmax over the asked genes.
+
+        asked_ids: (Q,) shared by the cells, or (B, Q); 0 is padding
+        """
+        x_BLD = self.from_latent(latent_BLZ)
+        for block in self.decoder:
+            x_BLD = block(x_BLD)
+        read_BQD = self.unpool(self.gene_embedding(asked_ids), x_BLD)
+        logit_BQ = self.head(read_BQD).squeeze(-1).float()
+        log_share_BQ = logit_BQ.masked_fill(asked_ids == 0, -torch.inf).log_softmax(-1)
+        theta = self.log_theta(asked_ids).squeeze(-1).float().exp()
+        return NegativeBinomial(log_share_BQ, theta)

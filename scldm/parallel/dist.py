@@ -1,0 +1,91 @@
+"""Which process this is among how many, and the few collectives that training needs."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """One process per accelerator (or per CPU share).
+
+    rank, size: this process among all
+    device: where its part of the model lives
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def join(self) -> None:
+        """Meet the other ranks, over gloo, where no engine has done so."""
+        if self.size > 1 and not dist.is_initialized():
+            dist.init_process_group("gloo")
+
+    def sum(self, values: dict[str, float]) -> dict[str, float]:
+        """The sum over ranks of each value, in float64; all ranks give the same names and get the same sums."""
+        names = sorted(values)
+        total = torch.tensor([values[name] for name in names], dtype=torch.float64, device=self.device)
+        if self.size > 1:
+            dist.all_reduce(total)
+        return dict(zip(names, total.tolist(), strict=True))
+
+    def from_first(self, value: Any) -> Any:
+        """The first rank's value, on all ranks."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def address_from_environment() -> tuple[int, int, int]:
+    """(rank, number of ranks, rank on this host), as torchrun or srun set them; (0, 1, 0) under neither."""
+    for rank, size, local in (
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    ):
+        if all(name in os.environ for name in (rank, size, local)):
+            return int(os.environ[rank]), int(os.environ[size]), int(os.environ[local])
+    return 0, 1, 0
+
+
+def world_of_environment() -> World:
+    """This process's place, before anything is initialised; sets the rendezvous that a lone process lacks."""
+    rank, size, local = address_from_environment()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local)
+        device = torch.device("cuda", local)
+    else:
+        device = torch.device("cpu")
+    os.environ.setdefault("RANK", str(rank))
+    os.environ.setdefault("WORLD_SIZE", str(size))
+    os.environ.setdefault("LOCAL_RANK", str(local))
+    if size == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    return World(rank, size, device)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def close_world() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,274 @@
+"""A trained model as a scientist uses it: load, embed, generate. Needs neither deepspeed, mlflow nor tiledbsoma.
+
+    model.safetensors   vae/NAME and ldm/NAME: averaged weights and buffers
+    config.json         shapes of both networks, sampler, format version, where the weights come from
+    genes.json  conditions.json  library_sizes.json
+
+Reading order: save_pretrained, load, Pretrained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from scldm import draws
+from scldm.batch import GeneCounts
+from scldm.errors import InputError
+from scldm.flow.generate import SamplerConfig, generate_latents, sample_counts
+from scldm.library_size import LibrarySizeModel
+from scldm.model.dit import DiT, DiTConfig
+from scldm.model.vae import VAE, VAEConfig
+from scldm.progress import Progress
+from scldm.vocab import ConditionVocab, GeneVocab
+
+FORMAT_VERSION = 1
+NOT_GIVEN = "not given"
+# a batch decodes its cells for all genes: 64 cells x 60,000 genes x width 512 x 4 B = 8 GB
+BATCH_CELLS = 64
+
+
+def save_pretrained(
+    folder: Path,
+    vae: VAE,
+    dit: DiT | None,
+    genes: GeneVocab,
+    conditions: ConditionVocab,
+    library_sizes: LibrarySizeModel,
+    origin: dict[str, Any],
+) -> None:
+    """Write a model folder, whole or not at all.
+
+    dit: None for an autoencoder alone, which embeds but does not generate
+    origin: JSON of where the weights come from
+    """
+    aside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    networks = {"vae": vae} if dit is None else {"vae": vae, "ldm": dit}
+    tensors = {f"{net}/{k}": v.contiguous() for net, m in networks.items() for k, v in m.state_dict().items()}
+    save_file(tensors, aside / "model.safetensors")
+    config = {
+        "format_version": FORMAT_VERSION,
+        "vae": asdict(vae.config),
+        "ldm": None if dit is None else asdict(dit.config),
+        "conditions": list(conditions.names) if dit is None else list(dit.n_labels),
+        "origin": origin,
+    }
+    (aside / "config.json").write_text(json.dumps(config, indent=1))
+    genes.save(aside / "genes.json")
+    conditions.save(aside / "conditions.json")
+    library_sizes.save(aside / "library_sizes.json")
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(aside, folder)
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> Pretrained:
+    """The model in a folder that `scldm export` wrote.
+
+    Raises: InputError for a folder that is not one, or of an unknown version.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is not a model folder: it has no config.json; `scldm export` writes one")
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"{folder}: format version {config.get('format_version')!r}; this scldm reads {FORMAT_VERSION}"
+        )
+    genes = GeneVocab.load(folder / "genes.json")
+    conditions = ConditionVocab.load(folder / "conditions.json")
+    tensors = load_file(folder / "model.safetensors")
+    vae = VAE(VAEConfig(**config["vae"]), genes.n_genes)
+    vae.load_state_dict(_part(tensors, "vae"))
+    dit = None
+    if config["ldm"] is not None:
+        n_labels = {name: conditions.n_labels(name) for name in config["conditions"]}
+        dit = DiT(DiTConfig(**config["ldm"]), vae.config.n_latents, vae.config.latent_width, n_labels)
+        dit.load_state_dict(_part(tensors, "ldm"))
+        dit = dit.to(device).eval().requires_grad_(False)
+    sizes = LibrarySizeModel.load(folder / "library_sizes.json")
+    vae = vae.to(device).eval().requires_grad_(False)
+    return Pretrained(vae, dit, genes, conditions, sizes, config["origin"], weights_hash(tensors))
+
+
+def _part(tensors: dict[str, Tensor], net: str) -> dict[str, Tensor]:
+    return {key.removeprefix(f"{net}/"): value for key, value in tensors.items() if key.startswith(f"{net}/")}
+
+
+def weights_hash(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names and values of all weights."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(key.encode())
+        digest.update(tensors[key].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Autoencoder, diffusion transformer and what they need to know of genes, conditions and library sizes."""
+
+    vae: VAE
+    dit: DiT | None
+    genes: GeneVocab
+    conditions: ConditionVocab
+    library_sizes: LibrarySizeModel
+    origin: dict[str, Any]
+    hash: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.vae.latent_queries.device
+
+    # --- embed ---
+
+    def embed(
+        self, adata: ad.AnnData, *, layer: str | None = None, pool: Literal["flat", "mean"] = "flat"
+    ) -> np.ndarray:
+        """Posterior means of the cells' latent tokens, float32: (n, L * Z), tokens in order, or their mean (n, Z).
+
+        adata: raw counts in `X`, or in `layers[layer]`. Genes are matched by `var_names`; those that the model does not
+            know are left out, and those that the file lacks simply make the set smaller
+
+        Raises: InputError for counts that are none, or no gene in common.
+        """
+        counts, gene_ids = self._given(adata, layer)
+        out = []
+        with Progress("embed", adata.n_obs, "cells") as bar, torch.no_grad():
+            for rows in _batches(adata.n_obs):
+                dense_BS = torch.from_numpy(counts[rows].toarray()).to(self.device)
+                latent_BLZ = self.vae.encode(GeneCounts(gene_ids, dense_BS)).mean_BLZ
+                out.append((latent_BLZ.mean(1) if pool == "mean" else latent_BLZ.flatten(1)).cpu().numpy())
+                bar.advance(len(dense_BS))
+        return np.concatenate(out)
+
+    def _given(self, adata: ad.AnnData, layer: str | None) -> tuple[sp.csr_matrix, Tensor]:
+        """Counts of the genes that the model knows, and their indices."""
+        if layer is not None and layer not in adata.layers:
+            raise InputError(f"layer {layer!r} is not there; layers: {', '.join(adata.layers) or 'none'}")
+        if adata.n_obs == 0:
+            raise InputError("there are no cells to embed")
+        if not adata.var_names.is_unique:
+            twice = adata.var_names[adata.var_names.duplicated()][0]
+            raise InputError(f"gene {twice!r} stands twice in var_names; they must be unique")
+        index = self.genes.lookup(adata.var_names)
+        if not index.any():
+            raise InputError(
+                f"none of the {adata.n_vars} genes (such as {adata.var_names[0]!r}) is among the model's "
+                f"{self.genes.n_genes} (such as {self.genes.ids[0]!r}); they are {self.genes.namespace} ids"
+            )
+        counts = sp.csr_matrix(adata.layers[layer] if layer is not None else adata.X)[:, index > 0]
+        wrong = counts.data[(counts.data < 0) | (counts.data != np.rint(counts.data))]
+        if len(wrong):
+            raise InputError(f"{layer or 'X'} holds {wrong[0]:g}, which is not a count; give raw counts")
+        empty = int((counts.getnnz(1) == 0).sum())
+        if empty:
+            raise InputError(f"{empty} of {adata.n_obs} cells have no count in any gene that the model knows")
+        return counts.astype(np.int32), torch.from_numpy(index[index > 0]).to(self.device)
+
+    # --- generate ---
+
+    def generate(
+        self,
+        conditions: pd.DataFrame,
+        *,
+        seed: int,
+        sampler: SamplerConfig | None = None,
+        genes: Sequence[str] | None = None,
+    ) -> ad.AnnData:
+        """New cells, one per row of `conditions`: integer counts in CSR, the conditions as categorical obs.
+
+        conditions: one column per condition to be given, in which every label is one that the model was trained on; a
+            condition without a column is not given. A column `library_size` sets the cells' expected total counts;
+            without it they are drawn from what was fitted on the training cells of the same conditions
+        seed: of all draws; a cell's depend on it and on the cell's row number, not on the other cells
+        genes: which genes to write, in this order; the default is all of the model's
+
+        Raises: InputError for a condition or label that the model does not know, or library sizes never fitted.
+        """
+        sampler = sampler or SamplerConfig()
+        ids, library_size_n = self.check_conditions(conditions, seed)
+        wanted = self._wanted(genes)
+        all_genes_G = torch.arange(1, self.genes.n_genes + 1, device=self.device)
+        parts = []
+        with Progress("generate", len(conditions), "cells") as bar:
+            for rows in _batches(len(conditions)):
+                numbers_B = torch.arange(rows.start, rows.stop, device=self.device)
+                of_batch = {name: torch.from_numpy(ids_n[rows]).to(self.device) for name, ids_n in ids.items()}
+                latent_BLZ = generate_latents(self._dit(), of_batch, numbers_B, seed, sampler)
+                size_B = torch.from_numpy(library_size_n[rows]).float().to(self.device)
+                counts_BG = sample_counts(self.vae, latent_BLZ, all_genes_G, size_B, numbers_B, seed)
+                parts.append(sp.csr_matrix(counts_BG[:, wanted].astype(np.int32)))
+                bar.advance(len(numbers_B))
+        obs = self._obs(conditions, library_size_n)
+        var = pd.DataFrame(index=pd.Index([self.genes.ids[k] for k in wanted], name=None))
+        uns = {"scldm": {"model": self.hash, "seed": seed, "sampler": asdict(sampler)}}
+        return ad.AnnData(sp.vstack(parts, format="csr"), obs=obs, var=var, uns=uns)
+
+    def check_conditions(self, conditions: pd.DataFrame, seed: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Label ids of every cell by condition, and its library size, or the error that generation would meet."""
+        dit = self._dit()
+        if len(conditions) == 0:
+            raise InputError("there are no cells to generate: the table of conditions is empty")
+        given = conditions.drop(columns="library_size", errors="ignore")
+        ids = {name: np.full(len(given), dit.null_id(name), dtype=np.int64) for name in dit.n_labels}
+        for name in given.columns:
+            codes, labels = pd.factorize(given[name].astype(str))
+            ids_of_labels = self.conditions.encode(name, list(labels))
+            ids[name] = ids_of_labels[codes]
+        if "library_size" in conditions:
+            sizes = conditions["library_size"].to_numpy(dtype=np.float64)
+            if not (np.isfinite(sizes).all() and (sizes > 0).all()):
+                raise InputError("column library_size must hold positive numbers")
+            return ids, sizes
+        return ids, self._library_sizes(given.astype(str), seed)
+
+    def _library_sizes(self, labels: pd.DataFrame, seed: int) -> np.ndarray:
+        log_mean_n, log_std_n = self.library_sizes.of(labels)
+        normal_n = draws.normal(seed, "library size", 0, torch.arange(len(labels)), (1,))[:, 0].double().numpy()
+        return np.exp(log_mean_n + log_std_n * normal_n)
+
+    def _wanted(self, genes: Sequence[str] | None) -> np.ndarray:
+        """Columns of the asked genes."""
+        if genes is None:
+            return np.arange(self.genes.n_genes)
+        index = self.genes.lookup(genes)
+        if (index == 0).any():
+            raise InputError(f"gene {genes[int(np.argmin(index))]!r} is not among the model's {self.genes.n_genes}")
+        return index - 1
+
+    def _obs(self, conditions: pd.DataFrame, library_size_n: np.ndarray) -> pd.DataFrame:
+        given = conditions.drop(columns="library_size", errors="ignore").astype(str)
+        obs = pd.DataFrame(index=pd.Index([f"generated-{k}" for k in range(len(conditions))]))
+        for name in self._dit().n_labels:
+            labels = given[name].to_numpy() if name in given else np.full(len(given), NOT_GIVEN)
+            known = [*self.conditions.labels[name], *([] if name in given else [NOT_GIVEN])]
+            obs[name] = pd.Categorical(labels, categories=known)
+        obs["library_size"] = library_size_n
+        return obs
+
+    def _dit(self) -> DiT:
+        if self.dit is None:
+            raise InputError("this model folder holds an autoencoder alone: it embeds, but does not generate")
+        return self.dit
+
+
+def _batches(n: int) -> Iterator[slice]:
+    for start in range(0, n, BATCH_CELLS):
+        yield slice(start, min(start + BATCH_CELLS, n))

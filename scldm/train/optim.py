@@ -1,0 +1,70 @@
+"""AdamW and the learning rate. Reading order: OptimConfig, learning_rate, make_optimizer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from scldm.errors import InputError
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule.
+
+    lr: peak learning rate
+    betas: decay rates of the two moments
+    weight_decay: on matrices; embeddings, biases, norms and dispersions have none
+    clip: the gradient's norm is clipped to this
+    warmup: share of the steps in which the rate rises linearly from 0
+    schedule: after the warm-up, hold (constant until the decay, then linear to 0) or cosine (to 0 at the end)
+    decay: share of the steps over which `hold` falls
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    clip: float = 10.0
+    warmup: float = 0.1
+    schedule: Literal["hold", "cosine"] = "hold"
+    decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise InputError(f"optim.lr={self.lr} must be positive")
+        if not (0 <= self.warmup <= 1 and 0 <= self.decay <= 1 and self.warmup + self.decay <= 1):
+            raise InputError(
+                f"optim.warmup={self.warmup} and optim.decay={self.decay} must be shares that add up to at most 1"
+            )
+
+
+def learning_rate(config: OptimConfig, step: int, n_steps: int) -> float:
+    """The rate of step 0 <= step < n_steps."""
+    warmup = config.warmup * n_steps
+    if step < warmup:
+        return config.lr * (step + 1) / (warmup + 1)
+    if config.schedule == "cosine":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(n_steps - warmup, 1)))
+    return config.lr * min(1.0, (n_steps - step) / max(config.decay * n_steps, 1))
+
+
+def make_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.AdamW:
+    """AdamW in three groups: matrices, which decay; the rest; and parameters that ask for a rate of their own.
+
+    A parameter asks by an attribute `lr_scale`, a multiple of the learning rate.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        decays = parameter.ndim >= 2 and id(parameter) not in embeddings
+        key = (config.weight_decay if decays else 0.0, getattr(parameter, "lr_scale", 1.0))
+        groups.setdefault(key, []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": p, "weight_decay": decay, "lr_scale": scale} for (decay, scale), p in groups.items()],
+        lr=config.lr,
+        betas=config.betas,
+    )

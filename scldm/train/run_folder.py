@@ -1,0 +1,76 @@
+"""A run's folder: made once, and resumed only by the same command.
+
+config.json       the resolved config, as given
+environment.json  versions, commit, host, command line; one entry per start
+metrics.jsonl     see tracking.py
+checkpoints/      see checkpoint.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from scldm.environment import describe
+from scldm.errors import InputError
+
+CONFIG = "config.json"
+ENVIRONMENT = "environment.json"
+
+
+def open_run_folder(run_dir: Path, config: Mapping[str, Any], free: tuple[str, ...]) -> None:
+    """Make the folder, or check that the run in it has this config.
+
+    free: keys, or groups of keys, that a resume may change because they do not change the result
+
+    Raises: InputError where the folder holds another run, with the keys that differ.
+    """
+    path = run_dir / CONFIG
+    config = json.loads(json.dumps(config))
+    if path.is_file():
+        before = dict(flat(json.loads(path.read_text())))
+        now = dict(flat(config))
+        changed = [
+            k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not _within(k, free)
+        ]
+        if changed:
+            told = "; ".join(f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in changed[:4])
+            more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+            raise InputError(f"{run_dir} holds another run: {told}{more}; choose another run_dir")
+    elif run_dir.is_dir() and any(run_dir.iterdir()):
+        raise InputError(f"{run_dir} is not empty and not a run folder; choose another run_dir")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(path, config)
+    starts = json.loads((run_dir / ENVIRONMENT).read_text()) if (run_dir / ENVIRONMENT).is_file() else []
+    write_json(run_dir / ENVIRONMENT, [*starts, describe()])
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """The config of the run in a folder. Raises: InputError where it is none."""
+    path = run_dir / CONFIG
+    if not path.is_file():
+        raise InputError(f"{run_dir} is not a run folder: it has no {CONFIG}")
+    return json.loads(path.read_text())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(json.dumps(value, indent=1))
+    os.replace(aside, path)
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of a nested mapping."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _within(key: str, groups: tuple[str, ...]) -> bool:
+    return any(key == group or key.startswith(f"{group}.") for group in groups)
