@@ -120,6 +120,8 @@ def test_none_is_null_and_a_tuple_can_be_empty() -> None:
         (["out=a", "steps=[1"], "steps=[1: "),
         (["out=a", "optim.kind=adam"], "optim.kind=adam: Invalid value 'adam', expected one of ['adamw', 'sgd']"),
         (["out=a", "optim.betas=0.1"], "optim.betas=0.1: "),
+        (["out=a", "optim.betas=a,b"], "optim.betas=a,b: "),
+        (["out=a", "optim.betas.0=3"], "optim.betas.0=3: "),
         (["out=a", "steps=0"], "steps: 0 must be at least 1"),
         (["out=a", "--steps"], "--steps needs a value"),
         (["--out", "--fresh"], "--out needs a value"),

@@ -97,13 +97,14 @@ def test_sqlite_runs_are_nested_and_a_resume_goes_on_in_the_same_run(tmp_path: P
         tracker.log(1, {"loss": 3.0, "odd name %": 1.0, "inf": float("inf")}, cells_seen=64)
         tracker.log_artifact(figure, "figures")
         first_id = tracker.run_id()
+    client = MlflowClient(uri)
     with Tracker(tmp_path / "vae", cfg, params={"ranks": 4, "new": 1}) as tracker:
         tracker.log(2, {"loss": 2.0}, cells_seen=128)
         assert tracker.run_id() == first_id
+        assert client.get_run(first_id).info.status == "RUNNING"
         tracker.close("KILLED")
     parent.close()
 
-    client = MlflowClient(uri)
     run = client.get_run(first_id)
     assert run.info.status == "KILLED"
     assert run.info.run_name == "train vae"
@@ -114,13 +115,24 @@ def test_sqlite_runs_are_nested_and_a_resume_goes_on_in_the_same_run(tmp_path: P
     assert [(m.step, m.value) for m in client.get_metric_history(first_id, "train/loss")] == [(1, 3.0), (2, 2.0)]
     assert "train/odd name _" in run.data.metrics
     assert [a.path for a in client.list_artifacts(first_id, "figures")] == ["figures/figure.txt"]
+    assert list((tmp_path / "mlflow_artifacts").rglob("figure.txt"))
+
+    # what was noted as sent is not sent again
+    state_file = tmp_path / "vae" / "mlflow_run.json"
+    with Tracker(tmp_path / "vae", OFF) as tracker:
+        tracker.log(3, {"loss": 1.0})
+    state = json.loads(state_file.read_text()) | {"sent_bytes": (tmp_path / "vae" / "metrics.jsonl").stat().st_size}
+    state_file.write_text(json.dumps(state))
+    with Tracker(tmp_path / "vae", cfg) as tracker:
+        assert tracker.run_id() == first_id
+    assert len(client.get_metric_history(first_id, "train/loss")) == 2
 
     # the store no longer has the run: a new one there, with every row
-    (tmp_path / "vae" / "mlflow_run.json").write_text(json.dumps({"uri": uri, "run_id": "0" * 32, "sent_bytes": 999}))
+    state_file.write_text(json.dumps(state | {"run_id": "0" * 32}))
     with Tracker(tmp_path / "vae", cfg) as tracker:
         second_id = tracker.run_id()
     assert second_id not in ("", first_id)
-    assert len(client.get_metric_history(second_id, "train/loss")) == 2
+    assert len(client.get_metric_history(second_id, "train/loss")) == 3
 
 
 def test_an_exception_leaves_the_run_failed_and_an_interrupt_killed(tmp_path: Path, monkeypatch) -> None:
