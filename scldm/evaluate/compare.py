@@ -5,7 +5,7 @@ Reading order: config, cells, who is compared with whom, compare, the 2-D map.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -195,9 +195,9 @@ def compare(train: Cells, validation: Cells, test: Cells, generated: Cells, conf
                 draws[name].append(scores_of(Profile.of(counts, types, pca)))
                 bar.advance(note=name)
 
-    def tabulate(pick: Callable[[rivals.Scores], dict[str, float]]) -> dict:
+    def tabulate(pick: Callable[[rivals.Scores], dict[str, float]], as_floor: Collection[str] = ()) -> dict:
         others = {name: [pick(s) for s in scores] for name, scores in draws.items()}
-        return rivals.table(pick(mine), others.pop("floor"), others)
+        return rivals.table(pick(mine), others.pop("floor"), others, as_floor)
 
     log_train = log_normalise(train.counts)
     sources = {name: (p.log, p.types) for name, p in profiles.items()}
@@ -223,7 +223,7 @@ def compare(train: Cells, validation: Cells, test: Cells, generated: Cells, conf
         },
         "scored_types": scored,
         "per_type": tabulate(lambda s: s.per_type),
-        "pooled": tabulate(lambda s: s.pooled),
+        "pooled": tabulate(lambda s: s.pooled, as_floor=("c",)),
         "by_type": {t: tabulate(lambda s, t=t: s.by_type[t]) for t in scored},
         "markers": [asdict(m) for m in found_markers],
         "expression": _expression(profiles, list(genes), found_markers),

@@ -203,7 +203,7 @@ def _how_to_read(draws: int) -> str:
         f"Floor and rivals: mean &plusmn; standard deviation over {draws} draws. The last three columns are (score "
         "&minus; floor) / (rival &minus; floor): <b>0 is as good as real training cells, 1 as poor as the rival</b>; "
         "✓ where the generated cells are closer to the test cells than the rival, ✗ where not, &ndash; where the "
-        "metric does not tell rival from floor (their means are nearer than three standard errors)."
+        "metric does not find the rival worse than the floor (by three standard errors)."
     )
 
 

@@ -8,7 +8,7 @@ Reading order: draws, scores pooled and per type, the table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,7 +75,7 @@ def poisson_mean(
 def shuffled_types(
     counts: Counts, types: np.ndarray, numbers: Numbers, rng: np.random.Generator
 ) -> tuple[Counts, np.ndarray]:
-    """(c) Real training cells under each other's types; pooled, it is the floor."""
+    """(c) Real training cells under each other's types; pooled, they are the floor."""
     cells, labels = floor_cells(counts, types, numbers, rng)
     return cells, rng.permutation(labels)
 
@@ -134,13 +134,16 @@ def score_sets(test: Profile, other: Profile, scored_types: list[str], max_cells
 
 
 def table(
-    generated: dict[str, float], floor: list[dict[str, float]], rivals: Mapping[str, list[dict[str, float]]]
+    generated: dict[str, float],
+    floor: list[dict[str, float]],
+    rivals: Mapping[str, list[dict[str, float]]],
+    as_floor: Collection[str] = (),
 ) -> dict:
     """metric -> score, floor and rivals (mean and standard deviation over the draws), and per rival `normalised` =
     (score - floor) / (rival - floor), 0 as good as real training cells and 1 as poor as the rival, and `beats`.
 
-    Both are None where floor and rival are not told apart by this metric: their means are nearer to each other than
-    three standard errors of the difference.
+    Both are None where the metric does not find the rival worse than the floor: by less than three standard errors of
+    the difference of their means, or where the rival is the floor by construction (`as_floor`).
     """
     out: dict[str, dict] = {}
     for name, metric in METRICS.items():
@@ -149,7 +152,8 @@ def table(
         for key, draws in rivals.items():
             rival = _summary([d[name] for d in draws])
             gap = rival["mean"] - base["mean"]
-            told_apart = abs(gap) > 3 * np.hypot(base["sd"], rival["sd"]) / np.sqrt(len(draws))
+            told_apart = key not in as_floor and metric.loss(rival["mean"]) > metric.loss(base["mean"])
+            told_apart &= bool(abs(gap) > 3 * np.hypot(base["sd"], rival["sd"]) / np.sqrt(len(draws)))
             row["rivals"][key] = rival
             row["normalised"][key] = (generated[name] - base["mean"]) / gap if told_apart else None
             beats = bool(metric.loss(generated[name]) < metric.loss(rival["mean"]))

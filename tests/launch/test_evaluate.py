@@ -83,7 +83,7 @@ def test_shard_cells_are_those_that_were_written(files):
         ("condition=kind", "give the real cells once: as shards=FOLDER, or as real=FILE.h5ad"),
         ("real=R shards=S condition=kind", "give the real cells once"),
         ("shards=S condition=kind", "S: no manifest.json"),
-        ("real=R condition=kind split=part layer=scaled", "layer='scaled' is not in the file; it has X"),
+        ("real=R condition=kind split=part layer=scaled", "R: layer='scaled' is not in the file; it has X"),
         ("real=R condition=kind split=part vae_run=nowhere", "vae_run=nowhere: no metrics.jsonl"),
         ("real=R condition=kind split=part evaluate.n_draws=1", "evaluate.n_draws=1 must be at least 2"),
         ("real=R condition=kind split=part generated=N", "no counts in X"),

@@ -110,7 +110,7 @@ def test_what_cannot_be_compared_is_refused_by_name(sets, change, message):
         compare(**{**sets, **change(sets)}, config=CONFIG)
 
 
-@pytest.mark.parametrize("value", [-1.0, 0.5, np.nan])
+@pytest.mark.parametrize("value", [-1.0, 0.5, np.nan, np.inf])
 def test_what_is_no_count_is_refused(value):
     with pytest.raises(InputError, match=rf"cells.h5ad: the matrix holds {value:g}, which is not a count"):
         Cells(sp.csr_matrix([[3.0, value]]), np.array(["A"]), ("g", "h"), "cells.h5ad")

@@ -30,6 +30,10 @@ def test_markers_are_the_highest_welch_t(cells):
     assert [g for g, _ in chosen["A"]] == [g for g in np.argsort(-t)[:5] if t[g] > 0]
     assert [v for _, v in chosen["A"]] == pytest.approx([t[g] for g, _ in chosen["A"]])
     assert {g for g, _ in chosen["A"][:2]} == {2, 5}
+    few = markers.choose(log[:, 8:], types)
+    t_few = np.asarray(ttest_ind(dense[types == "B", 8:], dense[types != "B", 8:], equal_var=False)[0])
+    assert [g for g, _ in few["B"]] == [g for g in np.argsort(-t_few) if t_few[g] > 0]  # none that is down
+    assert 0 < len(few["B"]) < 4
     assert "rare" not in chosen  # two cells have no variance worth the name
 
 

@@ -65,12 +65,15 @@ def scores(**changed: float) -> dict[str, float]:
 def test_table_normalises_between_floor_and_rival():
     floor = [scores(w2=1.0, nn_accuracy=0.5, mean_r=0.99), scores(w2=1.2, nn_accuracy=0.5, mean_r=0.99)]
     rival = [scores(w2=3.1, nn_accuracy=0.9, mean_r=0.79), scores(w2=3.1, nn_accuracy=0.9, mean_r=0.79)]
-    rows = rivals.table(scores(w2=2.1, nn_accuracy=0.4, mean_r=0.69), floor, {"a": rival, "c": floor})
+    good = [scores(w2=0.1), scores(w2=0.1)]
+    draws = {"a": rival, "b": good, "c": floor, "d": rival}
+    rows = rivals.table(scores(w2=2.1, nn_accuracy=0.05, mean_r=0.69), floor, draws, as_floor=("d",))
     assert rows["w2"]["floor"]["mean"] == pytest.approx(1.1)
     assert rows["w2"]["normalised"]["a"] == pytest.approx(0.5)
     assert rows["w2"]["beats"]["a"] is True
-    assert rows["nn_accuracy"]["beats"]["a"] is True  # 0.4 is as far from 0.5 as 0.6, and nearer than 0.9
+    assert rows["nn_accuracy"]["beats"]["a"] is False  # 0.05 is further from 0.5 than 0.9: cells copied, not drawn
     assert rows["mean_r"]["normalised"]["a"] == pytest.approx(1.5)  # more is better: beyond the rival
     assert rows["mean_r"]["beats"]["a"] is False
-    assert rows["w2"]["normalised"]["c"] is None  # a rival as good as the floor has no scale
-    assert rows["w2"]["beats"]["c"] is None
+    for rival_no_worse_than_the_floor in "bcd":  # gives no scale
+        assert rows["w2"]["normalised"][rival_no_worse_than_the_floor] is None
+        assert rows["w2"]["beats"][rival_no_worse_than_the_floor] is None
