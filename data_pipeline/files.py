@@ -34,7 +34,7 @@ def disk_full_explained(folder: str) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise InputError(
-            f"{folder}: no space left ({error.strerror}); make room or name another folder, then run the same command again"
+            f"{folder}: no space left ({error.strerror}); make room, then run the same command again"
         ) from None
 
 

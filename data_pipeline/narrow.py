@@ -5,6 +5,7 @@ Reading order: Rows (what sources yield), CountError, narrow_rows, coo_to_rows, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,7 +55,12 @@ class GeneSums:
 
 @dataclass(frozen=True)
 class NarrowRows:
-    """cells: the rows over the vocabulary's genes; n_genes_all: (n,) genes of the source with a count; totals: (n,) uint64."""
+    """Checked rows.
+
+    cells: over the vocabulary's genes
+    n_genes_all: (n,) genes of the source, in the vocabulary or not, with a count
+    totals: (n,) uint64, counts over the vocabulary's genes
+    """
 
     cells: NarrowCells
     n_genes_all: np.ndarray
@@ -94,18 +100,25 @@ def narrow_rows(
     return NarrowRows(cells, n_all, totals)
 
 
-def coo_to_rows(row_of: np.ndarray, n_rows: int, rows: np.ndarray, dim_0: np.ndarray, dim_1: np.ndarray,
-                values: np.ndarray) -> Rows:  # fmt: skip
+Coordinates = tuple[np.ndarray, np.ndarray, np.ndarray]  # row, column and value of each stored value
+
+
+def coo_to_rows(rows: np.ndarray, row_of: np.ndarray, low: int, parts: Sequence[Coordinates]) -> Rows:
     """Coordinates in any order as Rows: one counting sort, no lookup per value but an array's.
 
-    row_of: coordinate minus its smallest -> position among `rows`, or -1 for rows that are not wanted; int32
-    dim_0: coordinates minus their smallest
+    rows: the rows that are wanted
+    row_of: coordinate minus `low` -> position among `rows`, or -1 where it is not wanted; int32
     """
-    indptr = np.zeros(n_rows + 1, np.int64)
-    _count_rows(row_of, dim_0, indptr)
-    columns, out = np.empty(indptr[-1], dim_1.dtype), np.empty(indptr[-1], values.dtype)
-    _sort_rows(row_of, dim_0, dim_1, values, indptr[:-1].copy(), columns, out)
-    return Rows(rows, indptr, columns, out)
+    indptr = np.zeros(len(rows) + 1, np.int64)
+    for dim_0, _, _ in parts:
+        _count_rows(row_of, low, dim_0, indptr)
+    np.cumsum(indptr, out=indptr)
+    values_dtype = parts[0][2].dtype if parts else np.dtype(np.float32)
+    columns, values = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], values_dtype)
+    at = indptr[:-1].copy()
+    for dim_0, dim_1, data in parts:
+        _sort_rows(row_of, low, dim_0, dim_1, data, at, columns, values)
+    return Rows(rows, indptr, columns, values)
 
 
 # --- kernels -------------------------------------------------------------------------------------------------------
@@ -141,81 +154,95 @@ def _narrow_rows(
     indptr, columns, values, column_of, min_genes, counted,
     nonzeros, n_far, n_large, n_all, totals, steps, small, far, large, gene_total, gene_cells, dense,
 ):  # fmt: skip
-    """Returns (fault, row, k, and how much of steps, far, large is filled); `dense` is zeros, and is left so."""
-    at, at_far, at_large = 0, 0, 0
+    """Returns (fault, row, k, and how much of steps, far, large is filled); `dense` is zeros, and is left so.
+
+    Positions are unsigned: signed ones cost a test for negative indices at every access.
+    """
+    at, at_far, at_large = np.uint64(0), np.uint64(0), np.uint64(0)
+    one = np.uint64(1)
+    row_columns, row_counts = np.empty(len(column_of) + 1, np.int32), np.empty(len(column_of) + 1, np.int64)
     for row in range(len(indptr) - 1):
-        start, end = indptr[row], indptr[row + 1]
-        ascending, before, genes = True, np.int64(-1), 0
-        low, high = np.int64(len(dense)), np.int64(-1)
+        start, end = np.uint64(indptr[row]), np.uint64(indptr[row + 1])
+        if end - start > len(column_of):
+            return 5, row, start, at, at_far, at_large
+        ascending, before, genes, n = True, np.int32(-1), 0, np.uint64(0)
         for k in range(start, end):
             v = values[k]
-            if not (v >= 0 and v < 9.2e18 and v == np.int64(v)):
-                return fault_of(np.float64(v)), row, k, 0, 0, 0
-            column = np.int64(column_of[columns[k]])
-            if v > 0:
-                genes += 1
-                if column >= 0:
-                    ascending &= column > before
-                    before = column
-                    low, high = min(low, column), max(high, column)
+            count = np.int64(v)
+            if not (v >= 0 and v == count and count >= 0):
+                return fault_of(np.float64(v)), row, k, at, at_far, at_large
+            column = column_of[np.uint64(columns[k])]
+            genes += count > 0
+            # written always, kept where it counts: no branch to mispredict
+            row_columns[n], row_counts[n] = column, count
+            kept = (column >= 0) & (count > 0)
+            ascending &= (column > before) | (not kept)
+            before = column if kept else before
+            n += np.uint64(kept)
         n_all[row] = genes
         if not ascending:
-            for k in range(start, end):
-                column = column_of[columns[k]]
-                if column >= 0 and values[k] > 0:
-                    if dense[column] != 0:
-                        return 5, row, k, 0, 0, 0
-                    dense[column] = np.int64(values[k])
-        first, first_far, first_large, total = at, at_far, at_large, np.uint64(0)
-        counts_it = counted[row] and genes >= min_genes
-        before = np.int64(-1)
-        for i in range(start, end) if ascending else range(low, high + 1):
-            if ascending:
-                column, count = np.int64(column_of[columns[i]]), np.int64(values[i])
-                if column < 0 or count == 0:
-                    continue
-            else:
-                column, count = np.int64(i), dense[i]
-                if count == 0:
-                    continue
-                dense[i] = 0
-            step = column - before
-            before = column
-            total += np.uint64(count)
-            if counts_it:
-                gene_total[column] += count
-                gene_cells[column] += 1
+            low, high = row_columns[0], row_columns[0]
+            for i in range(n):
+                column = np.uint64(row_columns[i])
+                if dense[column] != 0:
+                    for k in range(start, end):
+                        if column_of[np.uint64(columns[k])] == row_columns[i]:
+                            return 5, row, k, at, at_far, at_large
+                dense[column] = row_counts[i]
+                low, high = min(low, row_columns[i]), max(high, row_columns[i])
+            n = np.uint64(0)
+            for gene in range(np.uint64(low), np.uint64(high) + one):
+                row_columns[n], row_counts[n] = gene, dense[gene]
+                n += np.uint64(dense[gene] != 0)
+                dense[gene] = 0
+        if counted[row] and genes >= min_genes:
+            for i in range(n):
+                gene_total[np.uint64(row_columns[i])] += row_counts[i]
+                gene_cells[np.uint64(row_columns[i])] += 1
+        first_far, first_large, total = at_far, at_large, np.int64(0)
+        before = np.int32(-1)
+        for i in range(n):
+            step, count = row_columns[i] - before, row_counts[i]
+            before = row_columns[i]
+            total += count
             if step > 255:
                 far[at_far] = step
-                at_far += 1
+                at_far += one
                 step = 0
             if count > 255:
                 large[at_large] = count
-                at_large += 1
+                at_large += one
                 count = 0
             steps[at] = step
             small[at] = count
-            at += 1
-        nonzeros[row], n_far[row], n_large[row] = at - first, at_far - first_far, at_large - first_large
+            at += one
+        nonzeros[row], n_far[row], n_large[row] = n, at_far - first_far, at_large - first_large
         totals[row] = total
-    return 0, 0, 0, at, at_far, at_large
+    return 0, 0, np.uint64(0), at, at_far, at_large
 
 
 @njit(nogil=True, cache=True)
-def _count_rows(row_of, dim_0, indptr):
+def _count_rows(row_of, low, dim_0, counts):
     for coordinate in dim_0:
-        row = row_of[coordinate]
+        row = row_of[coordinate - low]
         if row >= 0:
-            indptr[row + 1] += 1
-    for row in range(len(indptr) - 1):
-        indptr[row + 1] += indptr[row]
+            counts[row + 1] += 1
 
 
 @njit(nogil=True, cache=True)
-def _sort_rows(row_of, dim_0, dim_1, values, at, columns, out):
-    for k in range(len(dim_0)):
-        row = row_of[dim_0[k]]
+def _sort_rows(row_of, low, dim_0, dim_1, data, at, columns, values):
+    """Values come in stretches of one row, so that a row is looked up once a stretch."""
+    k, n = np.uint64(0), np.uint64(len(dim_0))
+    while k < n:
+        coordinate = dim_0[k]
+        end = k
+        while end < n and dim_0[end] == coordinate:
+            end += np.uint64(1)
+        row = row_of[coordinate - low]
         if row >= 0:
-            columns[at[row]] = dim_1[k]
-            out[at[row]] = values[k]
-            at[row] += 1
+            to = np.uint64(at[row])
+            at[row] += end - k
+            for i in range(end - k):
+                columns[to + i] = dim_1[k + i]
+                values[to + i] = data[k + i]
+        k = end

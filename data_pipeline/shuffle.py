@@ -1,9 +1,9 @@
 """The external shuffle: cells arrive in source order and leave in set order, in bounded memory and by sequential IO.
 
 A cell's position in set order is drawn before anything is read. The scatter pass keeps narrow cells in memory until a
-budget is full, then writes them in the order of their positions: a run. The gather pass reads, for a range of positions, one
-slice of each run, and sorts what it has read. What has no place in a set (cells with too few genes) leaves a gap in the
-positions, which the gather pass doesn't notice.
+budget is full, then writes them in the order of their positions: a run. The gather pass reads, for a range of
+positions, one slice of each run, and sorts what it has read. What has no place in a set (cells with too few genes)
+leaves a gap in the positions, which the gather pass doesn't notice.
 
 Reading order: set_positions, RunWriter, Run, read_range.
 """
@@ -118,11 +118,11 @@ class Run:
 
 
 def read_range(runs: Sequence[Run], low: int, high: int) -> tuple[np.ndarray, NarrowCells, np.ndarray]:
-    """The cells at positions low ... high: their positions ascending, the cells as they lie in the runs, and the order that
-    brings them to ascending positions."""
+    """The cells at positions low ... high: their positions, ascending; the cells as they lie in the runs; and the order
+    that brings those to ascending positions."""
     slices = [(bisect_left(r.positions, low), bisect_left(r.positions, high)) for r in runs]
     lengths = [np.diff(r.starts[a : b + 1], axis=0) for r, (a, b) in zip(runs, slices)]
-    totals = np.sum([n.sum(axis=0) for n in lengths], axis=0, dtype=np.int64)
+    totals = np.asarray(np.sum([n.sum(axis=0) for n in lengths], axis=0, dtype=np.int64))
     buffers = [np.empty(n, dtype) for n, (_, dtype) in zip((totals[0], totals[0], totals[1], totals[2]), SECTIONS)]
     filled = [0] * len(SECTIONS)
     for run, (a, b) in zip(runs, slices):

@@ -23,6 +23,7 @@ from data_pipeline.narrow import Rows, coo_to_rows
 from data_pipeline.sources import OpenSource, SourceConfig, SourceSpec, as_labels, spans
 from scldm.errors import InputError
 
+CHUNK_BYTES = 24 << 20  # larger chunks are no faster: they leave the caches
 PROBE = 200_000  # values looked at, in each of three places, to tell counts from anything else
 
 
@@ -37,8 +38,11 @@ def reading(path: str) -> Iterator[None]:
         raise InputError(f"{path}: can't be read: damaged or truncated ({str(error).splitlines()[0]})") from None
 
 
-def open_file(path: str) -> h5py.File:
-    """Raises: InputError for what is no readable h5ad file."""
+def open_file(path: str) -> Any:
+    """An h5py.File; its stubs make a union of every node, on which no access is sound, hence Any.
+
+    Raises: InputError for what is no readable h5ad file.
+    """
     try:
         return h5py.File(path, "r")
     except OSError as error:
@@ -80,7 +84,7 @@ class Candidate:
         )
 
 
-def matrix_shape(node: h5py.Group | h5py.Dataset) -> tuple[int, int]:
+def matrix_shape(node: Any) -> tuple[int, int]:
     shape = node.shape if isinstance(node, h5py.Dataset) else node.attrs.get("shape", node.attrs.get("h5sparse_shape"))
     if shape is None or len(shape) != 2:
         raise InputError(f"{node.file.filename}: {node.name}: not a matrix")
@@ -93,7 +97,7 @@ def _is_matrix(node: Any) -> bool:
     return isinstance(node, h5py.Group) and {"data", "indices", "indptr"} <= set(node)
 
 
-def _probe(node: h5py.Group | h5py.Dataset) -> tuple[int, np.ndarray]:
+def _probe(node: Any) -> tuple[int, np.ndarray]:
     """How many values a matrix stores, and those at its beginning, middle and end."""
     if isinstance(node, h5py.Dataset):
         n_rows = max(1, PROBE // max(node.shape[1], 1))
@@ -104,7 +108,7 @@ def _probe(node: h5py.Group | h5py.Dataset) -> tuple[int, np.ndarray]:
     return len(data), np.concatenate([data[s : s + PROBE] for s in sorted(starts)])
 
 
-def look_at(file: h5py.File, name: str) -> Candidate:
+def look_at(file: Any, name: str) -> Candidate:
     """What a matrix of the file holds."""
     node = file[name]
     n_stored, values = _probe(node)
@@ -114,7 +118,7 @@ def look_at(file: h5py.File, name: str) -> Candidate:
     return Candidate(name, matrix_shape(node), str(values.dtype), n_stored, low, high, integral, finite)
 
 
-def find_counts(file: h5py.File, layer: str = "") -> str:
+def find_counts(file: Any, layer: str = "") -> str:
     """The name of the matrix with the counts: X, layers/NAME or raw/X.
 
     layer: what the user named (X, raw, raw/X, NAME or layers/NAME), or empty to look in X, layers/counts and raw/X
@@ -147,12 +151,12 @@ def find_counts(file: h5py.File, layer: str = "") -> str:
     return counts[0].name
 
 
-def _matrices(file: h5py.File) -> list[str]:
+def _matrices(file: Any) -> list[str]:
     names = ["X", *(f"layers/{n}" for n in file.get("layers", ())), "raw/X"]
     return [n for n in names if n in file and _is_matrix(file[n])]
 
 
-def _same(file: h5py.File, a: Candidate, b: Candidate) -> bool:
+def _same(file: Any, a: Candidate, b: Candidate) -> bool:
     if (a.shape, a.n_stored) != (b.shape, b.n_stored):
         return False
     return np.array_equal(_probe(file[a.name])[1], _probe(file[b.name])[1])
@@ -168,7 +172,7 @@ def open_h5ad_source(path: str, config: SourceConfig, columns: tuple[str, ...], 
             raise InputError(f"{path}: not an h5ad file: it has no obs and var")
         layer = find_counts(file, config.layer)
         n_rows, n_columns = matrix_shape(file[layer])
-        var = read_elem(file["raw/var" if layer == "raw/X" else "var"])
+        var = read_frame(file["raw/var" if layer == "raw/X" else "var"])
         if config.gene_column and config.gene_column not in var:
             raise InputError(
                 f"{path}: var has no column {config.gene_column!r}; it has {', '.join(var.columns) or 'none'}"
@@ -188,7 +192,7 @@ def open_h5ad_source(path: str, config: SourceConfig, columns: tuple[str, ...], 
                 raise InputError(f"{path}: obs has no column {column!r}; it has {_names(obs_group)}")
         chosen = np.ones(n_rows, bool)
         if config.obs_filter:
-            chosen = _matches(read_elem(obs_group), config.obs_filter, path, "source.obs_filter")
+            chosen = _matches(read_frame(obs_group), config.obs_filter, path, "source.obs_filter")
         if config.primary_data_only:
             if "is_primary_data" not in obs_group:
                 raise InputError(f"{path}: source.primary_data_only: obs has no column is_primary_data")
@@ -208,7 +212,14 @@ def open_h5ad_source(path: str, config: SourceConfig, columns: tuple[str, ...], 
     return OpenSource(spec, SourceGenes(path, ids, namespace), keep_gene, rows, obs, report)
 
 
-def _names(obs_group: h5py.Group) -> str:
+def read_frame(group: Any) -> pd.DataFrame:
+    """obs or var."""
+    frame = read_elem(group)
+    assert isinstance(frame, pd.DataFrame)
+    return frame
+
+
+def _names(obs_group: Any) -> str:
     names = [str(n) for n in obs_group.attrs.get("column-order", list(obs_group))]
     return ", ".join(names[:30]) + (", ..." if len(names) > 30 else "") or "none"
 
@@ -222,7 +233,7 @@ def _matches(frame: pd.DataFrame, expression: str, path: str, key: str) -> np.nd
         raise InputError(f"{path}: {key}={expression!r} can't be applied: {str(error).splitlines()[0]}") from None
 
 
-def matrix_format(node: h5py.Group | h5py.Dataset) -> str:
+def matrix_format(node: Any) -> str:
     """csr, csc or dense. Raises: InputError for any other."""
     if isinstance(node, h5py.Dataset):
         return "dense"
@@ -258,6 +269,7 @@ class H5adMatrix:
         self.groups = None if transposed is None else open_transposed(transposed)
 
     def read(self, rows: np.ndarray, chunk_bytes: int) -> Iterator[Rows]:
+        chunk_bytes = min(chunk_bytes // 4, CHUNK_BYTES)
         with reading(self.spec.uri):
             if self.format == "dense":
                 yield from self._read_dense(rows, chunk_bytes)
@@ -298,7 +310,7 @@ class H5adMatrix:
     def _read_transposed(self, rows: np.ndarray, chunk_bytes: int) -> Iterator[Rows]:
         assert self.groups is not None
         value_bytes = sum(array.dtype.itemsize for array in self.groups[0][1:])
-        totals = np.sum([np.diff(indptr)[rows] for indptr, *_ in self.groups], axis=0, dtype=np.int64)
+        totals = np.asarray(np.sum([np.diff(indptr)[rows] for indptr, *_ in self.groups], axis=0, dtype=np.int64))
         end = np.cumsum(totals)
         for a, b in spans(rows, end - totals, end, chunk_bytes / value_bytes, gap=0):
             indptr = np.concatenate([[0], np.cumsum(totals[a:b])])
@@ -321,8 +333,7 @@ class H5adMatrix:
             columns = np.repeat(np.arange(low, high, dtype=np.int32), np.diff(self.indptr[low : high + 1]))
             wanted = row_of[where] >= 0
             found.append((where[wanted], columns[wanted], values[wanted]))
-        where, columns, values = (np.concatenate(part) for part in zip(*found))
-        return coo_to_rows(row_of, len(rows), rows, where, columns, values)
+        return coo_to_rows(rows, row_of, 0, found)
 
     def row_name(self, row: int) -> str:
         with reading(self.spec.uri):
@@ -366,7 +377,7 @@ def _append_rows(starts, ends, columns, values, at, columns_out, values_out):
 # --- CSC to CSR ----------------------------------------------------------------------------------------------------
 
 
-def column_groups(node: h5py.Group, indptr: np.ndarray, chunk_bytes: int) -> list[tuple[int, int]]:
+def column_groups(node: Any, indptr: np.ndarray, chunk_bytes: int) -> list[tuple[int, int]]:
     """Ranges of columns of a CSC matrix that take about chunk_bytes each."""
     value_bytes = node["data"].dtype.itemsize + node["indices"].dtype.itemsize
     columns = np.arange(len(indptr) - 1)
@@ -392,7 +403,7 @@ def transpose_csc(spec: SourceSpec, group: tuple[int, int], folder: Path, number
         raise InputError(f"{spec.uri}: {spec.layer}: a row number is out of range: damaged")
     columns = np.repeat(np.arange(group[0], group[1], dtype=np.int32), np.diff(indptr))
     every = np.arange(spec.n_rows, dtype=np.int32)
-    rows = coo_to_rows(every, spec.n_rows, every, where, columns, values)
+    rows = coo_to_rows(every, every, 0, [(where, columns, values)])
     folder.mkdir(parents=True, exist_ok=True)
     for name, array in (("columns", rows.columns), ("values", rows.values), ("indptr", rows.indptr)):
         with written_aside(folder / f"{number:05d}.{name}.npy") as out:

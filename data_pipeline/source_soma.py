@@ -5,7 +5,9 @@ Reading order: opening, kind_of, open_soma_source, SomaMatrix.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import cellxgene_census
@@ -14,12 +16,13 @@ import pandas as pd
 import tiledbsoma
 
 from data_pipeline.genes import SourceGenes, namespace_of
-from data_pipeline.narrow import Rows, coo_to_rows
+from data_pipeline.narrow import Coordinates, Rows, coo_to_rows
 from data_pipeline.sources import OpenSource, SourceConfig, SourceSpec, as_labels, spans
 from scldm.errors import InputError
 
-# A read hands its result over in tables of at most this size; the default of 1 GiB a column would break any memory bound.
+# A read hands its result over in tables of this size; the default of 1 GiB a column would break any memory bound.
 BUFFER_BYTES = 32 << 20
+TILE_ROWS = 2048  # of the Census and of what tiledbsoma writes
 
 
 def _context() -> tiledbsoma.SOMATileDBContext:
@@ -116,12 +119,12 @@ def open_soma_source(uri: str, kind: str, config: SourceConfig, columns: tuple[s
         rows = table["soma_joinid"].to_numpy().astype(np.int64)
         obs = pd.DataFrame(index=range(len(rows)))
         for column in columns:
-            obs[column] = as_labels(table[column], name, missing)
-        n_obs, n_stored = experiment.obs.count, matrix.nnz
+            obs[column] = as_labels(pd.Series(table[column]), name, missing)
+        n_obs, mean_nonzeros = experiment.obs.count, _mean_nonzeros(matrix, rows)
     ids = tuple(map(str, var[gene_column]))
     namespace = namespace_of(ids) if config.gene_table or config.namespace == "auto" else config.namespace
     spec = SourceSpec(
-        kind, uri, layer, n_rows, n_columns, n_stored / max(n_obs, 1), 0, config.measurement,
+        kind, uri, layer, n_rows, n_columns, mean_nonzeros, 0, config.measurement,
         config.organism if kind == "census" else "", config.census_version if kind == "census" and not uri else "",
     )  # fmt: skip
     report = {"cells_not_selected": n_obs - len(rows), "genes_not_selected": int((~keep_gene).sum())}
@@ -139,8 +142,19 @@ def _matrix(experiment: Any, measurement: str, layer: str, name: str) -> tuple[A
             f"{name}: source.layer={layer or 'raw'!r} is not in X of {measurement}; it has {', '.join(layers)}"
         )
     if not isinstance(layers[layer], tiledbsoma.SparseNDArray):
-        raise InputError(f"{name}: layer {layer!r} is a {type(layers[layer]).__name__}; a SparseNDArray can be read")
+        found = type(layers[layer]).__name__
+        raise InputError(f"{name}: layer {layer!r} is a {found}; a SparseNDArray can be read")
     return layers[layer], layer
+
+
+def _mean_nonzeros(matrix: Any, rows: np.ndarray) -> float:
+    """Stored values a row, from up to 1,024 rows in four places: what plans memory and disk. The exact number may cost
+    as much as reading the layer."""
+    places = [len(rows) * k // 8 for k in (1, 3, 5, 7)]
+    sample = np.unique(np.concatenate([rows[p : p + 256] for p in places]) if len(rows) > 1024 else rows)
+    if not len(sample):
+        return 0.0
+    return sum(table.num_rows for table in matrix.read((sample,)).tables()) / len(sample)
 
 
 def _read(frame: Any, columns: list[str], value_filter: str, name: str, key: str) -> pd.DataFrame:
@@ -162,22 +176,41 @@ class SomaMatrix:
         self.matrix, _ = _matrix(experiment, spec.measurement, spec.layer, spec.uri)
 
     def read(self, rows: np.ndarray, chunk_bytes: int) -> Iterator[Rows]:
-        """Rows are read by ranges; what such a range holds of rows that are not wanted is dropped."""
-        row_bytes = 24 * max(self.spec.mean_nonzeros, 1.0)  # two int64 coordinates, a value, and its sorted copy
+        """By ranges of joinids; where memory allows it, the next one is read while this one is worked on."""
+        # two int64 coordinates and a value, and a sorted copy
+        row_bytes = 28 * max(self.spec.mean_nonzeros, 1.0)
+        n_ahead = int(chunk_bytes >= 2 * TILE_ROWS * row_bytes)
+        ranges = list(self._ranges(rows, max(int(chunk_bytes / (1 + n_ahead) / row_bytes), 1)))
+        with ThreadPoolExecutor(1) as thread:
+            coming = deque(thread.submit(self._read_range, rows[a:b]) for a, b in ranges[:n_ahead])
+            for k, (a, b) in enumerate(ranges):
+                coming += [thread.submit(self._read_range, rows[c:d]) for c, d in ranges[k + n_ahead : k + n_ahead + 1]]
+                low, parts = coming.popleft().result()
+                row_of = np.full(int(rows[b - 1]) + 1 - low, -1, np.int32)
+                row_of[rows[a:b] - low] = np.arange(b - a, dtype=np.int32)
+                found = coo_to_rows(rows[a:b], row_of, low, parts)
+                del parts
+                yield found
+
+    def _ranges(self, rows: np.ndarray, fitting: int) -> Iterator[tuple[int, int]]:
+        """Positions among `rows` of ranges of at most `fitting` rows. They end where tiles end, if they can: a tile is
+        decoded whole for any part of it."""
+        step = fitting // TILE_ROWS * TILE_ROWS or fitting
+        tile = rows // step
         # unwanted rows cost their reading, a range of its own costs about a millisecond: some hundred rows
-        for a, b in spans(rows, rows, rows + 1, max(chunk_bytes / row_bytes, 1), gap=256):
-            low, high = int(rows[a]), int(rows[b - 1])
-            try:
-                tables = list(self.matrix.read((slice(low, high),)).tables())
-            except tiledbsoma.SOMAError as error:
-                raise InputError(
-                    f"{self.spec.uri}: rows {low} to {high} can't be read: {str(error).splitlines()[0]}"
-                ) from None
-            parts = [[t.column(c).to_numpy() for t in tables] for c in ("soma_dim_0", "soma_dim_1", "soma_data")]
-            dim_0, dim_1, values = (np.concatenate(p) if len(p) > 1 else p[0] if p else np.empty(0) for p in parts)
-            row_of = np.full(high + 1 - low, -1, np.int32)
-            row_of[rows[a:b] - low] = np.arange(b - a, dtype=np.int32)
-            yield coo_to_rows(row_of, b - a, rows[a:b], dim_0.astype(np.int64) - low, dim_1.astype(np.int32), values)
+        for a, b in spans(tile, tile, tile + 1, 1, gap=0):
+            for c, d in spans(rows[a:b], rows[a:b], rows[a:b] + 1, step, gap=256):
+                yield a + c, a + d
+
+    def _read_range(self, rows: np.ndarray) -> tuple[int, list[Coordinates]]:
+        low, high = int(rows[0]), int(rows[-1])
+        try:
+            tables = self.matrix.read((slice(low, high),)).tables()
+            columns = ("soma_dim_0", "soma_dim_1", "soma_data")
+            return low, [tuple(t.column(c).to_numpy() for c in columns) for t in tables]
+        except tiledbsoma.SOMAError as error:
+            why = str(error).splitlines()[0]
+            raise InputError(f"{self.spec.uri}: rows {low} to {high} can't be read: {why}") from None
 
     def row_name(self, row: int) -> str:
         return f"soma_joinid {row}"

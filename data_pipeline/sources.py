@@ -103,7 +103,7 @@ class Matrix(Protocol):
     """The counts of a source, by chunks."""
 
     def read(self, rows: np.ndarray, chunk_bytes: int) -> Iterator[Rows]:
-        """The given rows (ascending), in order, in chunks that take about chunk_bytes of memory as read."""
+        """The given rows (ascending), in order, in chunks; reading them takes at most about chunk_bytes of memory."""
         ...
 
     def row_name(self, row: int) -> str:
@@ -189,7 +189,7 @@ def as_labels(column: pd.Series, where: str, missing: str) -> pd.Series:
         if not missing:
             at = int(np.flatnonzero(absent)[0])
             raise InputError(
-                f"{where}: column {column.name!r} has no value in {int(absent.sum())} cells, the first at position {at}; "
+                f"{where}: column {column.name!r} has no value in {int(absent.sum())} cells, first at position {at}; "
                 "missing=LABEL gives them one"
             )
         labels[absent] = missing
@@ -198,8 +198,8 @@ def as_labels(column: pd.Series, where: str, missing: str) -> pd.Series:
 
 def _texts(values: pd.Series) -> pd.Series:
     if pd.api.types.is_float_dtype(values.dtype):
-        whole = values.dropna() % 1 == 0
-        if whole.all():
+        present = values.dropna().to_numpy()
+        if (present == np.floor(present)).all():
             values = values.astype("Int64")
     return values.astype(object).map(lambda v: str(v)).astype(object)
 
@@ -225,8 +225,8 @@ def csc_groups(spec: SourceSpec, chunk_bytes: int) -> list[tuple[int, int]]:
 
 
 def spans(rows: np.ndarray, start: np.ndarray, end: np.ndarray, budget: float, gap: float) -> Iterator[tuple[int, int]]:
-    """Positions a, b such that reading all rows from rows[a] to rows[b - 1] costs at most `budget` (or is one row), and no
-    rows between chosen ones that cost more than `gap` are read in vain.
+    """Positions a, b such that reading all rows from rows[a] to rows[b - 1] costs at most `budget` (or is one row), and
+    no rows between chosen ones that cost more than `gap` are read in vain.
 
     start, end: cost of all rows of the source before and up to each chosen row
     """

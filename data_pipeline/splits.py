@@ -1,7 +1,7 @@
 """Which split a cell belongs to, drawn from its identity: neither the order of reading nor the workers matter.
 
-Reading order: SplitConfig, keys (the random numbers), draw_splits and its three kinds: held-out combinations, values of a
-column, fractions.
+Reading order: SplitConfig, keys (the random numbers), draw_splits and its three kinds: held-out combinations, values of
+a column, fractions.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class SplitConfig:
 
 
 def keys(seed: int, purpose: str, source: np.ndarray, row: np.ndarray) -> np.ndarray:
-    """One random uint64 for each cell identity: a function of seed, purpose, source and row alone (splitmix64's finaliser)."""
+    """One random uint64 for each cell: a function of seed, purpose, source and row alone (splitmix64's finaliser)."""
     start = int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:8], "little")
     with np.errstate(over="ignore"):
         x = _mix(np.uint64(start) + source.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
@@ -90,7 +90,7 @@ def draw_splits(
     Raises: InputError for a value or a combination that no cell has.
     """
     split = np.full(len(source), 255, np.uint8)
-    names = list(BASE)
+    names: list[str] = list(BASE)
     rule: dict[str, Any] = {"validation": config.validation, "test": config.test}
     explicit: set[str] = set()
     if config.held_out:
@@ -139,10 +139,10 @@ def read_held_out(path: str) -> pd.DataFrame:
 
 def _hold_out(split: np.ndarray, table: pd.DataFrame, obs: pd.DataFrame, names: list[str], path: str) -> None:
     columns = [c for c in table.columns if c != "split"]
-    combinations = pd.MultiIndex.from_frame(table[columns])
+    combinations = pd.MultiIndex.from_frame(pd.DataFrame(table[columns]))
     if combinations.has_duplicates:
         raise InputError(f"split.held_out: {path}: {combinations[combinations.duplicated()][0]} stands twice")
-    which = combinations.get_indexer(pd.MultiIndex.from_frame(obs[columns]))
+    which = combinations.get_indexer(pd.MultiIndex.from_frame(pd.DataFrame(obs[columns])))
     unmet = np.setdiff1d(np.arange(len(table)), which)
     if len(unmet):
         text = ", ".join(f"{c}={table[c].iloc[unmet[0]]!r}" for c in columns)

@@ -1,5 +1,5 @@
-"""The units of work of a conversion: each can be done by any process, in any order, again and again with the same result,
-and leaves a file that says it is done.
+"""The units of work of a conversion: each can be done by any process, in any order, again and again with the same
+result, and leaves a file that says it is done.
 
     transpose   a group of columns of a CSC matrix       only for such matrices
     scan        per-gene sums over a unit of cells       only where genes are chosen by their counts
@@ -13,7 +13,6 @@ Reading order: Worker, then its methods in that order.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import tarfile
 import zlib
@@ -21,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import IO
 
 import fsspec
 import numpy as np
@@ -38,11 +38,6 @@ from scldm.vocab import GeneVocab
 
 STAGES = ("transpose", "scan", "clip", "scatter", "gather")
 Tick = Callable[[int], None]
-
-
-def chunk_bytes(process_bytes: int) -> int:
-    """What is read at a time: small beside a process's memory, since reading and narrowing take several times as much."""
-    return min(process_bytes // 16, 24 << 20)
 
 
 @dataclass
@@ -97,7 +92,7 @@ class Worker:
             transposed = self.work / "csc" / str(source) if self.plan.csc_groups[source] else None
             self.matrices[source] = open_matrix(self.plan.sources[source], transposed)
         at = low
-        for rows in self.matrices[source].read(np.asarray(self.plan.row[low:high]), chunk_bytes(self.process_bytes)):
+        for rows in self.matrices[source].read(np.asarray(self.plan.row[low:high]), self.process_bytes // 4):
             yield at, source, rows
             at += len(rows.rows)
             self.tick(len(rows.rows))
@@ -108,8 +103,8 @@ class Worker:
         cell = self.matrices[source].row_name(int(rows.rows[error.row]))
         gene = self.plan.gene_ids(source)[error.column]
         return InputError(
-            f"{spec.uri or spec.kind}: {spec.layer}: cell {cell}, gene {gene}: {error.value!r} is no count ({error.fault}); "
-            "counts are whole numbers of at least 0"
+            f"{spec.uri or spec.kind}: {spec.layer}: cell {cell}, gene {gene}: {error.value!r} is no count "
+            f"({error.fault}); counts are whole numbers of at least 0"
         )
 
     # --- before the cells ---------------------------------------------------------------------------------------
@@ -153,7 +148,7 @@ class Worker:
         min_genes = self.plan.settings["filter"]["min_genes"]
         folder = self.work / "runs"
         folder.mkdir(exist_ok=True)
-        writer = RunWriter(folder, unit, self.process_bytes // 2)
+        writer = RunWriter(folder, unit, self.process_bytes // 3)
         sums = GeneSums(vocab.n_genes)
         totals, n_expressed = np.zeros(high - low, np.uint64), np.zeros(high - low, np.uint32)
         too_few = 0
@@ -284,7 +279,7 @@ class Layout:
 class TarWriter:
     """A plain POSIX tar whose bytes depend on names and data alone."""
 
-    def __init__(self, file: io.BufferedIOBase) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self.file, self.at, self.digest = file, 0, hashlib.sha256()
 
     def _write(self, data: bytes) -> None:

@@ -1,8 +1,8 @@
 """Atlas to shard set: plan, read and scatter, gather into tars, write the manifest. README.md specifies the result.
 
-Every stage is a list of units; a unit that left its marker in the work folder is done. So the same command goes on where a
-killed one stopped, and an array job's tasks share the units of a stage among them. The stages must follow one another: a
-task that finds another's share of a stage undone stops there, and `finish` does whatever is left.
+Every stage is a list of units; a unit that left its marker in the work folder is done. So the same command goes on
+where a killed one stopped, and an array job's tasks share the units of a stage among them. The stages must follow one
+another: a task that finds another's share of a stage undone stops there, and `finish` does whatever is left.
 
 Reading order: write_shards (the story), stages and workers, choose_genes, make_layout, finish_set.
 """
@@ -131,8 +131,8 @@ def _say_what_it_takes(plan: Plan, work: Path) -> None:
     need, free = int(DISK_BYTES_PER_COUNT * stored + csc) - taken, shutil.disk_usage(work).free
     if need > free and not (work / "layout.json").exists():
         raise InputError(
-            f"{work}: no space left: about {need / 1e9:.1f} GB are needed for unfinished work, {free / 1e9:.1f} GB are free; "
-            "work=FOLDER names another place"
+            f"{work}: no space left: about {need / 1e9:.1f} GB are needed for unfinished work, {free / 1e9:.1f} GB are "
+            "free; work=FOLDER names another place"
         )
 
 
@@ -168,8 +168,8 @@ def run_stage(config: ShardsWriteConfig, stage: str, n_units: int, total: int, u
         raise AssertionError(f"{stage}: units {rest[:5]} left no marker")
     if rest:
         print(
-            f"{stage}: this task's share is done, {len(rest)} of {n_units} units are other tasks'; when they are through, run "
-            "the tasks again, or one command with --finish, to go on"
+            f"{stage}: this task's share is done, {len(rest)} of {n_units} units are other tasks': when those are "
+            "through, run the tasks again, or one command with --finish, to go on"
         )
     return not rest
 
@@ -234,7 +234,7 @@ def _do_unit(task: tuple[str, int]) -> None:
 
 
 def choose_genes(config: ShardsWriteConfig, plan: Plan, work: Path) -> bool:
-    """Writes genes.json: the set's vocabulary, after a scan where genes are chosen by their counts. False: share undone."""
+    """Writes genes.json, the set's vocabulary, after a scan where genes are chosen by counts; False: undone."""
     path = work / "genes.json"
     if path.exists():
         return True
@@ -268,7 +268,8 @@ def choose_genes(config: ShardsWriteConfig, plan: Plan, work: Path) -> bool:
 
 def _summed(folder: Path, n_units: int) -> tuple[np.ndarray, int]:
     parts = [np.load(folder / f"{unit:05d}.npz") for unit in range(n_units)]
-    return np.sum([p["sums"] for p in parts], axis=0, dtype=np.int64), sum(int(p["n_cells"]) for p in parts)
+    sums = np.asarray(np.sum([p["sums"] for p in parts], axis=0, dtype=np.int64))
+    return sums, sum(int(p["n_cells"]) for p in parts)
 
 
 def _scattered(plan: Plan, work: Path, name: str) -> list[np.ndarray]:

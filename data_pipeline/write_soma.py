@@ -22,11 +22,10 @@ import pandas as pd
 import pyarrow as pa
 import tiledbsoma
 import tiledbsoma.io
-from anndata.io import read_elem
 
 from data_pipeline.files import disk_full_explained
 from data_pipeline.narrow import FAULTS, Rows, fault_of
-from data_pipeline.source_h5ad import open_file, reading
+from data_pipeline.source_h5ad import open_file, read_frame, reading
 from data_pipeline.sources import SourceConfig, open_matrix, open_sources
 from scldm.errors import InputError
 from scldm.progress import Progress
@@ -62,8 +61,8 @@ def write_soma(config: SomaWriteConfig) -> str:
     source = SourceConfig(kind="h5ad", paths=(config.h5ad,), layer=config.layer, gene_column=config.gene_column)
     opened = open_sources(source, (), "")[0]
     with open_file(config.h5ad) as file, reading(config.h5ad):
-        obs = read_elem(file["obs"])
-        var = read_elem(file["raw/var" if opened.spec.layer == "raw/X" else "var"])
+        obs = read_frame(file["obs"])
+        var = read_frame(file["raw/var" if opened.spec.layer == "raw/X" else "var"])
     var["feature_id"] = list(opened.genes.ids)
     matrix = open_matrix(opened.spec)
     try:
@@ -149,9 +148,8 @@ def _check(rows: Rows, obs: pd.DataFrame, var: pd.DataFrame) -> None:
         cell = rows.rows[np.searchsorted(rows.indptr, at, "right") - 1]
         value = values[at].item()
         fault = FAULTS[fault_of(float(value))] or "too large for the float32 of the Census's layout"
-        raise InputError(
-            f"cell {obs.index[cell]}, gene {var['feature_id'].iloc[int(rows.columns[at])]}: {value!r} is no count ({fault})"
-        )
+        gene = var["feature_id"].iloc[int(rows.columns[at])]
+        raise InputError(f"cell {obs.index[cell]}, gene {gene}: {value!r} is no count ({fault})")
 
 
 def _storable(frame: pd.DataFrame) -> pd.DataFrame:

@@ -1,0 +1,46 @@
+"""`scldm shards verify`: is a shard set whole, and what its sources hold?"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from data_pipeline.verify import verify_shards
+from launch.cli import run_verb
+from scldm.errors import InputError
+
+PURPOSE = """Read every byte of a shard set: hashes, counts, order, statistics; and compare some cells with their sources.
+Exit code 2 where something is wrong, with shard and block of each fault."""
+EXAMPLE = "scldm shards verify path=shards"
+
+
+@dataclass(frozen=True)
+class ShardsVerifyConfig:
+    """Check a shard set.
+
+    path: its folder or fsspec URL
+    sample: cells to compare with the sources, where they are reachable; 0 compares none
+    """
+
+    path: str
+    sample: int = 256
+
+
+CONFIG = ShardsVerifyConfig
+
+
+def main(config: ShardsVerifyConfig) -> None:
+    verdict = verify_shards(config.path, config.sample)
+    for note in verdict.notes:
+        print(note)
+    if verdict.faults:
+        for fault in verdict.faults:
+            print(fault)
+        raise InputError(f"{config.path}: {len(verdict.faults)} faults, the first: {verdict.faults[0]}")
+    compared = f", {verdict.n_compared} cells compared with their sources" if verdict.n_compared else ""
+    n_blocks = sum(s.n_blocks for s in verdict.manifest.shards)
+    print(f"{config.path}: sound: {verdict.manifest.n_cells:,} cells in {n_blocks:,} blocks{compared}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_verb("shards verify", sys.argv[1:]))
