@@ -147,7 +147,7 @@ def flat_scores(evaluation: dict) -> dict[str, float]:
 def show(evaluation: dict, report: Path) -> None:
     """The tables in the terminal."""
     console = Console(
-        width=max(Console().width, 108), highlight=False
+        width=max(Console().width, 112), highlight=False
     )  # a narrow terminal wraps rather than hides digits
     names = {"per_type": "per type (mean over types, weighted by cells)", "pooled": "pooled (all cells at once)"}
     for section, title in names.items():

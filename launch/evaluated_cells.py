@@ -49,7 +49,7 @@ def _split(shards: ShardSet, split: str, condition: str) -> Cells:
     lengths, columns, counts, ids = [np.zeros(1, np.int64)], [], [], []
     for number in numbers:
         where = shards.where(number)
-        block = decode_block(memoryview(shards.fetch(number)), buffers, vocab_tag=vocab_tag(genes), where=where)
+        block = decode_block(shards.fetch(number).data, buffers, vocab_tag=vocab_tag(genes), where=where)
         lengths.append(np.diff(block.indptr))
         # views of the buffers that the next block overwrites
         columns.append(block.columns.astype(np.int32))
