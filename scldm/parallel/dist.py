@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +78,17 @@ def world_of_environment() -> World:
     if size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    elif "MASTER_ADDR" not in os.environ and "SLURM_JOB_NODELIST" in os.environ:
+        os.environ["MASTER_ADDR"] = _first_host(os.environ["SLURM_JOB_NODELIST"])
+        # jobs that share a node must not share a port; below Linux's ephemeral ports, which start at 32,768
+        os.environ.setdefault("MASTER_PORT", str(12_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000))
     return World(rank, size, device)
+
+
+def _first_host(nodelist: str) -> str:
+    """The first of Slurm's compressed list of hosts, as `gpu[03-07,9]`."""
+    done = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
+    return done.stdout.split()[0]
 
 
 def _free_port() -> int:
