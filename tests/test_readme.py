@@ -55,6 +55,8 @@ def problem(words: list[str]) -> str:
     program, rest = (words[0], words[1:]) if words else ("", [])
     if program == "scldm":
         return problem_of_verb(rest)
+    if rest and rest[0] == "launch/quickstart.sh":
+        return problem_of_verb(["quickstart", *rest[1:]])
     if program in ("bash", "source", ".") and rest:
         return "" if (ROOT / rest[0]).is_file() or ".venv/" in rest[0] else f"no file {rest[0]}"
     if "-m" in rest and program in ("python", "python3", "torchrun", "srun"):
@@ -110,6 +112,7 @@ def test_every_command_of_the_readme_resolves() -> None:
     "line, why",
     [
         ("bash launch/none.sh --x", "no file launch/none.sh"),
+        ("bash launch/quickstart.sh --h5 cells.h5ad", "unknown key 'h5'"),
         ("FOO=1 scldm train gan", "unknown verb 'train gan'"),
         ("scldm train vae vae/none", "preset 'vae/none' is unknown"),
         ("scldm train vae \\\n  no.such=1", "unknown key"),

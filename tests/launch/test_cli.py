@@ -99,7 +99,8 @@ def test_every_verb_says_what_it_is(verb: str, capsys: pytest.CaptureFixture) ->
     for key, kind, default, meaning in flatten(module.CONFIG):
         assert meaning, f"{verb}: {key} has no line in its config's docstring"
         assert f"{key}  [{kind}; {default}]" in text
-    commands = [shlex.split(line) for line in module.EXAMPLE.strip().splitlines() if line.strip().startswith("scldm ")]
+    example = module.EXAMPLE.replace("bash launch/quickstart.sh", "scldm quickstart").replace("\\\n", " ")
+    commands = [shlex.split(line) for line in example.splitlines() if line.strip().startswith("scldm ")]
     verbs = []
     for command in commands:
         named, rest = cli.find_verb(command[1:])
