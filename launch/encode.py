@@ -66,6 +66,8 @@ def main(config: EncodeConfig) -> Path:
     vae, origin = trained_vae(Path(config.vae), config.which)
     vae = vae.to(world.device)
     with closing(ShardSet(config.shards)) as cells:
+        if cells.manifest.kind != "cells":
+            raise InputError(f"{config.shards}: a set of {cells.manifest.kind}, not of cells")
         trained_on = GeneVocab.load(Path(config.vae) / "genes.json")
         if cells.manifest.genes.hash != trained_on.hash:
             raise InputError(

@@ -67,6 +67,8 @@ def main(config: ExportConfig) -> Path:
 def trained_vae(run_dir: Path, which: Literal["best", "latest"]) -> tuple[VAE, dict[str, Any]]:
     """The autoencoder of a run, and where it comes from; `hash` is that of its weights."""
     run = read_config(run_dir)
+    if (run_dir / "latents.json").is_file():
+        raise InputError(f"vae={run_dir} is a run of `scldm train ldm`, not of `scldm train vae`")
     vae = VAE(VAEConfig(**run["model"]), GeneVocab.load(run_dir / "genes.json").n_genes)
     step = load_averaged(vae, run_dir, which)
     origin = {"run": str(run_dir), "step": step, "hash": weights_hash(vae.state_dict()), "config": run}
@@ -79,10 +81,12 @@ def trained_dit(run_dir: Path, vae: VAE, which: Literal["best", "latest"]) -> tu
     Raises: InputError where its latents are another autoencoder's.
     """
     run = read_config(run_dir)
+    if not (run_dir / "latents.json").is_file():
+        raise InputError(f"ldm={run_dir} is not a run of `scldm train ldm`")
     latents = json.loads((run_dir / "latents.json").read_text())
     if latents["vae"] != weights_hash(vae.state_dict()):
         raise InputError(
-            f"{run_dir} was trained on the latents of another autoencoder (weights {latents['vae_hash'][:12]}, "
+            f"{run_dir} was trained on the latents of another autoencoder (weights {latents['vae'][:12]}, "
             f"this one {weights_hash(vae.state_dict())[:12]}); name the run and checkpoint that encoded them"
         )
     conditions = ConditionVocab.load(run_dir / "conditions.json")

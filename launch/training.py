@@ -24,7 +24,10 @@ from scldm.train.run_folder import open_run_folder, write_json
 from scldm.train.tracking import Tracker, TrackingConfig
 
 # what a resume may change: where and how fast a run goes, how it is followed, but not what it computes
-FREE_ON_RESUME = ("run_dir", "hardware", "tracking", "train.log_every", "train.save_every", "train.keep")
+FREE_ON_RESUME = (
+    *("run_dir", "hardware", "tracking", "train.log_every", "train.save_every", "train.keep"),
+    *("model.attention", "data.prefetch", "data.read_threads", "data.read_ahead", "data.cache_folder", "data.cache_gb"),
+)
 
 
 class RunConfig(Protocol):
