@@ -85,7 +85,8 @@ class DiT(nn.Module):
         self.from_latent = nn.Linear(latent_width, D)
         self.token_embedding = nn.Parameter(0.02 * torch.randn(n_latents, D))
         self.time = nn.Sequential(nn.Linear(TIME_FEATURES, D), nn.SiLU(), nn.Linear(D, D))
-        self.condition = nn.ModuleDict({name: nn.Embedding(n + 1, D) for name, n in n_labels.items()})
+        # a list, in the order of n_labels: a ModuleDict refuses columns called `type` or with a dot in their name
+        self.condition = nn.ModuleList(nn.Embedding(n + 1, D) for n in n_labels.values())
         self.blocks = nn.ModuleList(DiTBlock(D, config.n_heads) for _ in range(config.n_layers))
         self.norm_out = nn.LayerNorm(D, elementwise_affine=False)
         self.modulation_out = nn.Linear(D, 2 * D)
@@ -125,7 +126,7 @@ class DiT(nn.Module):
         conditions: for each of the model's conditions, label ids (B,), `null_id` where not given
         """
         condition_BD = self.time(timestep_features(t_B).to(z_BLZ.dtype))
-        for name, embedding in self.condition.items():
+        for name, embedding in zip(self.n_labels, self.condition, strict=True):
             condition_BD = condition_BD + embedding(conditions[name])
         condition_BD = nn.functional.silu(condition_BD)
         x_BLD = self.from_latent(z_BLZ) + self.token_embedding
