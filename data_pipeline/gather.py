@@ -9,6 +9,7 @@ Reading order: CellSlots (fill), what it gathers, the kernels (numba; they relea
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,7 @@ class CellSlots:
         self.n_labels = [manifest.conditions.n_labels(name) for name in self.names]
         cells = manifest.block_cells
         self.n_slots, self.block_cells = n_slots, cells
+        self.codec, self.scratch = manifest.codec, threading.local()
         self.payload = [np.empty(0, np.uint8)] * n_slots
         # per slot: address of the payload; offsets within it of gene steps, counts, large steps, large counts
         self.place = np.zeros((n_slots, 5), np.int64)
@@ -69,22 +71,35 @@ class CellSlots:
             column_dtype(self.n_genes + 1) if column_dtype(self.n_genes + 1) == np.uint16 else np.dtype("i4")
         )
 
-    def fill(self, slot: int, data: bytes, where: str) -> None:
-        """Puts a block into a slot.
+    def buffer(self, slot: int, n_bytes: int) -> np.ndarray:
+        """Memory to read a block into: the slot's own if blocks are not compressed, else the thread's."""
+        if self.codec == "none":
+            return self._own(slot, n_bytes)
+        if len(getattr(self.scratch, "buffer", ())) < n_bytes:
+            self.scratch.buffer = np.empty(n_bytes + n_bytes // 8, np.uint8)
+        return self.scratch.buffer[:n_bytes]
+
+    def _own(self, slot: int, n_bytes: int) -> np.ndarray:
+        if len(self.payload[slot]) < n_bytes:
+            self.payload[slot] = np.empty(n_bytes + n_bytes // 8 + ALIGN, np.uint8)
+        return self.payload[slot][:n_bytes]
+
+    def fill(self, slot: int, data: np.ndarray, where: str) -> None:
+        """Puts a block's bytes, uint8, into a slot.
 
         Raises: InputError for bytes that are no sound block of this set.
         """
-        header = read_header(data, where)
+        stored = data.data
+        header = read_header(stored, where)
         if int(header["vocab_tag"]) != self.tag or int(header["n_genes"]) != self.n_genes:
             raise InputError(f"{where}: belongs to another gene vocabulary than the manifest's")
         n_cells, n_nonzeros = int(header["n_cells"]), int(header["n_nonzeros"])
-        n_bytes, n_conditions = int(header["payload_bytes"]), int(header["n_conditions"])
-        if n_cells > self.block_cells or n_conditions != len(self.names):
-            raise InputError(f"{where}: {n_cells} cells, {n_conditions} conditions do not fit the manifest")
-        if len(self.payload[slot]) < n_bytes:
-            self.payload[slot] = np.empty(n_bytes + n_bytes // 8 + ALIGN, np.uint8)
-        own = self.payload[slot][:n_bytes]
-        stored = memoryview(data)[HEADER.itemsize : HEADER.itemsize + int(header["stored_bytes"])]
+        n_conditions, codec = int(header["n_conditions"]), CODECS[header["codec"]]
+        if n_cells > self.block_cells or n_conditions != len(self.names) or codec != self.codec:
+            raise InputError(
+                f"{where}: {n_cells} cells, {n_conditions} conditions, codec {codec} do not fit the manifest"
+            )
+        stored = stored[HEADER.itemsize : HEADER.itemsize + int(header["stored_bytes"])]
         at = 0
 
         def section(dtype: str, n: int) -> np.ndarray:
@@ -94,9 +109,16 @@ class CellSlots:
             return values
 
         try:
-            payload = decompress(stored, CODECS[header["codec"]], own)
-            if payload.base is not self.payload[slot] and payload.ctypes.data != own.ctypes.data:
-                own[:] = payload
+            if codec == "none":
+                own = self._own(slot, len(data))
+                if data.ctypes.data != own.ctypes.data:
+                    own[:] = data
+                own = own[HEADER.itemsize :]
+            else:
+                own = self._own(slot, int(header["payload_bytes"]))
+                payload = decompress(stored, codec, own)
+                if payload.ctypes.data != own.ctypes.data:  # lz4 makes memory of its own
+                    own[:] = payload
             nonzeros, sources, rows = section("<u4", n_cells), section("<u2", n_cells), section("<i8", n_cells)
             widths = section("<u1", n_conditions)
             if not np.isin(widths, (1, 2, 4)).all():
@@ -142,13 +164,13 @@ class CellSlots:
     def take_of_the_cell(
         self, slots: np.ndarray, rows: np.ndarray, sets: GeneSets, words: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Gene ids (B, S) int32, counts (B, S) and their sums (B,) for the policies that look at the cell."""
+        """Gene ids (B, S) int64, counts (B, S) and their sums (B,) for the policies that look at the cell."""
         width = sets.width
         n_expressed = self.begin[slots, rows + 1, 0] - self.begin[slots, rows, 0]
         if not width:
             longest = int(n_expressed.max(initial=1))
             width = min(-(-longest // WIDTH_STEP) * WIDTH_STEP, -(-self.n_genes // WIDTH_STEP) * WIDTH_STEP)
-        ids, counts = np.zeros((len(slots), width), np.int32), np.zeros((len(slots), width), self.count_dtype)
+        ids, counts = np.zeros((len(slots), width), np.int64), np.zeros((len(slots), width), self.count_dtype)
         totals = np.empty(len(slots), np.int64)
         fill_up = sets.config.policy == "expressed_plus_zeros"
         _take_expressed(slots, rows, self.place, self.begin, self.n_genes, fill_up, words, ids, counts, totals)
@@ -183,6 +205,24 @@ _pointer: Any = _as_pointer
 
 
 @njit(nogil=True, cache=True)
+def _zeros_and_sum(values):
+    """How many bytes are 0, and the sum of all. Unsigned indices and 32-bit sums let the compiler use vectors."""
+    zeros, total = np.uint32(0), np.uint32(0)
+    for j in range(np.uint64(len(values))):
+        zeros += np.uint32(values[j] == 0)
+        total += np.uint32(values[j])
+    return np.int64(zeros), np.int64(total)
+
+
+@njit(nogil=True, cache=True)
+def _sum(values):
+    total = np.int64(0)
+    for j in range(np.uint64(len(values))):
+        total += np.int64(values[j])
+    return total
+
+
+@njit(nogil=True, cache=True)
 def _measure(nonzeros, steps, counts, far, large, n_genes, begin, total):
     """Where each cell begins in counts, far and large, and its total counts; False where a kernel that trusted these
     sections would read or write out of bounds."""
@@ -192,15 +232,11 @@ def _measure(nonzeros, steps, counts, far, large, n_genes, begin, total):
         end = k + np.int64(nonzeros[cell])
         if end > len(steps):
             return False
-        n_far, n_large, reach, summed = np.int32(0), np.int32(0), np.uint32(0), np.uint32(0)
-        for j in range(k, end):
-            n_far += steps[j] == 0
-            n_large += counts[j] == 0
-            reach += np.uint32(steps[j])
-            summed += np.uint32(counts[j])
+        n_far, reach = _zeros_and_sum(steps[k:end])
+        n_large, summed = _zeros_and_sum(counts[k:end])
         if f + n_far > len(far) or g + n_large > len(large):
             return False
-        column, all_counts = np.int64(reach), np.int64(summed)
+        column, all_counts = reach, summed
         for j in range(f, f + n_far):
             if far[j] == 0:
                 return False
@@ -258,10 +294,7 @@ def _take_shared(slots, rows, place, begin, gene_ids, table, flat, totals):
         base = i * width
         steps, counts, far, large = _sections(place, begin, slots[i], rows[i])
         _scatter(steps, counts, far, large, table, flat, np.uint64(base))
-        total = np.int64(0)
-        for j in range(base, base + width):
-            total += np.int64(flat[j])
-        totals[i] = total
+        totals[i] = _sum(flat[base : base + width])
         flat[base + width : min(base + 2 * width, len(flat))] = 0
     for j in range(width):
         table[np.int64(gene_ids[j]) - 1] = width
@@ -279,10 +312,7 @@ def _take_each(slots, rows, place, begin, gene_ids, table, flat, totals):
         base = i * width
         steps, counts, far, large = _sections(place, begin, slots[i], rows[i])
         _scatter(steps, counts, far, large, table, flat, np.uint64(base))
-        total = np.int64(0)
-        for j in range(base, base + width):
-            total += np.int64(flat[j])
-        totals[i] = total
+        totals[i] = _sum(flat[base : base + width])
         flat[base + width : min(base + 2 * width, len(flat))] = 0
         for j in range(width):
             if gene_ids[i, j]:

@@ -120,7 +120,7 @@ class GeneSets:
                 n = (weights > 0).sum()
                 raise InputError(f"{key}.n_genes={config.n_genes}: only {n} genes have a {config.weight_by} above 0")
             self.rates = weights
-        self.scratch = np.arange(1, n_genes + 1, dtype=np.int32)
+        self.genes = np.arange(1, n_genes + 1, dtype=np.uint16 if n_genes < 1 << 16 else np.uint32)
 
     @property
     def of_the_cell(self) -> bool:
@@ -133,57 +133,59 @@ class GeneSets:
         return self.config.policy == "all" or (self.config.policy in DRAWN and self.config.gene_set_group > 1)
 
     def ids(self, epoch: int, step: int, positions: np.ndarray) -> np.ndarray:
-        """The vocabulary indices of the sets at these positions of the epoch's global batch `step`, int32: (S,) where
+        """The vocabulary indices of the sets at these positions of the epoch's global batch `step`, int64: (S,) where
         they share one, else (B, S)."""
         assert not self.of_the_cell
         if self.config.policy == "all":
-            return np.arange(1, self.total + 1, dtype=np.int32)
+            return np.arange(1, self.total + 1)
         group = self.config.gene_set_group
         if group > 1:
-            assert positions[0] // group == positions[-1] // group, "a micro-batch crosses a gene set's group"
-            return self._draw(epoch, step * self.global_batch + int(positions[0]) // group * group)
-        return np.stack([self._draw(epoch, step * self.global_batch + int(p)) for p in positions])
+            first = int(positions[0]) // group * group
+            assert first == positions[-1] // group * group, "a micro-batch crosses a gene set's group"
+            return self._draw(epoch, step, first, 1)[0]
+        return self._draw(epoch, step, int(positions[0]), len(positions))
 
     def words(self, epoch: int, step: int, positions: np.ndarray) -> np.ndarray:
         """One random word (B,) for each cell, from which a policy that looks at the cell goes on."""
         if self.config.policy == "expressed" and (not self.width or self.config.overflow == "refuse"):
             return np.zeros(len(positions), np.uint64)  # draws nothing
-        first = step * self.global_batch
-        return np.concatenate([self._words(epoch, first + int(p), 1) for p in positions])
+        return self._words(epoch, step, int(positions[0]), len(positions), 1)[:, 0]
 
-    def _words(self, epoch: int, position: int, n: int) -> np.ndarray:
-        return random_words(self.seed, self.purpose, epoch, position, n)
+    def _words(self, epoch: int, step: int, first: int, n_positions: int, n: int) -> np.ndarray:
+        """n words or a few more for each of the positions first, first + 1, ... of a global batch: a position's words
+        depend on nothing but it and n, and those of neighbours come in one call."""
+        counts = -(-n // 4)
+        words = random_words(self.seed, self.purpose, epoch, step, n_positions * counts * 4, skip=first * counts)
+        return words.reshape(n_positions, counts * 4)
 
-    def _draw(self, epoch: int, position: int) -> np.ndarray:
-        if self.rates is not None:
-            # n smallest of Exp(rate): successive sampling without replacement (Efraimidis & Spirakis 2006)
-            words = self._words(epoch, position, self.total)
-            uniform = ((words >> np.uint64(11)) + 1) * 2.0**-53
-            with np.errstate(divide="ignore"):
-                arrival = -np.log(uniform) / self.rates
-            arrival[self.rates <= 0] = np.inf
-            return np.sort(np.argsort(arrival, kind="stable")[: self.width] + 1).astype(np.int32)
-        # two draws a word; 32 bits make a draw from 60,000 genes uneven by 1 in 70,000 of its probability
-        words = self._words(epoch, position, (self.width + 1) // 2)
-        out = np.empty(self.width, np.int32)
-        _draw_without_replacement(self.scratch, words.view(np.uint32), out)
-        return out
+    def _draw(self, epoch: int, step: int, first: int, n_positions: int) -> np.ndarray:
+        """Sets (n_positions, S)."""
+        if self.rates is None:
+            # two draws a word; 32 bits make a draw from 60,000 genes uneven by 1 in 70,000 of its probability
+            out = np.empty((n_positions, self.width), np.int64)
+            for k in range(0, n_positions, 16):  # few at a time, so that the words stay in a cache
+                part = out[k : k + 16]
+                words = self._words(epoch, step, first + k, len(part), (self.width + 1) // 2)
+                _draw_without_replacement(self.genes, words.view(np.uint32), part)
+            return out
+        # the n first arrivals at these rates: successive sampling without replacement (Efraimidis & Spirakis 2006)
+        uniform = ((self._words(epoch, step, first, n_positions, self.total) >> np.uint64(11)) + 1) * 2.0**-53
+        with np.errstate(divide="ignore"):
+            arrival = -np.log(uniform[:, : self.total]) / self.rates
+        arrival[:, self.rates <= 0] = np.inf
+        return np.sort(np.argsort(arrival, axis=1, kind="stable")[:, : self.width] + 1, axis=1)
 
 
-# --- kernels -------------------------------------------------------------------------------------------------------
+# --- kernel --------------------------------------------------------------------------------------------------------
 
 
 @njit(nogil=True, cache=True)
-def _draw_without_replacement(items, words, out):
-    """The first steps of a Fisher-Yates shuffle of `items`, then undone: every draw starts from the same order."""
-    n = len(items)
-    for k in range(len(out)):
-        j = k + np.int64((np.uint64(words[k]) * np.uint64(n - k)) >> np.uint64(32))
-        out[k] = items[j]
-        items[j] = items[k]
-        items[k] = out[k]
-    for k in range(len(out) - 1, -1, -1):
-        j = k + np.int64((np.uint64(words[k]) * np.uint64(n - k)) >> np.uint64(32))
-        out_k = items[k]
-        items[k] = items[j]
-        items[j] = out_k
+def _draw_without_replacement(genes, words, out):
+    """The first steps of a Fisher-Yates shuffle of the genes, for each row of `out` from the same start."""
+    n, items = np.uint64(len(genes)), np.empty_like(genes)
+    for i in range(len(out)):
+        items[:] = genes
+        for k in range(np.uint64(out.shape[1])):
+            j = k + ((np.uint64(words[i, k]) * (n - k)) >> np.uint64(32))
+            out[i, k] = items[j]
+            items[j] = items[k]

@@ -38,7 +38,7 @@ from data_pipeline.order import (
 )
 from data_pipeline.read_shards import BlockSource, ShardSet
 from data_pipeline.write_latents import LatentSlots
-from scldm.batch import CellBatch, CompactCellBatch, CompactCounts, GeneCounts, LatentBatch
+from scldm.batch import CellBatch, CompactCellBatch, CompactCounts, GeneCounts, LatentBatch, pinned
 from scldm.errors import InputError
 from scldm.vocab import ConditionVocab, GeneVocab
 
@@ -382,7 +382,8 @@ class _Plan:
 class _Slots(Protocol):
     n_slots: int
 
-    def fill(self, slot: int, data: bytes, where: str) -> None: ...
+    def buffer(self, slot: int, n_bytes: int) -> np.ndarray: ...
+    def fill(self, slot: int, data: np.ndarray, where: str) -> None: ...
 
 
 class _Collator(Protocol[Batch]):
@@ -413,7 +414,7 @@ class _Feed(Generic[Batch]):
         self.lanes, self.window, self.read_ahead = config.lanes, config.window_blocks, config.read_ahead
         self.threads = config.read_threads
         self.pool: ThreadPoolExecutor | None = None
-        self.running: weakref.WeakSet[_Running] = weakref.WeakSet()
+        self.running: _Running | None = None
 
     def reserve(self, units: Units, population: Population) -> None:
         """Slots for the blocks that are in use at a time: all of a small set, else the windows of this rank's lanes and
@@ -447,13 +448,12 @@ class _Feed(Generic[Batch]):
             yield _Plan(order.epoch, step + k, block[k], row[k], real)
 
     def start(self, plans: Iterator[_Plan], prefetch: int) -> _Running[list[Batch]]:
-        for other in list(self.running):
-            other.stop()  # the slots serve one stream at a time
+        if self.running:
+            self.running.stop()  # the slots serve one stream at a time
         if self.blocks is None:
             self.pool = ThreadPoolExecutor(self.threads, "scldm-read")
             self.blocks = _Blocks(self.cells, self.collate.make_slots(self.cells, self.n_slots), self.pool)
-        running = _Running(self._batches(plans, self.blocks), prefetch)
-        self.running.add(running)
+        running = self.running = _Running(self._batches(plans, self.blocks), prefetch)
         return running
 
     def _batches(self, plans: Iterator[_Plan], blocks: _Blocks) -> Iterator[list[Batch]]:
@@ -474,8 +474,8 @@ class _Feed(Generic[Batch]):
         return [self.collate(slots[c], plan.row[c], plan, positions[c], weight[c]) for c in cuts]
 
     def close(self) -> None:
-        for running in list(self.running):
-            running.stop()
+        if self.running:
+            self.running.stop()
         if self.pool:
             self.pool.shutdown(cancel_futures=True)
             self.pool = None
@@ -483,8 +483,9 @@ class _Feed(Generic[Batch]):
 
 
 def _release(feed: _Feed, cells: BlockSource) -> None:
-    cells.close()  # first, so that a read that waits to try again gives up
+    cells.close()  # so that a read that waits to try again gives up
     feed.close()
+    cells.close()  # what a read under way opened again
 
 
 class _Blocks:
@@ -497,12 +498,12 @@ class _Blocks:
         self.used: OrderedDict[int, int] = OrderedDict()  # block -> slot, the one needed longest ago first
         self.free = list(range(slots.n_slots))[::-1]
 
-    def want(self, block: np.ndarray) -> np.ndarray:
+    def want(self, block: np.ndarray) -> list[int]:
         """Begins to read what is not there; gives the blocks, each once."""
-        needed = np.unique(block)
+        needed = list(dict.fromkeys(block.tolist()))
         assert len(needed) <= self.slots.n_slots
         missing = []
-        for b in needed.tolist():
+        for b in needed:
             if b in self.used:
                 self.used.move_to_end(b)
             else:
@@ -517,7 +518,8 @@ class _Blocks:
 
         Raises: what reading one of them raised.
         """
-        for b in self.want(block).tolist():
+        needed = self.want(block)
+        for b in needed if self.loading else []:
             if b in self.loading:
                 try:
                     self.loading[b].result()
@@ -541,7 +543,8 @@ class _Blocks:
 
 
 def _read(cells: BlockSource, slots: _Slots, block: int, slot: int) -> None:
-    slots.fill(slot, cells.fetch(block), cells.where(block))
+    into = slots.buffer(slot, int(cells.blocks["length"][block]))
+    slots.fill(slot, cells.fetch(block, into), cells.where(block))
 
 
 class _Running(Generic[Item]):
@@ -633,7 +636,7 @@ class _CellCollator:
         else:
             ids = sets.ids(plan.epoch, plan.step, positions)
             counts, totals = self.slots.take(slots, rows, ids)
-        return GeneCounts(torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(counts)), totals
+        return GeneCounts(torch.from_numpy(ids), torch.from_numpy(counts)), totals
 
     def _compact(
         self, slots: np.ndarray, rows: np.ndarray, plan: _Plan, positions: np.ndarray, rest: dict[str, Any]
@@ -650,8 +653,10 @@ class _CellCollator:
     ) -> torch.Tensor:
         if sets.of_the_cell:
             words = sets.words(plan.epoch, plan.step, positions)
-            return torch.from_numpy(self.slots.take_of_the_cell(slots, rows, sets, words)[0])
-        return torch.from_numpy(sets.ids(plan.epoch, plan.step, positions))
+            ids = self.slots.take_of_the_cell(slots, rows, sets, words)[0]
+        else:
+            ids = sets.ids(plan.epoch, plan.step, positions)
+        return pinned(torch.from_numpy(ids.astype(np.int32)))
 
 
 class _LatentCollator:

@@ -1,8 +1,8 @@
 """Which cell stands at which position: a pure function of (seed, epoch), the same for every rank of every world size.
 
 An epoch is a permutation of its cells, cut into global batches. A global batch has `lanes` slices of positions, and
-each lane serves its slice of every batch from a list of cells of its own. A rank looks up the positions that are its own, so
-the world size can't change what a batch holds, and any position can be looked up without those before it.
+each lane serves its slice of every batch from a list of cells of its own. A rank looks up the positions that are its
+own, so the world size can't change what a batch holds, and any position can be looked up without those before it.
 
     blocks, permuted     | b7 | b2 | b9 | b4 | b0 | b5 | b1 | ...     one after the other: the epoch's cells
     lanes, cut by cells  |  lane 0   |  lane 1   |  lane 2   | ...     as many cells as the lane's positions need
@@ -29,10 +29,10 @@ DRAW_BLOCKS, DRAW_WINDOW, DRAW_BALANCE, DRAW_GIVEN, DRAW_ASKED = 1, 2, 3, 4, 5
 FIXED_PASS = (1 << 63) - 1  # stands for the epoch in draws of a pass in fixed order
 
 
-def random_words(seed: int, purpose: int, epoch: int, index: int, n: int) -> np.ndarray:
-    """n uint64 words of Philox4x64-10 with key (seed, purpose) and counter (0, index, epoch, 0)."""
+def random_words(seed: int, purpose: int, epoch: int, index: int, n: int, skip: int = 0) -> np.ndarray:
+    """n uint64 words of Philox4x64-10 with key (seed, purpose) from counter (skip, index, epoch, 0) on, 4 a count."""
     key = np.array([seed, purpose], np.uint64)
-    counter = np.array([0, index, epoch, 0], np.uint64)
+    counter = np.array([skip, index, epoch, 0], np.uint64)
     return np.random.Philox(key=key, counter=counter).random_raw(n)
 
 

@@ -47,7 +47,7 @@ class BlockSource(Protocol):
     hash: str
     blocks: np.ndarray
 
-    def fetch(self, block: int) -> bytes: ...
+    def fetch(self, block: int, into: np.ndarray | None = None) -> np.ndarray: ...
     def where(self, block: int) -> str: ...
     def cell_column(self, name: str) -> np.ndarray: ...
     def gene_column(self, name: str) -> np.ndarray: ...
@@ -84,6 +84,7 @@ class ShardSet:
         self.index = {entry.path: entry for entry in self.manifest.index}
         self.blocks = self._load(schema.BLOCK_INDEX_PATH, hashed=True)
         self._check_index()
+        self.checked = np.full(len(self.blocks), -1, np.int64)  # modification time of the file when a block was checked
         if not self.local and cache_bytes:
             self.cache = _BlockCache(self.cache_root / "blocks.bin", self.blocks["length"], cache_bytes)
 
@@ -123,21 +124,26 @@ class ShardSet:
         """The name of a block for a message: its shard and number."""
         return f"{self.url}/{self._shard(block).path}, block {block}"
 
-    def fetch(self, block: int) -> bytes:
-        """The bytes of a block, checked against the index.
+    def fetch(self, block: int, into: np.ndarray | None = None) -> np.ndarray:
+        """The bytes of a block, uint8, checked against the index; in `into`, which has their length, where that saves a
+        copy. A local block is checked when it is first read, and again whenever its file has another modification time.
 
         Raises: InputError for a shard that is missing, cut short, changed or corrupt; OSError where a remote read fails
         five times.
         """
         if not self.local:
-            return self._fetch_remote(block)
+            return np.frombuffer(self._fetch_remote(block), np.uint8)
         record, shard = self.blocks[block], self._shard(block)
+        data = np.empty(int(record["length"]), np.uint8) if into is None else into
+        assert len(data) == record["length"]
         with self.files.open(f"{self.root}/{shard.path}", shard.bytes) as fd:
-            data = os.pread(fd, int(record["length"]), int(record["offset"]))
-        if zlib.crc32(data) != record["crc32"]:
+            modified = os.fstat(fd).st_mtime_ns
+            n_read = os.preadv(fd, [data.data], int(record["offset"]))
+        if n_read != len(data) or (self.checked[block] != modified and zlib.crc32(data.data) != record["crc32"]):
             raise InputError(
                 f"{self.where(block)}: its CRC-32 is not that of the index: the shard is damaged or was changed"
             )
+        self.checked[block] = modified
         return data
 
     def close(self) -> None:
@@ -184,7 +190,7 @@ class ShardSet:
         raise OSError(f"{name}: reading failed {ATTEMPTS} times, at last: {problem!r}") from problem
 
     def _load(self, path: str, hashed: bool = False) -> np.ndarray:
-        """An index file, memory-mapped; of a remote set from the cache folder, where it is put first."""
+        """An index file, memory-mapped, or whole and checked; of a remote set, from the cache folder."""
         entry = self.index.get(path)
         if entry is None:
             raise InputError(f"{self.url}: the set has no {path}")
@@ -203,9 +209,12 @@ class ShardSet:
             raise InputError(f"{self.url}/{path}: is missing") from None
         if size != entry.bytes:
             raise InputError(f"{self.url}/{path}: {size} bytes, the manifest says {entry.bytes}")
-        if hashed and hashlib.sha256(local.read_bytes()).hexdigest() != entry.sha256:
+        if not hashed:
+            return _map(local)
+        data = local.read_bytes()
+        if hashlib.sha256(data).hexdigest() != entry.sha256:
             raise InputError(f"{self.url}/{path}: its SHA-256 is not that of the manifest: damaged or changed")
-        return _map(local)
+        return np.load(io.BytesIO(data))
 
 
 def _map(path: Path) -> np.ndarray:

@@ -83,19 +83,25 @@ class LatentSlots:
 
     def __init__(self, manifest: Manifest, n_slots: int) -> None:
         self.n_slots, self.shape = n_slots, tuple(manifest.extra["shape"])
-        self.names = manifest.conditions.names
+        self.names, self.scratch = manifest.conditions.names, threading.local()
         cells = manifest.block_cells
         self.latent = np.empty((n_slots, cells, *self.shape), np.float32)
         self.labels = np.zeros((n_slots, cells, len(self.names)), np.int64)
         self.identity = np.zeros((n_slots, cells, 2), np.int64)
         self.total_counts = np.zeros((n_slots, cells), np.int64)
 
-    def fill(self, slot: int, data: bytes, where: str) -> None:
-        """Puts a block into a slot.
+    def buffer(self, slot: int, n_bytes: int) -> np.ndarray:
+        """Memory to read a block into: the thread's."""
+        if len(getattr(self.scratch, "buffer", ())) < n_bytes:
+            self.scratch.buffer = np.empty(n_bytes + n_bytes // 8, np.uint8)
+        return self.scratch.buffer[:n_bytes]
+
+    def fill(self, slot: int, data: np.ndarray, where: str) -> None:
+        """Puts a block's bytes, uint8, into a slot.
 
         Raises: InputError for bytes that are no sound block of this set.
         """
-        if len(data) < LATENT_HEADER.itemsize or data[:8] != LATENT_MAGIC:
+        if len(data) < LATENT_HEADER.itemsize or bytes(data[:8]) != LATENT_MAGIC:
             raise InputError(f"{where}: not a block of latents")
         header = np.frombuffer(data, LATENT_HEADER, count=1)[0]
         n, at = int(header["n_cells"]), LATENT_HEADER.itemsize

@@ -1,0 +1,198 @@
+"""Gene sets: distributions, and what each policy may leave out."""
+
+import numpy as np
+import pytest
+
+from data_pipeline.block import encode_block, narrow
+from data_pipeline.gather import CellSlots
+from data_pipeline.gene_sets import GeneSetConfig, GeneSets
+from data_pipeline.read_shards import ShardSet
+from data_pipeline.schema import vocab_tag
+from scldm.errors import InputError
+from tests.data_pipeline.small_sets import known_cells, write_set
+
+
+def sets_of(config, *, n_genes=40, weights=None, largest=10, micro=8, global_batch=64, purpose=4, seed=0):
+    return GeneSets(
+        config, "given", seed=seed, purpose=purpose, n_genes=n_genes, n_expressed_largest=largest, weights=weights,
+        global_batch=global_batch, micro_batch=micro, loud=True,
+    )  # fmt: skip
+
+
+def draw_many(sets, steps):
+    return np.concatenate([np.atleast_2d(sets.ids(0, step, np.arange(64))) for step in range(steps)])
+
+
+def test_random_sets_are_uniform_without_replacement():
+    ids = draw_many(sets_of(GeneSetConfig("random", 7)), 400)
+    assert all(len(set(row)) == 7 for row in ids.tolist())
+    assert (ids.min(), ids.max()) == (1, 40)  # 0 is padding
+    n, share = len(ids), 7 / 40
+    z = (np.bincount(ids.ravel(), minlength=41)[1:] - n * share) / np.sqrt(n * share * (1 - share))
+    assert np.abs(z).max() < 4.5
+    together = np.mean([(1 in row) and (2 in row) for row in ids.tolist()])
+    assert abs(together - share * 6 / 39) < 5 * np.sqrt(share * 6 / 39 / n)
+    first = np.bincount(ids[:, 0], minlength=41)[1:]  # no place in the set is special
+    assert np.abs(first - n / 40).max() < 5 * np.sqrt(n / 40)
+
+
+def test_all_genes_can_be_drawn():
+    ids = sets_of(GeneSetConfig("random", 40)).ids(0, 0, np.arange(3))
+    np.testing.assert_array_equal(np.sort(ids, axis=1), np.tile(np.arange(1, 41), (3, 1)))
+
+
+def test_sets_belong_to_the_position_whatever_the_micro_batch():
+    for group in (1, 16):
+        config = GeneSetConfig("random", 7, gene_set_group=group)
+        wide, narrow_ = sets_of(config, micro=16), sets_of(config, micro=4)
+        for low in range(0, 64, 16):
+            whole = wide.ids(2, 5, np.arange(low, low + 16))
+            for k in range(0, 16, 4):
+                part = narrow_.ids(2, 5, np.arange(low + k, low + k + 4))
+                np.testing.assert_array_equal(part, whole if group > 1 else whole[k : k + 4])
+    ids = [sets_of(GeneSetConfig("random", 7, 8)).ids(e, s, np.arange(p, p + 8)).tolist() for e in (0, 1)
+           for s in (0, 1) for p in (0, 8)]  # fmt: skip
+    assert len({tuple(i) for i in ids}) == 8
+    assert sets_of(GeneSetConfig("random", 7), purpose=5).ids(0, 0, np.arange(8)).tolist() != (
+        sets_of(GeneSetConfig("random", 7)).ids(0, 0, np.arange(8)).tolist()
+    )
+
+
+def test_weighted_sets_follow_the_weights():
+    weights = np.concatenate([np.zeros(5), np.full(20, 1.0), np.full(15, 4.0)])
+    ids = draw_many(sets_of(GeneSetConfig("weighted", 1), weights=weights), 200).ravel()
+    shares = np.bincount(ids, minlength=41)[1:] / len(ids)
+    assert shares[:5].sum() == 0
+    assert shares[25:].sum() == pytest.approx(60 / 80, abs=0.02)
+    ids = draw_many(sets_of(GeneSetConfig("weighted", 35), weights=weights), 2)
+    assert all(row == list(range(6, 41)) for row in ids.tolist())
+    with pytest.raises(InputError, match="only 35 genes"):
+        sets_of(GeneSetConfig("weighted", 36), weights=weights)
+
+
+def test_sets_are_frozen():
+    """The numbers of a run that is resumed: a change of them changes every run."""
+    assert sets_of(GeneSetConfig("random", 4)).ids(1, 2, np.arange(3, 5)).tolist() == GOLDEN
+
+
+GOLDEN = [[3, 5, 4, 31], [36, 28, 18, 10]]
+
+
+# --- policies that look at the cell --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def slots(tmp_path_factory):
+    cells = known_cells(n_genes=40, expressed=0.3)
+    shards = ShardSet(str(write_set(tmp_path_factory.mktemp("s") / "set", cells)))
+    slots = CellSlots(shards.manifest, 1)
+    slots.fill(0, shards.fetch(0), "block 0")
+    shards.close()
+    return slots, cells.counts[:256]
+
+
+def take(slots, sets, step=0):
+    rows = np.arange(256)
+    words = sets.words(0, step, np.arange(256))
+    return slots.take_of_the_cell(np.zeros(256, np.int64), rows, sets, words)
+
+
+def test_expressed_genes_are_never_lost_unsaid(slots, capsys):
+    slots, counts = slots
+    largest = int((counts > 0).sum(1).max())
+    ids, values, totals = take(slots, sets_of(GeneSetConfig("expressed"), largest=largest))
+    assert ids.shape[1] == 64  # the longest cell's, rounded up
+    for k in range(256):
+        expressed = np.flatnonzero(counts[k])
+        assert ids[k, : len(expressed)].tolist() == (expressed + 1).tolist()
+        assert not ids[k, len(expressed) :].any()
+        assert not values[k, len(expressed) :].any()
+    np.testing.assert_array_equal(totals, counts.sum(1))
+    with pytest.raises(InputError, match=f"expresses {largest} genes"):
+        sets_of(GeneSetConfig("expressed", largest - 1), largest=largest)
+    assert not capsys.readouterr().err
+    sets_of(GeneSetConfig("expressed", largest - 1, overflow="sample"), largest=largest)
+    assert f"(up to {largest}) lose some" in capsys.readouterr().err
+
+
+def test_a_sample_of_too_many_expressed_genes_is_uniform(slots):
+    slots, counts = slots
+    sets = sets_of(GeneSetConfig("expressed", 5, overflow="sample"), largest=40, global_batch=256)
+    kept = np.zeros((256, 41))
+    for step in range(200):
+        ids, _, _ = take(slots, sets, step)
+        assert all((row[row > 0] == np.unique(row[row > 0])).all() for row in ids)
+        kept[np.arange(256)[:, None], ids] += 1
+    n = (counts > 0).sum(1)
+    assert not kept[:, 1:][counts == 0].any()
+    many = n > 8
+    expected = np.repeat((5 / n[many])[:, None], 40, 1)[counts[many] > 0]
+    z = (kept[:, 1:][many][counts[many] > 0] / 200 - expected) / np.sqrt(expected * (1 - expected) / 200)
+    assert abs(z.mean()) < 0.1
+    assert 0.9 < z.std() < 1.1
+
+
+def test_plus_zeros_adds_distinct_unexpressed_genes_uniformly(slots):
+    slots, counts = slots
+    sets = sets_of(GeneSetConfig("expressed_plus_zeros", 30), largest=30, global_batch=256)
+    added = np.zeros((256, 41))
+    for step in range(200):
+        ids, values, _ = take(slots, sets, step)
+        assert ids.all()
+        assert all(len(set(row)) == 30 for row in ids.tolist())
+        np.testing.assert_array_equal(values, np.take_along_axis(counts, ids - 1, 1))
+        assert ((values > 0).sum(1) == (counts > 0).sum(1)).all()
+        added[np.arange(256)[:, None], ids] += 1
+    zeros = counts == 0
+    expected = np.repeat(((30 - (counts > 0).sum(1)) / zeros.sum(1))[:, None], 40, 1)[zeros]
+    z = (added[:, 1:][zeros] / 200 - expected) / np.sqrt(expected * (1 - expected) / 200)
+    assert abs(z.mean()) < 0.1
+    assert 0.9 < z.std() < 1.1
+
+
+# --- blocks that lie -----------------------------------------------------------------------------------------------
+
+
+def lying_block(cells, **changes):
+    """A block without a codec whose sections contradict each other, under a header that is sound."""
+    counts = cells.counts[:8]
+    cell, column = np.nonzero(counts)
+    made = narrow(np.concatenate([[0], np.cumsum((counts > 0).sum(1))]), column, counts[cell, column], 700)
+    for name, change in changes.items():
+        change(getattr(made, name))
+    return np.frombuffer(
+        encode_block(
+            made, split=0, n_genes=700, vocab_tag=vocab_tag(cells.genes), sources=cells.identity[:8, 0],
+            rows=cells.identity[:8, 1], conditions=[v[:8] for v in cells.labels.values()], codec="none",
+        ),
+        np.uint8,
+    )  # fmt: skip
+
+
+def put(at, value):
+    def change(array):
+        array[at] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"nonzeros": put(3, 2**31)},
+        {"nonzeros": put(0, 0)},
+        {"steps": put(slice(5, 40), 255)},  # beyond the vocabulary
+        {"steps": put(7, 0)},  # one escape more than its table has
+        {"small": put(7, 0)},
+        {"far": put(0, 0)},  # a gene before the first
+        {"far": put(0, 2**32 - 1)},
+    ],
+)
+def test_no_block_makes_a_kernel_leave_its_memory(tmp_path, changes):
+    cells = known_cells()
+    shards = ShardSet(str(write_set(tmp_path / "set", cells, "none")))
+    slots = CellSlots(shards.manifest, 1)
+    slots.fill(0, lying_block(cells), "sound")
+    with pytest.raises(InputError, match="the liar: damaged"):
+        slots.fill(0, lying_block(cells, **changes), "the liar")
+    shards.close()

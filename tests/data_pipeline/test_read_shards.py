@@ -1,0 +1,193 @@
+"""Remote sets: a bounded cache that processes share, reads that fail, and what is refused at the door."""
+
+import json
+import os
+import shutil
+import time
+
+import fsspec
+import numpy as np
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from data_pipeline import read_shards
+from data_pipeline.loader import CellLoader, LoaderConfig
+from data_pipeline.read_shards import ShardSet
+from scldm.errors import InputError
+from tests.data_pipeline.small_sets import known_cells, write_set
+
+
+class Flaky(MemoryFileSystem):
+    """A memory filesystem that counts reads of shards and fails when told to."""
+
+    protocol = "flaky"
+    cachable = False
+    reads: list[tuple[str, int | None, int | None]] = []  # noqa: RUF012
+    failures = 0
+    cut_short = 0
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("flaky:"))
+
+    def cat_file(self, path, start=None, end=None, **kwargs):
+        if str(path).endswith(".tar"):
+            Flaky.reads.append((str(path), start, end))
+            if Flaky.failures:
+                Flaky.failures -= 1
+                raise ConnectionResetError("reset by peer")
+            if Flaky.cut_short:
+                Flaky.cut_short -= 1
+                return super().cat_file(path, start, end, **kwargs)[:-3]
+        return super().cat_file(path, start, end, **kwargs)
+
+
+fsspec.register_implementation("flaky", Flaky, clobber=True)
+
+
+@pytest.fixture
+def remote(tmp_path, monkeypatch):
+    monkeypatch.setattr(read_shards, "BACK_OFF_S", 0.001)
+    cells = known_cells()
+    folder = write_set(tmp_path / "set", cells, block_cells=32)
+    fs = Flaky()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            fs.pipe_file(f"/bucket/{path.relative_to(folder)}", path.read_bytes())
+    Flaky.reads, Flaky.failures, Flaky.cut_short = [], 0, 0
+    yield "flaky://bucket", str(folder)
+    MemoryFileSystem.store.clear()
+
+
+def test_a_remote_set_streams_the_same_batches_and_is_read_once(remote, tmp_path):
+    url, folder = remote
+    cache = str(tmp_path / "cache")
+    loaders = [
+        CellLoader(LoaderConfig(where, lanes=4, cache_folder=cache), global_batch=60, micro_batch=60)
+        for where in (url, folder)
+    ]
+    for _ in range(14):  # two epochs
+        a, b = (next(loader)[0].to("cpu") for loader in loaders)
+        assert a.given.counts_BS.equal(b.given.counts_BS)
+    n_first = len(Flaky.reads)
+    assert len(set(Flaky.reads)) == n_first == 14
+    other_rank = CellLoader(LoaderConfig(url, lanes=4, cache_folder=cache), global_batch=60, micro_batch=60)
+    for _ in range(7):
+        next(other_rank)
+    assert len(Flaky.reads) == n_first  # the ranks of a node share what one of them fetched
+    for loader in (*loaders, other_rank):
+        loader.close()
+
+
+def test_the_cache_keeps_to_its_limit(remote, tmp_path):
+    url, folder = remote
+    local = ShardSet(folder)
+    limit = int(local.blocks["length"][:5].sum())
+    shards = ShardSet(url, cache_folder=str(tmp_path / "cache"), cache_bytes=limit)
+    for _ in range(2):
+        for block in range(len(shards.blocks)):
+            np.testing.assert_array_equal(shards.fetch(block), local.fetch(block))
+    assert len(Flaky.reads) == len(shards.blocks) * 2 - 5
+    file = next((tmp_path / "cache").rglob("blocks.bin"))
+    assert file.stat().st_size <= limit
+    data = bytearray(file.read_bytes())
+    data[40] ^= 1
+    file.write_bytes(data)  # a damaged cache is read past, and mended
+    np.testing.assert_array_equal(shards.fetch(0), local.fetch(0))
+    shards.fetch(0)
+    assert len(Flaky.reads) == len(shards.blocks) * 2 - 4
+    local.close()
+    shards.close()
+
+
+def test_failing_reads_are_tried_again_and_then_raised(remote, tmp_path):
+    url, folder = remote
+    shards = ShardSet(url, cache_folder=str(tmp_path / "cache"))
+    Flaky.failures, Flaky.cut_short = 2, 2
+    assert shards.fetch(3).tobytes() == ShardSet(folder).fetch(3).tobytes()
+    assert len(Flaky.reads) == 5
+    Flaky.failures = 99
+    with pytest.raises(
+        OSError, match=r"flaky://bucket/shards/train-000001.tar, block 3: reading failed 5 times.*reset"
+    ):
+        shards.fetch(3)
+    Flaky.failures, Flaky.cut_short = 0, 99
+    with pytest.raises(InputError, match="block 3: its CRC-32"):
+        shards.fetch(3)
+    shards.close()
+
+
+def test_closing_does_not_wait_for_a_read_that_keeps_failing(remote, tmp_path, monkeypatch):
+    monkeypatch.setattr(read_shards, "BACK_OFF_S", 30.0)
+    url, _ = remote
+    Flaky.failures = 99
+    config = LoaderConfig(url, lanes=4, cache_folder=str(tmp_path / "cache"))
+    loader = CellLoader(config, global_batch=60, micro_batch=60)
+    running = loader.feed.start(loader.feed.plans_from(loader.order, 0), 1)
+    while not Flaky.reads:
+        time.sleep(0.01)
+    start = time.monotonic()
+    loader.close()
+    assert time.monotonic() - start < 5
+    assert running.thread is not None
+    assert not running.thread.is_alive()
+
+
+def test_the_index_of_a_remote_set_is_cached_whole_or_not_at_all(remote, tmp_path):
+    url, _ = remote
+    cache = tmp_path / "cache"
+    ShardSet(url, cache_folder=str(cache)).close()
+    index = next(cache.rglob("blocks.npy"))
+    index.write_bytes(index.read_bytes()[:-1])  # as a full disk leaves it
+    shards = ShardSet(url, cache_folder=str(cache))
+    assert len(shards.blocks) == 17
+    shards.close()
+    with pytest.raises(InputError, match="cache_folder"):
+        ShardSet(url)
+
+
+def test_open_files_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(read_shards, "OPEN_FILES", 2)
+    folder = str(write_set(tmp_path / "set", known_cells(), block_cells=8))
+    shards = ShardSet(folder)
+    before = len(os.listdir("/proc/self/fd"))
+    for block in range(len(shards.blocks)):
+        shards.fetch(block)
+        assert len(os.listdir("/proc/self/fd")) <= before + 2
+    shards.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(
+    "path, change, text",
+    [
+        ("index/blocks.npy", lambda d: d[:-1] + bytes([d[-1] ^ 1]), "blocks.npy: its SHA-256"),
+        ("index/blocks.npy", lambda d: d[:-1], "blocks.npy: .* bytes, the manifest says"),
+        ("manifest.json", lambda d: d.replace(b'"version": 1', b'"version": 2'), "version 2 is unknown"),
+        ("manifest.json", lambda d: d.replace(b'"g17"', b'"g17x"'), "hash .* does not match"),
+        ("manifest.json", None, "no manifest.json"),
+    ],
+)
+def test_what_is_no_whole_set_is_refused(tmp_path, path, change, text):
+    folder = write_set(tmp_path / "set", known_cells())
+    if change is None:
+        (folder / path).unlink()
+    else:
+        (folder / path).write_bytes(change((folder / path).read_bytes()))
+    with pytest.raises(InputError, match=text):
+        ShardSet(str(folder))
+
+
+def test_a_manifest_of_another_set_does_not_fit_these_shards(tmp_path):
+    """The index of one set beside the shards of another: every block is checked against it."""
+    a, b = (write_set(tmp_path / str(k), known_cells(seed=k), block_cells=32) for k in (0, 1))
+    shutil.rmtree(a / "shards")
+    shutil.copytree(b / "shards", a / "shards")
+    manifest = json.loads((a / "manifest.json").read_text())
+    for entry in manifest["shards"]:
+        entry["bytes"] = (a / entry["path"]).stat().st_size
+    (a / "manifest.json").write_text(json.dumps(manifest))
+    shards = ShardSet(str(a))
+    with pytest.raises(InputError, match="damaged or was changed"):
+        shards.fetch(0)
+    shards.close()

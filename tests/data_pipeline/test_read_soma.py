@@ -1,0 +1,61 @@
+"""Cells straight from a Census-shaped collection: the batches that a converted set gives, and nothing left behind."""
+
+import os
+
+import numpy as np
+import pytest
+
+from data_pipeline.gene_sets import GeneSetConfig
+from data_pipeline.loader import CellLoader, LoaderConfig
+from data_pipeline.read_shards import ShardSet
+from data_pipeline.read_soma import DirectCells, DirectConfig
+from data_pipeline.sources import SourceConfig
+from data_pipeline.write_shards import write_shards
+from data_pipeline.write_soma import SomaWriteConfig, write_soma
+from scldm.errors import InputError
+from tests.data_pipeline.atlases import ShardsWriteConfig, atlas
+
+
+@pytest.fixture(scope="module")
+def census(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("census")
+    adata = atlas(n_cells=300, n_genes=200)
+    adata.write_h5ad(folder / "cells.h5ad")
+    write_soma(SomaWriteConfig(str(folder / "cells.h5ad"), str(folder / "soma")))
+    return adata, SourceConfig(paths=(str(folder / "soma"),), obs_filter="cell_type in ['B', 'T']")
+
+
+@pytest.mark.slow
+def test_a_query_streams_as_its_converted_set_does(census, tmp_path, capsys):
+    adata, source = census
+    query = {"source": source, "conditions": ("cell_type",), "seed": 3}
+    write_shards(ShardsWriteConfig(out=str(tmp_path / "set"), **query))
+    before = sorted(os.listdir(tmp_path))
+    direct = DirectCells(DirectConfig(**query, folder=str(tmp_path)))
+    config = LoaderConfig(given=GeneSetConfig("random", 50, gene_set_group=8), lanes=4)
+    both = (direct, ShardSet(str(tmp_path / "set")))
+    loaders = [CellLoader(config, cells=c, global_batch=16, micro_batch=8) for c in both]
+    counts = adata.X.toarray()
+    seen = []
+    for _ in range(loaders[0].steps_per_epoch):
+        for a, b in zip(*map(next, loaders)):
+            a, b = a.to("cpu"), b.to("cpu")
+            assert a.given.counts_BS.equal(b.given.counts_BS)
+            rows = a.cell_ids_B2[:, 1].numpy()
+            np.testing.assert_array_equal(a.given.counts_BS, counts[rows][:, a.given.gene_ids.numpy() - 1])
+            seen += rows[a.weight_B.numpy() > 0].tolist()
+    assert len(seen) == len(set(seen)) == loaders[0].n_cells
+    assert set(adata.obs["cell_type"].iloc[seen]) == {"B", "T"}
+    for loader in loaders:
+        loader.close()
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.slow
+def test_a_query_too_large_for_this_is_sent_to_be_converted(census, tmp_path):
+    _, source = census
+    with pytest.raises(InputError, match="more than limit_gb=1e-06; convert it once with scldm shards write"):
+        DirectCells(DirectConfig(source=source, folder=str(tmp_path), limit_gb=1e-6))
+    with pytest.raises(InputError, match="tissue"):
+        DirectCells(DirectConfig(source=source, conditions=("tissue",), folder=str(tmp_path)))
+    assert not os.listdir(tmp_path)

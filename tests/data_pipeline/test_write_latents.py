@@ -1,0 +1,123 @@
+"""Latent shards: the cells of the cell set in its order, written by any number of ranks, interrupted at will."""
+
+import json
+
+import numpy as np
+import pytest
+
+from data_pipeline.loader import CellLoader, LatentLoader, LoaderConfig, StreamConfig, shard_batches
+from data_pipeline.read_shards import ShardSet
+from data_pipeline.write_latents import LatentWriter
+from scldm.errors import InputError
+from tests.data_pipeline.small_sets import known_cells, write_set
+
+SHAPE = (3, 2)
+
+
+def encode(batch):
+    """A stand-in whose latents say which cell they are of."""
+    return (batch.cell_ids_B2[:, 1].numpy()[:, None, None] / 1_000_003 + np.arange(6).reshape(SHAPE)).astype(np.float32)
+
+
+def write(writer, shards):
+    for shard in shards:
+        writer.write_shard(shard, (encode(b) for b in shard_batches(writer.cells, shard, micro_batch=20)))
+
+
+@pytest.fixture
+def cells(tmp_path):
+    shards = ShardSet(str(write_set(tmp_path / "cells", known_cells(), block_cells=32)))
+    yield shards
+    shards.close()
+
+
+def test_latents_stand_where_their_cells_stood(cells, tmp_path):
+    out = tmp_path / "latents"
+    first = LatentWriter(out, cells, "model", SHAPE)
+    missing = first.missing_shards()
+    assert len(missing) == 6
+    write(first, missing[:2])
+    (out / cells.manifest.shards[3].path).write_bytes(b"half a shard")  # killed while the note was not written
+    second = LatentWriter(out, cells, "model", SHAPE)
+    assert second.missing_shards() == missing[2:]
+    with pytest.raises(AssertionError, match="4 shards are missing"):
+        second.finish()
+    ranks = [LatentWriter(out, cells, "model", SHAPE) for _ in range(3)]
+    for rank, writer in enumerate(ranks):
+        write(writer, missing[2:][rank::3])
+    ranks[0].finish()
+    ranks[0].finish()
+    assert LatentWriter(out, cells, "model", SHAPE).missing_shards() == []
+    assert not (out / "parts").exists()
+
+    latents = LatentLoader(StreamConfig(str(out), lanes=4), global_batch=60, micro_batch=30)
+    counts = CellLoader(LoaderConfig(cells.url, lanes=4), global_batch=60, micro_batch=30)
+    assert latents.latent_shape == SHAPE
+    for _ in range(8):  # the same order as the cells, to the end of an epoch and beyond
+        for a, b in zip(next(latents), next(counts)):
+            np.testing.assert_array_equal(a.latent_BLZ.numpy(), encode(b))
+            assert a.cell_ids_B2.equal(b.cell_ids_B2)
+            assert a.library_size_all_B.equal(b.library_size_all_B)
+            assert a.weight_B.equal(b.weight_B)
+            assert a.conditions["donor"].equal(b.conditions["donor"])
+    train = np.concatenate([encode(b) for k in range(5) for b in shard_batches(cells, k, micro_batch=32)])
+    np.testing.assert_allclose(latents.manifest.extra["mean"], train.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(latents.manifest.extra["std"], train.std(0), rtol=1e-4)
+    assert latents.manifest.statistics == cells.manifest.statistics
+    latents.close()
+    counts.close()
+
+
+def test_any_number_of_ranks_writes_the_same_bytes(cells, tmp_path):
+    for name, pieces in (("one", 1), ("many", 4)):
+        writer = LatentWriter(tmp_path / name, cells, "model", SHAPE)
+        for rank in range(pieces):
+            write(writer, writer.missing_shards()[rank :: pieces - rank])
+        write(writer, writer.missing_shards())
+        writer.finish()
+    files = [p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*") if p.is_file()]
+    assert len(files) == 16  # 6 shards, 9 files of the index, the manifest
+    for path in files:
+        assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "many" / path).read_bytes(), path
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_latents_of_another_model_are_refused(cells, tmp_path, done):
+    writer = LatentWriter(tmp_path / "out", cells, "model", SHAPE)
+    if done:
+        write(writer, writer.missing_shards())
+        writer.finish()
+    with pytest.raises(InputError, match="vae is 'model', not 'other'"):
+        LatentWriter(tmp_path / "out", cells, "other", SHAPE)
+
+
+def test_latents_that_are_not_finite_or_not_as_many_as_cells_are_refused(cells, tmp_path):
+    writer = LatentWriter(tmp_path / "out", cells, "model", SHAPE)
+    n = cells.manifest.shards[0].n_cells
+    bad = np.zeros((n, *SHAPE))
+    bad[50, 1, 1] = np.nan
+    with pytest.raises(InputError, match="train-000000.tar, block 1: not finite"):
+        writer.write_shard(0, bad)
+    for wrong in (n - 1, n + 1):
+        with pytest.raises(AssertionError, match="than its 96 cells"):
+            writer.write_shard(0, np.zeros((wrong, *SHAPE)))
+    assert 0 in writer.missing_shards()
+
+
+def test_a_damaged_block_of_latents_and_a_set_of_another_kind_are_named(cells, tmp_path):
+    writer = LatentWriter(tmp_path / "out", cells, "model", SHAPE)
+    write(writer, writer.missing_shards())
+    writer.finish()
+    with pytest.raises(InputError, match="a set of cells, not of latents"):
+        LatentLoader(StreamConfig(cells.url), global_batch=60, micro_batch=60)
+    with pytest.raises(InputError, match="a set of latents, not of cells"):
+        CellLoader(LoaderConfig(str(tmp_path / "out")), global_batch=60, micro_batch=60)
+    shard = tmp_path / "out" / json.loads((tmp_path / "out" / "manifest.json").read_text())["shards"][0]["path"]
+    data = bytearray(shard.read_bytes())
+    data[900] ^= 1
+    shard.write_bytes(data)
+    with (
+        LatentLoader(StreamConfig(str(tmp_path / "out")), global_batch=60, micro_batch=60) as loader,
+        pytest.raises(InputError, match="train-000000.tar, block 0"),
+    ):
+        list(loader.one_pass())

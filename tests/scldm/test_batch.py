@@ -1,0 +1,55 @@
+"""The compact form gathers what the dense form holds."""
+
+import numpy as np
+import torch
+
+from scldm.batch import CompactCellBatch, CompactCounts
+
+
+def compact(counts, given, asked, n_genes, dtype: type = np.uint16):
+    cell, gene = np.nonzero(counts)
+    values = counts[cell, gene]
+    large = np.flatnonzero(values > 255)
+    csr = CompactCounts.from_numpy(
+        np.concatenate([[0], np.cumsum((counts > 0).sum(1))]).astype(np.int32),
+        (gene + 1).astype(dtype),
+        np.where(values > 255, 0, values).astype(np.uint8),
+        large.astype(np.int32),
+        values[large].astype(np.int64),
+        n_genes + 1,
+    )
+    n = len(counts)
+    return CompactCellBatch(
+        csr, given, asked, torch.tensor(counts.sum(1)).float(), torch.ones(n), {"type": torch.arange(n)},
+        torch.zeros(n, 2, dtype=torch.int64), torch.arange(n), n,
+    )  # fmt: skip
+
+
+def test_gene_ids_over_32767_and_counts_over_255_survive_the_narrow_dtypes():
+    """The Census has about 60,000 features: they fit 16 bits only if the sign bit is read as a bit."""
+    n_genes = 60_000
+    rng = np.random.default_rng(0)
+    counts = np.zeros((5, n_genes), np.int64)
+    at = rng.integers(0, n_genes, (5, 400))
+    counts[np.arange(5)[:, None], at] = rng.integers(1, 400, (5, 400))
+    counts[2, 59_999], counts[3, 40_000] = 3_000_000_000, 70_000
+    counts[4] = 0  # a cell without counts
+    shared = torch.cat([torch.tensor([0]), torch.randperm(n_genes)[:5000] + 1, torch.tensor([60_000, 40_001])])
+    each = torch.stack([torch.randperm(n_genes)[:3000] + 1 for _ in range(5)]).int()
+    for dtype in (np.uint16, np.int32):
+        batch = compact(counts, shared, each, n_genes, dtype).to("cpu")
+        padded = np.concatenate([np.zeros((5, 1), np.int64), counts], axis=1)
+        np.testing.assert_array_equal(batch.given.counts_BS.numpy(), padded[:, shared.numpy()])
+        expected = np.take_along_axis(padded, each.numpy().astype(np.int64), 1)
+        np.testing.assert_array_equal(batch.asked.counts_BS.numpy(), expected)
+        np.testing.assert_array_equal(batch.library_size_B.numpy(), expected.sum(1).astype(np.float32))
+        assert not batch.given.mask[0]
+        assert batch.asked.gene_ids.dtype == torch.int64
+
+
+def test_the_same_set_is_gathered_once():
+    ids = torch.tensor([3, 1, 2])
+    batch = compact(np.array([[1, 0, 7]]), ids, ids, 3).to("cpu")
+    assert batch.given is batch.asked
+    assert batch.given.counts_BS.tolist() == [[7, 1, 0]]
+    assert len(batch) == 1
