@@ -29,8 +29,11 @@ from scldm.train.ema import EMA
 STATE = "state.json"
 
 
-def save(folder: Path, engine: Engine, ema: EMA, state: dict[str, Any], world: World) -> Path:
-    """Write the checkpoint of `state["step"]` below `folder` and point `latest` at it; collective."""
+def save(folder: Path, engine: Engine, ema: EMA, state: dict[str, Any], world: World, is_best: bool = False) -> Path:
+    """Write the checkpoint of `state["step"]` below `folder` and point `latest` at it; collective.
+
+    is_best: point `best` at it too; before `latest`, since a run that resumes from here takes its metric for the best
+    """
     target = folder / f"step-{state['step']:08d}"
     aside = target.with_suffix(".partial")
     if world.is_first:
@@ -47,6 +50,8 @@ def save(folder: Path, engine: Engine, ema: EMA, state: dict[str, Any], world: W
         _write_synced(aside / STATE, text)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(aside, target)
+        if is_best:
+            point(folder / "best", target)
         point(folder / "latest", target)
     world.barrier()
     return target

@@ -121,10 +121,8 @@ def train(
                 best = metrics[stage.validation_metric]
             if is_best or step == config.steps or step % config.save_every == 0:
                 state = {"step": step, "best": best, "validation": metrics, "loader": loader.state()}
-                saved = checkpoint.save(checkpoints, engine, ema, state, world)
+                checkpoint.save(checkpoints, engine, ema, state, world, is_best)
                 if world.is_first:
-                    if is_best:
-                        checkpoint.point(checkpoints / "best", saved)
                     checkpoint.retain(checkpoints, config.keep)
                 meter.restart()
     return metrics
