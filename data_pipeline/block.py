@@ -163,10 +163,6 @@ class NarrowCells:
         return NarrowCells(self.nonzeros[order], self.n_far[order], self.n_large[order], *parts)
 
 
-def concatenate(parts: Sequence[NarrowCells]) -> NarrowCells:
-    return NarrowCells(*(np.concatenate([getattr(p, f) for p in parts]) for f in NarrowCells.__dataclass_fields__))
-
-
 def narrow(indptr: np.ndarray, columns: np.ndarray, counts: np.ndarray, n_genes: int) -> NarrowCells:
     """CSR cells as NarrowCells. Columns ascend within a cell, counts are integers of at least 1."""
     n_cells = len(indptr) - 1
@@ -325,10 +321,13 @@ def _measure(indptr, columns, counts, n_genes, n_far, n_large):
 
 @njit(nogil=True, cache=True)
 def _gather(values, starts, order, out):
-    at = 0
+    # unsigned positions and a plain loop, which becomes wide copies: ten times as fast as assigning slices
+    at = np.uint64(0)
     for cell in order:
-        n = starts[cell + 1] - starts[cell]
-        out[at : at + n] = values[starts[cell] : starts[cell + 1]]
+        start = np.uint64(starts[cell])
+        n = np.uint64(starts[cell + 1]) - start
+        for k in range(n):
+            out[at + k] = values[start + k]
         at += n
 
 

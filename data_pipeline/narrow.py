@@ -103,18 +103,33 @@ def narrow_rows(
 Coordinates = tuple[np.ndarray, np.ndarray, np.ndarray]  # row, column and value of each stored value
 
 
-def coo_to_rows(rows: np.ndarray, row_of: np.ndarray, low: int, parts: Sequence[Coordinates]) -> Rows:
+class RowBuffers:
+    """Memory for one chunk's columns and values that is used again for the next: fresh pages cost more than sorting."""
+
+    def __init__(self) -> None:
+        self.columns, self.values = np.empty(0, np.int32), np.empty(0, np.float32)
+
+    def take(self, n: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+        if n > len(self.columns) or dtype != self.values.dtype:
+            self.columns, self.values = np.empty(n + n // 8, np.int32), np.empty(n + n // 8, dtype)
+        return self.columns[:n], self.values[:n]
+
+
+def coo_to_rows(
+    rows: np.ndarray, row_of: np.ndarray, low: int, parts: Sequence[Coordinates], buffers: RowBuffers | None = None
+) -> Rows:
     """Coordinates in any order as Rows: one counting sort, no lookup per value but an array's.
 
     rows: the rows that are wanted
     row_of: coordinate minus `low` -> position among `rows`, or -1 where it is not wanted; int32
+    buffers: where columns and values are put; they are lost with the next call
     """
     indptr = np.zeros(len(rows) + 1, np.int64)
     for dim_0, _, _ in parts:
         _count_rows(row_of, low, dim_0, indptr)
     np.cumsum(indptr, out=indptr)
     values_dtype = parts[0][2].dtype if parts else np.dtype(np.float32)
-    columns, values = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], values_dtype)
+    columns, values = (buffers or RowBuffers()).take(int(indptr[-1]), values_dtype)
     at = indptr[:-1].copy()
     for dim_0, dim_1, data in parts:
         _sort_rows(row_of, low, dim_0, dim_1, data, at, columns, values)

@@ -5,19 +5,19 @@ budget is full, then writes them in the order of their positions: a run. The gat
 positions, one slice of each run, and sorts what it has read. What has no place in a set (cells with too few genes)
 leaves a gap in the positions, which the gather pass doesn't notice.
 
-Reading order: set_positions, RunWriter, Run, read_range.
+Reading order: set_positions, Arena, RunWriter, Run, read_range.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.block import NarrowCells, concatenate
+from data_pipeline.block import NarrowCells
 from data_pipeline.files import written_aside
 from data_pipeline.splits import keys
 
@@ -33,43 +33,59 @@ def set_positions(split: np.ndarray, seed: int, source: np.ndarray, row: np.ndar
     return positions
 
 
-class RunWriter:
-    """Collects narrow cells; `flush` writes them as one run. The memory it takes is about `budget` bytes."""
+class Arena:
+    """Memory that a process keeps from run to run: fresh pages cost more than what is written to them."""
 
-    def __init__(self, folder: Path, unit: int, budget: int) -> None:
-        self.folder, self.unit, self.budget = folder, unit, budget
-        self.parts: list[NarrowCells] = []
+    def __init__(self, budget: int) -> None:
+        self.steps, self.small = np.empty(budget // 2, np.uint8), np.empty(budget // 2, np.uint8)
+
+    def hold(self, n: int) -> None:
+        """Room for n counts, what is in it is lost."""
+        if n > len(self.steps):
+            self.steps, self.small = np.empty(n, np.uint8), np.empty(n, np.uint8)
+
+
+class RunWriter:
+    """Collects a unit's narrow cells in an arena; `flush` writes them as one run."""
+
+    def __init__(self, folder: Path, unit: int, arena: Arena) -> None:
+        self.folder, self.unit, self.arena = folder, unit, arena
+        self.parts: list[NarrowCells] = []  # their steps and small are views of the arena
         self.positions: list[np.ndarray] = []
         self.held = 0
         self.n_runs = 0
         self.largest = 0  # count that was added
 
     def add(self, cells: NarrowCells, positions: np.ndarray) -> None:
-        if self.parts and self.held + cells.nbytes > self.budget:
+        n = len(cells.steps)
+        if self.held + n > len(self.arena.steps):
             self.flush()
+            self.arena.hold(n)
+        mine = slice(self.held, self.held + n)
+        self.arena.steps[mine], self.arena.small[mine] = cells.steps, cells.small
+        self.parts.append(replace(cells, steps=self.arena.steps[mine], small=self.arena.small[mine]))
+        self.positions.append(positions)
+        self.held += n
         largest = cells.large.max() if len(cells.large) else cells.small.max(initial=0)
         self.largest = max(self.largest, int(largest))
-        self.parts.append(cells)
-        self.positions.append(positions)
-        self.held += cells.nbytes
 
     def flush(self) -> None:
         if not self.parts:
             return
         positions = np.concatenate(self.positions)
         order = np.argsort(positions)
-        part_of = np.repeat(np.arange(len(self.parts)), [len(p) for p in self.parts])
-        at = np.arange(len(positions)) - np.repeat(
-            np.cumsum([0, *map(len, self.parts[:-1])]), [len(p) for p in self.parts]
-        )
+        held = slice(0, self.held)
+        names = ("nonzeros", "n_far", "n_large", "far", "large")
+        joined = {name: np.concatenate([getattr(p, name) for p in self.parts]) for name in names}
+        cells = NarrowCells(steps=self.arena.steps[held], small=self.arena.small[held], **joined)
         starts = np.zeros((len(order) + 1, 3), np.int64)
-        for k, name in enumerate(("nonzeros", "n_far", "n_large")):
-            np.cumsum(np.concatenate([getattr(p, name) for p in self.parts])[order], out=starts[1:, k])
+        for k, name in enumerate(names[:3]):
+            np.cumsum(joined[name][order], out=starts[1:, k])
         stem = self.folder / f"{self.unit:05d}-{self.n_runs:03d}"
         with written_aside(stem.with_suffix(".data")) as file:
             offsets = _offsets(starts[-1])
             for first in range(0, len(order), PIECE_CELLS):
-                piece = _take_from(self.parts, part_of, at, order[first : first + PIECE_CELLS])
+                piece = cells.take(order[first : first + PIECE_CELLS])
                 for (name, _), offset in zip(SECTIONS, offsets):
                     file.seek(offset[0] + offset[1])
                     section = getattr(piece, name)
@@ -90,17 +106,6 @@ def _offsets(totals: np.ndarray) -> list[list[int]]:
         out.append([at, 0])
         at += size + -size % 8
     return out
-
-
-def _take_from(parts: Sequence[NarrowCells], part_of: np.ndarray, at: np.ndarray, order: np.ndarray) -> NarrowCells:
-    """The cells of several parts at these positions of their concatenation, in this order."""
-    chosen, where, taken = [], np.empty(len(order), np.int64), 0
-    for number in np.unique(part_of[order]):
-        mine = np.flatnonzero(part_of[order] == number)
-        chosen.append(parts[number].take(at[order[mine]]))
-        where[mine] = taken + np.arange(len(mine))
-        taken += len(mine)
-    return concatenate(chosen).take(where)
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ import pandas as pd
 import tiledbsoma
 
 from data_pipeline.genes import SourceGenes, namespace_of
-from data_pipeline.narrow import Coordinates, Rows, coo_to_rows
+from data_pipeline.narrow import Coordinates, RowBuffers, Rows, coo_to_rows
 from data_pipeline.sources import OpenSource, SourceConfig, SourceSpec, as_labels, spans
 from scldm.errors import InputError
 
 # A read hands its result over in tables of this size; the default of 1 GiB a column would break any memory bound.
-BUFFER_BYTES = 32 << 20
+BUFFER_BYTES = 64 << 20
 TILE_ROWS = 2048  # of the Census and of what tiledbsoma writes
 
 
@@ -148,10 +148,10 @@ def _matrix(experiment: Any, measurement: str, layer: str, name: str) -> tuple[A
 
 
 def _mean_nonzeros(matrix: Any, rows: np.ndarray) -> float:
-    """Stored values a row, from up to 1,024 rows in four places: what plans memory and disk. The exact number may cost
-    as much as reading the layer."""
-    places = [len(rows) * k // 8 for k in (1, 3, 5, 7)]
-    sample = np.unique(np.concatenate([rows[p : p + 256] for p in places]) if len(rows) > 1024 else rows)
+    """Stored values a row, from up to 512 rows in two places: what plans memory and disk. The exact number may cost as
+    much as reading the layer."""
+    places = [len(rows) // 4, 3 * len(rows) // 4]
+    sample = np.unique(np.concatenate([rows[p : p + 256] for p in places]) if len(rows) > 512 else rows)
     if not len(sample):
         return 0.0
     return sum(table.num_rows for table in matrix.read((sample,)).tables()) / len(sample)
@@ -180,6 +180,7 @@ class SomaMatrix:
         # two int64 coordinates and a value, and a sorted copy
         row_bytes = 28 * max(self.spec.mean_nonzeros, 1.0)
         n_ahead = int(chunk_bytes >= 2 * TILE_ROWS * row_bytes)
+        buffers = RowBuffers()
         ranges = list(self._ranges(rows, max(int(chunk_bytes / (1 + n_ahead) / row_bytes), 1)))
         with ThreadPoolExecutor(1) as thread:
             coming = deque(thread.submit(self._read_range, rows[a:b]) for a, b in ranges[:n_ahead])
@@ -188,7 +189,7 @@ class SomaMatrix:
                 low, parts = coming.popleft().result()
                 row_of = np.full(int(rows[b - 1]) + 1 - low, -1, np.int32)
                 row_of[rows[a:b] - low] = np.arange(b - a, dtype=np.int32)
-                found = coo_to_rows(rows[a:b], row_of, low, parts)
+                found = coo_to_rows(rows[a:b], row_of, low, parts, buffers)
                 del parts
                 yield found
 

@@ -30,7 +30,7 @@ from data_pipeline.files import disk_full_explained, written_aside
 from data_pipeline.narrow import CountError, GeneSums, Rows, narrow_rows
 from data_pipeline.plan import Plan
 from data_pipeline.schema import BLOCK_INDEX, ShardEntry, member_name, vocab_tag
-from data_pipeline.shuffle import Run, RunWriter, read_range
+from data_pipeline.shuffle import Arena, Run, RunWriter, read_range
 from data_pipeline.sources import Matrix, open_matrix
 from data_pipeline.variable_genes import add_moments
 from scldm.errors import InputError
@@ -67,6 +67,10 @@ class Worker:
         """The set's genes, and for each gene of the plan its column among them or -1; after the scan."""
         obj = json.loads((self.work / "genes.json").read_text())
         return GeneVocab.from_json(obj["genes"]), np.array(obj["place"], np.int32)
+
+    @cached_property
+    def arena(self) -> Arena:
+        return Arena(self.process_bytes // 3)
 
     def close(self) -> None:
         for matrix in self.matrices.values():
@@ -148,7 +152,7 @@ class Worker:
         min_genes = self.plan.settings["filter"]["min_genes"]
         folder = self.work / "runs"
         folder.mkdir(exist_ok=True)
-        writer = RunWriter(folder, unit, self.process_bytes // 3)
+        writer = RunWriter(folder, unit, self.arena)
         sums = GeneSums(vocab.n_genes)
         totals, n_expressed = np.zeros(high - low, np.uint64), np.zeros(high - low, np.uint32)
         too_few = 0

@@ -106,14 +106,11 @@ def finished_set(config: ShardsWriteConfig) -> Manifest | None:
     """
     if delivered_bytes(config.out, MANIFEST) is None:
         folder = local_folder(config.out)
-        if (
-            folder is not None
-            and folder.is_dir()
-            and any(p.name not in (".work", "shards", "index") for p in folder.iterdir())
-        ):
-            strange = sorted(p.name for p in folder.iterdir())[:3]
+        there = sorted(p.name for p in folder.iterdir()) if folder is not None and folder.is_dir() else []
+        strange = [name for name in there if name not in (".work", "shards", "index")]
+        if strange:
             raise InputError(
-                f"out={config.out}: holds other files ({', '.join(strange)}); give a new or an empty folder"
+                f"out={config.out}: holds other files, such as {strange[0]}; give a new or an empty folder"
             )
         return None
     manifest = read_manifest(config.out)

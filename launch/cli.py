@@ -15,8 +15,11 @@ from scldm.errors import InputError
 
 # verb -> (module, what it does, in one line)
 VERBS = {
+    "quickstart": ("launch.quickstart", "the whole path, from cells to a report, on one small set of real cells"),
     "soma write": ("launch.soma_write", "write an h5ad file's counts as SOMA, laid out as the Census"),
     "shards write": ("launch.shards_write", "turn an atlas (h5ad, SOMA, Census) into shuffled training shards"),
+    "shards verify": ("launch.shards_verify", "check every byte of a shard set, and cells against their sources"),
+    "shards info": ("launch.shards_info", "print what a shard set holds, or draw it as a page"),
     "train vae": ("launch.train_vae", "train the autoencoder on shards"),
     "encode": ("launch.encode", "encode every cell of a shard set once, as latent shards"),
     "train ldm": ("launch.train_ldm", "train the latent diffusion model on latent shards"),
@@ -24,6 +27,7 @@ VERBS = {
     "generate": ("launch.generate", "generate cells for given conditions"),
     "embed": ("launch.embed", "embed the cells of an h5ad file"),
     "evaluate": ("launch.evaluate", "compare generated cells with real ones: metrics, figures, report"),
+    "bench shards": ("launch.bench.shards", "measure the conversion of an atlas"),
 }
 
 EXTRAS_HINT = "scldm's extras data, train and evaluate bring what its verbs need"

@@ -9,7 +9,7 @@ from data_pipeline.verify import verify_shards
 from launch.cli import run_verb
 from scldm.errors import InputError
 
-PURPOSE = """Read every byte of a shard set: hashes, counts, order, statistics; and compare some cells with their sources.
+PURPOSE = """Read every byte of a shard set: hashes, counts, order, statistics; and some cells against their sources.
 Exit code 2 where something is wrong, with shard and block of each fault."""
 EXAMPLE = "scldm shards verify path=shards"
 

@@ -8,7 +8,7 @@ from data_pipeline.plan import ShardsWriteConfig
 from data_pipeline.write_shards import write_shards
 from launch.cli import run_verb
 
-PURPOSE = """Turn an atlas (h5ad files, a SOMA experiment, the Census) into shuffled training shards with splits and a manifest.
+PURPOSE = """Turn an atlas (h5ad files, a SOMA experiment, the Census) into shuffled training shards with splits.
 Run again after an interruption, it goes on; as an array job, give each task --task i/n, then one command --finish."""
 EXAMPLE = """scldm shards write out=shards source.paths=cells.h5ad conditions=cell_type split.stratify=cell_type
 scldm shards write data/census out=census-human source.obs_filter="tissue_general == 'lung'" workers=8 memory=64GiB"""
