@@ -187,9 +187,7 @@ def check_cells(config: QuickstartConfig) -> None:
         with h5py.File(config.h5ad) as file:
             find_counts(file, config.layer)
             obs = file["obs"]
-            columns = [
-                str(name) for name in (obs if isinstance(obs, h5py.Group) else ()) if not str(name).startswith("_")
-            ]
+            columns = [str(c) for c in obs.attrs.get("column-order", ())] if isinstance(obs, h5py.Group) else []
     except (OSError, KeyError) as error:
         raise InputError(f"h5ad={config.h5ad}: not a readable h5ad file: {error}") from None
     if config.condition not in columns:

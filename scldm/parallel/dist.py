@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,13 +39,6 @@ class World:
         if self.size > 1:
             dist.all_reduce(total)
         return dict(zip(names, total.tolist(), strict=True))
-
-    def from_first(self, value: Any) -> Any:
-        """The first rank's value, on all ranks."""
-        box = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
 
     def barrier(self) -> None:
         if self.size > 1:
