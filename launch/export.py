@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, Literal
 
 from launch.cli import run_verb
 from scldm.environment import describe
-from scldm.errors import InputError
+from scldm.errors import InputError, read_json
 from scldm.library_size import LibrarySizeModel
 from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE, VAEConfig
@@ -83,7 +82,7 @@ def trained_dit(run_dir: Path, vae: VAE, which: Literal["best", "latest"]) -> tu
     run = read_config(run_dir)
     if not (run_dir / "latents.json").is_file():
         raise InputError(f"ldm={run_dir} is not a run of `scldm train ldm`")
-    latents = json.loads((run_dir / "latents.json").read_text())
+    latents = read_json(run_dir / "latents.json")
     if latents["vae"] != weights_hash(vae.state_dict()):
         raise InputError(
             f"{run_dir} was trained on the latents of another autoencoder (weights {latents['vae'][:12]}, "

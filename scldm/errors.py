@@ -1,4 +1,10 @@
-"""The one exception that a user is meant to read."""
+"""The one exception that a user is meant to read, and JSON files read with it. Reading order: InputError, read_json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
 
 
 class InputError(ValueError):
@@ -6,3 +12,13 @@ class InputError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises: InputError for a file that is missing or no JSON."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError
+        raise InputError(f"{path} is damaged: not JSON ({error})") from None

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from scldm.errors import InputError
+from scldm.errors import InputError, read_json
 
 
 class LogNormal(NamedTuple):
@@ -65,7 +65,7 @@ class LibrarySizeModel:
 
     @classmethod
     def load(cls, path: Path) -> LibrarySizeModel:
-        obj = json.loads(path.read_text())
+        obj = read_json(path)
         names = tuple(obj["names"])
         fitted: dict[tuple[str, ...], dict[tuple[str, ...], LogNormal]] = {by: {} for by in subsets(names)}
         for row in obj["fitted"]:

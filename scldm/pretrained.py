@@ -23,12 +23,13 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scldm import draws
 from scldm.batch import GeneCounts
-from scldm.errors import InputError
+from scldm.errors import InputError, read_json
 from scldm.flow.generate import SamplerConfig, generate_latents, sample_counts
 from scldm.library_size import LibrarySizeModel
 from scldm.model.dit import DiT, DiTConfig
@@ -81,34 +82,48 @@ def save_pretrained(
 def load(folder: str | Path, device: str | torch.device = "cpu") -> Pretrained:
     """The model in a folder that `scldm export` wrote.
 
-    Raises: InputError for a folder that is not one, or of an unknown version.
+    Raises: InputError for a folder that is not one, is damaged, or of an unknown version.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is not a model folder: it has no config.json; `scldm export` writes one")
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     if config.get("format_version") != FORMAT_VERSION:
         raise InputError(
             f"{folder}: format version {config.get('format_version')!r}; this scldm reads {FORMAT_VERSION}"
         )
     genes = GeneVocab.load(folder / "genes.json")
     conditions = ConditionVocab.load(folder / "conditions.json")
-    tensors = load_file(folder / "model.safetensors")
+    tensors = _weights(folder / "model.safetensors")
     vae = VAE(VAEConfig(**config["vae"]), genes.n_genes)
-    vae.load_state_dict(_part(tensors, "vae"))
+    _fill(vae, tensors, "vae", folder)
     dit = None
     if config["ldm"] is not None:
         n_labels = {name: conditions.n_labels(name) for name in config["conditions"]}
         dit = DiT(DiTConfig(**config["ldm"]), vae.config.n_latents, vae.config.latent_width, n_labels)
-        dit.load_state_dict(_part(tensors, "ldm"))
+        _fill(dit, tensors, "ldm", folder)
         dit = dit.to(device).eval().requires_grad_(False)
     sizes = LibrarySizeModel.load(folder / "library_sizes.json")
     vae = vae.to(device).eval().requires_grad_(False)
     return Pretrained(vae, dit, genes, conditions, sizes, config["origin"], weights_hash(tensors))
 
 
-def _part(tensors: dict[str, Tensor], net: str) -> dict[str, Tensor]:
-    return {key.removeprefix(f"{net}/"): value for key, value in tensors.items() if key.startswith(f"{net}/")}
+def _weights(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged ({error}); export the model again") from None
+
+
+def _fill(network: torch.nn.Module, tensors: dict[str, Tensor], net: str, folder: Path) -> None:
+    part = {key.removeprefix(f"{net}/"): value for key, value in tensors.items() if key.startswith(f"{net}/")}
+    try:
+        network.load_state_dict(part)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise InputError(f"{folder}: weights, config.json and vocabularies do not belong together: {first}") from None
 
 
 def weights_hash(tensors: dict[str, Tensor]) -> str:

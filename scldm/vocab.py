@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from scldm.errors import InputError
+from scldm.errors import InputError, read_json
 
 Namespace = Literal["ensembl", "symbol"]
 PADDING = 0
@@ -80,7 +80,7 @@ class GeneVocab:
 
     @classmethod
     def load(cls, path: Path) -> GeneVocab:
-        return cls.from_json(json.loads(path.read_text()), str(path))
+        return cls.from_json(read_json(path), str(path))
 
 
 @dataclass(frozen=True)
@@ -137,4 +137,4 @@ class ConditionVocab:
 
     @classmethod
     def load(cls, path: Path) -> ConditionVocab:
-        return cls.from_json(json.loads(path.read_text()))
+        return cls.from_json(read_json(path))

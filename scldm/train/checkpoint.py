@@ -5,8 +5,7 @@
     checkpoints/latest, checkpoints/best                the name of a step's folder
 
 Every rank writes its share of the tensors into a folder aside; the first rank renames it when all parts are on disk,
-and moves `latest` after that. Reading order: save, load, load_averaged,
-retain.
+and moves the pointers after that. Reading order: save, load, load_averaged, retain.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Any, Literal
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from scldm.errors import InputError
+from scldm.errors import InputError, read_json
 from scldm.parallel.dist import World
 from scldm.parallel.engine import MOMENTS, Engine
 from scldm.train.ema import EMA
@@ -112,21 +111,26 @@ def load_averaged(module: nn.Module, run_dir: Path, which: Literal["best", "late
     state = read_state(target)
     tensors = read_tensors(target, state)
     found = {key.split("/", 1)[1]: v for key, v in tensors.items() if key.startswith(("ema/", "buffer/"))}
-    missing, unexpected = module.load_state_dict(found, strict=False)
-    if missing or unexpected:
-        name = sorted([*missing, *unexpected])[0]
-        raise InputError(f"{target}: {name} is on one side only: it is a checkpoint of another model")
+    expected = module.state_dict()
+    wrong = sorted(
+        name
+        for name in expected.keys() | found.keys()
+        if name not in expected or name not in found or expected[name].shape != found[name].shape
+    )
+    if wrong:
+        raise InputError(f"{target}: {wrong[0]} is not as the network has it: it is a checkpoint of another model")
+    module.load_state_dict(found)
     return state["step"]
 
 
 def read_state(target: Path) -> dict[str, Any]:
     if not (target / STATE).is_file():
         raise InputError(f"{target} is not a whole checkpoint: {STATE} is missing")
-    return json.loads((target / STATE).read_text())
+    return read_json(target / STATE)
 
 
 def read_tensors(target: Path, state: dict[str, Any]) -> dict[str, Tensor]:
-    """All tensors whose key starts with the prefix, on the CPU, after checking the parts' hashes."""
+    """All tensors, on the CPU, after checking the parts' hashes."""
     tensors: dict[str, Tensor] = {}
     for part, sha256 in state["parts"].items():
         path = target / part

@@ -34,8 +34,13 @@ class OptimConfig:
     decay: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise InputError(f"optim.lr={self.lr} must be positive")
+        for name in ("lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"optim.{name}={getattr(self, name)} must be positive")
+        if not self.weight_decay >= 0:
+            raise InputError(f"optim.weight_decay={self.weight_decay} must not be negative")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"optim.betas={self.betas} must be at least 0 and below 1")
         if not (0 <= self.warmup <= 1 and 0 <= self.decay <= 1 and self.warmup + self.decay <= 1):
             raise InputError(
                 f"optim.warmup={self.warmup} and optim.decay={self.decay} must be shares that add up to at most 1"

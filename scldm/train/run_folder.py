@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from scldm.environment import describe
-from scldm.errors import InputError
+from scldm.errors import InputError, read_json
 
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
@@ -31,7 +31,7 @@ def open_run_folder(run_dir: Path, config: Mapping[str, Any], free: tuple[str, .
     path = run_dir / CONFIG
     config = json.loads(json.dumps(config))
     if path.is_file():
-        before = dict(flat(json.loads(path.read_text())))
+        before = dict(flat(read_json(path)))
         now = dict(flat(config))
         changed = [
             k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not _within(k, free)
@@ -40,11 +40,11 @@ def open_run_folder(run_dir: Path, config: Mapping[str, Any], free: tuple[str, .
             told = "; ".join(f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in changed[:4])
             more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
             raise InputError(f"{run_dir} holds another run: {told}{more}; choose another run_dir")
-    elif run_dir.is_dir() and any(run_dir.iterdir()):
+    elif run_dir.is_dir() and any(entry.name != f"{CONFIG}.partial" for entry in run_dir.iterdir()):
         raise InputError(f"{run_dir} is not empty and not a run folder; choose another run_dir")
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(path, config)
-    starts = json.loads((run_dir / ENVIRONMENT).read_text()) if (run_dir / ENVIRONMENT).is_file() else []
+    starts = read_json(run_dir / ENVIRONMENT) if (run_dir / ENVIRONMENT).is_file() else []
     write_json(run_dir / ENVIRONMENT, [*starts, describe()])
 
 
@@ -53,7 +53,7 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     path = run_dir / CONFIG
     if not path.is_file():
         raise InputError(f"{run_dir} is not a run folder: it has no {CONFIG}")
-    return json.loads(path.read_text())
+    return read_json(path)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,0 +1,100 @@
+"""Losses are sums over cells by weight: how cells are cut into micro-batches, and fill-up cells, change nothing."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from scldm.batch import CellBatch, GeneCounts, LatentBatch
+from scldm.errors import InputError
+from scldm.model.vae import VAE
+from scldm.train.losses import Draws, GuidanceConfig, LDMStage, VAEStage, check_finite
+from tests.scldm.train.small_runs import CellsLoader, LatentsLoader, make_cells, make_dit, make_vae
+
+
+def stage_and_batch(kind: str) -> tuple[VAEStage | LDMStage, CellBatch | LatentBatch]:
+    """A stage with random weights and one micro-batch of 12 cells, the last two of them fill-up."""
+    torch.manual_seed(0)
+    module = make_vae(0.5) if kind == "vae" else make_dit()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.2)
+    loader = (CellsLoader if kind == "vae" else LatentsLoader)(make_cells(10, 0), 12, 12)
+    stage = VAEStage(module) if isinstance(module, VAE) else LDMStage(module, GuidanceConfig(0.3))
+    return stage, next(loader)[0]
+
+
+def part(batch: CellBatch | LatentBatch, rows: slice) -> CellBatch | LatentBatch:
+    """Some cells of a micro-batch as one of their own."""
+
+    def cut(name: str, value):
+        if isinstance(value, GeneCounts):
+            return GeneCounts(value.gene_ids, value.counts_BS[rows])
+        if isinstance(value, dict):
+            return {key: column[rows] for key, column in value.items()}
+        return value if name == "n_cells" else value[rows]
+
+    return replace(batch, **{f.name: cut(f.name, getattr(batch, f.name)) for f in fields(batch)})
+
+
+def loss_and_gradient(stage, batches) -> tuple[dict[str, float], list[torch.Tensor]]:
+    sums: dict[str, float] = {}
+    stage.module.zero_grad()
+    for batch in batches:
+        loss, parts = stage.loss(stage.module, batch, Draws(0, 3, batch.positions_B))
+        (loss / batch.n_cells).backward()
+        for key, value in {
+            "loss": loss,
+            **parts,
+            **stage.validation(stage.module, batch, Draws(0, 3, batch.positions_B)),
+        }.items():
+            sums[key] = sums.get(key, 0.0) + float(value.detach())
+    return sums, [p.grad.clone() for p in stage.module.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("kind", ["vae", "ldm"])
+def test_micro_batches_add_up_and_cells_without_weight_add_nothing(kind: str) -> None:
+    stage, batch = stage_and_batch(kind)
+    assert batch.n_cells == 10
+    whole, gradient = loss_and_gradient(stage, [batch])
+    for cuts in ([slice(0, 5), slice(5, 12)], [slice(0, 10)]):  # two micro-batches; without the fill-up
+        sums, other = loss_and_gradient(stage, [part(batch, rows) for rows in cuts])
+        assert sums == pytest.approx(whole, rel=1e-5)
+        for a, b in zip(gradient, other, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_the_vae_loss_is_nll_and_weighted_kl_per_cell() -> None:
+    stage, batch = stage_and_batch("vae")
+    loss, parts = stage.loss(stage.module, batch, Draws(0, 3, batch.positions_B))
+    torch.testing.assert_close(loss, parts["nll"] + 0.5 * parts["kl"])
+    assert parts["kl"] > 1
+    other, _ = stage.loss(stage.module, batch, Draws(0, 4, batch.positions_B))
+    assert (other - loss).abs() > 1e-3  # the posterior is sampled, by step
+    one, two = (stage.validation(stage.module, batch, Draws(0, k, batch.positions_B)) for k in (3, 4))
+    assert one == two  # and not in validation
+
+
+def test_the_ldm_hides_conditions_in_training_and_shows_them_in_validation() -> None:
+    stage, batch = stage_and_batch("ldm")
+    shown: list[torch.Tensor] = []
+
+    class Noting(torch.nn.Module):
+        def forward(self, z, t, conditions):
+            shown.append(conditions["type"])
+            return stage.module(z, t, conditions)
+
+    stage.loss(Noting(), batch, Draws(0, 3, batch.positions_B))
+    stage.validation(Noting(), batch, Draws(0, 3, batch.positions_B))
+    assert torch.equal(shown[1], batch.conditions["type"])
+    assert ((shown[0] == 3) | (shown[0] == shown[1])).all()
+    assert 0 < (shown[0] == 3).sum() < 12
+
+
+def test_a_loss_that_is_no_number_names_step_and_cells() -> None:
+    _, batch = stage_and_batch("vae")
+    check_finite(torch.tensor(1.0), batch, 7)
+    with pytest.raises(InputError, match=r"step 7: the loss is nan on cells \(source:row\) 0:\d.*and 4 more"):
+        check_finite(torch.tensor(float("nan")), batch, 7)
