@@ -141,7 +141,7 @@ def find_counts(file: Any, layer: str = "") -> str:
     if not counts:
         held = "; ".join(map(str, seen)) or "neither of them is there"
         raise InputError(
-            f"{path}: no counts in X, layers/counts or raw/X: {held}{more}; source.layer=NAME chooses another"
+            f"{path}: no counts in X, layers/counts, raw/X: {held}{more}; source.layer=NAME chooses another"
         )
     if any(not _same(file, counts[0], c) for c in counts[1:]):
         held = "; ".join(map(str, counts))

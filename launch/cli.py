@@ -28,6 +28,7 @@ VERBS = {
     "embed": ("launch.embed", "embed the cells of an h5ad file"),
     "evaluate": ("launch.evaluate", "compare generated cells with real ones: metrics, figures, report"),
     "bench shards": ("launch.bench.shards", "measure the conversion of an atlas"),
+    "bench loader": ("launch.bench.loader", "measure the stream of minibatches beside other loaders"),
 }
 
 EXTRAS_HINT = "scldm's extras data, train and evaluate bring what its verbs need"

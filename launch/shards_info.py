@@ -1,0 +1,44 @@
+"""`scldm shards info`: what a shard set holds."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.describe import describe_html, describe_text
+from data_pipeline.files import written_aside
+from data_pipeline.schema import read_manifest
+from launch.cli import run_verb
+
+PURPOSE = "Print what a shard set holds: splits, conditions, sources, sizes; or draw it as a page with figures."
+EXAMPLE = """scldm shards info path=shards
+scldm shards info path=shards html=shards.html"""
+
+
+@dataclass(frozen=True)
+class ShardsInfoConfig:
+    """Describe a shard set.
+
+    path: its folder or fsspec URL
+    html: write a self-contained page with figures to this file
+    """
+
+    path: str
+    html: str = ""
+
+
+CONFIG = ShardsInfoConfig
+
+
+def main(config: ShardsInfoConfig) -> None:
+    manifest = read_manifest(config.path)
+    print(describe_text(config.path, manifest))
+    if config.html:
+        with written_aside(Path(config.html)) as file:
+            file.write(describe_html(config.path, manifest).encode())
+        print(f"{config.html}: the same with figures")
+
+
+if __name__ == "__main__":
+    sys.exit(run_verb("shards info", sys.argv[1:]))

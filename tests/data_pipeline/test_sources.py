@@ -1,0 +1,338 @@
+"""Which matrix holds the counts, what joins, what is refused: before a count is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+from data_pipeline.genes import SourceGenes, join_genes
+from data_pipeline.source_h5ad import find_counts, open_file
+from data_pipeline.source_soma import SomaMatrix
+from data_pipeline.sources import SourceConfig, as_labels, open_matrix, open_sources, spans
+from data_pipeline.splits import SplitConfig, draw_splits, keys
+from data_pipeline.write_shards import write_shards
+from data_pipeline.write_soma import SomaWriteConfig, write_soma
+from scldm.errors import InputError
+from tests.data_pipeline.atlases import atlas, config, counts, read_set, row_counts
+
+# --- counts --------------------------------------------------------------------------------------------------------
+
+
+def layered(tmp_path, x=None, counts_layer=None, raw=None, other=None):
+    adata = atlas(60, 40)
+    whole = adata.X
+    for value, put in ((raw, "raw"), (counts_layer, "counts"), (other, "other")):
+        if value is not None:
+            if put == "raw":
+                adata.X = value(whole)
+                adata.raw = adata.copy()
+            else:
+                adata.layers[put] = value(whole)
+    adata.X = x(whole) if x else None
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    return open_file(str(tmp_path / "a.h5ad"))
+
+
+def same(m):
+    return m
+
+
+def scaled(m):
+    return m * np.float32(0.5)
+
+
+@pytest.mark.parametrize(
+    "matrices, layer, found",
+    [
+        ({"x": same}, "", "X"),
+        ({"x": scaled, "counts_layer": same}, "", "layers/counts"),
+        ({"x": scaled, "raw": same}, "", "raw/X"),
+        ({"counts_layer": same}, "", "layers/counts"),
+        ({"x": same, "counts_layer": same}, "", "X"),  # twice the same counts is no question
+        ({"x": scaled, "other": same}, "other", "layers/other"),
+        ({"x": same, "raw": lambda m: m * 2}, "raw", "raw/X"),
+    ],
+)
+def test_counts_are_found(tmp_path, matrices, layer, found):
+    with layered(tmp_path, **matrices) as file:
+        assert find_counts(file, layer) == found
+
+
+@pytest.mark.parametrize(
+    "matrices, layer, message",
+    [
+        (
+            {"x": scaled, "other": same},
+            "",
+            r"no counts in X, layers/counts, raw/X: X \(60 x 40, float32, from 0.5 to 35000, .* % of its values whole\); "
+            r"also there: layers/other; source.layer=NAME",
+        ),
+        (
+            {"x": same, "raw": lambda m: m * 2},
+            "",
+            r"several matrices hold counts and differ: X \(.*; raw/X \(",
+        ),
+        ({"x": same}, "umis", r"source.layer='umis' is not in the file; it has X"),
+        ({"x": lambda m: -m}, "X", r"source.layer='X' does not hold counts: X \(.*from -70000 to -1"),
+    ],
+)
+def test_counts_that_can_not_be_told(tmp_path, matrices, layer, message):
+    with layered(tmp_path, **matrices) as file, pytest.raises(InputError, match=message):
+        find_counts(file, layer)
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def test_damaged_files(tmp_path):
+    atlas(200, 300).write_h5ad(tmp_path / "whole.h5ad")
+    data = (tmp_path / "whole.h5ad").read_bytes()
+    for name, content, message in (
+        ("cut.h5ad", data[: len(data) // 2], "truncated"),
+        ("text.h5ad", b"cells", "can't be opened: not an HDF5 file"),
+        ("empty.h5ad", b"", "can't be opened"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=rf"{name}: can't be .*{message}|{name}: {message}"):
+            open_sources(SourceConfig(paths=(str(tmp_path / name),)), (), "")
+    with pytest.raises(InputError, match="no such file"):
+        open_sources(SourceConfig(paths=(str(tmp_path / "none.h5ad"),)), (), "")
+    with pytest.raises(InputError, match="no file matches"):
+        open_sources(SourceConfig(paths=(str(tmp_path / "n*.h5ad"),)), (), "")
+    with pytest.raises(InputError, match="can't be opened"):
+        open_sources(SourceConfig(paths=(str(tmp_path / "no-soma"),)), (), "")
+    for key, change in (("X/indptr", lambda d: d[-1:] * 0 + d[-1] + 5), ("X/indices", lambda d: d[-1:] * 0 + 4000)):
+        (tmp_path / "bent.h5ad").write_bytes(data)
+        with h5py.File(tmp_path / "bent.h5ad", "r+") as file:
+            values: Any = file[key]
+            values[-1] = change(values[:])[0]
+        with pytest.raises(InputError, match=r"damaged"):
+            write_shards(config(tmp_path / "set", tmp_path / "bent.h5ad"))
+        assert not (tmp_path / "set/manifest.json").exists()
+
+
+def test_names_that_stand_twice(tmp_path):
+    adata = atlas(20, 30)
+    adata.obs_names = [*adata.obs_names[:-1], "cell3"]
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    with pytest.raises(InputError, match=r"cell 'cell3' stands twice in obs"):
+        open_sources(SourceConfig(paths=(str(tmp_path / "cells.h5ad"),)), (), "")
+    adata = atlas(20, 30)
+    adata.var["symbol"] = ["A", "A", *adata.var_names[2:]]
+    adata.write_h5ad(tmp_path / "genes.h5ad")
+    source = SourceConfig(paths=(str(tmp_path / "genes.h5ad"),), gene_column="symbol")
+    with pytest.raises(InputError, match=r"1 gene ids stand more than once, such as 'A'"):
+        open_sources(source, (), "")
+
+
+def test_labels():
+    """Whole numbers are one label however they are stored; a missing value is refused or named."""
+    assert as_labels(pd.Series([1.0, 2.0]), "x", "").tolist() == ["1", "2"]
+    assert as_labels(pd.Series([1.5, 2.0]), "x", "").tolist() == ["1.5", "2.0"]
+    assert as_labels(pd.Series([True, False]), "x", "").tolist() == ["True", "False"]
+    for column in (
+        pd.Series(["a", None, "b"], name="c"),
+        pd.Series(pd.Categorical(["a", None, "b"]), name="c"),
+        pd.Series(["a", "", "b"], name="c"),
+    ):
+        with pytest.raises(InputError, match=r"column 'c' has no value in 1 cells, first at position 1; missing=LABEL"):
+            as_labels(column, "x", "")
+        assert as_labels(column, "x", "none").tolist() == ["a", "none", "b"]
+    assert as_labels(pd.Series([1.0, np.nan], name="c"), "x", "none").tolist() == ["1", "none"]
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def test_chosen_rows_in_small_chunks(tmp_path):
+    """Any choice of rows, in chunks of any size, from every storage: gaps and boundaries lose nothing."""
+    adata = atlas(300, 120)
+    rng = np.random.default_rng(0)
+    rows = np.sort(rng.choice(300, 140, replace=False)).astype(np.int64)
+    paths = {}
+    for name, x in (("csr", adata.X), ("csc", sp.csc_matrix(adata.X)), ("dense", counts(300, 120).toarray())):
+        adata.X = x
+        paths[name] = tmp_path / f"{name}.h5ad"
+        adata.write_h5ad(paths[name])
+    write_soma(SomaWriteConfig(h5ad=str(paths["csr"]), out=str(tmp_path / "soma")))
+    wanted = counts(300, 120).toarray()
+    for path in [*paths.values(), tmp_path / "soma"]:
+        spec = open_sources(SourceConfig(paths=(str(path),)), (), "")[0].spec
+        matrix = open_matrix(spec)
+        for chunk_bytes in (1, 40_000, 1 << 30):
+            at = 0
+            for chunk in matrix.read(rows, chunk_bytes):
+                assert (chunk.rows == rows[at : at + len(chunk.rows)]).all()
+                got = sp.csr_matrix((chunk.values, chunk.columns, chunk.indptr), (len(chunk.rows), 120)).toarray()
+                np.testing.assert_array_equal(got, wanted[chunk.rows])
+                at += len(chunk.rows)
+            assert at == len(rows)
+        matrix.close()
+
+
+def test_soma_is_read_by_ranges(tmp_path, monkeypatch):
+    """A sparse choice of rows takes a few ranges, not one read a row, nor the whole array."""
+    atlas(2000, 60).write_h5ad(tmp_path / "a.h5ad")
+    write_soma(SomaWriteConfig(h5ad=str(tmp_path / "a.h5ad"), out=str(tmp_path / "soma")))
+    spec = open_sources(SourceConfig(paths=(str(tmp_path / "soma"),)), (), "")[0].spec
+    ranges = []
+    read = SomaMatrix._read_range
+    monkeypatch.setattr(
+        SomaMatrix, "_read_range", lambda self, rows: ranges.append((rows[0], rows[-1])) or read(self, rows)
+    )
+    matrix = open_matrix(spec)
+    rows = np.concatenate([np.arange(0, 100, 3), np.arange(1500, 1600)]).astype(np.int64)
+    assert sum(len(c.rows) for c in matrix.read(rows, 1 << 30)) == len(rows)
+    assert ranges == [(0, 99), (1500, 1599)]
+    matrix.close()
+
+
+def test_spans_keep_to_budget_and_gaps():
+    rng = np.random.default_rng(0)
+    cost = rng.integers(0, 50, 500)
+    end = np.cumsum(cost)
+    rows = np.sort(rng.choice(500, 200, replace=False))
+    found = list(spans(rows, (end - cost)[rows], end[rows], 300, gap=40))
+    assert [a for a, _ in found] == [0, *(b for _, b in found[:-1])]
+    assert found[-1][1] == len(rows)
+    for a, b in found:
+        assert end[rows[b - 1]] - (end - cost)[rows[a]] <= 300 or b == a + 1
+        for k in range(a, b - 1):
+            assert (end - cost)[rows[k + 1]] - end[rows[k]] <= 40
+
+
+# --- several sources -----------------------------------------------------------------------------------------------
+
+
+def test_several_files_join_by_their_genes(tmp_path):
+    """Different genes in another order, barcodes that repeat: union and intersection give each cell its own counts."""
+    first, second = atlas(120, 50), atlas(90, 60, seed=5)
+    second.var_names = [f"GENE{(7 * k + 20) % 80}" for k in range(60)]
+    first.write_h5ad(tmp_path / "b.h5ad")
+    second.write_h5ad(tmp_path / "a.h5ad")
+    shared = [g for g in second.var_names if g in set(first.var_names)]
+    for join, genes in (
+        ("intersection", shared),
+        ("union", [*second.var_names, *(g for g in first.var_names if g not in set(second.var_names))]),
+    ):
+        out = tmp_path / join
+        paths = (tmp_path / "b.h5ad", tmp_path / "a.h5ad")
+        manifest = write_shards(config(out, *paths, source={"join": join}, conditions=("donor",)))
+        assert manifest is not None
+        assert [s["uri"][-6:] for s in manifest.sources] == [
+            "a.h5ad",
+            "b.h5ad",
+        ]  # whatever the order they were given in
+        assert list(manifest.genes.ids) == genes
+        cells = read_set(str(out))[1]
+        for (number, row), cell in cells.items():
+            whole = row_counts((second, first)[number], row)
+            assert cell["counts"] == {g: n for g, n in whole.items() if g in set(genes)}
+        lost = sum(not set(row_counts(a, r)) & set(genes) for a in (first, second) for r in range(a.n_obs))
+        assert len(cells) + lost == 210
+        if join == "intersection":
+            assert manifest.report["genes"]["not_in_vocabulary"] == {
+                str(tmp_path / "a.h5ad"): 60 - len(shared),
+                str(tmp_path / "b.h5ad"): 50 - len(shared),
+            }
+
+
+def test_namespaces_need_a_table(tmp_path):
+    ensembl = SourceGenes("e.h5ad", tuple(f"ENSG0000000000{k}" for k in range(5)), "ensembl")
+    symbol = SourceGenes("s.h5ad", ("A", "B", "C", "D"), "symbol")
+    with pytest.raises(InputError, match=r"s.h5ad: its genes are named by symbol ids \(such as 'A'\).*gene_table=CSV"):
+        join_genes([ensembl, symbol], "intersection", None, "")
+    table = tmp_path / "table.csv"
+    rows = [("0", "A"), ("1", "B"), ("2", "C"), ("3", "C"), ("9", "X")]  # C is ambiguous, D is not there
+    table.write_text("ensembl,symbol\n" + "".join(f"ENSG0000000000{e},{s}\n" for e, s in rows))
+    joined = join_genes([ensembl, symbol], "intersection", None, str(table))
+    assert joined.vocab.ids == ("ENSG00000000000", "ENSG00000000001")
+    assert [c.tolist() for c in joined.column_of] == [[0, 1, -1, -1, -1], [0, 1, -1, -1]]
+    assert joined.report["not_in_table"] == {"s.h5ad": 2}
+    back = join_genes([ensembl, symbol], "union", "symbol", str(table))
+    assert back.vocab.ids == ("A", "B", "C", "D")
+    assert back.report["ambiguous_in_table"] == {"e.h5ad": 2}
+
+
+# --- splits --------------------------------------------------------------------------------------------------------
+
+
+def identities(n: int):
+    return np.zeros(n, np.uint16), np.arange(n, dtype=np.int64)
+
+
+def test_a_cell_keeps_its_split_whatever_stands_around_it():
+    """Drawn from identities: the order of cells changes nothing; another seed changes about what chance does."""
+    obs = pd.DataFrame({"t": np.random.default_rng(0).choice(["a", "b"], 2000)})
+    source, row = identities(2000)
+    split, names, _ = draw_splits(SplitConfig(stratify=("t",)), 3, obs, source, row)
+    assert names == ("train", "validation", "test")
+    order = np.random.default_rng(1).permutation(2000)
+    again, _, _ = draw_splits(
+        SplitConfig(stratify=("t",)), 3, obs.iloc[order].reset_index(drop=True), source, row[order]
+    )
+    np.testing.assert_array_equal(again, split[order])
+    other, _, _ = draw_splits(SplitConfig(stratify=("t",)), 4, obs, source, row)
+    assert 0.25 < (other != split).mean() < 0.45  # 1 - .8^2 - .1^2 - .1^2 = .34
+    both = np.unique(keys(0, "x", np.repeat([0, 1], 500), np.tile(np.arange(500), 2)))
+    assert len(both) == 1000
+
+
+def test_values_and_combinations(tmp_path):
+    n = 1200
+    rng = np.random.default_rng(0)
+    obs = pd.DataFrame({"donor": rng.choice([f"d{k}" for k in range(10)], n), "type": rng.choice(["a", "b", "c"], n)})
+    source, row = identities(n)
+    split, _, _ = draw_splits(SplitConfig(by="donor", validation=0.2, test=0.2), 0, obs, source, row)
+    assert [len(set(split[obs["donor"] == d])) for d in set(obs["donor"])] == [1] * 10
+    assert [len(set(obs["donor"][split == k])) for k in range(3)] == [6, 2, 2]
+
+    named = SplitConfig(by="donor", validation=0.1, test_values=("d3", "d7"))
+    split, _, _ = draw_splits(named, 0, obs, source, row)
+    assert set(obs["donor"][split == 2]) == {"d3", "d7"}
+    assert abs((split[~obs["donor"].isin(["d3", "d7"])] == 1).mean() - 0.1) < 0.01
+
+    table = tmp_path / "held_out.csv"
+    table.write_text("type,donor,split\na,d1,test\nb,d2,unseen\n")
+    split, names, rule = draw_splits(SplitConfig(held_out=str(table), validation=0.1), 0, obs, source, row)
+    assert names == ("train", "validation", "test", "unseen")
+    assert ((split == 2) == ((obs["type"] == "a") & (obs["donor"] == "d1"))).all()
+    assert ((split == 3) == ((obs["type"] == "b") & (obs["donor"] == "d2"))).all()
+    assert rule["held_out"]["donor"] == ["d1", "d2"]
+
+
+@pytest.mark.parametrize(
+    "settings, table, message",
+    [
+        ({"held_out": "t.csv"}, "type,donor\na,d77\n", r"line 2: no cell has type='a', donor='d77'"),
+        ({"held_out": "t.csv"}, "type,donor\na,d1\na,d1\n", r"\('a', 'd1'\) stands twice"),
+        ({"held_out": "t.csv"}, "type,split\na,my split\n", r"'my split' is no name for a held-out split"),
+        ({"by": "donor", "test_values": ("d77",)}, "", r"split.by=donor: no cell has 'd77'; there are 10 values"),
+        ({"by": "type", "validation": 0.4, "test": 0.4}, "", None),
+        ({"by": "one"}, "", r"its 1 values are too few"),
+    ],
+)
+def test_splits_that_can_not_be_drawn(tmp_path, monkeypatch, settings, table, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.csv").write_text(table)
+    rng = np.random.default_rng(0)
+    donors = rng.choice([f"d{k}" for k in range(10)], 500)
+    obs = pd.DataFrame({"donor": donors, "type": rng.choice(["a", "b", "c"], 500), "one": "x"})
+    if message is None:
+        draw_splits(SplitConfig(**settings), 0, obs, *identities(500))
+        return
+    with pytest.raises(InputError, match=message):
+        draw_splits(SplitConfig(**settings), 0, obs, *identities(500))
+    refused: list[dict[str, Any]] = [
+        {"validation": 0.5, "test": 0.5},
+        {"test_values": ("a",)},
+        {"by": "a", "stratify": ("b",)},
+    ]
+    for wrong in refused:
+        with pytest.raises(InputError):
+            SplitConfig(**wrong)

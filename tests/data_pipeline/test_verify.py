@@ -1,0 +1,176 @@
+"""shards verify names shard and block of every kind of damage; shards info and the page of it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+
+from data_pipeline.describe import describe_html, describe_text
+from data_pipeline.schema import read_manifest
+from data_pipeline.verify import verify_shards
+from data_pipeline.write_shards import write_shards
+from launch.cli import main
+from scldm.errors import InputError
+from tests.data_pipeline.atlases import atlas, config, counts
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sound")
+    atlas(500, 300).write_h5ad(folder / "atlas.h5ad")
+    write_shards(config(folder / "set", folder / "atlas.h5ad", conditions=("cell_type", "donor")))
+    return folder / "set"
+
+
+@pytest.fixture
+def copy(sound, tmp_path) -> Path:
+    return Path(shutil.copytree(sound, tmp_path / "copy"))
+
+
+def faults(path: Path) -> list[str]:
+    return [str(f) for f in verify_shards(str(path)).faults]
+
+
+def test_a_sound_set_is_sound(sound, capsys):
+    assert main(["shards", "verify", f"path={sound}"]) == 0
+    assert "sound: 500 cells in 17 blocks, 256 cells compared" in capsys.readouterr().out
+
+
+def test_every_flipped_bit_is_found_and_its_block_named(copy):
+    """One bit anywhere in a tar: block data, a member's header, padding, the end."""
+    blocks = np.load(copy / "index/blocks.npy")
+    tar = copy / "shards/train-000001.tar"
+    whole = tar.read_bytes()
+    mine = blocks[blocks["shard"] == 1]
+    first = int(np.flatnonzero(blocks["shard"] == 1)[0])
+    rng = np.random.default_rng(0)
+    for at in [0, 100, len(whole) - 1, *rng.integers(0, len(whole), 25)]:
+        broken = bytearray(whole)
+        broken[at] ^= 1 << int(rng.integers(8))
+        tar.write_bytes(broken)
+        (fault,) = faults(copy)
+        inside = np.flatnonzero((mine["offset"] <= at) & (at < mine["offset"] + mine["length"]))
+        if len(inside):
+            assert fault.startswith(f"shards/train-000001.tar: block {first + inside[0]}: its checksum")
+        else:
+            assert fault.startswith("shards/train-000001.tar: ")
+
+
+def test_what_is_missing_or_cut_is_named(copy):
+    tar = copy / "shards/train-000000.tar"
+    tar.write_bytes(tar.read_bytes()[: int(np.load(copy / "index/blocks.npy")["offset"][2]) + 10])
+    (copy / "shards/test-000000.tar").unlink()
+    found = faults(copy)
+    assert re.match(r"shards/train-000000.tar: block 2: truncated: the tar ends after \d+ of \d+ bytes", found[0])
+    assert found[1:] == ["shards/test-000000.tar: missing"]
+    (copy / "index/cells.row.npy").unlink()
+    data = bytearray((copy / "index/blocks.npy").read_bytes())
+    data[-1] ^= 1
+    (copy / "index/blocks.npy").write_bytes(data)
+    found = faults(copy)
+    assert "index/blocks.npy: its SHA-256 is not the manifest's: changed or damaged" in found
+    assert "index/cells.row.npy: missing" in found
+    assert "shards/test-000000.tar: missing" in found
+
+
+def rewrite(folder: Path, name: str, change) -> None:
+    """Change an index file and make the manifest agree, as a program with a bug would."""
+    array = np.load(folder / f"index/{name}.npy")
+    change(array)
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    (folder / f"index/{name}.npy").write_bytes(buffer.getvalue())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    entry = next(e for e in manifest["index"] if e["path"] == f"index/{name}.npy")
+    entry["sha256"] = hashlib.sha256(buffer.getvalue()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_an_index_that_lies_is_found(copy):
+    def double(rows):
+        rows[1], rows[3] = rows[2], rows[0]
+
+    rewrite(copy, "cells.row", double)
+    found = faults(copy)
+    assert "shards/train-000000.tar: block 0: its row is not the index's" in found
+    assert any(re.match(r"index: cell \(0, \d+\) stands 2 times in the set", f) for f in found)
+    assert any("not in the order of its seed" in f for f in found)
+
+    def more(totals):
+        totals[40] += 1
+
+    rewrite(copy, "cells.total_counts", more)
+    assert "shards/train-000000.tar: block 1: its total_counts is not the index's" in faults(copy)
+
+
+def test_statistics_that_lie_are_found(copy):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["statistics"]["library_sizes"][0]["log_mean"][0] += 0.01
+    manifest["statistics"]["largest_count"] = 69_999
+    manifest["statistics"]["combinations"]["n"][0][0] += 1
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert [f.split(" is not")[0].split(" by ")[0] for f in faults(copy)] == [
+        "manifest.json: statistics.combinations",
+        "manifest.json: statistics.largest_count",
+        "manifest.json: statistics.library_sizes",
+    ]
+
+
+def test_a_source_that_says_otherwise_is_found(tmp_path):
+    """Another count, another label; and a source that is gone is said, not failed on."""
+    path = tmp_path / "a.h5ad"
+    adata = atlas(80, 60)
+    adata.write_h5ad(path)
+    write_shards(config(tmp_path / "set", path))
+    changed = adata.copy()
+    x = counts(80, 60)
+    x.data[x.indptr[7]] += 1
+    changed.X = x
+    labels = list(adata.obs["cell_type"])
+    labels[9] = "NK" if labels[9] == "B" else "B"
+    changed.obs["cell_type"] = labels
+    changed.write_h5ad(path)
+    found = faults(tmp_path / "set")
+    assert sorted(f.split(": ")[1] for f in found) == [
+        "the counts of cell cell7 (row 7) are not the set's",
+        "the labels of cell cell9 (row 9) are not the set's",
+    ]
+    path.unlink()
+    verdict = verify_shards(str(tmp_path / "set"))
+    assert verdict.faults == ()
+    assert "no such file" in verdict.notes[0]
+
+
+def test_what_is_no_set(tmp_path, capsys):
+    with pytest.raises(InputError, match="not a shard set, or one that is not finished"):
+        verify_shards(str(tmp_path))
+    (tmp_path / "manifest.json").write_text('{"format": "scldm-shards", "version": 2}')
+    assert main(["shards", "verify", f"path={tmp_path}"]) == 2
+    assert "version 2 is unknown; this scldm reads version 1" in capsys.readouterr().err
+    (tmp_path / "manifest.json").write_text("{")
+    assert main(["shards", "info", f"path={tmp_path}"]) == 2
+
+
+def test_info(sound, tmp_path, capsys):
+    """The numbers of the text are the set's; the page is whole and needs nothing from elsewhere."""
+    assert main(["shards", "info", f"path={sound}", f"html={tmp_path / 'info.html'}"]) == 0
+    text = capsys.readouterr().out
+    assert "500 cells x 300 genes" in text
+    adata = anndata.read_h5ad(sound.parent / "atlas.h5ad")
+    n = (adata.obs["cell_type"] == "NK").sum()
+    line = next(line for line in text.splitlines() if line.split()[:1] == ["NK"])
+    assert sum(map(int, line.split()[1:])) == n
+    page = (tmp_path / "info.html").read_text()
+    assert page.count("<svg") == page.count("</svg>") == 5
+    assert not re.search(r"(src|href)=", page)
+    manifest = read_manifest(str(sound))
+    assert describe_text(str(sound), manifest) in text
+    assert describe_html(str(sound), manifest) == page
