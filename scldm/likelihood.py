@@ -19,11 +19,16 @@ def nb_log_prob(counts_BQ: Tensor, mu_BQ: Tensor, theta_Q: Tensor) -> Tensor:
     For integer counts >= 0 and mu, theta > 0. Source: Lopez et al. 2018 (scVI), eq. 2 and supplement; the difference of
     log-gammas is taken by Stirling's series for large theta, where subtracting them in float32 would leave noise.
     """
-    counts_BQ, mu_BQ, theta_Q = counts_BQ.float(), mu_BQ.float().clamp_min(MIN_MEAN), theta_Q.float()
+    mu_BQ, theta_Q = at_least_float32(mu_BQ).clamp_min(MIN_MEAN), at_least_float32(theta_Q)
+    counts_BQ = counts_BQ.to(mu_BQ.dtype)
     log_theta_plus_mu = torch.log(theta_Q + mu_BQ)
     rising = _log_rising(counts_BQ, theta_Q.expand_as(counts_BQ))
     zeros = -theta_Q * torch.log1p(mu_BQ / theta_Q)
     return rising - torch.lgamma(counts_BQ + 1) + zeros + counts_BQ * (mu_BQ.log() - log_theta_plus_mu)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _log_rising(counts: Tensor, theta: Tensor) -> Tensor:

@@ -1,16 +1,20 @@
-"""Multi-head attention, written as its formula: the specification that every faster path is tested against.
+"""Multi-head attention: its formula, the specification that every faster path is tested against, and torch's kernels.
 
 Keys have neither a bias nor, where they come from a LayerNorm, a shift: both add one number to all scores of a query,
 which the softmax removes, so their true gradient is zero and AdamW would turn its rounding noise into full steps.
-Reading order: attention, SelfAttention.
+Reading order: attention, sdpa, SelfAttention.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+AttentionKind = Literal["plain", "sdpa", "factorised"]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, n_heads: int, mask: Tensor | None = None) -> Tensor:
@@ -30,6 +34,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, n_heads: int, mask: Tensor | None
     return _join_heads(weights @ v)
 
 
+def sdpa(q: Tensor, k: Tensor, v: Tensor, n_heads: int, mask: Tensor | None = None) -> Tensor:
+    """`attention` by torch's fused kernels, which write no scores."""
+    q, k, v = (_split_heads(x, n_heads) for x in (q, k, v))
+    if mask is None:
+        return _join_heads(F.scaled_dot_product_attention(q, k, v))
+    mask = mask[..., None, None, :]
+    some = mask.any(-1, keepdim=True)
+    # a row without any key would be NaN in some of the kernels, so it reads all, and what it reads is dropped
+    return _join_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask | ~some) * some)
+
+
 def _split_heads(x: Tensor, n_heads: int) -> Tensor:
     """(..., L, D) -> (..., N, L, H)"""
     return x.unflatten(-1, (n_heads, -1)).transpose(-2, -3)
@@ -43,9 +58,10 @@ def _join_heads(x: Tensor) -> Tensor:
 class SelfAttention(nn.Module):
     """Attention of tokens to one another, with its four projections."""
 
-    def __init__(self, width: int, n_heads: int) -> None:
+    def __init__(self, width: int, n_heads: int, kind: AttentionKind = "plain") -> None:
         super().__init__()
         self.n_heads = n_heads
+        self.attend = attention if kind == "plain" else sdpa
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width)
@@ -53,4 +69,4 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         q, k, v = self.query(x_BLD), self.key(x_BLD), self.value(x_BLD)
-        return self.out(attention(q, k, v, self.n_heads))
+        return self.out(self.attend(q, k, v, self.n_heads))

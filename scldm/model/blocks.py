@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scldm.model.attention import SelfAttention
+from scldm.model.attention import AttentionKind, SelfAttention
 
 
 class SwiGLU(nn.Module):
@@ -30,10 +30,10 @@ def hidden_width(width: int) -> int:
 class TransformerBlock(nn.Module):
     """Pre-LayerNorm attention, then pre-LayerNorm MLP, each added to its input."""
 
-    def __init__(self, width: int, n_heads: int) -> None:
+    def __init__(self, width: int, n_heads: int, kind: AttentionKind = "plain") -> None:
         super().__init__()
         self.norm_attention = nn.LayerNorm(width)
-        self.attention = SelfAttention(width, n_heads)
+        self.attention = SelfAttention(width, n_heads, kind)
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = SwiGLU(width)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from scldm.model.attention import attention
+from scldm.model.attention import AttentionKind, attention, sdpa
 from scldm.model.blocks import SwiGLU
 
 
@@ -21,12 +21,14 @@ class MCAB(nn.Module):
     Invariant to the order of X, equivariant to the order of S; the residual is Q, not its norm.
     Source: paper, Eq. 3-7; the heads' outputs are joined by a projection W_O, as usual.
 
+    kind: plain, or torch's attention kernels
     bias_out: False where the output meets a softmax over its M elements, in which the MLP's last bias cancels
     """
 
-    def __init__(self, width: int, n_heads: int, bias_out: bool = True) -> None:
+    def __init__(self, width: int, n_heads: int, kind: AttentionKind = "plain", bias_out: bool = True) -> None:
         super().__init__()
         self.n_heads = n_heads
+        self.attend = attention if kind == "plain" else sdpa
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width)
@@ -46,5 +48,5 @@ class MCAB(nn.Module):
         """
         query = self.query(pseudo_inputs)
         key, value = self.key(self.norm_key(x_BKD)), self.value(self.norm_value(x_BKD))
-        read_BMD = query + self.out(attention(self.norm_query(query), key, value, self.n_heads, mask))
+        read_BMD = query + self.out(self.attend(self.norm_query(query), key, value, self.n_heads, mask))
         return read_BMD + self.mlp(self.norm_mlp(read_BMD))

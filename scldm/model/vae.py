@@ -14,7 +14,9 @@ from torch.nn import functional as F
 
 from scldm.batch import GeneCounts
 from scldm.errors import InputError
-from scldm.likelihood import nb_log_prob
+from scldm.likelihood import at_least_float32, nb_log_prob
+from scldm.model import factorised
+from scldm.model.attention import AttentionKind
 from scldm.model.blocks import TransformerBlock
 from scldm.model.mcab import MCAB
 
@@ -32,6 +34,8 @@ class VAEConfig:
     n_heads: attention heads of the transformer blocks and of the encoder's cross-attention
     decoder_cross_heads: attention heads of the decoder's cross-attention
     kl_weight: beta of the KL term in the loss; 0 is a deterministic autoencoder whose latent tokens are normalised
+    attention: how attention is computed, never what: plain (the formula), sdpa (torch's kernels), factorised (that, and
+        cross-attention without a matrix product per cell and gene)
     """
 
     width: int = 128
@@ -41,6 +45,7 @@ class VAEConfig:
     n_heads: int = 4
     decoder_cross_heads: int = 1
     kl_weight: float = 0.0
+    attention: AttentionKind = "factorised"
 
     def __post_init__(self) -> None:
         for name in ("width", "n_latents", "latent_width", "n_heads", "decoder_cross_heads"):
@@ -101,16 +106,16 @@ class VAE(nn.Module):
     def __init__(self, config: VAEConfig, n_genes: int) -> None:
         super().__init__()
         self.config, self.n_genes = config, n_genes
-        D, Z = config.width, config.latent_width
+        D, Z, kind = config.width, config.latent_width, config.attention
         self.gene_embedding = nn.Embedding(n_genes + 1, D, padding_idx=0)
         self.token = nn.Linear(2 * D, D)
         self.latent_queries = nn.Parameter(torch.empty(config.n_latents, D))
-        self.pool = MCAB(D, config.n_heads)
-        self.encoder = nn.ModuleList(TransformerBlock(D, config.n_heads) for _ in range(config.n_layers))
+        self.pool = MCAB(D, config.n_heads, kind)
+        self.encoder = nn.ModuleList(TransformerBlock(D, config.n_heads, kind) for _ in range(config.n_layers))
         self.to_latent = nn.Linear(D, 2 * Z if config.kl_weight > 0 else Z)
         self.from_latent = nn.Linear(Z, D)
-        self.decoder = nn.ModuleList(TransformerBlock(D, config.n_heads) for _ in range(config.n_layers))
-        self.unpool = MCAB(D, config.decoder_cross_heads, bias_out=False)
+        self.decoder = nn.ModuleList(TransformerBlock(D, config.n_heads, kind) for _ in range(config.n_layers))
+        self.unpool = MCAB(D, config.decoder_cross_heads, kind, bias_out=False)
         self.head = nn.Linear(D, 1, bias=False)  # a bias would cancel in the softmax over genes
         self.log_theta = nn.Embedding(n_genes + 1, 1)
         # a lone number on a log scale: at the network's rate it moves by less than a factor of e in 1,000 steps
@@ -141,7 +146,10 @@ class VAE(nn.Module):
 
     def encode(self, given: GeneCounts) -> Posterior:
         """Eq. 8: the posterior over L latent tokens of Z numbers; the order of the genes and padding change nothing."""
-        x_BLD = self.pool(self.latent_queries, self.gene_tokens(given), given.mask)
+        if self.config.attention == "factorised":
+            x_BLD = factorised.pool(self.pool, self.latent_queries, self.token, self.gene_embedding, given)
+        else:
+            x_BLD = self.pool(self.latent_queries, self.gene_tokens(given), given.mask)
         for block in self.encoder:
             x_BLD = block(x_BLD)
         latent = self.to_latent(x_BLD)
@@ -170,8 +178,11 @@ class VAE(nn.Module):
         x_BLD = self.from_latent(latent_BLZ)
         for block in self.decoder:
             x_BLD = block(x_BLD)
-        read_BQD = self.unpool(self.gene_embedding(asked_ids), x_BLD)
-        logit_BQ = self.head(read_BQD).squeeze(-1).float()
-        log_share_BQ = logit_BQ.masked_fill(asked_ids == 0, -torch.inf).log_softmax(-1)
-        theta = self.log_theta(asked_ids).squeeze(-1).float().exp()
+        embedded = self.gene_embedding(asked_ids)
+        if self.config.attention == "factorised":
+            logit_BQ = factorised.unpool(self.unpool, self.head, embedded, x_BLD).squeeze(-1)
+        else:
+            logit_BQ = self.head(self.unpool(embedded, x_BLD)).squeeze(-1)
+        log_share_BQ = at_least_float32(logit_BQ).masked_fill(asked_ids == 0, -torch.inf).log_softmax(-1)
+        theta = at_least_float32(self.log_theta(asked_ids)).squeeze(-1).exp()
         return NegativeBinomial(log_share_BQ, theta)

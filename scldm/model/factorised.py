@@ -1,0 +1,397 @@
+"""Cross-attention between genes and latent tokens without a matrix product per gene and cell: the same function as
+`MCAB`, the same parameters, in less time and memory.
+
+A gene's token is `c u + e_g`: one number per cell and gene, one vector, one vector per gene. So keys, values and scores
+are sums of two table entries, scaled by one over the token's standard deviation (`pool`). Of an asked gene only a few
+numbers leave the decoder (`unpool`): the SwiGLU's last product and the head fold into one, and, where the
+latent tokens are few beside the width, its first product is taken per latent token instead of per gene.
+
+What is large, scores and hidden layers, is made tile by tile within the processor's cache and made again in backward.
+
+Reading order: pool, _Pool; unpool, pays_by_latents, _HeadByLatents, _Head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from scldm.batch import GeneCounts
+from scldm.likelihood import at_least_float32
+from scldm.model.blocks import SwiGLU
+from scldm.model.mcab import MCAB
+
+# numbers in a tile: on a CPU 512 kB of float32, so that the passes over it stay in the cache of one core
+TILE_CPU, TILE_GPU = 1 << 17, 1 << 25
+GENES = 64  # of those, in the decoder: 64 x 2 x 688 (width 256) x 4 B = 352 kB of the genes' table
+# the score of a gene that is not there: exp(MASKED / sigma) is 0, and MASKED * 0 is, unlike -inf * 0
+MASKED = -1e30
+# what a multiply-accumulate by latents costs beside one by gene: measured, 0.5 as many take 0.67 of the time, 1.4 times
+# as many 1.27 of it (width 256, 64 latent tokens, 4 cells x 2,048 genes, one and four heads, forward and backward, CPU)
+PAYS = 0.8
+
+
+# --- genes -> latent tokens ----------------------------------------------------------------------------------------
+
+
+def pool(mcab: MCAB, queries_MD: Tensor, token: nn.Linear, embedding: nn.Embedding, given: GeneCounts) -> Tensor:
+    """`mcab(queries, tokens of the given genes, given.mask)`, (B, M, D).
+
+    Per cell and gene it takes N M exponentials and 2 M D FLOPs; what depends on the gene alone is computed once for all
+    cells that share a set, and for sets per cell once per gene of the vocabulary where the cells hold more genes.
+
+    token: Eq. 9's product, D x 2D: its first D columns meet the repeated log1p(count), the others the embedding
+    """
+    query_MD = mcab.query(queries_MD)
+    q_MD = mcab.norm_query(query_MD).to(queries_MD.dtype)
+    dtype, kind = compute_dtype(queries_MD), queries_MD.device.type
+    with torch.autocast(kind, enabled=False):
+        read_BMD = _read_genes(mcab, q_MD, token, embedding, given, dtype)
+    read_BMD = query_MD + mcab.out(read_BMD)
+    return read_BMD + mcab.mlp(mcab.norm_mlp(read_BMD))
+
+
+def compute_dtype(parameter: Tensor) -> torch.dtype:
+    """The precision of matrix products: autocast's where it is on, else the parameters'."""
+    kind = parameter.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype
+
+
+def _read_genes(
+    mcab: MCAB, q_MD: Tensor, token: nn.Linear, embedding: nn.Embedding, given: GeneCounts, dtype: torch.dtype
+) -> Tensor:
+    """What the latent queries read from the genes, heads side by side, before the output projection; (B, M, D)."""
+    N, (M, D), S = mcab.n_heads, q_MD.shape, given.gene_ids.shape[-1]
+    H, ids, wide = D // N, given.gene_ids, q_MD.dtype
+    c_BS = torch.log1p(given.counts_BS.to(wide))
+    by_vocabulary = ids.ndim == 2 and ids.numel() > embedding.num_embeddings
+
+    u_D = token.weight[:, :D].sum(1)
+    u_D = u_D - u_D.mean()
+    key_NHD = (mcab.key.weight * mcab.norm_key.weight).view(N, H, D)
+    q_NMD = q_MD.view(M, N, H).transpose(0, 1) @ key_NHD * H**-0.5
+    value_DD = mcab.value.weight * mcab.norm_value.weight
+    alpha_NM, a_D = q_NMD @ u_D, value_DD @ u_D
+
+    # tables with a row T per gene of the vocabulary, of the shared set, or of each cell
+    rows_TD = embedding.weight if by_vocabulary else embedding(ids.flatten())
+    e_TD = F.linear(rows_TD.to(dtype), token.weight[:, D:].to(dtype), token.bias.to(dtype)).to(wide)
+    e_TD = e_TD - e_TD.mean(1, keepdim=True)
+    ue_T, ee_T = e_TD @ u_D / D, e_TD.square().mean(1)
+    values_TD = F.linear(e_TD.to(dtype), value_DD.to(dtype))
+    A_RT = q_NMD.flatten(0, 1) @ e_TD.T  # scores, in full precision
+    if by_vocabulary:
+        table = torch.cat((A_RT.T, values_TD.to(wide), ue_T[:, None], ee_T[:, None]), dim=1)
+        A_BSR, values, ue, ee = F.embedding(ids, table).split((N * M, D, 1, 1), dim=-1)
+        A, values, ue, ee = A_BSR.permute(2, 0, 1), values.to(dtype), ue[..., 0], ee[..., 0]
+    else:
+        n_sets = ids.numel() // S
+        A, values = A_RT.view(-1, n_sets, S), values_TD.view(n_sets, S, D)
+        ue, ee = ue_T.view(n_sets, S), ee_T.view(n_sets, S)
+
+    # LayerNorm's variance is a quadratic in c; keys and values share it
+    variance_BS = ((c_BS * u_D.square().mean() + 2 * ue) * c_BS + ee).clamp_min(0)
+    r_BS = (variance_BS + mcab.norm_key.eps).rsqrt()
+    mask = given.mask.view(-1, S)
+    A = A.masked_fill(~mask, MASKED).reshape(N, M, -1, S)
+    out_NMBH = apply(_Pool, c_BS, r_BS, alpha_NM, A, values.unflatten(-1, (N, H)), a_D.view(N, H))
+    offset_D = F.linear(mcab.norm_value.bias, mcab.value.weight, mcab.value.bias)
+    read_BMD = out_NMBH.permute(2, 1, 0, 3).flatten(2) + offset_D
+    return read_BMD * mask.any(1)[:, None, None]  # attention over no gene at all is 0
+
+
+class _Pool(torch.autograd.Function):
+    """softmax over genes of r (c alpha + A), times r (values + c a): (N, M, B, H). Counts c get no gradient.
+
+    c_BS, r_BS, alpha_NM, a_NH; A (N, M, 1 or B, S); values (1 or B, S, N, H), in the precision of their product
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        c_BS, r_BS, alpha_NM, A, values, a_NH = inputs
+        (N, M), (B, S) = alpha_NM.shape, c_BS.shape
+        out, wc = c_BS.new_empty(N, M, B, a_NH.shape[1]), c_BS.new_empty(N, M, B)
+        space = _Space(B, M * S, c_BS)
+        for n, b in space.tiles(N):
+            c, r = c_BS[b], r_BS[b]
+            score, w = space.two(M, *c.shape)
+            torch.addcmul(_of(A[n], 1, b), alpha_NM[n, :, None, None], c, out=score).mul_(r)
+            torch.softmax(score, -1, out=w).mul_(r)
+            out[n, :, b] = _times(w, _of(values[:, :, n], 0, b))
+            wc[n, :, b] = torch.einsum("mbs,bs->mb", w, c)
+        out += wc[..., None] * a_NH[:, None, None]
+        ctx.save_for_backward(*inputs, out, wc)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        c_BS, r_BS, alpha_NM, A, values, a_NH, out, wc = ctx.saved_tensors
+        (N, M), (B, S) = alpha_NM.shape, c_BS.shape
+        delta, d_wc = (d_out * out).sum(-1), torch.einsum("nmbh,nh->nmb", d_out, a_NH)
+        d_a = torch.einsum("nmbh,nmb->nh", d_out, wc)
+        d_r, d_alpha, d_A = torch.zeros_like(r_BS), torch.zeros_like(alpha_NM), torch.zeros_like(A)
+        d_values = torch.zeros_like(values, dtype=c_BS.dtype)
+        ones = c_BS.new_ones(M)
+        space = _Space(B, M * S, c_BS)
+        for n, b in space.tiles(N):
+            c, r, A_b, values_b = c_BS[b], r_BS[b], _of(A[n], 1, b), _of(values[:, :, n], 0, b)
+            w, p = space.two(M, *c.shape)
+            torch.softmax(torch.addcmul(A_b, alpha_NM[n, :, None, None], c, out=w).mul_(r), -1, out=p)
+            torch.mul(p, r, out=w)
+            _add_transposed(_of(d_values[:, :, n], 0, b), w, d_out[n, :, b], values.dtype)
+            d_w = _times(d_out[n, :, b], values_b.transpose(1, 2)).addcmul_(d_wc[n, :, b, None], c)
+            d_score = w.mul_(d_w)  # p r d_w, from which p delta is taken
+            d_r_direct = ones @ d_score.view(M, -1)
+            d_t = d_score.addcmul_(p, delta[n, :, b, None], value=-1).mul_(r)  # of c alpha + A
+            _of(d_A[n], 1, b).add_(d_t.sum(1, keepdim=True) if len(values) == 1 else d_t)
+            d_alpha[n] += d_t.view(M, -1) @ c.reshape(-1)
+            by_alpha = (alpha_NM[n] @ d_t.view(M, -1)).view_as(c)
+            by_A = ones @ d_t.mul_(A_b).view(M, -1)
+            d_r[b] += (d_r_direct + by_A).view_as(c).addcmul(c, by_alpha).div_(r)
+        return None, d_r, d_alpha, d_A, d_values.to(values.dtype), d_a
+
+
+class _Space:
+    """Tiles of as many cells (or rows) as fill them, and memory for two, made once: fresh memory costs a page fault for
+    every 4 kB, more than what is then done with it.
+    """
+
+    def __init__(self, n: int, numbers_each: int, like: Tensor) -> None:
+        tile = TILE_CPU if like.device.type == "cpu" else TILE_GPU
+        self.n, self.step = n, min(n, max(1, tile // max(1, numbers_each)))
+        self.memory = like.new_empty(2, self.step * numbers_each)
+
+    def slices(self) -> Iterator[slice]:
+        for start in range(0, self.n, max(1, self.step)):
+            yield slice(start, min(start + self.step, self.n))
+
+    def tiles(self, n_outer: int) -> Iterator[tuple[int, slice]]:
+        """For each of the outer, such as heads, all slices."""
+        for outer in range(n_outer):
+            for part in self.slices():
+                yield outer, part
+
+    def two(self, *shape: int) -> tuple[Tensor, Tensor]:
+        n = math.prod(shape)
+        return self.memory[0, :n].view(shape), self.memory[1, :n].view(shape)
+
+
+def _of(x: Tensor, dim: int, cells: slice) -> Tensor:
+    """The cells' part, or the whole where the cells share it."""
+    return x if x.shape[dim] == 1 else x[cells] if dim == 0 else x[:, cells]
+
+
+def _times(x: Tensor, y: Tensor) -> Tensor:
+    """(M, b, K) x (1 or b, K, J) -> (M, b, J), multiplied in the precision of y, returned in that of x."""
+    left = x.to(y.dtype)
+    product = left @ y[0] if len(y) == 1 else (left.transpose(0, 1) @ y).transpose(0, 1).contiguous()
+    return product.to(x.dtype)
+
+
+def _add_transposed(out: Tensor, w: Tensor, d: Tensor, dtype: torch.dtype) -> None:
+    """out (1 or b, S, H) += w (M, b, S)^T d (M, b, H), summed over the cells where they share it."""
+    w, d = w.to(dtype), d.to(dtype)
+    if len(out) == 1:
+        out[0] += w.flatten(0, 1).T @ d.flatten(0, 1)
+    else:
+        out += w.permute(1, 2, 0) @ d.transpose(0, 1)
+
+
+# --- latent tokens -> genes ----------------------------------------------------------------------------------------
+
+
+def unpool(mcab: MCAB, head: nn.Linear, embedded: Tensor, x_BLD: Tensor) -> Tensor:
+    """`head(mcab(embedded, x))`, (B, Q, K): the numbers that the decoder says of each asked gene.
+
+    embedded: embeddings of the asked genes, (Q, D) shared by the cells or (B, Q, D)
+    head: D -> K, without a bias
+    """
+    dtype, kind, wide = compute_dtype(head.weight), x_BLD.device.type, head.weight.dtype
+    query = mcab.query(embedded)
+    q = mcab.norm_query(query)
+    k_BLD, v_BLD = mcab.key(mcab.norm_key(x_BLD)), mcab.value(mcab.norm_value(x_BLD))
+    p_BNLQ = _weights(q, k_BLD, mcab.n_heads)
+    if embedded.ndim == 2 and pays_by_latents(p_BNLQ.shape, x_BLD.shape[-1], mcab.mlp.value.out_features):
+        with torch.autocast(kind, enabled=False):
+            U_BRD = _heads_out(mcab, v_BLD.to(wide))
+            return _by_latents(mcab, head, query.to(wide), p_BNLQ.flatten(1, 2).to(wide), U_BRD, dtype)
+    v_BNLH = v_BLD.unflatten(-1, (mcab.n_heads, -1)).transpose(1, 2)
+    read_BQD = query + mcab.out((p_BNLQ.transpose(2, 3).to(v_BNLH.dtype) @ v_BNLH).transpose(1, 2).flatten(2))
+    y_RD = mcab.norm_mlp(read_BQD).flatten(0, 1).to(dtype)
+    with torch.autocast(kind, enabled=False):
+        mlp_R = [apply(_Head, y_RD, W_FD.to(dtype), b_F.to(dtype)) for W_FD, b_F in _folded(mcab.mlp, head)]
+        return head(read_BQD.to(wide)) + torch.stack(mlp_R, dim=-1).view(*read_BQD.shape[:2], -1)
+
+
+def _folded(mlp: SwiGLU, head: nn.Linear) -> list[tuple[Tensor, Tensor]]:
+    """For each of the head's numbers the SwiGLU's first product as weight (2F, D) and bias (2F,), its value's half
+    scaled so that the number is the plain sum of value * silu(gate): the last product and the head are both linear.
+    """
+    folded = []
+    for w_F in head.weight @ mlp.out.weight:
+        weight = torch.cat((mlp.value.weight * w_F[:, None], mlp.gate.weight))
+        folded.append((weight, torch.cat((mlp.value.bias * w_F, mlp.gate.bias))))
+    return folded
+
+
+def _weights(q: Tensor, k_BLD: Tensor, n_heads: int) -> Tensor:
+    """Attention weights of genes over latent tokens, (B, N, L, Q), the genes last; q (Q, D) or (B, Q, D)."""
+    N, (B, L, D) = n_heads, k_BLD.shape
+    q, k_BLNH = q * (D // N) ** -0.5, k_BLD.view(B, L, N, -1)
+    if q.ndim == 3:
+        scores_BNLQ = k_BLNH.transpose(1, 2) @ q.unflatten(-1, (N, -1)).permute(0, 2, 3, 1)
+    else:  # one product over all cells
+        scores_NTQ = k_BLNH.flatten(0, 1).transpose(0, 1) @ q.unflatten(-1, (N, -1)).permute(1, 2, 0)
+        scores_BNLQ = scores_NTQ.view(N, B, L, -1).transpose(0, 1)
+    scores_BNLQ = at_least_float32(scores_BNLQ)
+    return scores_BNLQ.softmax(2)
+
+
+def _heads_out(mcab: MCAB, v_BLD: Tensor) -> Tensor:
+    """W_O applied to each head's values apart: U (B, N L, D), so that what a gene reads is p U."""
+    N, (B, L, D) = mcab.n_heads, v_BLD.shape
+    out_NHD = mcab.out.weight.T.view(N, -1, D)
+    U_NTD = v_BLD.view(B * L, N, -1).transpose(0, 1) @ out_NHD
+    return U_NTD.view(N, B, L, D).transpose(0, 1).flatten(1, 2)
+
+
+def pays_by_latents(weights_shape: tuple[int, ...], width: int, hidden: int) -> bool:
+    """Whether the decoder's first product is cheaper per (head, latent token) than per gene, in multiply-accumulates
+    per cell and gene, tables included.
+    """
+    B, N, L, Q = weights_shape
+    R, F2 = N * L, 2 * hidden
+    by_latents = R * F2 + hidden + (N + 1) * L * width + R**2 + F2 * width / B + R * F2 * width / Q
+    by_gene = width**2 + 2 * L * width + F2 * width
+    return by_latents < PAYS * by_gene
+
+
+def _by_latents(
+    mcab: MCAB, head: nn.Linear, query_QD: Tensor, p_BRQ: Tensor, U_BRD: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """f_g = t_g + p_g U: LayerNorm's moments, the first product and the head are all taken of t and of U."""
+    D, norm = query_QD.shape[1], mcab.norm_mlp
+    t_QD = query_QD + mcab.out.bias
+    linear_BKQ = head(t_QD).T + head(U_BRD).transpose(1, 2) @ p_BRQ
+    t_QD, U_BRD = t_QD - t_QD.mean(1, keepdim=True), U_BRD - U_BRD.mean(2, keepdim=True)
+    cross_BRQ = 2 * (U_BRD @ t_QD.T) + (U_BRD @ U_BRD.transpose(1, 2)) @ p_BRQ
+    variance_BQ = (t_QD.square().sum(1) + (p_BRQ * cross_BRQ).sum(1)).clamp_min(0) / D
+    r_BQ = (variance_BQ + norm.eps).rsqrt()
+    scaled_BRQ = (p_BRQ * r_BQ[:, None]).to(dtype)
+    mlp_BQ = []
+    for W_FD, b_F in _folded(mcab.mlp, head):
+        scaled_FD, b_F = (W_FD * norm.weight).to(dtype), F.linear(norm.bias, W_FD, b_F).to(dtype)
+        T_QF, B_BRF = F.linear(t_QD.to(dtype), scaled_FD), F.linear(U_BRD.to(dtype), scaled_FD)
+        mlp_BQ.append(apply(_HeadByLatents, scaled_BRQ, r_BQ, T_QF, B_BRF, b_F))
+    return linear_BKQ.transpose(1, 2) + torch.stack(mlp_BQ, dim=-1)
+
+
+class _HeadByLatents(torch.autograd.Function):
+    """sum of value * silu(gate) with (value, gate) = r T + p B + b: (B, Q), in the precision of r.
+
+    p (B, R, Q); r (B, Q), in full precision; T (Q, 2F); B (B, R, 2F); b (2F,)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        p_BRQ, r_BQ, T_QF, B_BRF, b_F = inputs
+        ctx.save_for_backward(*inputs)
+        out_BQ = torch.empty_like(r_BQ)
+        for b, q, hidden, _ in _cell_gene_tiles(r_BQ, T_QF):
+            r = r_BQ[b, q, None].to(T_QF.dtype)
+            torch.baddbmm(b_F, p_BRQ[b, :, q].transpose(1, 2), B_BRF[b], out=hidden).addcmul_(T_QF[q], r)
+            out_BQ[b, q] = _gated_sum(hidden)
+        return out_BQ
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:
+        p_BRQ, r_BQ, T_QF, B_BRF, b_F = ctx.saved_tensors
+        d_p, d_r = torch.empty_like(p_BRQ), torch.empty_like(r_BQ)
+        d_T, d_B, d_b = (torch.zeros_like(x, dtype=r_BQ.dtype) for x in (T_QF, B_BRF, b_F))
+        for b, q, hidden, other in _cell_gene_tiles(r_BQ, T_QF):
+            p, r, T = p_BRQ[b, :, q], r_BQ[b, q, None].to(T_QF.dtype), T_QF[q]
+            torch.baddbmm(b_F, p.transpose(1, 2), B_BRF[b], out=hidden).addcmul_(T, r)
+            d_hidden = _gated_sum_backward(hidden, d_out[b, q], other)
+            d_p[b, :, q] = B_BRF[b] @ d_hidden.transpose(1, 2)
+            d_B[b] += p @ d_hidden
+            d_b += d_hidden.sum((0, 1))
+            d_r[b, q] = torch.mul(d_hidden, T, out=other).sum(-1)
+            d_T[q] += d_hidden.mul_(r).sum(0)
+        return d_p, d_r, d_T.to(T_QF.dtype), d_B.to(B_BRF.dtype), d_b.to(b_F.dtype)
+
+
+class _Head(torch.autograd.Function):
+    """sum of value * silu(gate) with (value, gate) = W y + b: (rows,), at least in float32.
+
+    y (rows, D); W (2F, D); b (2F,)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        y_RD, W_FD, b_F = inputs
+        ctx.save_for_backward(*inputs)
+        out_R = y_RD.new_empty(len(y_RD), dtype=torch.promote_types(y_RD.dtype, torch.float32))
+        space = _Space(len(y_RD), len(b_F), y_RD)
+        for rows in space.slices():
+            hidden, _ = space.two(rows.stop - rows.start, len(b_F))
+            out_R[rows] = _gated_sum(torch.addmm(b_F, y_RD[rows], W_FD.T, out=hidden))
+        return out_R
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:
+        y_RD, W_FD, b_F = ctx.saved_tensors
+        d_y = torch.empty_like(y_RD)
+        d_W, d_b = (torch.zeros_like(x, dtype=d_out.dtype) for x in (W_FD, b_F))
+        space = _Space(len(y_RD), len(b_F), y_RD)
+        for rows in space.slices():
+            hidden, other = space.two(rows.stop - rows.start, len(b_F))
+            torch.addmm(b_F, y_RD[rows], W_FD.T, out=hidden)
+            d_hidden = _gated_sum_backward(hidden, d_out[rows], other)
+            d_y[rows] = d_hidden @ W_FD
+            d_W += d_hidden.T @ y_RD[rows]
+            d_b += d_hidden.sum(0)
+        return d_y, d_W.to(W_FD.dtype), d_b.to(b_F.dtype)
+
+
+def _gated_sum(hidden: Tensor) -> Tensor:
+    """sum of value * silu(gate) over the last axis, which holds both; overwrites it."""
+    value, gate = hidden.chunk(2, dim=-1)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return F.silu(gate, inplace=True).mul_(value).sum(-1, dtype=wide)
+
+
+def _gated_sum_backward(hidden: Tensor, d_out: Tensor, other: Tensor) -> Tensor:
+    """Gradient to (value, gate), written over them; `other` is memory of the same shape."""
+    value, gate = hidden.chunk(2, dim=-1)
+    active = other.chunk(2, dim=-1)[0]
+    d_out = d_out[..., None].to(hidden.dtype)
+    torch.ops.aten.silu.out(gate, out=active)
+    torch.ops.aten.silu_backward.grad_input(value.mul_(d_out), gate, grad_input=gate)
+    torch.mul(active, d_out, out=value)
+    return hidden
+
+
+def _cell_gene_tiles(r_BQ: Tensor, T_QF: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """A few genes of as many cells as fill a tile, so that the genes' table stays in the cache with it; and memory for
+    two of its size.
+    """
+    (B, Q), F2 = r_BQ.shape, T_QF.shape[1]
+    space = _Space(B, min(GENES, Q) * F2, T_QF)
+    for start in range(0, Q, GENES):
+        genes = slice(start, min(start + GENES, Q))
+        for cells in space.slices():
+            yield cells, genes, *space.two(cells.stop - cells.start, genes.stop - start, F2)
+
+
+def apply(function: type[torch.autograd.Function], *inputs: Tensor) -> Tensor:
+    result = function.apply(*inputs)
+    assert isinstance(result, Tensor)
+    return result

@@ -1,0 +1,199 @@
+"""Every way of computing attention computes the same function: forward and gradients against the formula in float64."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from scldm.batch import GeneCounts
+from scldm.model import factorised
+from scldm.model.attention import AttentionKind
+from scldm.model.vae import VAE, VAEConfig
+
+CONFIG = VAEConfig(width=32, n_latents=6, latent_width=8, n_layers=1, n_heads=4)
+N_GENES, B, S = 150, 5, 40
+
+
+@dataclass(frozen=True)
+class Case:
+    """shape: of the network; what differs from five cells that share forty genes."""
+
+    shape: VAEConfig = CONFIG
+    n_genes: int = N_GENES
+    per_cell: bool = False
+    n_given: int = S
+    large: bool = False
+    padding: bool = False
+    zero_cell: bool = False
+    by_latents: bool | None = None
+    tile: int = factorised.TILE_CPU
+
+    def batch(self) -> GeneCounts:
+        generator = torch.Generator().manual_seed(1)
+
+        def drawn() -> Tensor:
+            return torch.randperm(self.n_genes, generator=generator)[: self.n_given] + 1
+
+        ids = torch.stack([drawn() for _ in range(B)]) if self.per_cell else drawn()
+        counts = torch.poisson(3 * torch.rand(B, self.n_given, generator=generator), generator=generator).int()
+        if self.large:
+            counts[:, :2] = 1_000_000
+        if self.zero_cell:
+            counts[1] = 0
+        if self.padding:
+            ids[..., -7:] = 0
+            counts[:, -7:] = 0
+        return GeneCounts(ids, counts)
+
+
+CASES = {
+    "shared, by latents": Case(by_latents=True),
+    "shared, by gene": Case(by_latents=False),
+    "shared, in tiles": Case(by_latents=True, tile=200),
+    "shared, by gene in tiles": Case(by_latents=False, tile=200),
+    "per cell": Case(per_cell=True, n_genes=1_000),
+    "per cell, in tiles": Case(per_cell=True, n_genes=1_000, tile=200),
+    "per cell, tables by vocabulary": Case(per_cell=True),
+    "padding": Case(padding=True, by_latents=True),
+    "padding per cell": Case(padding=True, per_cell=True),
+    "one gene": Case(n_given=1, by_latents=True),
+    "a cell of zeros": Case(zero_cell=True, by_latents=True),
+    "counts of a million": Case(large=True, by_latents=True),
+    "two decoder heads, KL": Case(replace(CONFIG, decoder_cross_heads=2, kl_weight=1e-3), by_latents=True),
+    "two layers": Case(replace(CONFIG, n_layers=2)),
+}
+
+
+def trained_like(shape: VAEConfig, n_genes: int) -> VAE:
+    """Weights away from their start, at which attention is almost uniform."""
+    torch.manual_seed(0)
+    vae = VAE(shape, n_genes).double()
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter += 0.3 * parameter.std(correction=0).clamp_min(0.1) * torch.randn_like(parameter)
+        vae.gene_embedding.weight.mul_(5)
+        vae.gene_embedding.weight[0] = 0
+    return vae
+
+
+def outcome(
+    vae: VAE, kind: AttentionKind, given: GeneCounts, dtype: torch.dtype, bf16: bool = False
+) -> dict[str, Tensor]:
+    """Latents, log shares and the gradient of every parameter, by name, as float64."""
+    network = VAE(replace(vae.config, attention=kind), vae.n_genes).to(dtype)
+    network.load_state_dict(vae.state_dict())
+    library_size_B = given.counts_BS.sum(1).to(dtype) + 1
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        posterior, predicted = network(given, given.gene_ids)
+        loss = predicted.nll_B(given, library_size_B).mean() + posterior.mean_BLZ.square().mean()
+    loss.backward()
+    out = {"latent": posterior.mean_BLZ, "log share": predicted.log_share_BQ.where(given.mask, 0.0)}
+    out |= {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    return {name: x.detach().double() for name, x in out.items()}
+
+
+def relative_errors(found: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, float]:
+    """By name, over norms; a gradient that is rounding noise beside the whole gradient is judged against that."""
+    whole = torch.stack([x.norm() for x in true.values()]).norm()
+    return {name: float((found[name] - x).norm() / x.norm().clamp_min(1e-6 * whole)) for name, x in true.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("kind", ["sdpa", "factorised"])
+def test_a_path_is_the_formula(kind, name, monkeypatch):
+    case = CASES[name]
+    monkeypatch.setattr(factorised, "TILE_CPU", case.tile)
+    monkeypatch.setattr(factorised, "GENES", 64 if case.tile > 1_000 else 16)
+    if case.by_latents is not None:
+        monkeypatch.setattr(factorised, "PAYS", 1e9 if case.by_latents else 0.0)
+    vae, given = trained_like(case.shape, case.n_genes), case.batch()
+    true = outcome(vae, "plain", given, torch.float64)
+    exact = relative_errors(outcome(vae, kind, given, torch.float64), true)
+    assert max(exact.values()) < 1e-9, "in float64 it is the same function"
+    plain = relative_errors(outcome(vae, "plain", given, torch.float32), true)
+    found = relative_errors(outcome(vae, kind, given, torch.float32), true)
+    assert found.keys() == true.keys(), "the same parameters have a gradient"
+    bound = 3 if kind == "factorised" else 10  # what torch's kernels err by is not ours
+    typical = statistics.median(plain.values())  # where the formula was lucky, that is no standard
+    worse = {key: (found[key], plain[key]) for key in true if found[key] > bound * max(plain[key], typical, 1e-7)}
+    assert not worse
+
+
+@pytest.mark.parametrize("name", ["shared, by latents", "shared, by gene", "per cell", "counts of a million"])
+def test_bf16_errs_at_most_twice_as_much_as_the_formula(name, monkeypatch):
+    case = CASES[name]
+    if case.by_latents is not None:
+        monkeypatch.setattr(factorised, "PAYS", 1e9 if case.by_latents else 0.0)
+    vae, given = trained_like(case.shape, case.n_genes), case.batch()
+    true = outcome(vae, "plain", given, torch.float64)
+
+    def errors(kind: AttentionKind) -> list[float]:
+        found = outcome(vae, kind, given, torch.float32, bf16=True)
+        gradient = [torch.cat([x[key].flatten() for key in true if "." in key]) for x in (found, true)]
+        outputs = [float((found[key] - true[key]).norm() / true[key].norm()) for key in ("latent", "log share")]
+        return [*outputs, float((gradient[0] - gradient[1]).norm() / gradient[1].norm())]
+
+    for fast, plain in zip(errors("factorised"), errors("plain")):
+        assert fast < 2 * plain
+
+
+@pytest.mark.parametrize("kind", ["plain", "sdpa", "factorised"])
+def test_an_empty_set_reads_zero(kind):
+    """One cell is given nothing but padding: its latents are finite, those of the others untouched."""
+    vae = trained_like(CONFIG, N_GENES)
+    network = VAE(replace(CONFIG, attention=kind), N_GENES).double()
+    network.load_state_dict(vae.state_dict())
+    given = CASES["per cell, tables by vocabulary"].batch()
+    ids, counts = given.gene_ids.clone(), given.counts_BS.clone()
+    ids[2], counts[2] = 0, 0
+    latent_BLZ = network.encode(GeneCounts(ids, counts)).mean_BLZ
+    query = network.pool.query(network.latent_queries)
+    read = query + network.pool.out.bias
+    x_BLD = (read + network.pool.mlp(network.pool.norm_mlp(read)))[None]
+    for block in network.encoder:
+        x_BLD = block(x_BLD)
+    expected = torch.nn.functional.layer_norm(network.to_latent(x_BLD), (CONFIG.latent_width,))
+    torch.testing.assert_close(latent_BLZ[2], expected[0])
+    others = [0, 1, 3, 4]
+    alone = network.encode(GeneCounts(ids[others], counts[others])).mean_BLZ
+    torch.testing.assert_close(latent_BLZ[others], alone)
+    latent_BLZ.square().mul(torch.arange(8)).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("kind", ["plain", "sdpa", "factorised"])
+@pytest.mark.parametrize("bf16", [False, True], ids=["float64", "bf16"])
+@pytest.mark.parametrize("per_cell", [False, True], ids=["shared", "per cell"])
+def test_order_and_padding_change_nothing(kind, bf16, per_cell):
+    vae = VAE(replace(CONFIG, attention=kind), N_GENES)
+    vae.load_state_dict(trained_like(CONFIG, N_GENES).state_dict())
+    vae = vae if bf16 else vae.double()
+    given = Case(per_cell=per_cell).batch()
+    order = torch.randperm(S)
+    zero = torch.zeros(B, 9, dtype=torch.int32)
+    moved_ids, moved_counts = given.gene_ids[..., order], given.counts_BS[:, order]
+    padded_ids = torch.cat((moved_ids, zero[:, :9].long() if per_cell else zero[0, :9].long()), dim=-1)
+    moved = GeneCounts(padded_ids, torch.cat((moved_counts, zero), dim=1))
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16), torch.no_grad():
+        latent, again = vae.encode(given).mean_BLZ, vae.encode(moved).mean_BLZ
+        share = vae.decode(latent, given.gene_ids).log_share_BQ
+        share_moved = vae.decode(latent, padded_ids).log_share_BQ
+    # bf16 rounds the terms of its sums, which come in another order: as far as the formula itself is off
+    tolerance = 0.05 if bf16 else 1e-10
+    torch.testing.assert_close(again, latent, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(share_moved[:, :S], share[:, order], atol=tolerance, rtol=tolerance)
+    assert (share_moved[:, S:] == -torch.inf).all(), "padding has no share"
+
+
+@pytest.mark.parametrize("shape", [CONFIG, replace(CONFIG, n_layers=2, kl_weight=1e-3)], ids=["point", "KL"])
+def test_every_parameter_has_a_true_gradient(shape):
+    """AdamW would turn the rounding noise of one without into full steps, different ones on different hardware."""
+    vae = trained_like(shape, N_GENES)
+    true = outcome(vae, "plain", CASES["shared, by gene"].batch(), torch.float64)
+    gradients = {name: float(true[name].abs().max()) for name, _ in vae.named_parameters()}
+    whole = max(gradients.values())
+    assert not {name: g for name, g in gradients.items() if g < 1e-9 * whole}
