@@ -170,9 +170,8 @@ class GeneSets:
             return out
         # the n first arrivals at these rates: successive sampling without replacement (Efraimidis & Spirakis 2006)
         uniform = ((self._words(epoch, step, first, n_positions, self.total) >> np.uint64(11)) + 1) * 2.0**-53
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):  # a rate of 0 never arrives
             arrival = -np.log(uniform[:, : self.total]) / self.rates
-        arrival[:, self.rates <= 0] = np.inf
         return np.sort(np.argsort(arrival, axis=1, kind="stable")[:, : self.width] + 1, axis=1)
 
 

@@ -518,15 +518,21 @@ class _Blocks:
 
         Raises: what reading one of them raised.
         """
-        needed = self.want(block)
-        for b in needed if self.loading else []:
+        slots = self.slot[block]
+        if self.loading or slots.min() < 0:
+            slots = self._read_slots(block)
+        return slots.astype(np.int64)
+
+    def _read_slots(self, block: np.ndarray) -> np.ndarray:
+        """slots_of, where a block is not there yet, or not known to be."""
+        for b in self.want(block):
             if b in self.loading:
                 try:
                     self.loading[b].result()
                 finally:
                     if self.loading.pop(b).exception():
                         self._drop(b)
-        return self.slot[block].astype(np.int64)
+        return self.slot[block]
 
     def _slot(self) -> int:
         if not self.free:

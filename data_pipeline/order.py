@@ -72,9 +72,8 @@ class Units:
         return (np.arange(self.n_cells) - np.repeat(self.start[:-1], sizes)).astype(np.uint16)
 
     def where(self, keep: np.ndarray) -> Units:
-        """The units with only those cells for which `keep` (n_cells,) is true; units left empty are gone."""
+        """The units (none is empty) with only the cells for which `keep` (n_cells,) is true; units left empty go."""
         sizes = np.add.reduceat(keep, self.start[:-1], dtype=np.int64) if len(self) else np.empty(0, np.int64)
-        sizes[np.diff(self.start) == 0] = 0  # reduceat gives an empty run its neighbour's value
         alive = sizes > 0
         return Units(
             self.block[alive], np.concatenate([[0], np.cumsum(sizes[alive])]).astype(np.int64), self.cell_rows()[keep]

@@ -153,7 +153,7 @@ def test_plus_zeros_adds_distinct_unexpressed_genes_uniformly(slots):
 # --- blocks that lie -----------------------------------------------------------------------------------------------
 
 
-def lying_block(cells, **changes):
+def lying_block(cells, tag=0, **changes):
     """A block without a codec whose sections contradict each other, under a header that is sound."""
     counts = cells.counts[:8]
     cell, column = np.nonzero(counts)
@@ -162,7 +162,7 @@ def lying_block(cells, **changes):
         change(getattr(made, name))
     return np.frombuffer(
         encode_block(
-            made, split=0, n_genes=700, vocab_tag=vocab_tag(cells.genes), sources=cells.identity[:8, 0],
+            made, split=0, n_genes=700, vocab_tag=vocab_tag(cells.genes) + tag, sources=cells.identity[:8, 0],
             rows=cells.identity[:8, 1], conditions=[v[:8] for v in cells.labels.values()], codec="none",
         ),
         np.uint8,
@@ -193,6 +193,8 @@ def test_no_block_makes_a_kernel_leave_its_memory(tmp_path, changes):
     shards = ShardSet(str(write_set(tmp_path / "set", cells, "none")))
     slots = CellSlots(shards.manifest, 1)
     slots.fill(0, lying_block(cells), "sound")
+    with pytest.raises(InputError, match="another gene vocabulary"):  # of as many genes
+        slots.fill(0, lying_block(cells, tag=1), "strange")
     with pytest.raises(InputError, match="the liar: damaged"):
         slots.fill(0, lying_block(cells, **changes), "the liar")
     shards.close()
