@@ -81,7 +81,7 @@ def wanted_cells(config: GenerateConfig) -> pd.DataFrame:
     if not path.is_file():
         raise InputError(f"{ways[0]}={path}: no such file")
     if config.conditions:
-        table = pd.read_csv(path, dtype=str)
+        table = read_table(path)
         if "n_cells" not in table:
             return numeric_library_size(table)
         if not table["n_cells"].astype(str).str.fullmatch(r"\d+").all():
@@ -95,6 +95,14 @@ def wanted_cells(config: GenerateConfig) -> pd.DataFrame:
     if missing:
         raise InputError(f"{path}: obs has no column {missing[0]!r}; it has {', '.join(map(str, obs.columns))}")
     return pd.DataFrame({name: obs[name].astype(str).to_numpy() for name in config.by})
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A CSV file as text: a label may be called `NA`. Raises: InputError for a file that is none."""
+    try:
+        return pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (ValueError, OSError) as error:  # ParserError, EmptyDataError, UnicodeDecodeError
+        raise InputError(f"conditions={path}: not a readable CSV file: {' '.join(str(error).split())}") from None
 
 
 def numeric_library_size(table: pd.DataFrame) -> pd.DataFrame:

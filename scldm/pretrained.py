@@ -39,6 +39,7 @@ from scldm.vocab import ConditionVocab, GeneVocab
 
 FORMAT_VERSION = 1
 NOT_GIVEN = "not given"
+MAX_COUNT = 2**31 - 1  # of int32, as cells are given to the encoder and written
 # a batch decodes its cells for all genes: 64 cells x 60,000 genes x width 512 x 4 B = 8 GB
 BATCH_CELLS = 64
 
@@ -188,8 +189,12 @@ class Pretrained:
                 f"none of the {adata.n_vars} genes (such as {adata.var_names[0]!r}) is among the model's "
                 f"{self.genes.n_genes} (such as {self.genes.ids[0]!r}); they are {self.genes.namespace} ids"
             )
-        counts = sp.csr_matrix(adata.layers[layer] if layer is not None else adata.X)[:, index > 0]
-        wrong = counts.data[(counts.data < 0) | (counts.data != np.rint(counts.data))]
+        matrix = adata.layers[layer] if layer is not None else adata.X
+        if matrix is None:
+            raise InputError("X is empty; name the layer that holds the counts")
+        counts = sp.csr_matrix(matrix)[:, index > 0]
+        counts.eliminate_zeros()
+        wrong = counts.data[~((counts.data >= 0) & (counts.data <= MAX_COUNT) & (counts.data == np.rint(counts.data)))]
         if len(wrong):
             raise InputError(f"{layer or 'X'} holds {wrong[0]:g}, which is not a count; give raw counts")
         empty = int((counts.getnnz(1) == 0).sum())
@@ -239,16 +244,20 @@ class Pretrained:
     def check_conditions(self, conditions: pd.DataFrame, seed: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Label ids of every cell by condition, and its library size, or the error that generation would meet."""
         dit = self._dit()
+        if not 0 <= seed < 2**63:
+            raise InputError(f"seed={seed} must be at least 0 and below 2^63")
         if len(conditions) == 0:
             raise InputError("there are no cells to generate: the table of conditions is empty")
         given = conditions.drop(columns="library_size", errors="ignore")
         ids = {name: np.full(len(given), dit.null_id(name), dtype=np.int64) for name in dit.n_labels}
         for name in given.columns:
+            if given[name].isna().any():
+                raise InputError(f"column {name}, row {int(given[name].isna().argmax())}: no label is given")
             codes, labels = pd.factorize(given[name].astype(str))
-            ids_of_labels = self.conditions.encode(name, list(labels))
+            ids_of_labels = self.conditions.encode(name, [str(label) for label in labels])
             ids[name] = ids_of_labels[codes]
         if "library_size" in conditions:
-            sizes = conditions["library_size"].to_numpy(dtype=np.float64)
+            sizes = pd.to_numeric(conditions["library_size"], errors="coerce").to_numpy(dtype=np.float64)
             if not (np.isfinite(sizes).all() and (sizes > 0).all()):
                 raise InputError("column library_size must hold positive numbers")
             return ids, sizes
@@ -266,6 +275,8 @@ class Pretrained:
         index = self.genes.lookup(genes)
         if (index == 0).any():
             raise InputError(f"gene {genes[int(np.argmin(index))]!r} is not among the model's {self.genes.n_genes}")
+        if len(set(genes)) < len(genes):
+            raise InputError(f"gene {next(g for g in genes if list(genes).count(g) > 1)!r} stands twice in genes")
         return index - 1
 
     def _obs(self, conditions: pd.DataFrame, library_size_n: np.ndarray) -> pd.DataFrame:

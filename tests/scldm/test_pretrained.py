@@ -1,0 +1,307 @@
+"""A model folder as a scientist uses it: load, embed, generate, and every way to ask for what it can't do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import torch
+
+import scldm
+from scldm import pretrained
+from scldm.errors import InputError
+from scldm.flow.generate import SamplerConfig
+from scldm.library_size import LibrarySizeModel, LogNormal
+from scldm.model.dit import DiT, DiTConfig
+from scldm.model.vae import VAE, VAEConfig
+from scldm.pretrained import Pretrained, save_pretrained
+from scldm.vocab import ConditionVocab, GeneVocab
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+G, L, Z = 30, 3, 4
+GENES = GeneVocab(tuple(f"ENSG{k:05d}" for k in range(G)), "ensembl")
+CONDITIONS = ConditionVocab({"type": ("T cell", "B cell", "NK"), "donor": ("d1", "d2")})
+FEW = SamplerConfig("euler", 3)
+
+
+def library_sizes() -> LibrarySizeModel:
+    """Fitted for T and B cells and both donors, and for T cells of d1 alone: nobody saw an NK cell."""
+    of = {(): {(): LogNormal(9, 6.0, 0.2)}, ("type",): {}, ("donor",): {}, ("type", "donor"): {}}
+    of["type",] = {("T cell",): LogNormal(5, 5.0, 0.1), ("B cell",): LogNormal(4, 7.0, 0.1)}
+    of["donor",] = {("d1",): LogNormal(5, 5.0, 0.1), ("d2",): LogNormal(4, 7.0, 0.1)}
+    of["type", "donor"] = {("T cell", "d1"): LogNormal(5, 5.0, 0.1)}
+    return LibrarySizeModel(("type", "donor"), of)
+
+
+def networks() -> tuple[VAE, DiT]:
+    torch.manual_seed(0)
+    vae = VAE(VAEConfig(16, L, Z, 1, 2, 1, 0.01), G).eval()
+    dit = DiT(DiTConfig(16, 1, 2), L, Z, {name: CONDITIONS.n_labels(name) for name in CONDITIONS.names}).eval()
+    for network in (vae, dit):
+        for name, parameter in network.named_parameters():
+            if "log_theta" not in name:
+                parameter.data.normal_(std=0.3)
+    vae.gene_embedding.weight.data[0] = 0
+    dit.latent_mean_LZ += 0.5
+    return vae, dit
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("export") / "model"
+    vae, dit = networks()
+    save_pretrained(path, vae, dit, GENES, CONDITIONS, library_sizes(), {"from": "a test"})
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Pretrained:
+    return scldm.load(folder)
+
+
+def cells(n: int = 70) -> ad.AnnData:
+    counts = np.random.default_rng(0).poisson(2, (n, G)).astype(np.float32)
+    counts[:, 0] += 1
+    return ad.AnnData(sp.csr_matrix(counts), var=pd.DataFrame(index=list(GENES.ids)))
+
+
+# --- load ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_saved_is_loaded(folder: Path, model: Pretrained) -> None:
+    vae, dit = networks()
+    for own, loaded in ((vae, model.vae), (dit, model.dit)):
+        assert loaded is not None
+        state = loaded.state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in own.state_dict().items())
+        assert not loaded.training
+        assert not any(p.requires_grad for p in loaded.parameters())
+    assert (model.genes, model.conditions, model.library_sizes) == (GENES, CONDITIONS, library_sizes())
+    assert model.origin == {"from": "a test"}
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "conditions.json", "config.json", "genes.json", "library_sizes.json", "model.safetensors",
+    ]  # fmt: skip
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    "name, harm, said",
+    [
+        ("model.safetensors", truncate, "model.safetensors is damaged"),
+        ("model.safetensors", Path.unlink, "model.safetensors is missing"),
+        ("config.json", truncate, "config.json is damaged"),
+        ("config.json", Path.unlink, "is not a model folder: it has no config.json"),
+        ("config.json", lambda p: p.write_text('{"format_version": 99}'), "format version 99; this scldm reads 1"),
+        ("config.json", lambda p: p.write_text(p.read_text().replace('"width": 16', '"width": 32')), "belong together"),
+        ("genes.json", truncate, "genes.json is damaged"),
+        ("genes.json", lambda p: p.write_text(p.read_text().replace("ENSG00001", "ENSG1")), "hash"),
+        ("conditions.json", lambda p: p.write_text('{"type": ["a"], "donor": ["b"]}'), "belong together"),
+        ("library_sizes.json", truncate, "library_sizes.json is damaged"),
+    ],
+)
+def test_a_damaged_folder_is_refused_by_name(folder: Path, tmp_path: Path, name: str, harm, said: str) -> None:
+    copy = tmp_path / "model"
+    copy.mkdir()
+    for file in folder.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    harm(copy / name)
+    with pytest.raises(InputError, match=said) as refusal:
+        scldm.load(copy)
+    assert str(copy) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_autoencoder_alone_embeds_and_says_that_it_does_not_generate(tmp_path: Path) -> None:
+    save_pretrained(tmp_path / "model", networks()[0], None, GENES, CONDITIONS, library_sizes(), {})
+    model = scldm.load(tmp_path / "model")
+    assert model.embed(cells(3)).shape == (3, L * Z)
+    with pytest.raises(InputError, match="embeds, but does not generate"):
+        model.generate(pd.DataFrame(index=range(2)), seed=0)
+
+
+# --- embed ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_embedding_is_the_posterior_means_tokens_in_order(model: Pretrained) -> None:
+    adata = cells()
+    flat, mean = model.embed(adata), model.embed(adata, pool="mean")
+    assert (flat.shape, flat.dtype, mean.shape) == ((70, L * Z), np.float32, (70, Z))
+    given = pretrained.GeneCounts(torch.arange(1, G + 1), torch.from_numpy(adata.X.toarray()))
+    expected = model.vae.encode(given).mean_BLZ.numpy()
+    np.testing.assert_allclose(flat.reshape(70, L, Z), expected, atol=1e-5)
+    np.testing.assert_allclose(mean, expected.mean(1), atol=1e-5)
+    assert np.abs(flat[0] - flat[1]).max() > 0.01
+
+
+def test_order_of_genes_unknown_genes_and_the_batch_change_nothing(
+    model: Pretrained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adata = cells()
+    expected = model.embed(adata)
+    order = np.random.default_rng(1).permutation(G)
+    other = ad.concat(
+        [adata, ad.AnnData(sp.csr_matrix(np.full((70, 2), 7.0)), obs=adata.obs, var=pd.DataFrame(index=["x", "y"]))],
+        axis=1,
+    )
+    other = other[:, [*(adata.var_names[order]), "x", "y"]].copy()
+    np.testing.assert_allclose(model.embed(other), expected, atol=1e-5)
+    monkeypatch.setattr(pretrained, "BATCH_CELLS", 9)
+    dense = ad.AnnData(other.X.toarray().astype(np.int64), var=other.var)
+    dense.layers["counts"] = dense.X
+    dense.X = dense.X / 3
+    np.testing.assert_allclose(model.embed(dense, layer="counts"), expected, atol=1e-5)
+
+
+def test_missing_genes_make_the_set_smaller(model: Pretrained) -> None:
+    """They are not zeros: a file without a gene says nothing about it."""
+    adata = cells()
+    part = adata[:, :20].copy()
+    given = pretrained.GeneCounts(torch.arange(1, 21), torch.from_numpy(part.X.toarray()))
+    np.testing.assert_allclose(model.embed(part).reshape(70, L, Z), model.vae.encode(given).mean_BLZ.numpy(), atol=1e-5)
+
+
+def with_value(value: float) -> ad.AnnData:
+    adata = cells()
+    adata.X[3, 4] = value
+    return adata
+
+
+def of_other_genes() -> ad.AnnData:
+    adata = cells()
+    adata.var_names = [f"gene{k}" for k in range(G)]
+    return adata
+
+
+def of_doubled_genes() -> ad.AnnData:
+    return ad.AnnData(cells().X, var=pd.DataFrame(index=[GENES.ids[0], *GENES.ids[:-1]]))
+
+
+def with_empty_cell() -> ad.AnnData:
+    """Its zeros are stored, as some files do."""
+    adata = cells()
+    adata.X.data[adata.X.indptr[2] : adata.X.indptr[3]] = 0
+    return adata
+
+
+@pytest.mark.filterwarnings("ignore:Variable names are not unique")
+@pytest.mark.parametrize(
+    "adata, layer, said",
+    [
+        (lambda: with_value(-1), None, "X holds -1, which is not a count"),
+        (lambda: with_value(0.5), None, "X holds 0.5, which is not a count"),
+        (lambda: with_value(np.nan), None, "X holds nan"),
+        (lambda: with_value(np.inf), None, "X holds inf"),
+        (lambda: ad.AnnData(obs=pd.DataFrame(index=["c"]), var=pd.DataFrame(index=[GENES.ids[0]])), None, "X is empty"),
+        (cells, "counts", "layer 'counts' is not there; layers: none"),
+        (of_other_genes, None, "none of the 30 genes .such as 'gene0'. is among the model's 30 .such as 'ENSG00000'"),
+        (of_doubled_genes, None, "gene 'ENSG00000' stands twice"),
+        (lambda: cells()[:0].copy(), None, "no cells to embed"),
+        (with_empty_cell, None, "1 of 70 cells have no count"),
+    ],
+)
+def test_what_can_not_be_embedded_is_said_in_one_line(model: Pretrained, adata, layer: str | None, said: str) -> None:
+    with pytest.raises(InputError, match=said) as refusal:
+        model.embed(adata(), layer=layer)
+    assert "\n" not in str(refusal.value)
+
+
+# --- generate ------------------------------------------------------------------------------------------------------
+
+
+def wanted(n: int = 10) -> pd.DataFrame:
+    return pd.DataFrame({"type": ["T cell", "B cell"] * (n // 2)})
+
+
+def test_generated_cells_are_integer_csr_with_categorical_obs_and_the_sources_ids(model: Pretrained) -> None:
+    made = model.generate(wanted(), seed=0, sampler=FEW)
+    assert sp.issparse(made.X)
+    assert made.X.format == "csr"
+    assert np.issubdtype(made.X.dtype, np.integer)
+    assert made.X.min() >= 0
+    assert list(made.var_names) == list(GENES.ids)
+    assert list(made.obs["type"]) == ["T cell", "B cell"] * 5
+    assert list(made.obs["type"].cat.categories) == ["T cell", "B cell", "NK"]
+    assert set(made.obs["donor"]) == {"not given"}
+    # library sizes are those fitted: e^5 and e^7
+    sizes = made.X.sum(1).A1 if hasattr(made.X.sum(1), "A1") else np.asarray(made.X.sum(1)).ravel()
+    assert 90 < sizes[::2].mean() < 250
+    assert 700 < sizes[1::2].mean() < 1_700
+
+
+def test_the_same_seed_makes_the_same_cells_whatever_the_batch(
+    model: Pretrained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = model.generate(wanted(), seed=3, sampler=FEW)
+    monkeypatch.setattr(pretrained, "BATCH_CELLS", 3)
+    again = model.generate(wanted(), seed=3, sampler=FEW)
+    assert (first.X != again.X).nnz == 0
+    pd.testing.assert_frame_equal(first.obs, again.obs)
+    # and whatever cells come after it, or which genes are written
+    few = model.generate(wanted()[:4], seed=3, sampler=FEW, genes=[GENES.ids[7], GENES.ids[2]])
+    assert (few.X != first.X[:4][:, [7, 2]]).nnz == 0
+    assert list(few.var_names) == [GENES.ids[7], GENES.ids[2]]
+    other = model.generate(wanted(), seed=4, sampler=FEW)
+    assert (first.X != other.X).nnz > 20
+    assert not np.allclose(first.obs["library_size"], other.obs["library_size"])
+
+
+def test_own_library_sizes_are_taken_and_need_no_fit(model: Pretrained) -> None:
+    table = pd.DataFrame({"type": ["NK"] * 4, "library_size": [50.0, 50, 5_000, 5_000]})
+    made = model.generate(table, seed=0, sampler=FEW)
+    totals = np.asarray(made.X.sum(1)).ravel()
+    assert totals[:2].max() < 250
+    assert totals[2:].min() > 1_000
+    assert list(made.obs["library_size"]) == [50, 50, 5_000, 5_000]
+
+
+@pytest.mark.parametrize(
+    "table, seed, said",
+    [
+        ({"typ": ["T cell"]}, 0, "condition 'typ' is unknown; the model knows type, donor"),
+        ({"type": ["T cell", "t-cell"]}, 0, "condition 'type' has no label 't-cell'; nearest of its 3: 'T cell'"),
+        ({"type": ["T cell", None]}, 0, "column type, row 1: no label"),
+        ({"type": pd.Categorical(["T cell", None])}, 0, "column type, row 1: no label"),
+        ({"type": ["NK"]}, 0, "no library sizes were fitted for type=NK"),
+        ({"type": ["T cell"], "donor": ["d2"]}, 0, "no library sizes were fitted for type=T cell, donor=d2"),
+        ({"type": []}, 0, "the table of conditions is empty"),
+        ({"library_size": [10.0, -1]}, 0, "column library_size must hold positive numbers"),
+        ({"library_size": [10.0, np.nan]}, 0, "column library_size must hold positive numbers"),
+        ({"library_size": ["many"]}, 0, "column library_size must hold positive numbers"),
+        ({"type": ["T cell"]}, -1, "seed=-1"),
+    ],
+)
+def test_what_can_not_be_generated_is_said_in_one_line(model: Pretrained, table: dict, seed: int, said: str) -> None:
+    with pytest.raises(InputError, match=said) as refusal:
+        model.generate(pd.DataFrame(table), seed=seed, sampler=FEW)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("genes, said", [(["nix"], "gene 'nix' is not among"), ([GENES.ids[1]] * 2, "stands twice")])
+def test_asked_genes_must_be_known_and_once(model: Pretrained, genes: list[str], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        model.generate(wanted(), seed=0, sampler=FEW, genes=genes)
+
+
+def test_load_embed_and_generate_import_nothing_of_the_training_stack(folder: Path) -> None:
+    code = f"""
+import json, sys, anndata, numpy, pandas, scldm
+from scldm.flow.generate import SamplerConfig
+model = scldm.load({str(folder)!r})
+made = model.generate(pandas.DataFrame({{"type": ["T cell"] * 3}}), seed=0, sampler=SamplerConfig("euler", 2))
+model.embed(made)
+print(json.dumps(sorted({{name.split(".")[0] for name in sys.modules}})))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    unwanted = {"deepspeed", "mlflow", "tiledbsoma", "cellxgene_census", "webdataset", "data_pipeline", "launch"}
+    assert not unwanted & set(json.loads(done.stdout))
