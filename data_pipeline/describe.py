@@ -54,7 +54,7 @@ def describe_text(url: str, manifest: Manifest) -> str:
     if len(manifest.sources) > MANY:
         lines.append(f"    and {len(manifest.sources) - MANY} more")
     dropped = {k: v for k, v in manifest.report.items() if v}
-    if dropped:
+    if dropped:  # as the report has it: how genes were joined, and cells and genes by the reason they were left out
         lines.append(f"  dropped: {_plain(dropped)}")
     lines.append(f"  written by {', '.join(f'{k} {v}' for k, v in manifest.tools.items() if v != 'not installed')}")
     return "\n".join(lines)

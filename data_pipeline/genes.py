@@ -93,7 +93,7 @@ def join_genes(sources: Sequence[SourceGenes], how: Join, namespace: Namespace |
         np.fromiter((-1 if g is None else place.get(g, -1) for g in column), np.int32, len(column)) for column in names
     )
     report = {
-        "join": how if len(sources) > 1 else "one source",
+        "join": how if len(sources) > 1 else "",
         "not_in_vocabulary": {s.uri: int((c < 0).sum()) for s, c in zip(sources, column_of) if (c < 0).any()},
         "not_in_table": unknown,
         "ambiguous_in_table": ambiguous,

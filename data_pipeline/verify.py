@@ -302,7 +302,8 @@ def _check_order(manifest: Manifest, index: dict[str, np.ndarray]) -> Iterator[F
     same = (np.diff(source[order].astype(np.int64)) == 0) & (np.diff(row[order]) == 0)
     if same.any():
         cell = order[np.flatnonzero(same)[0]]
-        yield Fault("index", f"cell ({source[cell]}, {row[cell]}) stands {int(same.sum()) + 1} times in the set")
+        n = int(same.sum())
+        yield Fault("index", f"{n} cells stand more than once in the set, the first is ({source[cell]}, {row[cell]})")
     shuffle = keys(manifest.seed, "shuffle", source, row)
     for split in manifest.splits:
         mine = shuffle[split.first_cell : split.first_cell + split.n_cells]

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +60,7 @@ class BenchShardsConfig:
     save: write the JSON to this file as well
     """
 
-    cells: int = 20_000
+    cells: int = 40_000
     genes: int = 20_000
     expressed: int = 1_763
     h5ad: bool = True
@@ -197,24 +197,27 @@ CONTROLS: dict[str, Callable[[Path], None]] = {"read_soma": read_soma, "read_nar
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one process and its children: wall seconds, CPU seconds, peak resident bytes of all of them together."""
+    """Of one process and its children: wall seconds, CPU seconds, peak resident bytes of all of them together, and the
+    most that lay in the folder it wrote to."""
 
     wall: float
     cpu: float
     peak: int
+    disk: int
 
 
-def run_and_watch(command: list[str]) -> Cost:
+def run_and_watch(command: list[str], out: Path | None = None) -> Cost:
     """Raises: InputError where the command fails."""
     before, start = os.times(), time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    peak = 0
+    peak = disk = 0
     stop = threading.Event()
 
     def watch() -> None:
-        nonlocal peak
+        nonlocal peak, disk
         while not stop.wait(0.1):
             peak = max(peak, resident_bytes(process.pid))
+            disk = max(disk, bytes_in(out) if out else 0)
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -225,7 +228,7 @@ def run_and_watch(command: list[str]) -> Cost:
     if process.returncode:
         raise InputError(f"{' '.join(command)} failed: {output.strip().splitlines()[-1] if output.strip() else ''}")
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return Cost(time.perf_counter() - start, cpu, peak)
+    return Cost(time.perf_counter() - start, cpu, peak, disk)
 
 
 def resident_bytes(pid: int) -> int:
@@ -237,6 +240,16 @@ def resident_bytes(pid: int) -> int:
             total += sum(resident_bytes(int(child)) for child in (task / "children").read_text().split())
     except (OSError, ValueError):
         pass  # it ended while we looked
+    return total
+
+
+def bytes_in(folder: Path) -> int:
+    """Of all files below a folder that another process writes to."""
+    total = 0
+    for at, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):  # it was moved while we looked
+                total += os.stat(os.path.join(at, name)).st_size
     return total
 
 
@@ -293,7 +306,7 @@ def _measure(
     for _ in range(config.repeats):
         controls.append(run_and_watch([sys.executable, "-c", here]))
         shutil.rmtree(out, ignore_errors=True)
-        conversions.append(run_and_watch(write))
+        conversions.append(run_and_watch(write, out))
     wall = [median([c.wall for c in costs]) for costs in (controls, conversions)]
     cpu = [median([c.cpu for c in costs]) for costs in (controls, conversions)]
     manifest = read_manifest(str(out))
@@ -306,6 +319,7 @@ def _measure(
     report.add(Row(f"{ratio}, CPU", cpu[1] / cpu[0], "x"))
     report.add(Row(f"{kind}: rate", config.cells / wall[1], "cells/s"))
     report.add(Row(f"{kind}: expressed genes a cell", expressed, ""))
+    report.add(Row(f"{kind}: most disk, unfinished work and set", max(c.disk for c in conversions) / 1e9, "GB"))
     report.add(Row.at_most(f"{kind}: size of a cell, {manifest.codec}", size / manifest.n_cells, "B", 1_800))
     report.add(
         Row.at_most(f"{kind}: peak memory of all processes", max(c.peak for c in conversions) / 2**30, "GiB", 2.0)

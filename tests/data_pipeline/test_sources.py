@@ -69,8 +69,8 @@ def test_counts_are_found(tmp_path, matrices, layer, found):
         (
             {"x": scaled, "other": same},
             "",
-            r"no counts in X, layers/counts, raw/X: X \(60 x 40, float32, from 0.5 to 35000, .* % of its values whole\); "
-            r"also there: layers/other; source.layer=NAME",
+            r"no counts in X, layers/counts, raw/X: X \(60 x 40, float32, from 0.5 to 35000, .* % of its values "
+            r"whole\); also there: layers/other; source.layer=NAME",
         ),
         (
             {"x": same, "raw": lambda m: m * 2},
