@@ -1,34 +1,75 @@
-"""The likelihood of raw counts. `log_prob` is always log p in nats, in float32 whatever the precision around it.
+"""Likelihoods of a gene's counts. `log_prob` is log p in nats, in float32 whatever the precision around it, or float64.
 
-Reading order: nb_log_prob, nb_sample.
+Counts are integers >= 0, means mu and inverse dispersions theta > 0. For mu and theta from 1e-8 to 1e8 and counts up
+to 1e6 everything is finite, gradients too.
+Reading order: the log_probs, the samplers.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+LikelihoodKind = Literal["nb", "zinb", "poisson", "gaussian"]
 
 MIN_MEAN = 1e-30  # a mean of exactly 0 has no logarithm; float32's smallest normal number is 1e-38
 STIRLING_FROM = 1e3  # there, the first two terms of Stirling's series err by less than 1 / (360 theta^3) = 3e-12
-
-
-def nb_log_prob(counts_BQ: Tensor, mu_BQ: Tensor, theta_Q: Tensor) -> Tensor:
-    """Log NB(counts; mean mu, inverse dispersion theta) in nats, (B, Q), float32; variance mu + mu^2 / theta.
-
-    For integer counts >= 0 and mu, theta > 0. Source: Lopez et al. 2018 (scVI), eq. 2 and supplement; the difference of
-    log-gammas is taken by Stirling's series for large theta, where subtracting them in float32 would leave noise.
-    """
-    mu_BQ, theta_Q = at_least_float32(mu_BQ).clamp_min(MIN_MEAN), at_least_float32(theta_Q)
-    counts_BQ = counts_BQ.to(mu_BQ.dtype)
-    log_theta_plus_mu = torch.log(theta_Q + mu_BQ)
-    rising = _log_rising(counts_BQ, theta_Q.expand_as(counts_BQ))
-    zeros = -theta_Q * torch.log1p(mu_BQ / theta_Q)
-    return rising - torch.lgamma(counts_BQ + 1) + zeros + counts_BQ * (mu_BQ.log() - log_theta_plus_mu)
+NORMALISED_TO = 1e4  # total count to which the values of the Gaussian likelihood are scaled
+MAX_RATE = 1e9  # of a Poisson draw: counts stay below 2^31
 
 
 def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def nb_log_prob(counts_BQ: Tensor, mu_BQ: Tensor, theta_Q: Tensor) -> Tensor:
+    """Log NB(counts; mean mu, inverse dispersion theta), (B, Q); variance mu + mu^2 / theta.
+
+    Source: Lopez et al. 2018 (scVI), eq. 2 and supplement; the difference of log-gammas is taken by Stirling's series
+    for large theta, where subtracting them in float32 would leave noise.
+    """
+    mu_BQ, theta_Q = at_least_float32(mu_BQ).clamp_min(MIN_MEAN), at_least_float32(theta_Q)
+    counts_BQ = counts_BQ.to(mu_BQ.dtype)
+    # log(theta / mu): through softplus neither a probability near 1 nor a large count costs the gradient its digits
+    log_odds_BQ = theta_Q.log() - mu_BQ.log()
+    failures = theta_Q * _softplus(-log_odds_BQ) + counts_BQ * _softplus(log_odds_BQ)
+    return _log_rising(counts_BQ, theta_Q.expand_as(counts_BQ)) - torch.lgamma(counts_BQ + 1) - failures
+
+
+def zinb_log_prob(counts_BQ: Tensor, mu_BQ: Tensor, theta_Q: Tensor, dropout_BQ: Tensor) -> Tensor:
+    """Log of a mixture, (B, Q): 0 with probability sigmoid(dropout), else NB(mu, theta). Source: as `nb_log_prob`."""
+    dropout_BQ = at_least_float32(dropout_BQ)
+    log_nb_BQ = nb_log_prob(counts_BQ, mu_BQ, theta_Q)
+    zero_BQ = torch.logaddexp(dropout_BQ, log_nb_BQ)
+    return torch.where(counts_BQ == 0, zero_BQ, log_nb_BQ) - _softplus(dropout_BQ)
+
+
+def poisson_log_prob(counts_BQ: Tensor, mu_BQ: Tensor) -> Tensor:
+    """Log Poisson(counts; mu), (B, Q)."""
+    mu_BQ = at_least_float32(mu_BQ).clamp_min(MIN_MEAN)
+    counts_BQ = counts_BQ.to(mu_BQ.dtype)
+    return counts_BQ * mu_BQ.log() - mu_BQ - torch.lgamma(counts_BQ + 1)
+
+
+def gaussian_log_prob(values_BQ: Tensor, mean_BQ: Tensor, log_std_Q: Tensor) -> Tensor:
+    """Log density of N(mean, std^2), (B, Q); std is the same in every cell."""
+    mean_BQ, log_std_Q = at_least_float32(mean_BQ), at_least_float32(log_std_Q)
+    standardised = (values_BQ - mean_BQ) * torch.exp(-log_std_Q)
+    return -0.5 * standardised.square() - log_std_Q - 0.5 * math.log(2 * math.pi)
+
+
+def normalised(counts_BQ: Tensor, library_size_B: Tensor) -> Tensor:
+    """What the Gaussian likelihood judges: log1p of counts scaled to a total of 10,000, (B, Q)."""
+    return torch.log1p(counts_BQ * (NORMALISED_TO / library_size_B.clamp_min(1.0))[:, None])
+
+
+def _softplus(x: Tensor) -> Tensor:
+    return F.softplus(x, threshold=50.0)  # torch's own threshold of 20 errs by 2e-9
 
 
 def _log_rising(counts: Tensor, theta: Tensor) -> Tensor:
@@ -47,4 +88,22 @@ def _log_rising(counts: Tensor, theta: Tensor) -> Tensor:
 
 def nb_sample(mu_Q: np.ndarray, theta_Q: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """One cell's counts from NB(mu, theta), int64 (Q,): a Poisson whose rate is Gamma(theta, mu / theta)."""
-    return rng.poisson(rng.gamma(theta_Q, mu_Q / theta_Q))
+    return poisson_sample(rng.gamma(theta_Q, mu_Q / theta_Q), rng)
+
+
+def zinb_sample(mu_Q: np.ndarray, theta_Q: np.ndarray, dropout_Q: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One cell's counts, int64 (Q,): NB(mu, theta), or 0 with probability sigmoid(dropout)."""
+    counts_Q = nb_sample(mu_Q, theta_Q, rng)
+    return np.where(rng.random(len(mu_Q)) < 1 / (1 + np.exp(-dropout_Q)), 0, counts_Q)
+
+
+def poisson_sample(mu_Q: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One cell's counts from Poisson(mu), int64 (Q,)."""
+    return rng.poisson(np.minimum(mu_Q, MAX_RATE))
+
+
+def gaussian_sample(mean_Q: np.ndarray, std_Q: np.ndarray, library_size: float, rng: np.random.Generator) -> np.ndarray:
+    """One cell's counts, int64 (Q,): the nearest integers to a draw of normalised values, scaled back."""
+    values_Q = np.maximum(rng.normal(mean_Q, std_Q), 0.0)
+    rate_Q = np.expm1(np.minimum(values_Q, 20.0)) * (library_size / NORMALISED_TO)
+    return np.rint(np.minimum(rate_Q, MAX_RATE)).astype(np.int64)

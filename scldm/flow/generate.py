@@ -16,7 +16,6 @@ from scldm import draws
 from scldm.errors import InputError
 from scldm.flow.guidance import joint_guidance
 from scldm.flow.solver import SOLVERS, Method
-from scldm.likelihood import nb_sample
 from scldm.model.dit import DiT
 from scldm.model.vae import VAE
 
@@ -59,12 +58,9 @@ def generate_latents(
 def sample_counts(
     vae: VAE, latent_BLZ: Tensor, gene_ids_Q: Tensor, library_size_B: Tensor, cell_numbers_B: Tensor, seed: int
 ) -> np.ndarray:
-    """Counts of the asked genes drawn from the decoder's negative binomial, (B, Q), int64."""
-    nb = vae.decode(latent_BLZ, gene_ids_Q)
-    mu_BQ = nb.mu(library_size_B).double().cpu().numpy()
-    theta_Q = nb.theta.double().cpu().numpy()
-    rows = []
-    for mu_Q, number in zip(mu_BQ, cell_numbers_B.tolist(), strict=True):
-        rng = np.random.Generator(np.random.Philox(key=np.array([seed, number], dtype=np.uint64)))
-        rows.append(nb_sample(mu_Q, theta_Q, rng))
-    return np.stack(rows)
+    """Counts of the asked genes drawn from what the decoder predicts, (B, Q), int64."""
+    generators = [
+        np.random.Generator(np.random.Philox(key=np.array([seed, number], dtype=np.uint64)))
+        for number in cell_numbers_B.tolist()
+    ]
+    return vae.decode(latent_BLZ, gene_ids_Q).sample(library_size_B, generators)

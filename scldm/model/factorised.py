@@ -130,7 +130,8 @@ class _Pool(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (d_out,) = grad_outputs
         c_BS, r_BS, alpha_NM, A, values, a_NH, out, wc = ctx.saved_tensors
         (N, M), (B, S) = alpha_NM.shape, c_BS.shape
         delta, d_wc = (d_out * out).sum(-1), torch.einsum("nmbh,nh->nmb", d_out, a_NH)
@@ -311,7 +312,8 @@ class _HeadByLatents(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (d_out,) = grad_outputs
         p_BRQ, r_BQ, T_QF, B_BRF, b_F = ctx.saved_tensors
         d_p, d_r = torch.empty_like(p_BRQ), torch.empty_like(r_BQ)
         d_T, d_B, d_b = (torch.zeros_like(x, dtype=r_BQ.dtype) for x in (T_QF, B_BRF, b_F))
@@ -346,7 +348,8 @@ class _Head(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (d_out,) = grad_outputs
         y_RD, W_FD, b_F = ctx.saved_tensors
         d_y = torch.empty_like(y_RD)
         d_W, d_b = (torch.zeros_like(x, dtype=d_out.dtype) for x in (W_FD, b_F))

@@ -1,25 +1,41 @@
-"""The autoencoder of a cell: a set of (gene, count) -> a few latent tokens -> a negative binomial for each asked gene.
+"""The autoencoder of a cell: a set of (gene, count) -> a few latent tokens -> a distribution for each asked gene.
 
 Source: Palla et al., arXiv 2511.02986; equations by their number in v1.
-Reading order: VAEConfig, Posterior, NegativeBinomial, VAE.
+Reading order: VAEConfig, Posterior, Predicted, VAE.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scldm.batch import GeneCounts
 from scldm.errors import InputError
-from scldm.likelihood import at_least_float32, nb_log_prob
+from scldm.likelihood import (
+    NORMALISED_TO,
+    LikelihoodKind,
+    at_least_float32,
+    gaussian_log_prob,
+    gaussian_sample,
+    nb_log_prob,
+    nb_sample,
+    normalised,
+    poisson_log_prob,
+    poisson_sample,
+    zinb_log_prob,
+    zinb_sample,
+)
 from scldm.model import factorised
 from scldm.model.attention import AttentionKind
 from scldm.model.blocks import TransformerBlock
 from scldm.model.mcab import MCAB
 
+LOG_DISPERSION_AT_MOST = 18.4  # theta from 1e-8 to 1e8
 LR_SCALE = "lr_scale"  # the attribute by which a parameter asks the optimizer for a multiple of the learning rate
 
 
@@ -34,6 +50,8 @@ class VAEConfig:
     n_heads: attention heads of the transformer blocks and of the encoder's cross-attention
     decoder_cross_heads: attention heads of the decoder's cross-attention
     kl_weight: beta of the KL term in the loss; 0 is a deterministic autoencoder whose latent tokens are normalised
+    likelihood: of a gene's count: nb (negative binomial, a dispersion per gene), zinb (that, zero-inflated), poisson,
+        or gaussian on log1p of counts scaled to 10,000 per cell
     attention: how attention is computed, never what: plain (the formula), sdpa (torch's kernels), factorised (that, and
         cross-attention without a matrix product per cell and gene)
     """
@@ -45,6 +63,7 @@ class VAEConfig:
     n_heads: int = 4
     decoder_cross_heads: int = 1
     kl_weight: float = 0.0
+    likelihood: LikelihoodKind = "nb"
     attention: AttentionKind = "factorised"
 
     def __post_init__(self) -> None:
@@ -54,7 +73,7 @@ class VAEConfig:
         for name in ("n_heads", "decoder_cross_heads"):
             if self.width % getattr(self, name):
                 raise InputError(f"model.{name}={getattr(self, name)} does not divide model.width={self.width}")
-        if self.kl_weight < 0:
+        if not self.kl_weight >= 0:
             raise InputError(f"model.kl_weight={self.kl_weight} must not be negative")
 
 
@@ -80,24 +99,65 @@ class Posterior:
 
 
 @dataclass(frozen=True)
-class NegativeBinomial:
-    """p(counts | latent) of the asked genes.
+class Predicted:
+    """p(counts | latent) of the asked genes, in float32.
 
-    log_share_BQ: log of a gene's share of the asked genes' total count, float32; -inf at padding
-    theta: inverse dispersion, (Q,) or (B, Q), float32
+    likelihood: its kind, on which the other fields depend
+    value_BQ: log of a gene's share of the asked genes' total count, -inf at padding; gaussian: mean of its value
+    dispersion: (Q,) or (B, Q): nb and zinb: inverse dispersion theta; gaussian: standard deviation; poisson: None
+    dropout_BQ: zinb: log odds of a zero besides the negative binomial's; else None
     """
 
-    log_share_BQ: Tensor
-    theta: Tensor
+    likelihood: LikelihoodKind
+    value_BQ: Tensor
+    dispersion: Tensor | None = None
+    dropout_BQ: Tensor | None = None
 
     def mu(self, library_size_B: Tensor) -> Tensor:
-        """Expected counts, (B, Q): share x library size."""
-        return self.log_share_BQ.exp() * library_size_B[:, None]
+        """Expected counts, (B, Q): share x library size, before zero inflation; gaussian: its mean scaled back."""
+        if self.likelihood == "gaussian":
+            return torch.expm1(self.value_BQ.clamp(0, 20)) * (library_size_B[:, None] / NORMALISED_TO)
+        return self.value_BQ.exp() * library_size_B[:, None]
+
+    def log_prob_BQ(self, counts_BQ: Tensor, library_size_B: Tensor) -> Tensor:
+        """Log p of every gene's count in nats, (B, Q); gaussian: log density of its value."""
+        dispersion, dropout_BQ = self.dispersion, self.dropout_BQ
+        if self.likelihood == "gaussian":
+            assert dispersion is not None
+            return gaussian_log_prob(normalised(counts_BQ, library_size_B), self.value_BQ, dispersion.log())
+        mu_BQ = self.mu(library_size_B)
+        if self.likelihood == "poisson":
+            return poisson_log_prob(counts_BQ, mu_BQ)
+        assert dispersion is not None
+        if self.likelihood == "nb":
+            return nb_log_prob(counts_BQ, mu_BQ, dispersion)
+        assert dropout_BQ is not None
+        return zinb_log_prob(counts_BQ, mu_BQ, dispersion, dropout_BQ)
 
     def nll_B(self, asked: GeneCounts, library_size_B: Tensor) -> Tensor:
         """Reconstruction error of a cell, (B,): -log p summed over its asked genes, in nats."""
-        log_prob_BQ = nb_log_prob(asked.counts_BS, self.mu(library_size_B), self.theta)
-        return -(log_prob_BQ * asked.mask).sum(1)
+        return -(self.log_prob_BQ(asked.counts_BS, library_size_B) * asked.mask).sum(1)
+
+    def sample(self, library_size_B: Tensor, generators: Sequence[np.random.Generator]) -> np.ndarray:
+        """Counts drawn for each cell by its own generator, (B, Q) int64. The asked genes are shared by the cells."""
+
+        def array(x: Tensor) -> np.ndarray:
+            return x.double().cpu().numpy()
+
+        mu_BQ, size_B = array(self.mu(library_size_B)), array(library_size_B)
+        dispersion_Q = array(self.dispersion) if self.dispersion is not None else np.empty(0)
+        rows = []
+        for k, rng in enumerate(generators):
+            if self.likelihood == "nb":
+                rows.append(nb_sample(mu_BQ[k], dispersion_Q, rng))
+            elif self.likelihood == "poisson":
+                rows.append(poisson_sample(mu_BQ[k], rng))
+            elif self.likelihood == "gaussian":
+                rows.append(gaussian_sample(array(self.value_BQ[k]), dispersion_Q, size_B[k], rng))
+            else:
+                assert self.dropout_BQ is not None
+                rows.append(zinb_sample(mu_BQ[k], dispersion_Q, array(self.dropout_BQ[k]), rng))
+        return np.stack(rows)
 
 
 class VAE(nn.Module):
@@ -116,10 +176,14 @@ class VAE(nn.Module):
         self.from_latent = nn.Linear(Z, D)
         self.decoder = nn.ModuleList(TransformerBlock(D, config.n_heads, kind) for _ in range(config.n_layers))
         self.unpool = MCAB(D, config.decoder_cross_heads, kind, bias_out=False)
-        self.head = nn.Linear(D, 1, bias=False)  # a bias would cancel in the softmax over genes
-        self.log_theta = nn.Embedding(n_genes + 1, 1)
-        # a lone number on a log scale: at the network's rate it moves by less than a factor of e in 1,000 steps
-        setattr(self.log_theta.weight, LR_SCALE, 10.0)
+        # a bias would cancel in the softmax over genes
+        self.head = nn.Linear(D, 2 if config.likelihood == "zinb" else 1, bias=False)
+        if config.likelihood in ("nb", "zinb"):
+            self.log_theta = _per_gene(n_genes)
+        if config.likelihood == "gaussian":
+            self.log_std = _per_gene(n_genes)
+        if config.likelihood == "zinb":
+            self.log_odds_dropout = _per_gene(n_genes)
         self.initialise()
 
     @torch.no_grad()
@@ -136,11 +200,13 @@ class VAE(nn.Module):
         nn.init.normal_(self.latent_queries, std=0.02)
         nn.init.normal_(self.gene_embedding.weight, std=0.02)
         self.gene_embedding.weight[0].zero_()
-        nn.init.zeros_(self.log_theta.weight)  # theta = 1
+        for name, start in (("log_theta", 0.0), ("log_std", 0.0), ("log_odds_dropout", -2.0)):
+            if hasattr(self, name):
+                nn.init.constant_(getattr(self, name).weight, start)
 
     def forward(
         self, given: GeneCounts, asked_ids: Tensor, noise_BLZ: Tensor | None = None
-    ) -> tuple[Posterior, NegativeBinomial]:
+    ) -> tuple[Posterior, Predicted]:
         posterior = self.encode(given)
         return posterior, self.decode(posterior.sample(noise_BLZ), asked_ids)
 
@@ -170,19 +236,45 @@ class VAE(nn.Module):
         c_BS = torch.log1p(given.counts_BS.to(count_column_D.dtype))
         return c_BS[..., None] * count_column_D + embedded
 
-    def decode(self, latent_BLZ: Tensor, asked_ids: Tensor) -> NegativeBinomial:
+    def decode(self, latent_BLZ: Tensor, asked_ids: Tensor) -> Predicted:
         """Eq. 10: the asked genes' embeddings read the latent tokens; a gene's share is a softmax over the asked genes.
 
         asked_ids: (Q,) shared by the cells, or (B, Q); 0 is padding
         """
+        out_BQK = at_least_float32(self._read_out(self.expand(latent_BLZ), asked_ids))
+        value_BQ = out_BQK[..., 0]
+        if self.config.likelihood == "gaussian":
+            return Predicted("gaussian", value_BQ, self._of_genes(self.log_std, asked_ids).exp())
+        log_share_BQ = value_BQ.masked_fill(asked_ids == 0, -torch.inf).log_softmax(-1)
+        if self.config.likelihood == "poisson":
+            return Predicted("poisson", log_share_BQ)
+        theta = self._of_genes(self.log_theta, asked_ids).exp()
+        if self.config.likelihood == "nb":
+            return Predicted("nb", log_share_BQ, theta)
+        dropout_BQ = out_BQK[..., 1] + self._of_genes(self.log_odds_dropout, asked_ids)
+        return Predicted("zinb", log_share_BQ, theta, dropout_BQ)
+
+    def expand(self, latent_BLZ: Tensor) -> Tensor:
+        """Latents through the decoder's transformer blocks: what the asked genes read, (B, L, D)."""
         x_BLD = self.from_latent(latent_BLZ)
         for block in self.decoder:
             x_BLD = block(x_BLD)
+        return x_BLD
+
+    def _read_out(self, x_BLD: Tensor, asked_ids: Tensor) -> Tensor:
+        """The head's numbers of every asked gene, (B, Q, K)."""
         embedded = self.gene_embedding(asked_ids)
         if self.config.attention == "factorised":
-            logit_BQ = factorised.unpool(self.unpool, self.head, embedded, x_BLD).squeeze(-1)
-        else:
-            logit_BQ = self.head(self.unpool(embedded, x_BLD)).squeeze(-1)
-        log_share_BQ = at_least_float32(logit_BQ).masked_fill(asked_ids == 0, -torch.inf).log_softmax(-1)
-        theta = at_least_float32(self.log_theta(asked_ids)).squeeze(-1).exp()
-        return NegativeBinomial(log_share_BQ, theta)
+            return factorised.unpool(self.unpool, self.head, embedded, x_BLD)
+        return self.head(self.unpool(embedded, x_BLD))
+
+    def _of_genes(self, table: nn.Embedding, asked_ids: Tensor) -> Tensor:
+        log = at_least_float32(table(asked_ids)).squeeze(-1)
+        return log.clamp(-LOG_DISPERSION_AT_MOST, LOG_DISPERSION_AT_MOST)
+
+
+def _per_gene(n_genes: int) -> nn.Embedding:
+    """A number per gene on a log scale: at the network's rate, a factor of e takes it more than 1,000 steps."""
+    table = nn.Embedding(n_genes + 1, 1)
+    setattr(table.weight, LR_SCALE, 10.0)
+    return table
