@@ -19,7 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from data_pipeline.block import ALIGN, HEADER, decompress, read_header
-from data_pipeline.gene_sets import WIDTH_STEP, GeneSets
+from data_pipeline.gene_sets import WIDTH_STEP, GeneSets, below, nth_word
 from data_pipeline.schema import CODECS, Manifest, column_dtype, vocab_tag
 from scldm.errors import InputError
 
@@ -348,7 +348,7 @@ def _take_expressed(slots, rows, place, begin, n_genes, fill_up, words, ids, out
                 # selection sampling: keep with probability (still wanted) / (still to come); Knuth vol. 2, 3.4.2 S
                 if written == width:
                     break
-                if _below(_mix(words[i], j), n - j) >= width - written:
+                if below(nth_word(words[i], j), n - j) >= width - written:
                     continue
             ids[i, written] = column
             out[i, written] = count
@@ -360,24 +360,9 @@ def _take_expressed(slots, rows, place, begin, n_genes, fill_up, words, ids, out
                 others[n_others] = gene
                 n_others += 1
             for j in range(min(width - written, n_others)):
-                chosen = j + _below(_mix(words[i], j), n_others - j)
+                chosen = j + below(nth_word(words[i], j), n_others - j)
                 ids[i, written + j] = others[chosen]
                 others[chosen] = others[j]
-
-
-@njit(nogil=True, inline="always")
-def _below(word, n):
-    """A whole number in 0 ... n - 1 from a random word."""
-    return np.int64(np.float64(np.uint64(word) >> np.uint64(11)) * 2.0**-53 * n)
-
-
-@njit(nogil=True, inline="always")
-def _mix(word, j):
-    """The j-th word of a stream that begins at `word` (SplitMix64; Steele, Lea & Flood 2014)."""
-    z = np.uint64(word) + np.uint64(j + 1) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 @njit(nogil=True, cache=True)

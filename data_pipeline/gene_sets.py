@@ -18,7 +18,7 @@ The library size given to the likelihood is always that of the decoder's set. `r
 cell, as in the paper, or one per group of `gene_set_group` positions of the global batch, which its cells share:
 faster, since their embeddings are looked up once.
 
-Reading order: GeneSetConfig, GeneSets, the kernel (numba; it releases the GIL).
+Reading order: GeneSetConfig, GeneSets, the kernels (numba; they release the GIL).
 """
 
 from __future__ import annotations
@@ -120,7 +120,6 @@ class GeneSets:
                 n = (weights > 0).sum()
                 raise InputError(f"{key}.n_genes={config.n_genes}: only {n} genes have a {config.weight_by} above 0")
             self.rates = weights
-        self.genes = np.arange(1, n_genes + 1, dtype=np.uint16 if n_genes < 1 << 16 else np.uint32)
 
     @property
     def of_the_cell(self) -> bool:
@@ -161,12 +160,8 @@ class GeneSets:
     def _draw(self, epoch: int, step: int, first: int, n_positions: int) -> np.ndarray:
         """Sets (n_positions, S)."""
         if self.rates is None:
-            # two draws a word; 32 bits make a draw from 60,000 genes uneven by 1 in 70,000 of its probability
             out = np.empty((n_positions, self.width), np.int64)
-            for k in range(0, n_positions, 16):  # few at a time, so that the words stay in a cache
-                part = out[k : k + 16]
-                words = self._words(epoch, step, first + k, len(part), (self.width + 1) // 2)
-                _draw_without_replacement(self.genes, words.view(np.uint32), part)
+            _draw_without_replacement(self.total, self._words(epoch, step, first, n_positions, 1)[:, 0], out)
             return out
         # the n first arrivals at these rates: successive sampling without replacement (Efraimidis & Spirakis 2006)
         uniform = ((self._words(epoch, step, first, n_positions, self.total) >> np.uint64(11)) + 1) * 2.0**-53
@@ -175,16 +170,47 @@ class GeneSets:
         return np.sort(np.argsort(arrival, axis=1, kind="stable")[:, : self.width] + 1, axis=1)
 
 
-# --- kernel --------------------------------------------------------------------------------------------------------
+# --- kernels --------------------------------------------------------------------------------------------------------
+
+
+@njit(nogil=True, inline="always")
+def nth_word(seed, j):
+    """The j-th word of the stream that begins at `seed` (SplitMix64; Steele, Lea & Flood 2014)."""
+    z = np.uint64(seed) + np.uint64(j + 1) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+@njit(nogil=True, inline="always")
+def below(word, n):
+    """A whole number in 0 ... n - 1 from a random word."""
+    return np.int64(np.float64(np.uint64(word) >> np.uint64(11)) * 2.0**-53 * n)
 
 
 @njit(nogil=True, cache=True)
-def _draw_without_replacement(genes, words, out):
-    """The first steps of a Fisher-Yates shuffle of the genes, for each row of `out` from the same start."""
-    n, items = np.uint64(len(genes)), np.empty_like(genes)
+def _draw_without_replacement(n, seeds, out):
+    """Sets of out.shape[1] of the indices 1 ... n, a row for each seed: by drawing again what was drawn before, or,
+    where that would be often, by the first steps of a Fisher-Yates shuffle."""
+    width = out.shape[1]
+    often = 2 * width > n
+    items, taken = np.empty(n if often else 0, np.int32), np.zeros(0 if often else n, np.uint8)
     for i in range(len(out)):
-        items[:] = genes
-        for k in range(np.uint64(out.shape[1])):
-            j = k + ((np.uint64(words[i, k]) * (n - k)) >> np.uint64(32))
-            out[i, k] = items[j]
-            items[j] = items[k]
+        if often:
+            for k in range(n):
+                items[k] = k + 1
+            for k in range(width):
+                chosen = k + below(nth_word(seeds[i], k), n - k)
+                out[i, k] = items[chosen]
+                items[chosen] = items[k]
+            continue
+        k, draws = np.uint64(0), np.uint64(0)
+        while k < np.uint64(width):
+            gene = np.uint64(below(nth_word(seeds[i], draws), n))
+            draws += np.uint64(1)
+            # written whether or not it was taken, and kept only if not: no branch to mispredict
+            out[i, k] = gene + np.uint64(1)
+            k += np.uint64(1 - taken[gene])
+            taken[gene] = 1
+        for j in range(width):
+            taken[out[i, j] - 1] = 0

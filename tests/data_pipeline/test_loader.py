@@ -344,6 +344,27 @@ def test_nothing_is_left_behind_by_a_consumer_that_stops_or_dies(folder):
     assert open_files() == before
 
 
+def test_a_read_under_way_at_the_end_leaves_no_file_open(folder, monkeypatch):
+    before = open_files()
+    started, go, fetch = threading.Event(), threading.Event(), ShardSet.fetch
+
+    def slow(self, block, into=None):
+        started.set()
+        assert go.wait(10)
+        return fetch(self, block, into)
+
+    monkeypatch.setattr(ShardSet, "fetch", slow)
+    loader = open_loader(folder)
+    loader.feed.start(loader.feed.plans_from(loader.order, 0), 1)
+    assert started.wait(10)
+    timer = threading.Timer(0.3, go.set)
+    timer.start()
+    loader.close()
+    timer.join()
+    assert not threads()
+    assert open_files() == before
+
+
 def test_a_loader_that_is_refused_leaves_nothing_open(folder):
     before = open_files()
     with pytest.raises(InputError):

@@ -1,6 +1,7 @@
 """The compact form gathers what the dense form holds."""
 
 import numpy as np
+import pytest
 import torch
 
 from scldm.batch import CompactCellBatch, CompactCounts
@@ -53,3 +54,17 @@ def test_the_same_set_is_gathered_once():
     assert batch.given is batch.asked
     assert batch.given.counts_BS.tolist() == [[7, 1, 0]]
     assert len(batch) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: pinned memory and a copy from it")
+def test_a_gpu_gets_it_from_pinned_memory_and_gathers_the_same():
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(0.2, (64, 5_000)) * rng.integers(1, 400, (64, 5_000))
+    ids = torch.randperm(5_000)[:700] + 1
+    batch = compact(counts, ids, torch.arange(1, 5_001), 5_000)
+    assert batch.csr.gene_ids_X.is_pinned()
+    here, there = batch.to("cpu"), batch.to("cuda")
+    for a, b in ((here.given, there.given), (here.asked, there.asked)):
+        assert b.counts_BS.is_cuda
+        assert a.counts_BS.equal(b.counts_BS.cpu())
+    assert here.library_size_B.equal(there.library_size_B.cpu())
