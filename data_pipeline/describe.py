@@ -162,8 +162,8 @@ def _scatter(mean: np.ndarray, fraction: np.ndarray) -> str:
         f'<circle cx="{10 + 600 * (a - x.min()) / spread:.1f}" cy="{210 - 180 * b:.1f}" r="1.2" fill="{COLOURS[0]}"/>'
         for a, b in zip(x, y)
     ]
-    for at, value in ((10, x.min()), (610, x.max())):
-        inside.append(f'<text x="{at}" y="228" text-anchor="middle">{10**value:.2g}</text>')
+    for at, anchor, value in ((10, "start", x.min()), (610, "end", x.max())):
+        inside.append(f'<text x="{at}" y="228" text-anchor="{anchor}">{10**value:.2g}</text>')
     silent = len(mean) - len(seen)
     return _svg(640, 240, f"genes: mean count and share of expressing cells ({silent:,} are not expressed)", inside)
 

@@ -89,6 +89,10 @@ def test_damage_is_an_error_and_never_a_crash(codec):
     assert refused > 40
     with pytest.raises(InputError, match="its header says"):
         decode_block(data[:-1])
+    narrower = np.frombuffer(bytearray(data), HEADER, count=1)
+    narrower["n_genes"] = 69_999  # one less than the last cell's gene needs
+    with pytest.raises(InputError, match="sections do not fit"):
+        decode_block(narrower.tobytes() + data[HEADER.itemsize :])
     with pytest.raises(InputError, match="another gene vocabulary"):
         decode_block(data, vocab_tag=8)
     shorter = np.frombuffer(bytearray(data), HEADER, count=1)

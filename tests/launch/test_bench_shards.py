@@ -49,3 +49,10 @@ def test_it_runs(tmp_path, capsys):
     assert all(row.value > 0 for row in report.rows)
     assert json.loads((tmp_path / "bench.json").read_text())["rows"] == [vars(row) for row in report.rows]
     assert "bench shards" in capsys.readouterr().out
+
+
+@pytest.mark.exhaustive
+def test_a_million_cells_within_two_gibibytes():
+    """1,000,000 x 20,000 from h5ad, two workers: takes minutes and 25 GB of the temporary folder's disk."""
+    report = main(BenchShardsConfig(cells=1_000_000, soma=False, repeats=1, workers=2))
+    assert report.met, report.table()
