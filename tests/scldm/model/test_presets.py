@@ -1,0 +1,45 @@
+"""The shapes of configs/vae: golden parameter counts, near the published ones; FLOPs by formula and counted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from launch.config import compose
+from launch.train_vae import TrainVAEConfig
+from scldm.batch import GeneCounts
+from scldm.model.flops import vae_flops
+from scldm.model.vae import VAE, VAEConfig
+
+# preset: (genes, parameters, published)
+GOLDEN = {
+    "tiny": (765, 265_230, None),
+    "dentate_gyrus": (17_002, 3_462_267, 3.4e6),
+    "20m": (36_130, 23_734_515, 23.5e6),
+    "70m": (36_130, 76_154_035, 75.4e6),
+    "270m": (36_130, 266_271_219, 264e6),
+}
+
+
+@pytest.mark.parametrize("preset", GOLDEN)
+def test_parameter_counts(preset):
+    n_genes, n_parameters, published = GOLDEN[preset]
+    config = compose(TrainVAEConfig, [f"vae/{preset}", "data.shards=shards", "run_dir=runs/vae"])
+    assert config.model.decoder_cross_heads == 1
+    with torch.device("meta"):
+        found = sum(p.numel() for p in VAE(config.model, n_genes).parameters())
+    assert found == n_parameters
+    assert published is None or abs(found / published - 1) < 0.05
+
+
+@pytest.mark.parametrize("likelihood", ["nb", "zinb"])
+@pytest.mark.parametrize("kl_weight", [0.0, 1e-3])
+def test_flops_are_those_of_the_formula(likelihood, kl_weight):
+    config = VAEConfig(width=32, n_latents=6, latent_width=8, n_layers=2, kl_weight=kl_weight, likelihood=likelihood)
+    given = GeneCounts(torch.arange(1, 41), torch.ones(5, 40, dtype=torch.int32))
+    with FlopCounterMode(display=False) as counter:
+        VAE(replace(config, attention="plain"), 100)(given, torch.arange(1, 61))
+    assert sum(vae_flops(config, n_cells=5, n_given=40, n_asked=60).values()) == counter.get_total_flops()
