@@ -170,6 +170,8 @@ def open_h5ad_source(path: str, config: SourceConfig, columns: tuple[str, ...], 
     with open_file(path) as file, reading(path):
         if "obs" not in file or "var" not in file:
             raise InputError(f"{path}: not an h5ad file: it has no obs and var")
+        if isinstance(file["obs"], h5py.Dataset):
+            raise InputError(f"{path}: its layout is that of anndata before 0.7; read and write it with a newer one")
         layer = find_counts(file, config.layer)
         n_rows, n_columns = matrix_shape(file[layer])
         var = read_frame(file["raw/var" if layer == "raw/X" else "var"])
@@ -196,11 +198,11 @@ def open_h5ad_source(path: str, config: SourceConfig, columns: tuple[str, ...], 
         if config.primary_data_only:
             if "is_primary_data" not in obs_group:
                 raise InputError(f"{path}: source.primary_data_only: obs has no column is_primary_data")
-            chosen &= np.asarray(read_elem(obs_group["is_primary_data"])).astype(bool)
+            chosen &= np.asarray(read_column(obs_group, "is_primary_data")).astype(bool)
         rows = np.flatnonzero(chosen).astype(np.int64)
         obs = pd.DataFrame(index=range(len(rows)))
         for column in columns:
-            values = pd.Series(read_elem(obs_group[column]), name=column).iloc[rows].reset_index(drop=True)
+            values = read_column(obs_group, column).iloc[rows].reset_index(drop=True)
             obs[column] = as_labels(values, path, missing)
         keep_gene = np.ones(n_columns, bool)
         if config.var_filter:
@@ -217,6 +219,16 @@ def read_frame(group: Any) -> pd.DataFrame:
     frame = read_elem(group)
     assert isinstance(frame, pd.DataFrame)
     return frame
+
+
+def read_column(group: Any, name: str) -> pd.Series:
+    """One column of obs. Files of anndata 0.7 keep a categorical's labels beside its codes, which alone are numbers."""
+    node: Any = group[name]
+    if isinstance(node, h5py.Dataset) and "categories" in node.attrs:
+        stored = node.file[node.attrs["categories"]]
+        labels = pd.Index(stored.asstr()[:] if h5py.check_string_dtype(stored.dtype) else stored[:])
+        return pd.Series(pd.Categorical.from_codes(node[:], labels), name=name)
+    return pd.Series(read_elem(node), name=name)
 
 
 def _names(obs_group: Any) -> str:

@@ -89,7 +89,7 @@ def test_counts_that_can_not_be_told(tmp_path, matrices, layer, message):
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
-def test_damaged_files(tmp_path):
+def test_broken_files(tmp_path):
     atlas(200, 300).write_h5ad(tmp_path / "whole.h5ad")
     data = (tmp_path / "whole.h5ad").read_bytes()
     for name, content, message in (
@@ -112,8 +112,19 @@ def test_damaged_files(tmp_path):
             values: Any = file[key]
             values[-1] = change(values[:])[0]
         with pytest.raises(InputError, match=r"damaged"):
-            write_shards(config(tmp_path / "set", tmp_path / "bent.h5ad"))
-        assert not (tmp_path / "set/manifest.json").exists()
+            write_shards(config(tmp_path / key, tmp_path / "bent.h5ad"))
+        assert not (tmp_path / key / "manifest.json").exists()
+
+
+def test_a_gene_given_twice_for_a_cell(tmp_path):
+    """Adding the two up, or taking one, would be a guess."""
+    adata = atlas(20, 30)
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    with h5py.File(tmp_path / "a.h5ad", "r+") as file:
+        indices: Any = file["X/indices"]
+        indices[1] = indices[0]
+    with pytest.raises(InputError, match=r"cell cell0 \(row 0\), gene GENE0: .* \(given twice for the gene\)"):
+        write_shards(config(tmp_path / "set", tmp_path / "a.h5ad"))
 
 
 def test_names_that_stand_twice(tmp_path):
@@ -128,6 +139,26 @@ def test_names_that_stand_twice(tmp_path):
     source = SourceConfig(paths=(str(tmp_path / "genes.h5ad"),), gene_column="symbol")
     with pytest.raises(InputError, match=r"1 gene ids stand more than once, such as 'A'"):
         open_sources(source, (), "")
+
+
+def test_categories_as_older_files_keep_them(tmp_path):
+    """anndata 0.7 wrote codes with a reference to their labels; before that, obs was one table."""
+    atlas(30, 20).write_h5ad(tmp_path / "a.h5ad")
+    with h5py.File(tmp_path / "a.h5ad", "r+") as file:
+        obs: Any = file["obs"]
+        labels, codes = obs["cell_type/categories"][:], obs["cell_type/codes"][:]
+        del obs["cell_type"]
+        obs["__categories/cell_type"] = labels
+        obs["cell_type"] = codes
+        obs["cell_type"].attrs["categories"] = obs["__categories/cell_type"].ref
+    source = SourceConfig(paths=(str(tmp_path / "a.h5ad"),))
+    read = open_sources(source, ("cell_type",), "")[0].obs["cell_type"]
+    assert read.tolist() == atlas(30, 20).obs["cell_type"].tolist()
+    with h5py.File(tmp_path / "a.h5ad", "r+") as file:
+        del file["obs"]
+        file["obs"] = np.zeros(30, [("index", "S8"), ("cell_type", "i4")])
+    with pytest.raises(InputError, match="anndata before 0.7"):
+        open_sources(source, ("cell_type",), "")
 
 
 def test_labels():
