@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,8 +101,10 @@ def wanted_cells(config: GenerateConfig) -> pd.DataFrame:
 def read_table(path: Path) -> pd.DataFrame:
     """A CSV file as text: a label may be called `NA`. Raises: InputError for a file that is none."""
     try:
-        return pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (ValueError, OSError) as error:  # ParserError, EmptyDataError, UnicodeDecodeError
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
+            return pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
+    except (ValueError, OSError, pd.errors.ParserWarning) as error:  # ParserError and EmptyDataError are ValueErrors
         raise InputError(f"conditions={path}: not a readable CSV file: {' '.join(str(error).split())}") from None
 
 

@@ -45,7 +45,8 @@ class LibrarySizeModel:
         """
         by = tuple(name for name in self.names if name in labels)
         table = self.fitted[by]
-        rows = list(labels[list(by)].astype(str).itertuples(index=False, name=None))
+        # of no column, pandas has no rows
+        rows = list(labels[list(by)].astype(str).itertuples(index=False, name=None)) if by else [()] * len(labels)
         for row in rows:
             if row not in table:
                 told = ", ".join(f"{name}={label}" for name, label in zip(by, row, strict=True))

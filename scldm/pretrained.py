@@ -83,9 +83,15 @@ def save_pretrained(
 def load(folder: str | Path, device: str | torch.device = "cpu") -> Pretrained:
     """The model in a folder that `scldm export` wrote.
 
+    device: torch device, such as cpu, cuda or cuda:1
+
     Raises: InputError for a folder that is not one, is damaged, or of an unknown version.
     """
     folder = Path(folder)
+    try:
+        torch.empty(0, device=device)
+    except RuntimeError as error:
+        raise InputError(f"device={device}: {str(error).splitlines()[0]}") from None
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is not a model folder: it has no config.json; `scldm export` writes one")
     config = read_json(folder / "config.json")

@@ -1,0 +1,294 @@
+"""Cells in, cells out, verb by verb on 200 small cells; and for every bad input one line, exit code 2, nothing made."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+from launch.cli import main
+from scldm.train.tracking import read_metrics
+from tests.scldm.train.small_runs import make_cells
+
+LABELS = np.array(["T cell", "B cell", "NA"])  # the last as some files call what they don't know
+SMALL = [
+    *("hardware.engine=plain", "hardware.micro_batch=30", "train.global_batch=60", "train.steps=20"),
+    *("train.validate_every=10", "train.log_every=5", "tracking.enabled=false", "model.n_heads=2"),
+]
+VAE = [*SMALL, "model.width=16", "model.n_latents=2", "model.latent_width=4", "model.n_layers=1"]
+LDM = [*SMALL, "model.width=16", "model.n_layers=1"]
+
+
+def write_cells(path: Path, change=None, n: int = 200) -> Path:
+    """Synthetic cells as h5ad, after some change to them."""
+    cells = make_cells(n, 0)
+    obs = pd.DataFrame({"type": pd.Categorical(LABELS[cells.label_n])}, index=[f"cell{k}" for k in range(n)])
+    var = pd.DataFrame(index=[f"gene{k}" for k in range(cells.counts_nG.shape[1])])
+    adata = ad.AnnData(sp.csr_matrix(cells.counts_nG.astype(np.float32)), obs=obs, var=var)
+    (change or (lambda a: None))(adata)
+    adata.write_h5ad(path)
+    return path
+
+
+def scldm(*words: str) -> None:
+    assert main([word.replace("\n", " ") for word in words]) == 0, words
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all that the verbs make of cells.h5ad, one after another."""
+    at = tmp_path_factory.mktemp("verbs")
+    write_cells(at / "cells.h5ad")
+    scldm("shards", "write", f"source.paths={at}/cells.h5ad", f"out={at}/shards", "conditions=type", "block_cells=32",
+          "shard_cells=128", "split.validation=0.2", "split.test=0.2", "split.stratify=type")  # fmt: skip
+    scldm("train", "vae", f"data.shards={at}/shards", f"run_dir={at}/vae", *VAE)
+    scldm("encode", f"vae={at}/vae", f"shards={at}/shards", f"out={at}/latents")
+    scldm("train", "ldm", f"data.shards={at}/latents", f"run_dir={at}/ldm", *LDM)
+    scldm("export", f"vae={at}/vae", f"ldm={at}/ldm", f"out={at}/model")
+    (at / "wanted.csv").write_text("type,n_cells\nT cell,7\nNA,3\n")
+    scldm(
+        "generate", f"model={at}/model", f"conditions={at}/wanted.csv", f"out={at}/generated.h5ad", "sampler.n_steps=5"
+    )
+    scldm("embed", f"model={at}/model", f"h5ad={at}/cells.h5ad", f"out={at}/embedded.h5ad")
+    return at
+
+
+def test_cells_in_cells_out(made: Path) -> None:
+    for run, metric in (("vae", "nll"), ("ldm", "velocity_loss")):
+        losses = [row["loss"] for row in read_metrics(made / run, "train")]
+        assert len(losses) == 4
+        assert losses[-1] < losses[0]
+        assert [row["step"] for row in read_metrics(made / run, "validation") if row[metric] > 0] == [10, 20]
+    generated = ad.read_h5ad(made / "generated.h5ad")
+    assert list(generated.obs["type"]) == ["T cell"] * 7 + ["NA"] * 3
+    assert list(generated.var_names) == [f"gene{k}" for k in range(40)]
+    assert generated.X.format == "csr"
+    assert np.issubdtype(generated.X.dtype, np.integer)
+    # library sizes are those of the training cells of the type
+    assert 100 < generated.X.sum() / 10 < 1_200
+    source, embedded = ad.read_h5ad(made / "cells.h5ad"), ad.read_h5ad(made / "embedded.h5ad")
+    assert embedded.obsm["X_scldm"].shape == (200, 8)
+    assert (embedded.X != source.X).nnz == 0
+    pd.testing.assert_frame_equal(embedded.obs, source.obs)
+    assert not list(made.rglob("*.partial"))
+
+
+def test_the_latents_are_what_the_exported_model_embeds(made: Path) -> None:
+    """Through shards, the checkpoint's averages, the exported folder and the h5ad file: one cell, one latent."""
+    from contextlib import closing
+
+    from data_pipeline.loader import LatentLoader, StreamConfig
+
+    embedded = ad.read_h5ad(made / "embedded.h5ad").obsm["X_scldm"]
+    seen = {}
+    for split in ("train", "validation", "test"):
+        loader = LatentLoader(StreamConfig(shards=str(made / "latents")), split, global_batch=20, micro_batch=20)
+        with closing(loader):
+            for (batch,) in loader.one_pass():
+                for row, weight, latent in zip(batch.cell_ids_B2[:, 1].tolist(), batch.weight_B, batch.latent_BLZ):
+                    if weight:
+                        seen[row] = latent.flatten().numpy()
+    assert sorted(seen) == list(range(200))
+    np.testing.assert_allclose(np.stack([seen[row] for row in range(200)]), embedded, atol=2e-4)
+
+
+def test_a_verb_run_again_resumes_or_replaces(made: Path, capsys: pytest.CaptureFixture) -> None:
+    before = sorted((p.relative_to(made), p.stat().st_mtime_ns) for p in (made / "vae" / "checkpoints").rglob("*"))
+    scldm("train", "vae", f"data.shards={made}/shards", f"run_dir={made}/vae", *VAE)
+    assert (
+        sorted((p.relative_to(made), p.stat().st_mtime_ns) for p in (made / "vae" / "checkpoints").rglob("*")) == before
+    )
+    scldm("encode", f"vae={made}/vae", f"shards={made}/shards", f"out={made}/latents")
+    scldm("export", f"vae={made}/vae", f"ldm={made}/ldm", f"out={made}/model")
+    scldm(
+        "generate",
+        f"model={made}/model",
+        f"like={made}/cells.h5ad",
+        "by=type",
+        f"out={made}/like.h5ad",
+        "sampler.n_steps=2",
+    )
+    assert list(ad.read_h5ad(made / "like.h5ad").obs["type"]) == list(ad.read_h5ad(made / "cells.h5ad").obs["type"])
+    scldm("generate", f"model={made}/model", "n=3", f"out={made}/n.h5ad", "sampler.n_steps=2", "genes=gene7,gene2")
+    assert list(ad.read_h5ad(made / "n.h5ad").var_names) == ["gene7", "gene2"]
+    assert set(ad.read_h5ad(made / "n.h5ad").obs["type"]) == {"not given"}
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------
+
+
+def refused(words: list[str], said: str, capsys: pytest.CaptureFixture, folder: Path) -> None:
+    """Exit code 2, one line that says it, and not a file more or less in the folder."""
+    before = sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file())
+    capsys.readouterr()
+    assert main(words) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(errors) == 1
+    assert said in errors[0], errors[0]
+    after = sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file())
+    assert after == before
+
+
+def negative(adata: ad.AnnData) -> None:
+    adata.X[3, 4] = -2
+
+
+def fractional(adata: ad.AnnData) -> None:
+    adata.X = adata.X.multiply(0.37).tocsr()
+
+
+def no_counts(adata: ad.AnnData) -> None:
+    adata.X = np.log1p(adata.X.toarray())
+
+
+@pytest.mark.parametrize(
+    "change, word, said",
+    [
+        (negative, "conditions=type", "-2"),
+        (fractional, "conditions=type", "X"),
+        (no_counts, "conditions=type", "X"),
+        (None, "conditions=tpye", "tpye"),
+        (None, "condition=type", "unknown key 'condition'; did you mean conditions"),
+    ],
+)
+def test_cells_that_can_not_be_shards(tmp_path: Path, capsys, change, word: str, said: str) -> None:
+    write_cells(tmp_path / "bad.h5ad", change)
+    words = ["shards", "write", f"source.paths={tmp_path}/bad.h5ad", f"out={tmp_path}/shards", word]
+    refused(words, said, capsys, tmp_path)
+
+
+def run_words(made: Path, stage: str, *more: str) -> list[str]:
+    data, small = {"vae": ("shards", VAE), "ldm": ("latents", LDM)}[stage]
+    return ["train", stage, f"data.shards={made}/{data}", f"run_dir={made}/{stage}", *small, *more]
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (lambda at: run_words(at, "vae", "vae/tinny"), "preset 'vae/tinny' is unknown; there are: "),
+        (lambda at: run_words(at, "vae", "train.step=3"), "unknown key 'train.step'; did you mean train.steps"),
+        (lambda at: run_words(at, "vae", "train.steps=many"), "train.steps"),
+        (lambda at: run_words(at, "vae", "train.steps=21"), "vae holds another run: train.steps was 20, now 21"),
+        (lambda at: run_words(at, "vae", "model.width=32"), "model.width was 16, now 32"),
+        (lambda at: run_words(at, "vae", "model.n_heads=3"), "model.n_heads=3 does not divide"),
+        (lambda at: run_words(at, "vae", f"run_dir={at}/ldm"), "ldm holds another run"),
+        (lambda at: run_words(at, "vae", f"run_dir={at}/shards"), "shards is not empty and not a run folder"),
+        (lambda at: run_words(at, "vae", "hardware.micro_batch=7", f"run_dir={at}/new"), "hardware.micro_batch=7"),
+        (lambda at: run_words(at, "vae", f"data.shards={at}/latents", f"run_dir={at}/new"), "not of cells"),
+        (lambda at: run_words(at, "ldm", f"data.shards={at}/shards", f"run_dir={at}/new"), "not of latents"),
+        (lambda at: run_words(at, "vae", f"data.shards={at}/nowhere", f"run_dir={at}/new"), "nowhere"),
+        (lambda at: ["encode", f"vae={at}/shards", f"shards={at}/shards", f"out={at}/new"], "not a run folder"),
+        (lambda at: ["export", f"vae={at}/ldm", f"out={at}/new"], "ldm"),
+        (lambda at: ["export", f"vae={at}/vae", f"out={at}/shards"], "shards is not empty and not a model folder"),
+        (lambda at: ["generate", f"model={at}/vae", "n=3", f"out={at}/new.h5ad"], "vae"),
+        (lambda at: ["generate", f"model={at}/shards", "n=3", f"out={at}/new.h5ad"], "is not a model folder"),
+        (lambda at: ["generate", f"model={at}/model", f"out={at}/new.h5ad"], "exactly one of conditions, like and n"),
+        (lambda at: ["generate", f"model={at}/model", "n=3", f"out={at}/new.csv"], "must end in .h5ad"),
+        (lambda at: ["generate", f"model={at}/model", "n=3", f"out={at}/new.h5ad", "seed=-1"], "seed=-1"),
+        (lambda at: ["generate", f"model={at}/model", "n=3", f"out={at}/new.h5ad", "genes=none"], "gene 'none' is not"),
+        (
+            lambda at: ["generate", f"model={at}/model", f"like={at}/cells.h5ad", "by=typ", f"out={at}/new.h5ad"],
+            "obs has no column 'typ'; it has type",
+        ),
+        (
+            lambda at: ["generate", f"model={at}/model", f"like={at}/wanted.csv", "by=type", f"out={at}/new.h5ad"],
+            "not a readable h5ad file",
+        ),
+        (
+            lambda at: ["generate", f"model={at}/model", f"conditions={at}/cells.h5ad", f"out={at}/new.h5ad"],
+            "not a readable CSV file",
+        ),
+        (
+            lambda at: ["embed", f"model={at}/model", f"h5ad={at}/wanted.csv", f"out={at}/new.h5ad"],
+            "not a readable h5ad",
+        ),
+        (lambda at: ["embed", f"model={at}/model", f"h5ad={at}/no.h5ad", f"out={at}/new.h5ad"], "no such file"),
+        (
+            lambda at: ["embed", f"model={at}/model", f"h5ad={at}/cells.h5ad", f"out={at}/new.h5ad", "layer=raw"],
+            "layer 'raw' is not there",
+        ),
+        (
+            lambda at: ["embed", f"model={at}/model", f"h5ad={at}/cells.h5ad", f"out={at}/new.h5ad", "device=tpu"],
+            "device=tpu",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_and_makes_nothing(made: Path, capsys: pytest.CaptureFixture, words, said: str) -> None:
+    refused(words(made), said, capsys, made)
+
+
+@pytest.mark.parametrize(
+    "table, said",
+    [
+        ("type\nT cells\n", "condition 'type' has no label 'T cells'; nearest of its 3: 'T cell'"),
+        ("cell_type\nT cell\n", "condition 'cell_type' is unknown; the model knows type"),
+        ("type,n_cells\nT cell,-1\n", "column n_cells must hold whole numbers"),
+        ("type,n_cells\nT cell,0\n", "the table of conditions is empty"),
+        ("type,library_size\nT cell,many\n", "column library_size must hold positive numbers"),
+        ("", "not a readable CSV file"),
+        ("type\nT cell,3,4\na,b\n", "csv"),
+    ],
+)
+def test_conditions_that_the_model_never_saw(made: Path, tmp_path: Path, capsys, table: str, said: str) -> None:
+    (tmp_path / "bad.csv").write_text(table)
+    words = ["generate", f"model={made}/model", f"conditions={tmp_path}/bad.csv", f"out={tmp_path}/out.h5ad"]
+    refused(words, said, capsys, tmp_path)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "genes.json"])
+def test_a_damaged_model_is_named(made: Path, tmp_path: Path, capsys, name: str) -> None:
+    shutil.copytree(made / "model", tmp_path / "model")
+    cut(tmp_path / "model" / name)
+    refused(
+        ["generate", f"model={tmp_path}/model", "n=1", f"out={tmp_path}/x.h5ad"], f"{name} is damaged", capsys, tmp_path
+    )
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [("vae/checkpoints/*/part-0-of-1.safetensors", "is damaged"), ("vae/checkpoints/*/state.json", "is damaged")],
+)
+def test_a_damaged_checkpoint_is_named(made: Path, tmp_path: Path, capsys, name: str, said: str) -> None:
+    shutil.copytree(made / "vae", tmp_path / "vae")
+    for path in tmp_path.glob(name):
+        cut(path)
+    refused(["export", f"vae={tmp_path}/vae", f"out={tmp_path}/model"], said, capsys, tmp_path)
+    refused(
+        ["encode", f"vae={tmp_path}/vae", f"shards={made}/shards", f"out={tmp_path}/latents"], said, capsys, tmp_path
+    )
+
+
+def test_stages_that_do_not_belong_together_are_not_joined(made: Path, tmp_path: Path, capsys) -> None:
+    """Another autoencoder's latents, in encode's folder and in export."""
+    scldm(
+        "train", "vae", f"data.shards={made}/shards", f"run_dir={tmp_path}/vae", *VAE, "train.seed=1", "train.steps=4"
+    )
+    words = ["encode", f"vae={tmp_path}/vae", f"shards={made}/shards", f"out={made}/latents"]
+    refused(words, "holds latents of another run", capsys, made)
+    words = ["export", f"vae={tmp_path}/vae", f"ldm={made}/ldm", f"out={tmp_path}/model"]
+    refused(words, "was trained on the latents of another autoencoder", capsys, tmp_path)
+    write_cells(tmp_path / "fewer.h5ad", lambda a: a._inplace_subset_var(slice(0, 30)))
+    scldm("shards", "write", f"source.paths={tmp_path}/fewer.h5ad", f"out={tmp_path}/shards", "conditions=type")
+    words = ["encode", f"vae={made}/vae", f"shards={tmp_path}/shards", f"out={tmp_path}/latents"]
+    refused(words, "another gene vocabulary (30 genes)", capsys, tmp_path)
+
+
+def test_an_unconditional_model_goes_the_same_way(made: Path, tmp_path: Path) -> None:
+    scldm("shards", "write", f"source.paths={made}/cells.h5ad", f"out={tmp_path}/shards", "split.validation=0.2")
+    scldm("train", "vae", f"data.shards={tmp_path}/shards", f"run_dir={tmp_path}/vae", *VAE, "train.steps=4")
+    scldm("encode", f"vae={tmp_path}/vae", f"shards={tmp_path}/shards", f"out={tmp_path}/latents")
+    scldm("train", "ldm", f"data.shards={tmp_path}/latents", f"run_dir={tmp_path}/ldm", *LDM, "train.steps=4")
+    scldm("export", f"vae={tmp_path}/vae", f"ldm={tmp_path}/ldm", f"out={tmp_path}/model")
+    scldm("generate", f"model={tmp_path}/model", "n=5", f"out={tmp_path}/made.h5ad", "sampler.n_steps=2")
+    assert ad.read_h5ad(tmp_path / "made.h5ad").shape == (5, 40)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["conditions"] == []
