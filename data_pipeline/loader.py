@@ -13,7 +13,7 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -412,7 +412,7 @@ class _Feed(Generic[Batch]):
         self.cells, self.collate, self.global_batch = cells, collate, global_batch
         self.low, self.high, self.micro = low, high, micro
         self.lanes, self.window, self.read_ahead = config.lanes, config.window_blocks, config.read_ahead
-        self.threads = config.read_threads
+        self.threads, self.positions = config.read_threads, np.arange(low, high)
         self.pool: ThreadPoolExecutor | None = None
         self.running: _Running | None = None
 
@@ -468,7 +468,7 @@ class _Feed(Generic[Batch]):
 
     def _collate(self, plan: _Plan, blocks: _Blocks) -> list[Batch]:
         slots = blocks.slots_of(plan.block)
-        positions = np.arange(self.low, self.high)
+        positions = self.positions
         weight = (positions < plan.n_cells).astype(np.float32)
         cuts = [slice(k, k + self.micro) for k in range(0, len(positions), self.micro)]
         return [self.collate(slots[c], plan.row[c], plan, positions[c], weight[c]) for c in cuts]
@@ -494,58 +494,45 @@ class _Blocks:
     def __init__(self, cells: BlockSource, slots: _Slots, pool: ThreadPoolExecutor) -> None:
         self.cells, self.slots, self.pool = cells, slots, pool
         self.slot = np.full(len(cells.blocks), -1, np.int32)  # of each block
+        self.block = np.full(slots.n_slots, -1, np.int64)  # in each slot
+        self.needed = np.full(slots.n_slots, -1, np.int64)  # when a slot was last asked for
+        self.now = 0
         self.loading: dict[int, Future[None]] = {}  # block -> its read, until it was waited for
-        self.used: OrderedDict[int, int] = OrderedDict()  # block -> slot, the one needed longest ago first
-        self.free = list(range(slots.n_slots))[::-1]
 
-    def want(self, block: np.ndarray) -> list[int]:
-        """Begins to read what is not there; gives the blocks, each once."""
-        needed = list(dict.fromkeys(block.tolist()))
-        assert len(needed) <= self.slots.n_slots
-        missing = []
-        for b in needed:
-            if b in self.used:
-                self.used.move_to_end(b)
-            else:
-                missing.append(b)
-        for b in missing:
-            self.slot[b] = self.used[b] = self._slot()
-            self.loading[b] = self.pool.submit(_read, self.cells, self.slots, b, int(self.slot[b]))
-        return needed
+    def want(self, block: np.ndarray) -> None:
+        """Begins to read what is not there."""
+        self.now += 1
+        slots = self.slot[block]
+        self.needed[slots[slots >= 0]] = self.now
+        for b in dict.fromkeys(block[slots < 0].tolist()):
+            slot = int(self.needed.argmin())
+            assert self.needed[slot] < self.now, "more blocks at once than slots"
+            if self.block[slot] >= 0:
+                self._drop(int(self.block[slot]))
+            self.block[slot], self.slot[b], self.needed[slot] = b, slot, self.now
+            self.loading[b] = self.pool.submit(_read, self.cells, self.slots, b, slot)
 
     def slots_of(self, block: np.ndarray) -> np.ndarray:
         """The slots (B,) that hold these blocks, all read.
 
         Raises: what reading one of them raised.
         """
-        slots = self.slot[block]
-        if self.loading or slots.min() < 0:
-            slots = self._read_slots(block)
-        return slots.astype(np.int64)
-
-    def _read_slots(self, block: np.ndarray) -> np.ndarray:
-        """slots_of, where a block is not there yet, or not known to be."""
-        for b in self.want(block):
-            if b in self.loading:
-                try:
-                    self.loading[b].result()
-                finally:
-                    if self.loading.pop(b).exception():
+        if self.loading or self.slot[block].min() < 0:
+            self.want(block)
+            for b in dict.fromkeys(block.tolist()):
+                if b in self.loading:
+                    error = self.loading.pop(b).exception()
+                    if error:
                         self._drop(b)
-        return self.slot[block]
-
-    def _slot(self) -> int:
-        if not self.free:
-            oldest = next(iter(self.used))
-            reading = self.loading.pop(oldest, None)
-            if reading:  # it was wanted and never used
-                reading.exception()
-            self._drop(oldest)
-        return self.free.pop()
+                        raise error
+        return self.slot[block].astype(np.int64)
 
     def _drop(self, block: int) -> None:
-        self.free.append(self.used.pop(block))
-        self.slot[block] = -1
+        reading = self.loading.pop(block, None)
+        if reading:  # it was wanted and never used; its slot is free only when the read is over
+            reading.exception()
+        slot = self.slot[block]
+        self.slot[block], self.block[slot], self.needed[slot] = -1, -1, -1
 
 
 def _read(cells: BlockSource, slots: _Slots, block: int, slot: int) -> None:

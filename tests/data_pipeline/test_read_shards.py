@@ -35,7 +35,7 @@ class Flaky(MemoryFileSystem):
             Flaky.reads.append((str(path), start, end))
             if Flaky.failures:
                 Flaky.failures -= 1
-                raise ConnectionResetError("reset by peer")
+                raise (ConnectionResetError if Flaky.failures % 2 else RuntimeError)("reset by peer")
             if Flaky.cut_short:
                 Flaky.cut_short -= 1
                 return super().cat_file(path, start, end, **kwargs)[:-3]
