@@ -32,7 +32,7 @@ from data_pipeline.splits import SplitConfig, draw_splits
 from scldm.errors import InputError
 from scldm.vocab import ConditionVocab, GeneVocab
 
-UNIT_CELLS = 1 << 16  # cells that one process reads and scatters before it notes that they are done
+UNIT_CELLS = 1 << 15  # cells that one process reads and scatters before it notes that they are done
 BASE_BYTES = 320 << 20  # what a process takes before it has read a cell
 LEAST_BYTES = 64 << 20  # what it needs beyond that
 

@@ -225,7 +225,7 @@ def read_column(group: Any, name: str) -> pd.Series:
     """One column of obs. Files of anndata 0.7 keep a categorical's labels beside its codes, which alone are numbers."""
     node: Any = group[name]
     if isinstance(node, h5py.Dataset) and "categories" in node.attrs:
-        stored = node.file[node.attrs["categories"]]
+        stored: Any = node.file[node.attrs["categories"]]
         labels = pd.Index(stored.asstr()[:] if h5py.check_string_dtype(stored.dtype) else stored[:])
         return pd.Series(pd.Categorical.from_codes(node[:], labels), name=name)
     return pd.Series(read_elem(node), name=name)

@@ -288,6 +288,7 @@ def test_namespaces_need_a_table(tmp_path):
     back = join_genes([ensembl, symbol], "union", "symbol", str(table))
     assert back.vocab.ids == ("A", "B", "C", "D")
     assert back.report["ambiguous_in_table"] == {"e.h5ad": 2}
+    assert [c.tolist() for c in back.column_of] == [[0, 1, -1, -1, -1], [0, 1, 2, 3]]
 
 
 # --- splits --------------------------------------------------------------------------------------------------------

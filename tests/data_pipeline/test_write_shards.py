@@ -342,19 +342,30 @@ def test_settings_that_can_not_work(tmp_path, source, settings, message):
 # --- genes, elsewhere ----------------------------------------------------------------------------------------------
 
 
-def test_most_variable_genes_are_scanpys(tmp_path):
+def test_chosen_genes_are_scanpys(tmp_path):
+    """Cells with enough genes, genes in enough cells, the most variable ones of those; single cells with thousands of a
+    gene make clipping decide."""
     rng = np.random.default_rng(0)
+    x = rng.negative_binomial(2, 1 / (1 + rng.lognormal(-1, 1.5, 400)), (500, 400)).astype(np.float32)
+    x[:40, 100:] = 0  # cells with few genes; some genes live in them alone
+    x[40:, :20] = 0
+    x[rng.choice(np.arange(40, 500), 60), rng.choice(np.arange(20, 400), 60)] = 3000
+    x[:, 20] = 1
     adata = atlas(500, 400)
-    x = rng.negative_binomial(2, 1 / (1 + rng.lognormal(0, 1.5, 400)), (500, 400)).astype(np.float32)
-    x[:, 0] = 1
     adata.X = sp.csr_matrix(x)
     adata.write_h5ad(tmp_path / "a.h5ad")
-    manifest = write(config(tmp_path / "set", tmp_path / "a.h5ad", filter=FilterConfig(n_top_genes=80)))
+    chosen = FilterConfig(min_genes=90, min_cells=10, n_top_genes=80)
+    manifest = write(config(tmp_path / "set", tmp_path / "a.h5ad", filter=chosen))
+    scanpy.pp.filter_cells(adata, min_genes=90)
+    scanpy.pp.filter_genes(adata, min_cells=10)
     scanpy.pp.highly_variable_genes(adata, flavor="seurat_v3", n_top_genes=80)
+    top = adata[:, adata.var["highly_variable"]]
     assert manifest is not None
-    assert list(manifest.genes.ids) == list(adata.var_names[adata.var["highly_variable"]])
+    assert 300 < manifest.n_cells == adata.n_obs < 500
+    assert list(manifest.genes.ids) == list(top.var_names)
+    assert manifest.report["genes"]["filter.min_cells"] == 400 - adata.n_vars > 0
     cells = read_set(str(tmp_path / "set"))[1]
-    assert cells[0, 3]["counts"] == row_counts(adata[:, adata.var["highly_variable"]], 3)
+    assert cells[0, 45]["counts"] == row_counts(top, list(adata.obs_names).index("cell45"))
 
 
 def test_to_a_url(tmp_path, source):
