@@ -210,7 +210,9 @@ def test_a_state_of_another_data_set_is_refused(folder, tmp_path):
 # --- choice of cells -----------------------------------------------------------------------------------------------
 
 
-def test_select_meets_exactly_the_chosen_cells(folder, cells):
+def test_select_meets_exactly_the_chosen_cells_and_reads_no_other_block(folder, cells, monkeypatch):
+    fetched, fetch = set(), ShardSet.fetch
+    monkeypatch.setattr(ShardSet, "fetch", lambda self, b, into=None: (fetched.add(b), fetch(self, b, into))[1])
     chosen = {"type": ["b", "c"], "donor": [f"d{k}" for k in range(0, 300, 2)]}
     with open_loader(folder, select=chosen) as loader:
         seen = [
@@ -223,6 +225,8 @@ def test_select_meets_exactly_the_chosen_cells(folder, cells):
     train = np.arange(420)
     keep = np.isin(cells.labels["type"][train], [1, 2]) & (cells.labels["donor"][train] % 2 == 0)
     assert sorted(seen) == train[keep].tolist()
+    assert fetched == set((train[keep] // 8).tolist())
+    assert len(fetched) < 53
 
 
 def test_balance_draws_conditions_equally_often(folder, cells):
