@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +13,15 @@ from typing import IO
 from scldm.errors import InputError
 
 
+def aside(path: Path) -> Path:
+    """A name beside a path that nobody else writes to: tasks on several hosts may have the same process id."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+
+
 @contextmanager
 def written_aside(path: Path) -> Iterator[IO[bytes]]:
     """A file to write, which gets its name only when it is whole and the block ends without an error."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = aside(path)
     try:
         with part.open("wb") as file:
             yield file

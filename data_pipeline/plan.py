@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from data_pipeline.files import parse_bytes
+from data_pipeline.files import aside, parse_bytes
 from data_pipeline.genes import JoinedGenes, choose, in_list, join_genes
 from data_pipeline.schema import BLOCK_CELLS, SPLIT_NAME, Codec, condition_dtype
 from data_pipeline.shuffle import set_positions
@@ -276,8 +276,7 @@ def make_plan(config: ShardsWriteConfig, folder: Path) -> Plan:
     """
     settings = settings_of(config)
     if not folder.is_dir():
-        draft = folder.with_name(f".plan.{os.getpid()}")
-        shutil.rmtree(draft, ignore_errors=True)
+        draft = aside(folder)
         try:
             _draft_plan(config, settings, draft)
             try:

@@ -17,6 +17,7 @@ import fsspec
 import numpy as np
 
 from data_pipeline.block import Block, BlockBuffers, decode_block
+from data_pipeline.files import sha256_of
 from data_pipeline.genes import join_genes
 from data_pipeline.narrow import GeneSums, narrow_rows
 from data_pipeline.schema import (
@@ -173,16 +174,13 @@ def _read_whole(url: str, path: str) -> bytes | None:
 def _check_bytes(url: str, shard: ShardEntry) -> Iterator[Fault]:
     try:
         with _open(url, shard.path) as file:
-            digest, n = hashlib.sha256(), 0
-            while data := file.read(1 << 20):
-                digest.update(data)
-                n += len(data)
+            n, digest = sha256_of(file)
     except FileNotFoundError:
         yield Fault(shard.path, "missing")
         return
     if n != shard.bytes:
         yield Fault(shard.path, f"{n} bytes, the manifest says {shard.bytes}")
-    elif digest.hexdigest() != shard.sha256:
+    elif digest != shard.sha256:
         yield Fault(shard.path, "its SHA-256 is not the manifest's: changed or damaged")
 
 
