@@ -106,14 +106,17 @@ def mmap_reader(shards: Path, folder: Path, batch: int, n_genes: int) -> Iterato
 
 
 def soma_reader(soma: Path, folder: Path, batch: int, n_genes: int) -> Iterator[int]:
-    """tiledbsoma-ml as its documentation shows it (shuffled, dense rows), with smaller reads than its 65,536 cells."""
+    """tiledbsoma-ml as its documentation shows it (shuffled, dense rows), with smaller reads than its 65,536 cells, and
+    not ahead in a thread: that work would be charged to the readers whose turn comes next."""
     import tiledbsoma
     from tiledbsoma_ml import ExperimentDataset  # pyright: ignore[reportMissingImports]
 
     with tiledbsoma.Experiment.open(f"{soma}/census_data/homo_sapiens") as experiment:
         sets = gene_sets(experiment.ms["RNA"].var.count, n_genes, batch)
         with experiment.axis_query("RNA") as query:
-            data = ExperimentDataset(query, "raw", batch_size=batch, io_batch_size=SOMA_IO_BATCH, seed=1)
+            data = ExperimentDataset(
+                query, "raw", batch_size=batch, io_batch_size=SOMA_IO_BATCH, seed=1, use_eager_fetch=False
+            )
             counts: Any
             while True:
                 for step, (counts, _) in enumerate(data):
