@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +18,10 @@ from data_pipeline.read_shards import ShardSet
 from data_pipeline.write_latents import LatentWriter
 from launch.cli import run_verb
 from launch.export import trained_vae
+from scldm.batch import GeneCounts
 from scldm.errors import InputError
-from scldm.model.vae import VAE
+from scldm.model.all_genes import encoder_of
+from scldm.model.vae import VAE, Posterior
 from scldm.parallel.dist import World, close_world, world_of_environment
 from scldm.progress import Progress
 from scldm.vocab import GeneVocab
@@ -81,8 +83,9 @@ def main(config: EncodeConfig) -> Path:
         own = missing[world.rank :: world.size]
         n_cells = sum(cells.manifest.shards[k].n_cells for k in own)
         with Progress("encode", n_cells, "cells", shown=world.is_first) as bar:
+            encode = encoder(vae, cells, config, world)
             for shard in own:
-                writer.write_shard(shard, latents(vae, cells, shard, config, world, bar))
+                writer.write_shard(shard, latents(encode, cells, shard, config, world, bar))
         world.barrier()
         if world.is_first:
             writer.finish()
@@ -91,14 +94,33 @@ def main(config: EncodeConfig) -> Path:
     return Path(config.out)
 
 
+def encoder(vae: VAE, cells: ShardSet, config: EncodeConfig, world: World) -> Callable[[GeneCounts], Posterior]:
+    """The autoencoder's, or for all genes the one that pays for expressed ones alone."""
+    if config.genes.policy != "all":
+        return vae.encode
+    every = torch.arange(1, cells.manifest.genes.n_genes + 1, device=world.device)
+    encode = encoder_of(vae, every, cells.gene_column("fraction_expressed"))
+
+    def of(given: GeneCounts) -> Posterior:
+        assert torch.equal(given.gene_ids, every)
+        return encode(given.counts_BS)
+
+    return of
+
+
 @torch.no_grad()
 def latents(
-    vae: VAE, cells: ShardSet, shard: int, config: EncodeConfig, world: World, bar: Progress
+    encode: Callable[[GeneCounts], Posterior],
+    cells: ShardSet,
+    shard: int,
+    config: EncodeConfig,
+    world: World,
+    bar: Progress,
 ) -> Iterator[np.ndarray]:
     """Posterior means of a shard's cells in stored order, (B, L, Z) a piece."""
     for batch in shard_batches(cells, shard, micro_batch=config.batch, given=config.genes):
         batch = batch.to(world.device)
-        yield vae.encode(batch.given).mean_BLZ.float().cpu().numpy()
+        yield encode(batch.given).mean_BLZ.float().cpu().numpy()
         bar.advance(len(batch))
 
 

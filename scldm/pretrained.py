@@ -28,10 +28,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scldm import draws
-from scldm.batch import GeneCounts
 from scldm.errors import InputError, read_json
 from scldm.flow.generate import SamplerConfig, generate_latents, sample_counts
 from scldm.library_size import LibrarySizeModel
+from scldm.model.all_genes import encoder_of
 from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE, VAEConfig
 from scldm.progress import Progress
@@ -171,11 +171,12 @@ class Pretrained:
         Raises: InputError for counts that are none, or no gene in common.
         """
         counts, gene_ids = self._given(adata, layer)
+        encode = encoder_of(self.vae, gene_ids, counts.getnnz(0) / adata.n_obs)
         out = []
         with Progress("embed", adata.n_obs, "cells") as bar, torch.no_grad():
             for rows in _batches(adata.n_obs):
                 dense_BS = torch.from_numpy(counts[rows].toarray()).to(self.device)
-                latent_BLZ = self.vae.encode(GeneCounts(gene_ids, dense_BS)).mean_BLZ
+                latent_BLZ = encode(dense_BS).mean_BLZ
                 out.append((latent_BLZ.mean(1) if pool == "mean" else latent_BLZ.flatten(1)).cpu().numpy())
                 bar.advance(len(dense_BS))
         return np.concatenate(out)
@@ -257,13 +258,14 @@ class Pretrained:
         given = conditions.drop(columns="library_size", errors="ignore")
         ids = {name: np.full(len(given), dit.null_id(name), dtype=np.int64) for name in dit.n_labels}
         for name in given.columns:
-            if given[name].isna().any():
-                raise InputError(f"column {name}, row {int(given[name].isna().argmax())}: no label is given")
+            absent = given[name].isna().to_numpy()
+            if absent.any():
+                raise InputError(f"column {name}, row {absent.argmax()}: no label is given")
             codes, labels = pd.factorize(given[name].astype(str))
             ids_of_labels = self.conditions.encode(name, [str(label) for label in labels])
             ids[name] = ids_of_labels[codes]
         if "library_size" in conditions:
-            sizes = pd.to_numeric(conditions["library_size"], errors="coerce").to_numpy(dtype=np.float64)
+            sizes = np.array(pd.to_numeric(conditions["library_size"], errors="coerce"), dtype=np.float64)
             if not (np.isfinite(sizes).all() and (sizes > 0).all()):
                 raise InputError("column library_size must hold positive numbers")
             return ids, sizes

@@ -8,13 +8,14 @@ latent tokens are few beside the width, its first product is taken per latent to
 
 What is large, scores and hidden layers, is made tile by tile within the processor's cache and made again in backward.
 
-Reading order: pool, _Pool; unpool, pays_by_latents, _HeadByLatents, _Head.
+Reading order: pool, tables, _Pool; unpool, pays_by_latents, _HeadByLatents, _Head.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,42 +68,69 @@ def _read_genes(
 ) -> Tensor:
     """What the latent queries read from the genes, heads side by side, before the output projection; (B, M, D)."""
     N, (M, D), S = mcab.n_heads, q_MD.shape, given.gene_ids.shape[-1]
-    H, ids, wide = D // N, given.gene_ids, q_MD.dtype
+    ids, wide = given.gene_ids, q_MD.dtype
     c_BS = torch.log1p(given.counts_BS.to(wide))
     by_vocabulary = ids.ndim == 2 and ids.numel() > embedding.num_embeddings
-
-    u_D = token.weight[:, :D].sum(1)
-    u_D = u_D - u_D.mean()
-    key_NHD = (mcab.key.weight * mcab.norm_key.weight).view(N, H, D)
-    q_NMD = q_MD.view(M, N, H).transpose(0, 1) @ key_NHD * H**-0.5
-    value_DD = mcab.value.weight * mcab.norm_value.weight
-    alpha_NM, a_D = q_NMD @ u_D, value_DD @ u_D
-
-    # tables with a row T per gene of the vocabulary, of the shared set, or of each cell
     rows_TD = embedding.weight if by_vocabulary else embedding(ids.flatten())
-    e_TD = F.linear(rows_TD.to(dtype), token.weight[:, D:].to(dtype), token.bias.to(dtype)).to(wide)
-    e_TD = e_TD - e_TD.mean(1, keepdim=True)
-    ue_T, ee_T = e_TD @ u_D / D, e_TD.square().mean(1)
-    values_TD = F.linear(e_TD.to(dtype), value_DD.to(dtype))
-    A_RT = q_NMD.flatten(0, 1) @ e_TD.T  # scores, in full precision
+    of = tables(mcab, q_MD, token, rows_TD, dtype)
     if by_vocabulary:
-        table = torch.cat((A_RT.T, values_TD.to(wide), ue_T[:, None], ee_T[:, None]), dim=1)
+        table = torch.cat((of.A_RT.T, of.values_TD.to(wide), of.ue_T[:, None], of.ee_T[:, None]), dim=1)
         A_BSR, values, ue, ee = F.embedding(ids, table).split((N * M, D, 1, 1), dim=-1)
         A, values, ue, ee = A_BSR.permute(2, 0, 1), values.to(dtype), ue[..., 0], ee[..., 0]
     else:
         n_sets = ids.numel() // S
-        A, values = A_RT.view(-1, n_sets, S), values_TD.view(n_sets, S, D)
-        ue, ee = ue_T.view(n_sets, S), ee_T.view(n_sets, S)
-
-    # LayerNorm's variance is a quadratic in c; keys and values share it
-    variance_BS = ((c_BS * u_D.square().mean() + 2 * ue) * c_BS + ee).clamp_min(0)
-    r_BS = (variance_BS + mcab.norm_key.eps).rsqrt()
+        A, values = of.A_RT.view(-1, n_sets, S), of.values_TD.view(n_sets, S, D)
+        ue, ee = of.ue_T.view(n_sets, S), of.ee_T.view(n_sets, S)
+    r_BS = of.scale(c_BS, ue, ee)
     mask = given.mask.view(-1, S)
     A = A.masked_fill(~mask, MASKED).reshape(N, M, -1, S)
-    out_NMBH = apply(_Pool, c_BS, r_BS, alpha_NM, A, values.unflatten(-1, (N, H)), a_D.view(N, H))
-    offset_D = F.linear(mcab.norm_value.bias, mcab.value.weight, mcab.value.bias)
-    read_BMD = out_NMBH.permute(2, 1, 0, 3).flatten(2) + offset_D
+    out_NMBH = apply(_Pool, c_BS, r_BS, of.alpha_NM, A, values.unflatten(-1, (N, D // N)), of.a_D.view(N, -1))
+    read_BMD = out_NMBH.permute(2, 1, 0, 3).flatten(2) + of.offset_D
     return read_BMD * mask.any(1)[:, None, None]  # attention over no gene at all is 0
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Tokens are c u + e_g, centred over D. With r(c, g) one over a token's standard deviation its scores are
+    r (c alpha + A) and its values r (c a + values) + offset. T genes, R = N M pairs of a head and a query.
+    """
+
+    alpha_NM: Tensor
+    A_RT: Tensor
+    a_D: Tensor
+    values_TD: Tensor
+    offset_D: Tensor
+    uu: Tensor
+    ue_T: Tensor
+    ee_T: Tensor
+    eps: float
+
+    def scale(self, c: Tensor, ue: Tensor, ee: Tensor) -> Tensor:
+        """r: LayerNorm's variance is a quadratic in c, in which keys and values agree."""
+        return (((c * self.uu + 2 * ue) * c + ee).clamp_min(0) + self.eps).rsqrt()
+
+
+def tables(mcab: MCAB, q_MD: Tensor, token: nn.Linear, rows_TD: Tensor, dtype: torch.dtype) -> Tables:
+    """What depends on the gene alone. rows_TD: embeddings; dtype: of the large products but the scores'."""
+    N, (M, D), wide = mcab.n_heads, q_MD.shape, q_MD.dtype
+    u_D = token.weight[:, :D].sum(1)
+    u_D = u_D - u_D.mean()
+    key_NHD = (mcab.key.weight * mcab.norm_key.weight).view(N, D // N, D)
+    q_NMD = q_MD.view(M, N, D // N).transpose(0, 1) @ key_NHD * (D // N) ** -0.5
+    value_DD = mcab.value.weight * mcab.norm_value.weight
+    e_TD = F.linear(rows_TD.to(dtype), token.weight[:, D:].to(dtype), token.bias.to(dtype)).to(wide)
+    e_TD = e_TD - e_TD.mean(1, keepdim=True)
+    return Tables(
+        alpha_NM=q_NMD @ u_D,
+        A_RT=q_NMD.flatten(0, 1) @ e_TD.T,
+        a_D=value_DD @ u_D,
+        values_TD=F.linear(e_TD.to(dtype), value_DD.to(dtype)),
+        offset_D=F.linear(mcab.norm_value.bias, mcab.value.weight, mcab.value.bias),
+        uu=u_D.square().mean(),
+        ue_T=e_TD @ u_D / D,
+        ee_T=e_TD.square().mean(1),
+        eps=mcab.norm_key.eps,
+    )
 
 
 class _Pool(torch.autograd.Function):

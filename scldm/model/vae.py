@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from scldm.batch import GeneCounts
 from scldm.errors import InputError
@@ -54,6 +55,9 @@ class VAEConfig:
         or gaussian on log1p of counts scaled to 10,000 per cell
     attention: how attention is computed, never what: plain (the formula), sdpa (torch's kernels), factorised (that, and
         cross-attention without a matrix product per cell and gene)
+    compile: torch.compile the transformer blocks; on a CPU that needs a C++ compiler
+    recompute: keep a transformer block's input only, and compute the rest again in backward; likewise a chunk of genes
+    gene_chunk: genes that the decoder takes at once; 0 takes all
     """
 
     width: int = 128
@@ -65,6 +69,9 @@ class VAEConfig:
     kl_weight: float = 0.0
     likelihood: LikelihoodKind = "nb"
     attention: AttentionKind = "factorised"
+    compile: bool = False
+    recompute: bool = False
+    gene_chunk: int = 0
 
     def __post_init__(self) -> None:
         for name in ("width", "n_latents", "latent_width", "n_heads", "decoder_cross_heads"):
@@ -73,6 +80,8 @@ class VAEConfig:
         for name in ("n_heads", "decoder_cross_heads"):
             if self.width % getattr(self, name):
                 raise InputError(f"model.{name}={getattr(self, name)} does not divide model.width={self.width}")
+        if self.gene_chunk < 0:
+            raise InputError(f"model.gene_chunk={self.gene_chunk} must not be negative")
         if not self.kl_weight >= 0:
             raise InputError(f"model.kl_weight={self.kl_weight} must not be negative")
 
@@ -185,6 +194,9 @@ class VAE(nn.Module):
         if config.likelihood == "zinb":
             self.log_odds_dropout = _per_gene(n_genes)
         self.initialise()
+        if config.compile:
+            for block in (*self.encoder, *self.decoder):
+                block.compile()
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -216,9 +228,11 @@ class VAE(nn.Module):
             x_BLD = factorised.pool(self.pool, self.latent_queries, self.token, self.gene_embedding, given)
         else:
             x_BLD = self.pool(self.latent_queries, self.gene_tokens(given), given.mask)
-        for block in self.encoder:
-            x_BLD = block(x_BLD)
-        latent = self.to_latent(x_BLD)
+        return self.posterior(x_BLD)
+
+    def posterior(self, x_BLD: Tensor) -> Posterior:
+        """From what was pooled of the genes, through the encoder's transformer blocks."""
+        latent = self.to_latent(self._through(self.encoder, x_BLD))
         if self.config.kl_weight == 0:
             return Posterior(F.layer_norm(latent, latent.shape[-1:]), None)
         mean_BLZ, log_var_BLZ = latent.chunk(2, dim=-1)
@@ -236,16 +250,22 @@ class VAE(nn.Module):
         c_BS = torch.log1p(given.counts_BS.to(count_column_D.dtype))
         return c_BS[..., None] * count_column_D + embedded
 
-    def decode(self, latent_BLZ: Tensor, asked_ids: Tensor) -> Predicted:
-        """Eq. 10: the asked genes' embeddings read the latent tokens; a gene's share is a softmax over the asked genes.
+    def decode(self, latent_BLZ: Tensor, asked_ids: Tensor, among_ids: Tensor | None = None) -> Predicted:
+        """Eq. 10: the asked genes' embeddings read the latent tokens; a gene's share is a softmax over genes.
 
         asked_ids: (Q,) shared by the cells, or (B, Q); 0 is padding
+        among_ids: (G,) the genes that the library size is for, and the softmax runs over; None takes the asked ones
         """
-        out_BQK = at_least_float32(self._read_out(self.expand(latent_BLZ), asked_ids))
+        x_BLD = self._through(self.decoder, self.from_latent(latent_BLZ))
+        out_BQK = self._read_out(x_BLD, asked_ids)
         value_BQ = out_BQK[..., 0]
         if self.config.likelihood == "gaussian":
             return Predicted("gaussian", value_BQ, self._of_genes(self.log_std, asked_ids).exp())
-        log_share_BQ = value_BQ.masked_fill(asked_ids == 0, -torch.inf).log_softmax(-1)
+        logit_BQ = value_BQ.masked_fill(asked_ids == 0, -torch.inf)
+        if among_ids is None:
+            log_share_BQ = logit_BQ.log_softmax(-1)
+        else:
+            log_share_BQ = logit_BQ - self._read_out(x_BLD, among_ids)[..., 0].logsumexp(-1, keepdim=True)
         if self.config.likelihood == "poisson":
             return Predicted("poisson", log_share_BQ)
         theta = self._of_genes(self.log_theta, asked_ids).exp()
@@ -254,19 +274,28 @@ class VAE(nn.Module):
         dropout_BQ = out_BQK[..., 1] + self._of_genes(self.log_odds_dropout, asked_ids)
         return Predicted("zinb", log_share_BQ, theta, dropout_BQ)
 
-    def expand(self, latent_BLZ: Tensor) -> Tensor:
-        """Latents through the decoder's transformer blocks: what the asked genes read, (B, L, D)."""
-        x_BLD = self.from_latent(latent_BLZ)
-        for block in self.decoder:
-            x_BLD = block(x_BLD)
+    def _through(self, blocks: nn.ModuleList, x_BLD: Tensor) -> Tensor:
+        for block in blocks:
+            if self.config.recompute and torch.is_grad_enabled():
+                x_BLD = checkpoint(block, x_BLD, use_reentrant=False)
+            else:
+                x_BLD = block(x_BLD)
         return x_BLD
 
     def _read_out(self, x_BLD: Tensor, asked_ids: Tensor) -> Tensor:
-        """The head's numbers of every asked gene, (B, Q, K)."""
+        """The head's numbers of every asked gene, (B, Q, K), at least in float32."""
+        chunks = asked_ids.split(self.config.gene_chunk or max(asked_ids.shape[-1], 1), dim=-1)
+        if self.config.recompute and torch.is_grad_enabled():
+            parts = [checkpoint(self._read_out_chunk, x_BLD, ids, use_reentrant=False) for ids in chunks]
+        else:
+            parts = [self._read_out_chunk(x_BLD, ids) for ids in chunks]
+        return torch.cat(parts, dim=1)
+
+    def _read_out_chunk(self, x_BLD: Tensor, asked_ids: Tensor) -> Tensor:
         embedded = self.gene_embedding(asked_ids)
         if self.config.attention == "factorised":
-            return factorised.unpool(self.unpool, self.head, embedded, x_BLD)
-        return self.head(self.unpool(embedded, x_BLD))
+            return at_least_float32(factorised.unpool(self.unpool, self.head, embedded, x_BLD))
+        return at_least_float32(self.head(self.unpool(embedded, x_BLD)))
 
     def _of_genes(self, table: nn.Embedding, asked_ids: Tensor) -> Tensor:
         log = at_least_float32(table(asked_ids)).squeeze(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 from dataclasses import dataclass, replace
 from typing import get_args
@@ -202,3 +203,56 @@ def test_every_parameter_has_a_true_gradient(likelihood, kl_weight):
     gradients = {name: float(true[name].abs().max()) for name, _ in vae.named_parameters()}
     whole = max(gradients.values())
     assert not {name: g for name, g in gradients.items() if g < 1e-9 * whole}
+
+
+@pytest.mark.parametrize("attention", ["plain", "factorised"])
+@pytest.mark.parametrize("by_latents", [True, False])
+def test_less_memory_is_the_same_result(attention, by_latents, monkeypatch):
+    """Blocks recomputed, genes in chunks of a size that does not divide them: outputs and every gradient."""
+    monkeypatch.setattr(factorised, "PAYS", 1e9 if by_latents else 0.0)
+    vae, given = trained_like(CONFIG, N_GENES), Case(padding=True).batch()
+    true = outcome(vae, attention, given, torch.float64)
+    vae.config = replace(vae.config, recompute=True, gene_chunk=17)
+    assert max(relative_errors(outcome(vae, attention, given, torch.float64), true).values()) < 1e-9
+
+
+def test_recompute_keeps_less():
+    """Tensors that wait for backward, in numbers: blocks and the decoder's genes."""
+
+    def kept(**memory) -> int:
+        vae = VAE(replace(CONFIG, n_layers=4, **memory), N_GENES)
+        sizes: dict[int, int] = {}
+
+        def note(x: Tensor) -> Tensor:
+            sizes[x.data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        given = Case().batch()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            vae(given, given.gene_ids)
+        return sum(sizes.values())
+
+    assert kept(recompute=True, gene_chunk=10) < 0.6 * kept()
+
+
+@pytest.mark.parametrize("likelihood", get_args(LikelihoodKind))
+def test_ten_genes_are_ten_rows_of_a_full_decode(likelihood):
+    vae = trained_like(replace(CONFIG, likelihood=likelihood, gene_chunk=64), N_GENES)
+    latent_BLZ, size_B = torch.randn(3, 6, 8, dtype=torch.float64), torch.tensor([500.0, 2e3, 1e4]).double()
+    every = torch.arange(1, N_GENES + 1)
+    ten = torch.randperm(N_GENES)[:10] + 1
+    full, part = vae.decode(latent_BLZ, every), vae.decode(latent_BLZ, ten, among_ids=every)
+    torch.testing.assert_close(part.mu(size_B), full.mu(size_B)[:, ten - 1], rtol=1e-9, atol=0)
+    counts = torch.randint(0, 9, (3, N_GENES))
+    log_p = full.log_prob_BQ(counts, size_B)[:, ten - 1]
+    torch.testing.assert_close(part.log_prob_BQ(counts[:, ten - 1], size_B), log_p, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.exhaustive  # 90 s, of which torch compiles 85
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns of itself
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_compiled_blocks_are_the_same_network():
+    vae, given = trained_like(CONFIG, N_GENES), Case().batch()
+    true = outcome(vae, "factorised", given, torch.float64)
+    vae.config = replace(vae.config, compile=True, recompute=True)
+    assert max(relative_errors(outcome(vae, "factorised", given, torch.float64), true).values()) < 1e-9

@@ -1,0 +1,110 @@
+"""Encoding cells from all genes of a set at the price of the genes that they express.
+
+A gene that a cell does not express has the same score and value in every such cell. The sums over all genes at count 0
+are taken once; a cell adds its expressed genes and takes their zeros away again. Genes that are expressed in many
+cells are not in those sums: there, what is taken away would be most of what there is.
+
+Reading order: AllGenesEncoder, encoder_of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scldm.batch import GeneCounts
+from scldm.model import factorised
+from scldm.model.vae import VAE, Posterior
+
+PREVALENT = 0.2  # share of cells; a gene expressed in more of them is summed in each cell by itself
+# sum of what is added over what remains: beyond it float64 sums of float32 terms (6e-8 each) keep too few digits
+MOST_AMPLIFICATION = 1e6
+
+
+class AllGenesEncoder:
+    """The posterior of cells over one gene set, in inference. Equal to `vae.encode` up to rounding.
+
+    gene_ids_S: the set, without padding; counts are of these genes, zeros included
+    prevalent_S: share of cells that express each gene; what it says changes speed and never the result
+    """
+
+    @torch.no_grad()
+    def __init__(self, vae: VAE, gene_ids_S: Tensor, prevalent_S: Tensor) -> None:
+        assert (gene_ids_S > 0).all(), "padding has no place in a set that all cells share"
+        self.vae, self.gene_ids_S = vae, gene_ids_S
+        mcab = vae.pool
+        self.query_MD = mcab.query(vae.latent_queries)
+        q_MD = mcab.norm_query(self.query_MD)
+        self.of = factorised.tables(mcab, q_MD, vae.token, vae.gene_embedding(gene_ids_S), q_MD.dtype)
+        # a row per gene, so that a cell's genes are whole rows
+        self.A_SR = self.of.A_RT.T.contiguous()
+        self.base_S = prevalent_S.to(gene_ids_S.device) <= PREVALENT
+        self.always_P = (~self.base_S).nonzero()[:, 0]
+        r0_S1 = self.of.scale(torch.zeros_like(self.of.ee_T), self.of.ue_T, self.of.ee_T)[:, None]
+        score_SR = r0_S1 * self.A_SR
+        base_S1 = self.base_S[:, None]
+        self.max_R = score_SR.masked_fill(~base_S1, -torch.inf).amax(0)
+        self.e0_SR = torch.exp(score_SR - self.max_R).where(base_S1, 0.0)
+        self.e0r_SR = self.e0_SR * r0_S1
+        self.Z0_R = self.e0_SR.sum(0, dtype=torch.float64)
+        self.N0_RH = self._values_of(self.e0r_SR.double(), self.of.values_TD.double())
+
+    @torch.no_grad()
+    def encode(self, counts_BS: Tensor) -> Posterior:
+        """counts_BS: raw counts of the set's genes, (B, S)."""
+        read, unsafe = [], []
+        for counts_S in counts_BS:
+            read_MD, safe = self._read(counts_S)
+            read.append(read_MD)
+            unsafe.append(not safe)
+        read_BMD = torch.stack(read)
+        mcab = self.vae.pool
+        x_BMD = self.query_MD + mcab.out(read_BMD)
+        x_BMD = x_BMD + mcab.mlp(mcab.norm_mlp(x_BMD))
+        if any(unsafe):
+            again = torch.tensor(unsafe, device=counts_BS.device)
+            given = GeneCounts(self.gene_ids_S, counts_BS[again])
+            x_BMD[again] = factorised.pool(
+                mcab, self.vae.latent_queries, self.vae.token, self.vae.gene_embedding, given
+            )
+        return self.vae.posterior(x_BMD)
+
+    def _read(self, counts_S: Tensor) -> tuple[Tensor, bool]:
+        """What the queries read of one cell, (M, D), and whether enough digits are left of it."""
+        of, (N, M) = self.of, self.of.alpha_NM.shape
+        expressed_E = ((counts_S > 0) & self.base_S).nonzero()[:, 0]
+        direct_K = torch.cat((expressed_E, self.always_P))
+        c_K = torch.log1p(counts_S[direct_K].to(self.A_SR.dtype))
+        r_K1 = of.scale(c_K, of.ue_T[direct_K], of.ee_T[direct_K])[:, None]
+        score_KR = torch.addcmul(self.A_SR[direct_K], c_K[:, None], of.alpha_NM.view(-1)).mul_(r_K1)
+        max_R = torch.maximum(self.max_R, score_KR.amax(0)) if len(direct_K) else self.max_R
+        e_KR = score_KR.sub_(max_R).exp_()
+        added_R = e_KR.sum(0, dtype=torch.float64)
+        w_KR = e_KR.mul_(r_K1)
+        added_RH = self._values_of(w_KR, of.values_TD[direct_K])
+        added_RH += (c_K @ w_KR)[:, None] * of.a_D.view(N, 1, -1).expand(-1, M, -1).flatten(0, 1)
+        # what is taken away are the very float32 numbers that were added, in float64
+        zero_RH = self._values_of(self.e0r_SR[expressed_E].double(), of.values_TD[expressed_E].double())
+        zero_R = self.e0_SR[expressed_E].sum(0, dtype=torch.float64)
+        shrink_R = torch.exp((self.max_R - max_R).double())
+        Z_R = (self.Z0_R - zero_R) * shrink_R + added_R
+        read_RH = ((self.N0_RH - zero_RH) * shrink_R[:, None] + added_RH) / Z_R[:, None]
+        most = (self.Z0_R * shrink_R + added_R) / Z_R
+        safe = bool(((Z_R > 0) & (most < MOST_AMPLIFICATION)).all())
+        read_MD = read_RH.view(N, M, -1).transpose(0, 1).flatten(1).to(w_KR.dtype)
+        return read_MD + of.offset_D, safe
+
+    def _values_of(self, w_KR: Tensor, values_KD: Tensor) -> Tensor:
+        """Each head's weighted sum of values, (R, H)."""
+        (N, M), (K, D) = self.of.alpha_NM.shape, values_KD.shape
+        return (w_KR.T.view(N, M, K) @ values_KD.view(K, N, D // N).transpose(0, 1)).flatten(0, 1)
+
+
+def encoder_of(vae: VAE, gene_ids_S: Tensor, prevalent_S: np.ndarray) -> Callable[[Tensor], Posterior]:
+    """From counts of a gene set, (B, S), to the posterior: by AllGenesEncoder where attention is `factorised`."""
+    if vae.config.attention == "factorised":
+        return AllGenesEncoder(vae, gene_ids_S, torch.from_numpy(prevalent_S)).encode
+    return lambda counts_BS: vae.encode(GeneCounts(gene_ids_S, counts_BS))
