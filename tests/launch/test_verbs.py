@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -28,8 +29,8 @@ LDM = [*SMALL, "model.width=16", "model.n_layers=1"]
 def write_cells(path: Path, change=None, n: int = 200) -> Path:
     """Synthetic cells as h5ad, after some change to them."""
     cells = make_cells(n, 0)
-    obs = pd.DataFrame({"type": pd.Categorical(LABELS[cells.label_n])}, index=[f"cell{k}" for k in range(n)])
-    var = pd.DataFrame(index=[f"gene{k}" for k in range(cells.counts_nG.shape[1])])
+    obs = pd.DataFrame({"type": pd.Categorical(LABELS[cells.label_n])}, index=pd.Index([f"cell{k}" for k in range(n)]))
+    var = pd.DataFrame(index=pd.Index([f"gene{k}" for k in range(cells.counts_nG.shape[1])]))
     adata = ad.AnnData(sp.csr_matrix(cells.counts_nG.astype(np.float32)), obs=obs, var=var)
     (change or (lambda a: None))(adata)
     adata.write_h5ad(path)
@@ -65,13 +66,15 @@ def test_cells_in_cells_out(made: Path) -> None:
         assert len(losses) == 4
         assert losses[-1] < losses[0]
         assert [row["step"] for row in read_metrics(made / run, "validation") if row[metric] > 0] == [10, 20]
-    generated = ad.read_h5ad(made / "generated.h5ad")
+    generated: Any = ad.read_h5ad(made / "generated.h5ad")
     assert list(generated.obs["type"]) == ["T cell"] * 7 + ["NA"] * 3
     assert list(generated.var_names) == [f"gene{k}" for k in range(40)]
     assert generated.X.format == "csr"
     assert np.issubdtype(generated.X.dtype, np.integer)
     # library sizes are those of the training cells of the type
     assert 100 < generated.X.sum() / 10 < 1_200
+    source: Any
+    embedded: Any
     source, embedded = ad.read_h5ad(made / "cells.h5ad"), ad.read_h5ad(made / "embedded.h5ad")
     assert embedded.obsm["X_scldm"].shape == (200, 8)
     assert (embedded.X != source.X).nnz == 0
@@ -135,15 +138,15 @@ def refused(words: list[str], said: str, capsys: pytest.CaptureFixture, folder: 
     assert after == before
 
 
-def negative(adata: ad.AnnData) -> None:
+def negative(adata: Any) -> None:
     adata.X[3, 4] = -2
 
 
-def fractional(adata: ad.AnnData) -> None:
+def fractional(adata: Any) -> None:
     adata.X = adata.X.multiply(0.37).tocsr()
 
 
-def no_counts(adata: ad.AnnData) -> None:
+def no_counts(adata: Any) -> None:
     adata.X = np.log1p(adata.X.toarray())
 
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 
 import scldm
 from scldm import pretrained
+from scldm.batch import GeneCounts
 from scldm.errors import InputError
 from scldm.flow.generate import SamplerConfig
 from scldm.library_size import LibrarySizeModel, LogNormal
@@ -66,10 +68,10 @@ def model(folder: Path) -> Pretrained:
     return scldm.load(folder)
 
 
-def cells(n: int = 70) -> ad.AnnData:
+def cells(n: int = 70) -> Any:
     counts = np.random.default_rng(0).poisson(2, (n, G)).astype(np.float32)
     counts[:, 0] += 1
-    return ad.AnnData(sp.csr_matrix(counts), var=pd.DataFrame(index=list(GENES.ids)))
+    return ad.AnnData(sp.csr_matrix(counts), var=pd.DataFrame(index=pd.Index(GENES.ids)))
 
 
 # --- load ----------------------------------------------------------------------------------------------------------
@@ -136,7 +138,7 @@ def test_an_embedding_is_the_posterior_means_tokens_in_order(model: Pretrained) 
     adata = cells()
     flat, mean = model.embed(adata), model.embed(adata, pool="mean")
     assert (flat.shape, flat.dtype, mean.shape) == ((70, L * Z), np.float32, (70, Z))
-    given = pretrained.GeneCounts(torch.arange(1, G + 1), torch.from_numpy(adata.X.toarray()))
+    given = GeneCounts(torch.arange(1, G + 1), torch.from_numpy(adata.X.toarray()))
     expected = model.vae.encode(given).mean_BLZ.numpy()
     np.testing.assert_allclose(flat.reshape(70, L, Z), expected, atol=1e-5)
     np.testing.assert_allclose(mean, expected.mean(1), atol=1e-5)
@@ -149,14 +151,19 @@ def test_order_of_genes_unknown_genes_and_the_batch_change_nothing(
     adata = cells()
     expected = model.embed(adata)
     order = np.random.default_rng(1).permutation(G)
-    other = ad.concat(
-        [adata, ad.AnnData(sp.csr_matrix(np.full((70, 2), 7.0)), obs=adata.obs, var=pd.DataFrame(index=["x", "y"]))],
+    other: Any = ad.concat(
+        [
+            adata,
+            ad.AnnData(
+                sp.csr_matrix(np.full((70, 2), 7.0)), obs=adata.obs, var=pd.DataFrame(index=pd.Index(["x", "y"]))
+            ),
+        ],
         axis=1,
     )
     other = other[:, [*(adata.var_names[order]), "x", "y"]].copy()
     np.testing.assert_allclose(model.embed(other), expected, atol=1e-5)
     monkeypatch.setattr(pretrained, "BATCH_CELLS", 9)
-    dense = ad.AnnData(other.X.toarray().astype(np.int64), var=other.var)
+    dense: Any = ad.AnnData(other.X.toarray().astype(np.int64), var=other.var)
     dense.layers["counts"] = dense.X
     dense.X = dense.X / 3
     np.testing.assert_allclose(model.embed(dense, layer="counts"), expected, atol=1e-5)
@@ -165,28 +172,28 @@ def test_order_of_genes_unknown_genes_and_the_batch_change_nothing(
 def test_missing_genes_make_the_set_smaller(model: Pretrained) -> None:
     """They are not zeros: a file without a gene says nothing about it."""
     adata = cells()
-    part = adata[:, :20].copy()
-    given = pretrained.GeneCounts(torch.arange(1, 21), torch.from_numpy(part.X.toarray()))
+    part: Any = adata[:, :20].copy()
+    given = GeneCounts(torch.arange(1, 21), torch.from_numpy(part.X.toarray()))
     np.testing.assert_allclose(model.embed(part).reshape(70, L, Z), model.vae.encode(given).mean_BLZ.numpy(), atol=1e-5)
 
 
-def with_value(value: float) -> ad.AnnData:
+def with_value(value: float) -> Any:
     adata = cells()
     adata.X[3, 4] = value
     return adata
 
 
-def of_other_genes() -> ad.AnnData:
+def of_other_genes() -> Any:
     adata = cells()
     adata.var_names = [f"gene{k}" for k in range(G)]
     return adata
 
 
-def of_doubled_genes() -> ad.AnnData:
-    return ad.AnnData(cells().X, var=pd.DataFrame(index=[GENES.ids[0], *GENES.ids[:-1]]))
+def of_doubled_genes() -> Any:
+    return ad.AnnData(cells().X, var=pd.DataFrame(index=pd.Index([GENES.ids[0], *GENES.ids[:-1]])))
 
 
-def with_empty_cell() -> ad.AnnData:
+def with_empty_cell() -> Any:
     """Its zeros are stored, as some files do."""
     adata = cells()
     adata.X.data[adata.X.indptr[2] : adata.X.indptr[3]] = 0
@@ -201,7 +208,13 @@ def with_empty_cell() -> ad.AnnData:
         (lambda: with_value(0.5), None, "X holds 0.5, which is not a count"),
         (lambda: with_value(np.nan), None, "X holds nan"),
         (lambda: with_value(np.inf), None, "X holds inf"),
-        (lambda: ad.AnnData(obs=pd.DataFrame(index=["c"]), var=pd.DataFrame(index=[GENES.ids[0]])), None, "X is empty"),
+        (
+            lambda: ad.AnnData(
+                obs=pd.DataFrame(index=pd.Index(["c"])), var=pd.DataFrame(index=pd.Index([GENES.ids[0]]))
+            ),
+            None,
+            "X is empty",
+        ),
         (cells, "counts", "layer 'counts' is not there; layers: none"),
         (of_other_genes, None, "none of the 30 genes .such as 'gene0'. is among the model's 30 .such as 'ENSG00000'"),
         (of_doubled_genes, None, "gene 'ENSG00000' stands twice"),
@@ -223,7 +236,7 @@ def wanted(n: int = 10) -> pd.DataFrame:
 
 
 def test_generated_cells_are_integer_csr_with_categorical_obs_and_the_sources_ids(model: Pretrained) -> None:
-    made = model.generate(wanted(), seed=0, sampler=FEW)
+    made: Any = model.generate(wanted(), seed=0, sampler=FEW)
     assert sp.issparse(made.X)
     assert made.X.format == "csr"
     assert np.issubdtype(made.X.dtype, np.integer)
@@ -241,23 +254,23 @@ def test_generated_cells_are_integer_csr_with_categorical_obs_and_the_sources_id
 def test_the_same_seed_makes_the_same_cells_whatever_the_batch(
     model: Pretrained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = model.generate(wanted(), seed=3, sampler=FEW)
+    first: Any = model.generate(wanted(), seed=3, sampler=FEW)
     monkeypatch.setattr(pretrained, "BATCH_CELLS", 3)
-    again = model.generate(wanted(), seed=3, sampler=FEW)
+    again: Any = model.generate(wanted(), seed=3, sampler=FEW)
     assert (first.X != again.X).nnz == 0
     pd.testing.assert_frame_equal(first.obs, again.obs)
     # and whatever cells come after it, or which genes are written
-    few = model.generate(wanted()[:4], seed=3, sampler=FEW, genes=[GENES.ids[7], GENES.ids[2]])
+    few: Any = model.generate(wanted(4), seed=3, sampler=FEW, genes=[GENES.ids[7], GENES.ids[2]])
     assert (few.X != first.X[:4][:, [7, 2]]).nnz == 0
     assert list(few.var_names) == [GENES.ids[7], GENES.ids[2]]
-    other = model.generate(wanted(), seed=4, sampler=FEW)
+    other: Any = model.generate(wanted(), seed=4, sampler=FEW)
     assert (first.X != other.X).nnz > 20
     assert not np.allclose(first.obs["library_size"], other.obs["library_size"])
 
 
 def test_own_library_sizes_are_taken_and_need_no_fit(model: Pretrained) -> None:
     table = pd.DataFrame({"type": ["NK"] * 4, "library_size": [50.0, 50, 5_000, 5_000]})
-    made = model.generate(table, seed=0, sampler=FEW)
+    made: Any = model.generate(table, seed=0, sampler=FEW)
     totals = np.asarray(made.X.sum(1)).ravel()
     assert totals[:2].max() < 250
     assert totals[2:].min() > 1_000

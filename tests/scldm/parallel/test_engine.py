@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from tests.scldm.train.small_runs import Finished, make_dit, small_run
 ROOT = Path(__file__).resolve().parents[3]
 STEPS = 30
 # At six times this rate, training itself makes 1e-4 of the 1e-7 by which two orders of summation differ at first.
-OPTIM = {"lr": 5e-4, "clip": 2.0, "weight_decay": 0.01}
+OPTIM: dict[str, Any] = {"lr": 5e-4, "clip": 2.0, "weight_decay": 0.01}
 STAGES = ("vae", "ldm")
 
 
@@ -144,11 +145,12 @@ def test_batches_that_do_not_fit_are_refused_with_ones_that_do(micro_batch, glob
 
 def test_accumulation_and_what_else_can_not_be() -> None:
     assert HardwareConfig(micro_batch=4).accumulation(32, 2) == 4
-    for wrong, said in (
-        ({"zero_stage": 3}, "zero_stage=3"),
-        ({"micro_batch": 0}, "micro_batch=0"),
-        ({"threads": 0}, "threads=0"),
-    ):
+    mistakes: dict[str, dict[str, Any]] = {
+        "zero_stage=3": {"zero_stage": 3},
+        "micro_batch=0": {"micro_batch": 0},
+        "threads=0": {"threads": 0},
+    }
+    for said, wrong in mistakes.items():
         with pytest.raises(InputError, match=said):
             HardwareConfig(**wrong)
     optim = OptimConfig()

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
 
-from scldm.batch import CellBatch, GeneCounts, LatentBatch
+from scldm.batch import GeneCounts
 from scldm.errors import InputError
 from scldm.model.vae import VAE
 from scldm.train.losses import Draws, GuidanceConfig, LDMStage, VAEStage, check_finite
 from tests.scldm.train.small_runs import CellsLoader, LatentsLoader, make_cells, make_dit, make_vae
 
 
-def stage_and_batch(kind: str) -> tuple[VAEStage | LDMStage, CellBatch | LatentBatch]:
+def stage_and_batch(kind: str) -> tuple[Any, Any]:
     """A stage with random weights and one micro-batch of 12 cells, the last two of them fill-up."""
     torch.manual_seed(0)
     module = make_vae(0.5) if kind == "vae" else make_dit()
@@ -26,7 +27,7 @@ def stage_and_batch(kind: str) -> tuple[VAEStage | LDMStage, CellBatch | LatentB
     return stage, next(loader)[0]
 
 
-def part(batch: CellBatch | LatentBatch, rows: slice) -> CellBatch | LatentBatch:
+def part(batch: Any, rows: slice) -> Any:
     """Some cells of a micro-batch as one of their own."""
 
     def cut(name: str, value):

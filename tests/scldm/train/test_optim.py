@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from scldm.errors import InputError
+from scldm.model.vae import LR_SCALE
 from scldm.train.optim import OptimConfig, learning_rate, make_optimizer
 from tests.scldm.train.small_runs import make_vae
 
@@ -62,7 +63,7 @@ def test_matrices_decay_and_embeddings_biases_norms_and_dispersions_do_not() -> 
     for name, parameter in parameters.items():
         matrix = parameter.ndim == 2 and "embedding" not in name and "log_theta" not in name
         assert (of[id(parameter)]["weight_decay"] > 0) == matrix, name
-    scale = model.log_theta.weight.lr_scale
+    scale = getattr(model.log_theta.weight, LR_SCALE)
     assert scale != 1
     assert of[id(model.log_theta.weight)]["lr_scale"] == scale
     assert of[id(model.token.weight)]["lr_scale"] == 1
