@@ -137,13 +137,16 @@ class LatentWriter:
     cells: the set that is encoded
     vae_hash: of the model that encodes
     shape: (L, Z)
+    genes: policy of the gene set that the encoder is given
 
     Raises: InputError where the folder holds other latents.
     """
 
-    def __init__(self, out: str | Path, cells: BlockSource, vae_hash: str, shape: tuple[int, int]) -> None:
+    def __init__(
+        self, out: str | Path, cells: BlockSource, vae_hash: str, shape: tuple[int, int], genes: str = "all"
+    ) -> None:
         self.out, self.cells, self.shape = Path(out), cells, shape
-        self.identity: dict[str, Any] = {"cells": cells.hash, "vae": vae_hash, "shape": list(shape)}
+        self.identity: dict[str, Any] = {"cells": cells.hash, "vae": vae_hash, "shape": list(shape), "genes": genes}
         self.parts = self.out / "parts"
         self.finished = (self.out / schema.MANIFEST).is_file()
         if self.finished:

@@ -77,7 +77,7 @@ def main(config: EncodeConfig) -> Path:
                 f"{config.vae} was trained on ({trained_on.n_genes} genes)"
             )
         shape = (vae.config.n_latents, vae.config.latent_width)
-        writer = LatentWriter(config.out, cells, origin["hash"], shape)
+        writer = LatentWriter(config.out, cells, origin["hash"], shape, config.genes.policy)
         missing = writer.missing_shards()
         world.join()  # all ranks have seen the same missing shards before the first is written
         own = missing[world.rank :: world.size]

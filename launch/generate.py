@@ -33,7 +33,7 @@ class GenerateConfig:
     out: h5ad file to write
     conditions: CSV with a column per condition and, if there is one, a column n_cells (else one cell per row)
     like: h5ad file whose cells' labels are taken, one new cell for each
-    by: columns of `like` that are conditions of the model
+    by: columns of `like` that are conditions of the model; also library_size, if it has one
     n: number of cells without any condition
     genes: genes to write, in this order; none writes all
     seed: of all draws
@@ -95,7 +95,7 @@ def wanted_cells(config: GenerateConfig) -> pd.DataFrame:
     missing = [name for name in config.by if name not in obs]
     if missing:
         raise InputError(f"{path}: obs has no column {missing[0]!r}; it has {', '.join(map(str, obs.columns))}")
-    return pd.DataFrame({name: obs[name].astype(str).to_numpy() for name in config.by})
+    return numeric_library_size(pd.DataFrame({name: obs[name].astype(str).to_numpy() for name in config.by}))
 
 
 def read_table(path: Path) -> pd.DataFrame:

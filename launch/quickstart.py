@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from data_pipeline.plan import ShardsWriteConfig
 from data_pipeline.schema import read_manifest
 from launch.cli import run_verb
 from launch.evaluate import show
@@ -38,6 +39,12 @@ bash launch/quickstart.sh --h5ad cells.h5ad --condition cell_type
 """
 NOTE = "quickstart.json"
 RANKS = 2
+# all that it leaves in its folder; the note is removed last, so that an interrupted removal is known for what it is
+MADE = (
+    *("input.h5ad", "soma", "shards", "vae", "latents", "ldm", "model", "wanted.csv", "generated.h5ad", "evaluation"),
+    *("evaluation.json", "report.html", "figures", "metrics.jsonl", "mlflow_run.json", "mlflow.db", "mlflow_artifacts"),
+    NOTE,
+)
 
 
 @dataclass(frozen=True)
@@ -83,8 +90,9 @@ def main(config: QuickstartConfig) -> None:
         # small blocks, so that a few hundred cells still are many blocks to shuffle
         todo.verb("shards", "shards_write", [
             f"source.paths={out}/soma", f"out={out}/shards", "block_cells=64", "shard_cells=1024",
-            f"conditions={condition}", "split.validation=0.2", "split.test=0.2", f"split.stratify={condition}",
-            *top_genes(cells, note["top_genes"]),
+            f"conditions={json.dumps([condition])}", f"split.stratify={json.dumps([condition])}",
+            "split.validation=0.2", "split.test=0.2",
+            f"filter.n_top_genes={note['top_genes']}",
         ])  # fmt: skip
         third = math.ceil(read_manifest(str(out / "shards")).genes.n_genes / 3)
         todo.verb("vae", "train_vae", [
@@ -161,7 +169,9 @@ def open_folder(config: QuickstartConfig, out: Path) -> dict:
     settings = {"cells": cells, "condition": config.condition, "layer": config.layer, "top_genes": config.top_genes}
     path = out / NOTE
     if config.fresh and path.is_file():
-        shutil.rmtree(out)
+        for name in MADE:
+            made = out / name
+            shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)
     if path.is_file():
         note = json.loads(path.read_text())
         for key, value in settings.items():
@@ -190,16 +200,11 @@ def check_cells(config: QuickstartConfig) -> None:
             columns = [str(c) for c in obs.attrs.get("column-order", ())] if isinstance(obs, h5py.Group) else []
     except (OSError, KeyError) as error:
         raise InputError(f"h5ad={config.h5ad}: not a readable h5ad file: {error}") from None
+    ShardsWriteConfig(out="", conditions=(config.condition,))  # refuses a name that can't be a file's
     if config.condition not in columns:
         raise InputError(
             f"condition={config.condition}: obs of {config.h5ad} has no such column; it has {', '.join(columns)}"
         )
-
-
-def top_genes(cells: str, n: int) -> list[str]:
-    import anndata as ad
-
-    return [f"filter.n_top_genes={n}"] if 0 < n < ad.read_h5ad(cells, backed="r").n_vars else []
 
 
 def write_wanted(out: Path, condition: str) -> None:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from data_pipeline.loader import LatentLoader, StreamConfig
 from launch.cli import run_verb
-from launch.training import Parts, keep_data, run_training
+from launch.training import Parts, check_has_validation, run_training
 from scldm.model.dit import DiT, DiTConfig
 from scldm.parallel.dist import World
 from scldm.parallel.engine import HardwareConfig
 from scldm.train.loop import TrainConfig
 from scldm.train.losses import GuidanceConfig, LDMStage
 from scldm.train.optim import OptimConfig
-from scldm.train.run_folder import write_json
 from scldm.train.tracking import TrackingConfig
 
 PURPOSE = (
@@ -64,6 +62,7 @@ def set_up(config: TrainLDMConfig, world: World) -> Parts:
         "micro_batch": config.hardware.micro_batch,
     }
     loader = LatentLoader(config.data, split="train", **place)
+    check_has_validation(loader.manifest, config.data.shards)
     validation = LatentLoader(replace(config.data, balance=[]), split="validation", **place)
     n_latents, latent_width = loader.latent_shape
     n_labels = {name: loader.conditions.n_labels(name) for name in loader.conditions.names}
@@ -71,12 +70,7 @@ def set_up(config: TrainLDMConfig, world: World) -> Parts:
     extra = loader.manifest.extra
     module.latent_mean_LZ.copy_(torch.tensor(extra["mean"]))
     module.latent_std_LZ.copy_(torch.tensor(extra["std"]).clamp_min(MIN_STD))
-
-    def keep(run_dir: Path) -> None:
-        keep_data(run_dir, loader.manifest)
-        write_json(run_dir / "latents.json", extra)
-
-    return Parts(module, LDMStage(module, config.guidance), loader, validation, keep)
+    return Parts(module, LDMStage(module, config.guidance), loader, validation, loader.manifest)
 
 
 if __name__ == "__main__":

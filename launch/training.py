@@ -6,6 +6,7 @@ The folder also keeps what later verbs need of the data (vocabularies, library s
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -14,6 +15,7 @@ import torch
 
 from data_pipeline.schema import Manifest
 from scldm.environment import describe
+from scldm.errors import InputError
 from scldm.library_size import LibrarySizeModel, LogNormal
 from scldm.parallel.dist import World, close_world, world_of_environment
 from scldm.parallel.engine import HardwareConfig, start_engine
@@ -23,10 +25,13 @@ from scldm.train.optim import OptimConfig, make_optimizer
 from scldm.train.run_folder import open_run_folder, write_json
 from scldm.train.tracking import Tracker, TrackingConfig
 
-# what a resume may change: where and how fast a run goes, how it is followed, but not what it computes
+# what a resume may change: where and how fast a run goes, how it is followed, but not what it computes. `data.shards`
+# is a place: that the cells there are the same is proved by the loader's state and the vocabularies
 FREE_ON_RESUME = (
-    *("run_dir", "hardware", "tracking", "train.log_every", "train.save_every", "train.keep"),
-    *("model.attention", "data.prefetch", "data.read_threads", "data.read_ahead", "data.cache_folder", "data.cache_gb"),
+    *("run_dir", "tracking", "train.log_every", "train.save_every", "train.keep", "model.attention"),
+    *("hardware.engine", "hardware.micro_batch", "hardware.zero_stage", "hardware.threads"),
+    *("data.shards", "data.form", "data.prefetch", "data.read_threads", "data.read_ahead"),
+    *("data.cache_folder", "data.cache_gb"),
 )
 
 
@@ -46,13 +51,13 @@ class RunConfig(Protocol):
 
 
 class Parts(NamedTuple):
-    """What one stage trains, on which stream; `keep` is called on the first rank to fill the run folder."""
+    """What one stage trains, on which stream of which shard set."""
 
     module: torch.nn.Module
     stage: Stage
     loader: Loader
     validation: Loader
-    keep: Callable[[Path], None]
+    manifest: Manifest
 
 
 def run_training(name: str, config: RunConfig, set_up: Callable[[World], Parts]) -> dict[str, float]:
@@ -66,7 +71,7 @@ def run_training(name: str, config: RunConfig, set_up: Callable[[World], Parts])
     as_dict = dataclasses.asdict(config)  # pyright: ignore[reportArgumentType]
     if world.is_first:
         open_run_folder(run_dir, as_dict, FREE_ON_RESUME)
-        parts.keep(run_dir)
+        keep_data(run_dir, parts.manifest)
     engine = start_engine(
         parts.module,
         make_optimizer_of(config.optim),
@@ -101,10 +106,31 @@ def make_optimizer_of(optim: OptimConfig) -> Callable[[torch.nn.Module], torch.o
 
 
 def keep_data(run_dir: Path, manifest: Manifest) -> None:
-    """Vocabularies and library sizes of the data that a run trains on, in its folder."""
-    manifest.genes.save(run_dir / "genes.json")
-    manifest.conditions.save(run_dir / "conditions.json")
-    library_sizes_of(manifest).save(run_dir / "library_sizes.json")
+    """Vocabularies and library sizes of the data that a run trains on, in its folder; those of latents also say whose.
+
+    Raises: InputError where the folder has those of other data: its weights mean nothing with them.
+    """
+    now = {
+        "genes.json": manifest.genes.to_json(),
+        "conditions.json": manifest.conditions.to_json(),
+        "library_sizes.json": library_sizes_of(manifest).to_json(),
+    }
+    if manifest.kind == "latents":
+        now["latents.json"] = manifest.extra
+    for name, value in now.items():
+        path, value = run_dir / name, json.loads(json.dumps(value))
+        if not path.is_file():
+            write_json(path, value)
+        elif json.loads(path.read_text()) != value:
+            raise InputError(
+                f"{run_dir} was trained on other data: its {name} is not that of data.shards; choose another run_dir"
+            )
+
+
+def check_has_validation(manifest: Manifest, shards: str) -> None:
+    """Raises: InputError for a set without validation cells: training is judged by them."""
+    if not any(split.name == "validation" and split.n_cells for split in manifest.splits):
+        raise InputError(f"{shards} has no validation cells; write the shards with split.validation above 0")
 
 
 def library_sizes_of(manifest: Manifest) -> LibrarySizeModel:

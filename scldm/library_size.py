@@ -45,6 +45,9 @@ class LibrarySizeModel:
         """
         by = tuple(name for name in self.names if name in labels)
         table = self.fitted[by]
+        if not table:
+            told = ", ".join(by)
+            raise InputError(f"no library sizes were fitted by {told} alone; give your own in a column `library_size`")
         # of no column, pandas has no rows
         rows = list(labels[list(by)].astype(str).itertuples(index=False, name=None)) if by else [()] * len(labels)
         for row in rows:
@@ -56,13 +59,16 @@ class LibrarySizeModel:
                 )
         return np.array([table[row].log_mean for row in rows]), np.array([table[row].log_std for row in rows])
 
-    def save(self, path: Path) -> None:
+    def to_json(self) -> dict:
         fitted = [
             {"by": list(by), "labels": list(labels), **of_labels._asdict()}
             for by, table in self.fitted.items()
             for labels, of_labels in table.items()
         ]
-        path.write_text(json.dumps({"names": list(self.names), "fitted": fitted}, indent=1))
+        return {"names": list(self.names), "fitted": fitted}
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(self.to_json(), indent=1))
 
     @classmethod
     def load(cls, path: Path) -> LibrarySizeModel:

@@ -58,6 +58,7 @@ def save_pretrained(
     dit: None for an autoencoder alone, which embeds but does not generate
     origin: JSON of where the weights come from
     """
+    folder = folder.resolve()
     aside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -75,9 +76,12 @@ def save_pretrained(
     genes.save(aside / "genes.json")
     conditions.save(aside / "conditions.json")
     library_sizes.save(aside / "library_sizes.json")
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        shutil.rmtree(folder)
+        os.replace(folder, old)
     os.replace(aside, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> Pretrained:
@@ -90,7 +94,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Pretrained:
     folder = Path(folder)
     try:
         torch.empty(0, device=device)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
         raise InputError(f"device={device}: {str(error).splitlines()[0]}") from None
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is not a model folder: it has no config.json; `scldm export` writes one")
@@ -165,8 +169,8 @@ class Pretrained:
     ) -> np.ndarray:
         """Posterior means of the cells' latent tokens, float32: (n, L * Z), tokens in order, or their mean (n, Z).
 
-        adata: raw counts in `X`, or in `layers[layer]`. Genes are matched by `var_names`; those that the model does not
-            know are left out, and those that the file lacks simply make the set smaller
+        adata: raw counts in `X`, in `layers[layer]`, or in `raw.X` for layer `raw`. Genes are matched by `var_names`;
+            those that the model does not know are left out, and those that the file lacks simply make the set smaller
 
         Raises: InputError for counts that are none, or no gene in common.
         """
@@ -183,8 +187,11 @@ class Pretrained:
 
     def _given(self, adata: ad.AnnData, layer: str | None) -> tuple[sp.csr_matrix, Tensor]:
         """Counts of the genes that the model knows, and their indices."""
+        if layer in ("raw", "raw/X") and adata.raw is not None:
+            adata, layer = adata.raw.to_adata(), None
         if layer is not None and layer not in adata.layers:
-            raise InputError(f"layer {layer!r} is not there; layers: {', '.join(adata.layers) or 'none'}")
+            there = [*(["raw"] if adata.raw is not None else []), *adata.layers]
+            raise InputError(f"layer {layer!r} is not there; there are X{''.join(f', {name}' for name in there)}")
         if adata.n_obs == 0:
             raise InputError("there are no cells to embed")
         if not adata.var_names.is_unique:
@@ -292,8 +299,8 @@ class Pretrained:
         obs = pd.DataFrame(index=pd.Index([f"generated-{k}" for k in range(len(conditions))]))
         for name in self._dit().n_labels:
             labels = given[name].to_numpy() if name in given else np.full(len(given), NOT_GIVEN)
-            known = [*self.conditions.labels[name], *([] if name in given else [NOT_GIVEN])]
-            obs[name] = pd.Categorical(labels, categories=known)
+            known = dict.fromkeys([*self.conditions.labels[name], *([] if name in given else [NOT_GIVEN])])
+            obs[name] = pd.Categorical(labels, categories=list(known))
         obs["library_size"] = library_size_n
         return obs
 

@@ -60,8 +60,9 @@ def world_of_environment() -> World:
     """This process's place, before anything is initialised; sets the rendezvous that a lone process lacks."""
     rank, size, local = address_from_environment()
     if torch.cuda.is_available():
-        torch.cuda.set_device(local)
-        device = torch.device("cuda", local)
+        index = local % torch.cuda.device_count()  # Slurm may show a task its own GPU alone
+        torch.cuda.set_device(index)
+        device = torch.device("cuda", index)
     else:
         device = torch.device("cpu")
     os.environ.setdefault("RANK", str(rank))

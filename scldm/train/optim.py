@@ -58,15 +58,14 @@ def learning_rate(config: OptimConfig, step: int, n_steps: int) -> float:
 
 
 def make_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.AdamW:
-    """AdamW in three groups: matrices, which decay; the rest; and parameters that ask for a rate of their own.
+    """AdamW in three groups: weights of linear maps, which decay; the rest; and those that ask for a rate of their own.
 
     A parameter asks by an attribute `lr_scale`, a multiple of the learning rate.
     """
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    maps = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
-        decays = parameter.ndim >= 2 and id(parameter) not in embeddings
-        key = (config.weight_decay if decays else 0.0, getattr(parameter, "lr_scale", 1.0))
+        key = (config.weight_decay if id(parameter) in maps else 0.0, getattr(parameter, "lr_scale", 1.0))
         groups.setdefault(key, []).append(parameter)
     return torch.optim.AdamW(
         [{"params": p, "weight_decay": decay, "lr_scale": scale} for (decay, scale), p in groups.items()],

@@ -215,7 +215,7 @@ def with_empty_cell() -> Any:
             None,
             "X is empty",
         ),
-        (cells, "counts", "layer 'counts' is not there; layers: none"),
+        (cells, "counts", "layer 'counts' is not there; there are X"),
         (of_other_genes, None, "none of the 30 genes .such as 'gene0'. is among the model's 30 .such as 'ENSG00000'"),
         (of_doubled_genes, None, "gene 'ENSG00000' stands twice"),
         (lambda: cells()[:0].copy(), None, "no cells to embed"),

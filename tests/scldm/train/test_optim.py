@@ -61,7 +61,8 @@ def test_matrices_decay_and_embeddings_biases_norms_and_dispersions_do_not() -> 
     parameters = dict(model.named_parameters())
     assert len(of) == sum(len(group["params"]) for group in optimizer.param_groups) == len(parameters)
     for name, parameter in parameters.items():
-        matrix = parameter.ndim == 2 and "embedding" not in name and "log_theta" not in name
+        tables = ("embedding", "log_theta", "latent_queries")
+        matrix = parameter.ndim == 2 and not any(table in name for table in tables)
         assert (of[id(parameter)]["weight_decay"] > 0) == matrix, name
     scale = getattr(model.log_theta.weight, LR_SCALE)
     assert scale != 1

@@ -1,0 +1,56 @@
+"""What a training run keeps of its data, and what it can't train on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from data_pipeline.gene_sets import GeneSetConfig
+from data_pipeline.loader import LoaderConfig
+from launch.train_vae import TrainVAEConfig, whole_cells
+from launch.training import check_has_validation, keep_data
+from scldm.errors import InputError
+from scldm.parallel.engine import HardwareConfig
+from scldm.vocab import ConditionVocab, GeneVocab
+
+
+def manifest_of(genes: tuple[str, ...], **more: Any) -> Any:
+    statistics = SimpleNamespace(library_sizes=())
+    conditions = ConditionVocab({"cell_type": ("B", "T")})
+    common = {"kind": "cells", "conditions": conditions, "statistics": statistics, "extra": {}}
+    return SimpleNamespace(genes=GeneVocab(genes, "symbol"), **{**common, **more})
+
+
+def test_a_run_keeps_its_vocabulary_whatever_it_is_resumed_on(tmp_path: Path) -> None:
+    # else the weights of one gene would be exported under the name of another
+    keep_data(tmp_path, manifest_of(("CD3D", "MS4A1")))
+    keep_data(tmp_path, manifest_of(("CD3D", "MS4A1")))
+    with pytest.raises(InputError, match="trained on other data: its genes.json is not that of data.shards"):
+        keep_data(tmp_path, manifest_of(("MS4A1", "CD3D")))
+    assert GeneVocab.load(tmp_path / "genes.json").ids == ("CD3D", "MS4A1")
+
+
+def test_latents_of_another_autoencoder_do_not_take_over_a_run(tmp_path: Path) -> None:
+    latents = manifest_of(("CD3D",), kind="latents", extra={"vae": "a"})
+    keep_data(tmp_path, latents)
+    with pytest.raises(InputError, match=r"latents\.json"):
+        keep_data(tmp_path, manifest_of(("CD3D",), kind="latents", extra={"vae": "b"}))
+
+
+@pytest.mark.parametrize("splits", [[], [("validation", 0)], [("train", 5), ("test", 5)]])
+def test_without_validation_cells_nothing_starts(splits: list[tuple[str, int]]) -> None:
+    entries = tuple(SimpleNamespace(name=name, n_cells=n) for name, n in splits)
+    with pytest.raises(InputError, match="split.validation above 0"):
+        check_has_validation(manifest_of(("CD3D",), splits=entries), "shards")
+
+
+@pytest.mark.parametrize("policy, n_genes, cells", [("random", 2_000, 4), ("random", 30_000, 64), ("all", 0, 128)])
+def test_validation_on_all_genes_takes_no_more_memory_than_training(policy: Any, n_genes: int, cells: int) -> None:
+    data = LoaderConfig(given=GeneSetConfig(policy, n_genes))
+    config = TrainVAEConfig(run_dir="", data=data, hardware=HardwareConfig(micro_batch=128))
+    assert whole_cells(config, 60_000) == cells
+    assert whole_cells(replace(config, hardware=HardwareConfig(micro_batch=1)), 60_000) == 1
