@@ -26,9 +26,12 @@ VERBS = {
     "export": ("launch.export", "write trained runs as a model folder that scldm.load reads"),
     "generate": ("launch.generate", "generate cells for given conditions"),
     "embed": ("launch.embed", "embed the cells of an h5ad file"),
+    "reconstruct": ("launch.reconstruct", "expected expression and log-likelihood of the cells of an h5ad file"),
     "evaluate": ("launch.evaluate", "compare generated cells with real ones: metrics, figures, report"),
     "bench shards": ("launch.bench.shards", "measure the conversion of an atlas"),
     "bench loader": ("launch.bench.loader", "measure the stream of minibatches beside other loaders"),
+    "bench mcab": ("launch.bench.mcab", "measure the cross-attention between genes and latent tokens"),
+    "bench vae-step": ("launch.bench.vae_step", "measure a training step of the autoencoder"),
 }
 
 EXTRAS_HINT = "scldm's extras data, train and evaluate bring what its verbs need"

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scldm import draws
+from scldm.batch import GeneCounts
 from scldm.errors import InputError, read_json
 from scldm.flow.generate import SamplerConfig, generate_latents, sample_counts
 from scldm.library_size import LibrarySizeModel
@@ -184,6 +185,36 @@ class Pretrained:
                 out.append((latent_BLZ.mean(1) if pool == "mean" else latent_BLZ.flatten(1)).cpu().numpy())
                 bar.advance(len(dense_BS))
         return np.concatenate(out)
+
+    def reconstruct(
+        self, adata: ad.AnnData, *, layer: str | None = None, genes: Sequence[str] | None = None
+    ) -> ad.AnnData:
+        """Expected counts of the cells from their own latents, and how likely their counts are: the same cells with
+        expected counts in `X`, float32, and obs["log_likelihood"], in nats over the file's genes that the model knows.
+
+        adata: raw counts, as for `embed`; a cell's library size is its total over those genes
+        genes: which genes to write, in this order, any of the model's; the default is those of the file
+
+        Raises: InputError as `embed`, and for a gene that the model does not know.
+        """
+        counts, given_ids = self._given(adata, layer)
+        asked_ids = given_ids if genes is None else torch.from_numpy(self._wanted(genes) + 1).to(self.device)
+        encode = encoder_of(self.vae, given_ids, counts.getnnz(0) / adata.n_obs)
+        expected, log_likelihood = [], []
+        with Progress("reconstruct", adata.n_obs, "cells") as bar, torch.no_grad():
+            for rows in _batches(adata.n_obs):
+                given = GeneCounts(given_ids, torch.from_numpy(counts[rows].toarray()).to(self.device))
+                size_B = given.counts_BS.sum(1).float()
+                latent_BLZ = encode(given.counts_BS).mean_BLZ
+                whole = self.vae.decode(latent_BLZ, given_ids)
+                log_likelihood.append(-whole.nll_B(given, size_B).cpu().numpy())
+                asked = whole if genes is None else self.vae.decode(latent_BLZ, asked_ids, among_ids=given_ids)
+                expected.append(asked.expected(size_B).float().cpu().numpy())
+                bar.advance(len(size_B))
+        obs = adata.obs.copy()
+        obs["log_likelihood"] = np.concatenate(log_likelihood)
+        var = pd.DataFrame(index=pd.Index([self.genes.ids[k - 1] for k in asked_ids.tolist()]))
+        return ad.AnnData(np.concatenate(expected), obs=obs, var=var, uns={"scldm": {"model": self.hash}})
 
     def _given(self, adata: ad.AnnData, layer: str | None) -> tuple[sp.csr_matrix, Tensor]:
         """Counts of the genes that the model knows, and their indices."""

@@ -52,17 +52,21 @@ class AllGenesEncoder:
         self.Z0_R = self.e0_SR.sum(0, dtype=torch.float64)
         self.N0_RH = self._values_of(self.e0r_SR.double(), self.of.values_TD.double())
 
-    @torch.no_grad()
     def encode(self, counts_BS: Tensor) -> Posterior:
         """counts_BS: raw counts of the set's genes, (B, S)."""
+        with torch.no_grad():
+            return self.vae.posterior(self.pool(counts_BS))
+
+    @torch.no_grad()
+    def pool(self, counts_BS: Tensor) -> Tensor:
+        """What `vae.pool` makes of the genes, (B, L, D)."""
         read, unsafe = [], []
         for counts_S in counts_BS:
             read_MD, safe = self._read(counts_S)
             read.append(read_MD)
             unsafe.append(not safe)
-        read_BMD = torch.stack(read)
         mcab = self.vae.pool
-        x_BMD = self.query_MD + mcab.out(read_BMD)
+        x_BMD = self.query_MD + mcab.out(torch.stack(read))
         x_BMD = x_BMD + mcab.mlp(mcab.norm_mlp(x_BMD))
         if any(unsafe):
             again = torch.tensor(unsafe, device=counts_BS.device)
@@ -70,7 +74,7 @@ class AllGenesEncoder:
             x_BMD[again] = factorised.pool(
                 mcab, self.vae.latent_queries, self.vae.token, self.vae.gene_embedding, given
             )
-        return self.vae.posterior(x_BMD)
+        return x_BMD
 
     def _read(self, counts_S: Tensor) -> tuple[Tensor, bool]:
         """What the queries read of one cell, (M, D), and whether enough digits are left of it."""
@@ -106,5 +110,5 @@ class AllGenesEncoder:
 def encoder_of(vae: VAE, gene_ids_S: Tensor, prevalent_S: np.ndarray) -> Callable[[Tensor], Posterior]:
     """From counts of a gene set, (B, S), to the posterior: by AllGenesEncoder where attention is `factorised`."""
     if vae.config.attention == "factorised":
-        return AllGenesEncoder(vae, gene_ids_S, torch.from_numpy(prevalent_S)).encode
+        return AllGenesEncoder(vae, gene_ids_S, torch.tensor(np.asarray(prevalent_S))).encode
     return lambda counts_BS: vae.encode(GeneCounts(gene_ids_S, counts_BS))

@@ -128,6 +128,11 @@ class Predicted:
             return torch.expm1(self.value_BQ.clamp(0, 20)) * (library_size_B[:, None] / NORMALISED_TO)
         return self.value_BQ.exp() * library_size_B[:, None]
 
+    def expected(self, library_size_B: Tensor) -> Tensor:
+        """Mean of the distribution of counts, (B, Q); gaussian: as `mu`."""
+        mu_BQ = self.mu(library_size_B)
+        return mu_BQ if self.dropout_BQ is None else mu_BQ * torch.sigmoid(-self.dropout_BQ)
+
     def log_prob_BQ(self, counts_BQ: Tensor, library_size_B: Tensor) -> Tensor:
         """Log p of every gene's count in nats, (B, Q); gaussian: log density of its value."""
         dispersion, dropout_BQ = self.dispersion, self.dropout_BQ

@@ -1,0 +1,64 @@
+"""Time and peak memory of a piece of work on whatever device there is. Reading order: Cost, measure."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from launch.bench.report import median
+
+
+@dataclass(frozen=True)
+class Cost:
+    """seconds: of CPU time, all threads, or of a GPU; peak_bytes: the most memory beyond what there was before."""
+
+    seconds: float
+    peak_bytes: int
+
+
+def measure(work: Callable[[], object], repeats: int, device: torch.device) -> Cost:
+    """The median of the repeats' time, after one call that is not timed and gives the peak."""
+    peak = _peak(work, device)
+    return Cost(median([_seconds(work, device) for _ in range(repeats)]), peak)
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end) / 1e3
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
+def _peak(work: Callable[[], object], device: torch.device) -> int:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    if not sys.platform.startswith("linux"):
+        work()
+        return 0
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of resident memory
+    before = _status_kb("VmRSS")
+    work()
+    return (_status_kb("VmHWM") - before) * 1024
+
+
+def _status_kb(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))

@@ -1,0 +1,65 @@
+"""`scldm reconstruct`: what the autoencoder expects of a user's own cells, and how likely it finds them."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import anndata as ad
+import torch
+
+import scldm
+from launch.cli import run_verb
+from launch.generate import write_whole
+from scldm.errors import InputError
+
+PURPOSE = """Encode and decode the cells of an h5ad file: writes expected counts of the chosen genes, and every cell's
+log-likelihood in obs["log_likelihood"]: nats, over the file's genes that the model knows."""
+EXAMPLE = """
+scldm reconstruct model=model h5ad=cells.h5ad out=expected.h5ad
+scldm reconstruct model=model h5ad=cells.h5ad out=expected.h5ad genes=[CD3E,MS4A1] --layer counts
+"""
+
+
+@dataclass(frozen=True)
+class ReconstructConfig:
+    """Which cells to reconstruct.
+
+    model: model folder that `scldm export` wrote
+    h5ad: file with raw counts
+    out: h5ad file to write: the same cells, expected counts in X
+    genes: genes to write, any that the model knows; none writes those of the file
+    layer: layer that holds the counts; empty is X
+    device: torch device; empty is a GPU where there is one
+    """
+
+    model: str
+    h5ad: str
+    out: str
+    genes: list[str] = field(default_factory=list)
+    layer: str = ""
+    device: str = ""
+
+
+CONFIG = ReconstructConfig
+
+
+def main(config: ReconstructConfig) -> Path:
+    """Write the file; returns its path."""
+    if not Path(config.h5ad).is_file():
+        raise InputError(f"h5ad={config.h5ad}: no such file")
+    model = scldm.load(config.model, config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        adata = ad.read_h5ad(config.h5ad)
+    except (OSError, KeyError) as error:
+        raise InputError(f"h5ad={config.h5ad}: not a readable h5ad file: {error}") from None
+    expected = model.reconstruct(adata, layer=config.layer or None, genes=config.genes or None)
+    write_whole(expected, Path(config.out))
+    mean = expected.obs["log_likelihood"].mean()
+    print(f"{expected.n_obs:,} cells x {expected.n_vars:,} genes, {mean:.1f} nats a cell: {config.out}")
+    return Path(config.out)
+
+
+if __name__ == "__main__":
+    sys.exit(run_verb("reconstruct", sys.argv[1:]))
