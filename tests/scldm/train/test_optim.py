@@ -54,7 +54,7 @@ def test_what_can_not_be_is_refused_by_name(wrong: dict, said: str) -> None:
         OptimConfig(**wrong)
 
 
-def test_matrices_decay_and_embeddings_biases_norms_and_dispersions_do_not() -> None:
+def test_linear_maps_decay_and_embeddings_queries_biases_norms_and_dispersions_do_not() -> None:
     model = make_vae()
     optimizer = make_optimizer(OptimConfig(lr=1e-3, weight_decay=0.1), model)
     of = {id(p): group for group in optimizer.param_groups for p in group["params"]}

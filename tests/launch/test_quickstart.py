@@ -1,0 +1,178 @@
+"""The project's promise: one command, from real cells to a report, on two ranks; killed, resumed, and done."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+from launch.cli import main
+from scldm.train.tracking import read_metrics
+from tests.scldm.train.small_runs import make_cells
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+# six minutes are promised on two free cores; a test may share them
+LIMIT_S = 900
+
+
+def start(*words: str) -> subprocess.Popen:
+    """The command as a user types it, in a process group of its own."""
+    command = ["bash", str(ROOT / "launch" / "quickstart.sh"), *words]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    text, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0, text[-4_000:]
+    return text
+
+
+def kill_in_the_middle_of(stage: Path, process: subprocess.Popen) -> int:
+    """SIGKILL to all of the command's processes once a stage has saved a checkpoint; returns that checkpoint's step."""
+    end = time.monotonic() + LIMIT_S
+    latest = stage / "checkpoints" / "latest"
+    while not latest.is_file():
+        assert process.poll() is None, process.communicate()[0][-4_000:]
+        assert time.monotonic() < end
+        time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    return int(latest.read_text().removeprefix("step-"))
+
+
+def contents(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(p): (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2 * LIMIT_S)
+def test_the_built_in_cells_go_from_counts_to_a_report(tmp_path: Path) -> None:
+    out = tmp_path / "quickstart"
+    step = kill_in_the_middle_of(out / "vae", start("--out", str(out)))
+    note = json.loads((out / "quickstart.json").read_text())
+    assert "shards" in note["stages"]
+    assert "vae" not in note["stages"]
+    text = finish(start("--out", str(out)))
+
+    # it went on where it was, and did not repeat what was done
+    assert len(json.loads((out / "vae" / "environment.json").read_text())) == 2
+    config = json.loads((out / "vae" / "config.json").read_text())
+    assert 0 < step < config["train"]["steps"]
+    assert read_metrics(out / "vae", "train")[-1]["step"] == config["train"]["steps"]
+    assert config["hardware"]["engine"] == "deepspeed"
+    parts = list((out / "vae" / "checkpoints").glob("step-*/part-1-of-2.safetensors"))
+    assert parts, "two ranks write two parts"
+    stages = json.loads((out / "quickstart.json").read_text())["stages"]
+    assert all(stages[name] == seconds for name, seconds in note["stages"].items())
+
+    # where everything lies is said, and is true
+    for name in ("report.html", "generated.h5ad", "evaluation.json", "model", "shards", "latents"):
+        assert (out / name).exists(), name
+        assert str(out / name) in text
+    report = (out / "report.html").read_text()
+    assert not re.search(r"""(src|href)=["']?(?!data:|#)|url\((?!["']?data:)""", report), (
+        "the report needs another file"
+    )
+    assert report.count("data:image/png;base64,") >= 5
+    with sqlite3.connect(out / "mlflow.db") as database:
+        tags = database.execute("select value from tags where key = 'mlflow.parentRunId'").fetchall()
+        names = {name for (name,) in database.execute("select name from runs")}
+    assert len(tags) >= 2
+    assert {"quickstart", "train vae", "train ldm"} <= names
+
+    # the cells: as many of each type as the test split holds, integers, the source's genes
+    made: Any = ad.read_h5ad(out / "generated.h5ad")
+    source: Any = ad.read_h5ad(out / "input.h5ad")
+    evaluation = json.loads((out / "evaluation.json").read_text())
+    assert source.shape == (700, 765)
+    assert source.X.nnz == 174_400
+    assert list(made.var_names) == list(source.var_names)
+    assert made.X.format == "csr"
+    assert np.issubdtype(made.X.dtype, np.integer)
+    numbers = made.obs["cell_type"].value_counts()
+    by_type = evaluation["cells"]["by_type"]
+    assert {label: n for label, n in numbers.items() if n} == {label: row["test"] for label, row in by_type.items()}
+    assert abs(sum(row["train"] for row in by_type.values()) / 700 - 0.6) < 0.01
+
+    # and how good they are: by type, nearer to the test cells than Poisson at the mean and than shuffled types
+    for name in ("mmd2", "w2", "fd", "nn_accuracy"):
+        beats = evaluation["per_type"][name]["beats"]
+        assert beats["b"] is True, (name, evaluation["per_type"][name]["normalised"])
+        assert beats["c"] is True, (name, evaluation["per_type"][name]["normalised"])
+    markers = [row for row in evaluation["markers"] if row["type"] in evaluation["scored_types"]]
+    assert len(markers) >= 10
+    assert all(row["log2_fold_change"]["generated"] > 0 for row in markers)
+
+    # again: nothing is left to do, and nothing is touched
+    before = contents(out)
+    assert "all is done" in finish(start("--out", str(out)))
+    after = contents(out)
+    own = {str(out / name) for name in ("mlflow.db", "mlflow_run.json", "metrics.jsonl")}
+    assert {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)} <= own
+    finishing = sum(stages.values())
+    assert finishing < 360 or os.getloadavg()[0] > 2, f"{finishing:.0f} s"
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------
+
+
+def write_cells(path: Path, change=None) -> Path:
+    cells = make_cells(40, 0)
+    obs = pd.DataFrame({"type": pd.Categorical(np.array(["a", "b", "c"])[cells.label_n])})
+    adata = ad.AnnData(sp.csr_matrix(cells.counts_nG.astype(np.float32)), obs=obs.set_index(obs.index.astype(str)))
+    (change or (lambda a: None))(adata)
+    adata.write_h5ad(path)
+    return path
+
+
+def normalised(adata: Any) -> None:
+    adata.X = sp.csr_matrix(np.log1p(adata.X.toarray()))
+
+
+def two_that_differ(adata: Any) -> None:
+    adata.layers["counts"] = adata.X * 2
+
+
+@pytest.mark.parametrize(
+    "change, words, said",
+    [
+        (None, ["--condition", "typ"], "obs of .* has no such column; it has .*type"),
+        (None, [], "h5ad and condition go together"),
+        (None, ["--condition", "type", "--presets", "x"], "unknown key 'presets'"),
+        (normalised, ["--condition", "type"], "X"),
+        (two_that_differ, ["--condition", "type"], "layers/counts"),
+    ],
+)
+def test_a_bad_file_is_refused_before_anything_is_made(tmp_path: Path, capsys, change, words, said: str) -> None:
+    path = write_cells(tmp_path / "cells.h5ad", change)
+    assert main(["quickstart", "--h5ad", str(path), "--out", str(tmp_path / "out"), *words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(said, error), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_something_else_or_of_another_run_is_left_alone(tmp_path: Path, capsys) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    for words in ([], ["--fresh"]):
+        assert main(["quickstart", "--out", str(tmp_path), *words]) == 2
+        assert "not empty and not a quickstart's folder" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+    note = {"cells": "/other.h5ad", "condition": "type", "layer": "", "top_genes": 2000, "stages": {}}
+    (tmp_path / "quickstart.json").write_text(json.dumps(note))
+    assert main(["quickstart", "--out", str(tmp_path)]) == 2
+    assert "holds another run: cells was '/other.h5ad', now ''" in capsys.readouterr().err
