@@ -211,7 +211,7 @@ class Pretrained:
                 asked = whole if genes is None else self.vae.decode(latent_BLZ, asked_ids, among_ids=given_ids)
                 expected.append(asked.expected(size_B).float().cpu().numpy())
                 bar.advance(len(size_B))
-        obs = adata.obs.copy()
+        obs = pd.DataFrame(adata.obs, copy=True)
         obs["log_likelihood"] = np.concatenate(log_likelihood)
         var = pd.DataFrame(index=pd.Index([self.genes.ids[k - 1] for k in asked_ids.tolist()]))
         return ad.AnnData(np.concatenate(expected), obs=obs, var=var, uns={"scldm": {"model": self.hash}})
@@ -276,7 +276,7 @@ class Pretrained:
             for rows in _batches(len(conditions)):
                 numbers_B = torch.arange(rows.start, rows.stop, device=self.device)
                 of_batch = {name: torch.from_numpy(ids_n[rows]).to(self.device) for name, ids_n in ids.items()}
-                latent_BLZ = generate_latents(self._dit(), of_batch, numbers_B, seed, sampler)
+                latent_BLZ = self.vae.normalised(generate_latents(self._dit(), of_batch, numbers_B, seed, sampler))
                 size_B = torch.from_numpy(library_size_n[rows]).float().to(self.device)
                 counts_BG = sample_counts(self.vae, latent_BLZ, all_genes_G, size_B, numbers_B, seed)
                 parts.append(sp.csr_matrix(counts_BG[:, wanted].astype(np.int32)))

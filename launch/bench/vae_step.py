@@ -34,7 +34,8 @@ class BenchVAEStepConfig:
 
     cells: of a step
     n_genes: of the vocabulary
-    n_given, n_asked: genes that all cells share; the asked are the given ones and more
+    n_given: genes that all cells share, given to the encoder
+    n_asked: genes asked of the decoder: of the given ones, or those and more
     compile: torch.compile torch's kernels' path too, the strongest other one; minutes on a CPU
     precision: fp32, or bf16 by autocast
     threads: of torch
