@@ -20,9 +20,9 @@ from scldm.environment import describe
 from scldm.errors import InputError
 from scldm.evaluate.compare import EvaluateConfig, compare
 from scldm.evaluate.curves import curves_of
+from scldm.evaluate.figures import rivals_of, score_sections
 from scldm.evaluate.metrics import METRICS
 from scldm.evaluate.report import normalised_text, row_texts, verdicts, write_report
-from scldm.evaluate.rivals import RIVALS
 from scldm.train.tracking import Tracker, TrackingConfig, read_metrics
 
 PURPOSE = """
@@ -33,17 +33,18 @@ figures/*.png.
 EXAMPLE = """
 scldm evaluate generated=generated.h5ad shards=runs/quickstart/shards condition=cell_type out=runs/quickstart
 scldm evaluate generated=generated.h5ad real=cells.h5ad split=split condition=cell_type out=evaluation
+scldm evaluate generated=generated.h5ad shards=shards out=evaluation
 """
 PACKAGES = ("scikit-learn", "POT", "umap-learn", "matplotlib")
 
 
 @dataclass(frozen=True)
-class Config:
+class EvaluateVerbConfig:
     """What `scldm evaluate` takes.
 
     generated: h5ad file with the generated cells' counts
     out: folder for report.html, evaluation.json and figures
-    condition: obs column (condition) whose labels are the types
+    condition: obs column (condition) whose labels are the types; empty: no types, all cells are scored at once
     shards: shard set with the real cells, their splits and conditions
     real: h5ad file with the real cells, instead of shards
     split: obs column of `real` that says train, validation or test
@@ -54,7 +55,7 @@ class Config:
 
     generated: str = "???"
     out: str = "???"
-    condition: str = "???"
+    condition: str = ""
     shards: str = ""
     real: str = ""
     split: str = "split"
@@ -65,10 +66,10 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
-CONFIG = Config
+CONFIG = EvaluateVerbConfig
 
 
-def main(config: Config) -> dict:
+def main(config: EvaluateVerbConfig) -> dict:
     """Returns the evaluation, as in evaluation.json."""
     curves = {
         stage: loss_curves(run, stage) for stage, run in (("vae", config.vae_run), ("ldm", config.ldm_run)) if run
@@ -112,7 +113,7 @@ def loss_curves(run: str, stage: str) -> dict:
     return curves
 
 
-def made_with(config: Config) -> dict:
+def made_with(config: EvaluateVerbConfig) -> dict:
     """Inputs, command, commit and versions."""
     here = describe()
     versions = {**here["versions"], **{p: metadata.version(p) for p in PACKAGES}}
@@ -133,14 +134,14 @@ def made_with(config: Config) -> dict:
 
 def flat_scores(evaluation: dict) -> dict[str, float]:
     """The numbers that MLflow gets: scores, floors and normalised scores, pooled and per type, and the share of markers
-    up."""
+    up; what there is of them."""
     out = {}
-    for section in ("per_type", "pooled"):
+    for section in score_sections(evaluation):
         for name, row in evaluation[section].items():
             out[f"{section}.{name}"] = row["score"]
             out[f"{section}.{name}.floor"] = row["floor"]["mean"]
             out |= {f"{section}.{name}.of_{k}": v for k, v in row["normalised"].items() if v is not None}
-    up = [m["log2_fold_change"]["generated"] > 0 for m in evaluation["markers"]]
+    up = [m["log2_fold_change"]["generated"] > 0 for m in evaluation.get("markers", [])]
     return {**out, "markers_up": float(np.mean(up))} if up else out
 
 
@@ -150,18 +151,21 @@ def show(evaluation: dict, report: Path) -> None:
         width=max(Console().width, 112), highlight=False
     )  # a narrow terminal wraps rather than hides digits
     names = {"per_type": "per type (mean over types, weighted by cells)", "pooled": "pooled (all cells at once)"}
-    for section, title in names.items():
-        table = Table(title=f"scores {title}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    rivals = rivals_of(evaluation)
+    for section in score_sections(evaluation):
+        table = Table(title=f"scores {names[section]}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
         table.add_column("metric", no_wrap=True)
-        marks = [f"({k})" for k in RIVALS]
+        marks = [f"({k})" for k in rivals]
         for column in ("generated", "floor", *marks, *(f"0…1 {mark}" for mark in marks)):
             table.add_column(column, justify="right", no_wrap=True)
         for name, row in evaluation[section].items():
-            normalised = [normalised_text(row["normalised"][k], row["beats"][k]) for k in RIVALS]
+            normalised = [normalised_text(row["normalised"][k], row["beats"][k]) for k in rivals]
             table.add_row(METRICS[name].title, *(mean for mean, _ in row_texts(row)), *normalised)
         console.print(table)
-    rivals = "; ".join(f"({k}) {title}" for k, (title, *_) in RIVALS.items())
-    console.print(f"floor: the training cells themselves; rivals drawn from them: {rivals}", soft_wrap=True)
+    if evaluation["pooled_only"]:
+        console.print(evaluation["pooled_only"], soft_wrap=True)
+    listed = "; ".join(f"({k}) {title}" for k, (title, *_) in rivals.items())
+    console.print(f"floor: the training cells themselves; rivals drawn from them: {listed}", soft_wrap=True)
     note = "0…1: (score - floor) / (rival - floor); ✓ closer to the test cells than the rival; "
     note += "\N{EN DASH} rival no worse than the floor"
     console.print(note, soft_wrap=True)

@@ -16,7 +16,7 @@ from data_pipeline.schema import column_dtype, count_dtype, vocab_tag
 from data_pipeline.source_h5ad import find_counts, open_file, reading
 from data_pipeline.sources import as_labels
 from scldm.errors import InputError
-from scldm.evaluate.compare import Cells
+from scldm.evaluate.compare import NO_TYPE, Cells
 
 SPLITS = ("train", "validation", "test")
 
@@ -25,14 +25,14 @@ SPLITS = ("train", "validation", "test")
 
 
 def cells_of_shards(url: str, condition: str) -> tuple[Cells, Cells, Cells]:
-    """Training, validation and test cells of a shard set, whole in memory.
+    """Training, validation and test cells of a shard set, whole in memory; an empty condition gives them no types.
 
     Raises: InputError for a set, a split or a condition that is not there.
     """
     shards = ShardSet(url)
     try:
         names = shards.manifest.conditions.names
-        if condition not in names:
+        if condition and condition not in names:
             raise InputError(f"{url} has no condition={condition!r}; it has {', '.join(names) or 'none'}")
         train, validation, test = (_split(shards, name, condition) for name in SPLITS)
     finally:
@@ -43,9 +43,10 @@ def cells_of_shards(url: str, condition: str) -> tuple[Cells, Cells, Cells]:
 def _split(shards: ShardSet, split: str, condition: str) -> Cells:
     manifest = shards.manifest
     genes, name = manifest.genes, f"{shards.url} ({split})"
-    which = manifest.conditions.names.index(condition)
     buffers = BlockBuffers(column_dtype(genes.n_genes), count_dtype(manifest.statistics.largest_count))
     numbers = np.flatnonzero(shards.blocks["split"] == manifest.split_number(split)).tolist()
+    which = manifest.conditions.names.index(condition) if condition else None
+    labels = manifest.conditions.labels[condition] if condition else (NO_TYPE,)
     lengths, columns, counts, ids = [np.zeros(1, np.int64)], [], [], []
     for number in numbers:
         where = shards.where(number)
@@ -54,14 +55,15 @@ def _split(shards: ShardSet, split: str, condition: str) -> Cells:
         # views of the buffers that the next block overwrites
         columns.append(block.columns.astype(np.int32))
         counts.append(block.counts.astype(np.int32))
-        ids.append(block.conditions[which].astype(np.int64))
+        n_cells = len(block.indptr) - 1
+        ids.append(np.zeros(n_cells, np.int64) if which is None else block.conditions[which].astype(np.int64))
     if not ids:
         raise InputError(f"{name} holds no cells")
     indptr = np.cumsum(np.concatenate(lengths))
     matrix = sp.csr_matrix(
         (np.concatenate(counts), np.concatenate(columns), indptr), shape=(len(indptr) - 1, genes.n_genes)
     )
-    types = np.array(manifest.conditions.labels[condition])[np.concatenate(ids)]
+    types = np.array(labels)[np.concatenate(ids)]
     return Cells(matrix, types, genes.ids, name)
 
 
@@ -69,12 +71,13 @@ def _split(shards: ShardSet, split: str, condition: str) -> Cells:
 
 
 def cells_of_h5ad(path: str, condition: str, split: str, layer: str) -> tuple[Cells, Cells, Cells]:
-    """Training, validation and test cells of a file with a column that tells them apart.
+    """Training, validation and test cells of a file with a column that tells them apart; an empty condition gives them
+    no types.
 
     Raises: InputError where they can't be read or told apart.
     """
     counts, obs, genes = _read(path, layer)
-    types, splits = _labels(obs, condition, path, "condition"), _labels(obs, split, path, "split")
+    types, splits = _types(obs, condition, path), _labels(obs, split, path, "split")
     found = sorted(set(splits))
     for name in SPLITS:
         if name not in found:
@@ -92,7 +95,7 @@ def cells_of_h5ad(path: str, condition: str, split: str, layer: str) -> tuple[Ce
 def generated_cells(path: str, condition: str) -> Cells:
     """Raises: InputError where they can't be read, or don't say their condition."""
     counts, obs, genes = _read(path, "")
-    return Cells(counts, _labels(obs, condition, path, "condition"), genes, path)
+    return Cells(counts, _types(obs, condition, path), genes, path)
 
 
 def _read(path: str, layer: str) -> tuple[sp.csr_matrix, pd.DataFrame, tuple[str, ...]]:
@@ -107,6 +110,10 @@ def _read(path: str, layer: str) -> tuple[sp.csr_matrix, pd.DataFrame, tuple[str
     assert isinstance(obs, pd.DataFrame)
     assert isinstance(var, pd.DataFrame)
     return sp.csr_matrix(counts), obs, tuple(map(str, var.index))
+
+
+def _types(obs: pd.DataFrame, condition: str, path: str) -> np.ndarray:
+    return _labels(obs, condition, path, "condition") if condition else np.full(len(obs), NO_TYPE)
 
 
 def _labels(obs: pd.DataFrame, column: str, path: str, key: str) -> np.ndarray:

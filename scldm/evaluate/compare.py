@@ -17,6 +17,7 @@ from scldm.evaluate.metrics import N_COMPONENTS, TARGET_SUM, Profile, fit_pca, g
 from scldm.progress import Progress
 
 MAP_CELLS = 5_000  # a side; more are only ink
+NO_TYPE = ""  # of all cells where no condition tells them apart; no label is empty
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class EvaluateConfig:
 
     seed: of every random draw: floor, rivals, subsamples, UMAP
     n_draws: how often the floor and each rival are drawn; tables give their mean and standard deviation
-    min_cells: types with at least this many test cells are scored one by one
+    min_cells: types with at least this many test cells are scored one by one; all cells at once need as many
     max_cells: MMD2, W2 and 1-NN accuracy compare at most so many cells a side
     """
 
@@ -48,7 +49,7 @@ class Cells:
     """Cells of one source.
 
     counts: raw counts, CSR (cells, genes)
-    types: label of the condition per cell, (cells,) str
+    types: label of the condition per cell, (cells,) str; all NO_TYPE where there is no condition
     genes: gene ids of the columns
     name: how messages call them
 
@@ -113,8 +114,12 @@ def matched_numbers(train: Cells, test: Cells, generated: Cells) -> dict[str, in
     """Cells per type at which everything is compared: the test split's, or fewer where fewer were generated or trained
     on. Distances of finite samples depend on their size, and pooled ones on the mix of types.
 
-    Raises: InputError for a type of the test split that was not generated or not trained on.
+    Raises: InputError for a set without cells, and for a type of the test split that was not generated or not trained
+    on.
     """
+    for cells in (test, generated, train):
+        if not len(cells.types):
+            raise InputError(f"{cells.name} holds no cells")
     n_test, n_generated, n_train = (cells.numbers() for cells in (test, generated, train))
     missing = [t for t in n_test if t not in n_generated]
     if missing:
@@ -128,20 +133,29 @@ def matched_numbers(train: Cells, test: Cells, generated: Cells) -> dict[str, in
     return {t: min(n, n_generated[t], n_train[t]) for t, n in n_test.items()}
 
 
-def scored_types(numbers: dict[str, int], min_cells: int) -> list[str]:
-    """The types that are scored one by one.
+def scored_types(numbers: dict[str, int], min_cells: int) -> tuple[list[str], str]:
+    """The types that are scored one by one; where there are none, also the sentence that says why.
 
-    Raises: InputError where there are none.
+    Raises: InputError for fewer cells of all types together than one type needs.
     """
-    scored = [t for t, n in numbers.items() if n >= min_cells]
-    if not scored:
-        most = max(numbers, key=lambda t: numbers[t]) if numbers else None
-        found = f"the most are {numbers[most]} of {most!r}" if most else "there are no test cells"
+    if (n := sum(numbers.values())) < min_cells:
         raise InputError(
-            f"no type has {min_cells} cells to compare (test, generated and training cells all count): {found}; "
-            "give more cells, or set evaluate.min_cells lower"
+            f"only {n} cells to compare (test, generated and training cells all count), and "
+            f"evaluate.min_cells={min_cells} are needed; give more cells, or set it lower"
         )
-    return scored
+    if NO_TYPE in numbers:
+        return [], (
+            "No condition was given, so that all cells count as one type: scores are pooled only, and there are no "
+            "marker genes."
+        )
+    scored = [t for t, n in numbers.items() if n >= min_cells]
+    if scored:
+        return scored, ""
+    most = max(numbers, key=lambda t: numbers[t])
+    return [], (
+        f"No type has {min_cells} cells to compare (the most are {numbers[most]} of {most!r}), so that scores are "
+        "pooled only; evaluate.min_cells lowers that number."
+    )
 
 
 def _names(labels: list[str], shown: int = 5) -> str:
@@ -155,18 +169,23 @@ def _names(labels: list[str], shown: int = 5) -> str:
 def compare(train: Cells, validation: Cells, test: Cells, generated: Cells, config: EvaluateConfig) -> dict:
     """Scores with floor and rivals, marker genes, and what the figures need; JSON-ready, every list in a stated order.
 
+    Without a type of enough cells, `pooled_only` says so and the scores per type are absent; without types, all that
+    speaks of types is.
+
     Raises: InputError for cells that can't be compared.
     """
-    if not len(validation.types):
+    if len(validation.types) <= N_COMPONENTS:
         raise InputError(
-            f"{validation.name}: there are no validation cells; the principal components are fitted on them, because "
-            "cells that were trained on or are judged would bend the scale"
+            f"{validation.name}: {len(validation.types)} validation cells, and at least {N_COMPONENTS + 1} are needed: "
+            f"{N_COMPONENTS} principal components are fitted on them, because cells that were trained on or are judged "
+            "would bend the scale; put more cells into that split"
         )
     n_genes = {"real": len(train.genes), "generated": len(generated.genes)}
     genes = common_genes(train, generated)
     train, validation, test, generated = (with_genes(cells, genes) for cells in (train, validation, test, generated))
     numbers = matched_numbers(train, test, generated)
-    scored = scored_types(numbers, config.min_cells)
+    scored, pooled_only = scored_types(numbers, config.min_cells)
+    typed = NO_TYPE not in numbers
     found = {c: cells.numbers() for c, cells in (("train", train), ("test", test), ("generated", generated))}
     pca = fit_pca(log_normalise(validation.counts), N_COMPONENTS, config.seed)
 
@@ -183,11 +202,13 @@ def compare(train: Cells, validation: Cells, test: Cells, generated: Cells, conf
     def scores_of(profile: Profile) -> rivals.Scores:
         return rivals.score_sets(profiles["real"], profile, scored, config.max_cells, config.seed)
 
+    contestants = {"floor": rivals.floor_cells, **{key: draw for key, (_, _, draw) in rivals.RIVALS.items()}}
+    if not typed:
+        del contestants["c"]  # there are no types to shuffle
     draws: dict[str, list[rivals.Scores]] = {}
-    with Progress("evaluate", 1 + (1 + len(rivals.RIVALS)) * config.n_draws, "comparisons") as bar:
+    with Progress("evaluate", 1 + len(contestants) * config.n_draws, "comparisons") as bar:
         mine = scores_of(profiles["generated"])
         bar.advance()
-        contestants = {"floor": rivals.floor_cells, **{key: draw for key, (_, _, draw) in rivals.RIVALS.items()}}
         for k, (name, draw) in enumerate(contestants.items()):
             draws[name] = []
             for j in range(config.n_draws):
@@ -199,11 +220,7 @@ def compare(train: Cells, validation: Cells, test: Cells, generated: Cells, conf
         others = {name: [pick(s) for s in scores] for name, scores in draws.items()}
         return rivals.table(pick(mine), others.pop("floor"), others, as_floor)
 
-    log_train = log_normalise(train.counts)
-    sources = {name: (p.log, p.types) for name, p in profiles.items()}
-    found_markers = markers.check((log_train, train.types), sources, list(genes))
-    found_markers.sort(key=lambda m: list(numbers).index(m.type))  # stable: a type's own order stays
-    return {
+    out = {
         "config": asdict(config),
         "protocol": {
             "target_sum": TARGET_SUM,
@@ -218,18 +235,25 @@ def compare(train: Cells, validation: Cells, test: Cells, generated: Cells, conf
             "generated": sum(found["generated"].values()),
             "compared": len(test.types),
             "without_counts": {name: int((p.total == 0).sum()) for name, p in profiles.items()},
-            "by_type": {t: {**{c: n[t] for c, n in found.items()}, "compared": numbers[t]} for t in numbers},
-            "generated_only": [t for t in found["generated"] if t not in numbers],
         },
         "scored_types": scored,
-        "per_type": tabulate(lambda s: s.per_type),
+        "pooled_only": pooled_only,
         "pooled": tabulate(lambda s: s.pooled, as_floor=("c",)),
-        "by_type": {t: tabulate(lambda s, t=t: s.by_type[t]) for t in scored},
-        "markers": [asdict(m) for m in found_markers],
-        "expression": _expression(profiles, list(genes), found_markers),
         "genes": {"ids": list(genes), **{name: _moments(p) for name, p in profiles.items()}},
-        "map": _map(profiles, config.seed),
+        "map": _map(profiles, typed, config.seed),
     }
+    if scored:
+        out["per_type"] = tabulate(lambda s: s.per_type)
+        out["by_type"] = {t: tabulate(lambda s, t=t: s.by_type[t]) for t in scored}
+    if typed:
+        by_type = {t: {**{c: n[t] for c, n in found.items()}, "compared": numbers[t]} for t in numbers}
+        out["cells"] |= {"by_type": by_type, "generated_only": [t for t in found["generated"] if t not in numbers]}
+        sources = {name: (p.log, p.types) for name, p in profiles.items()}
+        found_markers = markers.check((log_normalise(train.counts), train.types), sources, list(genes))
+        found_markers.sort(key=lambda m: list(numbers).index(m.type))  # stable: a type's own order stays
+        out["markers"] = [asdict(m) for m in found_markers]
+        out["expression"] = _expression(profiles, list(genes), found_markers)
+    return out
 
 
 def _expression(profiles: dict[str, Profile], genes: list[str], found: list[markers.Marker]) -> dict:
@@ -256,9 +280,9 @@ def _moments(profile: Profile) -> dict[str, list[float]]:
 # --- the 2-D map ---------------------------------------------------------------------------------------------------
 
 
-def _map(profiles: dict[str, Profile], seed: int) -> list[dict]:
-    """UMAP of real test and generated cells together on their principal components, with type and total counts; one
-    dict of equally long lists a source."""
+def _map(profiles: dict[str, Profile], typed: bool, seed: int) -> list[dict]:
+    """UMAP of real test and generated cells together on their principal components, with type (if there are types) and
+    total counts; one dict of equally long lists a source."""
     rows = {name: subsample(len(p), MAP_CELLS, seed) for name, p in profiles.items()}
     xy = umap_coordinates(np.concatenate([p.components[rows[name]] for name, p in profiles.items()]), seed)
     out, start = [], 0
@@ -268,7 +292,7 @@ def _map(profiles: dict[str, Profile], seed: int) -> list[dict]:
         out.append(
             {
                 "source": name,
-                "type": p.types[rows[name]].tolist(),
+                **({"type": p.types[rows[name]].tolist()} if typed else {}),
                 "total": p.total[rows[name]].astype(int).tolist(),
                 "x": here[:, 0].round(3).tolist(),
                 "y": here[:, 1].round(3).tolist(),

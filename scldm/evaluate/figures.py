@@ -4,13 +4,14 @@ One meaning, one colour, everywhere: blue is real, vermillion is generated, gree
 colours are Okabe and Ito's and Tol's "muted", which stay apart for colour-blind readers; shape or a label says it
 again.
 
-Reading order: style, scores, map, markers, genes, library sizes, curves, all of them.
+Reading order: style, what there is to draw, scores, map, markers, genes, library sizes, curves, all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
@@ -85,23 +86,39 @@ def type_legend(looks: Mapping[str, tuple[str, str]]) -> list[Line2D]:
     return [Line2D([], [], marker=shape, linestyle="", color=color, label=label) for label, (color, shape) in own]
 
 
+# --- what there is to draw -----------------------------------------------------------------------------------------
+
+
+def score_sections(evaluation: dict) -> list[str]:
+    """per_type, where some type has cells enough, and pooled."""
+    return [section for section in ("per_type", "pooled") if section in evaluation]
+
+
+def rivals_of(evaluation: dict) -> dict[str, tuple]:
+    """The rivals that this evaluation has: without types, there are none to shuffle."""
+    return {k: rival for k, rival in RIVALS.items() if k in evaluation["pooled"]["w2"]["rivals"]}
+
+
 # --- scores --------------------------------------------------------------------------------------------------------
 
 
 def scores(evaluation: dict) -> Figure:
-    """The four main metrics, per type and pooled: generated cells, floor and rivals on one axis each."""
+    """The four main metrics, per type (where there are such) and pooled: generated cells, floor and rivals on one axis
+    each."""
     main = [name for name, metric in METRICS.items() if metric.main]
-    fig = Figure(figsize=(WIDTH, 5.0))
-    axes = fig.subplots(2, len(main), sharey=True)
+    sections = score_sections(evaluation)
+    fig = Figure(figsize=(WIDTH, 2.5 * len(sections)))
+    axes = fig.subplots(len(sections), len(main), sharey=True, squeeze=False)
     looks = {
         "generated": ("generated cells", GENERATED, "o", 80),
         "floor": ("floor: training cells", FLOOR, "D", 50),
         **{
             k: (f"({k}) {title}", RIVAL, shape, 50)
-            for (k, (title, *_)), shape in zip(RIVALS.items(), "^sX", strict=True)
+            for (k, (title, *_)), shape in zip(rivals_of(evaluation).items(), "^sX", strict=False)
         },
     }
-    for i, (section, title) in enumerate((("per_type", "per type"), ("pooled", "pooled"))):
+    for i, section in enumerate(sections):
+        title = section.replace("_", " ")
         for ax, name in zip(axes[i], main, strict=True):
             row = evaluation[section][name]
             values = {"generated": (row["score"], 0.0)}
@@ -130,8 +147,8 @@ def scores(evaluation: dict) -> Figure:
 
 
 def umap(evaluation: dict) -> Figure:
-    """Real test and generated cells on one UMAP: by source, then each source by type."""
-    types = list(evaluation["cells"]["by_type"])
+    """Real test and generated cells on one UMAP: by source, then each source alone, by type if there are types."""
+    types = list(evaluation["cells"].get("by_type", ()))
     looks = type_look(types)
     fig = Figure(figsize=(WIDTH, 3.9 + 0.18 * -(-len(type_legend(looks)) // 3)))
     axes = fig.subplots(1, 3, sharex=True, sharey=True)
@@ -149,13 +166,17 @@ def umap(evaluation: dict) -> Figure:
 
     for ax, (source, c) in zip(axes[1:], cells.items(), strict=True):
         ax.scatter(x, y, s=size * 0.6, color=FAINT, alpha=0.5, linewidths=0)
+        name, own = SOURCES[source]
+        if not types:
+            ax.scatter(c["x"], c["y"], s=size, color=own, alpha=0.75, linewidths=0)
         for t in reversed(types):  # the grey ones lie below
             here = c["type"] == t
             ax.scatter(
                 c["x"][here], c["y"][here], s=size, color=looks[t][0], marker=looks[t][1], alpha=0.9, linewidths=0
             )
-        ax.set_title(f"{SOURCES[source][0]} by type")
-    fig.legend(handles=type_legend(looks), loc="outside lower right", ncols=3, handletextpad=0.2, columnspacing=1.2)
+        ax.set_title(f"{name} by type" if types else name)
+    if types:
+        fig.legend(handles=type_legend(looks), loc="outside lower right", ncols=3, handletextpad=0.2, columnspacing=1.2)
     for ax in axes:
         ax.set(xticks=[], yticks=[], xlabel="UMAP 1")
         ax.spines[["left", "bottom"]].set_color(FAINT)
@@ -289,13 +310,18 @@ def genes(evaluation: dict) -> Figure:
 
 
 def library_sizes(evaluation: dict) -> Figure:
-    """Total counts per cell by type, real beside generated: cells, middle half and median."""
-    types = list(evaluation["cells"]["by_type"])[:LIBRARY_TYPES]
+    """Total counts per cell, by type if there are types, real beside generated: cells, middle half and median."""
+    by_type = evaluation["cells"].get("by_type")
+    numbers = (
+        {t: n["compared"] for t, n in by_type.items()} if by_type else {"all cells": evaluation["cells"]["compared"]}
+    )
+    types = list(numbers)[:LIBRARY_TYPES]
     fig = Figure(figsize=(WIDTH, 1.2 + 0.46 * len(types)))
     ax = fig.subplots()
     rng = np.random.default_rng(0)
     for i, c in enumerate(evaluation["map"]):
-        total, label = np.array(c["total"], dtype=float), np.array(c["type"])
+        total = np.array(c["total"], dtype=float)
+        label = np.array(c["type"] if by_type else types * len(total))
         _, color = SOURCES[c["source"]]
         for k, t in enumerate(types):
             values = np.maximum(total[label == t], 1)
@@ -305,8 +331,7 @@ def library_sizes(evaluation: dict) -> Figure:
             ax.barh(y, high - low, left=low, height=0.32, color=color, alpha=0.28)
             ax.scatter(shown, y + rng.uniform(-0.12, 0.12, len(shown)), s=11, color=color, alpha=0.7, linewidths=0)
             ax.plot([middle, middle], [y - 0.17, y + 0.17], color=INK, linewidth=2)
-    n = evaluation["cells"]["by_type"]
-    ax.set_yticks(range(len(types)), [f"{_short(t, 34)}  ({n[t]['compared']:,})" for t in types])
+    ax.set_yticks(range(len(types)), [f"{_short(t, 34)}  ({numbers[t]:,})" for t in types])
     ax.set(
         ylim=(len(types) - 0.45, -0.55), xscale="log", xlabel="total counts per cell over the compared genes, log scale"
     )
@@ -338,32 +363,54 @@ def _plain_log_axis(ax: Axes) -> None:
 
 # --- curves --------------------------------------------------------------------------------------------------------
 
-STAGES = {
-    "vae": ("autoencoder (VAE)", "nll", "loss, nats per cell"),
-    "ldm": ("latent diffusion (DiT)", "velocity_loss", "loss, mean squared velocity error"),
-}
+
+@dataclass(frozen=True)
+class Panel:
+    """One axis of the loss curves. metric: the first of these names that a split has is drawn."""
+
+    stage: str
+    splits: tuple[str, ...]
+    metric: tuple[str, ...]
+    title: str
+    unit: str
+
+
+# the autoencoder's losses are sums over different genes, which one axis would make look like overfitting
+PANELS = (
+    Panel("vae", ("train",), ("nll", "loss"), "autoencoder, training", "nats per cell, over the genes of the step"),
+    Panel("vae", ("validation",), ("nll", "loss"), "autoencoder, validation", "nats per cell, over all genes"),
+    Panel("ldm", ("train", "validation"), ("velocity_loss", "loss"), "latent diffusion", "mean squared velocity error"),
+)
+
+
+def drawn_panels(evaluation: dict) -> list[tuple[Panel, dict[str, np.ndarray]]]:
+    """The panels that have curves, each with split -> (cells seen, loss), (points, 2)."""
+    out = []
+    for panel in PANELS:
+        curves = evaluation.get("curves", {}).get(panel.stage, {})
+        found = {
+            split: next((curves[split][m] for m in panel.metric if m in curves[split]), None)
+            for split in panel.splits
+            if split in curves
+        }
+        lines = {split: np.array(points, dtype=float) for split, points in found.items() if points}
+        if lines:
+            out.append((panel, lines))
+    return out
 
 
 def loss_curves(evaluation: dict) -> Figure:
     """Training and validation loss of each run against the cells seen."""
-    runs: Mapping[str, dict[str, Any]] = evaluation["curves"]
+    panels = drawn_panels(evaluation)
     fig = Figure(figsize=(WIDTH, 3.8))
-    for ax, (stage, curves) in zip(fig.subplots(1, len(runs), squeeze=False)[0], runs.items(), strict=True):
-        title, main, unit = STAGES[stage]
-        tops, bottoms = [], []
-        for split, color in (("train", FAINT), ("validation", INK)):
-            metrics = curves.get(split, {})
-            name = next((m for m in (main, "loss") if m in metrics), None)
-            if name is None:
-                continue
-            seen, value = np.array(metrics[name], dtype=float).T
+    for ax, (panel, lines) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for split, points in lines.items():
+            seen, value = points.T
             if split == "train":
-                ax.plot(seen, value, color=color, linewidth=0.8, label="training, each step")
+                ax.plot(seen, value, color=FAINT, linewidth=0.8, label="training, each step")
                 ax.plot(seen, _smooth(value), color=RIVAL, linewidth=1.6, label="training, running mean")
             else:
-                ax.plot(
-                    seen, value, color=color, linewidth=1.6, marker="o", markersize=3.5, label=f"validation, {name}"
-                )
+                ax.plot(seen, value, color=INK, linewidth=1.6, marker="o", markersize=3.5, label="validation")
                 best = int(np.argmin(value))
                 ax.annotate(
                     f"{value[best]:.4g}",
@@ -373,17 +420,15 @@ def loss_curves(evaluation: dict) -> Figure:
                     ha="center",
                     fontsize=9,
                 )
-            tops.append(np.quantile(value, 0.98))
-            bottoms.append(value.min())
-        if tops:
-            # the first steps would flatten the rest
-            low, high = min(bottoms), max(tops)
-            pad = 0.08 * (high - low) or 1.0
-            ax.set_ylim(low - pad, high + pad)
-        ax.set_title(title)
-        ax.set(xlabel="cells seen, counting repeats", ylabel=unit)
+        # the first steps would flatten the rest
+        low = min(points[:, 1].min() for points in lines.values())
+        high = max(np.quantile(points[:, 1], 0.98) for points in lines.values())
+        pad = 0.08 * (high - low) or 1.0
+        ax.set_ylim(low - pad, high + pad)
+        ax.set_title(panel.title)
+        ax.set(xlabel="cells seen, counting repeats", ylabel=panel.unit)
         ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
-        ax.xaxis.set_major_locator(MaxNLocator(5))
+        ax.xaxis.set_major_locator(MaxNLocator(4))
         ax.grid()
         ax.legend(loc="upper right")
     return fig
@@ -418,5 +463,6 @@ FIGURES: Mapping[str, Callable[[dict], Figure]] = {
 
 def has(evaluation: dict, name: str) -> bool:
     """Whether there is something to draw: no curves without runs, no marker figures without markers."""
-    needs = {"marker_dots": "markers", "marker_changes": "markers", "loss_curves": "curves"}
-    return name not in needs or bool(evaluation.get(needs[name]))
+    if name == "loss_curves":
+        return bool(drawn_panels(evaluation))
+    return name not in ("marker_dots", "marker_changes") or bool(evaluation.get("markers"))

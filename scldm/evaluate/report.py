@@ -11,7 +11,7 @@ import os
 from html import escape
 from pathlib import Path
 
-from scldm.evaluate.figures import FIGURES, LIBRARY_TYPES, has, shown_types, style
+from scldm.evaluate.figures import FIGURES, LIBRARY_TYPES, has, rivals_of, score_sections, shown_types, style
 from scldm.evaluate.metrics import METRICS
 from scldm.evaluate.rivals import RIVALS
 from scldm.progress import Progress
@@ -111,18 +111,21 @@ def page(evaluation: dict, images: dict[str, bytes]) -> str:
 def verdicts(evaluation: dict) -> list[tuple[str, str]]:
     """(figure, sentence) of what matters most, for the top of the page and for a terminal."""
     main = [m for m, metric in METRICS.items() if metric.main]
+    section = score_sections(evaluation)[0]
     out = []
-    for key in RIVALS:
-        beats = [evaluation["per_type"][m]["beats"][key] for m in main]
+    for key in rivals_of(evaluation):
+        if section == "pooled" and key == "c":
+            continue  # the floor by construction
+        beats = [evaluation[section][m]["beats"][key] for m in main]
         judged = [b for b in beats if b is not None]
         out.append(
             (
                 f"{sum(judged)} of {len(judged)}",
-                f"main metrics, per type, on which generated cells are closer to real test cells than rival ({key}), "
-                f"{RIVALS[key][0]}",
+                f"main metrics, {section.replace('_', ' ')}, on which generated cells are closer to real test cells "
+                f"than rival ({key}), {RIVALS[key][0]}",
             )
         )
-    found = evaluation["markers"]
+    found = evaluation.get("markers")
     if found:
         up = sum(m["log2_fold_change"]["generated"] > 0 for m in found)
         real = sum(m["log2_fold_change"]["real"] > 0 for m in found)
@@ -141,7 +144,10 @@ def _head(e: dict) -> str:
     cells = e["cells"]
     tiles = "".join(f'<div class="tile"><b>{b}</b><span>{escape(text)}</span></div>' for b, text in verdicts(e))
     notes = []
-    short = [t for t, n in cells["by_type"].items() if n["compared"] < n["test"]]
+    by_type = cells.get("by_type", {"cells of any type": cells})
+    short = [t for t, n in by_type.items() if n["compared"] < n["test"]]
+    if e["pooled_only"]:
+        notes.append(escape(e["pooled_only"]))
     if short:
         notes.append(
             f"Fewer cells than the test split holds were generated or trained on for {_list(short)}; all sets are "
@@ -153,7 +159,7 @@ def _head(e: dict) -> str:
                 f"{n:,} {'real test' if source == 'real' else 'generated'} cells have no counts at all in the "
                 "compared genes."
             )
-    if cells["generated_only"]:
+    if cells.get("generated_only"):
         notes.append(f"Generated but not in the test split, and not judged: {_list(cells['generated_only'])}.")
     genes = e["protocol"]["n_genes"]
     if genes["common"] < max(genes["real"], genes["generated"]):
@@ -161,46 +167,56 @@ def _head(e: dict) -> str:
             f"Only the {genes['common']:,} genes that both have are compared (real {genes['real']:,}, generated "
             f"{genes['generated']:,})."
         )
-    listed = f"<ul>{''.join(f'<li>{escape(n)}</li>' for n in notes)}</ul>" if notes else ""
+    of_types = f" of {len(cells['by_type'])} types" if "by_type" in cells else ""
+    listed = f"<ul>{''.join(f'<li>{n}</li>' for n in notes)}</ul>" if notes else ""
     return (
         f"<h1>Generated cells against real ones</h1><p "
         f"class='soft'>{names}{' · ' if names else ''}{escape(made.get('created', ''))}</p><p>{cells['compared']:,} "
-        f"<span class='generated'>generated</span> cells of {len(cells['by_type'])} types are compared with equally "
-        f"many <span class='real'>real</span> cells that the model never saw (the test split), on {genes['common']:,} "
+        f"<span class='generated'>generated</span> cells{of_types} are compared with equally many "
+        f"<span class='real'>real</span> cells that the model never saw (the test split), on {genes['common']:,} "
         "genes. Every score is set between two marks: the <span class='floor'>floor</span>, which is what the "
-        f"training cells themselves reach, and three rivals, which are cells anyone could draw from the training "
+        f"training cells themselves reach, and the rivals, which are cells anyone could draw from the training "
         f"cells without a model.</p><div class='tiles'>{tiles}</div>{listed}"
     )
 
 
 def _scores(e: dict, images: dict[str, bytes]) -> str:
     draws, p = e["config"]["n_draws"], e["protocol"]
-    rivals = "".join(f"<li><b>({k}) {title}</b>: {what}.</li>" for k, (title, what, _) in RIVALS.items())
+    rivals = "".join(f"<li><b>({k}) {title}</b>: {what}.</li>" for k, (title, what, _) in rivals_of(e).items())
+    rows = (
+        f"Top row: each type on its own, averaged over types with at least {e['config']['min_cells']} test cells, "
+        "weighted by cells. Bottom row: all cells at once"
+        if e["scored_types"]
+        else "All cells at once"
+    ) + (", where rival (c) is by construction as good as the floor." if "c" in rivals_of(e) else ".")
     caption = (
         f"<b>Where generated cells stand.</b> Orange: generated cells. Green: the floor, real training cells. Grey: "
         f"the rivals. Bars are &plusmn; 1 standard deviation over {draws} draws (most are smaller than the symbol). "
-        f"Top row: each type on its own, averaged over types with at least {e['config']['min_cells']} test cells, "
-        "weighted by cells. Bottom row: all cells at once, where rival (c) is by construction as good as the floor."
+        f"{rows}"
     )
-    per_type = (
-        f"<b>Scores per type</b>: mean over {len(e['scored_types'])} types with at least {e['config']['min_cells']} "
-        f"test cells ({_list(e['scored_types'])}), weighted by cells. {_how_to_read(draws)}"
-    )
-    pooled = f"<b>Scores pooled</b>: all {e['cells']['compared']:,} cells of all types at once. Columns as above."
+    pooled = f"<b>Scores pooled</b>: all {e['cells']['compared']:,} cells at once."
+    if e["scored_types"]:
+        per_type = (
+            f"<b>Scores per type</b>: mean over {len(e['scored_types'])} types with at least "
+            f"{e['config']['min_cells']} test cells ({_list(e['scored_types'])}), weighted by cells. "
+            f"{_how_to_read(draws)}"
+        )
+        tables = _score_table(e, "per_type", per_type)
+        tables += _score_table(e, "pooled", f"{pooled} Columns as above.", explain=False) + _by_type_table(e)
+    else:
+        tables = _score_table(e, "pooled", f"{pooled} {_how_to_read(draws)}")
     return (
         "<p>All scores compare log-normalised expression (counts per 10,000, log1p) of generated and of test cells. "
         f"The first four are distances in the first {p['n_components']} principal components, which were fitted on "
         f"validation cells and hold {100 * p['explained_variance']:.0f} % of their variance. The rivals, drawn from "
         f"the training cells:</p><ul>{rivals}</ul>"
-        f"{_figure(images, 'scores', caption)}{_score_table(e['per_type'], per_type)}"
-        f"{_score_table(e['pooled'], pooled, explain=False)}"
-        f"{_by_type_table(e)}"
+        f"{_figure(images, 'scores', caption)}{tables}"
     )
 
 
 def _how_to_read(draws: int) -> str:
     return (
-        f"Floor and rivals: mean &plusmn; standard deviation over {draws} draws. The last three columns are (score "
+        f"Floor and rivals: mean &plusmn; standard deviation over {draws} draws. The last columns are (score "
         "&minus; floor) / (rival &minus; floor): <b>0 is as good as real training cells, 1 as poor as the rival</b>; "
         "✓ where the generated cells are closer to the test cells than the rival, ✗ where not, &ndash; where the "
         "metric does not find the rival worse than the floor (by three standard errors)."
@@ -212,12 +228,18 @@ def _map(e: dict, images: dict[str, bytes]) -> str:
         "<b>Real and generated cells on one map.</b> UMAP of the principal components of both together; axes have no "
         "unit, and distances between far groups mean little. Left: orange should cover blue evenly; blue alone is a "
         "state that was not generated, orange alone one that does not exist. Middle and right: the same map with one "
-        "source's cells by type (the others in pale grey); the colours should lie alike."
+        "source's cells"
+    ) + (
+        " by type (the others in pale grey); the colours should lie alike."
+        if "by_type" in e["cells"]
+        else " (the others in pale grey)."
     )
     return _figure(images, "umap", caption)
 
 
 def _markers(e: dict, images: dict[str, bytes]) -> str:
+    if "markers" not in e:
+        return ""
     found = e["markers"]
     if not found:
         return "<p>No type has enough cells (3 for training, 3 compared) for marker genes.</p>"
@@ -271,40 +293,42 @@ def _genes(e: dict, images: dict[str, bytes]) -> str:
 
 
 def _library(e: dict, images: dict[str, bytes]) -> str:
-    n_types = len(e["cells"]["by_type"])
+    n_types = len(e["cells"].get("by_type", ()))
     cut = f" Shown: the {LIBRARY_TYPES} largest of {n_types} types." if n_types > LIBRARY_TYPES else ""
     caption = (
-        "<b>Total counts per cell, by type.</b> Points: single cells (at most 400 a row). Pale bar: the middle half "
-        "of them. Black line: the median. In brackets: cells a source. Types in the order of their size. Blue and "
-        f"orange bars should lie one above the other.{cut}"
+        f"<b>Total counts per cell{', by type' if n_types else ''}.</b> Points: single cells (at most 400 a row). "
+        "Pale bar: the middle half of them. Black line: the median. In brackets: cells a source. "
+        f"{'Types in the order of their size. ' if n_types else ''}Blue and orange bars should lie one above the "
+        f"other.{cut}"
     )
     return _figure(images, "library_sizes", caption)
 
 
 def _training(e: dict, images: dict[str, bytes]) -> str:
-    if not e.get("curves"):
-        return ""
     caption = (
         "<b>Loss while training.</b> Pale: the training loss of each logged step. Grey: its running mean. Black: the "
         "loss on validation cells, which are never trained on; the best value is written beside it. A black line that "
-        "turns upwards while grey falls is overfitting. The largest values, at the start, are cut off."
+        "turns upwards while grey falls is overfitting. The autoencoder's losses are sums over different genes: in "
+        "training those of the step (a random subset, unless it trains on all), in validation all of them; so their "
+        "courses compare, not their heights. The largest values, at the start, are cut off."
     )
     return _figure(images, "loss_curves", caption)
 
 
 def _cells(e: dict) -> str:
+    typed = "by_type" in e["cells"]
     rows = "".join(
         f"<tr><td>{escape(t)}</td>{''.join(f'<td>{n[k]:,}</td>' for k in ('train', 'test', 'generated', 'compared'))}"
         f"<td>{'yes' if t in e['scored_types'] else ''}</td></tr>"
-        for t, n in e["cells"]["by_type"].items()
+        for t, n in e["cells"].get("by_type", {}).items()
     )
     n = e["cells"]
+    alone = " Scored alone: enough of them for scores of the type's own; all types count in the pooled scores."
     return (
-        "<div class='scroll'><table><caption><b>Cells by type.</b> Compared: how many of each set every comparison "
-        "takes: as many as the test split holds, or fewer where fewer were generated or trained on. Scored alone: "
-        "enough of them for scores of the type's own; all types count in the pooled "
-        f"scores.</caption><tr><th>type</th><th>training</th><th>test</th><th>generated</th>"
-        f"<th>compared</th><th>scored alone</th></tr>{rows}"
+        f"<div class='scroll'><table><caption><b>Cells{' by type' if typed else ''}.</b> Compared: how many of each "
+        "set every comparison takes: as many as the test split holds, or fewer where fewer were generated or trained "
+        f"on.{alone if typed else ''}</caption><tr><th>{'type' if typed else ''}</th><th>training</th><th>test</th>"
+        f"<th>generated</th><th>compared</th><th>{'scored alone' if typed else ''}</th></tr>{rows}"
         f"<tr><th>all</th><th>{n['train']:,}</th><th>{n['test']:,}</th>"
         f"<th>{n['generated']:,}</th><th>{n['compared']:,}</th><th></th></tr></table></div>"
         f"<p class='soft'>{n['validation']:,} validation cells fitted the principal components and were neither "
@@ -333,16 +357,17 @@ def _made(e: dict) -> str:
 # --- tables --------------------------------------------------------------------------------------------------------
 
 
-def _score_table(rows: dict, caption: str, explain: bool = True) -> str:
-    titles = "".join(f"<th>({k}) {title}</th>" for k, (title, *_) in RIVALS.items())
-    marks = "".join(f"<th{' class=left-edge' if k == 'a' else ''}>({k})</th>" for k in RIVALS)
+def _score_table(e: dict, section: str, caption: str, explain: bool = True) -> str:
+    rows, rivals = e[section], rivals_of(e)
+    titles = "".join(f"<th>({k}) {title}</th>" for k, (title, *_) in rivals.items())
+    marks = "".join(f"<th{' class=left-edge' if k == 'a' else ''}>({k})</th>" for k in rivals)
     out = [
-        f"<tr><th></th><th></th><th></th><th colspan='{len(RIVALS)}'>rivals, drawn from training cells</th>"
-        f"<th class='left-edge' colspan='{len(RIVALS)}'>floor = 0, rival = 1</th></tr>"
+        f"<tr><th></th><th></th><th></th><th colspan='{len(rivals)}'>rivals, drawn from training cells</th>"
+        f"<th class='left-edge' colspan='{len(rivals)}'>floor = 0, rival = 1</th></tr>"
         f"<tr><th>metric</th><th>generated</th><th>floor</th>{titles}{marks}</tr>"
     ]
     out += [_score_row(name, rows[name], explain) for name, metric in METRICS.items() if metric.main]
-    out.append(f"<tr class='group'><th colspan='{3 + 2 * len(RIVALS)}'>further scores</th></tr>")
+    out.append(f"<tr class='group'><th colspan='{3 + 2 * len(rivals)}'>further scores</th></tr>")
     out += [_score_row(name, rows[name], explain) for name, metric in METRICS.items() if not metric.main]
     return f"<div class='scroll'><table><caption>{caption}</caption>{''.join(out)}</table></div>"
 
@@ -374,7 +399,7 @@ def _score_row(name: str, row: dict, explain: bool) -> str:
     cells = "".join(f"<td>{mean} <span class='sd'>&plusmn; {sd}</span></td>" for mean, sd in (floor, *rivals))
     normalised = "".join(
         f"<td{' class=left-edge' if k == 'a' else ''}>{normalised_text(row['normalised'][k], row['beats'][k])}</td>"
-        for k in RIVALS
+        for k in row["rivals"]
     )
     return f"<tr><td>{metric.title}{meaning}</td><td class='generated'>{score[0]}</td>{cells}{normalised}</tr>"
 

@@ -115,7 +115,8 @@ RIVALS: Mapping[str, tuple[str, str, Draw]] = {
 
 @dataclass(frozen=True)
 class Scores:
-    """pooled: all cells at once; per_type: cell-weighted mean over the scored types; by_type: each of these."""
+    """pooled: all cells at once; per_type: cell-weighted mean over the scored types; by_type: each of these. Without
+    scored types, these two are empty."""
 
     pooled: dict[str, float]
     per_type: dict[str, float]
@@ -125,9 +126,12 @@ class Scores:
 def score_sets(test: Profile, other: Profile, scored_types: list[str], max_cells: int, seed: int) -> Scores:
     """All metrics of a set of cells against the test cells. Weights are the test cells of each scored type."""
     by_type = {t: score(test.of_type(t), other.of_type(t), max_cells, seed) for t in scored_types}
+    pooled = score(test, other, max_cells, seed)
+    if not scored_types:
+        return Scores(pooled, {}, {})
     weights = [int((test.types == t).sum()) for t in scored_types]
     per_type = {m: float(np.average([by_type[t][m] for t in scored_types], weights=weights)) for m in METRICS}
-    return Scores(score(test, other, max_cells, seed), per_type, by_type)
+    return Scores(pooled, per_type, by_type)
 
 
 # --- table ---------------------------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ from data_pipeline.write_shards import write_shards
 from launch.cli import main
 from launch.evaluated_cells import cells_of_h5ad, cells_of_shards, generated_cells
 from scldm.errors import InputError
+from scldm.evaluate import compare
+from scldm.evaluate.compare import NO_TYPE
 
 GENES = [f"g{k}" for k in range(30)]
 
@@ -53,6 +55,8 @@ def test_h5ad_cells_are_dealt_by_their_split(files):
         assert (found.counts != counts[rows]).nnz == 0
         assert found.types.tolist() == obs["kind"].iloc[rows].tolist()
     assert generated_cells(str(files / "generated.h5ad"), "kind").numbers() == {"T cell": 60, "B cell": 30}
+    untyped = cells_of_h5ad(str(files / "real.h5ad"), "", "part", "")
+    assert [c.numbers() for c in untyped] == [{NO_TYPE: len(c.types)} for c in dealt]
 
 
 def test_shard_cells_are_those_that_were_written(files):
@@ -70,6 +74,7 @@ def test_shard_cells_are_those_that_were_written(files):
     assert rows(*together) == rows(counts, obs["kind"])
     assert sum(len(p.types) for p in parts[1:]) == pytest.approx(160, abs=30)
     assert parts[0].genes == tuple(GENES)
+    assert [c.numbers() for c in cells_of_shards(out, "")] == [{NO_TYPE: len(p.types)} for p in parts]
     with pytest.raises(InputError, match=r"shards has no condition='tissue'; it has kind"):
         cells_of_shards(out, "tissue")
 
@@ -101,6 +106,25 @@ def test_a_mistake_is_one_line_and_nothing_is_written(files, monkeypatch, capsys
     assert message in error
     assert len(error.splitlines()) == 1
     assert not (files / "out").exists()
+
+
+def test_cells_of_an_unconditional_model_are_judged_pooled(files, monkeypatch, capsys):
+    # its compiler takes seconds
+    monkeypatch.setattr(compare, "umap_coordinates", lambda components, seed: components[:, :2])
+    monkeypatch.chdir(files)
+    counts, obs = cells(1, 90)
+    write(files / "generated.h5ad", counts, obs.drop(columns=["kind", "part"]))
+    words = "generated=generated.h5ad real=real.h5ad split=part out=out tracking.enabled=false evaluate.n_draws=2"
+    assert main(["evaluate", *words.split()]) == 0
+    evaluation = json.loads((files / "out" / "evaluation.json").read_text())
+    assert "condition" not in evaluation["made_with"]
+    tracked = json.loads((files / "out" / "evaluation" / "metrics.jsonl").read_text())
+    assert tracked["pooled.w2"] == pytest.approx(evaluation["pooled"]["w2"]["score"])
+    printed = capsys.readouterr().out
+    assert "scores per type" not in printed
+    assert "scores pooled" in printed
+    assert "(c)" not in printed
+    assert evaluation["pooled_only"] in printed
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from html import escape
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ import scipy.sparse as sp
 
 from scldm.errors import InputError
 from scldm.evaluate import compare as module
-from scldm.evaluate.compare import Cells, EvaluateConfig, compare
+from scldm.evaluate.compare import NO_TYPE, Cells, EvaluateConfig, compare
 from scldm.evaluate.curves import curves_of
-from scldm.evaluate.figures import FIGURES
-from scldm.evaluate.report import write_report
+from scldm.evaluate.figures import FIGURES, has, loss_curves
+from scldm.evaluate.report import page as whole_page
+from scldm.evaluate.report import verdicts, write_report
 
 CONFIG = EvaluateConfig(n_draws=3)
 GENES = tuple(f"g{k}" for k in range(40))
@@ -39,7 +41,7 @@ def sets() -> dict[str, Cells]:
         "train": cells("train", 0, {"A": 150, "B": 90, "C": 20}),
         "validation": cells("validation", 1, {"A": 50, "B": 30, "C": 6}),
         "test": cells("test", 2, {"A": 50, "B": 30, "C": 6}),
-        "generated": cells("generated", 3, {"A": 60, "B": 25, "C": 6, "D": 4}),
+        "generated": cells("generated", 3, {"A": 60, "B": 25, "C": 6, "D & E": 4}),
     }
 
 
@@ -62,7 +64,7 @@ def test_good_cells_are_near_the_floor_and_poor_ones_are_not(sets):
     assert good["scored_types"] == ["A", "B"]
     assert good["cells"]["by_type"]["B"] == {"train": 90, "test": 30, "generated": 25, "compared": 25}
     assert good["cells"]["compared"] == 50 + 25 + 6
-    assert good["cells"]["generated_only"] == ["D"]
+    assert good["cells"]["generated_only"] == ["D & E"]
     assert {m["gene"] for m in good["markers"] if m["type"] == "B"} < {f"g{k}" for k in range(6, 12)}
     assert all(m["log2_fold_change"]["generated"] > 0 for m in good["markers"])
     assert good == compare(**sets, config=CONFIG)
@@ -93,8 +95,12 @@ def without(cells: Cells, label: str) -> Cells:
             "generated has no cells of 'B', which the test split holds",
         ),
         (lambda s: {"train": without(s["train"], "B")}, "train has no cells of 'B': floor and rivals"),
-        (lambda s: {"validation": s["validation"].select(np.arange(0))}, "validation: there are no validation cells"),
-        (lambda s: {"test": s["test"].select(np.arange(19))}, r"no type has 20 cells .* the most are 19 of 'A'"),
+        (
+            lambda s: {"validation": s["validation"].select(np.arange(10))},
+            "validation: 10 validation cells, and at least 11 are needed",
+        ),
+        (lambda s: {"test": s["test"].select(np.arange(19))}, "only 19 cells to compare .* evaluate.min_cells=20"),
+        (lambda s: {"generated": s["generated"].select(np.arange(0))}, "generated holds no cells"),
         (
             lambda s: {
                 "generated": Cells(
@@ -136,6 +142,66 @@ def test_last_row_of_a_repeated_step_wins_and_what_is_not_finite_is_passed_over(
     assert many["train"]["loss"][-1] == [3_499, 3_499.0]
 
 
+def few_a_type(sets: dict[str, Cells]) -> dict:
+    return compare(**{**sets, "test": cells("test", 2, {"A": 19, "B": 15, "C": 6})}, config=CONFIG)
+
+
+def without_types(sets: dict[str, Cells]) -> dict:
+    one = {name: Cells(c.counts, np.full(len(c.types), NO_TYPE), c.genes, name) for name, c in sets.items()}
+    return compare(**one, config=CONFIG)
+
+
+def test_small_sets_get_the_pooled_scores(sets):
+    found = few_a_type(sets)
+    assert "No type has 20 cells to compare (the most are 19 of 'A')" in found["pooled_only"]
+    assert not {"per_type", "by_type"} & set(found)
+    assert found["scored_types"] == []
+    assert found["cells"]["by_type"]["A"]["compared"] == 19  # (a) and (b) still are drawn type by type
+    assert found["markers"]
+    assert found["pooled"]["w2"]["beats"] == {"a": True, "b": True, "c": None}
+    told = verdicts(found)
+    assert ["main metrics, pooled" in text for _, text in told] == [True, True, False]  # (c) is the floor; the markers
+    assert told[0][0] == "4 of 4"
+
+
+def test_cells_without_types_get_the_pooled_scores(sets):
+    found = without_types(sets)
+    assert found["pooled_only"].startswith("No condition was given")
+    assert not {"per_type", "by_type", "markers", "expression"} & set(found)
+    assert not {"by_type", "generated_only"} & set(found["cells"])
+    assert all("type" not in source for source in found["map"])
+    assert found["cells"]["compared"] == 86
+    assert set(found["pooled"]["w2"]["rivals"]) == {"a", "b"}
+    assert found["pooled"]["w2"]["normalised"]["a"] < 0.4
+
+
+@pytest.mark.parametrize("make", [few_a_type, without_types])
+def test_page_says_why_there_are_only_pooled_scores(sets, make):
+    evaluation = make(sets)
+    drawn = [name for name in FIGURES if has(evaluation, name)]
+    for name in drawn:
+        FIGURES[name](evaluation)
+    page = whole_page(evaluation, dict.fromkeys(drawn, b""))
+    assert escape(evaluation["pooled_only"]) in page
+    for absent in ("Scores per type", "per type,", "Scores of each type", "Top row"):
+        assert absent not in page
+    typed = make is few_a_type
+    assert ("Marker genes by type" in page) == ("Cells by type" in page) == ("shuffled types" in page) == typed
+    assert {"scores", "umap", "genes", "library_sizes"} <= set(drawn)
+
+
+def test_losses_over_different_genes_don_t_share_an_axis():
+    curve = {"train": {"nll": [[64, 200.0], [128, 150.0]]}, "validation": {"nll": [[128, 450.0]]}}
+    ldm = {"train": {"velocity_loss": [[64, 1.0]]}, "validation": {"velocity_loss": [[64, 1.1]]}}
+    training, validation, both = loss_curves({"curves": {"vae": curve, "ldm": ldm}}).axes
+    assert training.get_ylabel() == "nats per cell, over the genes of the step"
+    assert validation.get_ylabel() == "nats per cell, over all genes"
+    assert training.get_ylim()[1] < 300 < validation.get_ylim()[0]
+    assert [line.get_label() for line in both.get_lines()][-1] == "validation"
+    assert len(both.get_lines()) == 3
+    assert not has({"curves": {"vae": {"train": {"lr": [[64, 0.1]]}}}}, "loss_curves")
+
+
 def test_report_is_whole_and_needs_nothing_from_elsewhere(sets, tmp_path):
     sets["generated"] = Cells(*(getattr(sets["generated"], k) for k in ("counts", "types", "genes")), name="<b>&")
     evaluation = compare(**sets, config=CONFIG)
@@ -153,5 +219,5 @@ def test_report_is_whole_and_needs_nothing_from_elsewhere(sets, tmp_path):
     assert page.count("data:image/png;base64,") == len(FIGURES)
     assert not re.search(r"(src|href)=[\"'](?!data:image/png;base64,|#)|@import|url\(|<script", page)
     assert "a&lt;b" in page
-    assert "Generated but not in the test split, and not judged: D." in page
+    assert "Generated but not in the test split, and not judged: D &amp; E." in page
     assert not list((tmp_path / "out").rglob("*.part"))
