@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import sqlite3
 import subprocess
 import time
@@ -15,9 +14,11 @@ from typing import Any
 import anndata as ad
 import numpy as np
 import pandas as pd
+import psutil  # DeepSpeed brings it
 import pytest
 import scipy.sparse as sp
 
+from launch import quickstart
 from launch.cli import main
 from scldm.train.tracking import read_metrics
 from tests.scldm.train.small_runs import make_cells
@@ -42,20 +43,63 @@ def finish(process: subprocess.Popen) -> str:
 
 
 def kill_in_the_middle_of(stage: Path, process: subprocess.Popen) -> int:
-    """SIGKILL to all of the command's processes once a stage has saved a checkpoint; returns that checkpoint's step."""
+    """SIGKILL to all of the command's processes once a stage has saved a checkpoint; returns that checkpoint's step.
+
+    The group alone is not all: torchrun's ranks have groups of their own, and train on without it.
+    """
     end = time.monotonic() + LIMIT_S
     latest = stage / "checkpoints" / "latest"
     while not latest.is_file():
         assert process.poll() is None, process.communicate()[0][-4_000:]
         assert time.monotonic() < end
         time.sleep(0.5)
-    os.killpg(process.pid, signal.SIGKILL)
+    launcher = psutil.Process(process.pid)
+    for each in [launcher, *launcher.children(recursive=True)]:
+        each.kill()
     process.communicate()
     return int(latest.read_text().removeprefix("step-"))
 
 
 def contents(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(p): (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*") if p.is_file()}
+
+
+def assert_is_whole(out: Path) -> None:
+    """A report that needs no other file, one experiment of nested runs, and cells as they were asked for."""
+    report = (out / "report.html").read_text()
+    elsewhere = r"""(src|href)=["'](?!data:|#)|url\(["']?(?!["']|data:)"""
+    assert not re.search(elsewhere, report), "the report needs another file"
+    assert report.count("data:image/png;base64,") >= 5
+    with sqlite3.connect(out / "mlflow.db") as database:
+        tags = database.execute("select value from tags where key = 'mlflow.parentRunId'").fetchall()
+        names = {name for (name,) in database.execute("select name from runs")}
+    assert len(tags) >= 2
+    assert {"quickstart", "train vae", "train ldm"} <= names
+
+    # as many of each type as the test split holds, integers, the source's genes
+    made: Any = ad.read_h5ad(out / "generated.h5ad")
+    source: Any = ad.read_h5ad(out / "input.h5ad")
+    evaluation = json.loads((out / "evaluation.json").read_text())
+    assert source.shape == (700, 765)
+    assert source.X.nnz == 174_400
+    assert list(made.var_names) == list(source.var_names)
+    assert made.X.format == "csr"
+    assert np.issubdtype(made.X.dtype, np.integer)
+    numbers = made.obs["cell_type"].value_counts()
+    by_type = evaluation["cells"]["by_type"]
+    assert {label: n for label, n in numbers.items() if n} == {label: row["test"] for label, row in by_type.items()}
+    assert abs(sum(row["train"] for row in by_type.values()) / 700 - 0.6) < 0.01
+
+
+def assert_is_good(evaluation: dict) -> None:
+    """By type, nearer to the test cells than Poisson at the mean and than shuffled types; marker genes up."""
+    for name in ("mmd2", "w2", "fd", "nn_accuracy"):
+        beats = evaluation["per_type"][name]["beats"]
+        assert beats["b"] is True, (name, evaluation["per_type"][name]["normalised"])
+        assert beats["c"] is True, (name, evaluation["per_type"][name]["normalised"])
+    markers = [row for row in evaluation["markers"] if row["type"] in evaluation["scored_types"]]
+    assert len(markers) >= 10
+    assert all(row["log2_fold_change"]["generated"] > 0 for row in markers)
 
 
 @pytest.mark.slow
@@ -79,43 +123,11 @@ def test_the_built_in_cells_go_from_counts_to_a_report(tmp_path: Path) -> None:
     stages = json.loads((out / "quickstart.json").read_text())["stages"]
     assert all(stages[name] == seconds for name, seconds in note["stages"].items())
 
-    # where everything lies is said, and is true
     for name in ("report.html", "generated.h5ad", "evaluation.json", "model", "shards", "latents"):
         assert (out / name).exists(), name
         assert str(out / name) in text
-    report = (out / "report.html").read_text()
-    assert not re.search(r"""(src|href)=["']?(?!data:|#)|url\((?!["']?data:)""", report), (
-        "the report needs another file"
-    )
-    assert report.count("data:image/png;base64,") >= 5
-    with sqlite3.connect(out / "mlflow.db") as database:
-        tags = database.execute("select value from tags where key = 'mlflow.parentRunId'").fetchall()
-        names = {name for (name,) in database.execute("select name from runs")}
-    assert len(tags) >= 2
-    assert {"quickstart", "train vae", "train ldm"} <= names
-
-    # the cells: as many of each type as the test split holds, integers, the source's genes
-    made: Any = ad.read_h5ad(out / "generated.h5ad")
-    source: Any = ad.read_h5ad(out / "input.h5ad")
-    evaluation = json.loads((out / "evaluation.json").read_text())
-    assert source.shape == (700, 765)
-    assert source.X.nnz == 174_400
-    assert list(made.var_names) == list(source.var_names)
-    assert made.X.format == "csr"
-    assert np.issubdtype(made.X.dtype, np.integer)
-    numbers = made.obs["cell_type"].value_counts()
-    by_type = evaluation["cells"]["by_type"]
-    assert {label: n for label, n in numbers.items() if n} == {label: row["test"] for label, row in by_type.items()}
-    assert abs(sum(row["train"] for row in by_type.values()) / 700 - 0.6) < 0.01
-
-    # and how good they are: by type, nearer to the test cells than Poisson at the mean and than shuffled types
-    for name in ("mmd2", "w2", "fd", "nn_accuracy"):
-        beats = evaluation["per_type"][name]["beats"]
-        assert beats["b"] is True, (name, evaluation["per_type"][name]["normalised"])
-        assert beats["c"] is True, (name, evaluation["per_type"][name]["normalised"])
-    markers = [row for row in evaluation["markers"] if row["type"] in evaluation["scored_types"]]
-    assert len(markers) >= 10
-    assert all(row["log2_fold_change"]["generated"] > 0 for row in markers)
+    assert_is_whole(out)
+    assert_is_good(json.loads((out / "evaluation.json").read_text()))
 
     # again: nothing is left to do, and nothing is touched
     before = contents(out)
@@ -127,11 +139,44 @@ def test_the_built_in_cells_go_from_counts_to_a_report(tmp_path: Path) -> None:
     assert finishing < 360 or os.getloadavg()[0] > 2, f"{finishing:.0f} s"
 
 
+@pytest.mark.slow
+def test_a_users_own_file_goes_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Every stage for real, but for 20 steps of each training. Counts lie in a layer, beside what is no counts."""
+
+    def in_a_layer(adata: Any) -> None:
+        adata.layers["counts"] = adata.X.copy()
+        adata.X = sp.csr_matrix(np.log1p(adata.X.toarray()))
+
+    real_run = quickstart.run
+
+    def few_steps(stage: str, command: list[str]) -> None:
+        real_run(stage, command + ["train.steps=20"] * (stage in ("vae", "ldm")))
+
+    monkeypatch.setattr(quickstart, "run", few_steps)
+    path = write_cells(tmp_path / "cells.h5ad", in_a_layer, n=300)
+    out = tmp_path / "out"
+    words = ["quickstart", "--h5ad", str(path), "--condition", "type", "--out", str(out), "--top-genes", "30"]
+    assert main(words) == 0, capsys.readouterr().err
+    made: Any = ad.read_h5ad(out / "generated.h5ad")
+    assert made.shape[1] == 30
+    assert set(made.var_names) < set(ad.read_h5ad(path).var_names)
+    manifest = json.loads((out / "shards" / "manifest.json").read_text())
+    assert "layers/counts" in json.dumps(manifest["sources"]) + (out / "soma" / "origin.json").read_text()
+    assert json.loads((out / "evaluation.json").read_text())["cells"]["generated"] == made.n_obs
+    assert (out / "report.html").is_file()
+
+    # other settings are another run, until it is told to start over
+    assert main([*words[:-1], "20"]) == 2
+    assert "holds another run: top_genes was 30, now 20; --fresh starts over" in capsys.readouterr().err
+    assert main(words) == 0
+    assert "all is done" in capsys.readouterr().out
+
+
 # --- bad input -----------------------------------------------------------------------------------------------------
 
 
-def write_cells(path: Path, change=None) -> Path:
-    cells = make_cells(40, 0)
+def write_cells(path: Path, change=None, n: int = 40) -> Path:
+    cells = make_cells(n, 0)
     obs = pd.DataFrame({"type": pd.Categorical(np.array(["a", "b", "c"])[cells.label_n])})
     adata = ad.AnnData(sp.csr_matrix(cells.counts_nG.astype(np.float32)), obs=obs.set_index(obs.index.astype(str)))
     (change or (lambda a: None))(adata)
