@@ -355,7 +355,7 @@ def balanced(cells: BlockSource, units: Units, config: StreamConfig) -> Balance:
     conditions = cells.manifest.conditions
     at = np.repeat(cells.blocks["first_cell"][units.block].astype(np.int64), np.diff(units.start)) + units.cell_rows()
     group = np.zeros(units.n_cells, np.int64)
-    for name in config.balance:
+    for name in sorted(config.balance):  # a group's number draws its cells, and state() knows no order either
         if name not in conditions.names:
             raise InputError(
                 f"balance: condition {name!r} is unknown; the set has {', '.join(conditions.names) or 'none'}"

@@ -190,6 +190,7 @@ def test_another_stream_of_the_same_loader_does_not_disturb_its_place(folder):
         ("global_batch", {}, 48),
         ("given", {"given": GeneSetConfig("random", 51, 4)}, 96),
         ("select", {"select": {"type": ["a"]}}, 96),
+        ("balance", {"balance": ["type"]}, 96),
     ],
 )
 def test_a_state_of_another_stream_is_refused_by_name(folder, name, changes, batch):
@@ -197,6 +198,21 @@ def test_a_state_of_another_stream_is_refused_by_name(folder, name, changes, bat
         state = loader.state()
     with open_loader(folder, global_batch=batch, **changes) as other, pytest.raises(InputError, match=f"{name} is"):
         other.load_state(state)
+
+
+def test_a_balanced_and_selected_stream_is_resumed_however_its_conditions_are_ordered(folder):
+    donors = [f"d{k}" for k in range(250)]
+    one = {"balance": ["type", "donor"], "select": {"type": ["a", "b"], "donor": donors}}
+    other = {"balance": ["donor", "type"], "select": {"donor": donors[::-1], "type": ["b", "a"]}}
+    with open_loader(folder, global_batch=24, **one) as loader:
+        n = loader.steps_per_epoch
+        for _ in range(n - 2):
+            next(loader)
+        state = loader.state()
+        expected = [[flat(b) for b in next(loader)] for _ in range(n)]  # on into the next epoch
+    with open_loader(folder, global_batch=24, **other) as loader:
+        loader.load_state(state)
+        assert [[flat(b) for b in next(loader)] for _ in range(n)] == expected
 
 
 def test_a_state_of_another_data_set_is_refused(folder, tmp_path):
