@@ -70,7 +70,7 @@ class ShardsWriteConfig:
     workers: processes; the set's bytes don't depend on them
     task: i/n, do the i-th of n shares (from 0) of what can be done now, as in an array job
     finish: with tasks, do what is left of their shares and write the manifest
-    work: folder for unfinished work; empty: .work in the set's folder
+    work: folder to make one for unfinished work in; empty: .work in the set's folder
     """
 
     out: str

@@ -14,6 +14,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import threading
 import time
@@ -42,13 +43,14 @@ from data_pipeline.schema import (
     read_manifest,
     shard_name,
 )
-from data_pipeline.stages import Layout, Worker, deliver, delivered_bytes, local_folder
+from data_pipeline.stages import STAGES, Layout, Worker, deliver, delivered_bytes, local_folder
 from data_pipeline.statistics import compute_statistics
 from data_pipeline.variable_genes import CELLS, clip_values, top_genes
 from scldm.errors import InputError
 from scldm.progress import Progress
 
 DISK_BYTES_PER_COUNT = 2.1  # of the runs, before they have become tars
+WORK_FILES = {*STAGES, "plan", "csc", "runs", "tars", "index", "genes.json", "clip_at.npy", "layout.json", "kept.npy"}
 
 
 def write_shards(config: ShardsWriteConfig) -> Manifest | None:
@@ -59,9 +61,12 @@ def write_shards(config: ShardsWriteConfig) -> Manifest | None:
     _ = config.process_bytes
     finished = finished_set(config)
     if finished:
+        _remove_work(config)
         print(f"{config.out}: is complete, with {finished.n_cells:,} cells")
         return finished
     work = work_folder(config)
+    if strange := _strangers(work):
+        raise InputError(f"{work}: holds other files, such as {strange[0]}; work=FOLDER names another place")
     with disk_full_explained(str(work)):
         work.mkdir(parents=True, exist_ok=True)
         plan = make_plan(config, work / "plan")
@@ -83,20 +88,38 @@ def write_shards(config: ShardsWriteConfig) -> Manifest | None:
             print(f"{config.out}: every task's share is done; the same command with --finish writes the manifest")
             return None
         manifest = finish_set(config, plan, layout, work)
-        shutil.rmtree(work)
+        _remove_work(config)
     return manifest
 
 
 def work_folder(config: ShardsWriteConfig) -> Path:
-    """Where unfinished work lies. Raises: InputError for a URL without `work`."""
-    if config.work:
-        return Path(config.work)
+    """Where unfinished work lies: a folder of this set alone, since it is removed in the end.
+
+    Raises: InputError for a URL without `work`.
+    """
     folder = local_folder(config.out)
+    if config.work:
+        name = str(folder) if folder is not None else config.out.rstrip("/")
+        return Path(config.work) / f".scldm-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
     if folder is None:
         raise InputError(
             f"work must name a local folder for unfinished work, since out={config.out} is not on this machine"
         )
     return folder / ".work"
+
+
+def _strangers(work: Path) -> list[str]:
+    """What lies in a work folder and was not written by write_shards."""
+    names = sorted(p.name for p in work.iterdir()) if work.is_dir() else []
+    return [name for name in names if re.sub(r"^\.(.+)\.[0-9a-f]{12}$", r"\1", name) not in WORK_FILES]
+
+
+def _remove_work(config: ShardsWriteConfig) -> None:
+    """Of a finished set; also what a removal that was interrupted left."""
+    if config.work or local_folder(config.out) is not None:
+        work = work_folder(config)
+        if not _strangers(work):
+            shutil.rmtree(work, ignore_errors=True)  # another task may be removing it too
 
 
 def finished_set(config: ShardsWriteConfig) -> Manifest | None:
@@ -107,7 +130,10 @@ def finished_set(config: ShardsWriteConfig) -> Manifest | None:
     if delivered_bytes(config.out, MANIFEST) is None:
         folder = local_folder(config.out)
         there = sorted(p.name for p in folder.iterdir()) if folder is not None and folder.is_dir() else []
-        strange = [name for name in there if name not in (".work", "shards", "index")]
+        ours = ["shards", "index", ".work"]
+        if config.work and folder is not None and Path(config.work).resolve() == folder.resolve():
+            ours.append(work_folder(config).name)
+        strange = [name for name in there if name not in ours]
         if strange:
             raise InputError(
                 f"out={config.out}: holds other files, such as {strange[0]}; give a new or an empty folder"

@@ -235,6 +235,39 @@ def test_finished_work_is_not_repeated(tmp_path, source, monkeypatch):
     assert write(command) is not None
     assert write(command) is not None  # complete: says so, changes nothing
     assert not (tmp_path / "set/.work").exists()
+    (tmp_path / "set/.work/runs").mkdir(parents=True)  # as an interrupted removal leaves it
+    assert write(command) is not None
+    assert not (tmp_path / "set/.work").exists()
+
+
+@pytest.mark.parametrize("name", ["scratch", "set"])
+def test_only_our_own_unfinished_work_is_removed(tmp_path, source, name, monkeypatch):
+    """work= names the user's folder, or even the set's own; ours is one within it, found again after a kill."""
+    _, path = source
+    work = tmp_path / name
+    work.mkdir()
+    if name == "scratch":
+        (work / "thesis.txt").touch()
+    command = replace(config(tmp_path / "set", path), work=str(work))
+    with monkeypatch.context() as patch:
+        patch.setattr(write_shards, "finish_set", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            write(command)
+    manifest = write(command)
+    assert manifest is not None
+    assert sorted(p.name for p in work.iterdir()) == (
+        ["thesis.txt"] if name == "scratch" else ["index", "manifest.json", "shards"]
+    )
+    assert len(list((tmp_path / "set/shards").iterdir())) == len(manifest.shards)
+
+
+def test_a_strangers_work_folder_is_left_alone(tmp_path, source):
+    thesis = tmp_path / "set/.work/thesis.txt"
+    thesis.parent.mkdir(parents=True)
+    thesis.touch()
+    with pytest.raises(InputError, match=r"\.work: holds other files, such as thesis.txt; work=FOLDER"):
+        write(config(tmp_path / "set", source[1]))
+    assert thesis.exists()
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------
@@ -379,4 +412,4 @@ def test_to_a_url(tmp_path, source):
     there = {name.removeprefix("/bucket/set/"): fs.cat(name) for name in fs.find("/bucket/set")}
     assert there == {p: (tmp_path / "here" / p).read_bytes() for p in digest(tmp_path / "here")}
     assert read_manifest("memory://bucket/set").n_cells == 600
-    assert not (tmp_path / "work").exists()
+    assert not list((tmp_path / "work").iterdir())
