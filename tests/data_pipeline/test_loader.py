@@ -1,10 +1,10 @@
 """The stream against cells whose every count is known: exact, the same for every world size, resumable, and loud about
 faults. Runs over sets of many small blocks, so that windows, lanes and their borders all occur."""
 
+import errno
 import gc
 import os
 import threading
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -308,14 +308,26 @@ def test_a_shard_that_changes_while_it_is_read_is_noticed(tmp_path, cells):
         next(loader)
         loader.feed.close()  # drops the blocks held in memory
         shard = folder / loader.manifest.shards[0].path
-        data = bytearray(shard.read_bytes())
+        data, stat = bytearray(shard.read_bytes()), shard.stat()
         data[5000] ^= 1
-        time.sleep(0.01)
         with open(shard, "r+b") as file:
             file.write(data)
+        os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as a failing disk does
         loader.seek(0)
         with pytest.raises(InputError, match="damaged or was changed"):
             next(loader)
+
+
+def test_a_local_read_that_fails_names_the_block(folder, monkeypatch):
+    shards = ShardSet(folder)
+
+    def fails(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", fails)
+    with pytest.raises(InputError, match="shards/train-000001.tar, block 4: can't be read: Input/output error"):
+        shards.fetch(4)
+    shards.close()
 
 
 def test_missing_and_truncated_shards_are_named(tmp_path, cells):
