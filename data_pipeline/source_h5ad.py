@@ -208,10 +208,9 @@ def open_h5ad_source(path: str, config: SourceConfig, columns: tuple[str, ...], 
         if config.var_filter:
             keep_gene = _matches(var, config.var_filter, path, "source.var_filter")
         n_stored = look_at(file, layer).n_stored
-    namespace = namespace_of(ids) if config.gene_table or config.namespace == "auto" else config.namespace
     spec = SourceSpec("h5ad", path, layer, n_rows, n_columns, n_stored / max(n_rows, 1), Path(path).stat().st_size)
     report = {"cells_not_selected": n_rows - len(rows), "genes_not_selected": int((~keep_gene).sum())}
-    return OpenSource(spec, SourceGenes(path, ids, namespace), keep_gene, rows, obs, report)
+    return OpenSource(spec, SourceGenes(path, ids, namespace_of(ids)), keep_gene, rows, obs, report)
 
 
 def read_frame(group: Any) -> pd.DataFrame:

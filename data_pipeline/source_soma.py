@@ -122,13 +122,12 @@ def open_soma_source(uri: str, kind: str, config: SourceConfig, columns: tuple[s
             obs[column] = as_labels(pd.Series(table[column]), name, missing)
         n_obs, mean_nonzeros = experiment.obs.count, _mean_nonzeros(matrix, rows)
     ids = tuple(map(str, var[gene_column]))
-    namespace = namespace_of(ids) if config.gene_table or config.namespace == "auto" else config.namespace
     spec = SourceSpec(
         kind, uri, layer, n_rows, n_columns, mean_nonzeros, 0, config.measurement,
         config.organism if kind == "census" else "", config.census_version if kind == "census" and not uri else "",
     )  # fmt: skip
     report = {"cells_not_selected": n_obs - len(rows), "genes_not_selected": int((~keep_gene).sum())}
-    return OpenSource(spec, SourceGenes(name, ids, namespace), keep_gene, rows, obs, report)
+    return OpenSource(spec, SourceGenes(name, ids, namespace_of(ids)), keep_gene, rows, obs, report)
 
 
 def _matrix(experiment: Any, measurement: str, layer: str, name: str) -> tuple[Any, str]:

@@ -38,7 +38,7 @@ class SourceConfig:
     var_filter: genes to take
     primary_data_only: of the Census, only cells with is_primary_data: each cell once
     gene_column: column of var with the gene ids; empty: h5ad, its index; SOMA, feature_id or the obs index
-    namespace: of the gene vocabulary; auto takes the sources' own
+    namespace: of the gene vocabulary; auto takes the sources' own, any other must be theirs or needs gene_table
     join: several sources' genes: all, or those that every source has
     gene_table: CSV with the columns ensembl and symbol, for sources that name genes otherwise than the vocabulary
     """

@@ -291,6 +291,19 @@ def test_namespaces_need_a_table(tmp_path):
     assert [c.tolist() for c in back.column_of] == [[0, 1, -1, -1, -1], [0, 1, 2, 3]]
 
 
+def test_a_stated_namespace_must_be_the_sources(tmp_path):
+    """Symbols that are called Ensembl ids would be a vocabulary of both."""
+    atlas(20, 30).write_h5ad(tmp_path / "symbol.h5ad")
+    atlas(20, 30, prefix="ENSG000000000").write_h5ad(tmp_path / "ensembl.h5ad")
+    write_soma(SomaWriteConfig(h5ad=str(tmp_path / "symbol.h5ad"), out=str(tmp_path / "soma")))
+    for names in (["symbol.h5ad"], ["symbol.h5ad", "ensembl.h5ad"], ["soma"]):
+        given = config(
+            tmp_path / "set", *(tmp_path / n for n in names), source={"namespace": "ensembl", "join": "union"}
+        )
+        with pytest.raises(InputError, match=r"its genes are named by symbol ids \(such as 'GENE0'\), .* by ensembl"):
+            write_shards(given)
+
+
 # --- splits --------------------------------------------------------------------------------------------------------
 
 
