@@ -9,6 +9,7 @@ Reading order: SourceConfig, SourceSpec, OpenSource, open_sources, obs columns a
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -135,7 +136,7 @@ def open_sources(config: SourceConfig, columns: tuple[str, ...], missing: str) -
 
 
 def resolve(config: SourceConfig) -> tuple[Literal["h5ad", "soma", "census"], list[str]]:
-    """The kind of the sources and their URIs, sorted; the Census on the net has the URI ''."""
+    """The kind of the sources and their URIs, sorted, each source once; the Census on the net has the URI ''."""
     uris: list[str] = []
     for path in config.paths:
         if glob.has_magic(path):
@@ -145,7 +146,7 @@ def resolve(config: SourceConfig) -> tuple[Literal["h5ad", "soma", "census"], li
             uris += found
         else:
             uris.append(path.rstrip("/"))
-    uris = sorted(set(uris))
+    uris = list({_identity(uri): uri for uri in sorted(set(uris), reverse=True)}.values())[::-1]
     endings = {u.endswith((".h5ad", ".h5")) for u in uris}
     kind = config.kind
     if kind == "auto" and not uris:
@@ -171,6 +172,15 @@ def resolve(config: SourceConfig) -> tuple[Literal["h5ad", "soma", "census"], li
         raise InputError("source.census_version must be given, such as 2025-01-30, or the Census's URI as source.paths")
     assert kind != "auto"
     return kind, uris or [""]
+
+
+def _identity(uri: str) -> object:
+    """Equal for all names of a local file or folder: links, ./, file://."""
+    try:
+        stat = os.stat(uri.removeprefix("file://"))
+    except OSError:
+        return uri
+    return stat.st_dev, stat.st_ino
 
 
 def as_labels(column: pd.Series, where: str, missing: str) -> pd.Series:

@@ -291,6 +291,20 @@ def test_namespaces_need_a_table(tmp_path):
     assert [c.tolist() for c in back.column_of] == [[0, 1, -1, -1, -1], [0, 1, 2, 3]]
 
 
+def test_a_file_under_several_names_is_read_once(tmp_path, monkeypatch):
+    """Twice the same cells could lie in training and in test."""
+    atlas(20, 30).write_h5ad(tmp_path / "a.h5ad")
+    write_soma(SomaWriteConfig(h5ad=str(tmp_path / "a.h5ad"), out=str(tmp_path / "soma")))
+    (tmp_path / "b.h5ad").symlink_to(tmp_path / "a.h5ad")
+    (tmp_path / "c.h5ad").hardlink_to(tmp_path / "a.h5ad")
+    monkeypatch.chdir(tmp_path)
+    for paths in (
+        ("b.h5ad", "a.h5ad", "./a.h5ad", str(tmp_path / "a.h5ad"), "*.h5ad"),
+        ("soma", "soma/", str(tmp_path / "soma"), (tmp_path / "soma").as_uri()),
+    ):
+        assert sum(len(s.rows) for s in open_sources(SourceConfig(paths=paths), (), "")) == 20
+
+
 def test_a_stated_namespace_must_be_the_sources(tmp_path):
     """Symbols that are called Ensembl ids would be a vocabulary of both."""
     atlas(20, 30).write_h5ad(tmp_path / "symbol.h5ad")
