@@ -198,7 +198,8 @@ def open_h5ad_source(path: str, config: SourceConfig, columns: tuple[str, ...], 
         if config.primary_data_only:
             if "is_primary_data" not in obs_group:
                 raise InputError(f"{path}: source.primary_data_only: obs has no column is_primary_data")
-            chosen &= np.asarray(read_column(obs_group, "is_primary_data")).astype(bool)
+            primary = read_column(obs_group, "is_primary_data")
+            chosen &= _where_true(primary, f"{path}: source.primary_data_only: is_primary_data")
         rows = np.flatnonzero(chosen).astype(np.int64)
         obs = pd.DataFrame(index=range(len(rows)))
         for column in columns:
@@ -239,9 +240,30 @@ def _matches(frame: pd.DataFrame, expression: str, path: str, key: str) -> np.nd
     """Rows of a table that an expression chooses."""
     try:
         result = frame.eval(expression.replace("&&", " and ").replace("||", " or "))
-        return np.asarray(result).astype(bool) & np.ones(len(frame), bool)
+        if np.ndim(result) > 1:
+            raise ValueError("an assignment; == compares")
     except Exception as error:  # pandas raises whatever its parser, its types or numexpr raise
         raise InputError(f"{path}: {key}={expression!r} can't be applied: {str(error).splitlines()[0]}") from None
+    return _where_true(
+        pd.Series(result, range(len(frame))) if np.isscalar(result) else result, f"{path}: {key}={expression!r}"
+    )
+
+
+def _where_true(values: Any, what: str) -> np.ndarray:
+    """Which of some booleans are true; missing ones are not.
+
+    Raises: InputError for anything but booleans: text and most numbers would all count as true.
+    """
+    column = pd.Series(values)
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        column = column.astype(object)
+    if pd.api.types.infer_dtype(column) != "boolean":
+        present = column.dropna()
+        raise InputError(
+            f"{what} gives {present.tolist()[0] if len(present) else 'no value'!r}, not true or false; compare it with "
+            'something, as in "n_genes > 500"'
+        )
+    return column.astype("boolean").to_numpy(bool, na_value=False)
 
 
 def matrix_format(node: Any) -> str:

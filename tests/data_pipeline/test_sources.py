@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import h5py
@@ -159,6 +160,28 @@ def test_categories_as_older_files_keep_them(tmp_path):
         file["obs"] = np.zeros(30, [("index", "S8"), ("cell_type", "i4")])
     with pytest.raises(InputError, match="anndata before 0.7"):
         open_sources(source, ("cell_type",), "")
+
+
+def test_filters_take_what_is_true(tmp_path):
+    """A missing value is not true; text and numbers are no answer, though Python calls them true."""
+    adata = atlas(4, 30)
+    adata.obs["flag"] = pd.array([True, None, False, True], "boolean")
+    adata.obs["kind"] = pd.Categorical([True, False, None, True])
+    adata.obs["age"] = [3.0, 0.0, np.nan, 5.0]
+    adata.obs["is_primary_data"] = ["True", "False", "False", "True"]
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    source = SourceConfig(paths=(str(tmp_path / "a.h5ad"),))
+    for expression, rows in (("flag", [0, 3]), ("kind", [0, 3]), ("age > 2", [0, 3]), ("True", [0, 1, 2, 3])):
+        assert open_sources(replace(source, obs_filter=expression), (), "")[0].rows.tolist() == rows
+    for settings, message in (
+        ({"obs_filter": "age"}, r"a.h5ad: source.obs_filter='age' gives 3.0, not true or false"),
+        ({"obs_filter": "cell_type"}, r"source.obs_filter='cell_type' gives '.*', not true or false"),
+        ({"obs_filter": "age = 3"}, r"source.obs_filter='age = 3' can't be applied: an assignment"),
+        ({"var_filter": "1"}, r"source.var_filter='1' gives 1, not true or false"),
+        ({"primary_data_only": True}, r"a.h5ad: source.primary_data_only: is_primary_data gives 'True', not true or"),
+    ):
+        with pytest.raises(InputError, match=message):
+            open_sources(replace(source, **settings), (), "")
 
 
 def test_labels():
