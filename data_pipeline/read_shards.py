@@ -19,21 +19,24 @@ import sys
 import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol, TypeVar
 
 import fsspec
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
 from data_pipeline import schema
+from data_pipeline.files import sha256_of, written_aside
 from data_pipeline.schema import Manifest
 from scldm.errors import InputError
 
 OPEN_FILES = 128
 ATTEMPTS = 5
 BACK_OFF_S = 0.5  # then 1, 2 and 4 s
+Read = TypeVar("Read")
 
 
 class BlockSource(Protocol):
@@ -66,12 +69,12 @@ class ShardSet:
 
     def __init__(self, url: str, *, cache_folder: str = "", cache_bytes: int = 0) -> None:
         self.url = url.rstrip("/")
-        self.manifest = schema.read_manifest(self.url)
-        self.hash = manifest_hash(self.manifest)
+        self.closing = threading.Event()
         fs, root = fsspec.core.url_to_fs(self.url)
         self.fs, self.root = fs, str(root).rstrip("/")
-        self.closing = threading.Event()
         self.local = isinstance(fs, LocalFileSystem)
+        self.manifest = self._tried(f"{self.url}/{schema.MANIFEST}", lambda: schema.read_manifest(self.url))
+        self.hash = manifest_hash(self.manifest)
         self.files = _OpenFiles(OPEN_FILES)
         self.cache: _BlockCache | None = None
         if not self.local:
@@ -82,7 +85,8 @@ class ShardSet:
             self.cache_root = Path(cache_folder).expanduser() / self.hash[:16]
             self.cache_root.mkdir(parents=True, exist_ok=True)
         self.index = {entry.path: entry for entry in self.manifest.index}
-        self.blocks = self._load(schema.BLOCK_INDEX_PATH, hashed=True)
+        self.columns: dict[str, np.ndarray] = {}  # those that were checked
+        self.blocks = np.array(self._load(schema.BLOCK_INDEX_PATH))  # in memory: it is looked up for every cell
         self._check_index()
         if not self.local and cache_bytes:
             self.cache = _BlockCache(self.cache_root / "blocks.bin", self.blocks["length"], cache_bytes)
@@ -102,7 +106,8 @@ class ShardSet:
             )
         folder = f"{self.root}/shards"
         try:
-            there = {str(p).rstrip("/").split("/")[-1] for p in self.fs.ls(folder, detail=False)} if m.shards else set()
+            paths = self._tried(f"{self.url}/shards", lambda: self.fs.ls(folder, detail=False)) if m.shards else []
+            there = {str(p).rstrip("/").split("/")[-1] for p in paths}
         except FileNotFoundError:
             there = set()
         missing = [s.path for s in m.shards if s.path.split("/")[-1] not in there]
@@ -112,12 +117,15 @@ class ShardSet:
             )
 
     def cell_column(self, name: str) -> np.ndarray:
-        """One value per cell in set order, memory-mapped: source, row, total_counts, n_expressed, condition.NAME."""
-        return self._load(schema.cell_column_path(name))
+        """One value per cell in set order, memory-mapped: source, row, total_counts, n_expressed, condition.NAME.
+
+        Raises: InputError where the file is missing or not that of the manifest, at its first use.
+        """
+        return self._column(schema.cell_column_path(name))
 
     def gene_column(self, name: str) -> np.ndarray:
         """One value per gene, in vocabulary order."""
-        return self._load(schema.gene_column_path(name))
+        return self._column(schema.gene_column_path(name))
 
     def where(self, block: int) -> str:
         """The name of a block for a message: its shard and number."""
@@ -149,6 +157,7 @@ class ShardSet:
     def close(self) -> None:
         """Releases every file; a read that waits to try again gives up."""
         self.closing.set()
+        self.columns.clear()
         self.files.close()
         if self.cache:
             self.cache.close()
@@ -164,57 +173,85 @@ class ShardSet:
         if self.cache and (data := self.cache.get(block)) is not None and zlib.crc32(data) == crc:
             return data
         start, length = int(record["offset"]), int(record["length"])
-        data = self._remote(self._shard(block).path, self.where(block), start, start + length, crc)
+        path, name = self._shard(block).path, self.where(block)
+
+        def fault(data: bytes) -> str:
+            wrong = len(data) != length or zlib.crc32(data) != crc
+            return "its CRC-32 is not that of the index: the shard is damaged or was changed" if wrong else ""
+
+        data = self._fetched(path, name, fault, start, start + length)
         if self.cache:
             self.cache.put(block, data)
         return data
 
-    def _remote(self, path: str, name: str, start: int | None, end: int | None, crc: int | None) -> bytes:
-        """Bytes of a remote file, tried five times with growing pauses."""
+    def _fetched(
+        self, path: str, name: str, fault: Callable[[bytes], str], start: int | None = None, end: int | None = None
+    ) -> bytes:
+        """Bytes of a file of a remote set."""
+        try:
+            return self._tried(name, lambda: self.fs.cat_file(f"{self.root}/{path}", start=start, end=end), fault)
+        except FileNotFoundError:
+            raise InputError(f"{self.url}/{path}: is missing") from None
+
+    def _tried(self, name: str, read: Callable[[], Read], fault: Callable[[Read], str] = lambda _: "") -> Read:
+        """What `read` returns; of a remote set, tried five times with growing pauses until it has no `fault`.
+
+        Raises: InputError for the last fault; OSError where reading itself failed last; at once FileNotFoundError and
+        InputError of `read`, which no other try mends.
+        """
+        if self.local:
+            return read()
         problem: BaseException | None = None
         for attempt in range(ATTEMPTS):
             if attempt and self.closing.wait(BACK_OFF_S * 2 ** (attempt - 1)):
                 break
             try:
-                data = self.fs.cat_file(f"{self.root}/{path}", start=start, end=end)
-            except FileNotFoundError:
-                raise InputError(f"{self.url}/{path}: is missing") from None
+                data = read()
+            except (FileNotFoundError, InputError):
+                raise
             except Exception as error:  # every network library has a family of its own
                 problem = error
                 continue
-            if crc is None or zlib.crc32(data) == crc:
+            if not (text := fault(data)):
                 return data
-            problem = InputError(f"{name}: its CRC-32 is not that of the index: the shard is damaged or was changed")
+            problem = InputError(f"{name}: {text}")
         if isinstance(problem, InputError):
             raise problem
         raise OSError(f"{name}: reading failed {ATTEMPTS} times, at last: {problem!r}") from problem
 
-    def _load(self, path: str, hashed: bool = False) -> np.ndarray:
-        """An index file, memory-mapped, or whole and checked; of a remote set, from the cache folder."""
+    def _column(self, path: str) -> np.ndarray:
+        if path not in self.columns:
+            self.columns[path] = self._load(path)
+        return self.columns[path]
+
+    def _load(self, path: str) -> np.ndarray:
+        """An index file, memory-mapped and checked; of a remote set, from the cache folder."""
         entry = self.index.get(path)
         if entry is None:
             raise InputError(f"{self.url}: the set has no {path}")
-        local = Path(self.root) / path
-        if not self.local:
-            local = self.cache_root / path
-            if not local.is_file() or local.stat().st_size != entry.bytes:
-                data = self._remote(path, f"{self.url}/{path}", None, None, None)
-                local.parent.mkdir(parents=True, exist_ok=True)
-                aside = local.with_name(f"{local.name}.{os.getpid()}.{threading.get_ident()}")
-                aside.write_bytes(data)
-                os.replace(aside, local)
-        try:
-            size = local.stat().st_size
-        except FileNotFoundError:
-            raise InputError(f"{self.url}/{path}: is missing") from None
-        if size != entry.bytes:
-            raise InputError(f"{self.url}/{path}: {size} bytes, the manifest says {entry.bytes}")
-        if not hashed:
-            return _map(local)
-        data = local.read_bytes()
-        if hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise InputError(f"{self.url}/{path}: its SHA-256 is not that of the manifest: damaged or changed")
-        return np.load(io.BytesIO(data))
+        local = Path(self.root if self.local else self.cache_root) / path
+        fault = _index_fault(local, entry)
+        if fault and not self.local:  # not there yet, or damaged since
+            data = self._fetched(path, f"{self.url}/{path}", lambda data: _index_fault(io.BytesIO(data), entry))
+            local.parent.mkdir(parents=True, exist_ok=True)
+            with written_aside(local) as file:
+                file.write(data)
+            fault = _index_fault(local, entry)
+        if fault:
+            raise InputError(f"{self.url}/{path}: {fault}")
+        return _map(local)
+
+
+def _index_fault(file: Path | IO[bytes], entry: schema.FileEntry) -> str:
+    """What is wrong with an index file, or nothing."""
+    try:
+        with file.open("rb") if isinstance(file, Path) else file as opened:
+            n_bytes, sha256 = sha256_of(opened)
+    except FileNotFoundError:
+        return "is missing"
+    if n_bytes != entry.bytes:
+        return f"{n_bytes} bytes, the manifest says {entry.bytes}"
+    return "" if sha256 == entry.sha256 else "its SHA-256 is not that of the manifest: damaged or changed"
 
 
 def _map(path: Path) -> np.ndarray:

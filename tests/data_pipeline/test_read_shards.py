@@ -25,12 +25,34 @@ class Flaky(MemoryFileSystem):
     reads: list[tuple[str, int | None, int | None]] = []  # noqa: RUF012
     failures = 0
     cut_short = 0
+    short_index = 0
+    once: set[str] | None = None  # the paths whose first read has failed
 
     @classmethod
     def _strip_protocol(cls, path):
         return super()._strip_protocol(path.removeprefix("flaky:"))
 
+    def _fail(self, path):
+        """The first read of each path fails where that is asked for."""
+        if Flaky.once is not None and path not in Flaky.once:
+            Flaky.once.add(path)
+            raise ConnectionResetError("reset by peer")
+
+    def ls(self, path, detail=True, **kwargs):
+        self._fail(path)
+        return super().ls(path, detail, **kwargs)
+
+    def open(self, path, mode="rb", **kwargs):
+        self._fail(path)
+        return super().open(path, mode, **kwargs)
+
     def cat_file(self, path, start=None, end=None, **kwargs):
+        path = self._strip_protocol(path)
+        if str(path).endswith(".npy"):
+            self._fail(path)
+            if Flaky.short_index:
+                Flaky.short_index -= 1
+                return super().cat_file(path, start, end, **kwargs)[:-3]
         if str(path).endswith(".tar"):
             Flaky.reads.append((str(path), start, end))
             if Flaky.failures:
@@ -54,8 +76,9 @@ def remote(tmp_path, monkeypatch):
     for path in folder.rglob("*"):
         if path.is_file():
             fs.pipe_file(f"/bucket/{path.relative_to(folder)}", path.read_bytes())
-    Flaky.reads, Flaky.failures, Flaky.cut_short = [], 0, 0
+    Flaky.reads, Flaky.failures, Flaky.cut_short, Flaky.short_index, Flaky.once = [], 0, 0, 0, None
     yield "flaky://bucket", str(folder)
+    Flaky.once = None
     MemoryFileSystem.store.clear()
 
 
@@ -117,6 +140,18 @@ def test_failing_reads_are_tried_again_and_then_raised(remote, tmp_path):
     shards.close()
 
 
+def test_a_start_outlives_reads_of_manifest_index_and_folder_that_fail(remote, tmp_path):
+    url, folder = remote
+    Flaky.once, Flaky.short_index = set(), 1
+    shards = ShardSet(url, cache_folder=str(tmp_path / "cache"))
+    assert {path.rpartition("/")[2] for path in Flaky.once} == {"manifest.json", "blocks.npy", "shards"}
+    assert shards.hash == ShardSet(folder).hash
+    Flaky.short_index = 99
+    with pytest.raises(InputError, match="genes.mean.npy: 5[0-9]* bytes, the manifest says"):
+        shards.gene_column("mean")
+    shards.close()
+
+
 def test_closing_does_not_wait_for_a_read_that_keeps_failing(remote, tmp_path, monkeypatch):
     monkeypatch.setattr(read_shards, "BACK_OFF_S", 30.0)
     url, _ = remote
@@ -142,8 +177,27 @@ def test_the_index_of_a_remote_set_is_cached_whole_or_not_at_all(remote, tmp_pat
     shards = ShardSet(url, cache_folder=str(cache))
     assert len(shards.blocks) == 17
     shards.close()
+    data = bytearray(index.read_bytes())
+    data[200] ^= 1  # of the right size, but damaged
+    index.write_bytes(data)
+    shards = ShardSet(url, cache_folder=str(cache))
+    assert len(shards.blocks) == 17
+    shards.close()
     with pytest.raises(InputError, match="cache_folder"):
         ShardSet(url)
+
+
+@pytest.mark.parametrize("path", ["index/cells.condition.type.npy", "index/cells.row.npy", "index/genes.mean.npy"])
+def test_a_flipped_bit_in_any_column_is_named_at_its_first_use(tmp_path, path):
+    folder = write_set(tmp_path / "set", known_cells())
+    data = bytearray((folder / path).read_bytes())
+    data[-1] ^= 1
+    (folder / path).write_bytes(data)
+    kind, name = path.removeprefix("index/").removesuffix(".npy").split(".", 1)
+    shards = ShardSet(str(folder))
+    with pytest.raises(InputError, match=f"{path}: its SHA-256 is not that of the manifest"):
+        shards.cell_column(name) if kind == "cells" else shards.gene_column(name)
+    shards.close()
 
 
 def test_open_files_are_bounded(tmp_path, monkeypatch):
