@@ -341,14 +341,14 @@ def _compare_with_sources(
     query = manifest.query["source"]
     config = SourceConfig(**{**query, "paths": tuple(query["paths"])})
     names = manifest.conditions.names
+    namespace = None if config.namespace == "auto" else config.namespace
     try:
         sources = open_sources(config, names, manifest.query["missing"])
+        if [s.spec.uri for s in sources] != [s["uri"] for s in manifest.sources]:
+            return [], ["not compared with its sources: there are others now"], 0
+        joined = join_genes([s.genes for s in sources], config.join, namespace, config.gene_table)
     except InputError as error:
         return [], [f"not compared with its sources: {error}"], 0
-    if [s.spec.uri for s in sources] != [s["uri"] for s in manifest.sources]:
-        return [], ["not compared with its sources: there are others now"], 0
-    namespace = None if config.namespace == "auto" else config.namespace
-    joined = join_genes([s.genes for s in sources], config.join, namespace, config.gene_table)
     place = manifest.genes.lookup(joined.vocab.ids) - 1
     rng = np.random.default_rng(0)
     chosen = np.sort(rng.choice(manifest.n_cells, min(sample, manifest.n_cells), replace=False))

@@ -149,6 +149,25 @@ def test_a_source_that_says_otherwise_is_found(tmp_path):
     assert "no such file" in verdict.notes[0]
 
 
+def test_a_gene_table_that_is_gone_is_said(tmp_path):
+    """Its source has symbols; the set is as sound without the table that translated them."""
+    adata = atlas(80, 60)
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    table = tmp_path / "table.csv"
+    lines = [f"ENSG{k:011d},{symbol}" for k, symbol in enumerate(adata.var_names)]
+    table.write_text("\n".join(["ensembl,symbol", *lines]))
+    source = {"gene_table": str(table), "namespace": "ensembl"}
+    translated = adata.copy()
+    translated.var_names = [line.split(",")[0] for line in lines]
+    translated.write_h5ad(tmp_path / "b.h5ad")
+    write_shards(config(tmp_path / "set", tmp_path / "b.h5ad", tmp_path / "a.h5ad", source=source))
+    assert verify_shards(str(tmp_path / "set")).n_compared == 160
+    table.unlink()
+    verdict = verify_shards(str(tmp_path / "set"))
+    assert verdict.faults == ()
+    assert "source.gene_table" in verdict.notes[0]
+
+
 def test_what_is_no_set(tmp_path, capsys):
     with pytest.raises(InputError, match="not a shard set, or one that is not finished"):
         verify_shards(str(tmp_path))
