@@ -15,6 +15,7 @@ import pytest
 
 from data_pipeline.describe import describe_html, describe_text
 from data_pipeline.schema import read_manifest
+from data_pipeline.statistics import compute_statistics
 from data_pipeline.verify import verify_shards
 from data_pipeline.write_shards import write_shards
 from launch.cli import main
@@ -166,6 +167,20 @@ def test_a_gene_table_that_is_gone_is_said(tmp_path):
     verdict = verify_shards(str(tmp_path / "set"))
     assert verdict.faults == ()
     assert "source.gene_table" in verdict.notes[0]
+
+
+def test_combinations_beyond_one_number():
+    """Five conditions of 20,000 labels have 3e21 combinations: more than an int64 names."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 20_000, (300, 5), dtype=np.uint16)
+    ids[:, 0] %= 2
+    ids[0], ids[1] = 19_999, ids[2]
+    conditions = {f"c{k}": ids[:, k] for k in range(5)}
+    ones = np.ones(300, np.uint64)
+    found = compute_statistics(np.zeros(300, np.uint8), 1, conditions, ones, ones, 1).combinations
+    rows, n = np.unique(ids, axis=0, return_counts=True)
+    assert found.ids == tuple(map(tuple, rows.tolist()))
+    assert [k for (k,) in found.n] == n.tolist()
 
 
 def test_what_is_no_set(tmp_path, capsys):
