@@ -19,6 +19,8 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -216,16 +218,23 @@ def _workers(config: ShardsWriteConfig, bar: Progress) -> Iterator[Any]:
         # spawned, not forked: TileDB and HDF5 have threads and locks that don't survive a fork
         context = multiprocessing.get_context("spawn")
         counter = context.Value("q", 0)
-        with context.Pool(min(config.workers, len(units)), _start_worker, (*arguments, counter, os.getpid())) as pool:
-            results = pool.imap_unordered(_do_unit, [(stage, u) for u in units])
-            done = 0
-            while done < len(units):
-                try:
-                    results.next(timeout=0.5)
-                    done += 1
-                except multiprocessing.TimeoutError:
-                    pass
-                bar.advance(min(counter.value, bar.total) - bar.done)
+        n_workers = min(config.workers, len(units))
+        pool = ProcessPoolExecutor(n_workers, context, _start_worker, (*arguments, counter, os.getpid()))
+        try:
+            undone = {pool.submit(_do_unit, (stage, u)) for u in units}
+            while undone:
+                done, undone = wait(undone, 0.5, FIRST_COMPLETED)
+                for unit in done:
+                    unit.result()
+                # without its lock, which a killed worker may have taken along
+                bar.advance(min(counter.get_obj().value, bar.total) - bar.done)
+        except BrokenProcessPool:
+            raise InputError(
+                f"{stage}: a worker process died (killed? out of memory?); run the same command again to go on, with "
+                f"fewer workers than {config.workers} or less memory than {config.memory}"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     yield here if config.workers == 1 else in_pool
 

@@ -177,6 +177,21 @@ def test_bytes_do_not_depend_on_workers(tmp_path, source):
     assert digest(tmp_path / "one") == digest(tmp_path / "two")
 
 
+def killed(task: tuple[str, int]) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_said_and_its_unit_done_by_the_next_run(tmp_path, source, monkeypatch):
+    _, path = source
+    command = config(tmp_path / "set", path, workers=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(write_shards, "_do_unit", killed)
+        with pytest.raises(InputError, match=r"scatter: a worker process died .* fewer workers than 2"):
+            write(command)
+    assert write(replace(command, workers=1)) is not None
+
+
 KILLED = """
 import sys, time
 from data_pipeline import plan, stages
