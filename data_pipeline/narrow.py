@@ -79,10 +79,7 @@ def narrow_rows(
     n, values = len(rows.rows), rows.values
     if values.dtype == bool or values.dtype == np.float16:
         values = values.astype(np.float32)
-    if len(rows.columns):
-        low, high = rows.columns.min(), rows.columns.max()
-        if low < 0 or high >= len(column_of):
-            raise InputError(f"gene column {low if low < 0 else high} of a matrix with {len(column_of)} genes: damaged")
+    check_columns(rows, len(column_of))
     nnz = int(rows.indptr[-1])
     nonzeros, n_far, n_large = (np.zeros(n, np.uint32) for _ in range(3))
     n_all, totals = np.zeros(n, np.uint32), np.zeros(n, np.uint64)
@@ -98,6 +95,14 @@ def narrow_rows(
         raise CountError(int(row), int(rows.columns[k]), values[k].item(), FAULTS[fault])
     cells = NarrowCells(nonzeros, n_far, n_large, steps[:used], small[:used], far[:used_far], large[:used_large])
     return NarrowRows(cells, n_all, totals)
+
+
+def check_columns(rows: Rows, n_columns: int) -> None:
+    """Raises: InputError for a column beyond the source's: a kernel would read elsewhere, or crash."""
+    if len(rows.columns):
+        low, high = rows.columns.min(), rows.columns.max()
+        if low < 0 or high >= n_columns:
+            raise InputError(f"gene column {low if low < 0 else high} of a matrix with {n_columns} genes: damaged")
 
 
 Coordinates = tuple[np.ndarray, np.ndarray, np.ndarray]  # row, column and value of each stored value

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from data_pipeline.narrow import FAULTS, CountError, Rows, fault_of
+from data_pipeline.narrow import FAULTS, CountError, Rows, check_columns, fault_of
 from scldm.errors import InputError
 
 TOTAL, SQUARES, CELLS, CLIPPED = range(4)  # rows of the sums: of counts and their squares, both unclipped ones only
@@ -21,8 +21,9 @@ TOTAL, SQUARES, CELLS, CLIPPED = range(4)  # rows of the sums: of counts and the
 def add_moments(rows: Rows, column_of: np.ndarray, clip_at: np.ndarray, min_genes: int, sums: np.ndarray) -> int:
     """Adds the cells with at least min_genes genes to `sums` (4, n_genes); returns how many they are.
 
-    Raises: CountError for the first value that is no count.
+    Raises: CountError for the first value that is no count, InputError for a column that column_of lacks.
     """
+    check_columns(rows, len(column_of))
     values = rows.values.astype(np.float32) if rows.values.dtype in (np.float16, bool) else rows.values
     column_of = np.ascontiguousarray(column_of)
     n, fault, row, k = _add(rows.indptr, rows.columns, values, column_of, clip_at, min_genes, sums)
