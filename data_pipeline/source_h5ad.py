@@ -19,12 +19,13 @@ from numba import njit
 
 from data_pipeline.files import written_aside
 from data_pipeline.genes import SourceGenes, namespace_of
-from data_pipeline.narrow import Rows, coo_to_rows
+from data_pipeline.narrow import FAULTS, Rows, coo_to_rows, fault_of
 from data_pipeline.sources import OpenSource, SourceConfig, SourceSpec, as_labels, spans
 from scldm.errors import InputError
 
 CHUNK_BYTES = 24 << 20  # larger chunks are no faster: they leave the caches
 PROBE = 200_000  # values looked at, in each of three places, to tell counts from anything else
+FEW = 0.05  # share of wrong values below which a matrix is counts with faults, not something else
 
 
 @contextmanager
@@ -62,6 +63,8 @@ class Candidate:
 
     name: X, layers/NAME or raw/X
     n_stored: stored values
+    first_wrong: the first value that was looked at and is no count, with its cell and gene
+    wrong: share of such values
     """
 
     name: str
@@ -72,6 +75,8 @@ class Candidate:
     high: float
     integral: float
     finite: bool
+    first_wrong: str
+    wrong: float
 
     @property
     def holds_counts(self) -> bool:
@@ -97,25 +102,59 @@ def _is_matrix(node: Any) -> bool:
     return isinstance(node, h5py.Group) and {"data", "indices", "indptr"} <= set(node)
 
 
-def _probe(node: Any) -> tuple[int, np.ndarray]:
-    """How many values a matrix stores, and those at its beginning, middle and end."""
+def _probe(node: Any) -> tuple[int, np.ndarray, np.ndarray]:
+    """How many values a matrix stores; those at its beginning, middle and end; and where they are stored."""
     if isinstance(node, h5py.Dataset):
         n_rows = max(1, PROBE // max(node.shape[1], 1))
         starts = {0, max(0, (node.shape[0] - n_rows) // 2), max(0, node.shape[0] - n_rows)}
-        return int(np.prod(node.shape)), np.concatenate([node[s : s + n_rows].ravel() for s in sorted(starts)])
+        parts = [(s * node.shape[1], node[s : s + n_rows].ravel()) for s in sorted(starts)]
+        return int(np.prod(node.shape)), *_joined(parts)
     data = node["data"]
     starts = {0, max(0, (len(data) - PROBE) // 2), max(0, len(data) - PROBE)}
-    return len(data), np.concatenate([data[s : s + PROBE] for s in sorted(starts)])
+    return len(data), *_joined([(s, data[s : s + PROBE]) for s in sorted(starts)])
+
+
+def _joined(parts: list[tuple[int, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    where = np.concatenate([np.arange(start, start + len(values)) for start, values in parts])
+    return np.concatenate([values for _, values in parts]), where
 
 
 def look_at(file: Any, name: str) -> Candidate:
     """What a matrix of the file holds."""
     node = file[name]
-    n_stored, values = _probe(node)
+    n_stored, values, where = _probe(node)
     finite = bool(np.isfinite(values).all())
     low, high = (float(np.nanmin(values)), float(np.nanmax(values))) if len(values) else (0.0, 0.0)
     integral = float((values == np.floor(values)).mean()) if len(values) else 1.0
-    return Candidate(name, matrix_shape(node), str(values.dtype), n_stored, low, high, integral, finite)
+    wrong = np.flatnonzero(~((values >= 0) & (values == np.floor(values)) & np.isfinite(values)))
+    first = ""
+    if len(wrong):
+        value = float(values[wrong[0]])
+        first = f"{_place(file, name, int(where[wrong[0]]))}: {value!r} ({FAULTS[fault_of(value)]})"
+    return Candidate(
+        name, matrix_shape(node), str(values.dtype), n_stored, low, high, integral, finite,
+        first, len(wrong) / max(len(values), 1),
+    )  # fmt: skip
+
+
+def _place(file: Any, name: str, at: int) -> str:
+    """The cell and the gene of a stored value."""
+    node = file[name]
+    if matrix_format(node) == "dense":
+        row, column = divmod(at, node.shape[1])
+    else:
+        row, column = int(np.searchsorted(node["indptr"][:], at, "right")) - 1, int(node["indices"][at])
+        if matrix_format(node) == "csc":
+            row, column = column, row
+    gene = name_at(file.get("raw/var" if name == "raw/X" else "var"), column)
+    return f"cell {name_at(file.get('obs'), row)} (row {row}), gene {gene}"
+
+
+def name_at(frame: Any, k: int) -> str:
+    """The k-th name of obs or var; its number where a broken file has none."""
+    names = frame[frame.attrs["_index"]] if isinstance(frame, h5py.Group) and "_index" in frame.attrs else ()
+    name = names[k] if 0 <= k < len(names) else k
+    return name.decode() if isinstance(name, bytes) else str(name)
 
 
 def find_counts(file: Any, layer: str = "") -> str:
@@ -132,14 +171,17 @@ def find_counts(file: Any, layer: str = "") -> str:
             raise InputError(f"{path}: source.layer={layer!r} is not in the file; it has {there}")
         candidate = look_at(file, name)
         if not candidate.holds_counts:
-            raise InputError(f"{path}: source.layer={layer!r} does not hold counts: {candidate}")
+            raise InputError(
+                f"{path}: source.layer={layer!r} does not hold counts: {candidate}: {candidate.first_wrong}"
+            )
         return name
     seen = [look_at(file, n) for n in ("X", "layers/counts", "raw/X") if n in file and _is_matrix(file[n])]
     counts = [c for c in seen if c.holds_counts]
     others = [n for n in _matrices(file) if n not in {c.name for c in seen}]
     more = f"; also there: {', '.join(others)}" if others else ""
     if not counts:
-        held = "; ".join(map(str, seen)) or "neither of them is there"
+        # of a few wrong values among counts the first is worth a look; scaled values are all wrong
+        held = "; ".join(f"{c}: {c.first_wrong}" if c.wrong < FEW else str(c) for c in seen) or "neither is there"
         raise InputError(
             f"{path}: no counts in X, layers/counts, raw/X: {held}{more}; source.layer=NAME chooses another"
         )
@@ -370,9 +412,7 @@ class H5adMatrix:
 
     def row_name(self, row: int) -> str:
         with reading(self.spec.uri):
-            obs = self.file["obs"]
-            name = obs[obs.attrs["_index"]][row]
-        return f"{name.decode() if isinstance(name, bytes) else name} (row {row})"
+            return f"{name_at(self.file['obs'], row)} (row {row})"
 
     def close(self) -> None:
         self.file.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from typing import Any
@@ -86,6 +87,25 @@ def test_counts_are_found(tmp_path, matrices, layer, found):
 def test_counts_that_can_not_be_told(tmp_path, matrices, layer, message):
     with layered(tmp_path, **matrices) as file, pytest.raises(InputError, match=message):
         find_counts(file, layer)
+
+
+@pytest.mark.parametrize(
+    "value, fault",
+    [(-2, "-2.0 (negative)"), (1.5, "1.5 (fractional)"), (np.nan, "nan (not a number)"), (np.inf, "inf (inf")],
+)
+@pytest.mark.parametrize("storage", ["csr", "csc", "dense"])
+def test_one_bad_value_among_counts_is_named(tmp_path, value, fault, storage):
+    x = counts(60, 40).toarray()
+    x[7, 3], x[9, 5] = value, value
+    adata = atlas(60, 40)
+    adata.X = {"csr": sp.csr_matrix, "csc": sp.csc_matrix, "dense": np.array}[storage](x)
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    first = "cell cell7 (row 7), gene GENE3: "
+    with open_file(str(tmp_path / "a.h5ad")) as file:
+        with pytest.raises(InputError, match=re.escape(first + fault)):
+            find_counts(file)
+        with pytest.raises(InputError, match=re.escape(first + fault)):
+            find_counts(file, "X")
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
