@@ -27,7 +27,7 @@ class SplitConfig:
     validation: fraction of the cells; what neither split takes is training
     test: fraction of the cells
     stratify: obs columns; the fractions hold within each combination of their values
-    by: obs column whose values stay together (donors, data sets); fractions are then of its values
+    by: obs column whose values stay together (donors, data sets); fractions are then of its values that aren't named
     validation_values: values of `by` whose cells are the validation split
     test_values: values of `by` whose cells are the test split
     held_out: CSV whose header names obs columns and whose rows are combinations to hold out; a column `split` may
@@ -106,7 +106,7 @@ def draw_splits(
             rule[f"{name}_values"] = {config.by: list(values)}
     left = np.flatnonzero(split == 255)
     shares = {name: getattr(config, name) for name in ("validation", "test") if name not in explicit}
-    if config.by and not (config.validation_values or config.test_values):
+    if config.by:
         rule["whole_values_of"] = config.by
         split[left] = _whole_values(shares, seed, config.by, obs[config.by].to_numpy()[left], names)
     else:
@@ -185,8 +185,11 @@ def _whole_values(shares: dict[str, float], seed: int, column: str, values: np.n
     hashes = [hashlib.sha256(f"{seed} split {value}".encode()).digest() for value in unique]
     order = sorted(range(len(unique)), key=lambda k: hashes[k])
     taken = {name: max(1, round(share * len(unique))) for name, share in shares.items() if share > 0}
-    if sum(taken.values()) >= len(unique):
-        raise InputError(f"split.by={column}: its {len(unique)} values are too few for {len(taken) + 1} splits")
+    if taken and sum(taken.values()) >= len(unique):
+        raise InputError(
+            f"split.by={column}: its {len(unique)} values are too few to draw {' and '.join(taken)} from; "
+            f"split.{next(iter(taken))}=0 draws none"
+        )
     of_value = np.zeros(len(unique), np.uint8)
     for name, n in taken.items():
         of_value[order[:n]], order = names.index(name), order[n:]

@@ -400,10 +400,13 @@ def test_values_and_combinations(tmp_path):
     assert [len(set(split[obs["donor"] == d])) for d in set(obs["donor"])] == [1] * 10
     assert [len(set(obs["donor"][split == k])) for k in range(3)] == [6, 2, 2]
 
-    named = SplitConfig(by="donor", validation=0.1, test_values=("d3", "d7"))
+    named = SplitConfig(by="donor", validation=0.2, test_values=("d3", "d7"))
     split, _, _ = draw_splits(named, 0, obs, source, row)
     assert set(obs["donor"][split == 2]) == {"d3", "d7"}
-    assert abs((split[~obs["donor"].isin(["d3", "d7"])] == 1).mean() - 0.1) < 0.01
+    assert [len(set(obs["donor"][split == k])) for k in range(3)] == [6, 2, 2]  # two of the eight others
+    every = SplitConfig(by="donor", validation_values=("d1",), test_values=("d3",))
+    split, _, _ = draw_splits(every, 0, obs, source, row)
+    assert [len(set(obs["donor"][split == k])) for k in range(3)] == [8, 1, 1]
 
     table = tmp_path / "held_out.csv"
     table.write_text("type,donor,split\na,d1,test\nb,d2,unseen\n")
