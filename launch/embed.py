@@ -47,18 +47,26 @@ CONFIG = EmbedConfig
 
 def main(config: EmbedConfig) -> Path:
     """Write the file; returns its path."""
-    if not Path(config.h5ad).is_file():
-        raise InputError(f"h5ad={config.h5ad}: no such file")
-    model = scldm.load(config.model, config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    try:
-        adata = ad.read_h5ad(config.h5ad)
-    except (OSError, KeyError) as error:
-        raise InputError(f"h5ad={config.h5ad}: not a readable h5ad file: {error}") from None
+    model, adata = model_and_cells(config.model, config.h5ad, config.device)
     adata.obsm["X_scldm"] = model.embed(adata, layer=config.layer or None, pool=config.pool)
     write_whole(adata, Path(config.out))
     n, width = adata.obsm["X_scldm"].shape
     print(f'{n:,} cells, obsm["X_scldm"] of width {width}: {config.out}')
     return Path(config.out)
+
+
+def model_and_cells(model: str, h5ad: str, device: str) -> tuple[scldm.Pretrained, ad.AnnData]:
+    """The model in a folder on the device that is named, or the best that there is, and the cells of a file.
+
+    Raises: InputError for what is not there or not readable.
+    """
+    if not Path(h5ad).is_file():
+        raise InputError(f"h5ad={h5ad}: no such file")
+    loaded = scldm.load(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        return loaded, ad.read_h5ad(h5ad)
+    except (OSError, KeyError) as error:
+        raise InputError(f"h5ad={h5ad}: not a readable h5ad file: {error}") from None
 
 
 if __name__ == "__main__":

@@ -6,13 +6,9 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import anndata as ad
-import torch
-
-import scldm
 from launch.cli import run_verb
+from launch.embed import model_and_cells
 from launch.generate import write_whole
-from scldm.errors import InputError
 
 PURPOSE = """Encode and decode the cells of an h5ad file: writes expected counts of the chosen genes, and every cell's
 log-likelihood in obs["log_likelihood"]: nats, over the file's genes that the model knows."""
@@ -47,13 +43,7 @@ CONFIG = ReconstructConfig
 
 def main(config: ReconstructConfig) -> Path:
     """Write the file; returns its path."""
-    if not Path(config.h5ad).is_file():
-        raise InputError(f"h5ad={config.h5ad}: no such file")
-    model = scldm.load(config.model, config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    try:
-        adata = ad.read_h5ad(config.h5ad)
-    except (OSError, KeyError) as error:
-        raise InputError(f"h5ad={config.h5ad}: not a readable h5ad file: {error}") from None
+    model, adata = model_and_cells(config.model, config.h5ad, config.device)
     expected = model.reconstruct(adata, layer=config.layer or None, genes=config.genes or None)
     write_whole(expected, Path(config.out))
     mean = expected.obs["log_likelihood"].mean()
