@@ -26,7 +26,7 @@ class SplitConfig:
 
     validation: fraction of the cells; what neither split takes is training
     test: fraction of the cells
-    stratify: obs columns; the fractions hold within each combination of their values
+    stratify: obs columns; the fractions hold within each combination of their values, as far as whole cells can
     by: obs column whose values stay together (donors, data sets); fractions are then of its values that aren't named
     validation_values: values of `by` whose cells are the validation split
     test_values: values of `by` whose cells are the test split
@@ -163,19 +163,34 @@ def _by_values(split: np.ndarray, column: str, values: tuple[str, ...], obs: pd.
 
 
 def _fractions(shares: dict[str, float], strata: np.ndarray, key: np.ndarray, names: list[str]) -> np.ndarray:
-    """Within each stratum, the cells with the smallest keys are training, the next validation, the last test."""
+    """Within each stratum, the cells with the smallest keys are training, the next validation, the last test.
+
+    Numbers are rounded over all strata so far, in the order of their smallest keys: the shares hold of small strata
+    together, and of each as well as whole cells can.
+    """
+    out = np.zeros(len(key), np.uint8)
+    if not len(key):
+        return out
     order = np.lexsort((key, strata))
-    sizes = np.bincount(strata, minlength=1)
-    rank = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    out = np.zeros(len(order), np.uint8)
-    edge = 1.0
-    for name, share in reversed(shares.items()):
-        # cells at or above this rank, below the last edge: rounded, so that shares hold as well as whole cells can
-        low = np.floor(sizes * (edge - share) + 0.5).astype(np.int64)
-        high = np.floor(sizes * edge + 0.5).astype(np.int64)
-        inside = (rank >= np.repeat(low, sizes)) & (rank < np.repeat(high, sizes))
-        out[order[inside]] = names.index(name)
-        edge -= share
+    sizes = np.bincount(strata)
+    first = np.cumsum(sizes) - sizes
+    rank = np.arange(len(order)) - np.repeat(first, sizes)
+    turn = np.argsort(key[order[first]])
+    # a split takes its part of what is held out so far, which never falls from one stratum to the next
+    share_left = sum(shares.values())
+    left = np.floor(np.cumsum(sizes[turn]) * share_left + 0.5)
+    taken = {}
+    for name, share in shares.items():
+        if share > 0:
+            part = np.floor(left * min(share / share_left, 1.0) + 0.5)
+            taken[name] = np.empty(len(sizes), np.int64)
+            taken[name][turn] = np.diff(part, prepend=0)
+            left, share_left = left - part, share_left - share
+    high = sizes
+    for name, n in reversed(taken.items()):
+        low = high - n
+        out[order[(rank >= np.repeat(low, sizes)) & (rank < np.repeat(high, sizes))]] = names.index(name)
+        high = low
     return out
 
 

@@ -391,6 +391,23 @@ def test_a_cell_keeps_its_split_whatever_stands_around_it():
     assert len(both) == 1000
 
 
+@pytest.mark.parametrize("size, validation, test", [(4, 0.1, 0.1), (3, 0.2, 0.1), (1, 0.1, 0.3), (7, 0.0, 0.1)])
+def test_small_strata_have_the_shares_together(size, validation, test):
+    """What rounding leaves of one stratum is carried to the next; the order of cells still changes nothing."""
+    n = 75 * size
+    obs = pd.DataFrame({"t": np.repeat(np.arange(75).astype(str), size)})
+    source, row = identities(n)
+    config = SplitConfig(stratify=("t",), validation=validation, test=test)
+    split, _, _ = draw_splits(config, 0, obs, source, row)
+    for number, share in ((1, validation), (2, test)):
+        assert abs((split == number).sum() - n * share) <= 1
+        of_stratum = np.bincount(np.arange(n)[split == number] // size, minlength=75)
+        assert abs(of_stratum - size * share).max() < 1.5
+    order = np.random.default_rng(1).permutation(n)
+    again, _, _ = draw_splits(config, 0, obs.iloc[order].reset_index(drop=True), source, row[order])
+    np.testing.assert_array_equal(again, split[order])
+
+
 def test_values_and_combinations(tmp_path):
     n = 1200
     rng = np.random.default_rng(0)
