@@ -162,6 +162,7 @@ class _Loader(Generic[Batch]):
 
     def __next__(self) -> list[Batch]:
         """The micro-batches of global batch `step`. Trouble with a block is raised by the first batch that needs it."""
+        assert self._finalizer.alive, "the loader is closed"
         if self._running is None or self._running.ended:  # by one_pass, which took the threads over
             plans = self.feed.plans_from(self.order, self.step)
             self._running = self.feed.start(plans, self.config.prefetch)
@@ -175,6 +176,7 @@ class _Loader(Generic[Batch]):
 
     def one_pass(self) -> Iterator[list[Batch]]:
         """Every cell of the split (and selection) once, in stored order, always with the same gene sets."""
+        assert self._finalizer.alive, "the loader is closed"
         order = EpochOrder(self.units, self.config.seed, FIXED_PASS, 1, self.global_batch, 0)
         running = self.feed.start(self.feed.plans_of(order), self.config.prefetch)
         try:
@@ -206,13 +208,18 @@ class _Loader(Generic[Batch]):
     def load_state(self, state: dict[str, int | str]) -> None:
         """Goes to where another loader was.
 
-        Raises: InputError naming what differs, where the rest of the stream would not be the same.
+        Raises: InputError naming what differs or is missing, where the rest of the stream might not be the same.
         """
         own = self.state()
-        for name, value in state.items():
-            if name != "step" and own.get(name) != value:
+        for names, text in ((own.keys() - state, "lacks {}"), (state.keys() - own, "has {}, which is unknown")):
+            if names:
                 raise InputError(
-                    f"the stream can't be resumed: {name} is {own.get(name)!r}, the checkpoint's was {value!r}"
+                    f"the stream can't be resumed: the checkpoint's state {text.format(', '.join(sorted(names)))}"
+                )
+        for name, value in state.items():
+            if name != "step" and own[name] != value:
+                raise InputError(
+                    f"the stream can't be resumed: {name} is {own[name]!r}, the checkpoint's was {value!r}"
                 )
         self.seek(int(state["step"]))
 

@@ -223,6 +223,17 @@ def test_a_state_of_another_data_set_is_refused(folder, tmp_path):
         loader.load_state(state)
 
 
+@pytest.mark.parametrize("name", ["step", "seed", "balance", "given"])
+def test_a_state_of_other_keys_is_refused_by_their_names(folder, name):
+    with open_loader(folder) as loader:
+        state = loader.state()
+        value = state.pop(name)
+        with pytest.raises(InputError, match=f"resumed: the checkpoint's state lacks {name}"):
+            loader.load_state(state)
+        with pytest.raises(InputError, match="resumed: the checkpoint's state has colour, which is unknown"):
+            loader.load_state({**state, name: value, "colour": 1})
+
+
 # --- choice of cells -----------------------------------------------------------------------------------------------
 
 
@@ -395,6 +406,16 @@ def test_a_read_under_way_at_the_end_leaves_no_file_open(folder, monkeypatch):
     timer.join()
     assert not threads()
     assert open_files() == before
+
+
+def test_a_closed_loader_begins_nothing(folder):
+    loader = open_loader(folder)
+    next(loader)
+    loader.close()
+    for begin in (lambda: next(loader), lambda: next(loader.one_pass())):
+        with pytest.raises(AssertionError, match="closed"):
+            begin()
+    assert not threads()
 
 
 def test_a_loader_that_is_refused_leaves_nothing_open(folder):
