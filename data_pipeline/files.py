@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written aside, then renamed; and a full disk as a sentence."""
+"""Files that are whole or not there: written aside, then renamed; and what a disk or a URL refuses as a sentence."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import fsspec
 
 from scldm.errors import InputError
 
@@ -30,17 +32,34 @@ def written_aside(path: Path) -> Iterator[IO[bytes]]:
         part.unlink(missing_ok=True)
 
 
+# of a path that can't be read or written as things stand; any other error of the system is no matter of the user's
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+
+
 @contextmanager
-def disk_full_explained(folder: str) -> Iterator[None]:
-    """Raises: InputError where a write inside failed for want of space."""
+def disk_explained(folder: str) -> Iterator[None]:
+    """Raises: InputError where something inside failed for want of space, or because a path can't be used."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise InputError(
-            f"{folder}: no space left ({error.strerror}); make room, then run the same command again"
-        ) from None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise InputError(
+                f"{folder}: no space left ({error.strerror}); make room, then run the same command again"
+            ) from None
+        if error.errno in REFUSED:
+            raise InputError(f"{error.filename or folder}: {error.strerror}") from None
+        raise
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a path or URL, and the path there.
+
+    Raises: InputError for a protocol that is unknown, or whose package is missing.
+    """
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"{url}: {error}") from None
 
 
 def sha256_of(file: IO[bytes], piece: int = 1 << 20) -> tuple[int, str]:

@@ -12,9 +12,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import fsspec
 import numpy as np
 
+from data_pipeline.files import disk_explained, file_system
 from scldm.errors import InputError
 from scldm.vocab import ConditionVocab, GeneVocab
 
@@ -281,13 +281,16 @@ def read_manifest(url: str) -> Manifest:
 
     Raises: InputError where there is none, or one that can't be read.
     """
+    fs, root = file_system(url)
     path = f"{url.rstrip('/')}/{MANIFEST}"
+    with disk_explained(path):
+        try:
+            with fs.open(f"{root.rstrip('/')}/{MANIFEST}", "rb") as file:
+                text = file.read()
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(f"{url}: no {MANIFEST}: not a shard set, or one that is not finished") from None
     try:
-        with fsspec.open(path, "rb") as file:
-            text = file.read()  # pyright: ignore[reportAttributeAccessIssue]
-    except FileNotFoundError:
-        raise InputError(f"{url}: no {MANIFEST}: not a shard set, or one that is not finished") from None
-    try:
-        return Manifest.from_json(json.loads(text), path)
-    except json.JSONDecodeError as error:
+        obj = json.loads(text)
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError
         raise InputError(f"{path}: not JSON: {error}") from None
+    return Manifest.from_json(obj, path)

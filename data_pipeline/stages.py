@@ -22,11 +22,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO
 
-import fsspec
 import numpy as np
 
 from data_pipeline.block import encode_block
-from data_pipeline.files import disk_full_explained, written_aside
+from data_pipeline.files import disk_explained, file_system, written_aside
 from data_pipeline.narrow import CountError, GeneSums, Rows, narrow_rows
 from data_pipeline.plan import Plan
 from data_pipeline.schema import BLOCK_INDEX, ShardEntry, member_name, vocab_tag
@@ -82,7 +81,7 @@ class Worker:
 
     def do(self, stage: str, unit: int) -> None:
         """Raises: InputError for what the sources hold that they should not, and a full disk."""
-        with disk_full_explained(str(self.work)):
+        with disk_explained(str(self.work)):
             (self.work / stage).mkdir(exist_ok=True)
             result = getattr(self, stage)(unit)
             with written_aside(self.marker(stage, unit)) as file:
@@ -309,13 +308,13 @@ class TarWriter:
 
 def local_folder(out: str) -> Path | None:
     """The folder of a set that lies on this machine's file system, else None."""
-    fs, path = fsspec.core.url_to_fs(out)
+    fs, path = file_system(out)
     return Path(path) if "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)) else None
 
 
 def deliver(local: Path, out: str, relative: str) -> None:
     """Move a whole file to its place in the set."""
-    fs, root = fsspec.core.url_to_fs(out)
+    fs, root = file_system(out)
     target = f"{root.rstrip('/')}/{relative}"
     folder = local_folder(out)
     fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
@@ -330,7 +329,7 @@ def deliver(local: Path, out: str, relative: str) -> None:
 
 def delivered_bytes(out: str, relative: str) -> int | None:
     """The size of a file of the set, or None where it is not there."""
-    fs, root = fsspec.core.url_to_fs(out)
+    fs, root = file_system(out)
     try:
         return fs.size(f"{root.rstrip('/')}/{relative}")
     except FileNotFoundError:

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.files import disk_full_explained, written_aside
+from data_pipeline.files import disk_explained, written_aside
 from data_pipeline.genes import JoinedGenes, choose
 from data_pipeline.plan import Plan, ShardsWriteConfig, differences, make_plan, settings_of
 from data_pipeline.schema import (
@@ -61,15 +61,16 @@ def write_shards(config: ShardsWriteConfig) -> Manifest | None:
     Raises: InputError for what is wrong with sources or settings, or where `out` holds another command's set.
     """
     _ = config.process_bytes
-    finished = finished_set(config)
-    if finished:
-        _remove_work(config)
-        print(f"{config.out}: is complete, with {finished.n_cells:,} cells")
-        return finished
-    work = work_folder(config)
-    if strange := _strangers(work):
-        raise InputError(f"{work}: holds other files, such as {strange[0]}; work=FOLDER names another place")
-    with disk_full_explained(str(work)):
+    with disk_explained(config.out):
+        finished = finished_set(config)
+        if finished:
+            _remove_work(config)
+            print(f"{config.out}: is complete, with {finished.n_cells:,} cells")
+            return finished
+        work = work_folder(config)
+        if strange := _strangers(work):
+            raise InputError(f"{work}: holds other files, such as {strange[0]}; work=FOLDER names another place")
+    with disk_explained(str(work)):
         work.mkdir(parents=True, exist_ok=True)
         plan = make_plan(config, work / "plan")
         _say_what_it_takes(plan, work)

@@ -23,7 +23,7 @@ import pyarrow as pa
 import tiledbsoma
 import tiledbsoma.io
 
-from data_pipeline.files import aside, disk_full_explained
+from data_pipeline.files import aside, disk_explained
 from data_pipeline.narrow import FAULTS, Rows, fault_of
 from data_pipeline.source_h5ad import open_file, read_frame, reading
 from data_pipeline.sources import SourceConfig, open_matrix, open_sources
@@ -92,7 +92,7 @@ def write_census(out: str, obs: pd.DataFrame, var: pd.DataFrame, chunks: Iterabl
     draft = aside(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with disk_full_explained(str(target.parent)):
+        with disk_explained(str(target.parent)):
             _write(str(draft), obs, var, chunks, organism)
             draft.replace(target)
     finally:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.describe import describe_html, describe_text
-from data_pipeline.files import written_aside
+from data_pipeline.files import disk_explained, written_aside
 from data_pipeline.schema import read_manifest
 from launch.cli import run_verb
 
@@ -35,7 +35,7 @@ def main(config: ShardsInfoConfig) -> None:
     manifest = read_manifest(config.path)
     print(describe_text(config.path, manifest))
     if config.html:
-        with written_aside(Path(config.html)) as file:
+        with disk_explained(config.html), written_aside(Path(config.html)) as file:
             file.write(describe_html(config.path, manifest).encode())
         print(f"{config.html}: the same with figures")
 

@@ -189,8 +189,15 @@ def test_what_is_no_set(tmp_path, capsys):
     (tmp_path / "manifest.json").write_text('{"format": "scldm-shards", "version": 2}')
     assert main(["shards", "verify", f"path={tmp_path}"]) == 2
     assert "version 2 is unknown; this scldm reads version 1" in capsys.readouterr().err
-    (tmp_path / "manifest.json").write_text("{")
-    assert main(["shards", "info", f"path={tmp_path}"]) == 2
+    for url, data, message in (
+        (tmp_path, b"{", "not JSON"),
+        (tmp_path, b'{"\xff": 1}', "not JSON"),
+        (tmp_path / "manifest.json", b"", "not a shard set"),
+        ("bogus://set", b"", "Protocol not known: bogus"),
+    ):
+        (tmp_path / "manifest.json").write_bytes(data)
+        assert main(["shards", "info", f"path={url}"]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_info(sound, tmp_path, capsys):
@@ -202,6 +209,7 @@ def test_info(sound, tmp_path, capsys):
     n = (adata.obs["cell_type"] == "NK").sum()
     line = next(line for line in text.splitlines() if line.split()[:1] == ["NK"])
     assert sum(map(int, line.split()[1:])) == n
+    assert main(["shards", "info", f"path={sound}", f"html={tmp_path / 'nowhere/info.html'}"]) == 2
     page = (tmp_path / "info.html").read_text()
     assert page.count("<svg") == page.count("</svg>") == 5
     assert not re.search(r"(src|href)=", page)

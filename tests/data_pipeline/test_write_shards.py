@@ -387,6 +387,27 @@ def test_settings_that_can_not_work(tmp_path, source, settings, message):
     assert not (tmp_path / "set/manifest.json").exists()
 
 
+def test_a_place_that_can_not_be_written(tmp_path, source, monkeypatch):
+    (tmp_path / "file").touch()
+    for out, message in (
+        (tmp_path / "file", r"file/manifest.json: Not a directory"),
+        (tmp_path / "file/set", r"file/set/manifest.json: Not a directory"),
+    ):
+        with pytest.raises(InputError, match=message):
+            write(config(out, source[1]))
+    with pytest.raises(InputError, match="bogus://set: Protocol not known: bogus"):
+        write(replace(config(tmp_path / "set", source[1]), out="bogus://set"))
+    with pytest.raises(InputError, match=r"file/\.scldm-\w+: Not a directory"):
+        write(replace(config(tmp_path / "set", source[1]), work=str(tmp_path / "file")))
+
+    def refuse(*arguments):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "set/shards"))
+
+    monkeypatch.setattr(stages, "deliver", refuse)
+    with pytest.raises(InputError, match=r"set/shards: Permission denied"):
+        write(config(tmp_path / "set", source[1]))
+
+
 # --- genes, elsewhere ----------------------------------------------------------------------------------------------
 
 
