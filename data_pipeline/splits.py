@@ -6,6 +6,7 @@ a column, fractions.
 
 from __future__ import annotations
 
+import csv
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,20 @@ def read_held_out(path: str) -> pd.DataFrame:
     """The CSV of held-out combinations, all strings, with a column `split`."""
     if not Path(path).is_file():
         raise InputError(f"split.held_out: {path}: no such file")
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = [row for row in csv.reader(file) if row] or [[]]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"split.held_out: {path}: can't be read as CSV in UTF-8: {error}") from None
+    header = rows[0]
+    for number, row in enumerate(rows):
+        if len(row) != len(header):
+            raise InputError(
+                f"split.held_out: {path}: row {number + 1} has {len(row)} fields, the header {len(header)}"
+            )
+    if twice := [c for c in header if header.count(c) > 1]:
+        raise InputError(f"split.held_out: {path}: column {twice[0]!r} stands twice")
+    table = pd.DataFrame(rows[1:], columns=pd.Index(header), dtype=str)
     if table.empty or not len([c for c in table.columns if c != "split"]):
         raise InputError(f"split.held_out: {path}: needs a header of obs columns and a row for each combination")
     if "split" not in table:

@@ -435,6 +435,22 @@ def test_values_and_combinations(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", r"t.csv: needs a header of obs columns and a row"),
+        (b"type,donor\na,d1\nb,d2,test\n", r"t.csv: row 3 has 3 fields, the header 2"),
+        (b"type,donor\na\n", r"t.csv: row 2 has 1 fields, the header 2"),
+        (b"type,donor\n\xe9,d1\n", r"t.csv: can't be read as CSV in UTF-8"),
+        (b"type,type\na,b\n", r"t.csv: column 'type' stands twice"),
+    ],
+)
+def test_held_out_tables_that_can_not_be_read(tmp_path, content, message):
+    (tmp_path / "t.csv").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        SplitConfig(held_out=str(tmp_path / "t.csv")).columns()
+
+
+@pytest.mark.parametrize(
     "settings, table, message",
     [
         ({"held_out": "t.csv"}, "type,donor\na,d77\n", r"line 2: no cell has type='a', donor='d77'"),
