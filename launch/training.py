@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -22,7 +23,7 @@ from scldm.parallel.engine import HardwareConfig, start_engine
 from scldm.train.loop import Loader, TrainConfig, train
 from scldm.train.losses import Stage
 from scldm.train.optim import OptimConfig, make_optimizer
-from scldm.train.run_folder import open_run_folder, write_json
+from scldm.train.run_folder import locked, open_run_folder, write_json
 from scldm.train.tracking import Tracker, TrackingConfig
 
 # what a resume may change: where and how fast a run goes, how it is followed, but not what it computes. `data.shards`
@@ -69,36 +70,30 @@ def run_training(name: str, config: RunConfig, set_up: Callable[[World], Parts])
     parts = set_up(world)
     run_dir = Path(config.run_dir)
     as_dict = dataclasses.asdict(config)  # pyright: ignore[reportArgumentType]
-    if world.is_first:
-        open_run_folder(run_dir, as_dict, FREE_ON_RESUME)
-        keep_data(run_dir, parts.manifest)
-    engine = start_engine(
-        parts.module,
-        make_optimizer_of(config.optim),
-        config.hardware,
-        config.optim.clip,
-        world,
-        config.train.global_batch,
-    )
-    if world.is_first:
-        write_json(run_dir / "deepspeed.json", getattr(engine, "json", {}))
-    tags = {"git": describe()["git"]}
-    try:
-        with Tracker(run_dir, config.tracking, active=world.is_first, stage=name, params=as_dict, tags=tags) as tracker:
-            return train(
-                parts.stage,
-                engine,
-                parts.loader,
-                parts.validation,
-                config.train,
-                config.optim,
-                world,
-                run_dir,
-                tracker,
-                name,
-            )
-    finally:
-        close_world()
+    with ExitStack() as at_the_end:
+        if world.is_first:
+            open_run_folder(run_dir, as_dict, FREE_ON_RESUME)
+            at_the_end.enter_context(locked(run_dir))
+            keep_data(run_dir, parts.manifest)
+        make = make_optimizer_of(config.optim)
+        engine = start_engine(parts.module, make, config.hardware, config.optim.clip, world, config.train.global_batch)
+        at_the_end.callback(close_world)
+        if world.is_first:
+            write_json(run_dir / "deepspeed.json", getattr(engine, "json", {}))
+        tags = {"git": describe()["git"]}
+        tracker = Tracker(run_dir, config.tracking, active=world.is_first, stage=name, params=as_dict, tags=tags)
+        return train(
+            parts.stage,
+            engine,
+            parts.loader,
+            parts.validation,
+            config.train,
+            config.optim,
+            world,
+            run_dir,
+            at_the_end.enter_context(tracker),
+            name,
+        )
 
 
 def make_optimizer_of(optim: OptimConfig) -> Callable[[torch.nn.Module], torch.optim.Optimizer]:

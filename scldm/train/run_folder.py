@@ -8,9 +8,11 @@ checkpoints/      see checkpoint.py
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,22 @@ def open_run_folder(run_dir: Path, config: Mapping[str, Any], free: tuple[str, .
     write_json(path, config)
     starts = read_json(run_dir / ENVIRONMENT) if (run_dir / ENVIRONMENT).is_file() else []
     write_json(run_dir / ENVIRONMENT, [*starts, describe()])
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Within, no other process may train in this folder; the lock ends with the process, however that ends.
+
+    Raises: InputError where another process, such as what a killed launcher left behind, still trains in it.
+    """
+    with (run_dir / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{run_dir}: another process is training in it; wait for it, or end it") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from scldm.errors import InputError
-from scldm.train.run_folder import open_run_folder, read_config
+from scldm.train.run_folder import locked, open_run_folder, read_config
 
 CONFIG = {"run_dir": "a", "optim": {"lr": 1e-3, "betas": (0.9, 0.95)}, "train": {"steps": 5, "keep": 2}, "data": {}}
 FREE = ("run_dir", "hardware", "train.keep")
@@ -70,3 +72,20 @@ def test_a_damaged_config_is_named(tmp_path: Path) -> None:
     for use in (lambda: read_config(tmp_path), lambda: open_run_folder(tmp_path, CONFIG, FREE)):
         with pytest.raises(InputError, match=r"config.json is damaged"):
             use()
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(tmp_path: Path) -> None:
+    # as after a kill -9 of torchrun, whose ranks train on for a while
+    hold = "import sys, pathlib; from scldm.train.run_folder import locked\n"
+    hold += "with locked(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(InputError, match="another process is training in it"), locked(tmp_path):
+        pass
+    other.kill()
+    other.communicate()
+    with locked(tmp_path):
+        pass
