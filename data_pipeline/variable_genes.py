@@ -15,6 +15,9 @@ from numba import njit
 from data_pipeline.narrow import FAULTS, CountError, Rows, check_columns, fault_of
 from scldm.errors import InputError
 
+# A gene's squares in one unit of at most 32,768 cells sum to at most this, so that those of 4,096 units stay within 64
+# bits; a count that would lead past it is taken as a clipped one. It takes counts of 262,144 in every cell.
+LARGEST_SQUARES = 1 << 51
 TOTAL, SQUARES, CELLS, CLIPPED = range(4)  # rows of the sums: of counts and their squares, both unclipped ones only
 
 
@@ -50,7 +53,7 @@ def _add(indptr, columns, values, column_of, clip_at, min_genes, sums):
             if gene < 0 or count == 0:
                 continue
             sums[2, gene] += 1
-            if count > clip_at[gene]:
+            if count > clip_at[gene] or count > 1 << 25 or sums[1, gene] + count * count > LARGEST_SQUARES:
                 sums[3, gene] += 1
             else:
                 sums[0, gene] += count
@@ -81,7 +84,15 @@ def expected_std(sums: np.ndarray, n_cells: int) -> tuple[np.ndarray, np.ndarray
 
 
 def clip_values(sums: np.ndarray, n_cells: int) -> np.ndarray:
-    """The count above which each gene's counts are clipped."""
+    """The count above which each gene's counts are clipped, from sums without clipping.
+
+    Raises: InputError where counts are too large, or the cells are too few for the fit.
+    """
+    too_large = int((sums[CLIPPED] > 0).sum())  # nothing else is clipped yet
+    if too_large:
+        raise InputError(
+            f"filter.n_top_genes: counts of {too_large} genes are too large to sum their squares; 0 keeps all genes"
+        )
     mean, std = expected_std(sums, n_cells)
     return std * np.sqrt(n_cells) + mean
 
