@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,6 +64,7 @@ class DirectCells(ShardSet):
                 f"than limit_gb={config.limit_gb}; convert it once with scldm shards write and train from the shards"
             )
         self.temporary = Path(tempfile.mkdtemp(prefix="scldm-direct-", dir=config.folder or None))
+        self._removal = weakref.finalize(self, shutil.rmtree, self.temporary, ignore_errors=True)
         try:
             write_shards(
                 ShardsWriteConfig(
@@ -78,9 +80,9 @@ class DirectCells(ShardSet):
             )
             super().__init__(str(self.temporary / "set"))
         except BaseException:
-            shutil.rmtree(self.temporary)
+            self._removal()
             raise
 
     def close(self) -> None:
         super().close()
-        shutil.rmtree(self.temporary, ignore_errors=True)
+        self._removal()

@@ -1,5 +1,6 @@
 """Cells straight from a Census-shaped collection: the batches that a converted set gives, and nothing left behind."""
 
+import gc
 import os
 
 import numpy as np
@@ -49,6 +50,15 @@ def test_a_query_streams_as_its_converted_set_does(census, tmp_path, capsys):
     for loader in loaders:
         loader.close()
     assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.slow
+def test_cells_that_no_loader_came_to_hold_leave_nothing(census, tmp_path):
+    direct = DirectCells(DirectConfig(source=census[1], folder=str(tmp_path)))
+    assert os.listdir(tmp_path)
+    del direct  # never closed
+    gc.collect()
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.slow
