@@ -31,7 +31,7 @@ class Csr:
     start: (B + 1,) int32, where each cell's begin
     gene_ids: vocabulary indices, uint16 up to 65,535 genes, else int32
     counts: uint8, 0 where the count is over 255
-    large_at, large: int32 and int64, where those stand and what they are
+    large_at, large: where those stand, int32, and what they are, int32, or int64 in a set with a count over 2^31
     """
 
     start: np.ndarray
@@ -182,7 +182,7 @@ class CellSlots:
         start = np.concatenate([[0], np.cumsum(last[:, 0] - first[:, 0])]).astype(np.int32)
         n_large = int((last[:, 2] - first[:, 2]).sum())
         ids, counts = np.empty(start[-1], self.id_dtype), np.empty(start[-1], np.uint8)
-        large_at, large = np.empty(n_large, np.int32), np.empty(n_large, np.int64)
+        large_at, large = np.empty(n_large, np.int32), np.empty(n_large, self.count_dtype)
         _take_csr(slots, rows, self.place, self.begin, ids, counts, large_at, large)
         return Csr(start, ids, counts, large_at, large)
 

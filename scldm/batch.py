@@ -77,7 +77,8 @@ class CompactCounts:
     start: (B + 1,) int32, where each cell's genes begin
     gene_ids_X: vocabulary indices; int16 that is to be read as unsigned, or int32 for larger vocabularies
     counts_X: uint8, 0 where the count is over 255
-    large_at: int32, where those stand in `counts_X`; large: int64, what they are
+    large_at: int32, where those stand in `counts_X`
+    large: what they are; int32, or int64 where a count of the whole set needs it, be it in this batch or not
     table_size: genes of the vocabulary, and one for padding
     """
 
@@ -109,17 +110,15 @@ class CompactCounts:
 
     def dense(self) -> Tensor:
         """Counts of every vocabulary index, (B, table_size) on the device where the parts lie; column 0, padding, is 0.
-        int32, or int64 where a count needs it."""
+        The dtype of `large`: one for all batches of a set."""
         n, device = len(self.start) - 1, self.start.device
         start = self.start.long()
         cell_X = torch.repeat_interleave(torch.arange(n, device=device), start.diff(), output_size=len(self.gene_ids_X))
         gene_X = self.gene_ids_X.long()
         if self.gene_ids_X.dtype == torch.int16:
             gene_X = gene_X & 0xFFFF
-        wide = len(self.large) > 0  # known without asking the device; whether a count is over 2^31 is not
-        counts_X = self.counts_X.to(torch.int64 if wide else torch.int32)
-        if wide:
-            counts_X[self.large_at.long()] = self.large
+        counts_X = self.counts_X.to(self.large.dtype)
+        counts_X[self.large_at.long()] = self.large
         out = torch.zeros((n, self.table_size), dtype=counts_X.dtype, device=device)
         out[cell_X, gene_X] = counts_X
         return out

@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 
 from data_pipeline.block import encode_block, narrow
 from data_pipeline.gather import CellSlots
 from data_pipeline.gene_sets import GeneSetConfig, GeneSets
 from data_pipeline.read_shards import ShardSet
 from data_pipeline.schema import vocab_tag
+from scldm.batch import CompactCounts
 from scldm.errors import InputError
 from tests.data_pipeline.small_sets import known_cells, write_set
 
@@ -89,6 +91,22 @@ def slots(tmp_path_factory):
     slots.fill(0, shards.fetch(0), "block 0")
     shards.close()
     return slots, cells.counts[:256]
+
+
+def test_compact_counts_have_the_dtype_of_the_set_in_every_batch(tmp_path):
+    """Not that of a batch, which a compiled model would meet as two shapes."""
+    cells = known_cells()
+    for largest, dtype in ((2_000_000_000, torch.int32), (3_000_000_000, torch.int64)):
+        cells.counts[4, 6] = largest
+        shards = ShardSet(str(write_set(tmp_path / str(largest), cells)))
+        slots = CellSlots(shards.manifest, 1)
+        slots.fill(0, shards.fetch(0), "block 0")
+        shards.close()
+        for rows in (np.array([0]), np.array([3, 4])):
+            csr = slots.take_csr(np.zeros_like(rows), rows)
+            compact = CompactCounts.from_numpy(csr.start, csr.gene_ids, csr.counts, csr.large_at, csr.large, 701)
+            assert compact.dense().dtype == dtype
+            np.testing.assert_array_equal(compact.dense()[:, 1:].numpy(), cells.counts[rows])
 
 
 def take(slots, sets, step=0):
