@@ -167,7 +167,7 @@ class GeneSets:
         uniform = ((self._words(epoch, step, first, n_positions, self.total) >> np.uint64(11)) + 1) * 2.0**-53
         with np.errstate(divide="ignore", invalid="ignore"):  # a rate of 0 never arrives
             arrival = -np.log(uniform[:, : self.total]) / self.rates
-        return np.sort(np.argsort(arrival, axis=1, kind="stable")[:, : self.width] + 1, axis=1)
+        return np.sort(np.argpartition(arrival, self.width - 1, axis=1)[:, : self.width] + 1, axis=1)
 
 
 # --- kernels --------------------------------------------------------------------------------------------------------
