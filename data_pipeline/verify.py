@@ -17,7 +17,7 @@ import fsspec
 import numpy as np
 
 from data_pipeline.block import Block, BlockBuffers, decode_block
-from data_pipeline.files import sha256_of
+from data_pipeline.files import file_system, sha256_of
 from data_pipeline.genes import join_genes
 from data_pipeline.narrow import GeneSums, narrow_rows
 from data_pipeline.schema import (
@@ -59,7 +59,7 @@ class Verdict:
     """What was found.
 
     faults: empty for a sound set
-    notes: what could not be looked at
+    notes: what could not be looked at, and files that are none of the set's
     n_compared: cells that were compared with their sources
     """
 
@@ -79,22 +79,24 @@ def verify_shards(url: str, sample: int = 256) -> Verdict:
     if manifest.kind != "cells":
         raise InputError(f"{url}: holds {manifest.kind}; shards verify checks sets of cells")
     faults = list(_check_manifest(manifest))
+    strays, notes = _check_strays(url, manifest)
     index, more = _read_index(url, manifest)
-    faults += more
+    faults += [*strays, *more]
     if index is None:  # without it nothing more can be said than whether the tars are whole
         faults += [f for shard in manifest.shards for f in _check_bytes(url, shard)]
-        return Verdict(manifest, tuple(faults), ("the index is damaged: blocks and statistics were not checked",), 0)
+        notes.append("the index is damaged: blocks and statistics were not checked")
+        return Verdict(manifest, tuple(faults), tuple(notes), 0)
     seen = Seen(manifest)
     with Progress("verify", len(index["blocks"]), "blocks") as bar:
         for number, shard in enumerate(manifest.shards):
             faults += _check_shard(url, manifest, number, shard, index, seen, bar)
     faults += _check_order(manifest, index)
     faults += _check_statistics(manifest, index, seen)
-    notes: list[str] = []
     n_compared = 0
     if not faults and sample:
-        found, notes, n_compared = _compare_with_sources(url, manifest, index, sample)
+        found, more_notes, n_compared = _compare_with_sources(url, manifest, index, sample)
         faults += found
+        notes += more_notes
     return Verdict(manifest, tuple(faults), tuple(notes), n_compared)
 
 
@@ -123,6 +125,24 @@ def _check_manifest(manifest: Manifest) -> Iterator[Fault]:
         cell, block = shard.first_cell + shard.n_cells, shard.first_block + shard.n_blocks
     if cell != manifest.n_cells:
         yield Fault("manifest.json", f"its shards hold {cell} cells, it says {manifest.n_cells}")
+
+
+def _check_strays(url: str, manifest: Manifest) -> tuple[list[Fault], list[str]]:
+    """Files that the manifest doesn't list: a tar is a fault, since readers without the manifest take all tars."""
+    fs, root = file_system(url)
+    listed = {entry.path for entry in (*manifest.shards, *manifest.index)}
+    faults, notes = [], []
+    for folder in ("shards", "index"):
+        try:
+            names = [name.rsplit("/", 1)[1] for name in fs.find(f"{root.rstrip('/')}/{folder}", maxdepth=1)]
+        except Exception as error:  # plain web servers, say, list nothing, and each store refuses in its own way
+            return faults, [f"not looked for files that the manifest does not list: {error}"]
+        for path in sorted({f"{folder}/{name}" for name in names} - listed):
+            if path.endswith(".tar"):
+                faults.append(Fault(path, "is not in the manifest: another set's, or one that was added"))
+            else:
+                notes.append(f"{path}: is not in the manifest")
+    return faults, notes
 
 
 def _read_index(url: str, manifest: Manifest) -> tuple[dict[str, np.ndarray] | None, list[Fault]]:

@@ -150,6 +150,16 @@ def test_a_source_that_says_otherwise_is_found(tmp_path):
     assert "no such file" in verdict.notes[0]
 
 
+def test_files_of_nobody_are_listed(copy):
+    shutil.copy(copy / "shards/train-000000.tar", copy / "shards/train-000009.tar")
+    (copy / "index/cells.age.npy").touch()
+    verdict = verify_shards(str(copy))
+    assert [str(f) for f in verdict.faults] == [
+        "shards/train-000009.tar: is not in the manifest: another set's, or one that was added"
+    ]
+    assert verdict.notes == ("index/cells.age.npy: is not in the manifest",)
+
+
 def test_a_gene_table_that_is_gone_is_said(tmp_path):
     """Its source has symbols; the set is as sound without the table that translated them."""
     adata = atlas(80, 60)
