@@ -65,6 +65,7 @@ class Candidate:
     n_stored: stored values
     first_wrong: the first value that was looked at and is no count, with its cell and gene
     wrong: share of such values
+    nonzero: share of the stored values that are kept: of a dense matrix, those that are not zero
     """
 
     name: str
@@ -77,6 +78,7 @@ class Candidate:
     finite: bool
     first_wrong: str
     wrong: float
+    nonzero: float
 
     @property
     def holds_counts(self) -> bool:
@@ -134,6 +136,7 @@ def look_at(file: Any, name: str) -> Candidate:
     return Candidate(
         name, matrix_shape(node), str(values.dtype), n_stored, low, high, integral, finite,
         first, len(wrong) / max(len(values), 1),
+        float((values != 0).mean()) if isinstance(node, h5py.Dataset) and len(values) else 1.0,
     )  # fmt: skip
 
 
@@ -250,8 +253,9 @@ def open_h5ad_source(path: str, config: SourceConfig, columns: tuple[str, ...], 
         keep_gene = np.ones(n_columns, bool)
         if config.var_filter:
             keep_gene = _matches(var, config.var_filter, path, "source.var_filter")
-        n_stored = look_at(file, layer).n_stored
-    spec = SourceSpec("h5ad", path, layer, n_rows, n_columns, n_stored / max(n_rows, 1), Path(path).stat().st_size)
+        candidate = look_at(file, layer)
+        mean_nonzeros = candidate.n_stored * candidate.nonzero / max(n_rows, 1)
+    spec = SourceSpec("h5ad", path, layer, n_rows, n_columns, mean_nonzeros, Path(path).stat().st_size)
     report = {"cells_not_selected": n_rows - len(rows), "genes_not_selected": int((~keep_gene).sum())}
     return OpenSource(spec, SourceGenes(path, ids, namespace_of(ids)), keep_gene, rows, obs, report)
 

@@ -64,7 +64,7 @@ class SourceSpec:
     """One source as the manifest names it, and all that it takes to read its counts again.
 
     n_rows, n_columns: shape of the matrix, before filters
-    mean_nonzeros: stored values a row
+    mean_nonzeros: stored values a row, without a dense matrix's zeros; of some rows, where counting all takes long
     size: bytes of the file, 0 where it is none
     """
 
