@@ -317,7 +317,7 @@ def _draft_plan(config: ShardsWriteConfig, settings: dict[str, Any], folder: Pat
     arrays: dict[str, np.ndarray] = {"row": row}
     labels: dict[str, tuple[str, ...]] = {}
     for k, name in enumerate(config.conditions):
-        known, ids = np.unique(obs[name].astype(str), return_inverse=True)
+        ids, known = pd.factorize(obs[name], sort=True)  # np.unique would take every text at the longest one's width
         if len(known) > config.max_labels:
             raise InputError(
                 f"conditions: obs column {name!r} has {len(known):,} labels for {len(row):,} cells, such as "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import scipy.sparse as sp
 
 from data_pipeline.genes import SourceGenes, join_genes
+from data_pipeline.plan import make_plan
 from data_pipeline.source_h5ad import find_counts, open_file
 from data_pipeline.source_soma import SomaMatrix
 from data_pipeline.sources import SourceConfig, as_labels, open_matrix, open_sources, spans
@@ -376,6 +378,23 @@ def test_a_stated_namespace_must_be_the_sources(tmp_path):
         )
         with pytest.raises(InputError, match=r"its genes are named by symbol ids \(such as 'GENE0'\), .* by ensembl"):
             write_shards(given)
+
+
+def test_long_labels_take_no_memory_for_each_cell(tmp_path):
+    """Of a column of categories, cells hold codes while a command is planned."""
+    adata = atlas(40_000, 2)
+    adata.obs["text"] = pd.Categorical.from_codes(np.arange(40_000) % 3, [letter * 2000 for letter in "cab"])
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    command = config(tmp_path / "set", tmp_path / "a.h5ad", conditions=("text",))
+    tracemalloc.start()
+    try:
+        plan = make_plan(command, tmp_path / "plan")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 60e6  # each cell's own text would be 320 MB
+    assert [label[0] for label in plan.conditions.labels["text"]] == ["a", "b", "c"]
+    assert plan.condition_ids[0][:4].tolist() == [2, 0, 1, 2]
 
 
 # --- splits --------------------------------------------------------------------------------------------------------
