@@ -72,12 +72,24 @@ def test_weighted_sets_follow_the_weights():
         sets_of(GeneSetConfig("weighted", 36), weights=weights)
 
 
+def test_weighted_sets_belong_to_position_step_and_epoch():
+    sets = sets_of(GeneSetConfig("weighted", 7), weights=np.linspace(1, 2, 40))
+    whole = sets.ids(2, 5, np.arange(64))
+    np.testing.assert_array_equal(sets.ids(2, 5, np.arange(24, 27)), whole[24:27])
+    assert len({tuple(row) for row in whole.tolist()}) == 64
+    for epoch, step in ((3, 5), (2, 6)):
+        assert not (sets.ids(epoch, step, np.arange(64)) == whole).all(1).any()
+
+
 def test_sets_are_frozen():
     """The numbers of a run that is resumed: a change of them changes every run."""
     assert sets_of(GeneSetConfig("random", 4)).ids(1, 2, np.arange(3, 5)).tolist() == GOLDEN
+    weighted = sets_of(GeneSetConfig("weighted", 4), weights=np.linspace(0, 1, 40))
+    assert weighted.ids(1, 2, np.arange(3, 5)).tolist() == GOLDEN_WEIGHTED
 
 
 GOLDEN = [[7, 14, 9, 35], [2, 18, 10, 24]]
+GOLDEN_WEIGHTED = [[21, 24, 28, 40], [17, 19, 35, 37]]
 
 
 # --- policies that look at the cell --------------------------------------------------------------------------------

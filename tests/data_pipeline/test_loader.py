@@ -128,18 +128,64 @@ def test_encoding_meets_the_cells_of_a_shard_in_set_order(folder, cells):
 # --- order ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world", [2, 3, 4, 8, 24])
-def test_every_world_size_gives_the_same_global_batches_and_gene_sets(folder, world):
-    asked = GeneSetConfig("expressed_plus_zeros", 150)
-    with open_loader(folder, asked=asked) as whole:
-        loaders = [open_loader(folder, rank=r, world=world, asked=asked) for r in range(world)]
-        for _ in range(2 * whole.steps_per_epoch):
-            expected = [flat(b) for b in next(whole)]
-            got = [flat(b) for loader in loaders for b in next(loader)]
-            assert len({len(next_) for next_ in (expected, got)}) == 1
-            assert got == expected
+def by_cell(micro_batches):
+    """The rows of `flat` that belong to one cell, for every cell of some micro-batches."""
+    cells = []
+    for batch in micro_batches:
+        n = len(batch)
+        sides = []
+        for part in (batch.given, batch.asked):
+            ids = part.gene_ids if part.gene_ids.ndim == 2 else part.gene_ids.expand(n, -1)
+            sides.append([[(i, c) for i, c in zip(*row) if i] for row in zip(ids.tolist(), part.counts_BS.tolist())])
+        rest = (batch.cell_ids_B2, batch.library_size_B, batch.weight_B, batch.positions_B, batch.conditions["type"])
+        cells += list(zip(*sides, *(t.tolist() for t in rest), [batch.n_cells] * n))
+    return cells
+
+
+@pytest.mark.parametrize("world, micro", [(2, 4), (3, 1), (4, 3), (8, 4), (24, 1), (64, 3)])
+@pytest.mark.parametrize("policy", ["random", "weighted"])
+def test_every_world_size_gives_every_cell_the_same_position_and_gene_sets(folder, world, micro, policy):
+    """With a set for each cell: a position must draw alike in a micro-batch of any size."""
+    changes = {
+        "given": GeneSetConfig(policy, 20),
+        "asked": GeneSetConfig("expressed_plus_zeros", 150),
+        "global_batch": 192,
+        "prefetch": 0,
+    }
+    with open_loader(folder, micro=192, **changes) as whole:
+        loaders = [open_loader(folder, rank=r, world=world, micro=micro, **changes) for r in range(world)]
+        for _ in range(whole.steps_per_epoch + 1):
+            got = [b for loader in loaders for b in next(loader)]
+            assert {len(b) for b in got} == {micro}
+            assert by_cell(got) == by_cell(next(whole))
         for loader in loaders:
             loader.close()
+
+
+def test_a_shared_gene_set_is_its_groups_whatever_the_micro_batch(folder):
+    given_set = GeneSetConfig("random", 20, gene_set_group=12)
+    with open_loader(folder, micro=12, given=given_set) as whole:
+        others = [open_loader(folder, micro=m, given=given_set, rank=r, world=2) for m in (1, 3, 4) for r in (0, 1)]
+        for _ in range(whole.steps_per_epoch + 1):
+            expected = by_cell(next(whole))
+            got = [b for other in others for b in next(other)]
+            assert by_cell(got) == expected * 3
+        for other in others:
+            other.close()
+
+
+def test_the_sides_draw_apart_and_every_epoch_anew_but_a_pass_in_order_never(folder):
+    def sets(batches, side):
+        return [row for b in batches for row in getattr(b, side).gene_ids.tolist()]
+
+    drawn = GeneSetConfig("random", 20)
+    with open_loader(folder, given=drawn, asked=drawn) as loader:
+        epochs = [[b for _ in range(loader.steps_per_epoch) for b in next(loader)] for _ in range(2)]
+        assert not any(a == b for a, b in zip(sets(epochs[0], "given"), sets(epochs[0], "asked")))
+        assert not any(a == b for a, b in zip(sets(epochs[0], "given"), sets(epochs[1], "given")))
+        first = by_cell(b for batches in loader.one_pass() for b in batches)
+        next(loader)
+        assert by_cell(b for batches in loader.one_pass() for b in batches) == first
 
 
 @settings(max_examples=15, deadline=None)
@@ -150,8 +196,9 @@ def test_every_world_size_gives_the_same_global_batches_and_gene_sets(folder, wo
     prefetch=st.integers(0, 2),
     ahead=st.integers(0, 9),
     small=st.booleans(),
+    world=st.sampled_from([1, 2, 3, 8]),
 )
-def test_a_resumed_stream_goes_on_bit_for_bit(folder, stop, more, threads, prefetch, ahead, small):
+def test_a_resumed_stream_goes_on_bit_for_bit(folder, stop, more, threads, prefetch, ahead, small, world):
     lanes = 64 if small else 8  # shuffled by the cell, or by the window
     with open_loader(folder, lanes=lanes) as loader:
         for _ in range(stop):
@@ -159,7 +206,6 @@ def test_a_resumed_stream_goes_on_bit_for_bit(folder, stop, more, threads, prefe
         state = loader.state()
         expected = [[flat(b) for b in next(loader)] for _ in range(more)]
     assert all(isinstance(v, int | str) for v in state.values())
-    world = 4
     others = [
         open_loader(folder, rank=r, world=world, lanes=lanes, read_threads=threads, prefetch=prefetch, read_ahead=ahead)
         for r in range(world)

@@ -60,6 +60,18 @@ def test_latents_stand_where_their_cells_stood(cells, tmp_path):
             assert a.library_size_all_B.equal(b.library_size_all_B)
             assert a.weight_B.equal(b.weight_B)
             assert a.conditions["donor"].equal(b.conditions["donor"])
+    state = latents.state()
+    expected = [[b.cell_ids_B2.tolist() for b in next(latents)] for _ in range(6)]
+    ranks = [LatentLoader(latents.config, rank=r, world_size=2, global_batch=60, micro_batch=30) for r in range(2)]
+    for rank in ranks:
+        rank.load_state(state)
+    for step in expected:
+        batches = [b for rank in ranks for b in next(rank)]
+        assert [b.cell_ids_B2.tolist() for b in batches] == step
+        for b in batches:
+            np.testing.assert_array_equal(b.latent_BLZ.numpy(), encode(b))
+    for rank in ranks:
+        rank.close()
     train = np.concatenate([encode(b) for k in range(5) for b in shard_batches(cells, k, micro_batch=32)])
     np.testing.assert_allclose(latents.manifest.extra["mean"], train.mean(0), rtol=1e-6)
     np.testing.assert_allclose(latents.manifest.extra["std"], train.std(0), rtol=1e-4)
