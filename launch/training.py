@@ -29,7 +29,8 @@ from scldm.train.tracking import Tracker, TrackingConfig
 # what a resume may change: where and how fast a run goes, how it is followed, but not what it computes. `data.shards`
 # is a place: that the cells there are the same is proved by the loader's state and the vocabularies
 FREE_ON_RESUME = (
-    *("run_dir", "tracking", "train.log_every", "train.save_every", "train.keep", "model.attention"),
+    *("run_dir", "tracking", "train.log_every", "train.save_every", "train.keep"),
+    *("model.attention", "model.compile", "model.recompute", "model.gene_chunk"),
     *("hardware.engine", "hardware.micro_batch", "hardware.zero_stage", "hardware.threads"),
     *("data.shards", "data.form", "data.prefetch", "data.read_threads", "data.read_ahead"),
     *("data.cache_folder", "data.cache_gb"),
