@@ -42,9 +42,9 @@ class Flaky(MemoryFileSystem):
         self._fail(path)
         return super().ls(path, detail, **kwargs)
 
-    def open(self, path, mode="rb", **kwargs):
+    def open(self, path, mode="rb", block_size=None, cache_options=None, compression=None, **kwargs):
         self._fail(path)
-        return super().open(path, mode, **kwargs)
+        return super().open(path, mode, block_size, cache_options, compression, **kwargs)
 
     def cat_file(self, path, start=None, end=None, **kwargs):
         path = self._strip_protocol(path)
