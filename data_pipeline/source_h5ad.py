@@ -155,7 +155,7 @@ def _place(file: Any, name: str, at: int) -> str:
 
 def name_at(frame: Any, k: int) -> str:
     """The k-th name of obs or var; its number where a broken file has none."""
-    names = frame[frame.attrs["_index"]] if isinstance(frame, h5py.Group) and "_index" in frame.attrs else ()
+    names: Any = frame[frame.attrs["_index"]] if isinstance(frame, h5py.Group) and "_index" in frame.attrs else ()
     name = names[k] if 0 <= k < len(names) else k
     return name.decode() if isinstance(name, bytes) else str(name)
 
