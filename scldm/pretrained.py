@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +41,7 @@ from scldm.vocab import ConditionVocab, GeneVocab
 FORMAT_VERSION = 1
 NOT_GIVEN = "not given"
 MAX_COUNT = 2**31 - 1  # of int32, as cells are given to the encoder and written
+Kind = Literal["counts", "means"]
 # a batch decodes its cells for all genes: 64 cells x 60,000 genes x width 512 x 4 B = 8 GB
 BATCH_CELLS = 64
 
@@ -148,6 +149,69 @@ def weights_hash(tensors: dict[str, Tensor]) -> str:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """Cells to make, numbered from 0, as checked against a model.
+
+    seed: of all draws
+    combination_n: which combination of labels a cell has, int32 (n,)
+    labels: the combinations, one a row, a column for each condition that is given
+    ids: for every condition of the model, the label ids of the combinations, int64; its null id where not given
+    given_size_n: library sizes that were given, float64 (n,)
+    log_mean, log_std: else those of the combinations' log-normals
+    """
+
+    seed: int
+    combination_n: np.ndarray
+    labels: pd.DataFrame
+    ids: dict[str, np.ndarray]
+    given_size_n: np.ndarray | None
+    log_mean: np.ndarray | None = None
+    log_std: np.ndarray | None = None
+
+    @property
+    def n_cells(self) -> int:
+        return len(self.combination_n)
+
+    def _of(self, rows: range) -> np.ndarray:
+        """The combinations of some cells; beyond the last one, where a batch is filled up, that one's."""
+        return self.combination_n[np.minimum(np.arange(rows.start, rows.stop), self.n_cells - 1)]
+
+    def ids_of(self, rows: range) -> dict[str, np.ndarray]:
+        """Label ids of some cells by condition, int64."""
+        return {name: ids[self._of(rows)] for name, ids in self.ids.items()}
+
+    def library_size(self, rows: range) -> np.ndarray:
+        """Expected total counts of some cells, float64: those given, or drawn, each by its number."""
+        if self.given_size_n is not None:
+            return self.given_size_n[np.minimum(np.arange(rows.start, rows.stop), self.n_cells - 1)]
+        assert self.log_mean is not None
+        assert self.log_std is not None
+        parts = []
+        for first in range(rows.start, rows.stop, 4096):  # a draw takes some 300 B on its way
+            some = range(first, min(first + 4096, rows.stop))
+            normal = draws.normal(self.seed, "library size", 0, torch.arange(some.start, some.stop), (1,))[:, 0]
+            of = self._of(some)
+            parts.append(np.exp(self.log_mean[of] + self.log_std[of] * normal.double().numpy()))
+        return np.concatenate(parts)
+
+
+def distinct(conditions: pd.DataFrame) -> tuple[np.ndarray, pd.DataFrame]:
+    """Which of the distinct rows every row is, int32 (n,), and those, as text.
+
+    Raises: InputError for a row without a label.
+    """
+    code_n = np.zeros(len(conditions), np.int64)
+    for name in conditions.columns:
+        absent = conditions[name].isna().to_numpy()
+        if absent.any():
+            raise InputError(f"column {name}, row {absent.argmax()}: no label is given")
+        of_column, labels = pd.factorize(conditions[name])
+        code_n = pd.factorize(code_n * len(labels) + of_column)[0]
+    _, first, code_n = np.unique(code_n, return_index=True, return_inverse=True)
+    return code_n.astype(np.int32), conditions.iloc[first].astype(str).reset_index(drop=True)
+
+
+@dataclass(frozen=True)
 class Pretrained:
     """Autoencoder, diffusion transformer and what they need to know of genes, conditions and library sizes."""
 
@@ -198,7 +262,7 @@ class Pretrained:
         Raises: InputError as `embed`, and for a gene that the model does not know.
         """
         counts, given_ids = self._given(adata, layer)
-        asked_ids = given_ids if genes is None else torch.from_numpy(self._wanted(genes) + 1).to(self.device)
+        asked_ids = given_ids if genes is None else torch.from_numpy(self.columns(genes) + 1).to(self.device)
         encode = encoder_of(self.vae, given_ids, counts.getnnz(0) / adata.n_obs)
         expected, log_likelihood = [], []
         with Progress("reconstruct", adata.n_obs, "cells") as bar, torch.no_grad():
@@ -256,66 +320,85 @@ class Pretrained:
         seed: int,
         sampler: SamplerConfig | None = None,
         genes: Sequence[str] | None = None,
+        kind: Kind = "counts",
     ) -> ad.AnnData:
-        """New cells, one per row of `conditions`: integer counts in CSR, the conditions as categorical obs.
+        """New cells, one per row of `conditions`, in CSR, the conditions as categorical obs. For as many as fit into
+        memory; `scldm generate` writes any number.
 
         conditions: one column per condition to be given, in which every label is one that the model was trained on; a
             condition without a column is not given. A column `library_size` sets the cells' expected total counts;
             without it they are drawn from what was fitted on the training cells of the same conditions
         seed: of all draws; a cell's depend on it and on the cell's row number, not on the other cells
         genes: which genes to write, in this order; the default is all of the model's
+        kind: counts, integers drawn from what the decoder predicts, or means, its expected counts, float32
 
         Raises: InputError for a condition or label that the model does not know, or library sizes never fitted.
         """
         sampler = sampler or SamplerConfig()
-        ids, library_size_n = self.check_conditions(conditions, seed)
-        wanted = self._wanted(genes)
-        all_genes_G = torch.arange(1, self.genes.n_genes + 1, device=self.device)
-        parts = []
-        with Progress("generate", len(conditions), "cells") as bar:
-            for rows in _batches(len(conditions)):
-                numbers_B = torch.arange(rows.start, rows.stop, device=self.device)
-                of_batch = {name: torch.from_numpy(ids_n[rows]).to(self.device) for name, ids_n in ids.items()}
-                latent_BLZ = self.vae.normalised(generate_latents(self._dit(), of_batch, numbers_B, seed, sampler))
-                size_B = torch.from_numpy(library_size_n[rows]).float().to(self.device)
-                counts_BG = sample_counts(self.vae, latent_BLZ, all_genes_G, size_B, numbers_B, seed)
-                parts.append(sp.csr_matrix(counts_BG[:, wanted].astype(np.int32)))
-                bar.advance(len(numbers_B))
-        obs = self._obs(conditions, library_size_n)
-        var = pd.DataFrame(index=pd.Index([self.genes.ids[k] for k in wanted], name=None))
+        wanted = self.check_conditions(conditions, seed)
+        columns = self.columns(genes)
+        every = range(wanted.n_cells)
+        with Progress("generate", wanted.n_cells, "cells") as bar:
+            matrix = self.make(wanted, every, columns, sampler, kind, bar.advance)
+        obs = self.obs(wanted, wanted.library_size(every))
         uns = {"scldm": {"model": self.hash, "seed": seed, "sampler": asdict(sampler)}}
-        return ad.AnnData(sp.vstack(parts, format="csr"), obs=obs, var=var, uns=uns)
+        return ad.AnnData(matrix, obs=obs, var=self.var(columns), uns=uns)
 
-    def check_conditions(self, conditions: pd.DataFrame, seed: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Label ids of every cell by condition, and its library size, or the error that generation would meet."""
+    def check_conditions(self, conditions: pd.DataFrame, seed: int) -> Wanted:
+        """The cells to make, or the error that generation would meet; arguments as for `generate`."""
         dit = self._dit()
         if not 0 <= seed < 2**63:
             raise InputError(f"seed={seed} must be at least 0 and below 2^63")
         if len(conditions) == 0:
             raise InputError("there are no cells to generate: the table of conditions is empty")
-        given = conditions.drop(columns="library_size", errors="ignore")
-        ids = {name: np.full(len(given), dit.null_id(name), dtype=np.int64) for name in dit.n_labels}
-        for name in given.columns:
-            absent = given[name].isna().to_numpy()
-            if absent.any():
-                raise InputError(f"column {name}, row {absent.argmax()}: no label is given")
-            codes, labels = pd.factorize(given[name].astype(str))
-            ids_of_labels = self.conditions.encode(name, [str(label) for label in labels])
-            ids[name] = ids_of_labels[codes]
+        combination_n, labels = distinct(conditions.drop(columns="library_size", errors="ignore"))
+        ids = {name: np.full(len(labels), dit.null_id(name), dtype=np.int64) for name in dit.n_labels}
+        for name in labels:
+            ids[str(name)] = self.conditions.encode(str(name), list(labels[name]))
         if "library_size" in conditions:
             sizes = np.array(pd.to_numeric(conditions["library_size"], errors="coerce"), dtype=np.float64)
             if not (np.isfinite(sizes).all() and (sizes > 0).all()):
                 raise InputError("column library_size must hold positive numbers")
-            return ids, sizes
-        return ids, self._library_sizes(given.astype(str), seed)
+            return Wanted(seed, combination_n, labels, ids, sizes)
+        return Wanted(seed, combination_n, labels, ids, None, *self.library_sizes.of(labels))
 
-    def _library_sizes(self, labels: pd.DataFrame, seed: int) -> np.ndarray:
-        log_mean_n, log_std_n = self.library_sizes.of(labels)
-        normal_n = draws.normal(seed, "library size", 0, torch.arange(len(labels)), (1,))[:, 0].double().numpy()
-        return np.exp(log_mean_n + log_std_n * normal_n)
+    @torch.no_grad()
+    def make(
+        self,
+        wanted: Wanted,
+        rows: range,
+        columns: np.ndarray,
+        sampler: SamplerConfig,
+        kind: Kind,
+        tick: Callable[[int], None],
+    ) -> sp.csr_matrix:
+        """Some of the cells, (rows, columns): int32 counts, or float32 means.
 
-    def _wanted(self, genes: Sequence[str] | None) -> np.ndarray:
-        """Columns of the asked genes."""
+        Batches begin at multiples of BATCH_CELLS and are filled up: a float sum depends on the shape of its batch, so
+        a cell's numbers are the same bit for bit whatever rows are asked for with it, by whichever rank.
+
+        columns: of the model's genes, as `columns` gives them
+        tick: called with the number of cells that were made
+        """
+        all_genes_G = torch.arange(1, self.genes.n_genes + 1, device=self.device)
+        parts = []
+        for first in range(rows.start // BATCH_CELLS * BATCH_CELLS, rows.stop, BATCH_CELLS):
+            batch = range(first, first + BATCH_CELLS)
+            numbers_B = torch.arange(batch.start, batch.stop, device=self.device)
+            of_batch = {name: torch.from_numpy(ids).to(self.device) for name, ids in wanted.ids_of(batch).items()}
+            latent_BLZ = self.vae.normalised(generate_latents(self._dit(), of_batch, numbers_B, wanted.seed, sampler))
+            size_B = torch.from_numpy(wanted.library_size(batch)).float().to(self.device)
+            if kind == "means":
+                made_BG = self.vae.decode(latent_BLZ, all_genes_G).expected(size_B).float().cpu().numpy()
+            else:
+                made_BG = sample_counts(self.vae, latent_BLZ, all_genes_G, size_B, numbers_B, wanted.seed)
+            own = slice(max(rows.start - first, 0), rows.stop - first)
+            parts.append(sp.csr_matrix(made_BG[own, columns].astype(np.float32 if kind == "means" else np.int32)))
+            tick(parts[-1].shape[0])
+        return sp.csr_matrix(sp.vstack(parts))
+
+    def columns(self, genes: Sequence[str] | None) -> np.ndarray:
+        """Where the asked genes stand among the model's. Raises: InputError for one that is unknown or asked twice."""
         if genes is None:
             return np.arange(self.genes.n_genes)
         index = self.genes.lookup(genes)
@@ -325,13 +408,17 @@ class Pretrained:
             raise InputError(f"gene {next(g for g in genes if list(genes).count(g) > 1)!r} stands twice in genes")
         return index - 1
 
-    def _obs(self, conditions: pd.DataFrame, library_size_n: np.ndarray) -> pd.DataFrame:
-        given = conditions.drop(columns="library_size", errors="ignore").astype(str)
-        obs = pd.DataFrame(index=pd.Index([f"generated-{k}" for k in range(len(conditions))]))
-        for name in self._dit().n_labels:
-            labels = given[name].to_numpy() if name in given else np.full(len(given), NOT_GIVEN)
-            known = dict.fromkeys([*self.conditions.labels[name], *([] if name in given else [NOT_GIVEN])])
-            obs[name] = pd.Categorical(labels, categories=list(known))
+    def var(self, columns: np.ndarray) -> pd.DataFrame:
+        return pd.DataFrame(index=pd.Index([self.genes.ids[k] for k in columns]))
+
+    def obs(self, wanted: Wanted, library_size_n: np.ndarray) -> pd.DataFrame:
+        """Conditions as categories, of which one is "not given", and the library sizes."""
+        obs = pd.DataFrame(index=pd.Index([f"generated-{k}" for k in range(wanted.n_cells)]))
+        for name, ids in wanted.ids.items():
+            labels = self.conditions.labels[name]
+            known = list(dict.fromkeys([*labels, *([] if name in wanted.labels else [NOT_GIVEN])]))
+            codes = ids if name in wanted.labels else np.full(len(ids), known.index(NOT_GIVEN))
+            obs[name] = pd.Categorical.from_codes(codes[wanted.combination_n].tolist(), categories=known)
         obs["library_size"] = library_size_n
         return obs
 

@@ -268,6 +268,49 @@ def test_the_same_seed_makes_the_same_cells_whatever_the_batch(
     assert not np.allclose(first.obs["library_size"], other.obs["library_size"])
 
 
+@pytest.mark.parametrize("kind", ["counts", "means"])
+def test_rows_are_the_same_bit_for_bit_whatever_is_asked_for_with_them(
+    model: Pretrained, kind: pretrained.Kind
+) -> None:
+    """A batch of 64 rows and one of 6 sum floats in another order: 64 x 6 is filled up."""
+    n, columns = 2 * pretrained.BATCH_CELLS + 6, np.arange(G)[::-1]
+    ticks: list[int] = []
+    asked = model.check_conditions(wanted(n), seed=5)
+    whole = model.make(asked, range(n), columns, FEW, kind, ticks.append)
+    assert (whole.shape, sum(ticks), whole.dtype) == ((n, G), n, np.int32 if kind == "counts" else np.float32)
+    parts = [(0, 64), (64, 134), (3, 70), (133, 134)]
+    more = model.check_conditions(wanted(n + 40), seed=5)
+    for low, high in parts:
+        for of in (asked, more):
+            part = model.make(of, range(low, high), columns, FEW, kind, ticks.append)
+            assert (part != whole[low:high]).nnz == 0
+            np.testing.assert_array_equal(of.library_size(range(low, high)), asked.library_size(range(n))[low:high])
+
+
+def test_means_are_what_counts_are_drawn_from(model: Pretrained) -> None:
+    table = pd.DataFrame({"type": ["T cell"] * 400, "library_size": 300.0})
+    counts: Any = model.generate(table, seed=0, sampler=FEW)
+    means: Any = model.generate(table, seed=0, sampler=FEW, kind="means", genes=GENES.ids[5:0:-1])
+    assert means.X.dtype == np.float32
+    assert list(means.var_names) == list(GENES.ids[5:0:-1])
+    expected = means.X.toarray()
+    assert expected.min() > 0
+    drawn = counts[:, means.var_names].X.toarray()
+    # the sum of 400 draws of NB(mu, theta) is off by its standard deviation, of which 4.5 are never seen
+    theta = model.vae.log_theta.weight.exp().numpy()[[model.genes.index_of[g] for g in means.var_names], 0]
+    spread = np.sqrt((expected + expected**2 / theta).sum(0))
+    assert (np.abs(drawn.sum(0) - expected.sum(0)) < 4.5 * spread).all()
+
+
+def test_a_table_is_held_as_its_distinct_rows(model: Pretrained) -> None:
+    table = pd.DataFrame({"donor": ["d1", "d2", "d1", "d1"], "type": pd.Categorical(["NK", "NK", "B cell", "NK"])})
+    code_n, labels = pretrained.distinct(table)
+    assert [tuple(labels.iloc[k]) for k in code_n] == list(zip(table["donor"], table["type"]))
+    assert len(labels) == 3
+    code_n, labels = pretrained.distinct(pd.DataFrame(index=range(3)))
+    assert (list(code_n), labels.shape) == ([0, 0, 0], (1, 0))
+
+
 def test_own_library_sizes_are_taken_and_need_no_fit(model: Pretrained) -> None:
     table = pd.DataFrame({"type": ["NK"] * 4, "library_size": [50.0, 50, 5_000, 5_000]})
     made: Any = model.generate(table, seed=0, sampler=FEW)
