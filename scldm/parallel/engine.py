@@ -2,7 +2,7 @@
 
 Two engines with one surface: DeepSpeedEngine, which users run, and PlainEngine, a lone process without it, which is
 also what the other is tested against. Both hold float32 master weights; bf16 is autocast around the forward pass.
-Reading order: HardwareConfig, the engines, deepspeed_json, start_engine.
+Reading order: HardwareConfig, Piece, the engines, deepspeed_json, start_engine.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from scldm.errors import InputError
@@ -30,7 +31,7 @@ class HardwareConfig:
 
     engine: deepspeed, or plain for one process without it
     micro_batch: cells per rank and forward pass; ranks x micro_batch x accumulation is the global batch
-    zero_stage: what DeepSpeed shards over the ranks: 1 optimizer states, 2 gradients too
+    zero_stage: what DeepSpeed shards over the ranks: 1 optimizer states and averages, 2 gradients too
     precision: fp32, or bf16 (autocast; master weights stay float32)
     threads: CPU threads per rank for torch
     """
@@ -68,11 +69,28 @@ class HardwareConfig:
         )
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What a rank holds of one parameter: the numbers from `start` to `stop` of it, flattened.
+
+    weight: the float32 master weights, (stop - start,); a view that training changes
+    moments: the optimizer's, by name; views likewise
+    """
+
+    name: str
+    start: int
+    stop: int
+    weight: Tensor
+    moments: dict[str, Tensor]
+
+
 class Engine(Protocol):
     """What the training loop sees."""
 
-    model: Any  # called for the forward pass
-    module: nn.Module  # the bare network, whose named parameters are float32 and whole
+    model: Any  # called for the forward pass, in validation too
+    module: nn.Module  # the bare network, whose parameters may be empty between forward passes (ZeRO-3)
+    shapes: dict[str, torch.Size]  # of the parameters, whole, by name
+    pieces: list[Piece]  # what this rank holds; those of all ranks make every parameter once
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a micro-batch's share of the global mean; shares add up over micro-batches and ranks."""
@@ -82,16 +100,12 @@ class Engine(Protocol):
         """One clipped optimizer step on the accumulated gradients; returns their norm before clipping."""
         ...
 
-    def autocast(self) -> AbstractContextManager:
-        """The precision of a forward pass outside `model`, as in validation."""
+    def publish(self) -> None:
+        """Compute with the master weights as they are now, on all ranks, after a change to pieces; collective."""
         ...
 
-    def optimizer_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """(parameter name, its moments), whole, on the CPU; collective: every rank must exhaust it."""
-        ...
-
-    def load(self, weights: dict[str, Tensor], moments: dict[str, dict[str, Tensor]], step: int) -> None:
-        """Take weights and moments by parameter name, and the number of steps made."""
+    def set_steps(self, n_steps: int) -> None:
+        """Tell the optimizer how many steps its moments have seen."""
         ...
 
 
@@ -106,8 +120,12 @@ class PlainEngine:
         self.module: nn.Module = model.to(world.device)
         self.optimizer = make_optimizer(self.module)
         self.clip = clip
-        self.precision, self.device = hardware.precision, world.device
-        self.model: Any = _Autocast(self.module, self.autocast)
+        self.model: Any = _Autocast(self.module, hardware.precision, world.device)
+        self.shapes = {name: parameter.shape for name, parameter in self.module.named_parameters()}
+        self.pieces = [
+            Piece(name, 0, p.numel(), p.detach().view(-1), _flat_moments(self.optimizer, p))
+            for name, p in self.module.named_parameters()
+        ]
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -119,35 +137,27 @@ class PlainEngine:
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
-    def autocast(self) -> AbstractContextManager:
-        return _autocast(self.precision, self.device)
+    def publish(self) -> None:
+        pass  # the pieces are the parameters
 
-    def optimizer_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        for name, parameter in self.module.named_parameters():
-            state = self.optimizer.state[parameter]
-            yield name, {moment: state[moment].cpu() for moment in MOMENTS}
-
-    def load(self, weights: dict[str, Tensor], moments: dict[str, dict[str, Tensor]], step: int) -> None:
-        _load_weights(self.module, weights)
-        for name, parameter in self.module.named_parameters():
-            state = {moment: value.to(parameter.device, copy=True) for moment, value in moments[name].items()}
-            self.optimizer.state[parameter] = {"step": torch.tensor(float(step)), **state}
+    def set_steps(self, n_steps: int) -> None:
+        _set_steps(self.optimizer, n_steps)
 
 
 class _Autocast(nn.Module):
     """The module under autocast, as DeepSpeed's engine runs it."""
 
-    def __init__(self, module: nn.Module, autocast: Callable[[], AbstractContextManager]) -> None:
+    def __init__(self, module: nn.Module, precision: str, device: torch.device) -> None:
         super().__init__()
-        self.module, self.autocast = module, autocast
+        self.module, self.enabled, self.kind = module, precision == "bf16", device.type
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with self.autocast():
+        with torch.autocast(self.kind, torch.bfloat16) if self.enabled else nullcontext():
             return self.module(*args, **kwargs)
 
 
 class DeepSpeedEngine:
-    """Any number of ranks, ZeRO-1 or 2."""
+    """Any number of ranks, ZeRO-1, 2 or 3."""
 
     def __init__(
         self,
@@ -162,21 +172,22 @@ class DeepSpeedEngine:
         # DeepSpeed 0.19 calls a collective by the name that torch 2.13 gave up
         warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
         import deepspeed
-        from deepspeed import utils
 
         if world.device.type == "cpu":
             # else every start compiles a C++ extension for 35 to 160 s, or dies without a compiler
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
-        self.utils, self.world = utils, world
-        self.precision = hardware.precision
+        self.world, self.stage = world, hardware.zero_stage
         self.accumulation = hardware.accumulation(global_batch, world.size)
         self.json = deepspeed_json(hardware, clip, self.accumulation)
         self.module: nn.Module = model.to(world.device)
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        self.shapes = {name: parameter.shape for name, parameter in self.module.named_parameters()}
         started = deepspeed.initialize(model=self.module, optimizer=make_optimizer(self.module), config=self.json)
         self.engine: Any = started[0]
         self.optimizer: Any = started[1]
         self.model: Any = self.engine
+        self.pieces = list(self._pieces(names))
 
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed divides by the number of ranks and of micro-batches; the shares that we are given are to be added
@@ -190,36 +201,58 @@ class DeepSpeedEngine:
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
-    def autocast(self) -> AbstractContextManager:
-        return _autocast(self.precision, self.world.device)
+    @torch.no_grad()
+    def publish(self) -> None:
+        of = self.optimizer
+        if self.stage == 3:
+            of._partition_all_parameters()
+            for published, master in zip(of.fp16_partitioned_groups_flat, of.fp32_partitioned_groups_flat):
+                published.copy_(master)
+            of.invalidate_secondary_tensor()
+            if of.persistent_parameters:  # small ones, which DeepSpeed keeps whole
+                of.persistent_parameters[0].all_gather(of.persistent_parameters)
+            return
+        for parts, master in zip(of.parallel_partitioned_bit16_groups, of.single_partition_of_fp32_groups):
+            parts[self.world.rank].copy_(master)
+            if self.world.size > 1:
+                dist.all_gather(list(parts), parts[self.world.rank].clone())
 
-    def optimizer_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        self._link_moments()
-        for name, parameter in self.module.named_parameters():
-            yield name, {m: self.utils.safe_get_full_optimizer_state(parameter, m).cpu() for m in MOMENTS}
+    def set_steps(self, n_steps: int) -> None:
+        _set_steps(self.optimizer.optimizer, n_steps)
 
-    def load(self, weights: dict[str, Tensor], moments: dict[str, dict[str, Tensor]], step: int) -> None:
-        _load_weights(self.module, weights)
-        self._link_moments()
-        for name, parameter in self.module.named_parameters():
-            self.utils.safe_set_full_fp32_param(parameter, weights[name])
-            for moment, value in moments[name].items():
-                self.utils.safe_set_full_optimizer_state(parameter, value, moment)
-        for state in self.optimizer.optimizer.state.values():
-            state["step"] = torch.tensor(float(step))
+    def _pieces(self, names: dict[int, str]) -> Iterator[Piece]:
+        """This rank's part of every parameter, as views of DeepSpeed's flat partitions (0.19.8).
 
-    def _link_moments(self) -> None:
-        """Let DeepSpeed find the moments of every parameter in its flat partitions.
-
-        It links them itself once, in the middle of the first step (0.19.8): only the first parameter group has any
-        then, and before that step no group has.
+        It links the moments itself once, in the middle of the first step: only the first parameter group has any then,
+        and before that step no group has. So they are made here.
         """
-        for flat in self.optimizer.single_partition_of_fp32_groups:
-            state = self.optimizer.optimizer.state[flat]
-            if not state:
-                state |= {"step": torch.tensor(0.0), **{moment: torch.zeros_like(flat) for moment in MOMENTS}}
-        self.optimizer._hp_optimizer_states_linked = False
-        self.optimizer._lazy_init_hp_params_optimizer_state()
+        optimizer, rank = self.optimizer, self.world.rank
+        if self.stage == 3:
+            for master, group in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups):
+                moments, at = _flat_moments(optimizer.optimizer, master), 0
+                for parameter in group:  # each is cut by itself into as many parts as there are ranks
+                    n = parameter.partition_numel()
+                    yield from _piece(names[id(parameter)], rank * n, n, parameter.ds_numel, at, master, moments)
+                    at += n
+            return
+        for i, master in enumerate(optimizer.single_partition_of_fp32_groups):
+            moments, whole, n = _flat_moments(optimizer.optimizer, master), optimizer.bit16_groups_flat[i], len(master)
+            for parameter in optimizer.bit16_groups[i]:  # all of a group are cut at once
+                at = (parameter.data_ptr() - whole.data_ptr()) // whole.element_size() - rank * n
+                start = max(0, -at)
+                yield from _piece(
+                    names[id(parameter)], start, n - (at + start), parameter.numel(), at + start, master, moments
+                )
+
+
+def _piece(
+    name: str, start: int, room: int, n: int, at: int, master: Tensor, moments: dict[str, Tensor]
+) -> Iterator[Piece]:
+    """What begins at `start` of a parameter of n numbers, and at `at` of a partition, if there is any of it."""
+    stop = min(start + room, n)
+    if start < stop:
+        part = slice(at, at + stop - start)
+        yield Piece(name, start, stop, master.detach()[part], {k: moment[part] for k, moment in moments.items()})
 
 
 def deepspeed_json(hardware: HardwareConfig, clip: float, accumulation: int) -> dict[str, Any]:
@@ -259,11 +292,15 @@ def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-def _load_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.copy_(weights[name])
+def _set_steps(optimizer: torch.optim.Optimizer, n_steps: int) -> None:
+    for state in optimizer.state.values():
+        state["step"] = torch.tensor(float(n_steps))
 
 
-def _autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+def _flat_moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """Views of a parameter's moments, which are made here before AdamW would in its first step."""
+    state = optimizer.state[parameter]
+    if not state:
+        zeros = {moment: torch.zeros_like(parameter, requires_grad=False) for moment in MOMENTS}
+        state |= {"step": torch.tensor(0.0), **zeros}
+    return {moment: state[moment].view(-1) for moment in MOMENTS}

@@ -1,10 +1,11 @@
 """Checkpoints that know neither world size nor ZeRO stage: tensors by parameter name in safetensors, the rest in JSON.
 
-    checkpoints/step-00001500/part-0-of-2.safetensors   {weight,ema,exp_avg,exp_avg_sq,buffer}/NAME
-    checkpoints/step-00001500/state.json                step, loader state, best metric, SHA-256 of every part
+    checkpoints/step-00001500/part-0-of-2.safetensors   {weight,ema,exp_avg,exp_avg_sq}/NAME, buffer/NAME
+    checkpoints/step-00001500/state.json                step, loader state, best metric, shapes, SHA-256 of every part
     checkpoints/latest, checkpoints/best                the name of a step's folder
 
-Every rank writes its share of the tensors into a folder aside; the first rank renames it when all parts are on disk,
+A part holds a range of every parameter, flattened; its own metadata say which (`ranges`: NAME -> [start, stop]).
+Every rank writes what it holds into a folder aside; the first rank renames it when all parts are on disk,
 and moves the pointers after that. Reading order: save, load, load_averaged, retain.
 """
 
@@ -17,12 +18,14 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from scldm.errors import InputError, read_json
 from scldm.parallel.dist import World
-from scldm.parallel.engine import MOMENTS, Engine
+from scldm.parallel.engine import Engine
 from scldm.train.ema import EMA
 
 STATE = "state.json"
@@ -40,12 +43,15 @@ def save(folder: Path, engine: Engine, ema: EMA, state: dict[str, Any], world: W
         aside.mkdir(parents=True)
     world.barrier()
     part = aside / f"part-{world.rank}-of-{world.size}.safetensors"
-    save_file(own_share(engine, ema, world), part)
+    ranges = {piece.name: (piece.start, piece.stop) for piece in engine.pieces}
+    save_file(own_share(engine, ema, world), part, {"ranges": json.dumps(ranges)})
     _sync(part)
     world.barrier()
     if world.is_first:
         hashes = {p.name: _sha256(p) for p in sorted(aside.glob("part-*"))}
-        text = json.dumps({**state, "ema_updates": ema.n_updates, "parts": hashes}, indent=1)
+        shapes = {name: list(shape) for name, shape in engine.shapes.items()}
+        rest = {"ema_updates": ema.n_updates, "shapes": shapes, "parts": hashes}
+        text = json.dumps({**state, **rest}, indent=1)
         _write_synced(aside / STATE, text)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(aside, target)
@@ -57,44 +63,39 @@ def save(folder: Path, engine: Engine, ema: EMA, state: dict[str, Any], world: W
 
 
 def own_share(engine: Engine, ema: EMA, world: World) -> dict[str, Tensor]:
-    """The tensors that this rank writes: those of every world.size-th parameter, whole."""
+    """The tensors that this rank writes: what it holds of every parameter."""
     share: dict[str, Tensor] = {}
-    parameters = dict(engine.module.named_parameters())
-    for k, (name, moments) in enumerate(engine.optimizer_state()):  # collective: no rank may skip a parameter
-        if k % world.size != world.rank:
-            continue
-        share[f"weight/{name}"] = parameters[name].detach().cpu().contiguous()
-        share[f"ema/{name}"] = ema.weights[name].cpu().contiguous()
-        for moment, value in moments.items():
-            share[f"{moment}/{name}"] = value.reshape(parameters[name].shape).contiguous()
+    for piece, average in zip(engine.pieces, ema.averages, strict=True):
+        for kind, value in {"weight": piece.weight, "ema": average, **piece.moments}.items():
+            share[f"{kind}/{piece.name}"] = value.cpu().clone()  # of its own memory, as safetensors wants it
     if world.is_first:
         share |= {f"buffer/{name}": buffer.cpu().contiguous() for name, buffer in engine.module.named_buffers()}
     return share
 
 
 def load(target: Path, engine: Engine, ema: EMA) -> dict[str, Any]:
-    """Put a checkpoint's tensors into engine and EMA, whatever wrote it; returns its state.
+    """Put a checkpoint's tensors into engine and EMA, whatever wrote it; returns its state. Collective.
 
     Raises: InputError for a checkpoint that is not whole, or not of this network.
     """
     state = read_state(target)
-    tensors = read_tensors(target, state)
-    names = [name for name, _ in engine.module.named_parameters()]
-    for name, parameter in engine.module.named_parameters():
-        found = tensors.get(f"weight/{name}")
-        if found is None or found.shape != parameter.shape:
+    for name, shape in engine.shapes.items():
+        found = state["shapes"].get(name)
+        if found != list(shape):
             raise InputError(
-                f"{target}: parameter {name} is {'missing' if found is None else tuple(found.shape)}, "
-                f"the network has {tuple(parameter.shape)}: it is a checkpoint of another model"
+                f"{target}: parameter {name} is {'missing' if found is None else tuple(found)}, "
+                f"the network has {tuple(shape)}: it is a checkpoint of another model"
             )
-    engine.load(
-        {name: tensors[f"weight/{name}"] for name in names},
-        {name: {moment: tensors[f"{moment}/{name}"] for moment in MOMENTS} for name in names},
-        state["step"],
-    )
-    for name, buffer in engine.module.named_buffers():
-        buffer.copy_(tensors[f"buffer/{name}"])
-    ema.load({name: tensors[f"ema/{name}"] for name in names}, state["ema_updates"])
+    tensors = read_tensors(target, state)
+    with torch.no_grad():
+        for piece, average in zip(engine.pieces, ema.averages, strict=True):
+            for kind, value in {"weight": piece.weight, "ema": average, **piece.moments}.items():
+                value.copy_(tensors[f"{kind}/{piece.name}"].view(-1)[piece.start : piece.stop])
+        for name, buffer in engine.module.named_buffers():
+            buffer.copy_(tensors[f"buffer/{name}"])
+    engine.publish()
+    engine.set_steps(state["step"])
+    ema.n_updates = state["ema_updates"]
     return state
 
 
@@ -130,13 +131,21 @@ def read_state(target: Path) -> dict[str, Any]:
 
 
 def read_tensors(target: Path, state: dict[str, Any]) -> dict[str, Tensor]:
-    """All tensors, on the CPU, after checking the parts' hashes."""
+    """All tensors, whole, on the CPU, after checking the parts' hashes."""
     tensors: dict[str, Tensor] = {}
     for part, sha256 in state["parts"].items():
         path = target / part
         if not path.is_file() or _sha256(path) != sha256:
             raise InputError(f"{path} is {'damaged' if path.is_file() else 'missing'}: the checkpoint can't be used")
-        tensors |= load_file(path)
+        with safe_open(path, framework="pt") as file:
+            ranges = json.loads(file.metadata()["ranges"])
+            for key in file.keys():  # noqa: SIM118 - it is no mapping
+                kind, name = key.split("/", 1)
+                if kind == "buffer":
+                    tensors[key] = file.get_tensor(key)
+                else:
+                    whole = tensors.setdefault(key, torch.empty(state["shapes"][name]))
+                    whole.view(-1)[slice(*ranges[name])] = file.get_tensor(key)
     return tensors
 
 

@@ -6,39 +6,41 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+
+from scldm.parallel.engine import Engine
 
 
 class EMA:
-    """Averages in float32, by parameter name.
+    """Averages in float32 of the weights that this rank holds: as the optimizer's moments, they are kept once in all.
 
     decay: of the long run; the average follows faster at first, with (1 + n) / (10 + n) after n updates
+    averages: of each of the engine's pieces, in their order
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.module, self.decay, self.n_updates = module, decay, 0
-        self.weights = {name: p.detach().clone() for name, p in module.named_parameters()}
+    def __init__(self, engine: Engine, decay: float) -> None:
+        self.engine, self.decay, self.n_updates = engine, decay, 0
+        self.weights = [piece.weight for piece in engine.pieces]
+        self.averages = [weight.clone() for weight in self.weights]
 
     @torch.no_grad()
     def update(self) -> None:
         self.n_updates += 1
         decay = min(self.decay, (1 + self.n_updates) / (10 + self.n_updates))
-        parameters = [p.detach() for p in self.module.parameters()]
-        torch._foreach_lerp_(list(self.weights.values()), parameters, 1 - decay)
+        if self.averages:
+            torch._foreach_lerp_(self.averages, self.weights, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within, the module's parameters are the averages."""
-        live = [p.data for p in self.module.parameters()]
-        for parameter, average in zip(self.module.parameters(), self.weights.values(), strict=True):
-            parameter.data = average
+        """Within, the engine computes with the averages; collective."""
+        live = [weight.clone() for weight in self.weights]
+        self._put(self.averages)
         try:
             yield
         finally:
-            for parameter, data in zip(self.module.parameters(), live, strict=True):
-                parameter.data = data
+            self._put(live)
 
-    def load(self, weights: dict[str, Tensor], n_updates: int) -> None:
-        self.n_updates = n_updates
-        for name, average in self.weights.items():
-            average.copy_(weights[name])
+    @torch.no_grad()
+    def _put(self, values: list[torch.Tensor]) -> None:
+        for weight, value in zip(self.weights, values, strict=True):
+            weight.copy_(value)
+        self.engine.publish()

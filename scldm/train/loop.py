@@ -81,7 +81,7 @@ def train(
     Collective: every rank calls it with its own loader.
     """
     checkpoints = run_dir / "checkpoints"
-    ema = EMA(engine.module, config.ema_decay)
+    ema = EMA(engine, config.ema_decay)
     step, best, metrics = 0, float("inf"), {}
     latest = checkpoint.pointed(checkpoints / "latest")
     if latest is not None:
@@ -134,12 +134,12 @@ def validate(stage: Stage, engine: Engine, ema: EMA, loader: Loader, seed: int, 
     engine.module.eval()
     sums: dict[str, torch.Tensor] = {}
     n_cells = torch.zeros((), device=world.device)
-    with ema.applied(), engine.autocast():
+    with ema.applied():
         # keyed by the batch's number, as no two batches of a pass may share their draws
         for number, batches in enumerate(loader.one_pass()):
             for batch in batches:
                 batch = batch.to(world.device)
-                parts = stage.validation(engine.module, batch, Draws(seed + 1, number, batch.positions_B))
+                parts = stage.validation(engine.model, batch, Draws(seed + 1, number, batch.positions_B))
                 n_cells += batch.weight_B.sum()
                 for key, value in parts.items():
                     sums[key] = sums.get(key, torch.zeros((), device=world.device)) + value
