@@ -1,8 +1,9 @@
-"""Files that are whole or not there: written aside, then renamed; and what a disk or a URL refuses as a sentence."""
+"""Files that are whole or not there: written aside, then renamed; locks; what a disk or a URL refuses as a sentence."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import uuid
 from collections.abc import Iterator
@@ -32,6 +33,22 @@ def written_aside(path: Path) -> Iterator[IO[bytes]]:
         part.unlink(missing_ok=True)
 
 
+@contextmanager
+def locked(path: Path, refusal: str, *, shared: bool = False) -> Iterator[None]:
+    """Within, no other process holds this lock, or none but those that share it; it ends with the process.
+
+    Raises: InputError(refusal) where another holds it.
+    """
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(refusal) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
 # of a path that can't be read or written as things stand; any other error of the system is no matter of the user's
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
@@ -49,6 +66,18 @@ def disk_explained(folder: str) -> Iterator[None]:
         if error.errno in REFUSED:
             raise InputError(f"{error.filename or folder}: {error.strerror}") from None
         raise
+
+
+@contextmanager
+def store_explained(url: str) -> Iterator[None]:
+    """Raises: InputError for what an object store answers; of a local disk, disk_explained tells."""
+    try:
+        yield
+    except (OSError, InputError):
+        raise
+    except Exception as error:  # every store's client has a family of errors of its own
+        why = " ".join(str(error).split()) or repr(error)
+        raise InputError(f"{url}: {type(error).__name__}: {why}") from error
 
 
 def file_system(url: str) -> tuple[Any, str]:

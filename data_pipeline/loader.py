@@ -5,24 +5,22 @@
 A loader's state is one integer, the global batches consumed since the start of the run, and the settings that prove
 that it is the same stream. Nothing in it depends on rank, threads or how often the run was interrupted.
 
-Reading order: LoaderConfig, CellLoader, LatentLoader, what both do, then the feed: reading ahead and collating.
+Reading order: StreamConfig, LoaderConfig, what both loaders do, CellLoader, LatentLoader, shard_batches (for encoding),
+which cells are chosen. Reading ahead is in feed.py, making a batch of what was read in collate.py.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
 import weakref
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
-import torch
 
-from data_pipeline.gather import CellSlots
+from data_pipeline.collate import CellCollator, LatentCollator
+from data_pipeline.feed import Collator, Feed, Plan, Running, read_block
 from data_pipeline.gene_sets import GeneSetConfig, GeneSets
 from data_pipeline.order import (
     DRAW_ASKED,
@@ -32,17 +30,15 @@ from data_pipeline.order import (
     EpochOrder,
     EveryCell,
     Order,
-    Population,
     Units,
     rank_slice,
 )
 from data_pipeline.read_shards import BlockSource, ShardSet
-from data_pipeline.write_latents import LatentSlots
-from scldm.batch import CellBatch, CompactCellBatch, CompactCounts, GeneCounts, LatentBatch, pinned
+from scldm.batch import CellBatch, CompactCellBatch, LatentBatch
 from scldm.errors import InputError
 from scldm.vocab import ConditionVocab, GeneVocab
 
-CHUNK = 64  # steps that are planned at once
+Batch = TypeVar("Batch", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -95,14 +91,10 @@ class LoaderConfig(StreamConfig):
 # the help of a verb finds every key's line in the docstring of its class
 LoaderConfig.__doc__ = f"{LoaderConfig.__doc__}{(StreamConfig.__doc__ or '').partition('.')[2]}"
 
-Batch = TypeVar("Batch", covariant=True)
-Item = TypeVar("Item")
-
-
 # --- the loaders ---------------------------------------------------------------------------------------------------
 
 
-class _Loader(Generic[Batch]):
+class _Loader(ABC, Generic[Batch]):
     """What both loaders do. `next` gives all micro-batches of this rank for one global batch, epoch after epoch."""
 
     kind: str
@@ -143,19 +135,26 @@ class _Loader(Generic[Batch]):
             self.order = Order(self.population, config.seed, config.lanes, global_batch, config.window_blocks)
             self.n_cells = self.population.n_cells
             self.steps_per_epoch = self.order.steps_per_epoch
-            self.feed = _Feed(
-                self.cells, self._collator(micro_batch, loud=rank == 0), config, global_batch, low, high, micro_batch
+            self.feed = Feed(
+                self.cells,
+                self._collator(micro_batch, loud=rank == 0),
+                self.order,
+                len(np.unique(self.units.block)),
+                low,
+                high,
+                micro_batch=micro_batch,
+                read_ahead=config.read_ahead,
+                read_threads=config.read_threads,
             )
-            self.feed.reserve(self.units, self.population)
         except BaseException:
             self.cells.close()
             raise
         self.step = 0
-        self._running: _Running | None = None
+        self._running: Running | None = None
         self._finalizer = weakref.finalize(self, _release, self.feed, self.cells)
 
-    def _collator(self, micro_batch: int, loud: bool) -> _Collator[Batch]:
-        raise NotImplementedError
+    @abstractmethod
+    def _collator(self, micro_batch: int, loud: bool) -> Collator[Batch]: ...
 
     def __iter__(self) -> Iterator[list[Batch]]:
         return self
@@ -164,7 +163,7 @@ class _Loader(Generic[Batch]):
         """The micro-batches of global batch `step`. Trouble with a block is raised by the first batch that needs it."""
         assert self._finalizer.alive, "the loader is closed"
         if self._running is None or self._running.ended:  # by one_pass, which took the threads over
-            plans = self.feed.plans_from(self.order, self.step)
+            plans = self.feed.plans_from(self.step)
             self._running = self.feed.start(plans, self.config.prefetch)
         try:
             batches = next(self._running)
@@ -249,7 +248,7 @@ class CellLoader(_Loader[CellBatch | CompactCellBatch]):
     def state(self) -> dict[str, int | str]:
         return {**super().state(), "given": repr(self.config.given), "asked": repr(self.config.asked)}
 
-    def _collator(self, micro_batch: int, loud: bool) -> _Collator[CellBatch | CompactCellBatch]:
+    def _collator(self, micro_batch: int, loud: bool) -> Collator[CellBatch | CompactCellBatch]:
         config, sides = self.config, []
         for key, purpose in (("given", DRAW_GIVEN), ("asked", DRAW_ASKED)):
             sets: GeneSetConfig = getattr(config, key)
@@ -274,7 +273,7 @@ class CellLoader(_Loader[CellBatch | CompactCellBatch]):
                     loud=loud,
                 )
             )
-        return _CellCollator(self.manifest.conditions.names, sides[0], sides[1], config.form)
+        return CellCollator(self.manifest.conditions.names, sides[0], sides[1], config.form)
 
 
 class LatentLoader(_Loader[LatentBatch]):
@@ -282,8 +281,8 @@ class LatentLoader(_Loader[LatentBatch]):
 
     kind = "latents"
 
-    def _collator(self, micro_batch: int, loud: bool) -> _Collator[LatentBatch]:
-        return _LatentCollator(self.manifest.conditions.names)
+    def _collator(self, micro_batch: int, loud: bool) -> Collator[LatentBatch]:
+        return LatentCollator(self.manifest.conditions.names)
 
     @property
     def latent_shape(self) -> tuple[int, int]:
@@ -315,19 +314,19 @@ def shard_batches(
         micro_batch=micro_batch,
         loud=True,
     )
-    collate = _CellCollator(manifest.conditions.names, sets, None, "dense")
+    collate = CellCollator(manifest.conditions.names, sets, None, "dense")
     slots = collate.make_slots(cells, 1)
 
     def batches() -> Iterator[Any]:
         for k, block in enumerate(range(entry.first_block, entry.first_block + entry.n_blocks)):
-            _read(cells, slots, block, 0)
+            read_block(cells, slots, block, 0)
             n = int(cells.blocks["n_cells"][block])
             for low in range(0, n, micro_batch):
                 rows = np.arange(low, min(low + micro_batch, n))
-                plan = _Plan(FIXED_PASS, k, np.full(len(rows), block), rows, n)
+                plan = Plan(FIXED_PASS, k, np.full(len(rows), block), rows, n)
                 yield collate(np.zeros_like(rows), rows, plan, rows, np.ones(len(rows), np.float32))
 
-    running = _Running(batches(), prefetch)
+    running = Running(batches(), prefetch)
     try:
         yield from running
     finally:
@@ -372,328 +371,7 @@ def balanced(cells: BlockSource, units: Units, config: StreamConfig) -> Balance:
     return Balance(units, group, config.balance_max_repeats, config.seed)
 
 
-# --- the feed ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """One global batch of one rank: blocks and rows of the cells at its positions, before anything was read."""
-
-    epoch: int
-    step: int  # within the epoch
-    block: np.ndarray
-    row: np.ndarray
-    n_cells: int  # real ones in the whole global batch
-
-
-class _Slots(Protocol):
-    n_slots: int
-
-    def buffer(self, slot: int, n_bytes: int) -> np.ndarray: ...
-    def fill(self, slot: int, data: np.ndarray, where: str) -> None: ...
-
-
-class _Collator(Protocol[Batch]):
-    slots: Any
-
-    def make_slots(self, cells: BlockSource, n_slots: int) -> _Slots: ...
-
-    def __call__(
-        self, slots: np.ndarray, rows: np.ndarray, plan: _Plan, positions: np.ndarray, weight: np.ndarray
-    ) -> Batch: ...
-
-
-class _Feed(Generic[Batch]):
-    """Turns plans into micro-batches. Knows nothing of the loader that holds it, so that no thread keeps that alive."""
-
-    def __init__(
-        self,
-        cells: BlockSource,
-        collate: _Collator[Batch],
-        config: StreamConfig,
-        global_batch: int,
-        low: int,
-        high: int,
-        micro: int,
-    ) -> None:
-        self.cells, self.collate, self.global_batch = cells, collate, global_batch
-        self.low, self.high, self.micro = low, high, micro
-        self.lanes, self.window, self.read_ahead = config.lanes, config.window_blocks, config.read_ahead
-        self.threads, self.positions = config.read_threads, np.arange(low, high)
-        self.pool: ThreadPoolExecutor | None = None
-        self.running: _Running | None = None
-
-    def reserve(self, units: Units, population: Population) -> None:
-        """Slots for the blocks that are in use at a time: all of a small set, else the windows of this rank's lanes and
-        half as many again, for blocks read ahead."""
-        n_blocks = len(np.unique(units.block))
-        edge = np.arange(self.lanes + 1) * self.global_batch // self.lanes
-        lanes = int(((edge[:-1] < self.high) & (edge[1:] > self.low)).sum())
-        n_slots = lanes * self.window * 3 // 2 + self.read_ahead
-        if n_blocks <= self.lanes * self.window:
-            n_slots = n_blocks
-        self.n_slots = min(n_blocks, max(n_slots, self.high - self.low))
-        self.blocks: _Blocks | None = None
-
-    def plans_from(self, order: Order, step: int) -> Iterator[_Plan]:
-        """From a step on, without end."""
-        while True:
-            epoch, t = divmod(step, order.steps_per_epoch)
-            n = min(CHUNK, order.steps_per_epoch - t)
-            yield from self._chunk(order.epoch(epoch), t, n)
-            step += n
-
-    def plans_of(self, order: EpochOrder) -> Iterator[_Plan]:
-        """One epoch."""
-        for t in range(0, order.steps, CHUNK):
-            yield from self._chunk(order, t, min(CHUNK, order.steps - t))
-
-    def _chunk(self, order: EpochOrder, step: int, n: int) -> Iterator[_Plan]:
-        block, row = order.plan(step, n, self.low, self.high)
-        for k in range(n):
-            real = min(order.global_batch, order.n_cells - (step + k) * order.global_batch)
-            yield _Plan(order.epoch, step + k, block[k], row[k], real)
-
-    def start(self, plans: Iterator[_Plan], prefetch: int) -> _Running[list[Batch]]:
-        if self.running:
-            self.running.stop()  # the slots serve one stream at a time
-        if self.blocks is None:
-            self.pool = ThreadPoolExecutor(self.threads, "scldm-read")
-            self.blocks = _Blocks(self.cells, self.collate.make_slots(self.cells, self.n_slots), self.pool)
-        running = self.running = _Running(self._batches(plans, self.blocks), prefetch)
-        return running
-
-    def _batches(self, plans: Iterator[_Plan], blocks: _Blocks) -> Iterator[list[Batch]]:
-        ahead: deque[_Plan] = deque()
-        for plan in plans:
-            blocks.want(plan.block)
-            ahead.append(plan)
-            if len(ahead) > self.read_ahead:
-                yield self._collate(ahead.popleft(), blocks)
-        while ahead:
-            yield self._collate(ahead.popleft(), blocks)
-
-    def _collate(self, plan: _Plan, blocks: _Blocks) -> list[Batch]:
-        slots = blocks.slots_of(plan.block)
-        positions = self.positions
-        weight = (positions < plan.n_cells).astype(np.float32)
-        cuts = [slice(k, k + self.micro) for k in range(0, len(positions), self.micro)]
-        return [self.collate(slots[c], plan.row[c], plan, positions[c], weight[c]) for c in cuts]
-
-    def close(self) -> None:
-        if self.running:
-            self.running.stop()
-        if self.pool:
-            self.pool.shutdown(cancel_futures=True)
-            self.pool = None
-        self.blocks = None
-
-
-def _release(feed: _Feed, cells: BlockSource) -> None:
+def _release(feed: Feed, cells: BlockSource) -> None:
     cells.close()  # so that a read that waits to try again gives up
     feed.close()
     cells.close()  # what a read under way opened again
-
-
-class _Blocks:
-    """Which block is in which slot; the slot that was needed longest ago goes first."""
-
-    def __init__(self, cells: BlockSource, slots: _Slots, pool: ThreadPoolExecutor) -> None:
-        self.cells, self.slots, self.pool = cells, slots, pool
-        self.slot = np.full(len(cells.blocks), -1, np.int32)  # of each block
-        self.block = np.full(slots.n_slots, -1, np.int64)  # in each slot
-        self.needed = np.full(slots.n_slots, -1, np.int64)  # when a slot was last asked for
-        self.now = 0
-        self.loading: dict[int, Future[None]] = {}  # block -> its read, until it was waited for
-
-    def want(self, block: np.ndarray) -> None:
-        """Begins to read what is not there."""
-        self.now += 1
-        slots = self.slot[block]
-        self.needed[slots[slots >= 0]] = self.now
-        for b in dict.fromkeys(block[slots < 0].tolist()):
-            slot = int(self.needed.argmin())
-            assert self.needed[slot] < self.now, "more blocks at once than slots"
-            if self.block[slot] >= 0:
-                self._drop(int(self.block[slot]))
-            self.block[slot], self.slot[b], self.needed[slot] = b, slot, self.now
-            self.loading[b] = self.pool.submit(_read, self.cells, self.slots, b, slot)
-
-    def slots_of(self, block: np.ndarray) -> np.ndarray:
-        """The slots (B,) that hold these blocks, all read.
-
-        Raises: what reading one of them raised.
-        """
-        if self.loading or self.slot[block].min() < 0:
-            self.want(block)
-            for b in dict.fromkeys(block.tolist()):
-                if b in self.loading:
-                    error = self.loading.pop(b).exception()
-                    if error:
-                        self._drop(b)
-                        raise error
-        return self.slot[block].astype(np.int64)
-
-    def _drop(self, block: int) -> None:
-        reading = self.loading.pop(block, None)
-        if reading:  # it was wanted and never used; its slot is free only when the read is over
-            reading.exception()
-        slot = self.slot[block]
-        self.slot[block], self.block[slot], self.needed[slot] = -1, -1, -1
-
-
-def _read(cells: BlockSource, slots: _Slots, block: int, slot: int) -> None:
-    into = slots.buffer(slot, int(cells.blocks["length"][block]))
-    slots.fill(slot, cells.fetch(block, into), cells.where(block))
-
-
-class _Running(Generic[Item]):
-    """An iterator that is run ahead in a thread; `stop` ends and joins it."""
-
-    def __init__(self, batches: Iterator[Item], prefetch: int) -> None:
-        self.batches, self.thread, self.ended = batches, None, False
-        if not prefetch:
-            return
-        self.queue: queue.Queue[Any] = queue.Queue(prefetch)
-        self.stopped = threading.Event()
-        self.thread = threading.Thread(
-            target=_run_ahead, args=(batches, self.queue, self.stopped), name="scldm-loader", daemon=True
-        )
-        self.thread.start()
-
-    def __iter__(self) -> Iterator[Item]:
-        return self
-
-    def __next__(self) -> Item:
-        assert not self.ended, "another stream of the same loader was begun before this one was read to its end"
-        if self.thread is None:
-            return next(self.batches)
-        item = self.queue.get()
-        if isinstance(item, BaseException):
-            self.stop()
-            raise item
-        return item
-
-    def stop(self) -> None:
-        self.ended = True
-        if self.thread is None:
-            return
-        self.stopped.set()
-        while self.thread.is_alive():
-            try:  # a thread that waits to put a batch gets room, sees `stopped` and ends
-                self.queue.get(timeout=0.05)
-            except queue.Empty:
-                continue
-        self.thread.join()
-
-
-def _run_ahead(batches: Iterable[Any], out: queue.Queue[Any], stopped: threading.Event) -> None:
-    try:
-        for batch in batches:
-            out.put(batch)
-            if stopped.is_set():
-                return
-        out.put(StopIteration())
-    except BaseException as error:  # to be raised where it is asked for
-        out.put(error)
-
-
-# --- collate -------------------------------------------------------------------------------------------------------
-
-
-class _CellCollator:
-    """Cells in slots -> one micro-batch."""
-
-    slots: CellSlots
-
-    def __init__(self, names: tuple[str, ...], given: GeneSets | None, asked: GeneSets | None, form: str) -> None:
-        assert given is not None
-        self.names, self.given, self.asked, self.form = names, given, asked, form
-
-    def make_slots(self, cells: BlockSource, n_slots: int) -> CellSlots:
-        self.slots = CellSlots(cells.manifest, n_slots)
-        return self.slots
-
-    def __call__(
-        self, slots: np.ndarray, rows: np.ndarray, plan: _Plan, positions: np.ndarray, weight: np.ndarray
-    ) -> CellBatch | CompactCellBatch:
-        rest = _rest(self.slots, self.names, slots, rows, plan, positions, weight)
-        if self.form == "compact":
-            return self._compact(slots, rows, plan, positions, rest)
-        given, totals = self._dense(self.given, slots, rows, plan, positions)
-        asked = given
-        if self.asked is not None:
-            asked, totals = self._dense(self.asked, slots, rows, plan, positions)
-        library_size = torch.from_numpy(totals.astype(np.float32))
-        return CellBatch(given=given, asked=asked, library_size_B=library_size, **rest)
-
-    def _dense(
-        self, sets: GeneSets, slots: np.ndarray, rows: np.ndarray, plan: _Plan, positions: np.ndarray
-    ) -> tuple[GeneCounts, np.ndarray]:
-        if sets.of_the_cell:
-            words = sets.words(plan.epoch, plan.step, positions)
-            ids, counts, totals = self.slots.take_of_the_cell(slots, rows, sets, words)
-        else:
-            ids = sets.ids(plan.epoch, plan.step, positions)
-            counts, totals = self.slots.take(slots, rows, ids)
-        return GeneCounts(torch.from_numpy(ids), torch.from_numpy(counts)), totals
-
-    def _compact(
-        self, slots: np.ndarray, rows: np.ndarray, plan: _Plan, positions: np.ndarray, rest: dict[str, Any]
-    ) -> CompactCellBatch:
-        csr = self.slots.take_csr(slots, rows)
-        ids = [self._ids(sets, slots, rows, plan, positions) for sets in (self.given, self.asked) if sets is not None]
-        counts = CompactCounts.from_numpy(
-            csr.start, csr.gene_ids, csr.counts, csr.large_at, csr.large, self.slots.n_genes + 1
-        )
-        return CompactCellBatch(csr=counts, given_ids=ids[0], asked_ids=ids[-1], **rest)
-
-    def _ids(
-        self, sets: GeneSets, slots: np.ndarray, rows: np.ndarray, plan: _Plan, positions: np.ndarray
-    ) -> torch.Tensor:
-        if sets.of_the_cell:
-            words = sets.words(plan.epoch, plan.step, positions)
-            ids = self.slots.take_of_the_cell(slots, rows, sets, words)[0]
-        else:
-            ids = sets.ids(plan.epoch, plan.step, positions)
-        return pinned(torch.from_numpy(ids.astype(np.int32)))
-
-
-class _LatentCollator:
-    """Latents in slots -> one micro-batch."""
-
-    slots: LatentSlots
-
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self.names = names
-
-    def make_slots(self, cells: BlockSource, n_slots: int) -> LatentSlots:
-        self.slots = LatentSlots(cells.manifest, n_slots)
-        return self.slots
-
-    def __call__(
-        self, slots: np.ndarray, rows: np.ndarray, plan: _Plan, positions: np.ndarray, weight: np.ndarray
-    ) -> LatentBatch:
-        rest = _rest(self.slots, self.names, slots, rows, plan, positions, weight)
-        return LatentBatch(latent_BLZ=torch.from_numpy(self.slots.latent[slots, rows]), **rest)
-
-
-def _rest(
-    held: CellSlots | LatentSlots,
-    names: tuple[str, ...],
-    slots: np.ndarray,
-    rows: np.ndarray,
-    plan: _Plan,
-    positions: np.ndarray,
-    weight: np.ndarray,
-) -> dict[str, Any]:
-    """What cells and latents have in common."""
-    labels = held.labels[slots, rows]
-    return {
-        "library_size_all_B": torch.from_numpy(held.total_counts[slots, rows].astype(np.float32)),
-        "weight_B": torch.from_numpy(weight),
-        "conditions": {name: torch.from_numpy(np.ascontiguousarray(labels[:, c])) for c, name in enumerate(names)},
-        "cell_ids_B2": torch.from_numpy(held.identity[slots, rows]),
-        "positions_B": torch.from_numpy(positions.copy()),
-        "n_cells": plan.n_cells,
-    }

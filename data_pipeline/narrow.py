@@ -79,7 +79,6 @@ def narrow_rows(
     n, values = len(rows.rows), rows.values
     if values.dtype == bool or values.dtype == np.float16:
         values = values.astype(np.float32)
-    check_columns(rows, len(column_of))
     nnz = int(rows.indptr[-1])
     nonzeros, n_far, n_large = (np.zeros(n, np.uint32) for _ in range(3))
     n_all, totals = np.zeros(n, np.uint32), np.zeros(n, np.uint64)
@@ -97,12 +96,13 @@ def narrow_rows(
     return NarrowRows(cells, n_all, totals)
 
 
-def check_columns(rows: Rows, n_columns: int) -> None:
+def check_columns(rows: Rows, n_columns: int, where: str) -> None:
     """Raises: InputError for a column beyond the source's: a kernel would read elsewhere, or crash."""
     if len(rows.columns):
         low, high = rows.columns.min(), rows.columns.max()
         if low < 0 or high >= n_columns:
-            raise InputError(f"gene column {low if low < 0 else high} of a matrix with {n_columns} genes: damaged")
+            column = low if low < 0 else high
+            raise InputError(f"{where}: gene column {column} of a matrix with {n_columns} genes: damaged")
 
 
 Coordinates = tuple[np.ndarray, np.ndarray, np.ndarray]  # row, column and value of each stored value

@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -181,7 +180,6 @@ def tool_versions() -> dict[str, str]:
 class Plan:
     """A plan, read from its folder; the arrays are memory-mapped.
 
-    stamps: size and time of every source file when the plan was made
     units: (source, first cell, end) of every share of reading, cells counted in source order
     csc_groups: for each source, the column groups of a CSC matrix, or ()
     """
@@ -190,7 +188,6 @@ class Plan:
     settings: dict[str, Any]
     tools: dict[str, str]
     sources: tuple[SourceSpec, ...]
-    stamps: tuple[tuple[int, int], ...]
     units: tuple[tuple[int, int, int], ...]
     csc_groups: tuple[tuple[tuple[int, int], ...], ...]
     genes: GeneVocab
@@ -251,7 +248,6 @@ class Plan:
             settings=obj["settings"],
             tools=obj["tools"],
             sources=tuple(SourceSpec(**s) for s in obj["sources"]),
-            stamps=tuple(tuple(s) for s in obj["stamps"]),
             units=tuple(tuple(u) for u in obj["units"]),
             csc_groups=tuple(tuple(tuple(g) for g in groups) for groups in obj["csc_groups"]),
             genes=GeneVocab.from_json(obj["genes"]),
@@ -260,12 +256,6 @@ class Plan:
             split_rule=obj["split_rule"],
             report=obj["report"],
         )
-
-
-def stamps_of(sources: tuple[SourceSpec, ...]) -> tuple[tuple[int, int], ...]:
-    """Size and modification time of each source that is a file."""
-    stats = [os.stat(s.uri) if s.kind == "h5ad" and os.path.exists(s.uri) else None for s in sources]
-    return tuple((0, 0) if s is None else (s.st_size, s.st_mtime_ns) for s in stats)
 
 
 def make_plan(config: ShardsWriteConfig, folder: Path) -> Plan:
@@ -293,7 +283,7 @@ def make_plan(config: ShardsWriteConfig, folder: Path) -> Plan:
             f"{folder.parent}: holds unfinished work of another command: {'; '.join(differ)}; "
             "give another out, or remove that folder"
         )
-    changed = [s.uri for s, was, now in zip(plan.sources, plan.stamps, stamps_of(plan.sources)) if was != now]
+    changed = [s.uri for s in plan.sources if s.has_changed]
     if changed:
         raise InputError(
             f"{changed[0]}: has changed since this command was begun; remove {folder.parent} to start over"
@@ -349,7 +339,6 @@ def _draft_plan(config: ShardsWriteConfig, settings: dict[str, Any], folder: Pat
         "settings": settings,
         "tools": tool_versions(),
         "sources": [s.to_json() for s in specs],
-        "stamps": stamps_of(specs),
         "units": units,
         "csc_groups": [csc_groups(s, config.process_bytes // 8) for s in specs],
         "genes": joined.vocab.to_json(),

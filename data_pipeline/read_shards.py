@@ -17,7 +17,6 @@ import json
 import os
 import sys
 import threading
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
@@ -27,6 +26,7 @@ from typing import IO, Protocol, TypeVar
 import fsspec
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
+from isal.isal_zlib import crc32  # zlib's, ten times as fast
 
 from data_pipeline import schema
 from data_pipeline.files import sha256_of, written_aside
@@ -148,7 +148,7 @@ class ShardSet:
                 n_read = os.preadv(fd, [data.data], int(record["offset"]))
         except OSError as error:
             raise InputError(f"{self.where(block)}: can't be read: {error.strerror}") from None
-        if n_read != len(data) or zlib.crc32(data.data) != record["crc32"]:
+        if n_read != len(data) or crc32(data.data) != record["crc32"]:
             raise InputError(
                 f"{self.where(block)}: its CRC-32 is not that of the index: the shard is damaged or was changed"
             )
@@ -170,13 +170,13 @@ class ShardSet:
     def _fetch_remote(self, block: int) -> bytes:
         record = self.blocks[block]
         crc = int(record["crc32"])
-        if self.cache and (data := self.cache.get(block)) is not None and zlib.crc32(data) == crc:
+        if self.cache and (data := self.cache.get(block)) is not None and crc32(data) == crc:
             return data
         start, length = int(record["offset"]), int(record["length"])
         path, name = self._shard(block).path, self.where(block)
 
         def fault(data: bytes) -> str:
-            wrong = len(data) != length or zlib.crc32(data) != crc
+            wrong = len(data) != length or crc32(data) != crc
             return "its CRC-32 is not that of the index: the shard is damaged or was changed" if wrong else ""
 
         data = self._fetched(path, name, fault, start, start + length)

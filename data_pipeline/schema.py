@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data_pipeline.files import disk_explained, file_system
+from data_pipeline.files import disk_explained, file_system, store_explained
 from scldm.errors import InputError
 from scldm.vocab import ConditionVocab, GeneVocab
 
@@ -283,7 +283,7 @@ def read_manifest(url: str) -> Manifest:
     """
     fs, root = file_system(url)
     path = f"{url.rstrip('/')}/{MANIFEST}"
-    with disk_explained(path):
+    with disk_explained(path), store_explained(path):
         try:
             with fs.open(f"{root.rstrip('/')}/{MANIFEST}", "rb") as file:
                 text = file.read()

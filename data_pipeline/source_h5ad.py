@@ -255,7 +255,8 @@ def open_h5ad_source(path: str, config: SourceConfig, columns: tuple[str, ...], 
             keep_gene = _matches(var, config.var_filter, path, "source.var_filter")
         candidate = look_at(file, layer)
         mean_nonzeros = candidate.n_stored * candidate.nonzero / max(n_rows, 1)
-    spec = SourceSpec("h5ad", path, layer, n_rows, n_columns, mean_nonzeros, Path(path).stat().st_size)
+    file = Path(path).stat()
+    spec = SourceSpec("h5ad", path, layer, n_rows, n_columns, mean_nonzeros, file.st_size, file.st_mtime_ns)
     report = {"cells_not_selected": n_rows - len(rows), "genes_not_selected": int((~keep_gene).sum())}
     return OpenSource(spec, SourceGenes(path, ids, namespace_of(ids)), keep_gene, rows, obs, report)
 

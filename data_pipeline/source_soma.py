@@ -5,9 +5,11 @@ Reading order: opening, kind_of, open_soma_source, SomaMatrix.
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Literal
 
 import cellxgene_census
@@ -37,13 +39,32 @@ def open_collection(uri: str, census_version: str) -> Any:
     try:
         if census_version and not uri:
             return cellxgene_census.open_soma(census_version=census_version, tiledb_config=_CENSUS_CONFIG)
-        return tiledbsoma.open(uri, context=_context())
+        return tiledbsoma.open(_absolute(uri), context=_context())
     except (tiledbsoma.SOMAError, ValueError, OSError) as error:
         what = f"source.census_version={census_version!r}" if census_version and not uri else f"source.paths: {uri}"
         raise InputError(f"{what} can't be opened: {str(error).splitlines()[0]}") from None
 
 
 _CENSUS_CONFIG = {"soma.init_buffer_bytes": BUFFER_BYTES}
+
+
+def _absolute(uri: str) -> str:
+    """TileDB takes `./atlas` for a URI without a scheme and finds nothing there."""
+    return uri if "://" in uri else str(Path(uri).absolute())
+
+
+def census_release(version: str) -> str:
+    """The release date that a Census version stands for today (`stable`, `latest`); a date stands for itself.
+
+    Raises: InputError for a name that is unknown, and where the list of versions can't be had.
+    """
+    if re.fullmatch(r"\d{4}-\d{2}-\d{2}", version):
+        return version
+    try:
+        return str(cellxgene_census.get_census_version_description(version)["release_build"])
+    except (ValueError, OSError) as error:
+        why = str(error).splitlines()[0]
+        raise InputError(f"source.census_version={version!r} can't be looked up: {why}") from None
 
 
 def kind_of(uri: str) -> Literal["soma", "census"]:
@@ -65,7 +86,7 @@ def open_experiment(uri: str, kind: str, organism: str, census_version: str) -> 
         return found, found
     if uri:
         try:
-            census = cellxgene_census.open_soma(uri=uri, tiledb_config=_CENSUS_CONFIG)
+            census = cellxgene_census.open_soma(uri=_absolute(uri), tiledb_config=_CENSUS_CONFIG)
         except (tiledbsoma.SOMAError, ValueError, OSError) as error:
             raise InputError(f"source.paths: {uri} can't be opened: {str(error).splitlines()[0]}") from None
     else:
@@ -80,8 +101,9 @@ def open_experiment(uri: str, kind: str, organism: str, census_version: str) -> 
 
 def open_soma_source(uri: str, kind: str, config: SourceConfig, columns: tuple[str, ...], missing: str) -> OpenSource:
     """Raises: InputError for a measurement, layer, column or filter that doesn't fit the experiment."""
-    name = uri or f"Census {config.census_version}"
-    collection, experiment = open_experiment(uri, kind, config.organism, config.census_version)
+    version = "" if uri else census_release(config.census_version)
+    name = uri or f"Census {version}"
+    collection, experiment = open_experiment(uri, kind, config.organism, version)
     with collection:
         matrix, layer = _matrix(experiment, config.measurement, config.layer, name)
         var_schema = experiment.ms[config.measurement].var.schema.names
@@ -123,8 +145,8 @@ def open_soma_source(uri: str, kind: str, config: SourceConfig, columns: tuple[s
         n_obs, mean_nonzeros = experiment.obs.count, _mean_nonzeros(matrix, rows)
     ids = tuple(map(str, var[gene_column]))
     spec = SourceSpec(
-        kind, uri, layer, n_rows, n_columns, mean_nonzeros, 0, config.measurement,
-        config.organism if kind == "census" else "", config.census_version if kind == "census" and not uri else "",
+        kind, uri, layer, n_rows, n_columns, mean_nonzeros, measurement=config.measurement,
+        organism=config.organism if kind == "census" else "", census_version=version,
     )  # fmt: skip
     report = {"cells_not_selected": n_obs - len(rows), "genes_not_selected": int((~keep_gene).sum())}
     return OpenSource(spec, SourceGenes(name, ids, namespace_of(ids)), keep_gene, rows, obs, report)

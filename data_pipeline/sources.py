@@ -65,7 +65,7 @@ class SourceSpec:
 
     n_rows, n_columns: shape of the matrix, before filters
     mean_nonzeros: stored values a row, without a dense matrix's zeros; of some rows, where counting all takes long
-    size: bytes of the file, 0 where it is none
+    size, modified_ns: bytes and modification time of the file, 0 where it is none
     """
 
     kind: str
@@ -75,12 +75,21 @@ class SourceSpec:
     n_columns: int
     mean_nonzeros: float
     size: int = 0
+    modified_ns: int = 0
     measurement: str = ""
     organism: str = ""
     census_version: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether the file is there and is another than it was."""
+        if self.kind != "h5ad" or not os.path.exists(self.uri):
+            return False
+        now = os.stat(self.uri)
+        return (now.st_size, now.st_mtime_ns) != (self.size, self.modified_ns)
 
 
 @dataclass(frozen=True)

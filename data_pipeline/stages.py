@@ -25,8 +25,8 @@ from typing import IO
 import numpy as np
 
 from data_pipeline.block import encode_block
-from data_pipeline.files import disk_explained, file_system, written_aside
-from data_pipeline.narrow import CountError, GeneSums, Rows, narrow_rows
+from data_pipeline.files import disk_explained, file_system, store_explained, written_aside
+from data_pipeline.narrow import CountError, GeneSums, Rows, check_columns, narrow_rows
 from data_pipeline.plan import Plan
 from data_pipeline.schema import BLOCK_INDEX, ShardEntry, member_name, vocab_tag
 from data_pipeline.shuffle import Arena, Run, RunWriter, read_range
@@ -96,6 +96,8 @@ class Worker:
             self.matrices[source] = open_matrix(self.plan.sources[source], transposed)
         at = low
         for rows in self.matrices[source].read(np.asarray(self.plan.row[low:high]), self.process_bytes // 4):
+            spec = self.plan.sources[source]
+            check_columns(rows, spec.n_columns, spec.uri or spec.kind)
             yield at, source, rows
             at += len(rows.rows)
             self.tick(len(rows.rows))
@@ -317,11 +319,12 @@ def deliver(local: Path, out: str, relative: str) -> None:
     fs, root = file_system(out)
     target = f"{root.rstrip('/')}/{relative}"
     folder = local_folder(out)
-    fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-    if folder is not None and local.stat().st_dev == (folder / relative).parent.stat().st_dev:
-        local.replace(folder / relative)
-        return
-    fs.put_file(str(local), f"{target}.part" if folder is not None else target)
+    with store_explained(out):
+        fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+        if folder is not None and local.stat().st_dev == (folder / relative).parent.stat().st_dev:
+            local.replace(folder / relative)
+            return
+        fs.put_file(str(local), f"{target}.part" if folder is not None else target)
     if folder is not None:
         Path(f"{target}.part").replace(target)
     local.unlink()
@@ -331,6 +334,7 @@ def delivered_bytes(out: str, relative: str) -> int | None:
     """The size of a file of the set, or None where it is not there."""
     fs, root = file_system(out)
     try:
-        return fs.size(f"{root.rstrip('/')}/{relative}")
+        with store_explained(out):
+            return fs.size(f"{root.rstrip('/')}/{relative}")
     except FileNotFoundError:
         return None

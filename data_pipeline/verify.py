@@ -19,7 +19,7 @@ import numpy as np
 from data_pipeline.block import Block, BlockBuffers, decode_block
 from data_pipeline.files import file_system, sha256_of
 from data_pipeline.genes import join_genes
-from data_pipeline.narrow import GeneSums, narrow_rows
+from data_pipeline.narrow import GeneSums, check_columns, narrow_rows
 from data_pipeline.schema import (
     BLOCK_INDEX,
     BLOCK_INDEX_PATH,
@@ -359,7 +359,8 @@ def _compare_with_sources(
 ) -> tuple[list[Fault], list[str], int]:
     """A sample of cells, gene by gene and label by label, with what the sources hold now."""
     query = manifest.query["source"]
-    config = SourceConfig(**{**query, "paths": tuple(query["paths"])})
+    release = next((s["census_version"] for s in manifest.sources), "") or query["census_version"]
+    config = SourceConfig(**{**query, "paths": tuple(query["paths"]), "census_version": release})
     names = manifest.conditions.names
     namespace = None if config.namespace == "auto" else config.namespace
     try:
@@ -390,6 +391,7 @@ def _compare_with_sources(
         try:
             at = 0
             for chunk in matrix.read(rows, 64 << 20):
+                check_columns(chunk, source.spec.n_columns, source.genes.uri)
                 cells = narrow_rows(
                     chunk, column_of, manifest.genes.n_genes, sums, np.zeros(len(chunk.rows), bool)
                 ).cells

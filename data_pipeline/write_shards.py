@@ -9,6 +9,7 @@ Reading order: write_shards (the story), stages and workers, choose_genes, make_
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -21,14 +22,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_pipeline.files import disk_explained, written_aside
+from data_pipeline.files import disk_explained, locked, written_aside
 from data_pipeline.genes import JoinedGenes, choose
 from data_pipeline.plan import Plan, ShardsWriteConfig, differences, make_plan, settings_of
 from data_pipeline.schema import (
@@ -45,6 +45,7 @@ from data_pipeline.schema import (
     read_manifest,
     shard_name,
 )
+from data_pipeline.sources import SourceSpec
 from data_pipeline.stages import STAGES, Layout, Worker, deliver, delivered_bytes, local_folder
 from data_pipeline.statistics import compute_statistics
 from data_pipeline.variable_genes import CELLS, clip_values, top_genes
@@ -53,6 +54,7 @@ from scldm.progress import Progress
 
 DISK_BYTES_PER_COUNT = 2.1  # of the runs, before they have become tars
 WORK_FILES = {*STAGES, "plan", "csc", "runs", "tars", "index", "genes.json", "clip_at.npy", "layout.json", "kept.npy"}
+LOCK = re.compile(r"lock(\.\d+-of-\d+)?")  # beside them
 
 
 def write_shards(config: ShardsWriteConfig) -> Manifest | None:
@@ -70,8 +72,15 @@ def write_shards(config: ShardsWriteConfig) -> Manifest | None:
         work = work_folder(config)
         if strange := _strangers(work):
             raise InputError(f"{work}: holds other files, such as {strange[0]}; work=FOLDER names another place")
-    with disk_explained(str(work)):
+    with disk_explained(str(work)), ExitStack() as locks:
         work.mkdir(parents=True, exist_ok=True)
+        index, n_tasks = config.share
+        busy = f"{config.out}: another process is writing this set; wait for it, or end it"
+        as_task = bool(config.task) and not config.finish
+        locks.enter_context(locked(work / "lock", busy, shared=as_task))
+        if as_task:
+            busy = f"{config.out}: another process is doing task={config.task}; wait for it, or end it"
+            locks.enter_context(locked(work / f"lock.{index}-of-{n_tasks}", busy))
         plan = make_plan(config, work / "plan")
         _say_what_it_takes(plan, work)
 
@@ -114,7 +123,8 @@ def work_folder(config: ShardsWriteConfig) -> Path:
 def _strangers(work: Path) -> list[str]:
     """What lies in a work folder and was not written by write_shards."""
     names = sorted(p.name for p in work.iterdir()) if work.is_dir() else []
-    return [name for name in names if re.sub(r"^\.(.+)\.[0-9a-f]{12}$", r"\1", name) not in WORK_FILES]
+    known = [re.sub(r"^\.(.+)\.[0-9a-f]{12}$", r"\1", name) for name in names]
+    return [name for name, plain in zip(names, known) if plain not in WORK_FILES and not LOCK.fullmatch(plain)]
 
 
 def _remove_work(config: ShardsWriteConfig) -> None:
@@ -146,6 +156,11 @@ def finished_set(config: ShardsWriteConfig) -> Manifest | None:
     differ = differences(manifest.query, settings_of(config))
     if differ:
         raise InputError(f"out={config.out}: holds the set of another command: {'; '.join(differ)}; give another out")
+    fields = {f.name for f in dataclasses.fields(SourceSpec)}
+    for entry in manifest.sources:
+        source = SourceSpec(**{k: v for k, v in entry.items() if k in fields})
+        if source.has_changed:
+            raise InputError(f"out={config.out}: {source.uri} has changed since this set was written; give another out")
     return manifest
 
 
@@ -368,7 +383,7 @@ def finish_set(config: ShardsWriteConfig, plan: Plan, layout: Layout, work: Path
     for number, shard in enumerate(layout.shards):
         with np.load(work / "gather" / f"{number:05d}.npz") as done:
             blocks.append(done["blocks"])
-            shards.append(replace(shard, bytes=int(done["bytes"]), sha256=done["sha256"].tobytes().hex()))
+            shards.append(dataclasses.replace(shard, bytes=int(done["bytes"]), sha256=done["sha256"].tobytes().hex()))
     write(BLOCK_INDEX_PATH, np.concatenate(blocks))
     for name, dtype in CELL_COLUMNS.items():
         write(cell_column_path(name), columns[name].astype(dtype))

@@ -444,7 +444,7 @@ def test_a_read_under_way_at_the_end_leaves_no_file_open(folder, monkeypatch):
 
     monkeypatch.setattr(ShardSet, "fetch", slow)
     loader = open_loader(folder)
-    loader.feed.start(loader.feed.plans_from(loader.order, 0), 1)
+    loader.feed.start(loader.feed.plans_from(0), 1)
     assert started.wait(10)
     timer = threading.Timer(0.3, go.set)
     timer.start()

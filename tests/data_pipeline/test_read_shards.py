@@ -158,7 +158,7 @@ def test_closing_does_not_wait_for_a_read_that_keeps_failing(remote, tmp_path, m
     Flaky.failures = 99
     config = LoaderConfig(url, lanes=4, cache_folder=str(tmp_path / "cache"))
     loader = CellLoader(config, global_batch=60, micro_batch=60)
-    running = loader.feed.start(loader.feed.plans_from(loader.order, 0), 1)
+    running = loader.feed.start(loader.feed.plans_from(0), 1)
     while not Flaky.reads:
         time.sleep(0.01)
     start = time.monotonic()

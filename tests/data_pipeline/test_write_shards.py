@@ -449,3 +449,56 @@ def test_to_a_url(tmp_path, source):
     assert there == {p: (tmp_path / "here" / p).read_bytes() for p in digest(tmp_path / "here")}
     assert read_manifest("memory://bucket/set").n_cells == 600
     assert not list((tmp_path / "work").iterdir())
+
+
+def test_what_an_object_store_answers_is_said_in_a_line(tmp_path, source, monkeypatch):
+    class ClientError(Exception):  # the store's clients derive theirs from Exception alone
+        pass
+
+    def put_file(*args, **kwargs):
+        raise ClientError("An error occurred (SlowDown)\nwhen calling PutObject")
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "put_file", put_file)
+    wanted = replace(config(tmp_path, source[1]), out="memory://shop/set", work=str(tmp_path / "work"))
+    with pytest.raises(InputError, match=r"^memory://shop/set: ClientError: .*SlowDown\) when calling PutObject$"):
+        write(wanted)
+
+
+# --- twice ---------------------------------------------------------------------------------------------------------
+
+
+def test_one_process_at_a_time_does_a_share(tmp_path, source, monkeypatch):
+    """A second start of a command that runs, of a task that runs, or --finish beside tasks that run."""
+    wanted = config(tmp_path / "set", source[1])
+    refused: list[str] = []
+    scatter = Worker.scatter
+
+    def meanwhile(worker, unit):
+        for task in ("", "1/2", "0/2"):
+            try:
+                write(replace(wanted, task=task))
+            except InputError as error:
+                refused.append(f"{task}: {error}")
+        return scatter(worker, unit)
+
+    monkeypatch.setattr(Worker, "scatter", meanwhile)
+    write(replace(wanted, task="0/2"))
+    monkeypatch.setattr(Worker, "scatter", scatter)
+    assert re.match(r": .*another process is writing this set", refused[0])
+    assert any(re.match(r"0/2: .*another process is doing task=0/2", text) for text in refused)
+    assert not any(text.startswith("1/2") for text in refused)
+    write(replace(wanted, task="1/2"))
+    assert write(replace(wanted, finish=True)) is not None
+
+
+def test_a_source_that_changed_after_its_set_was_written(tmp_path, source):
+    path = tmp_path / "a.h5ad"
+    path.write_bytes(source[1].read_bytes())
+    wanted = config(tmp_path / "set", path)
+    assert write(wanted) is not None
+    assert write(wanted) is not None
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(InputError, match=r"a\.h5ad has changed since this set was written"):
+        write(wanted)
+    path.unlink()  # a set outlives its source
+    assert write(wanted) is not None

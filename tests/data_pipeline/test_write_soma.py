@@ -11,6 +11,7 @@ import pytest
 import scipy.sparse as sp
 
 from data_pipeline.narrow import Rows
+from data_pipeline.source_soma import census_release
 from data_pipeline.sources import SourceConfig, open_sources
 from data_pipeline.write_soma import SomaWriteConfig, write_census, write_soma
 from launch.cli import main
@@ -64,6 +65,27 @@ def test_a_census_version_that_there_is_not(monkeypatch):
     monkeypatch.setattr(cellxgene_census, "open_soma", open_soma)
     with pytest.raises(InputError, match=r"source.census_version='2099-01-01' can't be opened: The .* is not valid.$"):
         open_sources(SourceConfig(census_version="2099-01-01"), (), "")
+
+
+def test_a_census_by_alias_is_written_down_by_its_date(monkeypatch):
+    """`stable` is another release next year; the manifest must say which it was."""
+
+    def described(version):
+        if version != "stable":
+            raise ValueError(f"Unable to locate Census version: {version}.")
+        return {"release_build": "2025-01-30"}
+
+    monkeypatch.setattr(cellxgene_census, "get_census_version_description", described)
+    assert census_release("stable") == census_release("2025-01-30") == "2025-01-30"
+    with pytest.raises(InputError, match=r"source.census_version='stabel' can't be looked up: Unable to locate"):
+        census_release("stabel")
+
+
+def test_a_path_from_here_is_found(tmp_path, monkeypatch):
+    atlas(20, 10).write_h5ad(tmp_path / "a.h5ad")
+    write_soma(SomaWriteConfig(h5ad=str(tmp_path / "a.h5ad"), out=str(tmp_path / "soma")))
+    monkeypatch.chdir(tmp_path)
+    assert len(open_sources(SourceConfig(paths=("./soma",)), (), "")[0].rows) == 20
 
 
 def test_layers_and_columns_that_there_are_not(tmp_path):

@@ -19,6 +19,7 @@ from scldm.model.vae import VAE, VAEConfig
 
 CONFIG = VAEConfig(width=32, n_latents=6, latent_width=8, n_layers=1, n_heads=4)
 N_GENES, B, S = 150, 5, 40
+N_NETWORKS = 5  # a path's error in float32 is its median over so many
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,9 @@ CASES = {
 }
 
 
-def trained_like(shape: VAEConfig, n_genes: int) -> VAE:
+def trained_like(shape: VAEConfig, n_genes: int, seed: int = 0) -> VAE:
     """Weights away from their start, at which attention is almost uniform."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     vae = VAE(shape, n_genes).double()
     with torch.no_grad():
         for parameter in vae.parameters():
@@ -115,16 +116,27 @@ def test_a_path_is_the_formula(kind, name, monkeypatch):
     monkeypatch.setattr(factorised, "GENES", 64 if case.tile > 1_000 else 16)
     if case.by_latents is not None:
         monkeypatch.setattr(factorised, "PAYS", 1e9 if case.by_latents else 0.0)
-    vae, given = trained_like(case.shape, case.n_genes), case.batch()
-    true = outcome(vae, "plain", given, torch.float64)
-    exact = relative_errors(outcome(vae, kind, given, torch.float64), true)
-    assert max(exact.values()) < 1e-9, "in float64 it is the same function"
-    plain = relative_errors(outcome(vae, "plain", given, torch.float32), true)
-    found = relative_errors(outcome(vae, kind, given, torch.float32), true)
-    assert found.keys() == true.keys(), "the same parameters have a gradient"
+    given = case.batch()
+    plain: dict[str, list[float]] = {}
+    found: dict[str, list[float]] = {}
+    for seed in range(N_NETWORKS):
+        vae = trained_like(case.shape, case.n_genes, seed)
+        true = outcome(vae, "plain", given, torch.float64)
+        if seed == 0:
+            exact = relative_errors(outcome(vae, kind, given, torch.float64), true)
+            assert max(exact.values()) < 1e-9, "in float64 it is the same function"
+        for kept, path in ((plain, "plain"), (found, kind)):
+            errors = relative_errors(outcome(vae, path, given, torch.float32), true)
+            assert errors.keys() == true.keys(), "the same parameters have a gradient"
+            for key, error in errors.items():
+                kept.setdefault(key, []).append(error)
+    # of one network a sum of roundings may be a twentieth of another's, on one processor and not on the next
+    typical = {key: statistics.median(errors) for key, errors in plain.items()}
+    floor = max(statistics.median(typical.values()), 1e-7)
     bound = 3 if kind == "factorised" else 10  # what torch's kernels err by is not ours
-    typical = statistics.median(plain.values())  # where the formula was lucky, that is no standard
-    worse = {key: (found[key], plain[key]) for key in true if found[key] > bound * max(plain[key], typical, 1e-7)}
+    worse = {
+        k: (error, typical[k]) for k in found if (error := statistics.median(found[k])) > bound * max(typical[k], floor)
+    }
     assert not worse
 
 

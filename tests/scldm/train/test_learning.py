@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from scldm.flow.generate import SamplerConfig, generate_latents
@@ -52,6 +53,7 @@ def best_mean_profile(train: Cells, held_out: Cells) -> float:
     return min(true_nll(held_out, np.tile(share, (len(held_out), 1)), theta) for theta in np.geomspace(0.05, 20, 40))
 
 
+@pytest.mark.slow
 def test_the_autoencoder_closes_most_of_the_gap_and_generation_keeps_types_apart(tmp_path: Path) -> None:
     """On held-out cells: 0 is the mean profile, 1 the rates that the counts were drawn from. Measured: 0.65 closed."""
     torch.manual_seed(0)
@@ -71,11 +73,11 @@ def test_the_autoencoder_closes_most_of_the_gap_and_generation_keeps_types_apart
     (batch,) = next(CellsLoader(train, 1_200, 1_200).one_pass())
     latents = vae.encode(batch.given).mean_BLZ
     encoded = Cells(train.rates_nG, train.counts_nG, train.label_n, latents.numpy())
-    dit = DiT(DiTConfig(32, 2, 2), 2, 4, {"type": N_LABELS})
+    dit = DiT(DiTConfig(64, 2, 2), 2, 4, {"type": N_LABELS})
     dit.latent_mean_LZ.copy_(latents.mean(0))
     dit.latent_std_LZ.copy_(latents.std(0))
     loader = LatentsLoader(encoded, GLOBAL_BATCH, GLOBAL_BATCH)
-    fit(LDMStage(dit, GuidanceConfig(0.1)), loader, OptimConfig(lr=3e-3, schedule="cosine"), 400)
+    fit(LDMStage(dit, GuidanceConfig(0.1)), loader, OptimConfig(lr=3e-3, schedule="cosine"), 800)
     dit.eval().requires_grad_(False)
     profiles = np.stack([train.rates_nG[train.label_n == k].mean(0) for k in range(N_LABELS)])
     profiles /= profiles.sum(1, keepdims=True)
@@ -85,4 +87,5 @@ def test_the_autoencoder_closes_most_of_the_gap_and_generation_keeps_types_apart
         shares = vae.decode(made, torch.arange(1, N_GENES + 1)).mu(torch.ones(200)).numpy()
         distance = np.abs(shares.mean(0) - profiles).sum(1)  # L1 to each type's mean profile, from 0 to 2
         assert distance.argmin() == label
+        # 0.09 to 0.33 over three seeds, of which the autoencoder alone has 0.08 to 0.29
         assert distance[label] < 0.4 * np.delete(distance, label).min()

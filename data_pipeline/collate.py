@@ -1,0 +1,113 @@
+"""Cells in slots -> one micro-batch on its way to a model: CellBatch, CompactCellBatch or LatentBatch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_pipeline.feed import Plan
+from data_pipeline.gather import CellSlots
+from data_pipeline.gene_sets import GeneSets
+from data_pipeline.read_shards import BlockSource
+from data_pipeline.write_latents import LatentSlots
+from scldm.batch import CellBatch, CompactCellBatch, CompactCounts, GeneCounts, LatentBatch, pinned
+
+
+class CellCollator:
+    """Cells in slots -> one micro-batch."""
+
+    slots: CellSlots
+
+    def __init__(self, names: tuple[str, ...], given: GeneSets | None, asked: GeneSets | None, form: str) -> None:
+        assert given is not None
+        self.names, self.given, self.asked, self.form = names, given, asked, form
+
+    def make_slots(self, cells: BlockSource, n_slots: int) -> CellSlots:
+        self.slots = CellSlots(cells.manifest, n_slots)
+        return self.slots
+
+    def __call__(
+        self, slots: np.ndarray, rows: np.ndarray, plan: Plan, positions: np.ndarray, weight: np.ndarray
+    ) -> CellBatch | CompactCellBatch:
+        rest = _rest(self.slots, self.names, slots, rows, plan, positions, weight)
+        if self.form == "compact":
+            return self._compact(slots, rows, plan, positions, rest)
+        given, totals = self._dense(self.given, slots, rows, plan, positions)
+        asked = given
+        if self.asked is not None:
+            asked, totals = self._dense(self.asked, slots, rows, plan, positions)
+        library_size = torch.from_numpy(totals.astype(np.float32))
+        return CellBatch(given=given, asked=asked, library_size_B=library_size, **rest)
+
+    def _dense(
+        self, sets: GeneSets, slots: np.ndarray, rows: np.ndarray, plan: Plan, positions: np.ndarray
+    ) -> tuple[GeneCounts, np.ndarray]:
+        if sets.of_the_cell:
+            words = sets.words(plan.epoch, plan.step, positions)
+            ids, counts, totals = self.slots.take_of_the_cell(slots, rows, sets, words)
+        else:
+            ids = sets.ids(plan.epoch, plan.step, positions)
+            counts, totals = self.slots.take(slots, rows, ids)
+        return GeneCounts(torch.from_numpy(ids), torch.from_numpy(counts)), totals
+
+    def _compact(
+        self, slots: np.ndarray, rows: np.ndarray, plan: Plan, positions: np.ndarray, rest: dict[str, Any]
+    ) -> CompactCellBatch:
+        csr = self.slots.take_csr(slots, rows)
+        ids = [self._ids(sets, slots, rows, plan, positions) for sets in (self.given, self.asked) if sets is not None]
+        counts = CompactCounts.from_numpy(
+            csr.start, csr.gene_ids, csr.counts, csr.large_at, csr.large, self.slots.n_genes + 1
+        )
+        return CompactCellBatch(csr=counts, given_ids=ids[0], asked_ids=ids[-1], **rest)
+
+    def _ids(
+        self, sets: GeneSets, slots: np.ndarray, rows: np.ndarray, plan: Plan, positions: np.ndarray
+    ) -> torch.Tensor:
+        if sets.of_the_cell:
+            words = sets.words(plan.epoch, plan.step, positions)
+            ids = self.slots.take_of_the_cell(slots, rows, sets, words)[0]
+        else:
+            ids = sets.ids(plan.epoch, plan.step, positions)
+        return pinned(torch.from_numpy(ids.astype(np.int32)))
+
+
+class LatentCollator:
+    """Latents in slots -> one micro-batch."""
+
+    slots: LatentSlots
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+
+    def make_slots(self, cells: BlockSource, n_slots: int) -> LatentSlots:
+        self.slots = LatentSlots(cells.manifest, n_slots)
+        return self.slots
+
+    def __call__(
+        self, slots: np.ndarray, rows: np.ndarray, plan: Plan, positions: np.ndarray, weight: np.ndarray
+    ) -> LatentBatch:
+        rest = _rest(self.slots, self.names, slots, rows, plan, positions, weight)
+        return LatentBatch(latent_BLZ=torch.from_numpy(self.slots.latent[slots, rows]), **rest)
+
+
+def _rest(
+    held: CellSlots | LatentSlots,
+    names: tuple[str, ...],
+    slots: np.ndarray,
+    rows: np.ndarray,
+    plan: Plan,
+    positions: np.ndarray,
+    weight: np.ndarray,
+) -> dict[str, Any]:
+    """What cells and latents have in common."""
+    labels = held.labels[slots, rows]
+    return {
+        "library_size_all_B": torch.from_numpy(held.total_counts[slots, rows].astype(np.float32)),
+        "weight_B": torch.from_numpy(weight),
+        "conditions": {name: torch.from_numpy(np.ascontiguousarray(labels[:, c])) for c, name in enumerate(names)},
+        "cell_ids_B2": torch.from_numpy(held.identity[slots, rows]),
+        "positions_B": torch.from_numpy(positions.copy()),
+        "n_cells": plan.n_cells,
+    }

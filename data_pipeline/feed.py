@@ -1,0 +1,242 @@
+"""From plans to micro-batches: blocks are read ahead by a few threads into slots, then collated in order.
+
+Knows neither shard sets nor torch: a Feed is given what fetches a block and what collates cells.
+
+Reading order: Plan, Slots and Collator (what a feed works with), Feed, _Blocks (which block is in which slot), Running.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+
+from data_pipeline.order import EpochOrder, Order
+from data_pipeline.read_shards import BlockSource
+
+CHUNK = 64  # steps that are planned at once
+
+Batch = TypeVar("Batch", covariant=True)
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One global batch of one rank: blocks and rows of the cells at its positions, before anything was read."""
+
+    epoch: int
+    step: int  # within the epoch
+    block: np.ndarray
+    row: np.ndarray
+    n_cells: int  # real ones in the whole global batch
+
+
+class Slots(Protocol):
+    n_slots: int
+
+    def buffer(self, slot: int, n_bytes: int) -> np.ndarray: ...
+    def fill(self, slot: int, data: np.ndarray, where: str) -> None: ...
+
+
+class Collator(Protocol[Batch]):
+    slots: Any
+
+    def make_slots(self, cells: BlockSource, n_slots: int) -> Slots: ...
+
+    def __call__(
+        self, slots: np.ndarray, rows: np.ndarray, plan: Plan, positions: np.ndarray, weight: np.ndarray
+    ) -> Batch: ...
+
+
+class Feed(Generic[Batch]):
+    """Turns plans into micro-batches. Knows nothing of the loader that holds it, so that no thread keeps that alive."""
+
+    def __init__(
+        self,
+        cells: BlockSource,
+        collate: Collator[Batch],
+        order: Order,
+        n_blocks: int,
+        low: int,
+        high: int,
+        *,
+        micro_batch: int,
+        read_ahead: int,
+        read_threads: int,
+    ) -> None:
+        """n_blocks: different blocks in the order; low, high: this rank's positions in a global batch."""
+        self.cells, self.collate, self.order = cells, collate, order
+        self.low, self.high, self.micro_batch = low, high, micro_batch
+        self.read_ahead, self.read_threads, self.positions = read_ahead, read_threads, np.arange(low, high)
+        # all blocks of a small set, else the windows of this rank's lanes and half as many again, for those read ahead
+        edge = np.arange(order.lanes + 1) * order.global_batch // order.lanes
+        own_lanes = int(((edge[:-1] < high) & (edge[1:] > low)).sum())
+        n_slots = own_lanes * order.window * 3 // 2 + read_ahead
+        if n_blocks <= order.lanes * order.window:
+            n_slots = n_blocks
+        self.n_slots = min(n_blocks, max(n_slots, high - low))
+        self.pool: ThreadPoolExecutor | None = None
+        self.blocks: _Blocks | None = None
+        self.running: Running | None = None
+
+    def plans_from(self, step: int) -> Iterator[Plan]:
+        """From a step on, without end."""
+        while True:
+            epoch, t = divmod(step, self.order.steps_per_epoch)
+            n = min(CHUNK, self.order.steps_per_epoch - t)
+            yield from self._chunk(self.order.epoch(epoch), t, n)
+            step += n
+
+    def plans_of(self, order: EpochOrder) -> Iterator[Plan]:
+        """One epoch."""
+        for t in range(0, order.steps, CHUNK):
+            yield from self._chunk(order, t, min(CHUNK, order.steps - t))
+
+    def _chunk(self, order: EpochOrder, step: int, n: int) -> Iterator[Plan]:
+        block, row = order.plan(step, n, self.low, self.high)
+        for k in range(n):
+            real = min(order.global_batch, order.n_cells - (step + k) * order.global_batch)
+            yield Plan(order.epoch, step + k, block[k], row[k], real)
+
+    def start(self, plans: Iterator[Plan], prefetch: int) -> Running[list[Batch]]:
+        if self.running:
+            self.running.stop()  # the slots serve one stream at a time
+        if self.blocks is None:
+            self.pool = ThreadPoolExecutor(self.read_threads, "scldm-read")
+            self.blocks = _Blocks(self.cells, self.collate.make_slots(self.cells, self.n_slots), self.pool)
+        running = self.running = Running(self._batches(plans, self.blocks), prefetch)
+        return running
+
+    def _batches(self, plans: Iterator[Plan], blocks: _Blocks) -> Iterator[list[Batch]]:
+        ahead: deque[Plan] = deque()
+        for plan in plans:
+            blocks.want(plan.block)
+            ahead.append(plan)
+            if len(ahead) > self.read_ahead:
+                yield self._collate(ahead.popleft(), blocks)
+        while ahead:
+            yield self._collate(ahead.popleft(), blocks)
+
+    def _collate(self, plan: Plan, blocks: _Blocks) -> list[Batch]:
+        slots = blocks.slots_of(plan.block)
+        positions = self.positions
+        weight = (positions < plan.n_cells).astype(np.float32)
+        cuts = [slice(k, k + self.micro_batch) for k in range(0, len(positions), self.micro_batch)]
+        return [self.collate(slots[c], plan.row[c], plan, positions[c], weight[c]) for c in cuts]
+
+    def close(self) -> None:
+        if self.running:
+            self.running.stop()
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
+            self.pool = None
+        self.blocks = None
+
+
+class _Blocks:
+    """Which block is in which slot; the slot that was needed longest ago goes first."""
+
+    def __init__(self, cells: BlockSource, slots: Slots, pool: ThreadPoolExecutor) -> None:
+        self.cells, self.slots, self.pool = cells, slots, pool
+        self.slot = np.full(len(cells.blocks), -1, np.int32)  # of each block
+        self.block = np.full(slots.n_slots, -1, np.int64)  # in each slot
+        self.needed = np.full(slots.n_slots, -1, np.int64)  # when a slot was last asked for
+        self.now = 0
+        self.loading: dict[int, Future[None]] = {}  # block -> its read, until it was waited for
+
+    def want(self, block: np.ndarray) -> None:
+        """Begins to read what is not there."""
+        self.now += 1
+        slots = self.slot[block]
+        self.needed[slots[slots >= 0]] = self.now
+        for b in dict.fromkeys(block[slots < 0].tolist()):
+            slot = int(self.needed.argmin())
+            assert self.needed[slot] < self.now, "more blocks at once than slots"
+            if self.block[slot] >= 0:
+                self._drop(int(self.block[slot]))
+            self.block[slot], self.slot[b], self.needed[slot] = b, slot, self.now
+            self.loading[b] = self.pool.submit(read_block, self.cells, self.slots, b, slot)
+
+    def slots_of(self, block: np.ndarray) -> np.ndarray:
+        """The slots (B,) that hold these blocks, all read.
+
+        Raises: what reading one of them raised.
+        """
+        if self.loading or self.slot[block].min() < 0:
+            self.want(block)
+            for b in dict.fromkeys(block.tolist()):
+                if b in self.loading:
+                    error = self.loading.pop(b).exception()
+                    if error:
+                        self._drop(b)
+                        raise error
+        return self.slot[block].astype(np.int64)
+
+    def _drop(self, block: int) -> None:
+        reading = self.loading.pop(block, None)
+        if reading:  # it was wanted and never used; its slot is free only when the read is over
+            reading.exception()
+        slot = self.slot[block]
+        self.slot[block], self.block[slot], self.needed[slot] = -1, -1, -1
+
+
+def read_block(cells: BlockSource, slots: Slots, block: int, slot: int) -> None:
+    into = slots.buffer(slot, int(cells.blocks["length"][block]))
+    slots.fill(slot, cells.fetch(block, into), cells.where(block))
+
+
+class Running(Generic[Item]):
+    """An iterator that is run ahead in a thread; `stop` ends and joins it."""
+
+    def __init__(self, batches: Iterator[Item], prefetch: int) -> None:
+        self.batches, self.thread, self.ended = batches, None, False
+        if not prefetch:
+            return
+        self.queue: queue.Queue[Any] = queue.Queue(prefetch)
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(
+            target=_run_ahead, args=(batches, self.queue, self.stopped), name="scldm-loader", daemon=True
+        )
+        self.thread.start()
+
+    def __iter__(self) -> Iterator[Item]:
+        return self
+
+    def __next__(self) -> Item:
+        assert not self.ended, "another stream of the same loader was begun before this one was read to its end"
+        if self.thread is None:
+            return next(self.batches)
+        item = self.queue.get()
+        if isinstance(item, BaseException):
+            self.stop()
+            raise item
+        return item
+
+    def stop(self) -> None:
+        self.ended = True
+        if self.thread is None:
+            return
+        self.stopped.set()
+        while self.thread.is_alive():
+            try:  # a thread that waits to put a batch gets room, sees `stopped` and ends
+                self.queue.get(timeout=0.05)
+            except queue.Empty:
+                continue
+        self.thread.join()
+
+
+def _run_ahead(batches: Iterable[Any], out: queue.Queue[Any], stopped: threading.Event) -> None:
+    try:
+        for batch in batches:
+            out.put(batch)
+            if stopped.is_set():
+                return
+        out.put(StopIteration())
+    except BaseException as error:  # to be raised where it is asked for
+        out.put(error)
