@@ -14,7 +14,7 @@ from scldm.library_size import LibrarySizeModel
 from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE, VAEConfig
 from scldm.pretrained import save_pretrained, weights_hash
-from scldm.train.checkpoint import load_averaged
+from scldm.train.checkpoint import averaged, load_averaged
 from scldm.train.run_folder import read_config
 from scldm.vocab import ConditionVocab, GeneVocab
 
@@ -90,7 +90,8 @@ def trained_dit(run_dir: Path, vae: VAE, which: Literal["best", "latest"]) -> tu
         )
     conditions = ConditionVocab.load(run_dir / "conditions.json")
     n_labels = {name: conditions.n_labels(name) for name in conditions.names}
-    dit = DiT(DiTConfig(**run["model"]), vae.config.n_latents, vae.config.latent_width, n_labels)
+    shape = (vae.config.n_latents, vae.config.latent_width)
+    dit = DiT.of_tensors(DiTConfig(**run["model"]), *shape, n_labels, averaged(run_dir, which)[0])
     step = load_averaged(dit, run_dir, which)
     return dit.eval(), {"run": str(run_dir), "step": step, "hash": weights_hash(dit.state_dict()), "config": run}
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from data_pipeline.loader import LatentLoader, StreamConfig
+from data_pipeline.schema import Manifest
 from launch.cli import run_verb
 from launch.training import Parts, check_has_validation, run_training
 from scldm.model.dit import DiT, DiTConfig
@@ -66,11 +67,20 @@ def set_up(config: TrainLDMConfig, world: World) -> Parts:
     validation = LatentLoader(replace(config.data, balance=[]), split="validation", **place)
     n_latents, latent_width = loader.latent_shape
     n_labels = {name: loader.conditions.n_labels(name) for name in loader.conditions.names}
-    module = DiT(config.model, n_latents, latent_width, n_labels)
+    combinations_KC = trained_combinations(loader.manifest)
+    module = DiT(config.model, n_latents, latent_width, n_labels, combinations_KC=combinations_KC)
     extra = loader.manifest.extra
     module.latent_mean_LZ.copy_(torch.tensor(extra["mean"]))
     module.latent_std_LZ.copy_(torch.tensor(extra["std"]).clamp_min(MIN_STD))
     return Parts(module, LDMStage(module, config.guidance), loader, validation, loader.manifest)
+
+
+def trained_combinations(manifest: Manifest) -> torch.Tensor:
+    """Label ids of all conditions in every combination that a training cell has, (K, C) int64."""
+    counts, train = manifest.statistics.combinations, manifest.split_number("train")
+    assert counts.by == manifest.conditions.names
+    rows = [ids for ids, n in zip(counts.ids, counts.n, strict=True) if n[train]]
+    return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), len(counts.by))
 
 
 if __name__ == "__main__":

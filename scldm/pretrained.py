@@ -38,7 +38,7 @@ from scldm.model.vae import VAE, VAEConfig
 from scldm.progress import Progress
 from scldm.vocab import ConditionVocab, GeneVocab
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 NOT_GIVEN = "not given"
 MAX_COUNT = 2**31 - 1  # of int32, as cells are given to the encoder and written
 Kind = Literal["counts", "means"]
@@ -113,7 +113,8 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Pretrained:
     dit = None
     if config["ldm"] is not None:
         n_labels = {name: conditions.n_labels(name) for name in config["conditions"]}
-        dit = DiT(DiTConfig(**config["ldm"]), vae.config.n_latents, vae.config.latent_width, n_labels)
+        own = {key.removeprefix("ldm/"): value for key, value in tensors.items() if key.startswith("ldm/")}
+        dit = DiT.of_tensors(DiTConfig(**config["ldm"]), vae.config.n_latents, vae.config.latent_width, n_labels, own)
         _fill(dit, tensors, "ldm", folder)
         dit = dit.to(device).eval().requires_grad_(False)
     sizes = LibrarySizeModel.load(folder / "library_sizes.json")
@@ -352,7 +353,7 @@ class Pretrained:
         if len(conditions) == 0:
             raise InputError("there are no cells to generate: the table of conditions is empty")
         combination_n, labels = distinct(conditions.drop(columns="library_size", errors="ignore"))
-        ids = {name: np.full(len(labels), dit.null_id(name), dtype=np.int64) for name in dit.n_labels}
+        ids = {name: np.full(len(labels), dit.null(name), dtype=np.int64) for name in dit.n_labels}
         for name in labels:
             ids[str(name)] = self.conditions.encode(str(name), list(labels[name]))
         if "library_size" in conditions:
@@ -386,7 +387,8 @@ class Pretrained:
             batch = range(first, first + BATCH_CELLS)
             numbers_B = torch.arange(batch.start, batch.stop, device=self.device)
             of_batch = {name: torch.from_numpy(ids).to(self.device) for name, ids in wanted.ids_of(batch).items()}
-            latent_BLZ = self.vae.normalised(generate_latents(self._dit(), of_batch, numbers_B, wanted.seed, sampler))
+            drawn = generate_latents(self._dit(), of_batch, numbers_B, wanted.seed, sampler)
+            latent_BLZ = self.vae.normalised(drawn.latent_BLZ)
             size_B = torch.from_numpy(wanted.library_size(batch)).float().to(self.device)
             if kind == "means":
                 made_BG = self.vae.decode(latent_BLZ, all_genes_G).expected(size_B).float().cpu().numpy()

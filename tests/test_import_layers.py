@@ -44,6 +44,7 @@ ONLY_IN = {
     "cellxgene_census": ("data_pipeline", "launch.bench"),
     "webdataset": ("data_pipeline", "launch.bench"),
     "triton": ("scldm.kernels",),
+    "torchdiffeq": ("scldm.flow.solver", "launch.bench"),
 }
 
 

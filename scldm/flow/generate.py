@@ -1,12 +1,13 @@
 """From conditions to counts: noise -> latent tokens -> expected counts -> counts.
 
 Every draw is keyed by (seed, number of the cell), so a cell does not depend on the batch that it was made in.
-Reading order: SamplerConfig, generate_latents, sample_counts.
+Reading order: SamplerConfig, Drawn, generate_latents, sample_counts.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from scldm import draws
 from scldm.errors import InputError
-from scldm.flow.guidance import joint_guidance
-from scldm.flow.solver import SOLVERS, Method
+from scldm.flow import solver
+from scldm.flow.guidance import GuidanceKind, GuidedField
+from scldm.flow.solver import Method
 from scldm.model.dit import DiT
 from scldm.model.vae import VAE
 
@@ -24,34 +26,94 @@ from scldm.model.vae import VAE
 class SamplerConfig:
     """How latents are drawn.
 
-    method: euler (one network evaluation a step) or heun (two)
-    n_steps: steps from noise to latent
+    method: ODE by euler (one network evaluation a step), heun (two) or adaptive (as many as the tolerance asks for);
+        SDE by sde_euler (one) or sde_heun (two)
+    n_steps: steps from noise to latent; adaptive chooses its own
+    guidance: joint (all conditions at once), additive (each by itself, with a weight of its own) or compositional (a
+        combination that was never trained is composed of its trained parts)
     guidance_scale: 0 ignores the conditions, 1 follows them, above 1 exaggerates them
+    guidance_weights: additive: the scale of each condition by itself; guidance_scale for those not named
+    guidance_from: flow time, 0 (cell) to 1 (noise), below which all scales are 1
+    guidance_to: flow time above which all scales are 1
+    tolerance: adaptive: relative and absolute error of a step
+    diffusion: SDE: its noise, g^2 = diffusion x t
     """
 
     method: Method = "heun"
     n_steps: int = 50
+    guidance: GuidanceKind = "joint"
     guidance_scale: float = 1.0
+    guidance_weights: dict[str, float] = field(default_factory=dict)
+    guidance_from: float = 0.0
+    guidance_to: float = 1.0
+    tolerance: float = 1e-5
+    diffusion: float = 1.0
 
     def __post_init__(self) -> None:
         if self.n_steps < 1:
             raise InputError(f"sampler.n_steps={self.n_steps} must be at least 1")
         if self.guidance_scale < 0:
             raise InputError(f"sampler.guidance_scale={self.guidance_scale} must not be negative")
+        if self.guidance_weights and self.guidance != "additive":
+            raise InputError(
+                f"sampler.guidance_weights belong to sampler.guidance=additive; {self.guidance} has one scale"
+            )
+        for name, weight in self.guidance_weights.items():
+            if weight < 0:
+                raise InputError(f"sampler.guidance_weights.{name}={weight} must not be negative")
+        low, high = self.guidance_from, self.guidance_to
+        if not 0 <= low < high <= 1:
+            raise InputError(f"sampler.guidance_from={low} and sampler.guidance_to={high} must be 0 <= from < to <= 1")
+        if not 0 < self.tolerance < 1:
+            raise InputError(f"sampler.tolerance={self.tolerance} must be above 0 and below 1")
+        if not self.diffusion > 0:
+            raise InputError(f"sampler.diffusion={self.diffusion} must be above 0; method heun samples without noise")
+
+
+class Drawn(NamedTuple):
+    """latent_BLZ: latent tokens of new cells, on the autoencoder's scale
+    n_evaluations: of the network, one for each cell and subset of its conditions that it was asked for
+    """
+
+    latent_BLZ: Tensor
+    n_evaluations: int
 
 
 @torch.no_grad()
 def generate_latents(
     dit: DiT, conditions: dict[str, Tensor], cell_numbers_B: Tensor, seed: int, sampler: SamplerConfig
-) -> Tensor:
-    """Latent tokens of new cells, (B, L, Z), on the autoencoder's scale.
+) -> Drawn:
+    """Draw latent tokens of new cells.
 
-    conditions: label ids (B,) of each of the model's conditions, `null_id` where not given
+    conditions: of each of the model's conditions, label ids (B,), of continuous ones values; `null` where not given
     cell_numbers_B: the key of each cell's draws, int64
+
+    Raises: InputError for guidance that the model can't follow.
     """
-    noise_BLZ = draws.normal(seed, "generate noise", 0, cell_numbers_B, dit.latent_shape)
-    field = joint_guidance(dit, conditions, sampler.guidance_scale)
-    return dit.unstandardise(SOLVERS[sampler.method](field, noise_BLZ, sampler.n_steps))
+    v = GuidedField(
+        dit,
+        conditions,
+        sampler.guidance,
+        sampler.guidance_scale,
+        sampler.guidance_weights,
+        (sampler.guidance_from, sampler.guidance_to),
+    )
+    z_BLZ = draws.normal(seed, "generate noise", 0, cell_numbers_B, dit.latent_shape)
+
+    def noise(step: int) -> Tensor:
+        return draws.normal(seed, "sampler noise", step, cell_numbers_B, dit.latent_shape)
+
+    if sampler.method == "euler":
+        z_BLZ = solver.euler(v, z_BLZ, sampler.n_steps)
+    elif sampler.method == "heun":
+        z_BLZ = solver.heun(v, z_BLZ, sampler.n_steps)
+    elif sampler.method == "adaptive":
+        z_BLZ = solver.adaptive(v, z_BLZ, sampler.tolerance)
+    elif sampler.method == "sde_euler":
+        z_BLZ = solver.sde_euler(v, z_BLZ, sampler.n_steps, noise, sampler.diffusion)
+    else:
+        z_BLZ = solver.sde_heun(v, z_BLZ, sampler.n_steps, noise, sampler.diffusion)
+    return Drawn(dit.unstandardise(z_BLZ), v.n_evaluations)
 
 
 @torch.no_grad()

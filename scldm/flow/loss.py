@@ -28,5 +28,5 @@ def drop_conditions(
     dropped = {}
     for k, (name, ids_B) in enumerate(conditions.items(), start=1):
         drop_B = (draws[:, 0] < drop_all) | (draws[:, k] < drop_each)
-        dropped[name] = ids_B.masked_fill(drop_B, model.null_id(name))
+        dropped[name] = ids_B.masked_fill(drop_B, model.null(name))
     return dropped

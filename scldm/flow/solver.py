@@ -1,22 +1,33 @@
-"""Solvers of dz/dt = v(z, t) from noise at t = 1 to a latent at t = 0, in equal steps. Reading order: euler, heun."""
+"""Solvers from noise at t = 1 to a latent at t = 0.
+
+ODE: dz/dt = v(z, t). SDE, with the same distribution at every t: dz = (v - g^2/2 * score) dt + g dW, run backwards. On
+the linear path the score is -(z + (1 - t) v) / t, so that g^2 = diffusion * t keeps every term finite; 0 is the ODE.
+Source: Ma et al. 2024 (SiT), Eq. 5 and section 3.5, whose choice "w = sigma" is diffusion = 1.
+Reading order: euler, heun, adaptive, sde_euler, sde_heun.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from scldm.errors import InputError
 from scldm.flow.guidance import VelocityField
 
-Method = Literal["euler", "heun"]
+Method = Literal["euler", "heun", "adaptive", "sde_euler", "sde_heun"]
+Noise = Callable[[int], Tensor]  # number of the step -> standard normal draws of the latents' shape
+
+# --- ODE -----------------------------------------------------------------------------------------------------------
 
 
 def euler(v: VelocityField, z: Tensor, n_steps: int) -> Tensor:
     """First order; one evaluation of v per step."""
     dt = 1 / n_steps
     for k in range(n_steps):
-        z = z - dt * v(z, _times(z, 1 - k * dt))
+        z = z - dt * v(z, _time(k, n_steps))
     return z
 
 
@@ -24,14 +35,69 @@ def heun(v: VelocityField, z: Tensor, n_steps: int) -> Tensor:
     """Second order (explicit trapezoid); two evaluations of v per step."""
     dt = 1 / n_steps
     for k in range(n_steps):
-        slope = v(z, _times(z, 1 - k * dt))
-        slope_ahead = v(z - dt * slope, _times(z, 1 - (k + 1) * dt))
+        slope = v(z, _time(k, n_steps))
+        slope_ahead = v(z - dt * slope, _time(k + 1, n_steps))
         z = z - dt * (slope + slope_ahead) / 2
     return z
 
 
-def _times(z: Tensor, t: float) -> Tensor:
-    return torch.full((len(z),), max(t, 0.0), device=z.device, dtype=torch.float32)
+def adaptive(v: VelocityField, z: Tensor, tolerance: float) -> Tensor:
+    """Dormand-Prince 5(4) with steps as small as relative and absolute error per step of every cell ask for. Steps are
+    shared by a batch, so a cell depends on the others of its batch, within the tolerance.
+
+    Raises: InputError without the package torchdiffeq.
+    """
+    try:
+        from torchdiffeq import odeint
+    except ModuleNotFoundError:
+        raise InputError("sampler.method=adaptive needs the package torchdiffeq: pip install 'scldm[ode]'") from None
+
+    def worst_cell(error: Tensor) -> Tensor:
+        # torchdiffeq may flatten the state
+        return error.reshape(z.shape).flatten(1).square().mean(1).sqrt().max()
+
+    ends = torch.tensor([1.0, 0.0], device=z.device, dtype=torch.float64)
+    options = {"norm": worst_cell}
+    path: Any = odeint(
+        lambda t, y: v(y, float(t)), z, ends, rtol=tolerance, atol=tolerance, method="dopri5", options=options
+    )
+    return path[-1]
 
 
-SOLVERS = {"euler": euler, "heun": heun}
+# --- SDE -----------------------------------------------------------------------------------------------------------
+
+
+def sde_euler(v: VelocityField, z: Tensor, n_steps: int, noise: Noise, diffusion: float) -> Tensor:
+    """Euler-Maruyama: weak order 1; one evaluation of v per step."""
+    dt = 1 / n_steps
+    for k in range(n_steps):
+        z = z - dt * _drift(v, z, _time(k, n_steps), diffusion) + _kick(noise, k, n_steps, diffusion)
+    return z
+
+
+def sde_heun(v: VelocityField, z: Tensor, n_steps: int, noise: Noise, diffusion: float) -> Tensor:
+    """Stochastic Heun: weak order 2, as the noise does not depend on z; two evaluations of v per step.
+    Source: Kloeden & Platen 1992, section 15.1, for additive noise."""
+    dt = 1 / n_steps
+    for k in range(n_steps):
+        kick = _kick(noise, k, n_steps, diffusion)
+        slope = _drift(v, z, _time(k, n_steps), diffusion)
+        slope_ahead = _drift(v, z - dt * slope + kick, _time(k + 1, n_steps), diffusion)
+        z = z - dt * (slope + slope_ahead) / 2 + kick
+    return z
+
+
+def _drift(v: VelocityField, z: Tensor, t: float, diffusion: float) -> Tensor:
+    """v - g^2/2 * score."""
+    velocity = v(z, t)
+    return velocity + 0.5 * diffusion * (z + (1 - t) * velocity)
+
+
+def _kick(noise: Noise, k: int, n_steps: int, diffusion: float) -> Tensor:
+    """The noise of a step; its variance is the integral of g^2 over it."""
+    t, t_ahead = _time(k, n_steps), _time(k + 1, n_steps)
+    return (0.5 * diffusion * (t**2 - t_ahead**2)) ** 0.5 * noise(k)
+
+
+def _time(k: int, n_steps: int) -> float:
+    return (n_steps - k) / n_steps

@@ -1,20 +1,23 @@
 """The diffusion transformer over a cell's latent tokens.
 
 Source: paper, section 3; DiT blocks with adaLN-Zero: Peebles & Xie 2023, section 3.2.
-Reading order: DiTConfig, timestep_features, DiTBlock, DiT.
+Reading order: DiTConfig, timestep_features, DiTBlock, DiT. How conditions are embedded is in conditions.py.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from scldm.errors import InputError
-from scldm.model.attention import SelfAttention
+from scldm.model.attention import AttentionKind, SelfAttention
 from scldm.model.blocks import SwiGLU
+from scldm.model.conditions import CombinationTokens, FeatureEmbedding, ValueEmbedding, ValueScale
 
 MAX_PERIOD = 10_000.0
 TIME_FEATURES = 256
@@ -27,11 +30,22 @@ class DiTConfig:
     width: model width D
     n_layers: transformer blocks
     n_heads: attention heads
+    continuous: conditions whose labels are numbers and are embedded by value, so that other values can be asked for:
+        linear, or log for doses and times over decades
+    combination_tokens: besides the sum of all conditions' embeddings, one more for each combination that was trained
+    attention: how attention is computed, never what: plain (the formula), sdpa (torch's kernels)
+    compile: torch.compile the transformer blocks; on a CPU that needs a C++ compiler
+    recompute: keep a transformer block's input only, and compute the rest again in backward
     """
 
     width: int = 256
     n_layers: int = 8
     n_heads: int = 8
+    continuous: dict[str, ValueScale] = field(default_factory=dict)
+    combination_tokens: bool = False
+    attention: AttentionKind = "sdpa"
+    compile: bool = False
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         for name in ("width", "n_layers", "n_heads"):
@@ -52,10 +66,10 @@ def timestep_features(t_B: Tensor) -> Tensor:
 class DiTBlock(nn.Module):
     """A transformer block whose shift, scale and gate come from the condition; the gates start at 0 (adaLN-Zero)."""
 
-    def __init__(self, width: int, n_heads: int) -> None:
+    def __init__(self, width: int, n_heads: int, kind: AttentionKind) -> None:
         super().__init__()
         self.norm_attention = nn.LayerNorm(width, elementwise_affine=False)
-        self.attention = SelfAttention(width, n_heads)
+        self.attention = SelfAttention(width, n_heads, kind)
         self.norm_mlp = nn.LayerNorm(width, elementwise_affine=False)
         self.mlp = SwiGLU(width)
         self.modulation = nn.Linear(width, 6 * width)
@@ -72,29 +86,77 @@ class DiT(nn.Module):
     The embeddings of all conditions are summed, so that combinations never trained have one too; each condition has one
     more embedding for "not given". Latents enter and leave as the autoencoder knows them: they are standardised within,
     by the moments of the training latents.
+
+    n_labels: labels of each condition
+    values: of each condition in `config.continuous`, the number that each label is, (n_labels,)
+    features: of conditions whose labels are described by vectors, those of each label, (n_labels, F)
+    combinations_KC: label ids of all conditions in every combination that training cells had
     """
 
     latent_mean_LZ: Tensor
     latent_std_LZ: Tensor
 
-    def __init__(self, config: DiTConfig, n_latents: int, latent_width: int, n_labels: dict[str, int]) -> None:
+    def __init__(
+        self,
+        config: DiTConfig,
+        n_latents: int,
+        latent_width: int,
+        n_labels: dict[str, int],
+        *,
+        values: Mapping[str, Tensor] | None = None,
+        features: Mapping[str, Tensor] | None = None,
+        combinations_KC: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.config, self.n_labels = config, n_labels
         self.latent_shape = (n_latents, latent_width)
-        D = config.width
+        D, values, features = config.width, values or {}, features or {}
         self.from_latent = nn.Linear(latent_width, D)
         self.token_embedding = nn.Parameter(0.02 * torch.randn(n_latents, D))
         self.time = nn.Sequential(nn.Linear(TIME_FEATURES, D), nn.SiLU(), nn.Linear(D, D))
         # a list, in the order of n_labels: a ModuleDict refuses columns called `type` or with a dot in their name
-        self.condition = nn.ModuleList(nn.Embedding(n + 1, D) for n in n_labels.values())
-        self.blocks = nn.ModuleList(DiTBlock(D, config.n_heads) for _ in range(config.n_layers))
+        self.condition = nn.ModuleList()
+        for name, n in n_labels.items():
+            if name in config.continuous:
+                self.condition.append(ValueEmbedding(values[name], config.continuous[name], D))
+            elif name in features:
+                self.condition.append(FeatureEmbedding(features[name], D))
+            else:
+                self.condition.append(nn.Embedding(n + 1, D))
+        if combinations_KC is None:
+            combinations_KC = torch.zeros(0, len(n_labels), dtype=torch.int64)
+        self.combinations = CombinationTokens(combinations_KC, tuple(n_labels.values()), D, config.combination_tokens)
+        self.blocks = nn.ModuleList(DiTBlock(D, config.n_heads, config.attention) for _ in range(config.n_layers))
         self.norm_out = nn.LayerNorm(D, elementwise_affine=False)
         self.modulation_out = nn.Linear(D, 2 * D)
         self.to_velocity = nn.Linear(D, latent_width)
         self.initialise()
         self.register_buffer("latent_mean_LZ", torch.zeros(n_latents, latent_width))
         self.register_buffer("latent_std_LZ", torch.ones(n_latents, latent_width))
+        if config.compile:
+            for block in self.blocks:
+                block.compile()
 
+    @classmethod
+    def of_tensors(
+        cls, config: DiTConfig, n_latents: int, latent_width: int, n_labels: dict[str, int], tensors: dict[str, Tensor]
+    ) -> DiT:
+        """A network that these tensors, of a `state_dict`, fit into; the weights are not put in yet."""
+        tables = {}
+        for table in ("values_K", "features_KF"):
+            keys = {name: f"condition.{k}.{table}" for k, name in enumerate(n_labels)}
+            tables[table] = {name: tensors[key] for name, key in keys.items() if key in tensors}
+        return cls(
+            config,
+            n_latents,
+            latent_width,
+            n_labels,
+            values=tables["values_K"],
+            features=tables["features_KF"],
+            combinations_KC=tensors.get("combinations.labels_KC"),
+        )
+
+    @torch.no_grad()
     def initialise(self) -> None:
         """adaLN-Zero: every block starts as the identity, and the velocity as 0."""
         for module in self.modules():
@@ -104,6 +166,8 @@ class DiT(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
+                if module.padding_idx is not None:
+                    module.weight[module.padding_idx] = 0
         modulations = (module.modulation for module in self.modules() if isinstance(module, DiTBlock))
         for layer in (self.modulation_out, self.to_velocity, *modulations):
             for parameter in layer.parameters():
@@ -116,21 +180,54 @@ class DiT(nn.Module):
     def unstandardise(self, z_BLZ: Tensor) -> Tensor:
         return z_BLZ * self.latent_std_LZ + self.latent_mean_LZ
 
-    def null_id(self, name: str) -> int:
-        """The label id that stands for "not given"."""
-        return self.n_labels[name]
+    # --- conditions ---
 
-    def forward(self, z_BLZ: Tensor, t_B: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+    def null(self, name: str) -> int | float:
+        """What stands for "not given": the id after the last label, or NaN for a continuous condition."""
+        return float("nan") if name in self.config.continuous else self.n_labels[name]
+
+    def of_labels(self, ids: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Conditions as `forward` takes them from label ids: those of continuous ones become their values."""
+        taken = {}
+        for name, embedding in zip(self.n_labels, self.condition, strict=True):
+            taken[name] = embedding.values_K[ids[name]] if isinstance(embedding, ValueEmbedding) else ids[name]
+        return taken
+
+    def label_ids(self, conditions: dict[str, Tensor]) -> Tensor:
+        """Label ids of all conditions, (B, C) int64; `n_labels` where none is given, or no label has the value."""
+        ids = []
+        for name, embedding in zip(self.n_labels, self.condition, strict=True):
+            of_cell = conditions[name]
+            ids.append(embedding.label_ids(of_cell) if isinstance(embedding, ValueEmbedding) else of_cell)
+        return torch.stack(ids, dim=1)
+
+    def is_given(self, conditions: dict[str, Tensor]) -> Tensor:
+        """Whether each condition is given, (B, C)."""
+        given = []
+        for name in self.n_labels:
+            of_cell = conditions[name]
+            given.append(~of_cell.isnan() if of_cell.is_floating_point() else of_cell != self.n_labels[name])
+        return torch.stack(given, dim=1)
+
+    def forward(
+        self, z_BLZ: Tensor, t_B: Tensor, conditions: dict[str, Tensor], with_token_B: Tensor | None = None
+    ) -> Tensor:
         """Velocity dz/dt at standardised z and flow time t, (B, L, Z).
 
-        conditions: for each of the model's conditions, label ids (B,), `null_id` where not given
+        conditions: of each of the model's conditions, label ids (B,), of continuous ones values; `null` if not given
+        with_token_B: cells that may use the token of their combination, where the model has such; None lets all
         """
         condition_BD = self.time(timestep_features(t_B).to(z_BLZ.dtype))
         for name, embedding in zip(self.n_labels, self.condition, strict=True):
             condition_BD = condition_BD + embedding(conditions[name])
+        if self.config.combination_tokens:
+            condition_BD = condition_BD + self.combinations(self.label_ids(conditions), with_token_B)
         condition_BD = nn.functional.silu(condition_BD)
         x_BLD = self.from_latent(z_BLZ) + self.token_embedding
         for block in self.blocks:
-            x_BLD = block(x_BLD, condition_BD)
+            if self.config.recompute and torch.is_grad_enabled():
+                x_BLD = checkpoint(block, x_BLD, condition_BD, use_reentrant=False)
+            else:
+                x_BLD = block(x_BLD, condition_BD)
         shift, scale = self.modulation_out(condition_BD)[:, None].chunk(2, dim=-1)
         return self.to_velocity(self.norm_out(x_BLD) * (1 + scale) + shift)

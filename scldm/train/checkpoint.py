@@ -6,7 +6,7 @@
 
 A part holds a range of every parameter, flattened; its own metadata say which (`ranges`: NAME -> [start, stop]).
 Every rank writes what it holds into a folder aside; the first rank renames it when all parts are on disk,
-and moves the pointers after that. Reading order: save, load, load_averaged, retain.
+and moves the pointers after that. Reading order: save, load, load_averaged, averaged, retain.
 """
 
 from __future__ import annotations
@@ -106,12 +106,7 @@ def load_averaged(module: nn.Module, run_dir: Path, which: Literal["best", "late
 
     Raises: InputError where the run has no such checkpoint, or it is of another network.
     """
-    target = pointed(run_dir / "checkpoints" / which)
-    if target is None:
-        raise InputError(f"{run_dir} has no {which} checkpoint yet; train it first")
-    state = read_state(target)
-    tensors = read_tensors(target, state)
-    found = {key.split("/", 1)[1]: v for key, v in tensors.items() if key.startswith(("ema/", "buffer/"))}
+    found, step, target = averaged(run_dir, which)
     expected = module.state_dict()
     wrong = sorted(
         name
@@ -121,7 +116,18 @@ def load_averaged(module: nn.Module, run_dir: Path, which: Literal["best", "late
     if wrong:
         raise InputError(f"{target}: {wrong[0]} is not as the network has it: it is a checkpoint of another model")
     module.load_state_dict(found)
-    return state["step"]
+    return step
+
+
+def averaged(run_dir: Path, which: Literal["best", "latest"]) -> tuple[dict[str, Tensor], int, Path]:
+    """Averaged weights and buffers of a checkpoint by name, its step and its folder."""
+    target = pointed(run_dir / "checkpoints" / which)
+    if target is None:
+        raise InputError(f"{run_dir} has no {which} checkpoint yet; train it first")
+    state = read_state(target)
+    tensors = read_tensors(target, state)
+    found = {key.split("/", 1)[1]: v for key, v in tensors.items() if key.startswith(("ema/", "buffer/"))}
+    return found, state["step"], target
 
 
 def read_state(target: Path) -> dict[str, Any]:

@@ -1,23 +1,34 @@
-"""Classifier-free guidance at 0, 1 and 2: what it gives and what it costs."""
+"""Classifier-free guidance of every kind: what it gives, at which weights, and what it costs."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
+from scldm.errors import InputError
 from scldm.flow.generate import SamplerConfig, generate_latents
-from scldm.flow.guidance import joint_guidance
+from scldm.flow.guidance import GuidedField, composition
 from scldm.model.dit import DiT, DiTConfig
 
 LABELS = {"type": 3, "donor": 2}
+IDS = {"type": torch.tensor([0, 1, 2, 3, 1]), "donor": torch.tensor([0, 1, 2, 0, 1])}  # 3 and 2 are "not given"
+Z, T = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0)), 0.4
 
 
 @pytest.fixture
 def model() -> DiT:
-    """A transformer with random weights; at its own start it gives 0 whatever is asked."""
+    """A transformer with random weights; at its own start it gives 0 whatever is asked. Trained on type 0 with donor 0,
+    type 1 with either and type 2 with donor 1."""
+    return random_model(LABELS, [[0, 0], [1, 0], [1, 1], [2, 1]])
+
+
+def random_model(labels: dict[str, int], trained: list[list[int]]) -> DiT:
     torch.manual_seed(1)
-    model = DiT(DiTConfig(16, 1, 2), 3, 4, LABELS).eval().requires_grad_(False)
-    for parameter in model.parameters():
+    model = DiT(DiTConfig(16, 1, 2), 3, 4, labels, combinations_KC=torch.tensor(trained))
+    for parameter in model.eval().requires_grad_(False).parameters():
         parameter.normal_(std=0.3)
     return model
 
@@ -30,39 +41,198 @@ def rows_asked(model: DiT) -> list[int]:
     return rows
 
 
+def answer(model: DiT, shown: dict[str, Tensor]) -> Tensor:
+    return model(Z, torch.full((5,), T), shown)
+
+
+def null(name: str) -> Tensor:
+    return torch.full((5,), LABELS[name])
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_guidance_is_eq_11_and_costs_one_call(model: DiT, rows_asked: list[int]) -> None:
-    z, t = torch.randn(5, 3, 4), torch.rand(5)
-    ids = {"type": torch.tensor([0, 1, 2, 3, 1]), "donor": torch.tensor([0, 1, 2, 0, 1])}
-    null = {name: torch.full((5,), n) for name, n in LABELS.items()}
-    given, free = model(z, t, ids), model(z, t, null)
+    given, free = answer(model, IDS), answer(model, {name: null(name) for name in LABELS})
     assert (given - free)[:2].abs().max() > 0.1  # else this tests nothing
     rows_asked.clear()
-    torch.testing.assert_close(joint_guidance(model, ids, 0)(z, t), free)
-    torch.testing.assert_close(joint_guidance(model, ids, 1)(z, t), given)
+    torch.testing.assert_close(GuidedField(model, IDS, scale=0)(Z, T), free)
+    torch.testing.assert_close(GuidedField(model, IDS, scale=1)(Z, T), given)
     assert rows_asked == [5, 5]
-    torch.testing.assert_close(joint_guidance(model, ids, 2)(z, t), free + 2 * (given - free), atol=1e-5, rtol=1e-5)
+    field = GuidedField(model, IDS, scale=2)
+    close(field(Z, T), free + 2 * (given - free))
+    # one call on a doubled batch
     assert rows_asked == [5, 5, 10]
+    assert field.n_evaluations == 10
+
+
+def test_a_cell_without_conditions_is_asked_for_once(model: DiT) -> None:
+    some = {name: torch.where(torch.arange(5) < 2, null(name), torch.zeros(5, dtype=torch.int64)) for name in LABELS}
+    field = GuidedField(model, some, scale=2)
+    found = field(Z, T)
+    assert field.n_evaluations == 2 + 3 * 2
+    free = answer(model, {name: null(name) for name in LABELS})
+    close(found, free + 2 * (answer(model, some) - free))
+
+
+def test_additive_guidance_has_a_weight_for_each_condition(model: DiT, rows_asked: list[int]) -> None:
+    free = answer(model, {name: null(name) for name in LABELS})
+    of_type = answer(model, {**IDS, "donor": null("donor")})
+    of_donor = answer(model, {**IDS, "type": null("type")})
+    rows_asked.clear()
+    field = GuidedField(model, IDS, "additive", weights={"type": 1.5, "donor": 0.25})
+    close(field(Z, T), free + 1.5 * (of_type - free) + 0.25 * (of_donor - free))
+    assert len(rows_asked) == 1
+    assert rows_asked[0] == 2 + 3 + 3 + 2 + 3  # cell 2 has no donor, cell 3 no type
+    # one condition of weight 1 alone, and all of weight 0
+    close(GuidedField(model, IDS, "additive", weights={"type": 1, "donor": 0})(Z, T), of_type)
+    close(GuidedField(model, IDS, "additive", scale=0)(Z, T), free)
+    assert rows_asked[1:] == [5, 5]
+    # a condition without a weight of its own has the scale
+    close(GuidedField(model, IDS, "additive", scale=0.25, weights={"type": 1.5})(Z, T), field(Z, T))
+    with pytest.raises(InputError, match="condition 'typ' is unknown; the model knows type, donor"):
+        GuidedField(model, IDS, "additive", weights={"typ": 1})
+
+
+def test_guidance_acts_within_its_interval(model: DiT) -> None:
+    field = GuidedField(model, IDS, scale=2, interval=(0.3, 0.7))
+    everywhere, nowhere = GuidedField(model, IDS, scale=2), GuidedField(model, IDS, scale=1)
+    for t, other in ((0.29, nowhere), (0.3, everywhere), (0.7, everywhere), (0.71, nowhere)):
+        field.n_evaluations = other.n_evaluations = 0
+        assert torch.equal(field(Z, t), other(Z, t)), t
+        assert field.n_evaluations == other.n_evaluations
+
+
+# --- compositional -------------------------------------------------------------------------------------------------
+
+
+def parts(*names: str) -> frozenset[frozenset[int]]:
+    """The family of all parts of some sets, each written as its digits."""
+    every: set[frozenset[int]] = {frozenset()}
+    for name in names:
+        for bits in range(2 ** len(name)):
+            every.add(frozenset(int(digit) for k, digit in enumerate(name) if bits >> k & 1))
+    return frozenset(every)
 
 
 @pytest.mark.parametrize(
-    "method, scale, calls", [("euler", 1.0, [5] * 4), ("heun", 1.0, [5] * 8), ("heun", 2.0, [10] * 8)]
+    "largest, expected",
+    [
+        (("01",), {"01": 1}),
+        (("0", "1"), {"0": 1, "1": 1, "": -1}),
+        (("02", "12"), {"02": 1, "12": 1, "2": -1}),
+        (("01", "02", "12"), {"01": 1, "02": 1, "12": 1, "0": -1, "1": -1, "2": -1, "": 1}),
+        (("01", "2"), {"01": 1, "2": 1, "": -1}),
+        ((), {"": 1}),
+    ],
 )
-def test_sampling_costs_what_the_config_says(model: DiT, rows_asked: list[int], method, scale, calls) -> None:
+def test_a_composition_counts_every_condition_once(largest: tuple[str, ...], expected: dict[str, float]) -> None:
+    found = composition(parts(*largest))
+    assert found == {frozenset(map(int, name)): weight for name, weight in expected.items()}
+    for condition in {digit for name in largest for digit in name}:
+        assert sum(weight for subset, weight in found.items() if int(condition) in subset) == 1
+    assert sum(found.values()) == 1
+
+
+def test_compositional_guidance_composes_only_what_was_never_trained(model: DiT) -> None:
+    ids = {"type": torch.tensor([0, 0, 1, 2, 3]), "donor": torch.tensor([0, 1, 1, 0, 0])}
+    unseen = torch.tensor([False, True, False, True, False])
+    free = answer(model, {name: null(name) for name in LABELS})
+    joint = answer(model, ids)
+    composed = answer(model, {**ids, "donor": null("donor")}) + answer(model, {**ids, "type": null("type")}) - free
+    followed = torch.where(unseen[:, None, None], composed, joint)
+    assert (composed - joint)[unseen].abs().max() > 0.01
+    field = GuidedField(model, ids, "compositional")
+    close(field(Z, T), followed)
+    assert field.n_evaluations == 3 + 2 * 3  # what was trained costs one evaluation
+    close(GuidedField(model, ids, "compositional", scale=3)(Z, T), free + 3 * (followed - free))
+    close(GuidedField(model, ids, "compositional", scale=0)(Z, T), free)
+
+
+def test_a_label_that_no_cell_had_is_left_out_of_no_part() -> None:
+    """As one known by its features alone: with it, what was trained of the others is shown."""
+    model = random_model({"type": 3, "gene": 3}, [[0, 0], [1, 1]])  # nothing of gene 2 nor type 2
+    field = GuidedField(model, {"type": torch.tensor([0]), "gene": torch.tensor([2])}, "compositional")
+    assert field.inside is not None
+    assert field.inside.plain
+    assert {name: int(ids) for name, ids in field.inside.conditions.items()} == {"type": 0, "gene": 2}
+
+
+def test_a_model_that_does_not_know_what_it_was_trained_on_composes_nothing(model: DiT) -> None:
+    model.combinations.labels_KC = torch.zeros(0, 2, dtype=torch.int64)
+    with pytest.raises(InputError, match="does not say which combinations"):
+        GuidedField(model, IDS, "compositional")
+
+
+# --- sampling ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings, calls",
+    [
+        ({"method": "euler", "n_steps": 4}, [5] * 4),
+        ({"method": "heun", "n_steps": 4}, [5] * 8),
+        ({"method": "heun", "n_steps": 4, "guidance_scale": 2.0}, [10] * 8),
+        ({"method": "sde_euler", "n_steps": 4}, [5] * 4),
+        ({"method": "sde_heun", "n_steps": 4, "guidance_scale": 2.0}, [10] * 8),
+        ({"method": "euler", "n_steps": 4, "guidance": "additive"}, [15] * 4),
+        (
+            {"method": "euler", "n_steps": 4, "guidance_scale": 2.0, "guidance_from": 0.5, "guidance_to": 0.8},
+            [5, 10, 10, 5],
+        ),
+    ],
+)
+def test_sampling_costs_what_the_config_says(model: DiT, rows_asked: list[int], settings: Any, calls) -> None:
     ids = {name: torch.zeros(5, dtype=torch.int64) for name in LABELS}
-    sampler = SamplerConfig(method=method, n_steps=4, guidance_scale=scale)
-    latents = generate_latents(model, ids, torch.arange(5), 0, sampler)
+    sampler = SamplerConfig(**settings)
+    drawn = generate_latents(model, ids, torch.arange(5), 0, sampler)
     assert rows_asked == calls
+    assert drawn.n_evaluations == sum(calls)
     # a cell's latents are its own: another seed or number gives others, another batch does not
-    alone = generate_latents(model, {k: v[:1] for k, v in ids.items()}, torch.tensor([3]), 0, sampler)
-    torch.testing.assert_close(alone[0], latents[3])
-    assert not torch.allclose(generate_latents(model, ids, torch.arange(5), 1, sampler)[3], latents[3], atol=0.1)
+    alone = generate_latents(model, {k: v[:1] for k, v in ids.items()}, torch.tensor([3]), 0, sampler).latent_BLZ
+    torch.testing.assert_close(alone[0], drawn.latent_BLZ[3])
+    other = generate_latents(model, ids, torch.arange(5), 1, sampler).latent_BLZ
+    assert not torch.allclose(other[3], drawn.latent_BLZ[3], atol=0.1)
+
+
+def test_the_adaptive_solver_says_what_it_cost(model: DiT, rows_asked: list[int]) -> None:
+    pytest.importorskip("torchdiffeq", reason="needs the extra `ode`")
+    ids = {name: torch.zeros(5, dtype=torch.int64) for name in LABELS}
+    drawn = generate_latents(model, ids, torch.arange(5), 0, SamplerConfig("adaptive", tolerance=1e-4))
+    assert drawn.n_evaluations == sum(rows_asked) >= 5 * 12
 
 
 def test_latents_come_back_on_the_autoencoders_scale(model: DiT) -> None:
     ids = {name: torch.zeros(4, dtype=torch.int64) for name in LABELS}
     sampler = SamplerConfig(n_steps=2)
-    plain = generate_latents(model, ids, torch.arange(4), 0, sampler)
+    plain = generate_latents(model, ids, torch.arange(4), 0, sampler).latent_BLZ
     model.latent_mean_LZ += 5.0
     model.latent_std_LZ *= 3.0
-    torch.testing.assert_close(generate_latents(model, ids, torch.arange(4), 0, sampler), plain * 3 + 5)
+    torch.testing.assert_close(generate_latents(model, ids, torch.arange(4), 0, sampler).latent_BLZ, plain * 3 + 5)
     torch.testing.assert_close(model.standardise(plain * 3 + 5), plain, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_without_conditions_is_sampled_all_the_same() -> None:
+    model = random_model({}, [[]])
+    drawn = generate_latents(model, {}, torch.arange(5), 0, SamplerConfig("heun", 3, guidance_scale=2.0))
+    assert drawn.latent_BLZ.shape == (5, 3, 4)
+    assert drawn.n_evaluations == 5 * 6
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"n_steps": 0}, "sampler.n_steps=0"),
+        ({"guidance_scale": -1.0}, "sampler.guidance_scale=-1"),
+        ({"guidance_weights": {"type": 1.0}}, "belong to sampler.guidance=additive; joint has one scale"),
+        ({"guidance": "additive", "guidance_weights": {"type": -1.0}}, "sampler.guidance_weights.type=-1"),
+        ({"guidance_from": 0.7, "guidance_to": 0.3}, "sampler.guidance_from=0.7 and sampler.guidance_to=0.3"),
+        ({"guidance_to": 1.5}, "sampler.guidance_to=1.5"),
+        ({"tolerance": 0.0}, "sampler.tolerance=0"),
+        ({"diffusion": 0.0}, "sampler.diffusion=0"),
+    ],
+)
+def test_a_sampler_that_makes_no_sense_is_refused_by_its_key(settings: Any, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        SamplerConfig(**settings)

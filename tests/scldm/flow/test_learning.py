@@ -57,7 +57,7 @@ def test_a_mixture_is_learnt_with_its_conditions() -> None:
     true_label, true = mixture(4_000, 2)
     for asked in (0, 1):
         ids = {"type": torch.full((1_000,), asked)}
-        made = generate_latents(model.eval(), ids, torch.arange(1_000), 0, SamplerConfig("heun", 25))
+        made = generate_latents(model.eval(), ids, torch.arange(1_000), 0, SamplerConfig("heun", 25)).latent_BLZ
         for k in range(2):
             distance = wasserstein_distance(made[:, 0, k].numpy(), true[true_label == asked][:, 0, k].numpy())
             assert distance < 0.12, (asked, k, distance)

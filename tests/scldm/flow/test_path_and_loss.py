@@ -48,7 +48,7 @@ def test_conditions_are_dropped_as_often_as_asked() -> None:
     shown = {"type": torch.arange(n) % 3, "donor": torch.arange(n) % 2}
     u = draws.uniform(0, "conditions", 0, torch.arange(n), 3)
     dropped = drop_conditions(model, shown, u, drop_all, drop_each)
-    hidden = {name: ids == model.null_id(name) for name, ids in dropped.items()}
+    hidden = {name: ids == model.null(name) for name, ids in dropped.items()}
     for name, ids in dropped.items():
         assert torch.equal(ids[~hidden[name]], shown[name][~hidden[name]])
         # standard error of a share over 20,000: 0.0035

@@ -83,7 +83,7 @@ def test_the_autoencoder_closes_most_of_the_gap_and_generation_keeps_types_apart
     profiles /= profiles.sum(1, keepdims=True)
     for label in range(N_LABELS):
         ids = {"type": torch.full((200,), label)}
-        made = generate_latents(dit, ids, torch.arange(200), 0, SamplerConfig("heun", 20))
+        made = generate_latents(dit, ids, torch.arange(200), 0, SamplerConfig("heun", 20)).latent_BLZ
         shares = vae.decode(made, torch.arange(1, N_GENES + 1)).mu(torch.ones(200)).numpy()
         distance = np.abs(shares.mean(0) - profiles).sum(1)  # L1 to each type's mean profile, from 0 to 2
         assert distance.argmin() == label

@@ -1,0 +1,155 @@
+"""How the diffusion transformer is told a condition, besides the plain table of a vector per label.
+
+Reading order: ValueEmbedding (continuous conditions), FeatureEmbedding (labels known by vectors), CombinationTokens.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from scldm.errors import InputError
+
+ValueScale = Literal["linear", "log"]
+FREQUENCIES = (0.5, 1.0, 2.0)  # of sines and cosines over the standardised value, whose training labels lie within +-2
+
+
+class ValueEmbedding(nn.Module):
+    """A number such as a dose or a time; values between those of training are between them here too.
+
+    values_K: the numbers that the training labels are
+    scale: linear, or log: log(1 + x / smallest positive label), so that 0 has a place
+
+    Raises: InputError where the labels are one number only, or negative on a log scale.
+    """
+
+    values_K: Tensor
+
+    def __init__(self, values_K: Tensor, scale: ValueScale, width: int) -> None:
+        super().__init__()
+        self.scale: ValueScale = scale
+        self.register_buffer("values_K", values_K.float().clone())
+        if scale == "log" and (values_K < 0).any():
+            raise InputError(f"model.continuous: value {values_K.min():g} has no logarithm; use linear")
+        if len(values_K) and values_K.min() == values_K.max():
+            raise InputError(f"model.continuous: all labels are {values_K[0]:g}; there is nothing to learn from")
+        self.mlp = nn.Sequential(nn.Linear(1 + 2 * len(FREQUENCIES), width), nn.SiLU(), nn.Linear(width, width))
+        self.not_given = nn.Embedding(1, width)
+
+    def forward(self, value_B: Tensor) -> Tensor:
+        """(B, D); NaN is "not given"."""
+        hidden = value_B.isnan()
+        x_B1 = self._standardised(value_B.masked_fill(hidden, 0.0))[:, None]
+        angles = [frequency * math.pi / 2 * x_B1 for frequency in FREQUENCIES]
+        features = torch.cat([x_B1, *map(torch.sin, angles), *map(torch.cos, angles)], dim=1)
+        return torch.where(hidden[:, None], self.not_given.weight, self.mlp(features.to(self.not_given.weight.dtype)))
+
+    def label_ids(self, value_B: Tensor) -> Tensor:
+        """The label of each value, (B,) int64; the number of labels where none has it."""
+        same_BK = value_B[:, None] == self.values_K
+        return torch.where(same_BK.any(1), same_BK.int().argmax(1), len(self.values_K))
+
+    def range(self) -> tuple[float, float]:
+        """The smallest and the largest value that was trained."""
+        return float(self.values_K.min()), float(self.values_K.max())
+
+    def _standardised(self, value: Tensor) -> Tensor:
+        known, x = self._scaled(self.values_K), self._scaled(value)
+        return (x - known.mean()) / known.std(unbiased=False)
+
+    def _scaled(self, value: Tensor) -> Tensor:
+        if self.scale == "linear":
+            return value
+        return torch.log1p(value / self.values_K[self.values_K > 0].min())
+
+
+class FeatureEmbedding(nn.Module):
+    """A label known by a vector of numbers (a gene's or a drug's), so that labels never trained have a place too.
+
+    features_KF: a row for each label; columns are standardised here
+    """
+
+    features_KF: Tensor
+
+    def __init__(self, features_KF: Tensor, width: int) -> None:
+        super().__init__()
+        self.register_buffer("features_KF", features_KF.float().clone())
+        self.linear = nn.Linear(features_KF.shape[1], width)
+        self.not_given = nn.Embedding(1, width)
+
+    def forward(self, id_B: Tensor) -> Tensor:
+        """(B, D); the id after the last label is "not given"."""
+        n, F = self.features_KF.shape
+        mean_F, std_F = self.features_KF.mean(0), self.features_KF.std(0, unbiased=False)
+        # divided by the root of F as well: the sum over columns then has the scale of a learnt embedding's start
+        features_BF = (self.features_KF[id_B.clamp_max(n - 1)] - mean_F) / std_F.clamp_min(1e-6) / math.sqrt(F)
+        return torch.where((id_B == n)[:, None], self.not_given.weight, self.linear(features_BF))
+
+
+class CombinationTokens(nn.Module):
+    """The combinations of all conditions that training cells had, and a vector for each, if asked for.
+
+    labels_KC: label ids of each combination
+    """
+
+    labels_KC: Tensor
+
+    def __init__(self, labels_KC: Tensor, n_labels: tuple[int, ...], width: int, tokens: bool) -> None:
+        super().__init__()
+        assert math.prod(n + 1 for n in n_labels) < 2**62, "a combination's number must fit into 64 bits"
+        self.n_labels, labels_KC = n_labels, labels_KC.to(torch.int64)
+        self.register_buffer("labels_KC", labels_KC[self._code(labels_KC).argsort()])
+        if tokens:
+            self.embedding = nn.Embedding(len(labels_KC) + 1, width, padding_idx=len(labels_KC))
+
+    def forward(self, label_ids_BC: Tensor, with_token_B: Tensor | None) -> Tensor:
+        """(B, D); 0 for a combination that was not trained, or where a condition is not given."""
+        index_B = self.index(label_ids_BC)
+        if with_token_B is not None:
+            index_B = index_B.masked_fill(~with_token_B, len(self.labels_KC))
+        return self.embedding(index_B)
+
+    def index(self, label_ids_BC: Tensor) -> Tensor:
+        """Which of the trained combinations each row is, (B,) int64; their number where it is none."""
+        K = len(self.labels_KC)
+        if not K:
+            return torch.zeros(len(label_ids_BC), dtype=torch.int64, device=label_ids_BC.device)
+        code_K, code_B = self._code(self.labels_KC), self._code(label_ids_BC)
+        at_B = torch.searchsorted(code_K, code_B).clamp_max(K - 1)
+        return torch.where(code_K[at_B] == code_B, at_B, K)
+
+    def trained_parts(self, label_ids_BC: Tensor, given_BC: Tensor) -> list[frozenset[frozenset[int]]]:
+        """For each row the sets of given conditions, by position, whose labels some training cell had together. A label
+        that none had at all, as one known by its features, counts as if all had it: no part leaves it out for that."""
+        known: dict[tuple, frozenset[frozenset[int]]] = {}
+        parts = []
+        for ids, given in zip(label_ids_BC.tolist(), given_BC.tolist(), strict=True):
+            key = (*ids, *given)
+            if key not in known:
+                same_KC = self.labels_KC.cpu() == torch.tensor(ids)
+                same_KC = (same_KC | ~same_KC.any(0)) & torch.tensor(given)
+                known[key] = _closed({frozenset(row.nonzero()[:, 0].tolist()) for row in same_KC.unique(dim=0)})
+            parts.append(known[key])
+        return parts
+
+    def _code(self, label_ids_BC: Tensor) -> Tensor:
+        """One number for each combination of label ids, "not given" being one of them."""
+        code_B = torch.zeros(len(label_ids_BC), dtype=torch.int64, device=label_ids_BC.device)
+        for column, n in enumerate(self.n_labels):
+            code_B = code_B * (n + 1) + label_ids_BC[:, column]
+        return code_B
+
+
+def _closed(largest: set[frozenset[int]]) -> frozenset[frozenset[int]]:
+    """All parts of some sets, the empty one too."""
+    parts: set[frozenset[int]] = {frozenset()}
+    waiting = list(largest)
+    while waiting:
+        part = waiting.pop()
+        if part not in parts:
+            parts.add(part)
+            waiting += [part - {element} for element in part]
+    return frozenset(parts)
