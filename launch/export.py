@@ -68,7 +68,7 @@ def trained_vae(run_dir: Path, which: Literal["best", "latest"]) -> tuple[VAE, d
     run = read_config(run_dir)
     if (run_dir / "latents.json").is_file():
         raise InputError(f"vae={run_dir} is a run of `scldm train ldm`, not of `scldm train vae`")
-    vae = VAE(VAEConfig(**run["model"]), GeneVocab.load(run_dir / "genes.json").n_genes)
+    vae = VAE(VAEConfig(**run["model"]).portable, GeneVocab.load(run_dir / "genes.json").n_genes)
     step = load_averaged(vae, run_dir, which)
     origin = {"run": str(run_dir), "step": step, "hash": weights_hash(vae.state_dict()), "config": run}
     return vae.eval().requires_grad_(False), origin

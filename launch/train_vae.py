@@ -10,6 +10,7 @@ from data_pipeline.gene_sets import GeneSetConfig
 from data_pipeline.loader import CellLoader, LoaderConfig
 from launch.cli import run_verb
 from launch.training import Parts, check_has_validation, run_training
+from scldm.kernels import check_available
 from scldm.model.vae import VAE, VAEConfig
 from scldm.parallel.dist import World
 from scldm.parallel.engine import HardwareConfig
@@ -50,6 +51,8 @@ def main(config: TrainVAEConfig) -> dict[str, float]:
 
 
 def set_up(config: TrainVAEConfig, world: World) -> Parts:
+    if config.model.attention == "fused":
+        check_available(world.device)
     place: Any = {
         "rank": world.rank,
         "world_size": world.size,

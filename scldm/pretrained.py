@@ -108,7 +108,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Pretrained:
     genes = GeneVocab.load(folder / "genes.json")
     conditions = ConditionVocab.load(folder / "conditions.json")
     tensors = _weights(folder / "model.safetensors")
-    vae = VAE(VAEConfig(**config["vae"]), genes.n_genes)
+    vae = VAE(VAEConfig(**config["vae"]).portable, genes.n_genes)
     _fill(vae, tensors, "vae", folder)
     dit = None
     if config["ldm"] is not None:

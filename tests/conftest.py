@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import random
 import sys
+from pathlib import Path
 
 # before numpy and torch are imported anywhere: with more threads a suite of 36 s took 124 s on two cores
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
     os.environ[variable] = "1"
 os.environ["MPLBACKEND"] = "Agg"
+if not Path("/dev/nvidia0").exists():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; Triton asks when it is first imported, as by torch
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 for variable in [name for name in os.environ if name.startswith(("SLURM_", "MLFLOW_TRACKING_", "MLFLOW_EXPERIMENT_"))]:
     del os.environ[variable]

@@ -71,9 +71,8 @@ class AllGenesEncoder:
         if any(unsafe):
             again = torch.tensor(unsafe, device=counts_BS.device)
             given = GeneCounts(self.gene_ids_S, counts_BS[again])
-            x_BMD[again] = factorised.pool(
-                mcab, self.vae.latent_queries, self.vae.token, self.vae.gene_embedding, given
-            )
+            vae, read = self.vae, factorised.read_genes
+            x_BMD[again] = factorised.pool(mcab, vae.latent_queries, vae.token, vae.gene_embedding, given, read)
         return x_BMD
 
     def _read(self, counts_S: Tensor) -> tuple[Tensor, bool]:
@@ -108,7 +107,7 @@ class AllGenesEncoder:
 
 
 def encoder_of(vae: VAE, gene_ids_S: Tensor, prevalent_S: np.ndarray) -> Callable[[Tensor], Posterior]:
-    """From counts of a gene set, (B, S), to the posterior: by AllGenesEncoder where attention is `factorised`."""
-    if vae.config.attention == "factorised":
+    """From counts of a gene set, (B, S), to the posterior: by AllGenesEncoder if attention is factorised or fused."""
+    if vae.config.attention in ("factorised", "fused"):
         return AllGenesEncoder(vae, gene_ids_S, torch.tensor(np.asarray(prevalent_S))).encode
     return lambda counts_BS: vae.encode(GeneCounts(gene_ids_S, counts_BS))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-AttentionKind = Literal["plain", "sdpa", "factorised"]
+AttentionKind = Literal["plain", "sdpa", "factorised", "fused"]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, n_heads: int, mask: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ Reading order: pool, tables, _Pool; unpool, pays_by_latents, _HeadByLatents, _He
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,19 +40,27 @@ PAYS = 0.8
 # --- genes -> latent tokens ----------------------------------------------------------------------------------------
 
 
-def pool(mcab: MCAB, queries_MD: Tensor, token: nn.Linear, embedding: nn.Embedding, given: GeneCounts) -> Tensor:
+def pool(
+    mcab: MCAB,
+    queries_MD: Tensor,
+    token: nn.Linear,
+    embedding: nn.Embedding,
+    given: GeneCounts,
+    read: Callable[[MCAB, Tensor, nn.Linear, nn.Embedding, GeneCounts, torch.dtype], Tensor],
+) -> Tensor:
     """`mcab(queries, tokens of the given genes, given.mask)`, (B, M, D).
 
     Per cell and gene it takes N M exponentials and 2 M D FLOPs; what depends on the gene alone is computed once for all
     cells that share a set, and for sets per cell once per gene of the vocabulary where the cells hold more genes.
 
     token: Eq. 9's product, D x 2D: its first D columns meet the repeated log1p(count), the others the embedding
+    read: how the queries read the genes: `read_genes`, or that of `fused`
     """
     query_MD = mcab.query(queries_MD)
     q_MD = mcab.norm_query(query_MD).to(queries_MD.dtype)
     dtype, kind = compute_dtype(queries_MD), queries_MD.device.type
     with torch.autocast(kind, enabled=False):
-        read_BMD = _read_genes(mcab, q_MD, token, embedding, given, dtype)
+        read_BMD = read(mcab, q_MD, token, embedding, given, dtype)
     read_BMD = query_MD + mcab.out(read_BMD)
     return read_BMD + mcab.mlp(mcab.norm_mlp(read_BMD))
 
@@ -63,7 +71,7 @@ def compute_dtype(parameter: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype
 
 
-def _read_genes(
+def read_genes(
     mcab: MCAB, q_MD: Tensor, token: nn.Linear, embedding: nn.Embedding, given: GeneCounts, dtype: torch.dtype
 ) -> Tensor:
     """What the latent queries read from the genes, heads side by side, before the output projection; (B, M, D)."""
@@ -248,17 +256,17 @@ def unpool(mcab: MCAB, head: nn.Linear, embedded: Tensor, x_BLD: Tensor) -> Tens
     p_BNLQ = _weights(q, k_BLD, mcab.n_heads)
     if embedded.ndim == 2 and pays_by_latents(p_BNLQ.shape, x_BLD.shape[-1], mcab.mlp.value.out_features):
         with torch.autocast(kind, enabled=False):
-            U_BRD = _heads_out(mcab, v_BLD.to(wide))
+            U_BRD = heads_out(mcab, v_BLD.to(wide))
             return _by_latents(mcab, head, query.to(wide), p_BNLQ.flatten(1, 2).to(wide), U_BRD, dtype)
     v_BNLH = v_BLD.unflatten(-1, (mcab.n_heads, -1)).transpose(1, 2)
     read_BQD = query + mcab.out((p_BNLQ.transpose(2, 3).to(v_BNLH.dtype) @ v_BNLH).transpose(1, 2).flatten(2))
     y_RD = mcab.norm_mlp(read_BQD).flatten(0, 1).to(dtype)
     with torch.autocast(kind, enabled=False):
-        mlp_R = [apply(_Head, y_RD, W_FD.to(dtype), b_F.to(dtype)) for W_FD, b_F in _folded(mcab.mlp, head)]
+        mlp_R = [apply(_Head, y_RD, W_FD.to(dtype), b_F.to(dtype)) for W_FD, b_F in folded(mcab.mlp, head)]
         return head(read_BQD.to(wide)) + torch.stack(mlp_R, dim=-1).view(*read_BQD.shape[:2], -1)
 
 
-def _folded(mlp: SwiGLU, head: nn.Linear) -> list[tuple[Tensor, Tensor]]:
+def folded(mlp: SwiGLU, head: nn.Linear) -> list[tuple[Tensor, Tensor]]:
     """For each of the head's numbers the SwiGLU's first product as weight (2F, D) and bias (2F,), its value's half
     scaled so that the number is the plain sum of value * silu(gate): the last product and the head are both linear.
     """
@@ -282,7 +290,7 @@ def _weights(q: Tensor, k_BLD: Tensor, n_heads: int) -> Tensor:
     return scores_BNLQ.softmax(2)
 
 
-def _heads_out(mcab: MCAB, v_BLD: Tensor) -> Tensor:
+def heads_out(mcab: MCAB, v_BLD: Tensor) -> Tensor:
     """W_O applied to each head's values apart: U (B, N L, D), so that what a gene reads is p U."""
     N, (B, L, D) = mcab.n_heads, v_BLD.shape
     out_NHD = mcab.out.weight.T.view(N, -1, D)
@@ -314,7 +322,7 @@ def _by_latents(
     r_BQ = (variance_BQ + norm.eps).rsqrt()
     scaled_BRQ = (p_BRQ * r_BQ[:, None]).to(dtype)
     mlp_BQ = []
-    for W_FD, b_F in _folded(mcab.mlp, head):
+    for W_FD, b_F in folded(mcab.mlp, head):
         scaled_FD, b_F = (W_FD * norm.weight).to(dtype), F.linear(norm.bias, W_FD, b_F).to(dtype)
         T_QF, B_BRF = F.linear(t_QD.to(dtype), scaled_FD), F.linear(U_BRD.to(dtype), scaled_FD)
         mlp_BQ.append(apply(_HeadByLatents, scaled_BRQ, r_BQ, T_QF, B_BRF, b_F))

@@ -7,7 +7,7 @@ Reading order: VAEConfig, Posterior, Predicted, VAE.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scldm.batch import GeneCounts
 from scldm.errors import InputError
+from scldm.kernels import MOST_PAIRS
 from scldm.likelihood import (
     NORMALISED_TO,
     LikelihoodKind,
@@ -31,7 +32,7 @@ from scldm.likelihood import (
     zinb_log_prob,
     zinb_sample,
 )
-from scldm.model import factorised
+from scldm.model import factorised, fused
 from scldm.model.attention import AttentionKind
 from scldm.model.blocks import TransformerBlock
 from scldm.model.mcab import MCAB
@@ -54,7 +55,7 @@ class VAEConfig:
     likelihood: of a gene's count: nb (negative binomial, a dispersion per gene), zinb (that, zero-inflated), poisson,
         or gaussian on log1p of counts scaled to 10,000 per cell
     attention: how attention is computed, never what: plain (the formula), sdpa (torch's kernels), factorised (that, and
-        cross-attention without a matrix product per cell and gene)
+        cross-attention without a matrix product per cell and gene), fused (that in kernels of our own: NVIDIA GPUs)
     compile: torch.compile the transformer blocks; on a CPU that needs a C++ compiler
     recompute: keep a transformer block's input only, and compute the rest again in backward; likewise a chunk of genes
     gene_chunk: genes that the decoder takes at once; 0 takes all
@@ -73,6 +74,11 @@ class VAEConfig:
     recompute: bool = False
     gene_chunk: int = 0
 
+    @property
+    def portable(self) -> VAEConfig:
+        """The same network as any machine can run it: `fused`, which not every one can, as `factorised`."""
+        return replace(self, attention="factorised") if self.attention == "fused" else self
+
     def __post_init__(self) -> None:
         for name in ("width", "n_latents", "latent_width", "n_heads", "decoder_cross_heads"):
             if getattr(self, name) < 1:
@@ -82,6 +88,12 @@ class VAEConfig:
                 raise InputError(f"model.{name}={getattr(self, name)} does not divide model.width={self.width}")
         if self.gene_chunk < 0:
             raise InputError(f"model.gene_chunk={self.gene_chunk} must not be negative")
+        pairs = self.decoder_cross_heads * self.n_latents
+        if self.attention == "fused" and pairs > MOST_PAIRS:
+            raise InputError(
+                f"model.attention=fused takes model.decoder_cross_heads x model.n_latents up to {MOST_PAIRS}, "
+                f"and here it is {pairs}; factorised takes any"
+            )
         if not self.kl_weight >= 0:
             raise InputError(f"model.kl_weight={self.kl_weight} must not be negative")
 
@@ -229,8 +241,9 @@ class VAE(nn.Module):
 
     def encode(self, given: GeneCounts) -> Posterior:
         """Eq. 8: the posterior over L latent tokens of Z numbers; the order of the genes and padding change nothing."""
-        if self.config.attention == "factorised":
-            x_BLD = factorised.pool(self.pool, self.latent_queries, self.token, self.gene_embedding, given)
+        if self.config.attention in ("factorised", "fused"):
+            read = fused.read_genes if self.config.attention == "fused" else factorised.read_genes
+            x_BLD = factorised.pool(self.pool, self.latent_queries, self.token, self.gene_embedding, given, read)
         else:
             x_BLD = self.pool(self.latent_queries, self.gene_tokens(given), given.mask)
         return self.posterior(x_BLD)
@@ -305,6 +318,8 @@ class VAE(nn.Module):
         return torch.cat(parts, dim=1)
 
     def _read_out_chunk(self, x_BLD: Tensor, asked_ids: Tensor) -> Tensor:
+        if self.config.attention == "fused":
+            return at_least_float32(fused.unpool(self.unpool, self.head, self.gene_embedding, asked_ids, x_BLD))
         embedded = self.gene_embedding(asked_ids)
         if self.config.attention == "factorised":
             return at_least_float32(factorised.unpool(self.unpool, self.head, embedded, x_BLD))

@@ -73,6 +73,12 @@ CASES = {
     "two layers": Case(replace(CONFIG, n_layers=2)),
 }
 
+# those in which the kernels do something else
+FUSED = [name for name in CASES if "by gene" not in name and "tile" not in name]
+QUICK = ["per cell"]
+BF16 = ["padding", *(pytest.param(name, marks=pytest.mark.slow) for name in ("per cell", "two decoder heads, KL"))]
+KINDS = ["plain", "sdpa", "factorised", pytest.param("fused", marks=pytest.mark.slow)]
+
 
 def trained_like(shape: VAEConfig, n_genes: int, seed: int = 0) -> VAE:
     """Weights away from their start, at which attention is almost uniform."""
@@ -90,22 +96,47 @@ def outcome(
     vae: VAE, kind: AttentionKind, given: GeneCounts, dtype: torch.dtype, bf16: bool = False
 ) -> dict[str, Tensor]:
     """Latents, log shares and the gradient of every parameter, by name, as float64."""
-    network = VAE(replace(vae.config, attention=kind), vae.n_genes).to(dtype)
+    device = "cuda" if kind == "fused" and torch.cuda.is_available() else "cpu"
+    network = VAE(replace(vae.config, attention=kind), vae.n_genes).to(device, dtype)
     network.load_state_dict(vae.state_dict())
+    given = given.to(device)
     library_size_B = given.counts_BS.sum(1).to(dtype) + 1
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    with torch.autocast(device, torch.bfloat16, enabled=bf16):
         posterior, predicted = network(given, given.gene_ids)
         loss = predicted.nll_B(given, library_size_B).mean() + posterior.mean_BLZ.square().mean()
     loss.backward()
     out = {"latent": posterior.mean_BLZ, "log share": predicted.value_BQ.where(given.mask, 0.0)}
     out |= {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
-    return {name: x.detach().double() for name, x in out.items()}
+    return {name: x.detach().double().cpu() for name, x in out.items()}
 
 
 def relative_errors(found: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, float]:
     """By name, over norms; what is less than a thousandth of the whole gradient is judged against that thousandth."""
     whole = torch.stack([x.norm() for x in true.values()]).norm()
     return {name: float((found[name] - x).norm() / x.norm().clamp_min(1e-3 * whole)) for name, x in true.items()}
+
+
+@pytest.fixture
+def kernels():
+    """Fused kernels run on a GPU where there is one, else in Triton's interpreter (conftest.py)."""
+    pytest.importorskip("triton", reason="needs the package triton, which the extra `test` brings on Linux")
+
+
+def only_where_it_runs(kind: AttentionKind, request: pytest.FixtureRequest) -> None:
+    if kind == "fused":
+        request.getfixturevalue("kernels")
+        if torch.cuda.is_available():
+            pytest.skip("float64 on a CPU: needs Triton's interpreter, which a machine with a GPU does not use")
+
+
+def whole_errors(
+    vae: VAE, kind: AttentionKind, given: GeneCounts, true: dict[str, Tensor], bf16: bool = False
+) -> list[float]:
+    """Relative, in float32 or bf16: of latents, log shares and the gradient."""
+    found = outcome(vae, kind, given, torch.float32, bf16)
+    gradient = [torch.cat([x[key].flatten() for key in true if "." in key]) for x in (found, true)]
+    pairs = [(found[key], true[key]) for key in ("latent", "log share")] + [(gradient[0], gradient[1])]
+    return [float((x - y).norm() / y.norm().clamp_min(1e-9)) for x, y in pairs]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -140,27 +171,64 @@ def test_a_path_is_the_formula(kind, name, monkeypatch):
     assert not worse
 
 
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FUSED]
+)
+def test_fused_kernels_are_the_formula(name, kernels):
+    """Parameter by parameter in float64; in float32 as a whole, as GPU and interpreter take exponentials to 2 ulp."""
+    case = CASES[name]
+    vae, given = trained_like(case.shape, case.n_genes), case.batch()
+    true = outcome(vae, "plain", given, torch.float64)
+    if not torch.cuda.is_available():  # whose matrix units take no float64
+        found = outcome(vae, "fused", given, torch.float64)
+        assert found.keys() == true.keys(), "the same parameters have a gradient"
+        assert max(relative_errors(found, true).values()) < 1e-9, "in float64 it is the same function"
+    plain = whole_errors(vae, "plain", given, true)
+    for fused, formula in zip(whole_errors(vae, "fused", given, true), plain):
+        assert fused <= 2 * max(formula, 1e-7)
+
+
 @pytest.mark.parametrize("name", ["shared, by latents", "shared, by gene", "per cell", "counts of a million"])
 def test_bf16_errs_at_most_twice_as_much_as_the_formula(name, monkeypatch):
     case = CASES[name]
     if case.by_latents is not None:
         monkeypatch.setattr(factorised, "PAYS", 1e9 if case.by_latents else 0.0)
+    check_bf16("factorised", case)
+
+
+@pytest.mark.parametrize("name", BF16)
+def test_fused_kernels_in_bf16_err_at_most_twice_as_much(name, kernels):
+    check_bf16("fused", CASES[name])
+
+
+def check_bf16(kind: AttentionKind, case: Case) -> None:
     vae, given = trained_like(case.shape, case.n_genes), case.batch()
     true = outcome(vae, "plain", given, torch.float64)
-
-    def errors(kind: AttentionKind) -> list[float]:
-        found = outcome(vae, kind, given, torch.float32, bf16=True)
-        gradient = [torch.cat([x[key].flatten() for key in true if "." in key]) for x in (found, true)]
-        outputs = [float((found[key] - true[key]).norm() / true[key].norm()) for key in ("latent", "log share")]
-        return [*outputs, float((gradient[0] - gradient[1]).norm() / gradient[1].norm())]
-
-    for fast, plain in zip(errors("factorised"), errors("plain")):
-        assert fast < 2 * plain
+    plain = whole_errors(vae, "plain", given, true, bf16=True)
+    for fast, formula in zip(whole_errors(vae, kind, given, true, bf16=True), plain):
+        assert fast < 2 * formula
 
 
-@pytest.mark.parametrize("kind", ["plain", "sdpa", "factorised"])
-def test_an_empty_set_reads_zero(kind):
+@pytest.mark.slow
+def test_fused_kernels_of_larger_tiles_than_one(kernels, monkeypatch):
+    """Several blocks of genes, of cells and of the hidden layer; backward in chunks; widths of no round number."""
+    from scldm.kernels import unpool
+
+    case = Case(VAEConfig(width=42, n_latents=20, latent_width=8, n_layers=1, n_heads=3), n_genes=200, n_given=150)
+    monkeypatch.setattr(unpool, "CHUNK", 1)
+    vae, given = trained_like(case.shape, case.n_genes), case.batch()
+    true = outcome(vae, "plain", given, torch.float64)
+    if torch.cuda.is_available():
+        plain = whole_errors(vae, "plain", given, true)
+        assert all(x < 2 * y for x, y in zip(whole_errors(vae, "fused", given, true), plain))
+    else:
+        assert max(relative_errors(outcome(vae, "fused", given, torch.float64), true).values()) < 1e-9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_set_reads_zero(kind, request):
     """One cell is given nothing but padding: its latents are finite, those of the others untouched."""
+    only_where_it_runs(kind, request)
     vae = trained_like(CONFIG, N_GENES)
     network = VAE(replace(CONFIG, attention=kind), N_GENES).double()
     network.load_state_dict(vae.state_dict())
@@ -182,10 +250,11 @@ def test_an_empty_set_reads_zero(kind):
     assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("kind", ["plain", "sdpa", "factorised"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bf16", [False, True], ids=["float64", "bf16"])
 @pytest.mark.parametrize("per_cell", [False, True], ids=["shared", "per cell"])
-def test_order_and_padding_change_nothing(kind, bf16, per_cell):
+def test_order_and_padding_change_nothing(kind, bf16, per_cell, request):
+    only_where_it_runs(kind, request)
     vae = VAE(replace(CONFIG, attention=kind), N_GENES)
     vae.load_state_dict(trained_like(CONFIG, N_GENES).state_dict())
     vae = vae if bf16 else vae.double()
@@ -217,10 +286,11 @@ def test_every_parameter_has_a_true_gradient(likelihood, kl_weight):
     assert not {name: g for name, g in gradients.items() if g < 1e-9 * whole}
 
 
-@pytest.mark.parametrize("attention", ["plain", "factorised"])
+@pytest.mark.parametrize("attention", ["plain", "factorised", pytest.param("fused", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("by_latents", [True, False])
-def test_less_memory_is_the_same_result(attention, by_latents, monkeypatch):
+def test_less_memory_is_the_same_result(attention, by_latents, monkeypatch, request):
     """Blocks recomputed, genes in chunks of a size that does not divide them: outputs and every gradient."""
+    only_where_it_runs(attention, request)
     monkeypatch.setattr(factorised, "PAYS", 1e9 if by_latents else 0.0)
     vae, given = trained_like(CONFIG, N_GENES), Case(padding=True).batch()
     true = outcome(vae, attention, given, torch.float64)

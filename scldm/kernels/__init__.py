@@ -1,0 +1,36 @@
+"""Cross-attention between genes and latent tokens as fused kernels, and the plain formulas that they must equal.
+
+    plain.py    what is computed, in a few lines of torch
+    pool.py     genes -> latent tokens; writes what the queries read, and no key, value or score
+    unpool.py   latent tokens -> genes; writes one number per gene
+    tile.py     what both kernels are written with
+
+The kernels need Triton, which torch brings for NVIDIA GPUs; importing this room does not import it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+from scldm.errors import InputError
+
+MOST_PAIRS = 128  # of a decoder head and a latent token: their weights for a block of genes lie in registers
+
+
+def check_available(device: torch.device) -> None:
+    """Raises: InputError where fused kernels can't run on this device, before anything is computed."""
+    other = "model.attention=factorised computes the same in torch"
+    if importlib.util.find_spec("triton") is None:
+        raise InputError(f"model.attention=fused needs the package triton, which is not installed; {other}")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return  # Triton's interpreter, for tests: any device, and very slow
+    if device.type != "cuda":
+        raise InputError(f"model.attention=fused needs an NVIDIA GPU and this is {device}; {other}")
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        raise InputError(
+            f"model.attention=fused needs compute capability 8.0 or more (A100, H100), "
+            f"and {torch.cuda.get_device_name(device)} has less; {other}"
+        )

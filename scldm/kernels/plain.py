@@ -1,0 +1,79 @@
+"""What the fused kernels compute, written plainly: the specification that they are tested against.
+
+T rows of the tables, one for a gene; `row` says which of them a gene of the set is: (S,) where the cells share a set,
+(B, S) where each has its own; -1 is no gene. R = N L pairs of a head and a latent token. F numbers of a hidden layer.
+Reading order: pool; weights, unpool.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def pool(
+    c_BS: Tensor, r_BS: Tensor, row: Tensor, alpha_NM: Tensor, A_TNM: Tensor, values_TNH: Tensor, a_NH: Tensor
+) -> Tensor:
+    """softmax over genes of r (c alpha + A), times r (values + c a): (B, N, M, H); 0 where a cell has no gene.
+
+    Source: mcab_algebra, identity 1: a gene's token is c u + e_g, and r is one over its standard deviation.
+    """
+    there_BS = (row >= 0).expand_as(c_BS)
+    A_BSNM, values_BSNH = A_TNM[row.clamp_min(0)], values_TNH[row.clamp_min(0)]
+    c, r = c_BS[:, :, None, None], r_BS[:, :, None, None]
+    score_BSNM = r * (c * alpha_NM + A_BSNM)
+    score_BSNM = score_BSNM.masked_fill(~there_BS[:, :, None, None], torch.finfo(score_BSNM.dtype).min)
+    p_BSNM = score_BSNM.softmax(1) * there_BS[:, :, None, None]
+    value_BSNH = r * (values_BSNH + c * a_NH)
+    return torch.einsum("bsnm,bsnh->bnmh", p_BSNM, value_BSNH)
+
+
+def weights(
+    q_TD: Tensor,
+    k_BRD: Tensor,
+    t_TD: Tensor,
+    U_BRD: Tensor,
+    line_T: Tensor,
+    line_BR: Tensor,
+    row: Tensor,
+    n_heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a gene reads of the latent tokens: f = t + p U, centred over D. Returns p (B, Q, R), one over f's standard
+    deviation (B, Q), and line_T + p line_BR (B, Q), what the head makes of f where that is linear.
+    """
+    score_BQR = q_TD[row] @ k_BRD.transpose(1, 2)
+    wide = score_BQR.to(t_TD.dtype)
+    p_BQR = wide.unflatten(2, (n_heads, -1)).softmax(3).flatten(2)
+    t = t_TD[row]
+    cross_BQR = 2 * (t @ U_BRD.transpose(1, 2)) + p_BQR @ (U_BRD @ U_BRD.transpose(1, 2))
+    square_BQ = t.square().sum(-1) + (p_BQR * cross_BQR).sum(2)
+    r_BQ = (square_BQ.clamp_min(0) / t_TD.shape[1] + eps).rsqrt()
+    return p_BQR, r_BQ, line_T[row] + (p_BQR @ line_BR[:, :, None])[:, :, 0]
+
+
+def unpool(
+    q_TD: Tensor,
+    k_BRD: Tensor,
+    t_TD: Tensor,
+    U_BRD: Tensor,
+    line_T: Tensor,
+    line_BR: Tensor,
+    T_TF: Tensor,
+    B_BRF: Tensor,
+    b_F: Tensor,
+    row: Tensor,
+    n_heads: int,
+    eps: float,
+) -> Tensor:
+    """line + sum of value * silu(gate) with (value, gate) = r (T + p B) + b, (B, Q): `head(f + SwiGLU(LN(f)))`.
+
+    Source: mcab_algebra, identities 3 and 4: the SwiGLU's last product and the head fold into one, its first one is
+    taken of t (T) and of U (B).
+    q_TD, k_BRD: queries over sqrt(H), and keys, which are 0 outside their head's channels
+    """
+    p_BQR, r_BQ, line_BQ = weights(q_TD, k_BRD, t_TD, U_BRD, line_T, line_BR, row, n_heads, eps)
+    hidden_BQF = r_BQ[:, :, None] * (T_TF[row] + p_BQR.to(B_BRF.dtype) @ B_BRF) + b_F
+    value, gate = hidden_BQF.chunk(2, dim=-1)
+    return line_BQ + (value * F.silu(gate)).sum(-1)

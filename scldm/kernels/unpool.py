@@ -1,0 +1,333 @@
+"""Latent tokens -> genes: attention, LayerNorm, SwiGLU and head of the decoder, one number per gene and cell.
+
+Forward: a program takes a block of genes of one cell. It makes their weights over the latent tokens (D in pieces), the
+moments of what they read, and goes over the hidden layer in pieces, each of which is summed as soon as it is made.
+Backward: a chunk of genes at a time, the weights are made again in torch; the hidden layer, made again in tiles, is
+summed over cells for the tables of genes, over genes for those of cells, and over itself for the weights, by
+three kernels, so that no two programs write to the same place. Where each cell has its own set, a row of the table
+has genes of several cells, and its gradients meet in atomic additions, in no fixed order.
+
+Reading order: unpool, _Unpool, the kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from scldm.kernels import plain
+from scldm.kernels.tile import dot, launch, power_of_two
+
+GENES = 64  # of a block
+HIDDEN = 32  # of a piece of the hidden layer: its values, and as many of its gates
+CHANNELS = 32  # of a piece of D
+# two stages of loads in flight: with three, float32 at 128 pairs takes more than an SM's 227 kB of shared memory
+STAGES = 2
+CHUNK = 1 << 24  # weights that backward makes at once: 64 MB of float32, and a few times that while it does
+
+
+def unpool(
+    q_TD: Tensor,
+    k_BRD: Tensor,
+    t_TD: Tensor,
+    U_BRD: Tensor,
+    line_T: Tensor,
+    line_BR: Tensor,
+    T_TF: Tensor,
+    B_BRF: Tensor,
+    b_F: Tensor,
+    row: Tensor,
+    n_heads: int,
+    eps: float,
+) -> Tensor:
+    """`plain.unpool`, (B, Q), in the precision of t. Products of q and k, and those of the hidden layer, in theirs."""
+    inputs = (q_TD, k_BRD, t_TD, U_BRD, line_T, line_BR, T_TF, B_BRF, b_F, row.to(torch.int32))
+    out = _Unpool.apply(*(x.contiguous() for x in inputs), n_heads, eps)
+    assert isinstance(out, Tensor)
+    return out
+
+
+class _Unpool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *tensors, n_heads, eps = inputs
+        q_TD, k_BRD, t_TD, U_BRD, line_T, line_BR, T_TF, B_BRF, b_F, row = tensors
+        ctx.save_for_backward(*tensors)
+        ctx.n_heads, ctx.eps = n_heads, eps
+        (B, R, D), Q, F = k_BRD.shape, row.shape[-1], b_F.shape[0] // 2
+        latents = R // n_heads
+        # heads are apart by a power of two, as they are in a tile
+        k_BRD, U_BRD, line_BR, B_BRF = (_apart(x, n_heads) for x in (k_BRD, U_BRD, line_BR, B_BRF))
+        gram_BRR = U_BRD @ U_BRD.transpose(1, 2)
+        square_T = t_TD.square().sum(1)
+        out = t_TD.new_empty(B, Q)
+        launch(
+            _forward,
+            (B, triton.cdiv(Q, GENES)),
+            *(q_TD, k_BRD, t_TD, U_BRD, gram_BRR, square_T, line_T, line_BR, T_TF, B_BRF, b_F, row, out),
+            *(Q, D, F, latents, eps, 0 if row.ndim == 1 else Q),
+            HEADS=n_heads,
+            PAIRS=k_BRD.shape[1],
+            GENES=GENES,
+            HIDDEN=HIDDEN,
+            CHANNELS=CHANNELS,
+            BF16=B_BRF.dtype == torch.bfloat16,
+            stages=STAGES,
+        )
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        *tensors, row = ctx.saved_tensors
+        d_out = grad_outputs[0]
+        d_tensors = [torch.zeros_like(x, dtype=d_out.dtype) for x in tensors]
+        B, R = tensors[1].shape[:2]
+        step = max(GENES, CHUNK // (B * R))
+        for start in range(0, row.shape[-1], step):
+            genes = slice(start, start + step)
+            _backward_of(row[..., genes], d_out[:, genes].contiguous(), tensors, d_tensors, ctx.n_heads, ctx.eps)
+        d_inputs = (d.to(x.dtype) for d, x in zip(d_tensors, tensors))
+        return (*d_inputs, None, None, None)
+
+
+def _backward_of(
+    row: Tensor, d_out: Tensor, tensors: list[Tensor], d_tensors: list[Tensor], n_heads: int, eps: float
+) -> None:
+    """Add the gradients from some genes."""
+    *of_weights, T_TF, B_BRF, b_F = tensors
+    *d_of_weights, d_T, d_B, d_b = d_tensors
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in of_weights]
+        q, k, t, U, line_T, line_B = leaves
+        p_BQR, r_BQ, line_BQ = plain.weights(q, k, t, U, line_T, line_B, row.long(), n_heads, eps)
+        scaled_BQR = (p_BQR * r_BQ[:, :, None]).to(B_BRF.dtype)
+    (B, Q, R), F, shared = p_BQR.shape, b_F.shape[0] // 2, row.ndim == 1
+    row, p, r = row.contiguous(), scaled_BQR.detach().contiguous(), r_BQ.detach().contiguous()
+    d_p, d_r = torch.empty_like(p, dtype=d_out.dtype), torch.empty_like(r)
+    d_b_B = d_b.new_empty(B, 2 * F)
+    pieces, blocks = triton.cdiv(F, HIDDEN), triton.cdiv(Q, GENES)
+    inputs, sizes = (p, r, T_TF, B_BRF, b_F, d_out, row), (B, Q, R, F, 0 if shared else Q)
+    tiles: dict[str, Any] = {
+        "PAIRS": power_of_two(R),
+        "GENES": GENES,
+        "HIDDEN": HIDDEN,
+        "BF16": B_BRF.dtype == torch.bfloat16,
+        "stages": STAGES,
+    }
+    launch(_to_tables, (blocks, pieces, 1 if shared else B), *inputs, d_T, *sizes, SHARED=shared, **tiles)
+    launch(_to_latents, (B, pieces), *inputs, d_B, d_b_B, *sizes, **tiles)
+    launch(_to_weights, (B, blocks), *inputs, d_p, d_r, *sizes, **tiles)
+    d_b += d_b_B.sum(0)
+    found = torch.autograd.grad((scaled_BQR, r_BQ, line_BQ), leaves, (d_p.to(scaled_BQR.dtype), d_r, d_out))
+    for d_x, more in zip(d_of_weights, found):
+        d_x += more
+
+
+def _apart(x_BRK: Tensor, n_heads: int) -> Tensor:
+    """Zeros after each head's latent tokens, up to a power of two of them: (B, R', ...)."""
+    x_BNLK = x_BRK.unflatten(1, (n_heads, -1))
+    latents = x_BNLK.shape[2]
+    each = power_of_two(latents)
+    if each == latents:
+        return x_BRK
+    padded = x_BNLK.new_zeros(*x_BNLK.shape[:2], each, *x_BNLK.shape[3:])
+    padded[:, :, :latents] = x_BNLK
+    return padded.flatten(1, 2)
+
+
+@triton.jit
+def _forward(
+    q_ptr, k_ptr, t_ptr, U_ptr, gram_ptr, square_ptr, line_T_ptr, line_B_ptr, T_ptr, B_ptr, b_ptr, row_ptr, out_ptr,
+    Q, D, F, latents, eps, row_stride,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr, GENES: tl.constexpr, HIDDEN: tl.constexpr, CHANNELS: tl.constexpr,
+    BF16: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """A block of genes of one cell. PAIRS: HEADS x a power of two of latent tokens, of which `latents` are there."""
+    wide = t_ptr.dtype.element_ty
+    cell = tl.program_id(0).to(tl.int64)
+    gene = tl.program_id(1) * GENES + tl.arange(0, GENES)
+    pair = tl.arange(0, PAIRS)
+    in_Q = gene < Q
+    row = tl.load(row_ptr + cell * row_stride + gene, mask=in_Q, other=0).to(tl.int64)
+
+    score = tl.zeros([GENES, PAIRS], wide)
+    cross = tl.zeros([GENES, PAIRS], wide)
+    for start in range(0, D, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
+        of_genes = in_Q[:, None] & (channel < D)[None, :]
+        genes_at = row[:, None] * D + channel[None, :]
+        pairs_at = (cell * PAIRS + pair)[None, :] * D + channel[:, None]
+        in_D = (channel < D)[:, None] & (pair < PAIRS)[None, :]
+        q = tl.load(q_ptr + genes_at, mask=of_genes, other=0.0)
+        k = tl.load(k_ptr + pairs_at, mask=in_D, other=0.0)
+        score = dot(q, k, score, BF16, INTERPRETED)
+        t = tl.load(t_ptr + genes_at, mask=of_genes, other=0.0)
+        U = tl.load(U_ptr + pairs_at, mask=in_D, other=0.0)
+        cross = dot_moments(t, U, cross, BF16)
+
+    EACH: tl.constexpr = PAIRS // HEADS
+    by_head = tl.reshape(tl.where((pair % EACH < latents)[None, :], score, -1e30), [GENES, HEADS, EACH])
+    e = tl.exp(by_head - tl.expand_dims(tl.max(by_head, 2), 2))
+    p = tl.reshape(e / tl.expand_dims(tl.sum(e, 2), 2), [GENES, PAIRS])
+
+    gram = tl.load(gram_ptr + (cell * PAIRS + pair)[:, None] * PAIRS + pair[None, :])
+    cross = dot_moments(p, gram, 2 * cross, BF16)
+    square = tl.load(square_ptr + row, mask=in_Q, other=0.0) + tl.sum(p * cross, 1)
+    r = 1 / tl.sqrt(tl.maximum(square, 0.0) / D + eps)
+    scaled = (p * r[:, None]).to(B_ptr.dtype.element_ty)
+    line_B = tl.load(line_B_ptr + cell * PAIRS + pair)
+    out = tl.load(line_T_ptr + row, mask=in_Q, other=0.0) + tl.sum(p * line_B[None, :], 1)
+
+    for start in range(0, F, HIDDEN):
+        f = start + tl.arange(0, HIDDEN)
+        in_F = f < F
+        value, gate = hidden(
+            scaled, r, row, cell, pair, f, T_ptr, B_ptr, b_ptr, PAIRS, F,
+            in_Q, pair < PAIRS, in_F, BF16, INTERPRETED,
+        )  # fmt: skip
+        out += tl.sum(value * gate / (1 + tl.exp(-gate)), 1)
+    tl.store(out_ptr + cell * Q + gene, out, mask=in_Q)
+
+
+@triton.jit
+def dot_moments(x, y, total, BF16: tl.constexpr):
+    """total + x y for what enters a variance: rounding it would scale a gene's whole hidden layer, so even beside bf16
+    it keeps TF32's 10 bits."""
+    return tl.dot(x, y, total, input_precision="tf32" if BF16 else "ieee", out_dtype=total.dtype)
+
+
+@triton.jit
+def hidden(
+    scaled, r, row, cell, pair, f, T_ptr, B_ptr, b_ptr, R, F, in_Q, in_R, in_F,
+    BF16: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """(value, gate) of a block of genes for a piece f of the hidden layer: r T + scaled B + b."""
+    T_at = T_ptr + row[:, None] * (2 * F) + f[None, :]
+    B_at = B_ptr + (cell * R + pair)[:, None] * (2 * F) + f[None, :]
+    of_T, of_B = in_Q[:, None] & in_F[None, :], in_R[:, None] & in_F[None, :]
+    value = r[:, None] * tl.load(T_at, mask=of_T, other=0.0) + tl.load(b_ptr + f, mask=in_F, other=0.0)[None, :]
+    gate = r[:, None] * tl.load(T_at + F, mask=of_T, other=0.0) + tl.load(b_ptr + F + f, mask=in_F, other=0.0)[None, :]
+    value = dot(scaled, tl.load(B_at, mask=of_B, other=0.0), value, BF16, INTERPRETED)
+    gate = dot(scaled, tl.load(B_at + F, mask=of_B, other=0.0), gate, BF16, INTERPRETED)
+    return value, gate
+
+
+@triton.jit
+def d_hidden(value, gate, d_out):
+    """Gradient to (value, gate) of value * silu(gate)."""
+    sigmoid = 1 / (1 + tl.exp(-gate))
+    return d_out[:, None] * gate * sigmoid, d_out[:, None] * value * sigmoid * (1 + gate * (1 - sigmoid))
+
+
+@triton.jit
+def _to_tables(
+    p_ptr, r_ptr, T_ptr, B_ptr, b_ptr, d_out_ptr, row_ptr, d_T_ptr,
+    B, Q, R, F, row_stride,
+    SHARED: tl.constexpr, PAIRS: tl.constexpr, GENES: tl.constexpr, HIDDEN: tl.constexpr,
+    BF16: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """d_T of a block of genes and a piece of the hidden layer, over all cells; or of one where each has its own set."""
+    only = tl.program_id(2).to(tl.int64)
+    gene = tl.program_id(0) * GENES + tl.arange(0, GENES)
+    f, pair = tl.program_id(1) * HIDDEN + tl.arange(0, HIDDEN), tl.arange(0, PAIRS)
+    in_Q, in_F, in_R = gene < Q, f < F, pair < R
+    row = tl.load(row_ptr + only * row_stride + gene, mask=in_Q, other=0).to(tl.int64)
+    d_T_value = tl.zeros([GENES, HIDDEN], r_ptr.dtype.element_ty)
+    d_T_gate = tl.zeros([GENES, HIDDEN], r_ptr.dtype.element_ty)
+    for cell in range(only, B if SHARED else only + 1):
+        at = cell * Q + gene
+        r = tl.load(r_ptr + at, mask=in_Q, other=0.0)
+        scaled = tl.load(p_ptr + at[:, None] * R + pair[None, :], mask=in_Q[:, None] & in_R[None, :], other=0.0)
+        value, gate = hidden(
+            scaled, r, row, cell, pair, f, T_ptr, B_ptr, b_ptr, R, F, in_Q, in_R, in_F, BF16, INTERPRETED
+        )
+        d_value, d_gate = d_hidden(value, gate, tl.load(d_out_ptr + at, mask=in_Q, other=0.0))
+        d_T_value += d_value * r[:, None]
+        d_T_gate += d_gate * r[:, None]
+    at = d_T_ptr + row[:, None] * (2 * F) + f[None, :]
+    inside = in_Q[:, None] & in_F[None, :]
+    if SHARED:
+        tl.store(at, d_T_value, mask=inside)
+        tl.store(at + F, d_T_gate, mask=inside)
+    else:
+        tl.atomic_add(at, d_T_value, mask=inside, sem="relaxed")
+        tl.atomic_add(at + F, d_T_gate, mask=inside, sem="relaxed")
+
+
+@triton.jit
+def _to_latents(
+    p_ptr, r_ptr, T_ptr, B_ptr, b_ptr, d_out_ptr, row_ptr, d_B_ptr, d_b_ptr,
+    B, Q, R, F, row_stride,
+    PAIRS: tl.constexpr, GENES: tl.constexpr, HIDDEN: tl.constexpr, BF16: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """d_B and d_b of a cell and a piece of the hidden layer, over all genes, added to what is there of d_B."""
+    cell = tl.program_id(0).to(tl.int64)
+    f, pair = tl.program_id(1) * HIDDEN + tl.arange(0, HIDDEN), tl.arange(0, PAIRS)
+    in_F, in_R = f < F, pair < R
+    B_at = d_B_ptr + (cell * R + pair)[:, None] * (2 * F) + f[None, :]
+    of_B = in_R[:, None] & in_F[None, :]
+    d_B_value = tl.load(B_at, mask=of_B, other=0.0)
+    d_B_gate = tl.load(B_at + F, mask=of_B, other=0.0)
+    d_b_value = tl.zeros([HIDDEN], r_ptr.dtype.element_ty)
+    d_b_gate = tl.zeros([HIDDEN], r_ptr.dtype.element_ty)
+    for start in range(0, Q, GENES):
+        gene = start + tl.arange(0, GENES)
+        in_Q = gene < Q
+        at = cell * Q + gene
+        row = tl.load(row_ptr + cell * row_stride + gene, mask=in_Q, other=0).to(tl.int64)
+        r = tl.load(r_ptr + at, mask=in_Q, other=0.0)
+        scaled = tl.load(p_ptr + at[:, None] * R + pair[None, :], mask=in_Q[:, None] & in_R[None, :], other=0.0)
+        value, gate = hidden(
+            scaled, r, row, cell, pair, f, T_ptr, B_ptr, b_ptr, R, F, in_Q, in_R, in_F, BF16, INTERPRETED
+        )
+        d_value, d_gate = d_hidden(value, gate, tl.load(d_out_ptr + at, mask=in_Q, other=0.0))
+        d_B_value = dot(tl.trans(scaled), d_value, d_B_value, BF16, INTERPRETED)
+        d_B_gate = dot(tl.trans(scaled), d_gate, d_B_gate, BF16, INTERPRETED)
+        d_b_value += tl.sum(d_value, 0)
+        d_b_gate += tl.sum(d_gate, 0)
+    tl.store(B_at, d_B_value, mask=of_B)
+    tl.store(B_at + F, d_B_gate, mask=of_B)
+    tl.store(d_b_ptr + cell * (2 * F) + f, d_b_value, mask=in_F)
+    tl.store(d_b_ptr + cell * (2 * F) + F + f, d_b_gate, mask=in_F)
+
+
+@triton.jit
+def _to_weights(
+    p_ptr, r_ptr, T_ptr, B_ptr, b_ptr, d_out_ptr, row_ptr, d_p_ptr, d_r_ptr,
+    B, Q, R, F, row_stride,
+    PAIRS: tl.constexpr, GENES: tl.constexpr, HIDDEN: tl.constexpr, BF16: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Gradients to p r, and to r where it scales T, of a block of genes of a cell, over the hidden layer."""
+    wide = r_ptr.dtype.element_ty
+    cell = tl.program_id(0).to(tl.int64)
+    gene, pair = tl.program_id(1) * GENES + tl.arange(0, GENES), tl.arange(0, PAIRS)
+    in_Q, in_R = gene < Q, pair < R
+    at = cell * Q + gene
+    row = tl.load(row_ptr + cell * row_stride + gene, mask=in_Q, other=0).to(tl.int64)
+    r = tl.load(r_ptr + at, mask=in_Q, other=0.0)
+    p_at = at[:, None] * R + pair[None, :]
+    scaled = tl.load(p_ptr + p_at, mask=in_Q[:, None] & in_R[None, :], other=0.0)
+    d_out = tl.load(d_out_ptr + at, mask=in_Q, other=0.0)
+    d_p = tl.zeros([GENES, PAIRS], wide)
+    d_r = tl.zeros([GENES], wide)
+    for start in range(0, F, HIDDEN):
+        f = start + tl.arange(0, HIDDEN)
+        in_F = f < F
+        value, gate = hidden(
+            scaled, r, row, cell, pair, f, T_ptr, B_ptr, b_ptr, R, F, in_Q, in_R, in_F, BF16, INTERPRETED
+        )
+        d_value, d_gate = d_hidden(value, gate, d_out)
+        T_at = T_ptr + row[:, None] * (2 * F) + f[None, :]
+        B_at = B_ptr + (cell * R + pair)[None, :] * (2 * F) + f[:, None]
+        of_T, of_B = in_Q[:, None] & in_F[None, :], in_R[None, :] & in_F[:, None]
+        d_r += tl.sum(d_value * tl.load(T_at, mask=of_T, other=0.0), 1)
+        d_r += tl.sum(d_gate * tl.load(T_at + F, mask=of_T, other=0.0), 1)
+        d_p = dot(d_value, tl.load(B_at, mask=of_B, other=0.0), d_p, BF16, INTERPRETED)
+        d_p = dot(d_gate, tl.load(B_at + F, mask=of_B, other=0.0), d_p, BF16, INTERPRETED)
+    tl.store(d_p_ptr + p_at, d_p, mask=in_Q[:, None] & in_R[None, :])
+    tl.store(d_r_ptr + at, d_r, mask=in_Q)

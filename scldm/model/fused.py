@@ -1,0 +1,85 @@
+"""The factorised cross-attention in kernels of our own (scldm/kernels): the same function, the same parameters.
+
+What depends on a gene or a cell alone is made here by torch; what depends on both is made and summed within a kernel.
+Reading order: read_genes, unpool.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from scldm import kernels
+from scldm.batch import GeneCounts
+from scldm.model.factorised import compute_dtype, folded, heads_out, tables
+from scldm.model.mcab import MCAB
+
+
+def read_genes(
+    mcab: MCAB, q_MD: Tensor, token: nn.Linear, embedding: nn.Embedding, given: GeneCounts, dtype: torch.dtype
+) -> Tensor:
+    """`factorised.read_genes`: what the latent queries read from the genes, (B, M, D).
+
+    Raises: InputError where fused kernels can't run.
+    """
+    kernels.check_available(q_MD.device)
+    from scldm.kernels.pool import pool
+
+    N, (M, D) = mcab.n_heads, q_MD.shape
+    row, rows_TD = _rows(given.gene_ids, embedding)
+    of = tables(mcab, q_MD, token, rows_TD, dtype)
+    c_BS = torch.log1p(given.counts_BS.to(q_MD.dtype))
+    r_BS = of.scale(c_BS, of.ue_T[row], of.ee_T[row])
+    A_TNM, values_TNH, a_NH = of.A_RT.T.view(-1, N, M), of.values_TD.view(-1, N, D // N), of.a_D.view(N, -1)
+    read_BNMH = pool(c_BS, r_BS, row.masked_fill(~given.mask, -1), of.alpha_NM, A_TNM, values_TNH, a_NH)
+    read_BMD = read_BNMH.transpose(1, 2).flatten(2) + of.offset_D
+    return read_BMD * given.mask.view(-1, given.mask.shape[-1]).any(1)[:, None, None]
+
+
+def unpool(mcab: MCAB, head: nn.Linear, embedding: nn.Embedding, asked_ids: Tensor, x_BLD: Tensor) -> Tensor:
+    """`head(mcab(embedding(asked), x))`, (B, Q, K): the numbers that the decoder says of each asked gene.
+
+    asked_ids: (Q,) shared by the cells or (B, Q)
+    head: D -> K, without a bias
+
+    Raises: InputError where fused kernels can't run.
+    """
+    kernels.check_available(x_BLD.device)
+    from scldm.kernels.unpool import unpool as unpool_kernel
+
+    N, D, wide, norm = mcab.n_heads, x_BLD.shape[-1], head.weight.dtype, mcab.norm_mlp
+    dtype = compute_dtype(head.weight)
+    row, rows_TD = _rows(asked_ids, embedding)
+    query_TD = mcab.query(rows_TD)
+    q_TD = mcab.norm_query(query_TD) * (D // N) ** -0.5
+    k_BLD, v_BLD = mcab.key(mcab.norm_key(x_BLD)), mcab.value(mcab.norm_value(x_BLD))
+    with torch.autocast(x_BLD.device.type, enabled=False):
+        k_BRD = _by_head(k_BLD.to(dtype), N)
+        U_BRD, t_TD = heads_out(mcab, v_BLD.to(wide)), query_TD.to(wide) + mcab.out.bias
+        line_KT, line_KBR = head(t_TD).T, head(U_BRD).permute(2, 0, 1)
+        t_TD, U_BRD = t_TD - t_TD.mean(1, keepdim=True), U_BRD - U_BRD.mean(2, keepdim=True)
+        numbers = []
+        for (W_FD, b_F), line_T, line_BR in zip(folded(mcab.mlp, head), line_KT, line_KBR):
+            scaled_FD, b_F = (W_FD * norm.weight).to(dtype), (b_F + W_FD @ norm.bias).to(dtype)
+            T_TF, B_BRF = t_TD.to(dtype) @ scaled_FD.T, U_BRD.to(dtype) @ scaled_FD.T
+            of_weights = (q_TD.to(dtype), k_BRD, t_TD, U_BRD, line_T, line_BR)
+            numbers.append(unpool_kernel(*of_weights, T_TF, B_BRF, b_F, row, N, norm.eps))
+    return torch.stack(numbers, dim=-1)
+
+
+def _rows(gene_ids: Tensor, embedding: nn.Embedding) -> tuple[Tensor, Tensor]:
+    """Which row of a table each gene has, and the embeddings that the table is made of, (T, D): those of the genes, or
+    of the whole vocabulary where sets per cell hold more.
+    """
+    if gene_ids.ndim == 2 and gene_ids.numel() > embedding.num_embeddings:
+        return gene_ids, embedding.weight
+    return torch.arange(gene_ids.numel(), device=gene_ids.device).view(gene_ids.shape), embedding(gene_ids.flatten())
+
+
+def _by_head(k_BLD: Tensor, n_heads: int) -> Tensor:
+    """Keys of each head, 0 in the channels of the others: (B, N L, D), so that one product gives all scores."""
+    if n_heads == 1:
+        return k_BLD
+    k_BNLH = k_BLD.unflatten(-1, (n_heads, -1)).transpose(1, 2)
+    own_NN = torch.eye(n_heads, dtype=k_BLD.dtype, device=k_BLD.device)
+    return (k_BNLH[:, :, :, None] * own_NN[:, None, :, None]).flatten(3).flatten(1, 2)

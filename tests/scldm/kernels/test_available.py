@@ -1,0 +1,75 @@
+"""Where fused kernels can't run, that is said before anything is computed, and never is another path taken instead."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+
+import pytest
+import torch
+
+from launch.config import compose
+from launch.train_vae import TrainVAEConfig, set_up
+from scldm import kernels
+from scldm.batch import GeneCounts
+from scldm.errors import InputError
+from scldm.model.vae import VAE, VAEConfig
+from scldm.parallel.dist import World
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture
+def with_triton(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"model\.attention=fused needs the package triton.*factorised"):
+        kernels.check_available(torch.device("cuda"))
+
+
+def test_without_a_gpu(with_triton):
+    with pytest.raises(InputError, match=r"model\.attention=fused needs an NVIDIA GPU and this is cpu.*factorised"):
+        kernels.check_available(CPU)
+
+
+def test_on_a_gpu_that_is_too_old(with_triton, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    with pytest.raises(InputError, match=r"8\.0 or more.*Tesla V100 has less"):
+        kernels.check_available(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    kernels.check_available(torch.device("cuda"))
+
+
+def test_training_is_refused_before_its_shards_are_opened(with_triton):
+    words = ["vae/tiny", "data.shards=nowhere", "run_dir=runs/vae", "model.attention=fused"]
+    with pytest.raises(InputError, match="NVIDIA GPU"):
+        set_up(compose(TrainVAEConfig, words), World(0, 1, CPU))
+
+
+def test_the_network_takes_no_other_path_by_itself(with_triton):
+    vae = VAE(VAEConfig(width=16, n_latents=4, n_layers=1, attention="fused"), 20)
+    with pytest.raises(InputError, match="NVIDIA GPU"):
+        vae.encode(GeneCounts(torch.arange(1, 6), torch.ones(2, 5, dtype=torch.int32)))
+    with pytest.raises(InputError, match="NVIDIA GPU"):
+        vae.decode(torch.zeros(2, 4, 16), torch.arange(1, 6))
+
+
+def test_more_heads_and_latents_than_fit_into_registers():
+    config = VAEConfig(n_latents=64, decoder_cross_heads=4)
+    with pytest.raises(InputError, match=r"decoder_cross_heads x model\.n_latents up to 128, and here it is 256"):
+        replace(config, attention="fused")
+
+
+def test_trained_by_them_a_model_runs_anywhere():
+    config = VAEConfig(attention="fused", kl_weight=1e-3)
+    assert config.portable == replace(config, attention="factorised")
+    assert replace(config, attention="plain").portable.attention == "plain"
