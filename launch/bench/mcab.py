@@ -1,32 +1,35 @@
-"""`scldm bench mcab`: genes pooled into latent tokens, and all genes encoded, by each way of computing it.
+"""`scldm bench mcab`: genes pooled into latent tokens, latent tokens read out for genes, and all genes of a vocabulary
+encoded, by each way of computing it.
 
-Reading order: BenchMCABConfig, main, the pooling, the encoding of all genes.
+Reading order: BenchMCABConfig, main, cross_attention, its targets, the encoding of all genes.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from launch.bench.measure import Cost, measure
 from launch.bench.report import Report, Row
+from launch.bench.ways import FACTORISED, FUSED, NO_GPU, OPPONENT, PLAIN, Way, of_preset, peak_flops, unable, ways
 from launch.cli import run_verb
 from scldm.batch import GeneCounts
-from scldm.model import factorised
 from scldm.model.all_genes import AllGenesEncoder
-from scldm.model.attention import AttentionKind
+from scldm.model.flops import vae_flops
 from scldm.model.vae import VAE, VAEConfig
 
-PURPOSE = """Measure the cross-attention that pools genes into latent tokens, forward and backward, by the formula, by
-torch's attention kernels and factorised; and encoding all genes of a vocabulary at the price of the expressed ones.
-On a CPU, seconds of CPU time."""
+PURPOSE = """Measure both cross-attentions, forward and with backward, by the formula, by torch's attention kernels
+(compiled too, if asked), factorised and in fused kernels; and encoding all genes of a vocabulary at the price of the
+expressed ones. On a CPU, seconds of CPU time."""
 EXAMPLE = """
 scldm bench mcab
-scldm bench mcab n_given=8192 model.width=512 cells=2 --json
+scldm bench mcab preset=270m cells=1 given=2048,8192 asked=2048,36130 n_genes=36130 compile=true cells_encoded=0
 """
 
 
@@ -34,11 +37,15 @@ scldm bench mcab n_given=8192 model.width=512 cells=2 --json
 class BenchMCABConfig:
     """What to measure.
 
-    cells: of a pooling
-    n_given: genes that they share
+    cells: that share the genes
+    given: numbers of genes to pool
+    asked: numbers of genes to read out
     n_genes: of the vocabulary, all of which are encoded
     density: share of them that a cell expresses
-    cells_encoded: of an encoding of all genes
+    cells_encoded: of an encoding of all genes; 0 leaves it out
+    preset: name of a shape in configs/vae; empty takes `model`
+    compile: torch.compile torch's kernels too, the strongest rival; a minute or two each on a CPU
+    precision: fp32, or bf16 by autocast
     threads: of torch
     repeats: of everything
     json: print JSON, not the table
@@ -46,11 +53,15 @@ class BenchMCABConfig:
     """
 
     cells: int = 4
-    n_given: int = 2_048
+    given: tuple[int, ...] = (2_048,)
+    asked: tuple[int, ...] = (2_048,)
     n_genes: int = 20_000
     density: float = 0.05
     cells_encoded: int = 16
+    preset: str = ""
     model: VAEConfig = field(default_factory=lambda: VAEConfig(width=256, n_latents=64, n_layers=2))
+    compile: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
     threads: int = 1
     repeats: int = 5
     json: bool = False
@@ -58,82 +69,151 @@ class BenchMCABConfig:
 
 
 CONFIG = BenchMCABConfig
-KINDS: tuple[AttentionKind, ...] = ("plain", "sdpa", "factorised")
 
 
 def main(config: BenchMCABConfig) -> Report:
     """Print the table; returns it."""
     torch.set_num_threads(config.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings = {"cells": config.cells, "given": config.n_given, "vocabulary": config.n_genes, "density": config.density}
-    settings |= {"width": config.model.width, "latents": config.model.n_latents, "heads": config.model.n_heads}
-    report = Report("bench mcab", settings)
-    vaes = {kind: network(config, kind, device) for kind in KINDS}
-    on_cpu = device.type == "cpu"
-
-    pooling = {kind: pool_cost(vaes[kind], config, device) for kind in KINDS}
-    for kind, cost in pooling.items():
-        report.add(Row(f"pooling, {kind}", 1e3 * cost.seconds, "ms"))
-        report.add(Row(f"pooling, {kind}: peak memory", cost.peak_bytes / 2**20, "MiB"))
-    gain = pooling["plain"].seconds / pooling["factorised"].seconds
-    report.add(Row.at_least("pooling, plain / factorised, time", gain, "x", 2 if on_cpu else 10))
-
-    counts, share_G = sparse_counts(config, device)
-    every = torch.arange(1, config.n_genes + 1, device=device)
-    given, plain, fast = GeneCounts(every, counts), vaes["plain"], vaes["factorised"]
-    tables = measure(lambda: AllGenesEncoder(fast, every, share_G), 1, device)
-    encoder = AllGenesEncoder(fast, every, share_G)
-    report.add(Row("all genes: tables, once per checkpoint", 1e3 * tables.seconds, "ms"))
-    ways: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
-        "plain": (
-            lambda: plain.pool(plain.latent_queries, plain.gene_tokens(given), given.mask),
-            lambda: plain.encode(given),
-        ),
-        "factorised": (
-            lambda: factorised.pool(fast.pool, fast.latent_queries, fast.token, fast.gene_embedding, given),
-            lambda: fast.encode(given),
-        ),
-        "expressed genes": (lambda: encoder.pool(counts), lambda: encoder.encode(counts)),
-    }
-    found: dict[str, tuple[float, float]] = {}
-    with torch.no_grad():
-        for name, (pool, encode) in ways.items():
-            costs = [measure(work, 1 if name == "plain" else config.repeats, device) for work in (pool, encode)]
-            found[name] = (costs[0].seconds, costs[1].seconds)
-            report.add(Row(f"all genes, pooling, {name}", 1e3 * costs[0].seconds, "ms"))
-            report.add(Row(f"all genes, encode, {name}", 1e3 * costs[1].seconds, "ms"))
-        error = (encoder.encode(counts).mean_BLZ - plain.encode(given).mean_BLZ).abs().max()
-    for k, (what, target) in enumerate((("pooling", 12), ("encode", 4))):
-        gain = found["plain"][k] / found["expressed genes"][k]
-        report.add(Row.at_least(f"all genes, {what}, plain / expressed genes, time", gain, "x", target))
-    report.add(Row("all genes, largest difference of a latent", float(error), ""))
+    config = replace(config, model=of_preset(config.preset, config.model))
+    shape = config.model
+    settings = {"cells": config.cells, "vocabulary": config.n_genes, "density": config.density}
+    settings |= {"width": shape.width, "latents": shape.n_latents, "heads": shape.n_heads}
+    report = Report("bench mcab", {**settings, "precision": config.precision, "threads": config.threads})
+    most = peak_flops(device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    report.add(Row("large matrix product", most / 1e9, "GFLOP/s"))
+    for n in config.given:
+        found = cross_attention(report, config, "pooling", n, most, device)
+        if (shape.width, shape.n_latents, n) == (256, 64, 2_048):
+            pooling_targets(report, found, device)
+    for n in config.asked:
+        cross_attention(report, config, "reading out", n, most, device)
+    if config.cells_encoded:
+        all_genes(report, config, device)
     report.print(config.json, config.save)
     return report
 
 
-def network(config: BenchMCABConfig, kind: AttentionKind, device: torch.device) -> VAE:
-    """The same weights for every kind."""
+def network(config: BenchMCABConfig, way: Way, device: torch.device) -> VAE:
+    """The cross-attentions alone, with the same weights for every way."""
     torch.manual_seed(0)
     with device:
-        return VAE(replace(config.model, attention=kind), config.n_genes)
+        return VAE(replace(config.model, attention=way.kind, n_layers=0), config.n_genes)
 
 
-def pool_cost(vae: VAE, config: BenchMCABConfig, device: torch.device) -> Cost:
-    """Tokens and pooling of shared genes, forward and backward."""
+def cross_attention(
+    report: Report, config: BenchMCABConfig, part: str, n: int, most: float, device: torch.device
+) -> dict[str, Cost]:
+    """One of the two by every way: forward, and with backward, which is what is returned by the way's name."""
+    encodes = part == "pooling"
+    flops = vae_flops(replace(config.model, n_layers=0), config.cells, n, n)
+    work = flops["tokens"] + flops["pool"] if encodes else flops["unpool"]
+    found: dict[str, Cost] = {}
+    for way in ways(config.compile):
+        name = f"{part}, {n:,} genes, {way.name}"
+        if why := unable(way, device):
+            report.add(Row.not_measured(name, why, "ms"))
+            continue
+        call = forward_of(config, way, encodes, n, device)
+
+        def step(call: Callable[[], Tensor] = call) -> None:
+            call().square().mean().backward()
+
+        def forward(call: Callable[[], Tensor] = call) -> None:
+            with torch.no_grad():
+                call()
+
+        for run in (forward, step):
+            run()  # what is compiled is compiled
+        costs = measure(forward, config.repeats, device), measure(step, config.repeats, device)
+        found[way.name] = costs[1]
+        for what, cost, times in zip(("forward", "forward + backward"), costs, (1, 3)):
+            report.add(Row(f"{name}, {what}", 1e3 * cost.seconds, "ms"))
+            share = times * work / cost.seconds / most
+            report.add(Row(f"{name}, {what}: FLOPs of the formula by time, of the matrix product's", share, "x"))
+        report.add(Row(f"{name}: peak memory", costs[1].peak_bytes / 2**20, "MiB"))
+    for way in (PLAIN, OPPONENT):
+        if way.name in found:
+            gain = found[way.name].seconds / found[FACTORISED.name].seconds
+            report.add(Row(f"{part}, {n:,} genes, {way.name} / factorised, forward + backward", gain, "x"))
+    return found
+
+
+def forward_of(config: BenchMCABConfig, way: Way, encodes: bool, n: int, device: torch.device) -> Callable[[], Tensor]:
+    """The cross-attention on inputs that are the same for every way; its gradients are of all its weights."""
+    vae = network(config, way, device)
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randperm(config.n_genes, generator=generator)[: config.n_given] + 1
-    counts = torch.poisson(0.5 * torch.rand(config.cells, config.n_given, generator=generator), generator=generator)
+    ids = torch.randperm(config.n_genes, generator=generator)[:n] + 1
+    counts = torch.poisson(0.5 * torch.rand(config.cells, n, generator=generator), generator=generator)
+    latent_shape = (config.cells, config.model.n_latents, config.model.latent_width)
+    latent_BLZ = torch.randn(latent_shape, generator=generator).to(device).requires_grad_()
     given = GeneCounts(ids, counts.int()).to(device)
 
-    def step() -> None:
-        if vae.config.attention == "factorised":
-            x_BLD = factorised.pool(vae.pool, vae.latent_queries, vae.token, vae.gene_embedding, given)
-        else:
-            x_BLD = vae.pool(vae.latent_queries, vae.gene_tokens(given), given.mask)
-        x_BLD.square().mean().backward()
+    def compute() -> Tensor:
         vae.zero_grad(set_to_none=True)
+        return run()
 
-    return measure(step, config.repeats, device)
+    def run() -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext():
+            return call(given).mean_BLZ if encodes else call(latent_BLZ, given.gene_ids).value_BQ
+
+    call: Callable[..., Any] = vae.encode if encodes else vae.decode
+    call = torch.compile(call, dynamic=False) if way.compiled else call
+    return compute
+
+
+def pooling_targets(report: Report, found: dict[str, Cost], device: torch.device) -> None:
+    """What issue 6 asks of pooling at this shape, on a CPU and on a GPU."""
+    name = "pooling, plain / factorised, forward + backward, CPU"
+    gain = found[PLAIN.name].seconds / found[FACTORISED.name].seconds
+    on_cpu = device.type == "cpu"
+    report.add(Row.at_least(name, gain, "x", 2) if on_cpu else Row.not_measured(name, "not on a CPU", "x", ">= 2"))
+    for way, target in ((PLAIN, 10), (OPPONENT, 4)):
+        name = f"pooling, {way.name} / fused, forward + backward, GPU, bf16"
+        if on_cpu or FUSED.name not in found or way.name not in found:
+            report.add(Row.not_measured(name, NO_GPU if on_cpu else "not measured", "x", f">= {target}"))
+        else:
+            report.add(Row.at_least(name, found[way.name].seconds / found[FUSED.name].seconds, "x", target))
+
+
+# --- all genes of a vocabulary ---------------------------------------------------------------------------------------
+
+
+def all_genes(report: Report, config: BenchMCABConfig, device: torch.device) -> None:
+    """Pooling alone, and the whole encoder; the targets are those of a vocabulary of 20,000 at a density of 5 %."""
+    counts, share_G = sparse_counts(config, device)
+    every = torch.arange(1, config.n_genes + 1, device=device)
+    given = GeneCounts(every, counts)
+    found: dict[str, list[float]] = {}
+    latents: dict[str, Tensor] = {}
+    for part, n_layers in (("pooling", 0), ("encode", config.model.n_layers)):
+        torch.manual_seed(0)
+        with device:
+            plain, fast = (
+                VAE(replace(config.model, attention=kind, n_layers=n_layers), config.n_genes)
+                for kind in ("plain", "factorised")
+            )
+        fast.load_state_dict(plain.state_dict())
+        encoder = AllGenesEncoder(fast, every, share_G)
+        if part == "pooling":
+            tables = measure(lambda fast=fast: AllGenesEncoder(fast, every, share_G), 1, device)
+            report.add(Row("all genes: tables, once per checkpoint", 1e3 * tables.seconds, "ms"))
+        calls: dict[str, Callable[[], Tensor]] = {
+            "plain": lambda plain=plain: plain.encode(given).mean_BLZ,
+            "factorised": lambda fast=fast: fast.encode(given).mean_BLZ,
+            "expressed genes": lambda encoder=encoder: encoder.encode(counts).mean_BLZ,
+        }
+        with torch.no_grad():
+            for name, call in calls.items():
+                cost = measure(call, 1 if name == "plain" else config.repeats, device)
+                found.setdefault(name, []).append(cost.seconds)
+                report.add(Row(f"all genes, {part}, {name}", 1e3 * cost.seconds, "ms"))
+                latents[name] = call()
+    for k, (part, target) in enumerate((("pooling", 12), ("encode", 4))):
+        gain = found["plain"][k] / found["expressed genes"][k]
+        report.add(Row.at_least(f"all genes, {part}, plain / expressed genes", gain, "x", target))
+    error = (latents["expressed genes"] - latents["plain"]).abs().max()
+    report.add(Row("all genes, largest difference of a latent", float(error), ""))
 
 
 def sparse_counts(config: BenchMCABConfig, device: torch.device) -> tuple[Tensor, Tensor]:

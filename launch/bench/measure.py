@@ -1,4 +1,4 @@
-"""Time and peak memory of a piece of work on whatever device there is. Reading order: Cost, measure."""
+"""Time and peak memory of a piece of work on whatever device there is. Reading order: Cost, measure, seconds_of."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Cost:
 def measure(work: Callable[[], object], repeats: int, device: torch.device) -> Cost:
     """The median of the repeats' time, after one call that is not timed and gives the peak."""
     peak = _peak(work, device)
-    return Cost(median([_seconds(work, device) for _ in range(repeats)]), peak)
+    return Cost(median([seconds_of(work, device) for _ in range(repeats)]), peak)
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

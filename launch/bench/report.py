@@ -20,10 +20,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Row:
-    """One measured number; `target` as a person reads it, such as `<= 1.5`; `met` is None where there is no target."""
+    """One measured number; `target` as a person reads it, such as `<= 1.5`; `met` is None where there is no target.
+    A value of None was not measured, for a reason that the name gives."""
 
     name: str
-    value: float
+    value: float | None
     unit: str
     target: str = ""
     met: bool | None = None
@@ -35,6 +36,10 @@ class Row:
     @classmethod
     def at_least(cls, name: str, value: float, unit: str, target: float) -> Row:
         return cls(name, value, unit, f">= {target:g}", value >= target)
+
+    @classmethod
+    def not_measured(cls, name: str, why: str, unit: str, target: str = "") -> Row:
+        return cls(f"{name}: {why}", None, unit, target)
 
 
 @dataclass
@@ -73,7 +78,9 @@ class Report:
         """The rows as aligned text, under a line that says where and on what."""
         cells = [["", "value", "unit", "target", ""]]
         marks = {None: "", True: "met", False: "MISSED"}
-        cells += [[r.name, f"{r.value:,.4g}", r.unit, r.target, marks[r.met]] for r in self.rows]
+        cells += [
+            [r.name, "" if r.value is None else f"{r.value:,.4g}", r.unit, r.target, marks[r.met]] for r in self.rows
+        ]
         widths = [max(map(len, column)) for column in zip(*cells)]
         head = (
             f"{self.benchmark}: {', '.join(f'{k} {v}' for k, v in self.settings.items())}; {device_name()}; {commit()}"

@@ -1,6 +1,6 @@
 """`scldm bench vae-step`: a training step of the autoencoder by each way of computing attention, on the same inputs.
 
-Reading order: BenchVAEStepConfig, main.
+Reading order: BenchVAEStepConfig, main, step_costs, targets.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ import torch
 
 from launch.bench.measure import Cost, measure
 from launch.bench.report import Report, Row
+from launch.bench.ways import FACTORISED, FUSED, NO_GPU, OPPONENT, PLAIN, Way, of_preset, peak_flops, unable, ways
 from launch.cli import run_verb
 from scldm.batch import GeneCounts
-from scldm.model.attention import AttentionKind
 from scldm.model.flops import vae_flops
 from scldm.model.vae import VAE, VAEConfig
 
-PURPOSE = """Measure a training step of the autoencoder (forward, backward, AdamW) by the formula, by torch's attention
-kernels, compiled or not, and by the factorised path: time, peak memory, FLOPs. On a CPU, seconds of CPU time."""
+PURPOSE = """Measure a training step of the autoencoder (forward, backward, AdamW) and its forward pass alone, by the
+formula, by torch's attention kernels (compiled too, if asked), factorised and in fused kernels: time, peak memory,
+FLOPs. On a CPU, seconds of CPU time."""
 EXAMPLE = """
 scldm bench vae-step cells=16
-scldm bench vae-step model.width=64 model.n_latents=8 model.n_layers=1 cells=30 n_given=255 n_asked=255 n_genes=765
+scldm bench vae-step preset=20m cells=1 n_genes=36130 n_given=8192 n_asked=36130 model.gene_chunk=4096 compile=true
+scldm bench vae-step preset=dentate_gyrus cells=128 n_genes=17002 n_given=4096 n_asked=4096 precision=bf16
 """
 
 
@@ -36,7 +38,9 @@ class BenchVAEStepConfig:
     n_genes: of the vocabulary
     n_given: genes that all cells share, given to the encoder
     n_asked: genes asked of the decoder: of the given ones, or those and more
-    compile: torch.compile torch's kernels' path too, the strongest other one; minutes on a CPU
+    preset: name of a shape in configs/vae; empty takes `model`
+    gene_chunk: genes that the decoder takes at once, made again in backward; 0 takes all
+    compile: torch.compile torch's kernels too, the strongest rival; minutes on a CPU
     precision: fp32, or bf16 by autocast
     threads: of torch
     repeats: of a step
@@ -48,7 +52,9 @@ class BenchVAEStepConfig:
     n_genes: int = 20_000
     n_given: int = 2_048
     n_asked: int = 2_048
+    preset: str = ""
     model: VAEConfig = field(default_factory=lambda: VAEConfig(width=256, n_latents=64, n_layers=2))
+    gene_chunk: int = 0
     compile: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
     threads: int = 1
@@ -64,47 +70,44 @@ def main(config: BenchVAEStepConfig) -> Report:
     """Print the table; returns it."""
     torch.set_num_threads(config.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = config.model
+    shape = of_preset(config.preset, config.model)
+    chunked = replace(shape, gene_chunk=config.gene_chunk, recompute=config.gene_chunk > 0)
+    config = replace(config, model=chunked)
     settings = {"cells": config.cells, "given": config.n_given, "asked": config.n_asked, "precision": config.precision}
     settings |= {"width": shape.width, "latents": shape.n_latents, "layers": shape.n_layers, "threads": config.threads}
-    report = Report("bench vae-step", settings)
-    ways: list[tuple[str, AttentionKind, bool]] = [("plain", "plain", False), ("sdpa", "sdpa", False)]
-    if config.compile:
-        ways.append(("sdpa, compiled", "sdpa", True))
-    ways.append(("factorised", "factorised", False))
-    costs = {name: step_cost(config, kind, compiled, device) for name, kind, compiled in ways}
-    flops = 3 * sum(vae_flops(shape, config.cells, config.n_given, config.n_asked).values())
-    for name, cost in costs.items():
-        report.add(Row(name, 1e3 * cost.seconds, "ms"))
-        report.add(Row(f"{name}: peak memory", cost.peak_bytes / 2**20, "MiB"))
-        report.add(Row(f"{name}: FLOPs of the formula by time", flops / cost.seconds / 1e9, "GFLOP/s"))
-    fast, plain = costs["factorised"], costs["plain"]
-    for name, cost in costs.items():
-        if name != "factorised":
-            target = 1.4 if name == "plain" and device.type == "cpu" else None
-            report.add(_ratio(f"{name} / factorised, time", cost.seconds / fast.seconds, target))
-    memory = fast.peak_bytes / max(plain.peak_bytes, 1)
-    report.add(Row.at_most("factorised / plain, peak memory", memory, "x", 0.6))
+    report = Report("bench vae-step", {**settings, "gene_chunk": config.gene_chunk})
+    most = peak_flops(device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    report.add(Row("large matrix product", most / 1e9, "GFLOP/s"))
+    flops = sum(vae_flops(shape, config.cells, config.n_given, config.n_asked).values())
+    steps: dict[str, Cost] = {}
+    for way in ways(config.compile):
+        if why := unable(way, device):
+            report.add(Row.not_measured(way.name, why, "ms"))
+            continue
+        forward, steps[way.name] = step_costs(config, way, device)
+        report.add(Row(f"{way.name}, forward", 1e3 * forward.seconds, "ms"))
+        report.add(Row(way.name, 1e3 * steps[way.name].seconds, "ms"))
+        report.add(Row(f"{way.name}: peak memory", steps[way.name].peak_bytes / 2**20, "MiB"))
+        speed = 3 * flops / steps[way.name].seconds
+        report.add(Row(f"{way.name}: FLOPs of the formula by time", speed / 1e9, "GFLOP/s"))
+        report.add(Row(f"{way.name}: of the matrix product's", speed / most, "x"))
+    targets(report, config, steps, device)
     report.print(config.json, config.save)
     return report
 
 
-def _ratio(name: str, value: float, target: float | None) -> Row:
-    return Row(name, value, "x") if target is None else Row.at_least(name, value, "x", target)
-
-
-def step_cost(config: BenchVAEStepConfig, kind: AttentionKind, compiled: bool, device: torch.device) -> Cost:
-    """Of one step on counts and weights that are the same for every way."""
+def step_costs(config: BenchVAEStepConfig, way: Way, device: torch.device) -> tuple[Cost, Cost]:
+    """Of a forward pass, and of a whole step, on counts and weights that are the same for every way."""
     torch.manual_seed(0)
     with device:
-        vae = VAE(replace(config.model, attention=kind), config.n_genes)
+        vae = VAE(replace(config.model, attention=way.kind), config.n_genes)
         ids = torch.randperm(config.n_genes)[: max(config.n_given, config.n_asked)] + 1
         counts = torch.poisson(0.5 * torch.rand(config.cells, len(ids))).int()
     given = GeneCounts(ids[: config.n_given], counts[:, : config.n_given])
     asked = GeneCounts(ids[: config.n_asked], counts[:, : config.n_asked])
     library_size_B = asked.counts_BS.sum(1).float()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-4)
-    run = torch.compile(vae) if compiled else vae
+    run = torch.compile(vae, dynamic=False) if way.compiled else vae
     autocast = torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext()
 
     def step() -> None:
@@ -114,8 +117,49 @@ def step_cost(config: BenchVAEStepConfig, kind: AttentionKind, compiled: bool, d
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    step()  # the optimizer's moments are made, and what is compiled is compiled
-    return measure(step, config.repeats, device)
+    def forward() -> None:
+        with torch.no_grad(), autocast:
+            run(given, asked.gene_ids)
+
+    for call in (forward, step):
+        call()  # the optimizer's moments are made, and what is compiled is compiled
+    return measure(forward, config.repeats, device), measure(step, config.repeats, device)
+
+
+def targets(report: Report, config: BenchVAEStepConfig, steps: dict[str, Cost], device: torch.device) -> None:
+    """Ratios, and what issue 6 asks of a step, on a CPU and on a GPU."""
+    on_cpu, shape, plain, fast = device.type == "cpu", config.model, steps[PLAIN.name], steps[FACTORISED.name]
+    judged = on_cpu and (shape.width, shape.n_latents, config.n_given, config.gene_chunk) == (256, 64, 2_048, 0)
+    for name, cost in steps.items():
+        if name != FACTORISED.name:
+            row = Row(f"{name} / factorised, time", cost.seconds / fast.seconds, "x")
+            judge = judged and name == PLAIN.name
+            report.add(Row.at_least(row.name, cost.seconds / fast.seconds, "x", 1.4) if judge else row)
+    memory = fast.peak_bytes / max(plain.peak_bytes, 1)
+    name = "factorised / plain, peak memory"
+    report.add(Row.at_most(name, memory, "x", 0.6) if judged else Row(name, memory, "x"))
+
+    census = (config.n_given, config.n_asked) == (8_000, 36_130)
+    on_gpu = not on_cpu and config.precision == "bf16" and FUSED.name in steps
+    for way, target in ((PLAIN, 5), (OPPONENT, 2)):
+        name = f"{way.name} / fused, time, Census shape, GPU, bf16"
+        if census and on_gpu and way.name in steps:
+            gain = steps[way.name].seconds / steps[FUSED.name].seconds
+            report.add(Row.at_least(name, gain, "x", target))
+        elif census:
+            report.add(Row.not_measured(name, NO_GPU if on_cpu else "not measured", "x", f">= {target}"))
+    name = f"fused / {OPPONENT.name}, peak memory, Census shape, GPU, bf16"
+    if census and on_gpu and OPPONENT.name in steps:
+        share = steps[FUSED.name].peak_bytes / steps[OPPONENT.name].peak_bytes
+        report.add(Row.at_most(name, share, "x", 0.25))
+    elif census:
+        report.add(Row.not_measured(name, NO_GPU if on_cpu else "not measured", "x", "<= 0.25"))
+    if config.preset == "dentate_gyrus" and config.cells == 128:
+        name = "dentate_gyrus at batch 128, peak memory, GPU, bf16"
+        if on_gpu:
+            report.add(Row.at_most(name, steps[FUSED.name].peak_bytes / 1e9, "GB", 2))
+        else:
+            report.add(Row.not_measured(name, NO_GPU if on_cpu else "not measured", "GB", "<= 2"))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from launch.bench import mcab, vae_step
+from launch.bench.trained import knn_accuracy
 from scldm.model.vae import VAEConfig
 
 SMALL = VAEConfig(width=16, n_latents=4, n_layers=1, n_heads=2)
@@ -12,18 +13,52 @@ SMALL = VAEConfig(width=16, n_latents=4, n_layers=1, n_heads=2)
 
 def test_bench_mcab(tmp_path, capsys):
     config = mcab.BenchMCABConfig(
-        n_given=50, n_genes=400, cells_encoded=3, model=SMALL, repeats=1, save=str(tmp_path / "rows.json")
+        given=(50,),
+        asked=(30, 60),
+        n_genes=400,
+        cells_encoded=3,
+        model=SMALL,
+        repeats=1,
+        save=str(tmp_path / "rows.json"),
     )
     mcab.main(config)
     rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
     assert rows["all genes, largest difference of a latent"]["value"] < 1e-4
-    assert rows["pooling, plain / factorised, time"]["target"] == ">= 2"
+    assert rows["all genes, pooling, plain / expressed genes"]["target"] == ">= 12"
+    for part in ("pooling, 50", "reading out, 30", "reading out, 60"):
+        assert rows[f"{part} genes, factorised, forward"]["value"] > 0
+        assert rows[f"{part} genes, sdpa, forward + backward"]["value"] > 0
     assert "all genes, encode, expressed genes" in capsys.readouterr().out
 
 
-def test_bench_vae_step(capsys):
-    config = vae_step.BenchVAEStepConfig(cells=2, n_genes=60, n_given=20, n_asked=40, model=SMALL, repeats=1, json=True)
+def test_what_was_not_measured_says_so_beside_its_target(monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    config = vae_step.BenchVAEStepConfig(
+        cells=1, n_genes=36_130, n_given=8_000, n_asked=36_130, model=VAEConfig(16, 4, 4, 0, 2), repeats=1, json=True
+    )
     report = vae_step.main(config)
     printed = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in printed["rows"]] == [row.name for row in report.rows]
-    assert {row.name: row for row in report.rows}["factorised"].value > 0
+    unmeasured = [row for row in printed["rows"] if "GPU" in row["name"] and row["target"]]
+    assert [row["target"] for row in unmeasured] == [">= 5", ">= 2", "<= 0.25"]
+    assert all(row["value"] is None and row["met"] is None for row in unmeasured)
+    report.print(as_json=False)
+    assert "not measured on a GPU" in capsys.readouterr().out
+
+
+def test_bench_vae_step():
+    config = vae_step.BenchVAEStepConfig(cells=2, n_genes=60, n_given=20, n_asked=40, model=SMALL, repeats=1)
+    rows = {row.name: row.value for row in vae_step.main(config).rows}
+    assert rows["factorised"] > 0
+    assert rows["plain / factorised, time"] > 0
+
+
+def test_knn_accuracy_leaves_the_cell_itself_out():
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    label = np.repeat(["a", "b"], 40)
+    apart = rng.normal(size=(80, 3)) + 20 * (label == "b")[:, None]
+    assert knn_accuracy(apart, apart, label) == 1
+    alone = np.array(["a"] * 79 + ["b"])  # the only one of its label finds no other
+    assert knn_accuracy(apart, apart, alone) == 79 / 80
