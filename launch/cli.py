@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from launch.config import compose, help_text
 from scldm.errors import InputError
@@ -28,6 +29,9 @@ VERBS = {
     "embed": ("launch.embed", "embed the cells of an h5ad file"),
     "reconstruct": ("launch.reconstruct", "expected expression and log-likelihood of the cells of an h5ad file"),
     "evaluate": ("launch.evaluate", "compare generated cells with real ones: metrics, figures, report"),
+    "submit": ("launch.submit", "run a verb, or the whole path, as Slurm jobs on many nodes"),
+    "status": ("launch.status", "how far a run is: state, step, cells/s, time left, last checkpoint, errors"),
+    "logs": ("launch.logs", "follow the log of a run that was submitted"),
     "bench shards": ("launch.bench.shards", "measure the conversion of an atlas"),
     "bench loader": ("launch.bench.loader", "measure the stream of minibatches beside other loaders"),
     "bench mcab": ("launch.bench.mcab", "measure the cross-attention between genes and latent tokens"),
@@ -70,9 +74,9 @@ def run_verb(verb: str, words: Sequence[str]) -> int:
     try:
         module = importlib.import_module(VERBS[verb][0])
         if "--help" in words or "-h" in words:
-            print(help_text(verb, module.PURPOSE, module.CONFIG, module.EXAMPLE))
+            print(help_text(verb, module.PURPOSE, module.CONFIG, module.EXAMPLE, getattr(module, "USAGE", "")))
             return 0
-        module.main(compose(module.CONFIG, words))
+        module.main(config_of(module, words))
     except InputError as error:
         print(f"scldm {verb}: error: {error}", file=sys.stderr)
         return 2
@@ -83,6 +87,11 @@ def run_verb(verb: str, words: Sequence[str]) -> int:
         print(f"scldm {verb}: error: the package {package} is missing; {EXTRAS_HINT}", file=sys.stderr)
         return 2
     return 0
+
+
+def config_of(module: Any, words: Sequence[str]) -> Any:
+    """The config of a verb's words; a verb whose words are not all its own keys has a `read` that takes them apart."""
+    return module.read(words) if hasattr(module, "read") else compose(module.CONFIG, words)
 
 
 def overview() -> str:

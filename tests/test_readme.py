@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import cli
 from launch.cli import VERBS, find_verb
 from launch.config import compose, preset_path
 from scldm.errors import InputError
@@ -83,7 +84,7 @@ def problem_of_verb(words: list[str]) -> str:
     try:
         verb, rest = find_verb(words)
         if verb is not None and "--help" not in rest:
-            compose(config_of(verb), rest)
+            cli.config_of(importlib.import_module(VERBS[verb][0]), rest)
     except InputError as error:
         return str(error)
     return ""

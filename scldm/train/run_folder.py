@@ -4,6 +4,7 @@ config.json       the resolved config, as given
 environment.json  versions, commit, host, command line; one entry per start
 metrics.jsonl     see tracking.py
 checkpoints/      see checkpoint.py
+slurm/            notes of the job that trains, if one does: may be there first
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from scldm.errors import InputError, read_json
 
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
+NOTES = "slurm"
 
 
 def open_run_folder(run_dir: Path, config: Mapping[str, Any], free: tuple[str, ...]) -> None:
@@ -42,7 +44,7 @@ def open_run_folder(run_dir: Path, config: Mapping[str, Any], free: tuple[str, .
             told = "; ".join(f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in changed[:4])
             more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
             raise InputError(f"{run_dir} holds another run: {told}{more}; choose another run_dir")
-    elif run_dir.is_dir() and any(entry.name != f"{CONFIG}.partial" for entry in run_dir.iterdir()):
+    elif run_dir.is_dir() and any(entry.name not in (f"{CONFIG}.partial", NOTES) for entry in run_dir.iterdir()):
         raise InputError(f"{run_dir} is not empty and not a run folder; choose another run_dir")
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(path, config)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch import cli
-from launch.config import compose, flatten
+from launch.config import flatten
 from scldm.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -106,7 +106,7 @@ def test_every_verb_says_what_it_is(verb: str, capsys: pytest.CaptureFixture) ->
         named, rest = cli.find_verb(command[1:])
         assert named is not None
         verbs.append(named)
-        compose(importlib.import_module(cli.VERBS[named][0]).CONFIG, rest)
+        cli.config_of(importlib.import_module(cli.VERBS[named][0]), rest)
     assert verb in verbs, f"{verb}: its example does not show it"
 
 

@@ -1,0 +1,77 @@
+"""What a job notes about itself, as slurm/job.sbatch and `scldm submit` write it, read back.
+
+job.json     id, name and words of the job that was submitted last
+job.sbatch   its script
+log.txt      the one log of all its ranks and starts; of an array, log-TASK.txt
+state        state, job, time, restarts, reason; of an array, state.TASK
+history      a line for every start and stop: how far the work was
+bad_nodes    nodes that preflight found unfit, with the reason; preflight.json has its last report
+
+Reading order: find_notes, state_of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from launch import slurm
+from scldm.errors import InputError, read_json
+
+ENDED = ("DONE", "FAILED", "STOPPED", "CANCELLED", "LOST")
+
+
+class State(NamedTuple):
+    """state: of Slurm while it knows the job as waiting or running, else the job's own last word"""
+
+    state: str
+    job: str
+    reason: str
+
+
+def with_run(words: Sequence[str]) -> list[str]:
+    """A command line whose first word is the folder."""
+    named = bool(words) and "=" not in words[0] and not words[0].startswith("--")
+    return [f"run={words[0]}", *words[1:]] if named else list(words)
+
+
+def find_notes(path: Path) -> list[Path]:
+    """The notes of a run folder, of a pipeline's folder (one for every job, in their order), or of what a verb made.
+
+    Raises: InputError where there are none.
+    """
+    for place in (path / "slurm", Path(f"{path}.slurm"), path.parent / "slurm" / path.name, path):
+        if (place / "job.json").is_file():
+            return [place]
+        if (place / "chain.json").is_file():
+            return [Path(folder) for folder in read_json(place / "chain.json")]
+    raise InputError(f"{path}: no job was submitted for it; `scldm submit` notes its jobs in the folder of the run")
+
+
+def state_of(notes: Path) -> State:
+    """The state of the job that was submitted last."""
+    job = str(read_json(notes / "job.json")["id"])
+    known = _known(job)
+    told = [line for path in sorted(notes.glob("state*")) if (line := path.read_text().strip("\n").split("\t"))]
+    told = [line for line in told if len(line) == 5]
+    worst = min(told, key=lambda line: _ORDER.index(line[0]) if line[0] in _ORDER else 0, default=None)
+    if known and known[0] not in slurm.ENDED:
+        return State(known[0], job, known[1] if known[0] == "PENDING" else (worst[4] if worst else ""))
+    if worst and worst[0] not in ("RUNNING", "REQUEUED"):
+        return State(worst[0], job, worst[4])
+    if known and known[0] != "COMPLETED":
+        return State(known[0], job, known[1] if known[1] != "None" else "")
+    return State("LOST", job, "Slurm no longer knows the job, and its script could not say why it ended")
+
+
+# of the tasks of an array, the state to show
+_ORDER = ("FAILED", "STOPPED", "REQUEUED", "RUNNING", "DONE")
+
+
+def _known(job: str) -> tuple[str, str] | None:
+    """What Slurm says of a job; None where it no longer knows it, or there is none here."""
+    try:
+        return slurm.job_states().get(job)
+    except InputError:
+        return None

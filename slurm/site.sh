@@ -1,0 +1,29 @@
+# shellcheck shell=bash disable=SC2034
+# This site's Slurm, one SCLDM_KEY=value a line, for `scldm submit` and slurm/job.sbatch. The file is read, not run:
+# nothing is expanded. Another file: SCLDM_SITE=FILE. An empty value leaves the choice to Slurm.
+
+# where jobs go, and for how long (24:00:00)
+SCLDM_PARTITION=
+SCLDM_ACCOUNT=
+SCLDM_QOS=
+SCLDM_TIME=
+
+# a node: one rank per GPU; on nodes without GPUs, so many ranks; CPU cores of a rank; memory (0: all of a node's)
+SCLDM_GPUS_PER_NODE=8
+SCLDM_TASKS_PER_NODE=
+SCLDM_CPUS_PER_TASK=
+SCLDM_MEMORY=
+
+# environment modules ("cuda/12.8 python/3.12"), the Python that has scldm, or a container image (pyxis)
+SCLDM_MODULES=
+SCLDM_PYTHON=
+SCLDM_CONTAINER=
+SCLDM_CONTAINER_MOUNTS=
+
+# folder on a node's own disk for staged shards; folders that all nodes see (/lustre:/home)
+SCLDM_SCRATCH=
+SCLDM_SHARED=
+
+# the network: SCLDM_NCCL_X=value sets NCCL_X on every node (also GLOO_, UCX_, FI_)
+SCLDM_NCCL_SOCKET_IFNAME=
+SCLDM_NCCL_IB_HCA=

@@ -1,0 +1,254 @@
+"""On a real Slurm, four nodes on this host (cluster.sh): the chain, stops of every kind, lost and unfit nodes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import anndata as ad
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from launch import status, submit
+from launch.cli import main
+from launch.notes import state_of
+from launch.quickstart import write_builtin_cells
+from scldm.train.tracking import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SCRIPT = str(Path(__file__).with_name("cluster.sh"))
+pytestmark = pytest.mark.slow
+
+TRAIN = [
+    *(
+        "train.steps=40",
+        "train.validate_every=20",
+        "train.log_every=1",
+        "train.save_every=10",
+        "tracking.enabled=false",
+    ),
+    *("model.width=16", "model.n_layers=1", "model.n_heads=2"),
+]
+VAE = ["vae/tiny", "hardware/cpu", *TRAIN, "model.n_latents=2", "model.latent_width=4"]
+LDM = ["ldm/tiny", "hardware/cpu", *TRAIN]
+
+
+class Cluster:
+    """Four nodes, sim1 ... sim4."""
+
+    def __init__(self, folder: Path, runs: Path) -> None:
+        self.folder, self.runs = folder, runs
+
+    def call(self, *words: str) -> str:
+        return subprocess.run(words, check=True, capture_output=True, text=True, timeout=90).stdout
+
+    def crash(self, node: int) -> None:
+        self.call("bash", SCRIPT, "crash", str(self.folder), str(node))
+
+    def revive(self, node: int) -> None:
+        self.call("bash", SCRIPT, "revive", str(self.folder), str(node))
+
+
+def wait_for(what: Callable[[], object], seconds: float, told: Callable[[], str] = lambda: "") -> None:
+    until = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < until, f"not within {seconds} s: {told()}"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    why_not = subprocess.run(["bash", SCRIPT, "why-not"], capture_output=True, text=True).stdout.strip()
+    if why_not:
+        pytest.skip(f"needs a Slurm of its own: {why_not}")
+    folder, runs = tmp_path_factory.mktemp("slurm"), tmp_path_factory.mktemp("runs") / "my runs"
+    site = folder / "site.sh"
+    lines = {
+        "PARTITION": "low",
+        "GPUS_PER_NODE": 0,
+        "TASKS_PER_NODE": 1,
+        "SHARED": f"'{runs}'",
+        "SCRATCH": folder / "disk",
+    }
+    site.write_text("".join(f"SCLDM_{key}={value}\n" for key, value in lines.items()))
+    try:
+        subprocess.run(["bash", SCRIPT, "start", str(folder), "4"], check=True, timeout=90)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+            patch.setenv("SCLDM_SITE", str(site))
+            patch.setenv("PYTHONPATH", str(ROOT))
+            yield Cluster(folder, runs)
+    finally:
+        subprocess.run(["bash", SCRIPT, "stop", str(folder)], check=True, timeout=60)
+
+
+class Run:
+    """One training run as a job."""
+
+    def __init__(self, cluster: Cluster, name: str, shards: Path, *words: str) -> None:
+        self.cluster, self.folder = cluster, cluster.runs / name
+        self.words = ["train", "vae", *VAE, f"data.shards={shards}", f"run_dir={self.folder}"]
+        (self.job,) = submit.main(submit.read([*self.words, *words]))
+
+    @property
+    def notes(self) -> Path:
+        return self.folder / "slurm"
+
+    @property
+    def log(self) -> str:
+        path = self.notes / "log.txt"
+        return path.read_text() if path.exists() else ""
+
+    @property
+    def step(self) -> int:
+        return max([row["step"] for row in read_metrics(self.folder, "train")], default=0)
+
+    def reaches(self, step: int, seconds: float = 90) -> None:
+        wait_for(lambda: self.step >= step, seconds, lambda: self.log)
+
+    def ends(self, seconds: float = 150) -> str:
+        wait_for(lambda: state_of(self.notes).state in ("DONE", "FAILED", "STOPPED"), seconds, lambda: self.log)
+        return state_of(self.notes).state
+
+    def events(self) -> list[tuple[str, int, int]]:
+        """(start or stop, restarts before it, step) of every start and stop."""
+        rows = [line.split("\t") for line in (self.notes / "history").read_text().splitlines()]
+        return [(what, int(restart), int(step)) for what, _, restart, step in rows]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    latest = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
+    parts = [load_file(path) for path in sorted(latest.glob("*.safetensors"))]
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def assert_same_weights(run: Path, other: Path, atol: float = 0.0) -> None:
+    """To the bit, where no tolerance is given."""
+    ours, theirs = weights(run), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=0.0, atol=atol)
+
+
+# --- the whole chain -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chain(cluster: Cluster) -> Path:
+    """The quickstart's cells through `scldm submit pipeline` on two nodes, sharding as an array of two."""
+    out = cluster.runs / "chain"
+    cluster.runs.mkdir()
+    write_builtin_cells(cluster.runs / "cells.h5ad")
+    labels = sorted(set(ad.read_h5ad(cluster.runs / "cells.h5ad").obs["cell_type"]))
+    (cluster.runs / "wanted.csv").write_text("".join(["cell_type,n_cells\n", *(f"{label},6\n" for label in labels)]))
+    words = [*("vae." + word if "=" in word else word for word in VAE), "ldm/tiny", *("ldm." + word for word in TRAIN)]
+    words += [f"shards.{word}" for word in shard_words(cluster)]
+    words += [f"generate.conditions={cluster.runs}/wanted.csv", "generate.sampler.n_steps=4"]
+    words += ["evaluate.condition=cell_type", "evaluate.tracking.enabled=false", f"out={out}"]
+    submit.main(submit.read(["pipeline", *words, "--nodes", "2", "--tasks", "2"]))
+    (last,) = [Path(p) for p in json.loads((out / "slurm" / "chain.json").read_text())][-1:]
+    wait_for(lambda: state_of(last).state in ("DONE", "FAILED", "CANCELLED"), 300, lambda: chain_log(out))
+    assert state_of(last).state == "DONE", chain_log(out)
+    return out
+
+
+def shard_words(cluster: Cluster) -> list[str]:
+    return [
+        *(f"source.paths={cluster.runs}/cells.h5ad", "conditions=cell_type", "split.stratify=cell_type"),
+        *("split.validation=0.2", "split.test=0.2", "block_cells=32", "shard_cells=64"),
+    ]
+
+
+def chain_log(out: Path) -> str:
+    return "\n".join(f"{path}: {path.read_text()[-1500:]}" for path in sorted((out / "slurm").rglob("log*.txt")))
+
+
+def test_the_chain_makes_everything(chain: Path, capsys: pytest.CaptureFixture) -> None:
+    assert json.loads((chain / "evaluation" / "evaluation.json").read_text())
+    assert main(["status", str(chain)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["DONE"] * 10
+
+
+def test_an_array_writes_the_shards_of_a_local_run(cluster: Cluster, chain: Path) -> None:
+    assert main(["shards", "write", *shard_words(cluster), f"out={cluster.runs}/local shards"]) == 0
+    ours, local = (sorted((p / "shards").rglob("*.*")) for p in (chain, cluster.runs / "local shards"))
+    local = sorted((cluster.runs / "local shards").rglob("*.*"))
+    ours = sorted((chain / "shards").rglob("*.*"))
+    assert [p.name for p in ours] == [p.name for p in local]
+    assert len(ours) > 10
+    for one, other in zip(ours, local):
+        if one.name != "manifest.json":
+            assert one.read_bytes() == other.read_bytes(), one
+    tasks = [path.name for path in sorted((chain / "slurm" / "shards").glob("stage-*/state.*"))]
+    assert tasks == ["state.0", "state.1"] * 3
+
+
+@pytest.mark.parametrize("stage", ["vae", "ldm"])
+def test_two_nodes_train_as_two_local_ranks(cluster: Cluster, chain: Path, stage: str) -> None:
+    words, data = (VAE, "shards") if stage == "vae" else (LDM, "latents")
+    run = cluster.runs / f"local {stage}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", f"launch.train_{stage}", *words, f"data.shards={chain}/{data}", f"run_dir={run}"]
+    subprocess.run(command, check=True, cwd=ROOT, timeout=200, capture_output=True)
+    assert_same_weights(chain / stage, run)
+    assert json.loads((run / "deepspeed.json").read_text())["zero_optimization"]["stage"] == 2
+
+
+# --- nodes -----------------------------------------------------------------------------------------------------------
+
+
+PLANTED = """
+import importlib.metadata, platform, time
+if platform.node() == "sim2":
+    found = importlib.metadata.version
+    importlib.metadata.version = lambda name: "0.0.1" if name == "numpy" else found(name)
+if platform.node() == "sim3":
+    import torch
+    product = torch.Tensor.__matmul__
+    def slow(a, b):
+        time.sleep(0.05)
+        return product(a, b)
+    torch.Tensor.__matmul__ = slow
+"""
+
+
+def test_preflight_finds_planted_nodes(
+    cluster: Cluster, chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """One node has another numpy, one is slow: the run goes on without them, its shards on the others' own disks."""
+    (tmp_path / "sitecustomize.py").write_text(PLANTED)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    run = Run(cluster, "planted", chain / "shards", "--nodes", "2-4", "--stage")
+    assert run.ends() == "DONE", run.log
+    report = json.loads((run.notes / "preflight.json").read_text())
+    troubles = {row["node"]: row["troubles"] for row in report["nodes"]}
+    assert troubles["sim1"] == troubles["sim4"] == []
+    assert troubles["sim2"][0].startswith("numpy is 0.0.1, on other nodes ")
+    assert troubles["sim3"][0].startswith("slow: a matrix product takes ")
+    assert report["use"] == ["sim1", "sim4"]
+    assert report["seconds"] < 60
+    assert_same_weights(run.folder, chain / "vae")
+    # each node once, and nothing is left
+    assert run.log.count(": staged ") == 2
+    assert list((cluster.folder / "disks").glob("*/*")) == []
+    # the next submission does without them
+    capsys.readouterr()
+    submit.main(submit.read([*run.words, "--nodes", "2", "--dry-run"]))
+    assert "#SBATCH --exclude=sim2,sim3\n" in capsys.readouterr().out
+
+
+def test_status_and_logs(cluster: Cluster, chain: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["status", str(chain / "vae")]) == 0
+    told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert told["state"].startswith("DONE, job ")
+    assert told["step"].startswith("40 of 40 (100.0 %)")
+    assert told["checkpoint"].startswith("step 40, ")
+    assert main(["logs", str(chain / "vae")]) == 0
+    assert capsys.readouterr().out == (chain / "slurm" / "vae" / "log.txt").read_text()
+    assert status.duration(3 * 86_400 + 3_700) == "3 d 1 h 2 min"
