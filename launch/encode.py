@@ -15,6 +15,7 @@ import torch
 from data_pipeline.gene_sets import GeneSetConfig
 from data_pipeline.loader import shard_batches
 from data_pipeline.read_shards import ShardSet
+from data_pipeline.schema import Manifest
 from data_pipeline.write_latents import LatentWriter
 from launch.cli import run_verb
 from launch.export import trained_vae
@@ -70,12 +71,7 @@ def main(config: EncodeConfig) -> Path:
     with closing(ShardSet(config.shards)) as cells:
         if cells.manifest.kind != "cells":
             raise InputError(f"{config.shards}: a set of {cells.manifest.kind}, not of cells")
-        trained_on = GeneVocab.load(Path(config.vae) / "genes.json")
-        if cells.manifest.genes.hash != trained_on.hash:
-            raise InputError(
-                f"{config.shards} has another gene vocabulary ({cells.manifest.genes.n_genes} genes) than "
-                f"{config.vae} was trained on ({trained_on.n_genes} genes)"
-            )
+        check_same_genes(cells.manifest, config.shards, Path(config.vae))
         shape = (vae.config.n_latents, vae.config.latent_width)
         writer = LatentWriter(config.out, cells, origin["hash"], shape, config.genes.policy)
         missing = writer.missing_shards()
@@ -92,6 +88,16 @@ def main(config: EncodeConfig) -> Path:
             print(f"{cells.manifest.n_cells:,} cells as {shape[0]} tokens of width {shape[1]}: {config.out}")
     close_world()
     return Path(config.out)
+
+
+def check_same_genes(manifest: Manifest, shards: str, vae_run: Path) -> None:
+    """Raises: InputError where the set's genes are not those that the autoencoder was trained on."""
+    trained_on = GeneVocab.load(vae_run / "genes.json")
+    if manifest.genes.hash != trained_on.hash:
+        raise InputError(
+            f"{shards} has another gene vocabulary ({manifest.genes.n_genes} genes) than "
+            f"{vae_run} was trained on ({trained_on.n_genes} genes)"
+        )
 
 
 def encoder(vae: VAE, cells: ShardSet, config: EncodeConfig, world: World) -> Callable[[GeneCounts], Posterior]:

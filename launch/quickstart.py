@@ -121,8 +121,8 @@ def main(config: QuickstartConfig) -> None:
 class Stages:
     """Runs the stages that the note in the folder does not list as finished."""
 
-    def __init__(self, out: Path, note: dict) -> None:
-        self.out, self.note, self.n_run = out, note, 0
+    def __init__(self, out: Path, note: dict, name: str = NOTE) -> None:
+        self.path, self.note, self.n_run = out / name, note, 0
 
     def verb(self, stage: str, module: str, arguments: Iterable[str], ranks: int = 1) -> None:
         """A verb as a command of its own, on one process or under torchrun."""
@@ -141,7 +141,7 @@ class Stages:
         work()
         self.n_run += 1
         self.note["stages"][stage] = round(time.monotonic() - began, 1)
-        write_json(self.out / NOTE, self.note)
+        write_json(self.path, self.note)
 
 
 def run(stage: str, command: list[str]) -> None:

@@ -1,33 +1,48 @@
-"""`scldm train ldm`: stage 2, the diffusion transformer, on a latent set."""
+"""`scldm train ldm`: stage 2, the diffusion transformer, on a latent set or on cells encoded as they come.
+
+Reading order: TrainLDMConfig, main, set_up; where the latents come from; what the conditions are.
+"""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
-from data_pipeline.loader import LatentLoader, StreamConfig
+from data_pipeline.gene_sets import GeneSetConfig
+from data_pipeline.loader import CellLoader, LatentLoader, LoaderConfig, StreamConfig
 from data_pipeline.schema import Manifest
 from launch.cli import run_verb
-from launch.training import Parts, check_has_validation, run_training
+from launch.encode import check_same_genes
+from launch.export import trained_vae
+from launch.training import Parts, check_has_validation, run_training, whole_cells
+from scldm.batch import GeneCounts
+from scldm.errors import InputError
 from scldm.model.dit import DiT, DiTConfig
+from scldm.model.vae import VAE, Posterior
 from scldm.parallel.dist import World
 from scldm.parallel.engine import HardwareConfig
 from scldm.train.loop import TrainConfig
-from scldm.train.losses import GuidanceConfig, LDMStage
+from scldm.train.losses import FlowConfig, GuidanceConfig, LDMStage
 from scldm.train.optim import OptimConfig
 from scldm.train.tracking import TrackingConfig
+from scldm.vocab import ConditionVocab
 
-PURPOSE = (
-    "Train the diffusion transformer on latents that `scldm encode` wrote. Run again with the same run_dir, it resumes."
-)
+PURPOSE = """Train the diffusion transformer on latents that `scldm encode` wrote, or with vae=RUN on cells that are
+encoded as they come, each time from a fresh gene set. Run again with the same run_dir, it resumes."""
 EXAMPLE = """
 scldm train ldm ldm/tiny hardware/cpu data.shards=latents run_dir=runs/ldm
 torchrun --standalone --nproc-per-node 8 -m launch.train_ldm ldm/base data.shards=latents run_dir=runs/ldm
+scldm train ldm ldm/tiny hardware/cpu vae=runs/vae data.shards=shards given.n_genes=256 given.policy=random \
+  run_dir=runs/ldm
 """
 MIN_STD = 1e-6  # a latent number that is the same in every cell can't be scaled to variance 1
+MOMENT_CELLS = 4_096  # training cells whose latents give the moments, where there is no latent set that has them
 
 
 @dataclass(frozen=True)
@@ -35,12 +50,20 @@ class TrainLDMConfig:
     """Stage 2. The conditions are those of the latent set.
 
     run_dir: folder of the run
+    vae: run folder of the autoencoder, best checkpoint: encode the cells of data.shards as they come
+    given: gene set that they are encoded from
+    label_embeddings: condition -> CSV file of its labels (first column) and a vector of numbers for each: the model is
+        told the vector, so that every label of the file can be asked for, trained or not
     """
 
     run_dir: str
     data: StreamConfig
+    vae: str = ""
+    given: GeneSetConfig = field(default_factory=GeneSetConfig)
+    label_embeddings: dict[str, str] = field(default_factory=dict)
     model: DiTConfig = field(default_factory=DiTConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-4, schedule="cosine"))
     train: TrainConfig = field(default_factory=TrainConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
@@ -56,23 +79,145 @@ def main(config: TrainLDMConfig) -> dict[str, float]:
 
 
 def set_up(config: TrainLDMConfig, world: World) -> Parts:
-    place: Any = {
+    source = cells(config, world) if config.vae else latents(config, world)
+    vocab, features = described(source.manifest.conditions, config.label_embeddings)
+    manifest = replace(source.manifest, conditions=vocab)
+    n_latents, latent_width = manifest.extra["shape"]
+    module = DiT(
+        config.model,
+        n_latents,
+        latent_width,
+        {name: vocab.n_labels(name) for name in vocab.names},
+        values=values_of(vocab, config),
+        features=features,
+        combinations_KC=trained_combinations(manifest),
+    )
+    module.latent_mean_LZ.copy_(source.mean_LZ)
+    module.latent_std_LZ.copy_(source.std_LZ.clamp_min(MIN_STD))
+    stage = LDMStage(module, config.guidance, config.flow, source.encode)
+    return Parts(module, stage, source.loader, source.validation, manifest)
+
+
+# --- where the latents come from -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """manifest: of the cells, with what a latent set's `extra` says
+    mean_LZ, std_LZ: moments over training cells
+    encode: of cells that come as counts
+    """
+
+    loader: LatentLoader | CellLoader
+    validation: LatentLoader | CellLoader
+    manifest: Manifest
+    mean_LZ: torch.Tensor
+    std_LZ: torch.Tensor
+    encode: Callable[[GeneCounts], Posterior] | None = None
+
+
+def place(config: TrainLDMConfig, world: World) -> dict[str, Any]:
+    return {
         "rank": world.rank,
         "world_size": world.size,
         "global_batch": config.train.global_batch,
         "micro_batch": config.hardware.micro_batch,
     }
-    loader = LatentLoader(config.data, split="train", **place)
+
+
+def latents(config: TrainLDMConfig, world: World) -> Source:
+    """A latent set, in which every cell was encoded once from all its genes."""
+    loader = LatentLoader(config.data, split="train", **place(config, world))
     check_has_validation(loader.manifest, config.data.shards)
-    validation = LatentLoader(replace(config.data, balance=[]), split="validation", **place)
-    n_latents, latent_width = loader.latent_shape
-    n_labels = {name: loader.conditions.n_labels(name) for name in loader.conditions.names}
-    combinations_KC = trained_combinations(loader.manifest)
-    module = DiT(config.model, n_latents, latent_width, n_labels, combinations_KC=combinations_KC)
+    validation = LatentLoader(replace(config.data, balance=[]), split="validation", **place(config, world))
     extra = loader.manifest.extra
-    module.latent_mean_LZ.copy_(torch.tensor(extra["mean"]))
-    module.latent_std_LZ.copy_(torch.tensor(extra["std"]).clamp_min(MIN_STD))
-    return Parts(module, LDMStage(module, config.guidance), loader, validation, loader.manifest)
+    return Source(loader, validation, loader.manifest, torch.tensor(extra["mean"]), torch.tensor(extra["std"]))
+
+
+def cells(config: TrainLDMConfig, world: World) -> Source:
+    """A set of cells, each encoded whenever it comes; validation from all genes, as latent sets are."""
+    vae, origin = trained_vae(Path(config.vae), "best")
+    vae = vae.to(world.device)
+    stream = {f.name: getattr(config.data, f.name) for f in fields(StreamConfig)}
+    loader = CellLoader(LoaderConfig(**stream, given=config.given), split="train", **place(config, world))
+    check_has_validation(loader.manifest, config.data.shards)
+    check_same_genes(loader.manifest, config.data.shards, Path(config.vae))
+    whole = LoaderConfig(**{**stream, "balance": []})
+    n_genes = loader.vocab.n_genes
+    batch = whole_cells(config.hardware.micro_batch, config.given.n_genes or n_genes, n_genes)
+    validation = CellLoader(whole, split="validation", **{**place(config, world), "micro_batch": batch})
+    mean_LZ, std_LZ = moments(vae, whole, batch, world)
+    shape = [vae.config.n_latents, vae.config.latent_width]
+    extra = {"vae": origin["hash"], "shape": shape, "genes": config.given.policy, "encoded": "as they come"}
+    manifest = replace(loader.manifest, kind="latents", extra=extra)
+    return Source(loader, validation, manifest, mean_LZ, std_LZ, vae.encode)
+
+
+@torch.no_grad()
+def moments(vae: VAE, whole: LoaderConfig, batch: int, world: World) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the latents of the first training cells, (L, Z); the same on every rank."""
+    found, n = [], 0
+    with CellLoader(whole, split="train", global_batch=batch, micro_batch=batch) as loader:
+        for (one,) in loader.one_pass():
+            one = one.to(world.device)
+            found.append(vae.encode(one.given).mean_BLZ[one.weight_B > 0].double().cpu())
+            n += len(found[-1])
+            if n >= MOMENT_CELLS:
+                break
+    every = torch.cat(found)
+    return every.mean(0).float(), every.std(0, unbiased=False).float()
+
+
+# --- what the conditions are ---------------------------------------------------------------------------------------
+
+
+def described(vocab: ConditionVocab, files: dict[str, str]) -> tuple[ConditionVocab, dict[str, torch.Tensor]]:
+    """The vocabulary with all labels of the files, behind those of the set; and these labels' vectors.
+
+    Raises: InputError for a file that can't be read, has no vector for a label of the set, or is of no condition.
+    """
+    labels, features = dict(vocab.labels), {}
+    for name, path in files.items():
+        key = f"label_embeddings.{name}={path}"
+        if name not in labels:
+            raise InputError(f"{key}: condition {name!r} is unknown; the set has {', '.join(labels) or 'none'}")
+        try:
+            table = pd.read_csv(path, index_col=0, dtype={0: str}, keep_default_na=False)
+            vectors = table.to_numpy("float32")
+        except (OSError, ValueError) as error:  # ParserError and EmptyDataError are ValueErrors
+            raise InputError(f"{key}: not a CSV file of labels and numbers: {' '.join(str(error).split())}") from None
+        table.index = table.index.astype(str)
+        if table.index.has_duplicates:
+            raise InputError(f"{key}: label {table.index[table.index.duplicated()][0]!r} stands twice")
+        missing = [label for label in labels[name] if label not in table.index]
+        if missing:
+            raise InputError(f"{key}: no vector for {missing[0]!r}, nor for {len(missing) - 1} more labels of the set")
+        labels[name] = (*labels[name], *(label for label in table.index if label not in labels[name]))
+        features[name] = torch.from_numpy(vectors[table.index.get_indexer(list(labels[name]))])
+        if not features[name].isfinite().all():
+            raise InputError(f"{key}: not all of its numbers are finite")
+    return ConditionVocab(labels), features
+
+
+def values_of(vocab: ConditionVocab, config: TrainLDMConfig) -> dict[str, torch.Tensor]:
+    """The number that each label of a continuous condition is.
+
+    Raises: InputError for an unknown condition, or a label that is no number.
+    """
+    values = {}
+    for name in config.model.continuous:
+        if name not in vocab.names:
+            told = ", ".join(vocab.names) or "none"
+            raise InputError(f"model.continuous.{name}: no such condition; the set has {told}")
+        if name in config.label_embeddings:
+            raise InputError(f"condition {name!r} stands in model.continuous and in label_embeddings: choose one")
+        try:
+            values[name] = torch.tensor([float(label) for label in vocab.labels[name]])
+        except ValueError as error:
+            raise InputError(f"model.continuous.{name}: not all of its labels are numbers: {error}") from None
+        if not values[name].isfinite().all():
+            raise InputError(f"model.continuous.{name}: not all of its labels are finite numbers")
+    return values
 
 
 def trained_combinations(manifest: Manifest) -> torch.Tensor:

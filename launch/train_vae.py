@@ -9,7 +9,7 @@ from typing import Any
 from data_pipeline.gene_sets import GeneSetConfig
 from data_pipeline.loader import CellLoader, LoaderConfig
 from launch.cli import run_verb
-from launch.training import Parts, check_has_validation, run_training
+from launch.training import Parts, check_has_validation, run_training, whole_cells
 from scldm.kernels import check_available
 from scldm.model.vae import VAE, VAEConfig
 from scldm.parallel.dist import World
@@ -63,17 +63,12 @@ def set_up(config: TrainVAEConfig, world: World) -> Parts:
     check_has_validation(loader.manifest, config.data.shards)
     # judged on all genes of every held-out cell, whatever it trains on, in micro-batches that take no more memory
     whole = replace(config.data, given=GeneSetConfig(), asked=GeneSetConfig(policy="same"), balance=[])
-    place["micro_batch"] = whole_cells(config, loader.vocab.n_genes)
+    n_genes = loader.vocab.n_genes
+    in_training = max(config.data.given.n_genes, config.data.asked.n_genes) or n_genes
+    place["micro_batch"] = whole_cells(config.hardware.micro_batch, in_training, n_genes)
     validation = CellLoader(whole, split="validation", **place)
     module = VAE(config.model, loader.vocab.n_genes)
     return Parts(module, VAEStage(module), loader, validation, loader.manifest)
-
-
-def whole_cells(config: TrainVAEConfig, n_genes: int) -> int:
-    """Cells per forward pass over all genes: the largest divisor of the micro-batch that has no more counts than it."""
-    in_training = max(config.data.given.n_genes, config.data.asked.n_genes) or n_genes
-    fitting = max(1, config.hardware.micro_batch * in_training // n_genes)
-    return max(m for m in range(1, fitting + 1) if config.hardware.micro_batch % m == 0)
 
 
 if __name__ == "__main__":

@@ -129,6 +129,12 @@ def check_has_validation(manifest: Manifest, shards: str) -> None:
         raise InputError(f"{shards} has no validation cells; write the shards with split.validation above 0")
 
 
+def whole_cells(micro_batch: int, n_in_training: int, n_genes: int) -> int:
+    """Cells per forward pass over all genes: the largest divisor of the micro-batch that has no more counts than it."""
+    fitting = max(1, micro_batch * n_in_training // n_genes)
+    return max(m for m in range(1, fitting + 1) if micro_batch % m == 0)
+
+
 def library_sizes_of(manifest: Manifest) -> LibrarySizeModel:
     """The library sizes that the manifest states, by label instead of by id."""
     labels = manifest.conditions.labels

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from torch import Tensor
 from scldm import draws
 from scldm.batch import GeneCounts
 from scldm.errors import InputError, read_json
+from scldm.flow.asked import check_sampler, encode_labels, without_token
 from scldm.flow.generate import SamplerConfig, generate_latents, sample_counts
 from scldm.library_size import LibrarySizeModel
 from scldm.model.all_genes import encoder_of
@@ -156,9 +158,11 @@ class Wanted:
     seed: of all draws
     combination_n: which combination of labels a cell has, int32 (n,)
     labels: the combinations, one a row, a column for each condition that is given
-    ids: for every condition of the model, the label ids of the combinations, int64; its null id where not given
+    ids: for every condition of the model, the label ids of the combinations, int64, or of a continuous one the values,
+        float32; its null where not given
     given_size_n: library sizes that were given, float64 (n,)
     log_mean, log_std: else those of the combinations' log-normals
+    notes: a sentence for each thing that a reader of the cells should know
     """
 
     seed: int
@@ -168,6 +172,7 @@ class Wanted:
     given_size_n: np.ndarray | None
     log_mean: np.ndarray | None = None
     log_std: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def n_cells(self) -> int:
@@ -178,7 +183,7 @@ class Wanted:
         return self.combination_n[np.minimum(np.arange(rows.start, rows.stop), self.n_cells - 1)]
 
     def ids_of(self, rows: range) -> dict[str, np.ndarray]:
-        """Label ids of some cells by condition, int64."""
+        """Label ids (or values) of some cells by condition."""
         return {name: ids[self._of(rows)] for name, ids in self.ids.items()}
 
     def library_size(self, rows: range) -> np.ndarray:
@@ -336,7 +341,9 @@ class Pretrained:
         Raises: InputError for a condition or label that the model does not know, or library sizes never fitted.
         """
         sampler = sampler or SamplerConfig()
-        wanted = self.check_conditions(conditions, seed)
+        wanted = self.check_conditions(conditions, seed, sampler)
+        for note in wanted.notes:
+            print(note, file=sys.stderr)
         columns = self.columns(genes)
         every = range(wanted.n_cells)
         with Progress("generate", wanted.n_cells, "cells") as bar:
@@ -345,7 +352,7 @@ class Pretrained:
         uns = {"scldm": {"model": self.hash, "seed": seed, "sampler": asdict(sampler)}}
         return ad.AnnData(matrix, obs=obs, var=self.var(columns), uns=uns)
 
-    def check_conditions(self, conditions: pd.DataFrame, seed: int) -> Wanted:
+    def check_conditions(self, conditions: pd.DataFrame, seed: int, sampler: SamplerConfig | None = None) -> Wanted:
         """The cells to make, or the error that generation would meet; arguments as for `generate`."""
         dit = self._dit()
         if not 0 <= seed < 2**63:
@@ -353,15 +360,16 @@ class Pretrained:
         if len(conditions) == 0:
             raise InputError("there are no cells to generate: the table of conditions is empty")
         combination_n, labels = distinct(conditions.drop(columns="library_size", errors="ignore"))
-        ids = {name: np.full(len(labels), dit.null(name), dtype=np.int64) for name in dit.n_labels}
-        for name in labels:
-            ids[str(name)] = self.conditions.encode(str(name), list(labels[name]))
+        ids, labels = encode_labels(dit, self.conditions, labels)
+        check_sampler(dit, ids, sampler or SamplerConfig(), self.origin)
+        notes = without_token(dit, ids, labels)
         if "library_size" in conditions:
             sizes = np.array(pd.to_numeric(conditions["library_size"], errors="coerce"), dtype=np.float64)
             if not (np.isfinite(sizes).all() and (sizes > 0).all()):
                 raise InputError("column library_size must hold positive numbers")
-            return Wanted(seed, combination_n, labels, ids, sizes)
-        return Wanted(seed, combination_n, labels, ids, None, *self.library_sizes.of(labels))
+            return Wanted(seed, combination_n, labels, ids, sizes, notes=notes)
+        log_mean_n, log_std_n, backed_off = self.library_sizes.of(labels)
+        return Wanted(seed, combination_n, labels, ids, None, log_mean_n, log_std_n, (*notes, *backed_off))
 
     @torch.no_grad()
     def make(
@@ -414,9 +422,12 @@ class Pretrained:
         return pd.DataFrame(index=pd.Index([self.genes.ids[k] for k in columns]))
 
     def obs(self, wanted: Wanted, library_size_n: np.ndarray) -> pd.DataFrame:
-        """Conditions as categories, of which one is "not given", and the library sizes."""
+        """Conditions as categories, of which one is "not given", continuous ones as numbers; and the library sizes."""
         obs = pd.DataFrame(index=pd.Index([f"generated-{k}" for k in range(wanted.n_cells)]))
         for name, ids in wanted.ids.items():
+            if name in self._dit().config.continuous:
+                obs[name] = ids[wanted.combination_n]
+                continue
             labels = self.conditions.labels[name]
             known = list(dict.fromkeys([*labels, *([] if name in wanted.labels else [NOT_GIVEN])]))
             codes = ids if name in wanted.labels else np.full(len(ids), known.index(NOT_GIVEN))

@@ -49,6 +49,10 @@ class SamplerConfig:
     tolerance: float = 1e-5
     diffusion: float = 1.0
 
+    @property
+    def guidance_interval(self) -> tuple[float, float]:
+        return self.guidance_from, self.guidance_to
+
     def __post_init__(self) -> None:
         if self.n_steps < 1:
             raise InputError(f"sampler.n_steps={self.n_steps} must be at least 1")
@@ -96,7 +100,7 @@ def generate_latents(
         sampler.guidance,
         sampler.guidance_scale,
         sampler.guidance_weights,
-        (sampler.guidance_from, sampler.guidance_to),
+        sampler.guidance_interval,
     )
     z_BLZ = draws.normal(seed, "generate noise", 0, cell_numbers_B, dit.latent_shape)
 

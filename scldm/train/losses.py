@@ -7,18 +7,19 @@ Reading order: Draws, Stage, VAEStage, LDMStage.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from scldm import draws
-from scldm.batch import CellBatch, LatentBatch
+from scldm.batch import CellBatch, GeneCounts, LatentBatch
 from scldm.errors import InputError
 from scldm.flow.loss import drop_conditions, velocity_loss_B
 from scldm.model.dit import DiT
-from scldm.model.vae import VAE
+from scldm.model.vae import VAE, Posterior
 
 
 @dataclass(frozen=True)
@@ -78,45 +79,97 @@ class GuidanceConfig:
     """How conditions are hidden in training, for classifier-free guidance.
 
     drop_all: probability that a cell shows none of its conditions
-    drop_each: probability that a condition is hidden by itself, so that the model knows every subset
+    drop_each: probability that one of several conditions is hidden by itself, so that the model knows every subset
+    drop_token: probability that a cell does not show its combination's token (model.combination_tokens), so that the
+        model knows how to do without, as for combinations that it has none of
     """
 
     drop_all: float = 0.1
-    drop_each: float = 0.0
+    drop_each: float = 0.1
+    drop_token: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("drop_all", "drop_each"):
+        for name in ("drop_all", "drop_each", "drop_token"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"guidance.{name}={getattr(self, name)} must be at least 0 and below 1")
 
 
+@dataclass(frozen=True)
+class FlowConfig:
+    """At which flow times, from 0 (cell) to 1 (noise), the velocity is learnt.
+
+    time: uniform, or logit_normal, which puts more weight on times between (Esser et al. 2024)
+    time_mean: logit_normal: mean of logit(t)
+    time_std: logit_normal: its standard deviation
+    """
+
+    time: Literal["uniform", "logit_normal"] = "uniform"
+    time_mean: float = 0.0
+    time_std: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.time_std > 0:
+            raise InputError(f"flow.time_std={self.time_std} must be above 0")
+
+    def draw_B(self, draw: Draws) -> Tensor:
+        """Flow times, (B,)."""
+        if self.time == "uniform":
+            return draw.uniform("flow time", 1)[:, 0]
+        return torch.sigmoid(self.time_mean + self.time_std * draw.normal("flow time", (1,))[:, 0])
+
+
 class LDMStage:
-    """Flow matching on the latents of the frozen autoencoder."""
+    """Flow matching on the latents of the frozen autoencoder.
+
+    encode: the autoencoder, for batches of cells instead of latents
+    """
 
     validation_metric = "velocity_loss"
 
-    def __init__(self, module: DiT, guidance: GuidanceConfig) -> None:
-        self.module, self.guidance = module, guidance
+    def __init__(
+        self,
+        module: DiT,
+        guidance: GuidanceConfig,
+        flow: FlowConfig | None = None,
+        encode: Callable[[GeneCounts], Posterior] | None = None,
+    ) -> None:
+        self.module, self.guidance, self.flow, self.encode = module, guidance, flow or FlowConfig(), encode
 
-    def loss(self, model: nn.Module, batch: LatentBatch, draw: Draws) -> tuple[Tensor, dict[str, Tensor]]:
-        hide = draw.uniform("conditions", 1 + len(batch.conditions))
-        shown = drop_conditions(self.module, batch.conditions, hide, self.guidance.drop_all, self.guidance.drop_each)
-        return self._velocity_loss(model, batch, draw, shown)
+    def loss(self, model: nn.Module, batch: LatentBatch | CellBatch, draw: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        hide, guidance = draw.uniform("conditions", 1 + len(batch.conditions)), self.guidance
+        given = self.module.of_labels(batch.conditions)
+        shown = drop_conditions(self.module, given, hide, guidance.drop_all, guidance.drop_each)
+        with_token_B = None
+        if self.module.config.combination_tokens:
+            with_token_B = draw.uniform("combination token", 1)[:, 0] >= guidance.drop_token
+        return self._velocity_loss(model, batch, draw, self.flow.draw_B(draw), shown, with_token_B)
 
-    def validation(self, model: nn.Module, batch: LatentBatch, draw: Draws) -> dict[str, Tensor]:
-        """Conditional, at noise and times that are the same every time."""
-        _, metrics = self._velocity_loss(model, batch, draw, batch.conditions)
-        return metrics
+    def validation(self, model: nn.Module, batch: LatentBatch | CellBatch, draw: Draws) -> dict[str, Tensor]:
+        """Conditional, at noise and times that are the same every time, and uniform whatever training prefers."""
+        given = self.module.of_labels(batch.conditions)
+        return self._velocity_loss(model, batch, draw, FlowConfig().draw_B(draw), given, None)[1]
 
     def _velocity_loss(
-        self, model: nn.Module, batch: LatentBatch, draw: Draws, conditions: dict[str, Tensor]
+        self,
+        model: nn.Module,
+        batch: LatentBatch | CellBatch,
+        draw: Draws,
+        t_B: Tensor,
+        conditions: dict[str, Tensor],
+        with_token_B: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        z_BLZ = self.module.standardise(batch.latent_BLZ)
+        z_BLZ = self.module.standardise(self._latents(batch))
         noise_BLZ = draw.normal("flow noise", self.module.latent_shape)
-        t_B = draw.uniform("flow time", 1)[:, 0]
-        loss_B = velocity_loss_B(model, z_BLZ, noise_BLZ, t_B, conditions)
+        loss_B = velocity_loss_B(model, z_BLZ, noise_BLZ, t_B, conditions, with_token_B)
         loss = (loss_B * batch.weight_B).sum()
         return loss, {"velocity_loss": loss.detach()}
+
+    @torch.no_grad()
+    def _latents(self, batch: LatentBatch | CellBatch) -> Tensor:
+        if isinstance(batch, LatentBatch):
+            return batch.latent_BLZ
+        assert self.encode is not None
+        return self.encode(batch.given).mean_BLZ.float()
 
 
 def cells_of(batch: CellBatch | LatentBatch, bad_B: Tensor | None = None) -> str:

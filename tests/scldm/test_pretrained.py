@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from scldm import pretrained
 from scldm.batch import GeneCounts
 from scldm.errors import InputError
 from scldm.flow.generate import SamplerConfig
-from scldm.library_size import LibrarySizeModel, LogNormal
+from scldm.library_size import LibrarySizeModel, LogNormal, subsets
 from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE, VAEConfig
 from scldm.pretrained import Pretrained, save_pretrained
@@ -328,7 +329,6 @@ def test_own_library_sizes_are_taken_and_need_no_fit(model: Pretrained) -> None:
         ({"type": ["T cell", None]}, 0, "column type, row 1: no label"),
         ({"type": pd.Categorical(["T cell", None])}, 0, "column type, row 1: no label"),
         ({"type": ["NK"]}, 0, "no library sizes were fitted for type=NK"),
-        ({"type": ["T cell"], "donor": ["d2"]}, 0, "no library sizes were fitted for type=T cell, donor=d2"),
         ({"type": []}, 0, "the table of conditions is empty"),
         ({"library_size": [10.0, -1]}, 0, "column library_size must hold positive numbers"),
         ({"library_size": [10.0, np.nan]}, 0, "column library_size must hold positive numbers"),
@@ -340,6 +340,96 @@ def test_what_can_not_be_generated_is_said_in_one_line(model: Pretrained, table:
     with pytest.raises(InputError, match=said) as refusal:
         model.generate(pd.DataFrame(table), seed=seed, sampler=FEW)
     assert "\n" not in str(refusal.value)
+
+
+def test_an_untrained_combination_takes_the_library_sizes_of_its_parts_and_says_so(
+    model: Pretrained, capsys: pytest.CaptureFixture
+) -> None:
+    """T cells of d2: T cells alone are 5 and donor 2 alone 4; donor 2 varies as little, so the first choice stays."""
+    table = pd.DataFrame({"type": ["T cell", "T cell"], "donor": ["d2", "d1"]})
+    made: Any = model.generate(table, seed=0, sampler=FEW)
+    said = capsys.readouterr().err
+    assert "library sizes of type=T cell, donor=d2: no training cell has this combination" in said
+    assert "taken from the 5 with type=T cell" in said
+    assert said.count("no training cell") == 1
+    assert 90 < made.obs["library_size"].mean() < 250
+
+
+def origin_of(**hidden: float) -> dict[str, Any]:
+    return {"ldm": {"config": {"guidance": hidden}}}
+
+
+@pytest.mark.parametrize(
+    "hidden, table, sampler, said",
+    [
+        ((0.1, 0.0), {"type": ["T cell"]}, {}, "without the others, which the model never saw: .*drop_each=0"),
+        ((0.1, 0.0), {"type": ["T cell"], "donor": ["d1"]}, {"guidance": "additive"}, "drop_each=0"),
+        ((0.0, 0.1), {"type": ["T cell"], "donor": ["d1"]}, {"guidance_scale": 2.0}, "never saw: .*drop_all=0"),
+        ((0.0, 0.1), {"library_size": [9.0]}, {}, "drop_all=0"),
+        ((0.1, 0.1), {"type": ["T cell"]}, {"guidance": "compositional"}, "does not say which combinations"),
+        (
+            (0.1, 0.1),
+            {"type": ["T cell"]},
+            {"guidance": "additive", "guidance_weights": {"typ": 1.0}},
+            "sampler.guidance_weights: condition 'typ' is unknown; the model knows type, donor",
+        ),
+    ],
+)
+def test_guidance_that_the_model_was_not_trained_for_is_refused(
+    model: Pretrained, hidden: tuple, table: dict, sampler: dict, said: str
+) -> None:
+    asked = replace(model, origin=origin_of(drop_all=hidden[0], drop_each=hidden[1]))
+    with pytest.raises(InputError, match=said):
+        asked.generate(pd.DataFrame(table), seed=0, sampler=SamplerConfig("euler", 2, **sampler))
+    # what it was trained for goes on
+    both = pd.DataFrame({"type": ["T cell"], "donor": ["d1"]})
+    assert asked.generate(both, seed=0, sampler=FEW).n_obs == 1
+
+
+# --- conditions that are more than a label -------------------------------------------------------------------------
+
+
+def of_doses(tmp_path: Path) -> Pretrained:
+    """A model of dose, type (known by vectors, one of which no cell had) and donor, trained on three combinations."""
+    vocab = ConditionVocab({"dose": ("0", "1.0", "10"), "type": ("T cell", "B cell", "NK"), "donor": ("d1", "d2")})
+    torch.manual_seed(0)
+    dit = DiT(
+        DiTConfig(16, 1, 2, continuous={"dose": "log"}, combination_tokens=True),
+        L,
+        Z,
+        {name: vocab.n_labels(name) for name in vocab.names},
+        values={"dose": torch.tensor([0.0, 1.0, 10.0])},
+        features={"type": torch.randn(3, 5)},
+        combinations_KC=torch.tensor([[2, 1, 1], [0, 0, 0], [1, 0, 0]]),
+    )
+    for parameter in dit.parameters():
+        parameter.data.normal_(std=0.3)
+    sizes = {by: {} for by in subsets(vocab.names)}
+    sizes["donor",] = {("d1",): LogNormal(20, 6.0, 0.2)}
+    sizes["dose", "type", "donor"] = {("1.0", "T cell", "d1"): LogNormal(20, 5.0, 0.2)}
+    save_pretrained(tmp_path / "model", networks()[0], dit, GENES, vocab, LibrarySizeModel(vocab.names, sizes), {})
+    return scldm.load(tmp_path / "model")
+
+
+def test_values_and_labels_never_trained_can_be_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = of_doses(tmp_path)
+    table = pd.DataFrame({"dose": ["1", "2.5"], "type": ["T cell", "NK"], "donor": ["d1", "d1"]})
+    wanted = model.check_conditions(table, 0)
+    assert wanted.ids["dose"].tolist() == [1.0, 2.5]
+    # 1 is the label 1.0, so this combination has library sizes and a token; of the other only the donor is known
+    assert [note.split(":")[0] for note in wanted.notes] == [
+        "dose=2.5, type=NK, donor=d1", "library sizes of dose=2.5, type=NK, donor=d1",
+    ]  # fmt: skip
+    assert wanted.log_mean is not None
+    assert wanted.log_mean.tolist() == [5.0, 6.0]
+    made: Any = model.generate(table, seed=0, sampler=FEW)
+    assert made.obs["dose"].tolist() == [1.0, 2.5]
+    assert "no token of its own; it uses the sum" in capsys.readouterr().err
+    none: Any = model.generate(table[["type"]].assign(library_size=9.0), seed=0, sampler=FEW)
+    assert none.obs["dose"].isna().all()
+    for dose, said in (("20", "20 lies beyond the values that were trained, 0 to 10"), ("high", "'high' is no number")):
+        with pytest.raises(InputError, match=said):
+            model.generate(table.assign(dose=dose), seed=0, sampler=FEW)
 
 
 @pytest.mark.parametrize("genes, said", [(["nix"], "gene 'nix' is not among"), ([GENES.ids[1]] * 2, "stands twice")])

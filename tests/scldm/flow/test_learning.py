@@ -25,7 +25,7 @@ def mixture(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(label), torch.from_numpy(points[:, None]).float()
 
 
-def test_a_mixture_is_learnt_with_its_conditions() -> None:
+def test_a_mixture_is_learnt_with_its_conditions_and_ode_and_sde_agree() -> None:
     """W1 of each number to fresh draws: below 0.12 by label (measured 0.06); the labels are 1 to 3 apart."""
     torch.manual_seed(0)
     label, points = mixture(N, 0)
@@ -57,7 +57,19 @@ def test_a_mixture_is_learnt_with_its_conditions() -> None:
     true_label, true = mixture(4_000, 2)
     for asked in (0, 1):
         ids = {"type": torch.full((1_000,), asked)}
-        made = generate_latents(model.eval(), ids, torch.arange(1_000), 0, SamplerConfig("heun", 25)).latent_BLZ
+
+        def made(sampler: SamplerConfig, seed: int, ids: dict[str, torch.Tensor] = ids) -> torch.Tensor:
+            return generate_latents(model.eval(), ids, torch.arange(1_000), seed, sampler).latent_BLZ[:, 0]
+
+        by_ode = made(SamplerConfig("heun", 25), 0)
+        by_sde = {
+            "sde_heun": made(SamplerConfig("sde_heun", 50), 1),
+            "sde_euler": made(SamplerConfig("sde_euler", 200, diffusion=0.5), 2),
+        }
         for k in range(2):
-            distance = wasserstein_distance(made[:, 0, k].numpy(), true[true_label == asked][:, 0, k].numpy())
+            distance = wasserstein_distance(by_ode[:, k].numpy(), true[true_label == asked][:, 0, k].numpy())
             assert distance < 0.12, (asked, k, distance)
+            # other draws, other paths, the same distribution
+            for method, cells in by_sde.items():
+                distance = wasserstein_distance(by_ode[:, k].numpy(), cells[:, k].numpy())
+                assert distance < 0.15, (method, asked, k, distance)

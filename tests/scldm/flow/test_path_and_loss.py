@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from scldm import draws
+from scldm.batch import LatentBatch
 from scldm.flow.loss import drop_conditions, velocity_loss_B
 from scldm.flow.path import interpolate, velocity
 from scldm.model.dit import DiT, DiTConfig
+from scldm.train.losses import Draws, FlowConfig, GuidanceConfig, LDMStage
 
 B, L, Z = 5, 3, 2
 
@@ -57,3 +59,45 @@ def test_conditions_are_dropped_as_often_as_asked() -> None:
     assert abs(both - (drop_all + (1 - drop_all) * drop_each**2)) < 0.012
     kept = drop_conditions(model, shown, u, 0.0, 0.0)
     assert all(torch.equal(kept[name], shown[name]) for name in shown)
+
+
+def test_the_only_condition_is_dropped_by_drop_all_alone() -> None:
+    model = DiT(DiTConfig(8, 1, 1), L, Z, {"type": 3})
+    n = 20_000
+    u = draws.uniform(0, "conditions", 0, torch.arange(n), 2)
+    dropped = drop_conditions(model, {"type": torch.arange(n) % 3}, u, 0.2, 0.3)
+    assert abs((dropped["type"] == 3).double().mean() - 0.2) < 0.012
+
+
+def test_tokens_and_continuous_conditions_are_hidden_too() -> None:
+    """What a training batch shows: values instead of ids, NaN where hidden; a token as often as asked, in validation
+    always; flow times of the asked distribution in training, uniform in validation."""
+    n = 20_000
+    config = DiTConfig(8, 1, 1, continuous={"dose": "linear"}, combination_tokens=True)
+    model = DiT(
+        config, L, Z, {"dose": 2}, values={"dose": torch.tensor([3.0, 7.0])}, combinations_KC=torch.tensor([[0]])
+    )
+    stage = LDMStage(model, GuidanceConfig(0.2, 0.0, 0.3), FlowConfig("logit_normal", 1.0, 0.5))
+    seen = []
+
+    def network(z, t_B, conditions, with_token_B=None):
+        seen.append((t_B, conditions["dose"], with_token_B))
+        return torch.zeros_like(z)
+
+    one, ids = torch.ones(n), torch.arange(n) % 2
+    batch = LatentBatch(torch.zeros(n, L, Z), one, one, {"dose": ids}, torch.zeros(n, 2), torch.arange(n), n)
+    draw = Draws(0, 0, batch.positions_B)
+    stage.loss(network, batch, draw)
+    stage.validation(network, batch, draw)
+    (t, dose, with_token), (t_valid, dose_valid, with_token_valid) = seen
+    hidden = dose.isnan()
+    assert abs(hidden.double().mean() - 0.2) < 0.012
+    assert torch.equal(dose[~hidden], torch.tensor([3.0, 7.0])[ids][~hidden])
+    assert abs(with_token.double().mean() - 0.7) < 0.012
+    logit = torch.logit(t.double())
+    assert abs(logit.mean() - 1.0) < 0.015  # standard error 0.5 / sqrt(20,000) = 0.0035
+    assert abs(logit.std() - 0.5) < 0.015
+    assert not dose_valid.isnan().any()
+    assert with_token_valid is None
+    assert abs(t_valid.mean() - 0.5) < 0.01
+    assert abs(t_valid.std() - 12**-0.5) < 0.01

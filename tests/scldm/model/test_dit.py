@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -46,3 +49,27 @@ def test_time_and_tokens_are_told_apart() -> None:
     velocity = model(z, torch.tensor([0.1, 0.9]), {})
     assert (velocity[0] - velocity[1]).abs().max() > 0.01
     assert (velocity[0, 0] - velocity[0, 1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("other", [{"attention": "plain"}, {"recompute": True}])
+def test_how_it_is_computed_changes_nothing(other: dict) -> None:
+    model = randomised({"a": 2}).requires_grad_(True).double()
+    same = DiT(replace(model.config, **other), 3, 4, {"a": 2}).double()
+    same.load_state_dict(model.state_dict())
+    z, t, ids = torch.randn(5, 3, 4).double(), torch.rand(5), {"a": torch.tensor([0, 1, 2, 0, 1])}
+    for network in (model, same):
+        network(z, t, ids).square().sum().backward()
+    torch.testing.assert_close(same(z, t, ids), model(z, t, ids), atol=1e-9, rtol=1e-9)
+    for p, q in zip(model.parameters(), same.parameters()):
+        torch.testing.assert_close(q.grad, p.grad, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.exhaustive  # a minute, all of it torch's compiler
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns of itself
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_compiled_it_computes_the_same() -> None:
+    model = randomised({"a": 2})
+    same = DiT(replace(model.config, compile=True), 3, 4, {"a": 2}).eval().requires_grad_(False)
+    same.load_state_dict(model.state_dict())
+    z, t, ids = torch.randn(5, 3, 4), torch.rand(5), {"a": torch.tensor([0, 1, 2, 0, 1])}
+    torch.testing.assert_close(same(z, t, ids), model(z, t, ids), atol=1e-4, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""The shapes of configs/vae: golden parameter counts, near the published ones; FLOPs by formula and counted."""
+"""The shapes of configs/vae and configs/ldm: golden parameter counts, near the published ones; FLOPs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from launch.config import compose
+from launch.train_ldm import TrainLDMConfig
 from launch.train_vae import TrainVAEConfig
 from scldm.batch import GeneCounts
+from scldm.model.dit import DiT
 from scldm.model.flops import vae_flops
 from scldm.model.vae import VAE, VAEConfig
 
@@ -31,6 +33,20 @@ def test_parameter_counts(preset):
     assert config.model.decoder_cross_heads == 1
     with torch.device("meta"):
         found = sum(p.numel() for p in VAE(config.model, n_genes).parameters())
+    assert found == n_parameters
+    assert published is None or abs(found / published - 1) < 0.05
+
+
+# preset of configs/ldm: (latent tokens, labels of one condition, parameters, published)
+GOLDEN_LDM = {"tiny": (8, 10, 335_248, None), "base": (64, 50, 9_802_512, 9.8e6), "large": (64, 50, 57_909_520, 60e6)}
+
+
+@pytest.mark.parametrize("preset", GOLDEN_LDM)
+def test_parameter_counts_of_the_diffusion_transformer(preset):
+    n_latents, n_labels, n_parameters, published = GOLDEN_LDM[preset]
+    config = compose(TrainLDMConfig, [f"ldm/{preset}", "data.shards=latents", "run_dir=runs/ldm"])
+    with torch.device("meta"):
+        found = sum(p.numel() for p in DiT(config.model, n_latents, 16, {"type": n_labels}).parameters())
     assert found == n_parameters
     assert published is None or abs(found / published - 1) < 0.05
 

@@ -1,0 +1,104 @@
+"""What a user asks for, as the model takes it: labels as ids or values, and a sampler that the model was trained for.
+
+Reading order: encode_labels, check_sampler, without_token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from scldm.errors import InputError
+from scldm.flow.generate import SamplerConfig
+from scldm.flow.guidance import GuidedField
+from scldm.model.conditions import ValueEmbedding
+from scldm.model.dit import DiT
+from scldm.vocab import ConditionVocab
+
+
+def encode_labels(dit: DiT, vocab: ConditionVocab, labels: pd.DataFrame) -> tuple[dict[str, np.ndarray], pd.DataFrame]:
+    """Every condition of the model as it takes it, (n,): label ids int64, of continuous ones values float32, `null`
+    where it has no column; and the labels, numbers written as the vocabulary writes them where it has them.
+
+    labels: text, one column for each condition that is given
+
+    Raises: InputError for an unknown condition or label, or a value beyond those that were trained.
+    """
+    taken: dict[str, np.ndarray] = {}
+    for name in dit.n_labels:
+        dtype = np.float32 if name in dit.config.continuous else np.int64
+        taken[name] = np.full(len(labels), dit.null(name), dtype=dtype)
+    written = labels.copy()
+    for name in map(str, labels):
+        if name in dit.config.continuous:
+            values, written[name] = _values(dit, vocab, name, list(labels[name]))
+            taken[name] = values
+        else:
+            taken[name] = vocab.encode(name, list(labels[name]))
+    return taken, written
+
+
+def _values(dit: DiT, vocab: ConditionVocab, name: str, labels: list[str]) -> tuple[np.ndarray, list[str]]:
+    """Numbers, and their text as the vocabulary has it."""
+    embedding = dit.condition[list(dit.n_labels).index(name)]
+    assert isinstance(embedding, ValueEmbedding)
+    low, high = embedding.range()
+    known = {float(np.float32(label)): label for label in vocab.labels[name]}
+    values = np.empty(len(labels), np.float32)
+    for k, label in enumerate(labels):
+        try:
+            values[k] = float(label)
+        except ValueError:
+            raise InputError(f"condition {name!r} is continuous: {label!r} is no number") from None
+        if not low <= values[k] <= high:
+            raise InputError(
+                f"condition {name!r}: {label} lies beyond the values that were trained, {low:g} to {high:g}"
+            )
+    return values, [known.get(float(value), label) for value, label in zip(values, labels)]
+
+
+def check_sampler(dit: DiT, taken: dict[str, np.ndarray], sampler: SamplerConfig, origin: dict[str, Any]) -> None:
+    """Raises: InputError where guidance names unknown conditions, or asks the model for a subset of conditions of a
+    kind that it never saw in training, as far as the model's origin tells.
+
+    taken: the distinct combinations, as encode_labels gives them
+    """
+    conditions = {name: torch.from_numpy(values).to(dit.latent_mean_LZ.device) for name, values in taken.items()}
+    field = GuidedField(
+        dit, conditions, sampler.guidance, sampler.guidance_scale, sampler.guidance_weights, sampler.guidance_interval
+    )
+    hidden = ((origin.get("ldm") or {}).get("config") or {}).get("guidance")
+    if hidden is None or not dit.n_labels:
+        return
+    for rows in (field.inside, field.outside):
+        assert rows is not None
+        n_given = dit.is_given(rows.conditions).sum(1)
+        if hidden["drop_all"] == 0 and bool((n_given == 0).any()):
+            raise InputError(
+                f"sampler.guidance={sampler.guidance} with guidance_scale={sampler.guidance_scale:g} and these "
+                "conditions asks for cells without any condition, which the model never saw: it was trained with "
+                "guidance.drop_all=0"
+            )
+        if hidden["drop_each"] == 0 and bool(((n_given > 0) & (n_given < len(dit.n_labels))).any()):
+            raise InputError(
+                f"sampler.guidance={sampler.guidance} with these conditions asks for some of the conditions "
+                f"{', '.join(dit.n_labels)} without the others, which the model never saw: it was trained with "
+                "guidance.drop_each=0"
+            )
+
+
+def without_token(dit: DiT, taken: dict[str, np.ndarray], labels: pd.DataFrame) -> tuple[str, ...]:
+    """A sentence for each combination of all conditions without a token of its own, where the model has such."""
+    if not dit.config.combination_tokens:
+        return ()
+    conditions = {name: torch.from_numpy(values).to(dit.latent_mean_LZ.device) for name, values in taken.items()}
+    whole = dit.is_given(conditions).all(1)
+    unknown = dit.combinations.index(dit.label_ids(conditions)) == len(dit.combinations.labels_KC)
+    return tuple(
+        f"{', '.join(f'{name}={label}' for name, label in labels.iloc[row].items())}: this combination was not trained "
+        "and has no token of its own; it uses the sum of its conditions' embeddings alone"
+        for row in (whole & unknown).nonzero()[:, 0].tolist()
+    )

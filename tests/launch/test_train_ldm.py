@@ -1,0 +1,158 @@
+"""`scldm train ldm` beyond a plain latent set: cells encoded as they come, vectors of labels, continuous conditions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import torch
+
+import scldm
+from data_pipeline.loader import StreamConfig
+from launch.cli import main
+from launch.train_ldm import TrainLDMConfig, described, set_up, values_of
+from scldm.errors import InputError
+from scldm.model.dit import DiT, DiTConfig
+from scldm.parallel.dist import World
+from scldm.parallel.engine import HardwareConfig
+from scldm.train.loop import TrainConfig
+from scldm.train.tracking import read_metrics
+from scldm.vocab import ConditionVocab
+from tests.scldm.train.small_runs import make_cells
+
+SMALL = [
+    *("hardware.engine=plain", "hardware.micro_batch=30", "train.global_batch=60", "train.steps=20"),
+    *("train.validate_every=10", "train.log_every=5", "tracking.enabled=false", "model.n_heads=2"),
+]
+VAE = [*SMALL, "model.width=16", "model.n_latents=2", "model.latent_width=4", "model.n_layers=1"]
+LDM = [*SMALL, "model.width=16", "model.n_layers=1"]
+VOCAB = ConditionVocab({"drug": ("b", "a"), "dose": ("0", "0.1", "10")})
+
+
+def run(*words: str) -> None:
+    assert main(list(words)) == 0, words
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained autoencoder and the shards of 200 cells with drug x dose, of which one combination has none."""
+    at = tmp_path_factory.mktemp("ldm")
+    cells = make_cells(200, 0)
+    rng = np.random.default_rng(0)
+    obs = pd.DataFrame({"drug": np.array(["a", "b"])[rng.integers(0, 2, 200)]})
+    obs["dose"] = np.where(obs["drug"] == "a", rng.choice(["0", "10"], 200), rng.choice(["0", "0.1"], 200))
+    obs.index = pd.Index([f"cell{k}" for k in range(200)])
+    var = pd.DataFrame(index=pd.Index([f"gene{k}" for k in range(cells.counts_nG.shape[1])]))
+    ad.AnnData(sp.csr_matrix(cells.counts_nG.astype(np.float32)), obs=obs, var=var).write_h5ad(at / "cells.h5ad")
+    run("shards", "write", f"source.paths={at}/cells.h5ad", f"out={at}/shards", "conditions=[drug,dose]",
+        "block_cells=32", "split.validation=0.2", "split.test=0")  # fmt: skip
+    run("train", "vae", f"data.shards={at}/shards", f"run_dir={at}/vae", *VAE)
+    (at / "drugs.csv").write_text("label,x,y\na,1,0\nb,0,1\nc,0.5,0.5\n")
+    return at
+
+
+@pytest.mark.slow
+def test_cells_are_encoded_as_they_come_and_all_conditions_reach_the_model(made: Path, capsys) -> None:
+    """Every option at once, from training to cells of a drug, a dose and a combination that were never trained."""
+    run(
+        "train", "ldm", *LDM, f"vae={made}/vae", f"data.shards={made}/shards", f"run_dir={made}/live",
+        "given.policy=random", "given.n_genes=20", "given.gene_set_group=30", f"label_embeddings.drug={made}/drugs.csv",
+        "model.continuous.dose=log", "model.combination_tokens=true", "flow.time=logit_normal",
+    )  # fmt: skip
+    losses = [row["loss"] for row in read_metrics(made / "live", "train")]
+    assert losses[-1] < losses[0]
+    assert json.loads((made / "live" / "conditions.json").read_text())["drug"] == ["a", "b", "c"]
+    run("export", f"vae={made}/vae", f"ldm={made}/live", f"out={made}/model")
+    model = scldm.load(made / "model")
+    asked = pd.DataFrame({"drug": ["a", "b", "c", "a"], "dose": ["0", "10", "1.5", "10.0"]})
+    capsys.readouterr()
+    cells = model.generate(asked, seed=0)
+    assert cells.n_obs == 4
+    said = capsys.readouterr().err
+    assert "drug=b, dose=10: this combination was not trained" in said
+    assert "drug=c, dose=1.5: this combination was not trained" in said
+    assert "drug=a" not in said
+    with pytest.raises(InputError, match=r"library sizes were fitted for drug=c"):
+        model.generate(asked[["drug"]].iloc[2:3], seed=0)
+    # the same cells through another autoencoder are not this model's
+    run("train", "vae", f"data.shards={made}/shards", f"run_dir={made}/other", *VAE, "train.seed=1", "train.steps=4")
+    assert main(["export", f"vae={made}/other", f"ldm={made}/live", f"out={made}/wrong"]) == 2
+    assert "latents of another autoencoder" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_encoding_as_they_come_from_all_genes_is_what_a_latent_set_holds(made: Path) -> None:
+    """The same cells in the same order give the same loss at the first step, but for the moments' precision."""
+    run("encode", f"vae={made}/vae", f"shards={made}/shards", f"out={made}/latents")
+    for name, words in (("stored", [f"data.shards={made}/latents"]),
+                        ("live", [f"data.shards={made}/shards", f"vae={made}/vae"])):  # fmt: skip
+        run("train", "ldm", *LDM, *words, f"run_dir={made}/same-{name}", "train.steps=3", "train.log_every=1")
+    stored, live = ([row["loss"] for row in read_metrics(made / f"same-{n}", "train")] for n in ("stored", "live"))
+    assert live == pytest.approx(stored, rel=1e-3)
+
+
+# --- what the conditions are ---------------------------------------------------------------------------------------
+
+
+def test_the_files_labels_come_behind_those_of_the_set(tmp_path: Path) -> None:
+    (tmp_path / "drugs.csv").write_text("label,x,y\na,1,2\nc,3,4\nb,5,6\nNA,7,8\n")
+    vocab, features = described(VOCAB, {"drug": f"{tmp_path}/drugs.csv"})
+    assert vocab.labels == {"drug": ("b", "a", "c", "NA"), "dose": ("0", "0.1", "10")}
+    assert features["drug"].tolist() == [[5, 6], [1, 2], [3, 4], [7, 8]]
+
+
+@pytest.mark.parametrize(
+    "name, text, said",
+    [
+        ("gene", "label,x\na,1\n", "condition 'gene' is unknown; the set has drug, dose"),
+        ("drug", "label,x\na,1\n", "no vector for 'b'"),
+        ("drug", "label,x\na,1\nb,2\na,3\n", "label 'a' stands twice"),
+        ("drug", "label,x\na,1\nb,high\n", "not a CSV file of labels and numbers"),
+        ("drug", "label,x\na,1\nb,inf\n", "not all of its numbers are finite"),
+        ("drug", None, "not a CSV file"),
+    ],
+)
+def test_vectors_that_do_not_fit_are_refused(tmp_path: Path, name: str, text: str | None, said: str) -> None:
+    if text is not None:
+        (tmp_path / "vectors.csv").write_text(text)
+    with pytest.raises(InputError, match=said) as refusal:
+        described(VOCAB, {name: f"{tmp_path}/vectors.csv"})
+    assert f"label_embeddings.{name}=" in str(refusal.value)
+
+
+def config_of(**more) -> TrainLDMConfig:
+    return TrainLDMConfig("run", StreamConfig("shards"), **more)
+
+
+def test_numbers_of_a_continuous_condition() -> None:
+    config = config_of(model=DiTConfig(continuous={"dose": "log"}))
+    assert values_of(VOCAB, config)["dose"].tolist() == pytest.approx([0, 0.1, 10])
+    for name, said in (("drug", "not all of its labels are numbers"), ("time", "no such condition; the set has drug")):
+        with pytest.raises(InputError, match=f"model.continuous.{name}: {said}"):
+            values_of(VOCAB, config_of(model=DiTConfig(continuous={name: "linear"})))
+    both = config_of(model=DiTConfig(continuous={"dose": "log"}), label_embeddings={"dose": "file.csv"})
+    with pytest.raises(InputError, match="stands in model.continuous and in label_embeddings"):
+        values_of(VOCAB, both)
+
+
+@pytest.mark.slow
+def test_only_combinations_of_training_cells_are_known(made: Path) -> None:
+    """And the moments of cells that are encoded as they come are those of the training cells."""
+    config = TrainLDMConfig(
+        "run", StreamConfig(f"{made}/shards"), vae=f"{made}/vae", train=TrainConfig(global_batch=60),
+        hardware=HardwareConfig("plain", 30),
+    )  # fmt: skip
+    parts = set_up(config, World(0, 1, torch.device("cpu")))
+    assert isinstance(parts.module, DiT)
+    assert parts.module.combinations.labels_KC.tolist() == [[0, 0], [0, 2], [1, 0], [1, 1]]
+    latents = [parts.stage._latents(batch) for batches in [next(parts.loader) for _ in range(3)] for batch in batches]
+    z = parts.module.standardise(torch.cat(latents))
+    assert z.mean().abs() < 0.05
+    assert abs(z.std() - 1) < 0.1
+    for loader in (parts.loader, parts.validation):
+        loader.close()

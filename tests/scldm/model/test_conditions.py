@@ -1,0 +1,109 @@
+"""Conditions besides a plain table: values, vectors, tokens of combinations; not given, or never trained."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from scldm.errors import InputError
+from scldm.model.conditions import CombinationTokens, FeatureEmbedding, ValueEmbedding
+from scldm.model.dit import DiT, DiTConfig
+
+NAN = float("nan")
+DOSES = torch.tensor([0.0, 0.1, 1.0, 10.0])
+
+
+def randomised(module: torch.nn.Module) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        parameter.data.normal_(std=0.5, generator=generator)
+    return module
+
+
+@pytest.mark.parametrize("scale", ["linear", "log"])
+def test_a_value_between_two_lies_between_them_and_not_given_is_its_own(scale) -> None:
+    embedding = randomised(ValueEmbedding(DOSES, scale, 8))
+    at = embedding(torch.tensor([1.0, 1.001, 1.1, NAN, NAN]))
+    assert torch.equal(at[3], at[4])
+    near, far = (at[1] - at[0]).norm(), (at[2] - at[0]).norm()
+    assert 0 < near < far / 20
+    assert (at[3] - at[0]).norm() > 0.1
+    # decades are evenly spread on the log scale and not on the linear one
+    x = embedding._standardised(DOSES)
+    assert (abs((x[3] - x[2]) / (x[2] - x[1]) - 1) < 0.5) == (scale == "log")
+    torch.testing.assert_close(x.mean(), torch.tensor(0.0), atol=1e-6, rtol=0)
+    assert embedding.label_ids(torch.tensor([0.1, 10.0, 0.5, NAN])).tolist() == [1, 3, 4, 4]
+    assert embedding.range() == (0.0, 10.0)
+
+
+@pytest.mark.parametrize(
+    "values, scale, said",
+    [([-1.0, 1.0], "log", "value -1 has no logarithm"), ([2.0, 2.0], "linear", "all labels are 2")],
+)
+def test_values_that_say_nothing_are_refused(values, scale, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        ValueEmbedding(torch.tensor(values), scale, 8)
+
+
+def test_a_label_known_by_its_vector_is_told_by_it_alone() -> None:
+    features = torch.tensor([[0.0, 5.0, 1.0], [1.0, 3.0, 1.0], [0.0, 5.0, 1.0], [2.0, 0.0, 1.0]])
+    embedding = randomised(FeatureEmbedding(features, 8))
+    at = embedding(torch.tensor([0, 1, 2, 3, 4]))
+    torch.testing.assert_close(at[0], at[2])  # the same vector
+    assert torch.pdist(at[[0, 1, 3, 4]]).min() > 0.1
+    assert at.isfinite().all()  # a column that is the same for all labels says nothing and harms nothing
+    # its scale does not matter
+    other = randomised(FeatureEmbedding(1e4 * features, 8))
+    torch.testing.assert_close(other(torch.arange(5)), at, atol=1e-4, rtol=1e-4)
+
+
+def test_only_trained_combinations_have_a_token() -> None:
+    tokens = randomised(CombinationTokens(torch.tensor([[2, 1], [0, 0], [1, 1]]), (3, 2), 8, tokens=True))
+    tokens.embedding.weight.data[-1] = 0
+    ids = torch.tensor([[0, 0], [1, 1], [2, 1], [0, 1], [1, 2], [3, 2]])
+    assert tokens.index(ids).tolist() == [0, 1, 2, 3, 3, 3]
+    at = tokens(ids, None)
+    assert at[3:].abs().max() == 0
+    assert torch.pdist(at[:4]).min() > 0.1
+    assert torch.equal(tokens(ids, torch.tensor([True, False, True, True, True, True]))[1], torch.zeros(8))
+    assert tokens.index(ids[:0]).tolist() == []
+
+
+def test_trained_parts_are_those_that_cells_had_together() -> None:
+    tokens = CombinationTokens(torch.tensor([[0, 0, 0], [0, 1, 0], [1, 1, 1]]), (3, 2, 2), 8, tokens=False)
+    ids = torch.tensor([[0, 0, 0], [0, 0, 1], [1, 1, 0], [0, 0, 0], [2, 0, 0]])
+    given = torch.tensor([[True] * 3] * 3 + [[True, False, True]] + [[True] * 3])
+    found = [{"".join(map(str, sorted(part))) for part in family} for family in tokens.trained_parts(ids, given)]
+    every = {"", "0", "1", "2", "01", "02", "12", "012"}
+    assert found[0] == every
+    assert found[1] == {"", "0", "1", "2", "01"}
+    assert found[2] == {"", "0", "1", "2", "01", "12"}
+    assert found[3] == {"", "0", "2", "02"}
+    assert found[4] == every  # label 2 was never trained: nothing is left out because of it
+
+
+def test_a_model_with_all_kinds_of_conditions_starts_trains_and_is_loaded_again() -> None:
+    torch.manual_seed(0)
+    table = {"values": {"dose": DOSES}, "features": {"gene": torch.randn(5, 7)}}
+    config = DiTConfig(16, 1, 2, continuous={"dose": "log"}, combination_tokens=True)
+    labels = {"dose": 4, "gene": 5, "donor": 2}
+    model = DiT(config, 3, 4, labels, combinations_KC=torch.tensor([[3, 0, 1], [0, 4, 0]]), **table)
+    assert model.combinations.embedding.weight[-1].abs().max() == 0
+    ids = {"dose": torch.tensor([3, 0]), "gene": torch.tensor([0, 4]), "donor": torch.tensor([1, 0])}
+    given = model.of_labels(ids)
+    assert given["dose"].tolist() == [10.0, 0.0]
+    assert torch.equal(model.label_ids(given), torch.tensor([[3, 0, 1], [0, 4, 0]]))
+    hidden = {"dose": torch.tensor([NAN, NAN]), "gene": torch.tensor([5, 5]), "donor": torch.tensor([2, 2])}
+    assert model.is_given(given).all()
+    assert not model.is_given(hidden).any()
+    torch.nn.init.normal_(model.to_velocity.weight)
+    torch.nn.init.normal_(model.blocks[0].modulation.weight)
+    torch.nn.init.normal_(model.modulation_out.weight)
+    model(torch.randn(2, 3, 4), torch.rand(2), given).square().sum().backward()
+    model(torch.randn(2, 3, 4), torch.rand(2), hidden).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    loaded = DiT.of_tensors(config, 3, 4, labels, model.state_dict())
+    loaded.load_state_dict(model.state_dict())
+    z, t = torch.randn(2, 3, 4), torch.rand(2)
+    assert torch.equal(loaded(z, t, given), model(z, t, given))

@@ -1,0 +1,59 @@
+"""Library sizes of combinations that no training cell had."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from scldm.errors import InputError
+from scldm.library_size import LibrarySizeModel, LogNormal, subsets
+
+NAMES = ("type", "donor", "drug")
+
+
+def fitted(**by: dict[str, LogNormal]) -> LibrarySizeModel:
+    """by: `type_drug={"B/x": ...}`."""
+    tables: dict = {subset: {} for subset in subsets(NAMES)}
+    tables[()] = {(): LogNormal(1_000, 9.0, 1.0)}
+    for key, table in by.items():
+        tables[tuple(key.split("_"))] = {tuple(labels.split("/")): one for labels, one in table.items()}
+    return LibrarySizeModel(NAMES, tables)
+
+
+def of(model: LibrarySizeModel, *row: str) -> tuple[float, str]:
+    sizes = model.of(pd.DataFrame([row], columns=list(NAMES[: len(row)])))
+    return float(sizes.log_mean_n[0]), " ".join(sizes.backed_off)
+
+
+def test_the_largest_part_that_cells_had_is_taken_and_of_several_the_one_that_says_most() -> None:
+    model = fitted(
+        type={"B": LogNormal(50, 1.0, 0.3)},
+        donor={"d": LogNormal(50, 2.0, 0.1)},
+        type_drug={"B/x": LogNormal(30, 3.0, 0.5), "B/y": LogNormal(9, 4.0, 0.01)},
+        donor_drug={"d/x": LogNormal(30, 5.0, 0.4), "d/y": LogNormal(12, 6.0, 0.8)},
+        type_donor_drug={"B/e/x": LogNormal(1, 7.0, 0.0)},
+    )
+    assert of(model, "B", "e", "x") == (7.0, "")  # its own, however few
+    told = "library sizes of type=B, donor=d, drug=x: no training cell has this combination; taken from the 30 with "
+    assert of(model, "B", "d", "x") == (5.0, told + "donor=d, drug=x")  # two pairs: the one that varies less
+    assert of(model, "B", "d", "y")[0] == 6.0  # a deviation of 9 cells says little
+    assert of(model, "B", "d", "z")[0] == 2.0  # no pair at all
+    assert of(model, "B", "f", "z")[0] == 1.0
+    with pytest.raises(InputError, match="for type=T, donor=f, drug=z: no training cell has any of these labels"):
+        of(model, "T", "f", "z")
+
+
+def test_rows_keep_their_order_and_a_back_off_is_told_once(tmp_path: Path) -> None:
+    model = fitted(type={"B": LogNormal(50, 1.0, 0.3), "T": LogNormal(50, 2.0, 0.2)}, donor={"d": LogNormal(9, 3, 0.1)})
+    model.save(tmp_path / "sizes.json")
+    assert LibrarySizeModel.load(tmp_path / "sizes.json") == model
+    labels = pd.DataFrame({"donor": ["d"] * 4, "type": ["T", "B", "T", "B"]})
+    sizes = model.of(labels)
+    assert sizes.log_mean_n.tolist() == [2.0, 1.0, 2.0, 1.0]
+    assert sizes.log_std_n.tolist() == [0.2, 0.3, 0.2, 0.3]
+    assert len(sizes.backed_off) == 2
+    everyone = model.of(pd.DataFrame(index=range(3)))
+    assert everyone.log_mean_n.tolist() == [9.0] * 3
+    assert everyone.backed_off == ()
