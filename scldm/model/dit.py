@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class DiTConfig:
     n_heads: int = 8
     continuous: dict[str, ValueScale] = field(default_factory=dict)
     combination_tokens: bool = False
-    attention: AttentionKind = "sdpa"
+    attention: Literal["plain", "sdpa"] = "sdpa"
     compile: bool = False
     recompute: bool = False
 
