@@ -54,6 +54,7 @@ class TrainLDMConfig:
     given: gene set that they are encoded from
     label_embeddings: condition -> CSV file of its labels (first column) and a vector of numbers for each: the model is
         told the vector, so that every label of the file can be asked for, trained or not
+    deepspeed: any key of DeepSpeed's own configuration that does not change the result, as deepspeed.steps_per_print=10
     """
 
     run_dir: str
@@ -67,6 +68,7 @@ class TrainLDMConfig:
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-4, schedule="cosine"))
     train: TrainConfig = field(default_factory=TrainConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    deepspeed: dict[str, Any] = field(default_factory=dict)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 

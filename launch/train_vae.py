@@ -31,6 +31,7 @@ class TrainVAEConfig:
     """Stage 1.
 
     run_dir: folder of the run
+    deepspeed: any key of DeepSpeed's own configuration that does not change the result, as deepspeed.steps_per_print=10
     """
 
     run_dir: str
@@ -39,6 +40,7 @@ class TrainVAEConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    deepspeed: dict[str, Any] = field(default_factory=dict)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -18,6 +18,7 @@ from data_pipeline.schema import Manifest
 from scldm.environment import describe
 from scldm.errors import InputError
 from scldm.library_size import LibrarySizeModel, LogNormal
+from scldm.parallel.deepspeed_json import check_overrides
 from scldm.parallel.dist import World, close_world, world_of_environment
 from scldm.parallel.engine import HardwareConfig, start_engine
 from scldm.train.loop import Loader, TrainConfig, train
@@ -32,6 +33,7 @@ FREE_ON_RESUME = (
     *("run_dir", "tracking", "train.log_every", "train.save_every", "train.keep"),
     *("model.attention", "model.compile", "model.recompute", "model.gene_chunk"),
     *("hardware.engine", "hardware.micro_batch", "hardware.zero_stage", "hardware.threads"),
+    *("hardware.offload_optimizer", "hardware.collective_timeout_s", "deepspeed"),
     *("data.shards", "data.form", "data.prefetch", "data.read_threads", "data.read_ahead"),
     *("data.cache_folder", "data.cache_gb"),
 )
@@ -48,6 +50,8 @@ class RunConfig(Protocol):
     def train(self) -> TrainConfig: ...
     @property
     def hardware(self) -> HardwareConfig: ...
+    @property
+    def deepspeed(self) -> dict[str, Any]: ...
     @property
     def tracking(self) -> TrackingConfig: ...
 
@@ -67,6 +71,7 @@ def run_training(name: str, config: RunConfig, set_up: Callable[[World], Parts])
     world = world_of_environment()
     torch.set_num_threads(config.hardware.threads)
     config.hardware.accumulation(config.train.global_batch, world.size)
+    check_overrides(config.deepspeed)
     torch.manual_seed(config.train.seed)
     parts = set_up(world)
     run_dir = Path(config.run_dir)
@@ -77,7 +82,9 @@ def run_training(name: str, config: RunConfig, set_up: Callable[[World], Parts])
             at_the_end.enter_context(locked(run_dir))
             keep_data(run_dir, parts.manifest)
         make = make_optimizer_of(config.optim)
-        engine = start_engine(parts.module, make, config.hardware, config.optim.clip, world, config.train.global_batch)
+        engine = start_engine(
+            parts.module, make, config.hardware, config.optim.clip, world, config.train.global_batch, config.deepspeed
+        )
         at_the_end.callback(close_world)
         if world.is_first:
             write_json(run_dir / "deepspeed.json", getattr(engine, "json", {}))

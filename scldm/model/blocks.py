@@ -1,6 +1,9 @@
-"""What the networks are built from. Reading order: SwiGLU, TransformerBlock."""
+"""What the networks are built from. Reading order: SwiGLU, TransformerBlock, Within."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -40,3 +43,14 @@ class TransformerBlock(nn.Module):
     def forward(self, x_BLD: Tensor) -> Tensor:
         x_BLD = x_BLD + self.attention(self.norm_attention(x_BLD))
         return x_BLD + self.mlp(self.norm_mlp(x_BLD))
+
+
+class Within(nn.Module):
+    """Calls a function that reads parameters of other modules than those it calls.
+
+    An engine that shards weights gathers them around the forward of modules, and again before the backward of what they
+    return, if that is a tensor. So such a function is called within a module, and returns one.
+    """
+
+    def forward(self, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        return function(*inputs)

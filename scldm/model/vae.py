@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ from scldm.likelihood import (
 )
 from scldm.model import factorised, fused
 from scldm.model.attention import AttentionKind
-from scldm.model.blocks import TransformerBlock
+from scldm.model.blocks import TransformerBlock, Within
 from scldm.model.mcab import MCAB
 
 LOG_DISPERSION_AT_MOST = 18.4  # theta from 1e-8 to 1e8
@@ -98,8 +99,7 @@ class VAEConfig:
             raise InputError(f"model.kl_weight={self.kl_weight} must not be negative")
 
 
-@dataclass(frozen=True)
-class Posterior:
+class Posterior(NamedTuple):  # a tuple: an engine that shards weights looks for tensors in what a network returns
     """q(latent | cell): a diagonal Gaussian, or a point where `log_var_BLZ` is None."""
 
     mean_BLZ: Tensor
@@ -119,8 +119,7 @@ class Posterior:
         return 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum((1, 2))
 
 
-@dataclass(frozen=True)
-class Predicted:
+class Predicted(NamedTuple):
     """p(counts | latent) of the asked genes, in float32.
 
     likelihood: its kind, on which the other fields depend
@@ -210,6 +209,7 @@ class VAE(nn.Module):
             self.log_std = _per_gene(n_genes)
         if config.likelihood == "zinb":
             self.log_odds_dropout = _per_gene(n_genes)
+        self.reads_genes, self.reads_latents = Within(), Within()
         self.initialise()
         if config.compile:
             for block in (*self.encoder, *self.decoder):
@@ -241,12 +241,13 @@ class VAE(nn.Module):
 
     def encode(self, given: GeneCounts) -> Posterior:
         """Eq. 8: the posterior over L latent tokens of Z numbers; the order of the genes and padding change nothing."""
+        return self.posterior(self.reads_genes(self._pooled, given))
+
+    def _pooled(self, given: GeneCounts) -> Tensor:
         if self.config.attention in ("factorised", "fused"):
             read = fused.read_genes if self.config.attention == "fused" else factorised.read_genes
-            x_BLD = factorised.pool(self.pool, self.latent_queries, self.token, self.gene_embedding, given, read)
-        else:
-            x_BLD = self.pool(self.latent_queries, self.gene_tokens(given), given.mask)
-        return self.posterior(x_BLD)
+            return factorised.pool(self.pool, self.latent_queries, self.token, self.gene_embedding, given, read)
+        return self.pool(self.latent_queries, self.gene_tokens(given), given.mask)
 
     def posterior(self, x_BLD: Tensor) -> Posterior:
         """From what was pooled of the genes, through the encoder's transformer blocks."""
@@ -312,9 +313,11 @@ class VAE(nn.Module):
         """The head's numbers of every asked gene, (B, Q, K), at least in float32."""
         chunks = asked_ids.split(self.config.gene_chunk or max(asked_ids.shape[-1], 1), dim=-1)
         if self.config.recompute and torch.is_grad_enabled():
-            parts = [checkpoint(self._read_out_chunk, x_BLD, ids, use_reentrant=False) for ids in chunks]
+            parts = [
+                checkpoint(self.reads_latents, self._read_out_chunk, x_BLD, ids, use_reentrant=False) for ids in chunks
+            ]
         else:
-            parts = [self._read_out_chunk(x_BLD, ids) for ids in chunks]
+            parts = [self.reads_latents(self._read_out_chunk, x_BLD, ids) for ids in chunks]
         return torch.cat(parts, dim=1)
 
     def _read_out_chunk(self, x_BLD: Tensor, asked_ids: Tensor) -> Tensor:

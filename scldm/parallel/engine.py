@@ -2,16 +2,17 @@
 
 Two engines with one surface: DeepSpeedEngine, which users run, and PlainEngine, a lone process without it, which is
 also what the other is tested against. Both hold float32 master weights; bf16 is autocast around the forward pass.
-Reading order: HardwareConfig, Piece, the engines, deepspeed_json, start_engine.
+Reading order: HardwareConfig, Piece, the engines, start_engine.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal, Protocol
 
 import torch
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from scldm.errors import InputError
+from scldm.parallel.deepspeed_json import deepspeed_json
 from scldm.parallel.dist import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -31,21 +33,25 @@ class HardwareConfig:
 
     engine: deepspeed, or plain for one process without it
     micro_batch: cells per rank and forward pass; ranks x micro_batch x accumulation is the global batch
-    zero_stage: what DeepSpeed shards over the ranks: 1 optimizer states and averages, 2 gradients too
+    zero_stage: what DeepSpeed shards over the ranks: 1 optimizer states and averages, 2 gradients too, 3 weights too
+    offload_optimizer: keep master weights, moments and averages in the host's memory, and step there
     precision: fp32, or bf16 (autocast; master weights stay float32)
     threads: CPU threads per rank for torch
+    collective_timeout_s: longest wait of a rank for the others within one exchange, in seconds
     """
 
     engine: Literal["deepspeed", "plain"] = "deepspeed"
     micro_batch: int = 128
     zero_stage: int = 2
+    offload_optimizer: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
     threads: int = 1
+    collective_timeout_s: int = 1_800
 
     def __post_init__(self) -> None:
-        if self.zero_stage not in (1, 2):
-            raise InputError(f"hardware.zero_stage={self.zero_stage}: it must be 1 or 2")
-        for name in ("micro_batch", "threads"):
+        if self.zero_stage not in (1, 2, 3):
+            raise InputError(f"hardware.zero_stage={self.zero_stage}: it must be 1, 2 or 3")
+        for name in ("micro_batch", "threads", "collective_timeout_s"):
             if getattr(self, name) < 1:
                 raise InputError(f"hardware.{name}={getattr(self, name)} must be at least 1")
 
@@ -167,23 +173,40 @@ class DeepSpeedEngine:
         clip: float,
         world: World,
         global_batch: int,
+        overrides: Mapping[str, Any],
     ) -> None:
         os.environ.setdefault("DS_ACCELERATOR", world.device.type)  # else it looks around, and warns
-        # DeepSpeed 0.19 calls a collective by the name that torch 2.13 gave up
-        warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
+        # DeepSpeed 0.19 calls collectives by names that torch 2.13 gave up
+        for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+            warnings.filterwarnings("ignore", f"`torch.distributed.{name}` is deprecated", FutureWarning)
         import deepspeed
 
         if world.device.type == "cpu":
             # else every start compiles a C++ extension for 35 to 160 s, or dies without a compiler
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        timeout = timedelta(seconds=hardware.collective_timeout_s)
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
         self.world, self.stage = world, hardware.zero_stage
         self.accumulation = hardware.accumulation(global_batch, world.size)
-        self.json = deepspeed_json(hardware, clip, self.accumulation)
+        self.json = deepspeed_json(
+            hardware.micro_batch,
+            self.accumulation,
+            clip,
+            hardware.zero_stage,
+            hardware.precision == "bf16",
+            hardware.offload_optimizer,
+            overrides,
+        )
         self.module: nn.Module = model.to(world.device)
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         self.shapes = {name: parameter.shape for name, parameter in self.module.named_parameters()}
-        started = deepspeed.initialize(model=self.module, optimizer=make_optimizer(self.module), config=self.json)
+        optimizer = make_optimizer(self.module)
+        try:
+            started = deepspeed.initialize(model=self.module, optimizer=optimizer, config=self.json)
+        except ValueError as error:  # pydantic's too, as for a value of the wrong type
+            told = " ".join(str(error).split("For further information")[0].split())
+            raise InputError(f"DeepSpeed refuses its configuration: {told}") from error
         self.engine: Any = started[0]
         self.optimizer: Any = started[1]
         self.model: Any = self.engine
@@ -255,20 +278,6 @@ def _piece(
         yield Piece(name, start, stop, master.detach()[part], {k: moment[part] for k, moment in moments.items()})
 
 
-def deepspeed_json(hardware: HardwareConfig, clip: float, accumulation: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration, as kept in the run folder."""
-    return {
-        "train_micro_batch_size_per_gpu": hardware.micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": clip,
-        "zero_optimization": {"stage": hardware.zero_stage},
-        "zero_allow_untested_optimizer": True,  # torch's AdamW: FusedAdam and CPUAdam need a compiler at start
-        "zero_force_ds_cpu_optimizer": False,
-        "torch_autocast": {"enabled": hardware.precision == "bf16", "dtype": "bfloat16"},
-        "steps_per_print": 1_000_000_000,
-    }
-
-
 def start_engine(
     model: nn.Module,
     make_optimizer: OptimizerFactory,
@@ -276,15 +285,18 @@ def start_engine(
     clip: float,
     world: World,
     global_batch: int,
+    overrides: Mapping[str, Any] | None = None,
 ) -> PlainEngine | DeepSpeedEngine:
     """The configured engine around a network; collective.
 
-    Raises: InputError where ranks, micro-batch and global batch do not fit.
+    overrides: of DeepSpeed's own configuration, as `deepspeed.KEY=value` gives them
+
+    Raises: InputError where ranks, micro-batch and global batch do not fit, or an override would change the result.
     """
     hardware.accumulation(global_batch, world.size)
     if hardware.engine == "plain":
         return PlainEngine(model, make_optimizer, hardware, clip, world)
-    return DeepSpeedEngine(model, make_optimizer, hardware, clip, world, global_batch)
+    return DeepSpeedEngine(model, make_optimizer, hardware, clip, world, global_batch, overrides or {})
 
 
 def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

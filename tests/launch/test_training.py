@@ -7,9 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
-from launch.training import check_has_validation, keep_data, whole_cells
+from launch.config import compose, shipped
+from launch.train_vae import TrainVAEConfig
+from launch.training import FREE_ON_RESUME, check_has_validation, keep_data, whole_cells
 from scldm.errors import InputError
+from scldm.parallel.deepspeed_json import check_overrides
+from scldm.train.run_folder import flat
 from scldm.vocab import ConditionVocab, GeneVocab
 
 
@@ -47,3 +52,15 @@ def test_without_validation_cells_nothing_starts(splits: list[tuple[str, int]]) 
 def test_validation_on_all_genes_takes_no_more_memory_than_training(n_genes: int, cells: int) -> None:
     assert whole_cells(128, n_genes, 60_000) == cells
     assert whole_cells(1, n_genes, 60_000) == 1
+
+
+def test_presets_of_hardware_change_no_result() -> None:
+    """Each is a legal config whose DeepSpeed keys are accepted, and all that it sets may change on a resume."""
+    for path in sorted(shipped("configs").glob("hardware/*.yaml")):
+        config = compose(TrainVAEConfig, [str(path), "run_dir=a", "data.shards=b"])
+        check_overrides(config.deepspeed)
+        text = path.read_text()
+        assert "Not measured" in text or path.stem == "cpu", path
+        for key, _ in flat(yaml.safe_load(text)):
+            free = any(f"{key}.".startswith(f"{name}.") for name in FREE_ON_RESUME)
+            assert free or key == "hardware.precision", f"{path.name}: {key} is not free"

@@ -21,10 +21,13 @@ from scldm.train.tracking import read_metrics
 from tests.scldm.train.small_runs import Finished, make_dit, small_run
 
 ROOT = Path(__file__).resolve().parents[3]
-STEPS = 30
+STEPS = 50
 # At six times this rate, training itself makes 1e-4 of the 1e-7 by which two orders of summation differ at first.
 OPTIM: dict[str, Any] = {"lr": 5e-4, "clip": 2.0, "weight_decay": 0.01}
 STAGES = ("vae", "ldm")
+# DeepSpeed keeps parameters of fewer numbers whole; all of a small network's are such
+SHARD_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+BF16_BAND = 0.02  # of the loss, which falls to a half in these steps
 
 
 def run_ranks(n_ranks: int, jobs: list[dict], folder: Path) -> None:
@@ -38,14 +41,17 @@ def run_ranks(n_ranks: int, jobs: list[dict], folder: Path) -> None:
     assert done.returncode == 0, done.stderr[-3_000:]
 
 
-def job(stage: str, run_dir: Path, micro_batch: int, zero_stage: int = 2, precision: str = "fp32", **more) -> dict:
-    hardware = {"engine": "deepspeed", "micro_batch": micro_batch, "zero_stage": zero_stage, "precision": precision}
+def job(stage: str, run_dir: Path, micro_batch: int, zero_stage: int, **more) -> dict:
+    hardware = {"engine": "deepspeed", "micro_batch": micro_batch, "zero_stage": zero_stage}
+    hardware |= {key: more.pop(key) for key in ("precision", "offload_optimizer") if key in more}
     return {
         "stage": stage,
         "run_dir": str(run_dir),
         "hardware": hardware,
+        "deepspeed": SHARD_ALL if zero_stage == 3 else {},
         "steps": STEPS,
         "save_every": 10,
+        "validate_every": 25,
         "optim": OPTIM,
         **more,
     }
@@ -53,7 +59,7 @@ def job(stage: str, run_dir: Path, micro_batch: int, zero_stage: int = 2, precis
 
 def plain(stage: str, run_dir: Path, **more) -> Finished:
     """The same run on the plain engine, in this process."""
-    return small_run(stage, run_dir, steps=STEPS, save_every=10, optim=OptimConfig(**OPTIM), **more)
+    return small_run(stage, run_dir, steps=STEPS, save_every=10, validate_every=25, optim=OptimConfig(**OPTIM), **more)
 
 
 def curve(run_dir: Path, key: str, split: str = "train") -> torch.Tensor:
@@ -65,15 +71,19 @@ def curve(run_dir: Path, key: str, split: str = "train") -> torch.Tensor:
 def assert_follows(run_dir: Path, oracle: Path, stage: str) -> None:
     """Loss and gradient norm of every step, validation, and the final weights and averages."""
     metric = {"vae": "nll", "ldm": "velocity_loss"}[stage]
-    # the norm moves most: it is taken where the loss is steep
-    for key, split, tolerance in (("loss", "train", 1e-5), ("grad_norm", "train", 2e-4), (metric, "validation", 1e-5)):
-        one, other = curve(run_dir, key, split), curve(oracle, key, split)
+    # the norm moves most: it is taken where the loss is steep, and while weights are still the same
+    for key, split, tolerance, n in (
+        ("loss", "train", 1e-5, STEPS),
+        ("grad_norm", "train", 2e-4, 30),
+        (metric, "validation", 1e-5, STEPS),
+    ):
+        one, other = curve(run_dir, key, split)[:n], curve(oracle, key, split)[:n]
         assert one.shape == other.shape
         worst = float((one / other - 1).abs().max())
         assert worst < tolerance, (run_dir.name, key, worst)
     weights, expected = weights_of(run_dir), weights_of(oracle)
     assert weights.keys() == expected.keys()
-    # 30 steps of 5e-4 move a weight by 1e-2
+    # 50 steps of 5e-4 move a weight by 1e-2
     worst = max(float((weights[key] - expected[key]).abs().max()) for key in expected)
     assert worst < 2e-4, (run_dir.name, worst)
 
@@ -86,47 +96,56 @@ def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_deepspeed_follows_the_plain_engine_and_resumes_across_world_sizes(tmp_path: Path) -> None:
+def test_ranks_follow_one_and_checkpoints_cross_stages_and_world_sizes(tmp_path: Path) -> None:
     """One test, as starting ranks costs most: every start runs all that its world size has to do."""
-    follow, cross, bf16 = [], [], []
-    one_rank, two_ranks, second_two = [], [], []
+    jobs: dict[int, list[dict]] = {2: [], 4: [], 1: []}
+    follow, bf16 = [], []
     for stage in STAGES:
         plain(stage, tmp_path / f"{stage}-plain")
-        for jobs, ranks, zero, micro in (
-            (one_rank, 1, 1, 16),
-            (one_rank, 1, 2, 4),
-            (two_ranks, 2, 1, 2),
-            (two_ranks, 2, 2, 8),
+        for n_ranks, micro, zero in (
+            *((2, 8, 1), (2, 2, 2), (2, 4, 3)),
+            *((4, 4, 1), (4, 4, 2), (4, 2, 3)),
         ):
-            run_dir = tmp_path / f"{stage}-zero{zero}-{ranks}x{micro}"
-            jobs.append(job(stage, run_dir, micro, zero))
+            run_dir = tmp_path / f"{stage}-zero{zero}-{n_ranks}x{micro}"
+            jobs[n_ranks].append(job(stage, run_dir, micro, zero))
             follow.append((run_dir, stage))
-        # stopped at step 13, so that steps 11 to 13 are lost, and resumed at another world size, stage or engine
-        for name in ("two-to-one", "two-to-plain"):
-            two_ranks.append(job(stage, tmp_path / f"{stage}-{name}", 8, 2, fail_at=13))
-        one_rank.append(job(stage, tmp_path / f"{stage}-two-to-one", 16, 1))
-        one_rank.append(job(stage, tmp_path / f"{stage}-one-to-two", 16, 1, fail_at=13))
-        second_two.append(job(stage, tmp_path / f"{stage}-one-to-two", 4, 2))
-        second_two.append(job(stage, tmp_path / f"{stage}-plain-to-two", 4, 2))
-        cross += [
-            (tmp_path / f"{stage}-{n}", stage) for n in ("two-to-one", "two-to-plain", "one-to-two", "plain-to-two")
-        ]
-        for zero in (1, 2):
-            two_ranks.append(job(stage, tmp_path / f"{stage}-bf16-{zero}", 8, zero, "bf16"))
-            bf16.append((tmp_path / f"{stage}-bf16-{zero}", stage))
-        with pytest.raises(KeyboardInterrupt):
-            plain(stage, tmp_path / f"{stage}-plain-to-two", fail_at=13)
-    run_ranks(2, two_ranks, tmp_path)
-    run_ranks(1, one_rank, tmp_path)
-    run_ranks(2, second_two, tmp_path)
-    for stage in STAGES:
-        plain(stage, tmp_path / f"{stage}-two-to-plain")
-    for run_dir, stage in [*follow, *cross]:
+        for zero in (2, 3):
+            run_dir = tmp_path / f"{stage}-zero{zero}-offload-recompute"
+            jobs[2].append(job(stage, run_dir, 8, zero, offload_optimizer=True, recompute=True))
+            follow.append((run_dir, stage))
+    # stopped at step 13, so that steps 11 to 13 are lost, and resumed at another world size, stage or engine
+    for stage, (ranks, zero), (later_ranks, later_zero) in (
+        ("vae", (2, 2), (4, 3)),
+        ("ldm", (2, 3), (4, 1)),
+        ("vae", (2, 3), (1, 2)),
+        ("vae", (4, 3), (0, 0)),
+        ("vae", (0, 0), (4, 3)),
+        ("ldm", (0, 0), (2, 1)),
+    ):
+        run_dir = tmp_path / f"{stage}-{ranks}x{zero}-to-{later_ranks}x{later_zero}"
+        follow.append((run_dir, stage))
+        if ranks:
+            jobs[ranks].append(job(stage, run_dir, 4, zero, fail_at=13))
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                plain(stage, run_dir, fail_at=13)
+        if later_ranks:
+            jobs[later_ranks].append(job(stage, run_dir, 2, later_zero))
+    # last: what DeepSpeed notes of a precision, it notes for the process
+    for stage, zero in (("vae", 1), ("vae", 3), ("ldm", 2), ("ldm", 3)):
+        run_dir = tmp_path / f"{stage}-bf16-{zero}"
+        jobs[2].append(job(stage, run_dir, 8, zero, precision="bf16"))
+        bf16.append((run_dir, stage))
+    for n_ranks, of_ranks in jobs.items():
+        run_ranks(n_ranks, of_ranks, tmp_path)
+    for run_dir, stage in follow:
+        if run_dir.name.endswith("-to-0x0"):
+            plain(stage, run_dir)
         assert_follows(run_dir, tmp_path / f"{stage}-plain", stage)
     for run_dir, stage in bf16:
         loss, expected = curve(run_dir, "loss"), curve(tmp_path / f"{stage}-plain", "loss")
         worst = float((loss / expected - 1).abs().max())
-        assert 1e-6 < worst < 0.02, (run_dir.name, worst)  # it is another precision, and not another result
+        assert 1e-6 < worst < BF16_BAND, (run_dir.name, worst)  # it is another precision, and not another result
 
 
 @pytest.mark.parametrize(
@@ -146,7 +165,7 @@ def test_batches_that_do_not_fit_are_refused_with_ones_that_do(micro_batch, glob
 def test_accumulation_and_what_else_can_not_be() -> None:
     assert HardwareConfig(micro_batch=4).accumulation(32, 2) == 4
     mistakes: dict[str, dict[str, Any]] = {
-        "zero_stage=3": {"zero_stage": 3},
+        "zero_stage=0: it must be 1, 2 or 3": {"zero_stage": 0},
         "micro_batch=0": {"micro_batch": 0},
         "threads=0": {"threads": 0},
     }

@@ -154,12 +154,12 @@ class LatentsLoader(CellsLoader):
 # --- the runs ------------------------------------------------------------------------------------------------------
 
 
-def make_vae(kl_weight: float = 0.01) -> VAE:
-    return VAE(VAEConfig(16, N_LATENTS, LATENT_WIDTH, 1, 2, 1, kl_weight), N_GENES)
+def make_vae(kl_weight: float = 0.01, recompute: bool = False) -> VAE:
+    return VAE(VAEConfig(16, N_LATENTS, LATENT_WIDTH, 1, 2, 1, kl_weight, recompute=recompute), N_GENES)
 
 
-def make_dit() -> DiT:
-    return DiT(DiTConfig(16, 2, 2), N_LATENTS, LATENT_WIDTH, {"type": N_LABELS})
+def make_dit(recompute: bool = False) -> DiT:
+    return DiT(DiTConfig(16, 2, 2, recompute=recompute), N_LATENTS, LATENT_WIDTH, {"type": N_LABELS})
 
 
 @dataclass
@@ -182,6 +182,8 @@ def small_run(
     optim: OptimConfig | None = None,
     fail_at: int = -1,
     keep: int = 2,
+    deepspeed: dict[str, Any] | None = None,
+    recompute: bool = False,
     **every: int,
 ) -> Finished:
     """Train `vae` or `ldm` on 50 cells as the verbs do, logging every step unless told otherwise."""
@@ -200,14 +202,16 @@ def small_run(
     )
     optim = optim or OptimConfig(lr=3e-3, clip=2.0, weight_decay=0.01)
     torch.manual_seed(0)
-    module = make_vae() if stage_name == "vae" else make_dit()
+    module = make_vae(recompute=recompute) if stage_name == "vae" else make_dit(recompute)
     stage: Stage = VAEStage(module) if isinstance(module, VAE) else LDMStage(module, GuidanceConfig(0.2))
     kind = CellsLoader if stage_name == "vae" else LatentsLoader
     place = (global_batch, hardware.micro_batch, world.rank, world.size)
     n_given = 24 if stage_name == "vae" else 0
     loader = kind(make_cells(50, 0), *place, n_given=n_given, fail_at=fail_at)
     validation = kind(make_cells(21, 1), *place)
-    engine = start_engine(module, lambda m: make_optimizer(optim, m), hardware, optim.clip, world, global_batch)
+    engine = start_engine(
+        module, lambda m: make_optimizer(optim, m), hardware, optim.clip, world, global_batch, deepspeed
+    )
     run_dir.mkdir(parents=True, exist_ok=True)
     with Tracker(run_dir, TrackingConfig(enabled=False), active=world.is_first) as tracker:
         metrics = train(stage, engine, loader, validation, config, optim, world, run_dir, tracker, stage_name)
