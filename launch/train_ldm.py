@@ -20,13 +20,14 @@ from data_pipeline.schema import Manifest
 from launch.cli import run_verb
 from launch.encode import check_same_genes
 from launch.export import trained_vae
-from launch.training import Parts, check_has_validation, run_training, whole_cells
+from launch.training import Parts, check_has_validation, run_training, start_of, whole_cells
 from scldm.batch import GeneCounts
 from scldm.errors import InputError
 from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE, Posterior
 from scldm.parallel.dist import World
 from scldm.parallel.engine import HardwareConfig
+from scldm.train.init_from import dit_from
 from scldm.train.loop import TrainConfig
 from scldm.train.losses import FlowConfig, GuidanceConfig, LDMStage
 from scldm.train.optim import OptimConfig
@@ -54,6 +55,8 @@ class TrainLDMConfig:
     given: gene set that they are encoded from
     label_embeddings: condition -> CSV file of its labels (first column) and a vector of numbers for each: the model is
         told the vector, so that every label of the file can be asked for, trained or not
+    init_from: model folder whose diffusion transformer to start from; conditions and labels are joined by name, new
+        ones get new rows
     deepspeed: any key of DeepSpeed's own configuration that does not change the result, as deepspeed.steps_per_print=10
     """
 
@@ -62,6 +65,7 @@ class TrainLDMConfig:
     vae: str = ""
     given: GeneSetConfig = field(default_factory=GeneSetConfig)
     label_embeddings: dict[str, str] = field(default_factory=dict)
+    init_from: str = ""
     model: DiTConfig = field(default_factory=DiTConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
@@ -94,10 +98,15 @@ def set_up(config: TrainLDMConfig, world: World) -> Parts:
         features=features,
         combinations_KC=trained_combinations(manifest),
     )
+    trained, joined = start_of(config), ()
+    if trained is not None:
+        if trained.dit is None:
+            raise InputError(f"init_from={config.init_from} holds an autoencoder alone; it can start `scldm train vae`")
+        joined = dit_from(module, vocab, trained.dit, trained.conditions)
     module.latent_mean_LZ.copy_(source.mean_LZ)
     module.latent_std_LZ.copy_(source.std_LZ.clamp_min(MIN_STD))
     stage = LDMStage(module, config.guidance, config.flow, source.encode)
-    return Parts(module, stage, source.loader, source.validation, manifest)
+    return Parts(module, stage, source.loader, source.validation, manifest, joined)
 
 
 # --- where the latents come from -----------------------------------------------------------------------------------

@@ -9,11 +9,12 @@ from typing import Any
 from data_pipeline.gene_sets import GeneSetConfig
 from data_pipeline.loader import CellLoader, LoaderConfig
 from launch.cli import run_verb
-from launch.training import Parts, check_has_validation, run_training, whole_cells
+from launch.training import Parts, check_has_validation, run_training, start_of, whole_cells
 from scldm.kernels import check_available
 from scldm.model.vae import VAE, VAEConfig
 from scldm.parallel.dist import World
 from scldm.parallel.engine import HardwareConfig
+from scldm.train.init_from import vae_from
 from scldm.train.loop import TrainConfig
 from scldm.train.losses import VAEStage
 from scldm.train.optim import OptimConfig
@@ -31,11 +32,13 @@ class TrainVAEConfig:
     """Stage 1.
 
     run_dir: folder of the run
+    init_from: model folder whose autoencoder to start from; genes are joined by name, new ones get new rows
     deepspeed: any key of DeepSpeed's own configuration that does not change the result, as deepspeed.steps_per_print=10
     """
 
     run_dir: str
     data: LoaderConfig
+    init_from: str = ""
     model: VAEConfig = field(default_factory=VAEConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -70,7 +73,9 @@ def set_up(config: TrainVAEConfig, world: World) -> Parts:
     place["micro_batch"] = whole_cells(config.hardware.micro_batch, in_training, n_genes)
     validation = CellLoader(whole, split="validation", **place)
     module = VAE(config.model, loader.vocab.n_genes)
-    return Parts(module, VAEStage(module), loader, validation, loader.manifest)
+    trained = start_of(config)
+    joined = vae_from(module, loader.vocab, trained.vae, trained.genes) if trained is not None else ()
+    return Parts(module, VAEStage(module), loader, validation, loader.manifest, joined)
 
 
 if __name__ == "__main__":

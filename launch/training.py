@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -15,12 +15,15 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from data_pipeline.schema import Manifest
+from scldm import pretrained
 from scldm.environment import describe
 from scldm.errors import InputError
 from scldm.library_size import LibrarySizeModel, LogNormal
 from scldm.parallel.deepspeed_json import check_overrides
 from scldm.parallel.dist import World, close_world, world_of_environment
 from scldm.parallel.engine import HardwareConfig, start_engine
+from scldm.pretrained import Pretrained
+from scldm.train.init_from import Joined
 from scldm.train.loop import Loader, TrainConfig, train
 from scldm.train.losses import Stage
 from scldm.train.optim import OptimConfig, make_optimizer
@@ -45,6 +48,8 @@ class RunConfig(Protocol):
     @property
     def run_dir(self) -> str: ...
     @property
+    def init_from(self) -> str: ...
+    @property
     def optim(self) -> OptimConfig: ...
     @property
     def train(self) -> TrainConfig: ...
@@ -57,13 +62,14 @@ class RunConfig(Protocol):
 
 
 class Parts(NamedTuple):
-    """What one stage trains, on which stream of which shard set."""
+    """What one stage trains, on which stream of which shard set; joined: how its names met those of `init_from`."""
 
     module: torch.nn.Module
     stage: Stage
     loader: Loader
     validation: Loader
     manifest: Manifest
+    joined: Sequence[Joined] = ()
 
 
 def run_training(name: str, config: RunConfig, set_up: Callable[[World], Parts]) -> dict[str, float]:
@@ -81,6 +87,8 @@ def run_training(name: str, config: RunConfig, set_up: Callable[[World], Parts])
             open_run_folder(run_dir, as_dict, FREE_ON_RESUME)
             at_the_end.enter_context(locked(run_dir))
             keep_data(run_dir, parts.manifest)
+            if parts.joined:
+                keep_joined(run_dir, config.init_from, parts.joined)
         make = make_optimizer_of(config.optim)
         engine = start_engine(
             parts.module, make, config.hardware, config.optim.clip, world, config.train.global_batch, config.deepspeed
@@ -102,6 +110,19 @@ def run_training(name: str, config: RunConfig, set_up: Callable[[World], Parts])
             at_the_end.enter_context(tracker),
             name,
         )
+
+
+def start_of(config: RunConfig) -> Pretrained | None:
+    """The trained model that a run starts from, if any and if it has not started yet."""
+    started = (Path(config.run_dir) / "checkpoints" / "latest").is_file()
+    return pretrained.load(config.init_from) if config.init_from and not started else None
+
+
+def keep_joined(run_dir: Path, model: str, joined: Sequence[Joined]) -> None:
+    """Print how the data's names met the trained ones, and keep all of them in the run folder."""
+    for table in joined:
+        print(f"init_from {model}: {table}")
+    write_json(run_dir / "init_from.json", {"model": model, **{table.what: table.to_json() for table in joined}})
 
 
 def make_optimizer_of(optim: OptimConfig) -> Callable[[torch.nn.Module], torch.optim.Optimizer]:

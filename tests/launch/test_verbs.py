@@ -101,6 +101,28 @@ def test_the_latents_are_what_the_exported_model_embeds(made: Path) -> None:
     np.testing.assert_allclose(np.stack([seen[row] for row in range(200)]), embedded, atol=2e-4)
 
 
+def test_a_run_starts_from_an_exported_model_on_other_genes(made: Path, capsys: pytest.CaptureFixture) -> None:
+    def other(adata) -> None:
+        adata.var_names = [f"gene{k if k >= 3 else 40 + k}" for k in range(40)]  # three are gone, three are new
+
+    write_cells(made / "other.h5ad", other)
+    scldm("shards", "write", f"source.paths={made}/other.h5ad", f"out={made}/other", "conditions=type",
+          "split.validation=0.2", "split.stratify=type")  # fmt: skip
+    capsys.readouterr()
+    command = ["train", "vae", f"data.shards={made}/other", f"run_dir={made}/tuned", f"init_from={made}/model", *VAE]
+    scldm(*command)
+    assert (
+        "genes: 37 known, 3 new (gene40, gene41, gene42), 3 left out (gene0, gene1, gene2)" in capsys.readouterr().out
+    )
+    assert json.loads((made / "tuned" / "init_from.json").read_text())["genes"]["new"][0] == "gene40"
+    start = [read_metrics(made / run, "train")[0]["loss"] for run in ("vae", "tuned")]
+    assert start[1] < 0.95 * start[0]  # of the first five steps
+    scldm(*command)  # resumes, and starts from nothing again
+    assert "init_from" not in capsys.readouterr().out
+    scldm("train", "ldm", f"data.shards={made}/latents", f"run_dir={made}/tuned-ldm", f"init_from={made}/model", *LDM)
+    assert "type: 3 known" in capsys.readouterr().out
+
+
 def test_a_verb_run_again_resumes_or_replaces(made: Path, capsys: pytest.CaptureFixture) -> None:
     before = sorted((p.relative_to(made), p.stat().st_mtime_ns) for p in (made / "vae" / "checkpoints").rglob("*"))
     scldm("train", "vae", f"data.shards={made}/shards", f"run_dir={made}/vae", *VAE)

@@ -1,0 +1,136 @@
+"""Starting from trained weights on other data: genes and labels are joined by name, what is new gets new rows.
+
+Reading order: Joined, vae_from, dit_from, joined_rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scldm.errors import InputError
+from scldm.model.dit import DiT
+from scldm.model.vae import VAE
+from scldm.vocab import ConditionVocab, GeneVocab
+
+PER_GENE = ("gene_embedding.weight", "log_theta.weight", "log_std.weight", "log_odds_dropout.weight")
+
+
+@dataclass(frozen=True)
+class Joined:
+    """How the names of a table met those of the trained one.
+
+    what: `genes`, or a condition
+    known: in both: their rows are the trained ones
+    new: in the new data alone: rows as a network starts with
+    left_out: in the trained weights alone
+    """
+
+    what: str
+    known: int
+    new: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+    def __str__(self) -> str:
+        told = f"{self.what}: {self.known:,} known"
+        for kind, names in (("new", self.new), ("left out", self.left_out)):
+            if names:
+                more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+                told += f", {len(names):,} {kind} ({', '.join(names[:5])}{more})"
+        return told
+
+    def to_json(self) -> dict[str, Any]:
+        return {"known": self.known, "new": list(self.new), "left_out": list(self.left_out)}
+
+
+def vae_from(vae: VAE, genes: GeneVocab, trained: VAE, trained_genes: GeneVocab) -> list[Joined]:
+    """Put trained weights into an autoencoder of other genes.
+
+    Raises: InputError where the networks are of different shape, or no gene is in both.
+    """
+    if genes.namespace != trained_genes.namespace:
+        raise InputError(
+            f"init_from: its genes are {trained_genes.namespace} ids, those of data.shards {genes.namespace}"
+        )
+    joined, rows = _join("genes", genes.ids, trained_genes.ids)
+    if not joined.known:
+        raise InputError(
+            f"init_from: none of the {genes.n_genes} genes of data.shards (such as {genes.ids[0]!r}) is among its "
+            f"{trained_genes.n_genes} (such as {trained_genes.ids[0]!r})"
+        )
+    per_gene = torch.cat((torch.zeros(1, dtype=torch.int64), torch.where(rows < 0, -1, rows + 1)))  # row 0 is padding
+    _copy(vae, dict(trained.named_parameters()), dict.fromkeys(PER_GENE, per_gene), {})
+    return [joined]
+
+
+def dit_from(dit: DiT, conditions: ConditionVocab, trained: DiT, trained_conditions: ConditionVocab) -> list[Joined]:
+    """Put trained weights into a diffusion transformer of other labels or conditions.
+
+    A condition that the trained one lacks starts as a network does, one that is no more is left out.
+
+    Raises: InputError where the networks are of different shape, or have tokens for combinations.
+    """
+    if dit.config.combination_tokens or trained.config.combination_tokens:
+        raise InputError("init_from: model.combination_tokens are of the trained data's combinations; set it to false")
+    report, tables, renamed = [], {}, {}
+    before, now = list(trained.n_labels), list(dit.n_labels)
+    for k, name in enumerate(now):
+        prefix = f"condition.{k}."
+        if name not in before:
+            report.append(Joined(name, 0, conditions.labels[name], ()))
+            renamed[prefix] = None
+            continue
+        joined, rows = _join(name, conditions.labels[name], trained_conditions.labels[name])
+        report.append(joined)
+        renamed[prefix] = f"condition.{before.index(name)}."
+        null = torch.tensor([trained.n_labels[name]])
+        tables[f"{prefix}weight"] = torch.cat((rows, null))
+    report += [Joined(name, 0, (), trained_conditions.labels[name]) for name in before if name not in now]
+    _copy(dit, dict(trained.named_parameters()), tables, renamed)
+    return report
+
+
+def joined_rows(table: Tensor, trained: Tensor, rows: Tensor) -> Tensor:
+    """The table with row k from row `rows[k]` of the trained one; as it is where that is -1."""
+    known = (rows >= 0).nonzero()[:, 0]
+    out = table.clone()
+    out[known] = trained[rows[known]].to(out)
+    return out
+
+
+def _join(what: str, names: Sequence[str], trained: Sequence[str]) -> tuple[Joined, Tensor]:
+    at = {name: k for k, name in enumerate(trained)}
+    rows = torch.tensor([at.get(name, -1) for name in names], dtype=torch.int64)
+    new = tuple(name for name in names if name not in at)
+    left_out = tuple(sorted(at.keys() - set(names), key=at.__getitem__))
+    return Joined(what, len(names) - len(new), new, left_out), rows
+
+
+@torch.no_grad()
+def _copy(
+    network: nn.Module, trained: dict[str, Tensor], tables: dict[str, Tensor], renamed: dict[str, str | None]
+) -> None:
+    """Copy every parameter that the trained network has.
+
+    tables: parameter -> the rows of the trained one that its rows are
+    renamed: prefix -> that in the trained network; None where it has none
+    """
+    for name, parameter in network.named_parameters():
+        source: str | None = name
+        for prefix, other in renamed.items():
+            if name.startswith(prefix):
+                source = None if other is None else other + name.removeprefix(prefix)
+        if source is None:
+            continue
+        found = trained.get(source)
+        is_table = name in tables
+        if found is None or found.shape[is_table:] != parameter.shape[is_table:]:
+            raise InputError(
+                f"init_from: its {name} is {'missing' if found is None else tuple(found.shape)}, that of model is "
+                f"{tuple(parameter.shape)}; give model the shape that was trained"
+            )
+        parameter.copy_(joined_rows(parameter, found, tables[name]) if is_table else found)

@@ -1,0 +1,95 @@
+"""Trained weights on other genes and labels: old rows unchanged, new rows new, the same function of what is old."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from scldm.batch import GeneCounts
+from scldm.errors import InputError
+from scldm.model.dit import DiT, DiTConfig
+from scldm.model.vae import VAE, VAEConfig
+from scldm.train.init_from import dit_from, vae_from
+from scldm.vocab import ConditionVocab, GeneVocab
+
+SHAPE = VAEConfig(width=16, n_latents=2, latent_width=4, n_layers=1, n_heads=2, likelihood="zinb")
+OLD = GeneVocab(("A", "B", "C", "D"), "symbol")
+NEW = GeneVocab(("X", "C", "A", "Y", "B"), "symbol")
+
+
+def randomised(network: torch.nn.Module) -> torch.nn.Module:
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(std=0.3)
+    return network
+
+
+def trained_vae() -> VAE:
+    vae = VAE(SHAPE, OLD.n_genes)
+    randomised(vae)
+    vae.gene_embedding.weight.data[0] = 0
+    return vae
+
+
+def test_genes_are_joined_by_name() -> None:
+    trained, vae = trained_vae(), VAE(SHAPE, NEW.n_genes)
+    start = {name: p.detach().clone() for name, p in vae.named_parameters()}
+    (joined,) = vae_from(vae, NEW, trained, OLD)
+    assert (joined.known, joined.new, joined.left_out) == (3, ("X", "Y"), ("D",))
+    assert str(joined) == "genes: 3 known, 2 new (X, Y), 1 left out (D)"
+    for name in ("gene_embedding", "log_theta", "log_odds_dropout"):
+        found, before = getattr(vae, name).weight, getattr(trained, name).weight
+        for gene in ("A", "B", "C"):
+            assert torch.equal(found[NEW.index_of[gene]], before[OLD.index_of[gene]])
+        for gene in ("X", "Y"):
+            assert torch.equal(found[NEW.index_of[gene]], start[f"{name}.weight"][NEW.index_of[gene]])
+        assert torch.equal(found[0], before[0])  # of padding
+    # of genes that both know it is the same network
+    counts = torch.tensor([[3, 0, 7]])
+    outcomes = []
+    for network, genes in ((trained, OLD), (vae, NEW)):
+        ids = torch.tensor([genes.index_of[gene] for gene in ("A", "B", "C")])
+        posterior, predicted = network(GeneCounts(ids, counts), ids)
+        outcomes.append((posterior.mean_BLZ, predicted.value_BQ, predicted.dropout_BQ))
+    for one, other in zip(*outcomes, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "shape, genes, said",
+    [
+        (replace(SHAPE, width=32), NEW, r"its latent_queries is \(2, 16\), that of model is \(2, 32\)"),
+        (replace(SHAPE, n_layers=2), NEW, "its encoder.1.* is missing"),
+        (SHAPE, GeneVocab(("X", "Y"), "symbol"), "none of the 2 genes .* is among its 4"),
+        (SHAPE, GeneVocab(("A", "B"), "ensembl"), "its genes are symbol ids, those of data.shards ensembl"),
+    ],
+)
+def test_what_does_not_fit_is_refused(shape: VAEConfig, genes: GeneVocab, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        vae_from(VAE(shape, genes.n_genes), genes, trained_vae(), OLD)
+
+
+def test_labels_and_conditions_are_joined_by_name() -> None:
+    before = ConditionVocab({"type": ("B", "T", "NK"), "donor": ("d1", "d2")})
+    now = ConditionVocab({"batch": ("b1",), "type": ("NK", "Mono", "B")})
+
+    def dit_of(vocab: ConditionVocab, **more) -> DiT:
+        return DiT(DiTConfig(16, 1, 2, **more), 2, 4, {name: vocab.n_labels(name) for name in vocab.names})
+
+    trained, dit = dit_of(before), dit_of(now)
+    randomised(trained)
+    start = [table.weight.detach().clone() for table in dit.condition]
+    report = {joined.what: joined for joined in dit_from(dit, now, trained, before)}
+    assert (report["type"].known, report["type"].new, report["type"].left_out) == (2, ("Mono",), ("T",))
+    assert (report["batch"].known, report["batch"].new) == (0, ("b1",))
+    assert (report["donor"].known, report["donor"].left_out) == (0, ("d1", "d2"))
+    of_type, known = dit.condition[1].weight, trained.condition[0].weight
+    # NK, Mono, B, not given
+    assert torch.equal(of_type[[0, 2, 3]], known[[2, 0, 3]])
+    assert torch.equal(of_type[1], start[1][1])
+    assert torch.equal(dit.condition[0].weight, start[0])
+    assert torch.equal(dit.to_velocity.weight, trained.to_velocity.weight)
+    with pytest.raises(InputError, match="combination_tokens"):
+        dit_from(dit_of(now, combination_tokens=True), now, trained, before)
