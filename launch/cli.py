@@ -26,6 +26,7 @@ VERBS = {
     "train ldm": ("launch.train_ldm", "train the latent diffusion model on latent shards"),
     "export": ("launch.export", "write trained runs as a model folder that scldm.load reads"),
     "generate": ("launch.generate", "generate cells for given conditions"),
+    "transform": ("launch.transform", "take the cells of an h5ad file to other conditions"),
     "embed": ("launch.embed", "embed the cells of an h5ad file"),
     "reconstruct": ("launch.reconstruct", "expected expression and log-likelihood of the cells of an h5ad file"),
     "evaluate": ("launch.evaluate", "compare generated cells with real ones: metrics, figures, report"),

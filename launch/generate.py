@@ -1,27 +1,43 @@
-"""`scldm generate`: new cells for given conditions, as an h5ad file."""
+"""`scldm generate`: new cells for given conditions, any number of them, by any number of ranks.
+
+Reading order: GenerateConfig, main, which cells.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import sys
 import warnings
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pandas as pd
-import torch
+from anndata.io import read_elem
 
 import scldm
+from data_pipeline.write_cells import CellWriter
 from launch.cli import run_verb
 from scldm.errors import InputError
 from scldm.flow.generate import SamplerConfig
+from scldm.flow.wanted import Wanted
+from scldm.parallel.dist import close_world, world_of_environment
+from scldm.pretrained import Kind, Pretrained, usable
+from scldm.progress import Progress
+from scldm.train.run_folder import locked
 
-PURPOSE = "Generate cells for given conditions: integer counts in CSR, the conditions as categorical obs."
+PURPOSE = """Generate cells for given conditions: integer counts or means in CSR, the conditions as categorical obs.
+Runs on any number of ranks; interrupted, the same command goes on. The cells are the same bit for bit for any number of
+ranks and interruptions, on one kind of device."""
 EXAMPLE = """
 scldm generate model=model conditions=wanted.csv out=generated.h5ad
-scldm generate model=model like=cells.h5ad by=cell_type out=generated.h5ad seed=1
-scldm generate model=model n=1000 out=generated.h5ad
+scldm generate model=model like=cells.h5ad by=cell_type,donor out=generated.zarr seed=1
+scldm generate model=model n=1000 genes=CD3E,MS4A1 kind=means out=generated.h5ad
+torchrun --standalone --nproc-per-node 8 -m launch.generate model=model n=1000000 out=generated.soma
 """
 
 
@@ -30,14 +46,15 @@ class GenerateConfig:
     """Which cells to make. Exactly one of conditions, like and n says how many of what.
 
     model: model folder that `scldm export` wrote
-    out: h5ad file to write
+    out: what to write: a path that ends in .h5ad, .zarr or .soma (a SOMA experiment)
     conditions: CSV with a column per condition and, if there is one, a column n_cells (else one cell per row)
     like: h5ad file whose cells' labels are taken, one new cell for each
     by: columns of `like` that are conditions of the model; also library_size, if it has one
     n: number of cells without any condition
     genes: genes to write, in this order; none writes all
-    seed: of all draws
-    device: torch device; empty is a GPU where there is one
+    kind: counts, drawn, or means, the decoder's expected counts (float32, none of them 0)
+    seed: of all draws; a cell's are keyed by it and by the cell's number
+    device: torch device; empty is the rank's GPU where there is one
     """
 
     model: str
@@ -45,8 +62,9 @@ class GenerateConfig:
     conditions: str = ""
     like: str = ""
     by: tuple[str, ...] = ()
-    n: int = 0
+    n: int | None = None
     genes: tuple[str, ...] = ()
+    kind: Kind = "counts"
     seed: int = 0
     device: str = ""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -56,28 +74,72 @@ CONFIG = GenerateConfig
 
 
 def main(config: GenerateConfig) -> Path:
-    """Write the file; returns its path."""
-    out = Path(config.out)
-    if out.suffix != ".h5ad":
-        raise InputError(f"out={config.out} must end in .h5ad")
-    wanted = wanted_cells(config)
-    model = scldm.load(config.model, config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model.check_conditions(wanted, config.seed)
-    adata = model.generate(wanted, seed=config.seed, sampler=config.sampler, genes=config.genes or None)
-    write_whole(adata, out)
-    print(f"{adata.n_obs:,} cells x {adata.n_vars:,} genes: {out}")
-    return out
+    """Write this rank's cells, and on the first rank the file when all are there; returns its path."""
+    table = wanted_cells(config)
+    model = scldm.load(config.model)
+    wanted = model.check_conditions(table, config.seed, config.sampler)
+    del table
+    columns = model.columns(config.genes or None)
+    genes = list(model.var(columns).index)
+    dtype = np.float32 if config.kind == "means" else np.int32
+    writer = CellWriter(config.out, wanted.n_cells, genes, dtype, made_by(config, model, wanted, genes))
+    if config.device:
+        usable(config.device)
+    # 8 B a value in its part and at most half of that, compressed, in the file; 100 B of obs
+    writer.require_space(100 + 12 * model.nonzeros_a_cell(wanted, columns, config.kind))
+
+    world = world_of_environment()
+    if writer.finished:
+        if world.is_first:
+            writer.remove_parts()  # a kill may have left them
+            print(f"{config.out} is there: {wanted.n_cells:,} cells x {len(genes):,} genes")
+        return Path(config.out)
+    if world.is_first:
+        writer.start()
+    with locked(writer.parts, "making these cells") if world.is_first else nullcontext():
+        world.join()  # all ranks have seen the same missing parts before the first is written
+        own = writer.missing[world.rank :: world.size]
+        if own:
+            model = model.to(config.device or world.device)
+        with Progress("generate", sum(len(writer.rows(p)) for p in own), "cells", shown=world.is_first) as bar:
+            for part in own:
+                rows = writer.rows(part)
+                matrix = model.make(wanted, rows, columns, config.sampler, config.kind, bar.advance)
+                writer.write_part(part, matrix, {"library_size": wanted.library_size(rows)})
+        world.barrier()
+        if world.is_first:
+            writer.join(model.obs(wanted, writer.column("library_size")))
+            print(f"{wanted.n_cells:,} cells x {len(genes):,} genes: {config.out}")
+    close_world()
+    return Path(config.out)
+
+
+def made_by(config: GenerateConfig, model: Pretrained, wanted: Wanted, genes: list[str]) -> dict[str, str | int]:
+    """All that decides what the cells are: uns["scldm"] of the file."""
+    settings = {"kind": config.kind, "sampler": asdict(config.sampler)}
+    return {
+        "model": model.hash,
+        "seed": config.seed,
+        "config": json.dumps(settings),
+        "conditions_hash": wanted.hash,
+        "genes_hash": hashlib.sha256("\n".join(genes).encode()).hexdigest(),
+    }
+
+
+# --- which cells ---------------------------------------------------------------------------------------------------
 
 
 def wanted_cells(config: GenerateConfig) -> pd.DataFrame:
-    """One row per cell to make, one column per condition that is given."""
-    ways = [name for name in ("conditions", "like", "n") if getattr(config, name)]
+    """One row per cell to make, one categorical column per condition that is given."""
+    ways = [name for name in ("conditions", "like", "n") if getattr(config, name) not in ("", None)]
     if len(ways) != 1:
         raise InputError(f"give exactly one of conditions, like and n; given: {', '.join(ways) or 'none'}")
-    if config.n:
-        if config.n < 0:
-            raise InputError(f"n={config.n} must be positive")
-        return pd.DataFrame(index=range(config.n))
+    if config.by and not config.like:
+        raise InputError(f"by={','.join(config.by)} names columns of like, which is not given")
+    if config.n is not None:
+        if config.n < 1:
+            raise InputError(f"n={config.n} must be at least 1")
+        return pd.DataFrame(index=pd.RangeIndex(config.n))
     path = Path(config.conditions or config.like)
     if not path.is_file():
         raise InputError(f"{ways[0]}={path}: no such file")
@@ -85,9 +147,10 @@ def wanted_cells(config: GenerateConfig) -> pd.DataFrame:
         table = read_table(path)
         if "n_cells" not in table:
             return numeric_library_size(table)
-        if not table["n_cells"].astype(str).str.fullmatch(r"\d+").all():
+        numbers = table["n_cells"].astype(str)
+        if not numbers.str.fullmatch(r"\d{1,18}").all():
             raise InputError(f"{path}: column n_cells must hold whole numbers, 0 or more")
-        rows = np.repeat(np.arange(len(table)), table["n_cells"].astype(int))
+        rows = np.repeat(np.arange(len(table)), numbers.astype(int))
         return numeric_library_size(table.drop(columns="n_cells").iloc[rows].reset_index(drop=True))
     if not config.by:
         raise InputError("like needs by: the columns of its obs that are conditions of the model, as by=cell_type")
@@ -95,7 +158,7 @@ def wanted_cells(config: GenerateConfig) -> pd.DataFrame:
     missing = [name for name in config.by if name not in obs]
     if missing:
         raise InputError(f"{path}: obs has no column {missing[0]!r}; it has {', '.join(map(str, obs.columns))}")
-    return numeric_library_size(pd.DataFrame({name: obs[name].astype(str).to_numpy() for name in config.by}))
+    return numeric_library_size(pd.DataFrame({name: obs[name].array for name in config.by}))
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -103,26 +166,28 @@ def read_table(path: Path) -> pd.DataFrame:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
-            return pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
+            return pd.read_csv(path, dtype="category", keep_default_na=False, index_col=False)
     except (ValueError, OSError, pd.errors.ParserWarning) as error:  # ParserError and EmptyDataError are ValueErrors
         raise InputError(f"conditions={path}: not a readable CSV file: {' '.join(str(error).split())}") from None
+
+
+def read_obs(path: Path) -> pd.DataFrame:
+    """The obs of an h5ad file, without its counts. Raises: InputError for a file that is none."""
+    try:
+        with h5py.File(path, "r") as file:
+            obs = read_elem(file["obs"])  # pyright: ignore[reportArgumentType]  # h5py's stubs make a union of every node
+    except (OSError, KeyError) as error:
+        raise InputError(f"{path}: not a readable h5ad file: {error}") from None
+    assert isinstance(obs, pd.DataFrame)
+    return obs
 
 
 def numeric_library_size(table: pd.DataFrame) -> pd.DataFrame:
     """Labels stay text; a column library_size holds numbers."""
     if "library_size" in table:
-        table = table.assign(library_size=pd.to_numeric(table["library_size"], errors="coerce"))
+        sizes = pd.Series(pd.to_numeric(table["library_size"].astype(object), errors="coerce"))
+        table = table.assign(library_size=sizes.astype(float))
     return table
-
-
-def read_obs(path: Path) -> pd.DataFrame:
-    """The obs of an h5ad file, without its counts. Raises: InputError for a file that is none."""
-    import anndata as ad
-
-    try:
-        return pd.DataFrame(ad.read_h5ad(path, backed="r").obs)
-    except (OSError, KeyError) as error:
-        raise InputError(f"{path}: not a readable h5ad file: {error}") from None
 
 
 def write_whole(adata, path: Path) -> None:

@@ -14,8 +14,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,11 +28,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from scldm import draws
 from scldm.batch import GeneCounts
 from scldm.errors import InputError, read_json
 from scldm.flow.asked import check_sampler, encode_labels, without_token
-from scldm.flow.generate import SamplerConfig, generate_latents, sample_counts
+from scldm.flow.generate import SamplerConfig, generate_latents, generators, guided, sample_counts
+from scldm.flow.transform import blend, through_noise
+from scldm.flow.wanted import Wanted, distinct
 from scldm.library_size import LibrarySizeModel
 from scldm.model.all_genes import encoder_of
 from scldm.model.dit import DiT, DiTConfig
@@ -96,10 +97,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Pretrained:
     Raises: InputError for a folder that is not one, is damaged, or of an unknown version.
     """
     folder = Path(folder)
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
-        raise InputError(f"device={device}: {str(error).splitlines()[0]}") from None
+    usable(device)
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is not a model folder: it has no config.json; `scldm export` writes one")
     config = read_json(folder / "config.json")
@@ -118,10 +116,18 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Pretrained:
         own = {key.removeprefix("ldm/"): value for key, value in tensors.items() if key.startswith("ldm/")}
         dit = DiT.of_tensors(DiTConfig(**config["ldm"]), vae.config.n_latents, vae.config.latent_width, n_labels, own)
         _fill(dit, tensors, "ldm", folder)
-        dit = dit.to(device).eval().requires_grad_(False)
+        dit = dit.eval().requires_grad_(False)
     sizes = LibrarySizeModel.load(folder / "library_sizes.json")
-    vae = vae.to(device).eval().requires_grad_(False)
-    return Pretrained(vae, dit, genes, conditions, sizes, config["origin"], weights_hash(tensors))
+    vae = vae.eval().requires_grad_(False)
+    return Pretrained(vae, dit, genes, conditions, sizes, config["origin"], weights_hash(tensors)).to(device)
+
+
+def usable(device: str | torch.device) -> None:
+    """Raises: InputError for a device that torch does not know, or that is not there."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
+        raise InputError(f"device={device}: {str(error).splitlines()[0]}") from None
 
 
 def _weights(path: Path) -> dict[str, Tensor]:
@@ -152,72 +158,6 @@ def weights_hash(tensors: dict[str, Tensor]) -> str:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """Cells to make, numbered from 0, as checked against a model.
-
-    seed: of all draws
-    combination_n: which combination of labels a cell has, int32 (n,)
-    labels: the combinations, one a row, a column for each condition that is given
-    ids: for every condition of the model, the label ids of the combinations, int64, or of a continuous one the values,
-        float32; its null where not given
-    given_size_n: library sizes that were given, float64 (n,)
-    log_mean, log_std: else those of the combinations' log-normals
-    notes: a sentence for each thing that a reader of the cells should know
-    """
-
-    seed: int
-    combination_n: np.ndarray
-    labels: pd.DataFrame
-    ids: dict[str, np.ndarray]
-    given_size_n: np.ndarray | None
-    log_mean: np.ndarray | None = None
-    log_std: np.ndarray | None = None
-    notes: tuple[str, ...] = ()
-
-    @property
-    def n_cells(self) -> int:
-        return len(self.combination_n)
-
-    def _of(self, rows: range) -> np.ndarray:
-        """The combinations of some cells; beyond the last one, where a batch is filled up, that one's."""
-        return self.combination_n[np.minimum(np.arange(rows.start, rows.stop), self.n_cells - 1)]
-
-    def ids_of(self, rows: range) -> dict[str, np.ndarray]:
-        """Label ids (or values) of some cells by condition."""
-        return {name: ids[self._of(rows)] for name, ids in self.ids.items()}
-
-    def library_size(self, rows: range) -> np.ndarray:
-        """Expected total counts of some cells, float64: those given, or drawn, each by its number."""
-        if self.given_size_n is not None:
-            return self.given_size_n[np.minimum(np.arange(rows.start, rows.stop), self.n_cells - 1)]
-        assert self.log_mean is not None
-        assert self.log_std is not None
-        parts = []
-        for first in range(rows.start, rows.stop, 4096):  # a draw takes some 300 B on its way
-            some = range(first, min(first + 4096, rows.stop))
-            normal = draws.normal(self.seed, "library size", 0, torch.arange(some.start, some.stop), (1,))[:, 0]
-            of = self._of(some)
-            parts.append(np.exp(self.log_mean[of] + self.log_std[of] * normal.double().numpy()))
-        return np.concatenate(parts)
-
-
-def distinct(conditions: pd.DataFrame) -> tuple[np.ndarray, pd.DataFrame]:
-    """Which of the distinct rows every row is, int32 (n,), and those, as text.
-
-    Raises: InputError for a row without a label.
-    """
-    code_n = np.zeros(len(conditions), np.int64)
-    for name in conditions.columns:
-        absent = conditions[name].isna().to_numpy()
-        if absent.any():
-            raise InputError(f"column {name}, row {absent.argmax()}: no label is given")
-        of_column, labels = pd.factorize(conditions[name])
-        code_n = pd.factorize(code_n * len(labels) + of_column)[0]
-    _, first, code_n = np.unique(code_n, return_index=True, return_inverse=True)
-    return code_n.astype(np.int32), conditions.iloc[first].astype(str).reset_index(drop=True)
-
-
-@dataclass(frozen=True)
 class Pretrained:
     """Autoencoder, diffusion transformer and what they need to know of genes, conditions and library sizes."""
 
@@ -232,6 +172,10 @@ class Pretrained:
     @property
     def device(self) -> torch.device:
         return self.vae.latent_queries.device
+
+    def to(self, device: str | torch.device) -> Pretrained:
+        """The same model on another device; its networks are moved, not copied."""
+        return replace(self, vae=self.vae.to(device), dit=self.dit and self.dit.to(device))
 
     # --- embed ---
 
@@ -316,6 +260,106 @@ class Pretrained:
         if empty:
             raise InputError(f"{empty} of {adata.n_obs} cells have no count in any gene that the model knows")
         return counts.astype(np.int32), torch.from_numpy(index[index > 0]).to(self.device)
+
+    # --- transform ---
+
+    @torch.no_grad()
+    def transform(
+        self,
+        adata: ad.AnnData,
+        to: Mapping[str, str],
+        *,
+        by: Sequence[str] | None = None,
+        alphas: Sequence[float] = (1.0,),
+        seed: int = 0,
+        sampler: SamplerConfig | None = None,
+        layer: str | None = None,
+        genes: Sequence[str] | None = None,
+        kind: Kind = "counts",
+    ) -> ad.AnnData:
+        """The cells as they would be under other conditions, and on the way there: their latents taken to noise along
+        the flow of their own conditions, and back along another. Library sizes stay the cells' own.
+
+        adata: raw counts, as for `embed`, and obs with the cells' own conditions
+        to: condition -> label
+        by: columns of obs that are the cells' own conditions, those of `to` among them; the default is all of the
+            model's that obs has
+        alphas: how far to go, cell after cell for each: 0 is the cells' own conditions, 1 the others; between them the
+            flow's velocities are averaged
+        seed: of the counts' draws, which are the same for every alpha
+        genes: which genes to write, in this order, any of the model's; the default is those of the file
+        kind: counts, integers that are drawn, or means, expected counts, float32
+
+        Returns the cells with obs `alpha` and `source`, the cell's name in `adata`.
+        Raises: InputError as `embed`, for unknown conditions and labels, and for SDE samplers.
+        """
+        sampler, dit = sampler or SamplerConfig(), self._dit()
+        obs = pd.DataFrame(adata.obs)
+        by = [name for name in self.conditions.names if name in obs] if by is None else list(by)
+        own, other = self._own_and_other(obs, by, to, sampler)
+        if not alphas or not all(0 <= alpha <= 1 for alpha in alphas):
+            raise InputError(f"alphas={', '.join(map(str, alphas))} must be numbers from 0 to 1, at least one")
+        counts, given_ids = self._given(adata, layer)
+        asked_ids = given_ids if genes is None else torch.from_numpy(self.columns(genes) + 1).to(self.device)
+        encode = encoder_of(self.vae, given_ids, counts.getnnz(0) / adata.n_obs)
+        parts: list[list[sp.csr_matrix]] = [[] for _ in alphas]
+        with Progress("transform", adata.n_obs * len(alphas), "cells") as bar:
+            for rows in _batches(adata.n_obs):
+                dense_BS = torch.from_numpy(counts[rows].toarray()).to(self.device)
+                size_B, z_BLZ = dense_BS.sum(1).float(), dit.standardise(encode(dense_BS).mean_BLZ)
+                v_own, v_other = (
+                    guided(dit, {name: ids[rows].to(self.device) for name, ids in of.items()}, sampler)
+                    for of in (own, other)
+                )
+                for alpha, part in zip(alphas, parts):
+                    moved_BLZ = through_noise(v_own, blend(v_own, v_other, alpha), z_BLZ, sampler)
+                    latent_BLZ = self.vae.normalised(dit.unstandardise(moved_BLZ))
+                    predicted = self.vae.decode(latent_BLZ, asked_ids, among_ids=given_ids)
+                    if kind == "means":
+                        part.append(sp.csr_matrix(predicted.expected(size_B).float().cpu().numpy()))
+                    else:
+                        of_cells = generators(seed, torch.arange(rows.start, rows.stop))
+                        part.append(sp.csr_matrix(predicted.sample(size_B, of_cells).astype(np.int32)))
+                    bar.advance(len(size_B))
+        matrix = sp.csr_matrix(sp.vstack([block for part in parts for block in part]))
+        uns = {"model": self.hash, "seed": seed, "config": json.dumps({"to": dict(to), "sampler": asdict(sampler)})}
+        moved = pd.concat([self._moved(obs, to, alpha, len(alphas) > 1) for alpha in alphas])
+        return ad.AnnData(matrix, obs=moved, var=self.var(asked_ids.cpu().numpy() - 1), uns={"scldm": uns})
+
+    def _own_and_other(
+        self, obs: pd.DataFrame, by: Sequence[str], to: Mapping[str, str], sampler: SamplerConfig
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """All of the model's conditions as it takes them, (n,): of the cells, and of what they shall be."""
+        dit = self._dit()
+        if not to:
+            raise InputError("to names no condition; as to=treatment=stimulated")
+        for name in [*by, *to]:
+            if name not in dit.n_labels:
+                raise InputError(f"condition {name!r} is unknown; the model knows {', '.join(dit.n_labels) or 'none'}")
+            if name not in obs:
+                raise InputError(f"obs has no column {name!r}; it has {', '.join(map(str, obs.columns)) or 'none'}")
+            if name not in by:
+                raise InputError(f"by must name {name!r} too: from which label each cell is taken to {to[name]!r}")
+        row_n, labels = distinct(pd.DataFrame({name: obs[name].array for name in by}))
+        own, _ = encode_labels(dit, self.conditions, labels)
+        other, _ = encode_labels(dit, self.conditions, labels.assign(**to))
+        for of in (own, other):
+            check_sampler(dit, of, sampler, self.origin)
+        own, other = ({name: torch.from_numpy(ids[row_n]) for name, ids in of.items()} for of in (own, other))
+        return own, other
+
+    def _moved(self, obs: pd.DataFrame, to: Mapping[str, str], alpha: float, several: bool) -> pd.DataFrame:
+        """The cells' obs where they were taken; a name says how far where there are several."""
+        moved = obs.copy()
+        for name, label in to.items():
+            labels = [label] * len(obs) if alpha else list(obs[name].astype(str))
+            if name in self._dit().config.continuous:
+                moved[name] = [float(value) for value in labels]
+            else:
+                moved[name] = pd.Categorical(labels, categories=list(self.conditions.labels[name]))
+        moved["alpha"], moved["source"] = alpha, [str(name) for name in obs.index]
+        moved.index = pd.Index([f"{name}-{alpha:g}" if several else str(name) for name in obs.index])
+        return moved
 
     # --- generate ---
 
@@ -406,6 +450,17 @@ class Pretrained:
             parts.append(sp.csr_matrix(made_BG[own, columns].astype(np.float32 if kind == "means" else np.int32)))
             tick(parts[-1].shape[0])
         return sp.csr_matrix(sp.vstack(parts))
+
+    def nonzeros_a_cell(self, wanted: Wanted, columns: np.ndarray, kind: Kind) -> float:
+        """How many values a cell has to be stored: those of one cell at the mean latent, of average library size."""
+        if kind == "means":
+            return len(columns)
+        sizes = wanted.library_size(range(min(wanted.n_cells, 1000)))
+        latent_1LZ = self.vae.normalised(self._dit().latent_mean_LZ[None])
+        all_genes_G = torch.arange(1, self.genes.n_genes + 1, device=self.device)
+        size_1 = torch.tensor([sizes.mean()], dtype=torch.float32, device=self.device)
+        number_1 = torch.zeros(1, dtype=torch.int64, device=self.device)
+        return float((sample_counts(self.vae, latent_1LZ, all_genes_G, size_1, number_1, 0)[0, columns] > 0).sum())
 
     def columns(self, genes: Sequence[str] | None) -> np.ndarray:
         """Where the asked genes stand among the model's. Raises: InputError for one that is unknown or asked twice."""

@@ -1,7 +1,7 @@
 """From conditions to counts: noise -> latent tokens -> expected counts -> counts.
 
 Every draw is keyed by (seed, number of the cell), so a cell does not depend on the batch that it was made in.
-Reading order: SamplerConfig, Drawn, generate_latents, sample_counts.
+Reading order: SamplerConfig, Drawn, generate_latents, guided and solve_ode, sample_counts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from scldm import draws
 from scldm.errors import InputError
 from scldm.flow import solver
-from scldm.flow.guidance import GuidanceKind, GuidedField
+from scldm.flow.guidance import GuidanceKind, GuidedField, VelocityField
 from scldm.flow.solver import Method
 from scldm.model.dit import DiT
 from scldm.model.vae import VAE
@@ -94,7 +94,24 @@ def generate_latents(
 
     Raises: InputError for guidance that the model can't follow.
     """
-    v = GuidedField(
+    v = guided(dit, conditions, sampler)
+    z_BLZ = draws.normal(seed, "generate noise", 0, cell_numbers_B, dit.latent_shape)
+
+    def noise(step: int) -> Tensor:
+        return draws.normal(seed, "sampler noise", step, cell_numbers_B, dit.latent_shape)
+
+    if sampler.method == "sde_euler":
+        z_BLZ = solver.sde_euler(v, z_BLZ, sampler.n_steps, noise, sampler.diffusion)
+    elif sampler.method == "sde_heun":
+        z_BLZ = solver.sde_heun(v, z_BLZ, sampler.n_steps, noise, sampler.diffusion)
+    else:
+        z_BLZ = solve_ode(v, z_BLZ, sampler)
+    return Drawn(dit.unstandardise(z_BLZ), v.n_evaluations)
+
+
+def guided(dit: DiT, conditions: dict[str, Tensor], sampler: SamplerConfig) -> GuidedField:
+    """The field that a sampler follows. Raises: InputError for guidance that the model can't follow."""
+    return GuidedField(
         dit,
         conditions,
         sampler.guidance,
@@ -102,22 +119,16 @@ def generate_latents(
         sampler.guidance_weights,
         sampler.guidance_interval,
     )
-    z_BLZ = draws.normal(seed, "generate noise", 0, cell_numbers_B, dit.latent_shape)
 
-    def noise(step: int) -> Tensor:
-        return draws.normal(seed, "sampler noise", step, cell_numbers_B, dit.latent_shape)
 
+def solve_ode(v: VelocityField, z_BLZ: Tensor, sampler: SamplerConfig) -> Tensor:
+    """From t = 1 to 0 by one of the ODE methods."""
     if sampler.method == "euler":
-        z_BLZ = solver.euler(v, z_BLZ, sampler.n_steps)
-    elif sampler.method == "heun":
-        z_BLZ = solver.heun(v, z_BLZ, sampler.n_steps)
-    elif sampler.method == "adaptive":
-        z_BLZ = solver.adaptive(v, z_BLZ, sampler.tolerance)
-    elif sampler.method == "sde_euler":
-        z_BLZ = solver.sde_euler(v, z_BLZ, sampler.n_steps, noise, sampler.diffusion)
-    else:
-        z_BLZ = solver.sde_heun(v, z_BLZ, sampler.n_steps, noise, sampler.diffusion)
-    return Drawn(dit.unstandardise(z_BLZ), v.n_evaluations)
+        return solver.euler(v, z_BLZ, sampler.n_steps)
+    if sampler.method == "heun":
+        return solver.heun(v, z_BLZ, sampler.n_steps)
+    assert sampler.method == "adaptive", sampler.method
+    return solver.adaptive(v, z_BLZ, sampler.tolerance)
 
 
 @torch.no_grad()
@@ -125,8 +136,12 @@ def sample_counts(
     vae: VAE, latent_BLZ: Tensor, gene_ids_Q: Tensor, library_size_B: Tensor, cell_numbers_B: Tensor, seed: int
 ) -> np.ndarray:
     """Counts of the asked genes drawn from what the decoder predicts, (B, Q), int64."""
-    generators = [
+    return vae.decode(latent_BLZ, gene_ids_Q).sample(library_size_B, generators(seed, cell_numbers_B))
+
+
+def generators(seed: int, cell_numbers_B: Tensor) -> list[np.random.Generator]:
+    """Of the counts of each cell."""
+    return [
         np.random.Generator(np.random.Philox(key=np.array([seed, number], dtype=np.uint64)))
         for number in cell_numbers_B.tolist()
     ]
-    return vae.decode(latent_BLZ, gene_ids_Q).sample(library_size_B, generators)

@@ -1,0 +1,296 @@
+"""Generated cells out: written in parts by any number of processes, joined into one file when all parts are there.
+
+    OUT               h5ad, zarr or a SOMA experiment, as its suffix says; it appears when it is whole
+    OUT.parts/        until then
+      made_by.json    all that decides what the cells are; a command that would make others is refused
+      000017.npz      cells 17 * PART_CELLS and on: CSR arrays, and columns of obs
+
+Whatever is killed whenever, the same command goes on with the parts that are missing. No matrix is ever in memory
+whole; obs is, about 100 B a cell, as in every program that opens the file.
+
+Reading order: CellWriter, then the formats.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from anndata.io import read_elem, sparse_dataset, write_elem
+
+from data_pipeline.files import disk_explained, written_aside
+from scldm.errors import InputError, read_json
+from scldm.progress import Progress
+
+PART_CELLS = 512  # 2,000 genes a cell of 8 B: 8 MB
+JOIN_VALUES = 1 << 21  # parts are appended together up to so many values: 16 MB, as COO for SOMA 40 MB
+CHUNK_VALUES = 1 << 16
+MEASUREMENT, LAYER = "RNA", "data"  # what tiledbsoma.io reads and writes unless told otherwise
+UNS = "scldm"
+
+Append = Callable[[sp.csr_matrix], None]
+Value = str | int
+
+
+class CellWriter:
+    """Cells numbered from 0, each in one part; parts may be written in any order by any process, again and again.
+
+    out: a path that ends in .h5ad, .zarr or .soma
+    genes: ids of the matrix' columns
+    dtype: of the values
+    made_by: all that decides what the cells are, JSON texts and numbers; uns["scldm"] of the file
+
+    Raises: InputError where `out`, or what an interrupted command left of it, is of another command. Writes nothing.
+    """
+
+    def __init__(
+        self, out: str | Path, n_cells: int, genes: Sequence[str], dtype: type, made_by: Mapping[str, Value]
+    ) -> None:
+        self.out, self.n_cells, self.genes, self.dtype = Path(out), n_cells, list(genes), np.dtype(dtype)
+        self.made_by = {"n_cells": n_cells, "n_genes": len(self.genes), **made_by}
+        if self.out.suffix not in FORMATS:
+            raise InputError(f"out={out} must end in {', '.join(FORMATS)}: that says what is written")
+        self.parts = self.out.with_name(self.out.name + ".parts")
+        self.finished = self.out.exists()
+        if self.finished:
+            self._refuse_others(_made_by(self.out), "exists and holds other cells")
+        elif (self.parts / "made_by.json").is_file():
+            self._refuse_others(
+                read_json(self.parts / "made_by.json"), "is unfinished and of another command", self.parts
+            )
+        elif self.parts.exists() and any(self.parts.iterdir()):
+            raise InputError(f"{self.parts} is in the way of unfinished cells; remove it, or choose another out")
+        n_parts = 0 if self.finished else -(-n_cells // PART_CELLS)
+        self.missing = [part for part in range(n_parts) if not self._part(part).is_file()]
+
+    def _refuse_others(self, before: Mapping[str, Any], what: str, folder: Path | None = None) -> None:
+        was, now = dict(_flat(before)), dict(_flat(self.made_by))
+        changed = [key for key in [*now, *(was.keys() - now.keys())] if was.get(key) != now.get(key)]
+        if changed:
+            told = "; ".join(f"{key} was {_short(was.get(key))}, now {_short(now.get(key))}" for key in changed[:3])
+            raise InputError(f"out={self.out} {what}: {told}; remove {folder or 'it'}, or choose another out")
+
+    def require_space(self, bytes_a_cell: float) -> None:
+        """bytes_a_cell: of the missing parts and of the joined file together.
+
+        Raises: InputError where the disk has less than that.
+        """
+        folder = next(parent for parent in self.out.absolute().parents if parent.exists())
+        needed, free = bytes_a_cell * self.n_cells, shutil.disk_usage(folder).free
+        if needed > free:
+            raise InputError(
+                f"out={self.out}: about {needed / 1e9:,.1f} GB are needed for {self.n_cells:,} cells, "
+                f"{folder} has {free / 1e9:,.1f} GB free; ask for fewer cells or genes, or another out"
+            )
+
+    def start(self) -> None:
+        """Make the folder of parts: by one process, before any writes. Raises: InputError where that is refused."""
+        with disk_explained(str(self.parts)):
+            self.parts.mkdir(parents=True, exist_ok=True)
+            for left in self.parts.glob(".*"):  # by a killed process
+                left.unlink()
+            with written_aside(self.parts / "made_by.json") as file:
+                file.write(json.dumps(self.made_by, indent=1).encode())
+
+    def rows(self, part: int) -> range:
+        """The numbers of a part's cells."""
+        return range(part * PART_CELLS, min((part + 1) * PART_CELLS, self.n_cells))
+
+    def write_part(self, part: int, matrix: sp.csr_matrix, columns: Mapping[str, np.ndarray]) -> None:
+        """columns: of obs, known only where the cells are made. Raises: InputError where the disk is full."""
+        assert matrix.shape == (len(self.rows(part)), len(self.genes)), (matrix.shape, part)
+        arrays = {f"obs.{name}": values for name, values in columns.items()}
+        with disk_explained(str(self.parts)), written_aside(self._part(part)) as file:
+            np.savez(
+                file,
+                indptr=matrix.indptr.astype(np.int64),
+                indices=matrix.indices.astype(np.int32),
+                data=matrix.data.astype(self.dtype),
+                **arrays,  # pyright: ignore[reportArgumentType]  # numpy's stubs take them for allow_pickle
+            )
+            file.flush()
+            os.fsync(file.fileno())
+
+    def column(self, name: str) -> np.ndarray:
+        """A column that came with the parts, of all cells."""
+        return np.concatenate([self._read(part, lambda of: of[f"obs.{name}"]) for part in range(self._n_parts)])
+
+    def join(self, obs: pd.DataFrame) -> None:
+        """Join the parts, and remove them when the file is there: by one process, once every part is written."""
+        joined = self.parts / f"joined{self.out.suffix}"
+        var = pd.DataFrame(index=pd.Index(self.genes))
+        adata = ad.AnnData(obs=obs, var=var, uns={UNS: self.made_by})
+        with disk_explained(str(self.out)):
+            _remove(joined)
+            with (
+                Progress("write", self.n_cells, "cells") as bar,
+                FORMATS[self.out.suffix](joined, adata, self.dtype) as append,
+            ):
+                for matrix in self._joined():
+                    append(matrix)
+                    bar.advance(len(matrix.indptr) - 1)
+            _sync(joined)
+            os.replace(joined, self.out)
+            _sync_folder(self.out.parent)
+        self.finished = True
+        self.remove_parts()
+
+    def remove_parts(self) -> None:
+        shutil.rmtree(self.parts, ignore_errors=True)
+
+    @property
+    def _n_parts(self) -> int:
+        return -(-self.n_cells // PART_CELLS)
+
+    def _part(self, part: int) -> Path:
+        return self.parts / f"{part:06d}.npz"
+
+    def _joined(self) -> Iterator[sp.csr_matrix]:
+        """The cells in order, some parts at a time."""
+        held: list[sp.csr_matrix] = []
+        for part in range(self._n_parts):
+            csr = self._read(part, lambda of: tuple(of[name] for name in ("data", "indices", "indptr")))
+            held.append(sp.csr_matrix(csr, shape=(len(self.rows(part)), len(self.genes))))
+            if sum(matrix.nnz for matrix in held) >= JOIN_VALUES or part == self._n_parts - 1:
+                yield sp.csr_matrix(sp.vstack(held))
+                held = []
+
+    def _read(self, part: int, what: Callable[[Any], Any]) -> Any:
+        path = self._part(part)
+        try:
+            with np.load(path) as file:  # its archive holds a CRC of each array
+                return what(file)
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path} is damaged ({error}); remove it and run the same command again") from None
+
+
+# --- the formats ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _h5ad(path: Path, adata: ad.AnnData, dtype: np.dtype) -> Iterator[Append]:
+    with h5py.File(path, "w") as file:
+        yield _anndata(file, adata, dtype, {"compression": "gzip", "compression_opts": 1, "shuffle": True})
+
+
+@contextmanager
+def _zarr(path: Path, adata: ad.AnnData, dtype: np.dtype) -> Iterator[Append]:
+    import zarr
+
+    group = zarr.open_group(path, mode="w", zarr_format=2)
+    yield _anndata(group, adata, dtype, {})
+    zarr.consolidate_metadata(group.store)
+
+
+def _anndata(group: Any, adata: ad.AnnData, dtype: np.dtype, storage: dict[str, Any]) -> Append:
+    """What anndata writes, with an X that grows."""
+    write_elem(group, "/", adata)
+    empty = sp.csr_matrix((0, adata.n_vars), dtype=dtype)
+    how = {"indptr_dtype": np.dtype(np.int64), "chunks": (CHUNK_VALUES,), **storage}
+    write_elem(group, "X", empty, dataset_kwargs=how)
+    growing: Any = sparse_dataset(group["X"])  # the stubs know its class, which is private, by its base
+    return growing.append
+
+
+@contextmanager
+def _soma(path: Path, adata: ad.AnnData, dtype: np.dtype) -> Iterator[Append]:
+    import pyarrow as pa
+    import tiledbsoma
+    import tiledbsoma.io
+
+    tiledbsoma.io.from_anndata(str(path), adata, MEASUREMENT)
+    with tiledbsoma.Experiment.open(str(path), "w") as experiment:
+        measurement: Any = experiment.ms[MEASUREMENT]
+        layers = measurement.X if "X" in measurement else measurement.add_new_collection("X")
+        with layers.add_new_sparse_ndarray(LAYER, type=pa.from_numpy_dtype(dtype), shape=adata.shape) as array:
+            at = 0
+
+            def append(matrix: sp.csr_matrix) -> None:
+                nonlocal at
+                coo = matrix.tocoo()
+                columns = {"soma_dim_0": coo.row.astype(np.int64) + at, "soma_dim_1": coo.col.astype(np.int64)}
+                array.write(pa.table({**columns, "soma_data": coo.data}))
+                at += len(matrix.indptr) - 1
+
+            yield append
+
+
+FORMATS: dict[str, Callable[[Path, ad.AnnData, np.dtype], AbstractContextManager[Append]]] = {
+    ".h5ad": _h5ad,
+    ".zarr": _zarr,
+    ".soma": _soma,
+}
+
+
+def _made_by(out: Path) -> dict[str, Any]:
+    """uns["scldm"] of a file. Raises: InputError for a file that has none."""
+    try:
+        if out.suffix == ".h5ad":
+            with h5py.File(out, "r") as file:
+                found: Any = read_elem(file[f"uns/{UNS}"])  # pyright: ignore[reportArgumentType]
+        elif out.suffix == ".zarr":
+            import zarr
+
+            found = read_elem(zarr.open_group(out, mode="r")[f"uns/{UNS}"])
+        else:
+            import tiledbsoma
+
+            with tiledbsoma.Experiment.open(str(out)) as experiment:
+                uns: Any = experiment.ms[MEASUREMENT]["uns"]
+                found = {key: value for key, value in uns[UNS].metadata.items() if not key.startswith("soma_")}
+        return {key: value if isinstance(value, str) else int(value) for key, value in found.items()}
+    except Exception as error:  # each library has its own for what is none of its files
+        told = (str(error).splitlines() or [""])[0]
+        raise InputError(
+            f"out={out} exists and is not of this command ({told}); remove it, or choose another out"
+        ) from None
+
+
+def _flat(made_by: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(key, value), with the dotted keys of what is a JSON object."""
+    for key, value in made_by.items():
+        inner = json.loads(value) if isinstance(value, str) and value.startswith("{") else value
+        if isinstance(inner, dict) and inner:
+            yield from ((f"{key}.{name}", of) for name, of in _flat(inner))
+        else:
+            yield key, inner
+
+
+def _short(value: Any) -> str:
+    return str(value) if len(str(value)) <= 40 else f"{str(value)[:12]}..."
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Until it is on the disk: a file, or every file of a folder."""
+    if path.is_dir():
+        for inside in path.iterdir():
+            _sync(inside)
+        _sync_folder(path)
+        return
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    at = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(at)
+    finally:
+        os.close(at)

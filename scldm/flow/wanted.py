@@ -1,0 +1,90 @@
+"""Which cells are asked for: a table of conditions as its distinct rows, and a number a cell.
+
+Reading order: Wanted, distinct.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+
+from scldm import draws
+from scldm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Cells to make, numbered from 0, as checked against a model.
+
+    seed: of all draws
+    combination_n: which combination of labels a cell has, int32 (n,)
+    labels: the combinations, one a row, a column for each condition that is given
+    ids: for every condition of the model, the label ids of the combinations, int64, or of a continuous one the values,
+        float32; its null where not given
+    given_size_n: library sizes that were given, float64 (n,)
+    log_mean, log_std: else those of the combinations' log-normals
+    notes: a sentence for each thing that a reader of the cells should know
+    """
+
+    seed: int
+    combination_n: np.ndarray
+    labels: pd.DataFrame
+    ids: dict[str, np.ndarray]
+    given_size_n: np.ndarray | None
+    log_mean: np.ndarray | None = None
+    log_std: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def n_cells(self) -> int:
+        return len(self.combination_n)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over which cells are asked for, with their library sizes; not over the seed."""
+        digest = hashlib.sha256(self.labels.to_csv().encode())
+        for values in (self.combination_n, self.given_size_n, self.log_mean, self.log_std):
+            digest.update(b"none" if values is None else values.tobytes())
+        return digest.hexdigest()
+
+    def _of(self, rows: range) -> np.ndarray:
+        """The combinations of some cells; beyond the last one, where a batch is filled up, that one's."""
+        return self.combination_n[np.minimum(np.arange(rows.start, rows.stop), self.n_cells - 1)]
+
+    def ids_of(self, rows: range) -> dict[str, np.ndarray]:
+        """Label ids (or values) of some cells by condition."""
+        return {name: ids[self._of(rows)] for name, ids in self.ids.items()}
+
+    def library_size(self, rows: range) -> np.ndarray:
+        """Expected total counts of some cells, float64: those given, or drawn, each by its number."""
+        if self.given_size_n is not None:
+            return self.given_size_n[np.minimum(np.arange(rows.start, rows.stop), self.n_cells - 1)]
+        assert self.log_mean is not None
+        assert self.log_std is not None
+        parts = []
+        for first in range(rows.start, rows.stop, 4096):  # a draw takes some 300 B on its way
+            some = range(first, min(first + 4096, rows.stop))
+            normal = draws.normal(self.seed, "library size", 0, torch.arange(some.start, some.stop), (1,))[:, 0]
+            of = self._of(some)
+            parts.append(np.exp(self.log_mean[of] + self.log_std[of] * normal.double().numpy()))
+        return np.concatenate(parts)
+
+
+def distinct(conditions: pd.DataFrame) -> tuple[np.ndarray, pd.DataFrame]:
+    """Which of the distinct rows every row is, int32 (n,), and those, as text.
+
+    Raises: InputError for a row without a label.
+    """
+    code_n = np.zeros(len(conditions), np.int64)
+    for name in conditions.columns:
+        absent = conditions[name].isna().to_numpy()
+        if absent.any():
+            raise InputError(f"column {name}, row {absent.argmax()}: no label is given")
+        of_column, labels = pd.factorize(conditions[name])
+        code_n = pd.factorize(code_n * len(labels) + of_column)[0]
+    _, first, code_n = np.unique(code_n, return_index=True, return_inverse=True)
+    return code_n.astype(np.int32), conditions.iloc[first].astype(str).reset_index(drop=True)

@@ -1,0 +1,206 @@
+"""Cells from the command line: the same for any number of ranks and interruptions; refused before they are begun."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+
+from data_pipeline import write_cells
+from launch.cli import main
+from scldm.pretrained import save_pretrained
+from tests.scldm.test_pretrained import CONDITIONS, GENES, library_sizes, networks
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+FEW = "sampler.n_steps=2"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("generate") / "model"
+    vae, dit = networks()
+    save_pretrained(path, vae, dit, GENES, CONDITIONS, library_sizes(), {})
+    return path
+
+
+def generate(*words: str) -> Any:
+    """The file, read."""
+    assert main(["generate", *words]) == 0
+    return ad.read_h5ad(next(word for word in words if word.startswith("out=")).removeprefix("out="))
+
+
+def same(one: Any, other: Any) -> None:
+    assert (one.X != other.X).nnz == 0
+    pd.testing.assert_frame_equal(one.obs, other.obs)
+    pd.testing.assert_frame_equal(one.var, other.var)
+    assert dict(one.uns["scldm"]) == dict(other.uns["scldm"])
+
+
+def test_the_file_is_what_the_model_generates(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import scldm
+    from scldm.flow.generate import SamplerConfig
+
+    monkeypatch.setattr(write_cells, "PART_CELLS", 64)
+    (tmp_path / "wanted.csv").write_text("type,n_cells\nT cell,100\nB cell,41\n")
+    words = [f"model={model}", f"conditions={tmp_path}/wanted.csv", "seed=4", FEW]
+    made = generate(*words, f"out={tmp_path}/all.h5ad")
+    table = pd.DataFrame({"type": ["T cell"] * 100 + ["B cell"] * 41})
+    expected: Any = scldm.load(model).generate(table, seed=4, sampler=SamplerConfig(n_steps=2))
+    assert (made.X != expected.X).nnz == 0
+    pd.testing.assert_frame_equal(made.obs, expected.obs)
+    assert list(made.var_names) == list(GENES.ids)
+    uns = made.uns["scldm"]
+    assert (uns["model"], uns["seed"]) == (scldm.load(model).hash, 4)
+    assert json.loads(uns["config"])["sampler"]["n_steps"] == 2
+    # chosen genes in another order are the same draws; means are what they are drawn from
+    some = [GENES.ids[k] for k in (9, 3, 20)]
+    few = generate(*words, f"out={tmp_path}/few.h5ad", f"genes={','.join(some)}")
+    assert (few.X != made[:, some].X).nnz == 0
+    means = generate(*words, f"out={tmp_path}/means.h5ad", "kind=means", f"genes={','.join(some)}")
+    assert (means.X.dtype, means.X.format, list(means.var_names)) == (np.float32, "csr", some)
+    assert np.corrcoef(means.X.toarray().ravel(), few.X.toarray().ravel())[0, 1] > 0.5
+
+
+def test_as_many_cells_as_a_file_has_of_each_combination(model: Path, tmp_path: Path) -> None:
+    obs = pd.DataFrame(
+        {"type": pd.Categorical(["T cell"] * 5), "donor": ["d1"] * 5, "other": range(5)},
+        index=pd.Index([f"c{k}" for k in range(5)]),
+    )
+    ad.AnnData(np.ones((5, 2), np.float32), obs=obs).write_h5ad(tmp_path / "cells.h5ad")
+    words = [f"model={model}", f"like={tmp_path}/cells.h5ad", f"out={tmp_path}/made.h5ad", FEW]
+    made = generate(*words, "by=type,donor")
+    assert [tuple(row) for row in made.obs[["type", "donor"]].itertuples(index=False)] == [("T cell", "d1")] * 5
+
+
+def test_a_finished_file_is_left_as_it_is_and_others_are_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "made.h5ad"
+    words = ["generate", f"model={model}", "n=3", f"out={out}", FEW]
+    assert main(words) == 0
+    before = out.stat()
+    assert main(words) == 0
+    assert (out.stat().st_mtime_ns, out.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+    assert "made.h5ad is there" in capsys.readouterr().out
+    assert main([*words, "seed=1"]) == 2
+    assert "holds other cells: seed was 0, now 1; remove it, or choose another out" in capsys.readouterr().err
+    assert out.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_what_can_not_be_made_is_said_before_a_device_is_used(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    from scldm.pretrained import Pretrained
+
+    def never(*_: object) -> None:
+        raise AssertionError("the model was moved to a device")
+
+    monkeypatch.setattr(Pretrained, "make", never)
+    (tmp_path / "nk.csv").write_text("type\nNK\n")
+    (tmp_path / "typo.csv").write_text("type\nT-cell\n")
+    (tmp_path / "column.csv").write_text("celltype\nT cell\n")
+    (tmp_path / "zero.csv").write_text("type,n_cells\nT cell,0\n")
+    out = f"out={tmp_path}/x.h5ad"
+    for words, said in (
+        ([f"conditions={tmp_path}/typo.csv", out], "condition 'type' has no label 'T-cell'; nearest"),
+        ([f"conditions={tmp_path}/column.csv", out], "condition 'celltype' is unknown; the model knows type, donor"),
+        ([f"conditions={tmp_path}/zero.csv", out], "there are no cells to generate"),
+        (["n=0", out], "n=0 must be at least 1"),
+        (["n=2", "by=type", out], "by=type names columns of like"),
+        (["n=2", out, "device=cuda:99"], "device=cuda:99"),
+        (["n=2", f"out={tmp_path}/x.loom"], "must end in .h5ad, .zarr, .soma"),
+        (["n=2", out, "kind=medians"], "kind"),
+        (["n=2", f"out={tmp_path}/nk.csv/x.h5ad"], "nk.csv"),
+    ):
+        assert main(["generate", f"model={model}", *words]) == 2, said
+        told = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+        assert len(told) == 1
+        assert said in told[0], told
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 1000))
+    assert main(["generate", f"model={model}", "n=50", out]) == 2
+    assert "0.0 GB free; ask for fewer cells or genes" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["column.csv", "nk.csv", "typo.csv", "zero.csv"]
+
+
+# --- kills and ranks -----------------------------------------------------------------------------------------------
+
+
+def command(ranks: int, *words: str) -> list[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    return [sys.executable, *torchrun, "-m", "launch.generate", *words]
+
+
+@pytest.mark.slow
+def test_kills_and_ranks_change_no_bit(model: Path, tmp_path: Path) -> None:
+    """kill -9 of two ranks, then of one, then one to the end; beside them two ranks that nobody kills."""
+    words = [f"model={model}", "n=2700", "sampler.n_steps=150", "kind=means"]  # 6 parts
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    out = tmp_path / "cells.h5ad"
+    parts = tmp_path / "cells.h5ad.parts"
+    for ranks, until in ((2, 1), (1, 4)):
+        process = subprocess.Popen(
+            command(ranks, *words, f"out={out}"),
+            env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while len(list(parts.glob("*.npz"))) < until:
+            assert process.poll() is None, "it ended before it was killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not out.exists()
+        assert until <= len(list(parts.glob("*.npz"))) < 6
+    for ranks, name in ((1, out), (2, tmp_path / "again.h5ad")):
+        done = subprocess.run(
+            command(ranks, *words, f"out={name}"), env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again.h5ad", "cells.h5ad"]
+    same(ad.read_h5ad(out), ad.read_h5ad(tmp_path / "again.h5ad"))
+    import torch
+
+    import scldm
+    from scldm.flow.generate import SamplerConfig
+
+    torch.set_num_threads(1)
+    few: Any = scldm.load(model).generate(
+        pd.DataFrame(index=range(70)), seed=0, sampler=SamplerConfig(n_steps=150), kind="means"
+    )
+    assert (few.X != ad.read_h5ad(out)[:70].X).nnz == 0
+
+
+# --- transform -----------------------------------------------------------------------------------------------------
+
+
+def test_cells_of_a_file_are_taken_to_another_condition(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    obs = pd.DataFrame({"type": ["T cell", "B cell"] * 2}, index=pd.Index([f"c{k}" for k in range(4)]))
+    source = ad.AnnData(np.full((4, 30), 3.0, np.float32), obs=obs, var=pd.DataFrame(index=pd.Index(GENES.ids)))
+    source.write_h5ad(tmp_path / "cells.h5ad")
+    words = ["transform", f"model={model}", f"h5ad={tmp_path}/cells.h5ad", FEW]
+    assert main([*words, "to=type=NK", "alphas=0,1", f"out={tmp_path}/made.h5ad"]) == 0
+    made: Any = ad.read_h5ad(tmp_path / "made.h5ad")
+    assert list(made.obs_names) == [*(f"c{k}-0" for k in range(4)), *(f"c{k}-1" for k in range(4))]
+    assert list(made.obs["type"]) == ["T cell", "B cell"] * 2 + ["NK"] * 4
+    for more, said in (
+        (["to=NK", f"out={tmp_path}/x.h5ad"], "to=NK must be CONDITION=LABEL"),
+        (["to=type=NKT", f"out={tmp_path}/x.h5ad"], "has no label 'NKT'"),
+        (["to=type=NK", f"out={tmp_path}/x.zarr"], "must end in .h5ad"),
+    ):
+        assert main([*words, *more]) == 2
+        assert said in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cells.h5ad", "made.h5ad"]

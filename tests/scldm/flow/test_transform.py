@@ -1,0 +1,67 @@
+"""Through noise and back: exact on flows between Gaussians, whose maps are known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from scldm.errors import InputError
+from scldm.flow.generate import SamplerConfig
+from scldm.flow.guidance import VelocityField
+from scldm.flow.transform import blend, through_noise
+
+
+def of_gaussian(mean: float, std: float) -> VelocityField:
+    """E[noise - z | z_t] where z ~ N(mean, std^2): its flow takes z to the noise (z - mean) / std."""
+
+    def v(z: Tensor, t: float) -> Tensor:
+        slope = (t - (1 - t) * std**2) / ((1 - t) ** 2 * std**2 + t**2)
+        return slope * (z - (1 - t) * mean) - mean
+
+    return v
+
+
+CELLS = torch.linspace(-3, 5, 24, dtype=torch.float64).view(4, 2, 3)
+PRECISE = [SamplerConfig("heun", 400), SamplerConfig("adaptive", tolerance=1e-8), SamplerConfig("euler", 20_000)]
+
+
+@pytest.mark.parametrize("sampler", PRECISE, ids=lambda sampler: sampler.method)
+def test_a_cell_keeps_its_place_among_others_of_its_condition(sampler: SamplerConfig) -> None:
+    """Mean -> mean and a standard deviation -> a standard deviation."""
+    moved = through_noise(of_gaussian(1.0, 2.0), of_gaussian(-4.0, 0.5), CELLS, sampler)
+    torch.testing.assert_close(moved, -4.0 + 0.5 * (CELLS - 1.0) / 2.0, atol=2e-3, rtol=0)
+    back = through_noise(of_gaussian(1.0, 2.0), of_gaussian(1.0, 2.0), CELLS, sampler)
+    torch.testing.assert_close(back, CELLS, atol=2e-3, rtol=0)
+
+
+def test_the_way_back_errs_by_the_order_of_the_solver() -> None:
+    own, other = of_gaussian(1.0, 2.0), of_gaussian(-4.0, 0.5)
+    expected = -4.0 + 0.5 * (CELLS - 1.0) / 2.0
+    for method, order in (("euler", 1), ("heun", 2)):
+        errors = [
+            float((through_noise(own, other, CELLS, SamplerConfig(method, n)) - expected).abs().max())
+            for n in (100, 200)
+        ]
+        assert 2**order * 0.8 < errors[0] / errors[1] < 2**order * 1.25, (method, errors)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
+def test_a_blend_goes_part_of_the_way(alpha: float) -> None:
+    """Of equal spread, so that the averaged velocity is that of the averaged mean."""
+    own, other = of_gaussian(1.0, 2.0), of_gaussian(-4.0, 2.0)
+    moved = through_noise(own, blend(own, other, alpha), CELLS, SamplerConfig("heun", 400))
+    torch.testing.assert_close(moved, CELLS - 5 * alpha, atol=2e-3, rtol=0)
+
+
+def test_the_ends_of_a_blend_cost_one_evaluation() -> None:
+    own, other = of_gaussian(1.0, 2.0), of_gaussian(-4.0, 2.0)
+    assert blend(own, other, 0.0) is own
+    assert blend(own, other, 1.0) is other
+
+
+@pytest.mark.parametrize("method", ["sde_euler", "sde_heun"])
+def test_an_sde_does_not_lead_back(method) -> None:
+    v = of_gaussian(0.0, 1.0)
+    with pytest.raises(InputError, match=f"sampler.method={method} can't be followed to noise: euler, heun"):
+        through_noise(v, v, CELLS, SamplerConfig(method, 5))
