@@ -18,7 +18,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata.io import read_elem, sparse_dataset, write_elem
 
-from data_pipeline.files import disk_explained, written_aside
+from data_pipeline.files import disk_explained, locked, written_aside
 from scldm.errors import InputError, read_json
 from scldm.progress import Progress
 
@@ -69,7 +69,7 @@ class CellWriter:
             self._refuse_others(
                 read_json(self.parts / "made_by.json"), "is unfinished and of another command", self.parts
             )
-        elif self.parts.exists() and any(self.parts.iterdir()):
+        elif self.parts.exists() and any(of.name != "lock" and of.name[0] != "." for of in self.parts.iterdir()):
             raise InputError(f"{self.parts} is in the way of unfinished cells; remove it, or choose another out")
         n_parts = 0 if self.finished else -(-n_cells // PART_CELLS)
         self.missing = [part for part in range(n_parts) if not self._part(part).is_file()]
@@ -94,14 +94,22 @@ class CellWriter:
                 f"{folder} has {free / 1e9:,.1f} GB free; ask for fewer cells or genes, or another out"
             )
 
-    def start(self) -> None:
-        """Make the folder of parts: by one process, before any writes. Raises: InputError where that is refused."""
-        with disk_explained(str(self.parts)):
-            self.parts.mkdir(parents=True, exist_ok=True)
-            for left in self.parts.glob(".*"):  # by a killed process
-                left.unlink()
-            with written_aside(self.parts / "made_by.json") as file:
-                file.write(json.dumps(self.made_by, indent=1).encode())
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """Make the folder of parts, and within let no other command write there: for one process, before any writes.
+
+        Raises: InputError where the folder is refused, or another command makes these cells.
+        """
+        with ExitStack() as stack:
+            with disk_explained(str(self.parts)):
+                self.parts.mkdir(parents=True, exist_ok=True)
+                busy = f"{self.parts}: another process is making these cells; wait for it, or end it"
+                stack.enter_context(locked(self.parts / "lock", busy))
+                for left in self.parts.glob(".*"):  # by a killed process
+                    left.unlink()
+                with written_aside(self.parts / "made_by.json") as file:
+                    file.write(json.dumps(self.made_by, indent=1).encode())
+            yield
 
     def rows(self, part: int) -> range:
         """The numbers of a part's cells."""

@@ -37,6 +37,7 @@ VERBS = {
     "bench loader": ("launch.bench.loader", "measure the stream of minibatches beside other loaders"),
     "bench mcab": ("launch.bench.mcab", "measure the cross-attention between genes and latent tokens"),
     "bench unseen": ("launch.bench.unseen", "hold combinations out, generate them, compare with real ones and guesses"),
+    "bench generate": ("launch.bench.generate", "measure generation with a trained model"),
     "bench vae-step": ("launch.bench.vae_step", "measure a training step of the autoencoder"),
     "bench vae-choices": ("launch.bench.vae_choices", "compare autoencoders that differ in one choice, on real cells"),
     "bench subset-embedding": ("launch.bench.subset_embedding", "embed real cells from ever fewer of their genes"),

@@ -28,7 +28,6 @@ from scldm.flow.wanted import Wanted
 from scldm.parallel.dist import close_world, world_of_environment
 from scldm.pretrained import Kind, Pretrained, usable
 from scldm.progress import Progress
-from scldm.train.run_folder import locked
 
 PURPOSE = """Generate cells for given conditions: integer counts or means in CSR, the conditions as categorical obs.
 Runs on any number of ranks; interrupted, the same command goes on. The cells are the same bit for bit for any number of
@@ -94,9 +93,7 @@ def main(config: GenerateConfig) -> Path:
             writer.remove_parts()  # a kill may have left them
             print(f"{config.out} is there: {wanted.n_cells:,} cells x {len(genes):,} genes")
         return Path(config.out)
-    if world.is_first:
-        writer.start()
-    with locked(writer.parts, "making these cells") if world.is_first else nullcontext():
+    with writer.begun() if world.is_first else nullcontext():
         world.join()  # all ranks have seen the same missing parts before the first is written
         own = writer.missing[world.rank :: world.size]
         if own:

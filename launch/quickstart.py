@@ -41,21 +41,9 @@ NOTE = "quickstart.json"
 RANKS = 2
 # all that it leaves in its folder; the note is removed last, so that an interrupted removal is known for what it is
 MADE = (
-    *(
-        "input.h5ad",
-        "soma",
-        "shards",
-        "vae",
-        "latents",
-        "ldm",
-        "model",
-        "wanted.csv",
-        "generated.h5ad",
-        "generated.h5ad.parts",
-        "evaluation",
-    ),
-    *("evaluation.json", "report.html", "figures", "metrics.jsonl", "mlflow_run.json", "mlflow.db", "mlflow_artifacts"),
-    NOTE,
+    *("input.h5ad", "soma", "shards", "vae", "latents", "ldm", "model", "wanted.csv", "generated.h5ad"),
+    *("generated.h5ad.parts", "evaluation", "evaluation.json", "report.html", "figures", "metrics.jsonl"),
+    *("mlflow_run.json", "mlflow.db", "mlflow_artifacts", NOTE),
 )
 
 

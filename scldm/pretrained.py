@@ -458,8 +458,7 @@ class Pretrained:
         sizes = wanted.library_size(range(min(wanted.n_cells, 1000)))
         latent_1LZ = self.vae.normalised(self._dit().latent_mean_LZ[None])
         all_genes_G = torch.arange(1, self.genes.n_genes + 1, device=self.device)
-        size_1 = torch.tensor([sizes.mean()], dtype=torch.float32, device=self.device)
-        number_1 = torch.zeros(1, dtype=torch.int64, device=self.device)
+        size_1, number_1 = latent_1LZ.new_tensor([sizes.mean()]), all_genes_G[:1]
         return float((sample_counts(self.vae, latent_1LZ, all_genes_G, size_1, number_1, 0)[0, columns] > 0).sum())
 
     def columns(self, genes: Sequence[str] | None) -> np.ndarray:

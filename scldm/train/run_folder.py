@@ -53,16 +53,16 @@ def open_run_folder(run_dir: Path, config: Mapping[str, Any], free: tuple[str, .
 
 
 @contextmanager
-def locked(run_dir: Path, doing: str = "training in it") -> Iterator[None]:
-    """Within, no other process may work in this folder; the lock ends with the process, however that ends.
+def locked(run_dir: Path) -> Iterator[None]:
+    """Within, no other process may train in this folder; the lock ends with the process, however that ends.
 
-    Raises: InputError where another process, such as what a killed launcher left behind, still does.
+    Raises: InputError where another process, such as what a killed launcher left behind, still trains in it.
     """
     with (run_dir / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"{run_dir}: another process is {doing}; wait for it, or end it") from None
+            raise InputError(f"{run_dir}: another process is training in it; wait for it, or end it") from None
         except OSError:  # a file system without locks
             pass
         yield

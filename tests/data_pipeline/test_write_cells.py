@@ -51,6 +51,12 @@ def write(of: CellWriter, parts: list[int], dtype: type = np.int32) -> None:
         of.write_part(part, matrix[rows.start : rows.stop], {"size": size[rows.start : rows.stop]})
 
 
+def begin(of: CellWriter) -> None:
+    """As a process does that ends before it has joined the parts."""
+    with of.begun():
+        pass
+
+
 def read(path: Path) -> Any:
     if path.suffix == ".h5ad":
         return ad.read_h5ad(path)
@@ -69,9 +75,9 @@ def test_parts_in_any_order_are_one_file(tmp_path: Path, suffix: str, dtype: typ
     out = tmp_path / "new" / f"cells{suffix}"
     first, second = writer(out, dtype), writer(out, dtype)
     assert first.missing == [0, 1, 2, 3, 4]
-    first.start()
-    write(second, [4, 1], dtype)
-    write(first, [0, 3, 2, 3], dtype)
+    with first.begun():
+        write(second, [4, 1], dtype)
+        write(first, [0, 3, 2, 3], dtype)
     assert not out.exists()
     last = writer(out, dtype)
     assert last.missing == []
@@ -96,7 +102,7 @@ def test_parts_in_any_order_are_one_file(tmp_path: Path, suffix: str, dtype: typ
 def test_what_is_of_another_command_is_refused_by_what_differs(tmp_path: Path, suffix: str) -> None:
     out = tmp_path / f"cells{suffix}"
     of = writer(out)
-    of.start()
+    begin(of)
     write(of, [0, 1, 2])
     heun = '{"sampler": {"method": "euler", "n_steps": 5}}'
     for phase in ("is unfinished and of another command", "exists and holds other cells"):
@@ -137,7 +143,7 @@ def test_what_somebody_else_made_is_left_alone(tmp_path: Path, suffix: str) -> N
 def test_a_join_that_was_killed_is_done_again(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / f"cells{suffix}"
     of = writer(out)
-    of.start()
+    begin(of)
     (of.parts / ".000002.npz.half").write_bytes(b"half a part")
     write(of, [0, 1, 2, 3, 4])
 
@@ -150,7 +156,7 @@ def test_a_join_that_was_killed_is_done_again(tmp_path: Path, suffix: str, monke
             of.join(obs())
     assert not out.exists()
     again = writer(out)
-    again.start()
+    begin(again)
     assert not list(again.parts.glob(".*"))
     assert again.missing == []
     again.join(obs())
@@ -160,7 +166,7 @@ def test_a_join_that_was_killed_is_done_again(tmp_path: Path, suffix: str, monke
 
 def test_a_damaged_part_is_named(tmp_path: Path) -> None:
     of = writer(tmp_path / "cells.h5ad")
-    of.start()
+    begin(of)
     write(of, [0, 1, 2, 3, 4])
     path = of.parts / "000003.npz"
     data = bytearray(path.read_bytes())
@@ -178,7 +184,7 @@ def test_a_full_disk_is_one_line_before_and_during(tmp_path: Path, monkeypatch: 
     with pytest.raises(InputError, match="GB are needed for 47 cells, .* GB free"):
         of.require_space(1.01 * free / N)
     assert not (tmp_path / "new").exists()
-    of.start()
+    begin(of)
 
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -186,7 +192,27 @@ def test_a_full_disk_is_one_line_before_and_during(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(np, "savez", full)
     with pytest.raises(InputError, match="no space left"):
         write(of, [1])
-    assert sorted(p.name for p in of.parts.iterdir()) == ["made_by.json"]
+    assert sorted(p.name for p in of.parts.iterdir()) == ["lock", "made_by.json"]
+
+
+def test_a_second_command_waits_for_nothing_and_harms_nothing(tmp_path: Path) -> None:
+    first, second = writer(tmp_path / "cells.h5ad"), writer(tmp_path / "cells.h5ad")
+    with first.begun():
+        (first.parts / ".000001.npz.half").write_bytes(b"just being written")
+        with pytest.raises(InputError, match="another process is making these cells"), second.begun():
+            pass
+        assert (first.parts / ".000001.npz.half").exists()
+    with second.begun():
+        assert not (first.parts / ".000001.npz.half").exists()
+
+
+def test_a_command_killed_before_it_said_what_it_makes_is_begun_again(tmp_path: Path) -> None:
+    parts = writer(tmp_path / "cells.h5ad").parts
+    parts.mkdir()
+    (parts / "lock").touch()
+    (parts / ".made_by.json.half").touch()
+    begin(writer(tmp_path / "cells.h5ad"))
+    assert sorted(p.name for p in parts.iterdir()) == ["lock", "made_by.json"]
 
 
 def test_a_suffix_says_what_is_written(tmp_path: Path) -> None:
@@ -199,7 +225,7 @@ def test_scanpy_opens_it(tmp_path: Path) -> None:
     import scanpy
 
     of = writer(tmp_path / "cells.h5ad")
-    of.start()
+    begin(of)
     write(of, [0, 1, 2, 3, 4])
     of.join(obs())
     made = scanpy.read_h5ad(of.out)

@@ -1,0 +1,281 @@
+"""`scldm bench generate`: what a generated cell costs, in the network and in the decoder, beside two plain recipes.
+
+The controls use the same weights. One is the reference's recipe (Palla et al., arXiv 2511.02986, its published code):
+an adaptive ODE at a tolerance of 1e-5 through torchdiffeq, three network calls an evaluation, the decoder's formula for
+every gene, counts drawn and kept as a dense matrix. The other is 50 steps of Heun, one call an evaluation, and the same
+decoding. Whether few steps are as good as many is judged on real cells by MMD2 and W2, in the ten principal components
+of `scldm evaluate`.
+
+Reading order: BenchGenerateConfig, main, the parts of a cell's cost, the controls, quality, memory.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from sklearn.decomposition import PCA
+from torch import Tensor
+
+import scldm
+from launch.bench.measure import measure
+from launch.bench.report import Report, Row
+from launch.cli import run_verb
+from launch.evaluated_cells import cells_of_shards
+from scldm import draws
+from scldm.errors import InputError
+from scldm.evaluate.metrics import Profile, fit_pca, log_normalise, mmd2, w2
+from scldm.flow.generate import SamplerConfig, generate_latents, sample_counts
+from scldm.flow.wanted import Wanted
+from scldm.library_size import LibrarySizeModel, LogNormal
+from scldm.model.dit import DiT, DiTConfig
+from scldm.model.vae import VAE, VAEConfig
+from scldm.pretrained import Pretrained, save_pretrained
+from scldm.vocab import ConditionVocab, GeneVocab
+
+PURPOSE = """Measure generation with a trained model: cells/s by steps and by genes, in the network and in the decoder;
+against the reference's recipe and against 50 plain steps of Heun; quality of few steps; peak memory."""
+EXAMPLE = """
+scldm bench generate model=runs/quickstart/model shards=runs/quickstart/shards
+scldm bench generate model=runs/mine/model shards=runs/mine/shards condition=treatment memory=false
+"""
+
+
+@dataclass(frozen=True)
+class BenchGenerateConfig:
+    """What to measure.
+
+    model: model folder that `scldm export` wrote
+    shards: the cells that it was trained on, with validation and test cells
+    condition: of the model; its labels are asked for as the test cells have them
+    cells: of a timing
+    repeats: of a timing
+    steps: of Heun, whose costs are listed
+    few: the sampler that is compared with the controls and with 100 steps of Heun
+    bootstrap: samples of the cells of 100 steps, of which the interval is taken
+    memory: measure the peak memory of 20,000 and 200,000 cells, as the command line writes them
+    threads: of torch
+    json: print JSON, not the table
+    save: write the JSON to this file as well
+    """
+
+    model: str
+    shards: str
+    condition: str = "cell_type"
+    cells: int = 128
+    repeats: int = 3
+    steps: tuple[int, ...] = (5, 10, 25, 50, 100)
+    few: SamplerConfig = field(default_factory=lambda: SamplerConfig("heun", 8))
+    bootstrap: int = 200
+    memory: bool = True
+    threads: int = 1
+    json: bool = False
+    save: str = ""
+
+
+CONFIG = BenchGenerateConfig
+HEUN_50, HEUN_100 = SamplerConfig("heun", 50), SamplerConfig("heun", 100)
+REFERENCE_TOLERANCE = 1e-5
+POOL = 4  # as many times the test cells are generated for the interval
+
+
+def main(config: BenchGenerateConfig) -> Report:
+    """Print the table; returns it."""
+    torch.set_num_threads(config.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = scldm.load(config.model, device)
+    few = f"{config.few.method} {config.few.n_steps}"
+    settings = {"cells": config.cells, "genes": model.genes.n_genes, "few": few, "threads": config.threads}
+    report = Report("bench generate", settings)
+    _, validation, test = cells_of_shards(config.shards, config.condition)
+    if test.genes != model.genes.ids:
+        raise InputError(f"shards={config.shards} has other genes than model={config.model}")
+    labels = np.resize(test.types, config.cells)
+    wanted = model.check_conditions(pd.DataFrame({config.condition: labels}), seed=0)
+
+    costs(report, model, wanted, config, device)
+    pca = fit_pca(log_normalise(validation.counts))
+    quality(report, model, Profile.of(test.counts, test.types, pca), pca, config)
+    if config.memory:
+        memory(report)
+    if device.type == "cpu":
+        name = "base DiT, 70m VAE, 3,699 genes, few steps, on an H100-class GPU: not measured on a GPU"
+        report.add(Row(name, None, "cells/s", ">= 2000"))
+    report.print(config.json, config.save)
+    return report
+
+
+# --- a cell's cost -------------------------------------------------------------------------------------------------
+
+
+def costs(report: Report, model: Pretrained, wanted: Wanted, config: BenchGenerateConfig, device: torch.device) -> None:
+    """Rows of cells/s, and of how many times faster than the controls."""
+    n, every = wanted.n_cells, range(wanted.n_cells)
+    numbers_B = torch.arange(n, device=device)
+    conditions = {name: torch.from_numpy(ids).to(device) for name, ids in wanted.ids_of(every).items()}
+    size_B = torch.from_numpy(wanted.library_size(every)).float().to(device)
+    all_genes_G = torch.arange(1, model.genes.n_genes + 1, device=device)
+    assert model.dit is not None
+    dit, vae = model.dit, model.vae
+    plain = VAE(replace(vae.config, attention="plain"), vae.n_genes).to(device).eval()
+    plain.load_state_dict(vae.state_dict())
+
+    def seconds(work: Callable[[], object]) -> float:
+        return measure(work, config.repeats, device).seconds
+
+    def rate(name: str, took: float, note: str = "") -> float:
+        report.add(Row(name, n / took, f"cells/s{note}"))
+        return took
+
+    def latents(sampler: SamplerConfig) -> Tensor:
+        return vae.normalised(generate_latents(dit, conditions, numbers_B, 0, sampler).latent_BLZ)
+
+    for n_steps in config.steps:
+        rate(f"network, Heun, {n_steps} steps", seconds(partial(latents, SamplerConfig("heun", n_steps))))
+    ours = rate("network, few steps", seconds(partial(latents, config.few)))
+    latent_BLZ = latents(config.few)
+    for n_genes in sorted({min(k, model.genes.n_genes) for k in (64, 256, model.genes.n_genes)}):
+        ids_Q = all_genes_G[:n_genes]
+        with torch.no_grad():
+            rate(f"decoder, {n_genes} genes", seconds(lambda ids_Q=ids_Q: vae.decode(latent_BLZ, ids_Q)))
+            rate(f"decoder, its formula, {n_genes} genes", seconds(lambda ids_Q=ids_Q: plain.decode(latent_BLZ, ids_Q)))
+        drawn = partial(sample_counts, vae, latent_BLZ, ids_Q, size_B, numbers_B, 0)
+        rate(f"decoder and counts, {n_genes} genes", seconds(drawn))
+
+    columns = model.columns(None)
+    whole = rate(
+        "whole, few steps",
+        seconds(lambda: model.make(wanted, every, columns, config.few, "counts", lambda _: None)),
+    )
+    evaluations: list[int] = []
+    reference = rate(
+        "network, the reference's recipe",
+        seconds(lambda: evaluations.append(reference_latents(dit, conditions, numbers_B)[1])),
+    )
+    report.add(Row("network calls of the reference's recipe", evaluations[0], ""))
+    z_BLZ = reference_latents(dit, conditions, numbers_B)[0]
+    dense = seconds(lambda: dense_counts(plain, vae.normalised(z_BLZ), all_genes_G, size_B))
+    rate("decoder and counts, the reference's recipe", dense)
+    heun = rate("network, Heun, 50 steps, as a control", seconds(partial(latents, HEUN_50)))
+    report.add(Row.at_least("network: few steps against the reference's recipe", reference / ours, "x", 8))
+    report.add(Row.at_least("whole: few steps against the reference's recipe", (reference + dense) / whole, "x", 4))
+    report.add(Row.at_least("whole: few steps against 50 plain steps of Heun", (heun + dense) / whole, "x", 2))
+
+
+# --- the controls --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def reference_latents(dit: DiT, conditions: dict[str, Tensor], numbers_B: Tensor) -> tuple[Tensor, int]:
+    """Latents as the reference draws them, and its network calls: each evaluation asks without conditions, with them,
+    and once more for the guided sum."""
+    from torchdiffeq import odeint
+
+    null = {name: torch.full_like(ids, dit.null(name)) for name, ids in conditions.items()}
+    n_calls = 0
+
+    def v(t: Tensor, z: Tensor) -> Tensor:
+        nonlocal n_calls
+        n_calls += 3
+        t_B = t.float().expand(len(z))
+        v_null, v_given, again = dit(z, t_B, null), dit(z, t_B, conditions), dit(z, t_B, conditions)
+        return v_null + 0.5 * ((v_given - v_null) + (again - v_null))
+
+    noise_BLZ = draws.normal(0, "generate noise", 0, numbers_B, dit.latent_shape)
+    ends = torch.tensor([1.0, 0.0], device=noise_BLZ.device)
+    path = odeint(v, noise_BLZ, ends, rtol=REFERENCE_TOLERANCE, atol=REFERENCE_TOLERANCE, method="dopri5")
+    assert isinstance(path, Tensor)
+    return dit.unstandardise(path[-1]), n_calls
+
+
+@torch.no_grad()
+def dense_counts(plain: VAE, latent_BLZ: Tensor, gene_ids_Q: Tensor, size_B: Tensor) -> np.ndarray:
+    """Counts of every gene by the formula, as a dense matrix, drawn at once by torch."""
+    predicted = plain.decode(latent_BLZ, gene_ids_Q)
+    mu_BQ = predicted.mu(size_B)
+    if predicted.likelihood != "nb":
+        raise InputError(f"the controls are written for likelihood nb, not {predicted.likelihood}")
+    assert predicted.dispersion is not None
+    theta_BQ = predicted.dispersion.expand_as(mu_BQ)
+    rate_BQ = torch.distributions.Gamma(theta_BQ, theta_BQ / mu_BQ.clamp_min(1e-30)).sample()
+    return torch.poisson(rate_BQ).cpu().numpy()
+
+
+# --- quality -------------------------------------------------------------------------------------------------------
+
+
+def quality(report: Report, model: Pretrained, test: Profile, pca: PCA, config: BenchGenerateConfig) -> None:
+    """Distances to the test cells, as many generated ones of each type: of few steps, and the interval of 100 steps."""
+    n = len(test)
+    table = pd.DataFrame({config.condition: np.tile(test.types, POOL)})
+    made = (sp.csr_matrix(model.generate(table, seed=1, sampler=sampler).X) for sampler in (HEUN_100, config.few))
+    many, few = (Profile.of(counts, np.tile(test.types, POOL), pca).components for counts in made)
+    rng = np.random.default_rng(0)
+    for name, distance in (("MMD2", mmd2), ("W2", w2)):
+        # of each test cell's label one of the pool's cells, so that every sample has the types' numbers
+        of_pool = [np.arange(n) + n * rng.integers(0, POOL, n) for _ in range(config.bootstrap)]
+        interval = np.quantile([distance(test.components, many[rows]) for rows in of_pool], (0.025, 0.975))
+        value = float(np.mean([distance(test.components, few[rows]) for rows in of_pool]))
+        report.add(Row(f"{name}, Heun, 100 steps, lower end of the 95 % interval", float(interval[0]), ""))
+        report.add(Row(f"{name}, Heun, 100 steps, upper end of the 95 % interval", float(interval[1]), ""))
+        within = bool(interval[0] <= value <= interval[1])
+        report.add(Row(f"{name}, few steps", value, "", f"{interval[0]:.4g} to {interval[1]:.4g}", within))
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+def memory(report: Report, few: int = 20_000, many: int = 200_000) -> None:
+    """Peak of `scldm generate` by format: a network of random weights and one step, so that it is the writer's."""
+    with tempfile.TemporaryDirectory(prefix="scldm-bench-") as folder:
+        model = Path(folder) / "model"
+        random_model(model, n_genes=1_000)
+        for suffix in (".h5ad", ".zarr", ".soma"):
+            peaks = []
+            for n in (few, many):
+                out = Path(folder) / f"{n}{suffix}"
+                words = ["generate", f"model={model}", f"n={n}", f"out={out}", "device=cpu"]
+                peaks.append(peak_of([*words, "sampler.method=euler", "sampler.n_steps=1"]))
+                report.add(Row(f"peak memory, {n:,} cells, {suffix}", peaks[-1] / 2**20, "MiB"))
+            report.add(Row.at_most(f"peak memory, {many:,} / {few:,} cells, {suffix}", peaks[1] / peaks[0], "x", 1.1))
+
+
+def peak_of(words: list[str]) -> int:
+    """Most resident bytes of a process of its own that runs a verb. Raises: InputError where it fails."""
+    # not by its resource usage, in which a child begins with what its parent had
+    code = "import sys; from launch.cli import main; code = main(sys.argv[1:]); "
+    code += "print(open('/proc/self/status').read()); sys.exit(code)"
+    root = str(Path(__file__).resolve().parent.parent.parent)
+    path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise InputError(f"scldm {' '.join(words)} failed: {done.stderr.strip()}")
+    return next(int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("VmHWM")) * 1024
+
+
+def random_model(folder: Path, n_genes: int) -> None:
+    """A small model without conditions, whose cells have some 300 of 1,000 genes."""
+    torch.manual_seed(0)
+    vae = VAE(VAEConfig(16, 2, 4, 1, 2, 1), n_genes)
+    dit = DiT(DiTConfig(16, 1, 2), 2, 4, {})
+    for name, parameter in [*vae.named_parameters(), *dit.named_parameters()]:
+        if "log_theta" not in name:
+            parameter.data.normal_(std=0.3)
+    genes = GeneVocab(tuple(f"ENSG{k:011d}" for k in range(n_genes)), "ensembl")
+    sizes = LibrarySizeModel((), {(): {(): LogNormal(1, 6.2, 0.3)}})
+    save_pretrained(folder, vae, dit, genes, ConditionVocab({}), sizes, {})
+
+
+if __name__ == "__main__":
+    sys.exit(run_verb("bench generate", sys.argv[1:]))

@@ -1,0 +1,87 @@
+"""The benchmark of generation on a small model: every row is there, and the controls are what they say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from launch.bench import generate as bench
+from launch.cli import main
+from scldm.errors import InputError
+from scldm.flow.generate import SamplerConfig, generate_latents
+from scldm.library_size import LibrarySizeModel, LogNormal
+from scldm.model.dit import DiT, DiTConfig
+from scldm.pretrained import save_pretrained
+from scldm.vocab import ConditionVocab, GeneVocab
+from tests.launch.test_verbs import LABELS, write_cells
+from tests.scldm.train.small_runs import LATENT_WIDTH, N_GENES, N_LATENTS, make_vae
+
+
+def dit() -> DiT:
+    torch.manual_seed(0)
+    made = DiT(DiTConfig(16, 1, 2), N_LATENTS, LATENT_WIDTH, {"type": len(LABELS)}).eval()
+    for parameter in made.parameters():
+        parameter.data.normal_(std=0.1)
+    return made
+
+
+@pytest.mark.slow
+def test_every_row_and_target_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cells(tmp_path / "cells.h5ad")
+    words = [f"source.paths={tmp_path}/cells.h5ad", f"out={tmp_path}/shards", "conditions=type", "block_cells=32"]
+    assert main(["shards", "write", *words, "split.validation=0.3", "split.test=0.2"]) == 0
+    genes = GeneVocab(tuple(f"gene{k}" for k in range(N_GENES)), "symbol")
+    labels = tuple(sorted(LABELS.tolist()))
+    fitted = {(): {(): LogNormal(9, 6.0, 0.2)}, ("type",): {(label,): LogNormal(9, 6.0, 0.2) for label in labels}}
+    sizes = LibrarySizeModel(("type",), fitted)
+    save_pretrained(tmp_path / "model", make_vae(), dit(), genes, ConditionVocab({"type": labels}), sizes, {})
+    monkeypatch.setattr(bench, "HEUN_100", SamplerConfig("heun", 3))
+    few = ["cells=8", "repeats=1", "steps=2", "few.n_steps=2", "bootstrap=5", "memory=false", "condition=type"]
+    words = [f"model={tmp_path}/model", f"shards={tmp_path}/shards", f"save={tmp_path}/rows.json", *few]
+    assert main(["bench", "generate", *words]) == 0
+    rows: dict[str, Any] = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    with_target = {name for name, row in rows.items() if row["target"]}
+    assert with_target == {
+        "network: few steps against the reference's recipe",
+        "whole: few steps against the reference's recipe",
+        "whole: few steps against 50 plain steps of Heun",
+        "MMD2, few steps",
+        "W2, few steps",
+        "base DiT, 70m VAE, 3,699 genes, few steps, on an H100-class GPU: not measured on a GPU",
+    }
+    assert rows["network calls of the reference's recipe"]["value"] % 3 == 0
+
+
+def test_the_reference_recipe_follows_the_flow_that_it_is_compared_on() -> None:
+    network, numbers = dit(), torch.arange(5)
+    conditions = {"type": torch.tensor([0, 1, 2, 0, 1])}
+    found, n_calls = bench.reference_latents(network, conditions, numbers)
+    expected = generate_latents(network, conditions, numbers, 0, SamplerConfig("heun", 400)).latent_BLZ
+    torch.testing.assert_close(found, expected, atol=1e-2, rtol=0)
+    assert n_calls >= 3 * 7
+
+
+def test_dense_counts_have_the_expected_mean() -> None:
+    torch.manual_seed(0)
+    vae = make_vae().eval()
+    latent = torch.randn(1, N_LATENTS, LATENT_WIDTH).expand(3_000, -1, -1)
+    ids, size = torch.arange(1, N_GENES + 1), torch.full((3_000,), 400.0)
+    counts = bench.dense_counts(vae, latent, ids, size)
+    with torch.no_grad():
+        predicted = vae.decode(latent[:1], ids)
+    assert predicted.dispersion is not None
+    mu, theta = predicted.mu(size[:1])[0].numpy(), predicted.dispersion.detach().numpy()
+    spread = np.sqrt((mu + mu**2 / theta) / len(counts))
+    assert (np.abs(counts.mean(0) - mu) < 4.5 * spread).all()
+
+
+def test_the_peak_is_the_childs_own() -> None:
+    """The command line starts without torch, which this process has loaded."""
+    assert 5 << 20 < bench.peak_of(["--help"]) < 200 << 20
+    with pytest.raises(InputError, match="scldm generte failed: .*unknown verb 'generte'"):
+        bench.peak_of(["generte"])
