@@ -121,7 +121,7 @@ class CellSlots:
                     own[:] = payload
             nonzeros, sources, rows = section("<u4", n_cells), section("<u2", n_cells), section("<i8", n_cells)
             widths = section("<u1", n_conditions)
-            if not np.isin(widths, (1, 2, 4)).all():
+            if any(width not in (1, 2, 4) for width in widths.tolist()):
                 raise ValueError(f"condition widths {widths.tolist()}")
             for c, width in enumerate(widths):
                 self.labels[slot, :n_cells, c] = section(f"<u{width}", n_cells)
@@ -206,11 +206,19 @@ _pointer: Any = _as_pointer
 
 @njit(nogil=True, cache=True)
 def _zeros_and_sum(values):
-    """How many bytes are 0, and the sum of all. Unsigned indices and 32-bit sums let the compiler use vectors."""
-    zeros, total = np.uint32(0), np.uint32(0)
-    for j in range(np.uint64(len(values))):
-        zeros += np.uint32(values[j] == 0)
-        total += np.uint32(values[j])
+    """How many bytes are 0, and the sum of all. By 128, whose sums fit 8 and 16 bits, so that the compiler's vectors
+    hold as many numbers as they can."""
+    zeros, total = np.uint64(0), np.uint64(0)
+    k, n, step = np.uint64(0), np.uint64(len(values)), np.uint64(128)
+    while k + step <= n:
+        few, small = np.uint8(0), np.uint16(0)
+        for j in range(step):
+            few = np.uint8(few + np.uint8(values[k + j] == 0))
+            small = np.uint16(small + np.uint16(values[k + j]))
+        zeros, total, k = zeros + np.uint64(few), total + np.uint64(small), k + step
+    for j in range(k, n):
+        zeros += np.uint64(values[j] == 0)
+        total += np.uint64(values[j])
     return np.int64(zeros), np.int64(total)
 
 
