@@ -359,16 +359,32 @@ def balanced(cells: BlockSource, units: Units, config: StreamConfig) -> Balance:
     if config.balance_max_repeats < 1:
         raise InputError(f"balance_max_repeats={config.balance_max_repeats} must be at least 1")
     conditions = cells.manifest.conditions
-    at = np.repeat(cells.blocks["first_cell"][units.block].astype(np.int64), np.diff(units.start)) + units.cell_rows()
-    group = np.zeros(units.n_cells, np.int64)
+    at = np.repeat(cells.blocks["first_cell"][units.block].astype(np.int64), np.diff(units.start))
+    at += units.cell_rows()
+    group, n_groups = np.zeros(units.n_cells, np.uint32), 1
     for name in sorted(config.balance):  # a group's number draws its cells, and state() knows no order either
         if name not in conditions.names:
             raise InputError(
                 f"balance: condition {name!r} is unknown; the set has {', '.join(conditions.names) or 'none'}"
             )
-        group = group * conditions.n_labels(name) + cells.cell_column(f"condition.{name}")[at]
-    _, group = np.unique(group, return_inverse=True)
+        n_labels = conditions.n_labels(name)
+        if n_groups * n_labels >= 1 << 32:
+            raise InputError(f"balance: {', '.join(sorted(config.balance))} have more than 2^32 combinations of labels")
+        group *= np.uint32(n_labels)
+        group += cells.cell_column(f"condition.{name}")[at]
+        group, n_groups = _numbered(group, n_groups * n_labels)
+    del at
     return Balance(units, group, config.balance_max_repeats, config.seed)
+
+
+def _numbered(group: np.ndarray, n: int) -> tuple[np.ndarray, int]:
+    """Numbers below n as numbers without gaps in the same order, and how many there are."""
+    if n > 1 << 26:  # a table of 64 million numbers would take more than sorting
+        present, group = np.unique(group, return_inverse=True)
+        return group.astype(np.uint32), len(present)
+    present = np.zeros(n, bool)
+    present[group] = True
+    return (np.cumsum(present, dtype=np.uint32) - np.uint32(1))[group], int(present.sum())
 
 
 def _release(feed: Feed, cells: BlockSource) -> None:

@@ -21,12 +21,14 @@ from functools import cached_property
 from typing import Protocol
 
 import numpy as np
+from numba import njit
 
 from scldm.errors import InputError
 
 # What a draw is for: the second half of its Philox key (the first is the seed). Numbers, once used, never change.
 DRAW_BLOCKS, DRAW_WINDOW, DRAW_BALANCE, DRAW_GIVEN, DRAW_ASKED = 1, 2, 3, 4, 5
 FIXED_PASS = (1 << 63) - 1  # stands for the epoch in draws of a pass in fixed order
+CHUNK_CELLS = 1 << 22
 
 
 def random_words(seed: int, purpose: int, epoch: int, index: int, n: int, skip: int = 0) -> np.ndarray:
@@ -68,8 +70,10 @@ class Units:
         """The row within its block of every cell."""
         if self.rows is not None:
             return self.rows
-        sizes = np.diff(self.start)
-        return (np.arange(self.n_cells) - np.repeat(self.start[:-1], sizes)).astype(np.uint16)
+        dtype = np.uint32 if self.n_cells < 1 << 32 else np.int64  # half the memory; a difference may wrap around
+        rows = np.arange(self.n_cells, dtype=dtype)
+        rows -= np.repeat(self.start[:-1].astype(dtype), np.diff(self.start))
+        return rows.astype(np.uint16)
 
     def where(self, keep: np.ndarray) -> Units:
         """The units (none is empty) with only the cells for which `keep` (n_cells,) is true; units left empty go."""
@@ -108,6 +112,13 @@ class EveryCell:
         return self.fixed
 
 
+@njit(cache=True)
+def _rank_in_group(group: np.ndarray, met: np.ndarray, rank: np.ndarray) -> None:
+    for k in range(len(group)):
+        rank[k] = met[group[k]]
+        met[group[k]] += np.uint32(1)
+
+
 class Balance:
     """Each group of cells (a combination of labels) equally often: quota cells an epoch of every group.
 
@@ -115,30 +126,34 @@ class Balance:
     so that a small group gets less. In a group all cells come equally often, give or take one; over the epochs the
     extra one goes round. Copies of a cell are dealt to the epoch apart from each other.
 
+    Memory: 6 bytes a cell and those of the groups' dtype, and of an epoch 6 bytes for each of its cells.
+
     cells: the cells that there are
     group: (n_cells,) number of each cell's group, from 0
     """
 
     def __init__(self, cells: Units, group: np.ndarray, max_repeats: int, seed: int) -> None:
         self.cells, self.group = cells, group
-        n = np.bincount(group)
+        met = np.zeros(int(group.max()) + 1, np.uint32)
+        self.rank = np.empty(cells.n_cells, np.uint32)  # of a cell within its group
+        _rank_in_group(group, met, self.rank)
+        n = met.astype(np.int64)
         present = n > 0
         quota = np.minimum(cells.n_cells // present.sum(), max_repeats * n)
         self.quota = np.where(present, np.maximum(quota, 1), 0)
         self.n = np.maximum(n, 1)
         self.n_cells = int(self.quota.sum())
         self.offset = (random_words(seed, DRAW_BALANCE, 0, 0, len(n)) % self.n.astype(np.uint64)).astype(np.int64)
-        order = np.argsort(group, kind="stable")
-        first = np.concatenate([[0], np.cumsum(n)])[:-1]
-        self.rank = np.empty(cells.n_cells, np.int64)  # of a cell within its group
-        self.rank[order] = np.arange(cells.n_cells) - first[group[order]]
 
     def units(self, epoch: int) -> Units:
         whole, extra = np.divmod(self.quota, self.n)
         start = (self.offset + epoch * extra) % self.n
-        # conversion has shuffled the cells, so a stretch of a group is a random choice of it
-        ahead = (self.rank - start[self.group]) % self.n[self.group]
-        times = whole[self.group] + (ahead < extra[self.group])
+        times = np.empty(self.cells.n_cells, np.uint16)
+        for low in range(0, len(times), CHUNK_CELLS):  # at 64 bits, a few numbers a cell
+            rank, group = self.rank[low : low + CHUNK_CELLS].astype(np.int64), self.group[low : low + CHUNK_CELLS]
+            # conversion has shuffled the cells, so a stretch of a group is a random choice of it
+            ahead = (rank - start[group]) % self.n[group]
+            times[low : low + CHUNK_CELLS] = whole[group] + (ahead < extra[group])
         passes = [self.cells.where(times > p) for p in range(int(times.max()))]
         sizes = np.concatenate([np.diff(u.start) for u in passes])
         rows = np.concatenate([u.cell_rows() for u in passes])

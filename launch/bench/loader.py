@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from data_pipeline.block import decode_block, encode_block, narrow
 from data_pipeline.gather import CellSlots
 from data_pipeline.gene_sets import GeneSetConfig, GeneSets
 from data_pipeline.loader import CellLoader, LoaderConfig
-from data_pipeline.order import EveryCell, Order, Units, rank_slice
+from data_pipeline.order import Balance, EveryCell, Order, Units, rank_slice
 from data_pipeline.plan import ShardsWriteConfig
 from data_pipeline.read_shards import ShardSet, manifest_hash
 from data_pipeline.schema import FileEntry, ShardEntry, SplitEntry
@@ -203,10 +204,10 @@ def speed(config: BenchLoaderConfig, report: Report) -> None:
     ):
         if control in rates:
             ratios = [a / b for a, b in zip(rates[name], rates[control])]
-            low, high = np.percentile(ratios, [25, 75])
-            text = f"{name} / {control} (quartiles {low:.3g} - {high:.3g})"
-            row = Row.at_least(text, median(ratios), "x", target) if target else Row(text, median(ratios), "x")
-            report.add(row)
+            text, middle = f"{name} / {control}", median(ratios)
+            report.add(Row.at_least(text, middle, "x", target) if target else Row(text, middle, "x"))
+            for quartile, value in zip(("lower", "upper"), np.percentile(ratios, [25, 75])):
+                report.add(Row(f"{text}, {quartile} quartile", float(value), "x"))
 
 
 def _rate(reader: Iterator[int], n_cells: int) -> float:
@@ -483,6 +484,20 @@ def scale_task(config: BenchLoaderConfig) -> dict[str, Any]:
     return found
 
 
+def balance_task(config: BenchLoaderConfig) -> dict[str, Any]:
+    """Peak memory and time of drawing a balanced epoch of 1,000 groups, the largest 1,000 times the smallest."""
+    before = resident_mb()
+    n_blocks = -(-config.scale_cells // schema.BLOCK_CELLS)
+    units = Units.whole(np.arange(n_blocks, dtype=np.int32), np.full(n_blocks, schema.BLOCK_CELLS))
+    share = np.geomspace(1, 1_000, 1_000)
+    group = np.random.default_rng(0).choice(1_000, units.n_cells // 100, p=share / share.sum()).astype(np.uint32)
+    population = Balance(units, np.resize(group, units.n_cells), 10, 0)
+    start = time.perf_counter()
+    n_cells = population.units(1).n_cells
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1_024 / 1e6
+    return {"peak_mb": peak_mb - before, "seconds": time.perf_counter() - start, "n_cells": n_cells}
+
+
 def scale(config: BenchLoaderConfig, report: Report) -> None:
     folder = Path(config.folder) / f"index-{config.scale_cells}"
     if not folder.exists():
@@ -500,12 +515,16 @@ def scale(config: BenchLoaderConfig, report: Report) -> None:
     once = found["once"]
     report.add(Row(f"{name}: every cell once over 64 ranks", float(once), "", "== 1", once))
     report.add(Row("plan of an epoch", found["plan_seconds"] / config.scale_cells * 1e9, "ns/cell"))
+    found = in_a_process("balance", config)
+    report.add(Row(f"{name}, balanced over 1,000 groups: most resident over import", found["peak_mb"], "MB"))
+    report.add(Row(f"{name}, balanced over 1,000 groups: drawing an epoch", found["seconds"], "s"))
 
 
 TASKS: dict[str, Callable[[BenchLoaderConfig], dict[str, Any]]] = {
     "memory": memory_task,
     "resume": resume_task,
     "scale": scale_task,
+    "balance": balance_task,
 }
 
 

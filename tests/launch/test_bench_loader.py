@@ -11,7 +11,7 @@ from scldm.errors import InputError
 @pytest.mark.slow
 def test_the_benchmark_runs_and_saves_its_rows(tmp_path):
     config = BenchLoaderConfig(
-        folder=str(tmp_path / "data"), cells=2_000, genes=3_000, expressed=200, n_genes=300, rounds=1,
+        folder=str(tmp_path / "data"), cells=12_000, genes=3_000, expressed=200, n_genes=300, rounds=1,
         controls=("mmap",), scale_cells=300_000, save=str(tmp_path / "rows.json"),
     )  # fmt: skip
     main(config)
@@ -26,6 +26,8 @@ def test_the_benchmark_runs_and_saves_its_rows(tmp_path):
         assert name in rows
     for name in ("entropy of data set / random", "entropy of cell type / random"):
         assert rows[name]["value"] > 0.98
+    for name in ("resident over import, most of 20 epochs", "growth from epoch 2 to 20"):
+        assert rows[name]["met"], rows[name]
     with pytest.raises(InputError, match="holds other cells"):
         main(BenchLoaderConfig(folder=str(tmp_path / "data"), cells=1_000, parts=("speed",), controls=()))
 
