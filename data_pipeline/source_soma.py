@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-import cellxgene_census
 import numpy as np
 import pandas as pd
 import tiledbsoma
@@ -38,6 +37,8 @@ def open_collection(uri: str, census_version: str) -> Any:
     """
     try:
         if census_version and not uri:
+            import cellxgene_census  # half a second of imports that a SOMA experiment needs nothing of
+
             return cellxgene_census.open_soma(census_version=census_version, tiledb_config=_CENSUS_CONFIG)
         return tiledbsoma.open(_absolute(uri), context=_context())
     except (tiledbsoma.SOMAError, ValueError, OSError) as error:
@@ -60,6 +61,8 @@ def census_release(version: str) -> str:
     """
     if re.fullmatch(r"\d{4}-\d{2}-\d{2}", version):
         return version
+    import cellxgene_census
+
     try:
         return str(cellxgene_census.get_census_version_description(version)["release_build"])
     except (ValueError, OSError) as error:
@@ -85,6 +88,8 @@ def open_experiment(uri: str, kind: str, organism: str, census_version: str) -> 
             raise InputError(f"source.paths: {uri}: a {type(found).__name__}, not a SOMA experiment")
         return found, found
     if uri:
+        import cellxgene_census
+
         try:
             census = cellxgene_census.open_soma(uri=_absolute(uri), tiledb_config=_CENSUS_CONFIG)
         except (tiledbsoma.SOMAError, ValueError, OSError) as error:

@@ -164,7 +164,7 @@ def read_soma(path: Path) -> None:
     """The query, read by tiledbsoma as its users do, and dropped."""
     import tiledbsoma
 
-    with tiledbsoma.Experiment.open(f"{path}/census_data/homo_sapiens") as experiment:
+    with tiledbsoma.Experiment.open(str(path)) as experiment:
         n = 0
         with experiment.axis_query("RNA") as query:
             for table in query.X("raw").tables():
@@ -279,6 +279,7 @@ def main(config: BenchShardsConfig) -> Report:
             path = folder / "atlas-soma"
             if not path.exists():
                 write_soma(path, config)
+            path = path / "census_data" / "homo_sapiens"
             _measure(report, config, "soma", path, folder, "read_soma", "SOMA / read with tiledbsoma", 1.5)
     report.print(config.json, config.save)
     return report
