@@ -51,8 +51,8 @@ for extra in ${extras//,/ }; do
 done
 if [ -n "$missing" ]; then
     together=${installed:+$installed,}$extras
-    say "installing scldm[$together] into $venv (about 2.4 GB; a minute or two)"
-    # --no-compile: modules are compiled when they are first imported, and most of the 2.4 GB never are
+    say "installing scldm[$together] into $venv (about 2.4 GB, and 1 GB more for tests; a minute or two)"
+    # --no-compile: modules are compiled when they are first imported, and most of them never are
     (cd "$root" && "$venv/bin/python" -m pip install --quiet --no-compile --no-input --disable-pip-version-check \
         -c constraints.txt -e ".[$together]") >&2
     printf '%s\n%s\n' "$wanted" "$together" >"$stamp"

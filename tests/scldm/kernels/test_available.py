@@ -5,16 +5,23 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import replace
 
+import anndata as ad
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+import scldm
 from launch.config import compose
 from launch.train_vae import TrainVAEConfig, set_up
 from scldm import kernels
 from scldm.batch import GeneCounts
 from scldm.errors import InputError
+from scldm.library_size import LibrarySizeModel
 from scldm.model.vae import VAE, VAEConfig
 from scldm.parallel.dist import World
+from scldm.pretrained import save_pretrained
+from scldm.vocab import ConditionVocab, GeneVocab
 
 CPU = torch.device("cpu")
 
@@ -69,7 +76,11 @@ def test_more_heads_and_latents_than_fit_into_registers():
         replace(config, attention="fused")
 
 
-def test_trained_by_them_a_model_runs_anywhere():
-    config = VAEConfig(attention="fused", kl_weight=1e-3)
-    assert config.portable == replace(config, attention="factorised")
-    assert replace(config, attention="plain").portable.attention == "plain"
+def test_trained_by_them_a_model_is_loaded_anywhere(tmp_path):
+    config = VAEConfig(width=16, n_latents=4, n_layers=1, attention="fused")
+    genes, nothing = GeneVocab(("CD3D", "MS4A1", "NKG7"), "symbol"), ConditionVocab({})
+    save_pretrained(tmp_path / "model", VAE(config, 3), None, genes, nothing, LibrarySizeModel((), {}), {})
+    model = scldm.load(tmp_path / "model")
+    assert model.vae.config == replace(config, attention="factorised")
+    cells = ad.AnnData(np.array([[1, 0, 4], [0, 2, 1]]), var=pd.DataFrame(index=list(genes.ids)))
+    assert np.isfinite(model.embed(cells)).all()
