@@ -103,11 +103,7 @@ def prepare(config: BenchLoaderConfig, folder: Path) -> None:
     """The same cells in every format that the chosen parts read."""
     folder.mkdir(parents=True, exist_ok=True)
     atlas = BenchShardsConfig(cells=config.cells, genes=config.genes, expressed=config.expressed)
-    note = folder / "atlas.json"
-    asked = {key: getattr(config, key) for key in ("cells", "genes", "expressed")}
-    if note.exists() and json.loads(note.read_text()) != asked:
-        raise InputError(f"folder={folder}: holds other cells ({note.read_text()}); give another folder")
-    note.write_text(json.dumps(asked))
+    bench_shards.keep_to_one_atlas(folder, config.cells, config.genes, config.expressed)
 
     def once(name: str, write: Callable[[Path], Any]) -> None:
         if not (folder / name).exists():
