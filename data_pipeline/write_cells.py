@@ -204,6 +204,8 @@ def _zarr(path: Path, adata: ad.AnnData, dtype: np.dtype) -> Iterator[Append]:
 def _anndata(group: Any, adata: ad.AnnData, dtype: np.dtype, storage: dict[str, Any]) -> Append:
     """What anndata writes, with an X that grows."""
     write_elem(group, "/", adata)
+    if "raw" in group:  # "there is none", of which anndata can't read a part of the file
+        del group["raw"]
     empty = sp.csr_matrix((0, adata.n_vars), dtype=dtype)
     how = {"indptr_dtype": np.dtype(np.int64), "chunks": (CHUNK_VALUES,), **storage}
     write_elem(group, "X", empty, dataset_kwargs=how)

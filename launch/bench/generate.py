@@ -47,7 +47,7 @@ PURPOSE = """Measure generation with a trained model: cells/s by steps and by ge
 against the reference's recipe and against 50 plain steps of Heun; quality of few steps; peak memory."""
 EXAMPLE = """
 scldm bench generate model=runs/quickstart/model shards=runs/quickstart/shards
-scldm bench generate model=runs/mine/model shards=runs/mine/shards condition=treatment memory=false
+scldm bench generate speed=false save=benchmarks/generate-memory.json
 """
 
 
@@ -61,22 +61,24 @@ class BenchGenerateConfig:
     cells: of a timing
     repeats: of a timing
     steps: of Heun, whose costs are listed
-    few: the sampler that is compared with the controls and with 100 steps of Heun
+    sampler: of few steps, which is compared with the controls and with 100 steps of Heun
     bootstrap: samples of the cells of 100 steps, of which the interval is taken
+    speed: measure cost and quality; needs model and shards
     memory: measure the peak memory of 20,000 and 200,000 cells, as the command line writes them
     threads: of torch
     json: print JSON, not the table
     save: write the JSON to this file as well
     """
 
-    model: str
-    shards: str
+    model: str = ""
+    shards: str = ""
     condition: str = "cell_type"
     cells: int = 128
     repeats: int = 3
     steps: tuple[int, ...] = (5, 10, 25, 50, 100)
-    few: SamplerConfig = field(default_factory=lambda: SamplerConfig("heun", 8))
+    sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig("heun", 8))
     bootstrap: int = 200
+    speed: bool = True
     memory: bool = True
     threads: int = 1
     json: bool = False
@@ -93,26 +95,32 @@ def main(config: BenchGenerateConfig) -> Report:
     """Print the table; returns it."""
     torch.set_num_threads(config.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    report = Report("bench generate", {"threads": config.threads})
+    if config.speed:
+        speed(report, config, device)
+    if config.memory:
+        memory(report)
+    report.print(config.json, config.save)
+    return report
+
+
+def speed(report: Report, config: BenchGenerateConfig, device: torch.device) -> None:
+    """Cost and quality of cells with the labels of the test cells."""
+    if not (config.model and config.shards):
+        raise InputError("model and shards must be given: a trained model and its cells; or speed=false")
     model = scldm.load(config.model, device)
-    few = f"{config.few.method} {config.few.n_steps}"
-    settings = {"cells": config.cells, "genes": model.genes.n_genes, "few": few, "threads": config.threads}
-    report = Report("bench generate", settings)
     _, validation, test = cells_of_shards(config.shards, config.condition)
     if test.genes != model.genes.ids:
         raise InputError(f"shards={config.shards} has other genes than model={config.model}")
+    few = f"{config.sampler.method} {config.sampler.n_steps}"
+    report.settings |= {"cells": config.cells, "genes": model.genes.n_genes, "few steps": few}
     labels = np.resize(test.types, config.cells)
-    wanted = model.check_conditions(pd.DataFrame({config.condition: labels}), seed=0)
-
-    costs(report, model, wanted, config, device)
+    costs(report, model, model.check_conditions(pd.DataFrame({config.condition: labels}), seed=0), config, device)
     pca = fit_pca(log_normalise(validation.counts))
     quality(report, model, Profile.of(test.counts, test.types, pca), pca, config)
-    if config.memory:
-        memory(report)
     if device.type == "cpu":
         name = "base DiT, 70m VAE, 3,699 genes, few steps, on an H100-class GPU: not measured on a GPU"
         report.add(Row(name, None, "cells/s", ">= 2000"))
-    report.print(config.json, config.save)
-    return report
 
 
 # --- a cell's cost -------------------------------------------------------------------------------------------------
@@ -142,8 +150,8 @@ def costs(report: Report, model: Pretrained, wanted: Wanted, config: BenchGenera
 
     for n_steps in config.steps:
         rate(f"network, Heun, {n_steps} steps", seconds(partial(latents, SamplerConfig("heun", n_steps))))
-    ours = rate("network, few steps", seconds(partial(latents, config.few)))
-    latent_BLZ = latents(config.few)
+    ours = rate("network, few steps", seconds(partial(latents, config.sampler)))
+    latent_BLZ = latents(config.sampler)
     for n_genes in sorted({min(k, model.genes.n_genes) for k in (64, 256, model.genes.n_genes)}):
         ids_Q = all_genes_G[:n_genes]
         with torch.no_grad():
@@ -155,7 +163,7 @@ def costs(report: Report, model: Pretrained, wanted: Wanted, config: BenchGenera
     columns = model.columns(None)
     whole = rate(
         "whole, few steps",
-        seconds(lambda: model.make(wanted, every, columns, config.few, "counts", lambda _: None)),
+        seconds(lambda: model.make(wanted, every, columns, config.sampler, "counts", lambda _: None)),
     )
     evaluations: list[int] = []
     reference = rate(
@@ -218,7 +226,7 @@ def quality(report: Report, model: Pretrained, test: Profile, pca: PCA, config: 
     """Distances to the test cells, as many generated ones of each type: of few steps, and the interval of 100 steps."""
     n = len(test)
     table = pd.DataFrame({config.condition: np.tile(test.types, POOL)})
-    made = (sp.csr_matrix(model.generate(table, seed=1, sampler=sampler).X) for sampler in (HEUN_100, config.few))
+    made = (sp.csr_matrix(model.generate(table, seed=1, sampler=sampler).X) for sampler in (HEUN_100, config.sampler))
     many, few = (Profile.of(counts, np.tile(test.types, POOL), pca).components for counts in made)
     rng = np.random.default_rng(0)
     for name, distance in (("MMD2", mmd2), ("W2", w2)):

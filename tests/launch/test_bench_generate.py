@@ -41,7 +41,7 @@ def test_every_row_and_target_is_there(tmp_path: Path, monkeypatch: pytest.Monke
     sizes = LibrarySizeModel(("type",), fitted)
     save_pretrained(tmp_path / "model", make_vae(), dit(), genes, ConditionVocab({"type": labels}), sizes, {})
     monkeypatch.setattr(bench, "HEUN_100", SamplerConfig("heun", 3))
-    few = ["cells=8", "repeats=1", "steps=2", "few.n_steps=2", "bootstrap=5", "memory=false", "condition=type"]
+    few = ["cells=8", "repeats=1", "steps=2", "sampler.n_steps=2", "bootstrap=5", "memory=false", "condition=type"]
     words = [f"model={tmp_path}/model", f"shards={tmp_path}/shards", f"save={tmp_path}/rows.json", *few]
     assert main(["bench", "generate", *words]) == 0
     rows: dict[str, Any] = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}

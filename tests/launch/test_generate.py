@@ -39,13 +39,6 @@ def generate(*words: str) -> Any:
     return ad.read_h5ad(next(word for word in words if word.startswith("out=")).removeprefix("out="))
 
 
-def same(one: Any, other: Any) -> None:
-    assert (one.X != other.X).nnz == 0
-    pd.testing.assert_frame_equal(one.obs, other.obs)
-    pd.testing.assert_frame_equal(one.var, other.var)
-    assert dict(one.uns["scldm"]) == dict(other.uns["scldm"])
-
-
 def test_the_file_is_what_the_model_generates(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import scldm
     from scldm.flow.generate import SamplerConfig
@@ -144,8 +137,8 @@ def command(ranks: int, *words: str) -> list[str]:
 
 @pytest.mark.slow
 def test_kills_and_ranks_change_no_bit(model: Path, tmp_path: Path) -> None:
-    """kill -9 of two ranks, then of one, then one to the end; beside them two ranks that nobody kills."""
-    words = [f"model={model}", "n=2700", "sampler.n_steps=150", "kind=means"]  # 6 parts
+    """kill -9 of two ranks, then of one, then one to the end: what one process generates at once."""
+    words = [f"model={model}", "n=2700", "sampler.n_steps=80", "kind=means"]  # 6 parts
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     out = tmp_path / "cells.h5ad"
     parts = tmp_path / "cells.h5ad.parts"
@@ -163,23 +156,23 @@ def test_kills_and_ranks_change_no_bit(model: Path, tmp_path: Path) -> None:
         process.wait()
         assert not out.exists()
         assert until <= len(list(parts.glob("*.npz"))) < 6
-    for ranks, name in ((1, out), (2, tmp_path / "again.h5ad")):
-        done = subprocess.run(
-            command(ranks, *words, f"out={name}"), env=environment, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["again.h5ad", "cells.h5ad"]
-    same(ad.read_h5ad(out), ad.read_h5ad(tmp_path / "again.h5ad"))
+    done = subprocess.run(
+        command(1, *words, f"out={out}"), env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["cells.h5ad"]
     import torch
 
     import scldm
     from scldm.flow.generate import SamplerConfig
 
     torch.set_num_threads(1)
-    few: Any = scldm.load(model).generate(
-        pd.DataFrame(index=range(70)), seed=0, sampler=SamplerConfig(n_steps=150), kind="means"
+    at_once: Any = scldm.load(model).generate(
+        pd.DataFrame(index=range(2_700)), seed=0, sampler=SamplerConfig(n_steps=80), kind="means"
     )
-    assert (few.X != ad.read_h5ad(out)[:70].X).nnz == 0
+    made: Any = ad.read_h5ad(out)
+    assert (made.X != at_once.X).nnz == 0
+    pd.testing.assert_frame_equal(made.obs, at_once.obs)
 
 
 # --- transform -----------------------------------------------------------------------------------------------------
