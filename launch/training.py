@@ -17,23 +17,26 @@ import torch
 from data_pipeline.schema import Manifest
 from scldm import pretrained
 from scldm.environment import describe
-from scldm.errors import InputError
+from scldm.errors import InputError, Stopped
 from scldm.library_size import LibrarySizeModel, LogNormal
 from scldm.parallel.deepspeed_json import check_overrides
 from scldm.parallel.dist import World, close_world, world_of_environment
 from scldm.parallel.engine import HardwareConfig, start_engine
+from scldm.parallel.watch import Watch
 from scldm.pretrained import Pretrained
 from scldm.train.init_from import Joined
 from scldm.train.loop import Loader, TrainConfig, train
 from scldm.train.losses import Stage
 from scldm.train.optim import OptimConfig, make_optimizer
-from scldm.train.run_folder import locked, open_run_folder, write_json
+from scldm.train.requests import Requests
+from scldm.train.run_folder import locked, open_run_folder, outcome_noted, write_json
 from scldm.train.tracking import Tracker, TrackingConfig
 
 # what a resume may change: where and how fast a run goes, how it is followed, but not what it computes. `data.shards`
 # is a place: that the cells there are the same is proved by the loader's state and the vocabularies
 FREE_ON_RESUME = (
-    *("run_dir", "tracking", "train.log_every", "train.save_every", "train.keep"),
+    *("run_dir", "tracking", "train.log_every", "train.save_every", "train.keep", "train.keep_every"),
+    *("train.patience", "train.max_skipped", "train.hang_s", "train.stop_signals"),
     *("model.attention", "model.compile", "model.recompute", "model.gene_chunk"),
     *("hardware.engine", "hardware.micro_batch", "hardware.zero_stage", "hardware.threads"),
     *("hardware.offload_optimizer", "hardware.collective_timeout_s", "deepspeed"),
@@ -73,27 +76,36 @@ class Parts(NamedTuple):
 
 
 def run_training(name: str, config: RunConfig, set_up: Callable[[World], Parts]) -> dict[str, float]:
-    """Train, or resume, the run of this config; returns the last validation metrics. Every rank calls it."""
+    """Train, or resume, the run of this config; returns the last validation metrics. Every rank calls it.
+
+    Raises: Stopped where that was asked from outside; InputError. Where one rank fails, the others end with it.
+    """
     world = world_of_environment()
     torch.set_num_threads(config.hardware.threads)
     config.hardware.accumulation(config.train.global_batch, world.size)
     check_overrides(config.deepspeed)
-    torch.manual_seed(config.train.seed)
-    parts = set_up(world)
     run_dir = Path(config.run_dir)
     as_dict = dataclasses.asdict(config)  # pyright: ignore[reportArgumentType]
     with ExitStack() as at_the_end:
+        world.join(config.hardware.collective_timeout_s)
+        at_the_end.push(lambda kind, *_: close_world() if world.size == 1 or kind in (None, Stopped) else None)
+        watch = at_the_end.enter_context(Watch(world, config.train.hang_s))
+        requests = at_the_end.enter_context(Requests(run_dir, config.train.stop_signals, world))
+        torch.manual_seed(config.train.seed)
+        parts = set_up(world)
         if world.is_first:
             open_run_folder(run_dir, as_dict, FREE_ON_RESUME)
             at_the_end.enter_context(locked(run_dir))
+            watch.on_end = at_the_end.enter_context(outcome_noted(run_dir))
             keep_data(run_dir, parts.manifest)
             if parts.joined:
                 keep_joined(run_dir, config.init_from, parts.joined)
+        world.barrier()  # no rank goes on where the first refuses
+        watch.folder = run_dir
         make = make_optimizer_of(config.optim)
         engine = start_engine(
             parts.module, make, config.hardware, config.optim.clip, world, config.train.global_batch, config.deepspeed
         )
-        at_the_end.callback(close_world)
         if world.is_first:
             write_json(run_dir / "deepspeed.json", getattr(engine, "json", {}))
         tags = {"git": describe()["git"]}
@@ -109,6 +121,8 @@ def run_training(name: str, config: RunConfig, set_up: Callable[[World], Parts])
             run_dir,
             at_the_end.enter_context(tracker),
             name,
+            watch,
+            requests,
         )
 
 

@@ -1,4 +1,7 @@
-"""The one exception that a user is meant to read, and JSON files read with it. Reading order: InputError, read_json."""
+"""What a user or a scheduler is meant to read: InputError, Stopped and the exit codes; and JSON files read with it.
+
+Reading order: the exit codes, InputError, Stopped, read_json.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,30 @@ import json
 from pathlib import Path
 from typing import Any
 
+# exit codes besides 0 (done) and 1 (a failure, with its traceback)
+REFUSED = 2  # an InputError: nothing that another start would change
+REQUEUE = 85  # stopped by a signal and saved: start the same command again
+STOPPED = 86  # stopped by the file `stop` and saved: somebody wanted that
+LOST = 87  # a rank is gone or hangs: another start, on other nodes, may succeed
+
 
 class InputError(ValueError):
     """What was given can't be used: the message is one line that names the thing, the value and what would be right.
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class Stopped(SystemExit):
+    """The run did what it was asked from outside: it stopped at an agreed step, and its checkpoint is durable.
+
+    exit_code: REQUEUE or STOPPED
+    reason: who asked
+    """
+
+    def __init__(self, exit_code: int, reason: str) -> None:
+        super().__init__(exit_code)
+        self.exit_code, self.reason = exit_code, reason
 
 
 def read_json(path: Path) -> Any:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,10 +30,11 @@ class World:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def join(self) -> None:
-        """Meet the other ranks, over gloo, where no engine has done so."""
+    def join(self, timeout_s: float = 1_800) -> None:
+        """Meet the other ranks, where that was not done yet: gloo for what lies on CPUs, NCCL for what is on GPUs."""
         if self.size > 1 and not dist.is_initialized():
-            dist.init_process_group("gloo")
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
 
     def sum(self, values: dict[str, float]) -> dict[str, float]:
         """The sum over ranks of each value, in float64; all ranks give the same names and get the same sums."""
@@ -39,6 +43,29 @@ class World:
         if self.size > 1:
             dist.all_reduce(total)
         return dict(zip(names, total.tolist(), strict=True))
+
+    def begin_max(self, values: list[int]) -> Callable[[], list[int]]:
+        """Begin to find the largest over ranks of each value; call what is returned to wait for them.
+
+        It goes over gloo, on the CPU, while the caller does other work: no GPU waits for it, or it for a GPU.
+        """
+        largest = torch.tensor(values)
+        under_way = dist.all_reduce(largest, dist.ReduceOp.MAX, async_op=True) if self.size > 1 else None
+
+        def wait() -> list[int]:
+            if under_way is not None:
+                under_way.wait()
+            return largest.tolist()
+
+        return wait
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def barrier(self) -> None:
         if self.size > 1:

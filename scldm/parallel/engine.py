@@ -7,6 +7,7 @@ Reading order: HardwareConfig, Piece, the engines, start_engine.
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -60,6 +61,8 @@ class HardwareConfig:
 
         Raises: InputError where ranks x micro_batch does not divide the global batch, with values that would.
         """
+        if self.engine == "plain" and n_ranks > 1:
+            raise InputError(f"hardware.engine=plain runs on one rank, not on {n_ranks}; deepspeed runs on many")
         if global_batch % (n_ranks * self.micro_batch) == 0:
             return global_batch // (n_ranks * self.micro_batch)
         if global_batch % n_ranks:
@@ -103,7 +106,10 @@ class Engine(Protocol):
         ...
 
     def step(self, lr: float) -> float:
-        """One clipped optimizer step on the accumulated gradients; returns their norm before clipping."""
+        """One clipped optimizer step on the accumulated gradients; returns their norm before clipping.
+
+        A norm that is not finite is so on every rank, and the step was not made on any.
+        """
         ...
 
     def publish(self) -> None:
@@ -121,8 +127,6 @@ class PlainEngine:
     def __init__(
         self, model: nn.Module, make_optimizer: OptimizerFactory, hardware: HardwareConfig, clip: float, world: World
     ) -> None:
-        if world.size > 1:
-            raise InputError(f"hardware.engine=plain runs on one rank, not on {world.size}; deepspeed runs on many")
         self.module: nn.Module = model.to(world.device)
         self.optimizer = make_optimizer(self.module)
         self.clip = clip
@@ -138,10 +142,11 @@ class PlainEngine:
 
     def step(self, lr: float) -> float:
         _set_lr(self.optimizer, lr)
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
-        self.optimizer.step()
+        norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), self.clip))
+        if math.isfinite(norm):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return norm
 
     def publish(self) -> None:
         pass  # the pieces are the parameters

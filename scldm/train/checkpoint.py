@@ -1,26 +1,34 @@
-"""Checkpoints that know neither world size nor ZeRO stage: tensors by parameter name in safetensors, the rest in JSON.
+"""The checkpoint format, which knows neither world size nor ZeRO stage, and how it is read.
 
     checkpoints/step-00001500/part-0-of-2.safetensors   {weight,ema,exp_avg,exp_avg_sq}/NAME, buffer/NAME
-    checkpoints/step-00001500/state.json                step, loader state, best metric, shapes, SHA-256 of every part
+    checkpoints/step-00001500/state.json                what follows, and a SHA-256 of it
+        format, step, n_updates, skipped, best, validation, loader    where the run stood
+        shapes    parameter name -> shape
+        parts     file -> SHA-256, bytes, ranges: parameter name -> [start, stop] of the flattened parameter in it
+        files     file -> SHA-256 of the config and the vocabularies that lie beside it
     checkpoints/latest, checkpoints/best                the name of a step's folder
 
-A part holds a range of every parameter, flattened; its own metadata say which (`ranges`: NAME -> [start, stop]).
-Every rank writes what it holds into a folder aside; the first rank renames it when all parts are on disk,
-and moves the pointers after that. Reading order: save, load, load_averaged, averaged, retain.
+A part holds what one rank held, flat, in float32 (weights are the masters); all parts hold every number once. Any
+engine reads the ranges that it holds itself out of the parts that have them.
+
+Reading order: Checkpoint, read_averaged, resume, pointers, retain. Writing is in saver.py.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from scldm.errors import InputError, read_json
@@ -28,83 +36,147 @@ from scldm.parallel.dist import World
 from scldm.parallel.engine import Engine
 from scldm.train.ema import EMA
 
+FORMAT = 2
 STATE = "state.json"
+PARTIAL, BROKEN = ".partial", ".broken"
+KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")
+# of the run folder, copied into every checkpoint, which can so be used without it
+BESIDE = ("config.json", "genes.json", "conditions.json", "library_sizes.json", "latents.json")
+Which = Literal["best", "latest"]
 
 
-def save(folder: Path, engine: Engine, ema: EMA, state: dict[str, Any], world: World, is_best: bool = False) -> Path:
-    """Write the checkpoint of `state["step"]` below `folder` and point `latest` at it; collective.
+class Damaged(InputError):
+    """A checkpoint of which something is missing or not as it was written."""
 
-    is_best: point `best` at it too; before `latest`, since a run that resumes from here takes its metric for the best
+
+class Checkpoint:
+    """One step's folder, opened for reading. Tensors are on the CPU.
+
+    Raises: Damaged, or InputError for a format that this version does not know.
     """
-    target = folder / f"step-{state['step']:08d}"
-    aside = target.with_suffix(".partial")
-    if world.is_first:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    world.barrier()
-    part = aside / f"part-{world.rank}-of-{world.size}.safetensors"
-    ranges = {piece.name: (piece.start, piece.stop) for piece in engine.pieces}
-    save_file(own_share(engine, ema, world), part, {"ranges": json.dumps(ranges)})
-    _sync(part)
-    world.barrier()
-    if world.is_first:
-        hashes = {p.name: _sha256(p) for p in sorted(aside.glob("part-*"))}
-        shapes = {name: list(shape) for name, shape in engine.shapes.items()}
-        rest = {"ema_updates": ema.n_updates, "shapes": shapes, "parts": hashes}
-        text = json.dumps({**state, **rest}, indent=1)
-        _write_synced(aside / STATE, text)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(aside, target)
-        if is_best:
-            point(folder / "best", target)
-        point(folder / "latest", target)
-    world.barrier()
-    return target
+
+    def __init__(self, folder: Path) -> None:
+        if not (folder / STATE).is_file():
+            raise Damaged(f"{folder} is not a whole checkpoint: {STATE} is missing")
+        try:
+            stored = read_json(folder / STATE)
+        except InputError as error:
+            raise Damaged(str(error)) from None
+        version = stored.get("state", {}).get("format") if isinstance(stored, dict) else None
+        if not isinstance(stored, dict) or stored.get("sha256") != state_hash(stored.get("state")):
+            raise Damaged(f"{folder / STATE} is damaged: it is not what its SHA-256 says")
+        if version != FORMAT:
+            raise InputError(f"{folder} has checkpoint format {version}; this version of scldm reads {FORMAT}")
+        self.folder, self.state = folder, stored["state"]
+        self.step: int = self.state["step"]
+        self.shapes: dict[str, list[int]] = self.state["shapes"]
+        self.files: dict[str, dict[str, Any]] = {**self.state["parts"], **self.state["files"]}
+
+    def check(self, names: Iterable[str] | None = None) -> None:
+        """Read these of its files, or all, and compare. Raises: Damaged, with the file."""
+        for name in self.files if names is None else names:
+            path, expected = self.folder / name, self.files[name]
+            if not path.is_file():
+                raise Damaged(f"{path} is missing")
+            if (size := path.stat().st_size) != expected["bytes"]:
+                raise Damaged(f"{path} is damaged: it has {size} bytes of {expected['bytes']}")
+            if _sha256(path) != expected["sha256"]:
+                raise Damaged(f"{path} is damaged: its SHA-256 is not the one noted in {STATE}")
+
+    def read(self, kind: str, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Numbers start to stop of a flattened parameter, float32 (stop - start,)."""
+        stop = math.prod(self.shapes[name]) if stop is None else stop
+        out, n_read = torch.empty(stop - start), 0
+        for part, first, last in self._where.get(name, ()):
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                out[low - start : high - start] = self._opened(part).get_slice(f"{kind}/{name}")[
+                    low - first : high - first
+                ]
+                n_read += high - low
+        if n_read != stop - start:
+            raise Damaged(f"{self.folder} holds {n_read} of {stop - start} numbers of {kind}/{name}")
+        return out
+
+    def holds(self, name: str) -> None:
+        """Raises: Damaged where some numbers of a parameter are in no part, or in two."""
+        ends = sorted((start, stop) for _, start, stop in self._where.get(name, ()))
+        expected = 0
+        for start, stop in ends:
+            if start != expected:
+                break
+            expected = stop
+        if expected != math.prod(self.shapes[name]):
+            raise Damaged(f"{self.folder}: its parts do not hold every number of {name} once")
+
+    def whole(self, kind: str, name: str) -> Tensor:
+        """A parameter's weight, average or moment in its shape."""
+        return self.read(kind, name).view(self.shapes[name])
+
+    def buffers(self) -> Iterator[tuple[str, Tensor]]:
+        for part in self.state["parts"]:
+            file = self._opened(part)
+            for key in file.keys():  # noqa: SIM118 - it is no mapping
+                kind, _, name = key.partition("/")
+                if kind == "buffer":
+                    yield name, file.get_tensor(key)
+
+    def averaged(self) -> dict[str, Tensor]:
+        """Averaged weights and buffers: what is validated, exported and sampled."""
+        return {**{name: self.whole("ema", name) for name in self.shapes}, **dict(self.buffers())}
+
+    @cached_property
+    def _where(self) -> dict[str, list[tuple[str, int, int]]]:
+        """Parameter name -> the parts that have something of it, and which numbers."""
+        where: dict[str, list[tuple[str, int, int]]] = {}
+        for part, entry in self.state["parts"].items():
+            for name, (start, stop) in entry["ranges"].items():
+                where.setdefault(name, []).append((part, start, stop))
+        return where
+
+    def _opened(self, part: str) -> Any:
+        self._open = getattr(self, "_open", {})
+        if part not in self._open:
+            try:
+                self._open[part] = safe_open(self.folder / part, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise Damaged(f"{self.folder / part} is damaged: {error}") from None
+        return self._open[part]
 
 
-def own_share(engine: Engine, ema: EMA, world: World) -> dict[str, Tensor]:
-    """The tensors that this rank writes: what it holds of every parameter."""
-    share: dict[str, Tensor] = {}
-    for piece, average in zip(engine.pieces, ema.averages, strict=True):
-        for kind, value in {"weight": piece.weight, "ema": average, **piece.moments}.items():
-            share[f"{kind}/{piece.name}"] = value.cpu().clone()  # of its own memory, as safetensors wants it
-    if world.is_first:
-        share |= {f"buffer/{name}": buffer.cpu().contiguous() for name, buffer in engine.module.named_buffers()}
-    return share
+# --- reading -------------------------------------------------------------------------------------------------------
 
 
-def load(target: Path, engine: Engine, ema: EMA) -> dict[str, Any]:
-    """Put a checkpoint's tensors into engine and EMA, whatever wrote it; returns its state. Collective.
+def load(checkpoint: Checkpoint, engine: Engine, ema: EMA) -> None:
+    """Put a checkpoint's tensors into engine and EMA, whatever wrote it: this rank's part of them. Collective.
 
-    Raises: InputError for a checkpoint that is not whole, or not of this network.
+    Raises: InputError for a checkpoint of another network.
     """
-    state = read_state(target)
     for name, shape in engine.shapes.items():
-        found = state["shapes"].get(name)
+        found = checkpoint.shapes.get(name)
         if found != list(shape):
             raise InputError(
-                f"{target}: parameter {name} is {'missing' if found is None else tuple(found)}, "
+                f"{checkpoint.folder}: parameter {name} is {'missing' if found is None else tuple(found)}, "
                 f"the network has {tuple(shape)}: it is a checkpoint of another model"
             )
-    tensors = read_tensors(target, state)
     with torch.no_grad():
         for piece, average in zip(engine.pieces, ema.averages, strict=True):
             for kind, value in {"weight": piece.weight, "ema": average, **piece.moments}.items():
-                value.copy_(tensors[f"{kind}/{piece.name}"].view(-1)[piece.start : piece.stop])
+                value.copy_(checkpoint.read(kind, piece.name, piece.start, piece.stop))
+        stored = dict(checkpoint.buffers())
         for name, buffer in engine.module.named_buffers():
-            buffer.copy_(tensors[f"buffer/{name}"])
+            buffer.copy_(stored[name])
     engine.publish()
-    engine.set_steps(state["step"])
-    ema.n_updates = state["ema_updates"]
-    return state
+    engine.set_steps(checkpoint.state["n_updates"])
+    ema.n_updates = checkpoint.state["n_updates"]
 
 
-def load_averaged(module: nn.Module, run_dir: Path, which: Literal["best", "latest"]) -> int:
+def load_averaged(module: nn.Module, run_dir: Path, which: Which) -> int:
     """Put the averaged weights of one of a run's checkpoints into a network of the run's config; returns the step.
 
     which: `best` by the validation metric, or `latest`
 
-    Raises: InputError where the run has no such checkpoint, or it is of another network.
+    Raises: InputError where the run has no such checkpoint, or it is damaged, or of another network.
     """
     found, step, target = averaged(run_dir, which)
     expected = module.state_dict()
@@ -119,47 +191,78 @@ def load_averaged(module: nn.Module, run_dir: Path, which: Literal["best", "late
     return step
 
 
-def averaged(run_dir: Path, which: Literal["best", "latest"]) -> tuple[dict[str, Tensor], int, Path]:
+def averaged(run_dir: Path, which: Which) -> tuple[dict[str, Tensor], int, Path]:
     """Averaged weights and buffers of a checkpoint by name, its step and its folder."""
     target = pointed(run_dir / "checkpoints" / which)
     if target is None:
         raise InputError(f"{run_dir} has no {which} checkpoint yet; train it first")
-    state = read_state(target)
-    tensors = read_tensors(target, state)
-    found = {key.split("/", 1)[1]: v for key, v in tensors.items() if key.startswith(("ema/", "buffer/"))}
-    return found, state["step"], target
+    checkpoint = Checkpoint(target)
+    checkpoint.check()
+    return checkpoint.averaged(), checkpoint.step, target
 
 
-def read_state(target: Path) -> dict[str, Any]:
-    if not (target / STATE).is_file():
-        raise InputError(f"{target} is not a whole checkpoint: {STATE} is missing")
-    return read_json(target / STATE)
+def resume(folder: Path, engine: Engine, ema: EMA, world: World) -> dict[str, Any] | None:
+    """Load the last whole checkpoint below `folder`; returns its state, None where there is none yet. Collective.
+
+    The ranks share the reading of all bytes. A damaged checkpoint is passed over, by name, for the one before it, and
+    is renamed to `.broken`, so that nothing counts it.
+
+    Raises: InputError where none is whole: to begin again over what was trained is for the user to decide.
+    """
+    if world.is_first:
+        for left in folder.glob(f"*{PARTIAL}"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    names = world.gather([target.name for target in candidates(folder)])[0]
+    for name in names:
+        problems = [told for told in world.gather(_problem(folder / name, world)) if told]
+        if not problems:
+            checkpoint = Checkpoint(folder / name)
+            load(checkpoint, engine, ema)
+            if world.is_first:
+                wrote = f"written by {len(checkpoint.state['parts'])} ranks, read by {world.size}"
+                print(f"scldm: goes on from {folder / name}, {wrote}", file=sys.stderr, flush=True)
+                if name != names[0]:
+                    point(folder / "latest", checkpoint.folder)
+            return checkpoint.state
+        if world.is_first:
+            print(f"scldm: {name} is passed over: {problems[0]}", file=sys.stderr, flush=True)
+            _replace_folder(folder / name, (folder / name).with_suffix(BROKEN))
+    if names:
+        raise InputError(
+            f"no whole checkpoint is left in {folder}: {', '.join(names)}, now *{BROKEN}, can't be used; "
+            "copy one back, or choose another run_dir"
+        )
+    return None
 
 
-def read_tensors(target: Path, state: dict[str, Any]) -> dict[str, Tensor]:
-    """All tensors, whole, on the CPU, after checking the parts' hashes."""
-    tensors: dict[str, Tensor] = {}
-    for part, sha256 in state["parts"].items():
-        path = target / part
-        if not path.is_file() or _sha256(path) != sha256:
-            raise InputError(f"{path} is {'damaged' if path.is_file() else 'missing'}: the checkpoint can't be used")
-        with safe_open(path, framework="pt") as file:
-            ranges = json.loads(file.metadata()["ranges"])
-            for key in file.keys():  # noqa: SIM118 - it is no mapping
-                kind, name = key.split("/", 1)
-                if kind == "buffer":
-                    tensors[key] = file.get_tensor(key)
-                else:
-                    whole = tensors.setdefault(key, torch.empty(state["shapes"][name]))
-                    whole.view(-1)[slice(*ranges[name])] = file.get_tensor(key)
-    return tensors
+def _problem(target: Path, world: World) -> str:
+    """What is damaged of this rank's share of a checkpoint's files; empty for nothing."""
+    try:
+        checkpoint = Checkpoint(target)
+        checkpoint.check(list(checkpoint.files)[world.rank :: world.size])
+    except Damaged as error:
+        return str(error)
+    return ""
+
+
+def candidates(folder: Path) -> list[Path]:
+    """The checkpoint that `latest` names, and those of earlier steps, last first."""
+    latest = pointed(folder / "latest")
+    steps = sorted(folder.glob("step-*[0-9]"), reverse=True)
+    if latest is None:
+        return steps
+    return [latest, *(target for target in steps if target.name < latest.name)]
+
+
+# --- the folder of all checkpoints ---------------------------------------------------------------------------------
 
 
 def point(pointer: Path, target: Path) -> None:
     """Let `latest` or `best` name another checkpoint, at once or not at all."""
-    aside = pointer.with_suffix(".partial")
-    _write_synced(aside, target.name)
+    aside = pointer.with_suffix(PARTIAL)
+    write_synced(aside, target.name.encode())
     os.replace(aside, pointer)
+    sync_folder(pointer.parent)
 
 
 def pointed(pointer: Path) -> Path | None:
@@ -167,26 +270,49 @@ def pointed(pointer: Path) -> Path | None:
     return pointer.parent / pointer.read_text().strip() if pointer.is_file() else None
 
 
-def retain(folder: Path, keep: int) -> None:
-    """Remove all but the last `keep` checkpoints and those that `latest` and `best` name."""
+def retain(folder: Path, keep: int, keep_every: int = 0) -> None:
+    """Remove all but the last `keep` checkpoints, those of every `keep_every`-th step, and those that `latest` and
+    `best` name."""
     named = {pointed(folder / "latest"), pointed(folder / "best")}
     for old in sorted(folder.glob("step-*[0-9]"))[:-keep]:
-        if old not in named:
-            shutil.rmtree(old)
+        step = int(old.name.removeprefix("step-"))
+        if old not in named and not (keep_every and step % keep_every == 0):
+            remove(old)
+
+
+def remove(target: Path) -> None:
+    """Take a checkpoint away at once: cut short, this leaves nothing that looks like one."""
+    aside = target.with_suffix(PARTIAL)
+    _replace_folder(target, aside)
+    shutil.rmtree(aside)
+
+
+def _replace_folder(source: Path, target: Path) -> None:
+    if source.exists():
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(source, target)
+
+
+def state_hash(state: Any) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder as durable as what they name."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

@@ -5,8 +5,10 @@ Reading order: TrainConfig, train, validate.
 
 from __future__ import annotations
 
+import math
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,11 +18,14 @@ import torch
 from scldm.errors import InputError
 from scldm.parallel.dist import World
 from scldm.parallel.engine import Engine
+from scldm.parallel.watch import Watch
 from scldm.progress import Progress
-from scldm.train import checkpoint
+from scldm.train import checkpoint, nonfinite
 from scldm.train.ema import EMA
-from scldm.train.losses import Draws, Stage, check_finite
+from scldm.train.losses import Draws, Stage
 from scldm.train.optim import OptimConfig, learning_rate
+from scldm.train.requests import Requests, signal_named
+from scldm.train.saver import Saver
 from scldm.train.tracking import Tracker
 
 
@@ -36,6 +41,12 @@ class TrainConfig:
     validate_every: steps between two passes over the validation cells
     save_every: steps between two checkpoints
     keep: checkpoints kept, besides the best
+    keep_every: those of every so many steps are kept too; 0 keeps none besides
+    patience: validations without a better metric after which the run ends; 0 for never
+    max_skipped: steps in a row that are skipped because the gradient is not finite; one more ends the run
+    hang_s: seconds without progress, once training has begun, after which the run ends and leaves the stacks of all
+        ranks; 0 for never
+    stop_signals: save at a step that all ranks agree on, then exit with code 85
     """
 
     steps: int = 100_000
@@ -46,11 +57,21 @@ class TrainConfig:
     validate_every: int = 1_000
     save_every: int = 1_000
     keep: int = 2
+    keep_every: int = 0
+    patience: int = 0
+    max_skipped: int = 3
+    hang_s: float = 900.0
+    stop_signals: tuple[str, ...] = ("SIGTERM", "SIGUSR1")
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "log_every", "validate_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise InputError(f"train.{name}={getattr(self, name)} must be at least 1")
+        for name in ("keep_every", "patience", "max_skipped", "hang_s"):
+            if getattr(self, name) < 0:
+                raise InputError(f"train.{name}={getattr(self, name)} can't be negative")
+        for name in self.stop_signals:
+            signal_named(name)
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"train.ema_decay={self.ema_decay} must be at least 0 and below 1")
 
@@ -75,61 +96,103 @@ def train(
     run_dir: Path,
     tracker: Tracker,
     name: str,
+    watch: Watch | None = None,
+    requests: Requests | None = None,
 ) -> dict[str, float]:
-    """Train to `config.steps`, from the last checkpoint in `run_dir` if there is one; returns validation metrics.
+    """Train to `config.steps`, from the last whole checkpoint in `run_dir` if there is one; returns validation metrics.
 
     Collective: every rank calls it with its own loader.
+
+    Raises: Stopped where that was asked from outside, InputError where training or saving can't go on; on all ranks.
     """
-    checkpoints = run_dir / "checkpoints"
+    watch, requests = watch or Watch(world), requests or Requests(run_dir, (), world)
     ema = EMA(engine, config.ema_decay)
-    step, best, metrics = 0, float("inf"), {}
-    latest = checkpoint.pointed(checkpoints / "latest")
-    if latest is not None:
-        state = checkpoint.load(latest, engine, ema)
+    # skipped: steps in a row; stale: validations since the best; all of it the same on every rank
+    at: dict[str, Any] = {"step": 0, "skipped": 0, "stale": 0, "best": math.inf, "validation": {}}
+    state = checkpoint.resume(run_dir / "checkpoints", engine, ema, world)
+    if state is not None:
         loader.load_state(state["loader"])
-        step, best, metrics = state["step"], state["best"], state["validation"]
+        at = {key: state[key] for key in at}
+    step, skipped, stale, best, metrics = at.values()
 
     meter = _Meter(world)
-    with Progress(name, config.steps, "steps", done=step, shown=world.is_first) as bar:
-        while step < config.steps:
+    saver = Saver(run_dir, engine, ema, world, config.keep, config.keep_every)
+    with Progress(name, config.steps, "steps", done=step, shown=world.is_first) as bar, saver:
+        ends = step >= config.steps or _out_of_patience(config, stale)
+        while not ends:
+            requests.begin(saver.failed, saver.unfinished)
+            watch.mark(f"waits for the cells of step {step}")
             batches = meter.wait_for(loader)
-            for batch in batches:
+            losses = []
+            for k, batch in enumerate(batches):
+                watch.mark(f"computes micro-batch {k} of step {step}")
                 batch = batch.to(world.device)
                 loss, parts = stage.loss(engine.model, batch, Draws(config.seed, step, batch.positions_B))
-                check_finite(loss, batch, step)
                 engine.backward(loss / batch.n_cells)
-                meter.add(loss, parts, batch)
+                losses.append({"loss": loss.detach(), **{key: value.detach() for key, value in parts.items()}})
+            watch.mark(f"updates the weights in step {step}")
             lr = learning_rate(optim, step, config.steps)
             grad_norm = engine.step(lr)
-            ema.update()
+            if math.isfinite(grad_norm):
+                ema.update()
+                meter.add(losses, batches)
+                skipped = 0
+            else:  # the engine left the weights as they were, on all ranks
+                skipped += 1
+                culprits = nonfinite.find_culprits(stage, engine, batches, losses, config.seed, step, world)
+                told = nonfinite.told(step, culprits)
+                if world.is_first:
+                    nonfinite.note(run_dir, step, culprits)
+                    print(f"scldm: {told}; the step is skipped", file=sys.stderr, flush=True)
+                if skipped > config.max_skipped:
+                    saver.finish()
+                    raise InputError(f"{told}; {skipped} steps in a row, train.max_skipped={config.max_skipped}")
             step += 1
             cells_seen = step * config.global_batch
 
-            if step % config.log_every == 0 or step == config.steps:
+            if (step % config.log_every == 0 or step == config.steps) and meter.n_steps:
                 row = {**meter.read(), "lr": lr, "grad_norm": grad_norm}
                 tracker.log(step, row, cells_seen=cells_seen)
                 bar.advance(0, f"loss {row['loss']:.4g}, {row['cells_per_s']:,.0f} cells/s")
             bar.advance()
 
-            due = step == config.steps or step % config.validate_every == 0
-            if due:
-                metrics = validate(stage, engine, ema, validation, config.seed, world)
+            is_best = False
+            if step % config.validate_every == 0 or step == config.steps:
+                metrics = validate(stage, engine, ema, validation, config.seed, world, watch)
                 tracker.log(step, metrics, split="validation", cells_seen=cells_seen)
+                is_best = metrics[stage.validation_metric] < best
+                best = min(best, metrics[stage.validation_metric])
+                stale = 0 if is_best else stale + 1
                 meter.restart()
-            is_best = due and metrics[stage.validation_metric] < best
-            if is_best:
-                best = metrics[stage.validation_metric]
-            if is_best or step == config.steps or step % config.save_every == 0:
-                state = {"step": step, "best": best, "validation": metrics, "loader": loader.state()}
-                checkpoint.save(checkpoints, engine, ema, state, world, is_best)
+            ends = step == config.steps or _out_of_patience(config, stale)
+
+            watch.mark(f"hears what is asked after step {step}")
+            asked = requests.end()
+            saver.advance(asked.save_failed, asked.save_unfinished)
+            # none while steps are skipped: if that ends the run, it is resumed from before the trouble began
+            due = step % config.save_every == 0 and not skipped
+            if due or is_best or ends or asked.save or asked.stop:
+                watch.mark(f"saves step {step}")
+                at = {"step": step, "skipped": skipped, "stale": stale, "best": best, "validation": metrics}
+                saver.begin({**at, "loader": loader.state()}, is_best)
+                meter.restart()
+            if asked.save or asked.stop:
+                saver.finish()
                 if world.is_first:
-                    checkpoint.retain(checkpoints, config.keep)
-                meter.restart()
+                    print(f"scldm: saved step {step}, asked by {asked.reason}", file=sys.stderr, flush=True)
+                requests.done(asked, more=not ends)
+        saver.finish()
     return metrics
 
 
+def _out_of_patience(config: TrainConfig, stale: int) -> bool:
+    return config.patience > 0 and stale >= config.patience
+
+
 @torch.no_grad()
-def validate(stage: Stage, engine: Engine, ema: EMA, loader: Loader, seed: int, world: World) -> dict[str, float]:
+def validate(
+    stage: Stage, engine: Engine, ema: EMA, loader: Loader, seed: int, world: World, watch: Watch
+) -> dict[str, float]:
     """Means over the validation cells, with averaged weights and the same draws every time; collective."""
     engine.module.eval()
     sums: dict[str, torch.Tensor] = {}
@@ -137,6 +200,7 @@ def validate(stage: Stage, engine: Engine, ema: EMA, loader: Loader, seed: int, 
     with ema.applied():
         # keyed by the batch's number, as no two batches of a pass may share their draws
         for number, batches in enumerate(loader.one_pass()):
+            watch.mark(f"validates batch {number}")
             for batch in batches:
                 batch = batch.to(world.device)
                 parts = stage.validation(engine.model, batch, Draws(seed + 1, number, batch.positions_B))
@@ -159,19 +223,22 @@ class _Meter:
     def restart(self) -> None:
         """Forget: what passed since the last reading was not training."""
         self.sums: dict[str, torch.Tensor] = {}
-        self.n_cells = torch.zeros((), device=self.world.device)
+        self.n_cells, self.n_steps = torch.zeros((), device=self.world.device), 0
         self.waited_s, self.start = 0.0, time.perf_counter()
 
-    def wait_for(self, loader: Loader) -> Iterable[Any]:
+    def wait_for(self, loader: Loader) -> list[Any]:
         began = time.perf_counter()
         batches = next(loader)
         self.waited_s += time.perf_counter() - began
         return batches
 
-    def add(self, loss: torch.Tensor, parts: dict[str, torch.Tensor], batch: Any) -> None:
-        for key, value in {"loss": loss, **parts}.items():
-            self.sums[key] = self.sums.get(key, 0) + value.detach()
-        self.n_cells += batch.weight_B.sum()
+    def add(self, losses: list[dict[str, torch.Tensor]], batches: list[Any]) -> None:
+        """The loss and its parts of each micro-batch of a step."""
+        self.n_steps += 1
+        for parts, batch in zip(losses, batches, strict=True):
+            for key, value in parts.items():
+                self.sums[key] = self.sums.get(key, 0) + value
+            self.n_cells += batch.weight_B.sum()
 
     def read(self) -> dict[str, float]:
         """Collective."""

@@ -172,14 +172,8 @@ class LDMStage:
         return self.encode(batch.given).mean_BLZ.float()
 
 
-def cells_of(batch: CellBatch | LatentBatch, bad_B: Tensor | None = None) -> str:
+def cells_of(batch: CellBatch | LatentBatch) -> str:
     """The identities of a batch's cells, for a message: `source:row`."""
-    ids = batch.cell_ids_B2 if bad_B is None else batch.cell_ids_B2[bad_B]
+    ids = batch.cell_ids_B2
     shown = ", ".join(f"{source}:{row}" for source, row in ids[:8].tolist())
     return shown + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
-
-
-def check_finite(loss: Tensor, batch: CellBatch | LatentBatch, step: int) -> None:
-    """Raises: InputError naming step and cells where the loss is not a number."""
-    if not torch.isfinite(loss):
-        raise InputError(f"step {step}: the loss is {loss.item()} on cells (source:row) {cells_of(batch)}")

@@ -3,7 +3,11 @@
 config.json       the resolved config, as given
 environment.json  versions, commit, host, command line; one entry per start
 metrics.jsonl     see tracking.py
+outcome.json      running, finished, stopped or failed; the exit code and why
 checkpoints/      see checkpoint.py
+errors/rank-K.txt, stacks/rank-K.txt    see scldm/parallel/watch.py
+nonfinite.jsonl   the cells of every step that was skipped
+stop, save        files that ask for it, see requests.py
 slurm/            notes of the job that trains, if one does: may be there first
 """
 
@@ -12,21 +16,25 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from scldm.environment import describe
-from scldm.errors import InputError, read_json
+from scldm.errors import REFUSED, InputError, Stopped, read_json
 
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
 NOTES = "slurm"
+OUTCOME = "outcome.json"
 
 
 def open_run_folder(run_dir: Path, config: Mapping[str, Any], free: tuple[str, ...]) -> None:
-    """Make the folder, or check that the run in it has this config.
+    """Make the folder, or check that the run in it has this config; what differs and may is printed.
 
     free: keys, or groups of keys, that a resume may change because they do not change the result
 
@@ -37,13 +45,17 @@ def open_run_folder(run_dir: Path, config: Mapping[str, Any], free: tuple[str, .
     if path.is_file():
         before = dict(flat(read_json(path)))
         now = dict(flat(config))
-        changed = [
-            k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not _within(k, free)
-        ]
+        changed = {
+            key: f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        }
+        wrong = [told for key, told in changed.items() if not _within(key, free)]
+        if wrong:
+            more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+            raise InputError(f"{run_dir} holds another run: {'; '.join(wrong[:4])}{more}; choose another run_dir")
         if changed:
-            told = "; ".join(f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in changed[:4])
-            more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
-            raise InputError(f"{run_dir} holds another run: {told}{more}; choose another run_dir")
+            print(f"scldm: {run_dir} goes on with: {'; '.join(changed.values())}", file=sys.stderr, flush=True)
     elif run_dir.is_dir() and any(entry.name not in (f"{CONFIG}.partial", NOTES) for entry in run_dir.iterdir()):
         raise InputError(f"{run_dir} is not empty and not a run folder; choose another run_dir")
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -66,6 +78,36 @@ def locked(run_dir: Path) -> Iterator[None]:
         except OSError:  # a file system without locks
             pass
         yield
+
+
+@contextmanager
+def outcome_noted(run_dir: Path) -> Iterator[Callable[[str, int], None]]:
+    """Note that the run runs, and how it ended; yields what notes from another thread why it fails, with which code."""
+
+    writing, known = threading.Lock(), False
+
+    def note(state: str, exit_code: int | None, reason: str) -> None:
+        told = {"state": state, "exit_code": exit_code, "reason": reason}
+        write_json(run_dir / OUTCOME, {**told, "time": datetime.now(UTC).isoformat(timespec="seconds")})
+
+    def note_cause(reason: str, code: int) -> None:
+        nonlocal known
+        with writing:
+            known = True
+            note("failed", code, reason)
+
+    note("running", None, "")
+    try:
+        yield note_cause
+    except Stopped as stopped:
+        note("stopped", stopped.exit_code, stopped.reason)
+        raise
+    except BaseException as error:
+        with writing:
+            if not known:  # else this one is the consequence of it
+                note("failed", REFUSED if isinstance(error, InputError) else 1, " ".join(f"{error!r}".split()))
+        raise
+    note("finished", 0, "")
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:

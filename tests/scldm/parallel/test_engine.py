@@ -15,10 +15,9 @@ import torch
 from scldm.errors import InputError
 from scldm.parallel.dist import World
 from scldm.parallel.engine import HardwareConfig, start_engine
-from scldm.train import checkpoint
 from scldm.train.optim import OptimConfig, make_optimizer
 from scldm.train.tracking import read_metrics
-from tests.scldm.train.small_runs import Finished, make_dit, small_run
+from tests.scldm.train.small_runs import Finished, make_dit, small_run, stored
 
 ROOT = Path(__file__).resolve().parents[3]
 STEPS = 50
@@ -89,9 +88,7 @@ def assert_follows(run_dir: Path, oracle: Path, stage: str) -> None:
 
 
 def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
-    target = checkpoint.pointed(run_dir / "checkpoints" / "latest")
-    assert target is not None
-    tensors = checkpoint.read_tensors(target, checkpoint.read_state(target))
+    _, tensors = stored(run_dir)
     return {key: value for key, value in tensors.items() if key.startswith(("weight/", "ema/"))}
 
 

@@ -5,7 +5,7 @@ Reading order: Cells, the loaders, small_run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,12 @@ from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE, VAEConfig
 from scldm.parallel.dist import World
 from scldm.parallel.engine import DeepSpeedEngine, HardwareConfig, PlainEngine, start_engine
+from scldm.parallel.watch import Watch
+from scldm.train import checkpoint
 from scldm.train.loop import TrainConfig, train
 from scldm.train.losses import GuidanceConfig, LDMStage, Stage, VAEStage
 from scldm.train.optim import OptimConfig, make_optimizer
+from scldm.train.requests import Requests
 from scldm.train.tracking import Tracker, TrackingConfig
 
 N_GENES, N_LABELS, N_LATENTS, LATENT_WIDTH = 40, 3, 2, 4
@@ -162,6 +165,16 @@ def make_dit(recompute: bool = False) -> DiT:
     return DiT(DiTConfig(16, 2, 2, recompute=recompute), N_LATENTS, LATENT_WIDTH, {"type": N_LABELS})
 
 
+def stored(run_dir: Path, which: str = "latest") -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """State and whole tensors of a run's checkpoint, after checking every byte."""
+    target = checkpoint.pointed(run_dir / "checkpoints" / which)
+    assert target is not None
+    found = checkpoint.Checkpoint(target)
+    found.check()
+    tensors = {f"{kind}/{name}": found.whole(kind, name) for kind in checkpoint.KINDS for name in found.shapes}
+    return found.state, tensors | {f"buffer/{name}": value for name, value in found.buffers()}
+
+
 @dataclass
 class Finished:
     """What a run leaves in memory."""
@@ -184,9 +197,14 @@ def small_run(
     keep: int = 2,
     deepspeed: dict[str, Any] | None = None,
     recompute: bool = False,
-    **every: int,
+    watch: Watch | None = None,
+    disturb: Callable[[Stage, CellsLoader], None] = lambda stage, loader: None,
+    **every: Any,
 ) -> Finished:
-    """Train `vae` or `ldm` on 50 cells as the verbs do, logging every step unless told otherwise."""
+    """Train `vae` or `ldm` on 50 cells as the verbs do, logging every step unless told otherwise.
+
+    disturb: is given the stage and the loader, to make them fail
+    """
     hardware = hardware or HardwareConfig(engine="plain", micro_batch=global_batch // world.size)
     config = TrainConfig(
         **{
@@ -208,11 +226,16 @@ def small_run(
     place = (global_batch, hardware.micro_batch, world.rank, world.size)
     n_given = 24 if stage_name == "vae" else 0
     loader = kind(make_cells(50, 0), *place, n_given=n_given, fail_at=fail_at)
+    disturb(stage, loader)
     validation = kind(make_cells(21, 1), *place)
     engine = start_engine(
         module, lambda m: make_optimizer(optim, m), hardware, optim.clip, world, global_batch, deepspeed
     )
     run_dir.mkdir(parents=True, exist_ok=True)
-    with Tracker(run_dir, TrackingConfig(enabled=False), active=world.is_first) as tracker:
-        metrics = train(stage, engine, loader, validation, config, optim, world, run_dir, tracker, stage_name)
+    with (
+        Tracker(run_dir, TrackingConfig(enabled=False), active=world.is_first) as tracker,
+        Requests(run_dir, config.stop_signals, world) as requests,
+    ):
+        common = (config, optim, world, run_dir, tracker, stage_name, watch, requests)
+        metrics = train(stage, engine, loader, validation, *common)
     return Finished(engine, loader, metrics)

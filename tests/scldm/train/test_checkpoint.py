@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from scldm.errors import InputError
 from scldm.model.vae import VAE, VAEConfig
 from scldm.train import checkpoint
 from scldm.train.optim import OptimConfig
-from tests.scldm.train.small_runs import N_GENES, make_dit, make_vae, small_run
+from tests.scldm.train.small_runs import N_GENES, make_dit, make_vae, small_run, stored
 
 
 @pytest.fixture
@@ -32,12 +33,12 @@ def test_the_averaged_weights_come_back(run: Path) -> None:
     assert finished.loader.read == []
     module = make_vae()
     assert checkpoint.load_averaged(module, run, "latest") == 12
-    stored = checkpoint.read_tensors(latest(run), checkpoint.read_state(latest(run)))
+    _, tensors = stored(run)
     live = dict(finished.engine.module.named_parameters())
     for name, parameter in module.named_parameters():
-        assert torch.equal(parameter, stored[f"ema/{name}"])
-        assert torch.equal(live[name], stored[f"weight/{name}"])
-    assert not torch.equal(stored["ema/token.weight"], stored["weight/token.weight"])
+        assert torch.equal(parameter, tensors[f"ema/{name}"])
+        assert torch.equal(live[name], tensors[f"weight/{name}"])
+    assert not torch.equal(tensors["ema/token.weight"], tensors["weight/token.weight"])
 
 
 def damage(path: Path) -> None:
@@ -46,25 +47,66 @@ def damage(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize(
-    "harm, said",
-    [
-        (lambda at: damage(at / "part-0-of-1.safetensors"), "part-0-of-1.safetensors is damaged"),
-        (lambda at: (at / "part-0-of-1.safetensors").unlink(), "part-0-of-1.safetensors is missing"),
-        (lambda at: (at / "state.json").unlink(), "not a whole checkpoint: state.json is missing"),
-        (lambda at: (at / "state.json").write_text('{"step": 1'), "state.json"),
-        (lambda at: at.rename(at.with_name("gone")), "step-00000012 is not a whole checkpoint"),
-    ],
-)
-def test_a_checkpoint_that_is_not_whole_is_refused_by_name(run: Path, harm, said: str) -> None:
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+HARMS = [
+    (lambda at: damage(at / "part-0-of-1.safetensors"), "part-0-of-1.safetensors is damaged: its SHA-256"),
+    (lambda at: cut(at / "part-0-of-1.safetensors"), "part-0-of-1.safetensors is damaged: it has"),
+    (lambda at: (at / "part-0-of-1.safetensors").unlink(), "part-0-of-1.safetensors is missing"),
+    (lambda at: (at / "state.json").unlink(), "not a whole checkpoint: state.json is missing"),
+    (lambda at: (at / "state.json").write_text('{"step": 1'), "state.json is damaged"),
+    (lambda at: (at / "state.json").write_text((at / "state.json").read_text().replace("12", "13")), "state.json"),
+    (lambda at: at.rename(at.with_name("gone")), "step-00000012 is not a whole checkpoint"),
+]
+
+
+@pytest.mark.parametrize("harm, said", HARMS)
+def test_a_checkpoint_that_is_not_whole_is_passed_over_by_name_for_the_one_before_it(
+    run: Path, harm, said: str, capsys: pytest.CaptureFixture
+) -> None:
+    """And what is trained from there is what was; for export, whose user chose it, it is refused."""
+    whole = stored(run)
     harm(latest(run))
-    for use in (
-        lambda: small_run("vae", run, steps=12, validate_every=4, save_every=12),
-        lambda: checkpoint.load_averaged(make_vae(), run, "latest"),
-    ):
-        with pytest.raises(InputError, match=said) as refusal:
-            use()
-        assert "\n" not in str(refusal.value)
+    with pytest.raises(InputError, match=said) as refusal:
+        checkpoint.load_averaged(make_vae(), run, "latest")
+    assert "\n" not in str(refusal.value)
+    capsys.readouterr()
+    again = small_run("vae", run, steps=12, validate_every=4, save_every=12)
+    assert [step for step, _ in again.loader.read] == [8, 9, 10, 11]
+    told = capsys.readouterr().err
+    assert f"step-00000012 is passed over: {run}" in told
+    assert said in told
+    state, tensors = stored(run)
+    assert state == whole[0]
+    assert all(torch.equal(tensors[key], whole[1][key]) for key in tensors)
+
+
+def test_where_no_checkpoint_is_whole_nothing_begins_again_by_itself(run: Path) -> None:
+    for target in (run / "checkpoints").glob("step-*"):
+        damage(target / "part-0-of-1.safetensors")
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"no whole checkpoint is left .*; copy one back, or choose another"):
+            small_run("vae", run, steps=12, validate_every=4, save_every=12)
+
+
+def test_a_damaged_checkpoint_does_not_count_as_one_that_is_kept(run: Path) -> None:
+    damage(latest(run) / "part-0-of-1.safetensors")
+    small_run("vae", run, steps=10, validate_every=20, save_every=1, keep=1)
+    names = sorted(p.name for p in (run / "checkpoints").glob("step-*"))
+    assert "step-00000012.broken" in names
+    assert latest(run).name == "step-00000010"
+    stored(run)
+
+
+def test_a_checkpoint_of_a_later_version_is_refused_and_left_alone(run: Path) -> None:
+    path = latest(run) / "state.json"
+    state = {**json.loads(path.read_text())["state"], "format": 99}
+    path.write_text(json.dumps({"sha256": checkpoint.state_hash(state), "state": state}))
+    with pytest.raises(InputError, match=r"checkpoint format 99; this version of scldm reads 2"):
+        small_run("vae", run, steps=12)
+    assert path.is_file()
 
 
 def test_a_checkpoint_of_another_network_is_refused(run: Path) -> None:
@@ -100,3 +142,9 @@ def test_the_best_and_the_last_are_kept(tmp_path: Path) -> None:
     kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert kept == sorted(["best", "latest", best.name, "step-00000011", "step-00000012"])
     checkpoint.load_averaged(make_vae(), tmp_path, "best")
+
+
+def test_every_kth_is_kept(tmp_path: Path) -> None:
+    small_run("vae", tmp_path, steps=12, validate_every=20, save_every=2, keep=1, keep_every=4)
+    kept = sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*"))
+    assert kept == ["step-00000004", "step-00000008", "step-00000012"]

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from scldm.train import checkpoint
+from scldm.errors import InputError
+from scldm.train import checkpoint, saver
 from scldm.train.tracking import read_metrics
-from tests.scldm.train.small_runs import small_run
+from tests.scldm.train.small_runs import small_run, stored
 
 OF_THE_MACHINE = {"time", "cells_per_s", "waiting_share"}
 
@@ -18,15 +19,8 @@ def rows(run_dir: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in OF_THE_MACHINE} for row in read_metrics(run_dir)]
 
 
-def final(run_dir: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    target = checkpoint.pointed(run_dir / "checkpoints" / "latest")
-    assert target is not None
-    state = checkpoint.read_state(target)
-    return state, checkpoint.read_tensors(target, state)
-
-
 def assert_same_run(one: Path, other: Path) -> None:
-    (state, tensors), (state_other, tensors_other) = final(one), final(other)
+    (state, tensors), (state_other, tensors_other) = stored(one), stored(other)
     assert state == state_other  # the hashes of all parts too: weights, both moments, averages, buffers
     assert {key.split("/")[0] for key in tensors} >= {"weight", "ema", "exp_avg", "exp_avg_sq"}
     assert all(torch.equal(tensors[key], tensors_other[key]) for key in tensors)
@@ -65,37 +59,46 @@ def test_stopped_and_resumed_is_uninterrupted(
     assert again.metrics == resumed.metrics
 
 
-@pytest.mark.parametrize("at", ["save_file", "_write_synced", "os.replace", "best", "latest", "retain"])
+@pytest.mark.parametrize("at", ["write_part", "write_synced", "os.replace", "best", "latest"])
 def test_a_save_cut_short_costs_only_what_came_after_the_last_whole_one(
     uninterrupted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
-    """At the second save, of step 6: within the tensors, before the rename, before either pointer moves, before old
-    ones go."""
+    """At the second save, of step 6: within the tensors, before the rename, before either pointer moves. Where
+    it fails in the background, training ends by it; test_kills.py kills the process instead."""
     checkpoints = tmp_path / "checkpoints"
-    holder = checkpoint.os if at == "os.replace" else checkpoint
     name = {"os.replace": "replace", "best": "point", "latest": "point"}.get(at, at)
+    holder = {"os.replace": saver.os, "write_part": saver, "write_synced": saver}.get(at, checkpoint)
     real = getattr(holder, name)
 
-    def killed(*args, **kwargs):
+    def cut_short(*args, **kwargs):
         latest = checkpoint.pointed(checkpoints / "latest")
         if latest is not None and (checkpoints / "step-00000005").exists() and (name != "point" or args[0].name == at):
-            if name == "save_file":
-                Path(args[1]).write_bytes(b"torn")
-            raise KeyboardInterrupt
+            if name == "write_part":
+                args[0].parent.mkdir()
+                args[0].write_bytes(b"torn")
+            raise OSError("no more")
         return real(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(holder, name, killed)
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(holder, name, cut_short)
+        with pytest.raises(InputError, match=r"step-00000006 could not be written \(rank 0: OSError: no more\)"):
             small_run("vae", tmp_path, log_every=3)
-    latest, best = (checkpoint.pointed(checkpoints / name) for name in ("latest", "best"))
-    assert latest is not None
-    state = checkpoint.read_state(latest)
-    checkpoint.read_tensors(latest, state)  # whole, whatever lies beside it
+    state, _ = stored(tmp_path)  # whole, whatever lies beside it
     # a resume takes state["best"] for the one to beat, so the checkpoint that reached it must be kept
     if state["best"] < float("inf"):
-        assert best is not None
-        assert checkpoint.read_state(best)["validation"]["nll"] <= state["best"]
+        assert stored(tmp_path, "best")[0]["validation"]["nll"] <= state["best"]
     small_run("vae", tmp_path, log_every=3)
     assert_same_run(uninterrupted["vae"][0], tmp_path)
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_an_old_checkpoint_that_can_not_be_removed_ends_nothing(
+    uninterrupted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("device busy")
+
+    monkeypatch.setattr(checkpoint, "remove", refuse)
+    small_run("vae", tmp_path, log_every=3)
+    assert "an old checkpoint can't be removed: device busy" in capsys.readouterr().err
+    assert_same_run(uninterrupted["vae"][0], tmp_path)

@@ -1,0 +1,81 @@
+"""A loss or gradient that is no number: which rank and which cells it came from.
+
+The norm of the gradient is summed over all ranks, so that all know of it without another message, and none of them
+applies the step. Only then is it asked where it came from. Reading order: Culprit, find_culprits, told.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scldm.parallel.dist import World
+from scldm.parallel.engine import Engine
+from scldm.train.losses import Draws, Stage, cells_of
+
+FILE = "nonfinite.jsonl"
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """A micro-batch whose loss, or whose gradient by a finite loss, is not finite.
+
+    what: `loss nan` or `gradient of NAME`; cells: (source, row) of each; shown: the first of them as text
+    """
+
+    rank: int
+    what: str
+    shown: str
+    cells: list[list[int]]
+
+
+def find_culprits(
+    stage: Stage,
+    engine: Engine,
+    batches: list[Any],
+    losses: list[dict[str, Tensor]],
+    seed: int,
+    step: int,
+    world: World,
+) -> list[Culprit]:
+    """Of all ranks, for the micro-batches of one step; collective. Where every loss is finite, all are computed again
+    for their gradients; none is found where those are finite too."""
+    found = [
+        _culprit(world, f"loss {parts['loss'].item()}", batch)
+        for batch, parts in zip(batches, losses, strict=True)
+        if not torch.isfinite(parts["loss"])
+    ]
+    everywhere = world.gather(found)
+    if any(everywhere):
+        return [culprit for of_rank in everywhere for culprit in of_rank]
+    names, parameters = zip(*engine.module.named_parameters(), strict=True)
+    for batch in batches:
+        here = batch.to(world.device)
+        loss, _ = stage.loss(engine.model, here, Draws(seed, step, here.positions_B))
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        bad = [name for name, g in zip(names, gradients) if g is not None and not torch.isfinite(g).all()]
+        if bad:
+            found.append(_culprit(world, f"gradient of {bad[0]}", batch))
+    return [culprit for of_rank in world.gather(found) for culprit in of_rank]
+
+
+def told(step: int, culprits: list[Culprit]) -> str:
+    """One line for a person."""
+    where = "; ".join(f"rank {c.rank}: {c.what} on cells (source:row) {c.shown}" for c in culprits[:4])
+    return f"step {step}: {where or 'the gradient was not finite, and is when computed again: a fault of a machine?'}"
+
+
+def note(run_dir: Path, step: int, culprits: list[Culprit]) -> None:
+    """All cells, into the run's folder."""
+    with (run_dir / FILE).open("a") as file:
+        for culprit in culprits:
+            file.write(json.dumps({"step": step, **asdict(culprit)}) + "\n")
+
+
+def _culprit(world: World, what: str, batch: Any) -> Culprit:
+    return Culprit(world.rank, what, cells_of(batch), batch.cell_ids_B2.tolist())

@@ -1,0 +1,118 @@
+"""What a run is asked from outside while it trains, and how all ranks come to know it at the same step.
+
+    a signal (SIGTERM, SIGUSR1 by default), to any rank    save, then exit with code 85: to be started again
+    a file `stop` in the run folder                        save, then exit with code 86
+    a file `save` in the run folder                        save, and go on
+
+Ranks see a signal at different times, and the first rank alone looks for the files. So each step begins with one
+all-reduce of a few integers over gloo, on the CPU, that is on its way while the step is computed, and ends with its
+result: what any rank knew when it began the step, all know when they end it.
+
+Reading order: Asked, Requests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from scldm.errors import REQUEUE, STOPPED, InputError, Stopped
+from scldm.parallel.dist import World
+
+STOP_FILE, SAVE_FILE = "stop", "save"
+LOOK_EVERY_S = 1.0  # on a shared file system, looking is a request to its server
+RANKS = 1 << 24  # signal and rank are told in one integer
+
+
+@dataclass(frozen=True)
+class Asked:
+    """stop: the exit code to stop with, 0 to go on; reason: who asked; save: whether to save at this step
+    save_failed, save_unfinished: on any rank
+    """
+
+    stop: int
+    reason: str
+    save: bool
+    save_failed: bool
+    save_unfinished: bool
+
+
+class Requests:
+    """Within it the signals are caught; they are what they were afterwards.
+
+    signals: names, such as SIGTERM
+    """
+
+    def __init__(self, run_dir: Path, signals: tuple[str, ...], world: World) -> None:
+        self.run_dir, self.world = run_dir, world
+        self.signals = [signal_named(name) for name in signals]
+        self.caught = 0
+        self._before: dict[signal.Signals, Any] = {}
+        self._looked_at, self._files = 0.0, (0, 0)
+        self._wait: Callable[[], list[int]] | None = None
+
+    def __enter__(self) -> Requests:
+        self._before = {number: signal.signal(number, self._catch) for number in self.signals}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def begin(self, save_failed: bool, save_unfinished: bool) -> None:
+        """Tell the other ranks what this one knows; collective."""
+        caught = self.caught * RANKS + self.world.rank if self.caught else 0
+        self._wait = self.world.begin_max([caught, *self._look(), int(save_failed), int(save_unfinished)])
+
+    def end(self) -> Asked:
+        """What any rank told when this step began; collective."""
+        assert self._wait is not None
+        caught, stop, save, save_failed, save_unfinished = self._wait()
+        code, reason = 0, ""
+        if stop:
+            code, reason = STOPPED, f"the file {self.run_dir / STOP_FILE}"
+        elif caught:
+            code, reason = REQUEUE, f"{signal.Signals(caught // RANKS).name} on rank {caught % RANKS}"
+        elif save:
+            reason = f"the file {self.run_dir / SAVE_FILE}"
+        return Asked(code, reason, bool(save), bool(save_failed), bool(save_unfinished))
+
+    def done(self, asked: Asked, more: bool) -> None:
+        """The checkpoint that was asked for is durable: take the files away, so that they ask once.
+
+        more: whether there is anything left to train
+
+        Raises: Stopped where the run was asked to stop before its end.
+        """
+        if self.world.is_first:
+            for wanted, name in ((asked.stop == STOPPED, STOP_FILE), (asked.save, SAVE_FILE)):
+                if wanted:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(self.run_dir / name)
+        self._looked_at = 0.0
+        if asked.stop and more:
+            raise Stopped(asked.stop, asked.reason)
+
+    def _catch(self, number: int, frame: object) -> None:
+        self.caught = self.caught or number
+
+    def _look(self) -> tuple[int, int]:
+        if self.world.is_first and time.monotonic() - self._looked_at > LOOK_EVERY_S:
+            self._looked_at = time.monotonic()
+            self._files = (int((self.run_dir / STOP_FILE).exists()), int((self.run_dir / SAVE_FILE).exists()))
+        return self._files
+
+
+def signal_named(name: str) -> signal.Signals:
+    """Raises: InputError for a name that is no signal's, or one that no process can catch."""
+    number = getattr(signal.Signals, name, None)
+    if number is None or number in (signal.SIGKILL, signal.SIGSTOP):
+        raise InputError(f"train.stop_signals: {name} is no signal that a process can catch; SIGTERM and SIGUSR1 are")
+    return number

@@ -1,0 +1,240 @@
+"""Writes checkpoints while training goes on. The format is in checkpoint.py.
+
+    begin     copy what this rank holds to host memory: all that training waits for
+    a thread  write it as this rank's part, aside, hash and sync it
+    advance   every rank's part is on disk (told with the step's requests): on the first rank, a thread writes
+              state.json, renames the folder, moves `best`, then `latest`, and removes what is not kept
+    finish    wait for what is under way
+
+No rank gathers another's tensors, and no message but the step's own is sent. A failure on any rank is raised on all.
+
+Reading order: Saver, write_part, commit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from scldm.errors import InputError
+from scldm.parallel.dist import World
+from scldm.parallel.engine import Engine
+from scldm.train import checkpoint
+from scldm.train.checkpoint import BESIDE, FORMAT, PARTIAL, STATE, state_hash, sync_folder, write_synced
+from scldm.train.ema import EMA
+
+CHUNK = 8 << 20  # bytes hashed and written in turn
+DTYPES = {
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class Saver:
+    """Saves into `run_dir/checkpoints`, one checkpoint at a time. All methods but the properties are collective.
+
+    keep, keep_every: see checkpoint.retain
+    """
+
+    def __init__(self, run_dir: Path, engine: Engine, ema: EMA, world: World, keep: int, keep_every: int = 0) -> None:
+        self.run_dir, self.folder = run_dir, run_dir / "checkpoints"
+        self.engine, self.ema, self.world = engine, ema, world
+        self.keep, self.keep_every = keep, keep_every
+        self._host: dict[str, Tensor] = {}
+        self._phase: Literal["idle", "parts", "commit"] = "idle"
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._state: dict[str, Any] = {}
+        self._is_best = False
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """After a failure a lone rank still ends what it began; many could not agree that they have."""
+        if self.world.size == 1 and error is not None and not self.failed:
+            with contextlib.suppress(InputError):
+                self.finish()
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank could not write."""
+        return self._error is not None
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether this rank is still writing."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def begin(self, state: dict[str, Any], is_best: bool = False) -> None:
+        """Begin to save; returns when nothing that training changes is needed any more.
+
+        is_best: point `best` at it too; before `latest`, since a run that resumes from here takes its metric for best
+        """
+        self.finish()
+        self._copy()
+        self._state = {**state, "n_updates": self.ema.n_updates}
+        self._is_best, self._phase = is_best, "parts"
+        ranges = {piece.name: (piece.start, piece.stop) for piece in self.engine.pieces}
+        part = self._aside / f"part-{self.world.rank}-of-{self.world.size}.safetensors"
+        self._start(lambda: write_part(part, self._host, ranges))
+
+    def advance(self, failed: bool, unfinished: bool) -> None:
+        """Go on where all ranks are through with what is under way. Takes what `failed` and `unfinished` are on any.
+
+        Raises: InputError on all ranks where one could not write.
+        """
+        if failed:
+            self._raise()
+        if unfinished or self._phase == "idle":
+            return
+        self._thread = None
+        if self._phase == "commit":
+            self._phase = "idle"
+            return
+        self._phase = "commit"
+        if self.world.is_first:
+            self._start(self._commit)
+
+    def finish(self) -> None:
+        """Wait until the checkpoint under way, if any, is durable. Raises: InputError, as `advance`."""
+        while self._phase != "idle":
+            if self._thread is not None:
+                self._thread.join()
+            self.advance(bool(self.world.begin_max([int(self.failed)])()[0]), False)
+
+    @property
+    def _aside(self) -> Path:
+        return self._target.with_suffix(PARTIAL)
+
+    @property
+    def _target(self) -> Path:
+        return self.folder / f"step-{self._state['step']:08d}"
+
+    def _copy(self) -> None:
+        """What this rank holds into host memory, which is kept for the next time: fresh pages cost more than a copy."""
+        on_gpu = self.world.device.type == "cuda"
+        for key, value in own_share(self.engine, self.ema, self.world).items():
+            if key not in self._host:
+                self._host[key] = torch.empty(value.shape, dtype=value.dtype, pin_memory=on_gpu)
+            self._host[key].copy_(value, non_blocking=True)
+        if on_gpu:
+            torch.cuda.synchronize(self.world.device)
+
+    def _start(self, work: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:  # raised on all ranks by `advance`
+                self._error = error
+
+        self._thread = threading.Thread(target=run, name="save")
+        self._thread.start()
+
+    def _commit(self) -> None:
+        shapes = {name: list(shape) for name, shape in self.engine.shapes.items()}
+        commit(self._target, self.world.size, {**self._state, "shapes": shapes}, self.run_dir)
+        if self._is_best:
+            checkpoint.point(self.folder / "best", self._target)
+        checkpoint.point(self.folder / "latest", self._target)
+        try:
+            checkpoint.retain(self.folder, self.keep, self.keep_every)
+        except OSError as error:  # as a network's file system may; the one that was saved is durable
+            print(f"scldm: an old checkpoint can't be removed: {error}", file=sys.stderr, flush=True)
+
+    def _raise(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+        told = self.world.gather(f"{type(self._error).__name__}: {self._error}" if self._error else "")
+        if self.world.is_first:
+            shutil.rmtree(self._aside, ignore_errors=True)  # it may be what fills the disk
+        last = checkpoint.pointed(self.folder / "latest")
+        where = "; ".join(f"rank {rank}: {' '.join(text.split())}" for rank, text in enumerate(told) if text)
+        self._phase, self._thread, self._error = "idle", None, None
+        raise InputError(
+            f"{self._target} could not be written ({where}); "
+            f"the last whole checkpoint is {last.name if last else 'none'}; the same command resumes from it"
+        )
+
+
+def own_share(engine: Engine, ema: EMA, world: World) -> dict[str, Tensor]:
+    """What this rank writes: its pieces, and on the first rank the buffers."""
+    share: dict[str, Tensor] = {}
+    for piece, average in zip(engine.pieces, ema.averages, strict=True):
+        for kind, value in {"weight": piece.weight, "ema": average, **piece.moments}.items():
+            share[f"{kind}/{piece.name}"] = value.detach()
+    if world.is_first:
+        share |= {f"buffer/{name}": buffer.detach() for name, buffer in engine.module.named_buffers()}
+    return share
+
+
+def write_part(path: Path, tensors: Mapping[str, Tensor], ranges: Mapping[str, tuple[int, int]]) -> None:
+    """Tensors on the CPU as a safetensors file, and beside it, once that is durable, what `commit` notes of it.
+
+    Source: the format of https://github.com/huggingface/safetensors; written here to hash and write in one pass.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header, at = {}, 0
+    for key, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        header[key] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest, n_bytes = hashlib.sha256(), 0
+    with path.open("wb", buffering=1 << 20) as file:
+        arrays: Any = (tensor.reshape(-1).view(torch.uint8).numpy() for tensor in tensors.values())
+        for block in map(memoryview, (len(text).to_bytes(8, "little"), text, *arrays)):
+            for first in range(0, len(block), CHUNK):
+                chunk = block[first : first + CHUNK]
+                digest.update(chunk)
+                file.write(chunk)
+            n_bytes += len(block)
+        file.flush()
+        os.fsync(file.fileno())
+    noted = {"sha256": digest.hexdigest(), "bytes": n_bytes, "ranges": ranges}
+    write_synced(path.with_suffix(".json"), json.dumps(noted).encode())
+
+
+def commit(target: Path, n_parts: int, state: dict[str, Any], run_dir: Path) -> None:
+    """Make a checkpoint of the parts that lie aside: it is there when this returns, and is not if it does not.
+
+    run_dir: where the config and the vocabularies are
+    """
+    aside, parts, files = target.with_suffix(PARTIAL), {}, {}
+    for k in range(n_parts):
+        noted = aside / f"part-{k}-of-{n_parts}.json"
+        parts[f"{noted.stem}.safetensors"] = json.loads(noted.read_text())
+        noted.unlink()
+    for name in BESIDE:
+        with contextlib.suppress(FileNotFoundError):
+            data = (run_dir / name).read_bytes()
+            write_synced(aside / name, data)
+            files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    state = json.loads(json.dumps({"format": FORMAT, **state, "parts": parts, "files": files}))
+    write_synced(aside / STATE, json.dumps({"sha256": state_hash(state), "state": state}).encode())
+    sync_folder(aside)
+    before = target.with_suffix(f".before{PARTIAL}")
+    if target.exists():  # of a run that went on from an earlier step
+        os.replace(target, before)
+    os.replace(aside, target)
+    sync_folder(target.parent)
+    shutil.rmtree(before, ignore_errors=True)

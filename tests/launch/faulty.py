@@ -1,0 +1,190 @@
+"""Two ranks that meet a fault: what each of them runs, in a process of its own.
+
+Reading order: Fault, Ranks, the rest.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from launch.training import Parts, run_training
+from scldm.errors import InputError
+from scldm.parallel.dist import World, close_world, world_of_environment
+from scldm.parallel.engine import HardwareConfig
+from scldm.train.loop import TrainConfig
+from scldm.train.losses import VAEStage
+from scldm.train.optim import OptimConfig
+from scldm.train.requests import LOOK_EVERY_S
+from scldm.train.tracking import TrackingConfig
+from scldm.vocab import ConditionVocab, GeneVocab
+from tests.scldm.train.small_runs import N_GENES, CellsLoader, make_cells, make_vae, small_run
+
+STEPS, GLOBAL_BATCH = 16, 16
+OPTIM = OptimConfig(lr=3e-3, clip=2.0, weight_decay=0.01)
+EVERY = {"steps": STEPS, "ema_decay": 0.9, "log_every": 1, "validate_every": 8, "save_every": 5}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """kind: a name of `meet`; rank, steps: where it is met, when the cells of the step are asked for"""
+
+    kind: str = ""
+    rank: int = 1
+    steps: tuple[int, ...] = (9,)
+
+
+@dataclass(frozen=True)
+class SmallConfig:
+    run_dir: str
+    optim: OptimConfig = OPTIM
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(global_batch=GLOBAL_BATCH, **EVERY))  # pyright: ignore[reportArgumentType]
+    hardware: HardwareConfig = field(default_factory=lambda: HardwareConfig(micro_batch=4))
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    init_from: str = ""
+    tracking: TrackingConfig = field(default_factory=lambda: TrackingConfig(enabled=False))
+
+
+class Ranks:
+    """Starts processes from one that has imported everything: a start takes a second, not ten."""
+
+    def __init__(self, folder: Path) -> None:
+        root = str(Path(__file__).resolve().parents[2])  # its processes are to find this module
+        os.environ |= {"DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+        self.folder, self.n = folder, 0
+        self.context = multiprocessing.get_context("forkserver")
+        # what DeepSpeed and AdamW import at their first use is most of a start: 28 s of 30 on a busy machine
+        late = ["torch._dynamo", "torch._inductor.compile_fx", "deepspeed.runtime.zero.muon.original_muon"]
+        self.context.set_forkserver_preload(["deepspeed", *late, __name__])
+
+    def run(self, work: Any, *arguments: Any, size: int = 2, timeout: float = 60) -> tuple[list[int | None], list[str]]:
+        """Exit code and output of every rank of work(*arguments); those that do not end in time are killed: None."""
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        self.n += 1
+        outputs = [self.folder / f"output-{self.n}-{rank}.txt" for rank in range(size)]
+        processes = [
+            self.context.Process(target=_rank, args=(rank, size, port, str(outputs[rank]), work, arguments))
+            for rank in range(size)
+        ]
+        for process in processes:
+            process.start()
+        end = time.monotonic() + timeout
+        codes: list[int | None] = []
+        for process in processes:
+            process.join(max(0.1, end - time.monotonic()))
+        # a rank that is stopped, as by SIGSTOP, is ended by the launcher that sees the others end
+        for process in processes:
+            codes.append(process.exitcode)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+        return codes, [path.read_text() for path in outputs]
+
+
+def _rank(rank: int, size: int, port: int, output: str, work: Any, arguments: tuple) -> None:
+    file = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    torch.set_num_threads(1)
+    try:
+        work(*arguments)
+    except InputError as error:  # as launch.cli
+        print(f"error: {error}")
+        sys.exit(2)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
+
+
+def train(config: SmallConfig, fault: Fault) -> None:
+    """The run of a config, as the verbs start it, with a fault."""
+
+    def set_up(world: World) -> Parts:
+        module = make_vae()
+        place = (GLOBAL_BATCH, config.hardware.micro_batch, world.rank, world.size)
+        stage, loader = VAEStage(module), CellsLoader(make_cells(50, 0), *place, n_given=24)
+        if fault.rank == world.rank:
+            plant(fault, stage, loader, Path(config.run_dir))
+        genes = GeneVocab(tuple(f"g{k}" for k in range(N_GENES)), "symbol")
+        manifest: Any = SimpleNamespace(
+            genes=genes, conditions=ConditionVocab({}), statistics=SimpleNamespace(library_sizes=()), kind="cells"
+        )
+        return Parts(module, stage, loader, CellsLoader(make_cells(21, 1), *place), manifest)
+
+    run_training("train vae", config, set_up)
+
+
+def resume(run_dirs: list[str]) -> None:
+    """Each run to its end, one after the other."""
+    world = world_of_environment()
+    world.join()
+    for run_dir in run_dirs:
+        hardware = HardwareConfig(micro_batch=4)
+        small_run("vae", Path(run_dir), world=world, hardware=hardware, optim=OPTIM, global_batch=GLOBAL_BATCH, **EVERY)
+    close_world()
+
+
+def plant(fault: Fault, stage: Any, loader: CellsLoader, run_dir: Path) -> None:
+    """Let this rank's loader, or its loss, meet the fault."""
+    deliver, compute = CellsLoader.__next__, stage.loss
+
+    class Faulty(type(loader)):
+        def __next__(self) -> list[Any]:
+            if self.step in fault.steps:
+                meet(fault.kind, run_dir)
+            return deliver(self)
+
+    def loss(model: Any, batch: Any, draw: Any) -> Any:
+        value, parts = compute(model, batch, draw)
+        if draw.step in fault.steps and batch.positions_B[0] % 8 == 0:  # the first micro-batch of the rank
+            if fault.kind == "loss":
+                value = value * float("nan")
+            elif fault.kind == "gradient":
+                value = BadGradient.apply(value)
+        return value, parts
+
+    loader.__class__ = Faulty
+    stage.loss = loss
+
+
+class BadGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradient * float("inf")
+
+
+def meet(kind: str, run_dir: Path) -> None:
+    if kind.startswith("SIG"):
+        os.kill(os.getpid(), signal.Signals[kind])
+    elif kind == "hang":
+        time.sleep(1_000)
+    elif kind == "loader":
+        raise OSError("shard-000003.tar: Input/output error")
+    elif kind == "memory":
+        torch.empty(2**50)
+    elif kind in ("stop", "save"):
+        (run_dir / kind).touch()
+        time.sleep(1.2 * LOOK_EVERY_S)
+    elif kind == "disk":  # no file may grow beyond this: a write fails with an OSError
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
