@@ -10,14 +10,26 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from launch.bench.measure import Cost, measure
 from launch.bench.report import Report, Row
-from launch.bench.ways import FACTORISED, FUSED, NO_GPU, OPPONENT, PLAIN, Way, of_preset, peak_flops, unable, ways
+from launch.bench.ways import (
+    FACTORISED,
+    FUSED,
+    NO_GPU,
+    OPPONENT,
+    PLAIN,
+    Way,
+    as_way,
+    of_preset,
+    peak_flops,
+    unable,
+    ways,
+)
 from launch.cli import run_verb
 from scldm.batch import GeneCounts
 from scldm.model.all_genes import AllGenesEncoder
@@ -130,7 +142,7 @@ def cross_attention(
         for what, cost, times in zip(("forward", "forward + backward"), costs, (1, 3)):
             report.add(Row(f"{name}, {what}", 1e3 * cost.seconds, "ms"))
             share = times * work / cost.seconds / most
-            report.add(Row(f"{name}, {what}: FLOPs of the formula by time, of the matrix product's", share, "x"))
+            report.add(Row(f"{name}, {what}: share of the matrix product's FLOP/s", share, "x"))
         report.add(Row(f"{name}: peak memory", costs[1].peak_bytes / 2**20, "MiB"))
     for way in (PLAIN, OPPONENT):
         if way.name in found:
@@ -157,8 +169,7 @@ def forward_of(config: BenchMCABConfig, way: Way, encodes: bool, n: int, device:
         with torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext():
             return call(given).mean_BLZ if encodes else call(latent_BLZ, given.gene_ids).value_BQ
 
-    call: Callable[..., Any] = vae.encode if encodes else vae.decode
-    call = torch.compile(call, dynamic=False) if way.compiled else call
+    call = as_way(way, vae.encode if encodes else vae.decode, device)
     return compute
 
 

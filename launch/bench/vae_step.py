@@ -14,7 +14,19 @@ import torch
 
 from launch.bench.measure import Cost, measure
 from launch.bench.report import Report, Row
-from launch.bench.ways import FACTORISED, FUSED, NO_GPU, OPPONENT, PLAIN, Way, of_preset, peak_flops, unable, ways
+from launch.bench.ways import (
+    FACTORISED,
+    FUSED,
+    NO_GPU,
+    OPPONENT,
+    PLAIN,
+    Way,
+    as_way,
+    of_preset,
+    peak_flops,
+    unable,
+    ways,
+)
 from launch.cli import run_verb
 from scldm.batch import GeneCounts
 from scldm.model.flops import vae_flops
@@ -97,7 +109,7 @@ def main(config: BenchVAEStepConfig) -> Report:
         report.add(Row(f"{way.name}: peak memory", steps[way.name].peak_bytes / 2**20, "MiB"))
         speed = 3 * flops / steps[way.name].seconds
         report.add(Row(f"{way.name}: FLOPs of the formula by time", speed / 1e9, "GFLOP/s"))
-        report.add(Row(f"{way.name}: of the matrix product's", speed / most, "x"))
+        report.add(Row(f"{way.name}: share of the matrix product's FLOP/s", speed / most, "x"))
     targets(report, config, steps, device)
     report.print(config.json, config.save)
     return report
@@ -114,7 +126,7 @@ def step_costs(config: BenchVAEStepConfig, way: Way, device: torch.device) -> tu
     asked = GeneCounts(ids[: config.n_asked], counts[:, : config.n_asked])
     library_size_B = asked.counts_BS.sum(1).float()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-4)
-    run = torch.compile(vae, dynamic=False) if way.compiled else vae
+    run = as_way(way, vae, device)
     autocast = torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext()
 
     def step() -> None:

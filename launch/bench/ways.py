@@ -1,11 +1,12 @@
 """The ways of computing attention that the model's benchmarks compare, and what the chip could do at most.
 
-Reading order: Way, ways, unable, of_preset, peak_flops.
+Reading order: Way, ways, unable, as_way, of_preset, peak_flops.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -40,11 +41,22 @@ def unable(way: Way, device: torch.device) -> str:
     """Why a way can't be measured here; empty where it can."""
     if way.kind != "fused":
         return ""
+    if device.type != "cuda":
+        return NO_GPU  # the interpreter shows that it is right, not how fast it is
     try:
         check_available(device)
     except InputError as error:
         return str(error)
-    return "" if device.type == "cuda" else NO_GPU  # the interpreter shows that it is right, not how fast it is
+    return ""
+
+
+def as_way(way: Way, call: Any, device: torch.device) -> Any:
+    """A module or function, compiled where the way says so."""
+    if not way.compiled:
+        return call
+    # on a CPU, the compiler of torch 2.13 fails in inference where it looks for attention written out in operations
+    options = {"pattern_matcher": False} if device.type == "cpu" else None
+    return torch.compile(call, dynamic=False, options=options)
 
 
 def of_preset(name: str, model: VAEConfig) -> VAEConfig:
