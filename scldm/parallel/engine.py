@@ -97,6 +97,7 @@ class Engine(Protocol):
     """What the training loop sees."""
 
     model: Any  # called for the forward pass, in validation too
+    bare: Any  # the same forward pass, whose gradients are the caller's alone; None where there is none (ZeRO-3)
     module: nn.Module  # the bare network, whose parameters may be empty between forward passes (ZeRO-3)
     shapes: dict[str, torch.Size]  # of the parameters, whole, by name
     pieces: list[Piece]  # what this rank holds; those of all ranks make every parameter once
@@ -131,6 +132,7 @@ class PlainEngine:
         self.optimizer = make_optimizer(self.module)
         self.clip = clip
         self.model: Any = _Autocast(self.module, hardware.precision, world.device)
+        self.bare: Any = self.model
         self.shapes = {name: parameter.shape for name, parameter in self.module.named_parameters()}
         self.pieces = [
             Piece(name, 0, p.numel(), p.detach().view(-1), _flat_moments(self.optimizer, p))
@@ -215,6 +217,7 @@ class DeepSpeedEngine:
         self.engine: Any = started[0]
         self.optimizer: Any = started[1]
         self.model: Any = self.engine
+        self.bare: Any = None if self.stage == 3 else _Autocast(self.module, hardware.precision, world.device)
         self.pieces = list(self._pieces(names))
 
     def backward(self, loss: Tensor) -> None:

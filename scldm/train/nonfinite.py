@@ -44,7 +44,7 @@ def find_culprits(
     world: World,
 ) -> list[Culprit]:
     """Of all ranks, for the micro-batches of one step; collective. Where every loss is finite, all are computed again
-    for their gradients; none is found where those are finite too."""
+    for their gradients; none is found where those are finite too, or under ZeRO-3, whose weights lie apart."""
     found = [
         _culprit(world, f"loss {parts['loss'].item()}", batch)
         for batch, parts in zip(batches, losses, strict=True)
@@ -53,10 +53,12 @@ def find_culprits(
     everywhere = world.gather(found)
     if any(everywhere):
         return [culprit for of_rank in everywhere for culprit in of_rank]
+    if engine.bare is None:
+        return []
     names, parameters = zip(*engine.module.named_parameters(), strict=True)
     for batch in batches:
         here = batch.to(world.device)
-        loss, _ = stage.loss(engine.model, here, Draws(seed, step, here.positions_B))
+        loss, _ = stage.loss(engine.bare, here, Draws(seed, step, here.positions_B))
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         bad = [name for name, g in zip(names, gradients) if g is not None and not torch.isfinite(g).all()]
         if bad:
@@ -67,7 +69,7 @@ def find_culprits(
 def told(step: int, culprits: list[Culprit]) -> str:
     """One line for a person."""
     where = "; ".join(f"rank {c.rank}: {c.what} on cells (source:row) {c.shown}" for c in culprits[:4])
-    return f"step {step}: {where or 'the gradient was not finite, and is when computed again: a fault of a machine?'}"
+    return f"step {step}: {where or 'the gradient is not finite, and no single micro-batch is found to be why'}"
 
 
 def note(run_dir: Path, step: int, culprits: list[Culprit]) -> None:
