@@ -14,14 +14,11 @@ import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from launch.cli import VERBS
 from launch.config import compose
+from launch.job import Job, SubmitConfig
 from scldm.errors import InputError
-
-if TYPE_CHECKING:
-    from launch.submit import Job, SubmitConfig
 
 # link -> its verb, and its keys that the pipeline sets; {out} is the pipeline's folder
 LINKS = {
@@ -45,8 +42,6 @@ PRESETS_OF = {"data": ["shards"], "vae": ["vae"], "ldm": ["ldm"], "hardware": ["
 
 def jobs_of_pipeline(words: Sequence[str], options: SubmitConfig) -> list[Job]:
     """The jobs of a pipeline in their order. Raises: InputError for what any of the verbs would refuse."""
-    from launch.submit import Job
-
     out, words_of = words_of_links(words)
     jobs = []
     for link, (verb, _) in LINKS.items():
@@ -95,8 +90,6 @@ def words_of_links(words: Sequence[str]) -> tuple[str, dict[str, list[str]]]:
 
 def jobs_of_shards(words: Sequence[str], options: SubmitConfig, notes: Path) -> list[Job]:
     """Arrays that share the work, one for each of its stages, then the closing job; one job alone for one task."""
-    from launch.submit import Job
-
     if options.tasks == 1:
         return [Job("shards", "shards write", list(words), notes, options)]
     config = compose(importlib.import_module(VERBS["shards write"][0]).CONFIG, words)

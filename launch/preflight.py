@@ -121,22 +121,23 @@ def _end_at(deadline: float, node: str) -> None:
 
 
 def findings_of(config: Any, notes: Path, node: str, local: int) -> Findings:
-    """What one rank sees; its node's first rank also looks at folders and disk."""
+    """What one rank sees: its GPU, and as the first of its node versions, folders and disk too."""
+    if local:
+        return {"same": {}, "troubles": gpu_troubles(local)}
     here = describe()
     config_json = json.dumps(asdict(config), sort_keys=True, default=str)
-    found: Findings = {
+    troubles = gpu_troubles(local) + folder_troubles(config, notes, node)
+    scratch = os.environ.get("SCLDM_SCRATCH") or os.environ.get("TMPDIR") or "/tmp"
+    return {
         "same": {
             "python": here["python"],
             "commit": here["git"],
             "config": hashlib.sha256(config_json.encode()).hexdigest()[:12],
             **here["versions"],
         },
-        "troubles": gpu_troubles(local) + (folder_troubles(config, notes, node) if local == 0 else []),
+        "troubles": troubles,
+        "disk_gb": round(shutil.disk_usage(scratch).free / 1e9, 1) if os.path.isdir(scratch) else 0.0,
     }
-    scratch = os.environ.get("SCLDM_SCRATCH") or os.environ.get("TMPDIR") or "/tmp"
-    if local == 0:
-        found["disk_gb"] = round(shutil.disk_usage(scratch).free / 1e9, 1) if os.path.isdir(scratch) else 0.0
-    return found
 
 
 def gpu_troubles(local: int) -> list[str]:
@@ -239,6 +240,8 @@ def timings_of(store: dist.TCPStore, rank: int, per_node: int, n_nodes: int) -> 
     """
     on_gpu = torch.cuda.is_available() and int(os.environ.get("SCLDM_GPUS_PER_NODE") or 0) > 0
     device = torch.device("cuda", rank % per_node % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
     found: Findings = {"matmul_s": time_matmul(device), "all_reduce_s": {}}
     limit = timedelta(seconds=15)
     dist.init_process_group(
@@ -299,15 +302,16 @@ def judge_findings(found: Mapping[int, Findings], hosts: Sequence[str], per_node
         else:
             troubles[hosts[rank // per_node]] += found[rank]["troubles"]
     for what in sorted({key for one in found.values() for key in one["same"]}):
-        values = {rank: one["same"].get(what) for rank, one in found.items()}
+        values = {rank: one["same"].get(what) for rank, one in found.items() if one["same"]}
         (usual, _), *_ = Counter(values.values()).most_common()  # of equally many, the one that the first rank has
         for rank, value in values.items():
             if value != usual:
                 troubles[hosts[rank // per_node]].append(
                     f"{what} is {value or 'missing'}, on other nodes {usual or 'missing'}"
                 )
+    until = time.monotonic() + SEEN_S
     for node in hosts:
-        if not troubles[node] and not see_token(notes, node, SEEN_S):
+        if not troubles[node] and not see_token(notes, node, until - time.monotonic()):
             troubles[node].append(f"{notes}: what it writes there is not seen on the first node")
         troubles[node] = list(dict.fromkeys(troubles[node]))
     return troubles

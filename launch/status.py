@@ -11,7 +11,7 @@ from pathlib import Path
 from launch.cli import run_verb
 from launch.config import compose
 from launch.notes import State, find_notes, state_of, with_run
-from scldm.errors import InputError
+from scldm.errors import InputError, read_json
 from scldm.train.run_folder import read_config
 from scldm.train.tracking import read_metrics
 
@@ -91,6 +91,10 @@ def training(run: Path) -> list[tuple[str, str]]:
         lines.append(("step", f"{step:,} of {steps:,} ({100 * step / steps:.1f} %), loss {last['loss']:.4g}"))
         lines.append(("cells/s", f"{speed:,.0f}, {ago(time.time() - last['time'])}"))
         lines.append(("time left", duration((steps - step) * config["train"]["global_batch"] / speed)))
+    if (run / "outcome.json").is_file():
+        outcome = read_json(run / "outcome.json")
+        if outcome["reason"]:
+            lines.append(("outcome", f"{outcome['state']}: {outcome['reason']}"))
     pointer = run / "checkpoints" / "latest"
     if pointer.is_file():
         written = ago(time.time() - pointer.stat().st_mtime)

@@ -1,29 +1,25 @@
 """`scldm submit`: a verb as a Slurm job. Everything that can be wrong is said before anything is submitted.
 
-The script is slurm/job.sbatch with the settings of this job in place of the site file's. It lies in the notes of the
-job, a folder beside what it makes (for a training run, `slurm` in the run folder), with the log and the job's state.
-
-Reading order: SubmitConfig, read, main, checks, the script.
+Reading order: read, main, checks. What a job is, and its script, are in job.py; chains in pipeline.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-import os
 import re
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from launch import slurm
 from launch.cli import VERBS, find_verb
-from launch.config import compose, shipped
+from launch.config import compose
+from launch.job import Job, SubmitConfig, bad_nodes, notes_of, script
+from launch.pipeline import jobs_of_pipeline, jobs_of_shards
 from launch.site import read_site, site_path
-from scldm.errors import InputError
+from scldm.errors import InputError, read_json
 from scldm.train.run_folder import write_json
 
 PURPOSE = """Run a verb as a Slurm job on one or many nodes, one rank per GPU: writes the batch script, submits it,
@@ -35,53 +31,9 @@ scldm submit train vae vae/70m data.shards=shards run_dir=runs/vae --nodes 8
 scldm submit train vae vae/70m data.shards=shards run_dir=runs/vae --nodes 2-8 --dry-run -- --exclusive
 scldm submit shards write data/census out=shards --tasks 16
 """
-# a verb whose ranks share its work: one per GPU on every node; and those that want one GPU. The others want none
-ON_ALL_RANKS = ("train vae", "train ldm", "encode")
-ON_ONE_GPU = ("generate",)
 NOT_AS_A_JOB = ("submit", "status", "logs", "quickstart")
-THE_JOB = "# --- the job ---"  # in slurm/job.sbatch, above it are the settings
 LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs", "squashfs")
 LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
-
-
-@dataclass(frozen=True)
-class SubmitConfig:
-    """How a job runs; given as --option value. All other words are the verb's.
-
-    nodes: nodes, or MIN-MAX: as many as are free, and fewer where one is lost
-    tasks: `shards write` alone: tasks that share the work as arrays, before a closing job
-    warn_s: seconds before the time limit at which the job saves, stops and goes back to the queue
-    max_requeues: how often it may go back to the queue; it never does twice without progress
-    preflight: check the nodes before the first rank starts
-    stage: copy the shards to each node's own disk (the site's SCLDM_SCRATCH) first
-    dry_run: print the script; submit nothing
-    """
-
-    nodes: str = "1"
-    tasks: int = 1
-    warn_s: int = 300
-    max_requeues: int = 50
-    preflight: bool = True
-    stage: bool = False
-    dry_run: bool = False
-
-    def __post_init__(self) -> None:
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", self.nodes)
-        if not match or not 1 <= int(match[1]) <= int(match[2] or match[1]):
-            raise InputError(f"--nodes {self.nodes}: give a number of nodes, or MIN-MAX as 2-8")
-        if not 1 <= self.warn_s <= 65_535:
-            raise InputError(f"--warn-s {self.warn_s} must be from 1 to 65535")
-        for name in ("tasks", "max_requeues"):
-            if getattr(self, name) < (name == "tasks"):
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} is too few")
-
-    @property
-    def least(self) -> int:
-        return int(self.nodes.split("-")[0])
-
-    @property
-    def most(self) -> int:
-        return int(self.nodes.split("-")[-1])
 
 
 CONFIG = SubmitConfig
@@ -95,17 +47,6 @@ class Submission(NamedTuple):
     verb: str
     words: list[str]
     sbatch: list[str]
-
-
-class Job(NamedTuple):
-    """One job to be: a verb with its words, where its notes lie, and what it asks of Slurm."""
-
-    name: str
-    verb: str
-    words: list[str]
-    notes: Path
-    options: SubmitConfig
-    array: int = 0  # tasks; 0 is no array
 
 
 def read(words: Sequence[str]) -> Submission:
@@ -149,8 +90,6 @@ def own_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def main(submission: Submission) -> list[str]:
     """Submit; returns the ids of the jobs (none for a dry run), the last one's last."""
-    from launch.pipeline import jobs_of_pipeline, jobs_of_shards
-
     options, verb, words, extra = submission
     site = read_site(site_path())
     if verb == "pipeline":
@@ -197,16 +136,6 @@ def submit(job: Job, text: str, after: Sequence[str]) -> str:
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
-
-
-def notes_of(verb: str, words: Sequence[str]) -> Path:
-    """Where a job keeps its script, log and state: in the run folder, or beside what the verb makes."""
-    config = compose(importlib.import_module(VERBS[verb][0]).CONFIG, words)
-    made = getattr(config, "run_dir", "") or getattr(config, "out", "")
-    if not made or "://" in made:
-        raise InputError(f"scldm submit {verb}: the job's notes need run_dir or out, a folder that all nodes see")
-    made = os.path.abspath(made)
-    return Path(made) / "slurm" if hasattr(config, "run_dir") else Path(f"{made}.slurm")
 
 
 def check_slurm(options: SubmitConfig, site: Mapping[str, str], extra: Sequence[str]) -> None:
@@ -256,8 +185,6 @@ def check_notes(job: Job, site: Mapping[str, str]) -> None:
             )
     before = job.notes / "job.json"
     if before.is_file():
-        from scldm.errors import read_json
-
         number = str(read_json(before)["id"])
         state, _ = slurm.job_states().get(number, ("", ""))
         if state and state not in slurm.ENDED:
@@ -277,95 +204,3 @@ def file_system_of(folder: Path) -> str:
         if folder.is_relative_to(place) and len(place) >= len(best):
             best, kind = place, found
     return kind
-
-
-def bad_nodes(notes: Path) -> dict[str, str]:
-    """Node -> why an earlier preflight of this run named it."""
-    path = notes / "bad_nodes"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return {node: why for node, _, why in (line.split("\t", 2) for line in lines)}
-
-
-# --- the script -----------------------------------------------------------------------------------------------------
-
-
-def script(job: Job, site: Mapping[str, str], extra: Sequence[str], bad: Mapping[str, str]) -> str:
-    """The batch script of a job: what sbatch reads, the settings, and slurm/job.sbatch from the job on."""
-    template = (shipped("slurm") / "job.sbatch").read_text()
-    lines = ["#!/bin/bash -l", f"# written by: scldm submit {shlex.join([*job.verb.split(), *job.words])}"]
-    lines += [f"#SBATCH {option}" for option in sbatch_options(job, site, bad)]
-    if extra:
-        lines.append("#SBATCH " + " ".join(quoted(word) for word in extra))
-    lines += ["", "# --- settings ---", ""]
-    lines += [f"{key}={shlex.quote(value)}" for key, value in settings(job, site).items()]
-    lines.append("set -- " + shlex.join([*job.verb.split(), *plain_words(job)]))
-    return "\n".join([*lines, "", template[template.index(THE_JOB) :]])
-
-
-def sbatch_options(job: Job, site: Mapping[str, str], bad: Mapping[str, str]) -> list[str]:
-    gpus, n_ranks = int(site.get("SCLDM_GPUS_PER_NODE", 0)), ranks_per_node(site)
-    cpus = site.get("SCLDM_CPUS_PER_TASK", "1")
-    on_all, array = job.verb in ON_ALL_RANKS, job.array > 0
-    # of a range of nodes, Slurm takes the smallest for one task per node
-    few = on_all and n_ranks == 1 and job.options.least < job.options.most
-    log = str(job.notes).replace("%", "%%") + ("/log-%a.txt" if array else "/log.txt")
-    given = {
-        "job-name": quoted(job.name),
-        "output": quoted(log),
-        "nodes": job.options.nodes if on_all else "1",
-        **({"mincpus": cpus} if few else {"ntasks-per-node": str(n_ranks if on_all else 1)}),
-        "gpus-per-node": str(gpus if on_all else 1) if gpus and (on_all or job.verb in ON_ONE_GPU) else "",
-        "cpus-per-task": site.get("SCLDM_CPUS_PER_TASK", "") if on_all else "",
-        "array": f"0-{job.array - 1}" if array else "",
-        "partition": site.get("SCLDM_PARTITION", ""),
-        "account": site.get("SCLDM_ACCOUNT", ""),
-        "qos": site.get("SCLDM_QOS", ""),
-        "time": site.get("SCLDM_TIME", ""),
-        "mem": site.get("SCLDM_MEMORY", ""),
-        "exclude": ",".join(bad),
-        "signal": f"B:USR1@{job.options.warn_s}",
-    }
-    return [f"--{key}={value}" for key, value in given.items() if value] + ["--requeue", "--open-mode=append"]
-
-
-def ranks_per_node(site: Mapping[str, str]) -> int:
-    return int(site.get("SCLDM_GPUS_PER_NODE", 0)) or int(site.get("SCLDM_TASKS_PER_NODE", 1))
-
-
-def settings(job: Job, site: Mapping[str, str]) -> dict[str, str]:
-    """The SCLDM_ variables of the script: the site's, those of the job, and the Python."""
-    for_sbatch = ("SCLDM_PARTITION", "SCLDM_ACCOUNT", "SCLDM_QOS", "SCLDM_TIME", "SCLDM_MEMORY")
-    found = {key: value for key, value in site.items() if key not in for_sbatch}
-    python = "python" if "SCLDM_CONTAINER" in site else sys.executable
-    return {
-        "SCLDM_PYTHON": python,
-        **found,
-        "SCLDM_NOTES": str(job.notes),
-        "SCLDM_PREFLIGHT": "on" if job.options.preflight else "off",
-        "SCLDM_STAGE": "on" if job.options.stage and staged(job) else "off",
-        "SCLDM_MAX_REQUEUES": str(job.options.max_requeues),
-        "SCLDM_MIN_NODES": str(job.options.least),
-    }
-
-
-def staged(job: Job) -> bool:
-    return job.verb in ON_ALL_RANKS
-
-
-def plain_words(job: Job) -> list[str]:
-    """The verb's words with every key as key=value, and what it makes as a path that does not depend on the folder."""
-    from launch.config import split_arguments
-
-    schema: Any = importlib.import_module(VERBS[job.verb][0]).CONFIG
-    presets, overrides = split_arguments(schema, job.words)
-    for key in ("run_dir", "out"):
-        overrides = [
-            f"{key}={os.path.abspath(word.partition('=')[2])}" if word.startswith(f"{key}=") else word
-            for word in overrides
-        ]
-    return [*presets, *overrides]
-
-
-def quoted(word: str) -> str:
-    """A word as sbatch reads it in a script's #SBATCH lines."""
-    return '"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"' if re.search(r"[\s'\"\\#]", word) else word

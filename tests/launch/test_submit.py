@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from launch.cli import main
+from launch.cli import VERBS, main
 from launch.config import shipped
+from launch.job import ON_ALL_RANKS
 from launch.site import KEYS, read_site
 from scldm.errors import InputError
 
@@ -285,6 +287,15 @@ def test_every_word_reaches_the_verb_as_it_was_given(fake: Path, tmp_path: Path)
     (step,) = life.steps()
     assert step[step.index("-m") :] == ["-m", "launch.cli", *train(tmp_path)]
     assert {"--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "--nodelist=n1,n2", "--cpu-bind=cores"} <= set(step)
+
+
+@pytest.mark.parametrize("verb", list(VERBS))
+def test_the_script_spreads_over_all_ranks_what_submit_does(verb: str) -> None:
+    text = (shipped("slurm") / "job.sbatch").read_text()
+    (choice,) = re.findall(r'^case "\$\{1:-\} .*?^esac', text, re.DOTALL | re.MULTILINE)
+    words = [*verb.split(), "key=value"]
+    done = subprocess.run(["bash", "-c", choice + '\necho "$ranks"', "bash", *words], capture_output=True, text=True)
+    assert done.stdout == ("all\n" if verb in ON_ALL_RANKS else "one\n")
 
 
 def test_a_stopped_run_goes_back_to_the_queue(fake: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launch import status, submit
+from launch import slurm, submit
 from launch.cli import main
 from launch.notes import state_of
 from launch.quickstart import write_builtin_cells
@@ -67,12 +68,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if why_not:
         pytest.skip(f"needs a Slurm of its own: {why_not}")
     folder, runs = tmp_path_factory.mktemp("slurm"), tmp_path_factory.mktemp("runs") / "my runs"
-    site = folder / "site.sh"
+    site, places = folder / "site.sh", f"'{runs}:{folder / 'disk'}'"
     lines = {
         "PARTITION": "low",
         "GPUS_PER_NODE": 0,
         "TASKS_PER_NODE": 1,
-        "SHARED": f"'{runs}'",
+        "SHARED": places,
         "SCRATCH": folder / "disk",
     }
     site.write_text("".join(f"SCLDM_{key}={value}\n" for key, value in lines.items()))
@@ -108,10 +109,10 @@ class Run:
     def step(self) -> int:
         return max([row["step"] for row in read_metrics(self.folder, "train")], default=0)
 
-    def reaches(self, step: int, seconds: float = 90) -> None:
+    def reaches(self, step: int, seconds: float = 200) -> None:
         wait_for(lambda: self.step >= step, seconds, lambda: self.log)
 
-    def ends(self, seconds: float = 150) -> str:
+    def ends(self, seconds: float = 300) -> str:
         wait_for(lambda: state_of(self.notes).state in ("DONE", "FAILED", "STOPPED"), seconds, lambda: self.log)
         return state_of(self.notes).state
 
@@ -124,7 +125,9 @@ class Run:
 def weights(run: Path) -> dict[str, torch.Tensor]:
     latest = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
     parts = [load_file(path) for path in sorted(latest.glob("*.safetensors"))]
-    return {key: value for part in parts for key, value in part.items()}
+    names = {name for part in parts for name in part}
+    # each rank holds a piece of every flattened parameter, in the order of the ranks
+    return {name: torch.cat([part[name].flatten() for part in parts if name in part]) for name in names}
 
 
 def assert_same_weights(run: Path, other: Path, atol: float = 0.0) -> None:
@@ -152,7 +155,7 @@ def chain(cluster: Cluster) -> Path:
     words += ["evaluate.condition=cell_type", "evaluate.tracking.enabled=false", f"out={out}"]
     submit.main(submit.read(["pipeline", *words, "--nodes", "2", "--tasks", "2"]))
     (last,) = [Path(p) for p in json.loads((out / "slurm" / "chain.json").read_text())][-1:]
-    wait_for(lambda: state_of(last).state in ("DONE", "FAILED", "CANCELLED"), 300, lambda: chain_log(out))
+    wait_for(lambda: state_of(last).state in ("DONE", "FAILED", "CANCELLED"), 600, lambda: chain_log(out))
     assert state_of(last).state == "DONE", chain_log(out)
     return out
 
@@ -175,9 +178,25 @@ def test_the_chain_makes_everything(chain: Path, capsys: pytest.CaptureFixture) 
     assert [line.split()[1] for line in lines] == ["DONE"] * 10
 
 
+def test_a_failed_link_stops_what_depends_on_it(cluster: Cluster, capsys: pytest.CaptureFixture) -> None:
+    out = cluster.runs / "failed chain"
+    words = ["vae/tiny", "ldm/tiny", f"shards.source.paths={cluster.runs}/none.h5ad", "generate.n=9", f"out={out}"]
+    ids = submit.main(submit.read(["pipeline", *words, "--tasks", "2"]))
+    wait_for(lambda: slurm.job_states()[ids[-1]][0] == "CANCELLED", 90, lambda: chain_log(out))
+    capsys.readouterr()
+    assert main(["status", str(out)]) == 0
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first.split()[:2] == ["stage-1", "FAILED"]
+    assert len(others) == 9
+    for line in others:
+        assert line.endswith("it depends on stage-1, which ended as FAILED"), line
+    log = (out / "slurm" / "shards" / "stage-1" / "log-0.txt").read_text()
+    assert "none.h5ad" in log
+    assert f"job {ids[1]} (shards-2) depends on this one and will not run" in log
+
+
 def test_an_array_writes_the_shards_of_a_local_run(cluster: Cluster, chain: Path) -> None:
     assert main(["shards", "write", *shard_words(cluster), f"out={cluster.runs}/local shards"]) == 0
-    ours, local = (sorted((p / "shards").rglob("*.*")) for p in (chain, cluster.runs / "local shards"))
     local = sorted((cluster.runs / "local shards").rglob("*.*"))
     ours = sorted((chain / "shards").rglob("*.*"))
     assert [p.name for p in ours] == [p.name for p in local]
@@ -200,7 +219,80 @@ def test_two_nodes_train_as_two_local_ranks(cluster: Cluster, chain: Path, stage
     assert json.loads((run / "deepspeed.json").read_text())["zero_optimization"]["stage"] == 2
 
 
+# --- told to stop ----------------------------------------------------------------------------------------------------
+
+
+def assert_went_on(run: Run, undisturbed: Path, n_stops: int = 1) -> None:
+    assert run.ends() == "DONE", run.log
+    what = [event for event, _, _ in run.events()]
+    assert what == ["start", *["stop", "start"] * n_stops]
+    for (_, _, stopped), (_, _, begun) in zip(run.events()[1::2], run.events()[2::2]):
+        assert 0 < stopped < 40
+        assert begun == stopped
+    assert_same_weights(run.folder, undisturbed)
+
+
+def test_preempted_by_a_higher_partition(cluster: Cluster, chain: Path) -> None:
+    run = Run(
+        *(cluster, "preempted", chain / "shards", "tracking.enabled=true", "tracking.every_s=1"),
+        *("--nodes", "2", "--preflight", "false"),
+    )
+    run.reaches(5)
+    cluster.call("srun", "--partition=high", "--nodes=4", "--exclusive", "true")
+    assert_went_on(run, chain / "vae")
+    with sqlite3.connect(run.folder / "mlflow.db") as database:
+        assert database.execute("select count(*) from runs").fetchone() == (1,)  # the same run went on
+    steps = [row["step"] for row in read_metrics(run.folder, "train")]
+    assert steps == list(range(1, 41))
+
+
+def test_told_by_scancel(cluster: Cluster, chain: Path) -> None:
+    run = Run(cluster, "told", chain / "shards", "--nodes", "2", "--preflight", "false")
+    run.reaches(5)
+    cluster.call("scancel", "--signal=USR1", run.job)
+    assert_went_on(run, chain / "vae")
+
+
+def test_the_time_limit(cluster: Cluster, chain: Path) -> None:
+    """A minute is the shortest that Slurm knows; the run is told a second after it began, or later."""
+    slow = ["train.save_every=1"]
+    run = Run(
+        *(cluster, "timed", chain / "shards", *slow, "--nodes", "2", "--preflight", "false", "--warn-s", "40"),
+        *("--", "--time=1"),
+    )
+    run.reaches(1)
+    assert_went_on(run, chain / "vae")
+
+
+def test_a_loop_without_progress_ends(cluster: Cluster, chain: Path) -> None:
+    run = Run(cluster, "loop", chain / "shards", "--nodes", "2", "--preflight", "false")
+    for start in (1, 2):
+        wait_for(lambda: f"(start {start}," in run.log, 60, lambda: run.log)  # noqa: B023
+        cluster.call("scancel", "--batch", "--signal=USR1", run.job)
+    assert run.ends() == "FAILED"
+    assert "no progress since the last requeue (still at 0)" in run.log
+    assert run.events() == [("start", 0, 0), ("stop", 0, 0), ("start", 1, 0), ("stop", 1, 0)]
+
+
 # --- nodes -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_lost_node_is_done_without(cluster: Cluster, chain: Path) -> None:
+    """Two nodes, one of which dies; the other two are not to be had. What follows runs on one."""
+    cluster.call("scontrol", "update", "nodename=sim[3-4]", "state=drain", "reason=test")
+    try:
+        run = Run(cluster, "lost", chain / "shards", "train.save_every=5", "--nodes", "1-2")
+        run.reaches(11)
+        cluster.crash(2)
+        assert run.ends() == "DONE", run.log
+        assert "preflight of 1 nodes" in run.log
+        (_, second) = [event for event in run.events() if event[0] == "start"]
+        assert second[2] >= 10
+        assert_same_weights(run.folder, chain / "vae", atol=1e-5)
+    finally:
+        cluster.revive(2)
+        cluster.call("scontrol", "update", "nodename=sim[3-4]", "state=resume")
+        wait_for(lambda: cluster.call("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D").strip() == "4", 60)
 
 
 PLANTED = """
@@ -243,6 +335,37 @@ def test_preflight_finds_planted_nodes(
     assert "#SBATCH --exclude=sim2,sim3\n" in capsys.readouterr().out
 
 
+def test_gpus_that_are_not_there(
+    cluster: Cluster, chain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Slurm counts two GPUs a node that nobody has; three it does not even count."""
+    site = cluster.folder / "gpus.sh"
+    text = (cluster.folder / "site.sh").read_text()
+    monkeypatch.setenv("SCLDM_SITE", str(site))
+    site.write_text(text.replace("GPUS_PER_NODE=0", "GPUS_PER_NODE=3"))
+    words = ["train", "vae", *VAE, f"data.shards={chain}/shards", f"run_dir={cluster.runs}/gpus"]
+    assert main(["submit", *words]) == 2
+    assert "SCLDM_GPUS_PER_NODE=3: a node of partition low has 2 GPUs" in capsys.readouterr().err
+    site.write_text(text.replace("GPUS_PER_NODE=0", "GPUS_PER_NODE=2"))
+    run = Run(cluster, "gpus", chain / "shards")
+    assert run.ends() == "FAILED"
+    (node,) = json.loads((run.notes / "preflight.json").read_text())["nodes"]
+    assert node["troubles"] == ["0 GPUs are there, not 2"]
+    assert (run.notes / "bad_nodes").read_text().startswith(f"{node['node']}\t")
+
+
+def test_a_run_folder_that_is_not_shared(cluster: Cluster, chain: Path) -> None:
+    """The site calls a folder shared that is each node's own: preflight finds the node that does not see it."""
+    place = cluster.folder / "disk" / "run"
+    words = ["train", "vae", *VAE, f"data.shards={chain}/shards", f"run_dir={place}", "--nodes", "2"]
+    submit.main(submit.read(words))
+    notes = cluster.folder / "disks" / "sim1" / "run" / "slurm"
+    wait_for(lambda: (notes / "state").exists() and (notes / "state").read_text().startswith("FAILED"), 60)
+    first, second = json.loads((notes / "preflight.json").read_text())["nodes"]
+    assert (first["node"], first["troubles"]) == ("sim1", [])
+    assert second["troubles"] == [f"{place}/slurm: what the first node writes there is not seen here"]
+
+
 def test_status_and_logs(cluster: Cluster, chain: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["status", str(chain / "vae")]) == 0
     told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
@@ -251,4 +374,3 @@ def test_status_and_logs(cluster: Cluster, chain: Path, capsys: pytest.CaptureFi
     assert told["checkpoint"].startswith("step 40, ")
     assert main(["logs", str(chain / "vae")]) == 0
     assert capsys.readouterr().out == (chain / "slurm" / "vae" / "log.txt").read_text()
-    assert status.duration(3 * 86_400 + 3_700) == "3 d 1 h 2 min"

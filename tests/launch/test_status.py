@@ -1,0 +1,114 @@
+"""`scldm status` and `scldm logs` from files alone; on a real Slurm in tests/slurm."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.cli import main
+from launch.status import duration
+
+
+@pytest.fixture(autouse=True)
+def no_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run at step 250 of 1,000."""
+    folder = tmp_path / "my run"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "errors").mkdir()
+    (folder / "config.json").write_text(json.dumps({"train": {"steps": 1_000, "global_batch": 64}}))
+    row = {
+        "step": 250,
+        "cells_seen": 16_000,
+        "time": time.time() - 65,
+        "split": "train",
+        "loss": 1.5,
+        "cells_per_s": 8.0,
+    }
+    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    (folder / "checkpoints" / "latest").write_text("step-00000200")
+    (folder / "errors" / "rank-10.txt").write_text("2026-01-01 00:00:00 rank 10\nTraceback\nValueError: no cells\n")
+    (folder / "errors" / "rank-9.txt").write_text("2026-01-01 00:00:00 rank 9\nscldm: rank 9 stops: rank 10 failed\n")
+    return folder
+
+
+def note(notes: Path, state: str, reason: str = "", job: str = "7") -> Path:
+    notes.mkdir(parents=True)
+    (notes / "job.json").write_text(json.dumps({"id": job, "name": notes.name, "words": []}))
+    if state:
+        (notes / "state").write_text(f"{state}\t{job}\t2026-01-01 00:00:00\t0\t{reason}\n")
+    (notes / "log.txt").write_text(f"log of {notes.name}\n")
+    return notes
+
+
+def told(capsys: pytest.CaptureFixture, *words: str) -> list[tuple[str, str]]:
+    assert main(list(words)) == 0
+    return [tuple(line.split(maxsplit=1)) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_how_far_a_run_is(run: Path, capsys: pytest.CaptureFixture) -> None:
+    note(run / "slurm", "FAILED", "no progress since the last requeue (still at 200)")
+    (run / "slurm" / "bad_nodes").write_text("n3\t2026-01-01 00:00:00\tslow\n")
+    lines = told(capsys, "status", str(run))
+    assert dict(lines) == {
+        "state": "FAILED, job 7: no progress since the last requeue (still at 200)",
+        "bad": "node    n3: slow (2026-01-01 00:00:00)",
+        "step": "250 of 1,000 (25.0 %), loss 1.5",
+        "cells/s": "8, 1 min ago",
+        "time": "left   1 h 40 min",  # 750 steps of 64 cells, 8 a second
+        "checkpoint": "step 200, 0 s ago",
+        "rank-9": "scldm: rank 9 stops: rank 10 failed (0 s ago)",
+        "rank-10": "ValueError: no cells (0 s ago)",
+    }
+    assert [name for name, _ in lines][-2:] == ["rank-9", "rank-10"]
+
+
+def test_a_run_without_a_job_has_a_status_too(run: Path, capsys: pytest.CaptureFixture) -> None:
+    assert told(capsys, "status", str(run))[0] == ("step", "250 of 1,000 (25.0 %), loss 1.5")
+
+
+def test_a_chain_names_what_will_not_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    notes = tmp_path / "all" / "slurm"
+    links = [note(notes / "vae", "DONE", job="1"), note(notes / "encode", "FAILED", "exit code 2", "2")]
+    links.append(note(notes / "ldm", "", job="3"))
+    (notes / "chain.json").write_text(json.dumps([str(folder) for folder in links]))
+    first, second, third = told(capsys, "status", str(tmp_path / "all"))
+    assert first[1].split() == ["DONE", "job", "1"]
+    assert second[1].split(maxsplit=3) == ["FAILED", "job", "2", "exit code 2"]
+    assert third[1].endswith("it depends on encode, which ended as FAILED")
+    assert main(["logs", str(tmp_path / "all"), "follow=false"]) == 0
+    assert capsys.readouterr().out == "log of vae\nlog of encode\nlog of ldm\n"
+
+
+def test_an_array_is_as_good_as_its_worst_task(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    notes = note(tmp_path / "shards.slurm", "")
+    for task, state in enumerate(("DONE", "FAILED", "DONE")):
+        (notes / f"state.{task}").write_text(f"{state}\t{task}\t2026-01-01 00:00:00\t0\treason {task}\n")
+    assert told(capsys, "status", str(tmp_path / "shards")) == [("state", "FAILED, job 7: reason 1")]
+
+
+def test_a_job_that_left_no_word_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    note(tmp_path / "latents.slurm", "RUNNING", "on n1")
+    ((_, state),) = told(capsys, "status", str(tmp_path / "latents"))
+    assert state.startswith("LOST, job 7: Slurm no longer knows the job")
+
+
+def test_no_job_no_status(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for verb in ("status", "logs"):
+        assert main([verb, str(tmp_path)]) == 2
+        assert "no job was submitted for it" in capsys.readouterr().err
+        assert main([verb]) == 2
+        assert "run must be given" in capsys.readouterr().err
+
+
+def test_durations() -> None:
+    assert [duration(s) for s in (0, 29, 60, 3_700, 3 * 86_400 + 3_700)] == [
+        *("0 s", "29 s", "1 min", "1 h 2 min", "3 d 1 h 2 min"),
+    ]
