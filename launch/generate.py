@@ -93,6 +93,9 @@ def main(config: GenerateConfig) -> Path:
             writer.remove_parts()  # a kill may have left them
             print(f"{config.out} is there: {wanted.n_cells:,} cells x {len(genes):,} genes")
         return Path(config.out)
+    if world.is_first:
+        for note in wanted.notes:
+            print(note, file=sys.stderr)
     with writer.begun() if world.is_first else nullcontext():
         world.join()  # all ranks have seen the same missing parts before the first is written
         own = writer.missing[world.rank :: world.size]

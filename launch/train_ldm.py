@@ -43,6 +43,7 @@ scldm train ldm ldm/tiny hardware/cpu vae=runs/vae data.shards=shards given.n_ge
   run_dir=runs/ldm
 """
 MIN_STD = 1e-6  # a latent number that is the same in every cell can't be scaled to variance 1
+MEAN_CELLS = 262_144  # training cells that the shifts of labels are fitted on
 MOMENT_CELLS = 4_096  # training cells whose latents give the moments, where there is no latent set that has them
 
 
@@ -106,6 +107,8 @@ def set_up(config: TrainLDMConfig, world: World) -> Parts:
     module.latent_mean_LZ.copy_(source.mean_LZ)
     module.latent_std_LZ.copy_(source.std_LZ.clamp_min(MIN_STD))
     stage = LDMStage(module, config.guidance, config.flow, source.encode)
+    if config.model.condition_means:
+        fit_means(stage, source.alone(config.hardware.micro_batch), world)
     return Parts(module, stage, source.loader, source.validation, manifest, joined)
 
 
@@ -116,6 +119,7 @@ def set_up(config: TrainLDMConfig, world: World) -> Parts:
 class Source:
     """manifest: of the cells, with what a latent set's `extra` says
     mean_LZ, std_LZ: moments over training cells
+    alone: a loader of all training cells, for one process with batches of this size
     encode: of cells that come as counts
     """
 
@@ -124,6 +128,7 @@ class Source:
     manifest: Manifest
     mean_LZ: torch.Tensor
     std_LZ: torch.Tensor
+    alone: Callable[[int], LatentLoader | CellLoader]
     encode: Callable[[GeneCounts], Posterior] | None = None
 
 
@@ -142,7 +147,12 @@ def latents(config: TrainLDMConfig, world: World) -> Source:
     check_has_validation(loader.manifest, config.data.shards)
     validation = LatentLoader(replace(config.data, balance=[]), split="validation", **place(config, world))
     extra = loader.manifest.extra
-    return Source(loader, validation, loader.manifest, torch.tensor(extra["mean"]), torch.tensor(extra["std"]))
+
+    def alone(batch: int) -> LatentLoader:
+        every = replace(config.data, balance=[])
+        return LatentLoader(every, split="train", global_batch=batch, micro_batch=batch)
+
+    return Source(loader, validation, loader.manifest, torch.tensor(extra["mean"]), torch.tensor(extra["std"]), alone)
 
 
 def cells(config: TrainLDMConfig, world: World) -> Source:
@@ -157,26 +167,50 @@ def cells(config: TrainLDMConfig, world: World) -> Source:
     n_genes = loader.vocab.n_genes
     batch = whole_cells(config.hardware.micro_batch, config.given.n_genes or n_genes, n_genes)
     validation = CellLoader(whole, split="validation", **{**place(config, world), "micro_batch": batch})
-    mean_LZ, std_LZ = moments(vae, whole, batch, world)
+
+    def alone(size: int) -> CellLoader:
+        size = min(size, batch)
+        return CellLoader(whole, split="train", global_batch=size, micro_batch=size)
+
+    mean_LZ, std_LZ = moments(vae, alone(batch), world)
     shape = [vae.config.n_latents, vae.config.latent_width]
     extra = {"vae": origin["hash"], "shape": shape, "genes": config.given.policy, "encoded": "as they come"}
     manifest = replace(loader.manifest, kind="latents", extra=extra)
-    return Source(loader, validation, manifest, mean_LZ, std_LZ, vae.encode)
+    return Source(loader, validation, manifest, mean_LZ, std_LZ, alone, vae.encode)
 
 
 @torch.no_grad()
-def moments(vae: VAE, whole: LoaderConfig, batch: int, world: World) -> tuple[torch.Tensor, torch.Tensor]:
+def moments(vae: VAE, every: CellLoader, world: World) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of the latents of the first training cells, (L, Z); the same on every rank."""
     found, n = [], 0
-    with CellLoader(whole, split="train", global_batch=batch, micro_batch=batch) as loader:
+    with every as loader:
         for (one,) in loader.one_pass():
             one = one.to(world.device)
             found.append(vae.encode(one.given).mean_BLZ[one.weight_B > 0].double().cpu())
             n += len(found[-1])
             if n >= MOMENT_CELLS:
                 break
-    every = torch.cat(found)
-    return every.mean(0).float(), every.std(0, unbiased=False).float()
+    latent_nLZ = torch.cat(found)
+    return latent_nLZ.mean(0).float(), latent_nLZ.std(0, unbiased=False).float()
+
+
+@torch.no_grad()
+def fit_means(stage: LDMStage, every: LatentLoader | CellLoader, world: World) -> None:
+    """The shifts of labels from the latents of the first training cells; the same on every rank."""
+    module, labels_KC = stage.module, stage.module.combinations.labels_KC
+    total_KLZ = torch.zeros(len(labels_KC) + 1, *module.latent_shape, dtype=torch.float64)
+    n_K = torch.zeros(len(labels_KC) + 1)
+    with every as loader:
+        for (one,) in loader.one_pass():
+            latent_BLZ = stage.latents(one.to(world.device)).cpu()
+            index_B = module.combinations.index(module.label_ids(module.of_labels(one.conditions)))
+            total_KLZ.index_add_(0, index_B, module.standardise(latent_BLZ).double() * one.weight_B[:, None, None])
+            n_K.index_add_(0, index_B, one.weight_B)
+            if n_K.sum() >= MEAN_CELLS:
+                break
+    seen = n_K[:-1] > 0
+    mean_KLZ = total_KLZ[:-1][seen] / n_K[:-1][seen, None, None]
+    module.means.fit(labels_KC[seen], n_K[:-1][seen], mean_KLZ)
 
 
 # --- what the conditions are ---------------------------------------------------------------------------------------

@@ -186,7 +186,7 @@ def real_cells(config: BenchUnseenConfig, url: str) -> tuple[Labelled, Labelled,
 def generated(config: BenchUnseenConfig, model: Pretrained, numbers: Mapping[tuple, int], seed: int) -> sp.csr_matrix:
     """Log-normalised cells of each (type, donor, treatment), as many as asked for."""
     rows = [key for key, n in numbers.items() for _ in range(n)]
-    wanted = pd.DataFrame(rows, columns=[config.type, "donor", config.treatment])
+    wanted = pd.DataFrame(dict(zip((config.type, "donor", config.treatment), zip(*rows, strict=True), strict=True)))
     made = model.generate(wanted, seed=seed, sampler=config.sampler)
     return log_normalise(sp.csr_matrix(made.X))
 
@@ -202,7 +202,7 @@ def rivals(
     """Log-normalised expression of what could be guessed from the training cells, (n, genes) each, donor by donor.
 
     The shift of a gene is the mean over the other types of the difference of its mean log expression, treated less
-    control; what it makes negative is 0.
+    control; it may make a cell's value negative.
     """
     others = sorted(set(train.obs["type"]) - set(config.held_out))
 
@@ -222,8 +222,7 @@ def rivals(
         for t in others
     ]
     own = train.log[np.concatenate(control)].toarray()
-    shifted = np.maximum(own + np.mean(shifts, axis=0), 0)
-    return [own, train.log[np.concatenate(elsewhere)].toarray(), shifted]
+    return [own, train.log[np.concatenate(elsewhere)].toarray(), own + np.mean(shifts, axis=0)]
 
 
 # --- the table -----------------------------------------------------------------------------------------------------
@@ -281,9 +280,10 @@ def fold_changes(
     treated: sp.csr_matrix, control: sp.csr_matrix, config: BenchUnseenConfig, genes: tuple[str, ...]
 ) -> np.ndarray:
     """log2 fold changes of the responding genes, treated against control cells."""
-    types = np.array([config.treated] * treated.shape[0] + [config.control] * control.shape[0])
     columns = [genes.index(gene) for gene in config.genes]
-    return log2_fold_change(sp.csr_matrix(sp.vstack((treated, control))), types, config.treated, columns)
+    both = sp.csr_matrix(sp.vstack((treated, control)))
+    types = np.where(np.arange(len(both.indptr) - 1) < len(treated.indptr) - 1, config.treated, config.control)
+    return log2_fold_change(both, types, config.treated, columns)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
 """How the diffusion transformer is told a condition, besides the plain table of a vector per label.
 
-Reading order: ValueEmbedding (continuous conditions), FeatureEmbedding (labels known by vectors), CombinationTokens.
+Reading order: ValueEmbedding (continuous conditions), FeatureEmbedding (labels known by vectors), CombinationTokens,
+ConditionMeans.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from scldm.errors import InputError
 
-ValueScale = Literal["linear", "log"]
+VALUE_SCALES = ("linear", "log")
 FREQUENCIES = (0.5, 1.0, 2.0)  # of sines and cosines over the standardised value, whose training labels lie within +-2
 
 
@@ -28,9 +28,9 @@ class ValueEmbedding(nn.Module):
 
     values_K: Tensor
 
-    def __init__(self, values_K: Tensor, scale: ValueScale, width: int) -> None:
+    def __init__(self, values_K: Tensor, scale: str, width: int) -> None:
         super().__init__()
-        self.scale: ValueScale = scale
+        self.scale = scale
         self.register_buffer("values_K", values_K.float().clone())
         if scale == "log" and (values_K < 0).any():
             raise InputError(f"model.continuous: value {values_K.min():g} has no logarithm; use linear")
@@ -141,6 +141,47 @@ class CombinationTokens(nn.Module):
         for column, n in enumerate(self.n_labels):
             code_B = code_B * (n + 1) + label_ids_BC[:, column]
         return code_B
+
+
+class ConditionMeans(nn.Module):
+    """By how much each label shifts the mean of standardised latents, (labels, L, Z) a condition; 0 until fitted.
+
+    fitted: positions of the conditions that have shifts: those of plain labels. A value or a vector never trained would
+        have none, unlike its neighbours
+    """
+
+    def __init__(self, n_labels: dict[str, int], fitted: list[int], latent_shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.names = {k: name for k, name in enumerate(n_labels) if k in fitted}
+        for k, name in self.names.items():
+            # the row after the last label, "not given", stays 0
+            self.register_buffer(f"shift_{k}", torch.zeros(n_labels[name] + 1, *latent_shape))
+
+    def forward(self, conditions: dict[str, Tensor]) -> Tensor | float:
+        """The sum of the shifts of what is given, (B, L, Z)."""
+        return sum((self.get_buffer(f"shift_{k}")[conditions[name]] for k, name in self.names.items()), start=0.0)
+
+    def fit(self, labels_KC: Tensor, n_K: Tensor, mean_KLZ: Tensor) -> None:
+        """Shifts that together come nearest to the means of trained combinations, by least squares: each combination
+        counts once, but less where it has few cells (n / (n + 10)), and a shift is drawn to 0 as by one tenth of one.
+
+        labels_KC: label ids of all conditions; n_K: cells; mean_KLZ: of standardised latents
+        """
+        weight_K = (n_K / (n_K + 10)).double()
+        rest_KLZ = mean_KLZ.double()
+        shifts = {k: self.get_buffer(f"shift_{k}").double().zero_() for k in self.names}
+        for _ in range(100):  # one condition after another, until nothing is left to explain
+            for k, shift in shifts.items():
+                ids_K = labels_KC[:, k]
+                total = torch.zeros_like(shift).index_add_(
+                    0, ids_K, weight_K[:, None, None] * (rest_KLZ + shift[ids_K])
+                )
+                weight = torch.zeros(len(shift), dtype=torch.float64).index_add_(0, ids_K, weight_K)
+                new = total / (weight + 0.1)[:, None, None]
+                rest_KLZ = rest_KLZ + (shift - new)[ids_K]
+                shifts[k] = new
+        for k, shift in shifts.items():
+            self.get_buffer(f"shift_{k}").copy_(shift)
 
 
 def _closed(largest: set[frozenset[int]]) -> frozenset[frozenset[int]]:

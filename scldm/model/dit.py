@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from scldm.errors import InputError
 from scldm.model.attention import AttentionKind, SelfAttention
 from scldm.model.blocks import SwiGLU
-from scldm.model.conditions import CombinationTokens, FeatureEmbedding, ValueEmbedding, ValueScale
+from scldm.model.conditions import VALUE_SCALES, CombinationTokens, ConditionMeans, FeatureEmbedding, ValueEmbedding
 
 MAX_PERIOD = 10_000.0
 TIME_FEATURES = 256
@@ -34,6 +34,8 @@ class DiTConfig:
     continuous: conditions whose labels are numbers and are embedded by value, so that other values can be asked for:
         linear, or log for doses and times over decades
     combination_tokens: besides the sum of all conditions' embeddings, one more for each combination that was trained
+    condition_means: the network is told latents less the mean that their conditions predict, each by a shift of its
+        own, and learns the rest: a combination that was never trained has its parts' shifts
     attention: how attention is computed, never what: plain (the formula), sdpa (torch's kernels)
     compile: torch.compile the transformer blocks; on a CPU that needs a C++ compiler
     recompute: keep a transformer block's input only, and compute the rest again in backward
@@ -42,8 +44,9 @@ class DiTConfig:
     width: int = 256
     n_layers: int = 8
     n_heads: int = 8
-    continuous: dict[str, ValueScale] = field(default_factory=dict)
+    continuous: dict[str, str] = field(default_factory=dict)
     combination_tokens: bool = False
+    condition_means: bool = False
     attention: Literal["plain", "sdpa"] = "sdpa"
     compile: bool = False
     recompute: bool = False
@@ -54,6 +57,9 @@ class DiTConfig:
                 raise InputError(f"model.{name}={getattr(self, name)} must be at least 1")
         if self.width % self.n_heads:
             raise InputError(f"model.n_heads={self.n_heads} does not divide model.width={self.width}")
+        for name, scale in self.continuous.items():
+            if scale not in VALUE_SCALES:
+                raise InputError(f"model.continuous.{name}={scale} must be one of {', '.join(VALUE_SCALES)}")
 
 
 def timestep_features(t_B: Tensor) -> Tensor:
@@ -124,6 +130,12 @@ class DiT(nn.Module):
                 self.condition.append(FeatureEmbedding(features[name], D))
             else:
                 self.condition.append(nn.Embedding(n + 1, D))
+        if config.condition_means:
+            self.means = ConditionMeans(
+                n_labels,
+                [k for k, c in enumerate(self.condition) if isinstance(c, nn.Embedding)],
+                (n_latents, latent_width),
+            )
         if combinations_KC is None:
             combinations_KC = torch.zeros(0, len(n_labels), dtype=torch.int64)
         self.combinations = CombinationTokens(combinations_KC, tuple(n_labels.values()), D, config.combination_tokens)
@@ -215,9 +227,15 @@ class DiT(nn.Module):
     ) -> Tensor:
         """Velocity dz/dt at standardised z and flow time t, (B, L, Z).
 
+        With `condition_means` m the path of z - m is (1 - t) m beside that of z, and its velocity -m beside: the same
+        flow in other words, of which the network sees the part around 0.
+
         conditions: of each of the model's conditions, label ids (B,), of continuous ones values; `null` if not given
         with_token_B: cells that may use the token of their combination, where the model has such; None lets all
         """
+        mean_BLZ = self.means(conditions) if self.config.condition_means else None
+        if mean_BLZ is not None:
+            z_BLZ = z_BLZ - (1 - t_B[:, None, None]) * mean_BLZ
         condition_BD = self.time(timestep_features(t_B).to(z_BLZ.dtype))
         for name, embedding in zip(self.n_labels, self.condition, strict=True):
             condition_BD = condition_BD + embedding(conditions[name])
@@ -231,4 +249,5 @@ class DiT(nn.Module):
             else:
                 x_BLD = block(x_BLD, condition_BD)
         shift, scale = self.modulation_out(condition_BD)[:, None].chunk(2, dim=-1)
-        return self.to_velocity(self.norm_out(x_BLD) * (1 + scale) + shift)
+        velocity_BLZ = self.to_velocity(self.norm_out(x_BLD) * (1 + scale) + shift)
+        return velocity_BLZ if mean_BLZ is None else velocity_BLZ - mean_BLZ

@@ -158,14 +158,15 @@ class LDMStage:
         conditions: dict[str, Tensor],
         with_token_B: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        z_BLZ = self.module.standardise(self._latents(batch))
+        z_BLZ = self.module.standardise(self.latents(batch))
         noise_BLZ = draw.normal("flow noise", self.module.latent_shape)
         loss_B = velocity_loss_B(model, z_BLZ, noise_BLZ, t_B, conditions, with_token_B)
         loss = (loss_B * batch.weight_B).sum()
         return loss, {"velocity_loss": loss.detach()}
 
     @torch.no_grad()
-    def _latents(self, batch: LatentBatch | CellBatch) -> Tensor:
+    def latents(self, batch: LatentBatch | CellBatch) -> Tensor:
+        """As the autoencoder gives them, (B, L, Z)."""
         if isinstance(batch, LatentBatch):
             return batch.latent_BLZ
         assert self.encode is not None

@@ -69,14 +69,16 @@ def test_cells_are_encoded_as_they_come_and_all_conditions_reach_the_model(made:
     assert json.loads((made / "live" / "conditions.json").read_text())["drug"] == ["a", "b", "c"]
     run("export", f"vae={made}/vae", f"ldm={made}/live", f"out={made}/model")
     model = scldm.load(made / "model")
-    asked = pd.DataFrame({"drug": ["a", "b", "c", "a"], "dose": ["0", "10", "1.5", "10.0"]})
+    asked = pd.DataFrame({"drug": ["a", "b", "c", "a", "a"], "dose": ["0", "10", "0.1", "10.0", "1.5"]})
     capsys.readouterr()
     cells = model.generate(asked, seed=0)
-    assert cells.n_obs == 4
+    assert cells.n_obs == 5
     said = capsys.readouterr().err
     assert "drug=b, dose=10: this combination was not trained" in said
-    assert "drug=c, dose=1.5: this combination was not trained" in said
-    assert "drug=a" not in said
+    assert "drug=c, dose=0.1: this combination was not trained" in said
+    assert "drug=a, dose=1.5: this combination was not trained" in said
+    assert said.count("was not trained") == 3
+    assert "library sizes of drug=c, dose=0.1: no training cell has this combination" in said
     with pytest.raises(InputError, match=r"library sizes were fitted for drug=c"):
         model.generate(asked[["drug"]].iloc[2:3], seed=0)
     # the same cells through another autoencoder are not this model's
@@ -150,7 +152,7 @@ def test_only_combinations_of_training_cells_are_known(made: Path) -> None:
     parts = set_up(config, World(0, 1, torch.device("cpu")))
     assert isinstance(parts.module, DiT)
     assert parts.module.combinations.labels_KC.tolist() == [[0, 0], [0, 2], [1, 0], [1, 1]]
-    latents = [parts.stage._latents(batch) for batches in [next(parts.loader) for _ in range(3)] for batch in batches]
+    latents = [parts.stage.latents(batch) for batches in [next(parts.loader) for _ in range(3)] for batch in batches]
     z = parts.module.standardise(torch.cat(latents))
     assert z.mean().abs() < 0.05
     assert abs(z.std() - 1) < 0.1

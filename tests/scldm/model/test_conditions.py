@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from scldm.errors import InputError
+from scldm.flow.guidance import GuidedField
+from scldm.flow.path import interpolate
+from scldm.flow.solver import heun
 from scldm.model.conditions import CombinationTokens, FeatureEmbedding, ValueEmbedding
 from scldm.model.dit import DiT, DiTConfig
 
@@ -107,3 +110,59 @@ def test_a_model_with_all_kinds_of_conditions_starts_trains_and_is_loaded_again(
     loaded.load_state_dict(model.state_dict())
     z, t = torch.randn(2, 3, 4), torch.rand(2)
     assert torch.equal(loaded(z, t, given), model(z, t, given))
+
+
+# --- means of conditions -------------------------------------------------------------------------------------------
+
+
+def with_means() -> tuple[DiT, torch.Tensor]:
+    """A network at its start whose shifts were fitted on 11 of 4 x 3 combinations of additive means, and the means."""
+    generator = torch.Generator().manual_seed(0)
+    of_type, of_drug = torch.randn(4, 1, 3, 4, generator=generator), torch.randn(1, 3, 3, 4, generator=generator)
+    true = of_type + of_drug - (of_type.mean(0) + of_drug.mean(1))
+    model = DiT(DiTConfig(16, 1, 2, condition_means=True), 3, 4, {"type": 4, "drug": 3})
+    rows = torch.cartesian_prod(torch.arange(4), torch.arange(3))[:-1]  # (3, 2) was never trained
+    n_cells = torch.tensor([1_000.0, 200.0] * 5 + [50.0])
+    model.means.fit(rows, n_cells, true[rows[:, 0], rows[:, 1]])
+    return model, true
+
+
+def test_a_combination_never_trained_has_the_shifts_of_its_parts() -> None:
+    model, true = with_means()
+    ids = {"type": torch.tensor([3, 1, 3, 4]), "drug": torch.tensor([2, 0, 3, 3])}
+    found = model.means(ids)
+    assert (found[0] - true[3, 2]).norm() < 0.15 * true[3, 2].norm()
+    assert (found[1] - true[1, 0]).norm() < 0.1 * true[1, 0].norm()
+    assert torch.equal(found[2], model.means.shift_0[3])
+    assert found[3].abs().max() == 0
+    # fitted again, it is the same
+    before = model.means.shift_0.clone()
+    rows = torch.cartesian_prod(torch.arange(4), torch.arange(3))[:-1]
+    model.means.fit(rows, torch.tensor([1_000.0, 200.0] * 5 + [50.0]), true[rows[:, 0], rows[:, 1]])
+    torch.testing.assert_close(model.means.shift_0, before)
+
+
+def test_the_network_sees_the_flow_around_the_mean() -> None:
+    """Untrained it answers 0, and the flow takes noise to noise around the mean; trained or not, the flow of z with
+    mean m is that of z - m."""
+    model, _ = with_means()
+    ids = {"type": torch.tensor([3, 1, 4]), "drug": torch.tensor([2, 0, 3])}
+    noise = torch.randn(3, 3, 4)
+    mean = model.means(ids)
+    torch.testing.assert_close(heun(GuidedField(model, ids), noise, 5), noise + mean)
+    randomised(model)
+    plain = DiT(DiTConfig(16, 1, 2), 3, 4, {"type": 4, "drug": 3})
+    state = {key: value for key, value in model.state_dict().items() if not key.startswith("means")}
+    plain.load_state_dict(state)
+    t, z = torch.tensor([0.1, 0.5, 0.9]), torch.randn(3, 3, 4)
+    moved = interpolate(z + mean, noise, t)
+    torch.testing.assert_close(model(moved, t, ids), plain(interpolate(z, noise, t), t, ids) - mean)
+
+
+def test_values_and_vectors_have_no_shift() -> None:
+    config = DiTConfig(16, 1, 2, continuous={"dose": "log"}, condition_means=True)
+    tables = {"values": {"dose": DOSES}, "features": {"gene": torch.randn(5, 7)}}
+    model = DiT(config, 3, 4, {"dose": 4, "gene": 5, "donor": 2}, **tables)
+    assert list(model.means.names.values()) == ["donor"]
+    loaded = DiT.of_tensors(config, 3, 4, model.n_labels, model.state_dict())
+    loaded.load_state_dict(model.state_dict())

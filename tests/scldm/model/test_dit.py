@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from scldm.errors import InputError
 from scldm.model.dit import DiT, DiTConfig
 
 
@@ -17,6 +18,11 @@ def randomised(labels: dict[str, int]) -> DiT:
     for parameter in model.parameters():
         parameter.normal_(std=0.3)
     return model
+
+
+def test_a_continuous_condition_has_a_known_scale() -> None:
+    with pytest.raises(InputError, match=r"model.continuous.dose=lgo must be one of linear, log"):
+        DiTConfig(continuous={"dose": "lgo"})
 
 
 def test_it_starts_at_zero_velocity_and_learns_from_there() -> None:
