@@ -6,6 +6,7 @@ Reading order: Fault, Ranks, the rest.
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import resource
 import signal
@@ -33,6 +34,7 @@ from scldm.vocab import ConditionVocab, GeneVocab
 from tests.scldm.train.small_runs import N_GENES, CellsLoader, make_cells, make_vae, small_run
 
 STEPS, GLOBAL_BATCH = 16, 16
+GRACE_S = 20  # in which a rank is to end after another did
 OPTIM = OptimConfig(lr=3e-3, clip=2.0, weight_decay=0.01)
 EVERY = {"steps": STEPS, "ema_decay": 0.9, "log_every": 1, "validate_every": 8, "save_every": 5}
 
@@ -82,10 +84,12 @@ class Ranks:
         ]
         for process in processes:
             process.start()
-        end = time.monotonic() + timeout
         codes: list[int | None] = []
-        for process in processes:
-            process.join(max(0.1, end - time.monotonic()))
+        ended, end = False, time.monotonic() + timeout
+        while any(process.exitcode is None for process in processes) and time.monotonic() < end:
+            if not ended and any(process.exitcode is not None for process in processes):
+                ended, end = True, min(end, time.monotonic() + GRACE_S)
+            multiprocessing.connection.wait([p.sentinel for p in processes if p.exitcode is None], 0.1)
         # a rank that is stopped, as by SIGSTOP, is ended by the launcher that sees the others end
         for process in processes:
             codes.append(process.exitcode)

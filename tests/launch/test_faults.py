@@ -44,7 +44,7 @@ def disturbed(ranks: Ranks, undisturbed: Path, tmp_path_factory: pytest.TempPath
     """The runs of all tests here; at the end all are resumed, in one start, and end at the undisturbed weights."""
     runs: list[Path] = []
     yield runs
-    codes, outputs = ranks.run(faulty.resume, [str(run) for run in runs], timeout=120)
+    codes, outputs = ranks.run(faulty.resume, [str(run) for run in runs], timeout=300)
     assert codes == [0, 0], outputs
     for run in runs:
         assert_same_weights(run, undisturbed)
