@@ -1,0 +1,106 @@
+"""What training takes of a machine, before there is one: memory of a rank, bytes between ranks, time.
+
+Reading order: Memory, rank_memory, sent_bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from scldm.train.step_cost import StepCost
+
+BUCKET = 50_000_000  # numbers; DeepSpeed's reduce_bucket_size as ours sets it
+MAX_LIVE = 1_000_000_000  # numbers; DeepSpeed's stage3_max_live_parameters and max_reuse_distance
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at the moment that takes most, beyond what process and libraries take.
+
+    weights: whole under ZeRO-1 and 2, where DeepSpeed keeps masters beside them; a share under ZeRO-3
+    gathered: weights of other ranks that ZeRO-3 holds between forward and backward
+    masters, moments, averages: shares
+    gradients: this rank's share, summed over ranks
+    buckets: in which gradients wait to be exchanged
+    activations: and other tensors of a pass; under ZeRO-1 all gradients of the pass too
+    step: what the optimizer makes beside its states; it needs the room of activations and buckets after them
+    host: of the states above, what is in the host's memory instead
+    """
+
+    weights: float
+    gathered: float
+    masters: float
+    moments: float
+    averages: float
+    gradients: float
+    buckets: float
+    activations: float
+    step: float
+    host: float = 0.0
+
+    @property
+    def states(self) -> float:
+        return self.weights + self.gathered + self.masters + self.moments + self.averages + self.gradients
+
+    @property
+    def peak(self) -> float:
+        """On the device."""
+        return self.states - self.host + max(self.buckets + self.activations, self.step)
+
+    def to_json(self) -> dict[str, float]:
+        return {**asdict(self), "peak": self.peak}
+
+
+def rank_memory(
+    cost: StepCost,
+    zero_stage: int,
+    n_ranks: int,
+    bf16: bool = False,
+    offload: bool = False,
+    overlap: bool = False,
+    bucket: int = BUCKET,
+    lazy: bool = False,
+) -> Memory:
+    """Of one rank under DeepSpeed 0.19.
+
+    cost: of a micro-batch
+    overlap: two buckets, one filled while the other is exchanged
+    lazy: memory that is not written does not count, as on a CPU
+    """
+    P, share = cost.n_parameters, cost.n_parameters / n_ranks
+    kinds = (cost.linear_parameters, P - cost.linear_parameters)  # in bf16 each precision has a bucket
+    widths = (2, 4) if bf16 else (4, 4)
+    live = min(P, MAX_LIVE) / P if n_ranks > 1 else 0.0
+    if lazy:
+        buckets = 4.0 * min(bucket, P)
+    else:
+        buckets = bucket * (4 + 2 * bf16) * (1 + overlap)
+    apart = zero_stage < 3 or offload
+    return Memory(
+        weights=4 * (P if zero_stage < 3 else share),
+        gathered=live * sum(n * width for n, width in zip(kinds, widths)) if zero_stage == 3 else 0.0,
+        masters=4 * share if apart else 0.0,
+        moments=8 * share,
+        averages=4 * share,
+        gradients=4 * share,
+        buckets=buckets,
+        activations=cost.peak_with_gradients_bytes if zero_stage == 1 else cost.peak_bytes,
+        step=0.0 if offload else 3 * 4 * share,
+        host=20 * share if offload else 0.0,
+    )
+
+
+def sent_bytes(cost: StepCost, zero_stage: int, n_ranks: int, accumulation: int, bf16: bool = False) -> float:
+    """Bytes that a rank sends in a step, and receives as many, around a ring: (N - 1) / N of what is exchanged for a
+    gather or a scattered sum, twice that for a sum that all get.
+
+    ZeRO-1 sums gradients once a step and gathers weights once; ZeRO-2 sums them once a micro-batch (DeepSpeed sums
+    buckets for all ranks); ZeRO-3 scatters the sums, and gathers weights for every forward and every backward pass.
+    Source: Rajbhandari et al. 2020 (ZeRO), section 7; DeepSpeed 0.19.
+    """
+    ring = (n_ranks - 1) / n_ranks
+    exchanged = (2 if bf16 else 4) * cost.linear_parameters + 4 * (cost.n_parameters - cost.linear_parameters)
+    if zero_stage == 3:
+        return ring * accumulation * 3 * exchanged
+    sums = 1 if zero_stage == 1 else accumulation
+    return ring * (2 * sums * exchanged + 4 * cost.n_parameters)

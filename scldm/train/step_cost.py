@@ -1,0 +1,151 @@
+"""What a forward and backward pass takes, found by running it on tensors without storage: nothing is computed.
+
+The operations are those of the path that is configured, at the sizes that are configured, in tiles as for a GPU.
+Reading order: StepCost, step_cost, vae_step, dit_step.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from scldm.batch import GeneCounts
+from scldm.model import factorised
+from scldm.model.dit import DiT, DiTConfig
+from scldm.model.vae import VAE, VAEConfig
+
+LossOf = Callable[[nn.Module], Tensor]
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Of one micro-batch on one rank.
+
+    n_parameters: of the network
+    linear_parameters: of those, weights and biases of linear maps, which are exchanged in bf16 where that is on
+    flops: of the matrix products, forward and backward, recomputation included
+    peak_bytes: most memory at once beyond the weights, if every gradient goes as soon as it is made (ZeRO-2 and 3)
+    peak_with_gradients_bytes: likewise if gradients stay
+    """
+
+    n_parameters: int
+    linear_parameters: int
+    flops: int
+    peak_bytes: int
+    peak_with_gradients_bytes: int
+
+
+def step_cost(
+    make: Callable[[], nn.Module], loss_of: LossOf, device: Literal["cpu", "cuda"] = "cuda", bf16: bool = False
+) -> StepCost:
+    """Trace a pass of a network.
+
+    make: the network; called where tensors have no storage
+    loss_of: from the network to the loss; makes its own inputs
+    device: whose tiles; the trace itself runs as on a CPU, since torch slices tensors of a device only where it is
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), _tiles_of(device):
+        network = make()
+        linear = {id(p) for m in network.modules() if isinstance(m, nn.Linear) for p in m.parameters(recurse=False)}
+        sizes = [(p.numel(), id(p) in linear) for p in network.parameters()]
+        traces = [_trace(network, loss_of, bf16, keep_gradients) for keep_gradients in (False, True)]
+    n, n_linear = sum(n for n, _ in sizes), sum(n for n, is_linear in sizes if is_linear)
+    return StepCost(n, n_linear, traces[0].flops, traces[0].peak, traces[1].peak)
+
+
+def _trace(network: nn.Module, loss_of: LossOf, bf16: bool, keep_gradients: bool) -> _Watch:
+    hooks = [] if keep_gradients else [p.register_post_accumulate_grad_hook(_drop) for p in network.parameters()]
+    with _Watch() as watch, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss_of(network).backward()
+    network.zero_grad()
+    for hook in hooks:
+        hook.remove()
+    return watch
+
+
+def vae_step(config: VAEConfig, n_genes: int, n_cells: int, n_given: int, n_asked: int, **how: Any) -> StepCost:
+    """Of the autoencoder on cells that share their gene sets."""
+    def loss_of(run: nn.Module) -> Tensor:
+        ids = torch.ones(max(n_given, n_asked), dtype=torch.int64)
+        counts = torch.ones((n_cells, len(ids)), dtype=torch.int32)
+        given = GeneCounts(ids.narrow(0, 0, n_given), counts.narrow(1, 0, n_given))
+        asked = GeneCounts(ids.narrow(0, 0, n_asked), counts.narrow(1, 0, n_asked))
+        noise = torch.ones(n_cells, config.n_latents, config.latent_width) if config.kl_weight > 0 else None
+        posterior, predicted = run(given, asked.gene_ids, noise)
+        nll_B = predicted.nll_B(asked, counts.sum(1).float())
+        return (nll_B + config.kl_weight * posterior.kl_B()).sum()
+
+    return step_cost(lambda: VAE(config, n_genes), loss_of, **how)
+
+
+def dit_step(
+    config: DiTConfig, n_latents: int, latent_width: int, n_labels: dict[str, int], n_cells: int, **how: Any
+) -> StepCost:
+    """Of the diffusion transformer."""
+    def loss_of(run: nn.Module) -> Tensor:
+        z_BLZ = torch.ones(n_cells, n_latents, latent_width)
+        labels = {name: torch.zeros(n_cells, dtype=torch.int64) for name in n_labels}
+        return run(z_BLZ, torch.ones(n_cells), labels).float().square().mean()
+
+    return step_cost(lambda: DiT(config, n_latents, latent_width, n_labels), loss_of, **how)
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+@contextmanager
+def _tiles_of(device: str) -> Iterator[None]:
+    before = factorised.TILE_CPU
+    factorised.TILE_CPU = factorised.TILE_GPU if device == "cuda" else before
+    try:
+        yield
+    finally:
+        factorised.TILE_CPU = before
+
+
+class _Watch(TorchDispatchMode):
+    """Counts bytes of the storages that live at once, and operations of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = self.flops = 0
+        self.known: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.flops += count(*args, **kwargs, out_val=out)
+        inputs = {id(x.untyped_storage()) for x in _tensors((args, kwargs))}
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            if id(storage) not in self.known and id(storage) not in inputs:
+                self.known[id(storage)] = storage.nbytes()
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._gone, id(storage))
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def _gone(self, key: int) -> None:
+        self.live -= self.known.pop(key)
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            yield from _tensors(value)
+    elif isinstance(values, dict):
+        yield from _tensors(list(values.values()))
