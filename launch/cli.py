@@ -27,6 +27,7 @@ VERBS = {
     "checkpoint inspect": ("launch.checkpoint_inspect", "print what a checkpoint holds"),
     "checkpoint verify": ("launch.checkpoint_verify", "check every byte of a run's checkpoints"),
     "checkpoint convert": ("launch.checkpoint_convert", "write a checkpoint as plain weights, or in other parts"),
+    "plan": ("launch.plan", "say what a training run will take, before a GPU is touched"),
     "export": ("launch.export", "write trained runs as a model folder that scldm.load reads"),
     "generate": ("launch.generate", "generate cells for given conditions"),
     "transform": ("launch.transform", "take the cells of an h5ad file to other conditions"),

@@ -25,7 +25,7 @@ class Cost:
 
 def measure(work: Callable[[], object], repeats: int, device: torch.device) -> Cost:
     """The median of the repeats' time, after one call that is not timed and gives the peak."""
-    peak = _peak(work, device)
+    peak = peak_of(work, device)
     return Cost(median([seconds_of(work, device) for _ in range(repeats)]), peak)
 
 
@@ -42,7 +42,8 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     return time.process_time() - began
 
 
-def _peak(work: Callable[[], object], device: torch.device) -> int:
+def peak_of(work: Callable[[], object], device: torch.device) -> int:
+    """Bytes of the most memory beyond what there was before."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

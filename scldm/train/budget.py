@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from scldm.parallel.deepspeed_json import BUCKET
 from scldm.train.step_cost import StepCost
 
-BUCKET = 50_000_000  # numbers; DeepSpeed's reduce_bucket_size as ours sets it
 MAX_LIVE = 1_000_000_000  # numbers; DeepSpeed's stage3_max_live_parameters and max_reuse_distance
 
 
@@ -21,9 +21,9 @@ class Memory:
     gathered: weights of other ranks that ZeRO-3 holds between forward and backward
     masters, moments, averages: shares
     gradients: this rank's share, summed over ranks
-    buckets: in which gradients wait to be exchanged
-    activations: and other tensors of a pass; under ZeRO-1 all gradients of the pass too
-    step: what the optimizer makes beside its states; it needs the room of activations and buckets after them
+    buckets: in which gradients wait to be exchanged during the pass
+    activations: and other tensors of a pass, with the gradients that it holds
+    step: what is made after the pass, in the room of activations and buckets
     host: of the states above, what is in the host's memory instead
     """
 
@@ -71,21 +71,25 @@ def rank_memory(
     kinds = (cost.linear_parameters, P - cost.linear_parameters)  # in bf16 each precision has a bucket
     widths = (2, 4) if bf16 else (4, 4)
     live = min(P, MAX_LIVE) / P if n_ranks > 1 else 0.0
-    if lazy:
-        buckets = 4.0 * min(bucket, P)
-    else:
-        buckets = bucket * (4 + 2 * bf16) * (1 + overlap)
-    apart = zero_stage < 3 or offload
+    in_bucket = 4 * min(bucket, P)
+    held = cost.peak_with_gradients_bytes - cost.peak_bytes
+    activations, buckets = cost.peak_bytes, bucket * (4 + 2 * bf16) * (1 + overlap)
+    if zero_stage == 1:  # all gradients stay to the end of the pass
+        activations, buckets = cost.peak_with_gradients_bytes, 0
+    elif lazy:
+        activations, buckets = cost.peak_bytes + min(held, in_bucket), 0
+    if zero_stage == 3:  # a copy of the bucket, cut for the ranks, and what comes of it
+        buckets += in_bucket * (1 + 1 / n_ranks)
     return Memory(
         weights=4 * (P if zero_stage < 3 else share),
         gathered=live * sum(n * width for n, width in zip(kinds, widths)) if zero_stage == 3 else 0.0,
-        masters=4 * share if apart else 0.0,
+        masters=4 * share if zero_stage < 3 or offload else 0.0,
         moments=8 * share,
         averages=4 * share,
         gradients=4 * share,
         buckets=buckets,
-        activations=cost.peak_with_gradients_bytes if zero_stage == 1 else cost.peak_bytes,
-        step=0.0 if offload else 3 * 4 * share,
+        activations=activations,
+        step=(4 * P + in_bucket if zero_stage == 1 else 0.0) + (0.0 if offload else 3 * 4 * share),
         host=20 * share if offload else 0.0,
     )
 

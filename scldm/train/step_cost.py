@@ -74,6 +74,7 @@ def _trace(network: nn.Module, loss_of: LossOf, bf16: bool, keep_gradients: bool
 
 def vae_step(config: VAEConfig, n_genes: int, n_cells: int, n_given: int, n_asked: int, **how: Any) -> StepCost:
     """Of the autoencoder on cells that share their gene sets."""
+
     def loss_of(run: nn.Module) -> Tensor:
         ids = torch.ones(max(n_given, n_asked), dtype=torch.int64)
         counts = torch.ones((n_cells, len(ids)), dtype=torch.int32)
@@ -91,6 +92,7 @@ def dit_step(
     config: DiTConfig, n_latents: int, latent_width: int, n_labels: dict[str, int], n_cells: int, **how: Any
 ) -> StepCost:
     """Of the diffusion transformer."""
+
     def loss_of(run: nn.Module) -> Tensor:
         z_BLZ = torch.ones(n_cells, n_latents, latent_width)
         labels = {name: torch.zeros(n_cells, dtype=torch.int64) for name in n_labels}

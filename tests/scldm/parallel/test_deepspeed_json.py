@@ -21,6 +21,8 @@ def test_overrides_are_merged_into_ours() -> None:
     found = deepspeed_json(4, 2, 1.0, 2, True, offload_optimizer=True, overrides=overrides)
     assert found["zero_optimization"] == {
         "stage": 2,
+        "reduce_bucket_size": 50_000_000,
+        "allgather_bucket_size": 50_000_000,
         "overlap_comm": True,
         "offload_optimizer": {"device": "cpu", "pin_memory": False},
     }

@@ -1,0 +1,326 @@
+"""`scldm plan`: what a training run will take, before a GPU is touched.
+
+Reading order: PlanConfig, main, Plan, plan_of, remedies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any, Literal
+
+from data_pipeline.loader import LoaderConfig
+from data_pipeline.read_shards import ShardSet
+from launch.cli import run_verb
+from scldm.errors import InputError
+from scldm.model.dit import DiTConfig
+from scldm.model.flops import vae_flops
+from scldm.model.vae import VAEConfig
+from scldm.parallel.deepspeed_json import BUCKET, check_overrides
+from scldm.parallel.engine import HardwareConfig
+from scldm.train.budget import Memory, rank_memory, sent_bytes
+from scldm.train.loop import TrainConfig
+from scldm.train.losses import GuidanceConfig
+from scldm.train.optim import OptimConfig
+from scldm.train.step_cost import StepCost, dit_step, vae_step
+from scldm.train.throughput import PEAK_TFLOPS
+
+PURPOSE = """Say what training a config takes: parameters, memory of a rank at each ZeRO stage, bytes between ranks,
+FLOPs, cells/s and days, what the loader must deliver, and what makes it fit if it does not. Nothing is computed."""
+EXAMPLE = """
+scldm plan vae/70m hardware/node_8gpu n_genes=36130 n_cells=100_000_000
+scldm plan vae/270m hardware/many_nodes hardware.nodes=128 n_genes=36130 n_cells=100_000_000 train.global_batch=8192 \\
+  hardware.micro_batch=8
+scldm plan ldm/base hardware/many_nodes stage=ldm model.n_latents=64 n_cells=100_000_000
+"""
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class PlannedHardware(HardwareConfig):
+    """The machine, as HardwareConfig lays work on it, and what it is.
+
+    nodes: of the job
+    gpus_per_node: ranks on each
+    gpu: for its peak; one of a short table, with sources in scldm/train/throughput.py
+    peak_tflops: dense, of the precision, without sparsity; 0 takes that of `gpu`
+    memory_gb: of a GPU, in 1e9 bytes
+    context_gb: what CUDA, NCCL and the allocator's gaps take of it
+    mfu: share of the peak that is reached
+    link_gb_s: what a GPU sends to other nodes, in 1e9 bytes a second; a node's links divided by its GPUs
+    node_link_gb_s: what a GPU sends to others of its node
+    """
+
+    nodes: int = 1
+    gpus_per_node: int = 8
+    gpu: str = "H100"
+    peak_tflops: float = 0.0
+    memory_gb: float = 80.0
+    context_gb: float = 3.0
+    mfu: float = 0.35
+    link_gb_s: float = 25.0
+    node_link_gb_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("nodes", "gpus_per_node", "memory_gb", "mfu", "link_gb_s", "node_link_gb_s"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"hardware.{name}={getattr(self, name)} must be positive")
+        if not self.peak_tflops and self.gpu not in PEAK_TFLOPS:
+            raise InputError(
+                f"hardware.gpu={self.gpu}: known are {', '.join(PEAK_TFLOPS)}; or give hardware.peak_tflops"
+            )
+
+    @property
+    def n_ranks(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def peak(self) -> float:
+        """FLOP/s of a GPU."""
+        return 1e12 * (self.peak_tflops or PEAK_TFLOPS[self.gpu][self.precision])
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """A training config, with what is not known before there are data.
+
+    stage: what is trained: vae or ldm
+    n_genes: of the vocabulary; 0 takes those of data.shards
+    n_cells: to train on; 0 takes those of data.shards
+    expressed: genes that a cell expresses, as the loader reads 3 bytes of each
+    json: print JSON, not the table
+    """
+
+    stage: Literal["vae", "ldm"] = "vae"
+    n_genes: int = 0
+    n_cells: int = 0
+    expressed: int = 2_000
+    data: LoaderConfig = field(default_factory=lambda: LoaderConfig(shards=""))
+    model: VAEConfig = field(default_factory=VAEConfig)
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    hardware: PlannedHardware = field(default_factory=PlannedHardware)
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    json: bool = False
+
+
+CONFIG = PlanConfig
+
+
+def main(config: PlanConfig) -> Plan:
+    """Print the plan; returns it. Raises: InputError for batches that can't be cut, or knowledge that is missing."""
+    check_overrides(config.deepspeed)
+    config = with_data(config)
+    plan = plan_of(config)
+    print(json.dumps(plan.to_json(), indent=1) if config.json else plan.table())
+    return plan
+
+
+def with_data(config: PlanConfig) -> PlanConfig:
+    """With the numbers of genes and cells that data.shards has, where they are not given."""
+    if config.data.shards and not (config.n_genes and config.n_cells):
+        manifest = ShardSet(config.data.shards).manifest
+        cells = sum(split.n_cells for split in manifest.splits if split.name == "train")
+        config = replace(config, n_genes=config.n_genes or manifest.genes.n_genes, n_cells=config.n_cells or cells)
+    needed = ("n_genes", "n_cells") if config.stage == "vae" else ("n_cells",)
+    for name in needed:
+        if getattr(config, name) < 1:
+            raise InputError(f"{name}={getattr(config, name)}: give it, or data.shards")
+    return config
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes.
+
+    by_stage: ZeRO stage -> memory of a rank
+    fits: whether the configured stage does
+    remedies: changes that make it fit, the gentlest first
+    """
+
+    config: PlanConfig
+    cost: StepCost
+    accumulation: int
+    by_stage: dict[int, Memory]
+    fits: bool
+    remedies: list[str]
+    formula_flops: float
+    sent_bytes: float
+    compute_s: float
+    exchange_s: float
+    step_s: float
+
+    @property
+    def cells_per_s(self) -> float:
+        return self.config.train.global_batch / self.step_s
+
+    @property
+    def days(self) -> float:
+        return self.config.train.steps * self.step_s / 86_400
+
+    def to_json(self) -> dict[str, Any]:
+        config, cost = self.config, self.cost
+        return {
+            "ranks": config.hardware.n_ranks,
+            "accumulation": self.accumulation,
+            "cost": dataclasses.asdict(cost),
+            "memory": {stage: memory.to_json() for stage, memory in self.by_stage.items()},
+            "fits": self.fits,
+            "remedies": self.remedies,
+            "flops_per_cell": cost.flops / config.hardware.micro_batch,
+            "formula_flops_per_cell": self.formula_flops,
+            "sent_bytes_per_step": self.sent_bytes,
+            "step_s": self.step_s,
+            "cells_per_s": self.cells_per_s,
+            "days": self.days,
+            "epochs": config.train.steps * config.train.global_batch / config.n_cells,
+            "loader_bytes_per_s_and_node": self.loader_bytes / config.hardware.nodes,
+        }
+
+    @property
+    def loader_bytes(self) -> float:
+        config = self.config
+        each = 3 * config.expressed if config.stage == "vae" else 4 * config.model.n_latents * config.model.latent_width
+        return self.cells_per_s * each
+
+    def table(self) -> str:
+        config, hardware, cost = self.config, self.config.hardware, self.cost
+        cells, batch, n_steps, N = hardware.micro_batch, config.train.global_batch, config.train.steps, hardware.n_ranks
+        room = hardware.memory_gb - hardware.context_gb
+        names = ("weights", "gathered", "masters", "moments", "averages", "gradients", "buckets", "activations")
+        names = (*names, "peak", "host")
+        lines = [
+            f"{cost.n_parameters / 1e6:,.1f} million parameters; {N:,} ranks x {cells} cells x {self.accumulation} = "
+            f"{batch:,} cells a step",
+            f"memory of a rank in GB, of {room:g} beside what CUDA takes:",
+            "  ZeRO" + "".join(f"  {name}" for name in names),
+        ]
+        for stage, memory in self.by_stage.items():
+            numbers = memory.to_json()
+            row = "".join(f"  {numbers[name] / GB:>{len(name)}.2f}" for name in names)
+            mark = "  <- configured" if stage == hardware.zero_stage else ""
+            lines.append(f"  {stage:>4}{row}{mark}{'' if memory.peak / GB <= room else '  DOES NOT FIT'}")
+        if config.model.attention == "fused":
+            lines.append("activations and FLOPs are those of attention=factorised, which fused takes no more than")
+        if not self.fits:
+            lines.append("it does not fit; it would with " + (", or with ".join(self.remedies) or "none of our knobs"))
+        formula = f" (by the formula {self.formula_flops / 1e9:,.2f} G)" if self.formula_flops else ""
+        epochs = n_steps * batch / config.n_cells
+        loader = self.cells_per_s / hardware.nodes
+        lines += [
+            f"FLOPs of a cell, forward and backward: {cost.flops / cells / 1e9:,.2f} G{formula}",
+            f"sent by a rank in a step: {self.sent_bytes / GB:,.2f} GB",
+            f"a step: {self.compute_s * 1e3:,.1f} ms of computing at {hardware.mfu:.0%} of {hardware.peak / 1e12:g} "
+            f"TFLOP/s, {self.exchange_s * 1e3:,.1f} ms of exchange: {self.step_s * 1e3:,.1f} ms",
+            f"{self.cells_per_s:,.0f} cells/s, {self.cells_per_s / N:,.0f} of a GPU; {n_steps:,} steps in "
+            f"{self.days:,.2f} days, {epochs:,.1f} epochs of {config.n_cells:,} cells",
+            f"the loader must deliver {loader:,.0f} cells/s to a node, {self.loader_bytes / hardware.nodes / 1e6:,.1f} "
+            "MB/s of counts (3 bytes each) or latents",
+        ]
+        return "\n".join(lines)
+
+
+def plan_of(config: PlanConfig) -> Plan:
+    """Raises: InputError where ranks x micro-batch does not divide the global batch."""
+    hardware, N = config.hardware, config.hardware.n_ranks
+    accumulation = hardware.accumulation(config.train.global_batch, N)
+    cost = cost_of(config)
+    by_stage = {stage: memory_of(replace_hardware(config, zero_stage=stage)) for stage in (1, 2, 3)}
+    fits = does_fit(config)
+    sent = sent_bytes(cost, hardware.zero_stage, N, accumulation, hardware.precision == "bf16")
+    link = hardware.node_link_gb_s if hardware.nodes == 1 else min(hardware.link_gb_s, hardware.node_link_gb_s)
+    exchange_s = sent / (link * GB)
+    compute_s = accumulation * cost.flops / (hardware.peak * hardware.mfu)
+    overlap = overlaps(config)
+    step_s = max(compute_s, exchange_s) if overlap else compute_s + exchange_s
+    formula = 0.0
+    if config.stage == "vae":
+        n_given, n_asked = genes_of(config)
+        formula = 3 * sum(vae_flops(config.model, hardware.micro_batch, n_given, n_asked).values())
+    return Plan(
+        config,
+        cost,
+        accumulation,
+        by_stage,
+        fits,
+        [] if fits else [told for told, changed in remedies(config) if does_fit(changed)],
+        formula / hardware.micro_batch,
+        sent,
+        compute_s,
+        exchange_s,
+        step_s,
+    )
+
+
+def genes_of(config: PlanConfig) -> tuple[int, int]:
+    """Genes given and asked of a cell in training."""
+    given = config.data.given.n_genes or config.n_genes
+    asked = given if config.data.asked.policy == "same" else config.data.asked.n_genes or config.n_genes
+    return min(given, config.n_genes), min(asked, config.n_genes)
+
+
+@cache
+def _traced(stage: str, model: VAEConfig, n_genes: int, cells: int, given: int, asked: int, bf16: bool) -> StepCost:
+    if stage == "vae":
+        model = replace(model, attention="factorised" if model.attention == "fused" else model.attention, compile=False)
+        return vae_step(model, n_genes, cells, given, asked, bf16=bf16)
+    dit = DiTConfig(model.width, model.n_layers, model.n_heads, recompute=model.recompute)
+    return dit_step(dit, model.n_latents, model.latent_width, {}, cells, bf16=bf16)
+
+
+def cost_of(config: PlanConfig) -> StepCost:
+    genes = genes_of(config) if config.stage == "vae" else (0, 0)
+    hardware = config.hardware
+    return _traced(
+        config.stage, config.model, config.n_genes, hardware.micro_batch, *genes, hardware.precision == "bf16"
+    )
+
+
+def overlaps(config: PlanConfig) -> bool:
+    chosen = config.deepspeed.get("zero_optimization", {}).get("overlap_comm")
+    return config.hardware.zero_stage == 3 if chosen is None else bool(chosen)  # DeepSpeed's own default
+
+
+def memory_of(config: PlanConfig) -> Memory:
+    hardware = config.hardware
+    bucket = config.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", BUCKET)
+    bf16, offload = hardware.precision == "bf16", hardware.offload_optimizer
+    overlap = overlaps(config)
+    return rank_memory(cost_of(config), hardware.zero_stage, hardware.n_ranks, bf16, offload, overlap, int(bucket))
+
+
+def does_fit(config: PlanConfig) -> bool:
+    return memory_of(config).peak / GB <= config.hardware.memory_gb - config.hardware.context_gb
+
+
+def replace_hardware(config: PlanConfig, **changes: Any) -> PlanConfig:
+    return replace(config, hardware=replace(config.hardware, **changes))
+
+
+def remedies(config: PlanConfig) -> Iterator[tuple[str, PlanConfig]]:
+    """Knobs that change memory and no result, each alone and then all together: what to say, and the config."""
+    hardware = config.hardware
+    recompute = replace(config, model=replace(config.model, recompute=True))
+    if not config.model.recompute:
+        yield "model.recompute=true", recompute
+    smaller = max(1, hardware.micro_batch // 2)
+    while smaller > 1 and not does_fit(replace_hardware(config, micro_batch=smaller)):
+        smaller = max(1, smaller // 2)
+    if smaller < hardware.micro_batch:
+        yield f"hardware.micro_batch={smaller}", replace_hardware(config, micro_batch=smaller)
+    for stage in range(hardware.zero_stage + 1, 4):
+        yield f"hardware.zero_stage={stage}", replace_hardware(config, zero_stage=stage)
+    if not hardware.offload_optimizer:
+        yield "hardware.offload_optimizer=true", replace_hardware(config, offload_optimizer=True)
+    every = replace_hardware(recompute, micro_batch=1, zero_stage=3, offload_optimizer=True)
+    yield "hardware.micro_batch=1 model.recompute=true hardware.zero_stage=3 hardware.offload_optimizer=true", every
+
+
+if __name__ == "__main__":
+    sys.exit(run_verb("plan", sys.argv[1:]))

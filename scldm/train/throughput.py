@@ -1,0 +1,102 @@
+"""How fast cells pass and what they cost: the metrics of training between two rows of the log.
+
+Reading order: PEAK_TFLOPS, peak_flops, Meter.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+
+from scldm.parallel.dist import World
+
+# dense TFLOP/s of matrix products, without sparsity; fp32 is TF32's where the device has it.
+# Source: NVIDIA's data sheets of A100, H100 SXM, H200 SXM, B200 (DGX B200: 8 GPUs), L4, L40S
+PEAK_TFLOPS: dict[str, dict[str, float]] = {
+    "A100": {"fp32": 156.0, "bf16": 312.0},
+    "H100": {"fp32": 494.5, "bf16": 989.5},
+    "H200": {"fp32": 494.5, "bf16": 989.5},
+    "B200": {"fp32": 1_100.0, "bf16": 2_250.0},
+    "L40S": {"fp32": 183.0, "bf16": 362.0},
+    "L4": {"fp32": 60.0, "bf16": 121.0},
+}
+
+
+def peak_flops(device: torch.device, precision: str) -> float:
+    """FLOP/s of a device at a precision; 0 for one that the table lacks, as a CPU."""
+    if device.type != "cuda":
+        return 0.0
+    name = torch.cuda.get_device_name(device)
+    known = [kind for kind in PEAK_TFLOPS if kind in name.replace("-", " ").split()]
+    return 1e12 * PEAK_TFLOPS[known[0]][precision] if known else 0.0
+
+
+class Meter:
+    """Means of training metrics between two readings, over all ranks, and how fast cells passed.
+
+    flops_per_cell: of the path that is run, forward and backward; 0 where it is not known
+    peak: FLOP/s of a rank's device; 0 where it is not known
+    """
+
+    def __init__(self, world: World, flops_per_cell: float = 0.0, peak: float = 0.0) -> None:
+        self.world, self.flops_per_cell, self.peak = world, flops_per_cell, peak
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget: what passed since the last reading was not training."""
+        self.sums: dict[str, torch.Tensor] = {}
+        self.n_cells, self.n_steps = torch.zeros((), device=self.world.device), 0
+        self.waited_s, self.start = 0.0, time.perf_counter()
+
+    def wait_for(self, loader: Any) -> list[Any]:
+        began = time.perf_counter()
+        batches = next(loader)
+        self.waited_s += time.perf_counter() - began
+        return batches
+
+    def add(self, losses: list[dict[str, torch.Tensor]], batches: list[Any]) -> None:
+        """The loss and its parts of each micro-batch of a step."""
+        self.n_steps += 1
+        for parts, batch in zip(losses, batches, strict=True):
+            for key, value in parts.items():
+                self.sums[key] = self.sums.get(key, 0) + value
+            self.n_cells += batch.weight_B.sum().to(self.n_cells.device)
+
+    def read(self) -> tuple[dict[str, float], dict[str, float]]:
+        """(row of all ranks, row of this rank); collective.
+
+        cells_per_s: of all ranks; cells_per_s_rank: of one, on average; mfu: share of the peak, where both are known
+        waiting_share: of the time in which the loader was waited for
+        memory_gb: the most that a rank had at once since the start, on the device or, for a CPU, resident
+        """
+        elapsed = time.perf_counter() - self.start
+        sums = {key: float(value) for key, value in self.sums.items()}
+        own = {"cells": float(self.n_cells), "waited_s": self.waited_s}
+        totals = self.world.sum({**sums, **own})
+        memory = _memory_bytes(self.world.device)
+        (most,) = self.world.begin_max([memory])()
+        n, waited_s, size = totals.pop("cells"), totals.pop("waited_s"), self.world.size
+        row = {
+            **{key: value / n for key, value in totals.items()},
+            "cells_per_s": n / elapsed,
+            "cells_per_s_rank": n / elapsed / size,
+            "step_s": elapsed / max(self.n_steps, 1),
+            "waiting_share": waited_s / size / elapsed,
+            "memory_gb": most / 1e9,
+        }
+        if self.flops_per_cell and self.peak:
+            row["mfu"] = n / elapsed / size * self.flops_per_cell / self.peak
+        mine = {"cells_per_s": own["cells"] / elapsed, "waiting_share": own["waited_s"] / elapsed}
+        self.restart()
+        return row, {**mine, "memory_gb": memory / 1e9}
+
+
+def _memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1_024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,75 @@
+"""Costs of a step against the formula, and planned memory against what real ranks took."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scldm.model.dit import DiTConfig
+from scldm.model.flops import vae_flops
+from scldm.model.vae import VAEConfig
+from scldm.train.budget import rank_memory, sent_bytes
+from scldm.train.step_cost import StepCost, dit_step, vae_step
+
+ROOT = Path(__file__).resolve().parents[3]
+SHAPE = VAEConfig(width=32, n_latents=4, latent_width=4, n_layers=2, n_heads=2, attention="plain")
+
+
+def test_the_formula_path_takes_the_flops_of_the_formula() -> None:
+    cost = vae_step(SHAPE, 500, 3, 120, 90)
+    assert cost.flops == 3 * sum(vae_flops(SHAPE, 3, 120, 90).values())
+    again = vae_step(VAEConfig(**{**vars(SHAPE), "recompute": True}), 500, 3, 120, 90)
+    assert again.flops > cost.flops
+    assert again.peak_bytes < cost.peak_bytes
+
+
+def test_activations_grow_with_cells_and_gradients_with_parameters() -> None:
+    one, two = (dit_step(DiTConfig(32, 2, 2), 4, 8, {"type": 3}, n) for n in (50, 100))
+    assert two.flops == 2 * one.flops
+    assert 1.8 < two.peak_bytes / one.peak_bytes < 2.1
+    assert one.peak_bytes <= one.peak_with_gradients_bytes <= one.peak_bytes + 4 * one.n_parameters
+
+
+def test_states_are_shared_out_as_the_stages_say() -> None:
+    cost = StepCost(1_000, 800, 0, 500, 600)
+    for stage, kept in ((1, 4), (2, 4), (3, 0.5)):
+        memory = rank_memory(cost, stage, 8)
+        assert memory.weights == kept * 1_000
+        assert memory.moments == 1_000  # two of four bytes, an eighth of them
+    assert rank_memory(cost, 2, 8, offload=True).peak < rank_memory(cost, 2, 8).peak
+    assert sent_bytes(cost, 1, 1, 4) == 0
+    # ZeRO-2 sums 4,000 bytes twice around a ring of two, and gathers as many; in bf16 linear maps are exchanged in two
+    assert sent_bytes(cost, 2, 2, 1) == 0.5 * (2 * 4_000 + 4_000)
+    assert sent_bytes(cost, 3, 2, 3, bf16=True) == 0.5 * 3 * 3 * (2 * 800 + 4 * 200)
+
+
+@pytest.mark.slow
+def test_planned_memory_is_within_15_percent_of_what_ranks_took(tmp_path: Path) -> None:
+    small = {"model": {"width": 64, "n_latents": 16, "n_layers": 2, "n_heads": 4}}
+    small |= {"n_genes": 20_000, "n_given": 2_048, "cells": 32}
+    mid = {"model": {"width": 256, "n_latents": 64, "n_layers": 4, "n_heads": 4}}
+    mid |= {"n_genes": 30_000, "n_given": 1_024, "cells": 4}
+    cases: list[dict[str, Any]] = [{**model, "zero_stage": stage} for model in (small, mid) for stage in (1, 2, 3)]
+    (tmp_path / "cases.json").write_text(json.dumps([cases[0], *cases]))  # the first also imports
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "tests.scldm.train.peak_memory", str(tmp_path / "cases.json"), str(tmp_path / "peaks.json")]
+    # what is freed goes back to the system at once, so that the peak is of what lived
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3_000:]
+    ratios = {}
+    for model in (small, mid):
+        sizes: Any = [model[name] for name in ("n_genes", "cells", "n_given", "n_given")]
+        cost = vae_step(VAEConfig(**model["model"]), *sizes, device="cpu")
+        for case, peak in zip(cases, json.loads((tmp_path / "peaks.json").read_text())[1:], strict=True):
+            if case["model"] == model["model"]:
+                planned = rank_memory(cost, case["zero_stage"], 2, lazy=True).peak
+                ratios[case["model"]["width"], case["zero_stage"]] = planned / peak
+    assert all(abs(ratio - 1) < 0.15 for ratio in ratios.values()), ratios
