@@ -43,6 +43,7 @@ VERBS = {
     "bench unseen": ("launch.bench.unseen", "hold combinations out, generate them, compare with real ones and guesses"),
     "bench generate": ("launch.bench.generate", "measure generation with a trained model"),
     "bench checkpoint": ("launch.bench.checkpoint", "measure saving, loading, and what saving holds up"),
+    "bench train": ("launch.bench.train", "measure what the training loop and DeepSpeed add to the bare step"),
     "bench vae-step": ("launch.bench.vae_step", "measure a training step of the autoencoder"),
     "bench vae-choices": ("launch.bench.vae_choices", "compare autoencoders that differ in one choice, on real cells"),
     "bench subset-embedding": ("launch.bench.subset_embedding", "embed real cells from ever fewer of their genes"),

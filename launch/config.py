@@ -188,7 +188,9 @@ def _plain(values: Any) -> Any:
 def flatten(schema: type, prefix: str = "") -> list[tuple[str, str, str, str]]:
     """Every dotted key of a schema with its type, its default and the line of its class's docstring about it."""
     hints = typing.get_type_hints(schema)
-    texts = dict(re.findall(r"^ *(\w+): (.+(?:\n {4,}\S.*)*)", inspect.getdoc(schema) or "", re.MULTILINE))
+    texts = {}
+    for kind in reversed(schema.__mro__):  # a config may add keys to another
+        texts |= dict(re.findall(r"^ *(\w+): (.+(?:\n {4,}\S.*)*)", inspect.cleandoc(kind.__doc__ or ""), re.MULTILINE))
     rows = []
     for field in dataclasses.fields(schema):
         kind = hints[field.name]

@@ -46,8 +46,7 @@ class PlannedHardware(HardwareConfig):
 
     nodes: of the job
     gpus_per_node: ranks on each
-    gpu: for its peak; one of a short table, with sources in scldm/train/throughput.py
-    peak_tflops: dense, of the precision, without sparsity; 0 takes that of `gpu`
+    gpu: one of a short table of peaks, with sources in scldm/train/throughput.py; peak_tflops goes before it
     memory_gb: of a GPU, in 1e9 bytes
     context_gb: what CUDA, NCCL and the allocator's gaps take of it
     mfu: share of the peak that is reached
@@ -58,7 +57,6 @@ class PlannedHardware(HardwareConfig):
     nodes: int = 1
     gpus_per_node: int = 8
     gpu: str = "H100"
-    peak_tflops: float = 0.0
     memory_gb: float = 80.0
     context_gb: float = 3.0
     mfu: float = 0.35
@@ -93,6 +91,7 @@ class PlanConfig:
     n_genes: of the vocabulary; 0 takes those of data.shards
     n_cells: to train on; 0 takes those of data.shards
     expressed: genes that a cell expresses, as the loader reads 3 bytes of each
+    deepspeed: keys of DeepSpeed's own, as a run takes them
     json: print JSON, not the table
     """
 
@@ -268,7 +267,6 @@ def genes_of(config: PlanConfig) -> tuple[int, int]:
 @cache
 def _traced(stage: str, model: VAEConfig, n_genes: int, cells: int, given: int, asked: int, bf16: bool) -> StepCost:
     if stage == "vae":
-        model = replace(model, attention="factorised" if model.attention == "fused" else model.attention, compile=False)
         return vae_step(model, n_genes, cells, given, asked, bf16=bf16)
     dit = DiTConfig(model.width, model.n_layers, model.n_heads, recompute=model.recompute)
     return dit_step(dit, model.n_latents, model.latent_width, {}, cells, bf16=bf16)

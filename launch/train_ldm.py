@@ -31,6 +31,7 @@ from scldm.train.init_from import dit_from
 from scldm.train.loop import TrainConfig
 from scldm.train.losses import FlowConfig, GuidanceConfig, LDMStage
 from scldm.train.optim import OptimConfig
+from scldm.train.step_cost import StepCost, dit_step
 from scldm.train.tracking import TrackingConfig
 from scldm.vocab import ConditionVocab
 
@@ -109,7 +110,14 @@ def set_up(config: TrainLDMConfig, world: World) -> Parts:
     stage = LDMStage(module, config.guidance, config.flow, source.encode)
     if config.model.condition_means:
         fit_means(stage, source.alone(config.hardware.micro_batch), world)
-    return Parts(module, stage, source.loader, source.validation, manifest, joined)
+
+    def cost() -> StepCost:
+        bf16, n_cells = config.hardware.precision == "bf16", config.hardware.micro_batch
+        # conditions are a few numbers a cell
+        shape = replace(config.model, continuous={}, combination_tokens=False, condition_means=False, compile=False)
+        return dit_step(shape, n_latents, latent_width, {}, n_cells, bf16=bf16)
+
+    return Parts(module, stage, source.loader, source.validation, manifest, joined, cost)
 
 
 # --- where the latents come from -----------------------------------------------------------------------------------

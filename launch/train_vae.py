@@ -18,6 +18,7 @@ from scldm.train.init_from import vae_from
 from scldm.train.loop import TrainConfig
 from scldm.train.losses import VAEStage
 from scldm.train.optim import OptimConfig
+from scldm.train.step_cost import StepCost, vae_step
 from scldm.train.tracking import TrackingConfig
 
 PURPOSE = "Train the autoencoder on a shard set. Run again with the same run_dir, it resumes."
@@ -75,7 +76,14 @@ def set_up(config: TrainVAEConfig, world: World) -> Parts:
     module = VAE(config.model, loader.vocab.n_genes)
     trained = start_of(config)
     joined = vae_from(module, loader.vocab, trained.vae, trained.genes) if trained is not None else ()
-    return Parts(module, VAEStage(module), loader, validation, loader.manifest, joined)
+    given = config.data.given.n_genes or n_genes
+    asked = given if config.data.asked.policy == "same" else config.data.asked.n_genes or n_genes
+
+    def cost() -> StepCost:
+        bf16 = config.hardware.precision == "bf16"
+        return vae_step(config.model, n_genes, config.hardware.micro_batch, given, asked, bf16=bf16)
+
+    return Parts(module, VAEStage(module), loader, validation, loader.manifest, joined, cost)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ from scldm.train.losses import Stage
 from scldm.train.optim import OptimConfig, make_optimizer
 from scldm.train.requests import Requests
 from scldm.train.run_folder import locked, open_run_folder, outcome_noted, write_json
+from scldm.train.step_cost import StepCost
+from scldm.train.throughput import Meter, peak_flops
 from scldm.train.tracking import Tracker, TrackingConfig
 
 # what a resume may change: where and how fast a run goes, how it is followed, but not what it computes. `data.shards`
@@ -39,7 +41,8 @@ FREE_ON_RESUME = (
     *("train.patience", "train.max_skipped", "train.hang_s", "train.stop_signals"),
     *("model.attention", "model.compile", "model.recompute", "model.gene_chunk"),
     *("hardware.engine", "hardware.micro_batch", "hardware.zero_stage", "hardware.threads"),
-    *("hardware.offload_optimizer", "hardware.collective_timeout_s", "deepspeed"),
+    *("hardware.offload_optimizer", "hardware.collective_timeout_s", "hardware.peak_tflops"),
+    *("deepspeed", "train.rank_logs"),
     *("data.shards", "data.form", "data.prefetch", "data.read_threads", "data.read_ahead"),
     *("data.cache_folder", "data.cache_gb"),
 )
@@ -65,7 +68,8 @@ class RunConfig(Protocol):
 
 
 class Parts(NamedTuple):
-    """What one stage trains, on which stream of which shard set; joined: how its names met those of `init_from`."""
+    """What one stage trains, on which stream of which shard set; joined: how its names met those of `init_from`;
+    cost: of a micro-batch."""
 
     module: torch.nn.Module
     stage: Stage
@@ -73,6 +77,7 @@ class Parts(NamedTuple):
     validation: Loader
     manifest: Manifest
     joined: Sequence[Joined] = ()
+    cost: Callable[[], StepCost] | None = None
 
 
 def run_training(name: str, config: RunConfig, set_up: Callable[[World], Parts]) -> dict[str, float]:
@@ -108,6 +113,8 @@ def run_training(name: str, config: RunConfig, set_up: Callable[[World], Parts])
         )
         if world.is_first:
             write_json(run_dir / "deepspeed.json", getattr(engine, "json", {}))
+        peak = peak_flops(world.device, config.hardware.precision, config.hardware.peak_tflops)
+        flops = parts.cost().flops / config.hardware.micro_batch if peak and parts.cost and world.is_first else 0.0
         tags = {"git": describe()["git"]}
         tracker = Tracker(run_dir, config.tracking, active=world.is_first, stage=name, params=as_dict, tags=tags)
         return train(
@@ -123,6 +130,7 @@ def run_training(name: str, config: RunConfig, set_up: Callable[[World], Parts])
             name,
             watch,
             requests,
+            Meter(world, flops, peak),
         )
 
 

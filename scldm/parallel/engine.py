@@ -38,6 +38,7 @@ class HardwareConfig:
     offload_optimizer: keep master weights, moments and averages in the host's memory, and step there
     precision: fp32, or bf16 (autocast; master weights stay float32)
     threads: CPU threads per rank for torch
+    peak_tflops: of a rank's device at the precision, dense, for MFU; 0 takes that of a GPU known by its name
     collective_timeout_s: longest wait of a rank for the others within one exchange, in seconds
     """
 
@@ -47,6 +48,7 @@ class HardwareConfig:
     offload_optimizer: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
     threads: int = 1
+    peak_tflops: float = 0.0
     collective_timeout_s: int = 1_800
 
     def __post_init__(self) -> None:

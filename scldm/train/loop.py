@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from scldm.train.losses import Draws, Stage
 from scldm.train.optim import OptimConfig, learning_rate
 from scldm.train.requests import Requests, signal_named
 from scldm.train.saver import Saver
+from scldm.train.throughput import Meter, note_rank
 from scldm.train.tracking import Tracker
 
 
@@ -38,6 +38,7 @@ class TrainConfig:
     seed: of weights and of every draw
     ema_decay: of the averaged weights, which are what is validated, exported and sampled
     log_every: steps between two rows of training metrics
+    rank_logs: also keep a file for each rank, ranks/K.jsonl: its own cells/s, waiting and memory
     validate_every: steps between two passes over the validation cells
     save_every: steps between two checkpoints
     keep: checkpoints kept, besides the best
@@ -54,6 +55,7 @@ class TrainConfig:
     seed: int = 0
     ema_decay: float = 0.9999
     log_every: int = 50
+    rank_logs: bool = False
     validate_every: int = 1_000
     save_every: int = 1_000
     keep: int = 2
@@ -98,6 +100,7 @@ def train(
     name: str,
     watch: Watch | None = None,
     requests: Requests | None = None,
+    meter: Meter | None = None,
 ) -> dict[str, float]:
     """Train to `config.steps`, from the last whole checkpoint in `run_dir` if there is one; returns validation metrics.
 
@@ -115,7 +118,7 @@ def train(
         at = {key: state[key] for key in at}
     step, skipped, stale, best, metrics = at.values()
 
-    meter = _Meter(world)
+    meter = meter or Meter(world)
     saver = Saver(run_dir, engine, ema, world, config.keep, config.keep_every)
     with Progress(name, config.steps, "steps", done=step, shown=world.is_first) as bar, saver:
         ends = step >= config.steps or _out_of_patience(config, stale)
@@ -151,7 +154,10 @@ def train(
             cells_seen = step * config.global_batch
 
             if (step % config.log_every == 0 or step == config.steps) and meter.n_steps:
-                row = {**meter.read(), "lr": lr, "grad_norm": grad_norm}
+                row, own = meter.read()
+                row |= {"lr": lr, "grad_norm": grad_norm}
+                if config.rank_logs:
+                    note_rank(run_dir, world.rank, step, own)
                 tracker.log(step, row, cells_seen=cells_seen)
                 bar.advance(0, f"loss {row['loss']:.4g}, {row['cells_per_s']:,.0f} cells/s")
             bar.advance()
@@ -211,44 +217,3 @@ def validate(
     totals = world.sum({**{key: float(value) for key, value in sums.items()}, "n_cells": float(n_cells)})
     n = totals.pop("n_cells")
     return {key: value / n for key, value in totals.items()}
-
-
-class _Meter:
-    """Means of training metrics between two readings, over all ranks, and how fast cells passed."""
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.restart()
-
-    def restart(self) -> None:
-        """Forget: what passed since the last reading was not training."""
-        self.sums: dict[str, torch.Tensor] = {}
-        self.n_cells, self.n_steps = torch.zeros((), device=self.world.device), 0
-        self.waited_s, self.start = 0.0, time.perf_counter()
-
-    def wait_for(self, loader: Loader) -> list[Any]:
-        began = time.perf_counter()
-        batches = next(loader)
-        self.waited_s += time.perf_counter() - began
-        return batches
-
-    def add(self, losses: list[dict[str, torch.Tensor]], batches: list[Any]) -> None:
-        """The loss and its parts of each micro-batch of a step."""
-        self.n_steps += 1
-        for parts, batch in zip(losses, batches, strict=True):
-            for key, value in parts.items():
-                self.sums[key] = self.sums.get(key, 0) + value
-            self.n_cells += batch.weight_B.sum()
-
-    def read(self) -> dict[str, float]:
-        """Collective."""
-        elapsed = time.perf_counter() - self.start
-        sums = {key: float(value) for key, value in self.sums.items()}
-        totals = self.world.sum({**sums, "n_cells": float(self.n_cells), "waited_s": self.waited_s})
-        n, waited_s = totals.pop("n_cells"), totals.pop("waited_s")
-        self.restart()
-        return {
-            **{key: value / n for key, value in totals.items()},
-            "cells_per_s": n / elapsed,
-            "waiting_share": waited_s / self.world.size / elapsed,
-        }

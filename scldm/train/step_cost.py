@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -73,7 +73,8 @@ def _trace(network: nn.Module, loss_of: LossOf, bf16: bool, keep_gradients: bool
 
 
 def vae_step(config: VAEConfig, n_genes: int, n_cells: int, n_given: int, n_asked: int, **how: Any) -> StepCost:
-    """Of the autoencoder on cells that share their gene sets."""
+    """Of the autoencoder on cells that share their gene sets; where attention is `fused`, as any machine can run it."""
+    config = replace(config.portable, compile=False)
 
     def loss_of(run: nn.Module) -> Tensor:
         ids = torch.ones(max(n_given, n_asked), dtype=torch.int64)

@@ -1,13 +1,15 @@
 """How fast cells pass and what they cost: the metrics of training between two rows of the log.
 
-Reading order: PEAK_TFLOPS, peak_flops, Meter.
+Reading order: PEAK_TFLOPS, peak_flops, Meter, note_rank.
 """
 
 from __future__ import annotations
 
+import json
 import resource
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,8 +28,10 @@ PEAK_TFLOPS: dict[str, dict[str, float]] = {
 }
 
 
-def peak_flops(device: torch.device, precision: str) -> float:
-    """FLOP/s of a device at a precision; 0 for one that the table lacks, as a CPU."""
+def peak_flops(device: torch.device, precision: str, stated_tflops: float = 0.0) -> float:
+    """FLOP/s of a device at a precision, as stated or by its name; 0 for one that the table lacks, as a CPU."""
+    if stated_tflops:
+        return 1e12 * stated_tflops
     if device.type != "cuda":
         return 0.0
     name = torch.cuda.get_device_name(device)
@@ -93,6 +97,14 @@ class Meter:
         mine = {"cells_per_s": own["cells"] / elapsed, "waiting_share": own["waited_s"] / elapsed}
         self.restart()
         return row, {**mine, "memory_gb": memory / 1e9}
+
+
+def note_rank(run_dir: Path, rank: int, step: int, own: dict[str, float]) -> None:
+    """A line of a rank's own numbers, in its own file."""
+    path = run_dir / "ranks" / f"{rank}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps({"step": step, **own}) + "\n")
 
 
 def _memory_bytes(device: torch.device) -> int:

@@ -12,7 +12,7 @@ from scldm.train import checkpoint, saver
 from scldm.train.tracking import read_metrics
 from tests.scldm.train.small_runs import small_run, stored
 
-OF_THE_MACHINE = {"time", "cells_per_s", "waiting_share"}
+OF_THE_MACHINE = {"time", "cells_per_s", "cells_per_s_rank", "step_s", "waiting_share", "memory_gb"}
 
 
 def rows(run_dir: Path) -> list[dict]:
