@@ -74,10 +74,12 @@ class Feed(Generic[Batch]):
         self.cells, self.collate, self.order = cells, collate, order
         self.low, self.high, self.micro_batch = low, high, micro_batch
         self.read_ahead, self.read_threads, self.positions = read_ahead, read_threads, np.arange(low, high)
-        # all blocks of a small set, else the windows of this rank's lanes and half as many again, for those read ahead
+        # all blocks of a small set, else the windows of this rank's lanes and half as many again, and those read ahead:
+        # few blocks where all of their cells are used, up to as many again as the windows where few are selected
         edge = np.arange(order.lanes + 1) * order.global_batch // order.lanes
-        own_lanes = int(((edge[:-1] < high) & (edge[1:] > low)).sum())
-        n_slots = own_lanes * order.window * 3 // 2 + read_ahead
+        windows = int(((edge[:-1] < high) & (edge[1:] > low)).sum()) * order.window
+        coming = read_ahead * (high - low) * n_blocks // order.population.n_cells
+        n_slots = windows * 3 // 2 + read_ahead + min(coming, windows)
         if n_blocks <= order.lanes * order.window:
             n_slots = n_blocks
         self.n_slots = min(n_blocks, max(n_slots, high - low))
@@ -114,14 +116,13 @@ class Feed(Generic[Batch]):
         return running
 
     def _batches(self, plans: Iterator[Plan], blocks: _Blocks) -> Iterator[list[Batch]]:
-        ahead: deque[Plan] = deque()
+        ahead: deque[tuple[Plan, int]] = deque()  # and when its blocks were asked for
         for plan in plans:
-            blocks.want(plan.block)
-            ahead.append(plan)
-            if len(ahead) > self.read_ahead:
-                yield self._collate(ahead.popleft(), blocks)
+            while ahead and (len(ahead) > self.read_ahead or not blocks.have_room(plan.block, ahead[0][1])):
+                yield self._collate(ahead.popleft()[0], blocks)
+            ahead.append((plan, blocks.want(plan.block)))
         while ahead:
-            yield self._collate(ahead.popleft(), blocks)
+            yield self._collate(ahead.popleft()[0], blocks)
 
     def _collate(self, plan: Plan, blocks: _Blocks) -> list[Batch]:
         slots = blocks.slots_of(plan.block)
@@ -150,8 +151,13 @@ class _Blocks:
         self.now = 0
         self.loading: dict[int, Future[None]] = {}  # block -> its read, until it was waited for
 
-    def want(self, block: np.ndarray) -> None:
-        """Begins to read what is not there."""
+    def have_room(self, block: np.ndarray, since: int) -> bool:
+        """Whether these blocks can be read without giving up one that was asked for since then."""
+        missing = block[self.slot[block] < 0]
+        return not len(missing) or len(set(missing.tolist())) <= int((self.needed < since).sum())
+
+    def want(self, block: np.ndarray) -> int:
+        """Begins to read what is not there; returns when that was."""
         self.now += 1
         slots = self.slot[block]
         self.needed[slots[slots >= 0]] = self.now
@@ -162,6 +168,7 @@ class _Blocks:
                 self._drop(int(self.block[slot]))
             self.block[slot], self.slot[b], self.needed[slot] = b, slot, self.now
             self.loading[b] = self.pool.submit(read_block, self.cells, self.slots, b, slot)
+        return self.now
 
     def slots_of(self, block: np.ndarray) -> np.ndarray:
         """The slots (B,) that hold these blocks, all read.

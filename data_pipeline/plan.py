@@ -281,13 +281,11 @@ def make_plan(config: ShardsWriteConfig, folder: Path) -> Plan:
     if differ:
         raise InputError(
             f"{folder.parent}: holds unfinished work of another command: {'; '.join(differ)}; "
-            "give another out, or remove that folder"
+            f"give another out, or remove {config.out}"
         )
     changed = [s.uri for s in plan.sources if s.has_changed]
     if changed:
-        raise InputError(
-            f"{changed[0]}: has changed since this command was begun; remove {folder.parent} to start over"
-        )
+        raise InputError(f"{changed[0]}: has changed since this command was begun; remove {config.out} to start over")
     return plan
 
 

@@ -110,34 +110,45 @@ def _offsets(totals: np.ndarray) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Run:
-    """A run's files: its cells by ascending position, and where each one's part of every section begins."""
+    """Of a run's cells, which lie by ascending position, those of a range. A run's files are open only while they are
+    read: an atlas has thousands of runs.
+
+    path: of its data
+    positions: (n,) of the range's cells
+    starts: (n + 1, 3), where each one's part of counts, far and large begins
+    totals: (3,), where the run's last cell ends
+    """
 
     path: Path
     positions: np.ndarray
     starts: np.ndarray
+    totals: np.ndarray
 
     @classmethod
-    def open(cls, stem: Path) -> Run:
+    def between(cls, stem: Path, low: int, high: int) -> Run:
+        """The cells at positions low ... high."""
         positions = np.load(stem.with_suffix(".positions.npy"), mmap_mode="r")
-        return cls(stem.with_suffix(".data"), positions, np.load(stem.with_suffix(".starts.npy"), mmap_mode="r"))
+        starts = np.load(stem.with_suffix(".starts.npy"), mmap_mode="r")
+        a, b = bisect_left(positions, low), bisect_left(positions, high)
+        return cls(stem.with_suffix(".data"), positions[a:b].copy(), starts[a : b + 1].copy(), starts[-1].copy())
 
 
-def read_range(runs: Sequence[Run], low: int, high: int) -> tuple[np.ndarray, NarrowCells, np.ndarray]:
+def read_range(stems: Sequence[Path], low: int, high: int) -> tuple[np.ndarray, NarrowCells, np.ndarray]:
     """The cells at positions low ... high: their positions, ascending; the cells as they lie in the runs; and the order
     that brings those to ascending positions."""
-    slices = [(bisect_left(r.positions, low), bisect_left(r.positions, high)) for r in runs]
-    lengths = [np.diff(r.starts[a : b + 1], axis=0) for r, (a, b) in zip(runs, slices)]
+    runs = [Run.between(stem, low, high) for stem in stems]
+    lengths = [np.diff(run.starts, axis=0) for run in runs]
     totals = np.asarray(np.sum([n.sum(axis=0) for n in lengths], axis=0, dtype=np.int64))
     buffers = [np.empty(n, dtype) for n, (_, dtype) in zip((totals[0], totals[0], totals[1], totals[2]), SECTIONS)]
     filled = [0] * len(SECTIONS)
-    for run, (a, b) in zip(runs, slices):
-        if a == b:
+    for run in runs:
+        if not len(run.positions):
             continue
         columns = (0, 0, 1, 2)
-        offsets = _offsets(run.starts[-1])
+        offsets = _offsets(run.totals)
         with run.path.open("rb", buffering=0) as file:
             for k, (buffer, (start, _), column) in enumerate(zip(buffers, offsets, columns)):
-                first, last = int(run.starts[a, column]), int(run.starts[b, column])
+                first, last = int(run.starts[0, column]), int(run.starts[-1, column])
                 if first == last:
                     continue
                 part = buffer[filled[k] : filled[k] + last - first]
@@ -146,6 +157,6 @@ def read_range(runs: Sequence[Run], low: int, high: int) -> tuple[np.ndarray, Na
                 assert n_read == part.nbytes, f"{run.path}: shorter than its index says"
                 filled[k] += last - first
     n = np.concatenate(lengths).astype(np.uint32)
-    positions = np.concatenate([np.asarray(r.positions[a:b]) for r, (a, b) in zip(runs, slices)])
+    positions = np.concatenate([run.positions for run in runs])
     order = np.argsort(positions)
     return positions[order], NarrowCells(n[:, 0], n[:, 1], n[:, 2], *buffers), order

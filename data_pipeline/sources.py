@@ -193,11 +193,14 @@ def _identity(uri: str) -> object:
 
 
 def as_labels(column: pd.Series, where: str, missing: str) -> pd.Series:
-    """A column of obs as strings. Whole numbers read as such, so that 1.0 and 1 are one label.
+    """A column of obs as strings. A number is the same label however it is stored: 1.0 and 1 are `1`, 0.1 is `0.1` in
+    any precision, whatever else the column holds.
 
-    Raises: InputError for a missing value where no label for it is named.
+    Raises: InputError for a missing value where no label for it is named, and for an infinite one.
     """
     absent = column.isna()
+    if pd.api.types.is_float_dtype(column.dtype) and np.isinf(column.to_numpy(np.float64, na_value=np.nan)).any():
+        raise InputError(f"{where}: column {column.name!r} has an infinite value: no label")
     if isinstance(column.dtype, pd.CategoricalDtype):
         categories = _texts(pd.Series(column.cat.categories))
         labels = pd.Series(np.append(categories.to_numpy(object), missing)[column.cat.codes], index=column.index)
@@ -216,11 +219,12 @@ def as_labels(column: pd.Series, where: str, missing: str) -> pd.Series:
 
 
 def _texts(values: pd.Series) -> pd.Series:
-    if pd.api.types.is_float_dtype(values.dtype):
-        present = values.dropna().to_numpy()
-        if (present == np.floor(present)).all():
-            values = values.astype("Int64")
-    return values.astype(object).map(lambda v: str(v)).astype(object)
+    if not pd.api.types.is_float_dtype(values.dtype):
+        return values.astype(object).map(lambda v: str(v)).astype(object)
+    numbers = values.to_numpy(str(values.dtype).lower(), na_value=np.nan)  # pandas' Float32 is float32
+    codes, known = pd.factorize(numbers)
+    texts = [str(int(v)) if v == np.floor(v) else str(v) for v in known]
+    return pd.Series(np.append(np.array(texts, object), "nan")[codes], index=values.index, name=values.name)
 
 
 def open_matrix(spec: SourceSpec, transposed: Path | None = None) -> Matrix:

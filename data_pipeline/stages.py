@@ -29,7 +29,7 @@ from data_pipeline.files import disk_explained, file_system, store_explained, wr
 from data_pipeline.narrow import CountError, GeneSums, Rows, check_columns, narrow_rows
 from data_pipeline.plan import Plan
 from data_pipeline.schema import BLOCK_INDEX, ShardEntry, member_name, vocab_tag
-from data_pipeline.shuffle import Arena, Run, RunWriter, read_range
+from data_pipeline.shuffle import Arena, RunWriter, read_range
 from data_pipeline.sources import Matrix, open_matrix
 from data_pipeline.variable_genes import add_moments
 from scldm.errors import InputError
@@ -193,10 +193,6 @@ class Worker:
     def layout(self) -> Layout:
         return Layout.load(self.work)
 
-    @cached_property
-    def runs(self) -> list[Run]:
-        return [Run.open(stem) for stem in self.layout.runs(self.work)]
-
     def gather(self, unit: int) -> dict[str, np.ndarray]:
         """One tar of the set, delivered to its place; returns its blocks' records, size and hash."""
         plan, settings, layout = self.plan, self.plan.settings, self.layout
@@ -206,7 +202,7 @@ class Worker:
         per_block = settings["block_cells"]
         # the cells of one read: a third of the memory, since they are held once as read and once as blocks
         at_a_time = max(int(self.process_bytes / 3 / layout.cell_bytes) // per_block, 1) * per_block
-        records = []
+        records, runs = [], layout.runs(self.work)
         end = shard.first_cell + shard.n_cells
         local = self.work / "tars" / Path(shard.path).name
         local.parent.mkdir(exist_ok=True)
@@ -215,7 +211,7 @@ class Worker:
             for low in range(shard.first_cell, end, at_a_time):
                 high = min(low + at_a_time, end)
                 first, last = int(layout.kept[low]), int(layout.kept[high - 1])
-                positions, cells, order = read_range(self.runs, first, last + 1)
+                positions, cells, order = read_range(runs, first, last + 1)
                 assert len(positions) == high - low, "a cell is missing from the runs, or there twice"
                 for start in range(0, high - low, per_block):
                     mine = slice(start, min(start + per_block, high - low))

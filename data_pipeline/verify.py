@@ -341,6 +341,8 @@ def _check_statistics(manifest: Manifest, index: dict[str, np.ndarray], seen: Se
     for name in ("combinations", "n_expressed_largest", "n_nonzeros", "largest_count"):
         if getattr(right, name) != getattr(stated, name):
             yield Fault("manifest.json", f"statistics.{name} is not what the cells say")
+    if len(right.library_sizes) != len(stated.library_sizes):
+        yield Fault("manifest.json", "statistics.library_sizes lack, or have more than, the choices of conditions")
     for ours, theirs in zip(right.library_sizes, stated.library_sizes):
         exact = (ours.by, ours.ids, ours.n) == (theirs.by, theirs.ids, theirs.n)
         if not exact or not np.allclose((ours.log_mean, ours.log_std), (theirs.log_mean, theirs.log_std), rtol=1e-9):

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.files import disk_explained, locked, written_aside
+from data_pipeline.files import disk_explained, file_system, locked, store_explained, written_aside
 from data_pipeline.genes import JoinedGenes, choose
 from data_pipeline.plan import Plan, ShardsWriteConfig, differences, make_plan, settings_of
 from data_pipeline.schema import (
@@ -81,6 +81,9 @@ def write_shards(config: ShardsWriteConfig) -> Manifest | None:
         if as_task:
             busy = f"{config.out}: another process is doing task={config.task}; wait for it, or end it"
             locks.enter_context(locked(work / f"lock.{index}-of-{n_tasks}", busy))
+        locks.callback(_remove_if_unused, work)
+        if not (work / "plan").is_dir():
+            _refuse_what_lies_without_a_plan(config)
         plan = make_plan(config, work / "plan")
         _say_what_it_takes(plan, work)
 
@@ -125,6 +128,24 @@ def _strangers(work: Path) -> list[str]:
     names = sorted(p.name for p in work.iterdir()) if work.is_dir() else []
     known = [re.sub(r"^\.(.+)\.[0-9a-f]{12}$", r"\1", name) for name in names]
     return [name for name, plain in zip(names, known) if plain not in WORK_FILES and not LOCK.fullmatch(plain)]
+
+
+def _remove_if_unused(work: Path) -> None:
+    """A work folder in which nothing but locks was ever made: the command was refused."""
+    if work.is_dir() and all(LOCK.fullmatch(path.name) for path in work.iterdir()):
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _refuse_what_lies_without_a_plan(config: ShardsWriteConfig) -> None:
+    """Raises: InputError where `out` has shards of unfinished work that is gone: they would pass for this command's."""
+    fs, root = file_system(config.out)
+    with store_explained(config.out):
+        there = [name for name in ("shards", "index") if fs.exists(f"{root.rstrip('/')}/{name}")]
+    if there:
+        raise InputError(
+            f"out={config.out}: holds {' and '.join(there)} of unfinished work that is gone; remove them, or give "
+            "another out"
+        )
 
 
 def _remove_work(config: ShardsWriteConfig) -> None:
@@ -315,20 +336,25 @@ def choose_genes(config: ShardsWriteConfig, plan: Plan, work: Path) -> bool:
 
 
 def _summed(folder: Path, n_units: int) -> tuple[np.ndarray, int]:
-    parts = [np.load(folder / f"{unit:05d}.npz") for unit in range(n_units)]
-    sums = np.asarray(np.sum([p["sums"] for p in parts], axis=0, dtype=np.int64))
-    return sums, sum(int(p["n_cells"]) for p in parts)
+    sums, n_cells = np.zeros((), np.int64), 0
+    for unit in range(n_units):
+        with np.load(folder / f"{unit:05d}.npz") as part:
+            sums, n_cells = sums + part["sums"], n_cells + int(part["n_cells"])
+    return sums, n_cells
 
 
-def _scattered(plan: Plan, work: Path, name: str) -> list[np.ndarray]:
-    return [np.load(work / "scatter" / f"{unit:05d}.npz")[name] for unit in range(len(plan.units))]
+def _scattered(plan: Plan, work: Path, name: str) -> Iterator[np.ndarray]:
+    """What each unit noted under a name."""
+    for unit in range(len(plan.units)):
+        with np.load(work / "scatter" / f"{unit:05d}.npz") as part:
+            yield part[name]
 
 
 def make_layout(plan: Plan, work: Path) -> Layout:
     """Which cells are in which tar; the same whoever computes it."""
     if (work / "layout.json").exists():
         return Layout.load(work)
-    n_expressed = np.concatenate(_scattered(plan, work, "n_expressed"))
+    n_expressed = np.concatenate(list(_scattered(plan, work, "n_expressed")))
     in_order = np.asarray(plan.cell_at)
     kept = np.flatnonzero(n_expressed[in_order] > 0)
     if not len(kept):
@@ -376,7 +402,7 @@ def finish_set(config: ShardsWriteConfig, plan: Plan, layout: Layout, work: Path
     cell = np.asarray(plan.cell_at)[layout.kept]
     columns: dict[str, np.ndarray] = {"source": plan.source[cell], "row": np.asarray(plan.row)[cell]}
     for name in ("total_counts", "n_expressed"):
-        columns[name] = np.concatenate(_scattered(plan, work, name))[cell]
+        columns[name] = np.concatenate(list(_scattered(plan, work, name)))[cell]
     conditions = {name: np.asarray(ids)[cell] for name, ids in zip(plan.conditions.names, plan.condition_ids)}
     blocks = []
     shards = []
@@ -392,8 +418,8 @@ def finish_set(config: ShardsWriteConfig, plan: Plan, layout: Layout, work: Path
 
     split = np.asarray(plan.split)[cell]
     n_train = int((split == 0).sum())
-    gene_total = np.sum(_scattered(plan, work, "gene_total"), axis=0)
-    gene_cells = np.sum(_scattered(plan, work, "gene_cells"), axis=0)
+    gene_total = sum(_scattered(plan, work, "gene_total"), np.zeros((), np.int64))
+    gene_cells = sum(_scattered(plan, work, "gene_cells"), np.zeros((), np.int64))
     gene_columns = {"mean": gene_total / n_train, "fraction_expressed": gene_cells / n_train}
     for name, dtype in GENE_COLUMNS.items():
         write(gene_column_path(name), gene_columns[name].astype(dtype))

@@ -215,7 +215,12 @@ def test_filters_take_what_is_true(tmp_path):
 def test_labels():
     """Whole numbers are one label however they are stored; a missing value is refused or named."""
     assert as_labels(pd.Series([1.0, 2.0]), "x", "").tolist() == ["1", "2"]
-    assert as_labels(pd.Series([1.5, 2.0]), "x", "").tolist() == ["1.5", "2.0"]
+    # the label of a number must not depend on the others of its file, or a held-out dose of one stays in another
+    assert as_labels(pd.Series([1.5, 2.0]), "x", "").tolist() == ["1.5", "2"]
+    for dtype in ("f4", "f8", "Float32", "Float64"):
+        assert as_labels(pd.Series([0.1, 3, 1e-5], dtype=dtype), "x", "").tolist() == ["0.1", "3", "1e-05"]
+    with pytest.raises(InputError, match="column 'dose' has an infinite value"):
+        as_labels(pd.Series([1.0, np.inf], name="dose"), "x", "")
     assert as_labels(pd.Series([True, False]), "x", "").tolist() == ["True", "False"]
     for column in (
         pd.Series(["a", None, "b"], name="c"),

@@ -502,3 +502,12 @@ def test_a_source_that_changed_after_its_set_was_written(tmp_path, source):
         write(wanted)
     path.unlink()  # a set outlives its source
     assert write(wanted) is not None
+
+
+def test_shards_of_unfinished_work_that_is_gone_are_not_taken_over(tmp_path, source):
+    """Someone removed .work and left its tars: they would be read as this command's, or fail `shards verify`."""
+    (tmp_path / "set/shards").mkdir(parents=True)
+    (tmp_path / "set/shards/train-00000.tar").write_bytes(b"another's")
+    with pytest.raises(InputError, match="holds shards of unfinished work that is gone; remove them"):
+        write(config(tmp_path / "set", source[1]))
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["shards"]
