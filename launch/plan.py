@@ -234,7 +234,8 @@ def plan_of(config: PlanConfig) -> Plan:
     fits = does_fit(config)
     sent = sent_bytes(cost, hardware.zero_stage, N, accumulation, hardware.precision == "bf16")
     link = hardware.node_link_gb_s if hardware.nodes == 1 else min(hardware.link_gb_s, hardware.node_link_gb_s)
-    exchange_s = sent / (link * GB)
+    within = within_node(config)
+    exchange_s = sent * ((1 - within) / link + within / hardware.node_link_gb_s) / GB
     compute_s = accumulation * cost.flops / (hardware.peak * hardware.mfu)
     overlap = overlaps(config)
     step_s = max(compute_s, exchange_s) if overlap else compute_s + exchange_s
@@ -283,6 +284,13 @@ def cost_of(config: PlanConfig) -> StepCost:
 def overlaps(config: PlanConfig) -> bool:
     chosen = config.deepspeed.get("zero_optimization", {}).get("overlap_comm")
     return config.hardware.zero_stage == 3 if chosen is None else bool(chosen)  # DeepSpeed's own default
+
+
+def within_node(config: PlanConfig) -> float:
+    """Share of what ZeRO-3 sends that stays on a node: of its three exchanges the gather for backward, where weights are
+    kept whole on every node (hierarchical partitioning)."""
+    kept = int(config.deepspeed.get("zero_optimization", {}).get("zero_hpz_partition_size", 1))
+    return 1 / 3 if config.hardware.zero_stage == 3 and 1 < kept <= config.hardware.gpus_per_node else 0.0
 
 
 def memory_of(config: PlanConfig) -> Memory:
