@@ -287,8 +287,8 @@ def overlaps(config: PlanConfig) -> bool:
 
 
 def within_node(config: PlanConfig) -> float:
-    """Share of what ZeRO-3 sends that stays on a node: of its three exchanges the gather for backward, where weights are
-    kept whole on every node (hierarchical partitioning)."""
+    """Share of what ZeRO-3 sends that stays on a node: of its three exchanges the gather for backward, where every
+    node keeps weights whole (hierarchical partitioning)."""
     kept = int(config.deepspeed.get("zero_optimization", {}).get("zero_hpz_partition_size", 1))
     return 1 / 3 if config.hardware.zero_stage == 3 and 1 < kept <= config.hardware.gpus_per_node else 0.0
 
