@@ -25,6 +25,7 @@ from scldm.model.all_genes import encoder_of
 from scldm.model.vae import VAE, Posterior
 from scldm.parallel.dist import World, close_world, world_of_environment
 from scldm.progress import Progress
+from scldm.train.run_folder import read_config
 from scldm.vocab import GeneVocab
 
 PURPOSE = """Encode every cell of a shard set once: posterior means as a latent set, which stage 2 trains on.
@@ -72,6 +73,7 @@ def main(config: EncodeConfig) -> Path:
         if cells.manifest.kind != "cells":
             raise InputError(f"{config.shards}: a set of {cells.manifest.kind}, not of cells")
         check_same_genes(cells.manifest, config.shards, Path(config.vae))
+        check_given(config.genes.policy, Path(config.vae), "genes.policy")
         shape = (vae.config.n_latents, vae.config.latent_width)
         writer = LatentWriter(config.out, cells, origin["hash"], shape, config.genes.policy)
         missing = writer.missing_shards()
@@ -88,6 +90,15 @@ def main(config: EncodeConfig) -> Path:
             print(f"{cells.manifest.n_cells:,} cells as {shape[0]} tokens of width {shape[1]}: {config.out}")
     close_world()
     return Path(config.out)
+
+
+def check_given(policy: str, vae_run: Path, key: str) -> None:
+    """Raises: InputError where cells would be given to the autoencoder otherwise than it was trained: it is another
+    function of all genes (or of a random choice of them, zeros included) than of expressed ones alone."""
+    trained = read_config(vae_run)["data"]["given"]["policy"]
+    if (policy == "expressed") != (trained == "expressed"):
+        right = "expressed" if trained == "expressed" else "all"
+        raise InputError(f"{key}={policy}: {vae_run} was trained with data.given.policy={trained}; give {key}={right}")
 
 
 def check_same_genes(manifest: Manifest, shards: str, vae_run: Path) -> None:

@@ -91,7 +91,7 @@ def trained_dit(run_dir: Path, vae: VAE, which: Literal["best", "latest"]) -> tu
     conditions = ConditionVocab.load(run_dir / "conditions.json")
     n_labels = {name: conditions.n_labels(name) for name in conditions.names}
     shape = (vae.config.n_latents, vae.config.latent_width)
-    dit = DiT.of_tensors(DiTConfig(**run["model"]), *shape, n_labels, averaged(run_dir, which)[0])
+    dit = DiT.of_tensors(DiTConfig(**run["model"]).portable, *shape, n_labels, averaged(run_dir, which)[0])
     step = load_averaged(dit, run_dir, which)
     return dit.eval(), {"run": str(run_dir), "step": step, "hash": weights_hash(dit.state_dict()), "config": run}
 

@@ -18,7 +18,7 @@ from data_pipeline.gene_sets import GeneSetConfig
 from data_pipeline.loader import CellLoader, LatentLoader, LoaderConfig, StreamConfig
 from data_pipeline.schema import Manifest
 from launch.cli import run_verb
-from launch.encode import check_same_genes
+from launch.encode import check_given, check_same_genes
 from launch.export import trained_vae
 from launch.training import Parts, check_has_validation, run_training, start_of, whole_cells
 from scldm.batch import GeneCounts
@@ -171,6 +171,7 @@ def cells(config: TrainLDMConfig, world: World) -> Source:
     loader = CellLoader(LoaderConfig(**stream, given=config.given), split="train", **place(config, world))
     check_has_validation(loader.manifest, config.data.shards)
     check_same_genes(loader.manifest, config.data.shards, Path(config.vae))
+    check_given(config.given.policy, Path(config.vae), "given.policy")
     whole = LoaderConfig(**{**stream, "balance": []})
     n_genes = loader.vocab.n_genes
     batch = whole_cells(config.hardware.micro_batch, config.given.n_genes or n_genes, n_genes)

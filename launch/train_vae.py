@@ -69,6 +69,8 @@ def set_up(config: TrainVAEConfig, world: World) -> Parts:
     check_has_validation(loader.manifest, config.data.shards)
     # judged on all genes of every held-out cell, whatever it trains on, in micro-batches that take no more memory
     whole = replace(config.data, given=GeneSetConfig(), asked=GeneSetConfig(policy="same"), balance=[])
+    if config.data.given.policy == "expressed":
+        whole = replace(whole, given=GeneSetConfig("expressed"), asked=GeneSetConfig())
     n_genes = loader.vocab.n_genes
     in_training = max(config.data.given.n_genes, config.data.asked.n_genes) or n_genes
     place["micro_batch"] = whole_cells(config.hardware.micro_batch, in_training, n_genes)

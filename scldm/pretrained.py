@@ -114,7 +114,8 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Pretrained:
     if config["ldm"] is not None:
         n_labels = {name: conditions.n_labels(name) for name in config["conditions"]}
         own = {key.removeprefix("ldm/"): value for key, value in tensors.items() if key.startswith("ldm/")}
-        dit = DiT.of_tensors(DiTConfig(**config["ldm"]), vae.config.n_latents, vae.config.latent_width, n_labels, own)
+        shape = vae.config.n_latents, vae.config.latent_width
+        dit = DiT.of_tensors(DiTConfig(**config["ldm"]).portable, *shape, n_labels, own)
         _fill(dit, tensors, "ldm", folder)
         dit = dit.eval().requires_grad_(False)
     sizes = LibrarySizeModel.load(folder / "library_sizes.json")
@@ -232,6 +233,12 @@ class Pretrained:
 
     def _given(self, adata: ad.AnnData, layer: str | None) -> tuple[sp.csr_matrix, Tensor]:
         """Counts of the genes that the model knows, and their indices."""
+        run = self.origin.get("vae", {}).get("config", {})
+        if run.get("data", {}).get("given", {}).get("policy") == "expressed":
+            raise InputError(
+                "this autoencoder was trained with data.given.policy=expressed and is given all genes of a file here, "
+                "which is another function; `scldm encode` with genes.policy=expressed encodes cells as it was trained"
+            )
         if layer in ("raw", "raw/X") and adata.raw is not None:
             adata, layer = adata.raw.to_adata(), None
         if layer is not None and layer not in adata.layers:

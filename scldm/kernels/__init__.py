@@ -20,6 +20,18 @@ from scldm.errors import InputError
 MOST_PAIRS = 128  # of a decoder head and a latent token: their weights for a block of genes lie in registers
 
 
+def check_shape(heads: int, latents: int) -> None:
+    """Raises: InputError for a decoder whose pairs of a cross head and a latent token fill no tile, or too large a one.
+    A tile's sides are powers of two; latent tokens are filled up to one, of at least 16."""
+    pairs = heads * max(16, 1 << (latents - 1).bit_length())
+    if heads & (heads - 1) or pairs > MOST_PAIRS:
+        raise InputError(
+            f"model.attention=fused takes model.decoder_cross_heads={heads} only if it is a power of two and, times "
+            f"model.n_latents={latents} filled up to a power of two, at most {MOST_PAIRS}, not {pairs}; factorised "
+            "takes any"
+        )
+
+
 def check_available(device: torch.device) -> None:
     """Raises: InputError where fused kernels can't run on this device, before anything is computed."""
     other = "model.attention=factorised computes the same in torch"

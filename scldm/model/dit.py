@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -50,6 +50,11 @@ class DiTConfig:
     attention: Literal["plain", "sdpa"] = "sdpa"
     compile: bool = False
     recompute: bool = False
+
+    @property
+    def portable(self) -> DiTConfig:
+        """The same network as any machine can run it: not compiled."""
+        return replace(self, compile=False)
 
     def __post_init__(self) -> None:
         for name in ("width", "n_layers", "n_heads"):

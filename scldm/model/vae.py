@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scldm.batch import GeneCounts
 from scldm.errors import InputError
-from scldm.kernels import MOST_PAIRS
+from scldm.kernels import check_shape
 from scldm.likelihood import (
     NORMALISED_TO,
     LikelihoodKind,
@@ -77,8 +77,9 @@ class VAEConfig:
 
     @property
     def portable(self) -> VAEConfig:
-        """The same network as any machine can run it: `fused`, which not every one can, as `factorised`."""
-        return replace(self, attention="factorised") if self.attention == "fused" else self
+        """The same network as any machine can run it: not `fused`, not compiled."""
+        attention = "factorised" if self.attention == "fused" else self.attention
+        return replace(self, attention=attention, compile=False)
 
     def __post_init__(self) -> None:
         for name in ("width", "n_latents", "latent_width", "n_heads", "decoder_cross_heads"):
@@ -89,12 +90,8 @@ class VAEConfig:
                 raise InputError(f"model.{name}={getattr(self, name)} does not divide model.width={self.width}")
         if self.gene_chunk < 0:
             raise InputError(f"model.gene_chunk={self.gene_chunk} must not be negative")
-        pairs = self.decoder_cross_heads * self.n_latents
-        if self.attention == "fused" and pairs > MOST_PAIRS:
-            raise InputError(
-                f"model.attention=fused takes model.decoder_cross_heads x model.n_latents up to {MOST_PAIRS}, "
-                f"and here it is {pairs}; factorised takes any"
-            )
+        if self.attention == "fused":
+            check_shape(self.decoder_cross_heads, self.n_latents)
         if not self.kl_weight >= 0:
             raise InputError(f"model.kl_weight={self.kl_weight} must not be negative")
 
@@ -149,7 +146,9 @@ class Predicted(NamedTuple):
         dispersion, dropout_BQ = self.dispersion, self.dropout_BQ
         if self.likelihood == "gaussian":
             assert dispersion is not None
-            return gaussian_log_prob(normalised(counts_BQ, library_size_B), self.value_BQ, dispersion.log())
+            log_prob_BQ = gaussian_log_prob(normalised(counts_BQ, library_size_B), self.value_BQ, dispersion.log())
+            # a cell without a count has no profile; the other likelihoods expect 0 of it, and lose nothing
+            return log_prob_BQ * (library_size_B > 0)[:, None]
         mu_BQ = self.mu(library_size_B)
         if self.likelihood == "poisson":
             return poisson_log_prob(counts_BQ, mu_BQ)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
+from scldm.batch import GeneCounts
 from scldm.likelihood import (
+    LikelihoodKind,
     gaussian_log_prob,
     gaussian_sample,
     nb_log_prob,
@@ -20,6 +23,7 @@ from scldm.likelihood import (
     zinb_log_prob,
     zinb_sample,
 )
+from scldm.model.vae import VAE, VAEConfig
 
 GRID = np.array(list(itertools.product([0, 1, 7, 300], [1e-2, 0.7, 40.0], [0.05, 1.0, 30.0, 5e3])))
 COUNTS, MU, THETA = (torch.tensor(column)[None] for column in GRID.T)
@@ -109,3 +113,17 @@ def test_samplers_take_extremes():
     for counts in (nb_sample(mu, theta, rng), poisson_sample(mu, rng), zinb_sample(mu, theta, np.full(4, -80.0), rng)):
         assert ((counts >= 0) & (counts < 2**31)).all()
     assert gaussian_sample(np.array([50.0, -50.0]), np.ones(2), 1e5, rng).tolist() == [10**9, 0]
+
+
+@pytest.mark.parametrize("likelihood", get_args(LikelihoodKind))
+def test_a_set_without_a_count_teaches_nothing(likelihood):
+    """A random set of a sparse cell's genes may hold none of its counts: what is not known of it must not be fitted."""
+    torch.manual_seed(0)
+    vae = VAE(VAEConfig(width=16, n_latents=2, latent_width=4, n_layers=1, n_heads=2, likelihood=likelihood), 30)
+    asked = GeneCounts(torch.arange(1, 11), torch.zeros(1, 10, dtype=torch.int32))
+    latent = torch.randn(1, 2, 4, requires_grad=True)
+    nll = vae.decode(latent, asked.gene_ids).nll_B(asked, torch.zeros(1)).sum()
+    nll.backward()
+    assert latent.grad is not None
+    assert float(nll.detach()) == pytest.approx(0, abs=1e-6)
+    assert float(latent.grad.abs().max()) < 1e-6

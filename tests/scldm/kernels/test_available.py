@@ -72,7 +72,7 @@ def test_the_network_takes_no_other_path_by_itself(with_triton):
 
 def test_more_heads_and_latents_than_fit_into_registers():
     config = VAEConfig(n_latents=64, decoder_cross_heads=4)
-    with pytest.raises(InputError, match=r"decoder_cross_heads x model\.n_latents up to 128, and here it is 256"):
+    with pytest.raises(InputError, match=r"decoder_cross_heads=4 only if .* at most 128, not 256; factorised"):
         replace(config, attention="fused")
 
 
@@ -84,3 +84,14 @@ def test_trained_by_them_a_model_is_loaded_anywhere(tmp_path):
     assert model.vae.config == replace(config, attention="factorised")
     cells = ad.AnnData(np.array([[1, 0, 4], [0, 2, 1]]), var=pd.DataFrame(index=list(genes.ids)))
     assert np.isfinite(model.embed(cells)).all()
+
+
+@pytest.mark.parametrize("heads, latents", [(3, 8), (6, 8), (16, 8), (2, 65), (1, 129)])
+def test_decoders_whose_pairs_fill_no_tile(heads, latents):
+    with pytest.raises(InputError, match=rf"decoder_cross_heads={heads} only if .*n_latents={latents} .*factorised"):
+        VAEConfig(width=96, n_latents=latents, decoder_cross_heads=heads, attention="fused")
+
+
+@pytest.mark.parametrize("heads, latents", [(1, 128), (4, 32), (8, 9)])
+def test_decoders_whose_pairs_do(heads, latents):
+    VAEConfig(width=96, n_latents=latents, decoder_cross_heads=heads, attention="fused")
