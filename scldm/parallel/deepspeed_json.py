@@ -1,6 +1,6 @@
 """DeepSpeed's own configuration: what ours says in its words, and any other of its keys that cannot change the result.
 
-Reading order: ELSEWHERE, RESULT, FREE, FREE_ZERO, deepspeed_json, check_overrides.
+Reading order: ELSEWHERE, RESULT, UNSUPPORTED, FREE, FREE_ZERO, deepspeed_json, check_overrides.
 """
 
 from __future__ import annotations
@@ -71,7 +71,6 @@ RESULT = {
     "zero_optimization.stage3_module_granularity_threshold": "gradients of parameters read of others would be lost",
     "zero_optimization.mics_shard_size": "checkpoints hold every number once, MiCS holds some twice",
     "zero_optimization.mics_hierarchical_params_gather": "checkpoints hold every number once, MiCS holds some twice",
-    "zero_optimization.offload_param.nvme_path": "checkpoints hold what is in memory",
     "zero_optimization.offload_optimizer.nvme_path": "checkpoints hold what is in memory",
     "zero_optimization.offload_optimizer.ratio": "a part of the optimizer would be another one",
     "zero_optimization.offload_optimizer.super_offload": "it is another optimizer",
@@ -81,6 +80,10 @@ RESULT = {
     "zero_optimization.cpu_offload_param": "it is the old name of offload_param",
     "zero_optimization.legacy_stage1": "it is another optimizer",
 }
+# what does not work
+UNSUPPORTED = {
+    "zero_optimization.offload_param": "weights stay on the device; hardware.offload_optimizer moves what is larger",
+}
 # the other keys of DeepSpeed 0.19.8, which ignores those of its own configuration that it does not know
 FREE = (
     *("aio", "comms_logger", "compile", "csv_monitor", "disable_python_gc", "dump_state", "flops_profiler"),
@@ -89,7 +92,7 @@ FREE = (
 )
 FREE_ZERO = (
     *("allgather_bucket_size", "allgather_partitions", "contiguous_gradients", "enable_sanity_checks"),
-    *("log_trace_cache_warnings", "memory_efficient_linear", "offload_optimizer", "offload_param", "overlap_comm"),
+    *("log_trace_cache_warnings", "memory_efficient_linear", "offload_optimizer", "overlap_comm"),
     *("parameter_alignment", "reduce_bucket_size", "reduce_scatter", "round_robin_gradients", "sub_group_size"),
     *("stage3_allgather_sequential", "stage3_max_live_parameters", "stage3_max_reuse_distance"),
     *("stage3_model_persistence_threshold", "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size"),
@@ -138,8 +141,8 @@ def check_overrides(overrides: Mapping[str, Any]) -> None:
                 raise InputError(f"deepspeed.{key}={value}: {ELSEWHERE[name]} says this")
             if name in RESULT:
                 raise InputError(f"deepspeed.{key}={value} would change the result: {RESULT[name]}")
-        if key == "zero_optimization.offload_param.device" and value not in ("none", "cpu"):
-            raise InputError(f"deepspeed.{key}={value}: it must be none or cpu: checkpoints hold what is in memory")
+            if name in UNSUPPORTED:
+                raise InputError(f"deepspeed.{key}={value}: {UNSUPPORTED[name]}")
         top, _, below = key.partition(".")
         if top not in FREE:
             raise InputError(f"deepspeed.{key}={value}: DeepSpeed knows no key {top!r}{_nearest(top, FREE)}")
