@@ -60,6 +60,8 @@ def state_of(notes: Path) -> State:
         return State(known[0], job, known[1] if known[0] == "PENDING" else (worst[4] if worst else ""))
     if worst and worst[0] not in ("RUNNING", "REQUEUED"):
         return State(worst[0], job, worst[4])
+    if known and known[1] == "JobLaunchFailure":
+        return State(known[0], job, f"Slurm could not open the log in {notes}: is its folder seen from every node?")
     if known and known[0] != "COMPLETED":
         return State(known[0], job, known[1] if known[1] != "None" else "")
     return State("LOST", job, "Slurm no longer knows the job, and its script could not say why it ended")

@@ -20,7 +20,13 @@ from scldm.errors import InputError
 
 SBATCH = '#!/bin/bash\necho "$@" >>"$FAKE/sbatch"; echo $((100 + $(wc -l <"$FAKE/sbatch")))\n'
 SINFO = '#!/bin/bash\nprintf "%s\\n" "low*|4|gpu:h100:8(S:0-1)" "low*|2|gpu:4" "cpu|9|(null)"\n'
-SQUEUE = '#!/bin/bash\ncat "$FAKE/squeue" 2>/dev/null || true\n'
+# jobs; or steps, of which there is one besides the batch script's once somebody has made it
+SQUEUE = """#!/bin/bash
+case "$*" in
+    *--steps*) echo 7.batch; if [ -e "$FAKE/step" ]; then echo 7.1; fi ;;
+    *) cat "$FAKE/squeue" 2>/dev/null || true ;;
+esac
+"""
 # the nodes of a job, its state, and whether a requeue was asked for
 SCONTROL = """#!/bin/bash
 case "$*" in
@@ -357,6 +363,28 @@ def test_the_nodes_that_preflight_leaves_are_those_that_run(fake: Path, tmp_path
     assert first[first.index("-m") + 1] == "launch.preflight"
     assert "--nodes=3" in first
     assert {"--nodes=2", "--ntasks=16", "--nodelist=n3,n1"} <= set(second)
+
+
+def test_a_signal_during_preflight_is_no_fault_of_a_node(fake: Path, tmp_path: Path) -> None:
+    life = Life(fake, tmp_path, "--preflight", "true")
+    assert life.start(0, 143) == "REQUEUED"
+    assert not (life.notes / "bad_nodes").exists()
+
+
+def test_a_signal_waits_for_the_ranks_to_be_there(fake: Path, tmp_path: Path) -> None:
+    """An srun that has not made its step yet ignores signals; told once, it stops."""
+    srun = """#!/bin/bash
+trap '' USR1
+kill -USR1 $PPID
+sleep 0.5
+trap 'echo x >>"$FAKE/told"; exit 85' USR1
+touch "$FAKE/step"
+for ((k = 0; k < 80; k++)); do sleep 0.1; done
+"""
+    life = Life(fake, tmp_path)
+    (fake / "bin" / "srun").write_text(srun)
+    assert life.start(0, step=5) == "REQUEUED"
+    assert (fake / "told").read_text() == "x\n"
 
 
 def test_a_preflight_without_a_report_names_the_first_node(fake: Path, tmp_path: Path) -> None:

@@ -254,20 +254,24 @@ def test_told_by_scancel(cluster: Cluster, chain: Path) -> None:
 
 
 def test_the_time_limit(cluster: Cluster, chain: Path) -> None:
-    """A minute is the shortest that Slurm knows; the run is told a second after it began, or later."""
-    slow = ["train.save_every=1"]
+    """In mid-training the limit becomes the next full minute that leaves 25 s, so that the warning is due at once."""
     run = Run(
-        *(cluster, "timed", chain / "shards", *slow, "--nodes", "2", "--preflight", "false", "--warn-s", "40"),
-        *("--", "--time=1"),
+        *(cluster, "timed", chain / "shards", "--nodes", "2", "--preflight", "false", "--warn-s", "90"),
+        *("--", "--time=30"),
     )
-    run.reaches(1)
+    began = time.monotonic()
+    run.reaches(5)
+    minutes = int(time.monotonic() - began + 25) // 60 + 1
+    cluster.call("scontrol", "update", f"jobid={run.job}", f"timelimit={minutes}")
+    wait_for(lambda: "REQUEUED" in run.log, 120, lambda: run.log)
+    cluster.call("scontrol", "update", f"jobid={run.job}", "timelimit=30")
     assert_went_on(run, chain / "vae")
 
 
 def test_a_loop_without_progress_ends(cluster: Cluster, chain: Path) -> None:
     run = Run(cluster, "loop", chain / "shards", "--nodes", "2", "--preflight", "false")
     for start in (1, 2):
-        wait_for(lambda: f"(start {start}," in run.log, 60, lambda: run.log)  # noqa: B023
+        wait_for(lambda: f"(start {start}," in run.log, 120, lambda: run.log)  # noqa: B023
         cluster.call("scancel", "--batch", "--signal=USR1", run.job)
     assert run.ends() == "FAILED"
     assert "no progress since the last requeue (still at 0)" in run.log
@@ -355,8 +359,12 @@ def test_gpus_that_are_not_there(
 
 
 def test_a_run_folder_that_is_not_shared(cluster: Cluster, chain: Path) -> None:
-    """The site calls a folder shared that is each node's own: preflight finds the node that does not see it."""
+    """The site calls a folder shared that is each node's own: preflight finds the node that does not see it.
+
+    Where not even the job's first node has it, Slurm can't open the log.
+    """
     place = cluster.folder / "disk" / "run"
+    (cluster.folder / "disks" / "sim1" / "run" / "slurm").mkdir(parents=True)
     words = ["train", "vae", *VAE, f"data.shards={chain}/shards", f"run_dir={place}", "--nodes", "2"]
     submit.main(submit.read(words))
     notes = cluster.folder / "disks" / "sim1" / "run" / "slurm"
@@ -364,6 +372,11 @@ def test_a_run_folder_that_is_not_shared(cluster: Cluster, chain: Path) -> None:
     first, second = json.loads((notes / "preflight.json").read_text())["nodes"]
     assert (first["node"], first["troubles"]) == ("sim1", [])
     assert second["troubles"] == [f"{place}/slurm: what the first node writes there is not seen here"]
+
+    elsewhere = cluster.folder / "disk" / "elsewhere"
+    submit.main(submit.read([*words[:-3], f"run_dir={elsewhere}", "--nodes", "2"]))
+    wait_for(lambda: state_of(elsewhere / "slurm").state == "FAILED", 60)
+    assert "is its folder seen from every node?" in state_of(elsewhere / "slurm").reason
 
 
 def test_status_and_logs(cluster: Cluster, chain: Path, capsys: pytest.CaptureFixture) -> None:
