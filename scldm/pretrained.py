@@ -30,7 +30,7 @@ from torch import Tensor
 
 from scldm.batch import GeneCounts
 from scldm.errors import InputError, read_json
-from scldm.flow.asked import check_sampler, encode_labels, without_token
+from scldm.flow.asked import check_sampler, encode_labels, own_and_other, without_token
 from scldm.flow.generate import SamplerConfig, generate_latents, generators, guided, sample_counts
 from scldm.flow.transform import blend, through_noise
 from scldm.flow.wanted import Wanted, distinct
@@ -303,7 +303,9 @@ class Pretrained:
         sampler, dit = sampler or SamplerConfig(), self._dit()
         obs = pd.DataFrame(adata.obs)
         by = [name for name in self.conditions.names if name in obs] if by is None else list(by)
-        own, other = self._own_and_other(obs, by, to, sampler)
+        row_n, own, other = own_and_other(dit, self.conditions, obs, by, to)
+        for taken in (own, other):
+            check_sampler(dit, taken, sampler, self.origin)
         if not alphas or not all(0 <= alpha <= 1 for alpha in alphas):
             raise InputError(f"alphas={', '.join(map(str, alphas))} must be numbers from 0 to 1, at least one")
         counts, given_ids = self._given(adata, layer)
@@ -315,7 +317,7 @@ class Pretrained:
                 dense_BS = torch.from_numpy(counts[rows].toarray()).to(self.device)
                 size_B, z_BLZ = dense_BS.sum(1).float(), dit.standardise(encode(dense_BS).mean_BLZ)
                 v_own, v_other = (
-                    guided(dit, {name: ids[rows].to(self.device) for name, ids in of.items()}, sampler)
+                    guided(dit, {k: torch.from_numpy(v[row_n[rows]]).to(self.device) for k, v in of.items()}, sampler)
                     for of in (own, other)
                 )
                 for alpha, part in zip(alphas, parts):
@@ -332,28 +334,6 @@ class Pretrained:
         uns = {"model": self.hash, "seed": seed, "config": json.dumps({"to": dict(to), "sampler": asdict(sampler)})}
         moved = pd.concat([self._moved(obs, to, alpha, len(alphas) > 1) for alpha in alphas])
         return ad.AnnData(matrix, obs=moved, var=self.var(asked_ids.cpu().numpy() - 1), uns={"scldm": uns})
-
-    def _own_and_other(
-        self, obs: pd.DataFrame, by: Sequence[str], to: Mapping[str, str], sampler: SamplerConfig
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """All of the model's conditions as it takes them, (n,): of the cells, and of what they shall be."""
-        dit = self._dit()
-        if not to:
-            raise InputError("to names no condition; as to=treatment=stimulated")
-        for name in [*by, *to]:
-            if name not in dit.n_labels:
-                raise InputError(f"condition {name!r} is unknown; the model knows {', '.join(dit.n_labels) or 'none'}")
-            if name not in obs:
-                raise InputError(f"obs has no column {name!r}; it has {', '.join(map(str, obs.columns)) or 'none'}")
-            if name not in by:
-                raise InputError(f"by must name {name!r} too: from which label each cell is taken to {to[name]!r}")
-        row_n, labels = distinct(pd.DataFrame({name: obs[name].array for name in by}))
-        own, _ = encode_labels(dit, self.conditions, labels)
-        other, _ = encode_labels(dit, self.conditions, labels.assign(**to))
-        for of in (own, other):
-            check_sampler(dit, of, sampler, self.origin)
-        own, other = ({name: torch.from_numpy(ids[row_n]) for name, ids in of.items()} for of in (own, other))
-        return own, other
 
     def _moved(self, obs: pd.DataFrame, to: Mapping[str, str], alpha: float, several: bool) -> pd.DataFrame:
         """The cells' obs where they were taken; a name says how far where there are several."""

@@ -28,7 +28,7 @@ VERBS_OF = {
     "vae": ["train vae"],
     "ldm": ["train ldm"],
     "hardware": ["train vae", "train ldm"],
-    "sampler": ["generate", "transform"],
+    "sampler": ["generate", "transform", "bench generate"],
 }
 
 

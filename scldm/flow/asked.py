@@ -1,10 +1,11 @@
 """What a user asks for, as the model takes it: labels as ids or values, and a sampler that the model was trained for.
 
-Reading order: encode_labels, check_sampler, without_token.
+Reading order: encode_labels, own_and_other, check_sampler, without_token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from scldm.errors import InputError
 from scldm.flow.generate import SamplerConfig
 from scldm.flow.guidance import GuidedField
+from scldm.flow.wanted import distinct
 from scldm.model.conditions import ValueEmbedding
 from scldm.model.dit import DiT
 from scldm.vocab import ConditionVocab
@@ -58,6 +60,32 @@ def _values(dit: DiT, vocab: ConditionVocab, name: str, labels: list[str]) -> tu
                 f"condition {name!r}: {label} lies beyond the values that were trained, {low:g} to {high:g}"
             )
     return values, [known.get(float(value), label) for value, label in zip(values, labels)]
+
+
+def own_and_other(
+    dit: DiT, vocab: ConditionVocab, obs: pd.DataFrame, by: Sequence[str], to: Mapping[str, str]
+) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Which combination of labels every cell has, int32 (n,), the combinations as the model takes them, and the same
+    with the labels that they shall have instead.
+
+    by: columns of obs that are the cells' own conditions
+    to: condition -> label
+
+    Raises: InputError for what is no condition of the model, no column of obs, or not in `by`.
+    """
+    if not to:
+        raise InputError("to names no condition; as to=treatment=stimulated")
+    for name in [*by, *to]:
+        if name not in dit.n_labels:
+            raise InputError(f"condition {name!r} is unknown; the model knows {', '.join(dit.n_labels) or 'none'}")
+        if name not in obs:
+            raise InputError(f"obs has no column {name!r}; it has {', '.join(map(str, obs.columns)) or 'none'}")
+        if name not in by:
+            raise InputError(f"by must name {name!r} too: from which label each cell is taken to {to[name]!r}")
+    row_n, labels = distinct(pd.DataFrame({name: obs[name].array for name in by}))
+    own, _ = encode_labels(dit, vocab, labels)
+    other, _ = encode_labels(dit, vocab, labels.assign(**to))
+    return row_n, own, other
 
 
 def check_sampler(dit: DiT, taken: dict[str, np.ndarray], sampler: SamplerConfig, origin: dict[str, Any]) -> None:
