@@ -36,6 +36,7 @@ are known to respond, and MMD2 and W2 to the real cells beside three guesses. Tr
 on."""
 EXAMPLE = """
 scldm bench unseen h5ad=kang.h5ad out=runs/unseen
+scldm bench unseen h5ad=kang.h5ad out=runs/unseen vae=[train.steps=4500] ldm=[model.condition_means=true]
 scldm bench unseen h5ad=kang.h5ad out=runs/unseen sampler.guidance=compositional save=benchmarks/unseen.json
 """
 NOTE = "unseen.json"
