@@ -1,5 +1,8 @@
 """`scldm train ldm`: stage 2, the diffusion transformer, on a latent set or on cells encoded as they come.
 
+Encoding as they come costs the autoencoder's forward pass at every visit of a cell, and no disk: with vae/tiny and
+ldm/tiny on one CPU core 1,710 cells/s from 423 fresh genes and 1,380 from all 1,267, against 2,030 from stored latents.
+What a fresh gene set gains in quality was not measured; a stored set has every cell from all its genes.
 Reading order: TrainLDMConfig, main, set_up; where the latents come from; what the conditions are.
 """
 
