@@ -55,7 +55,7 @@ def as_way(way: Way, call: Any, device: torch.device) -> Any:
     if not way.compiled:
         return call
     # on a CPU, the compiler of torch 2.13 fails in inference where it looks for attention written out in operations
-    options = {"pattern_matcher": False} if device.type == "cpu" else None
+    options: Any = {"pattern_matcher": False} if device.type == "cpu" else None
     return torch.compile(call, dynamic=False, options=options)
 
 
