@@ -16,7 +16,7 @@ from scldm.errors import InputError
 from scldm.flow.generate import SamplerConfig
 from scldm.flow.guidance import GuidedField
 from scldm.flow.wanted import distinct
-from scldm.model.conditions import ValueEmbedding
+from scldm.model.conditions import FeatureEmbedding, ValueEmbedding
 from scldm.model.dit import DiT
 from scldm.vocab import ConditionVocab
 
@@ -27,7 +27,8 @@ def encode_labels(dit: DiT, vocab: ConditionVocab, labels: pd.DataFrame) -> tupl
 
     labels: text, one column for each condition that is given
 
-    Raises: InputError for an unknown condition or label, or a value beyond those that were trained.
+    Raises: InputError for an unknown condition or label, a label that no training cell had (unless it is known by a
+        vector), or a value beyond those that were trained.
     """
     taken: dict[str, np.ndarray] = {}
     for name in dit.n_labels:
@@ -40,14 +41,34 @@ def encode_labels(dit: DiT, vocab: ConditionVocab, labels: pd.DataFrame) -> tupl
             taken[name] = values
         else:
             taken[name] = vocab.encode(name, list(labels[name]))
+            _check_trained(dit, vocab, name, taken[name])
     return taken, written
+
+
+def _trained(dit: DiT, name: str) -> np.ndarray:
+    """Ids of the labels that some training cell had; of all labels where the model does not say."""
+    labels_KC = dit.combinations.labels_KC.cpu().numpy()
+    return np.unique(labels_KC[:, list(dit.n_labels).index(name)]) if len(labels_KC) else np.arange(dit.n_labels[name])
+
+
+def _check_trained(dit: DiT, vocab: ConditionVocab, name: str, ids: np.ndarray) -> None:
+    """Raises: InputError for a label that is in the vocabulary, as held-out cells have it, but means nothing yet."""
+    if isinstance(dit.condition[list(dit.n_labels).index(name)], FeatureEmbedding):
+        return
+    unknown = np.setdiff1d(ids, _trained(dit, name))
+    if len(unknown):
+        raise InputError(
+            f"condition {name!r}: no training cell had the label {vocab.labels[name][unknown[0]]!r}, and nothing else "
+            f"tells the model what it is; label_embeddings.{name}=FILE in training would"
+        )
 
 
 def _values(dit: DiT, vocab: ConditionVocab, name: str, labels: list[str]) -> tuple[np.ndarray, list[str]]:
     """Numbers, and their text as the vocabulary has it."""
     embedding = dit.condition[list(dit.n_labels).index(name)]
     assert isinstance(embedding, ValueEmbedding)
-    low, high = embedding.range()
+    trained_K = embedding.values_K[torch.from_numpy(_trained(dit, name)).to(embedding.values_K.device)]
+    low, high = float(trained_K.min()), float(trained_K.max())
     known = {float(np.float32(label)): label for label in vocab.labels[name]}
     values = np.empty(len(labels), np.float32)
     for k, label in enumerate(labels):

@@ -52,10 +52,6 @@ class ValueEmbedding(nn.Module):
         same_BK = value_B[:, None] == self.values_K
         return torch.where(same_BK.any(1), same_BK.int().argmax(1), len(self.values_K))
 
-    def range(self) -> tuple[float, float]:
-        """The smallest and the largest value that was trained."""
-        return float(self.values_K.min()), float(self.values_K.max())
-
     def _standardised(self, value: Tensor) -> Tensor:
         known, x = self._scaled(self.values_K), self._scaled(value)
         return (x - known.mean()) / known.std(unbiased=False)

@@ -391,15 +391,17 @@ def test_guidance_that_the_model_was_not_trained_for_is_refused(
 
 
 def of_doses(tmp_path: Path) -> Pretrained:
-    """A model of dose, type (known by vectors, one of which no cell had) and donor, trained on three combinations."""
-    vocab = ConditionVocab({"dose": ("0", "1.0", "10"), "type": ("T cell", "B cell", "NK"), "donor": ("d1", "d2")})
+    """A model of dose (the last held out), type (known by vectors, one of which no cell had) and donor (the last held
+    out), trained on three combinations."""
+    donors = ("d1", "d2", "held out")
+    vocab = ConditionVocab({"dose": ("0", "1.0", "10", "20"), "type": ("T cell", "B cell", "NK"), "donor": donors})
     torch.manual_seed(0)
     dit = DiT(
         DiTConfig(16, 1, 2, continuous={"dose": "log"}, combination_tokens=True),
         L,
         Z,
         {name: vocab.n_labels(name) for name in vocab.names},
-        values={"dose": torch.tensor([0.0, 1.0, 10.0])},
+        values={"dose": torch.tensor([0.0, 1.0, 10.0, 20.0])},
         features={"type": torch.randn(3, 5)},
         combinations_KC=torch.tensor([[2, 1, 1], [0, 0, 0], [1, 0, 0]]),
     )
@@ -431,6 +433,8 @@ def test_values_and_labels_never_trained_can_be_asked_for(tmp_path: Path, capsys
     for dose, said in (("20", "20 lies beyond the values that were trained, 0 to 10"), ("high", "'high' is no number")):
         with pytest.raises(InputError, match=said):
             model.generate(table.assign(dose=dose), seed=0, sampler=FEW)
+    with pytest.raises(InputError, match="condition 'donor': no training cell had the label 'held out'"):
+        model.generate(table.assign(donor="held out"), seed=0, sampler=FEW)
 
 
 @pytest.mark.parametrize("genes, said", [(["nix"], "gene 'nix' is not among"), ([GENES.ids[1]] * 2, "stands twice")])

@@ -36,7 +36,6 @@ def test_a_value_between_two_lies_between_them_and_not_given_is_its_own(scale) -
     assert (abs((x[3] - x[2]) / (x[2] - x[1]) - 1) < 0.5) == (scale == "log")
     torch.testing.assert_close(x.mean(), torch.tensor(0.0), atol=1e-6, rtol=0)
     assert embedding.label_ids(torch.tensor([0.1, 10.0, 0.5, NAN])).tolist() == [1, 3, 4, 4]
-    assert embedding.range() == (0.0, 10.0)
 
 
 @pytest.mark.parametrize(
