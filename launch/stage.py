@@ -41,8 +41,13 @@ class StageConfig:
 def main(config: StageConfig) -> Path:
     """Copy; returns the folder. Raises: InputError for a full disk, or a file that is not as the manifest says."""
     began, out = time.monotonic(), Path(config.out)
+    running = config.running.strip(",").split(",")
+    if (
+        out.name.removeprefix("scldm-") not in running
+    ):  # Slurm did not answer: what others stage can't be told from rests
+        raise InputError(f"running={config.running!r} does not name this job, whose folder is {out.name}")
     for left in out.parent.glob("scldm-*"):
-        if left.name.removeprefix("scldm-") not in config.running.split(",") and left != out:
+        if left.name.removeprefix("scldm-") not in running:
             shutil.rmtree(left, ignore_errors=True)
     manifest = read_manifest(config.source)
     n_copied = 0

@@ -29,7 +29,7 @@ from scldm.train.loop import Loader, TrainConfig, train
 from scldm.train.losses import Stage
 from scldm.train.optim import OptimConfig, make_optimizer
 from scldm.train.requests import Requests
-from scldm.train.run_folder import locked, open_run_folder, outcome_noted, write_json
+from scldm.train.run_folder import open_run_folder, outcome_noted, write_json
 from scldm.train.step_cost import StepCost
 from scldm.train.throughput import Meter, peak_flops
 from scldm.train.tracking import Tracker, TrackingConfig
@@ -99,8 +99,7 @@ def run_training(name: str, config: RunConfig, set_up: Callable[[World], Parts])
         torch.manual_seed(config.train.seed)
         parts = set_up(world)
         if world.is_first:
-            open_run_folder(run_dir, as_dict, FREE_ON_RESUME)
-            at_the_end.enter_context(locked(run_dir))
+            at_the_end.enter_context(open_run_folder(run_dir, as_dict, FREE_ON_RESUME))
             watch.on_end = at_the_end.enter_context(outcome_noted(run_dir))
             keep_data(run_dir, parts.manifest)
             if parts.joined:

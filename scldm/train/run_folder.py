@@ -31,14 +31,17 @@ CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
 NOTES = "slurm"
 OUTCOME = "outcome.json"
+LOCK = "lock"
 
 
-def open_run_folder(run_dir: Path, config: Mapping[str, Any], free: tuple[str, ...]) -> None:
-    """Make the folder, or check that the run in it has this config; what differs and may is printed.
+@contextmanager
+def open_run_folder(run_dir: Path, config: Mapping[str, Any], free: tuple[str, ...]) -> Iterator[None]:
+    """Make the folder, or check that the run in it has this config; what differs and may is printed. Within, no other
+    process may train in it.
 
     free: keys, or groups of keys, that a resume may change because they do not change the result
 
-    Raises: InputError where the folder holds another run, with the keys that differ.
+    Raises: InputError where the folder holds another run, with the keys that differ, or another process trains in it.
     """
     path = run_dir / CONFIG
     config = json.loads(json.dumps(config))
@@ -56,12 +59,14 @@ def open_run_folder(run_dir: Path, config: Mapping[str, Any], free: tuple[str, .
             raise InputError(f"{run_dir} holds another run: {'; '.join(wrong[:4])}{more}; choose another run_dir")
         if changed:
             print(f"scldm: {run_dir} goes on with: {'; '.join(changed.values())}", file=sys.stderr, flush=True)
-    elif run_dir.is_dir() and any(entry.name not in (f"{CONFIG}.partial", NOTES) for entry in run_dir.iterdir()):
+    elif run_dir.is_dir() and any(entry.name not in (f"{CONFIG}.partial", NOTES, LOCK) for entry in run_dir.iterdir()):
         raise InputError(f"{run_dir} is not empty and not a run folder; choose another run_dir")
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(path, config)
-    starts = read_json(run_dir / ENVIRONMENT) if (run_dir / ENVIRONMENT).is_file() else []
-    write_json(run_dir / ENVIRONMENT, [*starts, describe()])
+    with locked(run_dir):
+        write_json(path, config)
+        starts = read_json(run_dir / ENVIRONMENT) if (run_dir / ENVIRONMENT).is_file() else []
+        write_json(run_dir / ENVIRONMENT, [*starts, describe()])
+        yield
 
 
 @contextmanager
@@ -70,7 +75,7 @@ def locked(run_dir: Path) -> Iterator[None]:
 
     Raises: InputError where another process, such as what a killed launcher left behind, still trains in it.
     """
-    with (run_dir / "lock").open("w") as file:
+    with (run_dir / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

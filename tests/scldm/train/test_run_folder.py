@@ -16,13 +16,18 @@ CONFIG = {"run_dir": "a", "optim": {"lr": 1e-3, "betas": (0.9, 0.95)}, "train": 
 FREE = ("run_dir", "hardware", "train.keep")
 
 
+def opened(run_dir: Path, config: dict, free: tuple[str, ...]) -> None:
+    with open_run_folder(run_dir, config, free):
+        pass
+
+
 def changed(**groups: dict) -> dict:
     return {**CONFIG, **{group: {**CONFIG.get(group, {}), **values} for group, values in groups.items()}}
 
 
 def test_the_same_command_opens_the_folder_again_and_every_start_is_noted(tmp_path: Path) -> None:
     for _ in range(2):
-        open_run_folder(tmp_path / "run", CONFIG, FREE)
+        opened(tmp_path / "run", CONFIG, FREE)
     assert read_config(tmp_path / "run")["optim"] == {"lr": 1e-3, "betas": [0.9, 0.95]}
     starts = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert len(starts) == 2
@@ -30,8 +35,8 @@ def test_the_same_command_opens_the_folder_again_and_every_start_is_noted(tmp_pa
 
 
 def test_what_is_free_may_change_and_is_noted(tmp_path: Path) -> None:
-    open_run_folder(tmp_path, CONFIG, FREE)
-    open_run_folder(tmp_path, {**changed(train={"keep": 9}), "run_dir": "b", "hardware": {"threads": 4}}, FREE)
+    opened(tmp_path, CONFIG, FREE)
+    opened(tmp_path, {**changed(train={"keep": 9}), "run_dir": "b", "hardware": {"threads": 4}}, FREE)
     assert read_config(tmp_path)["train"]["keep"] == 9
 
 
@@ -45,17 +50,17 @@ def test_what_is_free_may_change_and_is_noted(tmp_path: Path) -> None:
     ],
 )
 def test_another_config_is_refused_and_nothing_is_touched(tmp_path: Path, config: dict, said: str) -> None:
-    open_run_folder(tmp_path, CONFIG, FREE)
+    opened(tmp_path, CONFIG, FREE)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(InputError, match=said):
-        open_run_folder(tmp_path, config, FREE)
+        opened(tmp_path, config, FREE)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(InputError, match="not empty and not a run folder"):
-        open_run_folder(tmp_path, CONFIG, FREE)
+        opened(tmp_path, CONFIG, FREE)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
     with pytest.raises(InputError, match="not a run folder: it has no config.json"):
         read_config(tmp_path)
@@ -63,19 +68,20 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_start_that_died_before_its_first_file_was_whole_can_start_again(tmp_path: Path) -> None:
     (tmp_path / "config.json.partial").write_text('{"run')
-    open_run_folder(tmp_path, CONFIG, FREE)
+    opened(tmp_path, CONFIG, FREE)
     assert [p.name for p in tmp_path.glob("*.partial")] == []
 
 
 def test_a_damaged_config_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"run')
-    for use in (lambda: read_config(tmp_path), lambda: open_run_folder(tmp_path, CONFIG, FREE)):
+    for use in (lambda: read_config(tmp_path), lambda: opened(tmp_path, CONFIG, FREE)):
         with pytest.raises(InputError, match=r"config.json is damaged"):
             use()
 
 
 def test_a_folder_in_which_another_process_trains_is_refused(tmp_path: Path) -> None:
     # as after a kill -9 of torchrun, whose ranks train on for a while
+    opened(tmp_path, CONFIG, FREE)
     hold = "import sys, pathlib; from scldm.train.run_folder import locked\n"
     hold += "with locked(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     other = subprocess.Popen(
@@ -83,8 +89,10 @@ def test_a_folder_in_which_another_process_trains_is_refused(tmp_path: Path) -> 
     )
     assert other.stdout is not None
     assert other.stdout.readline() == "held\n"
-    with pytest.raises(InputError, match="another process is training in it"), locked(tmp_path):
-        pass
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(InputError, match="another process is training in it"):
+        opened(tmp_path, {**CONFIG, "run_dir": "b"}, FREE)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     other.kill()
     other.communicate()
     with locked(tmp_path):
