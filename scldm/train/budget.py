@@ -89,7 +89,8 @@ def rank_memory(
         gradients=4 * share,
         buckets=buckets,
         activations=activations,
-        step=(4 * P + in_bucket if zero_stage == 1 else 0.0) + (0.0 if offload else 3 * 4 * share),
+        # ZeRO-1 exchanges all gradients first; AdamW then makes three tensors as large as a share
+        step=max(4 * P + in_bucket if zero_stage == 1 else 0.0, 0.0 if offload else 3 * 4 * share),
         host=20 * share if offload else 0.0,
     )
 
