@@ -314,6 +314,7 @@ def test_a_lost_node_is_done_without(cluster: Cluster, chain: Path) -> None:
         cluster.revive(2)
         cluster.call("scontrol", "update", "nodename=sim[3-4]", "state=resume")
         wait_for(lambda: cluster.call("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D").strip() == "4", 60)
+        cluster.call("srun", "--partition=high", "--nodes=4", "true")  # idle a moment before it is given to jobs
 
 
 PLANTED = """
