@@ -218,7 +218,8 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path, source):
         process = subprocess.Popen([sys.executable, "-c", KILLED, *words], stderr=subprocess.DEVNULL)
         while process.poll() is None and files_of(work) <= before:
             time.sleep(0.005)  # Python still starts
-        time.sleep(rng.uniform(0, 0.2 if kills < 3 else 0.9))  # early at first: a quick machine is soon done
+        # early at first: a quick machine is soon done; later and later: a busy one must come to its next file
+        time.sleep(rng.uniform(0, 0.2 if kills < 3 else 0.9 + 0.1 * kills))
         process.send_signal(signal.SIGKILL)
         status = process.wait()
         kills += status < 0

@@ -11,7 +11,7 @@ from scldm.errors import InputError
 @pytest.mark.slow
 def test_the_benchmark_runs_and_saves_its_rows(tmp_path):
     config = BenchLoaderConfig(
-        folder=str(tmp_path / "data"), cells=12_000, genes=3_000, expressed=200, n_genes=300, rounds=1,
+        folder=str(tmp_path / "data"), cells=6_000, genes=3_000, expressed=200, n_genes=300, rounds=1,
         controls=("mmap",), scale_cells=300_000, save=str(tmp_path / "rows.json"),
     )  # fmt: skip
     main(config)
