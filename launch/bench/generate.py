@@ -247,7 +247,7 @@ def memory(report: Report, few: int = 20_000, many: int = 200_000) -> None:
     """Peak of `scldm generate` by format: a network of random weights and one step, so that it is the writer's."""
     with tempfile.TemporaryDirectory(prefix="scldm-bench-") as folder:
         model = Path(folder) / "model"
-        random_model(model, n_genes=1_000)
+        random_model(model, n_genes=200)
         for suffix in (".h5ad", ".zarr", ".soma"):
             peaks = []
             for n in (few, many):
@@ -273,7 +273,7 @@ def peak_of(words: list[str]) -> int:
 
 
 def random_model(folder: Path, n_genes: int) -> None:
-    """A small model without conditions, whose cells have some 300 of 1,000 genes."""
+    """A small model without conditions, whose cells have some half of 200 genes."""
     torch.manual_seed(0)
     vae = VAE(VAEConfig(16, 2, 4, 1, 2, 1), n_genes)
     dit = DiT(DiTConfig(16, 1, 2), 2, 4, {})
