@@ -387,6 +387,20 @@ for ((k = 0; k < 80; k++)); do sleep 0.1; done
     assert (fake / "told").read_text() == "x\n"
 
 
+def test_a_signal_before_the_ranks_began_is_not_forgotten(fake: Path, tmp_path: Path) -> None:
+    """It comes while the script asks for its hosts."""
+    scontrol = (fake / "bin" / "scontrol").read_text()
+    (fake / "bin" / "scontrol").write_text(scontrol.replace("*hostnames*) ", "*hostnames*) kill -USR1 $PPID; "))
+    (fake / "step").touch()
+    life = Life(fake, tmp_path)
+    (fake / "bin" / "srun").write_text("""#!/bin/bash
+trap 'exit 85' USR1
+for ((k = 0; k < 80; k++)); do sleep 0.1; done
+""")
+    assert life.start(0, step=5) == "REQUEUED"
+    assert "told to stop: sending SIGUSR1" in life.done.stdout
+
+
 def test_a_preflight_without_a_report_names_the_first_node(fake: Path, tmp_path: Path) -> None:
     life = Life(fake, tmp_path, "--preflight", "true")
     assert life.start(0, 3) == "FAILED"
