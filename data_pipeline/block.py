@@ -1,9 +1,9 @@
 """A block: up to 256 cells of one split as bytes, and back. The layout is specified in README.md.
 
-A cell costs one byte per expressed gene for the gene and one for its count, before the codec. Both use 0 as the escape
-to a table of large values, since a step between ascending genes and a stored count are at least 1.
+A cell costs one byte per expressed gene for the gene and half a byte for its count, before the codec. Both use 0 as the
+escape to a table of larger values, since a step between ascending genes and a stored count are at least 1.
 
-Reading order: header, codec, NarrowCells, encode_block, BlockBuffers,
+Reading order: header, codec, NarrowCells, encode_block, sections, BlockBuffers,
 decode_block, the numba kernels (they release the GIL).
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import lz4.block
 import numpy as np
@@ -22,7 +23,7 @@ from data_pipeline.schema import CODECS, Codec, column_dtype
 from scldm.errors import InputError
 
 MAGIC = b"SCLDMBLK"
-BLOCK_VERSION = 1
+BLOCK_VERSION = 2
 HEADER = np.dtype(
     [
         ("magic", "S8"),
@@ -34,12 +35,13 @@ HEADER = np.dtype(
         ("n_genes", "<u4"),
         ("n_nonzeros", "<u4"),
         ("n_far_genes", "<u4"),
+        ("n_medium_counts", "<u4"),
         ("n_large_counts", "<u4"),
+        ("reserved", "<u4"),
         ("payload_bytes", "<u4"),
         ("stored_bytes", "<u4"),
         ("vocab_tag", "<u8"),
         ("largest_count", "<u8"),
-        ("reserved", "<u8"),
     ]
 )
 assert HEADER.itemsize == 64
@@ -123,7 +125,7 @@ def decompress(stored: memoryview, codec: Codec, out: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class NarrowCells:
-    """Cells as a block stores them, before they are packed: every cell's part is independent of the cells beside it.
+    """Cells as bytes, before their counts are packed: every cell's part is independent of the cells beside it.
 
     nonzeros, n_far, n_large: (n_cells,) uint32, what belongs to each cell in the four arrays below
     steps, small: (n_nonzeros,) uint8, gene steps and counts; 0 where the value stands in `far` or `large`
@@ -190,14 +192,20 @@ def encode_block(
     """The bytes of a block; `conditions` have their stored dtype."""
     assert len(cells) == len(sources) == len(rows)
     widths = np.array([c.dtype.itemsize for c in conditions], np.uint8)
-    identity = [cells.nonzeros.astype("<u4"), sources.astype("<u2"), rows.astype("<i8"), widths, *conditions]
-    payload = b"".join(map(_padded, [*identity, cells.far, cells.large, cells.steps, cells.small]))
+    n_medium, totals = np.empty(len(cells), np.uint32), np.empty(len(cells), np.uint64)
+    packed = np.empty(int(((cells.nonzeros.astype(np.int64) + 1) // 2).sum()), np.uint8)
+    medium = np.empty(len(cells.small), np.uint8)
+    medium = medium[: _pack(cells.nonzeros, cells.small, cells.large, n_medium, totals, packed, medium)]
+    table = [cells.nonzeros.astype("<u4"), cells.n_far.astype("<u4"), n_medium, cells.n_large.astype("<u4"), totals]
+    identity = [sources.astype("<u2"), rows.astype("<i8"), widths, *conditions]
+    payload = b"".join(map(_padded, [*table, *identity, cells.far, cells.large, medium, cells.steps, packed]))
     stored = compress(payload, codec, level)
     header = np.zeros((), HEADER)
     header["magic"], header["version"], header["codec"] = MAGIC, BLOCK_VERSION, CODECS.index(codec)
     header["split"], header["n_cells"], header["n_conditions"] = split, len(cells), len(conditions)
     header["n_genes"], header["n_nonzeros"] = n_genes, len(cells.steps)
-    header["n_far_genes"], header["n_large_counts"] = len(cells.far), len(cells.large)
+    header["n_far_genes"], header["n_medium_counts"] = len(cells.far), len(medium)
+    header["n_large_counts"] = len(cells.large)
     header["payload_bytes"], header["stored_bytes"] = len(payload), len(stored)
     header["vocab_tag"] = vocab_tag
     header["largest_count"] = cells.large.max() if len(cells.large) else cells.small.max(initial=0)
@@ -209,6 +217,60 @@ def _padded(section: np.ndarray) -> bytes:
 
 
 # --- decode --------------------------------------------------------------------------------------------------------
+
+
+class Sections(NamedTuple):
+    """Views of a payload's sections; of a block with n cells, in the order in which they are stored.
+
+    nonzeros, n_far, n_medium, n_large: (n,) uint32, what belongs to each cell in the arrays below
+    totals: (n,) uint64, each cell's sum of counts
+    sources, rows, conditions: as Block has them
+    far, large, medium: uint32, uint64, uint8, the values of the escapes, in order
+    steps: uint8, one more than the genes skipped since the one before; 0 where it stands in `far`
+    packed: uint8, two counts a byte, the first in the low half, each cell from a byte of its own; 0 where the count
+        stands in `medium`, and 0 there where it stands in `large`
+    """
+
+    nonzeros: np.ndarray
+    n_far: np.ndarray
+    n_medium: np.ndarray
+    n_large: np.ndarray
+    totals: np.ndarray
+    sources: np.ndarray
+    rows: np.ndarray
+    conditions: tuple[np.ndarray, ...]
+    far: np.ndarray
+    large: np.ndarray
+    medium: np.ndarray
+    steps: np.ndarray
+    packed: np.ndarray
+
+
+def sections(payload: np.ndarray, header: np.void) -> Sections:
+    """The sections of a payload (uint8), whose header this is. They may contradict each other.
+
+    Raises: ValueError for a payload too short for what the header says, or with strange label ids.
+    """
+    at = 0
+
+    def section(dtype: str, n: int) -> np.ndarray:
+        nonlocal at
+        values = np.frombuffer(payload, dtype, count=n, offset=at) if n else np.empty(0, dtype)
+        at += values.nbytes + -values.nbytes % ALIGN
+        return values
+
+    n = int(header["n_cells"])
+    nonzeros, n_far, n_medium, n_large = (section("<u4", n) for _ in range(4))
+    totals, sources, rows = section("<u8", n), section("<u2", n), section("<i8", n)
+    widths = section("<u1", int(header["n_conditions"])).tolist()
+    if not set(widths) <= {1, 2, 4}:
+        raise ValueError(f"condition widths {widths}")
+    conditions = tuple(section(f"<u{width}", n) for width in widths)
+    far, large = section("<u4", int(header["n_far_genes"])), section("<u8", int(header["n_large_counts"]))
+    medium, steps = section("<u1", int(header["n_medium_counts"])), section("<u1", int(header["n_nonzeros"]))
+    packed = payload[at:]
+    per_cell = nonzeros, n_far, n_medium, n_large, totals, sources, rows, conditions
+    return Sections(*per_cell, far, large, medium, steps, packed)
 
 
 class BlockBuffers:
@@ -273,30 +335,16 @@ def decode_block(
     stored = memoryview(data)[start : start + int(header["stored_bytes"])]
     try:
         payload = decompress(stored, CODECS[header["codec"]], buffers.take("payload", int(header["payload_bytes"])))
-        at = 0
-
-        def section(dtype: str, n: int) -> np.ndarray:
-            nonlocal at
-            values = np.frombuffer(payload, dtype, count=n, offset=at) if n else np.empty(0, dtype)
-            at += values.nbytes + -values.nbytes % ALIGN
-            return values
-
-        n_cells, n_nonzeros = int(header["n_cells"]), int(header["n_nonzeros"])
-        nonzeros = section("<u4", n_cells)
-        sources, rows = section("<u2", n_cells), section("<i8", n_cells)
-        widths = section("<u1", int(header["n_conditions"]))
-        if not np.isin(widths, (1, 2, 4)).all():
-            raise ValueError(f"condition widths {widths.tolist()}")
-        conditions = tuple(section(f"<u{width}", n_cells) for width in widths)
-        far, large = section("<u4", int(header["n_far_genes"])), section("<u8", int(header["n_large_counts"]))
-        deltas, small = section("<u1", n_nonzeros), section("<u1", n_nonzeros)
-        indptr = buffers.take("indptr", n_cells + 1)
-        columns, counts = buffers.take("columns", n_nonzeros), buffers.take("counts", n_nonzeros)
-        if not _widen(nonzeros, deltas, small, far, large, n_genes, indptr, columns, counts):
+        found = sections(payload, header)
+        indptr = buffers.take("indptr", len(found.nonzeros) + 1)
+        columns, counts = buffers.take("columns", len(found.steps)), buffers.take("counts", len(found.steps))
+        per_cell = found.nonzeros, found.n_far, found.n_medium, found.n_large, found.totals
+        tables = found.far, found.large, found.medium
+        if not _widen(*per_cell, *tables, found.steps, found.packed, n_genes, indptr, columns, counts):
             raise ValueError("its sections do not fit each other")
     except ValueError as error:
         raise InputError(f"{where}: damaged: {error}") from None
-    return Block(int(header["split"]), n_genes, indptr, columns, counts, sources, rows, conditions)
+    return Block(int(header["split"]), n_genes, indptr, columns, counts, found.sources, found.rows, found.conditions)
 
 
 # --- kernels -------------------------------------------------------------------------------------------------------
@@ -354,32 +402,73 @@ def _narrow(indptr, columns, counts, deltas, small, far, large):
 
 
 @njit(nogil=True, cache=True)
-def _widen(nonzeros, deltas, small, far, large, n_genes, indptr, columns, counts):
-    """_narrow back; False where the sections contradict each other (nothing is read or written out of bounds)."""
-    n_far, n_large, k = 0, 0, 0
+def _pack(nonzeros, small, large, n_medium, totals, packed, medium):
+    """Counts as half bytes; those over 15 go to `medium`, in order, and leave a 0. Returns how
+    many; fills in how many are each cell's, and its sum of counts."""
+    k, p, m, g, one = np.uint64(0), np.uint64(0), np.uint64(0), np.uint64(0), np.uint64(1)
+    for cell in range(len(nonzeros)):
+        first, total = m, np.uint64(0)
+        n = np.uint64(nonzeros[cell])
+        for j in range(n):
+            count = small[k + j]
+            total += np.uint64(count)
+            if count == 0:
+                total += large[g]
+                g += one
+            # written always, kept where it is an escape: no branch to mispredict
+            medium[m] = count
+            m += np.uint64((count == 0) | (count > 15))
+        for j in range(n >> one):  # a loop of its own, which becomes wide instructions
+            low, high = small[k + j + j], small[k + j + j + one]
+            low, high = np.uint8(low if low < 16 else 0), np.uint8(high if high < 16 else 0)
+            packed[p + j] = low | np.uint8(high << np.uint8(4))
+        if n & one:
+            last = small[k + n - one]
+            packed[p + (n >> one)] = np.uint8(last if last < 16 else 0)
+        k, p = k + n, p + ((n + one) >> one)
+        n_medium[cell], totals[cell] = m - first, total
+    return np.int64(m)
+
+
+@njit(nogil=True, cache=True)
+def _widen(
+    nonzeros, far_of, medium_of, large_of, totals, far, large, medium, steps, packed, n_genes, indptr, columns, counts
+):
+    """_narrow and _pack back; False where the sections contradict each other (nothing is read or written out of
+    bounds)."""
+    k, p, f, m, g = 0, 0, 0, 0, 0
     indptr[0] = 0
     for cell in range(len(nonzeros)):
-        end = k + np.int64(nonzeros[cell])
-        if end > len(deltas):
+        n = np.int64(nonzeros[cell])
+        if k + n > len(steps) or p + (n + 1) // 2 > len(packed):
             return False
-        column = np.int64(-1)
-        while k < end:
-            step, count = np.int64(deltas[k]), np.int64(small[k])
+        column, total = np.int64(-1), np.uint64(0)
+        first_far, first_medium, first_large = f, m, g
+        for j in range(n):
+            step, count = np.int64(steps[k + j]), np.int64((packed[p + j // 2] >> np.uint8(4 * (j % 2))) & 15)
             if step == 0:
-                if n_far == len(far):
+                if f == len(far):
                     return False
-                step = np.int64(far[n_far])
-                n_far += 1
+                step = np.int64(far[f])
+                f += 1
             if count == 0:
-                if n_large == len(large):
+                if m == len(medium):
                     return False
-                count = np.int64(large[n_large])
-                n_large += 1
+                count = np.int64(medium[m])
+                m += 1
+                if count == 0:
+                    if g == len(large):
+                        return False
+                    count = np.int64(large[g])
+                    g += 1
             column += step
-            columns[k] = column
-            counts[k] = count
-            k += 1
-        if column >= n_genes:
+            columns[k + j], counts[k + j] = column, count
+            total += np.uint64(count)
+        if column >= n_genes or total != totals[cell]:
             return False
+        if f - first_far != far_of[cell] or m - first_medium != medium_of[cell] or g - first_large != large_of[cell]:
+            return False
+        k, p = k + n, p + (n + 1) // 2
         indptr[cell + 1] = k
-    return k == len(deltas) and n_far == len(far) and n_large == len(large)
+    whole = k == len(steps) and f == len(far) and m == len(medium) and g == len(large)
+    return whole and (p + 7) // 8 * 8 == len(packed)

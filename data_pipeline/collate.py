@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from data_pipeline.feed import Plan
-from data_pipeline.gather import CellSlots
+from data_pipeline.gather import CellSlots, take_cells
 from data_pipeline.gene_sets import GeneSets
 from data_pipeline.read_shards import BlockSource
 from data_pipeline.write_latents import LatentSlots
@@ -102,12 +102,12 @@ def _rest(
     weight: np.ndarray,
 ) -> dict[str, Any]:
     """What cells and latents have in common."""
-    labels = held.labels[slots, rows]
+    labels, identity, totals = take_cells(slots, rows, held.labels, held.identity, held.total_counts)
     return {
-        "library_size_all_B": torch.from_numpy(held.total_counts[slots, rows].astype(np.float32)),
+        "library_size_all_B": torch.from_numpy(totals),
         "weight_B": torch.from_numpy(weight),
-        "conditions": {name: torch.from_numpy(np.ascontiguousarray(labels[:, c])) for c, name in enumerate(names)},
-        "cell_ids_B2": torch.from_numpy(held.identity[slots, rows]),
+        "conditions": dict(zip(names, torch.from_numpy(labels))),
+        "cell_ids_B2": torch.from_numpy(identity),
         "positions_B": torch.from_numpy(positions.copy()),
         "n_cells": plan.n_cells,
     }

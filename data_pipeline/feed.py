@@ -148,6 +148,7 @@ class _Blocks:
         self.slot = np.full(len(cells.blocks), -1, np.int32)  # of each block
         self.block = np.full(slots.n_slots, -1, np.int64)  # in each slot
         self.needed = np.full(slots.n_slots, -1, np.int64)  # when a slot was last asked for
+        self.read = np.zeros(slots.n_slots, bool)  # whether a slot's block is there
         self.now = 0
         self.loading: dict[int, Future[None]] = {}  # block -> its read, until it was waited for
 
@@ -175,22 +176,24 @@ class _Blocks:
 
         Raises: what reading one of them raised.
         """
-        if self.loading or self.slot[block].min() < 0:
+        slots = self.slot[block]  # -1, which stands for the last slot, where another batch's fault dropped a block
+        if not self.read[slots].all() or slots.min() < 0:
             self.want(block)
-            for b in dict.fromkeys(block.tolist()):
-                if b in self.loading:
-                    error = self.loading.pop(b).exception()
-                    if error:
-                        self._drop(b)
-                        raise error
-        return self.slot[block].astype(np.int64)
+            slots = self.slot[block]
+            for b in dict.fromkeys(block[~self.read[slots]].tolist()):
+                error = self.loading.pop(b).exception()
+                if error:
+                    self._drop(b)
+                    raise error
+                self.read[self.slot[b]] = True
+        return slots.astype(np.int64)
 
     def _drop(self, block: int) -> None:
         reading = self.loading.pop(block, None)
         if reading:  # it was wanted and never used; its slot is free only when the read is over
             reading.exception()
         slot = self.slot[block]
-        self.slot[block], self.block[slot], self.needed[slot] = -1, -1, -1
+        self.slot[block], self.block[slot], self.needed[slot], self.read[slot] = -1, -1, -1, False
 
 
 def read_block(cells: BlockSource, slots: Slots, block: int, slot: int) -> None:

@@ -30,7 +30,7 @@ from typing import Literal
 import numpy as np
 from numba import njit
 
-from data_pipeline.order import random_words
+from data_pipeline.philox import random_words
 from scldm.errors import InputError
 
 Policy = Literal["all", "random", "expressed", "expressed_plus_zeros", "weighted", "same"]

@@ -9,9 +9,9 @@ own, so the world size can't change what a batch holds, and any position can be 
     windows in a lane    | w0  | w1  |                                 a few blocks, whose cells are shuffled together
 
 A set of no more blocks than the windows of all lanes hold is shuffled by the cell. Everything is drawn from the raw
-words of Philox4x64-10, which NumPy guarantees, keyed by what is drawn; no draw depends on an earlier one.
+words of Philox4x64-10, keyed by what is drawn; no draw depends on an earlier one.
 
-Reading order: random words, Units (the cells before shuffling), Balance, EpochOrder, Order, rank_slice.
+Reading order: Units (the cells before shuffling), Balance, EpochOrder, Order, rank_slice.
 """
 
 from __future__ import annotations
@@ -23,19 +23,13 @@ from typing import Protocol
 import numpy as np
 from numba import njit
 
+from data_pipeline.philox import random_words
 from scldm.errors import InputError
 
 # What a draw is for: the second half of its Philox key (the first is the seed). Numbers, once used, never change.
 DRAW_BLOCKS, DRAW_WINDOW, DRAW_BALANCE, DRAW_GIVEN, DRAW_ASKED = 1, 2, 3, 4, 5
 FIXED_PASS = (1 << 63) - 1  # stands for the epoch in draws of a pass in fixed order
 CHUNK_CELLS = 1 << 22
-
-
-def random_words(seed: int, purpose: int, epoch: int, index: int, n: int, skip: int = 0) -> np.ndarray:
-    """n uint64 words of Philox4x64-10 with key (seed, purpose) from counter (skip, index, epoch, 0) on, 4 a count."""
-    key = np.array([seed, purpose], np.uint64)
-    counter = np.array([skip, index, epoch, 0], np.uint64)
-    return np.random.Philox(key=key, counter=counter).random_raw(n)
 
 
 # --- the cells of an epoch -----------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import pandas as pd
 
 from data_pipeline.files import aside, parse_bytes
 from data_pipeline.genes import JoinedGenes, choose, in_list, join_genes
-from data_pipeline.schema import BLOCK_CELLS, SPLIT_NAME, Codec, condition_dtype
+from data_pipeline.schema import BLOCK_CELLS, SPLIT_NAME, VERSION, Codec, condition_dtype
 from data_pipeline.shuffle import set_positions
 from data_pipeline.sources import SourceConfig, SourceSpec, csc_groups, open_sources
 from data_pipeline.splits import SplitConfig, draw_splits
@@ -164,7 +164,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
 
 
 def tool_versions() -> dict[str, str]:
-    versions = {}
+    versions = {"format": str(VERSION)}
     for name in ("scldm", "numpy", "zstandard", "lz4", "h5py", "anndata", "tiledbsoma", "cellxgene-census"):
         try:
             versions[name] = importlib.metadata.version(name)

@@ -19,7 +19,7 @@ from scldm.errors import InputError
 from scldm.vocab import ConditionVocab, GeneVocab
 
 FORMAT = "scldm-shards"
-VERSION = 1
+VERSION = 2
 KINDS = ("cells", "latents")
 BLOCK_CELLS = 256
 MANIFEST = "manifest.json"
@@ -229,9 +229,10 @@ class Manifest:
         if not isinstance(obj, dict) or obj.get("format") != FORMAT:
             raise InputError(f"{where}: not the manifest of a shard set (format {FORMAT!r} expected)")
         if obj.get("version") != VERSION:
-            raise InputError(
-                f"{where}: format version {obj.get('version')!r} is unknown; this scldm reads version {VERSION}"
-            )
+            version = obj.get("version")
+            if isinstance(version, int) and version < VERSION:
+                raise InputError(f"{where}: format version {version}; this scldm reads {VERSION}: write the set again")
+            raise InputError(f"{where}: format version {version!r} is unknown; this scldm reads version {VERSION}")
         try:
             given = {f.name: obj[f.name] for f in dataclasses.fields(cls)}
             if given["kind"] not in KINDS:

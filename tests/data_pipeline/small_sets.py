@@ -40,12 +40,13 @@ class Known:
 
 
 def known_cells(n_train=420, n_validation=70, n_genes=700, expressed=0.1, seed=0) -> Known:
-    """Counts with every escape of the format: steps over 255 genes, counts over 255 and over 65,535."""
+    """Counts with every escape of the format: steps over 255 genes, counts over 15, over 255 and over 65,535."""
     rng = np.random.default_rng(seed)
     n = n_train + n_validation
     counts = rng.poisson(3, (n, n_genes)) * (rng.random((n, n_genes)) < expressed)
     counts[:, 1:300] *= rng.random((n, 1)) < 0.5  # every other cell has a step over 255
     counts[rng.random((n, n_genes)) < 0.001] = 300
+    counts[:, 7] *= 20
     counts[3, 5], counts[4, 6] = 70_000, 2_000_000_000
     counts[:, 0] += 1  # no cell is empty
     labels = {

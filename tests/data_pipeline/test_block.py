@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.block import HEADER, BlockBuffers, decode_block, encode_block, narrow
+from data_pipeline.block import HEADER, BlockBuffers, decode_block, encode_block, narrow, read_header, sections
 from data_pipeline.schema import CODECS, column_dtype, count_dtype
 from scldm.errors import InputError
 
@@ -33,7 +34,11 @@ def encode(cells: list[dict[int, int]], codec="zstd") -> bytes:
 
 
 count = st.one_of(
-    st.integers(1, 3), st.integers(250, 260), st.integers(2**16 - 2, 2**16 + 2), st.integers(2**31, 2**50)
+    st.integers(1, 3),
+    st.integers(14, 17),
+    st.integers(250, 260),
+    st.integers(2**16 - 2, 2**16 + 2),
+    st.integers(2**31, 2**50),
 )
 column = st.one_of(st.integers(0, 20), st.integers(250, 260), st.integers(0, N_GENES - 1))
 
@@ -50,6 +55,25 @@ def test_roundtrip_is_exact(cells, codec):
     assert block.n_genes == N_GENES
     assert block.rows.tolist() == [2**40 + i for i in range(len(cells))]
     assert [c.tolist() for c in block.conditions] == [[3] * len(cells), list(range(len(cells)))]
+
+
+def test_the_bytes_are_frozen():
+    """Those of the README's specification: a change of them is another format version."""
+    cells = [{0: 1, 5: 15, 300: 16, 301: 255, 69_999: 256}, {}, {c: 1 + c % 300 for c in range(0, 3000, 7)}]
+    data = encode(cells, "none")
+    assert hashlib.sha256(data).hexdigest() == FROZEN
+
+
+FROZEN = "796fd748a5c93cfe0d39875e912c0e2146c486dfc4d6ed91ec63ff92007f6423"
+
+
+@pytest.mark.parametrize("lie", ["n_far", "n_medium", "n_large", "totals"])
+def test_a_cell_whose_table_lies_is_refused(lie):
+    data = bytearray(encode([{0: 300, 400: 20}, {1: 70_000, 2: 2}], "none"))
+    values = getattr(sections(np.frombuffer(data, np.uint8)[HEADER.itemsize :], read_header(data)), lie)
+    values[:] = values[::-1].copy() + 1 - np.arange(2, dtype=values.dtype)
+    with pytest.raises(InputError, match="sections do not fit"):
+        decode_block(data)
 
 
 def test_buffers_are_reused_from_a_large_block_to_a_small_one():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.block import encode_block, narrow
+from data_pipeline.block import HEADER, encode_block, narrow, read_header, sections
 from data_pipeline.gather import CellSlots
 from data_pipeline.gene_sets import GeneSetConfig, GeneSets
 from data_pipeline.read_shards import ShardSet
@@ -183,48 +183,82 @@ def test_plus_zeros_adds_distinct_unexpressed_genes_uniformly(slots):
 # --- blocks that lie -----------------------------------------------------------------------------------------------
 
 
-def lying_block(cells, tag=0, **changes):
+def lying_block(cells, tag=0, lie=None):
     """A block without a codec whose sections contradict each other, under a header that is sound."""
     counts = cells.counts[:8]
     cell, column = np.nonzero(counts)
     made = narrow(np.concatenate([[0], np.cumsum((counts > 0).sum(1))]), column, counts[cell, column], 700)
-    for name, change in changes.items():
-        change(getattr(made, name))
-    return np.frombuffer(
+    data = bytearray(
         encode_block(
             made, split=0, n_genes=700, vocab_tag=vocab_tag(cells.genes) + tag, sources=cells.identity[:8, 0],
             rows=cells.identity[:8, 1], conditions=[v[:8] for v in cells.labels.values()], codec="none",
-        ),
-        np.uint8,
+        )
     )  # fmt: skip
+    block = np.frombuffer(data, np.uint8)
+    if lie:
+        name, at, value = lie
+        getattr(sections(block[HEADER.itemsize :], read_header(data)), name)[at] = value
+    return block
 
 
-def put(at, value):
-    def change(array):
-        array[at] = value
-
-    return change
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    shards = ShardSet(str(write_set(tmp_path_factory.mktemp("l") / "set", known_cells(), "none")))
+    shards.close()
+    return shards.manifest
 
 
 @pytest.mark.parametrize(
-    "changes",
+    "lie",
     [
-        {"nonzeros": put(3, 2**31)},
-        {"nonzeros": put(0, 0)},
-        {"steps": put(slice(5, 40), 255)},  # beyond the vocabulary
-        {"steps": put(7, 0)},  # one escape more than its table has
-        {"small": put(7, 0)},
-        {"far": put(0, 0)},  # a gene before the first
-        {"far": put(0, 2**32 - 1)},
+        ("nonzeros", 3, 2**31),
+        ("nonzeros", 0, 0),
+        ("n_far", 0, 2**31),
+        ("n_far", slice(0, 2), [0, 2]),  # of another cell
+        ("n_medium", 0, 9),
+        ("n_large", slice(3, 5), [2, 0]),
+        ("steps", slice(5, 40), 255),  # beyond the vocabulary
+        ("steps", 7, 0),  # one escape more than its table has
+        ("packed", 3, 0),
+        ("packed", slice(0, 1000), 0x11),  # no escape where the table has some
+        ("medium", slice(0, None), 0),
+        ("far", 0, 0),  # a gene before the first
+        ("far", 0, 2**32 - 1),
     ],
+    ids=lambda lie: lie[0],
 )
-def test_no_block_makes_a_kernel_leave_its_memory(tmp_path, changes):
-    cells = known_cells()
-    shards = ShardSet(str(write_set(tmp_path / "set", cells, "none")))
-    slots = CellSlots(shards.manifest, 1)
+def test_no_block_makes_a_kernel_leave_its_memory(manifest, lie):
+    """It is refused when it is put into a slot, or by whatever gathers the cell that lies."""
+    cells, rows = known_cells(), np.arange(8)
+    slots = CellSlots(manifest, 1)
+    here = np.zeros_like(rows)
+    expressed = sets_of(GeneSetConfig("expressed"), n_genes=700, largest=700)
+    gathers = [
+        lambda: slots.take(here, rows, np.arange(1, 701)),
+        lambda: slots.take(here, rows, np.tile(np.arange(701), (8, 1))),
+        lambda: slots.take_of_the_cell(here, rows, expressed, np.zeros(8, np.uint64)),
+        lambda: slots.take_csr(here, rows),
+    ]
     slots.fill(0, lying_block(cells), "sound")
+    for gather in gathers:
+        gather()
     with pytest.raises(InputError, match="another gene vocabulary"):  # of as many genes
         slots.fill(0, lying_block(cells, tag=1), "strange")
-    with pytest.raises(InputError, match="the liar: damaged"):
-        slots.fill(0, lying_block(cells, **changes), "the liar")
-    shards.close()
+
+    def fill_and(gather):
+        slots.fill(0, lying_block(cells, lie=lie), "the liar")
+        gather()
+
+    for gather in gathers:
+        with pytest.raises(InputError, match="the liar: damaged"):
+            fill_and(gather)
+    slots.fill(0, lying_block(cells), "sound")  # no kernel left its table as it should not be
+    np.testing.assert_array_equal(slots.take(here, rows, np.arange(1, 701))[0], cells.counts[:8])
+
+
+def test_a_block_with_fewer_cells_than_the_one_before_it_leaves_none_of_those(manifest):
+    cells = known_cells()
+    slots = CellSlots(manifest, 1)
+    slots.begin[:] = 1 << 30
+    slots.fill(0, lying_block(cells), "of 8 cells")
+    assert not slots.take(np.zeros(1, np.int64), np.array([8]), np.arange(1, 701))[0].any()

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.order import Balance, EpochOrder, EveryCell, Order, Units, random_words, rank_slice
+from data_pipeline.order import Balance, EpochOrder, EveryCell, Order, Units, rank_slice
+from data_pipeline.philox import random_words
 from scldm.errors import InputError
 
 WORLDS = (1, 2, 3, 4, 8, 24, 64)
@@ -146,6 +147,20 @@ def test_draws_are_philox_words_by_key_and_counter():
     """The stream is specified by these numbers: a change of them changes every run that is resumed."""
     assert random_words(1, 2, 3, 4, 2).tolist() == PHILOX
     assert random_words(1, 2, 4, 3, 2).tolist() != PHILOX
+
+
+LAST = 2**64 - 1
+
+
+@pytest.mark.parametrize(
+    "skip, index, epoch", [(0, 0, 0), (7, LAST, 3), (LAST - 2, 9, 1), (LAST - 2, LAST, 5), (LAST - 1, LAST, LAST)]
+)
+def test_words_are_numpys_whatever_the_counter_carries(skip, index, epoch):
+    philox = np.random.Philox(
+        key=np.array([2**63 - 1, 4], np.uint64), counter=np.array([skip, index, epoch, 0], np.uint64)
+    )
+    words = random_words(2**63 - 1, 4, epoch, index, 23, skip)
+    np.testing.assert_array_equal(words, philox.random_raw(23))
 
 
 PHILOX = [15304873005091984411, 7790104309783628986]
