@@ -1,21 +1,26 @@
 """`scldm plan`: what a training run will take, before a GPU is touched.
 
-Reading order: PlanConfig, main, Plan, plan_of, remedies.
+Reading order: PlannedHardware, Planned, read, main, Plan, plan_of, remedies.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
-from data_pipeline.loader import LoaderConfig
+from data_pipeline.loader import LoaderConfig, StreamConfig
 from data_pipeline.read_shards import ShardSet
 from launch.cli import run_verb
+from launch.config import compose
+from launch.train_ldm import TrainLDMConfig
+from launch.train_vae import TrainVAEConfig, genes_of
 from scldm.errors import InputError
 from scldm.model.dit import DiTConfig
 from scldm.model.flops import vae_flops
@@ -23,9 +28,7 @@ from scldm.model.vae import VAEConfig
 from scldm.parallel.deepspeed_json import BUCKET, check_overrides
 from scldm.parallel.engine import HardwareConfig
 from scldm.train.budget import Memory, rank_memory, sent_bytes
-from scldm.train.loop import TrainConfig
-from scldm.train.losses import GuidanceConfig
-from scldm.train.optim import OptimConfig
+from scldm.train.run_folder import read_config
 from scldm.train.step_cost import StepCost, dit_step, vae_step
 from scldm.train.throughput import PEAK_TFLOPS
 
@@ -35,7 +38,7 @@ EXAMPLE = """
 scldm plan vae/70m hardware/node_8gpu n_genes=36130 n_cells=100_000_000
 scldm plan vae/270m hardware/many_nodes hardware.nodes=128 n_genes=36130 n_cells=100_000_000 train.global_batch=8192 \\
   hardware.micro_batch=8
-scldm plan ldm/base hardware/many_nodes stage=ldm model.n_latents=64 n_cells=100_000_000
+scldm plan ldm/base hardware/many_nodes n_latents=64 latent_width=16 n_cells=100_000_000
 """
 GB = 1e9
 
@@ -84,32 +87,57 @@ class PlannedHardware(HardwareConfig):
 
 
 @dataclass(frozen=True)
-class PlanConfig:
+class Planned:
     """A training config, with what is not known before there are data.
 
-    stage: what is trained: vae or ldm
-    n_genes: of the vocabulary; 0 takes those of data.shards
+    run_dir: taken as training takes it; nothing is written
+    n_genes: vae: of the vocabulary; 0 takes those of data.shards
+    n_latents: ldm: latent tokens of a cell; 0 takes those of data.shards, or of the run in vae
+    latent_width: ldm: their width; likewise
     n_cells: to train on; 0 takes those of data.shards
     expressed: genes that a cell expresses, as the loader reads 3 bytes of each
-    deepspeed: keys of DeepSpeed's own, as a run takes them
     json: print JSON, not the table
     """
 
-    stage: Literal["vae", "ldm"] = "vae"
+    run_dir: str = ""
     n_genes: int = 0
+    n_latents: int = 0
+    latent_width: int = 0
     n_cells: int = 0
     expressed: int = 2_000
-    data: LoaderConfig = field(default_factory=lambda: LoaderConfig(shards=""))
-    model: VAEConfig = field(default_factory=VAEConfig)
-    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
     hardware: PlannedHardware = field(default_factory=PlannedHardware)
-    deepspeed: dict[str, Any] = field(default_factory=dict)
     json: bool = False
 
 
-CONFIG = PlanConfig
+@dataclass(frozen=True)
+class PlanVAEConfig(Planned, TrainVAEConfig):
+    """What `scldm train vae` takes."""
+
+    data: LoaderConfig = field(default_factory=lambda: LoaderConfig(shards=""))
+
+
+@dataclass(frozen=True)
+class PlanLDMConfig(Planned, TrainLDMConfig):
+    """What `scldm train ldm` takes."""
+
+    data: StreamConfig = field(default_factory=lambda: StreamConfig(shards=""))
+
+
+PlanConfig = PlanVAEConfig | PlanLDMConfig
+CONFIG = PlanVAEConfig
+USAGE = "scldm plan [vae|ldm] [PRESET ...] [key=value ...]"
+
+
+def read(words: Sequence[str]) -> PlanConfig:
+    """The stage is the first word, or that of the presets. Raises: InputError where neither tells it."""
+    if words and words[0] in ("vae", "ldm"):
+        stages, words = {words[0]}, words[1:]
+    else:
+        stages = {word.split("/")[0] for word in words if re.match(r"(vae|ldm)/[^=]+$", word)}
+    if len(stages) != 1:
+        why = "the presets are of both" if stages else "no preset tells it"
+        raise InputError(f"say what is trained, `scldm plan vae ...` or `scldm plan ldm ...`: {why}")
+    return compose(PlanVAEConfig, words) if "vae" in stages else compose(PlanLDMConfig, words)
 
 
 def main(config: PlanConfig) -> Plan:
@@ -122,13 +150,20 @@ def main(config: PlanConfig) -> Plan:
 
 
 def with_data(config: PlanConfig) -> PlanConfig:
-    """With the numbers of genes and cells that data.shards has, where they are not given."""
-    if config.data.shards and not (config.n_genes and config.n_cells):
+    """With the sizes that data.shards and the autoencoder's run have, where they are not given."""
+    sizes = ("n_genes", "n_cells") if isinstance(config, PlanVAEConfig) else ("n_latents", "latent_width", "n_cells")
+    known: dict[str, int] = {}
+    if config.data.shards and not all(getattr(config, name) for name in sizes):
         manifest = ShardSet(config.data.shards).manifest
-        cells = sum(split.n_cells for split in manifest.splits if split.name == "train")
-        config = replace(config, n_genes=config.n_genes or manifest.genes.n_genes, n_cells=config.n_cells or cells)
-    needed = ("n_genes", "n_cells") if config.stage == "vae" else ("n_cells",)
-    for name in needed:
+        known["n_cells"] = sum(split.n_cells for split in manifest.splits if split.name == "train")
+        known["n_genes"] = manifest.genes.n_genes
+        if manifest.kind == "latents":
+            known["n_latents"], known["latent_width"] = manifest.extra["shape"]
+    if isinstance(config, PlanLDMConfig) and config.vae:
+        model = read_config(Path(config.vae))["model"]
+        known |= {name: model[name] for name in ("n_latents", "latent_width")}
+    config = replace(config, **{name: getattr(config, name) or known.get(name, 0) for name in sizes})
+    for name in sizes:
         if getattr(config, name) < 1:
             raise InputError(f"{name}={getattr(config, name)}: give it, or data.shards")
     return config
@@ -185,8 +220,8 @@ class Plan:
     @property
     def loader_bytes(self) -> float:
         config = self.config
-        each = 3 * config.expressed if config.stage == "vae" else 4 * config.model.n_latents * config.model.latent_width
-        return self.cells_per_s * each
+        is_latent = isinstance(config, PlanLDMConfig) and not config.vae
+        return self.cells_per_s * (4 * config.n_latents * config.latent_width if is_latent else 3 * config.expressed)
 
     def table(self) -> str:
         config, hardware, cost = self.config, self.config.hardware, self.cost
@@ -205,6 +240,8 @@ class Plan:
             row = "".join(f"  {numbers[name] / GB:>{len(name)}.2f}" for name in names)
             mark = "  <- configured" if stage == hardware.zero_stage else ""
             lines.append(f"  {stage:>4}{row}{mark}{'' if memory.peak / GB <= room else '  DOES NOT FIT'}")
+        if isinstance(config, PlanLDMConfig) and config.vae:
+            lines.append("without what encoding the cells as they come takes")
         if config.model.attention == "fused":
             lines.append("activations and FLOPs are those of attention=factorised, which fused takes no more than")
         if not self.fits:
@@ -240,9 +277,10 @@ def plan_of(config: PlanConfig) -> Plan:
     overlap = overlaps(config)
     step_s = max(compute_s, exchange_s) if overlap else compute_s + exchange_s
     formula = 0.0
-    if config.stage == "vae":
-        n_given, n_asked = genes_of(config)
-        formula = 3 * sum(vae_flops(config.model, hardware.micro_batch, n_given, n_asked).values())
+    if isinstance(config, PlanVAEConfig):
+        formula = 3 * sum(
+            vae_flops(config.model, hardware.micro_batch, *genes_of(config.data, config.n_genes)).values()
+        )
     return Plan(
         config,
         cost,
@@ -258,27 +296,22 @@ def plan_of(config: PlanConfig) -> Plan:
     )
 
 
-def genes_of(config: PlanConfig) -> tuple[int, int]:
-    """Genes given and asked of a cell in training."""
-    given = config.data.given.n_genes or config.n_genes
-    asked = given if config.data.asked.policy == "same" else config.data.asked.n_genes or config.n_genes
-    return min(given, config.n_genes), min(asked, config.n_genes)
+def cost_of(config: PlanConfig) -> StepCost:
+    """Of a micro-batch."""
+    n_cells, bf16 = config.hardware.micro_batch, config.hardware.precision == "bf16"
+    if isinstance(config, PlanVAEConfig):
+        return _vae(config.model, config.n_genes, n_cells, *genes_of(config.data, config.n_genes), bf16)
+    return _dit(config.model, config.n_latents, config.latent_width, n_cells, bf16)
 
 
 @cache
-def _traced(stage: str, model: VAEConfig, n_genes: int, cells: int, given: int, asked: int, bf16: bool) -> StepCost:
-    if stage == "vae":
-        return vae_step(model, n_genes, cells, given, asked, bf16=bf16)
-    dit = DiTConfig(model.width, model.n_layers, model.n_heads, recompute=model.recompute)
-    return dit_step(dit, model.n_latents, model.latent_width, {}, cells, bf16=bf16)
+def _vae(model: VAEConfig, n_genes: int, n_cells: int, n_given: int, n_asked: int, bf16: bool) -> StepCost:
+    return vae_step(model, n_genes, n_cells, n_given, n_asked, bf16=bf16)
 
 
-def cost_of(config: PlanConfig) -> StepCost:
-    genes = genes_of(config) if config.stage == "vae" else (0, 0)
-    hardware = config.hardware
-    return _traced(
-        config.stage, config.model, config.n_genes, hardware.micro_batch, *genes, hardware.precision == "bf16"
-    )
+@cache
+def _dit(model: DiTConfig, n_latents: int, latent_width: int, n_cells: int, bf16: bool) -> StepCost:
+    return dit_step(model, n_latents, latent_width, {}, n_cells, bf16=bf16)
 
 
 def overlaps(config: PlanConfig) -> bool:

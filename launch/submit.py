@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from launch import slurm
-from launch.cli import VERBS, find_verb
+from launch.cli import VERBS, config_of, find_verb
 from launch.config import compose
 from launch.job import Job, SubmitConfig, bad_nodes, notes_of, script
 from launch.pipeline import jobs_of_pipeline, jobs_of_shards
@@ -63,7 +63,7 @@ def read(words: Sequence[str]) -> Submission:
             raise InputError(
                 f"name a verb that can run as a job: {', '.join(['train vae', 'encode', 'pipeline'])}, ..."
             )
-        compose(importlib.import_module(VERBS[verb][0]).CONFIG, rest)
+        config_of(importlib.import_module(VERBS[verb][0]), rest)
     return Submission(options, verb, rest, words[end + 1 :])
 
 

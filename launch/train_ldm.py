@@ -116,9 +116,7 @@ def set_up(config: TrainLDMConfig, world: World) -> Parts:
 
     def cost() -> StepCost:
         bf16, n_cells = config.hardware.precision == "bf16", config.hardware.micro_batch
-        # conditions are a few numbers a cell
-        shape = replace(config.model, continuous={}, combination_tokens=False, condition_means=False, compile=False)
-        return dit_step(shape, n_latents, latent_width, {}, n_cells, bf16=bf16)
+        return dit_step(config.model, n_latents, latent_width, {}, n_cells, bf16=bf16)
 
     return Parts(module, stage, source.loader, source.validation, manifest, joined, cost)
 

@@ -78,14 +78,19 @@ def set_up(config: TrainVAEConfig, world: World) -> Parts:
     module = VAE(config.model, loader.vocab.n_genes)
     trained = start_of(config)
     joined = vae_from(module, loader.vocab, trained.vae, trained.genes) if trained is not None else ()
-    given = config.data.given.n_genes or n_genes
-    asked = given if config.data.asked.policy == "same" else config.data.asked.n_genes or n_genes
 
     def cost() -> StepCost:
-        bf16 = config.hardware.precision == "bf16"
-        return vae_step(config.model, n_genes, config.hardware.micro_batch, given, asked, bf16=bf16)
+        sizes = (n_genes, config.hardware.micro_batch, *genes_of(config.data, n_genes))
+        return vae_step(config.model, *sizes, bf16=config.hardware.precision == "bf16")
 
     return Parts(module, VAEStage(module), loader, validation, loader.manifest, joined, cost)
+
+
+def genes_of(data: LoaderConfig, n_genes: int) -> tuple[int, int]:
+    """Genes given and asked of a cell in training, of so many in the vocabulary."""
+    given = data.given.n_genes or n_genes
+    asked = given if data.asked.policy == "same" else data.asked.n_genes or n_genes
+    return min(given, n_genes), min(asked, n_genes)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class DiTConfig:
     width: int = 256
     n_layers: int = 8
     n_heads: int = 8
-    continuous: dict[str, str] = field(default_factory=dict)
+    continuous: dict[str, str] = field(default_factory=dict, hash=False)  # a dict has no hash
     combination_tokens: bool = False
     condition_means: bool = False
     attention: Literal["plain", "sdpa"] = "sdpa"

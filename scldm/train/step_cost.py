@@ -92,7 +92,8 @@ def vae_step(config: VAEConfig, n_genes: int, n_cells: int, n_given: int, n_aske
 def dit_step(
     config: DiTConfig, n_latents: int, latent_width: int, n_labels: dict[str, int], n_cells: int, **how: Any
 ) -> StepCost:
-    """Of the diffusion transformer."""
+    """Of the diffusion transformer, without what conditions may have besides a table each: a few numbers a cell."""
+    config = replace(config.portable, continuous={}, combination_tokens=False, condition_means=False)
 
     def loss_of(run: nn.Module) -> Tensor:
         z_BLZ = torch.ones(n_cells, n_latents, latent_width)

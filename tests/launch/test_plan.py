@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from data_pipeline.loader import shard_batches
+from data_pipeline.read_shards import ShardSet
+from data_pipeline.write_latents import LatentWriter
 from launch.cli import main
-from launch.config import compose
-from launch.plan import PlanConfig, does_fit, plan_of, remedies
+from launch.config import flatten
+from launch.plan import PlanLDMConfig, PlanVAEConfig, does_fit, plan_of, read, remedies, with_data
+from launch.train_ldm import TrainLDMConfig
+from launch.train_vae import TrainVAEConfig
 from scldm.errors import InputError
+from tests.data_pipeline.small_sets import known_cells, write_set
 
-DIT = ["stage=ldm", "n_cells=100_000_000", "model.n_latents=64", "ldm/base"]
+DIT = ["n_cells=100_000_000", "n_latents=64", "latent_width=16", "ldm/base"]
 
 
 def test_a_plan_for_1024_gpus_and_100_million_cells(capsys: pytest.CaptureFixture) -> None:
@@ -32,7 +40,7 @@ def test_a_plan_for_1024_gpus_and_100_million_cells(capsys: pytest.CaptureFixtur
 
 def test_what_does_not_fit_is_told_with_knobs_that_help() -> None:
     words = [*DIT, "hardware.memory_gb=4.2", "train.global_batch=8192", "hardware.micro_batch=1024", "model.n_layers=2"]
-    config = compose(PlanConfig, words)
+    config = read(words)
     plan = plan_of(config)
     assert not plan.fits
     assert "DOES NOT FIT" in plan.table()
@@ -40,24 +48,81 @@ def test_what_does_not_fit_is_told_with_knobs_that_help() -> None:
     told = dict(remedies(config))
     assert all(does_fit(told[remedy]) for remedy in plan.remedies)
     for remedy in plan.remedies:  # each is a command line
-        assert does_fit(compose(PlanConfig, [*words, *remedy.split()]))
+        assert does_fit(read([*words, *remedy.split()]))
 
 
 @pytest.mark.parametrize(
     "words, said",
     [
-        ([], "n_genes=0: give it, or data.shards"),
-        (["n_genes=100"], "n_cells=0: give it, or data.shards"),
-        (["n_genes=100", "n_cells=5", "hardware.gpu=Z9"], "hardware.gpu=Z9: known are A100"),
+        ([], "`scldm plan vae ...` or `scldm plan ldm ...`: no preset tells it"),
+        (["vae/tiny", "ldm/tiny"], "`scldm plan vae ...` or `scldm plan ldm ...`: the presets are of both"),
+        (["vae", "ldm/tiny"], "preset ldm/tiny: unknown key 'guidance'"),
+        (["vae"], "n_genes=0: give it, or data.shards"),
+        (["vae", "n_genes=100"], "n_cells=0: give it, or data.shards"),
+        (["ldm/tiny", "latent_width=4"], "n_latents=0: give it, or data.shards"),
+        (["ldm/tiny", "vae=nowhere"], "nowhere is not a run folder"),
+        (["vae", "n_genes=100", "n_cells=5", "hardware.gpu=Z9"], "hardware.gpu=Z9: known are A100"),
         (
-            ["n_genes=100", "n_cells=5", "hardware.nodes=1_000"],
+            ["vae", "n_genes=100", "n_cells=5", "hardware.nodes=1_000"],
             "train.global_batch=1024 can't be split over 8000 ranks",
         ),
-        (["n_genes=100", "n_cells=5", "deepspeed.fp16.enabled=true"], "hardware.precision says this"),
+        (["vae", "n_genes=100", "n_cells=5", "deepspeed.fp16.enabled=true"], "hardware.precision says this"),
     ],
 )
 def test_what_a_plan_can_not_know_is_asked_for(words: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
     assert main(["plan", *words]) == 2
     assert said in capsys.readouterr().err
     with pytest.raises(InputError):
-        compose(PlanConfig, ["hardware.mfu=0"])
+        read(["vae", "hardware.mfu=0"])
+
+
+# every group of keys that a run takes and a plan does not need
+OF_A_RUN = [
+    "run_dir=runs/a",
+    "data.shards=",
+    "tracking.enabled=false",
+    "train.patience=2",
+    "init_from=m",
+    "data.seed=3",
+]
+
+
+@pytest.mark.parametrize(
+    "words, planned, trained",
+    [
+        (["vae/tiny"], PlanVAEConfig, TrainVAEConfig),
+        (["vae", "hardware/cpu"], PlanVAEConfig, TrainVAEConfig),
+        (["ldm/base", "flow.time=logit_normal", "model.combination_tokens=true"], PlanLDMConfig, TrainLDMConfig),
+        (["ldm", "given.n_genes=5", "label_embeddings.gene=g.csv"], PlanLDMConfig, TrainLDMConfig),
+    ],
+)
+def test_a_plan_takes_what_the_run_takes(words: list[str], planned: type, trained: type) -> None:
+    config = read([*words, *OF_A_RUN])
+    assert type(config) is planned
+    assert {key for key, *_ in flatten(trained)} <= {key for key, *_ in flatten(planned)}
+
+
+def test_a_plan_knows_the_sizes_of_the_data_it_is_given(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Of cells, of latents, and of cells that a trained autoencoder will encode."""
+    write_set(tmp_path / "cells", known_cells(n_train=64, n_validation=32, n_genes=700))
+    shards = ShardSet(str(tmp_path / "cells"))
+    writer = LatentWriter(tmp_path / "latents", shards, "model", (3, 2))
+    for shard in writer.missing_shards():
+        batches = shard_batches(shards, shard, micro_batch=32)
+        writer.write_shard(shard, (np.zeros((len(batch.cell_ids_B2), 3, 2), np.float32) for batch in batches))
+    writer.finish()
+    shards.close()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"model": {"n_latents": 4, "latent_width": 5}}))
+    cells, latents = f"data.shards={tmp_path}/cells", f"data.shards={tmp_path}/latents"
+    found = with_data(read(["vae", cells]))
+    assert (found.n_genes, found.n_cells) == (700, 64)
+    assert with_data(read(["vae", cells, "n_cells=9"])).n_cells == 9
+    found = with_data(read(["ldm", latents]))
+    assert (found.n_latents, found.latent_width, found.n_cells) == (3, 2, 64)
+    found = with_data(read(["ldm", cells, f"vae={tmp_path}/run"]))
+    assert (found.n_latents, found.latent_width, found.n_cells) == (4, 5, 64)
+    # the line of a run, as it would be given to `scldm train`
+    small = ["model.width=16", "model.n_layers=1", "train.global_batch=64", "hardware.micro_batch=8", *OF_A_RUN[2:]]
+    assert main(["plan", "ldm", cells, f"vae={tmp_path}/run", "run_dir=runs/ldm", "model.n_heads=2", *small]) == 0
+    assert "without what encoding the cells as they come takes" in capsys.readouterr().out
