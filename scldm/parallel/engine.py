@@ -99,7 +99,7 @@ class Engine(Protocol):
     """What the training loop sees."""
 
     model: Any  # called for the forward pass, in validation too
-    bare: Any  # the same forward pass, whose gradients are the caller's alone; None where there is none (ZeRO-3)
+    bare: Any  # the same forward pass, of which `gradients` tells the gradients
     module: nn.Module  # the bare network, whose parameters may be empty between forward passes (ZeRO-3)
     shapes: dict[str, torch.Size]  # of the parameters, whole, by name
     pieces: list[Piece]  # what this rank holds; those of all ranks make every parameter once
@@ -113,6 +113,11 @@ class Engine(Protocol):
 
         A norm that is not finite is so on every rank, and the step was not made on any.
         """
+        ...
+
+    def gradients(self, loss: Tensor) -> dict[str, Tensor]:
+        """Of a loss of `bare`, by parameter: this rank's alone, for the caller to look at; no step has part in them.
+        Collective under ZeRO-3."""
         ...
 
     def publish(self) -> None:
@@ -151,6 +156,9 @@ class PlainEngine:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def gradients(self, loss: Tensor) -> dict[str, Tensor]:
+        return _gradients(self.module, loss)
 
     def publish(self) -> None:
         pass  # the pieces are the parameters
@@ -219,7 +227,7 @@ class DeepSpeedEngine:
         self.engine: Any = started[0]
         self.optimizer: Any = started[1]
         self.model: Any = self.engine
-        self.bare: Any = None if self.stage == 3 else _Autocast(self.module, hardware.precision, world.device)
+        self.bare: Any = _Autocast(self.module, hardware.precision, world.device)
         self.pieces = list(self._pieces(names))
 
     def backward(self, loss: Tensor) -> None:
@@ -233,6 +241,14 @@ class DeepSpeedEngine:
         _set_lr(self.optimizer, lr)
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
+
+    def gradients(self, loss: Tensor) -> dict[str, Tensor]:
+        found = _gradients(self.module, loss)
+        if self.stage == 3:  # DeepSpeed ends a backward pass so where gradients are summed, which these are not
+            coordinator = self.optimizer.parameter_offload.get_param_coordinator()
+            coordinator.release_backward_leftovers()
+            coordinator.reset_step()
+        return found
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -307,6 +323,12 @@ def start_engine(
     if hardware.engine == "plain":
         return PlainEngine(model, make_optimizer, hardware, clip, world)
     return DeepSpeedEngine(model, make_optimizer, hardware, clip, world, global_batch, overrides or {})
+
+
+def _gradients(module: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return {name: gradient for name, gradient in zip(names, found, strict=True) if gradient is not None}
 
 
 def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -44,7 +44,7 @@ def find_culprits(
     world: World,
 ) -> list[Culprit]:
     """Of all ranks, for the micro-batches of one step; collective. Where every loss is finite, all are computed again
-    for their gradients; none is found where those are finite too, or under ZeRO-3, whose weights lie apart."""
+    for their gradients; none is found where those are finite too, and their sum alone is not."""
     found = [
         _culprit(world, f"loss {parts['loss'].item()}", batch)
         for batch, parts in zip(batches, losses, strict=True)
@@ -53,14 +53,10 @@ def find_culprits(
     everywhere = world.gather(found)
     if any(everywhere):
         return [culprit for of_rank in everywhere for culprit in of_rank]
-    if engine.bare is None:
-        return []
-    names, parameters = zip(*engine.module.named_parameters(), strict=True)
     for batch in batches:
         here = batch.to(world.device)
         loss, _ = stage.loss(engine.bare, here, Draws(seed, step, here.positions_B))
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        bad = [name for name, g in zip(names, gradients) if g is not None and not torch.isfinite(g).all()]
+        bad = [name for name, g in engine.gradients(loss).items() if not torch.isfinite(g).all()]
         if bad:
             found.append(_culprit(world, f"gradient of {bad[0]}", batch))
     return [culprit for of_rank in world.gather(found) for culprit in of_rank]

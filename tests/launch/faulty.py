@@ -26,12 +26,12 @@ from scldm.errors import InputError
 from scldm.parallel.dist import World, close_world, world_of_environment
 from scldm.parallel.engine import HardwareConfig
 from scldm.train.loop import TrainConfig
-from scldm.train.losses import VAEStage
+from scldm.train.losses import GuidanceConfig, LDMStage, VAEStage
 from scldm.train.optim import OptimConfig
 from scldm.train.requests import LOOK_EVERY_S
 from scldm.train.tracking import TrackingConfig
 from scldm.vocab import ConditionVocab, GeneVocab
-from tests.scldm.train.small_runs import N_GENES, CellsLoader, make_cells, make_vae, small_run
+from tests.scldm.train.small_runs import N_GENES, CellsLoader, LatentsLoader, make_cells, make_dit, make_vae, small_run
 
 STEPS, GLOBAL_BATCH = 16, 16
 GRACE_S = 20  # in which a rank is to end after another did
@@ -50,7 +50,10 @@ class Fault:
 
 @dataclass(frozen=True)
 class SmallConfig:
+    """stage: vae or ldm; the rest as the verbs have it"""
+
     run_dir: str
+    stage: str = "vae"
     optim: OptimConfig = OPTIM
     train: TrainConfig = field(default_factory=lambda: TrainConfig(global_batch=GLOBAL_BATCH, **EVERY))  # pyright: ignore[reportArgumentType]
     hardware: HardwareConfig = field(default_factory=lambda: HardwareConfig(micro_batch=4))
@@ -117,37 +120,39 @@ def _rank(rank: int, size: int, port: int, output: str, work: Any, arguments: tu
         sys.exit(1)
 
 
-def train(config: SmallConfig, fault: Fault) -> None:
-    """The run of a config, as the verbs start it, with a fault."""
+def train(config: SmallConfig, *faults: Fault) -> None:
+    """The run of a config, as the verbs start it, with faults."""
 
     def set_up(world: World) -> Parts:
-        module = make_vae()
+        stage = VAEStage(make_vae()) if config.stage == "vae" else LDMStage(make_dit(), GuidanceConfig(0.2))
+        kind, n_given = (CellsLoader, 24) if config.stage == "vae" else (LatentsLoader, 0)
         place = (GLOBAL_BATCH, config.hardware.micro_batch, world.rank, world.size)
-        stage, loader = VAEStage(module), CellsLoader(make_cells(50, 0), *place, n_given=24)
-        if fault.rank == world.rank:
-            plant(fault, stage, loader, Path(config.run_dir))
+        loader = kind(make_cells(50, 0), *place, n_given=n_given)
+        for fault in faults:
+            if fault.rank == world.rank:
+                plant(fault, stage, loader, Path(config.run_dir))
         genes = GeneVocab(tuple(f"g{k}" for k in range(N_GENES)), "symbol")
         manifest: Any = SimpleNamespace(
             genes=genes, conditions=ConditionVocab({}), statistics=SimpleNamespace(library_sizes=()), kind="cells"
         )
-        return Parts(module, stage, loader, CellsLoader(make_cells(21, 1), *place), manifest)
+        return Parts(stage.module, stage, loader, kind(make_cells(21, 1), *place), manifest)
 
-    run_training("train vae", config, set_up)
+    run_training(f"train {config.stage}", config, set_up)
 
 
-def resume(run_dirs: list[str]) -> None:
+def resume(config: SmallConfig, run_dirs: list[str]) -> None:
     """Each run to its end, one after the other."""
     world = world_of_environment()
     world.join()
+    how: Any = {"hardware": config.hardware, "deepspeed": config.deepspeed, "optim": OPTIM}
     for run_dir in run_dirs:
-        hardware = HardwareConfig(micro_batch=4)
-        small_run("vae", Path(run_dir), world=world, hardware=hardware, optim=OPTIM, global_batch=GLOBAL_BATCH, **EVERY)
+        small_run(config.stage, Path(run_dir), world=world, global_batch=GLOBAL_BATCH, **how, **EVERY)
     close_world()
 
 
 def plant(fault: Fault, stage: Any, loader: CellsLoader, run_dir: Path) -> None:
     """Let this rank's loader, or its loss, meet the fault."""
-    deliver, compute = CellsLoader.__next__, stage.loss
+    deliver, compute = type(loader).__next__, stage.loss
 
     class Faulty(type(loader)):
         def __next__(self) -> list[Any]:

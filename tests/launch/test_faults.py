@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,10 +15,29 @@ import torch
 from scldm.train import checkpoint
 from scldm.train.tracking import read_metrics
 from tests.launch import faulty
-from tests.launch.faulty import STEPS, Fault, Ranks, SmallConfig
+from tests.launch.faulty import STEPS, Fault, HardwareConfig, Ranks, SmallConfig
 from tests.scldm.train.small_runs import stored
 
 pytestmark = pytest.mark.slow
+
+# DeepSpeed keeps parameters of fewer numbers whole; all of a small network's are such
+SHARD_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+
+
+def setting_of(stage: str, zero_stage: int, precision: Literal["fp32", "bf16"]) -> SmallConfig:
+    hardware = HardwareConfig(micro_batch=4, zero_stage=zero_stage, precision=precision)
+    return SmallConfig("", stage, hardware=hardware, deepspeed=SHARD_ALL if zero_stage == 3 else {})
+
+
+# what is trained, and how; every fault is met in the first, some in the second, the rest where time is no matter
+SETTINGS = {
+    "vae-zero2-fp32": setting_of("vae", 2, "fp32"),
+    "ldm-zero3-bf16": setting_of("ldm", 3, "bf16"),
+    "vae-zero3-fp32": setting_of("vae", 3, "fp32"),
+    "ldm-zero2-fp32": setting_of("ldm", 2, "fp32"),
+    "vae-zero1-bf16": setting_of("vae", 1, "bf16"),
+}
+FIRST, SECOND, *_ = SETTINGS
 
 
 def latest_step(run_dir: Path) -> int:
@@ -30,24 +51,32 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    codes, outputs = ranks.run(faulty.train, SmallConfig(str(run_dir)), Fault())
-    assert codes == [0, 0], outputs
-    assert json.loads((run_dir / "outcome.json").read_text())["state"] == "finished"
-    assert not (run_dir / "errors").exists()
-    return run_dir
+def undisturbed(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The run of a setting that meets no fault, made where it is first asked for."""
+
+    @cache
+    def run(setting: str) -> Path:
+        run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+        codes, outputs = ranks.run(faulty.train, replace(SETTINGS[setting], run_dir=str(run_dir)))
+        assert codes == [0, 0], outputs
+        assert json.loads((run_dir / "outcome.json").read_text())["state"] == "finished"
+        assert not (run_dir / "errors").exists()
+        return run_dir
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def disturbed(ranks: Ranks, undisturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
-    """The runs of all tests here; at the end all are resumed, in one start, and end at the undisturbed weights."""
-    runs: list[Path] = []
+def disturbed(ranks: Ranks, undisturbed: Callable[[str], Path]) -> Iterator[dict[str, list[Path]]]:
+    """The runs of all tests here by setting; at the end they are resumed, in one start each, to the same weights."""
+    runs: dict[str, list[Path]] = {setting: [] for setting in SETTINGS}
     yield runs
-    codes, outputs = ranks.run(faulty.resume, [str(run) for run in runs], timeout=300)
-    assert codes == [0, 0], outputs
-    for run in runs:
-        assert_same_weights(run, undisturbed)
+    for setting, of_setting in runs.items():
+        if of_setting:
+            codes, outputs = ranks.run(faulty.resume, SETTINGS[setting], [*map(str, of_setting)], timeout=300)
+            assert codes == [0, 0], outputs
+            for run in of_setting:
+                assert_same_weights(run, undisturbed(setting))
 
 
 def assert_same_weights(run: Path, other: Path) -> None:
@@ -60,8 +89,8 @@ def assert_same_weights(run: Path, other: Path) -> None:
     assert losses[0] == losses[1]
 
 
-# kind, rank, steps, more of the train config; exit codes of both ranks; what each says; where the run then stands
-FAULTS = {
+# one fault or two; more of the train config; exit codes of both ranks; what each says; where the run then stands
+FAULTS: dict[str, tuple[Any, ...]] = {
     "a killed rank": (Fault("SIGKILL"), {}, (87, -9), ("rank 1 (*) is gone", ""), {5, 8}),
     "the first is killed": (Fault("SIGKILL", 0), {}, (-9, 87), ("", "rank 0 (*) is gone"), {5, 8}),
     "a rank that hangs": (
@@ -101,6 +130,13 @@ FAULTS = {
     ),
     "SIGTERM": (Fault("SIGTERM", 0), {}, (85, 85), ("saved step *, asked by SIGTERM on rank 0", ""), {10, 11}),
     "SIGUSR1": (Fault("SIGUSR1", 1), {}, (85, 85), ("saved step *, asked by SIGUSR1 on rank 1", ""), {10, 11}),
+    "signals at different steps": (
+        (Fault("SIGUSR1", 1, (8,)), Fault("SIGTERM", 0, (9,))),
+        {},
+        (85, 85),
+        ("saved step *, asked by SIG", ""),
+        {10, 11},
+    ),
     "the file stop": (Fault("stop"), {}, (86, 86), ("asked by the file *stop", ""), {10, 11, 12}),
     "a loss on one rank": (
         Fault("loss", 1, (9, 10, 11, 12)),
@@ -120,6 +156,7 @@ FAULTS = {
         {5, 8},
     ),
 }
+IN_SECOND = ("a killed rank", "signals at different steps", "a gradient on one rank")
 
 
 def says(text: str, pattern: str) -> bool:
@@ -132,17 +169,26 @@ def says(text: str, pattern: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("name", FAULTS)
+def cases() -> Iterator[Any]:
+    for setting in SETTINGS:
+        for name in FAULTS:
+            soon = setting == FIRST or (setting == SECOND and name in IN_SECOND)
+            yield pytest.param(setting, name, marks=() if soon else pytest.mark.exhaustive)
+
+
+@pytest.mark.parametrize("setting, name", list(cases()))
 def test_a_fault_on_one_rank_ends_both_names_it_and_costs_nothing(
-    name: str, ranks: Ranks, disturbed: list[Path], tmp_path: Path
+    setting: str, name: str, ranks: Ranks, disturbed: dict[str, list[Path]], tmp_path: Path
 ) -> None:
-    fault, more, codes, told, steps = FAULTS[name]
-    config = SmallConfig(str(tmp_path / "run"))
+    faults, more, codes, told, steps = FAULTS[name]
+    fault, *_ = faults = faults if isinstance(faults, tuple) else (faults,)
+    config = replace(SETTINGS[setting], run_dir=str(tmp_path / "run"))
     config = replace(config, train=replace(config.train, **more))
-    found, outputs = ranks.run(faulty.train, config, fault, timeout=40)
+    found, outputs = ranks.run(faulty.train, config, *faults, timeout=40)
     assert tuple(found) == codes, "\n".join(outputs)
     for output, pattern in zip(outputs, told, strict=True):
         assert says(output, pattern), output
+    assert sum(output.count("asked by") for output in outputs) == (codes[0] in (85, 86))  # one save, told once
     assert latest_step(tmp_path / "run") in steps
     stored(tmp_path / "run")
     outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
@@ -158,7 +204,7 @@ def test_a_fault_on_one_rank_ends_both_names_it_and_costs_nothing(
         assert {row["rank"] for row in rows} == {1}
         assert all(len(row["cells"]) == 4 for row in rows)
     assert not (tmp_path / "run" / "stop").exists()
-    disturbed.append(tmp_path / "run")
+    disturbed[setting].append(tmp_path / "run")
 
 
 def test_one_step_that_is_skipped_changes_nothing_else(ranks: Ranks, tmp_path: Path) -> None:
@@ -174,7 +220,9 @@ def test_one_step_that_is_skipped_changes_nothing_else(ranks: Ranks, tmp_path: P
     assert max(float((tensors[key] - others[key]).abs().max()) for key in tensors) < 2e-4
 
 
-def test_a_file_save_saves_once_and_training_goes_on(ranks: Ranks, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_file_save_saves_once_and_training_goes_on(
+    ranks: Ranks, undisturbed: Callable[[str], Path], tmp_path: Path
+) -> None:
     config = SmallConfig(str(tmp_path / "run"))
     config = replace(config, train=replace(config.train, keep=20))
     codes, outputs = ranks.run(faulty.train, config, Fault("save", 1, (1,)))
@@ -183,31 +231,32 @@ def test_a_file_save_saves_once_and_training_goes_on(ranks: Ranks, undisturbed: 
     saved = {int(path.name[5:]) for path in (tmp_path / "run" / "checkpoints").glob("step-*")}
     assert len(saved - {5, 8, 10, 15, 16}) <= 1
     assert not (tmp_path / "run" / "save").exists()
-    assert_same_weights(tmp_path / "run", undisturbed)
+    assert_same_weights(tmp_path / "run", undisturbed(FIRST))
 
 
-def test_what_the_first_rank_refuses_ends_all(ranks: Ranks, undisturbed: Path) -> None:
-    before = {path: path.read_bytes() for path in undisturbed.rglob("*") if path.is_file() and path.name != "lock"}
-    config = SmallConfig(str(undisturbed), optim=replace(faulty.OPTIM, lr=1e-2))
-    codes, outputs = ranks.run(faulty.train, config, Fault())
+def test_what_the_first_rank_refuses_ends_all(ranks: Ranks, undisturbed: Callable[[str], Path]) -> None:
+    run = undisturbed(FIRST)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"}
+    config = SmallConfig(str(run), optim=replace(faulty.OPTIM, lr=1e-2))
+    codes, outputs = ranks.run(faulty.train, config)
     assert codes == [2, 2], outputs
     assert "holds another run: optim.lr was 0.003, now 0.01" in outputs[0]
     assert says(outputs[1], "rank 1 stops: rank 0 (*) refuses: *holds another run"), outputs[1]
-    assert {path: path.read_bytes() for path in undisturbed.rglob("*") if path.name in ("config.json", "latest")} == {
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.name in ("config.json", "latest")} == {
         path: data for path, data in before.items() if path.name in ("config.json", "latest")
     }
 
 
 def test_the_plain_engine_on_two_ranks_is_refused_before_a_folder_is_made(ranks: Ranks, tmp_path: Path) -> None:
     config = SmallConfig(str(tmp_path / "run"), hardware=faulty.HardwareConfig("plain", 8))
-    codes, outputs = ranks.run(faulty.train, config, Fault())
+    codes, outputs = ranks.run(faulty.train, config)
     assert codes == [2, 2]
     assert all("hardware.engine=plain runs on one rank, not on 2" in output for output in outputs)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_damaged_part_of_one_rank_is_passed_over_by_both(
-    ranks: Ranks, undisturbed: Path, disturbed: list[Path], tmp_path: Path
+    ranks: Ranks, undisturbed: Callable[[str], Path], tmp_path: Path
 ) -> None:
     config = SmallConfig(str(tmp_path / "run"))
     codes, outputs = ranks.run(faulty.train, config, Fault("stop", 1, (10,)))
@@ -216,7 +265,7 @@ def test_a_damaged_part_of_one_rank_is_passed_over_by_both(
     assert newest is not None
     part = newest / "part-1-of-2.safetensors"
     part.write_bytes(part.read_bytes()[:-100])
-    codes, outputs = ranks.run(faulty.train, config, Fault())
+    codes, outputs = ranks.run(faulty.train, config)
     assert codes == [0, 0], outputs
     assert f"{newest.name} is passed over: {part} is damaged" in outputs[0]
-    assert_same_weights(tmp_path / "run", undisturbed)
+    assert_same_weights(tmp_path / "run", undisturbed(FIRST))

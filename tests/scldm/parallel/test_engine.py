@@ -111,7 +111,7 @@ def test_ranks_follow_one_and_checkpoints_cross_stages_and_world_sizes(tmp_path:
             follow.append((run_dir, stage))
         for zero in (2, 3):
             run_dir = tmp_path / f"{stage}-zero{zero}-offload-recompute"
-            jobs[2].append(job(stage, run_dir, 8, zero, offload_optimizer=True, recompute=True))
+            jobs[2].append(job(stage, run_dir, 8, zero, offload_optimizer=True, how={"recompute": True}))
             follow.append((run_dir, stage))
     # stopped at step 13, so that steps 11 to 13 are lost, and resumed at another world size, stage or engine
     for stage, (ranks, zero), (later_ranks, later_zero) in (

@@ -157,12 +157,12 @@ class LatentsLoader(CellsLoader):
 # --- the runs ------------------------------------------------------------------------------------------------------
 
 
-def make_vae(kl_weight: float = 0.01, recompute: bool = False) -> VAE:
-    return VAE(VAEConfig(16, N_LATENTS, LATENT_WIDTH, 1, 2, 1, kl_weight, recompute=recompute), N_GENES)
+def make_vae(kl_weight: float = 0.01, **how: Any) -> VAE:
+    return VAE(VAEConfig(16, N_LATENTS, LATENT_WIDTH, 1, 2, 1, kl_weight, **how), N_GENES)
 
 
-def make_dit(recompute: bool = False) -> DiT:
-    return DiT(DiTConfig(16, 2, 2, recompute=recompute), N_LATENTS, LATENT_WIDTH, {"type": N_LABELS})
+def make_dit(**how: Any) -> DiT:
+    return DiT(DiTConfig(16, 2, 2, **how), N_LATENTS, LATENT_WIDTH, {"type": N_LABELS})
 
 
 def stored(run_dir: Path, which: str = "latest") -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -196,13 +196,14 @@ def small_run(
     fail_at: int = -1,
     keep: int = 2,
     deepspeed: dict[str, Any] | None = None,
-    recompute: bool = False,
+    how: dict[str, Any] | None = None,
     watch: Watch | None = None,
     disturb: Callable[[Stage, CellsLoader], None] = lambda stage, loader: None,
     **every: Any,
 ) -> Finished:
     """Train `vae` or `ldm` on 50 cells as the verbs do, logging every step unless told otherwise.
 
+    how: more of the model's config, such as recompute
     disturb: is given the stage and the loader, to make them fail
     """
     hardware = hardware or HardwareConfig(engine="plain", micro_batch=global_batch // world.size)
@@ -220,7 +221,7 @@ def small_run(
     )
     optim = optim or OptimConfig(lr=3e-3, clip=2.0, weight_decay=0.01)
     torch.manual_seed(0)
-    module = make_vae(recompute=recompute) if stage_name == "vae" else make_dit(recompute)
+    module = make_vae(**(how or {})) if stage_name == "vae" else make_dit(**(how or {}))
     stage: Stage = VAEStage(module) if isinstance(module, VAE) else LDMStage(module, GuidanceConfig(0.2))
     kind = CellsLoader if stage_name == "vae" else LatentsLoader
     place = (global_batch, hardware.micro_batch, world.rank, world.size)
