@@ -39,10 +39,11 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class LibrarySizeModel:
-    """For every subset of the conditions, a distribution for each combination of labels that training cells had.
+    """A distribution for each combination of labels that training cells had, of all conditions or of some.
 
     names: the conditions; a subset keeps their order
-    fitted: names of a subset -> labels -> distribution; the empty subset is that of all cells
+    fitted: names of a subset -> labels -> distribution; the empty subset is that of all cells. That of all conditions
+        is there; a subset that is not (with many conditions there are too many) is pooled from it
     """
 
     names: tuple[str, ...]
@@ -51,9 +52,10 @@ class LibrarySizeModel:
     def of(self, labels: pd.DataFrame) -> Sizes:
         """The log-normal of each row of labels.
 
-        A combination that no training cell had backs off to the largest choice of its labels that some had together; of
-        several, to that in which cells differ least, by the standard deviation of the log over 10 cells or more. It
-        does not back off to all cells whatever their labels.
+        A combination that no training cell had backs off to the largest choice of its labels that some had together:
+        all but one of them, then all but two, and so on to one alone; of several as large, to that in which cells
+        differ least, by the standard deviation of the log over 10 cells or more. It does not back off to all cells
+        whatever their labels.
 
         labels: one column for each condition that is given, in any order; none for any cell
 
@@ -62,11 +64,10 @@ class LibrarySizeModel:
         by = tuple(name for name in self.names if name in labels)
         # of no column, pandas has no rows
         rows = list(labels[list(by)].astype(str).itertuples(index=False, name=None)) if by else [()] * len(labels)
-        of_row, backed_off = {}, []
+        of_row, backed_off, tables = {}, [], dict(self.fitted)
         for row in dict.fromkeys(rows):
             given: dict[str, str] = dict(zip(by, row, strict=True))
-            used = self._best(given)
-            of_row[row] = self.fitted[used][tuple(given[name] for name in used)]
+            used, of_row[row] = self._best(given, tables)
             if used != by:
                 backed_off.append(
                     f"library sizes of {_told(given)}: no training cell has this combination; taken from the "
@@ -77,24 +78,38 @@ class LibrarySizeModel:
             np.array([one.log_mean for one in found]), np.array([one.log_std for one in found]), tuple(backed_off)
         )
 
-    def _best(self, given: dict[str, str]) -> tuple[str, ...]:
-        """The conditions by which library sizes of these labels are known best."""
+    def _best(
+        self, given: dict[str, str], tables: dict[tuple[str, ...], dict[tuple[str, ...], LogNormal]]
+    ) -> tuple[tuple[str, ...], LogNormal]:
+        """The conditions by which library sizes of these labels are known best, and what is known of them.
 
-        def rank(by: tuple[str, ...]) -> tuple:
-            one = self.fitted[by][tuple(given[name] for name in by)]
-            return (-len(by), one.n_cells < FEW_CELLS, one.log_std)
+        tables: those fitted; what is pooled on the way is added
+        """
 
-        known = [
-            by
-            for by in subsets(tuple(given))
-            if (by or not given) and tuple(given[name] for name in by) in self.fitted.get(by, {})
-        ]
-        if not known:
-            raise InputError(
-                f"no library sizes were fitted for {_told(given) or 'cells of any kind'}: no training cell has "
-                "any of these labels; give sizes of your own in a column `library_size`"
-            )
-        return min(known, key=rank)
+        def of(by: tuple[str, ...]) -> LogNormal | None:
+            if by not in tables:
+                tables[by] = self._pooled(by)
+            return tables[by].get(tuple(given[name] for name in by))
+
+        # a label that no training cell had is in no combination that some had
+        known_labels = {pair for by, table in self.fitted.items() for labels in table for pair in zip(by, labels)}
+        seen = tuple(name for name, label in given.items() if (name, label) in known_labels)
+        for n in range(len(seen), 0 if given else -1, -1):
+            known = [(by, one) for by in combinations(seen, n) if (one := of(by))]
+            if known:
+                return min(known, key=lambda found: (found[1].n_cells < FEW_CELLS, found[1].log_std))
+        raise InputError(
+            f"no library sizes were fitted for {_told(given) or 'cells of any kind'}: no training cell has "
+            "any of these labels; give sizes of your own in a column `library_size`"
+        )
+
+    def _pooled(self, by: tuple[str, ...]) -> dict[tuple[str, ...], LogNormal]:
+        """The distributions by some of the conditions, from those by all of them."""
+        parts: dict[tuple[str, ...], list[LogNormal]] = {}
+        for labels, one in self.fitted.get(self.names, {}).items():
+            of_name = dict(zip(self.names, labels, strict=True))
+            parts.setdefault(tuple(of_name[name] for name in by), []).append(one)
+        return {labels: _pool(of_labels) for labels, of_labels in parts.items()}
 
     def to_json(self) -> dict:
         fitted = [
@@ -111,15 +126,19 @@ class LibrarySizeModel:
     def load(cls, path: Path) -> LibrarySizeModel:
         obj = read_json(path)
         names = tuple(obj["names"])
-        fitted: dict[tuple[str, ...], dict[tuple[str, ...], LogNormal]] = {by: {} for by in subsets(names)}
+        fitted: dict[tuple[str, ...], dict[tuple[str, ...], LogNormal]] = {}
         for row in obj["fitted"]:
-            fitted[tuple(row["by"])][tuple(row["labels"])] = LogNormal(row["n_cells"], row["log_mean"], row["log_std"])
+            of_labels = LogNormal(row["n_cells"], row["log_mean"], row["log_std"])
+            fitted.setdefault(tuple(row["by"]), {})[tuple(row["labels"])] = of_labels
         return cls(names, fitted)
 
 
-def subsets(names: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """All subsets of some names, from the empty one to all of them, each in the order of `names`."""
-    return [by for n in range(len(names) + 1) for by in combinations(names, n)]
+def _pool(parts: list[LogNormal]) -> LogNormal:
+    """Of the cells of several distributions together."""
+    n = sum(one.n_cells for one in parts)
+    mean = sum(one.n_cells * one.log_mean for one in parts) / n
+    variance = sum(one.n_cells * (one.log_std**2 + (one.log_mean - mean) ** 2) for one in parts) / n
+    return LogNormal(n, mean, variance**0.5)
 
 
 def _told(given: dict[str, str]) -> str:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from scldm.errors import InputError
-from scldm.library_size import LibrarySizeModel, LogNormal, subsets
+from scldm.library_size import LibrarySizeModel, LogNormal
 
 NAMES = ("type", "donor", "drug")
 
 
 def fitted(**by: dict[str, LogNormal]) -> LibrarySizeModel:
     """by: `type_drug={"B/x": ...}`."""
-    tables: dict = {subset: {} for subset in subsets(NAMES)}
-    tables[()] = {(): LogNormal(1_000, 9.0, 1.0)}
+    tables: dict = {(): {(): LogNormal(1_000, 9.0, 1.0)}}
     for key, table in by.items():
         tables[tuple(key.split("_"))] = {tuple(labels.split("/")): one for labels, one in table.items()}
     return LibrarySizeModel(NAMES, tables)
@@ -57,3 +57,34 @@ def test_rows_keep_their_order_and_a_back_off_is_told_once(tmp_path: Path) -> No
     everyone = model.of(pd.DataFrame(index=range(3)))
     assert everyone.log_mean_n.tolist() == [9.0] * 3
     assert everyone.backed_off == ()
+
+
+def test_of_many_conditions_what_is_between_all_and_one_is_pooled() -> None:
+    """A set of more than four conditions states library sizes by all together, by each alone and of all cells."""
+    rng = np.random.default_rng(0)
+    names = ("type", "donor", "drug", "dose", "time")
+    cells = pd.DataFrame({name: rng.choice(["a", "b", "c"], 600) for name in names})
+    cells = cells[~((cells["type"] == "a") & (cells["donor"] == "b"))].reset_index(drop=True)
+    log_n = rng.normal(8, 1, len(cells)) + (cells["drug"] == "c")
+
+    def moments(by: tuple[str, ...]) -> dict[tuple[str, ...], LogNormal]:
+        groups = log_n.groupby([cells[name] for name in by])
+        return {labels: LogNormal(len(one), one.mean(), one.std(ddof=0)) for labels, one in groups}
+
+    tables = {by: moments(by) for by in [names, *((name,) for name in names)]}
+    model = LibrarySizeModel(names, {**tables, (): {(): LogNormal(len(cells), log_n.mean(), log_n.std(ddof=0))}})
+    # some conditions, in any order: those cells' own, and nothing is backed off
+    asked = pd.DataFrame({"time": ["b"], "type": ["c"], "drug": ["c"]})
+    sizes, expected = model.of(asked), moments(("type", "drug", "time"))["c", "c", "b"]
+    assert (sizes.log_mean_n[0], sizes.log_std_n[0]) == pytest.approx(expected[1:], rel=1e-12)
+    assert sizes.backed_off == ()
+    # all but one, of those in which cells differ least
+    sizes = model.of(pd.DataFrame([("a", "b", "c", "a", "b")], columns=list(names)))
+    without = {by: moments(by) for by in (("type", "drug", "dose", "time"), ("donor", "drug", "dose", "time"))}
+    (one, other) = without[names[:1] + names[2:]]["a", "c", "a", "b"], without[names[1:]]["b", "c", "a", "b"]
+    best = min(one, other, key=lambda found: (found.n_cells < 10, found.log_std))
+    assert (sizes.log_mean_n[0], sizes.log_std_n[0]) == pytest.approx(best[1:], rel=1e-12)
+    assert f"taken from the {best.n_cells} with " in sizes.backed_off[0]
+    # a label that nobody had is left out with the same care
+    sizes = model.of(pd.DataFrame([("a", "a", "new", "a", "b")], columns=list(names)))
+    assert "with type=a, donor=a, dose=a, time=b" in sizes.backed_off[0]
