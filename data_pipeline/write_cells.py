@@ -38,6 +38,8 @@ JOIN_VALUES = 1 << 21  # parts are appended together up to so many values: 16 MB
 CHUNK_VALUES = 1 << 16
 MEASUREMENT, LAYER = "RNA", "data"  # what tiledbsoma.io reads and writes unless told otherwise
 UNS = "scldm"
+N_EVALUATIONS = "n_evaluations"  # of the network
+COSTS = (N_EVALUATIONS,)  # in uns beside what decides what the cells are
 
 Append = Callable[[sp.csr_matrix], None]
 Value = str | int
@@ -134,16 +136,20 @@ class CellWriter:
         """A column that came with the parts, of all cells."""
         return np.concatenate([self._read(part, lambda of: of[f"obs.{name}"]) for part in range(self._n_parts)])
 
-    def join(self, obs: pd.DataFrame) -> None:
-        """Join the parts, and remove them when the file is there: by one process, once every part is written."""
+    def join(self, obs: pd.DataFrame, cost: Mapping[str, int]) -> None:
+        """Join the parts, and remove them when the file is there: by one process, once every part is written.
+
+        cost: what the cells have taken, by COSTS; into uns["scldm"] as well
+        """
+        assert set(cost) <= set(COSTS), cost
         joined = self.parts / f"joined{self.out.suffix}"
-        var = pd.DataFrame(index=pd.Index(self.genes))
-        adata = ad.AnnData(obs=obs, var=var, uns={UNS: self.made_by})
+        # an AnnData of these obs would hold a copy and a table of their names
+        rest = ad.AnnData(var=pd.DataFrame(index=pd.Index(self.genes)), uns={UNS: {**self.made_by, **cost}})
         with disk_explained(str(self.out)):
             _remove(joined)
             with (
                 Progress("write", self.n_cells, "cells") as bar,
-                FORMATS[self.out.suffix](joined, adata, self.dtype) as append,
+                FORMATS[self.out.suffix](joined, obs, rest, self.dtype) as append,
             ):
                 for matrix in self._joined():
                     append(matrix)
@@ -187,26 +193,27 @@ class CellWriter:
 
 
 @contextmanager
-def _h5ad(path: Path, adata: ad.AnnData, dtype: np.dtype) -> Iterator[Append]:
+def _h5ad(path: Path, obs: pd.DataFrame, rest: ad.AnnData, dtype: np.dtype) -> Iterator[Append]:
     with h5py.File(path, "w") as file:
-        yield _anndata(file, adata, dtype, {"compression": "gzip", "compression_opts": 1, "shuffle": True})
+        yield _anndata(file, obs, rest, dtype, {"compression": "gzip", "compression_opts": 1, "shuffle": True})
 
 
 @contextmanager
-def _zarr(path: Path, adata: ad.AnnData, dtype: np.dtype) -> Iterator[Append]:
+def _zarr(path: Path, obs: pd.DataFrame, rest: ad.AnnData, dtype: np.dtype) -> Iterator[Append]:
     import zarr
 
     group = zarr.open_group(path, mode="w", zarr_format=2)
-    yield _anndata(group, adata, dtype, {})
+    yield _anndata(group, obs, rest, dtype, {})
     zarr.consolidate_metadata(group.store)
 
 
-def _anndata(group: Any, adata: ad.AnnData, dtype: np.dtype, storage: dict[str, Any]) -> Append:
+def _anndata(group: Any, obs: pd.DataFrame, rest: ad.AnnData, dtype: np.dtype, storage: dict[str, Any]) -> Append:
     """What anndata writes, with an X that grows."""
-    write_elem(group, "/", adata)
+    write_elem(group, "/", rest)
+    write_elem(group, "obs", obs)
     if "raw" in group:  # "there is none", of which anndata can't read a part of the file
         del group["raw"]
-    empty = sp.csr_matrix((0, adata.n_vars), dtype=dtype)
+    empty = sp.csr_matrix((0, rest.n_vars), dtype=dtype)
     how = {"indptr_dtype": np.dtype(np.int64), "chunks": (CHUNK_VALUES,), **storage}
     write_elem(group, "X", empty, dataset_kwargs=how)
     growing: Any = sparse_dataset(group["X"])  # the stubs know its class, which is private, by its base
@@ -214,16 +221,20 @@ def _anndata(group: Any, adata: ad.AnnData, dtype: np.dtype, storage: dict[str, 
 
 
 @contextmanager
-def _soma(path: Path, adata: ad.AnnData, dtype: np.dtype) -> Iterator[Append]:
+def _soma(path: Path, obs: pd.DataFrame, rest: ad.AnnData, dtype: np.dtype) -> Iterator[Append]:
     import pyarrow as pa
     import tiledbsoma
     import tiledbsoma.io
 
-    tiledbsoma.io.from_anndata(str(path), adata, MEASUREMENT)
+    tiledbsoma.io.from_anndata(
+        str(path), ad.AnnData(obs=obs, var=pd.DataFrame(index=rest.var_names), uns=rest.uns), MEASUREMENT
+    )
     with tiledbsoma.Experiment.open(str(path), "w") as experiment:
         measurement: Any = experiment.ms[MEASUREMENT]
         layers = measurement.X if "X" in measurement else measurement.add_new_collection("X")
-        with layers.add_new_sparse_ndarray(LAYER, type=pa.from_numpy_dtype(dtype), shape=adata.shape) as array:
+        with layers.add_new_sparse_ndarray(
+            LAYER, type=pa.from_numpy_dtype(dtype), shape=(len(obs), rest.n_vars)
+        ) as array:
             at = 0
 
             def append(matrix: sp.csr_matrix) -> None:
@@ -236,7 +247,7 @@ def _soma(path: Path, adata: ad.AnnData, dtype: np.dtype) -> Iterator[Append]:
             yield append
 
 
-FORMATS: dict[str, Callable[[Path, ad.AnnData, np.dtype], AbstractContextManager[Append]]] = {
+FORMATS: dict[str, Callable[[Path, pd.DataFrame, ad.AnnData, np.dtype], AbstractContextManager[Append]]] = {
     ".h5ad": _h5ad,
     ".zarr": _zarr,
     ".soma": _soma,
@@ -259,7 +270,7 @@ def _made_by(out: Path) -> dict[str, Any]:
             with tiledbsoma.Experiment.open(str(out)) as experiment:
                 uns: Any = experiment.ms[MEASUREMENT]["uns"]
                 found = {key: value for key, value in uns[UNS].metadata.items() if not key.startswith("soma_")}
-        return {key: value if isinstance(value, str) else int(value) for key, value in found.items()}
+        return {k: value if isinstance(value, str) else int(value) for k, value in found.items() if k not in COSTS}
     except Exception as error:  # each library has its own for what is none of its files
         told = (str(error).splitlines() or [""])[0]
         raise InputError(

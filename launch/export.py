@@ -13,10 +13,11 @@ from scldm.errors import InputError, read_json
 from scldm.library_size import LibrarySizeModel
 from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE, VAEConfig
-from scldm.pretrained import save_pretrained, weights_hash
+from scldm.pretrained import save_pretrained
 from scldm.train.checkpoint import averaged, load_averaged
 from scldm.train.run_folder import read_config
 from scldm.vocab import ConditionVocab, GeneVocab
+from scldm.weights import weights_hash
 
 PURPOSE = (
     "Write the averaged weights of trained runs as a model folder, which scldm.load reads without the training stack."

@@ -20,7 +20,7 @@ import pandas as pd
 from anndata.io import read_elem
 
 import scldm
-from data_pipeline.write_cells import CellWriter
+from data_pipeline.write_cells import N_EVALUATIONS, CellWriter
 from launch.cli import run_verb
 from scldm.errors import InputError
 from scldm.flow.generate import SamplerConfig
@@ -104,12 +104,17 @@ def main(config: GenerateConfig) -> Path:
         with Progress("generate", sum(len(writer.rows(p)) for p in own), "cells", shown=world.is_first) as bar:
             for part in own:
                 rows = writer.rows(part)
-                matrix = model.make(wanted, rows, columns, config.sampler, config.kind, bar.advance)
-                writer.write_part(part, matrix, {"library_size": wanted.library_size(rows)})
+                made = model.make(wanted, rows, columns, config.sampler, config.kind, bar.advance)
+                of_cells = {"library_size": wanted.library_size(rows), N_EVALUATIONS: made.n_evaluations_n}
+                writer.write_part(part, made.matrix, of_cells)
         world.barrier()
         if world.is_first:
-            writer.join(model.obs(wanted, writer.column("library_size")))
-            print(f"{wanted.n_cells:,} cells x {len(genes):,} genes: {config.out}")
+            n_evaluations = int(writer.column(N_EVALUATIONS).sum(dtype=np.int64))
+            writer.join(model.obs(wanted, writer.column("library_size")), {N_EVALUATIONS: n_evaluations})
+            print(
+                f"{wanted.n_cells:,} cells x {len(genes):,} genes, {n_evaluations:,} network evaluations "
+                f"({n_evaluations / wanted.n_cells:,.4g} a cell): {config.out}"
+            )
     close_world()
     return Path(config.out)
 

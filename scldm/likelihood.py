@@ -2,7 +2,7 @@
 
 Counts are integers >= 0, means mu and inverse dispersions theta > 0. For mu and theta from 1e-8 to 1e8 and counts up
 to 1e6 everything is finite, gradients too.
-Reading order: the log_probs, the samplers.
+Counts are drawn in `count_draws.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,7 +19,6 @@ LikelihoodKind = Literal["nb", "zinb", "poisson", "gaussian"]
 MIN_MEAN = 1e-30  # a mean of exactly 0 has no logarithm; float32's smallest normal number is 1e-38
 STIRLING_FROM = 1e3  # there, the first two terms of Stirling's series err by less than 1 / (360 theta^3) = 3e-12
 NORMALISED_TO = 1e4  # total count to which the values of the Gaussian likelihood are scaled
-MAX_RATE = 1e9  # of a Poisson draw: counts stay below 2^31
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -84,26 +82,3 @@ def _log_rising(counts: Tensor, theta: Tensor) -> Tensor:
         + (1 / total - 1 / large_theta) / 12
     )
     return torch.where(large, series, exact)
-
-
-def nb_sample(mu_Q: np.ndarray, theta_Q: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One cell's counts from NB(mu, theta), int64 (Q,): a Poisson whose rate is Gamma(theta, mu / theta)."""
-    return poisson_sample(rng.gamma(theta_Q, mu_Q / theta_Q), rng)
-
-
-def zinb_sample(mu_Q: np.ndarray, theta_Q: np.ndarray, dropout_Q: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One cell's counts, int64 (Q,): NB(mu, theta), or 0 with probability sigmoid(dropout)."""
-    counts_Q = nb_sample(mu_Q, theta_Q, rng)
-    return np.where(rng.random(len(mu_Q)) < 1 / (1 + np.exp(-dropout_Q)), 0, counts_Q)
-
-
-def poisson_sample(mu_Q: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One cell's counts from Poisson(mu), int64 (Q,)."""
-    return rng.poisson(np.minimum(mu_Q, MAX_RATE))
-
-
-def gaussian_sample(mean_Q: np.ndarray, std_Q: np.ndarray, library_size: float, rng: np.random.Generator) -> np.ndarray:
-    """One cell's counts, int64 (Q,): the nearest integers to a draw of normalised values, scaled back."""
-    values_Q = np.maximum(rng.normal(mean_Q, std_Q), 0.0)
-    rate_Q = np.expm1(np.minimum(values_Q, 20.0)) * (library_size / NORMALISED_TO)
-    return np.rint(np.minimum(rate_Q, MAX_RATE)).astype(np.int64)

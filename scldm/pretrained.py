@@ -4,12 +4,11 @@
     config.json         shapes of both networks, sampler, format version, where the weights come from
     genes.json  conditions.json  library_sizes.json
 
-Reading order: save_pretrained, load, Pretrained.
+Reading order: save_pretrained, load, Made, Pretrained.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,29 +16,30 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from scldm import draws
 from scldm.batch import GeneCounts
 from scldm.errors import InputError, read_json
 from scldm.flow.asked import check_sampler, encode_labels, own_and_other, without_token
-from scldm.flow.generate import SamplerConfig, generate_latents, generators, guided, sample_counts
-from scldm.flow.transform import blend, through_noise
+from scldm.flow.generate import SamplerConfig, generate_latents, guided
+from scldm.flow.transform import blend, from_noise, to_noise
 from scldm.flow.wanted import Wanted, distinct
 from scldm.library_size import LibrarySizeModel
 from scldm.model.all_genes import encoder_of
 from scldm.model.dit import DiT, DiTConfig
-from scldm.model.vae import VAE, VAEConfig
+from scldm.model.vae import VAE, Predicted, VAEConfig
 from scldm.progress import Progress
 from scldm.vocab import ConditionVocab, GeneVocab
+from scldm.weights import put_in, read_weights, weights_hash
 
 FORMAT_VERSION = 2
 NOT_GIVEN = "not given"
@@ -107,16 +107,16 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Pretrained:
         )
     genes = GeneVocab.load(folder / "genes.json")
     conditions = ConditionVocab.load(folder / "conditions.json")
-    tensors = _weights(folder / "model.safetensors")
+    tensors = read_weights(folder / "model.safetensors")
     vae = VAE(VAEConfig(**config["vae"]).portable, genes.n_genes)
-    _fill(vae, tensors, "vae", folder)
+    put_in(vae, tensors, "vae", folder)
     dit = None
     if config["ldm"] is not None:
         n_labels = {name: conditions.n_labels(name) for name in config["conditions"]}
         own = {key.removeprefix("ldm/"): value for key, value in tensors.items() if key.startswith("ldm/")}
         shape = vae.config.n_latents, vae.config.latent_width
         dit = DiT.of_tensors(DiTConfig(**config["ldm"]).portable, *shape, n_labels, own)
-        _fill(dit, tensors, "ldm", folder)
+        put_in(dit, tensors, "ldm", folder)
         dit = dit.eval().requires_grad_(False)
     sizes = LibrarySizeModel.load(folder / "library_sizes.json")
     vae = vae.eval().requires_grad_(False)
@@ -131,31 +131,11 @@ def usable(device: str | torch.device) -> None:
         raise InputError(f"device={device}: {str(error).splitlines()[0]}") from None
 
 
-def _weights(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    except SafetensorError as error:
-        raise InputError(f"{path} is damaged ({error}); export the model again") from None
+class Made(NamedTuple):
+    """matrix: (n, genes) int32 counts or float32 means; n_evaluations_n: of the network for each cell, int32"""
 
-
-def _fill(network: torch.nn.Module, tensors: dict[str, Tensor], net: str, folder: Path) -> None:
-    part = {key.removeprefix(f"{net}/"): value for key, value in tensors.items() if key.startswith(f"{net}/")}
-    try:
-        network.load_state_dict(part)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
-        raise InputError(f"{folder}: weights, config.json and vocabularies do not belong together: {first}") from None
-
-
-def weights_hash(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names and values of all weights."""
-    digest = hashlib.sha256()
-    for key in sorted(tensors):
-        digest.update(key.encode())
-        digest.update(tensors[key].detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    matrix: sp.csr_matrix
+    n_evaluations_n: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -297,20 +277,24 @@ class Pretrained:
         genes: which genes to write, in this order, any of the model's; the default is those of the file
         kind: counts, integers that are drawn, or means, expected counts, float32
 
-        Returns the cells with obs `alpha` and `source`, the cell's name in `adata`.
+        Returns the cells with obs `alpha` and `source`, the cell's name in `adata`. What a reader should know of the
+        conditions is printed.
         Raises: InputError as `embed`, for unknown conditions and labels, and for SDE samplers.
         """
         sampler, dit = sampler or SamplerConfig(), self._dit()
         obs = pd.DataFrame(adata.obs)
         by = [name for name in self.conditions.names if name in obs] if by is None else list(by)
-        row_n, own, other = own_and_other(dit, self.conditions, obs, by, to)
+        row_n, own, other, notes = own_and_other(dit, self.conditions, obs, by, to)
         for taken in (own, other):
             check_sampler(dit, taken, sampler, self.origin)
         if not alphas or not all(0 <= alpha <= 1 for alpha in alphas):
             raise InputError(f"alphas={', '.join(map(str, alphas))} must be numbers from 0 to 1, at least one")
         counts, given_ids = self._given(adata, layer)
         asked_ids = given_ids if genes is None else torch.from_numpy(self.columns(genes) + 1).to(self.device)
+        for note in notes:
+            print(note, file=sys.stderr)
         encode = encoder_of(self.vae, given_ids, counts.getnnz(0) / adata.n_obs)
+        n_evaluations = 0
         parts: list[list[sp.csr_matrix]] = [[] for _ in alphas]
         with Progress("transform", adata.n_obs * len(alphas), "cells") as bar:
             for rows in _batches(adata.n_obs):
@@ -320,18 +304,18 @@ class Pretrained:
                     guided(dit, {k: torch.from_numpy(v[row_n[rows]]).to(self.device) for k, v in of.items()}, sampler)
                     for of in (own, other)
                 )
+                noise_BLZ = to_noise(v_own, z_BLZ, sampler)
+                keys_BQ = draws.keys(seed, "counts", torch.arange(rows.start, rows.stop, device=self.device), asked_ids)
                 for alpha, part in zip(alphas, parts):
-                    moved_BLZ = through_noise(v_own, blend(v_own, v_other, alpha), z_BLZ, sampler)
+                    moved_BLZ = from_noise(blend(v_own, v_other, alpha), noise_BLZ, sampler)
                     latent_BLZ = self.vae.normalised(dit.unstandardise(moved_BLZ))
                     predicted = self.vae.decode(latent_BLZ, asked_ids, among_ids=given_ids)
-                    if kind == "means":
-                        part.append(sp.csr_matrix(predicted.expected(size_B).float().cpu().numpy()))
-                    else:
-                        of_cells = generators(seed, torch.arange(rows.start, rows.stop))
-                        part.append(sp.csr_matrix(predicted.sample(size_B, of_cells).astype(np.int32)))
+                    part.append(written(predicted, kind, size_B, keys_BQ))
                     bar.advance(len(size_B))
+                n_evaluations += sum(int(torch.as_tensor(v.n_evaluations_B).sum()) for v in (v_own, v_other))
         matrix = sp.csr_matrix(sp.vstack([block for part in parts for block in part]))
         uns = {"model": self.hash, "seed": seed, "config": json.dumps({"to": dict(to), "sampler": asdict(sampler)})}
+        uns["n_evaluations"] = n_evaluations
         moved = pd.concat([self._moved(obs, to, alpha, len(alphas) > 1) for alpha in alphas])
         return ad.AnnData(matrix, obs=moved, var=self.var(asked_ids.cpu().numpy() - 1), uns={"scldm": uns})
 
@@ -378,10 +362,15 @@ class Pretrained:
         columns = self.columns(genes)
         every = range(wanted.n_cells)
         with Progress("generate", wanted.n_cells, "cells") as bar:
-            matrix = self.make(wanted, every, columns, sampler, kind, bar.advance)
+            matrix, n_evaluations_n = self.make(wanted, every, columns, sampler, kind, bar.advance)
         obs = self.obs(wanted, wanted.library_size(every))
-        uns = {"scldm": {"model": self.hash, "seed": seed, "sampler": asdict(sampler)}}
-        return ad.AnnData(matrix, obs=obs, var=self.var(columns), uns=uns)
+        uns = {
+            "model": self.hash,
+            "seed": seed,
+            "sampler": asdict(sampler),
+            "n_evaluations": int(n_evaluations_n.sum()),
+        }
+        return ad.AnnData(matrix, obs=obs, var=self.var(columns), uns={"scldm": uns})
 
     def check_conditions(self, conditions: pd.DataFrame, seed: int, sampler: SamplerConfig | None = None) -> Wanted:
         """The cells to make, or the error that generation would meet; arguments as for `generate`."""
@@ -411,42 +400,48 @@ class Pretrained:
         sampler: SamplerConfig,
         kind: Kind,
         tick: Callable[[int], None],
-    ) -> sp.csr_matrix:
-        """Some of the cells, (rows, columns): int32 counts, or float32 means.
+    ) -> Made:
+        """Some of the cells, (rows, columns).
 
         Batches begin at multiples of BATCH_CELLS and are filled up: a float sum depends on the shape of its batch, so
-        a cell's numbers are the same bit for bit whatever rows are asked for with it, by whichever rank.
+        a cell's numbers are the same bit for bit whatever rows are asked for with it, by whichever rank. So they are
+        whatever genes are asked for: the decoder scores every gene, as a share is one of all; counts are drawn of the
+        asked ones alone.
 
         columns: of the model's genes, as `columns` gives them
         tick: called with the number of cells that were made
         """
-        all_genes_G = torch.arange(1, self.genes.n_genes + 1, device=self.device)
-        parts = []
+        columns_Q = torch.from_numpy(columns.copy()).to(self.device)
+        parts, n_evaluations = [], []
         for first in range(rows.start // BATCH_CELLS * BATCH_CELLS, rows.stop, BATCH_CELLS):
             batch = range(first, first + BATCH_CELLS)
             numbers_B = torch.arange(batch.start, batch.stop, device=self.device)
             of_batch = {name: torch.from_numpy(ids).to(self.device) for name, ids in wanted.ids_of(batch).items()}
             drawn = generate_latents(self._dit(), of_batch, numbers_B, wanted.seed, sampler)
-            latent_BLZ = self.vae.normalised(drawn.latent_BLZ)
             size_B = torch.from_numpy(wanted.library_size(batch)).float().to(self.device)
-            if kind == "means":
-                made_BG = self.vae.decode(latent_BLZ, all_genes_G).expected(size_B).float().cpu().numpy()
-            else:
-                made_BG = sample_counts(self.vae, latent_BLZ, all_genes_G, size_B, numbers_B, wanted.seed)
             own = slice(max(rows.start - first, 0), rows.stop - first)
-            parts.append(sp.csr_matrix(made_BG[own, columns].astype(np.float32 if kind == "means" else np.int32)))
+            parts.append(self.decoded(drawn.latent_BLZ, columns_Q, size_B, numbers_B, wanted.seed, kind)[own])
+            n_evaluations.append(drawn.n_evaluations_B[own].int().cpu().numpy())
             tick(parts[-1].shape[0])
-        return sp.csr_matrix(sp.vstack(parts))
+        return Made(sp.csr_matrix(sp.vstack(parts)), np.concatenate(n_evaluations))
+
+    @torch.no_grad()
+    def decoded(
+        self, latent_BLZ: Tensor, columns_Q: Tensor, library_size_B: Tensor, numbers_B: Tensor, seed: int, kind: Kind
+    ) -> sp.csr_matrix:
+        """Generated latents as what is written of them, (B, Q)."""
+        all_genes_G = torch.arange(1, self.genes.n_genes + 1, device=self.device)
+        predicted = self.vae.decode(self.vae.normalised(latent_BLZ), all_genes_G).take(columns_Q)
+        return written(predicted, kind, library_size_B, draws.keys(seed, "counts", numbers_B, all_genes_G[columns_Q]))
 
     def nonzeros_a_cell(self, wanted: Wanted, columns: np.ndarray, kind: Kind) -> float:
         """How many values a cell has to be stored: those of one cell at the mean latent, of average library size."""
         if kind == "means":
             return len(columns)
         sizes = wanted.library_size(range(min(wanted.n_cells, 1000)))
-        latent_1LZ = self.vae.normalised(self._dit().latent_mean_LZ[None])
-        all_genes_G = torch.arange(1, self.genes.n_genes + 1, device=self.device)
-        size_1, number_1 = latent_1LZ.new_tensor([sizes.mean()]), all_genes_G[:1]
-        return float((sample_counts(self.vae, latent_1LZ, all_genes_G, size_1, number_1, 0)[0, columns] > 0).sum())
+        latent_1LZ, columns_Q = self._dit().latent_mean_LZ[None], torch.from_numpy(columns.copy()).to(self.device)
+        size_1, number_1 = latent_1LZ.new_tensor([sizes.mean()]), columns_Q.new_zeros(1)
+        return float(self.decoded(latent_1LZ, columns_Q, size_1, number_1, 0, kind).nnz)
 
     def columns(self, genes: Sequence[str] | None) -> np.ndarray:
         """Where the asked genes stand among the model's. Raises: InputError for one that is unknown or asked twice."""
@@ -472,7 +467,7 @@ class Pretrained:
             labels = self.conditions.labels[name]
             known = list(dict.fromkeys([*labels, *([] if name in wanted.labels else [NOT_GIVEN])]))
             codes = ids if name in wanted.labels else np.full(len(ids), known.index(NOT_GIVEN))
-            obs[name] = pd.Categorical.from_codes(codes[wanted.combination_n].tolist(), categories=known)
+            obs[name] = pd.Categorical.from_codes(codes[wanted.combination_n], categories=known)  # pyright: ignore[reportArgumentType]  # its stubs know lists alone
         obs["library_size"] = library_size_n
         return obs
 
@@ -480,6 +475,12 @@ class Pretrained:
         if self.dit is None:
             raise InputError("this model folder holds an autoencoder alone: it embeds, but does not generate")
         return self.dit
+
+
+def written(predicted: Predicted, kind: Kind, size_B: Tensor, keys_BQ: Tensor) -> sp.csr_matrix:
+    """What is written of a batch, (B, Q): int32 counts, or float32 means."""
+    made_BQ = predicted.expected(size_B).float() if kind == "means" else predicted.sample(size_B, keys_BQ)
+    return sp.csr_matrix(made_BQ.cpu().numpy())
 
 
 def _batches(n: int) -> Iterator[slice]:

@@ -85,9 +85,9 @@ def _values(dit: DiT, vocab: ConditionVocab, name: str, labels: list[str]) -> tu
 
 def own_and_other(
     dit: DiT, vocab: ConditionVocab, obs: pd.DataFrame, by: Sequence[str], to: Mapping[str, str]
-) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Which combination of labels every cell has, int32 (n,), the combinations as the model takes them, and the same
-    with the labels that they shall have instead.
+) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray], tuple[str, ...]]:
+    """Which combination of labels every cell has, int32 (n,), the combinations as the model takes them, the same with
+    the labels that they shall have instead, and a sentence for each of both without a token, as `without_token`.
 
     by: columns of obs that are the cells' own conditions
     to: condition -> label
@@ -104,9 +104,10 @@ def own_and_other(
         if name not in by:
             raise InputError(f"by must name {name!r} too: from which label each cell is taken to {to[name]!r}")
     row_n, labels = distinct(pd.DataFrame({name: obs[name].array for name in by}))
-    own, _ = encode_labels(dit, vocab, labels)
-    other, _ = encode_labels(dit, vocab, labels.assign(**to))
-    return row_n, own, other
+    own, own_labels = encode_labels(dit, vocab, labels)
+    other, other_labels = encode_labels(dit, vocab, labels.assign(**to))
+    notes = (*without_token(dit, own, own_labels), *without_token(dit, other, other_labels))
+    return row_n, own, other, tuple(dict.fromkeys(notes))
 
 
 def check_sampler(dit: DiT, taken: dict[str, np.ndarray], sampler: SamplerConfig, origin: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""From conditions to counts: noise -> latent tokens -> expected counts -> counts.
+"""From conditions to latent tokens: noise -> latent tokens.
 
 Every draw is keyed by (seed, number of the cell), so a cell does not depend on the batch that it was made in.
-Reading order: SamplerConfig, Drawn, generate_latents, guided and solve_ode, sample_counts.
+Reading order: SamplerConfig, Drawn, generate_latents, guided and solve_ode.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +18,6 @@ from scldm.flow import solver
 from scldm.flow.guidance import GuidanceKind, GuidedField, VelocityField
 from scldm.flow.solver import Method
 from scldm.model.dit import DiT
-from scldm.model.vae import VAE
 
 
 @dataclass(frozen=True)
@@ -76,11 +74,11 @@ class SamplerConfig:
 
 class Drawn(NamedTuple):
     """latent_BLZ: latent tokens of new cells, on the autoencoder's scale
-    n_evaluations: of the network, one for each cell and subset of its conditions that it was asked for
+    n_evaluations_B: of the network for each cell, one for each subset of its conditions that it was asked for, int64
     """
 
     latent_BLZ: Tensor
-    n_evaluations: int
+    n_evaluations_B: Tensor
 
 
 @torch.no_grad()
@@ -106,7 +104,7 @@ def generate_latents(
         z_BLZ = solver.sde_heun(v, z_BLZ, sampler.n_steps, noise, sampler.diffusion)
     else:
         z_BLZ = solve_ode(v, z_BLZ, sampler)
-    return Drawn(dit.unstandardise(z_BLZ), v.n_evaluations)
+    return Drawn(dit.unstandardise(z_BLZ), torch.zeros_like(cell_numbers_B) + v.n_evaluations_B)
 
 
 def guided(dit: DiT, conditions: dict[str, Tensor], sampler: SamplerConfig) -> GuidedField:
@@ -129,19 +127,3 @@ def solve_ode(v: VelocityField, z_BLZ: Tensor, sampler: SamplerConfig) -> Tensor
         return solver.heun(v, z_BLZ, sampler.n_steps)
     assert sampler.method == "adaptive", sampler.method
     return solver.adaptive(v, z_BLZ, sampler.tolerance)
-
-
-@torch.no_grad()
-def sample_counts(
-    vae: VAE, latent_BLZ: Tensor, gene_ids_Q: Tensor, library_size_B: Tensor, cell_numbers_B: Tensor, seed: int
-) -> np.ndarray:
-    """Counts of the asked genes drawn from what the decoder predicts, (B, Q), int64."""
-    return vae.decode(latent_BLZ, gene_ids_Q).sample(library_size_B, generators(seed, cell_numbers_B))
-
-
-def generators(seed: int, cell_numbers_B: Tensor) -> list[np.random.Generator]:
-    """Of the counts of each cell."""
-    return [
-        np.random.Generator(np.random.Philox(key=np.array([seed, number], dtype=np.uint64)))
-        for number in cell_numbers_B.tolist()
-    ]

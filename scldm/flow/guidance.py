@@ -68,6 +68,7 @@ class _Rows(NamedTuple):
     """What the network is asked at once, and how its answers are summed.
 
     cell_R, weight_R: of each row
+    n_B: rows of each cell
     parts: slices of rows in which no cell stands twice, so that sums have one order on every device
     conditions: of each row
     plain: one row a cell, in order, of weight 1
@@ -75,6 +76,7 @@ class _Rows(NamedTuple):
 
     cell_R: Tensor
     weight_R: Tensor
+    n_B: Tensor
     parts: tuple[slice, ...]
     conditions: dict[str, Tensor]
     plain: bool
@@ -87,7 +89,7 @@ class GuidedField:
     scale: 0 ignores the conditions, 1 follows them; for the joint and the compositional kind
     weights: condition -> weight, for the additive kind; `scale` where it names none
     interval: flow times between which guidance acts; outside, scale and weights are 1
-    n_evaluations: rows that the network has answered
+    n_evaluations_B: rows that the network has answered for each cell, int64 (B,); a number for all without conditions
 
     Raises: InputError for weights of unknown conditions, or a composition of what nobody knows.
     """
@@ -101,7 +103,8 @@ class GuidedField:
         weights: Mapping[str, float] | None = None,
         interval: tuple[float, float] = (0.0, 1.0),
     ) -> None:
-        self.model, self.interval, self.n_evaluations = model, interval, 0
+        self.model, self.interval = model, interval
+        self.n_evaluations_B: Tensor | int = 0
         names = list(conditions)
         for name in weights or {}:
             if name not in names:
@@ -122,7 +125,7 @@ class GuidedField:
         low, high = self.interval
         rows = self.inside if low <= t <= high else self.outside
         n_rows = len(z) if rows is None else len(rows.cell_R)
-        self.n_evaluations += n_rows
+        self.n_evaluations_B = self.n_evaluations_B + (1 if rows is None else rows.n_B)
         t_R = torch.full((n_rows,), t, device=z.device, dtype=torch.float32)
         if rows is None:
             return self.model(z, t_R, {})
@@ -161,4 +164,4 @@ class GuidedField:
             hidden_R = torch.tensor([j not in subset for subset, _ in chosen], device=device)
             shown[name] = conditions[name][cell_R].masked_fill(hidden_R, self.model.null(name))
         plain = len(parts) == 1 and all(weight == 1 for _, weight in chosen)
-        return _Rows(cell_R, weight_R, tuple(parts), shown, plain)
+        return _Rows(cell_R, weight_R, cell_R.bincount(minlength=len(given)), tuple(parts), shown, plain)

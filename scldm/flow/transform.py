@@ -2,7 +2,7 @@
 
 The noise keeps what the conditions do not say of a cell. Source: Su et al. 2023 (dual diffusion implicit bridges), here
 for flow matching.
-Reading order: through_noise, blend.
+Reading order: to_noise, from_noise, blend.
 """
 
 from __future__ import annotations
@@ -16,15 +16,20 @@ from scldm.flow.guidance import VelocityField
 
 
 @torch.no_grad()
-def through_noise(v_own: VelocityField, v_other: VelocityField, z_BLZ: Tensor, sampler: SamplerConfig) -> Tensor:
-    """Standardised latents, from t = 0 to 1 along one field and back to 0 along the other, (B, L, Z).
+def to_noise(v_own: VelocityField, z_BLZ: Tensor, sampler: SamplerConfig) -> Tensor:
+    """Standardised latents to their noise, from t = 0 to 1 along the flow of their own conditions, (B, L, Z).
 
     Raises: InputError for a method that is no ODE: only such a way leads back.
     """
     if sampler.method not in ("euler", "heun", "adaptive"):
         raise InputError(f"sampler.method={sampler.method} can't be followed to noise: euler, heun and adaptive can")
     # with s = 1 - t: a solver that goes from s = 1 to 0 goes from t = 0 to 1
-    noise_BLZ = solve_ode(lambda z, s: -v_own(z, 1 - s), z_BLZ, sampler)
+    return solve_ode(lambda z, s: -v_own(z, 1 - s), z_BLZ, sampler)
+
+
+@torch.no_grad()
+def from_noise(v_other: VelocityField, noise_BLZ: Tensor, sampler: SamplerConfig) -> Tensor:
+    """And back, from t = 1 to 0 along another flow, (B, L, Z)."""
     return solve_ode(v_other, noise_BLZ, sampler)
 
 

@@ -6,16 +6,15 @@ Reading order: VAEConfig, Posterior, Predicted, VAE.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from scldm import count_draws
 from scldm.batch import GeneCounts
 from scldm.errors import InputError
 from scldm.kernels import check_shape
@@ -24,14 +23,10 @@ from scldm.likelihood import (
     LikelihoodKind,
     at_least_float32,
     gaussian_log_prob,
-    gaussian_sample,
     nb_log_prob,
-    nb_sample,
     normalised,
     poisson_log_prob,
-    poisson_sample,
     zinb_log_prob,
-    zinb_sample,
 )
 from scldm.model import factorised, fused
 from scldm.model.attention import AttentionKind
@@ -162,26 +157,30 @@ class Predicted(NamedTuple):
         """Reconstruction error of a cell, (B,): -log p summed over its asked genes, in nats."""
         return -(self.log_prob_BQ(asked.counts_BS, library_size_B) * asked.mask).sum(1)
 
-    def sample(self, library_size_B: Tensor, generators: Sequence[np.random.Generator]) -> np.ndarray:
-        """Counts drawn for each cell by its own generator, (B, Q) int64. The asked genes are shared by the cells."""
+    def take(self, columns_K: Tensor) -> Predicted:
+        """Of some of the asked genes, which the cells share; shares stay those of the same total."""
+        dispersion, dropout_BQ = self.dispersion, self.dropout_BQ
+        return Predicted(
+            self.likelihood,
+            self.value_BQ[:, columns_K],
+            None if dispersion is None else dispersion[columns_K],
+            None if dropout_BQ is None else dropout_BQ[:, columns_K],
+        )
 
-        def array(x: Tensor) -> np.ndarray:
-            return x.double().cpu().numpy()
-
-        mu_BQ, size_B = array(self.mu(library_size_B)), array(library_size_B)
-        dispersion_Q = array(self.dispersion) if self.dispersion is not None else np.empty(0)
-        rows = []
-        for k, rng in enumerate(generators):
-            if self.likelihood == "nb":
-                rows.append(nb_sample(mu_BQ[k], dispersion_Q, rng))
-            elif self.likelihood == "poisson":
-                rows.append(poisson_sample(mu_BQ[k], rng))
-            elif self.likelihood == "gaussian":
-                rows.append(gaussian_sample(array(self.value_BQ[k]), dispersion_Q, size_B[k], rng))
-            else:
-                assert self.dropout_BQ is not None
-                rows.append(zinb_sample(mu_BQ[k], dispersion_Q, array(self.dropout_BQ[k]), rng))
-        return np.stack(rows)
+    def sample(self, library_size_B: Tensor, keys_BQ: Tensor) -> Tensor:
+        """Counts drawn for each cell's gene by its key (`draws.keys`), (B, Q) int32. Cells share the asked genes."""
+        if self.likelihood == "gaussian":
+            assert self.dispersion is not None
+            scale_B = library_size_B / NORMALISED_TO
+            return count_draws.gaussian(self.value_BQ, self.dispersion, scale_B, keys_BQ).int()
+        mu_BQ = self.mu(library_size_B)
+        if self.likelihood == "poisson":
+            return count_draws.poisson(mu_BQ, keys_BQ).int()
+        assert self.dispersion is not None
+        counts_BQ = count_draws.negative_binomial(mu_BQ, self.dispersion, keys_BQ)
+        if self.dropout_BQ is not None:
+            counts_BQ = count_draws.zero_inflated(counts_BQ, self.dropout_BQ, keys_BQ)
+        return counts_BQ.int()
 
 
 class VAE(nn.Module):

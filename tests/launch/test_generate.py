@@ -39,7 +39,9 @@ def generate(*words: str) -> Any:
     return ad.read_h5ad(next(word for word in words if word.startswith("out=")).removeprefix("out="))
 
 
-def test_the_file_is_what_the_model_generates(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_is_what_the_model_generates(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     import scldm
     from scldm.flow.generate import SamplerConfig
 
@@ -55,6 +57,8 @@ def test_the_file_is_what_the_model_generates(model: Path, tmp_path: Path, monke
     uns = made.uns["scldm"]
     assert (uns["model"], uns["seed"]) == (scldm.load(model).hash, 4)
     assert json.loads(uns["config"])["sampler"]["n_steps"] == 2
+    assert uns["n_evaluations"] == expected.uns["scldm"]["n_evaluations"] == 141 * 4
+    assert "141 cells x 30 genes, 564 network evaluations (4 a cell)" in capsys.readouterr().out
     # chosen genes in another order are the same draws; means are what they are drawn from
     some = [GENES.ids[k] for k in (9, 3, 20)]
     few = generate(*words, f"out={tmp_path}/few.h5ad", f"genes={','.join(some)}")

@@ -22,7 +22,7 @@ from scldm.batch import GeneCounts
 from scldm.errors import InputError
 from scldm.flow.generate import SamplerConfig
 from scldm.flow.wanted import distinct
-from scldm.library_size import LibrarySizeModel, LogNormal, subsets
+from scldm.library_size import LibrarySizeModel, LogNormal
 from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE, VAEConfig
 from scldm.pretrained import Pretrained, save_pretrained
@@ -265,6 +265,7 @@ def test_the_same_seed_makes_the_same_cells_whatever_the_batch(
     few: Any = model.generate(wanted(4), seed=3, sampler=FEW, genes=[GENES.ids[7], GENES.ids[2]])
     assert (few.X != first.X[:4][:, [7, 2]]).nnz == 0
     assert list(few.var_names) == [GENES.ids[7], GENES.ids[2]]
+    assert few.uns["scldm"]["n_evaluations"] == 4 * 3
     other: Any = model.generate(wanted(), seed=4, sampler=FEW)
     assert (first.X != other.X).nnz > 20
     assert not np.allclose(first.obs["library_size"], other.obs["library_size"])
@@ -278,15 +279,26 @@ def test_rows_are_the_same_bit_for_bit_whatever_is_asked_for_with_them(
     n, columns = 2 * pretrained.BATCH_CELLS + 6, np.arange(G)[::-1]
     ticks: list[int] = []
     asked = model.check_conditions(wanted(n), seed=5)
-    whole = model.make(asked, range(n), columns, FEW, kind, ticks.append)
+    whole, n_evaluations_n = model.make(asked, range(n), columns, FEW, kind, ticks.append)
+    assert n_evaluations_n.tolist() == [3] * n
     assert (whole.shape, sum(ticks), whole.dtype) == ((n, G), n, np.int32 if kind == "counts" else np.float32)
     parts = [(0, 64), (64, 134), (3, 70), (133, 134)]
     more = model.check_conditions(wanted(n + 40), seed=5)
     for low, high in parts:
         for of in (asked, more):
-            part = model.make(of, range(low, high), columns, FEW, kind, ticks.append)
+            part, _ = model.make(of, range(low, high), columns, FEW, kind, ticks.append)
             assert (part != whole[low:high]).nnz == 0
             np.testing.assert_array_equal(of.library_size(range(low, high)), asked.library_size(range(n))[low:high])
+
+
+@pytest.mark.parametrize("kind", ["counts", "means"])
+def test_ten_genes_asked_are_a_slice_of_all(model: Pretrained, kind: pretrained.Kind) -> None:
+    """Bit for bit: shares are of all genes' total, and a gene's count is drawn by its own number."""
+    n, columns = 2 * pretrained.BATCH_CELLS + 6, np.random.default_rng(0).permutation(G)[:10]
+    asked = model.check_conditions(wanted(n), seed=7)
+    whole, some = (model.make(asked, range(n), of, FEW, kind, lambda _: None).matrix for of in (np.arange(G), columns))
+    assert some.nnz > n
+    assert (some != whole[:, columns]).nnz == 0
 
 
 def test_means_are_what_counts_are_drawn_from(model: Pretrained) -> None:
@@ -407,8 +419,7 @@ def of_doses(tmp_path: Path) -> Pretrained:
     )
     for parameter in dit.parameters():
         parameter.data.normal_(std=0.3)
-    sizes = {by: {} for by in subsets(vocab.names)}
-    sizes["donor",] = {("d1",): LogNormal(20, 6.0, 0.2)}
+    sizes: dict = {("donor",): {("d1",): LogNormal(20, 6.0, 0.2)}}
     sizes["dose", "type", "donor"] = {("1.0", "T cell", "d1"): LogNormal(20, 5.0, 0.2)}
     save_pretrained(tmp_path / "model", networks()[0], dit, GENES, vocab, LibrarySizeModel(vocab.names, sizes), {})
     return scldm.load(tmp_path / "model")
@@ -497,6 +508,25 @@ def test_between_two_conditions_cells_go_from_one_to_the_other(model: Pretrained
     far = np.linalg.norm(other - own)
     assert np.linalg.norm(half - own) < far
     assert np.linalg.norm(half - other) < far
+
+
+def test_the_way_to_noise_is_gone_once_for_all_alphas(model: Pretrained) -> None:
+    cost = model.transform(labelled_cells(4), {"type": "NK"}, alphas=(0, 0.5, 1), sampler=FEW).uns["scldm"]
+    assert cost["n_evaluations"] == 4 * 3 * (1 + 1 + 2 + 1)  # there; back along the own, both, and the other
+    alone: Any = model.transform(labelled_cells(4), {"type": "NK"}, sampler=FEW, seed=2)
+    among: Any = model.transform(labelled_cells(4), {"type": "NK"}, alphas=(0, 0.5, 1), sampler=FEW, seed=2)
+    assert (among.X[8:] != alone.X).nnz == 0
+
+
+def test_a_combination_without_a_token_is_told_in_transform_too(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model, adata = of_doses(tmp_path), cells(4)
+    adata.obs = pd.DataFrame({"dose": "0", "type": "T cell", "donor": "d1"}, index=adata.obs_names)
+    model.transform(adata, {"dose": "1"}, sampler=FEW)
+    assert "token" not in capsys.readouterr().err
+    model.transform(adata, {"dose": "2.5"}, sampler=FEW)
+    said = [line for line in capsys.readouterr().err.splitlines() if "token" in line]
+    assert len(said) == 1
+    assert said[0].startswith("dose=2.5, type=T cell, donor=d1: this combination was not trained and has no token")
 
 
 def test_transformed_counts_are_drawn_by_cell(model: Pretrained) -> None:

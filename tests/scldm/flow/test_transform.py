@@ -9,7 +9,7 @@ from torch import Tensor
 from scldm.errors import InputError
 from scldm.flow.generate import SamplerConfig
 from scldm.flow.guidance import VelocityField
-from scldm.flow.transform import blend, through_noise
+from scldm.flow.transform import blend, from_noise, to_noise
 
 
 def of_gaussian(mean: float, std: float) -> VelocityField:
@@ -20,6 +20,10 @@ def of_gaussian(mean: float, std: float) -> VelocityField:
         return slope * (z - (1 - t) * mean) - mean
 
     return v
+
+
+def through_noise(own: VelocityField, other: VelocityField, z: Tensor, sampler: SamplerConfig) -> Tensor:
+    return from_noise(other, to_noise(own, z, sampler), sampler)
 
 
 CELLS = torch.linspace(-3, 5, 24, dtype=torch.float64).view(4, 2, 3)
