@@ -37,6 +37,7 @@ from scldm.train.optim import OptimConfig
 from scldm.train.step_cost import StepCost, dit_step
 from scldm.train.tracking import TrackingConfig
 from scldm.vocab import ConditionVocab
+from scldm.weights import weights_hash
 
 PURPOSE = """Train the diffusion transformer on latents that `scldm encode` wrote, or with vae=RUN on cells that are
 encoded as they come, each time from a fresh gene set. Run again with the same run_dir, it resumes."""
@@ -107,6 +108,12 @@ def set_up(config: TrainLDMConfig, world: World) -> Parts:
     if trained is not None:
         if trained.dit is None:
             raise InputError(f"init_from={config.init_from} holds an autoencoder alone; it can start `scldm train vae`")
+        of, own = weights_hash(trained.vae.state_dict()), manifest.extra["vae"]
+        if of != own:
+            raise InputError(
+                f"init_from={config.init_from}: its diffusion transformer knows the latents of its own autoencoder "
+                f"(weights {of[:12]}), these are another's ({own[:12]}); encode the cells with that one, or train anew"
+            )
         joined = dit_from(module, vocab, trained.dit, trained.conditions)
     module.latent_mean_LZ.copy_(source.mean_LZ)
     module.latent_std_LZ.copy_(source.std_LZ.clamp_min(MIN_STD))

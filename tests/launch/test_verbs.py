@@ -121,6 +121,16 @@ def test_a_run_starts_from_an_exported_model_on_other_genes(made: Path, capsys: 
     assert "init_from" not in capsys.readouterr().out
     scldm("train", "ldm", f"data.shards={made}/latents", f"run_dir={made}/tuned-ldm", f"init_from={made}/model", *LDM)
     assert "type: 3 known" in capsys.readouterr().out
+    scldm("encode", f"vae={made}/tuned", f"shards={made}/other", f"out={made}/tuned-latents")
+    words = [
+        "train",
+        "ldm",
+        f"data.shards={made}/tuned-latents",
+        f"run_dir={made}/other-ldm",
+        f"init_from={made}/model",
+    ]
+    assert main([*words, *LDM]) == 2
+    assert "knows the latents of its own autoencoder" in capsys.readouterr().err
 
 
 def test_a_verb_run_again_resumes_or_replaces(made: Path, capsys: pytest.CaptureFixture) -> None:
