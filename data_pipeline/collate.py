@@ -106,7 +106,7 @@ def _rest(
     return {
         "library_size_all_B": torch.from_numpy(totals),
         "weight_B": torch.from_numpy(weight),
-        "conditions": dict(zip(names, torch.from_numpy(labels))),
+        "conditions": {name: torch.from_numpy(ids) for name, ids in zip(names, labels)},
         "cell_ids_B2": torch.from_numpy(identity),
         "positions_B": torch.from_numpy(positions.copy()),
         "n_cells": plan.n_cells,

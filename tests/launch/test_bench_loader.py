@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from launch.bench.loader import BenchLoaderConfig, main, scale_task, write_index
+from launch.bench.loader import main
+from launch.bench.loader_behaviour import scale_task, write_index
+from launch.bench.loader_cells import BenchLoaderConfig
 from scldm.errors import InputError
 
 
