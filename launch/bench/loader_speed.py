@@ -21,7 +21,7 @@ import numpy as np
 from data_pipeline import schema
 from data_pipeline.block import decode_block, encode_block, narrow
 from data_pipeline.gather import CellSlots
-from data_pipeline.gene_sets import GeneSetConfig, GeneSets
+from data_pipeline.gene_sets import GeneSetConfig, GeneSets, Policy
 from data_pipeline.order import EveryCell, Order, Units
 from data_pipeline.read_shards import ShardSet
 from launch.bench import loader_controls as controls
@@ -177,17 +177,21 @@ def _gather_costs(config: BenchLoaderConfig, report: Report, slots: CellSlots, r
     report.add(Row(f"gather compact{note}", _cost(lambda: each(slots.take_csr)), "us/cell"))
     every = np.arange(config.batch)
 
-    def draw(sets) -> int:
-        for step in range(32):
+    def draw(sets, steps=32) -> int:
+        for step in range(steps):
             sets.ids(0, step, every)
-        return 32 * config.batch
+        return steps * config.batch
 
-    alone = GeneSets(
-        GeneSetConfig("random", config.n_genes), "given", seed=1, purpose=4, n_genes=n_genes, n_expressed_largest=0,
-        weights=None, global_batch=config.batch, micro_batch=config.batch, loud=False,
-    )  # fmt: skip
+    def alone(policy: Policy) -> GeneSets:
+        return GeneSets(
+            GeneSetConfig(policy, config.n_genes), "given", seed=1, purpose=4, n_genes=n_genes, n_expressed_largest=0,
+            weights=rng.lognormal(0, 1.6, n_genes), global_batch=config.batch, micro_batch=config.batch, loud=False,
+        )  # fmt: skip
+
+    random, weighted = alone("random"), alone("weighted")
     report.add(Row(f"draw a set per batch{note}", _cost(lambda: draw(sets)), "us/cell"))
-    report.add(Row(f"draw a set per cell{note}", _cost(lambda: draw(alone)), "us/cell"))
+    report.add(Row(f"draw a set per cell{note}", _cost(lambda: draw(random)), "us/cell"))
+    report.add(Row(f"draw a weighted set per cell{note}", _cost(lambda: draw(weighted, 4)), "us/cell"))
 
 
 def _cost(work: Callable[[], int]) -> float:

@@ -6,7 +6,8 @@ import torch
 
 from data_pipeline.block import HEADER, encode_block, narrow, read_header, sections
 from data_pipeline.gather import CellSlots
-from data_pipeline.gene_sets import GeneSetConfig, GeneSets
+from data_pipeline.gene_sets import GeneSetConfig, GeneSets, _least_words
+from data_pipeline.philox import random_words
 from data_pipeline.read_shards import ShardSet
 from data_pipeline.schema import vocab_tag
 from scldm.batch import CompactCounts
@@ -70,6 +71,24 @@ def test_weighted_sets_follow_the_weights():
     assert all(row == list(range(6, 41)) for row in ids.tolist())
     with pytest.raises(InputError, match="only 35 genes"):
         sets_of(GeneSetConfig("weighted", 36), weights=weights)
+
+
+def test_weighted_sets_are_the_first_arrivals_of_all_genes():
+    """Those that are looked at at all are few: none that arrives early may be missing, at rates of any magnitude."""
+    rates = np.random.default_rng(0).lognormal(0, 6, 5_000)
+    rates[::7], rates[1::7] = 0, 1e-200
+    sets = sets_of(GeneSetConfig("weighted", 50), n_genes=5_000, weights=rates)
+    assert sets.soon < np.inf
+    found = sets.ids(3, 2, np.arange(5, 25))
+    words = random_words(0, 4, 3, 2, 20 * 5_000, skip=5 * 1_250).reshape(20, -1)
+    with np.errstate(divide="ignore"):
+        arrival = -np.log(((words >> np.uint64(11)) + 1) * 2.0**-53) / rates
+    np.testing.assert_array_equal(found, np.sort(np.argsort(arrival, axis=1)[:, :50] + 1, axis=1))
+    for later in (1e-9, 0.3):  # too few, or hardly too few, arrive before this: all are looked at
+        sets.soon *= later
+        sets.least = _least_words(rates, sets.soon)
+        np.testing.assert_array_equal(sets.ids(3, 2, np.arange(5, 25)), found)
+        sets.soon /= later
 
 
 def test_weighted_sets_belong_to_position_step_and_epoch():
