@@ -166,9 +166,9 @@ class GeneSets:
         if self.rates is None:
             _draw_without_replacement(self.total, self._words(epoch, step, first, n_positions, 1)[:, 0], out)
             return out
-        place = tuple(map(np.uint64, (self.seed, self.purpose, first, step, epoch)))
+        seed, purpose, from_, at, of = map(np.uint64, (self.seed, self.purpose, first, step, epoch))
         for soon, least in ((self.soon, self.least), (np.inf, _least_words(self.rates, np.inf))):
-            if _draw_first_arrivals(self.rates, soon, least, *place, out):
+            if _draw_first_arrivals(self.rates, soon, least, seed, purpose, from_, at, of, out):
                 break
         return out
 
