@@ -19,6 +19,7 @@ import numpy as np
 
 from data_pipeline.order import EpochOrder, Order
 from data_pipeline.read_shards import BlockSource
+from scldm.errors import InputError
 
 CHUNK = 64  # steps that are planned at once
 
@@ -39,6 +40,7 @@ class Plan:
 
 class Slots(Protocol):
     n_slots: int
+    n_cells: np.ndarray  # of the block in each slot
 
     def buffer(self, slot: int, n_bytes: int) -> np.ndarray: ...
     def fill(self, slot: int, data: np.ndarray, where: str) -> None: ...
@@ -197,8 +199,13 @@ class _Blocks:
 
 
 def read_block(cells: BlockSource, slots: Slots, block: int, slot: int) -> None:
-    into = slots.buffer(slot, int(cells.blocks["length"][block]))
-    slots.fill(slot, cells.fetch(block, into), cells.where(block))
+    """Raises: InputError for a block that can't be read, is damaged, or has another number of cells than the index says
+    (rows beyond its own would be those of a block that was in the slot before)."""
+    record = cells.blocks[block]
+    slots.fill(slot, cells.fetch(block, slots.buffer(slot, int(record["length"]))), cells.where(block))
+    if slots.n_cells[slot] != record["n_cells"]:
+        n = slots.n_cells[slot]
+        raise InputError(f"{cells.where(block)}: {n} cells, the index says {record['n_cells']}")
 
 
 class Running(Generic[Item]):

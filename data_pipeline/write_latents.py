@@ -89,6 +89,7 @@ class LatentSlots:
         self.labels = np.zeros((n_slots, cells, len(self.names)), np.int64)
         self.identity = np.zeros((n_slots, cells, 2), np.int64)
         self.total_counts = np.zeros((n_slots, cells), np.int64)
+        self.n_cells = np.zeros(n_slots, np.int64)
 
     def buffer(self, slot: int, n_bytes: int) -> np.ndarray:
         """Memory to read a block into: the thread's."""
@@ -117,6 +118,7 @@ class LatentSlots:
             return values
 
         try:
+            self.n_cells[slot] = n
             self.total_counts[slot, :n] = section("<u8", n)
             self.identity[slot, :n, 0] = section("<u2", n)
             self.identity[slot, :n, 1] = section("<i8", n)

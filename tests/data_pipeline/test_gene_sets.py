@@ -1,11 +1,13 @@
 """Gene sets: distributions, and what each policy may leave out."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 from data_pipeline.block import HEADER, encode_block, narrow, read_header, sections
-from data_pipeline.gather import CellSlots
+from data_pipeline.gather import CellSlots, Slab
 from data_pipeline.gene_sets import GeneSetConfig, GeneSets, _least_words
 from data_pipeline.philox import random_words
 from data_pipeline.read_shards import ShardSet
@@ -197,6 +199,19 @@ def test_plus_zeros_adds_distinct_unexpressed_genes_uniformly(slots):
     z = (added[:, 1:][zeros] / 200 - expected) / np.sqrt(expected * (1 - expected) / 200)
     assert abs(z.mean()) < 0.1
     assert 0.9 < z.std() < 1.1
+
+
+def test_memory_comes_in_pieces_that_no_other_has():
+    slab = Slab()
+    pieces = [slab.take(n) for n in (1, 700, 3 << 20, 20 << 20, 100, 40 << 20, 5)]
+    for number, (piece, asked) in enumerate(zip(pieces, (1, 700, 3 << 20, 20 << 20, 100, 40 << 20, 5))):
+        assert len(piece) >= asked
+        assert piece.ctypes.data % 64 == 0
+        piece[[0, -1]] = number
+    assert [p[0] for p in pieces] == [p[-1] for p in pieces] == list(range(7))
+    spans = sorted((p.ctypes.data, p.ctypes.data + len(p)) for p in pieces)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    assert len(pieces[4]) >= 20 << 20  # blocks are of one size, more or less: the slot won't ask again
 
 
 # --- blocks that lie -----------------------------------------------------------------------------------------------

@@ -359,6 +359,13 @@ def test_a_flipped_bit_is_raised_by_the_first_batch_that_needs_its_block(tmp_pat
                 next(loader)
 
 
+def test_a_block_of_other_cells_than_the_indexs_is_refused(folder):
+    with open_loader(folder, prefetch=0) as loader:
+        loader.cells.blocks["n_cells"][:52] = 9  # 8 in the blocks
+        with pytest.raises(InputError, match="train-0000.*: 8 cells, the index says 9"):
+            next(loader)
+
+
 def test_a_shard_that_changes_while_it_is_read_is_noticed(tmp_path, cells):
     folder = write_set(tmp_path / "set", cells, "none")
     with open_loader(str(folder), prefetch=0, read_ahead=0) as loader:
