@@ -1,7 +1,8 @@
 """`scldm bench train`: what the training loop adds to the bare step of the model, and DeepSpeed to plain torch.
 
-Every way takes the same cells, weights and optimizer; steps of the ways alternate in one process.
-Reading order: BenchTrainConfig, main, Cells, bare, ours.
+Every way takes the same cells, weights and optimizer, and the ways take turns in one process. On a GPU presets of the
+atlas are measured as well: cells/s, memory, and the share of the device's peak.
+Reading order: BenchTrainConfig, main, time_ways, preset_rows; Work, SameCells, bare, ours.
 """
 
 from __future__ import annotations
@@ -10,33 +11,45 @@ import gc
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from launch.bench.measure import peak_of
 from launch.bench.report import Report, Row, median
 from launch.bench.ways import NO_GPU
 from launch.cli import run_verb
-from scldm.batch import CellBatch, GeneCounts
+from launch.config import compose
+from launch.train_ldm import TrainLDMConfig
+from launch.train_vae import TrainVAEConfig, genes_of
+from scldm.batch import CellBatch, GeneCounts, LatentBatch
+from scldm.errors import InputError
+from scldm.model.dit import DiT
 from scldm.model.vae import VAE, VAEConfig
-from scldm.parallel.dist import close_world, world_of_environment
+from scldm.parallel.dist import World, close_world, world_of_environment
 from scldm.parallel.engine import HardwareConfig, start_engine
+from scldm.train.budget import rank_memory
 from scldm.train.loop import TrainConfig, train
-from scldm.train.losses import Draws, VAEStage
+from scldm.train.losses import Draws, LDMStage, VAEStage
 from scldm.train.optim import OptimConfig, learning_rate, make_optimizer
+from scldm.train.step_cost import StepCost, dit_step, vae_step
+from scldm.train.throughput import peak_flops
 from scldm.train.tracking import Tracker, TrackingConfig
 
 PURPOSE = """Measure what the training loop (averages, metrics, log, its checks) adds to the bare step of the model
-(forward, backward, clipping, AdamW), and DeepSpeed's engine to plain torch, on one rank. On a CPU, in CPU time."""
+(forward, backward, clipping, AdamW), and DeepSpeed's engine to plain torch, on one rank. On a CPU, in CPU time; on a
+GPU presets of the atlas as well, through DeepSpeed ZeRO-2 in bf16: cells/s, peak memory, MFU."""
 EXAMPLE = """
 scldm bench train
 scldm bench train steps=50 rounds=8 save=benchmarks/train-cpu.json
 """
+ATLAS_GENES = 36_130  # human genes of the Census
+LATENT_SHAPE = (64, 16)  # of the atlas presets' autoencoders
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,7 @@ class BenchTrainConfig:
     zero_stage: of DeepSpeed on its one rank
     precision: fp32 or bf16
     threads: of torch
+    presets: of training, for a GPU: with their own micro-batch, through ZeRO-2 in bf16
     json: print JSON, not the table
     save: write the JSON to this file as well
     """
@@ -64,70 +78,168 @@ class BenchTrainConfig:
     zero_stage: int = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     threads: int = 1
+    presets: list[str] = field(default_factory=lambda: ["vae/20m", "vae/70m", "ldm/base"])
     json: bool = False
     save: str = ""
 
+    def __post_init__(self) -> None:
+        if self.steps < 3:
+            raise InputError(f"steps={self.steps} must be at least 3: the first and the last are not timed")
+
 
 CONFIG = BenchTrainConfig
-WAYS = ("bare", "plain", "deepspeed")
+WAYS: tuple[Literal["bare", "plain", "deepspeed"], ...] = ("bare", "plain", "deepspeed")
 
 
 def main(config: BenchTrainConfig) -> Report:
     """Print the table; returns it."""
     torch.set_num_threads(config.threads)
     world = world_of_environment()
-    on_gpu = world.device.type == "cuda"
     settings = {"cells": config.cells, "genes": config.n_genes, "width": config.model.width, "steps": config.steps}
     report = Report("bench train", {**settings, "rounds": config.rounds, "precision": config.precision})
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(config.rounds + 1):  # the first warms up
-            for way in WAYS:
-                run_dir = Path(folder) / f"{way}-{number}"
-                took = bare(config, world.device) if way == "bare" else ours(config, way, world, run_dir)
-                if number:
-                    seconds[way].append(took)
-    close_world()
-    each = {way: 1e3 * median(took) for way, took in seconds.items()}
-    for way, ms in each.items():
-        report.add(Row(f"{way}: a step", ms, "ms"))
+    work = vae_work(config.model, config.n_genes, config.n_genes, config.cells, OptimConfig())
+    hardware = HardwareConfig(zero_stage=config.zero_stage, precision=config.precision)
+    seconds = time_ways(work, hardware, config, world)
+    for way, took in seconds.items():
+        report.add(Row(f"{way}: a step", 1e3 * median(took), "ms"))
     added = median([1e3 * (a - b) for a, b in zip(seconds["plain"], seconds["bare"], strict=True)])
     report.add(Row.at_most("loop on the plain engine - bare step", added, "ms", 2.0))
     added = median([1e3 * (a - b) for a, b in zip(seconds["deepspeed"], seconds["plain"], strict=True)])
     report.add(Row("deepspeed - plain, the loop around both", added, "ms"))
-    ratio = median([a / b for a, b in zip(seconds["deepspeed"], seconds["plain"], strict=True)])
-    report.add(Row("deepspeed / plain", ratio, "x"))
-    if on_gpu:
-        share = median([a / b - 1 for a, b in zip(seconds["plain"], seconds["bare"], strict=True)])
-        report.add(Row.at_most("loop on the plain engine, of the bare step", share, "share", 0.05))
+    report.add(Row("deepspeed / plain", ratio(seconds, "deepspeed", "plain"), "x"))
+    if world.device.type == "cuda":
+        rows = [row for preset in config.presets for row in preset_rows([preset], ATLAS_GENES, config, world)]
     else:
-        report.add(Row.not_measured("loop's share of a step", NO_GPU, "share", "<= 0.05"))
-        for name in ("vae/20m", "vae/70m", "ldm/base"):
-            report.add(
-                Row.not_measured(f"{name}, ZeRO-2, bf16, cells/s, memory and MFU", NO_GPU, "share", "MFU >= 0.35")
-            )
+        rows = [Row.not_measured("loop's share of a step", NO_GPU, "share", "<= 0.05")]
+        for preset in config.presets:
+            name = f"{preset}, ZeRO-2, bf16, cells/s, memory and MFU"
+            rows.append(Row.not_measured(name, NO_GPU, "share", "MFU >= 0.35"))
+    for row in rows:
+        report.add(row)
+    close_world()
     report.print(config.json, config.save)
     return report
 
 
-@dataclass
-class Cells:
-    """One batch, over and over, as a loader that costs nothing; stamps: when each was asked for."""
+def time_ways(work: Work, hardware: HardwareConfig, config: BenchTrainConfig, world: World) -> dict[str, list[float]]:
+    """Seconds a step of each way, in every round but the first, which warms up."""
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    for number in range(config.rounds + 1):
+        for way in WAYS:
+            if way == "bare":
+                took = bare(work, hardware.precision, config.steps, world.device)
+            else:
+                took = ours(work, replace(hardware, engine=way), config.steps, config.log_every, world)
+            if number:
+                seconds[way].append(took)
+    return seconds
 
-    config: BenchTrainConfig
+
+def ratio(seconds: dict[str, list[float]], way: str, other: str) -> float:
+    return median([a / b for a, b in zip(seconds[way], seconds[other], strict=True)])
+
+
+def preset_rows(words: Sequence[str], n_genes: int, config: BenchTrainConfig, world: World) -> list[Row]:
+    """A preset of training (and further words of its command line) through ZeRO-2 in bf16, on whatever device this is.
+
+    Memory beside what the plan says of it; MFU where the device's peak is known.
+    """
+    work, hardware = preset_work(words, n_genes), HardwareConfig(zero_stage=2, precision="bf16")
+    peak_bytes = peak_of(lambda: ours(work, hardware, 3, 1, world), world.device)
+    cost = work.cost()
+    planned = rank_memory(cost, 2, 1, bf16=True, lazy=world.device.type == "cpu").peak / peak_bytes
+    seconds = time_ways(work, hardware, config, world)
+    step_s, peak = median(seconds["deepspeed"]), peak_flops(world.device, "bf16")
+    mfu = Row.not_measured("MFU", "the peak of this device is not known", "share", ">= 0.35")
+    if peak:
+        mfu = Row.at_least("MFU", cost.flops / step_s / peak, "share", 0.35)
+    rows = [
+        Row("cells/s", work.batch.n_cells / step_s, "cells/s"),
+        mfu,
+        Row("peak memory", peak_bytes / 1e9, "GB"),
+        Row("planned / measured peak memory", planned, "x", "0.85 to 1.15", abs(planned - 1) <= 0.15),
+        Row.at_most("loop on the plain engine / bare step - 1", ratio(seconds, "plain", "bare") - 1, "share", 0.05),
+        Row("deepspeed / bare step", ratio(seconds, "deepspeed", "bare"), "x"),
+    ]
+    return [replace(row, name=f"{words[0]}: {row.name}") for row in rows]
+
+
+# --- the work ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is trained, on which cells.
+
+    stage: makes it, with its network
+    batch: of one step, on the CPU
+    cost: of that batch
+    """
+
+    stage: Callable[[], VAEStage | LDMStage]
+    batch: CellBatch | LatentBatch
+    optim: OptimConfig
+    cost: Callable[[], StepCost]
+
+
+def preset_work(words: Sequence[str], n_genes: int) -> Work:
+    """A micro-batch of what `scldm train` would train; for a diffusion transformer latents of LATENT_SHAPE."""
+    words = [*words, "run_dir=", "data.shards="]
+    if not words[0].startswith("ldm/"):
+        run = compose(TrainVAEConfig, words)
+        return vae_work(run.model, n_genes, genes_of(run.data, n_genes)[0], run.hardware.micro_batch, run.optim)
+    run = compose(TrainLDMConfig, words)
+    B = run.hardware.micro_batch
+    return Work(
+        lambda: LDMStage(DiT(run.model, *LATENT_SHAPE, {}), run.guidance, run.flow),
+        LatentBatch(latent_BLZ=torch.randn(B, *LATENT_SHAPE), library_size_all_B=torch.ones(B), **_identities(B)),
+        run.optim,
+        lambda: dit_step(run.model, *LATENT_SHAPE, {}, B, bf16=True),
+    )
+
+
+def vae_work(model: VAEConfig, n_genes: int, n_given: int, n_cells: int, optim: OptimConfig) -> Work:
+    """Cells that are given and asked for the same genes of the vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    ids = 1 + torch.randperm(n_genes, generator=generator)[:n_given]
+    given = GeneCounts(ids, torch.poisson(torch.rand(n_cells, n_given, generator=generator), generator).int())
+    size_B = given.counts_BS.sum(1).float()
+    return Work(
+        lambda: VAEStage(VAE(model, n_genes)),
+        CellBatch(given, given, size_B, size_B, **_identities(n_cells)),
+        optim,
+        lambda: vae_step(model, n_genes, n_cells, n_given, n_given, bf16=True),
+    )
+
+
+def _identities(n_cells: int) -> dict[str, Any]:
+    return {
+        "weight_B": torch.ones(n_cells),
+        "conditions": {},
+        "cell_ids_B2": torch.zeros(n_cells, 2, dtype=torch.int64),
+        "positions_B": torch.arange(n_cells),
+        "n_cells": n_cells,
+    }
+
+
+# --- the ways ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class SameCells:
+    """One batch, over and over, as a loader that costs nothing; it times the steps but the first, in which things are
+    made, and the last, which validates and saves."""
+
+    batch: CellBatch | LatentBatch
+    n_steps: int
     device: torch.device
+    n_given: int = 0
     stamps: list[float] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        B, S = self.config.cells, self.config.n_genes
-        generator = torch.Generator().manual_seed(0)
-        counts = torch.poisson(torch.rand(B, S, generator=generator), generator).int()
-        given = GeneCounts(torch.arange(1, S + 1), counts)
-        size_B, ids = counts.sum(1).float(), torch.zeros(B, 2, dtype=torch.int64)
-        self.batch = CellBatch(given, given, size_B, size_B, torch.ones(B), {}, ids, torch.arange(B), B).to(self.device)
-
     def __next__(self) -> list[Any]:
-        self.stamps.append(now(self.device))
+        if self.n_given in (1, self.n_steps - 1):
+            self.stamps.append(now(self.device))
+        self.n_given += 1
         return [self.batch]
 
     def one_pass(self) -> Iterator[list[Any]]:
@@ -140,8 +252,7 @@ class Cells:
         pass
 
     def step_s(self) -> float:
-        """Of the steps but the first, in which things are made, and the last, which validates and saves."""
-        return (self.stamps[-1] - self.stamps[1]) / (len(self.stamps) - 2)
+        return (self.stamps[1] - self.stamps[0]) / (self.n_steps - 2)
 
 
 def now(device: torch.device) -> float:
@@ -152,39 +263,43 @@ def now(device: torch.device) -> float:
     return time.process_time()
 
 
-def bare(config: BenchTrainConfig, device: torch.device) -> float:
+def bare(work: Work, precision: str, n_steps: int, device: torch.device) -> float:
     """The step of the model as one would write it by hand; seconds a step."""
     gc.collect()
     torch.manual_seed(0)
-    cells, optim = Cells(config, device), OptimConfig()
-    vae = VAE(config.model, config.n_genes).to(device)
-    stage, optimizer = VAEStage(vae), make_optimizer(optim, vae)
-    for step in range(config.steps):
+    stage, optim = work.stage(), work.optim
+    cells, module = SameCells(work.batch.to(device), n_steps, device), stage.module.to(device)
+    optimizer, loss_of = make_optimizer(optim, module), stage.loss
+    for step in range(n_steps):
         (batch,) = next(cells)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            loss, _ = stage.loss(vae, batch, Draws(0, step, batch.positions_B))
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            loss, _ = loss_of(module, batch, Draws(0, step, batch.positions_B))
         (loss / batch.n_cells).backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), optim.clip)
+        torch.nn.utils.clip_grad_norm_(module.parameters(), optim.clip)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(optim, step, config.steps) * group["lr_scale"]
+            group["lr"] = learning_rate(optim, step, n_steps) * group["lr_scale"]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return cells.step_s()
 
 
-def ours(config: BenchTrainConfig, engine_name: Any, world: Any, run_dir: Path) -> float:
+def ours(work: Work, hardware: HardwareConfig, n_steps: int, log_every: int, world: World) -> float:
     """The same through the training loop; seconds a step."""
     gc.collect()
     torch.manual_seed(0)
-    run_dir.mkdir()
-    optim = OptimConfig()
-    cells, vae = Cells(config, world.device), VAE(config.model, config.n_genes)
-    hardware = HardwareConfig(engine_name, config.cells, config.zero_stage, precision=config.precision)
-    engine = start_engine(vae, lambda m: make_optimizer(optim, m), hardware, optim.clip, world, config.cells)
-    n = config.steps
-    course = TrainConfig(n, config.cells, log_every=config.log_every, validate_every=n, save_every=n)
-    with Tracker(run_dir, TrackingConfig(enabled=False)) as tracker, redirect_stderr(StringIO()):
-        train(VAEStage(vae), engine, cells, cells, course, optim, world, run_dir, tracker, "bench")
+    stage, optim, n = work.stage(), work.optim, n_steps
+    cells = SameCells(work.batch.to(world.device), n, world.device)
+    hardware = replace(hardware, micro_batch=work.batch.n_cells)
+    engine = start_engine(
+        stage.module, lambda m: make_optimizer(optim, m), hardware, optim.clip, world, work.batch.n_cells
+    )
+    course = TrainConfig(n, work.batch.n_cells, log_every=log_every, validate_every=n, save_every=n)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Tracker(Path(folder), TrackingConfig(enabled=False)) as tracker,
+        redirect_stderr(StringIO()),
+    ):
+        train(stage, engine, cells, cells, course, optim, world, Path(folder), tracker, "bench")
     return cells.step_s()
 
 
