@@ -34,7 +34,8 @@ class HardwareConfig:
 
     engine: deepspeed, or plain for one process without it
     micro_batch: cells per rank and forward pass; ranks x micro_batch x accumulation is the global batch
-    zero_stage: what DeepSpeed shards over the ranks: 1 optimizer states and averages, 2 gradients too, 3 weights too
+    zero_stage: what DeepSpeed shards over the ranks: 1 optimizer states and averages, 2 gradients too, 3 weights too;
+        as 3 gathers them around every layer, model.compile gains nothing there
     offload_optimizer: keep master weights, moments and averages in the host's memory, and step there
     precision: fp32, or bf16 (autocast; master weights stay float32)
     threads: CPU threads per rank for torch

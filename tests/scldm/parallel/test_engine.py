@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,19 +70,25 @@ def curve(run_dir: Path, key: str, split: str = "train") -> torch.Tensor:
     return torch.tensor([row[key] for row in rows], dtype=torch.float64)
 
 
-def assert_follows(run_dir: Path, oracle: Path, stage: str) -> None:
-    """Loss and gradient norm of every step, validation, and the final weights and averages."""
+def assert_follows(run_dir: Path, oracle: Path, stage: str, resumed_at: int = STEPS) -> None:
+    """Loss and gradient norm of every step, validation, and the final weights and averages.
+
+    Rounding in another order is what differs, and the autoencoder's training amplifies it: its loss is 2e-7 off in 20
+    steps, 8e-7 in 30 and up to 3e-6 in 50, whether it was resumed or not, and its norm up to 3e-4, most on a kink at
+    step 26. The diffusion transformer's are 2e-7 off in all.
+    """
     metric = {"vae": "nll", "ldm": "velocity_loss"}[stage]
-    # the norm moves most (at step 26 it sits on a kink: 7e-5 between two micro-batches of one rank): it is taken before
-    for key, split, tolerance, n in (
-        ("loss", "train", 1e-5, STEPS),
-        ("grad_norm", "train", 2e-4, 20),
-        (metric, "validation", 1e-5, STEPS),
+    for key, split, tolerance, steps in (
+        ("loss", "train", 1e-5, slice(None)),
+        ("loss", "train", 1e-6, slice(resumed_at, resumed_at + 10)),
+        ("grad_norm", "train", {"vae": 2e-4, "ldm": 1e-6}[stage], slice(20)),
+        ("grad_norm", "train", {"vae": 1e-3, "ldm": 1e-6}[stage], slice(None)),
+        (metric, "validation", 1e-5, slice(None)),
     ):
-        one, other = curve(run_dir, key, split)[:n], curve(oracle, key, split)[:n]
+        one, other = curve(run_dir, key, split), curve(oracle, key, split)
         assert one.shape == other.shape
-        worst = float((one / other - 1).abs().max())
-        assert worst < tolerance, (run_dir.name, key, worst)
+        off = (one / other - 1).abs()[steps]
+        assert (off < tolerance).all(), (run_dir.name, key, steps, off.max())
     weights, expected = weights_of(run_dir), weights_of(oracle)
     assert weights.keys() == expected.keys()
     # 50 steps of 5e-4 move a weight by 1e-2
@@ -98,7 +105,7 @@ def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
 def test_ranks_follow_one_and_checkpoints_cross_stages_and_world_sizes(tmp_path: Path) -> None:
     """One test, as starting ranks costs most: every start runs all that its world size has to do."""
     jobs: dict[int, list[dict]] = {2: [], 4: [], 1: []}
-    follow, bf16 = [], []
+    follow, resumed, bf16 = [], [], []
     for stage in STAGES:
         plain(stage, tmp_path / f"{stage}-plain")
         for n_ranks, micro, zero in (
@@ -123,7 +130,7 @@ def test_ranks_follow_one_and_checkpoints_cross_stages_and_world_sizes(tmp_path:
         ("ldm", (0, 0), (2, 1)),
     ):
         run_dir = tmp_path / f"{stage}-{ranks}x{zero}-to-{later_ranks}x{later_zero}"
-        follow.append((run_dir, stage))
+        resumed.append((run_dir, stage))
         if ranks:
             jobs[ranks].append(job(stage, run_dir, 4, zero, fail_at=13))
         else:
@@ -139,13 +146,26 @@ def test_ranks_follow_one_and_checkpoints_cross_stages_and_world_sizes(tmp_path:
     for n_ranks, of_ranks in jobs.items():
         run_ranks(n_ranks, of_ranks, tmp_path)
     for run_dir, stage in follow:
+        assert_follows(run_dir, tmp_path / f"{stage}-plain", stage)
+    for run_dir, stage in resumed:
         if run_dir.name.endswith("-to-0x0"):
             plain(stage, run_dir)
-        assert_follows(run_dir, tmp_path / f"{stage}-plain", stage)
+        assert_follows(run_dir, tmp_path / f"{stage}-plain", stage, resumed_at=10)
     for run_dir, stage in bf16:
         loss, expected = curve(run_dir, "loss"), curve(tmp_path / f"{stage}-plain", "loss")
         worst = float((loss / expected - 1).abs().max())
         assert 1e-6 < worst < BF16_BAND, (run_dir.name, worst)  # it is another precision, and not another result
+
+
+@pytest.mark.exhaustive  # three minutes, most of them torch's compiler
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_compiled_blocks_train_as_they_do_uncompiled(tmp_path: Path) -> None:
+    """Under ZeRO-3 too, whose gathering of weights around every layer breaks a block's compiled code into parts."""
+    plain("vae", tmp_path / "plain")
+    jobs = [job("vae", tmp_path / f"zero{zero}", 8, zero, how={"compile": True}) for zero in (2, 3)]
+    run_ranks(2, jobs, tmp_path)
+    for zero in (2, 3):
+        assert_follows(tmp_path / f"zero{zero}", tmp_path / "plain", "vae")
 
 
 @pytest.mark.parametrize(
