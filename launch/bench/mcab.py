@@ -10,12 +10,13 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from launch.bench.measure import Cost, measure
+from launch.bench.measure import Cost, measure, measure_in_turn
 from launch.bench.report import Report, Row
 from launch.bench.ways import (
     FACTORISED,
@@ -119,31 +120,33 @@ def cross_attention(
     """One of the two by every way: forward, and with backward, which is what is returned by the way's name."""
     encodes = part == "pooling"
     flops = vae_flops(replace(config.model, n_layers=0), config.cells, n, n)
-    work = flops["tokens"] + flops["pool"] if encodes else flops["unpool"]
+    work_flops = flops["tokens"] + flops["pool"] if encodes else flops["unpool"]
+    measured = [way for way in ways(config.compile) if not unable(way, device)]
+    calls = {way.name: forward_of(config, way, encodes, n, device) for way in measured}
+
+    def forward(call: Callable[[], Tensor]) -> None:
+        with torch.no_grad():
+            call()
+
+    def step(call: Callable[[], Tensor]) -> None:
+        call().square().mean().backward()
+
     found: dict[str, Cost] = {}
-    for way in ways(config.compile):
-        name = f"{part}, {n:,} genes, {way.name}"
-        if why := unable(way, device):
-            report.add(Row.not_measured(name, why, "ms"))
-            continue
-        call = forward_of(config, way, encodes, n, device)
-
-        def step(call: Callable[[], Tensor] = call) -> None:
-            call().square().mean().backward()
-
-        def forward(call: Callable[[], Tensor] = call) -> None:
-            with torch.no_grad():
-                call()
-
-        for run in (forward, step):
-            run()  # what is compiled is compiled
-        costs = measure(forward, config.repeats, device), measure(step, config.repeats, device)
-        found[way.name] = costs[1]
-        for what, cost, times in zip(("forward", "forward + backward"), costs, (1, 3)):
-            report.add(Row(f"{name}, {what}", 1e3 * cost.seconds, "ms"))
-            share = times * work / cost.seconds / most
-            report.add(Row(f"{name}, {what}: share of the matrix product's FLOP/s", share, "x"))
-        report.add(Row(f"{name}: peak memory", costs[1].peak_bytes / 2**20, "MiB"))
+    for what, run, times in (("forward", forward, 1), ("forward + backward", step, 3)):
+        works = {name: partial(run, call) for name, call in calls.items()}
+        for work in works.values():
+            work()  # what is compiled is compiled
+        found = measure_in_turn(works, config.repeats, device)
+        for way in ways(config.compile):
+            name = f"{part}, {n:,} genes, {way.name}, {what}"
+            if why := unable(way, device):
+                report.add(Row.not_measured(name, why, "ms"))
+                continue
+            cost = found[way.name]
+            report.add(Row(name, 1e3 * cost.seconds, "ms"))
+            report.add(Row(f"{name}: peak memory", cost.peak_bytes / 2**20, "MiB"))
+            share = times * work_flops / cost.seconds / most
+            report.add(Row(f"{name}: share of the matrix product's FLOP/s", share, "x"))
     for way in (PLAIN, OPPONENT):
         if way.name in found:
             gain = found[way.name].seconds / found[FACTORISED.name].seconds

@@ -1,4 +1,7 @@
-"""Time and peak memory of a piece of work on whatever device there is. Reading order: Cost, measure, seconds_of."""
+"""Time and peak memory of a piece of work on whatever device there is.
+
+Reading order: Cost, measure, measure_in_turn, seconds_of, peak_of.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import ctypes
 import gc
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +28,14 @@ class Cost:
 
 def measure(work: Callable[[], object], repeats: int, device: torch.device) -> Cost:
     """The median of the repeats' time, after one call that is not timed and gives the peak."""
-    peak = peak_of(work, device)
-    return Cost(median([seconds_of(work, device) for _ in range(repeats)]), peak)
+    return measure_in_turn({"": work}, repeats, device)[""]
+
+
+def measure_in_turn(works: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, Cost]:
+    """`measure` of several, one after another in every round, so that what else the machine does meets all of them."""
+    peaks = {name: peak_of(work, device) for name, work in works.items()}
+    rounds = [{name: seconds_of(work, device) for name, work in works.items()} for _ in range(repeats)]
+    return {name: Cost(median([found[name] for found in rounds]), peak) for name, peak in peaks.items()}
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:

@@ -1,18 +1,19 @@
 """`scldm bench vae-step`: a training step of the autoencoder by each way of computing attention, on the same inputs.
 
-Reading order: BenchVAEStepConfig, main, step_costs, targets.
+Reading order: BenchVAEStepConfig, main, calls_of, targets.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 
-from launch.bench.measure import Cost, measure
+from launch.bench.measure import Cost, measure_in_turn
 from launch.bench.report import Report, Row
 from launch.bench.ways import (
     FACTORISED,
@@ -98,13 +99,18 @@ def main(config: BenchVAEStepConfig) -> Report:
     most = peak_flops(device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
     report.add(Row("large matrix product", most / 1e9, "GFLOP/s"))
     flops = sum(vae_flops(shape, config.cells, config.n_given, config.n_asked).values())
-    steps: dict[str, Cost] = {}
+    measured = [way for way in ways(config.compile) if not unable(way, device)]
+    calls = {way.name: calls_of(config, way, device) for way in measured}
+    for forward, step in calls.values():
+        forward()
+        step()  # the optimizer's moments are made, and what is compiled is compiled
+    forwards = measure_in_turn({name: forward for name, (forward, _) in calls.items()}, config.repeats, device)
+    steps = measure_in_turn({name: step for name, (_, step) in calls.items()}, config.repeats, device)
     for way in ways(config.compile):
         if why := unable(way, device):
             report.add(Row.not_measured(way.name, why, "ms"))
             continue
-        forward, steps[way.name] = step_costs(config, way, device)
-        report.add(Row(f"{way.name}, forward", 1e3 * forward.seconds, "ms"))
+        report.add(Row(f"{way.name}, forward", 1e3 * forwards[way.name].seconds, "ms"))
         report.add(Row(way.name, 1e3 * steps[way.name].seconds, "ms"))
         report.add(Row(f"{way.name}: peak memory", steps[way.name].peak_bytes / 2**20, "MiB"))
         speed = 3 * flops / steps[way.name].seconds
@@ -115,8 +121,10 @@ def main(config: BenchVAEStepConfig) -> Report:
     return report
 
 
-def step_costs(config: BenchVAEStepConfig, way: Way, device: torch.device) -> tuple[Cost, Cost]:
-    """Of a forward pass, and of a whole step, on counts and weights that are the same for every way."""
+def calls_of(
+    config: BenchVAEStepConfig, way: Way, device: torch.device
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """A forward pass, and a whole step, on counts and weights that are the same for every way."""
     torch.manual_seed(0)
     with device:
         vae = VAE(replace(config.model, attention=way.kind), config.n_genes)
@@ -140,9 +148,7 @@ def step_costs(config: BenchVAEStepConfig, way: Way, device: torch.device) -> tu
         with torch.no_grad(), autocast:
             run(given, asked.gene_ids)
 
-    for call in (forward, step):
-        call()  # the optimizer's moments are made, and what is compiled is compiled
-    return measure(forward, config.repeats, device), measure(step, config.repeats, device)
+    return forward, step
 
 
 def targets(report: Report, config: BenchVAEStepConfig, steps: dict[str, Cost], device: torch.device) -> None:
