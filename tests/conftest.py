@@ -28,6 +28,20 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 
+LONGEST = ("tests/slurm/", "tests/launch/test_quickstart.py", "tests/scldm/parallel/test_engine.py")  # minutes each
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest go first, so that no core waits for the last of them."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+
+    def rank(item: pytest.Item) -> int:
+        longest = [k for k, path in enumerate(LONGEST) if path in item.path.as_posix()]
+        return longest[0] if longest else len(LONGEST) + (item.path not in slow)
+
+    items.sort(key=rank)
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """The global generators, for what third-party code draws; ours take a seed. torch only where a test imported it."""

@@ -3,7 +3,8 @@
 #   bash tests/run.sh [--quick | --all] [PYTEST ARGUMENTS]
 #   --quick  only the quick ones (two minutes)
 #   --all    the exhaustive ones too (hours)
-# Paths among the arguments are relative to the checkout.
+# Paths among the arguments are relative to the checkout. Files of tests run beside one another, on as many cores as there
+# are, at most four; `-n 0` runs them one after another, and shows what they print with `-s`.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -19,4 +20,5 @@ done
 python=$(bash "$root/launch/setup.sh" all,test)
 cd "$root"
 export PATH="${python%/*}:$PATH" # the commands that came with the packages
-exec "$python" -m pytest -m "$selection" ${arguments[@]+"${arguments[@]}"}
+exec "$python" -m pytest -m "$selection" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+    --durations 25 ${arguments[@]+"${arguments[@]}"}
