@@ -102,7 +102,7 @@ def _rest(
     weight: np.ndarray,
 ) -> dict[str, Any]:
     """What cells and latents have in common."""
-    labels, identity, totals = take_cells(slots, rows, held.labels, held.identity, held.total_counts)
+    labels, identity, totals = take_cells(slots, rows, held.about)
     return {
         "library_size_all_B": torch.from_numpy(totals),
         "weight_B": torch.from_numpy(weight),

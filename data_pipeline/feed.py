@@ -2,7 +2,8 @@
 
 Knows neither shard sets nor torch: a Feed is given what fetches a block and what collates cells.
 
-Reading order: Plan, Slots and Collator (what a feed works with), Feed, _Blocks (which block is in which slot), Running.
+Reading order: Plan, Slots and Collator (what a feed works with), Feed, _Blocks (which block is in which slot), its
+kernels, Running.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
+from numba import njit
 
 from data_pipeline.order import EpochOrder, Order
 from data_pipeline.read_shards import BlockSource
@@ -156,15 +158,17 @@ class _Blocks:
 
     def have_room(self, block: np.ndarray, since: int) -> bool:
         """Whether these blocks can be read without giving up one that was asked for since then."""
+        if _all_there(block, self.slot):
+            return True
         missing = block[self.slot[block] < 0]
-        return not len(missing) or len(set(missing.tolist())) <= int((self.needed < since).sum())
+        return len(set(missing.tolist())) <= int((self.needed < since).sum())
 
     def want(self, block: np.ndarray) -> int:
         """Begins to read what is not there; returns when that was."""
         self.now += 1
-        slots = self.slot[block]
-        self.needed[slots[slots >= 0]] = self.now
-        for b in dict.fromkeys(block[slots < 0].tolist()):
+        if _ask_for(block, self.slot, self.needed, self.now):
+            return self.now
+        for b in dict.fromkeys(block[self.slot[block] < 0].tolist()):
             slot = int(self.needed.argmin())
             assert self.needed[slot] < self.now, "more blocks at once than slots"
             if self.block[slot] >= 0:
@@ -178,17 +182,18 @@ class _Blocks:
 
         Raises: what reading one of them raised.
         """
-        slots = self.slot[block]  # -1, which stands for the last slot, where another batch's fault dropped a block
-        if not self.read[slots].all() or slots.min() < 0:
-            self.want(block)
-            slots = self.slot[block]
-            for b in dict.fromkeys(block[~self.read[slots]].tolist()):
+        slots = np.empty(len(block), np.int64)
+        if not _find(block, self.slot, self.read, slots):
+            self.want(block)  # again, where another batch's fault dropped one
+            for b in dict.fromkeys(block[~self.read[self.slot[block]]].tolist()):
                 error = self.loading.pop(b).exception()
                 if error:
                     self._drop(b)
                     raise error
                 self.read[self.slot[b]] = True
-        return slots.astype(np.int64)
+            found = _find(block, self.slot, self.read, slots)
+            assert found
+        return slots
 
     def _drop(self, block: int) -> None:
         reading = self.loading.pop(block, None)
@@ -196,6 +201,38 @@ class _Blocks:
             reading.exception()
         slot = self.slot[block]
         self.slot[block], self.block[slot], self.needed[slot], self.read[slot] = -1, -1, -1, False
+
+
+@njit(cache=True)
+def _all_there(block, slot_of):
+    """Whether these blocks have slots. A kernel, as those below: of a batch of cells a hundred are looked up, for which
+    NumPy takes five calls."""
+    there = 0
+    for b in block:
+        there += slot_of[b] >= 0
+    return there == len(block)
+
+
+@njit(cache=True)
+def _ask_for(block, slot_of, needed, now):
+    """Notes that the slots of these blocks are needed; False where a block has none."""
+    there = True
+    for b in block:
+        if slot_of[b] < 0:
+            there = False
+        else:
+            needed[slot_of[b]] = now
+    return there
+
+
+@njit(cache=True)
+def _find(block, slot_of, read, slots):
+    """The slots of these blocks; False where one has none, or is still being read."""
+    for i in range(len(block)):
+        slots[i] = slot_of[block[i]]
+        if slots[i] < 0 or not read[slots[i]]:
+            return False
+    return True
 
 
 def read_block(cells: BlockSource, slots: Slots, block: int, slot: int) -> None:

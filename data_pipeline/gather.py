@@ -67,9 +67,10 @@ class Slab:
 class CellSlots:
     """Memory for `n_slots` blocks of cells. Different slots may be filled from different threads at once.
 
-    labels: (n_slots, block_cells, C) int64 label ids, conditions in the manifest's order
-    identity: (n_slots, block_cells, 2) int64, (source, row)
-    total_counts: (n_slots, block_cells) int64, over all genes
+    about: (n_slots, block_cells, 3 + C) int64, of which these are parts:
+    identity: (n_slots, block_cells, 2), (source, row)
+    total_counts: (n_slots, block_cells), over all genes
+    labels: (n_slots, block_cells, C) label ids, conditions in the manifest's order
     """
 
     def __init__(self, manifest: Manifest, n_slots: int) -> None:
@@ -84,9 +85,9 @@ class CellSlots:
         # per slot: addresses of steps, packed, medium, far, large; then where in each of them a cell begins
         self.place = np.zeros((n_slots, 5), np.int64)
         self.begin = np.zeros((n_slots, cells + 1, 5), np.int32)
-        self.labels = np.zeros((n_slots, cells, len(self.names)), np.int64)
-        self.identity = np.zeros((n_slots, cells, 2), np.int64)
-        self.total_counts = np.zeros((n_slots, cells), np.int64)
+        # side by side, since a cell in a random place costs as much to find as to read
+        self.about = np.zeros((n_slots, cells, 3 + len(self.names)), np.int64)
+        self.identity, self.total_counts, self.labels = self.about[..., :2], self.about[..., 2], self.about[..., 3:]
         self.n_cells = np.zeros(n_slots, np.int64)
         self.columns: dict[int, np.ndarray] = {}  # width of a gene set -> table from gene to its place in the set
         wide = manifest.statistics.largest_count >= 1 << 31
@@ -261,8 +262,14 @@ def _sum(values):
 
 
 @njit(nogil=True, inline="always")
-def _ask_for(place, begin, slot, row):
-    """Has the cell's steps and counts brought nearer while another one is decoded."""
+def _ask_for(place, begin, slots, rows, i):
+    """Has cell i's steps and counts, and where those of the one after it lie, brought nearer while another one is
+    decoded."""
+    if i >= len(slots):
+        return
+    if i + 1 < len(slots):
+        _prefetch(begin.ctypes.data + (slots[i + 1] * begin.shape[1] + rows[i + 1]) * begin.shape[2] * 4)
+    slot, row = slots[i], rows[i]
     for k in range(2):
         at, end = place[slot, k] + begin[slot, row, k], place[slot, k] + begin[slot, row + 1, k]
         while at < end:
@@ -358,16 +365,17 @@ def _scatter(steps, packed, medium, far, large, n_genes, table, flat, base):
 
 
 @njit(nogil=True, cache=True)
-def take_cells(slots, rows, labels, identity, total_counts):
+def take_cells(slots, rows, about):
     """Of the cells in these slots and rows: label ids (C, B), identities (B, 2), total counts (B,) float32."""
-    n, n_labels = len(slots), labels.shape[2]
+    n, n_labels = len(slots), about.shape[2] - 3
     ids, who, totals = np.empty((n_labels, n), np.int64), np.empty((n, 2), np.int64), np.empty(n, np.float32)
+    for i in range(n):  # all at once: one after the other, each would be waited for
+        _prefetch(about.ctypes.data + (slots[i] * about.shape[1] + rows[i]) * about.shape[2] * 8)
     for i in range(n):
         slot, row = slots[i], rows[i]
+        who[i, 0], who[i, 1], totals[i] = about[slot, row, 0], about[slot, row, 1], about[slot, row, 2]
         for c in range(n_labels):
-            ids[c, i] = labels[slot, row, c]
-        who[i, 0], who[i, 1] = identity[slot, row, 0], identity[slot, row, 1]
-        totals[i] = total_counts[slot, row]
+            ids[c, i] = about[slot, row, 3 + c]
     return ids, who, totals
 
 
@@ -380,8 +388,7 @@ def _take_shared(slots, rows, place, begin, gene_ids, table, flat, totals):
         table[np.int64(gene_ids[j]) - 1] = j
     flat[:width] = 0
     for i in range(len(slots)):
-        if i + 1 < len(slots):
-            _ask_for(place, begin, slots[i + 1], rows[i + 1])
+        _ask_for(place, begin, slots, rows, i + 1)
         base = i * width
         steps, packed, medium, far, large = _parts(place, begin, slots[i], rows[i])
         if not _scatter(steps, packed, medium, far, large, len(table), table, flat, np.uint64(base)):
@@ -400,8 +407,7 @@ def _take_each(slots, rows, place, begin, gene_ids, table, flat, totals):
     width = gene_ids.shape[1]
     flat[:width] = 0
     for i in range(len(slots)):
-        if i + 1 < len(slots):
-            _ask_for(place, begin, slots[i + 1], rows[i + 1])
+        _ask_for(place, begin, slots, rows, i + 1)
         for j in range(width):
             if gene_ids[i, j]:
                 table[np.int64(gene_ids[i, j]) - 1] = j
@@ -480,8 +486,7 @@ def _take_csr(slots, rows, place, begin, n_genes, ids, out, large_at, large_out)
     k, one = np.uint64(0), np.uint64(1)
     g = np.uint64(0)
     for i in range(len(slots)):
-        if i + 1 < len(slots):
-            _ask_for(place, begin, slots[i + 1], rows[i + 1])
+        _ask_for(place, begin, slots, rows, i + 1)
         steps, packed, medium, far, large = _parts(place, begin, slots[i], rows[i])
         if _reach(steps, far) > np.uint64(n_genes):
             return i

@@ -86,9 +86,8 @@ class LatentSlots:
         self.names, self.scratch = manifest.conditions.names, threading.local()
         cells = manifest.block_cells
         self.latent = np.empty((n_slots, cells, *self.shape), np.float32)
-        self.labels = np.zeros((n_slots, cells, len(self.names)), np.int64)
-        self.identity = np.zeros((n_slots, cells, 2), np.int64)
-        self.total_counts = np.zeros((n_slots, cells), np.int64)
+        self.about = np.zeros((n_slots, cells, 3 + len(self.names)), np.int64)
+        self.identity, self.total_counts, self.labels = self.about[..., :2], self.about[..., 2], self.about[..., 3:]
         self.n_cells = np.zeros(n_slots, np.int64)
 
     def buffer(self, slot: int, n_bytes: int) -> np.ndarray:
