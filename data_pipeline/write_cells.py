@@ -42,6 +42,7 @@ N_EVALUATIONS = "n_evaluations"  # of the network
 COSTS = (N_EVALUATIONS,)  # in uns beside what decides what the cells are
 
 Append = Callable[[sp.csr_matrix], None]
+Obs = Callable[[], pd.DataFrame]
 Value = str | int
 
 
@@ -136,9 +137,10 @@ class CellWriter:
         """A column that came with the parts, of all cells."""
         return np.concatenate([self._read(part, lambda of: of[f"obs.{name}"]) for part in range(self._n_parts)])
 
-    def join(self, obs: pd.DataFrame, cost: Mapping[str, int]) -> None:
+    def join(self, obs: Obs, cost: Mapping[str, int]) -> None:
         """Join the parts, and remove them when the file is there: by one process, once every part is written.
 
+        obs: makes them, for no longer than they are needed: they are not in memory while the matrix is written
         cost: what the cells have taken, by COSTS; into uns["scldm"] as well
         """
         assert set(cost) <= set(COSTS), cost
@@ -193,24 +195,25 @@ class CellWriter:
 
 
 @contextmanager
-def _h5ad(path: Path, obs: pd.DataFrame, rest: ad.AnnData, dtype: np.dtype) -> Iterator[Append]:
+def _h5ad(path: Path, obs: Obs, rest: ad.AnnData, dtype: np.dtype) -> Iterator[Append]:
     with h5py.File(path, "w") as file:
-        yield _anndata(file, obs, rest, dtype, {"compression": "gzip", "compression_opts": 1, "shuffle": True})
+        yield _matrix(file, rest, dtype, {"compression": "gzip", "compression_opts": 1, "shuffle": True})
+        write_elem(file, "obs", obs())
 
 
 @contextmanager
-def _zarr(path: Path, obs: pd.DataFrame, rest: ad.AnnData, dtype: np.dtype) -> Iterator[Append]:
+def _zarr(path: Path, obs: Obs, rest: ad.AnnData, dtype: np.dtype) -> Iterator[Append]:
     import zarr
 
     group = zarr.open_group(path, mode="w", zarr_format=2)
-    yield _anndata(group, obs, rest, dtype, {})
+    yield _matrix(group, rest, dtype, {})
+    write_elem(group, "obs", obs(), dataset_kwargs={"chunks": (CHUNK_VALUES,)})
     zarr.consolidate_metadata(group.store)
 
 
-def _anndata(group: Any, obs: pd.DataFrame, rest: ad.AnnData, dtype: np.dtype, storage: dict[str, Any]) -> Append:
+def _matrix(group: Any, rest: ad.AnnData, dtype: np.dtype, storage: dict[str, Any]) -> Append:
     """What anndata writes, with an X that grows."""
     write_elem(group, "/", rest)
-    write_elem(group, "obs", obs)
     if "raw" in group:  # "there is none", of which anndata can't read a part of the file
         del group["raw"]
     empty = sp.csr_matrix((0, rest.n_vars), dtype=dtype)
@@ -221,20 +224,19 @@ def _anndata(group: Any, obs: pd.DataFrame, rest: ad.AnnData, dtype: np.dtype, s
 
 
 @contextmanager
-def _soma(path: Path, obs: pd.DataFrame, rest: ad.AnnData, dtype: np.dtype) -> Iterator[Append]:
+def _soma(path: Path, obs: Obs, rest: ad.AnnData, dtype: np.dtype) -> Iterator[Append]:
     import pyarrow as pa
     import tiledbsoma
     import tiledbsoma.io
 
-    tiledbsoma.io.from_anndata(
-        str(path), ad.AnnData(obs=obs, var=pd.DataFrame(index=rest.var_names), uns=rest.uns), MEASUREMENT
-    )
+    adata = ad.AnnData(obs=obs(), var=pd.DataFrame(index=rest.var_names), uns=rest.uns)
+    shape = adata.shape
+    tiledbsoma.io.from_anndata(str(path), adata, MEASUREMENT)
+    del adata  # before the matrix is written
     with tiledbsoma.Experiment.open(str(path), "w") as experiment:
         measurement: Any = experiment.ms[MEASUREMENT]
         layers = measurement.X if "X" in measurement else measurement.add_new_collection("X")
-        with layers.add_new_sparse_ndarray(
-            LAYER, type=pa.from_numpy_dtype(dtype), shape=(len(obs), rest.n_vars)
-        ) as array:
+        with layers.add_new_sparse_ndarray(LAYER, type=pa.from_numpy_dtype(dtype), shape=shape) as array:
             at = 0
 
             def append(matrix: sp.csr_matrix) -> None:
@@ -247,7 +249,7 @@ def _soma(path: Path, obs: pd.DataFrame, rest: ad.AnnData, dtype: np.dtype) -> I
             yield append
 
 
-FORMATS: dict[str, Callable[[Path, pd.DataFrame, ad.AnnData, np.dtype], AbstractContextManager[Append]]] = {
+FORMATS: dict[str, Callable[[Path, Obs, ad.AnnData, np.dtype], AbstractContextManager[Append]]] = {
     ".h5ad": _h5ad,
     ".zarr": _zarr,
     ".soma": _soma,

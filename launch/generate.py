@@ -110,7 +110,7 @@ def main(config: GenerateConfig) -> Path:
         world.barrier()
         if world.is_first:
             n_evaluations = int(writer.column(N_EVALUATIONS).sum(dtype=np.int64))
-            writer.join(model.obs(wanted, writer.column("library_size")), {N_EVALUATIONS: n_evaluations})
+            writer.join(lambda: model.obs(wanted, writer.column("library_size")), {N_EVALUATIONS: n_evaluations})
             print(
                 f"{wanted.n_cells:,} cells x {len(genes):,} genes, {n_evaluations:,} network evaluations "
                 f"({n_evaluations / wanted.n_cells:,.4g} a cell): {config.out}"

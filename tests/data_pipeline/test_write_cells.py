@@ -83,7 +83,7 @@ def test_parts_in_any_order_are_one_file(tmp_path: Path, suffix: str, dtype: typ
     last = writer(out, dtype)
     assert last.missing == []
     np.testing.assert_array_equal(last.column("size"), obs()["size"])
-    last.join(obs(), COST)
+    last.join(obs, COST)
     assert [p.name for p in out.parent.iterdir()] == [out.name]
     made = read(out)
     assert (made.X != counts(dtype)).nnz == 0
@@ -117,7 +117,7 @@ def test_what_is_of_another_command_is_refused_by_what_differs(tmp_path: Path, s
                 writer(out, **other)
         if not of.finished:
             write(of, [3, 4])
-            of.join(obs(), COST)
+            of.join(obs, COST)
     assert (read(out).X != counts()).nnz == 0
 
 
@@ -154,13 +154,13 @@ def test_a_join_that_was_killed_is_done_again(tmp_path: Path, suffix: str, monke
     with monkeypatch.context() as patch:
         patch.setattr(write_cells, "_sync", killed)
         with pytest.raises(KeyboardInterrupt):
-            of.join(obs(), COST)
+            of.join(obs, COST)
     assert not out.exists()
     again = writer(out)
     begin(again)
     assert not list(again.parts.glob(".*"))
     assert again.missing == []
-    again.join(obs(), COST)
+    again.join(obs, COST)
     assert (read(out).X != counts()).nnz == 0
     assert not again.parts.exists()
 
@@ -174,7 +174,7 @@ def test_a_damaged_part_is_named(tmp_path: Path) -> None:
     data[data.find(b"data.npy") + 160] ^= 1  # in the values
     path.write_bytes(data)
     with pytest.raises(InputError, match=r"000003.npz is damaged .*remove it and run the same command again"):
-        of.join(obs(), COST)
+        of.join(obs, COST)
     assert not of.out.exists()
 
 
@@ -228,7 +228,7 @@ def test_scanpy_opens_it(tmp_path: Path) -> None:
     of = writer(tmp_path / "cells.h5ad")
     begin(of)
     write(of, [0, 1, 2, 3, 4])
-    of.join(obs(), COST)
+    of.join(obs, COST)
     made = scanpy.read_h5ad(of.out)
     made = made[np.asarray(made.X.sum(1)).ravel() > 0].copy()
     scanpy.pp.normalize_total(made)
