@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
+from launch.bench.resampled import Distances, resampled
 from launch.bench.unseen import BenchUnseenConfig, Labelled, main, rivals
 from launch.cli import main as cli
-from scldm.evaluate.metrics import log_normalise
+from scldm.evaluate.metrics import mmd2, w2
 
 TYPES, DONORS, G = ("B", "T", "NK"), ("01", "02"), 40
 GENES = tuple(f"gene{k}" for k in range(G))
@@ -40,7 +42,7 @@ def test_the_rivals_are_control_cells_treated_cells_elsewhere_and_shifted_contro
     adata = cells()
     obs = pd.DataFrame({"type": adata.obs["cell_type"], "treatment": adata.obs["condition"]})
     obs["donor"] = adata.obs["sample"].str[-2:]
-    train = Labelled(log_normalise(sp.csr_matrix(adata.X)), obs.reset_index(drop=True), GENES)
+    train = Labelled(sp.csr_matrix(adata.X), obs.reset_index(drop=True), GENES)
     config = BenchUnseenConfig("", "", held_out=("B",))
     control, elsewhere, shifted = rivals(config, "B", train, {"01": 9, "02": 4}, np.random.default_rng(0))
     dense = train.log.toarray()
@@ -62,6 +64,22 @@ def test_the_rivals_are_control_cells_treated_cells_elsewhere_and_shifted_contro
     assert np.abs(shift[0, 2:]).max() < 0.6
 
 
+def test_cells_drawn_again_have_the_distances_of_the_cells() -> None:
+    rng = np.random.default_rng(0)
+    reference, near, far = rng.normal(size=(80, 3)), rng.normal(size=(60, 3)), rng.normal(0.8, 1, size=(60, 3))
+    one, once = Distances(reference, far), (np.ones(80), np.ones(60))
+    for weight in (1, 2):  # a cell that is there twice is no neighbour of itself
+        scores = one.mmd2(weight * once[0], weight * once[1]), one.w2(weight * once[0], weight * once[1])
+        assert scores == pytest.approx((mmd2(reference, far), w2(reference, far)), rel=1e-9)
+    again = resampled([(reference, {"near": near, "far": far})], 100, rng)
+    for k, distance in enumerate((mmd2, w2)):
+        low, high = np.quantile((again["far"] - again["near"])[:, k], (0.025, 0.975))
+        assert 0 < low < distance(reference, far) - distance(reference, near) < high
+    # drawing cells with replacement leaves MMD2 where it was; counting a cell as its own neighbour adds 2/n of it
+    error = again["near"][:, 0].std() / 10
+    assert abs(again["near"][:, 0].mean() - mmd2(reference, near)) < 4 * error
+
+
 @pytest.mark.slow
 def test_the_table_has_all_that_it_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     cells().write_h5ad(tmp_path / "cells.h5ad")
@@ -75,11 +93,15 @@ def test_the_table_has_all_that_it_is_asked_for(tmp_path: Path, capsys: pytest.C
     rows = {row["name"]: row for row in json.loads((tmp_path / "unseen.json").read_text())["rows"]}
     assert 2 < rows["B: log2 fold change of gene0, real"]["value"] < 3.2
     assert abs(rows["B: log2 fold change of gene1, real"]["value"]) < 0.7
-    for metric in ("MMD2", "W2"):
+    for metric, ours in itertools.product(("MMD2", "W2"), ("generated", "control cells of the type, transformed")):
         for rival in ("control cells of the type", "treated cells of other types", "control cells + mean log-shift"):
-            (row,) = [row for name, row in rows.items() if name.startswith(f"B: {metric}, generated / {rival}")]
+            (row,) = [row for name, row in rows.items() if name.startswith(f"B: {metric}, {ours} / {rival}")]
             assert row["target"] == "<= 1"
             assert row["met"] == (row["value"] <= 1)
+            found = [row for name, row in rows.items() if name.startswith(f"B: {metric}, {ours} - {rival}")]
+            difference, low, high = (row["value"] for row in found)
+            assert (difference <= 0) == row["met"] == found[0]["met"]
+            assert low < difference < high
     # no held-out cell in training; again, nothing is trained again
     splits = {
         s["name"]: s["n_cells"] for s in json.loads((tmp_path / "out/shards/manifest.json").read_text())["splits"]
