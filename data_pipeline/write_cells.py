@@ -36,6 +36,7 @@ from scldm.progress import Progress
 PART_CELLS = 512  # 2,000 genes a cell of 8 B: 8 MB
 JOIN_VALUES = 1 << 21  # parts are appended together up to so many values: 16 MB, as COO for SOMA 40 MB
 CHUNK_VALUES = 1 << 16
+CHUNK_ROWS = 1 << 13  # of obs in zarr, which holds several times the names of a chunk
 MEASUREMENT, LAYER = "RNA", "data"  # what tiledbsoma.io reads and writes unless told otherwise
 UNS = "scldm"
 N_EVALUATIONS = "n_evaluations"  # of the network
@@ -207,7 +208,7 @@ def _zarr(path: Path, obs: Obs, rest: ad.AnnData, dtype: np.dtype) -> Iterator[A
 
     group = zarr.open_group(path, mode="w", zarr_format=2)
     yield _matrix(group, rest, dtype, {})
-    write_elem(group, "obs", obs(), dataset_kwargs={"chunks": (CHUNK_VALUES,)})
+    write_elem(group, "obs", obs(), dataset_kwargs={"chunks": (CHUNK_ROWS,)})
     zarr.consolidate_metadata(group.store)
 
 
