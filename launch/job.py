@@ -25,7 +25,7 @@ from scldm.errors import InputError
 # a verb whose ranks share its work: one per GPU on every node; and those that want one GPU. The others want none
 ON_ALL_RANKS = ("train vae", "train ldm", "encode", "generate")
 ON_ONE_GPU = ("transform", "embed", "reconstruct")
-THE_JOB = "# --- the job ---"  # in slurm/job.sbatch, above it are the settings
+BEGIN, SETTINGS, THE_JOB = "# --- begin ---", "# --- settings", "# --- the job ---"  # the parts of slurm/job.sbatch
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,11 @@ def bad_nodes(notes: Path) -> dict[str, str]:
 def script(job: Job, site: Mapping[str, str], extra: Sequence[str], bad: Mapping[str, str]) -> str:
     """The batch script of a job: what sbatch reads, the settings, and slurm/job.sbatch from the job on."""
     template = (shipped("slurm") / "job.sbatch").read_text()
-    lines = ["#!/bin/bash -l", f"# written by: scldm submit {shlex.join([*job.verb.split(), *job.words])}"]
+    lines = ["#!/bin/bash", f"# written by: scldm submit {shlex.join([*job.verb.split(), *job.words])}"]
     lines += [f"#SBATCH {option}" for option in sbatch_options(job, site, bad)]
     if extra:
         lines.append("#SBATCH " + " ".join(quoted(word) for word in extra))
-    lines += ["", "# --- settings ---", ""]
+    lines += ["", template[template.index(BEGIN) : template.index(SETTINGS)] + "# --- settings ---", ""]
     lines += [f"{key}={shlex.quote(value)}" for key, value in settings(job, site).items()]
     lines.append("set -- " + shlex.join([*job.verb.split(), *plain_words(job)]))
     return "\n".join([*lines, "", template[template.index(THE_JOB) :]])
@@ -139,6 +139,11 @@ def ranks_per_node(site: Mapping[str, str]) -> int:
     return int(site.get("SCLDM_GPUS_PER_NODE", 0)) or int(site.get("SCLDM_TASKS_PER_NODE", 1))
 
 
+def usable_counts(global_batch: int, micro_batch: int, per_node: int, most: int) -> list[int]:
+    """Of 1 ... most nodes, the numbers that a global batch can be split over, in whole micro-batches of every rank."""
+    return [n for n in range(1, most + 1) if global_batch % (n * per_node * micro_batch) == 0]
+
+
 def settings(job: Job, site: Mapping[str, str]) -> dict[str, str]:
     """The SCLDM_ variables of the script: the site's, those of the job, and the Python."""
     for_sbatch = ("SCLDM_PARTITION", "SCLDM_ACCOUNT", "SCLDM_QOS", "SCLDM_TIME", "SCLDM_MEMORY")
@@ -151,7 +156,7 @@ def settings(job: Job, site: Mapping[str, str]) -> dict[str, str]:
         "SCLDM_PREFLIGHT": "on" if job.options.preflight else "off",
         "SCLDM_STAGE": "on" if job.options.stage and staged(job) else "off",
         "SCLDM_MAX_REQUEUES": str(job.options.max_requeues),
-        "SCLDM_MIN_NODES": str(job.options.least),
+        **({"SCLDM_MIN_NODES": str(job.options.least)} if job.options.least < job.options.most else {}),
     }
 
 

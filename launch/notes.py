@@ -19,7 +19,7 @@ from typing import NamedTuple
 from launch import slurm
 from scldm.errors import InputError, read_json
 
-ENDED = ("DONE", "FAILED", "STOPPED", "CANCELLED", "LOST")
+ENDED = ("DONE", "STOPPED", "LOST", *slurm.ENDED)  # by the job's own word, by nobody's, by Slurm's
 
 
 class State(NamedTuple):
@@ -52,7 +52,10 @@ def find_notes(path: Path) -> list[Path]:
 def state_of(notes: Path) -> State:
     """The state of the job that was submitted last."""
     job = str(read_json(notes / "job.json")["id"])
-    known = _known(job)
+    try:
+        known = slurm.job_states().get(job) if slurm.is_here() else None
+    except InputError as error:
+        return State("UNKNOWN", job, str(error))
     told = [line for path in sorted(notes.glob("state*")) if (line := path.read_text().strip("\n").split("\t"))]
     told = [line for line in told if len(line) == 5]
     worst = min(told, key=lambda line: _ORDER.index(line[0]) if line[0] in _ORDER else 0, default=None)
@@ -69,11 +72,3 @@ def state_of(notes: Path) -> State:
 
 # of the tasks of an array, the state to show
 _ORDER = ("FAILED", "STOPPED", "REQUEUED", "RUNNING", "DONE")
-
-
-def _known(job: str) -> tuple[str, str] | None:
-    """What Slurm says of a job; None where it no longer knows it, or there is none here."""
-    try:
-        return slurm.job_states().get(job)
-    except InputError:
-        return None

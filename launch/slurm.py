@@ -1,6 +1,6 @@
 """What is asked of Slurm's own commands: partitions, jobs, submission. Every call ends within a minute.
 
-Reading order: call, partitions, job_states, sbatch.
+Reading order: is_here, call, partitions, job_states, sbatch.
 """
 
 from __future__ import annotations
@@ -25,14 +25,18 @@ class Partition(NamedTuple):
     """A partition: its nodes, and the most GPUs that one of them has."""
 
     name: str
-    n_nodes: int
+    nodes: frozenset[str]
     gpus_per_node: int
     is_default: bool
 
 
+def is_here(command: str = "squeue") -> bool:
+    return shutil.which(command) is not None
+
+
 def call(*words: str) -> str:
     """What a command of Slurm prints. Raises: InputError with its own words where it fails, or is not there."""
-    if shutil.which(words[0]) is None:
+    if not is_here(words[0]):
         raise InputError(f"there is no Slurm on this machine ({words[0]} is not on the PATH); submit from a login node")
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
@@ -40,18 +44,18 @@ def call(*words: str) -> str:
         raise InputError(f"{words[0]} gave no answer within a minute; is Slurm's controller up?") from None
     if done.returncode:
         told = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
-        raise InputError(f"{words[0]}: {told}")
+        raise InputError(told if told.startswith(words[0]) else f"{words[0]}: {told}")
     return done.stdout
 
 
 def partitions() -> dict[str, Partition]:
     found: dict[str, Partition] = {}
-    for line in call("sinfo", "--noheader", "--format=%P|%D|%G").splitlines():
-        name, n_nodes, gres = line.strip().split("|")
+    for line in call("sinfo", "--noheader", "--Node", "--format=%P|%N|%G").splitlines():
+        name, node, gres = line.strip().split("|")
         name, is_default = name.rstrip("*"), name.endswith("*")
         gpus = sum(int(n) for n in re.findall(r"\bgpu(?::[^:,()]+)?:(\d+)", gres))
-        before = found.get(name, Partition(name, 0, 0, is_default))
-        found[name] = Partition(name, before.n_nodes + int(n_nodes), max(before.gpus_per_node, gpus), is_default)
+        before = found.get(name, Partition(name, frozenset(), 0, is_default))
+        found[name] = Partition(name, before.nodes | {node}, max(before.gpus_per_node, gpus), is_default)
     return found
 
 

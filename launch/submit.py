@@ -16,7 +16,16 @@ from typing import NamedTuple
 from launch import slurm
 from launch.cli import VERBS, config_of, find_verb
 from launch.config import compose
-from launch.job import Job, SubmitConfig, bad_nodes, notes_of, script
+from launch.job import (
+    ON_ALL_RANKS,
+    Job,
+    SubmitConfig,
+    bad_nodes,
+    notes_of,
+    ranks_per_node,
+    script,
+    usable_counts,
+)
 from launch.pipeline import jobs_of_pipeline, jobs_of_shards
 from launch.site import read_site, site_path
 from scldm.errors import InputError, read_json
@@ -98,9 +107,10 @@ def main(submission: Submission) -> list[str]:
         chain = jobs_of_shards(words, options, notes_of(verb, words))
     else:
         chain = [Job(verb.replace(" ", "-"), verb, words, notes_of(verb, words), options)]
-    check_slurm(options, site, extra)
+    partition = check_slurm(options, site, extra)
     for job in chain:
         check_notes(job, site)
+        check_nodes(job, site, partition)
         for node, why in bad_nodes(job.notes).items():
             print(
                 f"left out: {node} ({why}); remove its line from {job.notes / 'bad_nodes'} to use it", file=sys.stderr
@@ -138,8 +148,11 @@ def submit(job: Job, text: str, after: Sequence[str]) -> str:
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
-def check_slurm(options: SubmitConfig, site: Mapping[str, str], extra: Sequence[str]) -> None:
-    """Raises: InputError where there is no Slurm, or the site has no such partition, nodes or GPUs."""
+def check_slurm(options: SubmitConfig, site: Mapping[str, str], extra: Sequence[str]) -> slurm.Partition:
+    """The partition that jobs go to.
+
+    Raises: InputError where there is no Slurm, no such partition or GPUs, or what the site file says can't be.
+    """
     known = slurm.partitions()
     name = requested("partition", "p", extra) or site.get("SCLDM_PARTITION", "")
     name = name or next((p.name for p in known.values() if p.is_default), "")
@@ -151,10 +164,47 @@ def check_slurm(options: SubmitConfig, site: Mapping[str, str], extra: Sequence[
         raise InputError(
             f"SCLDM_GPUS_PER_NODE={wanted}: a node of partition {name} has {known[name].gpus_per_node} GPUs"
         )
-    if options.least > known[name].n_nodes:
-        raise InputError(f"--nodes {options.nodes}: partition {name} has {known[name].n_nodes} nodes")
     if options.stage and not site.get("SCLDM_SCRATCH"):
         raise InputError("--stage needs SCLDM_SCRATCH in the site file: a folder on each node's own disk")
+    if options.stage and "SCLDM_CONTAINER" in site:
+        places = [mount.split(":") for mount in site.get("SCLDM_CONTAINER_MOUNTS", "").split(",") if mount]
+        same = [Path(place[0]) for place in places if place[0] == (place[1:] or place)[0]]
+        if not any(Path(site["SCLDM_SCRATCH"]).is_relative_to(place) for place in same):
+            scratch = site["SCLDM_SCRATCH"]
+            raise InputError(
+                f"--stage: what is staged must outlive a container; SCLDM_CONTAINER_MOUNTS needs {scratch}:{scratch}"
+            )
+    return known[name]
+
+
+def check_nodes(job: Job, site: Mapping[str, str], partition: slurm.Partition) -> None:
+    """Says on how many nodes a training will run, where it can't use all that are asked for.
+
+    Raises: InputError where there are too few nodes, or no number of them in the range can be used.
+    """
+    options = job.options
+    if job.verb not in ON_ALL_RANKS:
+        return
+    left_out = sorted(partition.nodes & bad_nodes(job.notes).keys())
+    n_nodes = len(partition.nodes) - len(left_out)
+    if options.least > n_nodes:
+        why = f", and {n_nodes} without those that a preflight found unfit: {', '.join(left_out)}" if left_out else ""
+        raise InputError(f"--nodes {options.nodes}: partition {partition.name} has {len(partition.nodes)} nodes{why}")
+    config = compose(importlib.import_module(VERBS[job.verb][0]).CONFIG, job.words)
+    if not hasattr(config, "train"):
+        return
+    cells, micro, n_ranks = config.train.global_batch, config.hardware.micro_batch, ranks_per_node(site)
+    usable = usable_counts(cells, micro, n_ranks, options.most)
+    told = f"train.global_batch={cells} with hardware.micro_batch={micro} on nodes of {n_ranks} ranks"
+    if not usable or (options.least < options.most and usable[-1] < options.least):
+        can = f"only {slurm.listed(list(map(str, usable)))}" if usable else "no number"
+        raise InputError(f"--nodes {options.nodes}: {told} can use {can} of nodes; change one of them")
+    if not options.preflight and not {*range(options.least, options.most + 1)} <= {*usable}:
+        raise InputError(f"--nodes {options.nodes}: {told} can't use every number of nodes, and preflight chooses one")
+    if usable[-1] < options.most:
+        print(
+            f"--nodes {options.nodes}: {told} can use {usable[-1]} at most, and leaves the others idle", file=sys.stderr
+        )
 
 
 def requested(name: str, letter: str, words: Sequence[str]) -> str:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from launch import preflight, stage
+from launch import node_checks, node_judgement, preflight, stage
+from launch.node_checks import Findings
+from launch.node_judgement import Course, Report, nodes_to_use
 from tests.data_pipeline.small_sets import known_cells, write_set
 
 HOSTS = ["n1", "n2", "n3", "n4"]
@@ -16,31 +23,34 @@ HOSTS = ["n1", "n2", "n3", "n4"]
 @pytest.fixture
 def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in which every node has left its token."""
-    monkeypatch.setattr(preflight, "SEEN_S", 0.0)
+    monkeypatch.setattr(node_judgement, "SEEN_S", 0.0)
     for host in HOSTS:
-        preflight.write_token(tmp_path, host)
+        node_checks.write_token(tmp_path, host)
     return tmp_path
 
 
-def findings(n_ranks: int = 8) -> dict[int, preflight.Findings]:
+def findings(n_ranks: int = 8) -> dict[int, Findings]:
     """Of nodes with two ranks, the first of which tells versions."""
     same = {"numpy": "2.4", "config": "abc"}
     return {rank: {"same": {} if rank % 2 else dict(same), "troubles": []} for rank in range(n_ranks)}
 
 
-def judged(found: dict[int, preflight.Findings], notes: Path, hosts: list[str] = HOSTS) -> dict[str, list[str]]:
-    troubles = preflight.judge_findings(found, hosts, 2, notes)
-    return {node: reasons for node, reasons in troubles.items() if reasons}
+def report_of(notes: Path, hosts: list[str] = HOSTS) -> Report:
+    return Report(Course(hosts, 2, notes, time.monotonic()))
+
+
+def troubles_of(report: Report) -> dict[str, list[str]]:
+    return {node: reasons for node, reasons in report.troubles.items() if reasons}
+
+
+def judged(found: dict[int, Findings], notes: Path, hosts: list[str] = HOSTS) -> dict[str, list[str]]:
+    report = report_of(notes, hosts)
+    report.findings(found)
+    return troubles_of(report)
 
 
 def test_equal_nodes_are_fit(notes: Path) -> None:
     assert judged(findings(), notes) == {}
-
-
-def test_a_rank_that_never_came_up_is_named(notes: Path) -> None:
-    found = findings()
-    del found[5]
-    assert judged(found, notes) == {"n3": ["rank 5 did not come up"]}
 
 
 def test_the_odd_one_out_is_named_and_of_two_the_one_that_is_not_first(notes: Path) -> None:
@@ -60,35 +70,94 @@ def test_a_folder_that_is_not_shared_is_seen(notes: Path) -> None:
     assert list(judged(findings(), notes)) == ["n2", "n4"]
 
 
-def timings(**change: float) -> dict[int, preflight.Findings]:
-    """Of 4 nodes x 2 ranks, pairs 0-1, 1-2, 2-3, 3-0; nK or linkK is so many times as slow."""
-    found = {}
-    for rank in range(8):
-        node = rank // 2
-        pairs = {str(k): 1e-3 * change.get(f"link{k}", 1.0) for k in (node, (node - 1) % 4)}
-        found[rank] = {"matmul_s": 0.1 * change.get(f"n{node + 1}", 1.0), "all_reduce_s": pairs}
-    return found
+def test_what_all_ranks_meet_alike_is_held_against_no_node(notes: Path) -> None:
+    report = report_of(notes)
+    report.failures(dict.fromkeys(range(8), "failed: KeyError: x"), range(8))
+    assert troubles_of(report) == {}
+    assert report.notes == ["every rank failed: KeyError: x"]
+    report.failures(dict.fromkeys(range(7), "failed: KeyError: x"), range(8))
+    assert report.troubles["n1"] == ["rank 0 failed: KeyError: x", "rank 1 failed: KeyError: x"]
+    report = report_of(notes)
+    report.failures(dict.fromkeys(range(8), "did not come up"), range(8))
+    assert list(troubles_of(report)) == HOSTS
 
 
-def test_a_slow_node_is_named() -> None:
-    assert preflight.judge_timings(timings(n2=1.8), HOSTS, 2) == {}
-    told = preflight.judge_timings(timings(n2=3.0), HOSTS, 2)
-    assert told == {"n2": ["slow: a matrix product takes 300.00 ms, 3.0 times the median of the nodes"]}
+def products(**change: float) -> dict[int, float]:
+    return {rank: 0.1 * change.get(f"n{rank // 2 + 1}", 1.0) for rank in range(8)}
 
 
-def test_the_node_of_slow_links_is_named_and_its_neighbours_are_not() -> None:
-    told = preflight.judge_timings(timings(link1=9.0, link2=9.0), HOSTS, 2)
+def test_a_slow_node_is_named_by_the_slowest_of_its_ranks(notes: Path) -> None:
+    report = report_of(notes)
+    report.products(products(n2=1.8))
+    assert troubles_of(report) == {}
+    report.products(products(n2=3.0))
+    assert troubles_of(report) == {
+        "n2": ["slow: a matrix product takes 300.00 ms, 3.0 times the median of the nodes"],
+    }
+    report = report_of(notes)
+    report.products(products() | {7: 0.5})
+    assert report.troubles["n4"][0].startswith("slow: a matrix product takes 500.00 ms, 5.0 times")
+
+
+RING = [("n1", "n2"), ("n2", "n3"), ("n3", "n4"), ("n4", "n1")]
+
+
+def judged_pairs(
+    notes: Path, slow: dict[int, float], missing: dict[int, str] | None = None, ring: list[tuple[str, str]] = RING
+) -> Report:
+    """Of pairs 0 ... 3 those in `slow` take so many times as long; those in `missing` do not end."""
+    report, outcomes = report_of(notes), {}
+    for k, pair in enumerate(ring):
+        ranks = report.course.ranks(pair)
+        if k in (missing or {}):
+            words = (missing or {})[k]
+            outcomes[pair] = ({}, {rank: words if isinstance(words, str) else words[rank] for rank in ranks})
+        else:
+            outcomes[pair] = (dict.fromkeys(ranks, 1e-3 * slow.get(k, 1.0)), {})
+    report.pairs(outcomes)
+    return report
+
+
+def test_the_node_of_slow_links_is_named_and_its_neighbours_are_not(notes: Path) -> None:
+    assert list(troubles_of(judged_pairs(notes, {1: 9.0, 2: 9.0}))) == ["n3"]
+    assert troubles_of(judged_pairs(notes, {1: 9.0})) == {}
+
+
+HANGS = "hangs: it takes part in an all-reduce"
+
+
+def test_the_node_whose_all_reduces_do_not_end_is_named_and_its_neighbours_are_not(notes: Path) -> None:
+    told = troubles_of(judged_pairs(notes, {}, {1: HANGS, 2: "failed: RuntimeError: Connection closed by peer"}))
     assert list(told) == ["n3"]
-    assert preflight.judge_timings(timings(link1=9.0), HOSTS, 2) == {}
+    assert told["n3"][0] == f"an all-reduce of n2 and n3 does not end: rank 4 {HANGS}"
+    both = "an all-reduce of n2 and n3 does not end: rank"  # the nodes, or what lies between them
+    told = troubles_of(judged_pairs(notes, {}, {1: HANGS}))
+    assert told == {"n2": [f"{both} 2 {HANGS}"], "n3": [f"{both} 4 {HANGS}"]}
 
 
-def test_one_slow_rank_makes_a_slow_node_and_a_hung_one_is_named() -> None:
-    found = timings()
-    found[7]["matmul_s"] = 0.5
-    del found[4]
-    told = preflight.judge_timings(found, HOSTS, 2)
-    assert told["n3"] == ["rank 4 hung in an all-reduce with a neighbour"]
-    assert told["n4"][0].startswith("slow: a matrix product takes 500.00 ms, 5.0 times")
+def test_a_rank_that_died_explains_what_others_wait_for(notes: Path) -> None:
+    """Of two nodes, too, the one that hangs is not named with the one that died."""
+    words = dict.fromkeys(range(4), HANGS) | {3: "died or froze: it takes part in an all-reduce"}
+    told = troubles_of(judged_pairs(notes, {}, {0: words}, RING[:1]))
+    assert told == {"n2": ["rank 3 died or froze: it takes part in an all-reduce"]}
+
+
+def test_all_reduces_that_fail_everywhere_are_no_nodes_fault(notes: Path) -> None:
+    report = judged_pairs(notes, {}, dict.fromkeys(range(4), "failed: RuntimeError: no such network"))
+    assert troubles_of(report) == {}
+    assert report.notes == ["no all-reduce succeeds, on any rank: failed: RuntimeError: no such network"]
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_in_no_round_a_node_is_in_two_pairs(n: int) -> None:
+    nodes = [f"n{k}" for k in range(n)]
+    rounds = preflight.rounds_of(nodes)
+    assert sum(map(len, rounds)) == (n if n > 2 else 1)
+    for pairs in rounds:
+        busy = [node for pair in pairs for node in dict.fromkeys(pair)]
+        assert len(busy) == len(set(busy))
+    of_each = [sum(node in pair for pairs in rounds for pair in pairs) for node in nodes]
+    assert of_each == [2 if n > 2 else 1] * n
 
 
 @pytest.mark.parametrize(
@@ -99,16 +168,138 @@ def test_one_slow_rank_makes_a_slow_node_and_a_hung_one_is_named() -> None:
         (3, 2, 15, 2, "train.global_batch=120 with hardware.micro_batch=15 can't be split over 3 nodes of 2 ranks;"),
         (1, 2, 15, 0, "1 nodes are fit, 2 are needed"),
         (2, 1, 7, 0, "train.global_batch=120 can't be split over 2 nodes or fewer"),
+        (3, 3, 15, 0, "train.global_batch=120 with hardware.micro_batch=15 can't be split over 3 nodes of 2 ranks; ov"),
+        (3, 0, 15, 0, "3 nodes are fit, 4 are needed"),
+        (4, 0, 20, 3, "train.global_batch=120 with hardware.micro_batch=20 can't be split over 4 nodes of 2 ranks;"),
     ],
 )
 def test_the_nodes_to_use(monkeypatch, n_fit: int, least: int, micro_batch: int, used: int, note: str) -> None:
-    monkeypatch.setenv("SCLDM_MIN_NODES", str(least))
-    monkeypatch.setenv("SCLDM_HOSTS", " ".join(HOSTS))
+    """least 0: no range was given."""
+    monkeypatch.setenv("SCLDM_MIN_NODES", str(least or ""))
     config = SimpleNamespace(train=SimpleNamespace(global_batch=120), hardware=SimpleNamespace(micro_batch=micro_batch))
-    use, told = preflight.nodes_to_use(config, HOSTS[:n_fit], 2)
+    use, told = nodes_to_use(config, HOSTS[:n_fit], Course(HOSTS, 2, Path(), 0.0))
     assert use == HOSTS[:used]
     assert told.startswith(note)
     assert bool(told) == bool(note)
+
+
+# --- the course of it: ranks as threads, each with its fault --------------------------------------------------------
+
+
+STORES = []  # a thread that hung may still ask one for a word
+
+
+class Ranks:
+    """Six nodes of one rank, as threads of this process; `faults`: stage -> rank -> what happens there."""
+
+    def __init__(self, notes: Path) -> None:
+        self.use, self.note = [], ""
+        self.course = Course([f"n{k}" for k in range(6)], 1, notes, time.monotonic())
+        self.faults: dict[str, dict[int, Callable[[], None]]] = {"findings": {}, "product": {}, "pair": {}}
+        self.absent: set[int] = set()
+        self.released, self.dead = threading.Event(), set[int]()
+
+    def hang(self) -> None:
+        self.released.wait(30)
+
+    def at(self, stage: str, rank: int) -> None:
+        self.faults[stage].get(rank, lambda: None)()
+
+    def findings(self, config: object, notes: Path, node: str, local: int, tell: Callable[[str], None]) -> Findings:
+        tell("looks at its folders")
+        node_checks.write_token(notes, node)
+        self.at("findings", local)
+        return {"same": {"numpy": "2.4"}, "gpu": [], "troubles": [], "disk_gb": 1.0}
+
+    def product(self, rank: int) -> float:
+        self.at("product", rank)
+        return 0.1
+
+    def all_reduce(self, rank: int, store: object, place: int, size: int) -> float:
+        """Two that both come are done; where one does not, the other waits."""
+        self.at("pair", rank)
+        store.add("here", 1)  # pyright: ignore[reportAttributeAccessIssue]
+        while store.add("here", 0) < size:  # pyright: ignore[reportAttributeAccessIssue]
+            if self.released.wait(0.02):
+                break
+        return 0.01
+
+    def beat(self, course: Course, rank: int, done: threading.Event) -> None:
+        store = preflight.open_store()
+        while rank not in self.dead and not self.released.wait(0.05):
+            store.add(f"beats/{rank}", 1)
+
+    def run(self) -> dict[str, list[str]]:
+        store = preflight.open_store(serves=True)
+        STORES.append(store)
+        for rank in set(range(6)) - self.absent:
+            args = (self.course, SimpleNamespace(), rank, rank)
+            threading.Thread(target=preflight.take_part, args=args, daemon=True).start()
+        preflight.lead(self.course, SimpleNamespace(), store)
+        report = json.loads((self.course.notes / "preflight.json").read_text())
+        self.use, self.note = report["use"], report["note"]
+        self.released.set()
+        return {row["node"]: row["troubles"] for row in report["nodes"] if row["troubles"]}
+
+
+@pytest.fixture
+def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
+    found = Ranks(tmp_path)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    monkeypatch.setenv("SCLDM_MIN_NODES", "1")
+    for name, value in {"JOIN_S": 2.0, "PRODUCT_S": 1.0, "PAIR_S": 1.0, "LEAST_PAIR_S": 0.5, "BEAT_S": 0.1}.items():
+        monkeypatch.setattr(preflight, name, value)
+    monkeypatch.setattr(preflight, "findings_of", found.findings)
+    monkeypatch.setattr(preflight, "device_of", lambda local: local)
+    monkeypatch.setattr(preflight, "time_matmul", found.product)
+    monkeypatch.setattr(preflight, "time_all_reduce", found.all_reduce)
+    monkeypatch.setattr(preflight, "_beat", found.beat)
+    yield found
+    found.released.set()
+
+
+def fails() -> None:
+    raise OSError("no room")
+
+
+def test_six_sound_nodes_run(ranks: Ranks) -> None:
+    assert ranks.run() == {}
+    assert (ranks.use, ranks.note) == (ranks.course.hosts, "")
+
+
+def test_each_rank_that_gives_no_result_is_named_with_what_it_did_and_no_other(ranks: Ranks) -> None:
+    """One never came up, one hangs over its folders; the first one, which leads, hangs in its product."""
+    ranks.absent = {1}
+    ranks.faults = {"findings": {2: ranks.hang}, "product": {0: ranks.hang}, "pair": {}}
+    told = ranks.run()
+    assert told == {
+        "n0": ["rank 0 hangs: it computes a matrix product"],
+        "n1": ["rank 1 did not come up"],
+        "n2": ["rank 2 hangs: it looks at its folders"],
+    }
+    assert ranks.use == ["n3", "n4", "n5"]
+
+
+def test_a_rank_that_hangs_or_died_in_an_all_reduce_is_named_and_its_neighbours_are_not(ranks: Ranks) -> None:
+    ranks.faults = {"findings": {4: fails}, "product": {}, "pair": {2: ranks.hang}}
+    told = ranks.run()
+    assert told.pop("n4") == ["rank 4 failed: OSError: no room"]
+    for why in told.pop("n2"):
+        assert why.startswith("an all-reduce of n")
+        assert "does not end: rank 2 hangs: it takes part in an all-reduce of n" in why
+    assert told == {}
+    assert ranks.use == ["n0", "n1", "n3", "n5"]
+
+
+def test_a_rank_without_a_heart_beat_died(ranks: Ranks) -> None:
+    ranks.dead = {3}
+    ranks.faults = {"findings": {}, "product": {}, "pair": {3: ranks.hang}}
+    told = ranks.run()
+    assert list(told) == ["n3"]
+    assert all(why.startswith("rank 3 died or froze: it takes part in an all-reduce of n") for why in told["n3"])
+    assert ranks.use == ["n0", "n1", "n2", "n4", "n5"]
 
 
 # --- staging ---------------------------------------------------------------------------------------------------------

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from launch import logs, slurm
 from launch.cli import main
 from launch.status import duration
 
@@ -98,6 +100,48 @@ def test_a_job_that_left_no_word_is_lost(tmp_path: Path, capsys: pytest.CaptureF
     note(tmp_path / "latents.slurm", "RUNNING", "on n1")
     ((_, state),) = told(capsys, "status", str(tmp_path / "latents"))
     assert state.startswith("LOST, job 7: Slurm no longer knows the job")
+
+
+@pytest.fixture
+def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in for Slurm's command, which prints this file, or fails where there is none."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "squeue").write_text(
+        f'#!/bin/bash\nif ! read -r line 2>/dev/null <"{tmp_path}/jobs"; then exit 1; fi\necho "$line"\n'
+    )
+    (folder / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    return tmp_path / "jobs"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("state", [*slurm.ENDED])
+def test_the_log_ends_with_a_job_that_could_say_no_last_word(
+    state: str, tmp_path: Path, squeue: Path, capsys: pytest.CaptureFixture
+) -> None:
+    note(tmp_path / "run" / "slurm", "RUNNING", "on n1")
+    squeue.write_text(f"7|{state}|None\n")
+    assert main(["logs", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out == "log of slurm\n"
+
+
+def test_the_log_goes_on_while_slurm_gives_no_answer(
+    tmp_path: Path, squeue: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes = note(tmp_path / "run" / "slurm", "RUNNING", "on n1")
+    assert told(capsys, "status", str(tmp_path / "run"))[0][1].startswith("UNKNOWN, job 7: squeue: exit code 1")
+    answers = iter(["7|PENDING|BeginTime", "7|RUNNING|None", "7|NODE_FAIL|None"])
+
+    def later(seconds: float) -> None:
+        squeue.write_text(next(answers) + "\n")
+        with (notes / "log.txt").open("a") as file:
+            file.write("more\n")
+
+    monkeypatch.setattr(logs, "ASK_SLURM_EVERY_S", -1.0)
+    monkeypatch.setattr(logs, "time", SimpleNamespace(sleep=later, monotonic=time.monotonic))
+    assert main(["logs", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out == "log of slurm\n" + 3 * "more\n"
 
 
 def test_no_job_no_status(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

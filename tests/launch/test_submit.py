@@ -1,68 +1,20 @@
-"""Jobs without a Slurm: the site file, the script, what is refused before anything is submitted, and the script's own
-decisions, run by bash with stand-ins for Slurm's commands."""
+"""Jobs without a Slurm: the site file, the script, chains, and what is refused before anything is submitted."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from launch.cli import VERBS, main
+from launch.cli import main
 from launch.config import shipped
-from launch.job import ON_ALL_RANKS
 from launch.site import KEYS, read_site
 from scldm.errors import InputError
-
-SBATCH = '#!/bin/bash\necho "$@" >>"$FAKE/sbatch"; echo $((100 + $(wc -l <"$FAKE/sbatch")))\n'
-SINFO = '#!/bin/bash\nprintf "%s\\n" "low*|4|gpu:h100:8(S:0-1)" "low*|2|gpu:4" "cpu|9|(null)"\n'
-# jobs; or steps, of which there is one besides the batch script's once somebody has made it
-SQUEUE = """#!/bin/bash
-case "$*" in
-    *--steps*) echo 7.batch; if [ -e "$FAKE/step" ]; then echo 7.1; fi ;;
-    *) cat "$FAKE/squeue" 2>/dev/null || true ;;
-esac
-"""
-# the nodes of a job, its state, and whether a requeue was asked for
-SCONTROL = """#!/bin/bash
-case "$*" in
-    *hostnames*) printf "%s\\n" ${3//,/ } ;;
-    requeue*) echo "$*" >>"$FAKE/requeued"; kill -TERM "$PPID" ;;
-    *) echo "JobId=7 JobState=$(cat "$FAKE/job_state" 2>/dev/null || echo RUNNING) Reason=None" ;;
-esac
-"""
-# notes what it was asked to run; the first line of `codes` is its exit code
-SRUN = """#!/bin/bash
-for word in "$@"; do printf "%s\\n" "$word"; done >"$FAKE/srun.$(ls "$FAKE" | grep -c srun)"
-code=$(head -n 1 "$FAKE/codes"); sed -i 1d "$FAKE/codes"
-exit "${code:-0}"
-"""
-
-
-@pytest.fixture
-def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of stand-ins for Slurm's commands, first on the PATH, which note in it what they were asked."""
-    folder = tmp_path / "fake slurm"
-    (folder / "bin").mkdir(parents=True)
-    commands = {"sbatch": SBATCH, "sinfo": SINFO, "squeue": SQUEUE, "scontrol": SCONTROL, "srun": SRUN}
-    for name, text in commands.items():
-        (folder / "bin" / name).write_text(text)
-        (folder / "bin" / name).chmod(0o755)
-    (folder / "codes").touch()
-    monkeypatch.setenv("PATH", f"{folder}/bin:{os.environ['PATH']}")
-    monkeypatch.setenv("FAKE", str(folder))
-    (tmp_path / "site.sh").write_text(f'SCLDM_PARTITION=low\nSCLDM_GPUS_PER_NODE=8\nSCLDM_SHARED="{tmp_path}"\n')
-    monkeypatch.setenv("SCLDM_SITE", str(tmp_path / "site.sh"))
-    return folder
-
-
-def train(tmp_path: Path) -> list[str]:
-    return ["train", "vae", "vae/tiny", "data.shards=some shards", f"run_dir={tmp_path}/my runs/50 % vae"]
-
+from tests.launch.fake_slurm import train
 
 # --- the site file ---------------------------------------------------------------------------------------------------
 
@@ -163,6 +115,10 @@ def test_nodes_that_a_preflight_named_are_left_out(fake: Path, tmp_path: Path, c
         ("SCLDM_GPUS_PER_NODE=16", [], "SCLDM_GPUS_PER_NODE=16: a node of partition low has 8 GPUs"),
         ("", ["--", "--partition=cpu"], "SCLDM_GPUS_PER_NODE=8: a node of partition cpu has 0 GPUs"),
         ("", ["--nodes", "7"], "--nodes 7: partition low has 6 nodes"),
+        ("", ["--nodes", "5-6", "train.global_batch=32"], "can use only 1, 2, 4 of nodes; change one of them"),
+        ("", ["--nodes", "2", "train.global_batch=30"], "on nodes of 8 ranks can use no number of nodes"),
+        ("", ["--nodes", "3", "train.global_batch=16", "--preflight", "false"], "and preflight chooses one"),
+        ("SCLDM_SCRATCH=/disk\nSCLDM_CONTAINER=i", ["--stage"], "SCLDM_CONTAINER_MOUNTS needs /disk:/disk"),
         ("", ["--nodes", "4-2"], "--nodes 4-2: give a number of nodes, or MIN-MAX"),
         ("", ["--nodes"], "--nodes needs a value"),
         ("", ["--stage"], "--stage needs SCLDM_SCRATCH"),
@@ -187,6 +143,31 @@ def test_refused_before_anything_is_submitted(
     assert not (tmp_path / "my runs").exists()
 
 
+def test_too_few_nodes_are_left_by_a_preflight(fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    notes = tmp_path / "my runs" / "50 % vae" / "slurm"
+    notes.mkdir(parents=True)
+    (notes / "bad_nodes").write_text("".join(f"{node}\tnow\tslow\n" for node in ("n3", "n5", "c1")))
+    assert main(["submit", *train(tmp_path), "--nodes", "5-6"]) == 2
+    said = "--nodes 5-6: partition low has 6 nodes, and 4 without those that a preflight found unfit: n3, n5"
+    assert said in capsys.readouterr().err
+    assert not (fake / "sbatch").exists()
+    assert main(["submit", *train(tmp_path), "--nodes", "4-6"]) == 0
+
+
+def test_more_nodes_than_the_batch_can_use_are_told_of(
+    fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = [*train(tmp_path), "train.global_batch=16", "--dry-run"]
+    assert main(["submit", *words, "--nodes", "3"]) == 0
+    out, err = capsys.readouterr()
+    assert "micro_batch=1 on nodes of 8 ranks can use 2 at most, and leaves the others idle" in err
+    assert "SCLDM_MIN_NODES" not in out.split("# --- the job ---")[0]  # all of them must be fit
+    assert main(["submit", *words, "--nodes", "2-3"]) == 0
+    assert "SCLDM_MIN_NODES=2\n" in capsys.readouterr().out
+    assert main(["submit", *words, "--nodes", "1-2"]) == 0
+    assert "idle" not in capsys.readouterr().err
+
+
 def test_no_slurm_on_the_machine(fake: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["submit", *train(tmp_path)]) == 2
@@ -208,6 +189,7 @@ PIPELINE = ["pipeline", "vae/tiny", "ldm/tiny", "hardware/cpu", "shards.source.p
 
 
 def test_a_pipeline_is_a_chain_of_jobs(fake: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "site.sh").write_text(f'SCLDM_PARTITION=cpu\nSCLDM_SHARED="{tmp_path}"\n')
     assert main(["submit", *PIPELINE, f"out={tmp_path}/run", "vae.train.steps=7", "--nodes", "2", "--tasks", "3"]) == 0
     ids = capsys.readouterr().out.split()
     notes = [Path(p) for p in json.loads((tmp_path / "run" / "slurm" / "chain.json").read_text())]
@@ -252,157 +234,3 @@ def test_what_a_pipeline_refuses(fake: Path, capsys: pytest.CaptureFixture, word
     assert main(["submit", *words]) == 2
     assert said in capsys.readouterr().err
     assert not (fake / "sbatch").exists()
-
-
-# --- what the script decides -----------------------------------------------------------------------------------------
-
-
-class Life:
-    """Starts of one job's script, each with exit codes of its steps."""
-
-    def __init__(self, fake: Path, tmp_path: Path, *words: str) -> None:
-        assert main(["submit", *train(tmp_path), "--preflight", "false", *words]) == 0
-        self.fake, self.run_dir = fake, tmp_path / "my runs" / "50 % vae"
-        self.notes = self.run_dir / "slurm"
-
-    def start(self, restart: int, *codes: int, step: int | None = None, hosts: str = "n1,n2") -> str:
-        """One start with these exit codes; `step` is where the run's last checkpoint is then. Returns the state."""
-        (self.fake / "codes").write_text("\n".join(map(str, codes)))
-        if step is not None:
-            (self.run_dir / "checkpoints").mkdir(exist_ok=True)
-            (self.run_dir / "checkpoints" / "latest").write_text(f"step-{step:08d}")
-        env = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": hosts, "SLURM_NTASKS_PER_NODE": "8"}
-        env |= {"SLURM_RESTART_COUNT": str(restart)} if restart else {}
-        script = str(self.notes / "job.sbatch")
-        self.done = subprocess.run(["bash", script], env=os.environ | env, capture_output=True, text=True, timeout=30)
-        return (self.notes / "state").read_text().split("\t")[0]
-
-    def steps(self) -> list[list[str]]:
-        return [path.read_text().splitlines() for path in sorted(self.fake.glob("srun.*"))]
-
-    @property
-    def requeued(self) -> int:
-        path = self.fake / "requeued"
-        return len(path.read_text().splitlines()) if path.exists() else 0
-
-
-def test_every_word_reaches_the_verb_as_it_was_given(fake: Path, tmp_path: Path) -> None:
-    life = Life(fake, tmp_path)
-    assert life.start(0, 0, step=9) == "DONE"
-    assert life.done.returncode == 0
-    (step,) = life.steps()
-    assert step[step.index("-m") :] == ["-m", "launch.cli", *train(tmp_path)]
-    assert {"--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "--nodelist=n1,n2", "--cpu-bind=cores"} <= set(step)
-
-
-@pytest.mark.parametrize("verb", list(VERBS))
-def test_the_script_spreads_over_all_ranks_what_submit_does(verb: str) -> None:
-    text = (shipped("slurm") / "job.sbatch").read_text()
-    (choice,) = re.findall(r'^case "\$\{1:-\} .*?^esac', text, re.DOTALL | re.MULTILINE)
-    words = [*verb.split(), "key=value"]
-    done = subprocess.run(["bash", "-c", choice + '\necho "$ranks"', "bash", *words], capture_output=True, text=True)
-    assert done.stdout == ("all\n" if verb in ON_ALL_RANKS else "one\n")
-
-
-def test_a_stopped_run_goes_back_to_the_queue(fake: Path, tmp_path: Path) -> None:
-    life = Life(fake, tmp_path)
-    assert life.start(0, 85, step=0) == "REQUEUED"
-    assert life.requeued == 1
-
-
-def test_a_chain_without_progress_ends(fake: Path, tmp_path: Path) -> None:
-    life = Life(fake, tmp_path)
-    assert life.start(0, 85, step=5) == "REQUEUED"
-    assert life.start(1, 85, step=5) == "FAILED"
-    assert life.done.returncode == 1
-    assert "no progress since the last requeue (still at 5)" in life.done.stdout
-    assert life.requeued == 1
-
-
-def test_requeues_by_slurm_itself_count_too(fake: Path, tmp_path: Path) -> None:
-    """After a lost node the script of that start has no last word."""
-    life = Life(fake, tmp_path, "--max-requeues", "3")
-    for restart, step in ((0, 0), (1, 4), (2, 8)):
-        assert life.start(restart, 0, step=step) == "DONE"
-    assert life.start(3, 0, step=8) == "FAILED"
-    assert "no progress between the last two requeues (still at 8)" in life.done.stdout
-    assert life.start(4, 0, step=12) == "FAILED"
-    assert "requeued 4 times; SCLDM_MAX_REQUEUES=3" in life.done.stdout
-
-
-def test_requeues_are_bounded(fake: Path, tmp_path: Path) -> None:
-    life = Life(fake, tmp_path, "--max-requeues", "1")
-    assert life.start(1, 85, step=5) == "FAILED"
-    assert life.requeued == 0
-    assert "SCLDM_MAX_REQUEUES=1 are used up" in life.done.stdout
-
-
-@pytest.mark.parametrize("code, state", [(1, "FAILED"), (2, "FAILED"), (86, "STOPPED"), (137, "FAILED")])
-def test_what_does_not_go_back_to_the_queue(fake: Path, tmp_path: Path, code: int, state: str) -> None:
-    life = Life(fake, tmp_path)
-    (fake / "squeue").write_text("8 encode afterok:7(unfulfilled)\n")
-    assert life.start(0, code, step=5) == state
-    assert life.done.returncode == code
-    assert life.requeued == 0
-    assert "job 8 (encode) depends on this one and will not run" in life.done.stdout
-
-
-def test_a_cancelled_job_does_not_come_back(fake: Path, tmp_path: Path) -> None:
-    life = Life(fake, tmp_path)
-    (fake / "job_state").write_text("CANCELLED")
-    assert life.start(0, 85, step=5) == "STOPPED"
-    assert life.requeued == 0
-
-
-def test_the_nodes_that_preflight_leaves_are_those_that_run(fake: Path, tmp_path: Path) -> None:
-    life = Life(fake, tmp_path, "--preflight", "true", "--nodes", "2-3")
-    srun = (fake / "bin" / "srun").read_text()
-    (fake / "bin" / "srun").write_text(srun.replace("code=", 'printf "n3\\nn1\\n" >"$SCLDM_NOTES/use_nodes"\ncode='))
-    assert life.start(0, 0, 0, hosts="n1,n2,n3") == "DONE"
-    first, second = life.steps()
-    assert first[first.index("-m") + 1] == "launch.preflight"
-    assert "--nodes=3" in first
-    assert {"--nodes=2", "--ntasks=16", "--nodelist=n3,n1"} <= set(second)
-
-
-def test_a_signal_during_preflight_is_no_fault_of_a_node(fake: Path, tmp_path: Path) -> None:
-    life = Life(fake, tmp_path, "--preflight", "true")
-    assert life.start(0, 143) == "REQUEUED"
-    assert not (life.notes / "bad_nodes").exists()
-
-
-def test_a_signal_waits_for_the_ranks_to_be_there(fake: Path, tmp_path: Path) -> None:
-    """An srun that has not made its step yet ignores signals; told once, it stops."""
-    srun = """#!/bin/bash
-trap '' USR1
-kill -USR1 $PPID
-sleep 0.5
-trap 'echo x >>"$FAKE/told"; exit 85' USR1
-touch "$FAKE/step"
-for ((k = 0; k < 80; k++)); do sleep 0.1; done
-"""
-    life = Life(fake, tmp_path)
-    (fake / "bin" / "srun").write_text(srun)
-    assert life.start(0, step=5) == "REQUEUED"
-    assert (fake / "told").read_text() == "x\n"
-
-
-def test_a_signal_before_the_ranks_began_is_not_forgotten(fake: Path, tmp_path: Path) -> None:
-    """It comes while the script asks for its hosts."""
-    scontrol = (fake / "bin" / "scontrol").read_text()
-    (fake / "bin" / "scontrol").write_text(scontrol.replace("*hostnames*) ", "*hostnames*) kill -USR1 $PPID; "))
-    (fake / "step").touch()
-    life = Life(fake, tmp_path)
-    (fake / "bin" / "srun").write_text("""#!/bin/bash
-trap 'exit 85' USR1
-for ((k = 0; k < 80; k++)); do sleep 0.1; done
-""")
-    assert life.start(0, step=5) == "REQUEUED"
-    assert "told to stop: sending SIGUSR1" in life.done.stdout
-
-
-def test_a_preflight_without_a_report_names_the_first_node(fake: Path, tmp_path: Path) -> None:
-    life = Life(fake, tmp_path, "--preflight", "true")
-    assert life.start(0, 3) == "FAILED"
-    assert (life.notes / "bad_nodes").read_text().startswith("n1\t")
-    assert len(life.steps()) == 1

@@ -1,0 +1,208 @@
+"""What follows from what the ranks of the preflight found: which nodes are not fit, and why; on which the job runs.
+
+A node is not fit where a rank of it did not come up, failed, died or hangs; where it differs from the others; where it
+is slow beside the median of all. What all ranks meet alike is held against none: then it is the job that is wrong.
+
+Reading order: Course, Report, nodes_to_use.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from launch.job import usable_counts
+from launch.node_checks import SEEN_S, Findings, see_token
+from scldm.train.run_folder import write_json
+
+SLOW = 2.0  # times the median of the nodes
+Pair = tuple[str, str]
+# pair of nodes -> of its ranks, seconds of an all-reduce, and what became of those that gave none
+Outcomes = dict[Pair, tuple[dict[int, float], dict[int, str]]]
+
+
+@dataclass(frozen=True)
+class Course:
+    """What all ranks of a preflight know: the nodes in their order, ranks on each, the job's notes, when it began."""
+
+    hosts: Sequence[str]
+    per_node: int
+    notes: Path
+    began: float
+
+    def node(self, rank: int) -> str:
+        return self.hosts[rank // self.per_node]
+
+    def ranks(self, nodes: Iterable[str]) -> list[int]:
+        """Those of these nodes, each once."""
+        firsts = [self.hosts.index(node) * self.per_node for node in dict.fromkeys(nodes)]
+        return [first + k for first in firsts for k in range(self.per_node)]
+
+
+class Report:
+    """What speaks against each node, stage by stage.
+
+    troubles: node -> what is wrong with it
+    notes: what is to be said of the job as a whole
+    """
+
+    def __init__(self, course: Course) -> None:
+        self.course = course
+        self.troubles: dict[str, list[str]] = defaultdict(list)
+        self.notes: list[str] = []
+        self.found: Mapping[int, Findings] = {}
+        self.product_s: dict[str, float] = {}
+        self.all_reduce_s: dict[str, float] = {}
+
+    def add(self, node: str, trouble: str) -> None:
+        if trouble not in self.troubles[node]:
+            self.troubles[node].append(trouble)
+
+    def failures(self, missing: Mapping[int, str], asked: Sequence[int]) -> None:
+        """Ranks that gave no result: rank -> what became of it."""
+        if len(missing) == len(asked) and all(words.startswith("failed") for words in missing.values()):
+            self.notes += [f"every rank {words}" for words in list(missing.values())[:1]]
+            return
+        for rank, words in missing.items():
+            self.add(self.course.node(rank), f"rank {rank} {words}")
+
+    def findings(self, found: Mapping[int, Findings]) -> None:
+        """What each rank found on its node, and in what a node differs from the others."""
+        self.found = found
+        for rank, one in found.items():
+            for trouble in one["troubles"]:
+                self.add(self.course.node(rank), trouble)
+        for what in sorted({key for one in found.values() for key in one["same"]}):
+            values = {rank: one["same"].get(what) for rank, one in sorted(found.items()) if one["same"]}
+            (usual, _), *_ = Counter(values.values()).most_common()  # of equally many, the one that the first rank has
+            for rank, value in values.items():
+                if value != usual:
+                    told = f"{what} is {value or 'missing'}, on other nodes {usual or 'missing'}"
+                    self.add(self.course.node(rank), told)
+        until = time.monotonic() + SEEN_S
+        for node in self.course.hosts:
+            if not self.troubles[node] and not see_token(self.course.notes, node, until - time.monotonic()):
+                self.add(node, f"{self.course.notes}: what it writes there is not seen on the first node")
+
+    def products(self, seconds: Mapping[int, float]) -> None:
+        """A matrix product: of a node's ranks, the slowest."""
+        for rank, value in seconds.items():
+            node = self.course.node(rank)
+            self.product_s[node] = max(value, self.product_s.get(node, 0.0))
+        self._slow("a matrix product", self.product_s)
+
+    def pairs(self, outcomes: Outcomes) -> None:
+        """All-reduces between neighbours: of a node's pairs, the faster one.
+
+        Where one does not end, a rank that died in it is to blame; else a node of which none ends; else both of its
+        nodes, since one of them or what lies between is broken.
+        """
+        broken = {pair: missing for pair, (_, missing) in outcomes.items() if missing}
+        whole = {pair: max(done.values()) for pair, (done, missing) in outcomes.items() if not missing}
+        words = [told for missing in broken.values() for told in missing.values()]
+        if words and not whole and all(told.startswith("failed") for told in words):
+            self.notes.append(f"no all-reduce succeeds, on any rank: {words[0]}")
+            return
+        for missing in broken.values():
+            for rank, told in missing.items():
+                if told.startswith("died"):
+                    self.add(self.course.node(rank), f"rank {rank} {told}")
+        explained = {node for node, troubles in self.troubles.items() if troubles}
+        sound = {node for pair in whole for node in pair}
+        for suspects in (lambda node: node not in sound, lambda node: True):
+            for pair, missing in broken.items():
+                if explained.isdisjoint(pair):
+                    for node in filter(suspects, pair):
+                        rank = next((r for r in missing if self.course.node(r) == node), min(missing))
+                        self.add(
+                            node, f"an all-reduce of {' and '.join(pair)} does not end: rank {rank} {missing[rank]}"
+                        )
+            explained = {node for node, troubles in self.troubles.items() if troubles}
+        for pair, value in whole.items():
+            for node in pair:
+                self.all_reduce_s[node] = min(value, self.all_reduce_s.get(node, value))
+        self._slow("an all-reduce", self.all_reduce_s)
+
+    def _slow(self, what: str, seconds: Mapping[str, float]) -> None:
+        """Of one or two nodes none can be called slow."""
+        usual = median(seconds.values()) if len(seconds) > 2 else float("inf")
+        for node, value in seconds.items():
+            if value > SLOW * usual:
+                times = f"{value / usual:.1f} times the median of the nodes"
+                self.add(node, f"slow: {what} takes {value * 1e3:.2f} ms, {times}")
+
+    def write(self, config: Any) -> list[str]:
+        """preflight.json, bad_nodes, use_nodes, and lines for the log. Returns the nodes to run on."""
+        course = self.course
+        came = [node for node in course.hosts if set(course.ranks([node])) <= self.found.keys()]
+        use, note = nodes_to_use(config, [node for node in came if not self.troubles[node]], course)
+        self.notes += [note] if note else []
+        rows = [
+            {
+                "node": node,
+                "matmul_ms": _ms(self.product_s.get(node)),
+                "all_reduce_ms": _ms(self.all_reduce_s.get(node)),
+                "disk_gb": self.found.get(course.ranks([node])[0], {}).get("disk_gb"),
+                "troubles": self.troubles[node],
+            }
+            for node in course.hosts
+        ]
+        same = next((one["same"] for _, one in sorted(self.found.items()) if one["same"]), {})
+        seconds = time.monotonic() - course.began
+        whole = {"seconds": round(seconds, 1), "nodes": rows, "use": use, "note": "; ".join(self.notes), "same": same}
+        write_json(course.notes / "preflight.json", whole)
+        with (course.notes / "bad_nodes").open("a") as file:
+            for row in rows:
+                if row["troubles"]:
+                    file.write(f"{row['node']}\t{time.strftime('%Y-%m-%d %H:%M:%S')}\t{'; '.join(row['troubles'])}\n")
+        (course.notes / "use_nodes.partial").write_text("".join(f"{node}\n" for node in use))
+        os.replace(course.notes / "use_nodes.partial", course.notes / "use_nodes")
+        print(
+            f"preflight of {len(course.hosts)} nodes x {course.per_node} ranks in {seconds:.1f} s; "
+            f"config {same.get('config')}, commit {same.get('commit')}"
+        )
+        for row in rows:
+            ms = f"product {row['matmul_ms']} ms, all-reduce {row['all_reduce_ms']} ms"
+            print(f"  {row['node']}: {'; '.join(row['troubles']) or 'fit'} ({ms}, {row['disk_gb']} GB of disk free)")
+        for note in self.notes:
+            print(f"  {note}")
+        sys.stdout.flush()
+        return use
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1e3, 3)
+
+
+def nodes_to_use(config: Any, fit: Sequence[str], course: Course) -> tuple[list[str], str]:
+    """As many of the fit nodes as the global batch can be split over, and a note where that is not all of them.
+
+    $SCLDM_MIN_NODES is the fewest to run on. Without it all that Slurm gave must be fit.
+    """
+    least = int(os.environ.get("SCLDM_MIN_NODES") or 0)
+    if len(fit) < (least or len(course.hosts)):
+        return [], f"{len(fit)} nodes are fit, {least or len(course.hosts)} are needed"
+    if not hasattr(config, "train"):
+        return list(fit), ""
+    cells, micro = config.train.global_batch, config.hardware.micro_batch
+    usable = usable_counts(cells, micro, course.per_node, len(fit))
+    if not usable:
+        return [], (
+            f"train.global_batch={cells} can't be split over {len(fit)} nodes or fewer of {course.per_node} ranks with "
+            f"hardware.micro_batch={micro}"
+        )
+    what = f"train.global_batch={cells} with hardware.micro_batch={micro} can't be split over"
+    if usable[-1] < least:
+        return [], (
+            f"{what} {least if least == len(fit) else f'{least} to {len(fit)}'} nodes of {course.per_node} ranks; "
+            f"over {usable[-1]} it can, but {least} are needed"
+        )
+    note = f"{what} {len(fit)} nodes of {course.per_node} ranks; running on {usable[-1]}"
+    return list(fit[: usable[-1]]), "" if usable[-1] == len(fit) else note

@@ -1,0 +1,313 @@
+"""What a job's script decides, run by bash with stand-ins for Slurm's commands: stops, requeues, preflight, staging."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launch.cli import VERBS, main
+from launch.config import shipped
+from launch.job import ON_ALL_RANKS
+from tests.launch.fake_slurm import train
+
+
+class Life:
+    """Starts of one job's script, each with exit codes of its steps."""
+
+    def __init__(self, fake: Path, tmp_path: Path, *words: str) -> None:
+        assert main(["submit", *train(tmp_path), "--preflight", "false", *words]) == 0
+        self.fake, self.run_dir = fake, tmp_path / "my runs" / "50 % vae"
+        (fake / ".bash_profile").write_text('PATH="$FAKE/bin:$PATH"\n')  # which /etc/profile has set anew
+        self.notes = self.run_dir / "slurm"
+
+    def start(self, restart: int, *codes: int, step: int | None = None, hosts: str = "n1,n2") -> str:
+        """One start with these exit codes; `step` is where the run's last checkpoint is then. Returns the state."""
+        (self.fake / "codes").write_text("\n".join(map(str, codes)))
+        if step is not None:
+            (self.run_dir / "checkpoints").mkdir(exist_ok=True)
+            (self.run_dir / "checkpoints" / "latest").write_text(f"step-{step:08d}")
+        env = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": hosts, "SLURM_NTASKS_PER_NODE": "8"}
+        env |= {"SLURM_RESTART_COUNT": str(restart)} if restart else {}
+        env["HOME"] = str(self.fake)
+        script = str(self.notes / "job.sbatch")
+        self.done = subprocess.run(["bash", script], env=os.environ | env, capture_output=True, text=True, timeout=30)
+        return (self.notes / "state").read_text().split("\t")[0]
+
+    def steps(self) -> list[list[str]]:
+        return [path.read_text().splitlines() for path in sorted(self.fake.glob("srun.*"))]
+
+    @property
+    def requeued(self) -> int:
+        path = self.fake / "requeued"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def test_every_word_reaches_the_verb_as_it_was_given(fake: Path, tmp_path: Path) -> None:
+    life = Life(fake, tmp_path)
+    assert life.start(0, 0, step=9) == "DONE"
+    assert life.done.returncode == 0
+    (step,) = life.steps()
+    assert step[step.index("-m") :] == ["-m", "launch.cli", *train(tmp_path)]
+    assert {"--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "--nodelist=n1,n2", "--cpu-bind=cores"} <= set(step)
+
+
+@pytest.mark.parametrize("verb", list(VERBS))
+def test_the_script_spreads_over_all_ranks_what_submit_does(verb: str) -> None:
+    text = (shipped("slurm") / "job.sbatch").read_text()
+    (choice,) = re.findall(r'^case "\$\{1:-\} .*?^esac', text, re.DOTALL | re.MULTILINE)
+    words = [*verb.split(), "key=value"]
+    done = subprocess.run(["bash", "-c", choice + '\necho "$ranks"', "bash", *words], capture_output=True, text=True)
+    assert done.stdout == ("all\n" if verb in ON_ALL_RANKS else "one\n")
+
+
+def test_a_stopped_run_goes_back_to_the_queue(fake: Path, tmp_path: Path) -> None:
+    life = Life(fake, tmp_path)
+    assert life.start(0, 85, step=0) == "REQUEUED"
+    assert life.requeued == 1
+
+
+def test_a_chain_without_progress_ends(fake: Path, tmp_path: Path) -> None:
+    life = Life(fake, tmp_path)
+    assert life.start(0, 85, step=5) == "REQUEUED"
+    assert life.start(1, 85, step=5) == "FAILED"
+    assert life.done.returncode == 1
+    assert "no progress since the last requeue (still at 5)" in life.done.stdout
+    assert life.requeued == 1
+
+
+def test_requeues_by_slurm_itself_count_too(fake: Path, tmp_path: Path) -> None:
+    """After a lost node the script of that start has no last word."""
+    life = Life(fake, tmp_path, "--max-requeues", "3")
+    for restart, step in ((0, 0), (1, 4), (2, 8)):
+        assert life.start(restart, 0, step=step) == "DONE"
+    assert life.start(3, 0, step=8) == "FAILED"
+    assert "no progress between the last two requeues (still at 8)" in life.done.stdout
+    assert life.start(4, 0, step=12) == "FAILED"
+    assert "requeued 4 times; SCLDM_MAX_REQUEUES=3" in life.done.stdout
+
+
+def test_requeues_are_bounded(fake: Path, tmp_path: Path) -> None:
+    life = Life(fake, tmp_path, "--max-requeues", "1")
+    assert life.start(1, 85, step=5) == "FAILED"
+    assert life.requeued == 0
+    assert "SCLDM_MAX_REQUEUES=1 are used up" in life.done.stdout
+
+
+@pytest.mark.parametrize("code, state", [(1, "FAILED"), (2, "FAILED"), (86, "STOPPED"), (130, "FAILED")])
+def test_what_does_not_go_back_to_the_queue(fake: Path, tmp_path: Path, code: int, state: str) -> None:
+    life = Life(fake, tmp_path)
+    (fake / "squeue").write_text("8 encode afterok:7(unfulfilled)\n")
+    assert life.start(0, code, step=5) == state
+    assert life.done.returncode == code
+    assert life.requeued == 0
+    assert "job 8 (encode) depends on this one and will not run" in life.done.stdout
+
+
+def test_a_cancelled_job_does_not_come_back(fake: Path, tmp_path: Path) -> None:
+    life = Life(fake, tmp_path)
+    (fake / "job_state").write_text("CANCELLED")
+    assert life.start(0, 85, step=5) == "STOPPED"
+    assert life.requeued == 0
+
+
+def test_the_nodes_that_preflight_leaves_are_those_that_run(fake: Path, tmp_path: Path) -> None:
+    life = Life(fake, tmp_path, "--preflight", "true", "--nodes", "2-3")
+    srun = (fake / "bin" / "srun").read_text()
+    (fake / "bin" / "srun").write_text(srun.replace("code=", 'printf "n3\\nn1\\n" >"$SCLDM_NOTES/use_nodes"\ncode='))
+    assert life.start(0, 0, 0, hosts="n1,n2,n3") == "DONE"
+    first, second = life.steps()
+    assert first[first.index("-m") + 1] == "launch.preflight"
+    assert "--nodes=3" in first
+    assert {"--nodes=2", "--ntasks=16", "--nodelist=n3,n1"} <= set(second)
+
+
+@pytest.mark.parametrize("code", [138, 143])
+def test_a_signal_during_preflight_is_no_fault_of_a_node(fake: Path, tmp_path: Path, code: int) -> None:
+    """As `scancel --signal=USR1` sends it, to the ranks alone, which do not catch it yet."""
+    life = Life(fake, tmp_path, "--preflight", "true")
+    assert life.start(0, code) == "REQUEUED"
+    assert not (life.notes / "bad_nodes").exists()
+
+
+@pytest.mark.parametrize("preflight", ["true", "false"])
+def test_a_signal_while_the_profile_is_read_is_not_forgotten(fake: Path, tmp_path: Path, preflight: str) -> None:
+    """The very first thing that takes time in a job."""
+    life = Life(fake, tmp_path, "--preflight", preflight)
+    with (fake / ".bash_profile").open("a") as file:
+        file.write("kill -USR1 $$\n")
+    (fake / "step").touch()
+    (fake / "bin" / "srun").write_text("#!/bin/bash\nfor ((k = 0; k < 80; k++)); do sleep 0.1; done\n")
+    assert life.start(0, step=5) == "REQUEUED"
+    assert life.requeued == 1
+
+
+@pytest.mark.parametrize(
+    "code, said", [(137, "SIGKILL, as where memory is used up"), (139, "SIGSEGV"), (134, "SIGABRT"), (253, "SIGKILL")]
+)
+def test_a_killed_rank_is_tried_again_as_long_as_there_is_progress(
+    fake: Path, tmp_path: Path, code: int, said: str
+) -> None:
+    life = Life(fake, tmp_path)
+    assert life.start(0, code, step=5) == "REQUEUED"
+    assert f"by a rank killed by {said}" in (life.notes / "state").read_text()
+    with (fake / ".bash_profile").open("a") as file:  # on the way it saves
+        file.write(f"srun() {{ printf step-00000008 >'{life.run_dir}/checkpoints/latest'; command srun \"$@\"; }}\n")
+    assert life.start(1, code, step=5) == "REQUEUED"
+    assert life.start(2, code, step=8) == "FAILED"
+    assert life.requeued == 2
+    reason = (life.notes / "state").read_text()
+    assert f"stopped by a rank killed by {said}" in reason
+    assert "not requeued: no progress since the last requeue (still at 8)" in reason
+
+
+def test_ranks_that_a_signal_ended_before_they_caught_it_are_started_again(fake: Path, tmp_path: Path) -> None:
+    life = Life(fake, tmp_path)
+    assert life.start(0, 138, step=5) == "REQUEUED"
+    assert (life.notes / "state").read_text().endswith("by a signal, at 5\n")
+
+
+def test_a_signal_that_comes_with_the_requeue_does_not_prevent_it(fake: Path, tmp_path: Path) -> None:
+    life = Life(fake, tmp_path)
+    scontrol = (fake / "bin" / "scontrol").read_text()
+    (fake / "bin" / "scontrol").write_text(scontrol.replace("requeue*) ", "requeue*) kill -USR1 $PPID; sleep 0.2; "))
+    assert life.start(0, 85, step=5) == "REQUEUED"
+    assert life.requeued == 1
+    assert life.done.returncode == 0
+
+
+def test_a_signal_waits_for_the_ranks_to_be_there(fake: Path, tmp_path: Path) -> None:
+    """An srun that has not made its step yet ignores signals; told once, it stops."""
+    srun = """#!/bin/bash
+trap '' USR1
+kill -USR1 $PPID
+sleep 0.5
+trap 'echo x >>"$FAKE/told"; exit 85' USR1
+touch "$FAKE/step"
+for ((k = 0; k < 80; k++)); do sleep 0.1; done
+"""
+    life = Life(fake, tmp_path)
+    (fake / "bin" / "srun").write_text(srun)
+    assert life.start(0, step=5) == "REQUEUED"
+    assert (fake / "told").read_text() == "x\n"
+
+
+def test_a_signal_before_the_ranks_began_is_not_forgotten(fake: Path, tmp_path: Path) -> None:
+    """It comes while the script asks for its hosts."""
+    scontrol = (fake / "bin" / "scontrol").read_text()
+    (fake / "bin" / "scontrol").write_text(scontrol.replace("*hostnames*) ", "*hostnames*) kill -USR1 $PPID; "))
+    (fake / "step").touch()
+    life = Life(fake, tmp_path)
+    (fake / "bin" / "srun").write_text("""#!/bin/bash
+trap 'exit 85' USR1
+for ((k = 0; k < 80; k++)); do sleep 0.1; done
+""")
+    assert life.start(0, step=5) == "REQUEUED"
+    assert "told to stop: sending SIGUSR1" in life.done.stdout
+
+
+def preflight_of(fake: Path, does: str) -> None:
+    srun = (fake / "bin" / "srun").read_text()
+    (fake / "bin" / "srun").write_text(srun.replace("code=", f"{does}\ncode="))
+
+
+def test_a_preflight_without_a_report_names_the_first_node(fake: Path, tmp_path: Path) -> None:
+    """The other came up: it left its token."""
+    life = Life(fake, tmp_path, "--preflight", "true")
+    preflight_of(fake, 'mkdir -p "$SCLDM_NOTES/preflight" && touch "$SCLDM_NOTES/preflight/n2"')
+    assert life.start(0, 3) == "FAILED"
+    (line,) = (life.notes / "bad_nodes").read_text().splitlines()
+    assert line.split("\t")[::2] == ["n1", "its first rank gave no report in preflight"]
+    assert len(life.steps()) == 1
+
+
+def test_where_no_rank_of_a_preflight_came_up_no_node_is_named(fake: Path, tmp_path: Path) -> None:
+    """As without a Python; tokens of the start before do not count."""
+    life = Life(fake, tmp_path, "--preflight", "true")
+    (life.notes / "preflight").mkdir()
+    (life.notes / "preflight" / "n2").touch()
+    assert life.start(0, 127) == "FAILED"
+    assert "no rank came up on any node; see the log" in (life.notes / "state").read_text()
+    assert not (life.notes / "bad_nodes").exists()
+
+
+def test_a_rank_that_dies_in_preflight_does_not_end_the_others(fake: Path, tmp_path: Path) -> None:
+    """They name it; the job goes on without its node."""
+    life = Life(fake, tmp_path, "--preflight", "true", "--nodes", "1-2")
+    preflight_of(fake, 'echo n1 >"$SCLDM_NOTES/use_nodes"')
+    assert life.start(0, 137, 0) == "DONE"
+    first, second = life.steps()
+    assert max(k for k, word in enumerate(first) if word.startswith("--kill-on-bad-exit")) == first.index(
+        "--kill-on-bad-exit=0", first.index("--kill-on-bad-exit=0") + 1
+    )
+    assert "--wait=60" in first
+    assert "--nodelist=n1" in second
+
+
+# --- staging ---------------------------------------------------------------------------------------------------------
+
+# a job of one node: the keeper of what is staged, the copy, and the verb, each of which notes what it does and when
+NODE = """#!/bin/bash
+words=("$@")
+while [[ ${1:-} == -* ]]; do shift; done
+case "$*" in
+    *keeper*)
+        "$@" <&0 &
+        echo $! >"$FAKE/keeper"
+        echo "keeper ${words[*]}" >>"$FAKE/steps"
+        wait
+        echo "removed" >>"$FAKE/steps" ;;
+    *launch.stage*)
+        until grep -qs keeper "$FAKE/steps"; do sleep 0.01; done
+        echo "stage ${words[*]}" >>"$FAKE/steps"
+        for word in "$@"; do case $word in out=*) mkdir -p "${word#out=}/shards" ;; esac; done ;;
+    *) echo "verb ${words[*]}" >>"$FAKE/steps"; exit "$(cat "$FAKE/code")" ;;
+esac
+"""
+
+
+@pytest.fixture
+def staging(fake: Path, tmp_path: Path) -> Life:
+    with (tmp_path / "site.sh").open("a") as file:
+        file.write(f'SCLDM_SCRATCH="{tmp_path}/its disk"\nSCLDM_CONTAINER=image.sqsh\n')
+        file.write(f'SCLDM_CONTAINER_MOUNTS="/data:/data,{tmp_path}:{tmp_path}:rw"\n')
+    (fake / "bin" / "srun").write_text(NODE)
+    return Life(fake, tmp_path, "--stage")
+
+
+@pytest.mark.parametrize("code, state", [(0, "DONE"), (85, "REQUEUED"), (1, "FAILED")])
+def test_what_is_staged_is_removed_before_a_job_ends_or_goes_back(
+    staging: Life, fake: Path, tmp_path: Path, code: int, state: str
+) -> None:
+    (fake / "code").write_text(str(code))
+    scontrol = (fake / "bin" / "scontrol").read_text()
+    (fake / "bin" / "scontrol").write_text(scontrol.replace("requeue*) ", 'requeue*) echo requeue >>"$FAKE/steps"; '))
+    assert staging.start(0, step=5, hosts="n1") == state
+    what = [line.split()[0] for line in (fake / "steps").read_text().splitlines()]
+    assert what == ["keeper", "stage", "verb", "removed", *(["requeue"] if state == "REQUEUED" else [])]
+    assert not (tmp_path / "its disk" / "scldm-7").exists()
+
+
+def test_what_is_staged_is_removed_although_slurm_starts_no_step_any_more(
+    staging: Life, fake: Path, tmp_path: Path
+) -> None:
+    """At the time limit all are told to end, the keeper too; it stays until the ranks are gone."""
+    (fake / "code").write_text("143")
+    (fake / "job_state").write_text("TIMEOUT")
+    told = 'keeper=$(cat "$FAKE/keeper"); kill -TERM $keeper $(cat "/proc/$keeper/task/$keeper/children")'
+    text = NODE.replace('exit "$(cat', f'{told}; exit "$(cat')
+    (fake / "bin" / "srun").write_text(text)
+    assert staging.start(0, step=5, hosts="n1") == "STOPPED"
+    assert not (tmp_path / "its disk" / "scldm-7").exists()
+
+
+def test_staging_runs_in_the_sites_container(staging: Life, fake: Path) -> None:
+    (fake / "code").write_text("0")
+    staging.start(0, step=5, hosts="n1")
+    steps = {line.split()[0]: line for line in (fake / "steps").read_text().splitlines()}
+    for name in ("stage", "verb"):
+        assert "--container-image=image.sqsh --container-mounts=/data:/data," in steps[name], steps[name]
+    assert "container" not in steps["keeper"]
