@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -153,7 +156,8 @@ def chain(cluster: Cluster) -> Path:
     words += [f"shards.{word}" for word in shard_words(cluster)]
     words += [f"generate.conditions={cluster.runs}/wanted.csv", "generate.sampler.n_steps=4"]
     words += ["evaluate.condition=cell_type", "evaluate.tracking.enabled=false", f"out={out}"]
-    submit.main(submit.read(["pipeline", *words, "--nodes", "2", "--tasks", "2"]))
+    # each preflight starts two more Pythons: the tests below have it
+    submit.main(submit.read(["pipeline", *words, "--nodes", "2", "--tasks", "2", "--preflight", "false"]))
     (last,) = [Path(p) for p in json.loads((out / "slurm" / "chain.json").read_text())][-1:]
     wait_for(lambda: state_of(last).state in ("DONE", "FAILED", "CANCELLED"), 600, lambda: chain_log(out))
     assert state_of(last).state == "DONE", chain_log(out)
@@ -180,7 +184,14 @@ def test_the_chain_makes_everything(chain: Path, capsys: pytest.CaptureFixture) 
 
 def test_a_failed_link_stops_what_depends_on_it(cluster: Cluster, capsys: pytest.CaptureFixture) -> None:
     out = cluster.runs / "failed chain"
-    words = ["vae/tiny", "ldm/tiny", f"shards.source.paths={cluster.runs}/none.h5ad", "generate.n=9", f"out={out}"]
+    words = [
+        "vae/tiny",
+        "ldm/tiny",
+        "hardware/cpu",
+        f"shards.source.paths={cluster.runs}/none.h5ad",
+        "generate.n=9",
+        f"out={out}",
+    ]
     ids = submit.main(submit.read(["pipeline", *words, "--tasks", "2"]))
     wait_for(lambda: slurm.job_states()[ids[-1]][0] == "CANCELLED", 90, lambda: chain_log(out))
     capsys.readouterr()
@@ -246,6 +257,48 @@ def test_preempted_by_a_higher_partition(cluster: Cluster, chain: Path) -> None:
     assert steps == list(range(1, 41))
 
 
+def rank_of(job: str, rank: int) -> int:
+    """The process of a rank of a job that trains."""
+    marks = [f"SLURM_JOB_ID={job}\0".encode(), f"SLURM_PROCID={rank}\0".encode()]
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command, environment = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
+            if (
+                b"python" in command.split(b"\0")[0]
+                and b"launch.cli" in command
+                and all(m in environment for m in marks)
+            ):
+                return int(folder.name)
+    raise AssertionError(f"rank {rank} of job {job} does not run")
+
+
+def nothing_is_staged(cluster: Cluster) -> bool:
+    return not list((cluster.folder / "disks").glob("*/scldm-*"))
+
+
+def test_a_killed_rank(cluster: Cluster, chain: Path) -> None:
+    """As by the kernel where memory is used up; with shards on the nodes' own disks."""
+    run = Run(cluster, "killed", chain / "shards", "--nodes", "2", "--preflight", "false", "--stage")
+    wait_for((run.folder / "checkpoints" / "latest").is_file, 200, lambda: run.log)
+    assert not nothing_is_staged(cluster)
+    os.kill(rank_of(run.job, 1), signal.SIGKILL)
+    assert_went_on(run, chain / "vae")
+    assert "REQUEUED: by a rank killed by SIGKILL, as where memory is used up, at " in run.log
+    assert nothing_is_staged(cluster)
+
+
+@pytest.mark.exhaustive  # a unit test has it without Slurm
+def test_a_cancelled_job_leaves_nothing_on_the_nodes(cluster: Cluster, chain: Path) -> None:
+    """Slurm starts no step for it any more, and gives it three seconds."""
+    run = Run(cluster, "cancelled", chain / "shards", "--nodes", "2", "--preflight", "false", "--stage")
+    run.reaches(5)
+    assert not nothing_is_staged(cluster)
+    cluster.call("scancel", run.job)
+    wait_for(lambda: slurm.job_states()[run.job][0] == "CANCELLED", 60, lambda: run.log)
+    wait_for(lambda: nothing_is_staged(cluster), 20, lambda: run.log)
+
+
+@pytest.mark.exhaustive  # preemption and the time limit come to the ranks by the same way
 def test_told_by_scancel(cluster: Cluster, chain: Path) -> None:
     run = Run(cluster, "told", chain / "shards", "--nodes", "2", "--preflight", "false")
     run.reaches(5)
@@ -355,6 +408,39 @@ def test_preflight_finds_planted_nodes(
     capsys.readouterr()
     submit.main(submit.read([*run.words, "--nodes", "2", "--dry-run"]))
     assert "#SBATCH --exclude=sim2,sim3\n" in capsys.readouterr().out
+
+
+DYING = """
+import os, platform, shutil, signal, time
+if platform.node() == "sim2":
+    shutil.disk_usage = lambda path: time.sleep(600)
+if platform.node() == "{dies}":
+    import torch
+    torch.Tensor.__matmul__ = lambda a, b: os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.exhaustive  # waits for ranks until they are missed
+@pytest.mark.parametrize("dies", ["sim3", "sim1"])
+def test_preflight_names_ranks_that_give_no_result(
+    cluster: Cluster, chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: str
+) -> None:
+    """One hangs over its folders, one dies; the job goes on without them, unless it is the first one, which leads."""
+    (tmp_path / "sitecustomize.py").write_text(DYING.format(dies=dies))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    run = Run(cluster, f"missing {dies}", chain / "shards", "--nodes", "1-4")
+    assert run.ends() == ("DONE" if dies == "sim3" else "FAILED"), run.log
+    bad = dict(line.split("\t")[::2] for line in (run.notes / "bad_nodes").read_text().splitlines())
+    if dies == "sim1":
+        assert bad == {"sim1": "its first rank gave no report in preflight"}
+        return
+    assert bad == {
+        "sim2": "rank 1 hangs: it looks at its folders",
+        "sim3": "rank 2 died or froze: it computes a matrix product",
+    }
+    report = json.loads((run.notes / "preflight.json").read_text())
+    assert report["use"] == ["sim1", "sim4"]
+    assert report["seconds"] < 60
 
 
 def test_gpus_that_are_not_there(
