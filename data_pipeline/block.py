@@ -45,6 +45,7 @@ HEADER = np.dtype(
     ]
 )
 assert HEADER.itemsize == 64
+U1, U2, U4, U8, I8 = map(np.dtype, ("<u1", "<u2", "<u4", "<u8", "<i8"))
 ALIGN = 8  # every section starts at a multiple of it, so that a view of any dtype is aligned
 
 
@@ -256,21 +257,21 @@ def sections(payload: np.ndarray, header: np.void) -> Sections:
     """
     at = 0
 
-    def section(dtype: str, n: int) -> np.ndarray:
+    def section(dtype: np.dtype, n: int) -> np.ndarray:
         nonlocal at
         values = np.frombuffer(payload, dtype, count=n, offset=at) if n else np.empty(0, dtype)
         at += values.nbytes + -values.nbytes % ALIGN
         return values
 
     n = int(header["n_cells"])
-    nonzeros, n_far, n_medium, n_large = (section("<u4", n) for _ in range(4))
-    totals, sources, rows = section("<u8", n), section("<u2", n), section("<i8", n)
-    widths = section("<u1", int(header["n_conditions"])).tolist()
+    nonzeros, n_far, n_medium, n_large = (section(U4, n) for _ in range(4))
+    totals, sources, rows = section(U8, n), section(U2, n), section(I8, n)
+    widths = section(U1, int(header["n_conditions"])).tolist()
     if not set(widths) <= {1, 2, 4}:
         raise ValueError(f"condition widths {widths}")
-    conditions = tuple(section(f"<u{width}", n) for width in widths)
-    far, large = section("<u4", int(header["n_far_genes"])), section("<u8", int(header["n_large_counts"]))
-    medium, steps = section("<u1", int(header["n_medium_counts"])), section("<u1", int(header["n_nonzeros"]))
+    conditions = tuple(section({1: U1, 2: U2, 4: U4}[width], n) for width in widths)
+    far, large = section(U4, int(header["n_far_genes"])), section(U8, int(header["n_large_counts"]))
+    medium, steps = section(U1, int(header["n_medium_counts"])), section(U1, int(header["n_nonzeros"]))
     packed = payload[at:]
     per_cell = nonzeros, n_far, n_medium, n_large, totals, sources, rows, conditions
     return Sections(*per_cell, far, large, medium, steps, packed)

@@ -105,7 +105,9 @@ def costs(config: BenchLoaderConfig, report: Report) -> None:
         cells = ShardSet(str(Path(config.folder) / f"shards-{codec}"))
         n = min(64, len(cells.blocks) - 1)
         slots, chosen = CellSlots(cells.manifest, n), rng.permutation(len(cells.blocks) - 1)[:n]
-        buffers = [np.empty(int(cells.blocks["length"][b]), np.uint8) for b in chosen]
+        lengths = cells.blocks["length"][chosen].tolist()
+        own = codec == "none"  # as the loader reads: into the slot what is not compressed
+        buffers = [slots.buffer(k, size) if own else np.empty(size, np.uint8) for k, size in enumerate(lengths)]
 
         def read(cells=cells, chosen=chosen, buffers=buffers) -> int:
             for block, into in zip(chosen, buffers):
