@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from data_pipeline.feed import Plan
-from data_pipeline.gather import CellSlots, take_cells
+from data_pipeline.gather import CellSlots
+from data_pipeline.gather_kernels import take_cells
 from data_pipeline.gene_sets import GeneSets
 from data_pipeline.read_shards import BlockSource
 from data_pipeline.write_latents import LatentSlots
