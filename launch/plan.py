@@ -33,8 +33,11 @@ from scldm.train.step_cost import StepCost, dit_step, vae_step
 from scldm.train.throughput import PEAK_TFLOPS
 
 PURPOSE = """Say what training a config takes: parameters, memory of a rank at each ZeRO stage, bytes between ranks,
-FLOPs, cells/s and days, what the loader must deliver, and what makes it fit if it does not. Nothing is computed."""
+FLOPs, cells/s and days, what the loader must deliver, and what makes it fit if it does not. Nothing is computed.
+It takes the line of a run: the presets and keys of `scldm train vae`, listed here, or of `scldm train ldm`, beside some
+of its own."""
 EXAMPLE = """
+scldm plan vae vae/70m hardware/node_8gpu data.shards=shards run_dir=runs/vae
 scldm plan vae/70m hardware/node_8gpu n_genes=36130 n_cells=100_000_000
 scldm plan vae/270m hardware/many_nodes hardware.nodes=128 n_genes=36130 n_cells=100_000_000 train.global_batch=8192 \\
   hardware.micro_batch=8
