@@ -18,7 +18,8 @@ class Memory:
     """Bytes of one rank at the moment that takes most, beyond what process and libraries take.
 
     weights: whole under ZeRO-1 and 2, where DeepSpeed keeps masters beside them; a share under ZeRO-3
-    gathered: weights of other ranks that ZeRO-3 holds between forward and backward
+    gathered: weights of other ranks that ZeRO-3 holds between forward and backward; in bf16 without those of linear
+        maps, which activations have in bf16 at every stage
     masters, moments, averages: shares
     gradients: this rank's share, summed over ranks
     buckets: in which gradients wait to be exchanged during the pass
@@ -68,12 +69,11 @@ def rank_memory(
     lazy: memory that is not written does not count, as on a CPU
     """
     P, share = cost.n_parameters, cost.n_parameters / n_ranks
-    kinds = (cost.linear_parameters, P - cost.linear_parameters)  # in bf16 each precision has a bucket
-    widths = (2, 4) if bf16 else (4, 4)
+    exact = P - cost.linear_parameters if bf16 else P  # linear maps' weights are cast, and kept so among activations
     live = min(P, MAX_LIVE) / P if n_ranks > 1 else 0.0
     in_bucket = 4 * min(bucket, P)
     held = cost.peak_with_gradients_bytes - cost.peak_bytes
-    activations, buckets = cost.peak_bytes, bucket * (4 + 2 * bf16) * (1 + overlap)
+    activations, buckets = cost.peak_bytes, bucket * (4 + 2 * bf16) * (1 + overlap)  # in bf16 one of each precision
     if zero_stage == 1:  # all gradients stay to the end of the pass
         activations, buckets = cost.peak_with_gradients_bytes, 0
     elif lazy:
@@ -82,7 +82,7 @@ def rank_memory(
         buckets += in_bucket * (1 + 1 / n_ranks)
     return Memory(
         weights=4 * (P if zero_stage < 3 else share),
-        gathered=live * sum(n * width for n, width in zip(kinds, widths)) if zero_stage == 3 else 0.0,
+        gathered=live * 4 * exact if zero_stage == 3 else 0.0,
         masters=4 * share if zero_stage < 3 or offload else 0.0,
         moments=8 * share,
         averages=4 * share,

@@ -64,8 +64,10 @@ def step_cost(
 
 def _trace(network: nn.Module, loss_of: LossOf, bf16: bool, keep_gradients: bool) -> _Watch:
     hooks = [] if keep_gradients else [p.register_post_accumulate_grad_hook(_drop) for p in network.parameters()]
-    with _Watch() as watch, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        loss_of(network).backward()
+    with _Watch() as watch:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):  # at its end it forgets the weights that it cast
+            loss = loss_of(network)
+        loss.backward()
     network.zero_grad()
     for hook in hooks:
         hook.remove()

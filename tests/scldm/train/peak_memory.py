@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from launch.bench.measure import peak_of
 from scldm.batch import GeneCounts
+from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE, VAEConfig
 from scldm.parallel.dist import World, close_world, world_of_environment
 from scldm.parallel.engine import HardwareConfig, start_engine
@@ -31,20 +35,36 @@ def main(cases: Path, out: Path) -> None:
 
 
 def train(case: dict, world: World) -> None:
-    """A few steps of an autoencoder on cells of which all numbers are drawn."""
-    n_cells, n_genes = case["cells"], case["n_genes"]
-    ids = torch.randperm(n_genes)[: case["n_given"]] + 1
-    given = GeneCounts(ids, torch.poisson(torch.rand(n_cells, len(ids))).int())
-    size_B = given.counts_BS.sum(1).float()
-    hardware = HardwareConfig(micro_batch=n_cells, zero_stage=case["zero_stage"])
-    vae = VAE(VAEConfig(**case["model"]), n_genes)
-    engine = start_engine(vae, lambda m: make_optimizer(OptimConfig(), m), hardware, 1.0, world, n_cells * world.size)
+    """A few steps of a network on cells of which all numbers are drawn."""
+    n_cells = case["cells"]
+    hardware = HardwareConfig(micro_batch=n_cells, zero_stage=case["zero_stage"], precision=case["precision"])
+    network, loss_of = (vae if case["kind"] == "vae" else dit)(case)
+    engine = start_engine(
+        network, lambda m: make_optimizer(OptimConfig(), m), hardware, 1.0, world, n_cells * world.size
+    )
     ema = EMA(engine, 0.9)
     for _ in range(3):
-        _, predicted = engine.model(given, given.gene_ids, None)
-        engine.backward(predicted.nll_B(given, size_B).mean() / world.size)
+        engine.backward(loss_of(engine.model) / world.size)
         engine.step(1e-4)
         ema.update()
+
+
+def vae(case: dict) -> tuple[nn.Module, Callable[[Any], Tensor]]:
+    ids = torch.randperm(case["n_genes"])[: case["n_given"]] + 1
+    given = GeneCounts(ids, torch.poisson(torch.rand(case["cells"], len(ids))).int())
+    size_B = given.counts_BS.sum(1).float()
+    return (
+        VAE(VAEConfig(**case["model"]), case["n_genes"]),
+        lambda run: run(given, given.gene_ids, None)[1].nll_B(given, size_B).mean(),
+    )
+
+
+def dit(case: dict) -> tuple[nn.Module, Callable[[Any], Tensor]]:
+    z_BLZ, t_B = torch.randn(case["cells"], *case["latent_shape"]), torch.rand(case["cells"])
+    return (
+        DiT(DiTConfig(**case["model"]), *case["latent_shape"], {}),
+        lambda run: run(z_BLZ, t_B, {}).float().square().mean(),
+    )
 
 
 if __name__ == "__main__":
