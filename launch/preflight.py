@@ -132,10 +132,11 @@ def collect(
     """What these ranks came to, by rank; and of those without a result what became of them, in words."""
     told: dict[int, dict[str, Any]] = {}
     while True:
+        late = time.monotonic() > until  # before a last look: this process, too, may have stood still until now
         for rank in ranks:
             if rank not in told and store.check([f"{what}/{rank}"]):
                 told[rank] = json.loads(store.get(f"{what}/{rank}"))
-        if len(told) == len(ranks) or time.monotonic() > until:
+        if late or len(told) == len(ranks):
             break
         time.sleep(0.05)
     found = {rank: one["is"] for rank, one in told.items() if "is" in one}

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -232,6 +233,7 @@ class Ranks:
     def run(self) -> dict[str, list[str]]:
         store = preflight.open_store(serves=True)
         STORES.append(store)
+        self.course = replace(self.course, began=time.monotonic())
         for rank in set(range(6)) - self.absent:
             args = (self.course, SimpleNamespace(), rank, rank)
             threading.Thread(target=preflight.take_part, args=args, daemon=True).start()
@@ -249,7 +251,7 @@ def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
     monkeypatch.setenv("SCLDM_MIN_NODES", "1")
-    for name, value in {"JOIN_S": 2.0, "PRODUCT_S": 1.0, "PAIR_S": 1.0, "LEAST_PAIR_S": 0.5, "BEAT_S": 0.1}.items():
+    for name, value in {"JOIN_S": 5.0, "PRODUCT_S": 2.0, "PAIR_S": 1.5, "LEAST_PAIR_S": 0.5, "BEAT_S": 0.1}.items():
         monkeypatch.setattr(preflight, name, value)
     monkeypatch.setattr(preflight, "findings_of", found.findings)
     monkeypatch.setattr(preflight, "device_of", lambda local: local)
@@ -293,6 +295,7 @@ def test_a_rank_that_hangs_or_died_in_an_all_reduce_is_named_and_its_neighbours_
     assert ranks.use == ["n0", "n1", "n3", "n5"]
 
 
+@pytest.mark.slow
 def test_a_rank_without_a_heart_beat_died(ranks: Ranks) -> None:
     ranks.dead = {3}
     ranks.faults = {"findings": {}, "product": {}, "pair": {3: ranks.hang}}
