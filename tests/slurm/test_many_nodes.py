@@ -148,7 +148,7 @@ def assert_same_weights(run: Path, other: Path, atol: float = 0.0) -> None:
 def chain(cluster: Cluster) -> Path:
     """The quickstart's cells through `scldm submit pipeline` on two nodes, sharding as an array of two."""
     out = cluster.runs / "chain"
-    cluster.runs.mkdir()
+    cluster.runs.mkdir(exist_ok=True)
     write_builtin_cells(cluster.runs / "cells.h5ad")
     labels = sorted(set(ad.read_h5ad(cluster.runs / "cells.h5ad").obs["cell_type"]))
     (cluster.runs / "wanted.csv").write_text("".join(["cell_type,n_cells\n", *(f"{label},6\n" for label in labels)]))
