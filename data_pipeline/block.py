@@ -454,6 +454,8 @@ def _widen(
                 if f == len(far):
                     return False
                 step = np.int64(far[f])
+                if step == 0:
+                    return False
                 f += 1
             if count == 0:
                 if m == len(medium):
@@ -464,6 +466,8 @@ def _widen(
                     if g == len(large):
                         return False
                     count = np.int64(large[g])
+                    if count <= 0:
+                        return False
                     g += 1
             column += step
             columns[k + j], counts[k + j] = column, count

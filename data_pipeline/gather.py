@@ -164,7 +164,8 @@ class CellSlots:
             raise InputError(f"{self.where[slots[refused]]}: damaged: its sections do not fit each other")
 
     def take(self, slots: np.ndarray, rows: np.ndarray, gene_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Counts (B, S) of the genes (S,) or (B, S), and their sums (B,) int64. Index 0 is padding: its count is 0."""
+        """Counts (B, S) of the genes (S,) or (B, S), and their sums (B,) int64. Index 0, padding, may stand
+        in sets (B, S), where its count is 0."""
         n, width = len(slots), gene_ids.shape[-1]
         flat = np.empty(n * width + 1, self.count_dtype)
         totals = np.empty(n, np.int64)

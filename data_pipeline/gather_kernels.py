@@ -323,7 +323,7 @@ def take_csr(slots, rows, place, begin, n_genes, ids, out, large_at, large_out):
                 count = medium[m]
                 m += one
                 if count == 0:
-                    if h == np.uint64(len(large)):
+                    if h == np.uint64(len(large)) or large[h] == 0:
                         return i
                     large_at[g], large_out[g] = k, np.int64(large[h])
                     g, h = g + one, h + one

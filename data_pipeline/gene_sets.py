@@ -80,12 +80,11 @@ class GeneSets:
         n_genes: int,
         n_expressed_largest: int,
         weights: np.ndarray | None,
-        global_batch: int,
         micro_batch: int,
         loud: bool,
     ) -> None:
         self.config, self.seed, self.purpose = config, seed, purpose
-        self.total, self.width, self.global_batch = n_genes, config.n_genes, global_batch
+        self.total, self.width = n_genes, config.n_genes
         policy = config.policy
         if policy == "same":
             raise InputError(f"{key}.policy=same is for the decoder alone: say which genes the encoder is given")

@@ -268,7 +268,6 @@ class CellLoader(_Loader[CellBatch | CompactCellBatch]):
                     n_genes=self.vocab.n_genes,
                     n_expressed_largest=self.manifest.statistics.n_expressed_largest,
                     weights=weights,
-                    global_batch=self.global_batch,
                     micro_batch=micro_batch,
                     loud=loud,
                 )
@@ -310,7 +309,6 @@ def shard_batches(
         n_genes=manifest.genes.n_genes,
         n_expressed_largest=manifest.statistics.n_expressed_largest,
         weights=None,
-        global_batch=manifest.block_cells,
         micro_batch=micro_batch,
         loud=True,
     )

@@ -22,6 +22,7 @@ from anndata.io import read_elem
 import scldm
 from data_pipeline.write_cells import N_EVALUATIONS, CellWriter
 from launch.cli import run_verb
+from scldm.count_draws import DRAWS_VERSION
 from scldm.errors import InputError
 from scldm.flow.generate import SamplerConfig
 from scldm.flow.wanted import Wanted
@@ -121,7 +122,7 @@ def main(config: GenerateConfig) -> Path:
 
 def made_by(config: GenerateConfig, model: Pretrained, wanted: Wanted, genes: list[str]) -> dict[str, str | int]:
     """All that decides what the cells are: uns["scldm"] of the file."""
-    settings = {"kind": config.kind, "sampler": asdict(config.sampler)}
+    settings = {"kind": config.kind, "sampler": asdict(config.sampler), "draws": DRAWS_VERSION}
     return {
         "model": model.hash,
         "seed": config.seed,

@@ -324,17 +324,24 @@ def overlaps(config: PlanConfig) -> bool:
 
 def within_node(config: PlanConfig) -> float:
     """Share of what ZeRO-3 sends that stays on a node: of its three exchanges the gather for backward, where every
-    node keeps weights whole (hierarchical partitioning)."""
+    node keeps weights whole."""
+    return 1 / 3 if 1 < kept_by(config) <= config.hardware.gpus_per_node else 0.0
+
+
+def kept_by(config: PlanConfig) -> int:
+    """Ranks that hold the weights whole among them, besides what all ranks share (hierarchical partitioning); 1 if
+    there is none."""
     kept = int(config.deepspeed.get("zero_optimization", {}).get("zero_hpz_partition_size", 1))
-    return 1 / 3 if config.hardware.zero_stage == 3 and 1 < kept <= config.hardware.gpus_per_node else 0.0
+    return kept if config.hardware.zero_stage == 3 else 1
 
 
 def memory_of(config: PlanConfig) -> Memory:
     hardware = config.hardware
     bucket = config.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", BUCKET)
     bf16, offload = hardware.precision == "bf16", hardware.offload_optimizer
-    overlap = overlaps(config)
-    return rank_memory(cost_of(config), hardware.zero_stage, hardware.n_ranks, bf16, offload, overlap, int(bucket))
+    overlap, cost, kept = overlaps(config), cost_of(config), kept_by(config)
+    found = rank_memory(cost, hardware.zero_stage, hardware.n_ranks, bf16, offload, overlap, int(bucket))
+    return replace(found, weights=found.weights + 4 * cost.n_parameters / kept) if kept > 1 else found
 
 
 def does_fit(config: PlanConfig) -> bool:

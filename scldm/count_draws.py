@@ -15,6 +15,7 @@ from torch import Tensor
 
 from scldm.draws import bits_of, uniform_of
 
+DRAWS_VERSION = 2  # 1: NumPy generators, one a cell; files of another are not gone on with
 MAX_RATE = 1e9  # counts stay below 2^31
 SERIES_BELOW = 1.5  # Poisson numbers of a series
 INVERTED_BELOW = 10.0  # Poisson rates; from there Hoermann's rejection is valid

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -92,8 +93,7 @@ class LibrarySizeModel:
             return tables[by].get(tuple(given[name] for name in by))
 
         # a label that no training cell had is in no combination that some had
-        known_labels = {pair for by, table in self.fitted.items() for labels in table for pair in zip(by, labels)}
-        seen = tuple(name for name, label in given.items() if (name, label) in known_labels)
+        seen = tuple(name for name, label in given.items() if (name, label) in self.known_labels)
         for n in range(len(seen), 0 if given else -1, -1):
             known = [(by, one) for by in combinations(seen, n) if (one := of(by))]
             if known:
@@ -102,6 +102,11 @@ class LibrarySizeModel:
             f"no library sizes were fitted for {_told(given) or 'cells of any kind'}: no training cell has "
             "any of these labels; give sizes of your own in a column `library_size`"
         )
+
+    @cached_property
+    def known_labels(self) -> set[tuple[str, str]]:
+        """(condition, label) of all that some training cell had."""
+        return {pair for by, table in self.fitted.items() for labels in table for pair in zip(by, labels)}
 
     def _pooled(self, by: tuple[str, ...]) -> dict[tuple[str, ...], LogNormal]:
         """The distributions by some of the conditions, from those by all of them."""

@@ -349,7 +349,8 @@ class Pretrained:
         conditions: one column per condition to be given, in which every label is one that the model was trained on; a
             condition without a column is not given. A column `library_size` sets the cells' expected total counts;
             without it they are drawn from what was fitted on the training cells of the same conditions
-        seed: of all draws; a cell's depend on it and on the cell's row number, not on the other cells
+        seed: of all draws; a cell's depend on it and on the cell's row number, not on the other cells (within its
+            tolerance with sampler.method=adaptive, whose steps are those of a batch)
         genes: which genes to write, in this order; the default is all of the model's
         kind: counts, integers drawn from what the decoder predicts, or means, its expected counts, float32
 
@@ -478,7 +479,15 @@ class Pretrained:
 
 
 def written(predicted: Predicted, kind: Kind, size_B: Tensor, keys_BQ: Tensor) -> sp.csr_matrix:
-    """What is written of a batch, (B, Q): int32 counts, or float32 means."""
+    """What is written of a batch, (B, Q): int32 counts, or float32 means.
+
+    Raises: InputError for cells of which the decoder says what is not a number.
+    """
+    if broken := int(predicted.value_BQ.isnan().any(1).sum()):
+        raise InputError(
+            f"{broken} of {len(size_B)} cells of a batch have no expected counts (NaN): weights of the model are not "
+            "finite, or the sampler's steps went beyond all bounds; try more of them (sampler.n_steps)"
+        )
     made_BQ = predicted.expected(size_B).float() if kind == "means" else predicted.sample(size_B, keys_BQ)
     return sp.csr_matrix(made_BQ.cpu().numpy())
 

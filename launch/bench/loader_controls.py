@@ -32,7 +32,7 @@ SCDATASET_BLOCK, SCDATASET_FETCH = 16, 64
 def gene_sets(n_genes_all: int, n_genes: int, batch: int) -> GeneSets:
     return GeneSets(
         GeneSetConfig("random", n_genes, batch), "given", seed=1, purpose=DRAW_GIVEN, n_genes=n_genes_all,
-        n_expressed_largest=0, weights=None, global_batch=batch, micro_batch=batch, loud=False,
+        n_expressed_largest=0, weights=None, micro_batch=batch, loud=False,
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """What the stream costs beside a memory-mapped matrix and other loaders, and where the time goes.
 
 Rates are cells per CPU-second of this process, all its threads: wall time says little on a shared machine. Readers take
-turns, so that a busy machine slows all of them; a ratio is the median over rounds of the ratios within a round. The
+turns, so that a busy machine slows all of them; a ratio is the median over rounds of the ratios within a round. Of slow
+loaders, whose rounds are short, one rate of all rounds is taken, so that the quartiles of their ratios are ours. The
 stream makes its batches in the consumer's thread, as the memory-mapped control does, but where a row says otherwise.
 
 Reading order: speed, costs.
@@ -187,7 +188,7 @@ def _gather_costs(config: BenchLoaderConfig, report: Report, slots: CellSlots, r
     def alone(policy: Policy) -> GeneSets:
         return GeneSets(
             GeneSetConfig(policy, config.n_genes), "given", seed=1, purpose=4, n_genes=n_genes, n_expressed_largest=0,
-            weights=rng.lognormal(0, 1.6, n_genes), global_batch=config.batch, micro_batch=config.batch, loud=False,
+            weights=rng.lognormal(0, 1.6, n_genes), micro_batch=config.batch, loud=False,
         )  # fmt: skip
 
     random, weighted = alone("random"), alone("weighted")

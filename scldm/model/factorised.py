@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,19 +27,9 @@ from scldm.likelihood import at_least_float32
 from scldm.model.blocks import SwiGLU
 from scldm.model.mcab import MCAB
 
-
-def numbers_in_cache() -> int:
-    """Float32 numbers that fill a core's second-level cache; 512 kB of them where the system does not say."""
-    try:
-        kilobytes = int(Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text().strip().removesuffix("K"))
-    except (OSError, ValueError):
-        return 1 << 17
-    return min(max(kilobytes << 8, 1 << 16), 1 << 20)
-
-
-# numbers in a tile: on a CPU so many that the passes over it stay in the cache of one core. At 2 MB of it and tiles of
-# 2^17, 2^18, 2^19 numbers, forward + backward: pooling in 61, 57, 55 ms, reading out in 191, 164, 161
-TILE_CPU, TILE_GPU = numbers_in_cache(), 1 << 25
+# numbers in a tile: on a CPU 1 MB of float32, so that the passes over it stay in the cache of one core. With 2 MB of
+# that and tiles of 2^17, 2^18, 2^19, forward + backward: pooling in 61, 57, 55 ms, reading out in 191, 164, 161
+TILE_CPU, TILE_GPU = 1 << 18, 1 << 25
 GENES = 64  # of those, in the decoder: 64 x 2 x 688 (width 256) x 4 B = 352 kB of the genes' table
 # the score of a gene that is not there: exp(MASKED / sigma) is 0, and MASKED * 0 is, unlike -inf * 0
 MASKED = -1e30

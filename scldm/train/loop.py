@@ -166,16 +166,17 @@ def train(
             if step % config.validate_every == 0 or step == config.steps:
                 metrics = validate(stage, engine, ema, validation, config.seed, world, watch)
                 tracker.log(step, metrics, split="validation", cells_seen=cells_seen)
-                is_best = metrics[stage.validation_metric] < best
-                best = min(best, metrics[stage.validation_metric])
-                stale = 0 if is_best else stale + 1
+                better = metrics[stage.validation_metric] < best
+                is_best = better and not skipped
+                best = metrics[stage.validation_metric] if is_best else best
+                stale = 0 if better else stale + 1
                 meter.restart()
             ends = step == config.steps or _out_of_patience(config, stale)
 
             watch.mark(f"hears what is asked after step {step}")
             asked = requests.end()
             saver.advance(asked.save_failed, asked.save_unfinished)
-            # none while steps are skipped: if that ends the run, it is resumed from before the trouble began
+            # none of itself while steps are skipped: if that ends the run, it is resumed from before the trouble began
             due = step % config.save_every == 0 and not skipped
             if due or is_best or ends or asked.save or asked.stop:
                 watch.mark(f"saves step {step}")

@@ -76,6 +76,17 @@ def test_a_cell_whose_table_lies_is_refused(lie):
         decode_block(data)
 
 
+@pytest.mark.parametrize("escape", ["far", "large"])
+def test_an_escape_to_zero_is_refused(escape):
+    """A gene twice, or an expressed gene without a count: the total may be that of the counts that are there."""
+    data = bytearray(encode([{300: 2, 700: 300, 701: 400}], "none"))
+    found = sections(np.frombuffer(data, np.uint8)[HEADER.itemsize :], read_header(data))
+    found.totals[0] -= found.large[0] if escape == "large" else 0
+    getattr(found, escape)[0] = 0
+    with pytest.raises(InputError, match="sections do not fit"):
+        decode_block(data)
+
+
 def test_buffers_are_reused_from_a_large_block_to_a_small_one():
     buffers = BlockBuffers("<u4", "<i4")
     large = decode_block(encode([dict.fromkeys(range(5000), 1)]), buffers)
@@ -101,7 +112,7 @@ def test_damage_is_an_error_and_never_a_crash(codec):
     rng = np.random.default_rng(0)
     refused = 0
     for at in [*range(HEADER.itemsize), *rng.integers(HEADER.itemsize, len(data), 100)]:
-        if 32 <= at < 40:
+        if HEADER.fields["payload_bytes"][1] <= at < HEADER.fields["vocab_tag"][1]:
             continue  # a wrong size alone may ask for gigabytes
         broken = bytearray(data)
         broken[at] ^= 0x55

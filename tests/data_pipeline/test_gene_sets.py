@@ -17,10 +17,10 @@ from scldm.errors import InputError
 from tests.data_pipeline.small_sets import known_cells, write_set
 
 
-def sets_of(config, *, n_genes=40, weights=None, largest=10, micro=8, global_batch=64, purpose=4, seed=0):
+def sets_of(config, *, n_genes=40, weights=None, largest=10, micro=8, purpose=4, seed=0):
     return GeneSets(
         config, "given", seed=seed, purpose=purpose, n_genes=n_genes, n_expressed_largest=largest, weights=weights,
-        global_batch=global_batch, micro_batch=micro, loud=True,
+        micro_batch=micro, loud=True,
     )  # fmt: skip
 
 
@@ -168,7 +168,7 @@ def test_expressed_genes_are_never_lost_unsaid(slots, capsys):
 
 def test_a_sample_of_too_many_expressed_genes_is_uniform(slots):
     slots, counts = slots
-    sets = sets_of(GeneSetConfig("expressed", 5, overflow="sample"), largest=40, global_batch=256)
+    sets = sets_of(GeneSetConfig("expressed", 5, overflow="sample"), largest=40)
     kept = np.zeros((256, 41))
     for step in range(200):
         ids, _, _ = take(slots, sets, step)
@@ -185,7 +185,7 @@ def test_a_sample_of_too_many_expressed_genes_is_uniform(slots):
 
 def test_plus_zeros_adds_distinct_unexpressed_genes_uniformly(slots):
     slots, counts = slots
-    sets = sets_of(GeneSetConfig("expressed_plus_zeros", 30), largest=30, global_batch=256)
+    sets = sets_of(GeneSetConfig("expressed_plus_zeros", 30), largest=30)
     added = np.zeros((256, 41))
     for step in range(200):
         ids, values, _ = take(slots, sets, step)

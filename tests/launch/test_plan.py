@@ -13,7 +13,17 @@ from data_pipeline.read_shards import ShardSet
 from data_pipeline.write_latents import LatentWriter
 from launch.cli import main
 from launch.config import flatten
-from launch.plan import PlanLDMConfig, PlanVAEConfig, does_fit, plan_of, read, remedies, with_data
+from launch.plan import (
+    PlanLDMConfig,
+    PlanVAEConfig,
+    cost_of,
+    does_fit,
+    memory_of,
+    plan_of,
+    read,
+    remedies,
+    with_data,
+)
 from launch.train_ldm import TrainLDMConfig
 from launch.train_vae import TrainVAEConfig
 from scldm.errors import InputError
@@ -126,3 +136,12 @@ def test_a_plan_knows_the_sizes_of_the_data_it_is_given(tmp_path: Path, capsys: 
     small = ["model.width=16", "model.n_layers=1", "train.global_batch=64", "hardware.micro_batch=8", *OF_A_RUN[2:]]
     assert main(["plan", "ldm", cells, f"vae={tmp_path}/run", "run_dir=runs/ldm", "model.n_heads=2", *small]) == 0
     assert "without what encoding the cells as they come takes" in capsys.readouterr().out
+
+
+def test_weights_that_a_node_keeps_whole_are_counted() -> None:
+    """Hierarchical partitioning trades memory, an eighth of the weights a rank, for what goes between nodes."""
+    words = ["vae", "vae/70m", "hardware/many_nodes", "train.global_batch=8192", "n_genes=20000", "n_cells=1000"]
+    kept = read(words)
+    alone = read([*words, "deepspeed.zero_optimization.zero_hpz_partition_size=1"])
+    more = memory_of(kept).weights - memory_of(alone).weights
+    assert more == pytest.approx(4 * cost_of(kept).n_parameters / 8)

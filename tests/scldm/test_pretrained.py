@@ -17,15 +17,15 @@ import scipy.sparse as sp
 import torch
 
 import scldm
-from scldm import pretrained
+from scldm import draws, pretrained
 from scldm.batch import GeneCounts
 from scldm.errors import InputError
 from scldm.flow.generate import SamplerConfig
 from scldm.flow.wanted import distinct
 from scldm.library_size import LibrarySizeModel, LogNormal
 from scldm.model.dit import DiT, DiTConfig
-from scldm.model.vae import VAE, VAEConfig
-from scldm.pretrained import Pretrained, save_pretrained
+from scldm.model.vae import VAE, Predicted, VAEConfig
+from scldm.pretrained import Pretrained, save_pretrained, written
 from scldm.vocab import ConditionVocab, GeneVocab
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -558,3 +558,12 @@ def test_what_can_not_be_transformed_is_said_in_one_line(model: Pretrained, to, 
     with pytest.raises(InputError, match=said) as refusal:
         model.transform(labelled_cells(4), to, **more)
     assert "\n" not in str(refusal.value)
+
+
+def test_what_is_not_a_number_is_no_count() -> None:
+    """A comparison with NaN is false, and so would be that a gene is expressed."""
+    value_BQ = torch.tensor([[-1.0, -0.5], [-1.0, torch.nan]])
+    keys_BQ = draws.keys(0, "counts", torch.arange(2), torch.arange(1, 3))
+    for kind in ("counts", "means"):
+        with pytest.raises(InputError, match="1 of 2 cells of a batch have no expected counts"):
+            written(Predicted("nb", value_BQ, torch.ones(2)), kind, torch.full((2,), 1e3), keys_BQ)
