@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from launch.config import compose, help_text
-from scldm.errors import InputError
+from launch.notes import note_failure
+from scldm.errors import REFUSED, InputError
 
 # verb -> (module, what it does, in one line)
 VERBS = {
@@ -87,15 +88,20 @@ def run_verb(verb: str, words: Sequence[str]) -> int:
             return 0
         module.main(config_of(module, words))
     except InputError as error:
-        print(f"scldm {verb}: error: {error}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        package = (error.name or "").split(".")[0]
+        return refuse(verb, str(error))
+    except Exception as error:
+        package = ((error.name or "") if isinstance(error, ModuleNotFoundError) else "").split(".")[0]
         if package in ("", "data_pipeline", "launch", "scldm"):
+            note_failure(1, f"{type(error).__name__}: {error}", error.__traceback__)
             raise
-        print(f"scldm {verb}: error: the package {package} is missing; {EXTRAS_HINT}", file=sys.stderr)
-        return 2
+        return refuse(verb, f"the package {package} is missing; {EXTRAS_HINT}")
     return 0
+
+
+def refuse(verb: str, why: str) -> int:
+    print(f"scldm {verb}: error: {why}", file=sys.stderr)
+    note_failure(REFUSED, why)
+    return REFUSED
 
 
 def config_of(module: Any, words: Sequence[str]) -> Any:

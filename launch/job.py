@@ -154,18 +154,27 @@ def settings(job: Job, site: Mapping[str, str]) -> dict[str, str]:
         **found,
         "SCLDM_NOTES": str(job.notes),
         "SCLDM_PREFLIGHT": "on" if job.options.preflight else "off",
-        "SCLDM_STAGE": "on" if job.options.stage and staged(job) else "off",
+        "SCLDM_STAGE": "on" if job.options.stage and shards_word(job) else "off",
         "SCLDM_MAX_REQUEUES": str(job.options.max_requeues),
         **({"SCLDM_MIN_NODES": str(job.options.least)} if job.options.least < job.options.most else {}),
     }
 
 
-def staged(job: Job) -> bool:
-    return job.verb in ON_ALL_RANKS
+def shards_word(job: Job) -> str:
+    """The shards that each rank reads, as key=value, also where a preset file names them; empty for a verb without."""
+    if job.verb not in ON_ALL_RANKS:
+        return ""
+    config = compose(importlib.import_module(VERBS[job.verb][0]).CONFIG, job.words)
+    if hasattr(config, "data"):
+        return f"data.shards={config.data.shards}"
+    return f"shards={config.shards}" if hasattr(config, "shards") else ""
 
 
 def plain_words(job: Job) -> list[str]:
-    """The verb's words with every key as key=value, and what it makes as a path that does not depend on the folder."""
+    """The verb's words with every key as key=value, and what it makes as a path that does not depend on the folder.
+
+    Where shards are staged, a word names them, for the script.
+    """
     schema: Any = importlib.import_module(VERBS[job.verb][0]).CONFIG
     presets, overrides = split_arguments(schema, job.words)
     for key in ("run_dir", "out"):
@@ -173,7 +182,8 @@ def plain_words(job: Job) -> list[str]:
             f"{key}={os.path.abspath(word.partition('=')[2])}" if word.startswith(f"{key}=") else word
             for word in overrides
         ]
-    return [*presets, *overrides]
+    word = shards_word(job) if job.options.stage else ""
+    return [*presets, *overrides, *([word] if word and word not in overrides else [])]
 
 
 def quoted(word: str) -> str:

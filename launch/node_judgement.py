@@ -51,12 +51,14 @@ class Report:
 
     troubles: node -> what is wrong with it
     notes: what is to be said of the job as a whole
+    hopeless: the job itself is wrong: it would fail on any of the nodes
     """
 
     def __init__(self, course: Course) -> None:
         self.course = course
         self.troubles: dict[str, list[str]] = defaultdict(list)
         self.notes: list[str] = []
+        self.hopeless = False
         self.found: Mapping[int, Findings] = {}
         self.product_s: dict[str, float] = {}
         self.all_reduce_s: dict[str, float] = {}
@@ -67,8 +69,9 @@ class Report:
 
     def failures(self, missing: Mapping[int, str], asked: Sequence[int]) -> None:
         """Ranks that gave no result: rank -> what became of it."""
-        if len(missing) == len(asked) and all(words.startswith("failed") for words in missing.values()):
-            self.notes += [f"every rank {words}" for words in list(missing.values())[:1]]
+        if missing and len(missing) == len(asked) and all(words.startswith("failed") for words in missing.values()):
+            self.notes.append(f"every rank {next(iter(missing.values()))}")
+            self.hopeless = True
             return
         for rank, words in missing.items():
             self.add(self.course.node(rank), f"rank {rank} {words}")
@@ -109,6 +112,7 @@ class Report:
         words = [told for missing in broken.values() for told in missing.values()]
         if words and not whole and all(told.startswith("failed") for told in words):
             self.notes.append(f"no all-reduce succeeds, on any rank: {words[0]}")
+            self.hopeless = True
             return
         for missing in broken.values():
             for rank, told in missing.items():
@@ -142,7 +146,8 @@ class Report:
         """preflight.json, bad_nodes, use_nodes, and lines for the log. Returns the nodes to run on."""
         course = self.course
         came = [node for node in course.hosts if set(course.ranks([node])) <= self.found.keys()]
-        use, note = nodes_to_use(config, [node for node in came if not self.troubles[node]], course)
+        fit = [node for node in came if not self.troubles[node]]
+        use, note = ([], "") if self.hopeless else nodes_to_use(config, fit, course)
         self.notes += [note] if note else []
         rows = [
             {

@@ -6,14 +6,19 @@ log.txt      the one log of all its ranks and starts; of an array, log-TASK.txt
 state        state, job, time, restarts, reason; of an array, state.TASK
 history      a line for every start and stop: how far the work was
 bad_nodes    nodes that preflight found unfit, with the reason; preflight.json has its last report
+failure      exit code and error of the rank that failed first; of an array, failure.TASK
 
-Reading order: find_notes, state_of.
+Reading order: find_notes, state_of, note_failure.
 """
 
 from __future__ import annotations
 
+import os
+import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 from typing import NamedTuple
 
 from launch import slurm
@@ -72,3 +77,18 @@ def state_of(notes: Path) -> State:
 
 # of the tasks of an array, the state to show
 _ORDER = ("FAILED", "STOPPED", "REQUEUED", "RUNNING", "DONE")
+
+
+def note_failure(code: int, why: str, where: TracebackType | None = None) -> None:
+    """Leave word for the batch script, in the file that it names as SCLDM_FAILURE: the first rank to fail does.
+
+    The others srun then ends by signals, and returns those. What is raised within a collective is none of this rank's
+    failures: another rank is gone, which may have been killed.
+    """
+    path = os.environ.get("SCLDM_FAILURE")
+    files = [frame.filename for frame in traceback.extract_tb(where)]
+    if not path or any("/torch/distributed/" in file for file in files):
+        return
+    told = " ".join(f"rank {os.environ.get('SLURM_PROCID', 0)} on {os.uname().nodename}: {why}".split())
+    with suppress(OSError), open(path, "x") as file:
+        file.write(f"{code}\t{told[:500]}\n")

@@ -1,13 +1,14 @@
 """Copy a shard set to a node's own disk, every byte checked against the manifest; slurm/job.sbatch runs it once a node.
 
-What jobs that no longer run left there is removed first. A copy that is whole already, as after a requeue to the same
-node, is kept.
+What jobs that no longer run left there is removed first: folders with their name that hold their mark, and no others. A
+copy that is whole already, as after a requeue to the same node, is kept.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import sys
 import time
@@ -22,6 +23,7 @@ from launch.config import compose
 from scldm.errors import InputError
 
 PIECE = 16 << 20
+MARK = ".scldm-staged"  # made first and removed last: whoever finds it may remove the folder
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,14 @@ def main(config: StageConfig) -> Path:
     ):  # Slurm did not answer: what others stage can't be told from rests
         raise InputError(f"running={config.running!r} does not name this job, whose folder is {out.name}")
     for left in out.parent.glob("scldm-*"):
-        if left.name.removeprefix("scldm-") not in running:
-            shutil.rmtree(left, ignore_errors=True)
+        job = re.fullmatch(r"scldm-(\d+)", left.name)
+        if job and job[1] not in running and (left / MARK).is_file():
+            remove(left)
     manifest = read_manifest(config.source)
     n_copied = 0
     with disk_explained(str(out)):
         out.mkdir(parents=True, exist_ok=True)
+        (out / MARK).touch()
         for entry in (*manifest.shards, *manifest.index):
             n_copied += copy(Path(config.source) / entry.path, out / entry.path, entry)
         with written_aside(out / MANIFEST) as file:
@@ -62,6 +66,16 @@ def main(config: StageConfig) -> Path:
         f"{os.uname().nodename}: staged {config.source} ({n_copied / 1e9:.3f} GB copied) in {seconds:.1f} s", flush=True
     )
     return out
+
+
+def remove(left: Path) -> None:
+    """Remove a folder that was staged, as far as it can be; its mark goes last."""
+    for path in left.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != MARK:
+            path.unlink(missing_ok=True)
+    shutil.rmtree(left, ignore_errors=True)
 
 
 def copy(source: Path, target: Path, entry: Any) -> int:

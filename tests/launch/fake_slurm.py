@@ -25,10 +25,11 @@ case "$*" in
     *) echo "JobId=7 JobState=$(cat "$FAKE/job_state" 2>/dev/null || echo RUNNING) Reason=None" ;;
 esac
 """
-# notes what it was asked to run; the first line of `codes` is its exit code
+# notes what it was asked to run; the first line of `codes` is its exit code, and the word that a rank leaves
 SRUN = """#!/bin/bash
 for word in "$@"; do printf "%s\\n" "$word"; done >"$FAKE/srun.$(ls "$FAKE" | grep -c srun)"
-code=$(head -n 1 "$FAKE/codes"); sed -i 1d "$FAKE/codes"
+code=; read -r code word <"$FAKE/codes"; sed -i 1d "$FAKE/codes"
+if [ -n "$word" ]; then printf "%b\\n" "$word" >"$SCLDM_FAILURE"; fi
 exit "${code:-0}"
 """
 COMMANDS = {"sbatch": SBATCH, "sinfo": SINFO, "squeue": SQUEUE, "scontrol": SCONTROL, "srun": SRUN}

@@ -8,10 +8,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from launch.cli import VERBS, main
 from launch.config import shipped
 from launch.job import ON_ALL_RANKS
+from scldm.train.run_folder import write_json
 from tests.launch.fake_slurm import train
 
 
@@ -24,7 +26,7 @@ class Life:
         (fake / ".bash_profile").write_text('PATH="$FAKE/bin:$PATH"\n')  # which /etc/profile has set anew
         self.notes = self.run_dir / "slurm"
 
-    def start(self, restart: int, *codes: int, step: int | None = None, hosts: str = "n1,n2") -> str:
+    def start(self, restart: int, *codes: int | str, step: int | None = None, hosts: str = "n1,n2") -> str:
         """One start with these exit codes; `step` is where the run's last checkpoint is then. Returns the state."""
         (self.fake / "codes").write_text("\n".join(map(str, codes)))
         if step is not None:
@@ -53,6 +55,21 @@ def test_every_word_reaches_the_verb_as_it_was_given(fake: Path, tmp_path: Path)
     (step,) = life.steps()
     assert step[step.index("-m") :] == ["-m", "launch.cli", *train(tmp_path)]
     assert {"--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "--nodelist=n1,n2", "--cpu-bind=cores"} <= set(step)
+    assert "--distribution=block" in step
+
+
+def test_ranks_may_open_as_many_files_as_the_node_allows(
+    fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_DISTRIBUTION", "cyclic")
+    life = Life(fake, tmp_path)
+    preflight_of(fake, 'echo "$(ulimit -Sn) $(ulimit -Hn) ${SLURM_DISTRIBUTION:-none}" >"$FAKE/told"')
+    (fake / "bin" / "bash").write_text('#!/bin/sh\nulimit -S -n 100\nexec /bin/bash "$@"\n')
+    (fake / "bin" / "bash").chmod(0o755)
+    assert life.start(0, 0, step=9) == "DONE"
+    soft, hard, distribution = (fake / "told").read_text().split()
+    assert soft == hard != "100"
+    assert distribution == "none"
 
 
 @pytest.mark.parametrize("verb", list(VERBS))
@@ -164,6 +181,59 @@ def test_a_killed_rank_is_tried_again_as_long_as_there_is_progress(
     assert "not requeued: no progress since the last requeue (still at 8)" in reason
 
 
+class Encoding(Life):
+    """A job whose ranks srun ends where one fails."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        words = ["vae=a run", "shards=a set", f"out={tmp_path}/latents", "--preflight", "false"]
+        assert main(["submit", "encode", *words]) == 0
+        self.fake, self.notes = tmp_path / "fake slurm", tmp_path / "latents.slurm"
+        (self.fake / ".bash_profile").write_text('PATH="$FAKE/bin:$PATH"\n')
+
+
+@pytest.mark.parametrize("code", [143, 137])
+def test_ranks_that_srun_ends_because_one_failed_are_no_signal(fake: Path, tmp_path: Path, code: int) -> None:
+    life = Encoding(tmp_path)
+    assert life.start(0, rf"{code} 1\trank 3 on n1: KeyError: x") == "FAILED"
+    assert (life.done.returncode, life.requeued) == (1, 0)
+    assert (life.notes / "state").read_text().endswith("\texit code 1: rank 3 on n1: KeyError: x\n")
+    said = {137: "a rank killed by SIGKILL", 143: "a signal"}[code]  # where no rank left word; that of before is gone
+    assert life.start(0, code) == "REQUEUED"
+    assert f"by {said}" in (life.notes / "state").read_text()
+
+
+def test_a_rank_that_fails_while_the_job_is_told_to_stop_is_no_failure(fake: Path, tmp_path: Path) -> None:
+    """The others are ended one by one, and it misses them."""
+    life = Encoding(tmp_path)
+    srun = (fake / "bin" / "srun").read_text()
+    (fake / "bin" / "srun").write_text(srun.replace("exit ", 'kill -TERM "$PPID"; sleep 0.2; exit '))
+    (fake / "step").touch()
+    assert life.start(0, r"143 1\trank 3 on n1: RuntimeError: closed") == "REQUEUED"
+
+
+def test_a_rank_leaves_word_of_its_failure_and_none_of_anothers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("SCLDM_FAILURE", str(tmp_path / "failure"))
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    assert main(["encode", f"vae={tmp_path}/none", "shards=a set", f"out={tmp_path}/latents"]) == 2
+    code, told = (tmp_path / "failure").read_text().split("\t")
+    assert code == "2"
+    assert told.startswith(f"rank 3 on {os.uname().nodename}: {tmp_path}/none")
+    assert told.strip().endswith(capsys.readouterr().err.split("error: ")[1].strip()[-30:])
+    (tmp_path / "failure").unlink()
+    monkeypatch.setattr("launch.encode.main", lambda config: dist.get_rank(group=7))
+    words = ["encode", "vae=a", "shards=b", "out=c"]
+    with pytest.raises((ValueError, TypeError, RuntimeError)):
+        main(words)  # within torch.distributed
+    assert not (tmp_path / "failure").exists()
+    for key in ("x", "y"):
+        monkeypatch.setattr("launch.encode.main", lambda config: {}[key])  # noqa: B023
+        with pytest.raises(KeyError):
+            main(words)
+    assert (tmp_path / "failure").read_text() == f"1\trank 3 on {os.uname().nodename}: KeyError: 'x'\n"  # the first
+
+
 def test_ranks_that_a_signal_ended_before_they_caught_it_are_started_again(fake: Path, tmp_path: Path) -> None:
     life = Life(fake, tmp_path)
     assert life.start(0, 138, step=5) == "REQUEUED"
@@ -212,6 +282,15 @@ for ((k = 0; k < 80; k++)); do sleep 0.1; done
 def preflight_of(fake: Path, does: str) -> None:
     srun = (fake / "bin" / "srun").read_text()
     (fake / "bin" / "srun").write_text(srun.replace("code=", f"{does}\ncode="))
+
+
+def test_a_preflight_that_leaves_no_node_says_why(fake: Path, tmp_path: Path) -> None:
+    life = Life(fake, tmp_path, "--preflight", "true")
+    preflight_of(fake, ': >"$SCLDM_NOTES/use_nodes"')
+    write_json(life.notes / "preflight.json", {"use": [], "note": 'every rank failed: KeyError: "x"', "same": {}})
+    assert life.start(0, 1) == "FAILED"
+    assert r"preflight: every rank failed: KeyError: \"x\"; see preflight.json" in (life.notes / "state").read_text()
+    assert len(life.steps()) == 1
 
 
 def test_a_preflight_without_a_report_names_the_first_node(fake: Path, tmp_path: Path) -> None:

@@ -149,6 +149,22 @@ def test_all_reduces_that_fail_everywhere_are_no_nodes_fault(notes: Path) -> Non
     assert report.notes == ["no all-reduce succeeds, on any rank: failed: RuntimeError: no such network"]
 
 
+@pytest.mark.parametrize("at", ["products", "pairs"])
+def test_a_job_that_fails_on_every_node_runs_on_none(notes: Path, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+    monkeypatch.setenv("SCLDM_MIN_NODES", "1")
+    report = judged_pairs(notes, {}, dict.fromkeys(range(4), "failed: E: x") if at == "pairs" else None)
+    report.findings(findings())
+    assert report.hopeless == (at == "pairs")
+    report.failures({}, [])  # of no ranks none failed
+    if at == "products":
+        report.failures(dict.fromkeys(range(8), "failed: E: x"), range(8))
+    assert report.write(SimpleNamespace()) == []
+    assert (notes / "use_nodes").read_text() == ""
+    assert (notes / "bad_nodes").read_text() == ""
+    said = "no all-reduce succeeds, on any rank: failed: E: x" if at == "pairs" else "every rank failed: E: x"
+    assert json.loads((notes / "preflight.json").read_text())["note"] == said
+
+
 @pytest.mark.parametrize("n", range(1, 8))
 def test_in_no_round_a_node_is_in_two_pairs(n: int) -> None:
     nodes = [f"n{k}" for k in range(n)]
@@ -320,15 +336,24 @@ def test_a_set_is_staged_whole_once_and_after_the_dead(tmp_path: Path, capsys: p
     source = write_set(tmp_path / "a set", known_cells())
     disk = tmp_path / "disk"
     (disk / "scldm-6" / "shards").mkdir(parents=True)  # of a job that no longer runs
+    (disk / "scldm-6" / stage.MARK).touch()
     (disk / "scldm-8").mkdir()
+    (disk / "scldm-8" / stage.MARK).touch()
+    foreign = ["scldm-env", "scldm-5", "scldm-6_1", "scldm-6x"]  # of the user; one is named as a job's, without a mark
+    for name in foreign:
+        (disk / name / "lib").mkdir(parents=True)
+        (disk / name / "lib" / "x").touch()
+        if name != "scldm-5":
+            (disk / name / stage.MARK).touch()
     assert staged(source, disk / "scldm-7") == 0
-    assert files(disk / "scldm-7") == files(source)
-    assert sorted(path.name for path in disk.iterdir()) == ["scldm-7", "scldm-8"]
+    assert files(disk / "scldm-7") == files(source) | {stage.MARK: b""}
+    assert sorted(path.name for path in disk.iterdir()) == sorted(["scldm-7", "scldm-8", *foreign])
+    assert files(disk / "scldm-env") == {"lib/x": b"", stage.MARK: b""}
     (damaged,) = list((disk / "scldm-7" / "shards").glob("train-000000.tar"))
     damaged.write_bytes(damaged.read_bytes()[:-1])
     capsys.readouterr()
     assert staged(source, disk / "scldm-7") == 0
-    assert files(disk / "scldm-7") == files(source)
+    assert files(disk / "scldm-7") == files(source) | {stage.MARK: b""}
     copied = float(capsys.readouterr().out.split("(")[1].split(" GB")[0])
     assert copied == pytest.approx(len(damaged.read_bytes()) / 1e9, abs=5e-4)
 

@@ -220,6 +220,22 @@ def test_a_pipeline_is_a_chain_of_jobs(fake: Path, tmp_path: Path, capsys) -> No
     assert "#SBATCH --nodes=1\n" in (notes[-1] / "job.sbatch").read_text()
 
 
+def test_shards_are_staged_for_the_jobs_that_read_them(fake: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "site.sh").write_text(f'SCLDM_PARTITION=cpu\nSCLDM_SCRATCH=/disk\nSCLDM_SHARED="{tmp_path}"\n')
+    assert main(["submit", *PIPELINE, f"out={tmp_path}/run", "--stage"]) == 0
+    notes = [Path(p) for p in json.loads((tmp_path / "run" / "slurm" / "chain.json").read_text())]
+    on = [folder.name for folder in notes if "SCLDM_STAGE=on\n" in (folder / "job.sbatch").read_text()]
+    assert on == ["vae", "encode", "ldm"]
+    (tmp_path / "mine.yaml").write_text("data:\n  shards: my set\n")
+    words = ["train", "vae", "vae/tiny", "hardware/cpu", f"{tmp_path}/mine.yaml", f"run_dir={tmp_path}/vae"]
+    assert main(["submit", *words, "--stage"]) == 0
+    assert main(["submit", "encode", f"vae={tmp_path}/vae", "shards=a set", f"out={tmp_path}/z", "--stage"]) == 0
+    for folder, expected in (("vae/slurm", "data.shards=my set"), ("z.slurm", "shards=a set")):
+        script = (tmp_path / folder / "job.sbatch").read_text()
+        (given,) = [shlex.split(line)[2:] for line in script.splitlines() if line.startswith("set -- ")]
+        assert [word for word in given if "shards=" in word] == [expected]
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
