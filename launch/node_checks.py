@@ -24,6 +24,7 @@ from scldm.environment import describe
 
 SEEN_S = 5.0  # in which a file written on one node is visible on another
 MATMUL_S, MATMUL_ROUNDS = 0.15, 3
+FIRST_UNSEEN = "what the first node writes there is not seen here"
 LEAST_DISK = 1 << 30  # bytes free on a node's own disk
 
 Findings = dict[str, Any]
@@ -96,7 +97,7 @@ def folder_troubles(config: Any, notes: Path, node: str) -> list[str]:
     try:
         write_token(notes, node)
         if not see_token(notes, "first", SEEN_S):
-            found.append(f"{notes}: what the first node writes there is not seen here")
+            found.append(f"{notes}: {FIRST_UNSEEN}")
     except OSError as error:
         found.append(f"{notes} can't be written: {error.strerror}")
     shards = getattr(getattr(config, "data", None), "shards", "") or getattr(config, "shards", "")

@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any
 
 from launch.job import usable_counts
-from launch.node_checks import SEEN_S, Findings, see_token
+from launch.node_checks import FIRST_UNSEEN, SEEN_S, Findings, see_token
 from scldm.train.run_folder import write_json
 
 SLOW = 2.0  # times the median of the nodes
@@ -79,9 +79,11 @@ class Report:
     def findings(self, found: Mapping[int, Findings]) -> None:
         """What each rank found on its node, and in what a node differs from the others."""
         self.found = found
+        apart = self._first_is_apart(found)
         for rank, one in found.items():
             for trouble in one["troubles"]:
-                self.add(self.course.node(rank), trouble)
+                if not (apart and trouble.endswith(FIRST_UNSEEN)):
+                    self.add(self.course.node(rank), trouble)
         for what in sorted({key for one in found.values() for key in one["same"]}):
             values = {rank: one["same"].get(what) for rank, one in sorted(found.items()) if one["same"]}
             (usual, _), *_ = Counter(values.values()).most_common()  # of equally many, the one that the first rank has
@@ -91,8 +93,23 @@ class Report:
                     self.add(self.course.node(rank), told)
         until = time.monotonic() + SEEN_S
         for node in self.course.hosts:
-            if not self.troubles[node] and not see_token(self.course.notes, node, until - time.monotonic()):
+            if self.troubles[node] or self.course.ranks([node])[0] not in found:
+                continue
+            if not see_token(self.course.notes, node, until - time.monotonic()):
                 self.add(node, f"{self.course.notes}: what it writes there is not seen on the first node")
+
+    def _first_is_apart(self, found: Mapping[int, Findings]) -> bool:
+        """Where none of two or more others sees what the first node writes, the first one or the job is wrong."""
+        others = [found[rank]["troubles"] for rank in self.course.ranks(self.course.hosts[1:]) if rank in found]
+        blind = sum(any(trouble.endswith(FIRST_UNSEEN) for trouble in troubles) for troubles in others)
+        asked = sum(bool(found[rank]["same"]) for rank in self.course.ranks(self.course.hosts[1:]) if rank in found)
+        if blind < 2 or blind < asked:
+            return False
+        first, notes = self.course.hosts[0], self.course.notes
+        self.add(first, f"{notes}: what it writes there is seen on none of the others")
+        self.notes.append(f"{notes} is not on {first} what it is elsewhere, or is each node's own")
+        self.hopeless = True  # the job's script runs on that node
+        return True
 
     def products(self, seconds: Mapping[int, float]) -> None:
         """A matrix product: of a node's ranks, the slowest."""

@@ -32,7 +32,7 @@ import torch.distributed as dist
 
 from launch.cli import VERBS, find_verb
 from launch.config import compose
-from launch.node_checks import device_of, findings_of, time_all_reduce, time_matmul, write_token
+from launch.node_checks import Findings, device_of, findings_of, time_all_reduce, time_matmul, write_token
 from launch.node_judgement import Course, Outcomes, Report
 from scldm.errors import InputError
 from scldm.parallel.dist import address_from_environment
@@ -49,24 +49,27 @@ class Hangs(Exception):
 
 
 def main(words: Sequence[str]) -> int:
-    """One rank of the preflight of a verb's command line. Returns its exit code: 2 for words that the verb refuses."""
+    """One rank of the preflight of a verb's command line. Returns its exit code."""
     rank, size, local = address_from_environment()
     hosts = os.environ["SCLDM_HOSTS"].split()
     course = Course(hosts, size // len(hosts), Path(os.environ["SCLDM_NOTES"]), time.monotonic())
     threading.Thread(target=_end_at, args=(course.began + LIMIT_S, course.node(rank)), daemon=True).start()
     try:
-        verb, rest = find_verb(list(words))
-        assert verb is not None
-        config = compose(importlib.import_module(VERBS[verb][0]).CONFIG, rest)
-    except InputError as error:
-        if rank == 0:
-            print(f"scldm {' '.join(words[:2])}: error: {error}", file=sys.stderr)
-        return 2
+        config = config_of(words)
+    except Exception as error:  # of this node's code alone, or of all: told as what the rank found
+        config = error
     if rank:
         return take_part(course, config, rank, local)
     store = open_store(serves=True)
     threading.Thread(target=take_part, args=(course, config, rank, local), daemon=True).start()
     return lead(course, config, store)
+
+
+def config_of(words: Sequence[str]) -> Any:
+    verb, rest = find_verb(words)
+    if verb is None:
+        raise InputError("give a verb")
+    return compose(importlib.import_module(VERBS[verb][0]).CONFIG, rest)
 
 
 def open_store(serves: bool = False) -> dist.TCPStore:
@@ -122,6 +125,7 @@ def lead(course: Course, config: Any, store: dist.TCPStore) -> int:
             done = {rank: seconds for rank, seconds in reduced.items() if rank in of_pair}
             outcomes[pair] = done, {rank: words for rank, words in missing.items() if rank in of_pair}
     report.pairs(outcomes)
+    report.hopeless |= isinstance(config, Exception)  # on how many nodes it could run is not known
     use = report.write(config)
     return 0 if use else 1
 
@@ -162,7 +166,10 @@ def silent(store: dist.TCPStore, ranks: Sequence[int]) -> dict[int, str]:
 
 
 def take_part(course: Course, config: Any, rank: int, local: int) -> int:
-    """What every rank does, at the first one's word; returns the exit code."""
+    """What every rank does, at the first one's word; returns the exit code.
+
+    config: the verb's, or what was raised instead
+    """
     node = course.node(rank)
     try:
         store = open_store()
@@ -171,6 +178,11 @@ def take_part(course: Course, config: Any, rank: int, local: int) -> int:
 
     def tell(doing: str) -> None:
         store.set(f"at/{rank}", doing)
+
+    def look() -> Findings:
+        if isinstance(config, Exception):
+            raise config
+        return findings_of(config, course.notes, node, local, tell)
 
     def give(key: str, result: Callable[[], Any]) -> None:
         try:
@@ -186,7 +198,7 @@ def take_part(course: Course, config: Any, rank: int, local: int) -> int:
     threading.Thread(target=_beat, args=(course, rank, done), daemon=True).start()
     if rank == 0:
         write_token(course.notes, "first")
-    give("findings", lambda: findings_of(config, course.notes, node, local, tell))
+    give("findings", look)
     if node in json.loads(store.get("product")):
         tell("computes a matrix product")
         give("product", lambda: time_matmul(device_of(local)))

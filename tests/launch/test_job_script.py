@@ -334,13 +334,13 @@ words=("$@")
 while [[ ${1:-} == -* ]]; do shift; done
 case "$*" in
     *keeper*)
+        sleep 0.3 # before the step has begun
+        echo "keeper ${words[*]}" >>"$FAKE/steps"
         "$@" <&0 &
         echo $! >"$FAKE/keeper"
-        echo "keeper ${words[*]}" >>"$FAKE/steps"
         wait
         echo "removed" >>"$FAKE/steps" ;;
     *launch.stage*)
-        until grep -qs keeper "$FAKE/steps"; do sleep 0.01; done
         echo "stage ${words[*]}" >>"$FAKE/steps"
         for word in "$@"; do case $word in out=*) mkdir -p "${word#out=}/shards" ;; esac; done ;;
     *) echo "verb ${words[*]}" >>"$FAKE/steps"; exit "$(cat "$FAKE/code")" ;;
@@ -368,6 +368,13 @@ def test_what_is_staged_is_removed_before_a_job_ends_or_goes_back(
     what = [line.split()[0] for line in (fake / "steps").read_text().splitlines()]
     assert what == ["keeper", "stage", "verb", "removed", *(["requeue"] if state == "REQUEUED" else [])]
     assert not (tmp_path / "its disk" / "scldm-7").exists()
+
+
+def test_nothing_is_staged_that_no_step_would_remove(staging: Life, fake: Path) -> None:
+    (fake / "bin" / "srun").write_text(NODE.replace("sleep 0.3", "exit 1"))
+    assert staging.start(0, step=5, hosts="n1") == "FAILED"
+    assert "the step that removes what is staged did not start on all of 1 nodes" in staging.done.stdout
+    assert not (fake / "steps").exists()
 
 
 def test_what_is_staged_is_removed_although_slurm_starts_no_step_any_more(

@@ -16,6 +16,7 @@ import pytest
 from launch import node_checks, node_judgement, preflight, stage
 from launch.node_checks import Findings
 from launch.node_judgement import Course, Report, nodes_to_use
+from scldm.errors import InputError
 from tests.data_pipeline.small_sets import known_cells, write_set
 
 HOSTS = ["n1", "n2", "n3", "n4"]
@@ -69,6 +70,26 @@ def test_a_folder_that_is_not_shared_is_seen(notes: Path) -> None:
     (notes / "preflight" / "n2").unlink()
     (notes / "preflight" / "n4").write_text("another job's")
     assert list(judged(findings(), notes)) == ["n2", "n4"]
+
+
+@pytest.mark.parametrize("hosts, blind", [(HOSTS, [2, 4, 6]), (HOSTS, [2, 4]), (HOSTS[:2], [2])])
+def test_a_first_node_that_none_of_the_others_sees_is_at_fault(
+    notes: Path, monkeypatch: pytest.MonkeyPatch, hosts: list[str], blind: list[int]
+) -> None:
+    monkeypatch.setenv("SCLDM_MIN_NODES", "1")
+    report, found = report_of(notes, hosts), findings(2 * len(hosts))
+    unseen = f"{notes}: {node_checks.FIRST_UNSEEN}"
+    for rank in blind:
+        found[rank]["troubles"] = [unseen]
+    report.findings(found)
+    told, use = troubles_of(report), report.write(SimpleNamespace())
+    if len(blind) == 3:
+        assert told == {"n1": [f"{notes}: what it writes there is seen on none of the others"]}
+        assert use == []  # its folder is where the job's script works
+        assert report.notes == [f"{notes} is not on n1 what it is elsewhere, or is each node's own"]
+    else:
+        assert told == {report.course.node(rank): [unseen] for rank in blind}
+        assert use == [host for host in hosts if host not in told]
 
 
 def test_what_all_ranks_meet_alike_is_held_against_no_node(notes: Path) -> None:
@@ -214,6 +235,7 @@ class Ranks:
         self.course = Course([f"n{k}" for k in range(6)], 1, notes, time.monotonic())
         self.faults: dict[str, dict[int, Callable[[], None]]] = {"findings": {}, "product": {}, "pair": {}}
         self.absent: set[int] = set()
+        self.refused: dict[int, Exception] = {}
         self.released, self.dead = threading.Event(), set[int]()
 
     def hang(self) -> None:
@@ -251,9 +273,9 @@ class Ranks:
         STORES.append(store)
         self.course = replace(self.course, began=time.monotonic())
         for rank in set(range(6)) - self.absent:
-            args = (self.course, SimpleNamespace(), rank, rank)
+            args = (self.course, self.refused.get(rank, SimpleNamespace()), rank, rank)
             threading.Thread(target=preflight.take_part, args=args, daemon=True).start()
-        preflight.lead(self.course, SimpleNamespace(), store)
+        preflight.lead(self.course, self.refused.get(0, SimpleNamespace()), store)
         report = json.loads((self.course.notes / "preflight.json").read_text())
         self.use, self.note = report["use"], report["note"]
         self.released.set()
@@ -287,17 +309,26 @@ def test_six_sound_nodes_run(ranks: Ranks) -> None:
     assert (ranks.use, ranks.note) == (ranks.course.hosts, "")
 
 
+def test_words_that_all_ranks_refuse_end_the_job(ranks: Ranks) -> None:
+    ranks.refused = dict.fromkeys(range(6), InputError("unknown key 'data.x'"))
+    assert ranks.run() == {}
+    assert (ranks.use, ranks.note) == ([], "every rank failed: InputError: unknown key 'data.x'")
+
+
 def test_each_rank_that_gives_no_result_is_named_with_what_it_did_and_no_other(ranks: Ranks) -> None:
-    """One never came up, one hangs over its folders; the first one, which leads, hangs in its product."""
+    """One never came up, one hangs over its folders; the first one, which leads, hangs in its product; the code of one
+    refuses the words."""
     ranks.absent = {1}
+    ranks.refused = {5: InputError("unknown key 'data.x'")}
     ranks.faults = {"findings": {2: ranks.hang}, "product": {0: ranks.hang}, "pair": {}}
     told = ranks.run()
     assert told == {
         "n0": ["rank 0 hangs: it computes a matrix product"],
         "n1": ["rank 1 did not come up"],
         "n2": ["rank 2 hangs: it looks at its folders"],
+        "n5": ["rank 5 failed: InputError: unknown key 'data.x'"],
     }
-    assert ranks.use == ["n3", "n4", "n5"]
+    assert ranks.use == ["n3", "n4"]
 
 
 def test_a_rank_that_hangs_or_died_in_an_all_reduce_is_named_and_its_neighbours_are_not(ranks: Ranks) -> None:
