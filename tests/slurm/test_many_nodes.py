@@ -133,12 +133,17 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return {name: torch.cat([part[name].flatten() for part in parts if name in part]) for name in names}
 
 
-def assert_same_weights(run: Path, other: Path, atol: float = 0.0) -> None:
-    """To the bit, where no tolerance is given."""
+def assert_same_weights(run: Path, other: Path) -> None:
+    """To the bit."""
     ours, theirs = weights(run), weights(other)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
-        torch.testing.assert_close(value, theirs[name], rtol=0.0, atol=atol)
+        torch.testing.assert_close(value, theirs[name], rtol=0.0, atol=0.0)
+
+
+def curve(run: Path, split: str, metric: str) -> dict[int, float]:
+    """By step."""
+    return {row["step"]: row[metric] for row in read_metrics(run, split)}
 
 
 # --- the whole chain -------------------------------------------------------------------------------------------------
@@ -362,7 +367,12 @@ def test_a_lost_node_is_done_without(cluster: Cluster, chain: Path) -> None:
         assert "preflight of 1 nodes" in run.log
         (_, second) = [event for event in run.events() if event[0] == "start"]
         assert second[2] >= 10
-        assert_same_weights(run.folder, chain / "vae", atol=1e-5)
+        # on one node sums are rounded otherwise, which AdamW makes steps of in weights without a gradient to speak of;
+        # other cells, or the same in another order, would show in the second digit
+        for split, metric in (("train", "loss"), ("validation", "nll")):
+            ours, theirs = curve(run.folder, split, metric), curve(chain / "vae", split, metric)
+            assert ours.keys() == theirs.keys()
+            assert all(abs(value / theirs[step] - 1) < 1e-5 for step, value in ours.items()), (split, ours, theirs)
     finally:
         cluster.revive(2)
         cluster.call("scontrol", "update", "nodename=sim[3-4]", "state=resume")
