@@ -292,6 +292,30 @@ def test_a_killed_rank(cluster: Cluster, chain: Path) -> None:
     assert nothing_is_staged(cluster)
 
 
+FAILING = """
+import os, time
+if os.environ.get("SLURM_PROCID"):
+    import torch
+    wait = lambda n: time.sleep(60)
+    torch.set_num_threads = {}.__getitem__ if os.environ["SLURM_PROCID"] == "1" else wait
+"""
+
+
+def test_an_exception_of_one_rank_is_no_signal(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a verb whose ranks srun then ends, and returns the signal that it sent them."""
+    (tmp_path / "sitecustomize.py").write_text(FAILING)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    out = cluster.runs / "failing"
+    words = ["vae=none", "shards=none", "threads=7", f"out={out}", "--nodes", "2", "--preflight", "false"]
+    submit.main(submit.read(["encode", *words]))
+    notes = Path(f"{out}.slurm")
+    wait_for(lambda: state_of(notes).state in ("FAILED", "REQUEUED"), 90, lambda: (notes / "log.txt").read_text())
+    assert state_of(notes).state == "FAILED"
+    assert state_of(notes).reason == "exit code 1: rank 1 on sim2: KeyError: 7"
+
+
 @pytest.mark.exhaustive  # a unit test has it without Slurm
 def test_a_cancelled_job_leaves_nothing_on_the_nodes(cluster: Cluster, chain: Path) -> None:
     """Slurm starts no step for it any more, and gives it three seconds."""
