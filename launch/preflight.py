@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,7 @@ def take_part(course: Course, config: Any, rank: int, local: int) -> int:
         for pair in [pair for pair in pairs if node in pair]:
             seconds = json.loads(store.get(f"round/{number}"))
             tell(f"takes part in an all-reduce of {' and '.join(dict.fromkeys(pair))}")
-            give(f"pair/{number}", lambda: in_time(seconds, lambda: reduce(course, number, pair, rank, local)))  # noqa: B023
+            give(f"pair/{number}", partial(in_time, seconds, partial(reduce, course, number, pair, rank, local)))
     done.set()
     return 0
 

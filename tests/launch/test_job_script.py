@@ -228,7 +228,7 @@ def test_a_rank_leaves_word_of_its_failure_and_none_of_anothers(
         main(words)  # within torch.distributed
     assert not (tmp_path / "failure").exists()
     for key in ("x", "y"):
-        monkeypatch.setattr("launch.encode.main", lambda config: {}[key])  # noqa: B023
+        monkeypatch.setattr("launch.encode.main", lambda config, key=key: {}[key])
         with pytest.raises(KeyError):
             main(words)
     assert (tmp_path / "failure").read_text() == f"1\trank 3 on {os.uname().nodename}: KeyError: 'x'\n"  # the first
