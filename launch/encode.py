@@ -41,12 +41,14 @@ class EncodeConfig:
     """What to encode with what.
 
     vae: run folder of the autoencoder
-    shards: shard set with the same gene vocabulary
+    shards: shard set with the same gene vocabulary, a folder or fsspec URL
     out: folder of the latent set
     which: checkpoint: best by the validation metric, or latest
     genes: what the encoder is given of a cell
     batch: cells per forward pass
     threads: CPU threads per rank for torch
+    cache_folder: where the index and blocks of a remote set are kept; that of its training serves
+    cache_gb: limit of the blocks kept there, in 1e9 bytes
     """
 
     vae: str
@@ -56,6 +58,8 @@ class EncodeConfig:
     genes: GeneSetConfig = field(default_factory=GeneSetConfig)
     batch: int = 64
     threads: int = 1
+    cache_folder: str = ""
+    cache_gb: float = 50.0
 
 
 CONFIG = EncodeConfig
@@ -69,7 +73,8 @@ def main(config: EncodeConfig) -> Path:
     torch.set_num_threads(config.threads)
     vae, origin = trained_vae(Path(config.vae), config.which)
     vae = vae.to(world.device)
-    with closing(ShardSet(config.shards)) as cells:
+    cache_bytes = int(config.cache_gb * 1e9)
+    with closing(ShardSet(config.shards, cache_folder=config.cache_folder, cache_bytes=cache_bytes)) as cells:
         if cells.manifest.kind != "cells":
             raise InputError(f"{config.shards}: a set of {cells.manifest.kind}, not of cells")
         check_same_genes(cells.manifest, config.shards, Path(config.vae))

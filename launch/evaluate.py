@@ -45,7 +45,9 @@ class EvaluateVerbConfig:
     generated: h5ad file with the generated cells' counts
     out: folder for report.html, evaluation.json and figures
     condition: obs column (condition) whose labels are the types; empty: no types, all cells are scored at once
-    shards: shard set with the real cells, their splits and conditions
+    shards: shard set with the real cells, their splits and conditions, a folder or fsspec URL
+    cache_folder: where the index and blocks of a remote set are kept; that of a training serves
+    cache_gb: limit of the blocks kept there, in 1e9 bytes
     real: h5ad file with the real cells, instead of shards
     split: obs column of `real` that says train, validation or test
     layer: where the counts of `real` are: X, raw or a layer's name; empty looks in X, layers/counts and raw
@@ -57,6 +59,8 @@ class EvaluateVerbConfig:
     out: str = "???"
     condition: str = ""
     shards: str = ""
+    cache_folder: str = ""
+    cache_gb: float = 50.0
     real: str = ""
     split: str = "split"
     layer: str = ""
@@ -79,7 +83,7 @@ def main(config: EvaluateVerbConfig) -> dict:
             "give the real cells once: as shards=FOLDER, or as real=FILE.h5ad whose obs has a split column"
         )
     if config.shards:
-        real = cells_of_shards(config.shards, config.condition)
+        real = cells_of_shards(config.shards, config.condition, config.cache_folder, config.cache_gb)
     else:
         real = cells_of_h5ad(config.real, config.condition, config.split, config.layer)
     generated = generated_cells(config.generated, config.condition)

@@ -24,12 +24,16 @@ SPLITS = ("train", "validation", "test")
 # --- shards --------------------------------------------------------------------------------------------------------
 
 
-def cells_of_shards(url: str, condition: str) -> tuple[Cells, Cells, Cells]:
+def cells_of_shards(
+    url: str, condition: str, cache_folder: str = "", cache_gb: float = 0.0
+) -> tuple[Cells, Cells, Cells]:
     """Training, validation and test cells of a shard set, whole in memory; an empty condition gives them no types.
+
+    cache_folder, cache_gb: where the index and, up to so many 1e9 bytes, blocks of a remote set are kept
 
     Raises: InputError for a set, a split or a condition that is not there.
     """
-    shards = ShardSet(url)
+    shards = ShardSet(url, cache_folder=cache_folder, cache_bytes=int(cache_gb * 1e9))
     try:
         names = shards.manifest.conditions.names
         if condition and condition not in names:
@@ -54,7 +58,7 @@ def _split(shards: ShardSet, split: str, condition: str) -> Cells:
         lengths.append(np.diff(block.indptr))
         # views of the buffers that the next block overwrites
         columns.append(block.columns.astype(np.int32))
-        counts.append(block.counts.astype(np.int32))
+        counts.append(block.counts.astype(np.promote_types(block.counts.dtype, np.int32)))
         n_cells = len(block.indptr) - 1
         ids.append(np.zeros(n_cells, np.int64) if which is None else block.conditions[which].astype(np.int64))
     if not ids:

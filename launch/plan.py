@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.loader import LoaderConfig, StreamConfig
-from data_pipeline.read_shards import ShardSet
+from data_pipeline.schema import read_manifest
 from launch.cli import run_verb
 from launch.config import compose
 from launch.train_ldm import TrainLDMConfig
@@ -157,7 +157,7 @@ def with_data(config: PlanConfig) -> PlanConfig:
     sizes = ("n_genes", "n_cells") if isinstance(config, PlanVAEConfig) else ("n_latents", "latent_width", "n_cells")
     known: dict[str, int] = {}
     if config.data.shards and not all(getattr(config, name) for name in sizes):
-        manifest = ShardSet(config.data.shards).manifest
+        manifest = read_manifest(config.data.shards)
         known["n_cells"] = sum(split.n_cells for split in manifest.splits if split.name == "train")
         known["n_genes"] = manifest.genes.n_genes
         if manifest.kind == "latents":

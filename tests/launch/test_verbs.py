@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+from fsspec.implementations.memory import MemoryFileSystem
 
 from launch.cli import main
 from scldm.train.tracking import read_metrics
@@ -153,6 +155,35 @@ def test_a_verb_run_again_resumes_or_replaces(made: Path, capsys: pytest.Capture
     scldm("generate", f"model={made}/model", "n=3", f"out={made}/n.h5ad", "sampler.n_steps=2", "genes=gene7,gene2")
     assert list(ad.read_h5ad(made / "n.h5ad").var_names) == ["gene7", "gene2"]
     assert set(ad.read_h5ad(made / "n.h5ad").obs["type"]) == {"not given"}
+
+
+@pytest.fixture
+def remote(made: Path) -> Iterator[str]:
+    """The shards of `made` in a store that is no local folder."""
+    for path in (made / "shards").rglob("*"):
+        if path.is_file():
+            MemoryFileSystem().pipe_file(f"/bucket/{path.relative_to(made / 'shards')}", path.read_bytes())
+    yield "memory://bucket"
+    MemoryFileSystem.store.clear()
+
+
+def test_a_remote_set_is_planned_trained_on_encoded_and_evaluated(
+    made: Path, remote: str, tmp_path: Path, capsys
+) -> None:
+    plan = ["plan", "vae", f"data.shards={remote}", *VAE, "hardware.gpus_per_node=1", "hardware.engine=deepspeed"]
+    scldm(*plan)  # the manifest says all that it takes
+    assert "epochs of 120 cells" in capsys.readouterr().out
+    cache = f"cache_folder={tmp_path}/cache"
+    scldm("train", "vae", f"data.shards={remote}", f"data.{cache}", f"run_dir={tmp_path}/vae", *VAE, "train.steps=2")
+    encode = ["encode", f"vae={made}/vae", f"shards={remote}", f"out={tmp_path}/latents"]
+    refused(encode, "a remote shard set needs cache_folder", capsys, tmp_path)
+    scldm(*encode, cache)
+    for path in (made / "latents").rglob("*.*"):
+        assert (tmp_path / path.relative_to(made)).read_bytes() == path.read_bytes(), path
+    words = ["evaluate", f"generated={made}/generated.h5ad", f"shards={remote}", f"out={tmp_path}/evaluation"]
+    refused([*words, "condition=type"], "a remote shard set needs cache_folder", capsys, tmp_path)
+    # all cells were read, and are what it says
+    refused([*words, "condition=type", cache], "no cells of 'B cell', which the test split holds", capsys, tmp_path)
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------
