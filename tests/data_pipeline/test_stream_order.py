@@ -1,0 +1,159 @@
+"""The same stream for every world size and micro-batch, and resumed at any step; another one is refused by name."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.gene_sets import GeneSetConfig
+from scldm.errors import InputError
+from tests.data_pipeline.small_sets import known_cells, write_set
+from tests.data_pipeline.streams import by_cell, flat, open_loader
+
+
+@pytest.fixture(scope="module")
+def cells():
+    return known_cells()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, cells):
+    """53 training blocks of 8 cells: more than 8 lanes of 2 hold, so that the order is that of a large set."""
+    return str(write_set(tmp_path_factory.mktemp("shards") / "set", cells, block_cells=8))
+
+
+@pytest.mark.parametrize("world, micro", [(2, 4), (3, 1), (4, 3), (8, 4), (24, 1), (64, 3)])
+@pytest.mark.parametrize("policy", ["random", "weighted"])
+def test_every_world_size_gives_every_cell_the_same_position_and_gene_sets(folder, world, micro, policy):
+    """With a set for each cell: a position must draw alike in a micro-batch of any size."""
+    changes = {
+        "given": GeneSetConfig(policy, 20),
+        "asked": GeneSetConfig("expressed_plus_zeros", 150),
+        "global_batch": 192,
+        "prefetch": 0,
+    }
+    with open_loader(folder, micro=192, **changes) as whole:
+        loaders = [open_loader(folder, rank=r, world=world, micro=micro, **changes) for r in range(world)]
+        for _ in range(whole.steps_per_epoch + 1):
+            got = [b for loader in loaders for b in next(loader)]
+            assert {len(b) for b in got} == {micro}
+            assert by_cell(got) == by_cell(next(whole))
+        for loader in loaders:
+            loader.close()
+
+
+def test_a_shared_gene_set_is_its_groups_whatever_the_micro_batch(folder):
+    given_set = GeneSetConfig("random", 20, gene_set_group=12)
+    with open_loader(folder, micro=12, given=given_set) as whole:
+        others = [open_loader(folder, micro=m, given=given_set, rank=r, world=2) for m in (1, 3, 4) for r in (0, 1)]
+        for _ in range(whole.steps_per_epoch + 1):
+            expected = by_cell(next(whole))
+            got = [b for other in others for b in next(other)]
+            assert by_cell(got) == expected * 3
+        for other in others:
+            other.close()
+
+
+def test_the_sides_draw_apart_and_every_epoch_anew_but_a_pass_in_order_never(folder):
+    def sets(batches, side):
+        return [row for b in batches for row in getattr(b, side).gene_ids.tolist()]
+
+    drawn = GeneSetConfig("random", 20)
+    with open_loader(folder, given=drawn, asked=drawn) as loader:
+        epochs = [[b for _ in range(loader.steps_per_epoch) for b in next(loader)] for _ in range(2)]
+        assert not any(a == b for a, b in zip(sets(epochs[0], "given"), sets(epochs[0], "asked")))
+        assert not any(a == b for a, b in zip(sets(epochs[0], "given"), sets(epochs[1], "given")))
+        first = by_cell(b for batches in loader.one_pass() for b in batches)
+        next(loader)
+        assert by_cell(b for batches in loader.one_pass() for b in batches) == first
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    stop=st.integers(0, 14),
+    more=st.integers(1, 6),
+    threads=st.integers(1, 3),
+    prefetch=st.integers(0, 2),
+    ahead=st.integers(0, 9),
+    small=st.booleans(),
+    world=st.sampled_from([1, 2, 3, 8]),
+)
+def test_a_resumed_stream_goes_on_bit_for_bit(folder, stop, more, threads, prefetch, ahead, small, world):
+    lanes = 64 if small else 8  # shuffled by the cell, or by the window
+    with open_loader(folder, lanes=lanes) as loader:
+        for _ in range(stop):
+            next(loader)
+        state = loader.state()
+        expected = [[flat(b) for b in next(loader)] for _ in range(more)]
+    assert all(isinstance(v, int | str) for v in state.values())
+    others = [
+        open_loader(folder, rank=r, world=world, lanes=lanes, read_threads=threads, prefetch=prefetch, read_ahead=ahead)
+        for r in range(world)
+    ]
+    for other in others:
+        other.load_state(state)
+    for step in expected:
+        assert [flat(b) for other in others for b in next(other)] == step
+    for other in others:
+        other.close()
+
+
+def test_another_stream_of_the_same_loader_does_not_disturb_its_place(folder):
+    with open_loader(folder) as loader, open_loader(folder) as undisturbed:
+        for k in range(4):
+            assert [flat(b) for b in next(loader)] == [flat(b) for b in next(undisturbed)]
+            if k == 1:
+                assert sum(len(b) for batches in loader.one_pass() for b in batches) == 480
+            if k == 2:
+                next(loader.one_pass())  # left in the middle
+
+
+@pytest.mark.parametrize(
+    "name, changes, batch",
+    [
+        ("seed", {"seed": 2}, 96),
+        ("lanes", {"lanes": 4}, 96),
+        ("global_batch", {}, 48),
+        ("given", {"given": GeneSetConfig("random", 51, 4)}, 96),
+        ("select", {"select": {"type": ["a"]}}, 96),
+        ("balance", {"balance": ["type"]}, 96),
+    ],
+)
+def test_a_state_of_another_stream_is_refused_by_name(folder, name, changes, batch):
+    with open_loader(folder) as loader:
+        state = loader.state()
+    with open_loader(folder, global_batch=batch, **changes) as other, pytest.raises(InputError, match=f"{name} is"):
+        other.load_state(state)
+
+
+def test_a_balanced_and_selected_stream_is_resumed_however_its_conditions_are_ordered(folder):
+    donors = [f"d{k}" for k in range(250)]
+    one = {"balance": ["type", "donor"], "select": {"type": ["a", "b"], "donor": donors}}
+    other = {"balance": ["donor", "type"], "select": {"donor": donors[::-1], "type": ["b", "a"]}}
+    with open_loader(folder, global_batch=24, **one) as loader:
+        n = loader.steps_per_epoch
+        for _ in range(n - 2):
+            next(loader)
+        state = loader.state()
+        expected = [[flat(b) for b in next(loader)] for _ in range(n)]  # on into the next epoch
+    with open_loader(folder, global_batch=24, **other) as loader:
+        loader.load_state(state)
+        assert [[flat(b) for b in next(loader)] for _ in range(n)] == expected
+
+
+def test_a_state_of_another_data_set_is_refused(folder, tmp_path):
+    with open_loader(folder) as loader:
+        state = loader.state()
+    other = str(write_set(tmp_path / "other", known_cells(seed=1)))
+    with open_loader(other) as loader, pytest.raises(InputError, match="data is"):
+        loader.load_state(state)
+
+
+@pytest.mark.parametrize("name", ["step", "seed", "balance", "given"])
+def test_a_state_of_other_keys_is_refused_by_their_names(folder, name):
+    with open_loader(folder) as loader:
+        state = loader.state()
+        value = state.pop(name)
+        with pytest.raises(InputError, match=f"resumed: the checkpoint's state lacks {name}"):
+            loader.load_state(state)
+        with pytest.raises(InputError, match="resumed: the checkpoint's state has colour, which is unknown"):
+            loader.load_state({**state, name: value, "colour": 1})
