@@ -19,7 +19,6 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, Protocol, TypeVar
 
@@ -89,7 +88,7 @@ class ShardSet:
         self.blocks = np.array(self._load(schema.BLOCK_INDEX_PATH))  # in memory: it is looked up for every cell
         self._check_index()
         if not self.local and cache_bytes:
-            self.cache = _BlockCache(self.cache_root / "blocks.bin", self.blocks["length"], cache_bytes)
+            self.cache = _BlockCache(self.files, self.cache_root / "blocks.bin", self.blocks["length"], cache_bytes)
 
     def _check_index(self) -> None:
         """The block index fits the manifest, and every shard is there by name; sizes are checked when one is opened."""
@@ -146,8 +145,10 @@ class ShardSet:
         data = np.empty(int(record["length"]), np.uint8) if into is None else into
         assert len(data) == record["length"]
         try:
-            with self.files.open(f"{self.root}/{shard.path}", shard.bytes) as fd:
-                n_read = os.preadv(fd, [data.data], int(record["offset"]))
+            with self.files.open(f"{self.root}/{shard.path}", expected_bytes=shard.bytes) as fd:
+                n_read = _read_into(data.data, fd, int(record["offset"]))
+        except FileNotFoundError:
+            raise InputError(f"{self.root}/{shard.path}: the shard is missing") from None
         except OSError as error:
             raise InputError(f"{self.where(block)}: can't be read: {error.strerror}") from None
         if n_read != len(data) or crc32(data.data) != record["crc32"]:
@@ -157,12 +158,10 @@ class ShardSet:
         return data
 
     def close(self) -> None:
-        """Releases every file; a read that waits to try again gives up."""
+        """Releases every file, one that is being read as soon as it is; a read that waits to try again gives up."""
         self.closing.set()
         self.columns.clear()
         self.files.close()
-        if self.cache:
-            self.cache.close()
 
     # --- within
 
@@ -274,44 +273,54 @@ def manifest_hash(manifest: Manifest) -> str:
 # --- open files ----------------------------------------------------------------------------------------------------
 
 
+def _read_into(into: memoryview, fd: int, offset: int) -> int:
+    """Bytes read, fewer only at the file's end: a network or FUSE file system may answer with less than was asked."""
+    n_read = 0
+    while n_read < len(into) and (n := os.preadv(fd, [into[n_read:]], offset + n_read)):
+        n_read += n
+    return n_read
+
+
 class _OpenFiles:
-    """Files kept open between reads, at most `limit` of them (and those being read)."""
+    """Files kept open between uses, at most `limit` of them (and those in use).
+
+    Owns every descriptor of a set: nothing else closes one, and none is closed while it is used. Once closed, it keeps
+    no file open beyond its use.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.lock = threading.Lock()
-        self.held: OrderedDict[str, list[int]] = OrderedDict()  # path -> [file descriptor, readers]
+        self.held: OrderedDict[str, list[int]] = OrderedDict()  # path -> [file descriptor, users]
 
-    def open(self, path: str, expected_bytes: int) -> _Reading:
-        return _Reading(self, path, expected_bytes)
+    def open(self, path: str, flags: int = os.O_RDONLY, *, expected_bytes: int | None = None) -> _Use:
+        return _Use(self, path, flags, expected_bytes)
 
     def close(self) -> None:
         with self.lock:
+            self.limit = 0
             self._shrink(0)
 
     def _shrink(self, limit: int) -> None:
-        for path in [p for p, (_, readers) in self.held.items() if not readers]:
+        for path in [p for p, (_, users) in self.held.items() if not users]:
             if len(self.held) <= limit:
                 break
             os.close(self.held.pop(path)[0])
 
 
-class _Reading:
-    """`with files.open(path, bytes) as fd`: the file stays open at least as long."""
+class _Use:
+    """`with files.open(path) as fd`: the file stays open at least as long."""
 
-    def __init__(self, files: _OpenFiles, path: str, expected_bytes: int) -> None:
-        self.files, self.path, self.expected_bytes = files, path, expected_bytes
+    def __init__(self, files: _OpenFiles, path: str, flags: int, expected_bytes: int | None) -> None:
+        self.files, self.path, self.flags, self.expected_bytes = files, path, flags, expected_bytes
 
     def __enter__(self) -> int:
         with self.files.lock:
             entry = self.files.held.get(self.path)
             if entry is None:
-                try:
-                    fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-                except FileNotFoundError:
-                    raise InputError(f"{self.path}: the shard is missing") from None
+                fd = os.open(self.path, self.flags | os.O_CLOEXEC, 0o644)
                 size = os.fstat(fd).st_size
-                if size != self.expected_bytes:
+                if self.expected_bytes not in (None, size):
                     os.close(fd)
                     raise InputError(
                         f"{self.path}: {size} bytes, the manifest says {self.expected_bytes}: cut short or changed"
@@ -323,8 +332,11 @@ class _Reading:
             return entry[0]
 
     def __exit__(self, *_: object) -> None:
-        with self.files.lock:
-            self.files.held[self.path][1] -= 1
+        files = self.files
+        with files.lock:
+            files.held[self.path][1] -= 1
+            if len(files.held) > files.limit:
+                files._shrink(files.limit)
 
 
 # --- the cache of a remote set -------------------------------------------------------------------------------------
@@ -333,26 +345,28 @@ class _Reading:
 class _BlockCache:
     """The first blocks of a set that fit the limit, each at its own place in one sparse file; readers check the CRC."""
 
-    def __init__(self, path: Path, lengths: np.ndarray, limit: int) -> None:
+    def __init__(self, files: _OpenFiles, path: Path, lengths: np.ndarray, limit: int) -> None:
         self.end = np.cumsum(lengths, dtype=np.int64)
         self.start = self.end - lengths.astype(np.int64)
-        self.limit, self.path = limit, path
-        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self.files, self.path, self.limit, self.full = files, path, limit, False
+        with self._file():
+            pass  # a folder that can't be written is named now
+
+    def _file(self) -> _Use:
+        return self.files.open(str(self.path), os.O_RDWR | os.O_CREAT)
 
     def get(self, block: int) -> bytes | None:
         if self.end[block] > self.limit:
             return None
-        return os.pread(self.fd, int(self.end[block] - self.start[block]), int(self.start[block]))
+        with self._file() as fd:
+            return os.pread(fd, int(self.end[block] - self.start[block]), int(self.start[block]))
 
     def put(self, block: int, data: bytes) -> None:
-        if self.end[block] > self.limit:
+        if self.full or self.end[block] > self.limit:
             return
         try:
-            os.pwrite(self.fd, data, int(self.start[block]))
+            with self._file() as fd:
+                os.pwrite(fd, data, int(self.start[block]))
         except OSError as error:  # a full disk costs speed, not the run
-            self.limit = 0
+            self.full = True
             print(f"{self.path}: {error.strerror}; nothing more is cached", file=sys.stderr)
-
-    def close(self) -> None:
-        with suppress(OSError):
-            os.close(self.fd)

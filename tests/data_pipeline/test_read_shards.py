@@ -1,8 +1,10 @@
 """Remote sets: a bounded cache that processes share, reads that fail, and what is refused at the door."""
 
+import errno
 import json
 import os
 import shutil
+import threading
 import time
 
 import fsspec
@@ -166,6 +168,69 @@ def test_closing_does_not_wait_for_a_read_that_keeps_failing(remote, tmp_path, m
     assert time.monotonic() - start < 5
     assert running.thread is not None
     assert not running.thread.is_alive()
+
+
+def test_closing_while_a_block_is_fetched_touches_no_file_that_others_open(remote, tmp_path, monkeypatch):
+    """The block is kept in the cache when it is there, though the loader closed meanwhile and another thread's file has
+    got the number that the cache's had."""
+    url, _ = remote
+    started, go, cat_file = threading.Event(), threading.Event(), Flaky.cat_file
+
+    def slow(self, path, start=None, end=None, **kwargs):
+        if str(path).endswith(".tar"):
+            started.set()
+            assert go.wait(20)
+        return cat_file(self, path, start, end, **kwargs)
+
+    monkeypatch.setattr(Flaky, "cat_file", slow)
+    loader = CellLoader(
+        LoaderConfig(url, lanes=4, cache_folder=str(tmp_path / "cache")), global_batch=60, micro_batch=60
+    )
+    before = descriptors()
+    loader.feed.start(loader.feed.plans_from(0), 1)
+    assert started.wait(10)
+    closing = threading.Thread(target=loader.close)
+    closing.start()
+    while not (closed := before - descriptors()):
+        time.sleep(0.001)
+    (number,) = map(int, closed)
+    with open(tmp_path / "checkpoint", "w+b") as other:
+        other.write(b"whole")
+        other.flush()
+        os.dup2(other.fileno(), number)
+        go.set()
+        closing.join()
+        loader.cells.close()  # by its owner too
+        assert os.fstat(number).st_size == 5
+        os.close(number)
+    again = ShardSet(url, cache_folder=str(tmp_path / "cache"), cache_bytes=10**9)
+    for block in range(17):
+        again.fetch(block)
+    assert len(Flaky.reads) == len(set(Flaky.reads)) == 17
+    again.close()
+
+
+def descriptors():
+    return set(os.listdir("/proc/self/fd"))
+
+
+def test_a_full_disk_ends_writing_to_the_cache_not_reading_from_it(remote, tmp_path, monkeypatch, capsys):
+    url, folder = remote
+    shards = ShardSet(url, cache_folder=str(tmp_path / "cache"), cache_bytes=10**9)
+    for block in range(10):
+        shards.fetch(block)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    local, n_reads = ShardSet(folder), len(Flaky.reads)
+    for block in (11, *range(10), 11):
+        np.testing.assert_array_equal(shards.fetch(block), local.fetch(block))
+    assert len(Flaky.reads) == n_reads + 2  # both of the block that found no room
+    assert capsys.readouterr().err.count("No space left on device; nothing more is cached") == 1
+    local.close()
+    shards.close()
 
 
 def test_the_index_of_a_remote_set_is_cached_whole_or_not_at_all(remote, tmp_path):

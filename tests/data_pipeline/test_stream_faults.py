@@ -84,6 +84,19 @@ def test_a_local_read_that_fails_names_the_block(folder, monkeypatch):
     shards.close()
 
 
+def test_a_file_system_that_answers_in_pieces_is_read_to_the_end(folder, monkeypatch):
+    """As network and FUSE file systems may; a file that ends too early is damage all the same."""
+    shards, preadv = ShardSet(folder), os.preadv
+    whole = shards.fetch(4).tobytes()
+    monkeypatch.setattr(os, "preadv", lambda fd, into, offset: preadv(fd, [into[0][:100]], offset))
+    assert len(whole) > 200
+    assert shards.fetch(4).tobytes() == whole
+    monkeypatch.setattr(os, "preadv", lambda fd, into, offset: 0)
+    with pytest.raises(InputError, match="block 4: its CRC-32 is not"):
+        shards.fetch(4)
+    shards.close()
+
+
 def test_missing_and_truncated_shards_are_named(tmp_path, cells):
     folder = write_set(tmp_path / "set", cells, block_cells=8)
     shard = folder / "shards" / "train-000004.tar"
