@@ -3,7 +3,7 @@
 Knows neither shard sets nor torch: a Feed is given what fetches a block and what collates cells.
 
 Reading order: Plan, Slots and Collator (what a feed works with), Feed, _Blocks (which block is in which slot), its
-kernels, Running.
+kernels, Running, from_outside (how threads are ended).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -24,6 +24,7 @@ from data_pipeline.read_shards import BlockSource
 from scldm.errors import InputError
 
 CHUNK = 64  # steps that are planned at once
+READER, LOADER = "scldm-read", "scldm-loader"  # what the names of a stream's threads begin with
 
 Batch = TypeVar("Batch", covariant=True)
 Item = TypeVar("Item")
@@ -114,7 +115,7 @@ class Feed(Generic[Batch]):
         if self.running:
             self.running.stop()  # the slots serve one stream at a time
         if self.blocks is None:
-            self.pool = ThreadPoolExecutor(self.read_threads, "scldm-read")
+            self.pool = ThreadPoolExecutor(self.read_threads, READER)
             self.blocks = _Blocks(self.cells, self.collate.make_slots(self.cells, self.n_slots), self.pool)
         running = self.running = Running(self._batches(plans, self.blocks), prefetch)
         return running
@@ -174,8 +175,13 @@ class _Blocks:
             if self.block[slot] >= 0:
                 self._drop(int(self.block[slot]))
             self.block[slot], self.slot[b], self.needed[slot] = b, slot, self.now
-            self.loading[b] = self.pool.submit(read_block, self.cells, self.slots, b, slot)
+            self._begin(b)
         return self.now
+
+    def _begin(self, block: int) -> Future[None]:
+        reading = self.pool.submit(read_block, self.cells, self.slots, block, int(self.slot[block]))
+        self.loading[block] = reading
+        return reading
 
     def slots_of(self, block: np.ndarray) -> np.ndarray:
         """The slots (B,) that hold these blocks, all read.
@@ -186,7 +192,9 @@ class _Blocks:
         if not _find(block, self.slot, self.read, slots):
             self.want(block)  # again, where another batch's fault dropped one
             for b in dict.fromkeys(block[~self.read[self.slot[block]]].tolist()):
-                error = self.loading.pop(b).exception()
+                reading = self.loading.get(b) or self._begin(b)  # an interrupt may come between a slot and its read
+                error = reading.exception()
+                self.loading.pop(b, None)  # only now: an interrupt ends the wait, not the read
                 if error:
                     self._drop(b)
                     raise error
@@ -196,9 +204,10 @@ class _Blocks:
         return slots
 
     def _drop(self, block: int) -> None:
-        reading = self.loading.pop(block, None)
+        reading = self.loading.get(block)
         if reading:  # it was wanted and never used; its slot is free only when the read is over
             reading.exception()
+            self.loading.pop(block)
         slot = self.slot[block]
         self.slot[block], self.block[slot], self.needed[slot], self.read[slot] = -1, -1, -1, False
 
@@ -255,7 +264,7 @@ class Running(Generic[Item]):
         self.queue: queue.Queue[Any] = queue.Queue(prefetch)
         self.stopped = threading.Event()
         self.thread = threading.Thread(
-            target=_run_ahead, args=(batches, self.queue, self.stopped), name="scldm-loader", daemon=True
+            target=_run_ahead, args=(batches, self.queue, self.stopped), name=LOADER, daemon=True
         )
         self.thread.start()
 
@@ -274,15 +283,17 @@ class Running(Generic[Item]):
 
     def stop(self) -> None:
         self.ended = True
-        if self.thread is None:
-            return
+        if self.thread is not None:
+            from_outside(self._join, self.thread)
+
+    def _join(self, thread: threading.Thread) -> None:
         self.stopped.set()
-        while self.thread.is_alive():
+        while thread.is_alive():
             try:  # a thread that waits to put a batch gets room, sees `stopped` and ends
                 self.queue.get(timeout=0.05)
             except queue.Empty:
                 continue
-        self.thread.join()
+        thread.join()
 
 
 def _run_ahead(batches: Iterable[Any], out: queue.Queue[Any], stopped: threading.Event) -> None:
@@ -294,3 +305,15 @@ def _run_ahead(batches: Iterable[Any], out: queue.Queue[Any], stopped: threading
         out.put(StopIteration())
     except BaseException as error:  # to be raised where it is asked for
         out.put(error)
+
+
+def from_outside(end: Callable[..., None], *of: Any) -> None:
+    """Calls what waits for the threads of a stream; in such a thread, from a new one.
+
+    The garbage collector runs in whatever thread it is due in, and there ends a stream that nobody holds any more. A
+    thread of the stream would wait for itself, and a lock that it holds just then would never be given up.
+    """
+    if threading.current_thread().name.startswith((READER, LOADER)):
+        threading.Thread(target=end, args=of, name="scldm-end", daemon=True).start()
+    else:
+        end(*of)

@@ -20,7 +20,7 @@ from typing import Any, Generic, Literal, TypeVar
 import numpy as np
 
 from data_pipeline.collate import CellCollator, LatentCollator
-from data_pipeline.feed import Collator, Feed, Plan, Running, read_block
+from data_pipeline.feed import Collator, Feed, Plan, Running, from_outside, read_block
 from data_pipeline.gene_sets import GeneSetConfig, GeneSets
 from data_pipeline.order import (
     DRAW_ASKED,
@@ -151,7 +151,7 @@ class _Loader(ABC, Generic[Batch]):
             raise
         self.step = 0
         self._running: Running | None = None
-        self._finalizer = weakref.finalize(self, _release, self.feed, self.cells)
+        self._finalizer = weakref.finalize(self, from_outside, _release, self.feed, self.cells)
 
     @abstractmethod
     def _collator(self, micro_batch: int, loud: bool) -> Collator[Batch]: ...
@@ -386,6 +386,5 @@ def _numbered(group: np.ndarray, n: int) -> tuple[np.ndarray, int]:
 
 
 def _release(feed: Feed, cells: BlockSource) -> None:
-    cells.close()  # so that a read that waits to try again gives up
+    cells.close()  # first, so that a read that waits to try again gives up; what is being read stays open until it is
     feed.close()
-    cells.close()  # what a read under way opened again

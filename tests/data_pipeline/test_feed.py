@@ -1,11 +1,13 @@
 """Blocks are read ahead into no more memory than the steps need, and none more often than without."""
 
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import pytest
 
 from data_pipeline.gene_sets import GeneSetConfig
 from data_pipeline.read_shards import ShardSet
 from tests.data_pipeline.small_sets import known_cells, write_set
-from tests.data_pipeline.streams import open_loader
+from tests.data_pipeline.streams import flat, open_loader
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +42,31 @@ def test_reading_ahead_reads_no_block_more_often(thin, monkeypatch, changes):
             slots = loader.feed.n_slots
         n_fetches[read_ahead] = len(fetches)
     assert n_fetches[8] <= n_fetches[0] + slots, n_fetches
+
+
+@pytest.mark.parametrize("place, method", [(Future, "exception"), (ThreadPoolExecutor, "submit")])
+@pytest.mark.parametrize("nth, late", [(1, False), (5, False), (3, True)])
+def test_an_interrupt_while_a_block_is_waited_for_leaves_the_stream_whole(thin, monkeypatch, place, method, nth, late):
+    changes = {"given": GeneSetConfig("random", 8, gene_set_group=32), "prefetch": 0, "global_batch": 32, "micro": 32}
+    with open_loader(thin, **changes) as undisturbed, open_loader(thin, **changes) as loader:
+        for _ in range(3):
+            assert [flat(b) for b in next(loader)] == [flat(b) for b in next(undisturbed)]
+        expected = [[flat(b) for b in next(undisturbed)] for _ in range(40)]
+        whole, calls = getattr(place, method), []
+
+        def interrupted(self, *rest):
+            calls.append(rest)
+            done = whole(self, *rest) if late or len(calls) != nth else None
+            if len(calls) == nth:
+                raise KeyboardInterrupt
+            return done
+
+        monkeypatch.setattr(place, method, interrupted)
+        got, n_interrupts = [], 0
+        while len(got) < 40:
+            try:
+                got.append([flat(b) for b in next(loader)])
+            except KeyboardInterrupt:
+                n_interrupts += 1
+        assert n_interrupts == 1
+        assert got == expected

@@ -2,7 +2,10 @@
 
 import gc
 import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -75,6 +78,74 @@ def test_a_read_under_way_at_the_end_leaves_no_file_open(folder, monkeypatch):
     loader.close()
     timer.join()
     assert not threads()
+    assert open_files() == before
+
+
+COLLECTED = """
+import gc, sys, threading
+from data_pipeline.collate import CellCollator
+from data_pipeline.read_shards import ShardSet
+from tests.data_pipeline.streams import open_loader
+
+folder, thread, stream = sys.argv[1:]
+place, method = {"scldm-read": (ShardSet, "fetch"), "scldm-loader": (CellCollator, "__call__")}[thread]
+undisturbed, abandoned, collected = getattr(place, method), threading.Event(), threading.Event()
+
+def collects(self, *rest):
+    if abandoned.wait(0.02) and not collected.is_set():
+        assert threading.current_thread().name.startswith(thread)
+        assert gc.collect()
+        collected.set()
+    return undisturbed(self, *rest)
+
+def consumer():
+    loader = open_loader(folder, read_ahead=1, read_threads=1)
+    batches = loader.one_pass() if stream == "one_pass" else loader
+    try:
+        next(batches)
+        raise KeyError
+    except KeyError as error:
+        kept = error  # frame -> exception -> traceback -> frame: only the collector finds the loader
+
+gc.collect()
+gc.disable()
+setattr(place, method, collects)
+consumer()
+abandoned.set()
+assert collected.wait(20), "the collector waits for the thread that it runs in"
+for left in threading.enumerate():
+    if left.name.startswith("scldm"):
+        left.join(20)
+print(sorted(t.name for t in threading.enumerate()))
+"""
+
+
+@pytest.mark.parametrize(
+    "thread, stream", [("scldm-read", "next"), ("scldm-loader", "next"), ("scldm-loader", "one_pass")]
+)
+def test_a_loader_that_is_collected_in_a_thread_of_its_own_ends(folder, thread, stream):
+    done = subprocess.run(
+        [sys.executable, "-c", COLLECTED, folder, thread, stream],
+        capture_output=True, text=True, timeout=60, check=False, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "['MainThread']\n", "")
+
+
+def test_a_set_that_is_closed_while_it_is_read_closes_the_file_once_and_after(folder, monkeypatch):
+    """By its loader and by its owner; the number of a file that is closed goes to the next one opened, by anybody."""
+    before, preadv, others = open_files(), os.preadv, []
+    shards = ShardSet(folder)
+
+    def closed_meanwhile(fd, buffers, offset):
+        shards.close()
+        others.append(os.open(folder, os.O_RDONLY))
+        shards.close()
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", closed_meanwhile)
+    assert len(shards.fetch(3)) == shards.blocks["length"][3]
+    for fd in others:
+        os.close(fd)  # would fail if it were closed already
     assert open_files() == before
 
 
