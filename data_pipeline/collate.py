@@ -13,17 +13,23 @@ from data_pipeline.gather_kernels import take_cells
 from data_pipeline.gene_sets import GeneSets
 from data_pipeline.read_shards import BlockSource
 from data_pipeline.write_latents import LatentSlots
-from scldm.batch import CellBatch, CompactCellBatch, CompactCounts, GeneCounts, LatentBatch, pinned
+from scldm.batch import CellBatch, CompactCellBatch, CompactCounts, GeneCounts, LatentBatch, narrow_ids, pinned
 
 
 class CellCollator:
-    """Cells in slots -> one micro-batch."""
+    """Cells in slots -> one micro-batch.
+
+    asked: None where the decoder is asked for what the encoder is given
+    compact: a CompactCellBatch, not a CellBatch
+    pin: in pinned memory
+    """
 
     slots: CellSlots
 
-    def __init__(self, names: tuple[str, ...], given: GeneSets | None, asked: GeneSets | None, form: str) -> None:
-        assert given is not None
-        self.names, self.given, self.asked, self.form = names, given, asked, form
+    def __init__(
+        self, names: tuple[str, ...], given: GeneSets, asked: GeneSets | None, *, compact: bool, pin: bool
+    ) -> None:
+        self.names, self.given, self.asked, self.compact, self.pin = names, given, asked, compact, pin
 
     def make_slots(self, cells: BlockSource, n_slots: int) -> CellSlots:
         self.slots = CellSlots(cells.manifest, n_slots)
@@ -33,14 +39,16 @@ class CellCollator:
         self, slots: np.ndarray, rows: np.ndarray, plan: Plan, positions: np.ndarray, weight: np.ndarray
     ) -> CellBatch | CompactCellBatch:
         rest = _rest(self.slots, self.names, slots, rows, plan, positions, weight)
-        if self.form == "compact":
-            return self._compact(slots, rows, plan, positions, rest)
+        if self.compact:
+            batch = self._compact(slots, rows, plan, positions, rest)
+            return pinned(batch) if self.pin else batch
         given, totals = self._dense(self.given, slots, rows, plan, positions)
         asked = given
         if self.asked is not None:
             asked, totals = self._dense(self.asked, slots, rows, plan, positions)
         library_size = torch.from_numpy(totals.astype(np.float32))
-        return CellBatch(given=given, asked=asked, library_size_B=library_size, **rest)
+        batch = CellBatch(given=given, asked=asked, library_size_B=library_size, **rest)
+        return pinned(batch) if self.pin else batch
 
     def _dense(
         self, sets: GeneSets, slots: np.ndarray, rows: np.ndarray, plan: Plan, positions: np.ndarray
@@ -71,16 +79,16 @@ class CellCollator:
             ids = self.slots.take_of_the_cell(slots, rows, sets, words)[0]
         else:
             ids = sets.ids(plan.epoch, plan.step, positions)
-        return pinned(torch.from_numpy(ids.astype(np.int32)))
+        return narrow_ids(ids.astype(self.slots.id_dtype))
 
 
 class LatentCollator:
-    """Latents in slots -> one micro-batch."""
+    """Latents in slots -> one micro-batch; pin: in pinned memory."""
 
     slots: LatentSlots
 
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self.names = names
+    def __init__(self, names: tuple[str, ...], *, pin: bool) -> None:
+        self.names, self.pin = names, pin
 
     def make_slots(self, cells: BlockSource, n_slots: int) -> LatentSlots:
         self.slots = LatentSlots(cells.manifest, n_slots)
@@ -90,7 +98,8 @@ class LatentCollator:
         self, slots: np.ndarray, rows: np.ndarray, plan: Plan, positions: np.ndarray, weight: np.ndarray
     ) -> LatentBatch:
         rest = _rest(self.slots, self.names, slots, rows, plan, positions, weight)
-        return LatentBatch(latent_BLZ=torch.from_numpy(self.slots.latent[slots, rows]), **rest)
+        batch = LatentBatch(latent_BLZ=torch.from_numpy(self.slots.latent[slots, rows]), **rest)
+        return pinned(batch) if self.pin else batch
 
 
 def _rest(

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
+import torch
 
 from data_pipeline.collate import CellCollator, LatentCollator
 from data_pipeline.feed import Collator, Feed, Plan, Running, from_outside, read_block
@@ -80,12 +81,13 @@ class LoaderConfig(StreamConfig):
 
     given: gene set of the encoder
     asked: gene set of the decoder and the likelihood
-    form: dense, or compact: CSR that is gathered on the device by `to(device)`, less to compute and to send
+    form: compact is CSR that is gathered on the device by `to(device)`, less to compute and to send; dense is gathered
+        here; auto is compact for batches that go to a GPU, dense for a CPU
     """
 
     given: GeneSetConfig = field(default_factory=GeneSetConfig)
     asked: GeneSetConfig = field(default_factory=lambda: GeneSetConfig(policy="same"))
-    form: Literal["dense", "compact"] = "dense"
+    form: Literal["auto", "dense", "compact"] = "auto"
 
 
 # the help of a verb finds every key's line in the docstring of its class
@@ -108,13 +110,15 @@ class _Loader(ABC, Generic[Batch]):
         world_size: int = 1,
         global_batch: int,
         micro_batch: int,
+        device: torch.device | str = "cpu",
         cells: BlockSource | None = None,
     ) -> None:
-        """cells: read these instead of opening config.shards.
+        """device: where the batches will go; those for a GPU lie in pinned memory
+        cells: read these instead of opening config.shards.
 
         Raises: InputError for what this set, batch or world size can't serve.
         """
-        self.config, self.split, self.global_batch = config, split, global_batch
+        self.config, self.split, self.global_batch, self.device = config, split, global_batch, torch.device(device)
         low, high = rank_slice(rank, world_size, global_batch, micro_batch)
         self.cells = cells or ShardSet(
             config.shards, cache_folder=config.cache_folder, cache_bytes=int(config.cache_gb * 1e9)
@@ -272,7 +276,8 @@ class CellLoader(_Loader[CellBatch | CompactCellBatch]):
                     loud=loud,
                 )
             )
-        return CellCollator(self.manifest.conditions.names, sides[0], sides[1], config.form)
+        given, asked = sides
+        return CellCollator(self.manifest.conditions.names, given, asked, **_how(self.device, config.form))
 
 
 class LatentLoader(_Loader[LatentBatch]):
@@ -281,7 +286,7 @@ class LatentLoader(_Loader[LatentBatch]):
     kind = "latents"
 
     def _collator(self, micro_batch: int, loud: bool) -> Collator[LatentBatch]:
-        return LatentCollator(self.manifest.conditions.names)
+        return LatentCollator(self.manifest.conditions.names, pin=_how(self.device)["pin"])
 
     @property
     def latent_shape(self) -> tuple[int, int]:
@@ -291,11 +296,18 @@ class LatentLoader(_Loader[LatentBatch]):
 
 
 def shard_batches(
-    cells: BlockSource, shard: int, *, micro_batch: int, given: GeneSetConfig | None = None, prefetch: int = 2
-) -> Iterator[CellBatch]:
+    cells: BlockSource,
+    shard: int,
+    *,
+    micro_batch: int,
+    given: GeneSetConfig | None = None,
+    device: torch.device | str = "cpu",
+    prefetch: int = 2,
+) -> Iterator[CellBatch | CompactCellBatch]:
     """Every cell of one shard in set order and none twice, for encoding; a block's last micro-batch may be shorter.
 
     given: gene set; `all` if None, else `all` or `expressed`
+    device: where the batches will go; those for a GPU are compact, in pinned memory
     """
     manifest = cells.manifest
     entry, config = manifest.shards[shard], given or GeneSetConfig()
@@ -312,7 +324,7 @@ def shard_batches(
         micro_batch=micro_batch,
         loud=True,
     )
-    collate = CellCollator(manifest.conditions.names, sets, None, "dense")
+    collate = CellCollator(manifest.conditions.names, sets, None, **_how(torch.device(device)))
     slots = collate.make_slots(cells, 1)
 
     def batches() -> Iterator[Any]:
@@ -329,6 +341,11 @@ def shard_batches(
         yield from running
     finally:
         running.stop()
+
+
+def _how(device: torch.device, form: str = "auto") -> dict[str, bool]:
+    """How batches for a device are made."""
+    return {"compact": device.type != "cpu" if form == "auto" else form == "compact", "pin": device.type == "cuda"}
 
 
 def chosen_units(cells: BlockSource, split: str, select: dict[str, list[str]]) -> Units:

@@ -140,8 +140,8 @@ def latents(
     bar: Progress,
 ) -> Iterator[np.ndarray]:
     """Posterior means of a shard's cells in stored order, (B, L, Z) a piece."""
-    for batch in shard_batches(cells, shard, micro_batch=config.batch, given=config.genes):
-        batch = batch.to(world.device)
+    for made in shard_batches(cells, shard, micro_batch=config.batch, given=config.genes, device=world.device):
+        batch = made.to(world.device)
         yield encode(batch.given).mean_BLZ.float().cpu().numpy()
         bar.advance(len(batch))
 

@@ -154,6 +154,7 @@ def place(config: TrainLDMConfig, world: World) -> dict[str, Any]:
         "world_size": world.size,
         "global_batch": config.train.global_batch,
         "micro_batch": config.hardware.micro_batch,
+        "device": world.device,
     }
 
 
@@ -166,7 +167,7 @@ def latents(config: TrainLDMConfig, world: World) -> Source:
 
     def alone(batch: int) -> LatentLoader:
         every = replace(config.data, balance=[])
-        return LatentLoader(every, split="train", global_batch=batch, micro_batch=batch)
+        return LatentLoader(every, split="train", global_batch=batch, micro_batch=batch, device=world.device)
 
     return Source(loader, validation, loader.manifest, torch.tensor(extra["mean"]), torch.tensor(extra["std"]), alone)
 
@@ -187,7 +188,7 @@ def cells(config: TrainLDMConfig, world: World) -> Source:
 
     def alone(size: int) -> CellLoader:
         size = min(size, batch)
-        return CellLoader(whole, split="train", global_batch=size, micro_batch=size)
+        return CellLoader(whole, split="train", global_batch=size, micro_batch=size, device=world.device)
 
     mean_LZ, std_LZ = moments(vae, alone(batch), world)
     shape = [vae.config.n_latents, vae.config.latent_width]

@@ -64,6 +64,7 @@ def set_up(config: TrainVAEConfig, world: World) -> Parts:
         "world_size": world.size,
         "global_batch": config.train.global_batch,
         "micro_batch": config.hardware.micro_batch,
+        "device": world.device,
     }
     loader = CellLoader(config.data, split="train", **place)
     check_has_validation(loader.manifest, config.data.shards)

@@ -4,13 +4,14 @@ The legend of shape letters, used everywhere: B cells, G genes of the vocabulary
 asked of the decoder, L latent tokens, Z latent width, D model width, N heads, H head width, C conditions; X is the
 expressed genes of all cells of a batch, one cell after the other.
 
-Reading order: GeneCounts, CellBatch, its compact form (CompactCounts, CompactCellBatch), LatentBatch.
+Reading order: GeneCounts, CellBatch, its compact form (CompactCounts, CompactCellBatch), LatentBatch, moving batches.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ class GeneCounts:
         return self.gene_ids != 0
 
     def to(self, device: torch.device | str) -> GeneCounts:
-        return GeneCounts(self.gene_ids.to(device, non_blocking=True), self.counts_BS.to(device, non_blocking=True))
+        return _to(self, device)
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class CompactCounts:
     """All counts of some cells in CSR as narrow as they come: 3 bytes an expressed gene up to 65,535 genes.
 
     start: (B + 1,) int32, where each cell's genes begin
-    gene_ids_X: vocabulary indices; int16 that is to be read as unsigned, or int32 for larger vocabularies
+    gene_ids_X: vocabulary indices, as `narrow_ids` gives them
     counts_X: uint8, 0 where the count is over 255
     large_at: int32, where those stand in `counts_X`
     large: what they are; int32, or int64 where a count of the whole set needs it, be it in this batch or not
@@ -99,11 +100,9 @@ class CompactCounts:
         large: np.ndarray,
         table_size: int,
     ) -> CompactCounts:
-        """Takes gene ids as uint16 or int32. Where there is a GPU the tensors lie in pinned memory, which torch reuses
-        once the copy to the device is done."""
-        narrow = gene_ids.view(np.int16) if gene_ids.dtype == np.uint16 else gene_ids
-        a, b, c, d, e = (pinned(torch.from_numpy(part)) for part in (start, narrow, counts, large_at, large))
-        return cls(a, b, c, d, e, table_size)
+        """Takes gene ids as uint16 or int32."""
+        a, c, d, e = (torch.from_numpy(part) for part in (start, counts, large_at, large))
+        return cls(a, narrow_ids(gene_ids), c, d, e, table_size)
 
     def to(self, device: torch.device | str) -> CompactCounts:
         return _to(self, device)
@@ -114,9 +113,7 @@ class CompactCounts:
         n, device = len(self.start) - 1, self.start.device
         start = self.start.long()
         cell_X = torch.repeat_interleave(torch.arange(n, device=device), start.diff(), output_size=len(self.gene_ids_X))
-        gene_X = self.gene_ids_X.long()
-        if self.gene_ids_X.dtype == torch.int16:
-            gene_X = gene_X & 0xFFFF
+        gene_X = _wide_ids(self.gene_ids_X)
         counts_X = self.counts_X.to(self.large.dtype)
         counts_X[self.large_at.long()] = self.large
         out = torch.zeros((n, self.table_size), dtype=counts_X.dtype, device=device)
@@ -129,7 +126,8 @@ class CompactCellBatch:
     """A CellBatch before its gene sets were gathered: `to(device)` sends this and gathers there, giving the CellBatch.
 
     csr: all counts of the cells
-    given_ids, asked_ids: the gene sets, (S,) or (B, S), any integer dtype; the same tensor where the sets are the same
+    given_ids, asked_ids: the gene sets, (S,) or (B, S), any integer dtype, int16 as `narrow_ids` gives it; the same
+        tensor where the sets are the same
     The other fields are CellBatch's.
     """
 
@@ -147,11 +145,10 @@ class CompactCellBatch:
         return self.weight_B.shape[0]  # len() of a tensor costs ten times as much
 
     def to(self, device: torch.device | str) -> CellBatch:
-        same = self.given_ids is self.asked_ids
         moved = _to(self, device)
         dense = moved.csr.dense()
         given = _gathered(dense, moved.given_ids)
-        asked = given if same else _gathered(dense, moved.asked_ids)
+        asked = given if moved.asked_ids is moved.given_ids else _gathered(dense, moved.asked_ids)
         rest = {
             f.name: getattr(moved, f.name) for f in fields(moved) if f.name not in ("csr", "given_ids", "asked_ids")
         }
@@ -160,13 +157,19 @@ class CompactCellBatch:
 
 def _gathered(dense: Tensor, ids: Tensor) -> GeneCounts:
     """The counts of a gene set out of those of every vocabulary index."""
-    gene_ids = ids.long()
+    gene_ids = _wide_ids(ids)
     return GeneCounts(gene_ids, dense[:, gene_ids] if gene_ids.ndim == 1 else dense.gather(1, gene_ids))
 
 
-def pinned(tensor: Tensor) -> Tensor:
-    """The tensor in pinned memory where there is a GPU, else as it is."""
-    return tensor.pin_memory() if torch.cuda.is_available() else tensor
+def narrow_ids(ids: np.ndarray) -> Tensor:
+    """Vocabulary indices to be sent: uint16 as int16 of the same bits, since torch hardly computes with uint16; other
+    dtypes as they are."""
+    return torch.from_numpy(ids.view(np.int16) if ids.dtype == np.uint16 else ids)
+
+
+def _wide_ids(ids: Tensor) -> Tensor:
+    """Vocabulary indices as int64, of what `narrow_ids` gave."""
+    return ids.long() & 0xFFFF if ids.dtype == torch.int16 else ids.long()
 
 
 @dataclass(frozen=True)
@@ -192,17 +195,39 @@ class LatentBatch:
         return _to(self, device)
 
 
-Batch = TypeVar("Batch", CellBatch, CompactCellBatch, CompactCounts, LatentBatch)
+# --- moving batches --------------------------------------------------------------------------------------------------
+
+Batch = TypeVar("Batch", GeneCounts, CellBatch, CompactCellBatch, CompactCounts, LatentBatch)
+
+
+def pinned(batch: Batch) -> Batch:
+    """The batch in pinned (page-locked) memory, from which a copy to a GPU runs beside other work. For CUDA alone.
+
+    The memory is torch's to reuse: its caching host allocator rounds a request up to a power of two, keeps what is
+    given back, and hands it out again once the copies that were begun from it are over; it asks CUDA for memory only
+    where no such piece is free. It allocates in the context of a device that the process uses already, whatever the
+    thread, so that a loader's thread opens none on GPU 0. Source: docs.pytorch.org, torch.cuda.host_memory_stats;
+    ATen/cuda/CachingHostAllocator.cpp.
+    """
+    return _mapped(batch, Tensor.pin_memory, {})
 
 
 def _to(batch: Batch, device: torch.device | str) -> Batch:
     """The batch with every tensor on the device."""
+    return _mapped(batch, lambda tensor: tensor.to(device, non_blocking=True), {})
 
-    def move(value):
+
+def _mapped(value: Any, f: Callable[[Tensor], Tensor], done: dict[int, Any]) -> Any:
+    """A batch, or a part of one, with f(tensor) for every tensor: of each once, so that what was one object stays one
+    (the genes given and asked, where they are the same)."""
+    if isinstance(value, dict):
+        return {name: _mapped(v, f, done) for name, v in value.items()}
+    if not isinstance(value, Tensor) and not is_dataclass(value):
+        return value
+    if id(value) not in done:
         if isinstance(value, Tensor):
-            return value.to(device, non_blocking=True)
-        if isinstance(value, dict):
-            return {name: move(v) for name, v in value.items()}
-        return value.to(device) if isinstance(value, (GeneCounts, CompactCounts)) else value
-
-    return replace(batch, **{f.name: move(getattr(batch, f.name)) for f in fields(batch)})
+            done[id(value)] = f(value)
+        else:
+            parts = {part.name: _mapped(getattr(value, part.name), f, done) for part in fields(value)}
+            done[id(value)] = replace(value, **parts)  # pyright: ignore[reportArgumentType]
+    return done[id(value)]

@@ -1,15 +1,20 @@
 """The stream against cells whose every count is known: exact, whatever the gene sets, the selection and the balance.
 Over sets of many small blocks, so that windows, lanes and their borders all occur."""
 
+from contextlib import closing
+from dataclasses import is_dataclass
+
 import numpy as np
 import pytest
+import torch
 
 from data_pipeline.gene_sets import GeneSetConfig
-from data_pipeline.loader import shard_batches
+from data_pipeline.loader import CellLoader, LoaderConfig, shard_batches
 from data_pipeline.read_shards import ShardSet
+from scldm.batch import CellBatch, CompactCellBatch
 from scldm.errors import InputError
 from tests.data_pipeline.small_sets import known_cells, write_set
-from tests.data_pipeline.streams import RANDOM, SAME, check, open_loader
+from tests.data_pipeline.streams import RANDOM, SAME, check, flat, open_loader
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +64,39 @@ def test_batches_hold_the_known_counts_of_every_cell_once(sets, cells, codec, fo
         assert sorted(seen) == list(range(420))
         in_order = [r for batches in loader.one_pass() for b in batches for r in check(cells, b.to("cpu"))]
         assert in_order[:420] == list(range(420))
+
+
+def tensors_of(value):
+    """Every tensor of a batch, by identity."""
+    if isinstance(value, torch.Tensor):
+        return {id(value): value}
+    parts = value.values() if isinstance(value, dict) else vars(value).values() if is_dataclass(value) else ()
+    return {key: tensor for part in parts for key, tensor in tensors_of(part).items()}
+
+
+@pytest.mark.parametrize("form, kind", [("auto", CompactCellBatch), ("dense", CellBatch)])
+def test_a_batch_for_a_gpu_is_compact_and_every_tensor_of_it_pinned(folder, monkeypatch, form, kind):
+    made = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: made.append(tensor.clone()) or made[-1])
+    config = LoaderConfig(folder, lanes=8, given=GeneSetConfig("random", 50), form=form, prefetch=0)
+    sizes = {"global_batch": 96, "micro_batch": 32}
+    with CellLoader(config, device="cuda:0", **sizes) as loader, CellLoader(config, **sizes) as here:
+        first, second, third = next(loader)
+        for batch, expected in zip((first, second, third), next(here)):
+            assert type(batch) is kind
+            assert type(expected) is CellBatch  # for a CPU
+            assert flat(batch.to("cpu")) == flat(expected)
+    found = [tensor for batch in (first, second, third) for tensor in tensors_of(batch).values()]
+    assert {id(t) for t in found} == {id(t) for t in made}
+    assert len(made) == len(found)
+    if isinstance(first, CompactCellBatch):
+        assert first.given_ids is first.asked_ids
+        assert {first.given_ids.dtype, first.csr.gene_ids_X.dtype} == {torch.int16}  # two bytes a gene
+    made.clear()
+    with closing(ShardSet(folder)) as shards:
+        batches = list(shard_batches(shards, 0, micro_batch=96, device="cuda"))
+    assert all(type(batch) is CompactCellBatch for batch in batches)
+    assert len(made) == sum(len(tensors_of(batch)) for batch in batches)
 
 
 def test_encoding_meets_the_cells_of_a_shard_in_set_order(folder, cells):

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from data_pipeline.loader import CellLoader, LatentLoader, LoaderConfig, StreamConfig, shard_batches
 from data_pipeline.read_shards import ShardSet
@@ -133,3 +134,16 @@ def test_a_damaged_block_of_latents_and_a_set_of_another_kind_are_named(cells, t
         pytest.raises(InputError, match="train-000000.tar, block 0"),
     ):
         list(loader.one_pass())
+
+
+def test_latents_for_a_gpu_are_pinned(cells, tmp_path, monkeypatch):
+    writer = LatentWriter(tmp_path / "latents", cells, "model", SHAPE)
+    write(writer, writer.missing_shards())
+    writer.finish()
+    made = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: made.append(tensor.clone()) or made[-1])
+    config = StreamConfig(str(tmp_path / "latents"), prefetch=0)
+    with LatentLoader(config, global_batch=60, micro_batch=60, device="cuda") as loader:
+        (batch,) = next(loader)
+    parts = [part for part in vars(batch).values() if isinstance(part, torch.Tensor)] + list(batch.conditions.values())
+    assert {id(part) for part in parts} == {id(part) for part in made}

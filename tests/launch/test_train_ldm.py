@@ -13,9 +13,12 @@ import scipy.sparse as sp
 import torch
 
 import scldm
-from data_pipeline.loader import StreamConfig
+from data_pipeline.loader import CellLoader, LoaderConfig, StreamConfig
+from launch import encode, train_ldm, train_vae
 from launch.cli import main
 from launch.train_ldm import TrainLDMConfig, described, set_up, values_of
+from launch.train_vae import TrainVAEConfig
+from scldm.batch import CompactCellBatch
 from scldm.errors import InputError
 from scldm.model.dit import DiT, DiTConfig
 from scldm.parallel.dist import World
@@ -96,6 +99,38 @@ def test_encoding_as_they_come_from_all_genes_is_what_a_latent_set_holds(made: P
         run("train", "ldm", *LDM, *words, f"run_dir={made}/same-{name}", "train.steps=3", "train.log_every=1")
     stored, live = ([row["loss"] for row in read_metrics(made / f"same-{n}", "train")] for n in ("stored", "live"))
     assert live == pytest.approx(stored, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_run_on_a_gpu_takes_its_batches_compact_and_pinned(made: Path, monkeypatch) -> None:
+    """Without being told, in both stages and in encoding; the device `meta` stands in for one, without memory."""
+    there = World(0, 1, torch.device("meta"))
+    still = torch.zeros(2, 4), torch.ones(2, 4)
+    asked: list[torch.device] = []
+    monkeypatch.setattr(train_ldm, "moments", lambda vae, every, world: (asked.append(every.device), *still)[1:])
+    course, hardware = TrainConfig(global_batch=60), HardwareConfig("plain", 30)
+    stream, run = f"{made}/shards", "run"
+    live = TrainLDMConfig(run, StreamConfig(stream), vae=f"{made}/vae", train=course, hardware=hardware)
+    vae = TrainVAEConfig(run, LoaderConfig(stream), train=course, hardware=hardware)
+    for parts in (set_up(live, there), train_vae.set_up(vae, there)):
+        for loader in (parts.loader, parts.validation):
+            assert isinstance(loader, CellLoader)
+            asked.append(loader.device)
+            batch = next(loader)[0]
+            assert isinstance(batch, CompactCellBatch)
+            assert batch.to("meta").given.counts_BS.is_meta
+            loader.close()
+    assert set(asked) == {there.device}
+    assert len(asked) == 5
+
+    def shard_batches(*_, device, **__):
+        asked.append(device)
+        return iter(())
+
+    monkeypatch.setattr(encode, "shard_batches", shard_batches)
+    config = encode.EncodeConfig(f"{made}/vae", stream, "out")
+    assert list(encode.latents(None, None, 0, config, there, None)) == []  # pyright: ignore[reportArgumentType]
+    assert asked[-1] == there.device
 
 
 # --- what the conditions are ---------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from scldm.batch import CompactCellBatch, CompactCounts
+from scldm.batch import CellBatch, CompactCellBatch, CompactCounts, GeneCounts, narrow_ids, pinned
 
 
 def compact(counts, given, asked, n_genes, dtype: type = np.uint16):
@@ -38,7 +38,7 @@ def test_gene_ids_over_32767_and_counts_over_255_survive_the_narrow_dtypes():
     shared = torch.cat([torch.tensor([0]), torch.randperm(n_genes)[:5000] + 1, torch.tensor([60_000, 40_001])])
     each = torch.stack([torch.randperm(n_genes)[:3000] + 1 for _ in range(5)]).int()
     for dtype in (np.uint16, np.int32):
-        batch = compact(counts, shared, each, n_genes, dtype).to("cpu")
+        batch = compact(counts, narrow_ids(shared.numpy().astype(dtype)), each, n_genes, dtype).to("cpu")
         padded = np.concatenate([np.zeros((5, 1), np.int64), counts], axis=1)
         np.testing.assert_array_equal(batch.given.counts_BS.numpy(), padded[:, shared.numpy()])
         expected = np.take_along_axis(padded, each.numpy().astype(np.int64), 1)
@@ -56,12 +56,38 @@ def test_the_same_set_is_gathered_once():
     assert len(batch) == 1
 
 
+def test_what_is_one_tensor_is_moved_once_and_stays_one(monkeypatch):
+    ids = torch.tensor([3, 1, 2])
+    small = compact(np.array([[1, 0, 7]]), ids, ids, 3)
+    given = GeneCounts(ids, torch.tensor([[7, 1, 0]]))
+    rest = {name: getattr(small, name) for name in ("weight_B", "conditions", "cell_ids_B2", "positions_B", "n_cells")}
+    totals = torch.ones(1)
+    dense = CellBatch(given, given, totals, totals, **rest)
+    moved, to = [], torch.Tensor.to
+
+    def counted(tensor, *args, **kwargs):
+        if args[0] in ("meta", "cpu"):
+            moved.append(tensor)
+        return to(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", counted)
+    there = dense.to("meta")
+    assert there.given is there.asked
+    assert there.library_size_B is there.library_size_all_B
+    assert there.given.counts_BS.is_meta
+    assert len(moved) == 7  # ids, counts, totals; weight, labels, identities, positions
+    moved.clear()
+    there = small.to("cpu")
+    assert there.given is there.asked
+    assert len(moved) == 5 + 1 + 5  # of the CSR; the ids; totals and the rest
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: pinned memory and a copy from it")
 def test_a_gpu_gets_it_from_pinned_memory_and_gathers_the_same():
     rng = np.random.default_rng(0)
     counts = rng.poisson(0.2, (64, 5_000)) * rng.integers(1, 400, (64, 5_000))
     ids = torch.randperm(5_000)[:700] + 1
-    batch = compact(counts, ids, torch.arange(1, 5_001), 5_000)
+    batch = pinned(compact(counts, ids, torch.arange(1, 5_001), 5_000))
     assert batch.csr.gene_ids_X.is_pinned()
     here, there = batch.to("cpu"), batch.to("cuda")
     for a, b in ((here.given, there.given), (here.asked, there.asked)):
