@@ -25,6 +25,7 @@ from scldm.model.dit import DiT
 
 VelocityField = Callable[[Tensor, float], Tensor]
 GuidanceKind = Literal["joint", "additive", "compositional"]
+ROUNDING = 1e-9  # of flow times
 Subset = frozenset[int]  # which of the model's conditions are shown, by position
 
 
@@ -123,7 +124,8 @@ class GuidedField:
 
     def __call__(self, z: Tensor, t: float) -> Tensor:
         low, high = self.interval
-        rows = self.inside if low <= t <= high else self.outside
+        # a time that is 1 - s, on the way to noise, is off by its rounding
+        rows = self.inside if low - ROUNDING <= t <= high + ROUNDING else self.outside
         n_rows = len(z) if rows is None else len(rows.cell_R)
         self.n_evaluations_B = self.n_evaluations_B + (1 if rows is None else rows.n_B)
         t_R = torch.full((n_rows,), t, device=z.device, dtype=torch.float32)

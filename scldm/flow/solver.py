@@ -43,7 +43,7 @@ def heun(v: VelocityField, z: Tensor, n_steps: int) -> Tensor:
 
 def adaptive(v: VelocityField, z: Tensor, tolerance: float) -> Tensor:
     """Dormand-Prince 5(4) with steps as small as relative and absolute error per step of every cell ask for. Steps are
-    shared by a batch, so a cell depends on the others of its batch, within the tolerance.
+    shared by a batch, so a cell depends on the others of its batch, within the tolerance. v is asked at 1 >= t >= 0.
 
     Raises: InputError without the package torchdiffeq.
     """
@@ -57,7 +57,7 @@ def adaptive(v: VelocityField, z: Tensor, tolerance: float) -> Tensor:
         return error.reshape(z.shape).flatten(1).square().mean(1).sqrt().max()
 
     ends = torch.tensor([1.0, 0.0], device=z.device, dtype=torch.float64)
-    options = {"norm": worst_cell}
+    options = {"norm": worst_cell, "step_t": ends}  # the last step ends at 0; else it goes beyond and interpolates back
     path: Any = odeint(
         lambda t, y: v(y, float(t)), z, ends, rtol=tolerance, atol=tolerance, method="dopri5", options=options
     )

@@ -105,3 +105,14 @@ def test_times_run_from_noise_to_data_and_never_below_zero(method: str, calls: i
     assert flow.times[0] == 1
     assert flow.times == sorted(flow.times, reverse=True)
     assert min(flow.times) == (0 if calls == 2 else pytest.approx(1 / 7))
+
+
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-3, 1e-5])
+def test_the_adaptive_solver_ends_at_zero_and_does_not_come_back_from_beyond(tolerance: float) -> None:
+    """Below 0 a network was never trained, and what is interpolated back is less precise than what was solved."""
+    pytest.importorskip("torchdiffeq", reason="needs the extra `ode`")
+    flow = GaussianFlow()
+    end = adaptive(flow, NOISE, tolerance)
+    assert max(flow.times) == 1
+    assert 0 <= min(flow.times) < 1e-300  # torchdiffeq looks just beside the end of a step
+    assert (end - (MEAN + STD * NOISE)).abs().max() < 2 * tolerance

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from scldm.errors import InputError
 from scldm.flow.generate import SamplerConfig
-from scldm.flow.guidance import VelocityField
+from scldm.flow.guidance import GuidedField, VelocityField
 from scldm.flow.transform import blend, from_noise, to_noise
+from tests.scldm.flow.test_guidance import random_model
 
 
 def of_gaussian(mean: float, std: float) -> VelocityField:
@@ -62,6 +63,33 @@ def test_the_ends_of_a_blend_cost_one_evaluation() -> None:
     own, other = of_gaussian(1.0, 2.0), of_gaussian(-4.0, 2.0)
     assert blend(own, other, 0.0) is own
     assert blend(own, other, 1.0) is other
+
+
+@pytest.mark.parametrize("sampler", [SamplerConfig("adaptive", tolerance=1e-3), SamplerConfig("heun", 7)])
+def test_no_time_lies_beyond_a_cell_or_beyond_noise(sampler: SamplerConfig) -> None:
+    own, times = of_gaussian(1.0, 2.0), []
+
+    def noting(z: Tensor, t: float) -> Tensor:
+        times.append(t)
+        return own(z, t)
+
+    to_noise(noting, CELLS, sampler)
+    assert (min(times), max(times)) == (0, 1)
+
+
+@pytest.mark.parametrize("n_steps", [3, 10, 30, 70])
+@pytest.mark.parametrize("end", [0.3, 0.7, 0.9])
+def test_guidance_acts_at_the_same_times_there_and_back(n_steps: int, end: float) -> None:
+    """1 - s is not t to the last bit: 1 - 0.7 lies above 0.3."""
+    model = random_model({"type": 3}, [[0], [1], [2]])
+    for interval in ((0.0, end), (end, 1.0)):
+        v = GuidedField(model, {"type": torch.tensor([0, 1])}, scale=2.0, interval=interval)
+        cost = []
+        for way in (to_noise, from_noise):
+            v.n_evaluations_B = 0
+            way(v, torch.zeros(2, 3, 4), SamplerConfig("heun", n_steps))
+            cost.append(torch.as_tensor(v.n_evaluations_B).tolist())
+        assert cost[0] == cost[1], interval
 
 
 @pytest.mark.parametrize("method", ["sde_euler", "sde_heun"])
