@@ -95,9 +95,10 @@ class CombinationTokens(nn.Module):
 
     def __init__(self, labels_KC: Tensor, n_labels: tuple[int, ...], width: int, tokens: bool) -> None:
         super().__init__()
-        assert math.prod(n + 1 for n in n_labels) < 2**62, "a combination's number must fit into 64 bits"
         self.n_labels, labels_KC = n_labels, labels_KC.to(torch.int64)
-        self.register_buffer("labels_KC", labels_KC[self._code(labels_KC).argsort()])
+        for column in reversed(range(len(n_labels))):  # sorted by the first condition, then the second, and so on
+            labels_KC = labels_KC[labels_KC[:, column].argsort(stable=True)]
+        self.register_buffer("labels_KC", labels_KC)
         if tokens:
             self.embedding = nn.Embedding(len(labels_KC) + 1, width, padding_idx=len(labels_KC))
 
@@ -109,34 +110,36 @@ class CombinationTokens(nn.Module):
         return self.embedding(index_B)
 
     def index(self, label_ids_BC: Tensor) -> Tensor:
-        """Which of the trained combinations each row is, (B,) int64; their number where it is none."""
-        K = len(self.labels_KC)
+        """Which of the trained combinations each row is, (B,) int64; their number where it is none.
+
+        Condition after condition, a row is told by the first combination that has the same labels so far, so that its
+        number stays small however many conditions and labels there are.
+        """
+        B, K = len(label_ids_BC), len(self.labels_KC)
+        row_B = torch.zeros(B, dtype=torch.int64, device=label_ids_BC.device)
         if not K:
-            return torch.zeros(len(label_ids_BC), dtype=torch.int64, device=label_ids_BC.device)
-        code_K, code_B = self._code(self.labels_KC), self._code(label_ids_BC)
-        at_B = torch.searchsorted(code_K, code_B).clamp_max(K - 1)
-        return torch.where(code_K[at_B] == code_B, at_B, K)
+            return row_B
+        row_K, known_B = row_B.new_zeros(K), torch.ones_like(row_B, dtype=torch.bool)
+        for column, n in enumerate(self.n_labels):
+            code_K = row_K * (n + 1) + self.labels_KC[:, column]  # ascending, as the combinations are sorted
+            code_B = row_B * (n + 1) + label_ids_BC[:, column]
+            row_K, row_B = (torch.searchsorted(code_K, code).clamp_max(K - 1) for code in (code_K, code_B))
+            known_B = known_B & (code_K[row_B] == code_B)
+        return torch.where(known_B, row_B, K)
 
     def trained_parts(self, label_ids_BC: Tensor, given_BC: Tensor) -> list[frozenset[frozenset[int]]]:
         """For each row the sets of given conditions, by position, whose labels some training cell had together. A label
         that none had at all, as one known by its features, counts as if all had it: no part leaves it out for that."""
         known: dict[tuple, frozenset[frozenset[int]]] = {}
-        parts = []
+        parts, labels_KC = [], self.labels_KC.cpu()
         for ids, given in zip(label_ids_BC.tolist(), given_BC.tolist(), strict=True):
             key = (*ids, *given)
             if key not in known:
-                same_KC = self.labels_KC.cpu() == torch.tensor(ids)
+                same_KC = labels_KC == torch.tensor(ids)
                 same_KC = (same_KC | ~same_KC.any(0)) & torch.tensor(given)
                 known[key] = _closed({frozenset(row.nonzero()[:, 0].tolist()) for row in same_KC.unique(dim=0)})
             parts.append(known[key])
         return parts
-
-    def _code(self, label_ids_BC: Tensor) -> Tensor:
-        """One number for each combination of label ids, "not given" being one of them."""
-        code_B = torch.zeros(len(label_ids_BC), dtype=torch.int64, device=label_ids_BC.device)
-        for column, n in enumerate(self.n_labels):
-            code_B = code_B * (n + 1) + label_ids_BC[:, column]
-        return code_B
 
 
 class ConditionMeans(nn.Module):

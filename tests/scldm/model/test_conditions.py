@@ -71,6 +71,21 @@ def test_only_trained_combinations_have_a_token() -> None:
     assert tokens.index(ids[:0]).tolist() == []
 
 
+def test_combinations_of_many_conditions_with_many_labels_are_told_apart() -> None:
+    """Ten conditions of 100 labels: 1e20 combinations, more than 64 bits number."""
+    generator = torch.Generator().manual_seed(0)
+    trained = torch.randint(0, 100, (300, 10), generator=generator)
+    trained[100:200] = trained[:100]
+    trained[100:200, 9] = (trained[:100, 9] + 1) % 100  # alike but for the last
+    tokens = CombinationTokens(trained, (100,) * 10, 8, tokens=False)
+    known = {tuple(row): k for k, row in enumerate(tokens.labels_KC.tolist())}
+    assert list(known) == sorted(map(tuple, trained.tolist()))
+    hidden, other = trained[:50].clone(), trained[:50].clone()
+    hidden[:, 4], other[:, 0] = 100, (other[:, 0] + 1) % 100
+    asked = torch.cat((trained, hidden, other))[torch.randperm(400, generator=generator)]
+    assert tokens.index(asked).tolist() == [known.get(tuple(row), 300) for row in asked.tolist()]
+
+
 def test_trained_parts_are_those_that_cells_had_together() -> None:
     tokens = CombinationTokens(torch.tensor([[0, 0, 0], [0, 1, 0], [1, 1, 1]]), (3, 2, 2), 8, tokens=False)
     ids = torch.tensor([[0, 0, 0], [0, 0, 1], [1, 1, 0], [0, 0, 0], [2, 0, 0]])
