@@ -30,7 +30,7 @@ class LogNormal(NamedTuple):
 
 class Sizes(NamedTuple):
     """log_mean_n, log_std_n: mean and standard deviation of the log library size of n cells
-    backed_off: a sentence for each combination whose own were never fitted
+    backed_off: a sentence for each combination whose own were never fitted, or on too few cells
     """
 
     log_mean_n: np.ndarray
@@ -56,7 +56,8 @@ class LibrarySizeModel:
         A combination that no training cell had backs off to the largest choice of its labels that some had together:
         all but one of them, then all but two, and so on to one alone; of several as large, to that in which cells
         differ least, by the standard deviation of the log over 10 cells or more. It does not back off to all cells
-        whatever their labels.
+        whatever their labels. Of fewer than 10 cells the mean alone is taken; how much cells differ is that of the
+        largest part of these labels that 10 or more had together, or else of all cells.
 
         labels: one column for each condition that is given, in any order; none for any cell
 
@@ -68,12 +69,25 @@ class LibrarySizeModel:
         of_row, backed_off, tables = {}, [], dict(self.fitted)
         for row in dict.fromkeys(rows):
             given: dict[str, str] = dict(zip(by, row, strict=True))
-            used, of_row[row] = self._best(given, tables)
+            used, taken = self._best(given, tables)
+            spread_by, spread = self._spread({name: given[name] for name in used}, taken, tables)
+            of_row[row] = taken._replace(log_std=spread.log_std)
+            said = []
             if used != by:
-                backed_off.append(
-                    f"library sizes of {_told(given)}: no training cell has this combination; taken from the "
-                    f"{of_row[row].n_cells:,} with {_told({name: given[name] for name in used})}"
+                said += [
+                    "no training cell has this combination",
+                    f"taken from the {taken.n_cells:,} with {_told({name: given[name] for name in used})}",
+                ]
+            elif taken.n_cells < FEW_CELLS:
+                said.append(f"taken from {taken.n_cells}")
+            if taken.n_cells < FEW_CELLS and by:
+                whose = _told({name: given[name] for name in spread_by}) or "any labels"
+                said.append(
+                    f"as these are fewer than {FEW_CELLS}, how much cells differ is taken from the {spread.n_cells:,} "
+                    f"with {whose}"
                 )
+            if said:
+                backed_off.append(f"library sizes of {_told(given)}: {'; '.join(said)}")
         found = [of_row[row] for row in rows]
         return Sizes(
             np.array([one.log_mean for one in found]), np.array([one.log_std for one in found]), tuple(backed_off)
@@ -87,21 +101,39 @@ class LibrarySizeModel:
         tables: those fitted; what is pooled on the way is added
         """
 
-        def of(by: tuple[str, ...]) -> LogNormal | None:
-            if by not in tables:
-                tables[by] = self._pooled(by)
-            return tables[by].get(tuple(given[name] for name in by))
-
         # a label that no training cell had is in no combination that some had
-        seen = tuple(name for name, label in given.items() if (name, label) in self.known_labels)
+        seen = {name: label for name, label in given.items() if (name, label) in self.known_labels}
         for n in range(len(seen), 0 if given else -1, -1):
-            known = [(by, one) for by in combinations(seen, n) if (one := of(by))]
+            known = self._of_parts(seen, n, tables)
             if known:
                 return min(known, key=lambda found: (found[1].n_cells < FEW_CELLS, found[1].log_std))
         raise InputError(
             f"no library sizes were fitted for {_told(given) or 'cells of any kind'}: no training cell has "
             "any of these labels; give sizes of your own in a column `library_size`"
         )
+
+    def _spread(
+        self, given: dict[str, str], taken: LogNormal, tables: dict[tuple[str, ...], dict[tuple[str, ...], LogNormal]]
+    ) -> tuple[tuple[str, ...], LogNormal]:
+        """The conditions by which it is known best how much cells of these labels differ, and what is known of them."""
+        n, known = len(given), [(tuple(given), taken)]
+        while n and not any(one.n_cells >= FEW_CELLS for _, one in known):
+            n -= 1
+            known = self._of_parts(given, n, tables)
+        enough = [(by, one) for by, one in known if n == 0 or one.n_cells >= FEW_CELLS]
+        return min(enough, key=lambda found: found[1].log_std, default=(tuple(given), taken))
+
+    def _of_parts(
+        self, given: dict[str, str], n: int, tables: dict[tuple[str, ...], dict[tuple[str, ...], LogNormal]]
+    ) -> list[tuple[tuple[str, ...], LogNormal]]:
+        """What is known of cells that have n of these labels, for every choice of which."""
+        found = []
+        for by in combinations(given, n):
+            if by not in tables:
+                tables[by] = self._pooled(by)
+            if one := tables[by].get(tuple(given[name] for name in by)):
+                found.append((by, one))
+        return found
 
     @cached_property
     def known_labels(self) -> set[tuple[str, str]]:
