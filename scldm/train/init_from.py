@@ -72,10 +72,19 @@ def dit_from(dit: DiT, conditions: ConditionVocab, trained: DiT, trained_conditi
 
     A condition that the trained one lacks starts as a network does, one that is no more is left out.
 
-    Raises: InputError where the networks are of different shape, or have tokens for combinations.
+    Raises: InputError where the networks are of different shape, have tokens for combinations, or take conditions
+        otherwise: weights that were trained beside `condition_means`, or on a log scale, mean something else without.
     """
     if dit.config.combination_tokens or trained.config.combination_tokens:
         raise InputError("init_from: model.combination_tokens are of the trained data's combinations; set it to false")
+    settings = {"condition_means": (trained.config.condition_means, dit.config.condition_means)}
+    scales = trained.config.continuous, dit.config.continuous
+    settings |= {f"continuous.{name}": (scales[0][name], scales[1][name]) for name in scales[0] if name in scales[1]}
+    for key, (was, given) in settings.items():
+        if was != given:
+            raise InputError(
+                f"init_from: it was trained with model.{key}={was}, not {given}; give it model.{key}={was}"
+            )
     report, tables, renamed = [], {}, {}
     before, now = list(trained.n_labels), list(dit.n_labels)
     for k, name in enumerate(now):

@@ -93,3 +93,21 @@ def test_labels_and_conditions_are_joined_by_name() -> None:
     assert torch.equal(dit.to_velocity.weight, trained.to_velocity.weight)
     with pytest.raises(InputError, match="combination_tokens"):
         dit_from(dit_of(now, combination_tokens=True), now, trained, before)
+
+
+def test_weights_that_knew_conditions_otherwise_are_refused() -> None:
+    """Weights trained beside shifts, or on a log scale, fit into a network without, and say something else there."""
+    vocab = ConditionVocab({"type": ("B", "T"), "dose": ("1", "10")})
+
+    def dit_of(scale: str = "log", **more) -> DiT:
+        config = DiTConfig(16, 1, 2, continuous={"dose": scale}, **more)
+        return DiT(config, 2, 4, {"type": 2, "dose": 2}, values={"dose": torch.tensor([1.0, 10.0])})
+
+    for trained, dit, said in (
+        (dit_of(condition_means=True), dit_of(), "trained with model.condition_means=True, not False"),
+        (dit_of(), dit_of(condition_means=True), "trained with model.condition_means=False, not True"),
+        (dit_of("log"), dit_of("linear"), "trained with model.continuous.dose=log, not linear"),
+    ):
+        with pytest.raises(InputError, match=said):
+            dit_from(dit, vocab, trained, vocab)
+    assert len(dit_from(dit_of(condition_means=True), vocab, dit_of(condition_means=True), vocab)) == 2
