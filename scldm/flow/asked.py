@@ -123,10 +123,12 @@ def check_sampler(dit: DiT, taken: dict[str, np.ndarray], sampler: SamplerConfig
     hidden = ((origin.get("ldm") or {}).get("config") or {}).get("guidance")
     if hidden is None or not dit.n_labels:
         return
+    # drop_each, of several conditions, at times hides all of them
+    never_all_hidden = hidden["drop_all"] == 0 and (hidden["drop_each"] == 0 or len(dit.n_labels) == 1)
     for rows in (field.inside, field.outside):
         assert rows is not None
         n_given = dit.is_given(rows.conditions).sum(1)
-        if hidden["drop_all"] == 0 and bool((n_given == 0).any()):
+        if never_all_hidden and bool((n_given == 0).any()):
             raise InputError(
                 f"sampler.guidance={sampler.guidance} with guidance_scale={sampler.guidance_scale:g} and these "
                 "conditions asks for cells without any condition, which the model never saw: it was trained with "

@@ -377,8 +377,8 @@ def origin_of(**hidden: float) -> dict[str, Any]:
     [
         ((0.1, 0.0), {"type": ["T cell"]}, {}, "without the others, which the model never saw: .*drop_each=0"),
         ((0.1, 0.0), {"type": ["T cell"], "donor": ["d1"]}, {"guidance": "additive"}, "drop_each=0"),
-        ((0.0, 0.1), {"type": ["T cell"], "donor": ["d1"]}, {"guidance_scale": 2.0}, "never saw: .*drop_all=0"),
-        ((0.0, 0.1), {"library_size": [9.0]}, {}, "drop_all=0"),
+        ((0.0, 0.0), {"type": ["T cell"], "donor": ["d1"]}, {"guidance_scale": 2.0}, "never saw: .*drop_all=0"),
+        ((0.0, 0.0), {"library_size": [9.0]}, {}, "drop_all=0"),
         ((0.1, 0.1), {"type": ["T cell"]}, {"guidance": "compositional"}, "does not say which combinations"),
         (
             (0.1, 0.1),
@@ -397,6 +397,17 @@ def test_guidance_that_the_model_was_not_trained_for_is_refused(
     # what it was trained for goes on
     both = pd.DataFrame({"type": ["T cell"], "donor": ["d1"]})
     assert asked.generate(both, seed=0, sampler=FEW).n_obs == 1
+
+
+def test_conditions_dropped_one_by_one_were_at_times_all_dropped(model: Pretrained) -> None:
+    """But for a model of one condition, which is dropped by drop_all alone."""
+    asked = replace(model, origin=origin_of(drop_all=0.0, drop_each=0.1))
+    guided = SamplerConfig("euler", 2, guidance_scale=2.0)
+    assert asked.generate(pd.DataFrame({"type": ["T cell"], "donor": ["d1"]}), seed=0, sampler=guided).n_obs == 1
+    torch.manual_seed(0)
+    alone = replace(asked, dit=DiT(DiTConfig(16, 1, 2), L, Z, {"type": 3}))
+    with pytest.raises(InputError, match="never saw: .*drop_all=0"):
+        alone.generate(pd.DataFrame({"type": ["T cell"]}), seed=0, sampler=guided)
 
 
 # --- conditions that are more than a label -------------------------------------------------------------------------
