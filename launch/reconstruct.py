@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from launch.cli import run_verb
@@ -14,7 +14,7 @@ PURPOSE = """Encode and decode the cells of an h5ad file: writes expected counts
 log-likelihood in obs["log_likelihood"]: nats, over the file's genes that the model knows."""
 EXAMPLE = """
 scldm reconstruct model=model h5ad=cells.h5ad out=expected.h5ad
-scldm reconstruct model=model h5ad=cells.h5ad out=expected.h5ad genes=[CD3E,MS4A1] --layer counts
+scldm reconstruct model=model h5ad=cells.h5ad out=expected.h5ad genes=CD3E,MS4A1 --layer counts
 """
 
 
@@ -33,7 +33,7 @@ class ReconstructConfig:
     model: str
     h5ad: str
     out: str
-    genes: list[str] = field(default_factory=list)
+    genes: tuple[str, ...] = ()
     layer: str = ""
     device: str = ""
 

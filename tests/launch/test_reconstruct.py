@@ -63,6 +63,8 @@ def test_expected_counts_and_log_likelihoods(folder, tmp_path):
     lacking = next(g for g in GENES.ids if g not in file_genes)
     assert run_verb("reconstruct", [*words, f"genes=[{chosen[0]},{lacking},{chosen[1]}]"]) == 0
     part = ad.read_h5ad(tmp_path / "out.h5ad")
+    assert run_verb("reconstruct", [*words, f"genes={chosen[0]},{chosen[1]}"]) == 0  # as in generate and transform
+    assert list(ad.read_h5ad(tmp_path / "out.h5ad").var_names) == chosen
     assert list(part.var_names) == [chosen[0], lacking, chosen[1]]
     np.testing.assert_allclose(part[:, chosen].X, found[:, chosen].X, rtol=1e-4)
     np.testing.assert_array_equal(part.obs["log_likelihood"], found.obs["log_likelihood"])
