@@ -25,6 +25,8 @@ from scldm.errors import InputError
 # a verb whose ranks share its work: one per GPU on every node; and those that want one GPU. The others want none
 ON_ALL_RANKS = ("train vae", "train ldm", "encode", "generate")
 ON_ONE_GPU = ("transform", "embed", "reconstruct")
+# notes of nodes that preflight found unfit; of those that were only late, which the next time are
+BAD_NODES, LATE_NODES = "bad_nodes", "late_nodes"
 BEGIN, SETTINGS, THE_JOB = "# --- begin ---", "# --- settings", "# --- the job ---"  # the parts of slurm/job.sbatch
 
 
@@ -37,6 +39,7 @@ class SubmitConfig:
     warn_s: seconds before the time limit at which the job saves, stops and goes back to the queue
     max_requeues: how often it may go back to the queue; it never does twice without progress
     preflight: check the nodes before the first rank starts
+    preflight_s: seconds that this may take; a rank that is not up after half of them is missing
     stage: copy the shards to each node's own disk (the site's SCLDM_SCRATCH) first
     dry_run: print the script; submit nothing
     """
@@ -46,6 +49,7 @@ class SubmitConfig:
     warn_s: int = 300
     max_requeues: int = 50
     preflight: bool = True
+    preflight_s: int = 55
     stage: bool = False
     dry_run: bool = False
 
@@ -55,6 +59,8 @@ class SubmitConfig:
             raise InputError(f"--nodes {self.nodes}: give a number of nodes, or MIN-MAX as 2-8")
         if not 1 <= self.warn_s <= 65_535:
             raise InputError(f"--warn-s {self.warn_s} must be from 1 to 65535")
+        if not 20 <= self.preflight_s <= 3_600:
+            raise InputError(f"--preflight-s {self.preflight_s} must be from 20 to 3600")
         for name in ("tasks", "max_requeues"):
             if getattr(self, name) < (name == "tasks"):
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} is too few")
@@ -91,9 +97,14 @@ def notes_of(verb: str, words: Sequence[str]) -> Path:
 
 def bad_nodes(notes: Path) -> dict[str, str]:
     """Node -> why an earlier preflight of this run named it."""
-    path = notes / "bad_nodes"
+    return {node: why for node, (_, why) in nodes_in(notes / BAD_NODES).items()}
+
+
+def nodes_in(path: Path) -> dict[str, tuple[str, str]]:
+    """Node -> when and why it was noted; a line that is not whole, as where a disk was full, is passed over."""
     lines = path.read_text().splitlines() if path.is_file() else []
-    return {node: why for node, _, why in (line.split("\t", 2) for line in lines)}
+    rows = [line.split("\t", 2) for line in lines]
+    return {row[0]: (row[1], row[2]) for row in rows if len(row) == 3}
 
 
 def script(job: Job, site: Mapping[str, str], extra: Sequence[str], bad: Mapping[str, str]) -> str:
@@ -154,6 +165,7 @@ def settings(job: Job, site: Mapping[str, str]) -> dict[str, str]:
         **found,
         "SCLDM_NOTES": str(job.notes),
         "SCLDM_PREFLIGHT": "on" if job.options.preflight else "off",
+        "SCLDM_PREFLIGHT_S": str(job.options.preflight_s),
         "SCLDM_STAGE": "on" if job.options.stage and shards_word(job) else "off",
         "SCLDM_MAX_REQUEUES": str(job.options.max_requeues),
         **({"SCLDM_MIN_NODES": str(job.options.least)} if job.options.least < job.options.most else {}),

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -20,13 +21,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from launch.node_tokens import is_seen, leave
 from scldm.environment import describe
+from scldm.errors import InputError, read_json
 
 SEEN_S = 5.0  # in which a file written on one node is visible on another
 MATMUL_S, MATMUL_ROUNDS = 0.15, 3
 FIRST_UNSEEN = "what the first node writes there is not seen here"
 LEAST_DISK = 1 << 30  # bytes free on a node's own disk
 
+# gpu: troubles of this rank's GPU, which the site's settings may be the reason of; broken: those that no setting makes;
+# of a node's first rank also folders: what is wrong with folders and disk; same: what must be the same on all nodes
 Findings = dict[str, Any]
 
 
@@ -36,15 +41,14 @@ def findings_of(config: Any, notes: Path, node: str, local: int, tell: Callable[
     `tell` is called with what it looks at next.
     """
     tell("looks at its GPU")
-    gpu = gpu_troubles(local)
+    gpu, broken = gpu_troubles(local)
     if local:
-        return {"same": {}, "gpu": gpu, "troubles": gpu}
+        return {"same": {}, "gpu": gpu, "broken": broken}
     tell("looks at its versions")
     here = describe()
     config_json = json.dumps(asdict(config), sort_keys=True, default=str)
     tell("looks at its folders")
-    troubles = gpu + folder_troubles(config, notes, node)
-    scratch = os.environ.get("SCLDM_SCRATCH") or os.environ.get("TMPDIR") or "/tmp"
+    folders = folder_troubles(config, notes, node)
     return {
         "same": {
             "python": here["python"],
@@ -53,28 +57,31 @@ def findings_of(config: Any, notes: Path, node: str, local: int, tell: Callable[
             **here["versions"],
         },
         "gpu": gpu,
-        "troubles": troubles,
-        "disk_gb": round(shutil.disk_usage(scratch).free / 1e9, 1) if os.path.isdir(scratch) else 0.0,
+        "broken": broken,
+        "folders": folders,
+        "disk_gb": round(shutil.disk_usage(own_disk()).free / 1e9, 1) if os.path.isdir(own_disk()) else 0.0,
     }
 
 
-def gpu_troubles(local: int) -> list[str]:
-    """What is wrong with this rank's GPU, where the site says that nodes have some."""
+def gpu_troubles(local: int) -> tuple[list[str], list[str]]:
+    """What is wrong with this rank's GPU, where the site says that nodes have some: what a setting may be the reason
+    of, and what is broken."""
     expected = int(os.environ.get("SCLDM_GPUS_PER_NODE") or 0)
     if not expected:
-        return []
+        return [], []
     try:
-        if torch.cuda.device_count() < 1 or (local == 0 and 1 < torch.cuda.device_count() < expected):
-            return [f"{torch.cuda.device_count()} GPUs are there, not {expected}"]
+        n_seen = torch.cuda.device_count()  # Slurm may show each rank its own alone
+        if n_seen < 1 or 1 < n_seen < expected:
+            return [f"{n_seen} GPUs are there, not {expected}"], []
         index = local % torch.cuda.device_count()
         # products of small integers are exact at any precision: a wrong one is the GPU's fault
         a, b = (torch.arange(1 << 20).reshape(1024, 1024) * k % 5 - 2 for k in (3, 7))
         product = (a.to(f"cuda:{index}", torch.float32) @ b.to(f"cuda:{index}", torch.float32)).cpu()
         if not torch.equal(product, a.float() @ b.float()):
-            return [f"GPU {index} computes a wrong product"]
+            return [], [f"GPU {index} computes a wrong product"]
     except RuntimeError as error:
-        return [f"its GPU of rank {local}: {' '.join(str(error).split())[:200]}"]
-    return memory_errors(local)
+        return [f"its GPU of rank {local}: {' '.join(str(error).split())[:200]}"], []
+    return [], memory_errors(local)
 
 
 def memory_errors(local: int) -> list[str]:
@@ -92,59 +99,41 @@ def memory_errors(local: int) -> list[str]:
 
 
 def folder_troubles(config: Any, notes: Path, node: str) -> list[str]:
-    """The run's folder and its data must be there; the node's own disk must have room for what is staged."""
+    """The run's folder and its data must be there; the node's own disk must have room, also for what is staged."""
     found = []
     try:
-        write_token(notes, node)
-        if not see_token(notes, "first", SEEN_S):
+        leave(notes, node)
+        if not is_seen(notes, "first", SEEN_S):
             found.append(f"{notes}: {FIRST_UNSEEN}")
     except OSError as error:
         found.append(f"{notes} can't be written: {error.strerror}")
     shards = getattr(getattr(config, "data", None), "shards", "") or getattr(config, "shards", "")
     manifest = Path(shards) / "manifest.json"
-    staged = os.environ.get("SCLDM_STAGE") == "on"
-    need = LEAST_DISK if staged else 0
+    need = LEAST_DISK
     if shards and "://" not in shards:
         if not manifest.is_file():
             return [*found, f"{shards}: no shard set is seen here"]
-        need += sum(shard["bytes"] for shard in json.loads(manifest.read_text())["shards"]) if staged else 0
-    scratch = os.environ.get("SCLDM_SCRATCH") or ""
-    if scratch:
-        try:
-            os.makedirs(scratch, exist_ok=True)
-            free = shutil.disk_usage(scratch).free
-        except OSError as error:
-            return [*found, f"{scratch} can't be used: {error.strerror}"]
-        if not os.access(scratch, os.W_OK):
-            found.append(f"{scratch} can't be written")
-        elif free < need:
-            found.append(f"{scratch}: {free / 1e9:.1f} GB are free, {need / 1e9:.1f} GB are needed")
+        if os.environ.get("SCLDM_STAGE") == "on":
+            try:
+                need += sum(shard["bytes"] for shard in read_json(manifest)["shards"])
+            except InputError as error:
+                return [*found, str(error)]
+    disk = own_disk()
+    try:
+        os.makedirs(disk, exist_ok=True)
+        free = shutil.disk_usage(disk).free
+    except OSError as error:
+        return [*found, f"{disk} can't be used: {error.strerror}"]
+    if not os.access(disk, os.W_OK):
+        found.append(f"{disk} can't be written")
+    elif free < need:
+        found.append(f"{disk}: {free / 1e9:.1f} GB are free, {need / 1e9:.1f} GB are needed")
     return found
 
 
-def token() -> str:
-    return (
-        f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_RESTART_COUNT', 0)}.{os.environ.get('SLURM_STEP_ID')}"
-    )
-
-
-def write_token(notes: Path, name: str) -> None:
-    (notes / "preflight").mkdir(parents=True, exist_ok=True)
-    (notes / "preflight" / name).write_text(token())
-
-
-def see_token(notes: Path, name: str, within_s: float) -> bool:
-    """A network file system may show a new file a moment later."""
-    until = time.monotonic() + within_s
-    while True:
-        try:
-            if (notes / "preflight" / name).read_text() == token():
-                return True
-        except OSError:
-            pass
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.1)
+def own_disk() -> str:
+    """The folder on this node's own disk that a job uses: the site's, else that of temporary files."""
+    return os.environ.get("SCLDM_SCRATCH") or tempfile.gettempdir()
 
 
 # --- the timings ----------------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """What follows from what the ranks of the preflight found: which nodes are not fit, and why; on which the job runs.
 
 A node is not fit where a rank of it did not come up, failed, died or hangs; where it differs from the others; where it
-is slow beside the median of all. What all ranks meet alike is held against none: then it is the job that is wrong.
+is slow beside the median of all. What all nodes meet alike is held against none: then it is the job that is wrong, or
+the site's settings are. Of a single node that is what all of its ranks meet, but for what no setting can make, such as
+a memory error.
 
 Reading order: Course, Report, nodes_to_use.
 """
@@ -9,20 +11,23 @@ Reading order: Course, Report, nodes_to_use.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from launch.job import usable_counts
-from launch.node_checks import FIRST_UNSEEN, SEEN_S, Findings, see_token
+from launch.job import BAD_NODES, LATE_NODES, nodes_in, usable_counts
+from launch.node_checks import FIRST_UNSEEN, SEEN_S, Findings
+from launch.node_tokens import BEGUN, is_seen
 from scldm.train.run_folder import write_json
 
 SLOW = 2.0  # times the median of the nodes
+ABSENT = "did not come up"
 Pair = tuple[str, str]
 # pair of nodes -> of its ranks, seconds of an all-reduce, and what became of those that gave none
 Outcomes = dict[Pair, tuple[dict[int, float], dict[int, str]]]
@@ -67,23 +72,57 @@ class Report:
         if trouble not in self.troubles[node]:
             self.troubles[node].append(trouble)
 
+    def hold(self, told: Mapping[int, Sequence[str]], of_rank: bool = False) -> None:
+        """What each of the ranks that answered has met, if anything: held against its node; what was met on all of
+        their nodes alike, numbers aside, against the job. Of a single node that is what all of its ranks met.
+
+        of_rank: the words are about the rank, not about its node
+        """
+        met: dict[str, set[int]] = defaultdict(set)
+        for rank, troubles in told.items():
+            for trouble in troubles:
+                met[_alike(trouble)].add(rank)
+        nodes = {self.course.node(rank) for rank in told}
+        for kind, ranks in met.items():
+            first = next(trouble for trouble in told[min(ranks)] if _alike(trouble) == kind)
+            if ranks == told.keys():
+                self.blame_the_job(f"every rank {first}" if of_rank else f"on every node: {first}")
+            elif len(nodes) > 1 and {self.course.node(rank) for rank in ranks} == nodes:
+                self.blame_the_job(f"on every node{' a rank' if of_rank else ':'} {first}")
+            else:
+                for rank in sorted(ranks):
+                    for trouble in told[rank]:
+                        if _alike(trouble) == kind:
+                            self.add(self.course.node(rank), f"rank {rank} {trouble}" if of_rank else trouble)
+
+    def blame_the_job(self, why: str) -> None:
+        self.notes.append(why)
+        self.hopeless = True
+
     def failures(self, missing: Mapping[int, str], asked: Sequence[int]) -> None:
-        """Ranks that gave no result: rank -> what became of it."""
-        if missing and len(missing) == len(asked) and all(words.startswith("failed") for words in missing.values()):
-            self.notes.append(f"every rank {next(iter(missing.values()))}")
-            self.hopeless = True
-            return
-        for rank, words in missing.items():
-            self.add(self.course.node(rank), f"rank {rank} {words}")
+        """Ranks that gave no result, of those that were asked: rank -> what became of it."""
+        absent = {rank for rank, words in missing.items() if words == ABSENT}
+        for rank in sorted(absent):
+            self.add(self.course.node(rank), f"rank {rank} {ABSENT}{self._but_began(rank)}")
+        told = {rank: [missing[rank]] if rank in missing else [] for rank in asked if rank not in absent}
+        self.hold(told, of_rank=True)
+
+    def _but_began(self, rank: int) -> str:
+        began = is_seen(self.course.notes, self.course.node(rank), 0.0, BEGUN)
+        return " in time, though its node began: is its Python slow to read? --preflight-s gives more time" * began
 
     def findings(self, found: Mapping[int, Findings]) -> None:
         """What each rank found on its node, and in what a node differs from the others."""
         self.found = found
         apart = self._first_is_apart(found)
         for rank, one in found.items():
-            for trouble in one["troubles"]:
-                if not (apart and trouble.endswith(FIRST_UNSEEN)):
-                    self.add(self.course.node(rank), trouble)
+            for trouble in one["broken"]:
+                self.add(self.course.node(rank), trouble)
+        self.hold({rank: one["gpu"] for rank, one in found.items()})
+        folders = {rank: one["folders"] for rank, one in found.items() if "folders" in one}
+        self.hold(
+            {rank: [t for t in told if not (apart and t.endswith(FIRST_UNSEEN))] for rank, told in folders.items()}
+        )
         for what in sorted({key for one in found.values() for key in one["same"]}):
             values = {rank: one["same"].get(what) for rank, one in sorted(found.items()) if one["same"]}
             (usual, _), *_ = Counter(values.values()).most_common()  # of equally many, the one that the first rank has
@@ -95,20 +134,20 @@ class Report:
         for node in self.course.hosts:
             if self.troubles[node] or self.course.ranks([node])[0] not in found:
                 continue
-            if not see_token(self.course.notes, node, until - time.monotonic()):
+            if not is_seen(self.course.notes, node, until - time.monotonic()):
                 self.add(node, f"{self.course.notes}: what it writes there is not seen on the first node")
 
     def _first_is_apart(self, found: Mapping[int, Findings]) -> bool:
         """Where none of two or more others sees what the first node writes, the first one or the job is wrong."""
-        others = [found[rank]["troubles"] for rank in self.course.ranks(self.course.hosts[1:]) if rank in found]
-        blind = sum(any(trouble.endswith(FIRST_UNSEEN) for trouble in troubles) for troubles in others)
-        asked = sum(bool(found[rank]["same"]) for rank in self.course.ranks(self.course.hosts[1:]) if rank in found)
-        if blind < 2 or blind < asked:
+        others = [found[rank] for rank in self.course.ranks(self.course.hosts[1:]) if rank in found]
+        folders = [one["folders"] for one in others if "folders" in one]
+        blind = sum(any(trouble.endswith(FIRST_UNSEEN) for trouble in troubles) for troubles in folders)
+        if blind < 2 or blind < len(folders):
             return False
         first, notes = self.course.hosts[0], self.course.notes
         self.add(first, f"{notes}: what it writes there is seen on none of the others")
-        self.notes.append(f"{notes} is not on {first} what it is elsewhere, or is each node's own")
-        self.hopeless = True  # the job's script runs on that node
+        # the job's script runs on that node
+        self.blame_the_job(f"{notes} is not on {first} what it is elsewhere, or is each node's own")
         return True
 
     def products(self, seconds: Mapping[int, float]) -> None:
@@ -122,20 +161,21 @@ class Report:
         """All-reduces between neighbours: of a node's pairs, the faster one.
 
         Where one does not end, a rank that died in it is to blame; else a node of which none ends; else both of its
-        nodes, since one of them or what lies between is broken.
+        nodes, since one of them or what lies between is broken. Where none at all ends and no death explains it, none
+        is: then the network is set wrong, or nothing tells the nodes apart.
         """
         broken = {pair: missing for pair, (_, missing) in outcomes.items() if missing}
         whole = {pair: max(done.values()) for pair, (done, missing) in outcomes.items() if not missing}
-        words = [told for missing in broken.values() for told in missing.values()]
-        if words and not whole and all(told.startswith("failed") for told in words):
-            self.notes.append(f"no all-reduce succeeds, on any rank: {words[0]}")
-            self.hopeless = True
-            return
         for missing in broken.values():
             for rank, told in missing.items():
                 if told.startswith("died"):
                     self.add(self.course.node(rank), f"rank {rank} {told}")
         explained = {node for node, troubles in self.troubles.items() if troubles}
+        unexplained = [missing for pair, missing in broken.items() if explained.isdisjoint(pair)]
+        if unexplained and not whole:
+            rank, told = min(unexplained[0].items())
+            self.blame_the_job(f"no all-reduce succeeds, of any nodes: rank {rank} {told}")
+            return
         sound = {node for pair in whole for node in pair}
         for suspects in (lambda node: node not in sound, lambda node: True):
             for pair, missing in broken.items():
@@ -180,10 +220,12 @@ class Report:
         seconds = time.monotonic() - course.began
         whole = {"seconds": round(seconds, 1), "nodes": rows, "use": use, "note": "; ".join(self.notes), "same": same}
         write_json(course.notes / "preflight.json", whole)
-        with (course.notes / "bad_nodes").open("a") as file:
-            for row in rows:
-                if row["troubles"]:
-                    file.write(f"{row['node']}\t{time.strftime('%Y-%m-%d %H:%M:%S')}\t{'; '.join(row['troubles'])}\n")
+        before = nodes_in(course.notes / LATE_NODES)
+        for name, unfit in ((BAD_NODES, self._to_leave_out(before)), (LATE_NODES, self._late())):
+            with (course.notes / name).open("a") as file:
+                for node in unfit:
+                    told = "; ".join(self.troubles[node])
+                    file.write(f"{node}\t{time.strftime('%Y-%m-%d %H:%M:%S')}\t{told}\n")
         (course.notes / "use_nodes.partial").write_text("".join(f"{node}\n" for node in use))
         os.replace(course.notes / "use_nodes.partial", course.notes / "use_nodes")
         print(
@@ -197,6 +239,20 @@ class Report:
             print(f"  {note}")
         sys.stdout.flush()
         return use
+
+    def _late(self) -> list[str]:
+        """Nodes against which nothing speaks but that they were late, which a busy file system may be the reason of."""
+        told = {node: self.troubles[node] for node in self.course.hosts}
+        return [node for node, troubles in told.items() if troubles and all(ABSENT in trouble for trouble in troubles)]
+
+    def _to_leave_out(self, late_before: Collection[str]) -> list[str]:
+        """Nodes that later submissions of this run do without: those that were late must have been so before."""
+        late = self._late()
+        return [node for node in self.course.hosts if self.troubles[node] and (node not in late or node in late_before)]
+
+
+def _alike(trouble: str) -> str:
+    return re.sub(r"\d+", "#", trouble)
 
 
 def _ms(seconds: float | None) -> float | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from launch.cli import run_verb
 from launch.config import compose
+from launch.job import BAD_NODES, nodes_in
 from launch.notes import State, find_notes, state_of, with_run
 from scldm.errors import InputError, read_json
 from scldm.train.run_folder import read_config
@@ -76,9 +77,7 @@ def table(states: Sequence[tuple[str, State]]) -> str:
 
 
 def unfit(notes: Path) -> list[tuple[str, str]]:
-    path = notes / "bad_nodes"
-    rows = [line.split("\t", 2) for line in path.read_text().splitlines()] if path.is_file() else []
-    return [("bad node", f"{node}: {why} ({when})") for node, when, why in rows]
+    return [("bad node", f"{node}: {why} ({when})") for node, (when, why) in nodes_in(notes / BAD_NODES).items()]
 
 
 def training(run: Path) -> list[tuple[str, str]]:

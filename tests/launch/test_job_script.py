@@ -315,14 +315,14 @@ def test_where_no_rank_of_a_preflight_came_up_no_node_is_named(fake: Path, tmp_p
 
 def test_a_rank_that_dies_in_preflight_does_not_end_the_others(fake: Path, tmp_path: Path) -> None:
     """They name it; the job goes on without its node."""
-    life = Life(fake, tmp_path, "--preflight", "true", "--nodes", "1-2")
+    life = Life(fake, tmp_path, "--preflight", "true", "--nodes", "1-2", "--preflight-s", "600")
     preflight_of(fake, 'echo n1 >"$SCLDM_NOTES/use_nodes"')
     assert life.start(0, 137, 0) == "DONE"
     first, second = life.steps()
     assert max(k for k, word in enumerate(first) if word.startswith("--kill-on-bad-exit")) == first.index(
         "--kill-on-bad-exit=0", first.index("--kill-on-bad-exit=0") + 1
     )
-    assert "--wait=60" in first
+    assert "--wait=605" in first
     assert "--nodelist=n1" in second
 
 

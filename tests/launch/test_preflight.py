@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +16,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from launch import node_checks, node_judgement, preflight, stage
+from launch import node_checks, node_judgement, node_tokens, preflight_stages, stage
+from launch.job import bad_nodes
 from launch.node_checks import Findings
 from launch.node_judgement import Course, Report, nodes_to_use
 from scldm.errors import InputError
@@ -27,14 +31,15 @@ def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in which every node has left its token."""
     monkeypatch.setattr(node_judgement, "SEEN_S", 0.0)
     for host in HOSTS:
-        node_checks.write_token(tmp_path, host)
+        node_tokens.leave(tmp_path, host)
     return tmp_path
 
 
 def findings(n_ranks: int = 8) -> dict[int, Findings]:
     """Of nodes with two ranks, the first of which tells versions."""
     same = {"numpy": "2.4", "config": "abc"}
-    return {rank: {"same": {} if rank % 2 else dict(same), "troubles": []} for rank in range(n_ranks)}
+    first = [{"same": dict(same), "gpu": [], "broken": [], "folders": []} for _ in range(0, n_ranks, 2)]
+    return {rank: {"same": {}, "gpu": [], "broken": []} if rank % 2 else first[rank // 2] for rank in range(n_ranks)}
 
 
 def report_of(notes: Path, hosts: list[str] = HOSTS) -> Report:
@@ -80,7 +85,7 @@ def test_a_first_node_that_none_of_the_others_sees_is_at_fault(
     report, found = report_of(notes, hosts), findings(2 * len(hosts))
     unseen = f"{notes}: {node_checks.FIRST_UNSEEN}"
     for rank in blind:
-        found[rank]["troubles"] = [unseen]
+        found[rank]["folders"] = [unseen]
     report.findings(found)
     told, use = troubles_of(report), report.write(SimpleNamespace())
     if len(blind) == 3:
@@ -97,11 +102,100 @@ def test_what_all_ranks_meet_alike_is_held_against_no_node(notes: Path) -> None:
     report.failures(dict.fromkeys(range(8), "failed: KeyError: x"), range(8))
     assert troubles_of(report) == {}
     assert report.notes == ["every rank failed: KeyError: x"]
-    report.failures(dict.fromkeys(range(7), "failed: KeyError: x"), range(8))
+    assert report.hopeless
+    report = report_of(notes)
+    report.failures(dict.fromkeys(range(6), "failed: KeyError: x"), range(8))
     assert report.troubles["n1"] == ["rank 0 failed: KeyError: x", "rank 1 failed: KeyError: x"]
+    assert (report.notes, report.hopeless) == ([], False)
+    report = report_of(notes)  # what the first rank of each node alone does; one node never came up
+    words = {
+        0: "hangs: it looks at its folders",
+        2: "hangs: it looks at its folders",
+        4: "hangs: it looks at its folders",
+    }
+    report.failures(words | {6: "did not come up", 7: "did not come up"}, range(8))
+    assert list(troubles_of(report)) == ["n4"]
+    assert report.notes == ["on every node a rank hangs: it looks at its folders"]
     report = report_of(notes)
     report.failures(dict.fromkeys(range(8), "did not come up"), range(8))
     assert list(troubles_of(report)) == HOSTS
+
+
+def test_a_mistake_in_the_job_excludes_no_node_from_the_next_submission(notes: Path) -> None:
+    """A typo in data.shards is met on all nodes; what is free on their disks differs, and all of it is too little."""
+    disk = [f"/disk: {k}.1 GB are free, 9.0 GB are needed" for k in range(4)]
+    for words in (["typo: no shard set is seen here"] * 4, disk):
+        report, found = report_of(notes), findings()
+        for rank, trouble in zip((0, 2, 4, 6), words):
+            found[rank]["folders"] = [trouble]
+        report.findings(found)
+        assert report.write(SimpleNamespace()) == []
+        assert bad_nodes(notes) == {}
+        assert report.notes == [f"on every node: {found[0]['folders'][0]}"]
+
+
+@pytest.mark.parametrize("setting", [True, False])
+def test_gpus_that_no_node_has_are_a_wrong_setting_and_memory_errors_are_not(notes: Path, setting: bool) -> None:
+    for hosts in (HOSTS, HOSTS[:1]):
+        report, found = report_of(notes, hosts), findings(2 * len(hosts))
+        for rank in found:
+            found[rank]["gpu" if setting else "broken"] = [f"{rank} GPUs are there" if setting else "GPU 0: 3 errors"]
+        report.findings(found)
+        assert report.hopeless == setting
+        assert list(troubles_of(report)) == ([] if setting else hosts)
+
+
+def test_of_a_single_node_what_some_of_its_ranks_meet_is_the_nodes_fault(notes: Path) -> None:
+    report, found = report_of(notes, HOSTS[:1]), findings(2)
+    found[1]["gpu"] = ["its GPU of rank 1: gone"]
+    report.findings(found)
+    report.failures({0: "hangs: it computes a matrix product"}, [0, 1])
+    assert not report.hopeless
+    assert troubles_of(report) == {"n1": ["its GPU of rank 1: gone", "rank 0 hangs: it computes a matrix product"]}
+    report = report_of(notes, HOSTS[:1])
+    report.failures(dict.fromkeys((0, 1), "hangs: it computes a matrix product"), [0, 1])
+    assert (report.hopeless, troubles_of(report)) == (True, {})
+
+
+def test_a_node_that_was_late_is_left_out_the_second_time(notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCLDM_MIN_NODES", "1")
+    node_tokens.leave(notes, "n2", node_tokens.BEGUN)
+    for expected in ({}, {"n2": "rank 2 did not come up in time, though its node began"}):
+        report = report_of(notes)
+        report.findings({rank: one for rank, one in findings().items() if rank not in (2, 3)})
+        report.failures({2: "did not come up"}, range(8))
+        assert report.write(SimpleNamespace()) == ["n1", "n3", "n4"]
+        assert {node: why.split(":")[0] for node, why in bad_nodes(notes).items()} == expected
+    report = report_of(notes)
+    report.failures({0: "did not come up", 6: "failed: E"}, [0, 2, 4, 6])
+    report.add("n1", "slow")  # and not only late
+    report.write(SimpleNamespace())
+    assert list(bad_nodes(notes)) == ["n2", "n1", "n4"]
+    with (notes / "bad_nodes").open("a") as file:
+        file.write("n3\t2026")  # a disk that was full
+    assert list(bad_nodes(notes)) == ["n2", "n1", "n4"]
+
+
+@pytest.mark.parametrize("scratch", ["scratch", ""])
+def test_a_nodes_own_disk_needs_room_also_where_nothing_is_staged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scratch: str
+) -> None:
+    monkeypatch.setenv("SCLDM_SCRATCH", f"{tmp_path}/scratch" if scratch else "")
+    monkeypatch.setattr("tempfile.tempdir", f"{tmp_path}/temporary")
+    free = iter([node_checks.LEAST_DISK, node_checks.LEAST_DISK - 1])
+    monkeypatch.setattr(node_checks.shutil, "disk_usage", lambda path: SimpleNamespace(free=next(free)))
+    node_tokens.leave(tmp_path, "first")
+    assert node_checks.folder_troubles(SimpleNamespace(), tmp_path, "n1") == []
+    (told,) = node_checks.folder_troubles(SimpleNamespace(), tmp_path, "n1")
+    assert told == f"{tmp_path}/{scratch or 'temporary'}: 1.1 GB are free, 1.1 GB are needed"
+
+
+def test_a_damaged_manifest_is_told_as_what_the_node_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCLDM_STAGE", "on")
+    node_tokens.leave(tmp_path, "first")
+    (tmp_path / "manifest.json").write_text("{")
+    (told,) = node_checks.folder_troubles(SimpleNamespace(shards=str(tmp_path)), tmp_path, "n1")
+    assert told.startswith(f"{tmp_path}/manifest.json is damaged: not JSON")
 
 
 def products(**change: float) -> dict[int, float]:
@@ -164,10 +258,24 @@ def test_a_rank_that_died_explains_what_others_wait_for(notes: Path) -> None:
     assert told == {"n2": ["rank 3 died or froze: it takes part in an all-reduce"]}
 
 
-def test_all_reduces_that_fail_everywhere_are_no_nodes_fault(notes: Path) -> None:
-    report = judged_pairs(notes, {}, dict.fromkeys(range(4), "failed: RuntimeError: no such network"))
+@pytest.mark.parametrize("words", ["failed: RuntimeError: no such network", HANGS])
+@pytest.mark.parametrize("ring", [RING, RING[:1], [("n1", "n1")]])
+def test_all_reduces_of_which_none_succeeds_are_no_nodes_fault(
+    notes: Path, words: str, ring: list[tuple[str, str]]
+) -> None:
+    """As where NCCL_SOCKET_IFNAME names no network; of a single pair, nothing tells its nodes apart."""
+    report = judged_pairs(notes, {}, dict.fromkeys(range(4), words), ring)
     assert troubles_of(report) == {}
-    assert report.notes == ["no all-reduce succeeds, on any rank: failed: RuntimeError: no such network"]
+    assert report.notes == [f"no all-reduce succeeds, of any nodes: rank 0 {words}"]
+    assert report.hopeless
+
+
+def test_a_death_explains_only_its_own_pairs(notes: Path) -> None:
+    died = dict.fromkeys(range(8), HANGS) | {3: "died or froze: it takes part in an all-reduce"}
+    report = judged_pairs(notes, {}, dict.fromkeys((0, 1), died), RING[:2])
+    assert (list(troubles_of(report)), report.hopeless) == (["n2"], False)
+    report = judged_pairs(notes, {}, dict.fromkeys(range(4), died))
+    assert (list(troubles_of(report)), report.hopeless) == (["n2"], True)
 
 
 @pytest.mark.parametrize("at", ["products", "pairs"])
@@ -182,14 +290,14 @@ def test_a_job_that_fails_on_every_node_runs_on_none(notes: Path, monkeypatch: p
     assert report.write(SimpleNamespace()) == []
     assert (notes / "use_nodes").read_text() == ""
     assert (notes / "bad_nodes").read_text() == ""
-    said = "no all-reduce succeeds, on any rank: failed: E: x" if at == "pairs" else "every rank failed: E: x"
+    said = "no all-reduce succeeds, of any nodes: rank 0 failed: E: x" if at == "pairs" else "every rank failed: E: x"
     assert json.loads((notes / "preflight.json").read_text())["note"] == said
 
 
 @pytest.mark.parametrize("n", range(1, 8))
 def test_in_no_round_a_node_is_in_two_pairs(n: int) -> None:
     nodes = [f"n{k}" for k in range(n)]
-    rounds = preflight.rounds_of(nodes)
+    rounds = preflight_stages.rounds_of(nodes)
     assert sum(map(len, rounds)) == (n if n > 2 else 1)
     for pairs in rounds:
         busy = [node for pair in pairs for node in dict.fromkeys(pair)]
@@ -246,9 +354,9 @@ class Ranks:
 
     def findings(self, config: object, notes: Path, node: str, local: int, tell: Callable[[str], None]) -> Findings:
         tell("looks at its folders")
-        node_checks.write_token(notes, node)
+        node_tokens.leave(notes, node)
         self.at("findings", local)
-        return {"same": {"numpy": "2.4"}, "gpu": [], "troubles": [], "disk_gb": 1.0}
+        return {"same": {"numpy": "2.4"}, "gpu": [], "broken": [], "folders": [], "disk_gb": 1.0}
 
     def product(self, rank: int) -> float:
         self.at("product", rank)
@@ -264,18 +372,18 @@ class Ranks:
         return 0.01
 
     def beat(self, course: Course, rank: int, done: threading.Event) -> None:
-        store = preflight.open_store()
+        store = preflight_stages.open_store()
         while rank not in self.dead and not self.released.wait(0.05):
             store.add(f"beats/{rank}", 1)
 
     def run(self) -> dict[str, list[str]]:
-        store = preflight.open_store(serves=True)
+        store = preflight_stages.open_store(serves=True)
         STORES.append(store)
         self.course = replace(self.course, began=time.monotonic())
         for rank in set(range(6)) - self.absent:
             args = (self.course, self.refused.get(rank, SimpleNamespace()), rank, rank)
-            threading.Thread(target=preflight.take_part, args=args, daemon=True).start()
-        preflight.lead(self.course, self.refused.get(0, SimpleNamespace()), store)
+            threading.Thread(target=preflight_stages.take_part, args=args, daemon=True).start()
+        preflight_stages.lead(self.course, self.refused.get(0, SimpleNamespace()), store)
         report = json.loads((self.course.notes / "preflight.json").read_text())
         self.use, self.note = report["use"], report["note"]
         self.released.set()
@@ -289,19 +397,36 @@ def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
     monkeypatch.setenv("SCLDM_MIN_NODES", "1")
-    for name, value in {"JOIN_S": 5.0, "PRODUCT_S": 2.0, "PAIR_S": 1.5, "LEAST_PAIR_S": 0.5, "BEAT_S": 0.1}.items():
-        monkeypatch.setattr(preflight, name, value)
-    monkeypatch.setattr(preflight, "findings_of", found.findings)
-    monkeypatch.setattr(preflight, "device_of", lambda local: local)
-    monkeypatch.setattr(preflight, "time_matmul", found.product)
-    monkeypatch.setattr(preflight, "time_all_reduce", found.all_reduce)
-    monkeypatch.setattr(preflight, "_beat", found.beat)
+    times = {"JOIN": 5.0 / 55, "PRODUCT_S": 2.0, "PAIR_S": 1.5, "LEAST_PAIR_S": 0.5, "BEAT_S": 0.1}
+    for name, value in times.items():
+        monkeypatch.setattr(preflight_stages, name, value)
+    monkeypatch.setattr(preflight_stages, "findings_of", found.findings)
+    monkeypatch.setattr(preflight_stages, "device_of", lambda local: local)
+    monkeypatch.setattr(preflight_stages, "time_matmul", found.product)
+    monkeypatch.setattr(preflight_stages, "time_all_reduce", found.all_reduce)
+    monkeypatch.setattr(preflight_stages, "_beat", found.beat)
     yield found
     found.released.set()
 
 
 def fails() -> None:
     raise OSError("no room")
+
+
+def test_a_port_that_is_taken_is_no_nodes_fault(tmp_path: Path) -> None:
+    """The first rank as its own process, which leaves word of itself before it reads torch."""
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "SCLDM_HOSTS": "n1 n2", "SCLDM_NOTES": str(tmp_path)}
+        env |= {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}
+        words = [sys.executable, "-m", "launch.preflight", "encode", "vae=a", "shards=b", "out=c"]
+        done = subprocess.run(words, env=os.environ | env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1, done.stderr
+    assert bad_nodes(tmp_path) == {}
+    assert (tmp_path / "use_nodes").read_text() == ""
+    note = json.loads((tmp_path / "preflight.json").read_text())["note"]
+    assert note.startswith(f"port {port} of n1 can't be served; where another program has it, submit again")
+    assert [path.name for path in (tmp_path / "begun").iterdir()] == ["n1"]
 
 
 def test_six_sound_nodes_run(ranks: Ranks) -> None:
