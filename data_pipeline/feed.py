@@ -80,14 +80,14 @@ class Feed(Generic[Batch]):
         self.low, self.high, self.micro_batch = low, high, micro_batch
         self.read_ahead, self.read_threads, self.positions = read_ahead, read_threads, np.arange(low, high)
         # all blocks of a small set, else the windows of this rank's lanes and half as many again, and those read ahead:
-        # few blocks where all of their cells are used, up to as many again as the windows where few are selected
+        # few blocks where all of their cells are used, up to as many again as the windows where few are selected. At
+        # least those of one step: of each lane the windows that it begins and ends in, and what lies whole between
         edge = np.arange(order.lanes + 1) * order.global_batch // order.lanes
         windows = int(((edge[:-1] < high) & (edge[1:] > low)).sum()) * order.window
         coming = read_ahead * (high - low) * n_blocks // order.population.n_cells
         n_slots = windows * 3 // 2 + read_ahead + min(coming, windows)
-        if n_blocks <= order.lanes * order.window:
-            n_slots = n_blocks
-        self.n_slots = min(n_blocks, max(n_slots, high - low))
+        n_slots = max(n_slots, min(high - low, 2 * windows + order.population.most_units(high - low)))
+        self.n_slots = n_blocks if n_blocks <= order.lanes * order.window else min(n_blocks, n_slots)
         self.pool: ThreadPoolExecutor | None = None
         self.blocks: _Blocks | None = None
         self.running: Running | None = None

@@ -60,6 +60,10 @@ class Units:
         """Every cell of some blocks, a unit a block."""
         return cls(block, np.concatenate([[0], np.cumsum(n_cells, dtype=np.int64)]))
 
+    def most_within(self, n_cells: int) -> int:
+        """Most units that n cells can hold whole: the smallest ones."""
+        return int(np.searchsorted(np.cumsum(np.sort(np.diff(self.start))), n_cells, "right"))
+
     def cell_rows(self) -> np.ndarray:
         """The row within its block of every cell."""
         if self.rows is not None:
@@ -91,6 +95,10 @@ class Population(Protocol):
 
     def units(self, epoch: int) -> Units: ...
 
+    def most_units(self, n_cells: int) -> int:
+        """Most units of an epoch that n cells can hold whole."""
+        ...
+
 
 @dataclass(frozen=True)
 class EveryCell:
@@ -105,6 +113,9 @@ class EveryCell:
     def units(self, epoch: int) -> Units:
         return self.fixed
 
+    def most_units(self, n_cells: int) -> int:
+        return self.fixed.most_within(n_cells)
+
 
 @njit(cache=True)
 def _rank_in_group(group: np.ndarray, met: np.ndarray, rank: np.ndarray) -> None:
@@ -118,7 +129,8 @@ class Balance:
 
     The quota is the epoch divided by the number of groups, but a cell is repeated at most `max_repeats` times an epoch,
     so that a small group gets less. In a group all cells come equally often, give or take one; over the epochs the
-    extra one goes round. Copies of a cell are dealt to the epoch apart from each other.
+    extra one goes round. Copies of a cell are dealt to the epoch each on its own: mostly far apart, but nothing keeps
+    two of them out of the same batch.
 
     Memory: 6 bytes a cell and those of the groups' dtype, and of an epoch 6 bytes for each of its cells.
 
@@ -154,6 +166,9 @@ class Balance:
         return Units(
             np.concatenate([u.block for u in passes]), np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]), rows
         )
+
+    def most_units(self, n_cells: int) -> int:
+        return n_cells  # of the last copies, a block may have one
 
 
 # --- the order -----------------------------------------------------------------------------------------------------

@@ -44,6 +44,26 @@ def test_reading_ahead_reads_no_block_more_often(thin, monkeypatch, changes):
     assert n_fetches[8] <= n_fetches[0] + slots, n_fetches
 
 
+@pytest.mark.parametrize(
+    "changes, most",
+    [
+        ({}, 48),  # 16 blocks in the windows, half as many again, 8 steps ahead of them and 16 to come
+        ({"select": {"donor": [f"d{k}" for k in range(240)]}}, 64),
+        ({"select": {"donor": [f"d{k}" for k in range(10)]}}, 256),
+        ({"balance": ["type", "donor"]}, 256),
+    ],
+)
+def test_memory_is_that_of_the_blocks_that_steps_touch_not_of_their_cells(thin, changes, most):
+    """A global batch of 256 cells, of 8 lanes; of the whole set no step touches more than 40 blocks."""
+    given_set = GeneSetConfig("random", 8, gene_set_group=256)
+    with open_loader(thin, global_batch=256, micro=256, given=given_set, prefetch=0, **changes) as loader:
+        for _ in range(loader.steps_per_epoch):
+            next(loader)
+        blocks = loader.feed.blocks
+        assert blocks
+        assert sum(len(payload) > 0 for payload in blocks.slots.payload) == loader.feed.n_slots <= most
+
+
 @pytest.mark.parametrize("place, method", [(Future, "exception"), (ThreadPoolExecutor, "submit")])
 @pytest.mark.parametrize("nth, late", [(1, False), (5, False), (3, True)])
 def test_an_interrupt_while_a_block_is_waited_for_leaves_the_stream_whole(thin, monkeypatch, place, method, nth, late):

@@ -113,6 +113,29 @@ def test_a_lane_reads_few_blocks_at_a_time():
     assert len(np.unique(block)) <= 10 * (20 * 10 // 16 + 2) * 2  # windows of 16 cells, 200 cells a lane
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    n_cells=st.integers(200, 3000),
+    lanes=st.integers(1, 12),
+    window=st.integers(1, 3),
+    per_lane=st.integers(1, 40),
+    kept=st.floats(0.02, 1),
+    seed=st.integers(0, 99),
+)
+def test_no_step_touches_more_blocks_than_two_windows_a_lane_and_what_its_cells_hold_whole(
+    n_cells, lanes, window, per_lane, kept, seed
+):
+    """The bound of a stream's memory."""
+    units = blocks_of(n_cells).where(np.random.default_rng(seed).random(n_cells) < kept)
+    global_batch = lanes * per_lane
+    most = 2 * lanes * window + EveryCell(units).most_units(global_batch)
+    order = EpochOrder(units, seed, 0, lanes, global_batch, window)
+    if not units.n_cells or len(units) <= lanes * window:
+        return  # nothing to draw from, or a small set, of which every block is held
+    block, _ = order.plan(0, order.steps, 0, global_batch)
+    assert max(len(np.unique(b)) for b in block) <= most
+
+
 def test_selected_cells_alone_are_met_each_once():
     rng = np.random.default_rng(0)
     keep = rng.random(1000) < 0.05
