@@ -19,7 +19,7 @@ import pytest
 from data_pipeline import write_cells
 from launch.cli import main
 from scldm.pretrained import save_pretrained
-from tests.scldm.test_pretrained import CONDITIONS, GENES, library_sizes, networks
+from tests.scldm.small_model import CONDITIONS, GENES, library_sizes, networks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FEW = "sampler.n_steps=2"

@@ -1,0 +1,103 @@
+"""Cells that a loaded model takes to other conditions: the way there, its ends, and what can not be transformed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from scldm.errors import InputError
+from scldm.flow.generate import SamplerConfig
+from scldm.pretrained import Pretrained
+from tests.scldm.small_model import FEW, GENES, cells, of_doses
+
+FINE = SamplerConfig("heun", 120)
+
+
+def labelled_cells(n: int = 70) -> Any:
+    adata = cells(n)
+    adata.obs["type"] = pd.Categorical(["T cell", "B cell"] * (n // 2))
+    adata.obs["batch"] = range(n)
+    return adata
+
+
+def test_cells_taken_to_their_own_condition_are_the_same_cells(model: Pretrained) -> None:
+    """Then the latent is the cell's own, and what is expected is what `reconstruct` expects."""
+    adata = labelled_cells()
+    adata = adata[adata.obs["type"] == "T cell"].copy()
+    stay: Any = model.transform(adata, {"type": "T cell"}, sampler=FINE, kind="means")
+    expected = model.reconstruct(adata).X
+    np.testing.assert_allclose(stay.X.toarray(), expected, rtol=1e-3)
+    moved: Any = model.transform(adata, {"type": "NK"}, sampler=FINE, kind="means")
+    assert np.abs(moved.X.toarray() / expected - 1).max() > 0.01
+    assert set(moved.obs["type"]) == {"NK"}
+    assert list(moved.obs["source"]) == list(adata.obs_names) == list(moved.obs_names)
+    np.testing.assert_allclose(np.asarray(moved.X.sum(1)).ravel(), np.asarray(adata.X.sum(1)).ravel(), rtol=1e-4)
+
+
+def test_between_two_conditions_cells_go_from_one_to_the_other(model: Pretrained) -> None:
+    adata, alphas = labelled_cells(6), (0.0, 0.5, 1.0)
+    way: Any = model.transform(adata, {"type": "NK"}, alphas=alphas, sampler=FINE, kind="means")
+    assert list(way.obs["alpha"]) == [0.0] * 6 + [0.5] * 6 + [1.0] * 6
+    assert list(way.obs["type"]) == list(adata.obs["type"]) + ["NK"] * 12
+    assert way.obs_names[6] == "0-0.5"
+    assert way.obs_names.is_unique
+    assert list(way.obs["batch"]) == list(range(6)) * 3
+    own, half, other = (way.X.toarray()[k : k + 6] for k in (0, 6, 12))
+    np.testing.assert_allclose(own, model.reconstruct(adata).X, rtol=1e-3)
+    far = np.linalg.norm(other - own)
+    assert np.linalg.norm(half - own) < far
+    assert np.linalg.norm(half - other) < far
+
+
+def test_the_way_to_noise_is_gone_once_for_all_alphas(model: Pretrained) -> None:
+    cost = model.transform(labelled_cells(4), {"type": "NK"}, alphas=(0, 0.5, 1), sampler=FEW).uns["scldm"]
+    assert cost["n_evaluations"] == 4 * 3 * (1 + 1 + 2 + 1)  # there; back along the own, both, and the other
+    alone: Any = model.transform(labelled_cells(4), {"type": "NK"}, sampler=FEW, seed=2)
+    among: Any = model.transform(labelled_cells(4), {"type": "NK"}, alphas=(0, 0.5, 1), sampler=FEW, seed=2)
+    assert (among.X[8:] != alone.X).nnz == 0
+
+
+def test_a_combination_without_a_token_is_told_in_transform_too(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model, adata = of_doses(tmp_path), cells(4)
+    adata.obs = pd.DataFrame({"dose": "0", "type": "T cell", "donor": "d1"}, index=adata.obs_names)
+    model.transform(adata, {"dose": "1"}, sampler=FEW)
+    assert "token" not in capsys.readouterr().err
+    model.transform(adata, {"dose": "2.5"}, sampler=FEW)
+    said = [line for line in capsys.readouterr().err.splitlines() if "token" in line]
+    assert len(said) == 1
+    assert said[0].startswith("dose=2.5, type=T cell, donor=d1: this combination was not trained and has no token")
+
+
+def test_transformed_counts_are_drawn_by_cell(model: Pretrained) -> None:
+    adata = labelled_cells()
+    some = [GENES.ids[k] for k in (5, 2, 9)]
+    made: Any = model.transform(adata, {"type": "NK"}, sampler=FEW, seed=3, genes=some)
+    assert (made.X.dtype, made.X.format, list(made.var_names)) == (np.int32, "csr", some)
+    again: Any = model.transform(adata, {"type": "NK"}, sampler=FEW, seed=3, genes=some)
+    assert (made.X != again.X).nnz == 0
+    other: Any = model.transform(adata, {"type": "NK"}, sampler=FEW, seed=4, genes=some)
+    assert (made.X != other.X).nnz > 20
+
+
+@pytest.mark.parametrize(
+    "to, more, said",
+    [
+        ({}, {}, "to names no condition"),
+        ({"typ": "NK"}, {}, "condition 'typ' is unknown; the model knows type, donor"),
+        ({"type": "NKT"}, {}, "condition 'type' has no label 'NKT'; nearest of its 3"),
+        ({"donor": "d1"}, {}, "obs has no column 'donor'; it has type, batch"),
+        ({"type": "NK"}, {"by": ["batch"]}, "condition 'batch' is unknown"),
+        ({"type": "NK"}, {"by": []}, "by must name 'type' too"),
+        ({"type": "NK"}, {"alphas": (1.5,)}, "alphas=1.5 must be numbers from 0 to 1"),
+        ({"type": "NK"}, {"sampler": SamplerConfig("sde_heun", 3)}, "sampler.method=sde_heun can't be followed"),
+        ({"type": "NK"}, {"genes": ["nix"]}, "gene 'nix' is not among"),
+    ],
+)
+def test_what_can_not_be_transformed_is_said_in_one_line(model: Pretrained, to, more, said: str) -> None:
+    with pytest.raises(InputError, match=said) as refusal:
+        model.transform(labelled_cells(4), to, **more)
+    assert "\n" not in str(refusal.value)
