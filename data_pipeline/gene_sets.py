@@ -18,7 +18,7 @@ The library size given to the likelihood is always that of the decoder's set. `r
 cell, as in the paper, or one per group of `gene_set_group` positions of the global batch, which its cells share:
 faster, since their embeddings are looked up once.
 
-Reading order: GeneSetConfig, GeneSets, the kernels (numba; they release the GIL).
+Reading order: GeneSetConfig, as_whole_cells, GeneSets, the kernels (numba; they release the GIL).
 """
 
 from __future__ import annotations
@@ -57,6 +57,14 @@ class GeneSetConfig:
     gene_set_group: int = 1
     weight_by: Literal["mean", "variability"] = "mean"
     overflow: Literal["refuse", "sample"] = "refuse"
+
+
+def as_whole_cells(given: GeneSetConfig) -> GeneSetConfig:
+    """How whole cells are given to an encoder that is trained on such sets, to be judged, encoded or standardised: all
+    genes, where a drawn set was a part of them; else as in training, as all genes would be another function."""
+    if given.policy == "expressed":
+        return GeneSetConfig("expressed")
+    return given if given.policy in OF_THE_CELL else GeneSetConfig()
 
 
 class GeneSets:

@@ -22,7 +22,7 @@ import torch
 
 from data_pipeline.collate import CellCollator, LatentCollator
 from data_pipeline.feed import Collator, Feed, Plan, Running, from_outside, read_block
-from data_pipeline.gene_sets import GeneSetConfig, GeneSets
+from data_pipeline.gene_sets import OF_THE_CELL, GeneSetConfig, GeneSets
 from data_pipeline.order import (
     DRAW_ASKED,
     DRAW_GIVEN,
@@ -306,13 +306,13 @@ def shard_batches(
 ) -> Iterator[CellBatch | CompactCellBatch]:
     """Every cell of one shard in set order and none twice, for encoding; a block's last micro-batch may be shorter.
 
-    given: gene set; `all` if None, else `all` or `expressed`
+    given: gene set; `all` if None, else `all`, `expressed` or `expressed_plus_zeros`, whose draws are by block and row
     device: where the batches will go; those for a GPU are compact, in pinned memory
     """
     manifest = cells.manifest
     entry, config = manifest.shards[shard], given or GeneSetConfig()
-    if config.policy not in ("all", "expressed"):
-        raise InputError(f"cells are encoded from all or all expressed genes, not policy={config.policy}")
+    if config.policy not in ("all", *OF_THE_CELL):
+        raise InputError(f"cells are encoded from all their genes or all expressed ones, not policy={config.policy}")
     sets = GeneSets(
         config,
         "given",
@@ -328,12 +328,12 @@ def shard_batches(
     slots = collate.make_slots(cells, 1)
 
     def batches() -> Iterator[Any]:
-        for k, block in enumerate(range(entry.first_block, entry.first_block + entry.n_blocks)):
+        for block in range(entry.first_block, entry.first_block + entry.n_blocks):
             read_block(cells, slots, block, 0)
             n = int(cells.blocks["n_cells"][block])
             for low in range(0, n, micro_batch):
                 rows = np.arange(low, min(low + micro_batch, n))
-                plan = Plan(FIXED_PASS, k, np.full(len(rows), block), rows, n)
+                plan = Plan(FIXED_PASS, block, np.full(len(rows), block), rows, n)
                 yield collate(np.zeros_like(rows), rows, plan, rows, np.ones(len(rows), np.float32))
 
     running = Running(batches(), prefetch)

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from data_pipeline.gene_sets import GeneSetConfig
+from data_pipeline.gene_sets import OF_THE_CELL, GeneSetConfig, as_whole_cells
 from data_pipeline.loader import shard_batches
 from data_pipeline.read_shards import ShardSet
 from data_pipeline.schema import Manifest
@@ -78,7 +78,7 @@ def main(config: EncodeConfig) -> Path:
         if cells.manifest.kind != "cells":
             raise InputError(f"{config.shards}: a set of {cells.manifest.kind}, not of cells")
         check_same_genes(cells.manifest, config.shards, Path(config.vae))
-        check_given(config.genes.policy, Path(config.vae), "genes.policy")
+        check_given(config.genes, Path(config.vae), "genes", world)
         shape = (vae.config.n_latents, vae.config.latent_width)
         writer = LatentWriter(config.out, cells, origin["hash"], shape, config.genes.policy)
         missing = writer.missing_shards()
@@ -97,13 +97,28 @@ def main(config: EncodeConfig) -> Path:
     return Path(config.out)
 
 
-def check_given(policy: str, vae_run: Path, key: str) -> None:
-    """Raises: InputError where cells would be given to the autoencoder otherwise than it was trained: it is another
-    function of all genes (or of a random choice of them, zeros included) than of expressed ones alone."""
-    trained = read_config(vae_run)["data"]["given"]["policy"]
-    if (policy == "expressed") != (trained == "expressed"):
-        right = "expressed" if trained == "expressed" else "all"
-        raise InputError(f"{key}={policy}: {vae_run} was trained with data.given.policy={trained}; give {key}={right}")
+def check_given(given: GeneSetConfig, vae_run: Path, key: str, world: World) -> None:
+    """Says where genes were drawn by weight in training alone, or now alone: the shares of genes are then others.
+
+    Raises: InputError where cells would be given to the autoencoder otherwise than it was trained: it is another
+    function of all genes (or of a random choice of them, zeros included) than of a set made of what the cell expresses.
+    """
+    trained = GeneSetConfig(**read_config(vae_run)["data"]["given"])
+    right = as_whole_cells(trained)
+    padded = "expressed_plus_zeros"  # whose n_genes says how many zeros a cell has
+    same = given.policy == trained.policy and (given.policy != padded or given.n_genes == trained.n_genes)
+    if not same and {given.policy, trained.policy} & set(OF_THE_CELL):
+        is_, was, give = (
+            f"{at}.policy={of.policy}" + (f" {at}.n_genes={of.n_genes}" if of.policy == padded else "")
+            for at, of in ((key, given), ("data.given", trained), (key, right))
+        )
+        raise InputError(f"{is_}: {vae_run} was trained with {was}; give {give}")
+    if world.is_first and (given.policy == "weighted") != (trained.policy == "weighted"):
+        print(
+            f"{key}.policy={given.policy}: {vae_run} was trained with data.given.policy={trained.policy}: it met genes "
+            "in other shares than here",
+            file=sys.stderr,
+        )
 
 
 def check_same_genes(manifest: Manifest, shards: str, vae_run: Path) -> None:

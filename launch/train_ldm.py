@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from data_pipeline.gene_sets import GeneSetConfig
+from data_pipeline.gene_sets import GeneSetConfig, as_whole_cells
 from data_pipeline.loader import CellLoader, LatentLoader, LoaderConfig, StreamConfig
 from data_pipeline.schema import Manifest
 from launch.cli import run_verb
@@ -173,15 +173,16 @@ def latents(config: TrainLDMConfig, world: World) -> Source:
 
 
 def cells(config: TrainLDMConfig, world: World) -> Source:
-    """A set of cells, each encoded whenever it comes; validation from all genes, as latent sets are."""
+    """A set of cells, each encoded whenever it comes; moments, shifts and validation from whole cells, as latent sets
+    are."""
     vae, origin = trained_vae(Path(config.vae), "best")
     vae = vae.to(world.device)
     stream = {f.name: getattr(config.data, f.name) for f in fields(StreamConfig)}
     loader = CellLoader(LoaderConfig(**stream, given=config.given), split="train", **place(config, world))
     check_has_validation(loader.manifest, config.data.shards)
     check_same_genes(loader.manifest, config.data.shards, Path(config.vae))
-    check_given(config.given.policy, Path(config.vae), "given.policy")
-    whole = LoaderConfig(**{**stream, "balance": []})
+    check_given(config.given, Path(config.vae), "given", world)
+    whole = LoaderConfig(**{**stream, "balance": []}, given=as_whole_cells(config.given))
     n_genes = loader.vocab.n_genes
     batch = whole_cells(config.hardware.micro_batch, config.given.n_genes or n_genes, n_genes)
     validation = CellLoader(whole, split="validation", **{**place(config, world), "micro_batch": batch})

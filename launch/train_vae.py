@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from data_pipeline.gene_sets import GeneSetConfig
+from data_pipeline.gene_sets import GeneSetConfig, as_whole_cells
 from data_pipeline.loader import CellLoader, LoaderConfig
 from launch.cli import run_verb
 from launch.training import Parts, check_has_validation, run_training, start_of, whole_cells
@@ -69,9 +69,9 @@ def set_up(config: TrainVAEConfig, world: World) -> Parts:
     loader = CellLoader(config.data, split="train", **place)
     check_has_validation(loader.manifest, config.data.shards)
     # judged on all genes of every held-out cell, whatever it trains on, in micro-batches that take no more memory
-    whole = replace(config.data, given=GeneSetConfig(), asked=GeneSetConfig(policy="same"), balance=[])
-    if config.data.given.policy == "expressed":
-        whole = replace(whole, given=GeneSetConfig("expressed"), asked=GeneSetConfig())
+    given = as_whole_cells(config.data.given)
+    asked = GeneSetConfig("same" if given.policy == "all" else "all")
+    whole = replace(config.data, given=given, asked=asked, balance=[])
     n_genes = loader.vocab.n_genes
     in_training = max(config.data.given.n_genes, config.data.asked.n_genes) or n_genes
     place["micro_batch"] = whole_cells(config.hardware.micro_batch, in_training, n_genes)

@@ -214,10 +214,11 @@ class Pretrained:
     def _given(self, adata: ad.AnnData, layer: str | None) -> tuple[sp.csr_matrix, Tensor]:
         """Counts of the genes that the model knows, and their indices."""
         run = self.origin.get("vae", {}).get("config", {})
-        if run.get("data", {}).get("given", {}).get("policy") == "expressed":
+        policy = run.get("data", {}).get("given", {}).get("policy")
+        if policy in ("expressed", "expressed_plus_zeros"):
             raise InputError(
-                "this autoencoder was trained with data.given.policy=expressed and is given all genes of a file here, "
-                "which is another function; `scldm encode` with genes.policy=expressed encodes cells as it was trained"
+                f"this autoencoder was trained with data.given.policy={policy} and is given all genes of a file here, "
+                f"which is another function; `scldm encode` with genes.policy={policy} encodes cells as it was trained"
             )
         if layer in ("raw", "raw/X") and adata.raw is not None:
             adata, layer = adata.raw.to_adata(), None

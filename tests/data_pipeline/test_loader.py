@@ -111,6 +111,24 @@ def test_encoding_meets_the_cells_of_a_shard_in_set_order(folder, cells):
     shards.close()
 
 
+def test_drawn_zeros_of_a_cell_to_encode_are_its_own_whatever_the_batch(folder):
+    """So that an interrupted set goes on as it began."""
+    shards, given = ShardSet(folder), GeneSetConfig("expressed_plus_zeros", 300)
+
+    def zeros(micro_batch: int) -> list[list[int]]:
+        batches = [b.given for k in (0, 1) for b in shard_batches(shards, k, micro_batch=micro_batch, given=given)]
+        return [
+            ids[mask & (counts == 0)].tolist()
+            for of in batches
+            for ids, mask, counts in zip(of.gene_ids, of.mask, of.counts_BS)
+        ]
+
+    found = zeros(8)
+    assert all(200 < len(cell) < 300 for cell in found)
+    assert [sorted(c) for c in zeros(3)] == [sorted(c) for c in found]
+    shards.close()
+
+
 # --- choice of cells -----------------------------------------------------------------------------------------------
 
 

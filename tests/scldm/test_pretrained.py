@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +192,15 @@ print(json.dumps(sorted({{name.split(".")[0] for name in sys.modules}})))
     assert done.returncode == 0, done.stderr
     unwanted = {"deepspeed", "mlflow", "tiledbsoma", "cellxgene_census", "webdataset", "data_pipeline", "launch"}
     assert not unwanted & set(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize("policy", ["expressed", "expressed_plus_zeros"])
+def test_an_autoencoder_of_expressed_genes_is_not_given_all(model: Pretrained, policy: str) -> None:
+    """Which would be another function than the one that was trained."""
+    run = {"data": {"given": {"policy": policy}}}
+    other = replace(model, origin={"vae": {"config": run}})
+    for use in (other.embed, other.reconstruct, lambda adata: other.transform(adata, {"type": "NK"}, by=["type"])):
+        adata = cells(3)
+        adata.obs["type"] = "T cell"
+        with pytest.raises(InputError, match=f"trained with data.given.policy={policy} and is given all genes"):
+            use(adata)

@@ -1,0 +1,70 @@
+"""`scldm encode`: cells are given to an autoencoder as it was trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.gene_sets import GeneSetConfig, as_whole_cells
+from launch.encode import check_given
+from scldm.errors import InputError
+from scldm.parallel.dist import World
+
+ONE = World(0, 1, torch.device("cpu"))
+ALL, EXPRESSED, PADDED = GeneSetConfig(), GeneSetConfig("expressed"), GeneSetConfig("expressed_plus_zeros", 20)
+RANDOM, WEIGHTED = GeneSetConfig("random", 9), GeneSetConfig("weighted", 9)
+
+
+def run_folder(at: Path, given: GeneSetConfig) -> Path:
+    (at / "config.json").write_text(json.dumps({"data": {"given": vars(given)}}))
+    return at
+
+
+@pytest.mark.parametrize(
+    "trained, given, said",
+    [
+        (EXPRESSED, ALL, "genes.policy=all: .* trained with data.given.policy=expressed; give genes.policy=expressed"),
+        (ALL, EXPRESSED, "trained with data.given.policy=all; give genes.policy=all"),
+        (RANDOM, PADDED, "trained with data.given.policy=random; give genes.policy=all"),
+        (PADDED, ALL, "give genes.policy=expressed_plus_zeros genes.n_genes=20"),
+        (PADDED, EXPRESSED, "give genes.policy=expressed_plus_zeros genes.n_genes=20"),
+        (EXPRESSED, PADDED, "genes.n_genes=20: .* give genes.policy=expressed$"),
+        (PADDED, GeneSetConfig("expressed_plus_zeros", 21), "genes.n_genes=21: .* data.given.n_genes=20; give"),
+        (WEIGHTED, EXPRESSED, "trained with data.given.policy=weighted; give genes.policy=all"),
+    ],
+)
+def test_cells_given_otherwise_than_in_training_are_refused(tmp_path: Path, trained, given, said: str) -> None:
+    run = run_folder(tmp_path, trained)
+    with pytest.raises(InputError, match=said):
+        check_given(given, run, "genes", ONE)
+    check_given(as_whole_cells(trained), run, "genes", ONE)
+
+
+@pytest.mark.parametrize(
+    "trained, given, told",
+    [
+        (ALL, ALL, False),
+        (RANDOM, ALL, False),
+        (ALL, RANDOM, False),
+        (EXPRESSED, GeneSetConfig("expressed", 64, overflow="sample"), False),
+        (WEIGHTED, WEIGHTED, False),
+        (WEIGHTED, ALL, True),
+        (ALL, WEIGHTED, True),
+    ],
+)
+def test_genes_in_other_shares_than_in_training_are_told(tmp_path: Path, capsys, trained, given, told: bool) -> None:
+    run = run_folder(tmp_path, trained)
+    for rank in (0, 1):
+        check_given(given, run, "genes", World(rank, 2, torch.device("cpu")))
+    said = capsys.readouterr().err
+    assert said.count("it met genes in other shares than here") == int(told)
+    assert f"trained with data.given.policy={trained.policy}" in said or not told
+
+
+def test_a_drawn_set_is_a_part_of_the_whole_cell_and_one_of_expressed_genes_is_not() -> None:
+    assert as_whole_cells(RANDOM) == as_whole_cells(WEIGHTED) == as_whole_cells(ALL) == ALL
+    assert as_whole_cells(GeneSetConfig("expressed", 64, overflow="sample")) == EXPRESSED
+    assert as_whole_cells(PADDED) == PADDED
