@@ -49,7 +49,8 @@ class DirectConfig:
 
 
 class DirectCells(ShardSet):
-    """The cells of a query, open for reading; `close` removes them. A loader takes it as `cells=`.
+    """The cells of a query, open for reading; `close`, or the end of `with`, removes them. Until then a loader takes it
+    as `cells=`, and whatever takes a shard set takes its `url`. README.md trains on one.
 
     Raises: InputError for what is wrong with the query, or where it is too large for this.
     """
@@ -86,3 +87,9 @@ class DirectCells(ShardSet):
     def close(self) -> None:
         super().close()
         self._removal()
+
+    def __enter__(self) -> DirectCells:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,11 +1,16 @@
 """Cells straight from a Census-shaped collection: the batches that a converted set gives, and nothing left behind."""
 
 import gc
+import json
 import os
+import re
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import data_pipeline
 from data_pipeline.gene_sets import GeneSetConfig
 from data_pipeline.loader import CellLoader, LoaderConfig
 from data_pipeline.read_shards import ShardSet
@@ -13,6 +18,7 @@ from data_pipeline.read_soma import DirectCells, DirectConfig
 from data_pipeline.sources import SourceConfig
 from data_pipeline.write_shards import write_shards
 from data_pipeline.write_soma import SomaWriteConfig, write_soma
+from launch import cli
 from scldm.errors import InputError
 from tests.data_pipeline.atlases import ShardsWriteConfig, atlas
 
@@ -50,6 +56,27 @@ def test_a_query_streams_as_its_converted_set_does(census, tmp_path, capsys):
     for loader in loaders:
         loader.close()
     assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.slow
+def test_the_readme_trains_on_a_query_and_leaves_nothing_of_it(census, tmp_path, monkeypatch):
+    """Its very text, with a training of two steps."""
+    text = (Path(data_pipeline.__file__).parent / "README.md").read_text()
+    (code,) = re.findall(r"<!-- a test trains on this text -->\n```python\n(.*?)```", text, re.S)
+    small = ["hardware.engine=plain", "data.given.n_genes=50", "train.steps=2", "tracking.enabled=false"]
+    train = cli.main
+    monkeypatch.setattr(cli, "main", lambda words: train([*words, *small]))
+    (tmp_path / "cells-soma").symlink_to(census[1].paths[0])
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    for _ in range(2):  # the second time it resumes, which asks whether the cells are the same
+        with pytest.raises(SystemExit) as ended:
+            exec(code, {})
+        assert ended.value.code == 0
+        assert not list((tmp_path / "temporary").glob("scldm-direct-*"))
+    assert json.loads((tmp_path / "runs/vae/conditions.json").read_text()) == {"cell_type": ["B", "T"]}
+    assert json.loads((tmp_path / "runs/vae/outcome.json").read_text())["state"] == "finished"
 
 
 @pytest.mark.slow
