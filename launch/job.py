@@ -168,8 +168,26 @@ def settings(job: Job, site: Mapping[str, str]) -> dict[str, str]:
         "SCLDM_PREFLIGHT_S": str(job.options.preflight_s),
         "SCLDM_STAGE": "on" if job.options.stage and shards_word(job) else "off",
         "SCLDM_MAX_REQUEUES": str(job.options.max_requeues),
+        **({"SCLDM_STOP_SIGNAL": signal} if (signal := stop_signal(job)) else {}),
         **({"SCLDM_MIN_NODES": str(job.options.least)} if job.options.least < job.options.most else {}),
     }
+
+
+def stop_signal(job: Job) -> str:
+    """What the script sends to the ranks of a training that is to save and stop, as USR1; empty for other verbs.
+
+    Raises: InputError where the ranks catch none that srun passes on.
+    """
+    config = compose(importlib.import_module(VERBS[job.verb][0]).CONFIG, job.words)
+    if not hasattr(config, "train"):
+        return ""
+    passed_on = [name for name in ("SIGUSR1", "SIGUSR2", "SIGTERM") if name in config.train.stop_signals]
+    if not passed_on:
+        given = ", ".join(config.train.stop_signals) or "none"
+        raise InputError(
+            f"train.stop_signals={given}: a job is told to stop by SIGUSR1, SIGUSR2 or SIGTERM; name one of them"
+        )
+    return passed_on[0].removeprefix("SIG")
 
 
 def shards_word(job: Job) -> str:
@@ -185,15 +203,16 @@ def shards_word(job: Job) -> str:
 def plain_words(job: Job) -> list[str]:
     """The verb's words with every key as key=value, and what it makes as a path that does not depend on the folder.
 
-    Where shards are staged, a word names them, for the script.
+    Words name that, and where shards are staged those too, for the script, which does not read preset files.
     """
     schema: Any = importlib.import_module(VERBS[job.verb][0]).CONFIG
     presets, overrides = split_arguments(schema, job.words)
+    config = compose(schema, job.words)
     for key in ("run_dir", "out"):
-        overrides = [
-            f"{key}={os.path.abspath(word.partition('=')[2])}" if word.startswith(f"{key}=") else word
-            for word in overrides
-        ]
+        if made := getattr(config, key, ""):
+            word = f"{key}={os.path.abspath(made)}"
+            others = [word if other.startswith(f"{key}=") else other for other in overrides]
+            overrides = others if word in others else [*others, word]
     word = shards_word(job) if job.options.stage else ""
     return [*presets, *overrides, *([word] if word and word not in overrides else [])]
 

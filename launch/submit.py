@@ -214,6 +214,8 @@ def requested(name: str, letter: str, words: Sequence[str]) -> str:
             return following
         if word.startswith(f"--{name}="):
             return word.partition("=")[2]
+        if word.startswith(f"-{letter}"):
+            return word[2:]
     return ""
 
 

@@ -20,8 +20,8 @@ from tests.launch.fake_slurm import train
 class Life:
     """Starts of one job's script, each with exit codes of its steps."""
 
-    def __init__(self, fake: Path, tmp_path: Path, *words: str) -> None:
-        assert main(["submit", *train(tmp_path), "--preflight", "false", *words]) == 0
+    def __init__(self, fake: Path, tmp_path: Path, *words: str, verb: list[str] | None = None) -> None:
+        assert main(["submit", *(verb or train(tmp_path)), "--preflight", "false", *words]) == 0
         self.fake, self.run_dir = fake, tmp_path / "my runs" / "50 % vae"
         (fake / ".bash_profile").write_text('PATH="$FAKE/bin:$PATH"\n')  # which /etc/profile has set anew
         self.notes = self.run_dir / "slurm"
@@ -129,6 +129,57 @@ def test_a_cancelled_job_does_not_come_back(fake: Path, tmp_path: Path) -> None:
     (fake / "job_state").write_text("CANCELLED")
     assert life.start(0, 85, step=5) == "STOPPED"
     assert life.requeued == 0
+
+
+AWAY = """if [ "$(ls "$FAKE" | grep -c ^away)" -lt %d ]; then touch "$FAKE/away.$$"; exit 1; fi; """
+
+
+@pytest.mark.parametrize("command", ["--oneliner*", "requeue*"])
+def test_a_job_outlives_a_controller_that_is_away_for_a_moment(fake: Path, tmp_path: Path, command: str) -> None:
+    """It does not say whether the job was cancelled, or does not take the requeue."""
+    life = Life(fake, tmp_path)
+    scontrol = (fake / "bin" / "scontrol").read_text().replace("    *) echo", "    --oneliner*) echo")
+    (fake / "bin" / "scontrol").write_text(scontrol.replace(f"{command}) ", f"{command}) {AWAY % 2}"))
+    assert life.start(0, 85, step=5) == "REQUEUED"
+    assert life.requeued == 1
+
+
+@pytest.mark.parametrize(
+    "signals, told", [("[SIGUSR2]", "USR2"), ("[SIGHUP,SIGTERM]", "TERM"), ("[SIGTERM,SIGUSR1]", "USR1")]
+)
+def test_the_ranks_are_told_by_a_signal_that_they_catch(fake: Path, tmp_path: Path, signals: str, told: str) -> None:
+    life = Life(fake, tmp_path, f"train.stop_signals={signals}")
+    does = f'kill -USR1 $PPID; trap "exit 85" {told}; for ((k = 0; k < 80; k++)); do sleep 0.1; done'
+    (fake / "bin" / "srun").write_text(f'#!/bin/bash\ntouch "$FAKE/step"; {does}\n')
+    assert life.start(0, step=5) == "REQUEUED"
+    assert f"sending SIG{told} to the ranks" in life.done.stdout
+    assert "by a signal, at 5" in (life.notes / "state").read_text()
+
+
+def test_ranks_that_a_signal_of_their_own_list_ended_are_started_again(fake: Path, tmp_path: Path) -> None:
+    life = Life(fake, tmp_path, "train.stop_signals=[SIGUSR2]")
+    assert life.start(0, 140, step=5) == "REQUEUED"
+
+
+def test_a_run_folder_that_a_preset_file_names_reaches_the_script(fake: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(f"run_dir: {tmp_path}/my runs/50 % vae\n")
+    *words, _ = train(tmp_path)
+    life = Life(fake, tmp_path, verb=[*words, f"{tmp_path}/mine.yaml"])
+    assert life.start(0, 0, step=5) == "DONE"
+    (step,) = life.steps()
+    assert f"{tmp_path}/mine.yaml" in step
+    assert step[-1] == f"run_dir={tmp_path}/my runs/50 % vae"
+
+
+def test_a_sites_module_command_may_use_what_is_not_set(fake: Path, tmp_path: Path) -> None:
+    with (tmp_path / "site.sh").open("a") as file:
+        file.write("SCLDM_MODULES='cuda/12 none'\n")
+    life = Life(fake, tmp_path)
+    with (fake / ".bash_profile").open("a") as file:
+        file.write('module() { echo "loads $2 $NOT_SET_ANYWHERE"; [ "$2" != none ]; }\n')
+    assert life.start(0, 0, step=5) == "FAILED"
+    assert "loads cuda/12 \n" in life.done.stdout
+    assert "module load none failed" in life.done.stdout
 
 
 def test_the_nodes_that_preflight_leaves_are_those_that_run(fake: Path, tmp_path: Path) -> None:
