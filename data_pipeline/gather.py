@@ -87,8 +87,8 @@ class CellSlots:
         self.identity, self.total_counts, self.labels = self.about[..., :2], self.about[..., 2], self.about[..., 3:]
         self.n_cells = np.zeros(n_slots, np.int64)
         self.columns: dict[int, np.ndarray] = {}  # width of a gene set -> table from gene to its place in the set
-        wide = manifest.statistics.largest_count >= 1 << 31
-        self.count_dtype = np.dtype(np.int64 if wide else np.int32)
+        self.largest_count = manifest.statistics.largest_count
+        self.count_dtype = np.dtype(np.int64 if self.largest_count >= 1 << 31 else np.int32)
         self.id_dtype = (
             column_dtype(self.n_genes + 1) if column_dtype(self.n_genes + 1) == np.uint16 else np.dtype("i4")
         )
@@ -140,6 +140,8 @@ class CellSlots:
                 self.labels[slot, :n_cells, c] = ids
                 if n_cells and ids.max() >= self.n_labels[c]:
                     raise ValueError(f"a label id of {self.names[c]!r} is beyond its {self.n_labels[c]} labels")
+            if (largest := int(found.large.max(initial=0))) > self.largest_count:  # might not fit count_dtype
+                raise ValueError(f"a count of {largest}, the manifest's largest is {self.largest_count}")
             lengths, parts = found[:4], (found.steps, found.packed, found.medium, found.far, found.large)
             if not locate(*lengths, *parts, self.place[slot], self.begin[slot]):
                 raise ValueError("its sections do not fit each other")
@@ -180,8 +182,7 @@ class CellSlots:
         width = sets.width
         n_expressed = self.begin[slots, rows + 1, 0] - self.begin[slots, rows, 0]
         if not width:
-            longest = int(n_expressed.max(initial=1))
-            width = min(-(-longest // WIDTH_STEP) * WIDTH_STEP, -(-self.n_genes // WIDTH_STEP) * WIDTH_STEP)
+            width = -(-int(n_expressed.max(initial=1)) // WIDTH_STEP) * WIDTH_STEP
         ids, counts = np.zeros((len(slots), width), np.int64), np.zeros((len(slots), width), self.count_dtype)
         totals = np.empty(len(slots), np.int64)
         fill_up = sets.config.policy == "expressed_plus_zeros"

@@ -27,6 +27,7 @@ from data_pipeline.order import (
     DRAW_ASKED,
     DRAW_GIVEN,
     FIXED_PASS,
+    MOST_REPEATS,
     Balance,
     EpochOrder,
     EveryCell,
@@ -57,8 +58,9 @@ class StreamConfig:
     prefetch: micro-batch lists that are made ahead in a thread; 0 makes each when it is asked for
     read_threads: threads that read and decompress
     read_ahead: steps whose blocks are read before they are needed
-    cache_folder: where the index and blocks of a remote set are kept, shared by the ranks of a node
-    cache_gb: limit of the blocks kept there, in 1e9 bytes
+    cache_folder: where the index and blocks of a remote set are kept, shared by the ranks of a node; each set in a
+        folder of its own, which stays until you remove it
+    cache_gb: limit of the blocks of one set that are kept there, in 1e9 bytes
     """
 
     shards: str = "???"
@@ -224,7 +226,12 @@ class _Loader(ABC, Generic[Batch]):
                 raise InputError(
                     f"the stream can't be resumed: {name} is {own[name]!r}, the checkpoint's was {value!r}"
                 )
-        self.seek(int(state["step"]))
+        step = state["step"]
+        if not isinstance(step, int) or step < 0:
+            raise InputError(
+                f"the stream can't be resumed: the checkpoint's step={step!r} is no number of global batches"
+            )
+        self.seek(step)
 
     def close(self) -> None:
         """Stops the threads and closes the files."""
@@ -371,8 +378,8 @@ def chosen_units(cells: BlockSource, split: str, select: dict[str, list[str]]) -
 
 def balanced(cells: BlockSource, units: Units, config: StreamConfig) -> Balance:
     """The cells drawn so that every combination of the conditions in `balance` comes equally often."""
-    if config.balance_max_repeats < 1:
-        raise InputError(f"balance_max_repeats={config.balance_max_repeats} must be at least 1")
+    if not 1 <= config.balance_max_repeats <= MOST_REPEATS:
+        raise InputError(f"balance_max_repeats={config.balance_max_repeats} must lie in 1 ... {MOST_REPEATS}")
     conditions = cells.manifest.conditions
     at = np.repeat(cells.blocks["first_cell"][units.block].astype(np.int64), np.diff(units.start))
     at += units.cell_rows()

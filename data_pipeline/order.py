@@ -30,6 +30,7 @@ from scldm.errors import InputError
 DRAW_BLOCKS, DRAW_WINDOW, DRAW_BALANCE, DRAW_GIVEN, DRAW_ASKED = 1, 2, 3, 4, 5
 FIXED_PASS = (1 << 63) - 1  # stands for the epoch in draws of a pass in fixed order
 CHUNK_CELLS = 1 << 22
+MOST_REPEATS = (1 << 16) - 1  # of a cell in a balanced epoch: they are counted in uint16
 
 
 # --- the cells of an epoch -----------------------------------------------------------------------------------------
@@ -139,6 +140,7 @@ class Balance:
     """
 
     def __init__(self, cells: Units, group: np.ndarray, max_repeats: int, seed: int) -> None:
+        assert 1 <= max_repeats <= MOST_REPEATS
         self.cells, self.group = cells, group
         met = np.zeros(int(group.max()) + 1, np.uint32)
         self.rank = np.empty(cells.n_cells, np.uint32)  # of a cell within its group

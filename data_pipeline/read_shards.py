@@ -1,10 +1,10 @@
 """Reads a shard set: its manifest and index, and any block by one positioned read, checked against its CRC-32.
 
 Local folders are read in place. Of a remote set (any fsspec URL) the index is copied to a cache folder when it is
-opened, and blocks are kept there up to a limit. Which blocks may be kept follows from the index alone (the first ones
-that fit), and each has its place in one sparse file, so that the ranks of a node share the cache without a word between
-them: a block whose CRC-32 fits is there, any other is fetched. As an epoch reads every block once in random order, no
-rule that evicts would hit more often.
+opened, and blocks are kept there up to a limit for each set; nothing is ever removed. Which blocks may be kept follows
+from the index alone (the first ones that fit), and each has its place in one sparse file, so that the ranks of a node
+share the cache without a word between them: a block whose CRC-32 fits is there, any other is fetched. As an epoch reads
+every block once in random order, no rule that evicts would hit more often.
 
 Reading order: BlockSource (what a loader needs), ShardSet, open files, the cache of a remote set.
 """
@@ -60,8 +60,9 @@ class ShardSet:
     """A finished shard set, open for reading from any number of threads.
 
     url: folder, or fsspec URL
-    cache_folder: where a remote set's index and blocks are kept; shared by the processes of a node
-    cache_bytes: at most so many bytes of blocks
+    cache_folder: where a remote set's index and blocks are kept, in a folder named by the set's hash; shared by the
+        processes of a node, and left to whoever wants it gone
+    cache_bytes: at most so many bytes of this set's blocks
 
     Raises: InputError where there is no whole set, or one that this version can't read.
     """

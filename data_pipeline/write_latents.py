@@ -84,6 +84,7 @@ class LatentSlots:
     def __init__(self, manifest: Manifest, n_slots: int) -> None:
         self.n_slots, self.shape = n_slots, tuple(manifest.extra["shape"])
         self.names, self.scratch = manifest.conditions.names, threading.local()
+        self.n_labels = [manifest.conditions.n_labels(name) for name in self.names]
         cells = manifest.block_cells
         self.latent = np.empty((n_slots, cells, *self.shape), np.float32)
         self.about = np.zeros((n_slots, cells, 3 + len(self.names)), np.int64)
@@ -109,6 +110,9 @@ class LatentSlots:
             raise InputError(
                 f"{where}: version {header['version']}, latents of {header['n_tokens']} x {header['width']}"
             )
+        block_cells, n_conditions = self.latent.shape[1], int(header["n_conditions"])
+        if n > block_cells or n_conditions != len(self.names):
+            raise InputError(f"{where}: {n} cells, {n_conditions} conditions do not fit the manifest")
 
         def section(dtype: str, length: int) -> np.ndarray:
             nonlocal at
@@ -117,15 +121,23 @@ class LatentSlots:
             return values
 
         try:
-            self.n_cells[slot] = n
+            self.n_cells[slot] = 0
             self.total_counts[slot, :n] = section("<u8", n)
             self.identity[slot, :n, 0] = section("<u2", n)
             self.identity[slot, :n, 1] = section("<i8", n)
-            for c, width in enumerate(section("<u1", int(header["n_conditions"]))):
-                self.labels[slot, :n, c] = section(f"<u{width}", n)
+            widths = section("<u1", n_conditions).tolist()
+            if not set(widths) <= {1, 2, 4}:
+                raise ValueError(f"condition widths {widths}")
+            for c, width in enumerate(widths):
+                self.labels[slot, :n, c] = ids = section(f"<u{width}", n)
+                if n and ids.max() >= self.n_labels[c]:
+                    raise ValueError(f"a label id of {self.names[c]!r} is beyond its {self.n_labels[c]} labels")
             self.latent[slot, :n] = section("<f4", n * self.shape[0] * self.shape[1]).reshape(n, *self.shape)
-        except (ValueError, IndexError) as error:
+            if at != len(data):
+                raise ValueError(f"{len(data)} bytes, its sections are {at}")
+        except ValueError as error:
             raise InputError(f"{where}: damaged: {error}") from None
+        self.n_cells[slot] = n
 
 
 # --- the writer ----------------------------------------------------------------------------------------------------

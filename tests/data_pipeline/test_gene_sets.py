@@ -142,6 +142,22 @@ def test_compact_counts_have_the_dtype_of_the_set_in_every_batch(tmp_path):
             np.testing.assert_array_equal(compact.dense()[:, 1:].numpy(), cells.counts[rows])
 
 
+@pytest.mark.parametrize("n_genes, dtype", [(65_535, np.uint16), (65_536, np.int32)])
+def test_the_last_gene_of_a_large_vocabulary_is_sent_as_itself(tmp_path, n_genes, dtype):
+    """Index 0 is padding, so that the last gene's is n_genes."""
+    cells = known_cells(6, 2, n_genes, expressed=0.001)
+    cells.counts[:, -1] = 9
+    shards = ShardSet(str(write_set(tmp_path / "set", cells)))
+    slots = CellSlots(shards.manifest, 1)
+    slots.fill(0, shards.fetch(0), "block 0")
+    shards.close()
+    csr = slots.take_csr(np.zeros(6, np.int64), np.arange(6))
+    assert csr.gene_ids.dtype == dtype
+    assert csr.gene_ids[csr.start[1:] - 1].tolist() == [n_genes] * 6
+    compact = CompactCounts.from_numpy(csr.start, csr.gene_ids, csr.counts, csr.large_at, csr.large, n_genes + 1)
+    np.testing.assert_array_equal(compact.dense()[:, 1:].numpy(), cells.counts[:6])
+
+
 def take(slots, sets, step=0):
     rows = np.arange(256)
     words = sets.words(0, step, np.arange(256))
@@ -258,6 +274,7 @@ def manifest(tmp_path_factory):
         ("medium", slice(0, None), 0),
         ("far", 0, 0),  # a gene before the first
         ("far", 0, 2**32 - 1),
+        ("large", 0, 2**31),  # which the set's int32 would make negative
     ],
     ids=lambda lie: lie[0],
 )

@@ -171,6 +171,8 @@ def test_balance_draws_conditions_equally_often(folder, cells):
         ({"given": GeneSetConfig("expressed", 20)}, "overflow=sample"),
         ({"given": SAME}, "given.policy=same"),
         ({"lanes": 0}, "lanes=0"),
+        ({"balance": ["type"], "balance_max_repeats": 0}, "balance_max_repeats=0 must lie in 1 ... 65535"),
+        ({"balance": ["type"], "balance_max_repeats": 65_536}, "balance_max_repeats=65536 must lie in 1 ... 65535"),
         ({"split": "test"}, "split 'test' is not in the shard set; it has train, validation"),
     ],
 )

@@ -157,3 +157,9 @@ def test_a_state_of_other_keys_is_refused_by_their_names(folder, name):
             loader.load_state(state)
         with pytest.raises(InputError, match="resumed: the checkpoint's state has colour, which is unknown"):
             loader.load_state({**state, name: value, "colour": 1})
+
+
+@pytest.mark.parametrize("step", [-1, 2.5, "3", None])
+def test_a_state_without_a_place_in_the_stream_is_refused(folder, step):
+    with open_loader(folder) as loader, pytest.raises(InputError, match=f"the checkpoint's step={step!r} is no number"):
+        loader.load_state({**loader.state(), "step": step})

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline import schema
 from data_pipeline.loader import CellLoader, LatentLoader, LoaderConfig, StreamConfig, shard_batches
 from data_pipeline.read_shards import ShardSet
-from data_pipeline.write_latents import LatentWriter
+from data_pipeline.write_latents import LatentSlots, LatentWriter, encode_latent_block
 from scldm.errors import InputError
 from tests.data_pipeline.small_sets import known_cells, write_set
 
@@ -147,3 +148,39 @@ def test_latents_for_a_gpu_are_pinned(cells, tmp_path, monkeypatch):
         (batch,) = next(loader)
     parts = [part for part in vars(batch).values() if isinstance(part, torch.Tensor)] + list(batch.conditions.values())
     assert {id(part) for part in parts} == {id(part) for part in made}
+
+
+@pytest.fixture
+def latent_slots(cells, tmp_path):
+    writer = LatentWriter(tmp_path / "out", cells, "model", SHAPE)
+    write(writer, writer.missing_shards())
+    writer.finish()
+    return LatentSlots(schema.read_manifest(str(tmp_path / "out")), 1)
+
+
+def encoded(n=8, types=2, donors=299, conditions=2):
+    labels = [np.full(n, types, np.uint8), np.full(n, donors, np.uint16)][:conditions]
+    latents = np.zeros((n, *SHAPE))
+    return encode_latent_block(
+        latents, split=0, total_counts=np.ones(n), sources=np.zeros(n), rows=np.arange(n), conditions=labels
+    )
+
+
+@pytest.mark.parametrize(
+    "data, text",
+    [
+        (encoded(types=250), "damaged: a label id of 'type' is beyond its 3 labels"),
+        (encoded(donors=300), "damaged: a label id of 'donor' is beyond its 300 labels"),
+        (encoded(conditions=1), "8 cells, 1 conditions do not fit the manifest"),
+        (encoded(n=33), "33 cells, 2 conditions do not fit the manifest"),
+        (encoded() + bytes(8), "damaged: 440 bytes, its sections are 432"),
+        (encoded()[:-8], "damaged: buffer is smaller"),
+        (encoded().replace(b"\1\2\0\0\0\0\0\0", b"\3\2\0\0\0\0\0\0"), r"damaged: condition widths \[3, 2\]"),
+    ],
+    ids=["label", "label 2", "conditions", "cells", "long", "short", "widths"],
+)
+def test_a_block_of_latents_that_is_none_of_the_set_is_refused(latent_slots, data, text):
+    latent_slots.fill(0, np.frombuffer(encoded(), np.uint8), "sound")
+    assert latent_slots.labels[0, 7].tolist() == [2, 299]
+    with pytest.raises(InputError, match=f"the liar: {text}"):
+        latent_slots.fill(0, np.frombuffer(data, np.uint8), "the liar")
