@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import anndata as ad
@@ -20,6 +21,7 @@ from launch.evaluated_cells import cells_of_h5ad, cells_of_shards, generated_cel
 from scldm.errors import InputError
 from scldm.evaluate import compare
 from scldm.evaluate.compare import NO_TYPE
+from tests.data_pipeline.small_sets import known_cells, write_set
 
 GENES = [f"g{k}" for k in range(30)]
 
@@ -77,6 +79,15 @@ def test_shard_cells_are_those_that_were_written(files):
     assert [c.numbers() for c in cells_of_shards(out, "")] == [{NO_TYPE: len(p.types)} for p in parts]
     with pytest.raises(InputError, match=r"shards has no condition='tissue'; it has kind"):
         cells_of_shards(out, "tissue")
+
+
+@pytest.mark.parametrize("largest", [300, 70_000, 2_000_000_000, 3_000_000_000])
+def test_no_count_of_a_shard_set_is_too_large(tmp_path, largest):
+    known = replace(known_cells(n_genes=40), split_sizes={"train": 400, "validation": 50, "test": 40})
+    known.counts[known.counts >= 300] = 299
+    known.counts[[0, 420, 480], 9] = largest
+    for part, split in zip(cells_of_shards(str(write_set(tmp_path / "set", known)), "type"), known.split_sizes):
+        np.testing.assert_array_equal(part.counts.toarray(), known.counts[known.rows_of(split)])
 
 
 @pytest.mark.parametrize(
