@@ -8,7 +8,7 @@ i8, condition widths u1, label ids of each condition, latents f4 (n_cells, L, Z)
 hardly shrink.
 
 Any number of processes write shards side by side; a shard counts as written once its note under `parts/` is there.
-`finish` writes index and manifest last.
+`finish` writes index and manifest last. Every file gets its name when it is whole, and on the disk.
 
 Reading order: the block (encode, LatentSlots decodes), LatentWriter.
 """
@@ -18,12 +18,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
+import shutil
 import tarfile
 import threading
 import zlib
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,11 @@ import numpy as np
 
 from data_pipeline import schema
 from data_pipeline.block import ALIGN
+from data_pipeline.files import disk_explained, locked, sha256_of, written_aside
+from data_pipeline.gene_sets import GeneSetConfig
 from data_pipeline.read_shards import BlockSource
 from data_pipeline.schema import FileEntry, Manifest, ShardEntry
-from scldm.errors import InputError
+from scldm.errors import InputError, read_json
 
 LATENT_MAGIC = b"SCLDMLAT"
 LATENT_HEADER = np.dtype(
@@ -150,33 +153,56 @@ class LatentWriter:
     cells: the set that is encoded
     vae_hash: of the model that encodes
     shape: (L, Z)
-    genes: policy of the gene set that the encoder is given
+    genes: gene set that the encoder is given
 
-    Raises: InputError where the folder holds other latents.
+    Raises: InputError where the folder holds other latents. Writes nothing.
     """
 
     def __init__(
-        self, out: str | Path, cells: BlockSource, vae_hash: str, shape: tuple[int, int], genes: str = "all"
+        self,
+        out: str | Path,
+        cells: BlockSource,
+        vae_hash: str,
+        shape: tuple[int, int],
+        genes: GeneSetConfig | None = None,
     ) -> None:
         self.out, self.cells, self.shape = Path(out), cells, shape
-        self.identity: dict[str, Any] = {"cells": cells.hash, "vae": vae_hash, "shape": list(shape), "genes": genes}
+        of_genes = asdict(genes or GeneSetConfig())
+        self.identity: dict[str, Any] = {"cells": cells.hash, "vae": vae_hash, "shape": list(shape), "genes": of_genes}
         self.parts = self.out / "parts"
         self.finished = (self.out / schema.MANIFEST).is_file()
         if self.finished:
             there = schema.read_manifest(str(self.out)).extra
         else:
-            self.parts.mkdir(parents=True, exist_ok=True)
-            (self.out / "shards").mkdir(exist_ok=True)
             note = self.parts / "set.json"
-            if not note.is_file():
-                _write(note, json.dumps(self.identity).encode())
-            there = json.loads(note.read_text())
+            there = read_json(note) if note.is_file() else self.identity
         for key, value in self.identity.items():
             if there.get(key) != value:
                 raise InputError(
                     f"{self.out}: holds latents of another run: {key} is {there.get(key)!r}, not {value!r}; "
                     "give another folder, or remove this one"
                 )
+
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """Make the folders, and within let no other command write there: for one process, before any writes. What a
+        killed command left half-written is removed.
+
+        Raises: InputError where a folder is refused, or another command writes these latents.
+        """
+        if self.finished:
+            shutil.rmtree(self.parts, ignore_errors=True)  # a kill may have left them
+            yield
+            return
+        with disk_explained(str(self.out)):
+            for folder in (self.parts, self.out / "shards"):
+                folder.mkdir(parents=True, exist_ok=True)
+        busy = f"{self.out}: another process is writing these latents; wait for it, or end it"
+        with locked(self.parts / "lock", busy):
+            for left in [*self.parts.glob(".*"), *(self.out / "shards").glob(".*")]:
+                left.unlink()
+            self._write(self.parts / "set.json", json.dumps(self.identity).encode())
+            yield
 
     def missing_shards(self) -> list[int]:
         """Numbers of the shards that are not written yet."""
@@ -195,10 +221,12 @@ class LatentWriter:
         total, total_of_squares = np.zeros(self.shape), np.zeros(self.shape)
         columns = {name: cells.cell_column(name) for name in ("source", "row", "total_counts")}
         conditions = [cells.cell_column(f"condition.{name}") for name in cells.manifest.conditions.names]
-        (self.out / entry.path).parent.mkdir(parents=True, exist_ok=True)
-        aside = self.out / f"{entry.path}.{os.getpid()}.{threading.get_ident()}"
-        blocks = []
-        with tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar:
+        path, blocks = self.out / entry.path, []
+        with (
+            disk_explained(str(self.out)),
+            written_aside(path) as file,
+            tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+        ):
             for block in range(entry.first_block, entry.first_block + entry.n_blocks):
                 record = cells.blocks[block]
                 n, first = int(record["n_cells"]), int(record["first_cell"])
@@ -225,12 +253,12 @@ class LatentWriter:
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
                 blocks.append({"length": len(data), "crc32": zlib.crc32(data)})
-        assert not len(held), f"shard {shard}: more latents than its {entry.n_cells} cells"
-        assert next(pieces, None) is None, f"shard {shard}: more latents than its {entry.n_cells} cells"
-        size, sha = _size_and_sha(aside)
-        os.replace(aside, self.out / entry.path)
+            assert not len(held), f"shard {shard}: more latents than its {entry.n_cells} cells"
+            assert next(pieces, None) is None, f"shard {shard}: more latents than its {entry.n_cells} cells"
+        with path.open("rb") as file:
+            size, sha = sha256_of(file)
         sums = {"sum": total.tolist(), "sum_of_squares": total_of_squares.tolist()}
-        _write(self._note(shard), json.dumps({"blocks": blocks, "bytes": size, "sha256": sha, **sums}).encode())
+        self._write(self._note(shard), json.dumps({"blocks": blocks, "bytes": size, "sha256": sha, **sums}).encode())
 
     def finish(self) -> None:
         """Writes index and manifest, once every shard is there; does nothing where they are."""
@@ -260,17 +288,15 @@ class LatentWriter:
             buffer = io.BytesIO()
             np.lib.format.write_array(buffer, np.asarray(values), version=(1, 0))
             data = buffer.getvalue()
-            _write(self.out / path, data)
+            self._write(self.out / path, data)
             files.append(FileEntry(path, len(data), hashlib.sha256(data).hexdigest()))
         extra = {**self.identity, **self._moments(notes)}
         manifest = replace(
             source, kind="latents", shards=tuple(shards), index=tuple(files), codec="none", codec_level=0, extra=extra
         )
-        _write(self.out / schema.MANIFEST, json.dumps(manifest.to_json()).encode())
+        self._write(self.out / schema.MANIFEST, json.dumps(manifest.to_json()).encode())
         self.finished = True
-        for note in self.parts.iterdir():
-            note.unlink()
-        self.parts.rmdir()
+        shutil.rmtree(self.parts, ignore_errors=True)
 
     def _moments(self, notes: list[dict[str, Any]]) -> dict[str, Any]:
         """Mean and standard deviation over the training cells, float64 (L, Z)."""
@@ -286,14 +312,6 @@ class LatentWriter:
     def _note(self, shard: int) -> Path:
         return self.parts / f"{shard:06d}.json"
 
-
-def _write(path: Path, data: bytes) -> None:
-    aside = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
-    aside.write_bytes(data)
-    os.replace(aside, path)
-
-
-def _size_and_sha(path: Path) -> tuple[int, str]:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-        return file.tell(), digest.hexdigest()
+    def _write(self, path: Path, data: bytes) -> None:
+        with disk_explained(str(self.out)), written_aside(path) as file:
+            file.write(data)

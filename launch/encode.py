@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -34,6 +34,7 @@ EXAMPLE = """
 scldm encode vae=runs/vae shards=shards out=latents
 torchrun --standalone --nproc-per-node 8 -m launch.encode vae=runs/vae shards=shards out=latents
 """
+LONGEST_WAIT_S = 7 * 86_400  # for the slowest rank's last shard: 65,536 cells of 10 a second take two hours
 
 
 @dataclass(frozen=True)
@@ -80,19 +81,20 @@ def main(config: EncodeConfig) -> Path:
         check_same_genes(cells.manifest, config.shards, Path(config.vae))
         check_given(config.genes, Path(config.vae), "genes", world)
         shape = (vae.config.n_latents, vae.config.latent_width)
-        writer = LatentWriter(config.out, cells, origin["hash"], shape, config.genes.policy)
-        missing = writer.missing_shards()
-        world.join()  # all ranks have seen the same missing shards before the first is written
-        own = missing[world.rank :: world.size]
-        n_cells = sum(cells.manifest.shards[k].n_cells for k in own)
-        with Progress("encode", n_cells, "cells", shown=world.is_first) as bar:
-            encode = encoder(vae, cells, config, world)
-            for shard in own:
-                writer.write_shard(shard, latents(encode, cells, shard, config, world, bar))
-        world.barrier()
-        if world.is_first:
-            writer.finish()
-            print(f"{cells.manifest.n_cells:,} cells as {shape[0]} tokens of width {shape[1]}: {config.out}")
+        writer = LatentWriter(config.out, cells, origin["hash"], shape, config.genes)
+        with writer.begun() if world.is_first else nullcontext():
+            missing = writer.missing_shards()
+            world.join(LONGEST_WAIT_S)  # all ranks have seen the same missing shards before the first is written
+            own = missing[world.rank :: world.size]
+            n_cells = sum(cells.manifest.shards[k].n_cells for k in own)
+            with Progress("encode", n_cells, "cells", shown=world.is_first) as bar:
+                encode = encoder(vae, cells, config, world)
+                for shard in own:
+                    writer.write_shard(shard, latents(encode, cells, shard, config, world, bar))
+            world.barrier()
+            if world.is_first:
+                writer.finish()
+                print(f"{cells.manifest.n_cells:,} cells as {shape[0]} tokens of width {shape[1]}: {config.out}")
     close_world()
     return Path(config.out)
 

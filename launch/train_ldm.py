@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +193,7 @@ def cells(config: TrainLDMConfig, world: World) -> Source:
 
     mean_LZ, std_LZ = moments(vae, alone(batch), world)
     shape = [vae.config.n_latents, vae.config.latent_width]
-    extra = {"vae": origin["hash"], "shape": shape, "genes": config.given.policy, "encoded": "as they come"}
+    extra = {"vae": origin["hash"], "shape": shape, "genes": asdict(config.given), "encoded": "as they come"}
     manifest = replace(loader.manifest, kind="latents", extra=extra)
     return Source(loader, validation, manifest, mean_LZ, std_LZ, alone, vae.encode)
 

@@ -1,18 +1,25 @@
 """Latent shards: the cells of the cell set in its order, written by any number of ranks, interrupted at will."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from data_pipeline import schema
+from data_pipeline.gene_sets import GeneSetConfig
 from data_pipeline.loader import CellLoader, LatentLoader, LoaderConfig, StreamConfig, shard_batches
 from data_pipeline.read_shards import ShardSet
 from data_pipeline.write_latents import LatentSlots, LatentWriter, encode_latent_block
 from scldm.errors import InputError
 from tests.data_pipeline.small_sets import known_cells, write_set
 
+ROOT = Path(__file__).resolve().parents[2]
 SHAPE = (3, 2)
 
 
@@ -26,6 +33,13 @@ def write(writer, shards):
         writer.write_shard(shard, (encode(b) for b in shard_batches(writer.cells, shard, micro_batch=20)))
 
 
+def writer_of(out, cells, vae_hash="model", genes=None):
+    """One that has begun, as the first rank's does before any writes."""
+    writer = LatentWriter(out, cells, vae_hash, SHAPE, genes)
+    with writer.begun():
+        return writer
+
+
 @pytest.fixture
 def cells(tmp_path):
     shards = ShardSet(str(write_set(tmp_path / "cells", known_cells(), block_cells=32)))
@@ -35,12 +49,12 @@ def cells(tmp_path):
 
 def test_latents_stand_where_their_cells_stood(cells, tmp_path):
     out = tmp_path / "latents"
-    first = LatentWriter(out, cells, "model", SHAPE)
+    first = writer_of(out, cells)
     missing = first.missing_shards()
     assert len(missing) == 6
     write(first, missing[:2])
     (out / cells.manifest.shards[3].path).write_bytes(b"half a shard")  # killed while the note was not written
-    second = LatentWriter(out, cells, "model", SHAPE)
+    second = writer_of(out, cells)
     assert second.missing_shards() == missing[2:]
     with pytest.raises(AssertionError, match="4 shards are missing"):
         second.finish()
@@ -84,7 +98,7 @@ def test_latents_stand_where_their_cells_stood(cells, tmp_path):
 
 def test_any_number_of_ranks_writes_the_same_bytes(cells, tmp_path):
     for name, pieces in (("one", 1), ("many", 4)):
-        writer = LatentWriter(tmp_path / name, cells, "model", SHAPE)
+        writer = writer_of(tmp_path / name, cells)
         for rank in range(pieces):
             write(writer, writer.missing_shards()[rank :: pieces - rank])
         write(writer, writer.missing_shards())
@@ -97,7 +111,7 @@ def test_any_number_of_ranks_writes_the_same_bytes(cells, tmp_path):
 
 @pytest.mark.parametrize("done", [False, True])
 def test_latents_of_another_model_are_refused(cells, tmp_path, done):
-    writer = LatentWriter(tmp_path / "out", cells, "model", SHAPE)
+    writer = writer_of(tmp_path / "out", cells)
     if done:
         write(writer, writer.missing_shards())
         writer.finish()
@@ -105,8 +119,51 @@ def test_latents_of_another_model_are_refused(cells, tmp_path, done):
         LatentWriter(tmp_path / "out", cells, "other", SHAPE)
 
 
+@pytest.mark.parametrize("done", [False, True])
+def test_latents_of_other_gene_sets_are_refused(cells, tmp_path, done):
+    """Two widths of one policy, or what is done with cells that have more genes, are other latents."""
+    writer = writer_of(tmp_path / "out", cells, genes=GeneSetConfig("expressed", 64, overflow="sample"))
+    if done:
+        write(writer, writer.missing_shards())
+        writer.finish()
+    for other in (GeneSetConfig("expressed", 65, overflow="sample"), GeneSetConfig("expressed", 64)):
+        with pytest.raises(InputError, match="holds latents of another run: genes is .*'sample'"):
+            LatentWriter(tmp_path / "out", cells, "model", SHAPE, other)
+
+
+def test_what_a_kill_left_half_written_is_gone_from_the_set(cells, tmp_path):
+    out, script = tmp_path / "out", Path(__file__).with_name("killed_writer.py")
+    killed = subprocess.run([sys.executable, script, cells.url, out], cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list((out / "shards").iterdir())) == 1
+    writer = writer_of(out, cells)
+    assert writer.missing_shards() == list(range(6))
+    write(writer, writer.missing_shards())
+    writer.finish()
+    assert sorted(f"shards/{path.name}" for path in (out / "shards").iterdir()) == sorted(
+        shard.path for shard in cells.manifest.shards
+    )
+
+
+def test_a_shard_has_its_name_when_its_bytes_are_on_the_disk(cells, tmp_path, monkeypatch):
+    """Else a machine that goes down may leave the name, and a note that says that it is whole, without the bytes."""
+    writer, synced = writer_of(tmp_path / "out", cells), []
+    shard = tmp_path / "out" / cells.manifest.shards[0].path
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append((os.fstat(fd).st_size, shard.exists())))
+    write(writer, [0])
+    assert synced[0] == (shard.stat().st_size, False)
+    assert len(synced) == 2  # and the note
+
+
+def test_one_command_writes_latents_at_a_time(cells, tmp_path):
+    with LatentWriter(tmp_path / "out", cells, "model", SHAPE).begun():
+        other = LatentWriter(tmp_path / "out", cells, "model", SHAPE)
+        with pytest.raises(InputError, match="another process is writing these latents"), other.begun():
+            pass
+
+
 def test_latents_that_are_not_finite_or_not_as_many_as_cells_are_refused(cells, tmp_path):
-    writer = LatentWriter(tmp_path / "out", cells, "model", SHAPE)
+    writer = writer_of(tmp_path / "out", cells)
     n = cells.manifest.shards[0].n_cells
     bad = np.zeros((n, *SHAPE))
     bad[50, 1, 1] = np.nan
@@ -119,7 +176,7 @@ def test_latents_that_are_not_finite_or_not_as_many_as_cells_are_refused(cells, 
 
 
 def test_a_damaged_block_of_latents_and_a_set_of_another_kind_are_named(cells, tmp_path):
-    writer = LatentWriter(tmp_path / "out", cells, "model", SHAPE)
+    writer = writer_of(tmp_path / "out", cells)
     write(writer, writer.missing_shards())
     writer.finish()
     with pytest.raises(InputError, match="a set of cells, not of latents"):
@@ -138,7 +195,7 @@ def test_a_damaged_block_of_latents_and_a_set_of_another_kind_are_named(cells, t
 
 
 def test_latents_for_a_gpu_are_pinned(cells, tmp_path, monkeypatch):
-    writer = LatentWriter(tmp_path / "latents", cells, "model", SHAPE)
+    writer = writer_of(tmp_path / "latents", cells)
     write(writer, writer.missing_shards())
     writer.finish()
     made = []
@@ -152,7 +209,7 @@ def test_latents_for_a_gpu_are_pinned(cells, tmp_path, monkeypatch):
 
 @pytest.fixture
 def latent_slots(cells, tmp_path):
-    writer = LatentWriter(tmp_path / "out", cells, "model", SHAPE)
+    writer = writer_of(tmp_path / "out", cells)
     write(writer, writer.missing_shards())
     writer.finish()
     return LatentSlots(schema.read_manifest(str(tmp_path / "out")), 1)

@@ -1,17 +1,22 @@
-"""`scldm encode`: cells are given to an autoencoder as it was trained."""
+"""`scldm encode`: cells are given to an autoencoder as it was trained, and ranks wait for the slowest."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
 from data_pipeline.gene_sets import GeneSetConfig, as_whole_cells
-from launch.encode import check_given
+from data_pipeline.read_shards import ShardSet
+from launch import encode
+from launch.encode import EncodeConfig, check_given
 from scldm.errors import InputError
+from scldm.model.vae import VAE, VAEConfig
 from scldm.parallel.dist import World
+from tests.data_pipeline.small_sets import known_cells, write_set
 
 ONE = World(0, 1, torch.device("cpu"))
 ALL, EXPRESSED, PADDED = GeneSetConfig(), GeneSetConfig("expressed"), GeneSetConfig("expressed_plus_zeros", 20)
@@ -68,3 +73,22 @@ def test_a_drawn_set_is_a_part_of_the_whole_cell_and_one_of_expressed_genes_is_n
     assert as_whole_cells(RANDOM) == as_whole_cells(WEIGHTED) == as_whole_cells(ALL) == ALL
     assert as_whole_cells(GeneSetConfig("expressed", 64, overflow="sample")) == EXPRESSED
     assert as_whole_cells(PADDED) == PADDED
+
+
+def test_the_ranks_wait_for_the_slowest_as_long_as_a_shard_may_take(tmp_path: Path, monkeypatch) -> None:
+    """A shard of 65,536 cells is longer on a CPU than the half hour that ranks wait for each other elsewhere."""
+    vae, waits = VAE(VAEConfig(8, 2, 3, 1, 2), 40).eval().requires_grad_(False), []
+    cells = known_cells(64, 32, n_genes=40)
+    write_set(tmp_path / "cells", cells, block_cells=32)
+    cells.genes.save(tmp_path / "genes.json")
+    monkeypatch.setattr(encode, "trained_vae", lambda run, which: (vae, {"hash": "h"}))
+    monkeypatch.setattr(World, "join", lambda self, timeout_s=1_800: waits.append(timeout_s))
+    config = EncodeConfig(str(run_folder(tmp_path, PADDED)), f"{tmp_path}/cells", f"{tmp_path}/out", genes=PADDED)
+    encode.main(config)
+    assert len(waits) == 1
+    assert waits[0] > 86_400
+    latents = ShardSet(f"{tmp_path}/out")
+    assert latents.manifest.extra["genes"] == asdict(PADDED)
+    assert latents.manifest.n_cells == 96
+    latents.close()
+    encode.main(config)  # is there

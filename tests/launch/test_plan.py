@@ -117,10 +117,11 @@ def test_a_plan_knows_the_sizes_of_the_data_it_is_given(tmp_path: Path, capsys: 
     write_set(tmp_path / "cells", known_cells(n_train=64, n_validation=32, n_genes=700))
     shards = ShardSet(str(tmp_path / "cells"))
     writer = LatentWriter(tmp_path / "latents", shards, "model", (3, 2))
-    for shard in writer.missing_shards():
-        batches = shard_batches(shards, shard, micro_batch=32)
-        writer.write_shard(shard, (np.zeros((len(batch.cell_ids_B2), 3, 2), np.float32) for batch in batches))
-    writer.finish()
+    with writer.begun():
+        for shard in writer.missing_shards():
+            batches = shard_batches(shards, shard, micro_batch=32)
+            writer.write_shard(shard, (np.zeros((len(batch.cell_ids_B2), 3, 2), np.float32) for batch in batches))
+        writer.finish()
     shards.close()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(json.dumps({"model": {"n_latents": 4, "latent_width": 5}}))
