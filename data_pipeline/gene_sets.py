@@ -24,7 +24,7 @@ Reading order: GeneSetConfig, as_whole_cells, GeneSets, the kernels (numba; they
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import numpy as np
@@ -36,6 +36,14 @@ from scldm.errors import InputError
 Policy = Literal["all", "random", "expressed", "expressed_plus_zeros", "weighted", "same"]
 DRAWN: tuple[Policy, ...] = ("random", "weighted")
 OF_THE_CELL: tuple[Policy, ...] = ("expressed", "expressed_plus_zeros")
+READS: dict[Policy, tuple[str, ...]] = {  # the settings that have an effect
+    "all": (),
+    "random": ("n_genes", "gene_set_group"),
+    "expressed": ("n_genes", "overflow"),
+    "expressed_plus_zeros": ("n_genes", "overflow"),
+    "weighted": ("n_genes", "gene_set_group", "weight_by"),
+    "same": (),
+}
 WIDTH_STEP = 64  # a micro-batch's padded width is rounded up to it, so that a compiled model meets few shapes
 
 
@@ -57,6 +65,22 @@ class GeneSetConfig:
     gene_set_group: int = 1
     weight_by: Literal["mean", "variability"] = "mean"
     overflow: Literal["refuse", "sample"] = "refuse"
+
+    def check(self, key: str) -> None:
+        """key: where this stands in a run's config.
+
+        Raises: InputError for a setting that the policy does not read: it was given in vain, or the policy forgotten.
+        """
+        reads = READS[self.policy] if self.n_genes or self.policy != "expressed" else ("n_genes",)
+        for name in (field.name for field in fields(self) if field.name not in ("policy", *reads)):
+            value, default = getattr(self, name), getattr(GeneSetConfig, name)
+            if value != default:
+                readers = ", ".join(policy for policy, names in READS.items() if name in names)
+                without = " without n_genes" if name in READS[self.policy] else ""
+                raise InputError(
+                    f"{key}.{name}={value} has no effect with {key}.policy={self.policy}{without}; it is read by "
+                    f"{readers}; else leave it at {default}"
+                )
 
 
 def as_whole_cells(given: GeneSetConfig) -> GeneSetConfig:

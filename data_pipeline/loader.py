@@ -91,6 +91,10 @@ class LoaderConfig(StreamConfig):
     asked: GeneSetConfig = field(default_factory=lambda: GeneSetConfig(policy="same"))
     form: Literal["auto", "dense", "compact"] = "auto"
 
+    def __post_init__(self) -> None:
+        self.given.check("data.given")
+        self.asked.check("data.asked")
+
 
 # the help of a verb finds every key's line in the docstring of its class
 LoaderConfig.__doc__ = f"{LoaderConfig.__doc__}{(StreamConfig.__doc__ or '').partition('.')[2]}"

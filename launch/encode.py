@@ -62,6 +62,9 @@ class EncodeConfig:
     cache_folder: str = ""
     cache_gb: float = 50.0
 
+    def __post_init__(self) -> None:
+        self.genes.check("genes")
+
 
 CONFIG = EncodeConfig
 

@@ -81,6 +81,13 @@ class TrainLDMConfig:
     deepspeed: dict[str, Any] = field(default_factory=dict)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
+    def __post_init__(self) -> None:
+        self.given.check("given")
+        if self.given.policy != "all" and not self.vae:
+            raise InputError(
+                f"given.policy={self.given.policy} has no effect on latents; with vae=RUN cells are encoded"
+            )
+
 
 CONFIG = TrainLDMConfig
 

@@ -73,7 +73,7 @@ def set_up(config: TrainVAEConfig, world: World) -> Parts:
     asked = GeneSetConfig("same" if given.policy == "all" else "all")
     whole = replace(config.data, given=given, asked=asked, balance=[])
     n_genes = loader.vocab.n_genes
-    in_training = max(config.data.given.n_genes, config.data.asked.n_genes) or n_genes
+    in_training = max(genes_of(config.data, n_genes))
     place["micro_batch"] = whole_cells(config.hardware.micro_batch, in_training, n_genes)
     validation = CellLoader(whole, split="validation", **place)
     module = VAE(config.model, loader.vocab.n_genes)

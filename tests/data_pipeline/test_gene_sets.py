@@ -113,6 +113,42 @@ GOLDEN = [[7, 14, 9, 35], [2, 18, 10, 24]]
 GOLDEN_WEIGHTED = [[21, 24, 28, 40], [17, 19, 35, 37]]
 
 
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        (
+            {"n_genes": 2048},
+            "a.n_genes=2048 has no effect with a.policy=all; it is read by random, expressed, expressed_p",
+        ),
+        ({"policy": "same", "n_genes": 9}, "a.n_genes=9 has no effect with a.policy=same"),
+        ({"gene_set_group": 7}, "a.gene_set_group=7 .* read by random, weighted; else leave it at 1"),
+        ({"policy": "expressed", "gene_set_group": 7}, "a.gene_set_group=7 has no effect with a.policy=expressed;"),
+        (
+            {"policy": "random", "n_genes": 9, "weight_by": "variability"},
+            "a.weight_by=variability .* by weighted; else",
+        ),
+        ({"policy": "weighted", "n_genes": 9, "overflow": "sample"}, "a.overflow=sample has no effect with a.policy=w"),
+        ({"policy": "expressed", "overflow": "sample"}, "a.overflow=sample .* a.policy=expressed without n_genes"),
+    ],
+)
+def test_a_setting_without_effect_is_refused_by_name(config, said):
+    with pytest.raises(InputError, match=said):
+        GeneSetConfig(**config).check("a")
+
+
+def test_a_setting_with_an_effect_is_not():
+    for config in (
+        GeneSetConfig(),
+        GeneSetConfig("same"),
+        GeneSetConfig("random", 9, 7),
+        GeneSetConfig("weighted", 9, 7, "variability"),
+        GeneSetConfig("expressed"),
+        GeneSetConfig("expressed", 9, overflow="sample"),
+        GeneSetConfig("expressed_plus_zeros", 9, overflow="sample"),
+    ):
+        config.check("a")
+
+
 # --- policies that look at the cell --------------------------------------------------------------------------------
 
 

@@ -103,7 +103,11 @@ OF_A_RUN = [
         (["vae/tiny"], PlanVAEConfig, TrainVAEConfig),
         (["vae", "hardware/cpu"], PlanVAEConfig, TrainVAEConfig),
         (["ldm/base", "flow.time=logit_normal", "model.combination_tokens=true"], PlanLDMConfig, TrainLDMConfig),
-        (["ldm", "given.n_genes=5", "label_embeddings.gene=g.csv"], PlanLDMConfig, TrainLDMConfig),
+        (
+            ["ldm", "vae=v", "given.policy=random", "given.n_genes=5", "label_embeddings.gene=g.csv"],
+            PlanLDMConfig,
+            TrainLDMConfig,
+        ),
     ],
 )
 def test_a_plan_takes_what_the_run_takes(words: list[str], planned: type, trained: type) -> None:

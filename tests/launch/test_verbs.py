@@ -13,9 +13,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
+from data_pipeline.gene_sets import GeneSetConfig
+from data_pipeline.loader import CellLoader, LoaderConfig
+from launch import train_vae
 from launch.cli import main
+from scldm.parallel.dist import World
+from scldm.parallel.engine import HardwareConfig
+from scldm.train.loop import TrainConfig
 from scldm.train.tracking import read_metrics
 from tests.scldm.train.small_runs import make_cells
 
@@ -82,6 +89,19 @@ def test_cells_in_cells_out(made: Path) -> None:
     assert (embedded.X != source.X).nnz == 0
     pd.testing.assert_frame_equal(embedded.obs, source.obs)
     assert not list(made.rglob("*.partial"))
+
+
+def test_validation_is_as_wide_as_training_allows(made: Path) -> None:
+    """All genes are given in training, few asked: a micro-batch of all genes takes no more memory than one of those."""
+    data = LoaderConfig(f"{made}/shards", asked=GeneSetConfig("random", 10))
+    course, hardware = TrainConfig(global_batch=60), HardwareConfig("plain", 30)
+    parts = train_vae.set_up(
+        train_vae.TrainVAEConfig("run", data, train=course, hardware=hardware), World(0, 1, torch.device("cpu"))
+    )
+    for loader in (parts.loader, parts.validation):
+        assert isinstance(loader, CellLoader)
+        loader.close()
+        assert loader.feed.micro_batch == 30
 
 
 def test_the_latents_are_what_the_exported_model_embeds(made: Path) -> None:
@@ -240,6 +260,22 @@ def run_words(made: Path, stage: str, *more: str) -> list[str]:
         (lambda at: run_words(at, "vae", "vae/tinny"), "preset 'vae/tinny' is unknown; there are: "),
         (lambda at: run_words(at, "vae", "train.step=3"), "unknown key 'train.step'; did you mean train.steps"),
         (lambda at: run_words(at, "vae", "train.steps=many"), "train.steps"),
+        (
+            lambda at: run_words(at, "vae", "data.given.n_genes=20"),
+            "data.given.n_genes=20 has no effect with data.given.p",
+        ),
+        (lambda at: run_words(at, "vae", "vae/tiny", "data.given.policy=all"), "data.given.n_genes=256 has no effect"),
+        (lambda at: run_words(at, "vae", "data.asked.overflow=sample"), "data.asked.overflow=sample has no effect"),
+        (lambda at: run_words(at, "ldm", "given.n_genes=20"), "given.n_genes=20 has no effect with given.policy=all"),
+        (lambda at: run_words(at, "ldm", "given.policy=expressed"), "given.policy=expressed has no effect on latents"),
+        (
+            lambda at: ["plan", *run_words(at, "vae", "data.given.n_genes=20")[1:]],
+            "data.given.n_genes=20 has no effect",
+        ),
+        (
+            lambda at: ["encode", f"vae={at}/vae", f"shards={at}/shards", f"out={at}/new", "genes.gene_set_group=5"],
+            "genes.gene_set_group=5 has no effect with genes.policy=all",
+        ),
         (lambda at: run_words(at, "vae", "train.steps=21"), "vae holds another run: train.steps was 20, now 21"),
         (lambda at: run_words(at, "vae", "model.width=32"), "model.width was 16, now 32"),
         (lambda at: run_words(at, "vae", "model.n_heads=3"), "model.n_heads=3 does not divide"),
