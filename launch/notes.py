@@ -25,7 +25,7 @@ from typing import NamedTuple
 from launch import slurm
 from scldm.errors import InputError, read_json
 
-ENDED = ("DONE", "STOPPED", "LOST", *slurm.ENDED)  # by the job's own word, by nobody's, by Slurm's
+ENDED = ("DONE", "STOPPED", "LOST", "NOT SUBMITTED", *slurm.ENDED)  # by the job's own word, by nobody's, by Slurm's
 
 
 class State(NamedTuple):
@@ -57,6 +57,8 @@ def find_notes(path: Path) -> list[Path]:
 
 def state_of(notes: Path) -> State:
     """The state of the job that was submitted last."""
+    if not (notes / "job.json").is_file():
+        return State("NOT SUBMITTED", "", "")
     job = str(read_json(notes / "job.json")["id"])
     try:
         known = slurm.job_states().get(job) if slurm.is_here() else None

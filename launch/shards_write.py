@@ -9,9 +9,12 @@ from data_pipeline.write_shards import write_shards
 from launch.cli import run_verb
 
 PURPOSE = """Turn an atlas (h5ad files, a SOMA experiment, the Census) into shuffled training shards with splits.
-Run again after an interruption, it goes on; as an array job, give each task --task i/n, then one command --finish."""
+Run again after an interruption, it goes on. As an array job, give each task --task i/n; the array does one stage of the
+work: run it again until each task says that its share is done, then one command with --finish. Under Slurm,
+`scldm submit shards write ... --tasks n` submits all of that."""
 EXAMPLE = """scldm shards write out=shards source.paths=cells.h5ad conditions=cell_type split.stratify=cell_type
-scldm shards write data/census out=census-human source.obs_filter="tissue_general == 'lung'" workers=8 memory=64GiB"""
+scldm shards write data/census source.census_version=2025-01-30 out=census-human \\
+  source.obs_filter="tissue_general == 'lung'" workers=8 memory=64GiB"""
 CONFIG = ShardsWriteConfig
 
 

@@ -67,8 +67,8 @@ def table(states: Sequence[tuple[str, State]]) -> str:
     """A line for every job of a chain; what comes after a failed one will not run."""
     lines, failed = [], ""
     for name, state in states:
-        text = f"{state.state:<12}job {state.job:<8}{state.reason}"
-        if failed and state.state in ("PENDING", "CANCELLED", "LOST"):
+        text = f"{state.state:<12}job {state.job:<8}{state.reason}" if state.job else state.state
+        if failed and state.job and state.state in ("PENDING", "CANCELLED", "LOST"):
             text = f"{'NOT RUN':<12}job {state.job:<8}it depends on {failed}"
         elif state.state not in ("DONE", "PENDING", "RUNNING", "REQUEUED", "COMPLETING", "CONFIGURING"):
             failed = f"{name}, which ended as {state.state}"

@@ -36,9 +36,9 @@ prints the job's id. `scldm submit pipeline` does so for the whole path, as jobs
 The options below are given as --option value; presets and keys are the verb's.
 The site's partition, account, GPUs per node and so on stand in slurm/site.sh, or in the file that $SCLDM_SITE names."""
 EXAMPLE = """
-scldm submit train vae vae/70m data.shards=shards run_dir=runs/vae --nodes 8
-scldm submit train vae vae/70m data.shards=shards run_dir=runs/vae --nodes 2-8 --dry-run -- --exclusive
-scldm submit shards write data/census out=shards --tasks 16
+scldm submit train vae vae/70m data.shards=shards run_dir=runs/vae --nodes 4
+scldm submit train vae vae/70m data.shards=shards run_dir=runs/vae --nodes 1-4 --dry-run -- --exclusive
+scldm submit shards write data/census source.census_version=2025-01-30 out=shards --tasks 16
 """
 NOT_AS_A_JOB = ("submit", "status", "logs", "quickstart")
 LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs", "squashfs")
@@ -108,6 +108,7 @@ def main(submission: Submission) -> list[str]:
     else:
         chain = [Job(verb.replace(" ", "-"), verb, words, notes_of(verb, words), options)]
     partition = check_slurm(options, site, extra)
+    check_sources(chain)
     for job in chain:
         check_notes(job, site)
         check_nodes(job, site, partition)
@@ -115,18 +116,33 @@ def main(submission: Submission) -> list[str]:
             print(
                 f"left out: {node} ({why}); remove its line from {job.notes / 'bad_nodes'} to use it", file=sys.stderr
             )
-    if len(chain) > 1 and not options.dry_run:
+    texts = [script(job, site, extra, bad_nodes(job.notes)) for job in chain]
+    if options.dry_run:
+        print("\n".join(texts))
+        return []
+    if len(chain) > 1:
         folder = chain[-1].notes.parent
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "chain.json", [str(job.notes) for job in chain])
     ids: list[str] = []
-    for job in chain:
-        text = script(job, site, extra, bad_nodes(job.notes))
-        if options.dry_run:
-            print(text)
-        else:
+    try:
+        for job, text in zip(chain, texts):
             ids.append(submit(job, text, after=ids[-1:]))
+    except (InputError, OSError) as error:
+        raise InputError(f"{error}{take_back(ids, chain)}") from None
     return ids
+
+
+def take_back(ids: Sequence[str], chain: Sequence[Job]) -> str:
+    """Cancel the first jobs of a chain whose next one can't be submitted; returns what to say of it."""
+    if not ids:
+        return ""
+    told = f"; {chain[len(ids)].name} was not submitted, the jobs before it ({', '.join(ids)})"
+    try:
+        slurm.call("scancel", *ids)
+    except InputError as error:
+        return f"{told} were, and can't be cancelled: {error}"
+    return f"{told} are cancelled again"
 
 
 def submit(job: Job, text: str, after: Sequence[str]) -> str:
@@ -217,6 +233,15 @@ def requested(name: str, letter: str, words: Sequence[str]) -> str:
         if word.startswith(f"-{letter}"):
             return word[2:]
     return ""
+
+
+def check_sources(chain: Sequence[Job]) -> None:
+    """Raises: InputError where an atlas is to be read that is not there, or not said well enough."""
+    first = next((job for job in chain if job.verb == "shards write"), None)
+    if first is not None:
+        from data_pipeline.sources import resolve  # which other jobs need nothing of
+
+        resolve(compose(importlib.import_module(VERBS[first.verb][0]).CONFIG, first.words).source)
 
 
 def check_notes(job: Job, site: Mapping[str, str]) -> None:

@@ -10,11 +10,20 @@ from pathlib import Path
 
 import pytest
 
+from launch import submit
 from launch.cli import main
 from launch.config import shipped
 from launch.site import KEYS, read_site
 from scldm.errors import InputError
 from tests.launch.fake_slurm import train
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the atlas is that a pipeline begins with."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.h5ad").touch()
+
 
 # --- the site file ---------------------------------------------------------------------------------------------------
 
@@ -184,6 +193,66 @@ def test_a_run_has_one_job(fake: Path, tmp_path: Path, capsys) -> None:
     assert "job 101 of this run is RUNNING; wait for it, or scancel 101" in capsys.readouterr().err
     (fake / "squeue").write_text("101|TIMEOUT|None\n")
     assert main(["submit", *train(tmp_path)]) == 0
+
+
+def submissions() -> list[str]:
+    """The command lines of submit that the README and `scldm submit --help` give."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text().replace("\\\n", " ")
+    lines = [*readme.splitlines(), *submit.EXAMPLE.splitlines()]
+    return [line for line in lines if line.startswith("scldm submit ")]
+
+
+@pytest.mark.parametrize("line", submissions())
+def test_what_the_texts_submit_is_taken_and_leaves_no_node_idle(
+    fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture, line: str
+) -> None:
+    (tmp_path / "cells.h5ad").touch()
+    words = shlex.split(line)[1:]
+    assert main(words if "--dry-run" in words else [*words, "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "set -- " in out
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["data/census"], "source.census_version must be given, such as 2025-01-30"),
+        (["source.paths=none.h5ad"], "source.paths: none.h5ad: no such file"),
+        ([], "source.paths must be given"),
+    ],
+)
+@pytest.mark.parametrize("tasks", ["1", "4"])
+def test_an_atlas_that_is_not_there_is_found_at_once(
+    fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture, words: list[str], said: str, tasks: str
+) -> None:
+    assert main(["submit", "shards", "write", *words, f"out={tmp_path}/shards", "--tasks", tasks]) == 2
+    assert said in capsys.readouterr().err
+    assert not (fake / "sbatch").exists()
+
+
+def test_a_chain_that_can_not_be_submitted_as_a_whole_is_not_at_all(
+    fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The fourth of ten is one too many; also where scancel does not answer."""
+    (tmp_path / "site.sh").write_text(f'SCLDM_PARTITION=cpu\nSCLDM_SHARED="{tmp_path}"\n')
+    (fake / "bin" / "sbatch").write_text("""#!/bin/bash
+if [ "$(cat "$FAKE/sbatch" 2>/dev/null | wc -l)" = 3 ]; then echo "sbatch: error: QOSMaxSubmit" >&2; exit 1; fi
+echo "$@" >>"$FAKE/sbatch"; echo $((100 + $(wc -l <"$FAKE/sbatch")))
+""")
+    for name, answer in (("one", 'echo "$*" >>"$FAKE/scancel"'), ("two", "echo away >&2; exit 1")):
+        (fake / "bin" / "scancel").write_text(f"#!/bin/bash\n{answer}\n")
+        (fake / "bin" / "scancel").chmod(0o755)
+        (fake / "sbatch").unlink(missing_ok=True)
+        assert main(["submit", *PIPELINE, f"out={tmp_path}/{name}", "--tasks", "2"]) == 2
+        err = capsys.readouterr().err.splitlines()[-1]
+        assert "QOSMaxSubmit; shards-finish was not submitted, the jobs before it (101, 102, 103) " in err
+        assert err.endswith("are cancelled again" if name == "one" else "were, and can't be cancelled: scancel: away")
+    assert (fake / "scancel").read_text() == "101 102 103\n"
+    assert main(["status", f"{tmp_path}/one"]) == 0
+    states = [" ".join(line.split()[1:]) for line in capsys.readouterr().out.splitlines()]
+    assert states[3:] == ["NOT SUBMITTED"] * 7
+    assert main(["logs", f"{tmp_path}/one", "follow=false"]) == 0
 
 
 # --- chains ----------------------------------------------------------------------------------------------------------

@@ -189,6 +189,7 @@ def test_the_chain_makes_everything(chain: Path, capsys: pytest.CaptureFixture) 
 
 def test_a_failed_link_stops_what_depends_on_it(cluster: Cluster, capsys: pytest.CaptureFixture) -> None:
     out = cluster.runs / "failed chain"
+    (cluster.runs / "none.h5ad").write_text("no cells")
     words = [
         "vae/tiny",
         "ldm/tiny",
