@@ -25,6 +25,7 @@ from numba import njit
 
 from data_pipeline.philox import random_words
 from scldm.errors import InputError
+from scldm.micro_batches import accumulation
 
 # What a draw is for: the second half of its Philox key (the first is the seed). Numbers, once used, never change.
 DRAW_BLOCKS, DRAW_WINDOW, DRAW_BALANCE, DRAW_GIVEN, DRAW_ASKED = 1, 2, 3, 4, 5
@@ -308,25 +309,6 @@ def rank_slice(rank: int, world_size: int, global_batch: int, micro_batch: int) 
     """
     if micro_batch < 1 or world_size < 1 or not 0 <= rank < world_size:
         raise InputError(f"rank {rank} of {world_size} with micro_batch={micro_batch} is impossible")
-    if global_batch % (world_size * micro_batch):
-        worlds = [w for w in range(1, global_batch + 1) if global_batch % (w * micro_batch) == 0]
-        micros = [m for m in range(1, global_batch + 1) if global_batch % (world_size * m) == 0]
-        up = -(-global_batch // (world_size * micro_batch)) * world_size * micro_batch
-        raise InputError(
-            f"global_batch={global_batch} can't serve {world_size} ranks with micro_batch={micro_batch}; "
-            "nearest allowed: "
-            + "; ".join(
-                [f"world size {_near(world_size, worlds)}"] * bool(worlds)
-                + [f"micro_batch {_near(micro_batch, micros)}"] * bool(micros)
-                + [f"global_batch {_near(global_batch, [up - world_size * micro_batch, up])}"]
-            )
-        )
+    accumulation(global_batch, world_size, micro_batch)
     share = global_batch // world_size
     return rank * share, (rank + 1) * share
-
-
-def _near(value: int, allowed: list[int]) -> str:
-    """The nearest allowed values below and above."""
-    below = [a for a in allowed if 0 < a < value]
-    above = [a for a in allowed if a > value]
-    return " or ".join(map(str, below[-1:] + above[:1]))

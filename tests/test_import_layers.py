@@ -21,6 +21,7 @@ LEAVES = EVERYWHERE | {
     "scldm.likelihood",
     "scldm.count_draws",
     "scldm.library_size",
+    "scldm.micro_batches",
     "scldm.weights",
     "scldm.evaluate",
     "scldm.kernels",
@@ -30,12 +31,13 @@ LEAVES = EVERYWHERE | {
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES - EVERYWHERE},
     "scldm.evaluate": {"scldm.likelihood"},
+    "scldm.parallel": {"scldm.micro_batches"},
     "scldm.model": LEAVES - {"scldm.parallel"},
     "scldm.flow": LEAVES | {"scldm.model"},
     "scldm.train": LEAVES | {"scldm.flow", "scldm.model"},
     "scldm.pretrained": LEAVES | {"scldm.flow", "scldm.model"},
     "scldm": {"scldm.pretrained"},  # scldm/__init__.py
-    "data_pipeline": {"scldm.batch", "scldm.vocab"},
+    "data_pipeline": {"scldm.batch", "scldm.micro_batches", "scldm.vocab"},
 }
 # package -> the only places that know it; a benchmark's control uses its rival as that one's users do
 ONLY_IN = {

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from scldm.errors import InputError
+from scldm.micro_batches import accumulation
 from scldm.parallel.deepspeed_json import deepspeed_json
 from scldm.parallel.dist import World
 
@@ -62,23 +63,12 @@ class HardwareConfig:
     def accumulation(self, global_batch: int, n_ranks: int) -> int:
         """Micro-batches per rank and optimizer step.
 
-        Raises: InputError where ranks x micro_batch does not divide the global batch, with values that would.
+        Raises: InputError where ranks x micro_batch does not divide the global batch, with the nearest values that
+        would, or for an engine that can't run on so many.
         """
         if self.engine == "plain" and n_ranks > 1:
             raise InputError(f"hardware.engine=plain runs on one rank, not on {n_ranks}; deepspeed runs on many")
-        if global_batch % (n_ranks * self.micro_batch) == 0:
-            return global_batch // (n_ranks * self.micro_batch)
-        if global_batch % n_ranks:
-            raise InputError(
-                f"train.global_batch={global_batch} can't be split over {n_ranks} ranks; "
-                f"the nearest that can is {max(n_ranks, round(global_batch / n_ranks) * n_ranks)}"
-            )
-        per_rank = global_batch // n_ranks
-        fitting = [m for m in range(1, per_rank + 1) if per_rank % m == 0]
-        raise InputError(
-            f"hardware.micro_batch={self.micro_batch} on {n_ranks} ranks does not divide "
-            f"train.global_batch={global_batch}; micro-batches that do: {', '.join(map(str, fitting))}"
-        )
+        return accumulation(global_batch, n_ranks, self.micro_batch)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from data_pipeline.gene_sets import GeneSetConfig
 from data_pipeline.loader import CellLoader, LoaderConfig
-from launch import train_vae
+from launch import train_vae, training
 from launch.cli import main
 from scldm.parallel.dist import World
 from scldm.parallel.engine import HardwareConfig
@@ -281,7 +281,10 @@ def run_words(made: Path, stage: str, *more: str) -> list[str]:
         (lambda at: run_words(at, "vae", "model.n_heads=3"), "model.n_heads=3 does not divide"),
         (lambda at: run_words(at, "vae", f"run_dir={at}/ldm"), "ldm holds another run"),
         (lambda at: run_words(at, "vae", f"run_dir={at}/shards"), "shards is not empty and not a run folder"),
-        (lambda at: run_words(at, "vae", "hardware.micro_batch=7", f"run_dir={at}/new"), "hardware.micro_batch=7"),
+        (
+            lambda at: run_words(at, "vae", "hardware.micro_batch=7", f"run_dir={at}/new"),
+            "over 1 ranks with hardware.micro_batch=7; nearest allowed: hardware.micro_batch 6 or 10; train.global_b",
+        ),
         (lambda at: run_words(at, "vae", f"data.shards={at}/latents", f"run_dir={at}/new"), "not of cells"),
         (lambda at: run_words(at, "ldm", f"data.shards={at}/shards", f"run_dir={at}/new"), "not of latents"),
         (lambda at: run_words(at, "vae", f"data.shards={at}/nowhere", f"run_dir={at}/new"), "nowhere"),
@@ -323,6 +326,15 @@ def run_words(made: Path, stage: str, *more: str) -> list[str]:
 )
 def test_a_mistake_is_one_line_and_makes_nothing(made: Path, capsys: pytest.CaptureFixture, words, said: str) -> None:
     refused(words(made), said, capsys, made)
+
+
+def test_a_world_size_that_the_batch_can_not_serve_is_refused_with_the_nearest(made: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(training, "world_of_environment", lambda: World(0, 7, torch.device("cpu")))
+    words = run_words(made, "vae", "hardware.engine=deepspeed", "hardware.micro_batch=5", f"run_dir={made}/new")
+    said = (
+        "train.global_batch=60 can't be split over 7 ranks with hardware.micro_batch=5; nearest allowed: world size 6"
+    )
+    refused(words, said, capsys, made)
 
 
 @pytest.mark.parametrize(

@@ -171,10 +171,15 @@ def test_compiled_blocks_train_as_they_do_uncompiled(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "micro_batch, global_batch, n_ranks, said",
     [
-        (5, 16, 1, "hardware.micro_batch=5 on 1 ranks does not divide train.global_batch=16; .* 1, 2, 4, 8, 16"),
-        (16, 16, 2, "hardware.micro_batch=16 on 2 ranks .* that do: 1, 2, 4, 8$"),
-        (4, 18, 4, "train.global_batch=18 can't be split over 4 ranks; the nearest that can is 16"),
-        (1, 1, 2, "train.global_batch=1 can't be split over 2 ranks; the nearest that can is 2"),
+        (
+            5,
+            16,
+            1,
+            "over 1 ranks with hardware.micro_batch=5; .*: hardware.micro_batch 4 or 8; train.global_batch 15 or 20$",
+        ),
+        (16, 16, 2, "over 2 ranks with .*: world size 1; hardware.micro_batch 8; train.global_batch 32$"),
+        (4, 18, 4, "train.global_batch=18 can't be split over 4 ranks with .*allowed: train.global_batch 16 or 32$"),
+        (1, 1, 2, "train.global_batch=1 can't be split over 2 ranks .*allowed: world size 1; train.global_batch 2$"),
     ],
 )
 def test_batches_that_do_not_fit_are_refused_with_ones_that_do(micro_batch, global_batch, n_ranks, said: str) -> None:
