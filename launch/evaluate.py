@@ -22,7 +22,8 @@ from scldm.evaluate.compare import EvaluateConfig, compare
 from scldm.evaluate.curves import curves_of
 from scldm.evaluate.figures import rivals_of, score_sections
 from scldm.evaluate.metrics import METRICS
-from scldm.evaluate.report import normalised_text, row_texts, verdicts, write_report
+from scldm.evaluate.report import drawn_text, normalised_text, row_texts, verdicts, write_report
+from scldm.evaluate.sample import Sample
 from scldm.train.tracking import Tracker, TrackingConfig, read_metrics
 
 PURPOSE = """
@@ -42,7 +43,7 @@ PACKAGES = ("scikit-learn", "POT", "umap-learn", "matplotlib")
 class EvaluateVerbConfig:
     """What `scldm evaluate` takes.
 
-    generated: h5ad file with the generated cells' counts
+    generated: the generated cells' counts, as `scldm generate` writes them: .h5ad, .zarr or .soma
     out: folder for report.html, evaluation.json and figures
     condition: obs column (condition) whose labels are the types; empty: no types, all cells are scored at once
     shards: shard set with the real cells, their splits and conditions, a folder or fsspec URL
@@ -82,11 +83,12 @@ def main(config: EvaluateVerbConfig) -> dict:
         raise InputError(
             "give the real cells once: as shards=FOLDER, or as real=FILE.h5ad whose obs has a split column"
         )
-    if config.shards:
-        real = cells_of_shards(config.shards, config.condition, config.cache_folder, config.cache_gb)
-    else:
-        real = cells_of_h5ad(config.real, config.condition, config.split, config.layer)
     generated = generated_cells(config.generated, config.condition)
+    sample = Sample(config.evaluate.max_real_cells, generated.numbers(), config.evaluate.seed)
+    if config.shards:
+        real = cells_of_shards(config.shards, config.condition, sample, config.cache_folder, config.cache_gb)
+    else:
+        real = cells_of_h5ad(config.real, config.condition, config.split, config.layer, sample)
     evaluation = compare(*real, generated, config.evaluate)
     evaluation["curves"] = curves
     evaluation["made_with"] = made_with(config)
@@ -168,6 +170,8 @@ def show(evaluation: dict, report: Path) -> None:
         console.print(table)
     if evaluation["pooled_only"]:
         console.print(evaluation["pooled_only"], soft_wrap=True)
+    if evaluation["cells"]["drawn_of"]:
+        console.print(drawn_text(evaluation), soft_wrap=True)
     listed = "; ".join(f"({k}) {title}" for k, (title, *_) in rivals.items())
     console.print(f"floor: the training cells themselves; rivals drawn from them: {listed}", soft_wrap=True)
     note = "0…1: (score - floor) / (rival - floor); ✓ closer to the test cells than the rival; "

@@ -138,6 +138,16 @@ def verdicts(evaluation: dict) -> list[tuple[str, str]]:
     return out
 
 
+def drawn_text(e: dict) -> str:
+    """Of which splits not all cells were taken."""
+    cells = e["cells"]
+    of = "; ".join(f"{cells[split]:,} of {n:,} {split} cells" for split, n in cells["drawn_of"].items())
+    return (
+        f"{of}: drawn at random (evaluate.max_real_cells={e['config']['max_real_cells']:,}), training and test cells "
+        "with the types in the shares at which they are compared."
+    )
+
+
 def _head(e: dict) -> str:
     made = e.get("made_with", {})
     names = " against ".join(f"<code>{escape(made[k])}</code>" for k in ("generated", "real") if k in made)
@@ -153,6 +163,8 @@ def _head(e: dict) -> str:
             f"Fewer cells than the test split holds were generated or trained on for {_list(short)}; all sets are "
             "compared at the smaller number."
         )
+    if cells["drawn_of"]:
+        notes.append(escape(drawn_text(e)))
     for source, n in cells["without_counts"].items():
         if n:
             notes.append(

@@ -13,14 +13,17 @@ import pytest
 import scipy.sparse as sp
 
 from data_pipeline.plan import ShardsWriteConfig
+from data_pipeline.read_shards import ShardSet
 from data_pipeline.sources import SourceConfig
 from data_pipeline.splits import SplitConfig
+from data_pipeline.write_cells import CellWriter
 from data_pipeline.write_shards import write_shards
 from launch.cli import main
 from launch.evaluated_cells import cells_of_h5ad, cells_of_shards, generated_cells
 from scldm.errors import InputError
 from scldm.evaluate import compare
 from scldm.evaluate.compare import NO_TYPE
+from scldm.evaluate.sample import Sample
 from tests.data_pipeline.small_sets import known_cells, write_set
 
 GENES = [f"g{k}" for k in range(30)]
@@ -79,6 +82,76 @@ def test_shard_cells_are_those_that_were_written(files):
     assert [c.numbers() for c in cells_of_shards(out, "")] == [{NO_TYPE: len(p.types)} for p in parts]
     with pytest.raises(InputError, match=r"shards has no condition='tissue'; it has kind"):
         cells_of_shards(out, "tissue")
+
+
+def test_cells_drawn_of_shards_are_of_the_set_and_no_other_block_is_read(tmp_path, monkeypatch):
+    known = replace(known_cells(n_genes=40), split_sizes={"train": 400, "validation": 50, "test": 40})
+    known.counts[:, 9] = np.arange(490) + 1  # no two cells are alike
+    folder = str(write_set(tmp_path / "set", known, block_cells=8))
+    every = cells_of_shards(folder, "type")
+    fetched, fetch = [], ShardSet.fetch
+    monkeypatch.setattr(ShardSet, "fetch", lambda self, b, into=None: (fetched.append(b), fetch(self, b, into))[1])
+    generated = {"a": 40, "b": 40, "c": 40}
+    for same in (Sample(400, generated, 0), None):
+        for part, whole in zip(cells_of_shards(folder, "type", same), every):
+            assert (part.counts != whole.counts).nnz == 0
+            assert part.types.tolist() == whole.types.tolist()
+            assert part.drawn_of == 0
+    fetched.clear()
+    train, validation, test = cells_of_shards(folder, "type", Sample(60, generated, 0))
+    assert (train.drawn_of, validation.drawn_of, test.drawn_of) == (400, 0, 0)
+    assert 57 < len(train.types) <= 60
+    assert sum(block < 50 for block in fetched) < 30
+    assert (test.counts != every[2].counts).nnz == 0
+    shares = [train.numbers()[t] / len(train.types) - test.numbers()[t] / len(test.types) for t in "abc"]
+    assert max(map(abs, shares)) < 0.05
+    rows = {(t, *row) for t, row in zip(every[0].types, every[0].counts.toarray().tolist())}
+    drawn = [(t, *row) for t, row in zip(train.types, train.counts.toarray().tolist())]
+    assert len(set(drawn)) == len(drawn)
+    assert set(drawn) <= rows
+    again, other = (cells_of_shards(folder, "type", Sample(60, generated, seed))[0] for seed in (0, 1))
+    assert (again.counts != train.counts).nnz == 0
+    assert (other.counts != train.counts).nnz > 100
+
+
+def test_cells_drawn_of_a_file_are_named_in_the_evaluation(files, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "umap_coordinates", lambda components, seed: components[:, :2])
+    monkeypatch.chdir(files)
+    write(files / "real.h5ad", *cells(0, 2_400))
+    words = "generated=generated.h5ad real=real.h5ad split=part condition=kind out=out tracking.enabled=false"
+    assert main(["evaluate", *words.split(), "evaluate.n_draws=2", "evaluate.max_real_cells=1000"]) == 0
+    found = json.loads((files / "out" / "evaluation.json").read_text())["cells"]
+    n_train = int((cells(0, 2_400)[1]["part"] == "train").sum())
+    assert (found["train"], found["drawn_of"]) == (1_000, {"train": n_train})
+    assert found["by_type"]["T cell"]["train"] == pytest.approx(667, abs=1)  # as many as of 60 and 30 compared
+    told = f"1,000 of {n_train:,} train cells: drawn at random (evaluate.max_real_cells=1,000)"
+    assert told in " ".join(capsys.readouterr().out.split())
+    assert told in (files / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("suffix", ["h5ad", "zarr", "soma"])
+def test_generated_cells_are_read_in_every_format_that_generate_writes(tmp_path, suffix):
+    counts, obs = cells(1, 90)
+    out = tmp_path / f"generated.{suffix}"
+    writer = CellWriter(out, 90, GENES, np.int32, {"model": "m"})
+    with writer.begun():
+        for part in writer.missing:
+            writer.write_part(part, counts, {})
+        writer.join(lambda: obs, {})
+    found = generated_cells(str(out), "kind")
+    assert (found.counts != counts).nnz == 0
+    assert found.types.tolist() == obs["kind"].tolist()
+    assert found.genes == tuple(GENES)
+    with pytest.raises(InputError, match="obs has no column condition='tissue'; it has kind, part"):
+        generated_cells(str(out), "tissue")
+
+
+@pytest.mark.parametrize("suffix", ["zarr", "soma"])
+def test_a_folder_that_holds_no_generated_cells_is_refused(tmp_path, suffix):
+    for said in ("no such folder", "can't be read"):
+        with pytest.raises(InputError, match=rf"generated.{suffix}: {said}"):
+            generated_cells(f"{tmp_path}/generated.{suffix}", "")
+        (tmp_path / f"generated.{suffix}").mkdir(exist_ok=True)
 
 
 @pytest.mark.parametrize("largest", [300, 70_000, 2_000_000_000, 3_000_000_000])
