@@ -16,15 +16,15 @@ import torch
 
 from scldm.parallel.dist import World
 
-# dense TFLOP/s of matrix products, without sparsity; fp32 is TF32's where the device has it.
+# dense TFLOP/s of matrix products, without sparsity; fp32 is not TF32's, which nothing here switches on.
 # Source: NVIDIA's data sheets of A100, H100 SXM, H200 SXM, B200 (DGX B200: 8 GPUs), L4, L40S
 PEAK_TFLOPS: dict[str, dict[str, float]] = {
-    "A100": {"fp32": 156.0, "bf16": 312.0},
-    "H100": {"fp32": 494.5, "bf16": 989.5},
-    "H200": {"fp32": 494.5, "bf16": 989.5},
-    "B200": {"fp32": 1_100.0, "bf16": 2_250.0},
-    "L40S": {"fp32": 183.0, "bf16": 362.0},
-    "L4": {"fp32": 60.0, "bf16": 121.0},
+    "A100": {"fp32": 19.5, "bf16": 312.0},
+    "H100": {"fp32": 67.0, "bf16": 989.5},
+    "H200": {"fp32": 67.0, "bf16": 989.5},
+    "B200": {"fp32": 75.0, "bf16": 2_250.0},
+    "L40S": {"fp32": 91.6, "bf16": 362.0},
+    "L4": {"fp32": 30.3, "bf16": 121.0},
 }
 
 
