@@ -3,7 +3,7 @@
     OUT               h5ad, zarr or a SOMA experiment, as its suffix says; it appears when it is whole
     OUT.parts/        until then
       made_by.json    all that decides what the cells are; a command that would make others is refused
-      000017.npz      cells 17 * PART_CELLS and on: CSR arrays, and columns of obs
+      000017.npz      cells 17 * part_cells and on: CSR arrays, and columns of obs
 
 Whatever is killed whenever, the same command goes on with the parts that are missing. No matrix is ever in memory
 whole; obs is, about 100 B a cell, as in every program that opens the file.
@@ -37,6 +37,7 @@ PART_CELLS = 512  # 2,000 genes a cell of 8 B: 8 MB
 JOIN_VALUES = 1 << 21  # parts are appended together up to so many values: 16 MB, as COO for SOMA 40 MB
 CHUNK_VALUES = 1 << 16
 CHUNK_ROWS = 1 << 13  # of obs in zarr, which holds several times the names of a chunk
+OBS_BYTES = 100  # of a cell's obs in the file
 MEASUREMENT, LAYER = "RNA", "data"  # what tiledbsoma.io reads and writes unless told otherwise
 UNS = "scldm"
 N_EVALUATIONS = "n_evaluations"  # of the network
@@ -54,13 +55,21 @@ class CellWriter:
     genes: ids of the matrix' columns
     dtype: of the values
     made_by: all that decides what the cells are, JSON texts and numbers; uns["scldm"] of the file
+    batch: cells that are made at once: a part holds whole batches
 
     Raises: InputError where `out`, or what an interrupted command left of it, is of another command. Writes nothing.
     """
 
     def __init__(
-        self, out: str | Path, n_cells: int, genes: Sequence[str], dtype: type, made_by: Mapping[str, Value]
+        self,
+        out: str | Path,
+        n_cells: int,
+        genes: Sequence[str],
+        dtype: type,
+        made_by: Mapping[str, Value],
+        batch: int = 1,
     ) -> None:
+        self.part_cells = -(-PART_CELLS // batch) * batch
         self.out, self.n_cells, self.genes, self.dtype = Path(out), n_cells, list(genes), np.dtype(dtype)
         self.made_by = {"n_cells": n_cells, "n_genes": len(self.genes), **made_by}
         if self.out.suffix not in FORMATS:
@@ -75,8 +84,10 @@ class CellWriter:
             )
         elif self.parts.exists() and any(of.name != "lock" and of.name[0] != "." for of in self.parts.iterdir()):
             raise InputError(f"{self.parts} is in the way of unfinished cells; remove it, or choose another out")
-        n_parts = 0 if self.finished else -(-n_cells // PART_CELLS)
-        self.missing = [part for part in range(n_parts) if not self._part(part).is_file()]
+        if not self.finished and not (self._folder.is_dir() and os.access(self._folder, os.W_OK)):
+            raise InputError(f"out={out}: {self._folder} is no folder that can be written to")
+        parts = range(0 if self.finished else self._n_parts)
+        self.missing = [part for part in parts if not self._part(part).is_file()]
 
     def _refuse_others(self, before: Mapping[str, Any], what: str, folder: Path | None = None) -> None:
         was, now = dict(_flat(before)), dict(_flat(self.made_by))
@@ -85,17 +96,19 @@ class CellWriter:
             told = "; ".join(f"{key} was {_short(was.get(key))}, now {_short(now.get(key))}" for key in changed[:3])
             raise InputError(f"out={self.out} {what}: {told}; remove {folder or 'it'}, or choose another out")
 
-    def require_space(self, bytes_a_cell: float) -> None:
-        """bytes_a_cell: of the missing parts and of the joined file together.
+    def require_space(self, values_a_cell: float) -> None:
+        """values_a_cell: those that are stored. One takes 8 B in its part and at most 4 B, compressed, in the file.
 
-        Raises: InputError where the disk has less than that.
+        Raises: InputError where the disk has less than the missing parts and the file need.
         """
-        folder = next(parent for parent in self.out.absolute().parents if parent.exists())
-        needed, free = bytes_a_cell * self.n_cells, shutil.disk_usage(folder).free
+        free = shutil.disk_usage(self._folder).free + sum(file.stat().st_size for file in _files(self._joining))
+        n_missing = sum(len(self.rows(part)) for part in self.missing)
+        needed = 8 * values_a_cell * n_missing + (4 * values_a_cell + OBS_BYTES) * self.n_cells
         if needed > free:
+            still = "" if n_missing == self.n_cells else f", {n_missing:,} of them still to be made"
             raise InputError(
-                f"out={self.out}: about {needed / 1e9:,.1f} GB are needed for {self.n_cells:,} cells, "
-                f"{folder} has {free / 1e9:,.1f} GB free; ask for fewer cells or genes, or another out"
+                f"out={self.out}: about {needed / 1e9:,.1f} GB are needed for {self.n_cells:,} cells{still}; "
+                f"{self._folder} has {free / 1e9:,.1f} GB free; ask for fewer cells or genes, or another out"
             )
 
     @contextmanager
@@ -117,7 +130,7 @@ class CellWriter:
 
     def rows(self, part: int) -> range:
         """The numbers of a part's cells."""
-        return range(part * PART_CELLS, min((part + 1) * PART_CELLS, self.n_cells))
+        return range(part * self.part_cells, min((part + 1) * self.part_cells, self.n_cells))
 
     def write_part(self, part: int, matrix: sp.csr_matrix, columns: Mapping[str, np.ndarray]) -> None:
         """columns: of obs, known only where the cells are made. Raises: InputError where the disk is full."""
@@ -145,11 +158,10 @@ class CellWriter:
         cost: what the cells have taken, by COSTS; into uns["scldm"] as well
         """
         assert set(cost) <= set(COSTS), cost
-        joined = self.parts / f"joined{self.out.suffix}"
         # an AnnData of these obs would hold a copy and a table of their names
         rest = ad.AnnData(var=pd.DataFrame(index=pd.Index(self.genes)), uns={UNS: {**self.made_by, **cost}})
         with disk_explained(str(self.out)):
-            _remove(joined)
+            _remove(joined := self._joining)
             with (
                 Progress("write", self.n_cells, "cells") as bar,
                 FORMATS[self.out.suffix](joined, obs, rest, self.dtype) as append,
@@ -168,7 +180,17 @@ class CellWriter:
 
     @property
     def _n_parts(self) -> int:
-        return -(-self.n_cells // PART_CELLS)
+        return -(-self.n_cells // self.part_cells)
+
+    @property
+    def _folder(self) -> Path:
+        """The nearest that is there."""
+        return next(parent for parent in self.out.absolute().parents if parent.exists())
+
+    @property
+    def _joining(self) -> Path:
+        """The file while it is written, or what a killed process left of it."""
+        return self.parts / f"joined{self.out.suffix}"
 
     def _part(self, part: int) -> Path:
         return self.parts / f"{part:06d}.npz"
@@ -299,6 +321,11 @@ def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
+
+
+def _files(path: Path) -> list[Path]:
+    """A file itself, or all that are in a folder; none where it is not there."""
+    return [path] if path.is_file() else [inside for inside in path.rglob("*") if inside.is_file()]
 
 
 def _sync(path: Path) -> None:

@@ -13,7 +13,7 @@ from scldm.errors import InputError, read_json
 from scldm.library_size import LibrarySizeModel
 from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE, VAEConfig
-from scldm.pretrained import save_pretrained
+from scldm.model_folder import save_pretrained
 from scldm.train.checkpoint import averaged, load_averaged
 from scldm.train.run_folder import read_config
 from scldm.vocab import ConditionVocab, GeneVocab

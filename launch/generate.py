@@ -17,6 +17,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pandas as pd
+import torch
 from anndata.io import read_elem
 
 import scldm
@@ -27,12 +28,13 @@ from scldm.errors import InputError
 from scldm.flow.generate import SamplerConfig
 from scldm.flow.wanted import Wanted
 from scldm.parallel.dist import close_world, world_of_environment
-from scldm.pretrained import Kind, Pretrained, usable
+from scldm.pretrained import BATCH_CELLS, Kind, Precision, Pretrained, usable
 from scldm.progress import Progress
 
 PURPOSE = """Generate cells for given conditions: integer counts or means in CSR, the conditions as categorical obs.
 Runs on any number of ranks; interrupted, the same command goes on. The cells are the same bit for bit for any number of
-ranks and interruptions, on one kind of device."""
+ranks and interruptions: what else decides a sum's last bits, as threads, batch and the kind of device, is kept in the
+file and may not change in between."""
 EXAMPLE = """
 scldm generate model=model conditions=wanted.csv out=generated.h5ad
 scldm generate model=model like=cells.h5ad by=cell_type,donor out=generated.zarr seed=1
@@ -55,6 +57,9 @@ class GenerateConfig:
     kind: counts, drawn, or means, the decoder's expected counts (float32, none of them 0)
     seed: of all draws; a cell's are keyed by it and by the cell's number
     device: torch device; empty is the rank's GPU where there is one
+    batch: cells that go through the networks at once
+    precision: float32, or bfloat16: faster on a GPU, off by some percent of an expected count
+    threads: CPU threads per rank for torch; on a CPU start a rank for each core rather
     """
 
     model: str
@@ -67,6 +72,9 @@ class GenerateConfig:
     kind: Kind = "counts"
     seed: int = 0
     device: str = ""
+    batch: int = BATCH_CELLS
+    precision: Precision = "float32"
+    threads: int = 1
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
 
@@ -75,18 +83,23 @@ CONFIG = GenerateConfig
 
 def main(config: GenerateConfig) -> Path:
     """Write this rank's cells, and on the first rank the file when all are there; returns its path."""
+    if config.threads < 1:
+        raise InputError(f"threads={config.threads} must be at least 1")
+    torch.set_num_threads(config.threads)
     table = wanted_cells(config)
-    model = scldm.load(config.model)
+    model = scldm.load(config.model, batch=config.batch, precision=config.precision)
     wanted = model.check_conditions(table, config.seed, config.sampler)
     del table
     columns = model.columns(config.genes or None)
     genes = list(model.var(columns).index)
     dtype = np.float32 if config.kind == "means" else np.int32
-    writer = CellWriter(config.out, wanted.n_cells, genes, dtype, made_by(config, model, wanted, genes))
     if config.device:
         usable(config.device)
-    # 8 B a value in its part and at most half of that, compressed, in the file; 100 B of obs
-    writer.require_space(100 + 12 * model.nonzeros_a_cell(wanted, columns, config.kind))
+    writer = CellWriter(
+        config.out, wanted.n_cells, genes, dtype, made_by(config, model, wanted, genes), batch=config.batch
+    )
+    if not writer.finished:
+        writer.require_space(model.nonzeros_a_cell(wanted, columns, config.kind))
 
     world = world_of_environment()
     if writer.finished:
@@ -122,14 +135,28 @@ def main(config: GenerateConfig) -> Path:
 
 def made_by(config: GenerateConfig, model: Pretrained, wanted: Wanted, genes: list[str]) -> dict[str, str | int]:
     """All that decides what the cells are: uns["scldm"] of the file."""
-    settings = {"kind": config.kind, "sampler": asdict(config.sampler), "draws": DRAWS_VERSION}
+    settings = {
+        "kind": config.kind,
+        "sampler": asdict(config.sampler),
+        "draws": DRAWS_VERSION,
+        "threads": config.threads,
+        "device": kind_of(config.device),
+    }
     return {
-        "model": model.hash,
+        **model.made_by,
         "seed": config.seed,
         "config": json.dumps(settings),
         "conditions_hash": wanted.hash,
         "genes_hash": hashlib.sha256("\n".join(genes).encode()).hexdigest(),
     }
+
+
+def kind_of(device: str) -> str:
+    """What of a device decides the last bits of its sums: which GPU, or a CPU's vector instructions."""
+    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    if kind == "cuda":
+        return torch.cuda.get_device_name(device or "cuda")
+    return f"{kind} {torch.backends.cpu.get_cpu_capability()}"
 
 
 # --- which cells ---------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 from launch.cli import run_verb
 from launch.embed import model_and_cells
 from launch.generate import write_whole
+from scldm.pretrained import BATCH_CELLS, Precision
 
 PURPOSE = """Encode and decode the cells of an h5ad file: writes expected counts of the chosen genes, and every cell's
 log-likelihood in obs["log_likelihood"]: nats, over the file's genes that the model knows."""
@@ -27,7 +28,10 @@ class ReconstructConfig:
     out: h5ad file to write: the same cells, expected counts in X
     genes: genes to write, any that the model knows; none writes those of the file
     layer: layer that holds the counts; empty is X
+    drop_empty: leave out cells without a count in any gene that the model knows; else they are refused
     device: torch device; empty is a GPU where there is one
+    batch: cells that go through the networks at once; another number differs in the last bits
+    precision: float32, or bfloat16: faster on a GPU, off by some percent of an expected count
     """
 
     model: str
@@ -35,7 +39,10 @@ class ReconstructConfig:
     out: str
     genes: tuple[str, ...] = ()
     layer: str = ""
+    drop_empty: bool = False
     device: str = ""
+    batch: int = BATCH_CELLS
+    precision: Precision = "float32"
 
 
 CONFIG = ReconstructConfig
@@ -43,7 +50,7 @@ CONFIG = ReconstructConfig
 
 def main(config: ReconstructConfig) -> Path:
     """Write the file; returns its path."""
-    model, adata = model_and_cells(config.model, config.h5ad, config.device)
+    model, adata = model_and_cells(config)
     expected = model.reconstruct(adata, layer=config.layer or None, genes=config.genes or None)
     write_whole(expected, Path(config.out))
     mean = expected.obs["log_likelihood"].mean()

@@ -1,35 +1,28 @@
 """A trained model as a scientist uses it: load, embed, generate. Needs neither deepspeed, mlflow nor tiledbsoma.
 
-    model.safetensors   vae/NAME and ldm/NAME: averaged weights and buffers
-    config.json         shapes of both networks, sampler, format version, where the weights come from
-    genes.json  conditions.json  library_sizes.json
-
-Reading order: save_pretrained, load, Made, Pretrained.
+Reading order: load, Made, Pretrained.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from scldm import draws
 from scldm.batch import GeneCounts
 from scldm.errors import InputError, read_json
-from scldm.flow.asked import check_sampler, encode_labels, own_and_other, without_token
+from scldm.flow.asked import check_sampler, encode_labels, moved_obs, own_and_other, without_token
 from scldm.flow.generate import SamplerConfig, generate_latents, guided
 from scldm.flow.transform import blend, from_noise, to_noise
 from scldm.flow.wanted import Wanted, distinct
@@ -37,67 +30,42 @@ from scldm.library_size import LibrarySizeModel
 from scldm.model.all_genes import encoder_of
 from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE, Predicted, VAEConfig
+from scldm.model_folder import FORMAT_VERSION
 from scldm.progress import Progress
 from scldm.vocab import ConditionVocab, GeneVocab
 from scldm.weights import put_in, read_weights, weights_hash
 
-FORMAT_VERSION = 2
 NOT_GIVEN = "not given"
 MAX_COUNT = 2**31 - 1  # of int32, as cells are given to the encoder and written
 Kind = Literal["counts", "means"]
+Precision = Literal["float32", "bfloat16"]
 # a batch decodes its cells for all genes: 64 cells x 60,000 genes x width 512 x 4 B = 8 GB
 BATCH_CELLS = 64
 
 
-def save_pretrained(
-    folder: Path,
-    vae: VAE,
-    dit: DiT | None,
-    genes: GeneVocab,
-    conditions: ConditionVocab,
-    library_sizes: LibrarySizeModel,
-    origin: dict[str, Any],
-) -> None:
-    """Write a model folder, whole or not at all.
-
-    dit: None for an autoencoder alone, which embeds but does not generate
-    origin: JSON of where the weights come from
-    """
-    folder = folder.resolve()
-    aside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    networks = {"vae": vae} if dit is None else {"vae": vae, "ldm": dit}
-    tensors = {f"{net}/{k}": v.contiguous() for net, m in networks.items() for k, v in m.state_dict().items()}
-    save_file(tensors, aside / "model.safetensors")
-    config = {
-        "format_version": FORMAT_VERSION,
-        "vae": asdict(vae.config),
-        "ldm": None if dit is None else asdict(dit.config),
-        "conditions": list(conditions.names) if dit is None else list(dit.n_labels),
-        "origin": origin,
-    }
-    (aside / "config.json").write_text(json.dumps(config, indent=1))
-    genes.save(aside / "genes.json")
-    conditions.save(aside / "conditions.json")
-    library_sizes.save(aside / "library_sizes.json")
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(aside, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def load(folder: str | Path, device: str | torch.device = "cpu") -> Pretrained:
+def load(
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    batch: int = BATCH_CELLS,
+    precision: Precision = "float32",
+) -> Pretrained:
     """The model in a folder that `scldm export` wrote.
 
     device: torch device, such as cpu, cuda or cuda:1
+    batch: cells that go through the networks at once; another number is another order of sums, in the last bits
+    precision: of the networks' matrix products. bfloat16 is faster on a GPU, and differs: it keeps 8 bits of a number,
+        so that a gene's expected count is off by some percent. What is between the products, the flow's state and the
+        draws are float32
 
     Raises: InputError for a folder that is not one, is damaged, or of an unknown version.
     """
     folder = Path(folder)
     usable(device)
+    if batch < 1:
+        raise InputError(f"batch={batch} must be at least 1")
+    if precision not in get_args(Precision):
+        raise InputError(f"precision={precision} must be one of {', '.join(get_args(Precision))}")
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is not a model folder: it has no config.json; `scldm export` writes one")
     config = read_json(folder / "config.json")
@@ -120,7 +88,8 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Pretrained:
         dit = dit.eval().requires_grad_(False)
     sizes = LibrarySizeModel.load(folder / "library_sizes.json")
     vae = vae.eval().requires_grad_(False)
-    return Pretrained(vae, dit, genes, conditions, sizes, config["origin"], weights_hash(tensors)).to(device)
+    model = Pretrained(vae, dit, genes, conditions, sizes, config["origin"], weights_hash(tensors), batch, precision)
+    return model.to(device)
 
 
 def usable(device: str | torch.device) -> None:
@@ -140,7 +109,8 @@ class Made(NamedTuple):
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Autoencoder, diffusion transformer and what they need to know of genes, conditions and library sizes."""
+    """Autoencoder, diffusion transformer and what they need to know of genes, conditions and library sizes; batch and
+    precision as for `load`."""
 
     vae: VAE
     dit: DiT | None
@@ -149,6 +119,13 @@ class Pretrained:
     library_sizes: LibrarySizeModel
     origin: dict[str, Any]
     hash: str
+    batch: int = BATCH_CELLS
+    precision: Precision = "float32"
+
+    @property
+    def made_by(self) -> dict[str, str | int]:
+        """What of the model decides its numbers: of uns["scldm"] of a file."""
+        return {"model": self.hash, "batch": self.batch, "precision": self.precision}
 
     @property
     def device(self) -> torch.device:
@@ -157,6 +134,14 @@ class Pretrained:
     def to(self, device: str | torch.device) -> Pretrained:
         """The same model on another device; its networks are moved, not copied."""
         return replace(self, vae=self.vae.to(device), dit=self.dit and self.dit.to(device))
+
+    def _computing(self) -> torch.autocast:
+        """Within, the networks compute in `precision`."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+
+    def _batches(self, n: int) -> Iterator[slice]:
+        for start in range(0, n, self.batch):
+            yield slice(start, min(start + self.batch, n))
 
     # --- embed ---
 
@@ -173,10 +158,10 @@ class Pretrained:
         counts, gene_ids = self._given(adata, layer)
         encode = encoder_of(self.vae, gene_ids, counts.getnnz(0) / adata.n_obs)
         out = []
-        with Progress("embed", adata.n_obs, "cells") as bar, torch.no_grad():
-            for rows in _batches(adata.n_obs):
+        with Progress("embed", adata.n_obs, "cells") as bar, torch.no_grad(), self._computing():
+            for rows in self._batches(adata.n_obs):
                 dense_BS = torch.from_numpy(counts[rows].toarray()).to(self.device)
-                latent_BLZ = encode(dense_BS).mean_BLZ
+                latent_BLZ = encode(dense_BS).mean_BLZ.float()
                 out.append((latent_BLZ.mean(1) if pool == "mean" else latent_BLZ.flatten(1)).cpu().numpy())
                 bar.advance(len(dense_BS))
         return np.concatenate(out)
@@ -190,14 +175,16 @@ class Pretrained:
         adata: raw counts, as for `embed`; a cell's library size is its total over those genes
         genes: which genes to write, in this order, any of the model's; the default is those of the file
 
-        Raises: InputError as `embed`, and for a gene that the model does not know.
+        Raises: InputError as `embed`, for a gene that the model does not know, and where obs has such a column already.
         """
+        if "log_likelihood" in adata.obs:
+            raise InputError("obs has a column 'log_likelihood' already, which would be lost; rename or remove it")
         counts, given_ids = self._given(adata, layer)
         asked_ids = given_ids if genes is None else torch.from_numpy(self.columns(genes) + 1).to(self.device)
         encode = encoder_of(self.vae, given_ids, counts.getnnz(0) / adata.n_obs)
         expected, log_likelihood = [], []
-        with Progress("reconstruct", adata.n_obs, "cells") as bar, torch.no_grad():
-            for rows in _batches(adata.n_obs):
+        with Progress("reconstruct", adata.n_obs, "cells") as bar, torch.no_grad(), self._computing():
+            for rows in self._batches(adata.n_obs):
                 given = GeneCounts(given_ids, torch.from_numpy(counts[rows].toarray()).to(self.device))
                 size_B = given.counts_BS.sum(1).float()
                 latent_BLZ = encode(given.counts_BS).mean_BLZ
@@ -209,9 +196,14 @@ class Pretrained:
         obs = pd.DataFrame(adata.obs, copy=True)
         obs["log_likelihood"] = np.concatenate(log_likelihood)
         var = pd.DataFrame(index=pd.Index([self.genes.ids[k - 1] for k in asked_ids.tolist()]))
-        return ad.AnnData(np.concatenate(expected), obs=obs, var=var, uns={"scldm": {"model": self.hash}})
+        return ad.AnnData(np.concatenate(expected), obs=obs, var=var, uns={"scldm": self.made_by})
 
-    def _given(self, adata: ad.AnnData, layer: str | None) -> tuple[sp.csr_matrix, Tensor]:
+    def counted(self, adata: ad.AnnData, layer: str | None = None) -> np.ndarray:
+        """Which cells have a count in any gene that the model knows, bool (n,): the others are refused by `embed`,
+        `reconstruct` and `transform`. Arguments and errors as for `embed`."""
+        return self._given(adata, layer, empty_too=True)[0].getnnz(1) > 0
+
+    def _given(self, adata: ad.AnnData, layer: str | None, empty_too: bool = False) -> tuple[sp.csr_matrix, Tensor]:
         """Counts of the genes that the model knows, and their indices."""
         run = self.origin.get("vae", {}).get("config", {})
         policy = run.get("data", {}).get("given", {}).get("policy")
@@ -245,8 +237,11 @@ class Pretrained:
         if len(wrong):
             raise InputError(f"{layer or 'X'} holds {wrong[0]:g}, which is not a count; give raw counts")
         empty = int((counts.getnnz(1) == 0).sum())
-        if empty:
-            raise InputError(f"{empty} of {adata.n_obs} cells have no count in any gene that the model knows")
+        if empty and not empty_too:
+            raise InputError(
+                f"{empty} of {adata.n_obs} cells have no count in any gene that the model knows; drop_empty=true "
+                "leaves them out, in Python adata[model.counted(adata)]"
+            )
         return counts.astype(np.int32), torch.from_numpy(index[index > 0]).to(self.device)
 
     # --- transform ---
@@ -278,8 +273,8 @@ class Pretrained:
         genes: which genes to write, in this order, any of the model's; the default is those of the file
         kind: counts, integers that are drawn, or means, expected counts, float32
 
-        Returns the cells with obs `alpha` and `source`, the cell's name in `adata`. What a reader should know of the
-        conditions is printed.
+        Returns the cells with obs `scldm_alpha` and `scldm_source`, the cell's name in `adata`. What a reader should
+        know of the conditions is printed.
         Raises: InputError as `embed`, for unknown conditions and labels, and for SDE samplers.
         """
         sampler, dit = sampler or SamplerConfig(), self._dit()
@@ -297,8 +292,8 @@ class Pretrained:
         encode = encoder_of(self.vae, given_ids, counts.getnnz(0) / adata.n_obs)
         n_evaluations = 0
         parts: list[list[sp.csr_matrix]] = [[] for _ in alphas]
-        with Progress("transform", adata.n_obs * len(alphas), "cells") as bar:
-            for rows in _batches(adata.n_obs):
+        with Progress("transform", adata.n_obs * len(alphas), "cells") as bar, self._computing():
+            for rows in self._batches(adata.n_obs):
                 dense_BS = torch.from_numpy(counts[rows].toarray()).to(self.device)
                 size_B, z_BLZ = dense_BS.sum(1).float(), dit.standardise(encode(dense_BS).mean_BLZ)
                 v_own, v_other = (
@@ -315,23 +310,10 @@ class Pretrained:
                     bar.advance(len(size_B))
                 n_evaluations += sum(int(torch.as_tensor(v.n_evaluations_B).sum()) for v in (v_own, v_other))
         matrix = sp.csr_matrix(sp.vstack([block for part in parts for block in part]))
-        uns = {"model": self.hash, "seed": seed, "config": json.dumps({"to": dict(to), "sampler": asdict(sampler)})}
-        uns["n_evaluations"] = n_evaluations
-        moved = pd.concat([self._moved(obs, to, alpha, len(alphas) > 1) for alpha in alphas])
+        config = json.dumps({"to": dict(to), "sampler": asdict(sampler)})
+        uns = {**self.made_by, "seed": seed, "config": config, "n_evaluations": n_evaluations}
+        moved = pd.concat([moved_obs(dit, self.conditions, obs, to, alpha, len(alphas) > 1) for alpha in alphas])
         return ad.AnnData(matrix, obs=moved, var=self.var(asked_ids.cpu().numpy() - 1), uns={"scldm": uns})
-
-    def _moved(self, obs: pd.DataFrame, to: Mapping[str, str], alpha: float, several: bool) -> pd.DataFrame:
-        """The cells' obs where they were taken; a name says how far where there are several."""
-        moved = obs.copy()
-        for name, label in to.items():
-            labels = [label] * len(obs) if alpha else list(obs[name].astype(str))
-            if name in self._dit().config.continuous:
-                moved[name] = [float(value) for value in labels]
-            else:
-                moved[name] = pd.Categorical(labels, categories=list(self.conditions.labels[name]))
-        moved["alpha"], moved["source"] = alpha, [str(name) for name in obs.index]
-        moved.index = pd.Index([f"{name}-{alpha:g}" if several else str(name) for name in obs.index])
-        return moved
 
     # --- generate ---
 
@@ -367,7 +349,7 @@ class Pretrained:
             matrix, n_evaluations_n = self.make(wanted, every, columns, sampler, kind, bar.advance)
         obs = self.obs(wanted, wanted.library_size(every))
         uns = {
-            "model": self.hash,
+            **self.made_by,
             "seed": seed,
             "sampler": asdict(sampler),
             "n_evaluations": int(n_evaluations_n.sum()),
@@ -405,21 +387,22 @@ class Pretrained:
     ) -> Made:
         """Some of the cells, (rows, columns).
 
-        Batches begin at multiples of BATCH_CELLS and are filled up: a float sum depends on the shape of its batch, so
-        a cell's numbers are the same bit for bit whatever rows are asked for with it, by whichever rank. So they are
-        whatever genes are asked for: the decoder scores every gene, as a share is one of all; counts are drawn of the
-        asked ones alone.
+        Batches begin at multiples of `batch` and are filled up: a float sum depends on the shape of its batch, so a
+        cell's numbers are the same bit for bit whatever rows are asked for with it, by whichever rank; with as many
+        threads of torch, which share a sum's terms, and on the same kind of device. So they are whatever genes are
+        asked for: the decoder scores every gene, as a share is one of all; counts are drawn of the asked ones alone.
 
         columns: of the model's genes, as `columns` gives them
         tick: called with the number of cells that were made
         """
         columns_Q = torch.from_numpy(columns.copy()).to(self.device)
         parts, n_evaluations = [], []
-        for first in range(rows.start // BATCH_CELLS * BATCH_CELLS, rows.stop, BATCH_CELLS):
-            batch = range(first, first + BATCH_CELLS)
+        for first in range(rows.start // self.batch * self.batch, rows.stop, self.batch):
+            batch = range(first, first + self.batch)
             numbers_B = torch.arange(batch.start, batch.stop, device=self.device)
             of_batch = {name: torch.from_numpy(ids).to(self.device) for name, ids in wanted.ids_of(batch).items()}
-            drawn = generate_latents(self._dit(), of_batch, numbers_B, wanted.seed, sampler)
+            with self._computing():
+                drawn = generate_latents(self._dit(), of_batch, numbers_B, wanted.seed, sampler)
             size_B = torch.from_numpy(wanted.library_size(batch)).float().to(self.device)
             own = slice(max(rows.start - first, 0), rows.stop - first)
             parts.append(self.decoded(drawn.latent_BLZ, columns_Q, size_B, numbers_B, wanted.seed, kind)[own])
@@ -433,7 +416,8 @@ class Pretrained:
     ) -> sp.csr_matrix:
         """Generated latents as what is written of them, (B, Q)."""
         all_genes_G = torch.arange(1, self.genes.n_genes + 1, device=self.device)
-        predicted = self.vae.decode(self.vae.normalised(latent_BLZ), all_genes_G).take(columns_Q)
+        with self._computing():
+            predicted = self.vae.decode(self.vae.normalised(latent_BLZ), all_genes_G).take(columns_Q)
         return written(predicted, kind, library_size_B, draws.keys(seed, "counts", numbers_B, all_genes_G[columns_Q]))
 
     def nonzeros_a_cell(self, wanted: Wanted, columns: np.ndarray, kind: Kind) -> float:
@@ -491,8 +475,3 @@ def written(predicted: Predicted, kind: Kind, size_B: Tensor, keys_BQ: Tensor) -
         )
     made_BQ = predicted.expected(size_B).float() if kind == "means" else predicted.sample(size_B, keys_BQ)
     return sp.csr_matrix(made_BQ.cpu().numpy())
-
-
-def _batches(n: int) -> Iterator[slice]:
-    for start in range(0, n, BATCH_CELLS):
-        yield slice(start, min(start + BATCH_CELLS, n))

@@ -35,7 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scldm.model": LEAVES - {"scldm.parallel"},
     "scldm.flow": LEAVES | {"scldm.model"},
     "scldm.train": LEAVES | {"scldm.flow", "scldm.model"},
-    "scldm.pretrained": LEAVES | {"scldm.flow", "scldm.model"},
+    "scldm.model_folder": LEAVES | {"scldm.model"},
+    "scldm.pretrained": LEAVES | {"scldm.flow", "scldm.model", "scldm.model_folder"},
     "scldm": {"scldm.pretrained"},  # scldm/__init__.py
     "data_pipeline": {"scldm.batch", "scldm.micro_batches", "scldm.vocab"},
 }

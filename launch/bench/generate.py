@@ -41,7 +41,8 @@ from scldm.flow.wanted import Wanted
 from scldm.library_size import LibrarySizeModel, LogNormal
 from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE, Predicted, VAEConfig
-from scldm.pretrained import Pretrained, save_pretrained, written
+from scldm.model_folder import save_pretrained
+from scldm.pretrained import Pretrained, written
 from scldm.vocab import ConditionVocab, GeneVocab
 
 PURPOSE = """Measure generation with a trained model: cells/s by steps and by genes, in the network and in the decoder;

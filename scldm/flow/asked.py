@@ -1,6 +1,6 @@
 """What a user asks for, as the model takes it: labels as ids or values, and a sampler that the model was trained for.
 
-Reading order: encode_labels, own_and_other, check_sampler, without_token.
+Reading order: encode_labels, own_and_other, moved_obs, check_sampler, without_token.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from scldm.flow.wanted import distinct
 from scldm.model.conditions import FeatureEmbedding, ValueEmbedding
 from scldm.model.dit import DiT
 from scldm.vocab import ConditionVocab
+
+MOVED_COLUMNS = ("scldm_alpha", "scldm_source")  # how far a cell was taken, and its name before
 
 
 def encode_labels(dit: DiT, vocab: ConditionVocab, labels: pd.DataFrame) -> tuple[dict[str, np.ndarray], pd.DataFrame]:
@@ -92,8 +94,12 @@ def own_and_other(
     by: columns of obs that are the cells' own conditions
     to: condition -> label
 
-    Raises: InputError for what is no condition of the model, no column of obs, or not in `by`.
+    Raises: InputError for what is no condition of the model, no column of obs, or not in `by`; or where obs has a
+        column of MOVED_COLUMNS, as of cells that were taken somewhere before.
     """
+    for column in MOVED_COLUMNS:
+        if column in obs:
+            raise InputError(f"obs has a column {column!r} already, which would be lost; rename or remove it")
     if not to:
         raise InputError("to names no condition; as to=treatment=stimulated")
     for name in [*by, *to]:
@@ -108,6 +114,23 @@ def own_and_other(
     other, other_labels = encode_labels(dit, vocab, labels.assign(**to))
     notes = (*without_token(dit, own, own_labels), *without_token(dit, other, other_labels))
     return row_n, own, other, tuple(dict.fromkeys(notes))
+
+
+def moved_obs(
+    dit: DiT, vocab: ConditionVocab, obs: pd.DataFrame, to: Mapping[str, str], alpha: float, several: bool
+) -> pd.DataFrame:
+    """The cells' obs where they were taken, with MOVED_COLUMNS; a name says how far where there are several."""
+    moved = obs.copy()
+    for name, label in to.items():
+        labels = [label] * len(obs) if alpha else list(obs[name].astype(str))
+        if name in dit.config.continuous:
+            moved[name] = [float(value) for value in labels]
+        else:
+            moved[name] = pd.Categorical(labels, categories=list(vocab.labels[name]))
+    for column, value in zip(MOVED_COLUMNS, (alpha, [str(name) for name in obs.index]), strict=True):
+        moved[column] = value
+    moved.index = pd.Index([f"{name}-{alpha:g}" if several else str(name) for name in obs.index])
+    return moved
 
 
 def check_sampler(dit: DiT, taken: dict[str, np.ndarray], sampler: SamplerConfig, origin: dict[str, Any]) -> None:

@@ -130,9 +130,9 @@ class GuidedField:
         self.n_evaluations_B = self.n_evaluations_B + (1 if rows is None else rows.n_B)
         t_R = torch.full((n_rows,), t, device=z.device, dtype=torch.float32)
         if rows is None:
-            return self.model(z, t_R, {})
+            return self.model(z, t_R, {}).to(z.dtype)  # under autocast it answers in another
         if rows.plain:
-            return self.model(z, t_R, rows.conditions)
+            return self.model(z, t_R, rows.conditions).to(z.dtype)
         v_R = rows.weight_R[:, None, None] * self.model(z[rows.cell_R], t_R, rows.conditions)
         v = torch.zeros_like(z)
         for part in rows.parts:

@@ -182,7 +182,7 @@ def test_a_full_disk_is_one_line_before_and_during(tmp_path: Path, monkeypatch: 
     of = writer(tmp_path / "new" / "cells.h5ad")
     of.require_space(100)
     free = shutil.disk_usage(tmp_path).free
-    with pytest.raises(InputError, match="GB are needed for 47 cells, .* GB free"):
+    with pytest.raises(InputError, match="GB are needed for 47 cells; .* GB free"):
         of.require_space(1.01 * free / N)
     assert not (tmp_path / "new").exists()
     begin(of)
@@ -194,6 +194,38 @@ def test_a_full_disk_is_one_line_before_and_during(tmp_path: Path, monkeypatch: 
     with pytest.raises(InputError, match="no space left"):
         write(of, [1])
     assert sorted(p.name for p in of.parts.iterdir()) == ["lock", "made_by.json"]
+
+
+def test_what_is_written_already_needs_no_space_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 B a value of the missing parts, 4 B a value and 100 B of obs of the file; what a killed join left goes."""
+    of, values, free = writer(tmp_path / "cells.h5ad"), 1_000, 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, free))
+
+    def needs(exactly: int) -> None:
+        nonlocal free
+        free = exactly
+        writer(of.out).require_space(values)
+        free = exactly - 1
+        with pytest.raises(InputError, match="for 47 cells"):
+            writer(of.out).require_space(values)
+
+    of_file = 47 * (4 * values + 100)
+    needs(of_file + 47 * 8 * values)
+    begin(of)
+    write(of, [0, 4])  # of 10 cells and of 7
+    needs(of_file + 30 * 8 * values)
+    write(of, [1, 2, 3])
+    needs(of_file)
+    (of.parts / "joined.h5ad").write_bytes(bytes(50_000))
+    needs(of_file - 50_000)
+
+
+def test_a_part_holds_whole_batches(tmp_path: Path) -> None:
+    """Else a batch at their border would be made twice."""
+    of = CellWriter(tmp_path / "cells.h5ad", N, GENES, np.int32, MADE_BY, batch=16)
+    assert [of.rows(part) for part in of.missing] == [range(16), range(16, 32), range(32, 47)]
+    of = CellWriter(tmp_path / "cells.h5ad", N, GENES, np.int32, MADE_BY, batch=4)
+    assert [of.rows(part).start for part in of.missing] == [0, 12, 24, 36]
 
 
 def test_a_second_command_waits_for_nothing_and_harms_nothing(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from scldm.errors import InputError
 from scldm.flow.generate import SamplerConfig, generate_latents
 from scldm.library_size import LibrarySizeModel, LogNormal
 from scldm.model.dit import DiT, DiTConfig
-from scldm.pretrained import save_pretrained
+from scldm.model_folder import save_pretrained
 from scldm.vocab import ConditionVocab, GeneVocab
 from tests.launch.test_verbs import LABELS, write_cells
 from tests.scldm.train.small_runs import LATENT_WIDTH, N_GENES, N_LATENTS, make_vae

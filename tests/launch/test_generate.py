@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,20 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+import scldm
 from data_pipeline import write_cells
+from launch import generate as verb
 from launch.cli import main
-from scldm.pretrained import save_pretrained
+from scldm import pretrained
+from scldm.flow.generate import SamplerConfig
+from scldm.library_size import LibrarySizeModel, LogNormal
+from scldm.model.dit import DiT, DiTConfig
+from scldm.model.vae import VAE, VAEConfig
+from scldm.model_folder import save_pretrained
+from scldm.pretrained import Pretrained
+from scldm.vocab import ConditionVocab, GeneVocab
 from tests.scldm.small_model import CONDITIONS, GENES, library_sizes, networks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -33,6 +45,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture
+def several_threads() -> Iterator[None]:
+    """For a test that changes their number."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 def generate(*words: str) -> Any:
     """The file, read."""
     assert main(["generate", *words]) == 0
@@ -42,9 +62,6 @@ def generate(*words: str) -> Any:
 def test_the_file_is_what_the_model_generates(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    import scldm
-    from scldm.flow.generate import SamplerConfig
-
     monkeypatch.setattr(write_cells, "PART_CELLS", 64)
     (tmp_path / "wanted.csv").write_text("type,n_cells\nT cell,100\nB cell,41\n")
     words = [f"model={model}", f"conditions={tmp_path}/wanted.csv", "seed=4", FEW]
@@ -94,17 +111,96 @@ def test_a_finished_file_is_left_as_it_is_and_others_are_refused(
     assert out.stat().st_mtime_ns == before.st_mtime_ns
 
 
+def test_what_is_there_needs_no_space(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finished file none; where all parts are there and not joined yet, that of the file alone."""
+    monkeypatch.setattr(write_cells, "PART_CELLS", 64)
+    words = ["generate", f"model={model}", "n=200", f"out={tmp_path}/made.h5ad", "kind=means", FEW]
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as changed:
+        changed.setattr(write_cells.CellWriter, "join", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            main(words)
+    free = 200 * (30 * 4 + 100) - 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, free))
+    assert main(words) == 2
+    free += 1
+    assert main(words) == 0
+    free = 0
+    assert main(words) == 0
+
+
+def test_the_threads_of_a_process_decide_nothing_but_the_key_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture, several_threads: None
+) -> None:
+    """Alone, a process has as many threads as there are cores, under torchrun one; a sum differs in its last bits."""
+    torch.manual_seed(0)
+    vae, dit = VAE(VAEConfig(64, 8, 16, 1, 4, 1), 1_500), DiT(DiTConfig(64, 2, 4), 8, 16, {})
+    for name, parameter in [*vae.named_parameters(), *dit.named_parameters()]:
+        if "log_theta" not in name:
+            parameter.data.normal_(std=0.08)
+    genes = GeneVocab(tuple(f"g{k}" for k in range(1_500)), "symbol")
+    sizes = LibrarySizeModel((), {(): {(): LogNormal(20, 8.0, 0.2)}})
+    save_pretrained(tmp_path / "model", vae, dit, genes, ConditionVocab({}), sizes, {})
+    words = [f"model={tmp_path}/model", "n=16", "kind=means", FEW]
+    made = []
+    for k, before in enumerate((1, 2)):
+        torch.set_num_threads(before)
+        made.append(generate(*words, "batch=16", f"out={tmp_path}/{k}.h5ad").X)
+    assert (made[0] != made[1]).nnz == 0
+    other = generate(*words, "batch=16", f"out={tmp_path}/two.h5ad", "threads=2")
+    assert (made[0] != other.X).nnz > 0
+    # and what would change bits is kept, and may not change in between
+    kept = json.loads(other.uns["scldm"]["config"])
+    assert (kept["threads"], kept["device"].split()[0]) == (2, "cpu")
+    for threads, change, told in (
+        (1, "batch=16", "config.threads was 2, now 1"),
+        (2, "batch=32", "batch was 16, now 32"),
+        (2, "precision=bfloat16", "precision was float32, now bfloat16"),
+    ):
+        assert main(["generate", *words, f"out={tmp_path}/two.h5ad", f"threads={threads}", change]) == 2
+        assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["batch", "threads"])
+def test_no_cells_at_once_are_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture, key: str) -> None:
+    assert main(["generate", f"model={model}", "n=2", f"out={tmp_path}/x.h5ad", f"{key}=0"]) == 2
+    assert f"{key}=0 must be at least 1" in capsys.readouterr().err
+
+
+def test_parts_hold_whole_batches(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else every part would make a batch of more cells than it has, and keep a part of it."""
+    made: list[int] = []
+    really = pretrained.generate_latents
+
+    def counting(*words: Any) -> Any:
+        made.append(len(words[2]))
+        return really(*words)
+
+    monkeypatch.setattr(pretrained, "generate_latents", counting)
+    generate(f"model={model}", "n=1500", "batch=1000", f"out={tmp_path}/x.h5ad", "sampler.method=euler", FEW)
+    assert made == [1_000, 1_000]
+
+
 def test_what_can_not_be_made_is_said_before_a_device_is_used(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
+    def used(*_: object) -> None:
+        raise AssertionError("a device was used")
 
-    from scldm.pretrained import Pretrained
+    really_load, really_to = scldm.load, Pretrained.to
 
-    def never(*_: object) -> None:
-        raise AssertionError("the model was moved to a device")
+    def load(*words: Any, **more: Any) -> Pretrained:
+        """It puts the model on the CPU itself."""
+        with monkeypatch.context() as loading:
+            loading.setattr(Pretrained, "to", really_to)
+            return really_load(*words, **more)
 
-    monkeypatch.setattr(Pretrained, "make", never)
+    monkeypatch.setattr(scldm, "load", load)
+    monkeypatch.setattr(Pretrained, "to", used)
+    monkeypatch.setattr(verb, "world_of_environment", used)
     (tmp_path / "nk.csv").write_text("type\nNK\n")
     (tmp_path / "typo.csv").write_text("type\nT-cell\n")
     (tmp_path / "column.csv").write_text("celltype\nT cell\n")
@@ -129,6 +225,12 @@ def test_what_can_not_be_made_is_said_before_a_device_is_used(
     assert main(["generate", f"model={model}", "n=50", out]) == 2
     assert "0.0 GB free; ask for fewer cells or genes" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["column.csv", "nk.csv", "typo.csv", "zero.csv"]
+    # what can be made uses one: first the world of ranks, then the model is moved
+    monkeypatch.undo()
+    monkeypatch.setattr(scldm, "load", load)
+    monkeypatch.setattr(Pretrained, "to", used)
+    with pytest.raises(AssertionError, match="a device was used"):
+        main(["generate", f"model={model}", "n=2", out])
 
 
 # --- kills and ranks -----------------------------------------------------------------------------------------------
@@ -141,9 +243,11 @@ def command(ranks: int, *words: str) -> list[str]:
 
 @pytest.mark.slow
 def test_kills_and_ranks_change_no_bit(model: Path, tmp_path: Path) -> None:
-    """kill -9 of two ranks, then of one, then one to the end: what one process generates at once."""
+    """kill -9 of two ranks, then of one, then one to the end: what one process generates at once. Alone, a process
+    starts with a thread for each core."""
     words = [f"model={model}", "n=2700", "sampler.n_steps=80", "kind=means"]  # 6 parts
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    del environment["OMP_NUM_THREADS"]
     out = tmp_path / "cells.h5ad"
     parts = tmp_path / "cells.h5ad.parts"
     for ranks, until in ((2, 1), (1, 4)):
@@ -165,11 +269,6 @@ def test_kills_and_ranks_change_no_bit(model: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["cells.h5ad"]
-    import torch
-
-    import scldm
-    from scldm.flow.generate import SamplerConfig
-
     torch.set_num_threads(1)
     at_once: Any = scldm.load(model).generate(
         pd.DataFrame(index=range(2_700)), seed=0, sampler=SamplerConfig(n_steps=80), kind="means"

@@ -15,7 +15,8 @@ from launch.cli import run_verb
 from scldm.batch import GeneCounts
 from scldm.library_size import LibrarySizeModel, LogNormal
 from scldm.model.vae import VAE, VAEConfig
-from scldm.pretrained import load, save_pretrained
+from scldm.model_folder import save_pretrained
+from scldm.pretrained import load
 from scldm.vocab import ConditionVocab, GeneVocab
 
 GENES = GeneVocab(tuple(f"G{k}" for k in range(30)), "symbol")
@@ -68,6 +69,22 @@ def test_expected_counts_and_log_likelihoods(folder, tmp_path):
     assert list(part.var_names) == [chosen[0], lacking, chosen[1]]
     np.testing.assert_allclose(part[:, chosen].X, found[:, chosen].X, rtol=1e-4)
     np.testing.assert_array_equal(part.obs["log_likelihood"], found.obs["log_likelihood"])
+
+
+@pytest.mark.parametrize("verb", ["reconstruct", "embed"])
+def test_cells_without_a_count_are_left_out_where_that_is_asked_for(folder, tmp_path, capsys, verb) -> None:
+    adata = cells(["G1", "G2", "unknown"])
+    adata.X[3, :2] = 0
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    words = [f"model={folder}", f"h5ad={tmp_path}/cells.h5ad", f"out={tmp_path}/out.h5ad"]
+    assert run_verb(verb, words) == 2
+    assert "1 of 70 cells have no count in any gene that the model knows; drop_empty=true" in capsys.readouterr().err
+    assert run_verb(verb, [*words, "drop_empty=true", "batch=20", "precision=bfloat16"]) == 0
+    assert "1 of 70 cells are left out" in capsys.readouterr().err
+    found = ad.read_h5ad(tmp_path / "out.h5ad")
+    assert list(found.obs_names) == [f"cell-{k}" for k in range(70) if k != 3]
+    how = found.uns["scldm" if verb == "reconstruct" else "scldm_embed"]
+    assert (how["batch"], how["precision"]) == (20, "bfloat16")
 
 
 @pytest.mark.parametrize(

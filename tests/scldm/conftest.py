@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import scldm
-from scldm.pretrained import Pretrained, save_pretrained
+from scldm.model_folder import save_pretrained
+from scldm.pretrained import Pretrained
 from tests.scldm.small_model import CONDITIONS, GENES, library_sizes, networks
 
 

@@ -16,7 +16,8 @@ from scldm.flow.generate import SamplerConfig
 from scldm.library_size import LibrarySizeModel, LogNormal
 from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE, VAEConfig
-from scldm.pretrained import Pretrained, save_pretrained
+from scldm.model_folder import save_pretrained
+from scldm.pretrained import Pretrained
 from scldm.vocab import ConditionVocab, GeneVocab
 
 G, L, Z = 30, 3, 4

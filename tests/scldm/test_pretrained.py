@@ -17,10 +17,10 @@ import scipy.sparse as sp
 import torch
 
 import scldm
-from scldm import pretrained
 from scldm.batch import GeneCounts
 from scldm.errors import InputError
-from scldm.pretrained import Pretrained, save_pretrained
+from scldm.model_folder import save_pretrained
+from scldm.pretrained import Pretrained
 from tests.scldm.small_model import CONDITIONS, GENES, G, L, Z, cells, library_sizes, networks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -96,9 +96,7 @@ def test_an_embedding_is_the_posterior_means_tokens_in_order(model: Pretrained) 
     assert np.abs(flat[0] - flat[1]).max() > 0.01
 
 
-def test_order_of_genes_unknown_genes_and_the_batch_change_nothing(
-    model: Pretrained, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_order_of_genes_unknown_genes_and_the_batch_change_nothing(model: Pretrained) -> None:
     adata = cells()
     expected = model.embed(adata)
     order = np.random.default_rng(1).permutation(G)
@@ -113,11 +111,47 @@ def test_order_of_genes_unknown_genes_and_the_batch_change_nothing(
     )
     other = other[:, [*(adata.var_names[order]), "x", "y"]].copy()
     np.testing.assert_allclose(model.embed(other), expected, atol=1e-5)
-    monkeypatch.setattr(pretrained, "BATCH_CELLS", 9)
+    model = replace(model, batch=9)
     dense: Any = ad.AnnData(other.X.toarray().astype(np.int64), var=other.var)
     dense.layers["counts"] = dense.X
     dense.X = dense.X / 3
     np.testing.assert_allclose(model.embed(dense, layer="counts"), expected, atol=1e-5)
+
+
+def test_bfloat16_is_near_and_is_written_down(model: Pretrained) -> None:
+    """8 bits of a number: near, but not the same, and none of what is returned is of that precision."""
+    coarse, adata = replace(model, precision="bfloat16", batch=32), cells()
+    fine, found = model.embed(adata), coarse.embed(adata)
+    assert found.dtype == np.float32
+    assert 1e-4 < np.abs(found - fine).max() < 0.1
+    expected, made = model.reconstruct(adata), coarse.reconstruct(adata)
+    assert made.X.dtype == np.float32
+    assert 1e-4 < np.abs(made.X / expected.X - 1).max() < 0.05
+    np.testing.assert_allclose(made.obs["log_likelihood"], expected.obs["log_likelihood"], rtol=1e-2)
+    assert made.uns["scldm"] == {"model": model.hash, "batch": 32, "precision": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [({"batch": 0}, "batch=0 must be at least 1"), ({"precision": "bf16"}, "precision=bf16 must be one of")],
+)
+def test_a_batch_or_precision_that_is_none_is_refused(folder: Path, more: dict, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        scldm.load(folder, **more)
+
+
+def test_cells_without_a_count_can_be_told_and_left_out(model: Pretrained) -> None:
+    adata = with_empty_cell()
+    counted_n = model.counted(adata)
+    assert counted_n.tolist() == [k != 2 for k in range(70)]
+    np.testing.assert_allclose(model.embed(adata[counted_n]), np.delete(model.embed(cells()), 2, axis=0), atol=1e-5)
+
+
+def test_a_users_own_log_likelihood_is_not_overwritten(model: Pretrained) -> None:
+    adata = model.reconstruct(cells(4))
+    adata.X = cells(4).X
+    with pytest.raises(InputError, match="obs has a column 'log_likelihood' already"):
+        model.reconstruct(adata)
 
 
 def test_missing_genes_make_the_set_smaller(model: Pretrained) -> None:

@@ -38,12 +38,9 @@ def test_generated_cells_are_integer_csr_with_categorical_obs_and_the_sources_id
     assert 700 < sizes[1::2].mean() < 1_700
 
 
-def test_the_same_seed_makes_the_same_cells_whatever_the_batch(
-    model: Pretrained, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_seed_makes_the_same_cells_whatever_the_batch(model: Pretrained) -> None:
     first: Any = model.generate(wanted(), seed=3, sampler=FEW)
-    monkeypatch.setattr(pretrained, "BATCH_CELLS", 3)
-    again: Any = model.generate(wanted(), seed=3, sampler=FEW)
+    again: Any = replace(model, batch=3).generate(wanted(), seed=3, sampler=FEW)
     assert (first.X != again.X).nnz == 0
     pd.testing.assert_frame_equal(first.obs, again.obs)
     # and whatever cells come after it, or which genes are written
@@ -84,6 +81,27 @@ def test_ten_genes_asked_are_a_slice_of_all(model: Pretrained, kind: pretrained.
     whole, some = (model.make(asked, range(n), of, FEW, kind, lambda _: None).matrix for of in (np.arange(G), columns))
     assert some.nnz > n
     assert (some != whole[:, columns]).nnz == 0
+
+
+@pytest.mark.parametrize("sampler", [FEW, SamplerConfig("heun", 4, guidance_scale=2.0), SamplerConfig("sde_heun", 4)])
+def test_bfloat16_makes_nearly_the_same_cells_and_says_so(model: Pretrained, sampler: SamplerConfig) -> None:
+    coarse = replace(model, precision="bfloat16", batch=5)
+    fine, made = (of.generate(wanted(), seed=0, sampler=sampler, kind="means") for of in (model, coarse))
+    assert made.X.dtype == np.float32
+    assert 1e-4 < np.abs(made.X.toarray() / fine.X.toarray() - 1).max() < 0.1
+    assert (made.uns["scldm"]["precision"], made.uns["scldm"]["batch"]) == ("bfloat16", 5)
+    counts: Any = coarse.generate(wanted(), seed=0, sampler=sampler)
+    assert counts.X.dtype == np.int32
+
+
+def test_the_adaptive_solver_goes_on_in_bfloat16(model: Pretrained) -> None:
+    pytest.importorskip("torchdiffeq", reason="needs the extra `ode`")
+    sampler, both = SamplerConfig("adaptive", tolerance=1e-2), wanted(4).assign(donor="d1")
+    fine, made = (
+        of.generate(both, seed=0, sampler=sampler, kind="means").X.toarray()
+        for of in (model, replace(model, precision="bfloat16"))
+    )
+    assert 1e-4 < np.abs(made / fine - 1).max() < 0.5
 
 
 def test_means_are_what_counts_are_drawn_from(model: Pretrained) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,14 @@ def test_cells_taken_to_their_own_condition_are_the_same_cells(model: Pretrained
     moved: Any = model.transform(adata, {"type": "NK"}, sampler=FINE, kind="means")
     assert np.abs(moved.X.toarray() / expected - 1).max() > 0.01
     assert set(moved.obs["type"]) == {"NK"}
-    assert list(moved.obs["source"]) == list(adata.obs_names) == list(moved.obs_names)
+    assert list(moved.obs["scldm_source"]) == list(adata.obs_names) == list(moved.obs_names)
     np.testing.assert_allclose(np.asarray(moved.X.sum(1)).ravel(), np.asarray(adata.X.sum(1)).ravel(), rtol=1e-4)
 
 
 def test_between_two_conditions_cells_go_from_one_to_the_other(model: Pretrained) -> None:
     adata, alphas = labelled_cells(6), (0.0, 0.5, 1.0)
     way: Any = model.transform(adata, {"type": "NK"}, alphas=alphas, sampler=FINE, kind="means")
-    assert list(way.obs["alpha"]) == [0.0] * 6 + [0.5] * 6 + [1.0] * 6
+    assert list(way.obs["scldm_alpha"]) == [0.0] * 6 + [0.5] * 6 + [1.0] * 6
     assert list(way.obs["type"]) == list(adata.obs["type"]) + ["NK"] * 12
     assert way.obs_names[6] == "0-0.5"
     assert way.obs_names.is_unique
@@ -51,6 +52,26 @@ def test_between_two_conditions_cells_go_from_one_to_the_other(model: Pretrained
     far = np.linalg.norm(other - own)
     assert np.linalg.norm(half - own) < far
     assert np.linalg.norm(half - other) < far
+
+
+def test_a_files_own_columns_are_kept(model: Pretrained) -> None:
+    """Many atlases have a column `source`."""
+    adata = labelled_cells(4)
+    adata.obs["source"], adata.obs["alpha"] = ["a", "b", "c", "d"], 7
+    moved = model.transform(adata, {"type": "NK"}, sampler=FEW)
+    assert list(moved.obs["source"]) == ["a", "b", "c", "d"]
+    assert list(moved.obs["alpha"]) == [7] * 4
+    assert list(moved.obs["scldm_source"]) == list(adata.obs_names)
+    moved.X = adata.X
+    with pytest.raises(InputError, match="obs has a column 'scldm_alpha' already, which would be lost"):
+        model.transform(moved, {"type": "B cell"}, sampler=FEW)
+
+
+def test_bfloat16_takes_cells_nearly_to_the_same_place(model: Pretrained) -> None:
+    coarse, adata = replace(model, precision="bfloat16"), labelled_cells(6)
+    fine, made = (of.transform(adata, {"type": "NK"}, sampler=FEW, kind="means") for of in (model, coarse))
+    assert 1e-4 < np.abs(made.X.toarray() / fine.X.toarray() - 1).max() < 0.1
+    assert made.uns["scldm"]["precision"] == "bfloat16"
 
 
 def test_the_way_to_noise_is_gone_once_for_all_alphas(model: Pretrained) -> None:

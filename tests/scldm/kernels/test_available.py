@@ -19,8 +19,8 @@ from scldm.batch import GeneCounts
 from scldm.errors import InputError
 from scldm.library_size import LibrarySizeModel
 from scldm.model.vae import VAE, VAEConfig
+from scldm.model_folder import save_pretrained
 from scldm.parallel.dist import World
-from scldm.pretrained import save_pretrained
 from scldm.vocab import ConditionVocab, GeneVocab
 
 CPU = torch.device("cpu")
