@@ -19,6 +19,7 @@ from data_pipeline.schema import Manifest
 from data_pipeline.write_latents import LatentWriter
 from launch.cli import run_verb
 from launch.export import trained_vae
+from launch.stage import at_hand
 from scldm.batch import GeneCounts
 from scldm.errors import InputError
 from scldm.model.all_genes import encoder_of
@@ -73,6 +74,7 @@ def main(config: EncodeConfig) -> Path:
     """Write this rank's shards, and on the first rank the manifest when all are there; returns the folder."""
     if config.batch < 1:
         raise InputError(f"batch={config.batch} must be at least 1")
+    config = at_hand(config)
     world = world_of_environment()
     torch.set_num_threads(config.threads)
     vae, origin = trained_vae(Path(config.vae), config.which)

@@ -48,7 +48,7 @@ def find_notes(path: Path) -> list[Path]:
     Raises: InputError where there are none.
     """
     for place in (path / "slurm", Path(f"{path}.slurm"), path.parent / "slurm" / path.name, path):
-        if (place / "job.json").is_file():
+        if (place / "job.json").is_file() or any(place.glob("history*")):  # by submit, or sbatch
             return [place]
         if (place / "chain.json").is_file():
             return [Path(folder) for folder in read_json(place / "chain.json")]
@@ -57,15 +57,18 @@ def find_notes(path: Path) -> list[Path]:
 
 def state_of(notes: Path) -> State:
     """The state of the job that was submitted last."""
-    if not (notes / "job.json").is_file():
+    told = [path.read_text().strip("\n").split("\t") for path in sorted(notes.glob("state*"))]
+    told = [line for line in told if len(line) == 5]
+    if (notes / "job.json").is_file():
+        job = str(read_json(notes / "job.json")["id"])
+    elif told:  # by sbatch
+        job = told[0][1]
+    else:
         return State("NOT SUBMITTED", "", "")
-    job = str(read_json(notes / "job.json")["id"])
     try:
         known = slurm.job_states().get(job) if slurm.is_here() else None
     except InputError as error:
         return State("UNKNOWN", job, str(error))
-    told = [line for path in sorted(notes.glob("state*")) if (line := path.read_text().strip("\n").split("\t"))]
-    told = [line for line in told if len(line) == 5]
     worst = min(told, key=lambda line: _ORDER.index(line[0]) if line[0] in _ORDER else 0, default=None)
     if known and known[0] not in slurm.ENDED:
         return State(known[0], job, known[1] if known[0] == "PENDING" else (worst[4] if worst else ""))

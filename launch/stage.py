@@ -1,7 +1,9 @@
 """Copy a shard set to a node's own disk, every byte checked against the manifest; slurm/job.sbatch runs it once a node.
 
 What jobs that no longer run left there is removed first: folders with their name that hold their mark, and no others. A
-copy that is whole already, as after a requeue to the same node, is kept.
+copy that is whole already, as after a requeue to the same node, is kept. The job's ranks then read it where it lies.
+
+Reading order: main, at_hand.
 """
 
 from __future__ import annotations
@@ -12,10 +14,11 @@ import re
 import shutil
 import sys
 import time
+import typing
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from data_pipeline.files import disk_explained, written_aside
 from data_pipeline.schema import MANIFEST, read_manifest
@@ -66,6 +69,19 @@ def main(config: StageConfig) -> Path:
         f"{os.uname().nodename}: staged {config.source} ({n_copied / 1e9:.3f} GB copied) in {seconds:.1f} s", flush=True
     )
     return out
+
+
+Config = TypeVar("Config")
+
+
+def at_hand(config: Config) -> Config:
+    """The config of a verb on a shard set, to read it from; within a job that staged the set, the node's own copy."""
+    staged, verb = os.environ.get("SCLDM_STAGED"), typing.cast(Any, config)
+    if not staged:
+        return config
+    if hasattr(config, "data"):
+        return replace(verb, data=replace(verb.data, shards=staged))
+    return replace(verb, shards=staged)
 
 
 def remove(left: Path) -> None:

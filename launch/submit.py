@@ -24,6 +24,7 @@ from launch.job import (
     notes_of,
     ranks_per_node,
     script,
+    shards_word,
     usable_counts,
 )
 from launch.pipeline import jobs_of_pipeline, jobs_of_shards
@@ -110,6 +111,7 @@ def main(submission: Submission) -> list[str]:
     partition = check_slurm(options, site, extra)
     check_sources(chain)
     for job in chain:
+        check_stage(job)
         check_notes(job, site)
         check_nodes(job, site, partition)
         for node, why in bad_nodes(job.notes).items():
@@ -191,6 +193,15 @@ def check_slurm(options: SubmitConfig, site: Mapping[str, str], extra: Sequence[
                 f"--stage: what is staged must outlive a container; SCLDM_CONTAINER_MOUNTS needs {scratch}:{scratch}"
             )
     return known[name]
+
+
+def check_stage(job: Job) -> None:
+    """Raises: InputError where shards are to be staged that lie in an object store; their readers keep a cache."""
+    shards = shards_word(job) if job.options.stage else ""
+    if "://" in shards:
+        raise InputError(
+            f"--stage: {shards} is no folder that the nodes see; leave --stage out, and set data.cache_folder"
+        )
 
 
 def check_nodes(job: Job, site: Mapping[str, str], partition: slurm.Partition) -> None:

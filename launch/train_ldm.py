@@ -23,6 +23,7 @@ from data_pipeline.schema import Manifest
 from launch.cli import run_verb
 from launch.encode import check_given, check_same_genes
 from launch.export import trained_vae
+from launch.stage import at_hand
 from launch.training import Parts, check_has_validation, run_training, start_of, whole_cells
 from scldm.batch import GeneCounts
 from scldm.errors import InputError
@@ -94,7 +95,7 @@ CONFIG = TrainLDMConfig
 
 def main(config: TrainLDMConfig) -> dict[str, float]:
     """Train; returns the last validation metrics."""
-    return run_training("train ldm", config, lambda world: set_up(config, world))
+    return run_training("train ldm", config, lambda world: set_up(at_hand(config), world))
 
 
 def set_up(config: TrainLDMConfig, world: World) -> Parts:

@@ -9,6 +9,7 @@ from typing import Any
 from data_pipeline.gene_sets import GeneSetConfig, as_whole_cells
 from data_pipeline.loader import CellLoader, LoaderConfig
 from launch.cli import run_verb
+from launch.stage import at_hand
 from launch.training import Parts, check_has_validation, run_training, start_of, whole_cells
 from scldm.kernels import check_available
 from scldm.model.vae import VAE, VAEConfig
@@ -53,7 +54,7 @@ CONFIG = TrainVAEConfig
 
 def main(config: TrainVAEConfig) -> dict[str, float]:
     """Train; returns the last validation metrics."""
-    return run_training("train vae", config, lambda world: set_up(config, world))
+    return run_training("train vae", config, lambda world: set_up(at_hand(config), world))
 
 
 def set_up(config: TrainVAEConfig, world: World) -> Parts:

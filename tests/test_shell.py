@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,35 @@ def test_shellcheck_passes_every_script() -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    "missing, root, installs, code",
+    [
+        ("sbatch is not installed", 0, 1, 1),
+        ("sbatch is not installed", 0, 0, 0),
+        ("sbatch is not installed", 7, 1, 0),
+        ("this host gives no name spaces", 0, 1, 0),
+        ("", 0, 1, 0),
+    ],
+)
+def test_ci_fails_where_slurm_can_be_installed_and_is_not(
+    tmp_path: Path, missing: str, root: int, installs: int, code: int
+) -> None:
+    (text,) = re.findall(r"^slurm\(\) \{.*?^\}", (ROOT / ".ci" / "run").read_text(), re.DOTALL | re.MULTILINE)
+    (tmp_path / "tests" / "slurm").mkdir(parents=True)
+    cluster = f'case $1 in why-not) echo "{missing}" ;; install) touch tried; exit {installs} ;; esac'
+    (tmp_path / "tests" / "slurm" / "cluster.sh").write_text(cluster)
+    for name, does in (("id", f"echo {root}"), ("apt-get", "true")):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-c", f"set -e\n{text}\nslurm"], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == code
+    assert (tmp_path / "tried").exists() == (root == 0 and "installed" in missing)
+    assert (missing in done.stdout) == (code == 0)
 
 
 FAKE_PYTHON = """#!/usr/bin/env bash

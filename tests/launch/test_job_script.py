@@ -62,14 +62,17 @@ def test_ranks_may_open_as_many_files_as_the_node_allows(
     fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_DISTRIBUTION", "cyclic")
+    monkeypatch.setenv("SCLDM_STAGED", "of another job")
     life = Life(fake, tmp_path)
-    preflight_of(fake, 'echo "$(ulimit -Sn) $(ulimit -Hn) ${SLURM_DISTRIBUTION:-none}" >"$FAKE/told"')
+    preflight_of(
+        fake, 'echo "$(ulimit -Sn) $(ulimit -Hn) ${SLURM_DISTRIBUTION:-none} ${SCLDM_STAGED:-none}" >"$FAKE/told"'
+    )
     (fake / "bin" / "bash").write_text('#!/bin/sh\nulimit -S -n 100\nexec /bin/bash "$@"\n')
     (fake / "bin" / "bash").chmod(0o755)
     assert life.start(0, 0, step=9) == "DONE"
-    soft, hard, distribution = (fake / "told").read_text().split()
+    soft, hard, distribution, staged = (fake / "told").read_text().split()
     assert soft == hard != "100"
-    assert distribution == "none"
+    assert (distribution, staged) == ("none", "none")
 
 
 @pytest.mark.parametrize("verb", list(VERBS))
@@ -394,7 +397,7 @@ case "$*" in
     *launch.stage*)
         echo "stage ${words[*]}" >>"$FAKE/steps"
         for word in "$@"; do case $word in out=*) mkdir -p "${word#out=}/shards" ;; esac; done ;;
-    *) echo "verb ${words[*]}" >>"$FAKE/steps"; exit "$(cat "$FAKE/code")" ;;
+    *) echo "verb ${words[*]} from $SCLDM_STAGED" >>"$FAKE/steps"; exit "$(cat "$FAKE/code")" ;;
 esac
 """
 
@@ -448,3 +451,12 @@ def test_staging_runs_in_the_sites_container(staging: Life, fake: Path) -> None:
     for name in ("stage", "verb"):
         assert "--container-image=image.sqsh --container-mounts=/data:/data," in steps[name], steps[name]
     assert "container" not in steps["keeper"]
+
+
+def test_the_ranks_read_what_is_staged_and_their_words_name_the_set(staging: Life, fake: Path, tmp_path: Path) -> None:
+    (fake / "code").write_text("0")
+    staging.start(0, step=5, hosts="n1")
+    verb = (fake / "steps").read_text().splitlines()[2]
+    assert " data.shards=some shards " in verb
+    assert verb.count("shards=") == 1
+    assert verb.endswith(f" from {tmp_path}/its disk/scldm-7")

@@ -76,6 +76,13 @@ def test_a_run_without_a_job_has_a_status_too(run: Path, capsys: pytest.CaptureF
     assert told(capsys, "status", str(run))[0] == ("step", "250 of 1,000 (25.0 %), loss 1.5")
 
 
+def test_a_job_that_sbatch_submitted_has_a_status_too(run: Path, capsys: pytest.CaptureFixture) -> None:
+    note(run / "slurm", "FAILED", "exit code 1", job="9")
+    (run / "slurm" / "job.json").unlink()
+    (run / "slurm" / "history").write_text("start\t9\t0\t0\n")
+    assert told(capsys, "status", str(run))[0] == ("state", "FAILED, job 9: exit code 1")
+
+
 def test_a_chain_names_what_will_not_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     notes = tmp_path / "all" / "slurm"
     links = [note(notes / "vae", "DONE", job="1"), note(notes / "encode", "FAILED", "exit code 2", "2")]

@@ -134,6 +134,11 @@ def test_nodes_that_a_preflight_named_are_left_out(fake: Path, tmp_path: Path, c
         ("", ["--nodes", "4-2"], "--nodes 4-2: give a number of nodes, or MIN-MAX"),
         ("", ["--nodes"], "--nodes needs a value"),
         ("", ["--stage"], "--stage needs SCLDM_SCRATCH"),
+        (
+            "SCLDM_SCRATCH=/disk",
+            ["--stage", "data.shards=s3://b/set"],
+            "data.shards=s3://b/set is no folder that the no",
+        ),
         ("SCLDM_SHARED=/lustre", [], "is not below a folder that all nodes see: SCLDM_SHARED=/lustre"),
         ("SCLDM_SHARED=", [], "each node's own; choose a folder on a shared file system"),
         ("SCLDM_COLOR=red", [], "unknown key SCLDM_COLOR"),
@@ -231,6 +236,7 @@ def test_an_atlas_that_is_not_there_is_found_at_once(
     assert not (fake / "sbatch").exists()
 
 
+@pytest.mark.timeout(60)
 def test_a_chain_that_can_not_be_submitted_as_a_whole_is_not_at_all(
     fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -252,7 +258,7 @@ echo "$@" >>"$FAKE/sbatch"; echo $((100 + $(wc -l <"$FAKE/sbatch")))
     assert main(["status", f"{tmp_path}/one"]) == 0
     states = [" ".join(line.split()[1:]) for line in capsys.readouterr().out.splitlines()]
     assert states[3:] == ["NOT SUBMITTED"] * 7
-    assert main(["logs", f"{tmp_path}/one", "follow=false"]) == 0
+    assert main(["logs", f"{tmp_path}/one"]) == 0  # and does not wait for them
 
 
 # --- chains ----------------------------------------------------------------------------------------------------------

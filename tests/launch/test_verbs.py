@@ -91,6 +91,22 @@ def test_cells_in_cells_out(made: Path) -> None:
     assert not list(made.rglob("*.partial"))
 
 
+def test_shards_that_a_job_staged_are_read_there_and_named_as_they_were_given(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the run folder names a place that is gone with the job."""
+    monkeypatch.setenv("SCLDM_STAGED", f"{made}/shards")
+    few = ["train.steps=2", "train.validate_every=2", "train.save_every=2"]
+    scldm("train", "vae", f"data.shards={tmp_path}/set", f"run_dir={tmp_path}/vae", *VAE, *few)
+    scldm("encode", f"vae={tmp_path}/vae", f"shards={tmp_path}/set", f"out={tmp_path}/latents")
+    monkeypatch.setenv("SCLDM_STAGED", f"{tmp_path}/latents")
+    scldm("train", "ldm", f"data.shards={tmp_path}/coded", f"run_dir={tmp_path}/ldm", *LDM, *few)
+    for run, shards in (("vae", "set"), ("ldm", "coded")):
+        kept = [path for path in (tmp_path / run).rglob("*.json") if "config" in path.name]
+        assert len(kept) > 1  # with each checkpoint there is a copy
+        assert {json.loads(path.read_text())["data"]["shards"] for path in kept} == {f"{tmp_path}/{shards}"}
+
+
 def test_validation_is_as_wide_as_training_allows(made: Path) -> None:
     """All genes are given in training, few asked: a micro-batch of all genes takes no more memory than one of those."""
     data = LoaderConfig(f"{made}/shards", asked=GeneSetConfig("random", 10))
