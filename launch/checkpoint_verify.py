@@ -9,7 +9,7 @@ from pathlib import Path
 from launch.checkpoints import folder_of_checkpoints
 from launch.cli import run_verb
 from scldm.errors import InputError
-from scldm.train.checkpoint import STATE, Checkpoint, Damaged, candidates
+from scldm.train.checkpoint import STATE, Checkpoint, Damaged, candidates, steps_in
 
 PURPOSE = "Read every byte of a checkpoint, or of all of a run's, and compare with the hashes; exit code 2 for damage."
 EXAMPLE = """
@@ -34,7 +34,10 @@ CONFIG = CheckpointVerifyConfig
 def main(config: CheckpointVerifyConfig) -> None:
     """Print a line a checkpoint. Raises: InputError where one is damaged, after all were read."""
     at = Path(config.at)
-    targets = [at] if (at / STATE).is_file() else candidates(folder_of_checkpoints(at))
+    targets = [at]
+    if not (at / STATE).is_file():
+        folder = folder_of_checkpoints(at)
+        targets = sorted({*candidates(folder), *steps_in(folder)}, reverse=True)  # also where `latest` names none
     if not targets:
         raise InputError(f"{at} has no checkpoint yet")
     damaged = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from scldm.errors import InputError
-from scldm.train.checkpoint import STATE, pointed
+from scldm.train.checkpoint import STATE, pointed, steps_in
 
 
 def found_checkpoint(at: str, which: str) -> Path:
@@ -24,7 +24,7 @@ def found_checkpoint(at: str, which: str) -> Path:
     else:
         raise InputError(f"which={which}: it must be latest, best or the number of a step")
     if not target.is_dir():
-        steps = sorted(int(p.name.removeprefix("step-")) for p in folder.glob("step-*[0-9]"))
+        steps = [int(p.name.removeprefix("step-")) for p in steps_in(folder)]
         raise InputError(f"{path} has no checkpoint which={which}; it has steps {', '.join(map(str, steps)) or 'none'}")
     return target
 

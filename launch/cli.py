@@ -88,7 +88,7 @@ def run_verb(verb: str, words: Sequence[str]) -> int:
             return 0
         module.main(config_of(module, words))
     except InputError as error:
-        return refuse(verb, str(error))
+        return refuse(verb, str(error), error.exit_code)
     except Exception as error:
         package = ((error.name or "") if isinstance(error, ModuleNotFoundError) else "").split(".")[0]
         if package in ("", "data_pipeline", "launch", "scldm"):
@@ -98,10 +98,10 @@ def run_verb(verb: str, words: Sequence[str]) -> int:
     return 0
 
 
-def refuse(verb: str, why: str) -> int:
+def refuse(verb: str, why: str, code: int = REFUSED) -> int:
     print(f"scldm {verb}: error: {why}", file=sys.stderr)
-    note_failure(REFUSED, why)
-    return REFUSED
+    note_failure(code, why)
+    return code
 
 
 def config_of(module: Any, words: Sequence[str]) -> Any:

@@ -24,7 +24,7 @@ from launch.cli import run_verb
 from launch.encode import check_given, check_same_genes
 from launch.export import trained_vae
 from launch.stage import at_hand
-from launch.training import Parts, check_has_validation, run_training, start_of, whole_cells
+from launch.training import Parts, check_has_validation, check_waits, run_training, start_of, whole_cells
 from scldm.batch import GeneCounts
 from scldm.errors import InputError
 from scldm.model.dit import DiT, DiTConfig
@@ -88,6 +88,7 @@ class TrainLDMConfig:
             raise InputError(
                 f"given.policy={self.given.policy} has no effect on latents; with vae=RUN cells are encoded"
             )
+        check_waits(self)
 
 
 CONFIG = TrainLDMConfig

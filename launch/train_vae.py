@@ -10,7 +10,7 @@ from data_pipeline.gene_sets import GeneSetConfig, as_whole_cells
 from data_pipeline.loader import CellLoader, LoaderConfig
 from launch.cli import run_verb
 from launch.stage import at_hand
-from launch.training import Parts, check_has_validation, run_training, start_of, whole_cells
+from launch.training import Parts, check_has_validation, check_waits, run_training, start_of, whole_cells
 from scldm.kernels import check_available
 from scldm.model.vae import VAE, VAEConfig
 from scldm.parallel.dist import World
@@ -47,6 +47,9 @@ class TrainVAEConfig:
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        check_waits(self)
 
 
 CONFIG = TrainVAEConfig

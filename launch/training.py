@@ -22,7 +22,7 @@ from scldm.library_size import LibrarySizeModel, LogNormal
 from scldm.parallel.deepspeed_json import check_overrides
 from scldm.parallel.dist import World, close_world, world_of_environment
 from scldm.parallel.engine import HardwareConfig, start_engine
-from scldm.parallel.watch import Watch
+from scldm.parallel.watch import SOONER_S, Watch
 from scldm.pretrained import Pretrained
 from scldm.train.init_from import Joined
 from scldm.train.loop import Loader, TrainConfig, train
@@ -91,15 +91,16 @@ def run_training(name: str, config: RunConfig, set_up: Callable[[World], Parts])
     check_overrides(config.deepspeed)
     run_dir = Path(config.run_dir)
     as_dict = dataclasses.asdict(config)  # pyright: ignore[reportArgumentType]
-    with ExitStack() as at_the_end:
+    # what is at the end told to the scheduler and to the other ranks comes before what takes its time: the tracker
+    with ExitStack() as last, ExitStack() as at_the_end:
         world.join(config.hardware.collective_timeout_s)
         at_the_end.push(lambda kind, *_: close_world() if world.size == 1 or kind in (None, Stopped) else None)
         watch = at_the_end.enter_context(Watch(world, config.train.hang_s))
-        requests = at_the_end.enter_context(Requests(run_dir, config.train.stop_signals, world))
+        requests = last.enter_context(Requests(run_dir, config.train.stop_signals, world))
         torch.manual_seed(config.train.seed)
         parts = set_up(world)
         if world.is_first:
-            at_the_end.enter_context(open_run_folder(run_dir, as_dict, FREE_ON_RESUME))
+            last.enter_context(open_run_folder(run_dir, as_dict, FREE_ON_RESUME))
             watch.on_end = at_the_end.enter_context(outcome_noted(run_dir))
             keep_data(run_dir, parts.manifest)
             if parts.joined:
@@ -115,7 +116,16 @@ def run_training(name: str, config: RunConfig, set_up: Callable[[World], Parts])
         peak = peak_flops(world.device, config.hardware.precision, config.hardware.peak_tflops)
         flops = parts.cost().flops / config.hardware.micro_batch if peak and parts.cost and world.is_first else 0.0
         tags = {"git": describe()["git"]}
-        tracker = Tracker(run_dir, config.tracking, active=world.is_first, stage=name, params=as_dict, tags=tags)
+        tracker = last.enter_context(
+            Tracker(run_dir, config.tracking, active=world.is_first, stage=name, params=as_dict, tags=tags)
+        )
+        note_cause = watch.on_end
+
+        def end(reason: str, code: int) -> None:
+            note_cause(reason, code)
+            tracker.close("FAILED")
+
+        watch.on_end = end
         return train(
             parts.stage,
             engine,
@@ -125,11 +135,21 @@ def run_training(name: str, config: RunConfig, set_up: Callable[[World], Parts])
             config.optim,
             world,
             run_dir,
-            at_the_end.enter_context(tracker),
+            tracker,
             name,
             watch,
             requests,
             Meter(world, flops, peak),
+        )
+
+
+def check_waits(config: RunConfig) -> None:
+    """Raises: InputError where an exchange would give up before a hang is found, and so who hangs."""
+    hang_s, timeout_s = config.train.hang_s, config.hardware.collective_timeout_s
+    if hang_s and timeout_s < hang_s + SOONER_S:
+        raise InputError(
+            f"hardware.collective_timeout_s={timeout_s} must be at least {hang_s + SOONER_S:g}, that is train.hang_s="
+            f"{hang_s:g} and {SOONER_S:g} s more: else a rank that hangs is not named"
         )
 
 

@@ -1,6 +1,6 @@
 """What a user or a scheduler is meant to read: InputError, Stopped and the exit codes; and JSON files read with it.
 
-Reading order: the exit codes, InputError, Stopped, read_json.
+Reading order: the exit codes, InputError, Busy, Stopped, read_json.
 """
 
 from __future__ import annotations
@@ -21,6 +21,14 @@ class InputError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+    exit_code = REFUSED
+
+
+class Busy(InputError):
+    """What was given can't be used as yet: the same command, started again, may succeed."""
+
+    exit_code = LOST
 
 
 class Stopped(SystemExit):

@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("data_pipeline", "launch", "scldm")
 
-# errors, progress and environment know nothing and may be imported by all; draws is numbers, nothing else
-EVERYWHERE = {"scldm.errors", "scldm.progress", "scldm.environment", "scldm.draws"}
+# errors, files, progress and environment know nothing and may be imported by all; draws is numbers, nothing else
+EVERYWHERE = {"scldm.errors", "scldm.files", "scldm.progress", "scldm.environment", "scldm.draws"}
 LEAVES = EVERYWHERE | {
     "scldm.batch",
     "scldm.vocab",

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from scldm.errors import InputError
+from scldm.files import flat
 
 BUCKET = 50_000_000  # numbers that are exchanged at once
 
@@ -135,7 +136,7 @@ def deepspeed_json(
 
 def check_overrides(overrides: Mapping[str, Any]) -> None:
     """Raises: InputError for the first key that is another key's of ours, would change the result, or is unknown."""
-    for key, value in _flat(overrides):
+    for key, value in flat(overrides):
         for name in _prefixes(key):
             if name in ELSEWHERE:
                 raise InputError(f"deepspeed.{key}={value}: {ELSEWHERE[name]} says this")
@@ -161,14 +162,6 @@ def _prefixes(key: str) -> Iterator[str]:
     parts = key.split(".")
     for n in range(1, len(parts) + 1):
         yield ".".join(parts[:n])
-
-
-def _flat(overrides: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in overrides.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _merged(ours: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -105,6 +105,13 @@ def world_of_environment() -> World:
     return World(rank, size, device)
 
 
+def wait_at_most(timeout: timedelta) -> None:
+    """Within every group of ranks that there is by now. DeepSpeed makes its own with torch's defaults, whatever it is
+    told: 10 minutes with NCCL, which would give up before a hang is found, and 30 with gloo."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
 def _first_host(nodelist: str) -> str:
     """The first of Slurm's compressed list of hosts, as `gpu[03-07,9]`."""
     done = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from scldm.errors import InputError
 from scldm.micro_batches import accumulation
 from scldm.parallel.deepspeed_json import deepspeed_json
-from scldm.parallel.dist import World
+from scldm.parallel.dist import World, wait_at_most
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
@@ -41,7 +41,8 @@ class HardwareConfig:
     precision: fp32, or bf16 (autocast; master weights stay float32)
     threads: CPU threads per rank for torch
     peak_tflops: of a rank's device at the precision, dense, for MFU; 0 takes that of a GPU known by its name
-    collective_timeout_s: longest wait of a rank for the others within one exchange, in seconds
+    collective_timeout_s: longest wait of a rank for the others within one exchange, in seconds; a minute more than
+        train.hang_s at least
     """
 
     engine: Literal["deepspeed", "plain"] = "deepspeed"
@@ -215,6 +216,8 @@ class DeepSpeedEngine:
         except ValueError as error:  # pydantic's too, as for a value of the wrong type
             told = " ".join(str(error).split("For further information")[0].split())
             raise InputError(f"DeepSpeed refuses its configuration: {told}") from error
+        if world.size > 1:
+            wait_at_most(timeout)
         self.engine: Any = started[0]
         self.optimizer: Any = started[1]
         self.model: Any = self.engine

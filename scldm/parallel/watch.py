@@ -35,14 +35,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch.distributed as dist
+import torch.distributed
 
 from scldm.errors import LOST, REFUSED, InputError
+from scldm.parallel import dist
 from scldm.parallel.dist import World
 
 TICK_S = 0.5
 START_S = 600.0  # data are opened, networks made and compiled
 ANSWER_S = 5.0  # in which a rank whose threads run says where it is
+SOONER_S = 60.0  # by which a hang is to be found before an exchange gives up, which would not say whose fault it is
 # a host that is gone is found after 15 s + 3 x 5 s
 KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 30_000}
 
@@ -52,7 +54,7 @@ class Watch:
 
     folder: where `errors/rank-K.txt` and `stacks/rank-K.txt` are written, once there is one
     hang_s: seconds without a mark after which all stop; 0 for never. START_S more until the first
-    on_end: is told why and with which exit code the thread is about to end this process
+    on_end: is told why and with which exit code this process is about to be ended; takes seconds at most
     """
 
     def __init__(self, world: World, hang_s: float = 0.0) -> None:
@@ -65,7 +67,7 @@ class Watch:
         self._lines: dict[int, _Lines] = {}  # to every other rank on the first, to the first on the others
         self._left: set[int] = set()
         self._asked_at, self._answers = 0.0, dict[int, dict[str, Any]]()
-        self._closing = threading.Event()
+        self._closing, self._ending, self._deciding = threading.Event(), False, threading.Lock()
         self._thread: threading.Thread | None = None
         self._main = threading.main_thread().ident
 
@@ -91,15 +93,21 @@ class Watch:
         if error is None or isinstance(error, SystemExit):
             self._leave()
             return
-        code = REFUSED if isinstance(error, InputError) else 1
-        if self.world.size > 1 and _in_collective(traceback.walk_tb(tb)):
+        code = error.exit_code if isinstance(error, InputError) else 1
+        text = str(error) if code != 1 else " ".join(f"{type(error).__name__}: {error}".split())
+        of_torch = code == 1 and isinstance(error, Exception) and _in_collective(traceback.walk_tb(tb))
+        if in_vain := of_torch and self.world.size > 1:
             # most likely the consequence of what happened elsewhere: the thread hears of it, and ends the process
             time.sleep(2 * ANSWER_S)
-        text = " ".join(f"{type(error).__name__}: {error}".split()) if code == 1 else str(error)
+            code = LOST  # nobody says why: a link, or a rank that hangs longer than an exchange waits
         self._note("".join(traceback.format_exception(error)))
-        message = {"failed": text, "code": code}
+        message = {"failed": text, "code": code, "in_vain": in_vain}
+        stop = self._as_stop(message, self.world.rank)
         for line in self._lines.values():
-            line.send(self._as_stop(message, self.world.rank) if self.world.is_first else message)
+            line.send(stop if self.world.is_first else message)
+        if in_vain:
+            self._dump()
+            self._end(stop["stop"], LOST)
         self._leave()
         if self.world.size > 1:  # what is left to do is to end; an operation that others left may not let it
             faulthandler.dump_traceback_later(60, exit=True, file=2)
@@ -116,7 +124,7 @@ class Watch:
             server = socket.create_server(("", 0), family=family, backlog=self.world.size, dualstack_ipv6=both)
             server.settimeout(60)
             offer = [{"port": server.getsockname()[1], "token": secrets.token_hex(8)}]
-        dist.broadcast_object_list(offer, src=0)
+        torch.distributed.broadcast_object_list(offer, src=0)
         assert offer[0] is not None
         if server is None:
             link = socket.create_connection((os.environ["MASTER_ADDR"], offer[0]["port"]), timeout=60)
@@ -135,9 +143,11 @@ class Watch:
         """This rank has nothing more to wait for."""
         for line in self._lines.values():
             line.send({"left": self.world.rank})
-        self._closing.set()
+        with self._deciding:
+            if not self._ending:
+                self._closing.set()
         if self._thread is not None:
-            self._thread.join(ANSWER_S)
+            self._thread.join(None if self._ending else ANSWER_S)  # which ends the process, if it has begun to
 
     # --- the thread ------------------------------------------------------------------------------------------------
 
@@ -160,6 +170,8 @@ class Watch:
 
     def _hear(self, rank: int, message: dict[str, Any]) -> None:
         if "stop" in message:
+            if message["code"] == LOST:
+                self._dump()  # this may be the rank that the others waited for
             self._end(message["stop"], message["code"])
         elif "failed" in message:
             self._left.add(rank)
@@ -174,7 +186,10 @@ class Watch:
             self._answers[rank] = message
 
     def _as_stop(self, failed: dict[str, Any], rank: int) -> dict[str, Any]:
-        what = "refuses" if failed["code"] == REFUSED else "failed"
+        what = "refuses" if failed["code"] in (REFUSED, LOST) else "failed"
+        if failed["in_vain"]:
+            where = f"; stacks of all ranks: {self.folder / 'stacks'}" if self.folder else ""
+            return {"stop": f"{self._named(rank)} waited in vain for another: {failed['failed']}{where}", "code": LOST}
         return {"stop": f"{self._named(rank)} {what}: {failed['failed']}", "code": failed["code"]}
 
     def _look_for_a_hang(self) -> None:
@@ -182,7 +197,9 @@ class Watch:
         if not self.world.is_first:
             if still_s > self.hang_s + 4 * ANSWER_S:  # the first would have asked
                 self._dump()
-                self._end(f"{self._named(0)} hangs: it does not ask why nothing goes on", LOST)
+                first = f"{self._named(0)} hangs: it does not ask why nothing goes on"
+                own = f"{self._named(self.world.rank)} hangs, after rank 0 ended: it {self.doing} since {still_s:.0f} s"
+                self._end(own if 0 in self._left else first, LOST)
         elif still_s < self.hang_s:
             self._asked_at = 0.0  # it went on by itself
         elif not self._asked_at:
@@ -225,12 +242,15 @@ class Watch:
         self._end(reason, code)
 
     def _end(self, reason: str, code: int) -> None:
-        if self._closing.is_set():
-            return
+        with self._deciding:
+            if self._closing.is_set() or self._ending:
+                return
+            self._ending = True
         text = f"scldm: rank {self.world.rank} stops: {reason}"
         self._note(text + "\n")
         with contextlib.suppress(OSError):
             os.write(2, f"{text}\n".encode())
+        with contextlib.suppress(Exception):  # whatever it is, this process ends
             self.on_end(reason, code)
         time.sleep(TICK_S)  # a connection that ends at once may lose what was just sent
         os._exit(code)  # the main thread may never come back
@@ -301,6 +321,6 @@ class _Lines:
 
 
 def _in_collective(frames: Any) -> bool:
-    """Whether a stack passes through torch.distributed, or DeepSpeed's layer over it."""
-    places = (os.path.join("torch", "distributed", ""), os.path.join("deepspeed", "comm", ""))
+    """Whether a stack passes through torch.distributed, DeepSpeed's layer over it, or ours."""
+    places = (os.path.join("torch", "distributed", ""), os.path.join("deepspeed", "comm", ""), dist.__file__)
     return any(place in frame.f_code.co_filename for frame, _ in frames for place in places)

@@ -2,7 +2,8 @@
 
     checkpoints/step-00001500/part-0-of-2.safetensors   {weight,ema,exp_avg,exp_avg_sq}/NAME, buffer/NAME
     checkpoints/step-00001500/state.json                what follows, and a SHA-256 of it
-        format, step, n_updates, skipped, best, validation, loader    where the run stood
+        format, step, n_updates, skipped, stale, best, validation, loader    where the run stood
+        unvalidated    whether it was stopped before the validation that is due at the step; meter: the row it began
         shapes    parameter name -> shape
         parts     file -> SHA-256, bytes, ranges: parameter name -> [start, stop] of the flattened parameter in it
         files     file -> SHA-256 of the config and the vocabularies that lie beside it
@@ -16,12 +17,14 @@ Reading order: Checkpoint, read_averaged, resume, pointers, retain. Writing is i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -32,13 +35,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from scldm.errors import InputError, read_json
+from scldm.files import PARTIAL, written_aside
 from scldm.parallel.dist import World
 from scldm.parallel.engine import Engine
 from scldm.train.ema import EMA
 
 FORMAT = 2
 STATE = "state.json"
-PARTIAL, BROKEN = ".partial", ".broken"
+BROKEN = ".broken"
+SEEN_S = 20.0  # in which what another host wrote is to be seen on this one; network file systems cache what was
 KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")
 # of the run folder, copied into every checkpoint, which can so be used without it
 BESIDE = ("config.json", "genes.json", "conditions.json", "library_sizes.json", "latents.json")
@@ -49,6 +54,14 @@ class Damaged(InputError):
     """A checkpoint of which something is missing or not as it was written."""
 
 
+class Missing(Damaged):
+    """A checkpoint of which this host does not see something: another may, or this one in a while."""
+
+
+class Short(Missing):
+    """A checkpoint of which this host does not see all bytes: where that stays so, they are lost."""
+
+
 class Checkpoint:
     """One step's folder, opened for reading. Tensors are on the CPU.
 
@@ -57,7 +70,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         if not (folder / STATE).is_file():
-            raise Damaged(f"{folder} is not a whole checkpoint: {STATE} is missing")
+            raise Missing(f"{folder} is not a whole checkpoint: {STATE} is missing")
         try:
             stored = read_json(folder / STATE)
         except InputError as error:
@@ -77,9 +90,10 @@ class Checkpoint:
         for name in self.files if names is None else names:
             path, expected = self.folder / name, self.files[name]
             if not path.is_file():
-                raise Damaged(f"{path} is missing")
+                raise Missing(f"{path} is missing")
             if (size := path.stat().st_size) != expected["bytes"]:
-                raise Damaged(f"{path} is damaged: it has {size} bytes of {expected['bytes']}")
+                kind = Short if size < expected["bytes"] else Damaged
+                raise kind(f"{path} is damaged: it has {size} bytes of {expected['bytes']}")
             if _sha256(path) != expected["sha256"]:
                 raise Damaged(f"{path} is damaged: its SHA-256 is not the one noted in {STATE}")
 
@@ -205,7 +219,7 @@ def resume(folder: Path, engine: Engine, ema: EMA, world: World) -> dict[str, An
     """Load the last whole checkpoint below `folder`; returns its state, None where there is none yet. Collective.
 
     The ranks share the reading of all bytes. A damaged checkpoint is passed over, by name, for the one before it, and
-    is renamed to `.broken`, so that nothing counts it.
+    is renamed to `.broken`, so that nothing counts it; but not where some rank just does not see it.
 
     Raises: InputError where none is whole: to begin again over what was trained is for the user to decide.
     """
@@ -214,7 +228,7 @@ def resume(folder: Path, engine: Engine, ema: EMA, world: World) -> dict[str, An
             shutil.rmtree(left) if left.is_dir() else left.unlink()
     names = world.gather([target.name for target in candidates(folder)])[0]
     for name in names:
-        problems = [told for told in world.gather(_problem(folder / name, world)) if told]
+        problems = [found for found in world.gather(_problem(folder / name, world)) if found[0]]
         if not problems:
             checkpoint = Checkpoint(folder / name)
             load(checkpoint, engine, ema)
@@ -225,33 +239,49 @@ def resume(folder: Path, engine: Engine, ema: EMA, world: World) -> dict[str, An
                     point(folder / "latest", checkpoint.folder)
             return checkpoint.state
         if world.is_first:
-            print(f"scldm: {name} is passed over: {problems[0]}", file=sys.stderr, flush=True)
-            _replace_folder(folder / name, (folder / name).with_suffix(BROKEN))
+            told = next((told for told, harmed in problems if harmed), problems[0][0])
+            print(f"scldm: {name} is passed over: {told}", file=sys.stderr, flush=True)
+            if any(harmed for _, harmed in problems):
+                _replace_folder(folder / name, (folder / name).with_suffix(BROKEN))
     if names:
         raise InputError(
-            f"no whole checkpoint is left in {folder}: {', '.join(names)}, now *{BROKEN}, can't be used; "
-            "copy one back, or choose another run_dir"
+            f"no whole checkpoint is left in {folder}: {', '.join(names)} can't be used (the damaged ones are now "
+            f"*{BROKEN}); copy one back, or choose another run_dir"
         )
     return None
 
 
-def _problem(target: Path, world: World) -> str:
-    """What is damaged of this rank's share of a checkpoint's files; empty for nothing."""
-    try:
-        checkpoint = Checkpoint(target)
-        checkpoint.check(list(checkpoint.files)[world.rank :: world.size])
-    except Damaged as error:
-        return str(error)
-    return ""
+def _problem(target: Path, world: World) -> tuple[str, bool]:
+    """What is wrong with this rank's share of a checkpoint's files, empty for nothing, and whether it is damage."""
+    end = time.monotonic() + SEEN_S
+    while True:
+        try:
+            checkpoint = Checkpoint(target)
+            checkpoint.check(list(checkpoint.files)[world.rank :: world.size])
+        except Missing as error:
+            if time.monotonic() > end:
+                return str(error), isinstance(error, Short)
+            time.sleep(min(1.0, SEEN_S / 10))
+            with contextlib.suppress(OSError):
+                os.listdir(target)  # has a network file system ask its server again
+        except Damaged as error:
+            return str(error), True
+        else:
+            return "", False
 
 
 def candidates(folder: Path) -> list[Path]:
     """The checkpoint that `latest` names, and those of earlier steps, last first."""
     latest = pointed(folder / "latest")
-    steps = sorted(folder.glob("step-*[0-9]"), reverse=True)
+    steps = steps_in(folder)[::-1]
     if latest is None:
         return steps
     return [latest, *(target for target in steps if target.name < latest.name)]
+
+
+def steps_in(folder: Path) -> list[Path]:
+    """All checkpoints, the first step first. Those after `latest` are of a run that went on from before them."""
+    return sorted(folder.glob("step-*[0-9]"))
 
 
 # --- the folder of all checkpoints ---------------------------------------------------------------------------------
@@ -259,10 +289,8 @@ def candidates(folder: Path) -> list[Path]:
 
 def point(pointer: Path, target: Path) -> None:
     """Let `latest` or `best` name another checkpoint, at once or not at all."""
-    aside = pointer.with_suffix(PARTIAL)
-    write_synced(aside, target.name.encode())
-    os.replace(aside, pointer)
-    sync_folder(pointer.parent)
+    with written_aside(pointer) as file:
+        file.write(target.name.encode())
 
 
 def pointed(pointer: Path) -> Path | None:
@@ -270,20 +298,31 @@ def pointed(pointer: Path) -> Path | None:
     return pointer.parent / pointer.read_text().strip() if pointer.is_file() else None
 
 
-def retain(folder: Path, keep: int, keep_every: int = 0) -> None:
-    """Remove all but the last `keep` checkpoints, those of every `keep_every`-th step, and those that `latest` and
-    `best` name."""
-    named = {pointed(folder / "latest"), pointed(folder / "best")}
-    for old in sorted(folder.glob("step-*[0-9]"))[:-keep]:
-        step = int(old.name.removeprefix("step-"))
-        if old not in named and not (keep_every and step % keep_every == 0):
-            remove(old)
+def retain(folder: Path, keep: int, keep_every: int = 0) -> list[OSError]:
+    """Remove all but the last `keep` checkpoints up to `latest`, those of every `keep_every`-th step, and those that
+    `latest` and `best` name; and what an earlier removal left. Returns what could not be removed, as why.
+
+    No checkpoint is under way meanwhile. Those after `latest` are left: no resume would use them, so they do not count.
+    """
+    latest, failures = pointed(folder / "latest"), list[OSError]()
+    usable = [target for target in steps_in(folder) if latest is None or target.name <= latest.name]
+    for old in [*folder.glob(f"step-*{PARTIAL}"), *usable[:-keep]]:
+        kept = old in (latest, pointed(folder / "best"))
+        if keep_every and old in usable:
+            kept = kept or int(old.name.removeprefix("step-")) % keep_every == 0
+        if not kept:
+            try:
+                remove(old)
+            except OSError as error:  # as a network's file system may; it is tried again at the next save
+                failures.append(error)
+    return failures
 
 
 def remove(target: Path) -> None:
     """Take a checkpoint away at once: cut short, this leaves nothing that looks like one."""
     aside = target.with_suffix(PARTIAL)
-    _replace_folder(target, aside)
+    if target != aside:
+        _replace_folder(target, aside)
     shutil.rmtree(aside)
 
 
@@ -295,22 +334,6 @@ def _replace_folder(source: Path, target: Path) -> None:
 
 def state_hash(state: Any) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder as durable as what they name."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

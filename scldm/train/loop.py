@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ from scldm.train import checkpoint, nonfinite
 from scldm.train.ema import EMA
 from scldm.train.losses import Draws, Stage
 from scldm.train.optim import OptimConfig, learning_rate
-from scldm.train.requests import Requests, signal_named
+from scldm.train.requests import Asked, Requests, signal_named
 from scldm.train.saver import Saver
 from scldm.train.throughput import Meter, note_rank
 from scldm.train.tracking import Tracker
@@ -109,80 +109,102 @@ def train(
     Raises: Stopped where that was asked from outside, InputError where training or saving can't go on; on all ranks.
     """
     watch, requests = watch or Watch(world), requests or Requests(run_dir, (), world)
-    ema = EMA(engine, config.ema_decay)
-    # skipped: steps in a row; stale: validations since the best; all of it the same on every rank
-    at: dict[str, Any] = {"step": 0, "skipped": 0, "stale": 0, "best": math.inf, "validation": {}}
+    ema, meter = EMA(engine, config.ema_decay), meter or Meter(world)
+    # skipped: steps in a row; stale: validations since the best; unvalidated: the validation that is due at this step
+    # is still to be made; all of it the same on every rank
+    step, skipped, stale, best, metrics, unvalidated = 0, 0, 0, math.inf, dict[str, float](), False
     state = checkpoint.resume(run_dir / "checkpoints", engine, ema, world)
     if state is not None:
         loader.load_state(state["loader"])
-        at = {key: state[key] for key in at}
-    step, skipped, stale, best, metrics = at.values()
+        step, skipped, stale = state["step"], state["skipped"], state["stale"]
+        if "meter" in state:  # else of an earlier version, which validated and began a row before it saved
+            meter.load_state(state["meter"])
+            unvalidated = state["unvalidated"]
+        best = math.inf if state["best"] is None else state["best"]
+        metrics = {key: math.nan if value is None else value for key, value in state["validation"].items()}
 
-    meter = meter or Meter(world)
     saver = Saver(run_dir, engine, ema, world, config.keep, config.keep_every)
+
+    asked = Asked()
+
+    def hear() -> None:
+        """What is asked by now; a save that is under way goes on, too. Collective."""
+        nonlocal asked
+        asked = requests.end()
+        saver.advance(asked.save_failed, asked.save_unfinished)
+
+    def is_stopped() -> bool:
+        requests.begin(saver.failed, saver.unfinished)
+        hear()
+        return asked.stop > 0
+
     with Progress(name, config.steps, "steps", done=step, shown=world.is_first) as bar, saver:
-        ends = step >= config.steps or _out_of_patience(config, stale)
+        ends = not unvalidated and (step >= config.steps or _out_of_patience(config, stale))
         while not ends:
             requests.begin(saver.failed, saver.unfinished)
-            watch.mark(f"waits for the cells of step {step}")
-            batches = meter.wait_for(loader)
-            losses = []
-            for k, batch in enumerate(batches):
-                watch.mark(f"computes micro-batch {k} of step {step}")
-                batch = batch.to(world.device)
-                loss, parts = stage.loss(engine.model, batch, Draws(config.seed, step, batch.positions_B))
-                engine.backward(loss / batch.n_cells)
-                losses.append({"loss": loss.detach(), **{key: value.detach() for key, value in parts.items()}})
-            watch.mark(f"updates the weights in step {step}")
-            lr = learning_rate(optim, step, config.steps)
-            grad_norm = engine.step(lr)
-            if math.isfinite(grad_norm):
-                ema.update()
-                meter.add(losses, batches)
-                skipped = 0
-            else:  # the engine left the weights as they were, on all ranks
-                skipped += 1
-                culprits = nonfinite.find_culprits(stage, engine, batches, losses, config.seed, step, world)
-                told = nonfinite.told(step, culprits)
-                if world.is_first:
-                    nonfinite.note(run_dir, step, culprits)
-                    print(f"scldm: {told}; the step is skipped", file=sys.stderr, flush=True)
-                if skipped > config.max_skipped:
-                    saver.finish()
-                    raise InputError(f"{told}; {skipped} steps in a row, train.max_skipped={config.max_skipped}")
-            step += 1
-            cells_seen = step * config.global_batch
+            if not unvalidated:  # else this run was stopped while it validated, and goes on there
+                watch.mark(f"waits for the cells of step {step}")
+                batches = meter.wait_for(loader)
+                losses = []
+                for k, batch in enumerate(batches):
+                    watch.mark(f"computes micro-batch {k} of step {step}")
+                    batch = batch.to(world.device)
+                    loss, parts = stage.loss(engine.model, batch, Draws(config.seed, step, batch.positions_B))
+                    engine.backward(loss / batch.n_cells)
+                    losses.append({"loss": loss.detach(), **{key: value.detach() for key, value in parts.items()}})
+                watch.mark(f"updates the weights in step {step}")
+                lr = learning_rate(optim, step, config.steps)
+                grad_norm = engine.step(lr)
+                if math.isfinite(grad_norm):
+                    ema.update()
+                    meter.add(losses, batches)
+                    skipped = 0
+                else:  # the engine left the weights as they were, on all ranks
+                    skipped += 1
+                    culprits = nonfinite.find_culprits(stage, engine, batches, losses, config.seed, step, world)
+                    told = nonfinite.told(step, culprits)
+                    if world.is_first:
+                        nonfinite.note(run_dir, step, culprits)
+                        print(f"scldm: {told}; the step is skipped", file=sys.stderr, flush=True)
+                    if skipped > config.max_skipped:
+                        saver.finish()
+                        raise InputError(f"{told}; {skipped} steps in a row, train.max_skipped={config.max_skipped}")
+                step += 1
 
-            if (step % config.log_every == 0 or step == config.steps) and meter.n_steps:
-                row, own = meter.read()
-                row |= {"lr": lr, "grad_norm": grad_norm}
-                if config.rank_logs:
-                    note_rank(run_dir, world.rank, step, own)
-                tracker.log(step, row, cells_seen=cells_seen)
-                bar.advance(0, f"loss {row['loss']:.4g}, {row['cells_per_s']:,.0f} cells/s")
-            bar.advance()
-
-            is_best = False
-            if step % config.validate_every == 0 or step == config.steps:
-                metrics = validate(stage, engine, ema, validation, config.seed, world, watch)
-                tracker.log(step, metrics, split="validation", cells_seen=cells_seen)
-                better = metrics[stage.validation_metric] < best
-                is_best = better and not skipped
-                best = metrics[stage.validation_metric] if is_best else best
-                stale = 0 if better else stale + 1
-                meter.restart()
-            ends = step == config.steps or _out_of_patience(config, stale)
+                if (step % config.log_every == 0 or step == config.steps) and meter.n_steps:
+                    row, own = meter.read()
+                    row |= {"lr": lr, "grad_norm": grad_norm}
+                    if config.rank_logs:
+                        note_rank(run_dir, world.rank, step, own)
+                    tracker.log(step, row, cells_seen=step * config.global_batch)
+                    bar.advance(0, f"loss {row['loss']:.4g}, {row['cells_per_s']:,.0f} cells/s")
+                bar.advance()
+                unvalidated = step % config.validate_every == 0 or step == config.steps
 
             watch.mark(f"hears what is asked after step {step}")
-            asked = requests.end()
-            saver.advance(asked.save_failed, asked.save_unfinished)
+            hear()
+            is_best = False
+            if unvalidated and not asked.stop:
+                with meter.paused():
+                    found = validate(stage, engine, ema, validation, config.seed, world, watch, is_stopped)
+                if found is not None:
+                    metrics, unvalidated = found, False
+                    tracker.log(step, metrics, split="validation", cells_seen=step * config.global_batch)
+                    better = metrics[stage.validation_metric] < best
+                    is_best = better and not skipped
+                    best = metrics[stage.validation_metric] if is_best else best
+                    stale = 0 if better else stale + 1
+            ends = not unvalidated and (step == config.steps or _out_of_patience(config, stale))
+
             # none of itself while steps are skipped: if that ends the run, it is resumed from before the trouble began
             due = step % config.save_every == 0 and not skipped
             if due or is_best or ends or asked.save or asked.stop:
                 watch.mark(f"saves step {step}")
-                at = {"step": step, "skipped": skipped, "stale": stale, "best": best, "validation": metrics}
-                saver.begin({**at, "loader": loader.state()}, is_best)
-                meter.restart()
+                at = {"step": step, "skipped": skipped, "stale": stale, "unvalidated": unvalidated}
+                with meter.paused():
+                    saver.begin(
+                        {**at, **_json(best, metrics), "loader": loader.state(), "meter": meter.state()}, is_best
+                    )
             if asked.save or asked.stop:
                 saver.finish()
                 if world.is_first:
@@ -196,14 +218,28 @@ def _out_of_patience(config: TrainConfig, stale: int) -> bool:
     return config.patience > 0 and stale >= config.patience
 
 
+def _json(best: float, metrics: dict[str, float]) -> dict[str, Any]:
+    """As JSON has no word for what is not finite."""
+    found = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+    return {"best": best if math.isfinite(best) else None, "validation": found}
+
+
 @torch.no_grad()
 def validate(
-    stage: Stage, engine: Engine, ema: EMA, loader: Loader, seed: int, world: World, watch: Watch
-) -> dict[str, float]:
-    """Means over the validation cells, with averaged weights and the same draws every time; collective."""
+    stage: Stage,
+    engine: Engine,
+    ema: EMA,
+    loader: Loader,
+    seed: int,
+    world: World,
+    watch: Watch,
+    is_stopped: Callable[[], bool],
+) -> dict[str, float] | None:
+    """Means over the validation cells, with averaged weights and the same draws every time; none where all ranks heard,
+    after some batch, that they are to stop. Collective."""
     engine.module.eval()
     sums: dict[str, torch.Tensor] = {}
-    n_cells = torch.zeros((), device=world.device)
+    n_cells, stopped = torch.zeros((), device=world.device), False
     with ema.applied():
         # keyed by the batch's number, as no two batches of a pass may share their draws
         for number, batches in enumerate(loader.one_pass()):
@@ -214,7 +250,12 @@ def validate(
                 n_cells += batch.weight_B.sum()
                 for key, value in parts.items():
                     sums[key] = sums.get(key, torch.zeros((), device=world.device)) + value
+            watch.mark(f"hears what is asked after validation batch {number}")
+            if stopped := is_stopped():
+                break
     engine.module.train()
+    if stopped:
+        return None
     totals = world.sum({**{key: float(value) for key, value in sums.items()}, "n_cells": float(n_cells)})
     n = totals.pop("n_cells")
     return {key: value / n for key, value in totals.items()}

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scldm.files import outlived
 from scldm.parallel.dist import World
 from scldm.parallel.engine import Engine
 from scldm.train.losses import Draws, Stage, cells_of
@@ -70,7 +71,7 @@ def told(step: int, culprits: list[Culprit]) -> str:
 
 def note(run_dir: Path, step: int, culprits: list[Culprit]) -> None:
     """All cells, into the run's folder."""
-    with (run_dir / FILE).open("a") as file:
+    with outlived(run_dir / FILE), (run_dir / FILE).open("a") as file:
         for culprit in culprits:
             file.write(json.dumps({"step": step, **asdict(culprit)}) + "\n")
 

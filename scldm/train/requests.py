@@ -6,7 +6,7 @@
 
 Ranks see a signal at different times, and the first rank alone looks for the files. So each step begins with one
 all-reduce of a few integers over gloo, on the CPU, that is on its way while the step is computed, and ends with its
-result: what any rank knew when it began the step, all know when they end it.
+result: what any rank knew when it began the step, all know when they end it. A validation pass asks after every batch.
 
 Reading order: Asked, Requests.
 """
@@ -37,11 +37,11 @@ class Asked:
     save_failed, save_unfinished: on any rank
     """
 
-    stop: int
-    reason: str
-    save: bool
-    save_failed: bool
-    save_unfinished: bool
+    stop: int = 0
+    reason: str = ""
+    save: bool = False
+    save_failed: bool = False
+    save_unfinished: bool = False
 
 
 class Requests:

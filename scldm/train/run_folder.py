@@ -13,11 +13,14 @@ slurm/            notes of the job that trains, if one does: may be there first
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -25,13 +28,16 @@ from pathlib import Path
 from typing import Any
 
 from scldm.environment import describe
-from scldm.errors import REFUSED, InputError, Stopped, read_json
+from scldm.errors import Busy, InputError, Stopped, read_json
+from scldm.files import PARTIAL, flat, outlived, write_json
 
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
 NOTES = "slurm"
 OUTCOME = "outcome.json"
 LOCK = "lock"
+OWNER = "lock.owner"
+WAIT_S = 120.0  # for a lock that another process holds
 
 
 @contextmanager
@@ -59,30 +65,119 @@ def open_run_folder(run_dir: Path, config: Mapping[str, Any], free: tuple[str, .
             raise InputError(f"{run_dir} holds another run: {'; '.join(wrong[:4])}{more}; choose another run_dir")
         if changed:
             print(f"scldm: {run_dir} goes on with: {'; '.join(changed.values())}", file=sys.stderr, flush=True)
-    elif run_dir.is_dir() and any(entry.name not in (f"{CONFIG}.partial", NOTES, LOCK) for entry in run_dir.iterdir()):
+    elif run_dir.is_dir() and any(not _may_lie_there(entry) for entry in run_dir.iterdir()):
         raise InputError(f"{run_dir} is not empty and not a run folder; choose another run_dir")
     run_dir.mkdir(parents=True, exist_ok=True)
     with locked(run_dir):
-        write_json(path, config)
-        starts = read_json(run_dir / ENVIRONMENT) if (run_dir / ENVIRONMENT).is_file() else []
-        write_json(run_dir / ENVIRONMENT, [*starts, describe()])
+        for left in run_dir.glob(f"*{PARTIAL}"):
+            left.unlink()
+        if not path.is_file() or read_json(path) != config:
+            write_json(path, config)
+        write_json(run_dir / ENVIRONMENT, [*_starts(run_dir), describe()])
         yield
+
+
+def _may_lie_there(entry: Path) -> bool:
+    """Before the first start: what Slurm's side made, or what a start left that died before its config was whole."""
+    return entry.name in (NOTES, LOCK, OWNER) or entry.name.endswith(PARTIAL)
+
+
+def _starts(run_dir: Path) -> list[Any]:
+    """The notes of earlier starts; none where they can't be read: no run ends for want of them."""
+    path = run_dir / ENVIRONMENT
+    try:
+        starts = read_json(path) if path.is_file() else []
+    except InputError as error:
+        starts = []
+        print(f"scldm: {error}; it is begun again", file=sys.stderr, flush=True)
+    return starts if isinstance(starts, list) else []
 
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Within, no other process may train in this folder; the lock ends with the process, however that ends.
+    """Within, no other process trains in this folder; the lock ends with the process, however that ends. It is waited
+    for: what a killed launcher left behind may train on for a while.
 
-    Raises: InputError where another process, such as what a killed launcher left behind, still trains in it.
+    Raises: InputError where another process still trains in it; Busy where this one is a job that Slurm put back into
+    the queue, whose earlier ranks may still be ending.
     """
-    with (run_dir / LOCK).open("w") as file:
+    with (run_dir / LOCK).open("a+") as file:
+        end, told = time.monotonic() + WAIT_S, False
+        while not (held := _try_lock(run_dir, file.fileno())):
+            file.seek(0)
+            who = f"{run_dir}: another process is training in it ({_named(file.read())})"
+            if time.monotonic() > end:
+                kind = Busy if int(os.environ.get("SLURM_RESTART_COUNT") or 0) else InputError
+                raise kind(f"{who}; wait for it, or end it")
+            if not told:
+                told = True
+                print(f"scldm: {who}; waiting for it, {WAIT_S:g} s at most", file=sys.stderr, flush=True)
+            time.sleep(WAIT_S / 60)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{run_dir}: another process is training in it; wait for it, or end it") from None
-        except OSError:  # a file system without locks
-            pass
-        yield
+            with outlived(run_dir / LOCK):
+                file.truncate(0)
+                file.write(_owner())
+                file.flush()
+            yield
+        finally:
+            held()
+
+
+def _try_lock(run_dir: Path, descriptor: int) -> Callable[[], None] | None:
+    """What gives the lock back; None where another process has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lambda: None  # with the file
+    except BlockingIOError:
+        return None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+    # a file system without locks: a file that only one process can make
+    path = run_dir / OWNER
+    try:
+        with path.open("x") as file:
+            file.write(_owner())
+    except FileExistsError:
+        if not _ended(path.read_text()):
+            return None
+        path.unlink(missing_ok=True)
+        return _try_lock(run_dir, descriptor)
+    print(
+        f"scldm: {run_dir} is on a file system without locks: {OWNER} in it keeps other processes out, and has to be "
+        "removed by hand where its process was killed on another host",
+        file=sys.stderr,
+        flush=True,
+    )
+    return lambda: path.unlink(missing_ok=True)
+
+
+def _owner() -> str:
+    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID", "")})
+
+
+def _ended(owner: str) -> bool:
+    """Whether the process that made an owner file is known to have ended: Slurm starts no job anew beside itself."""
+    try:
+        told = json.loads(owner)
+        if told["job"] and told["job"] == os.environ.get("SLURM_JOB_ID"):
+            return True
+        if told["host"] != socket.gethostname():
+            return False
+        os.kill(told["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except (ValueError, KeyError, TypeError, OSError):
+        return False
+    return False
+
+
+def _named(owner: str) -> str:
+    try:
+        told = json.loads(owner)
+        return f"process {told['pid']} on {told['host']}" + (f", job {told['job']}" if told["job"] else "")
+    except (ValueError, KeyError, TypeError):
+        return "which does not say who it is"
 
 
 @contextmanager
@@ -93,7 +188,8 @@ def outcome_noted(run_dir: Path) -> Iterator[Callable[[str, int], None]]:
 
     def note(state: str, exit_code: int | None, reason: str) -> None:
         told = {"state": state, "exit_code": exit_code, "reason": reason}
-        write_json(run_dir / OUTCOME, {**told, "time": datetime.now(UTC).isoformat(timespec="seconds")})
+        with outlived(run_dir / OUTCOME):  # a full disk is itself the cause, and is what is to be told
+            write_json(run_dir / OUTCOME, {**told, "time": datetime.now(UTC).isoformat(timespec="seconds")})
 
     def note_cause(reason: str, code: int) -> None:
         nonlocal known
@@ -110,7 +206,7 @@ def outcome_noted(run_dir: Path) -> Iterator[Callable[[str, int], None]]:
     except BaseException as error:
         with writing:
             if not known:  # else this one is the consequence of it
-                note("failed", REFUSED if isinstance(error, InputError) else 1, " ".join(f"{error!r}".split()))
+                note("failed", error.exit_code if isinstance(error, InputError) else 1, " ".join(f"{error!r}".split()))
         raise
     note("finished", 0, "")
 
@@ -121,22 +217,6 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{run_dir} is not a run folder: it has no {CONFIG}")
     return read_json(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(json.dumps(value, indent=1))
-    os.replace(aside, path)
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of a nested mapping."""
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _within(key: str, groups: tuple[str, ...]) -> bool:

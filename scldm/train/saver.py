@@ -29,10 +29,11 @@ import torch
 from torch import Tensor
 
 from scldm.errors import InputError
+from scldm.files import PARTIAL, sync_folder, written_aside
 from scldm.parallel.dist import World
 from scldm.parallel.engine import Engine
 from scldm.train import checkpoint
-from scldm.train.checkpoint import BESIDE, FORMAT, PARTIAL, STATE, state_hash, sync_folder, write_synced
+from scldm.train.checkpoint import BESIDE, FORMAT, STATE, state_hash
 from scldm.train.ema import EMA
 
 CHUNK = 8 << 20  # bytes hashed and written in turn
@@ -155,9 +156,7 @@ class Saver:
         if self._is_best:
             checkpoint.point(self.folder / "best", self._target)
         checkpoint.point(self.folder / "latest", self._target)
-        try:
-            checkpoint.retain(self.folder, self.keep, self.keep_every)
-        except OSError as error:  # as a network's file system may; the one that was saved is durable
+        for error in checkpoint.retain(self.folder, self.keep, self.keep_every):  # the one that was saved is durable
             print(f"scldm: an old checkpoint can't be removed: {error}", file=sys.stderr, flush=True)
 
     def _raise(self) -> None:
@@ -211,7 +210,8 @@ def write_part(path: Path, tensors: Mapping[str, Tensor], ranges: Mapping[str, t
         file.flush()
         os.fsync(file.fileno())
     noted = {"sha256": digest.hexdigest(), "bytes": n_bytes, "ranges": ranges}
-    write_synced(path.with_suffix(".json"), json.dumps(noted).encode())
+    with written_aside(path.with_suffix(".json")) as file:
+        file.write(json.dumps(noted).encode())
 
 
 def commit(target: Path, n_parts: int, state: dict[str, Any], run_dir: Path) -> None:
@@ -227,11 +227,12 @@ def commit(target: Path, n_parts: int, state: dict[str, Any], run_dir: Path) -> 
     for name in BESIDE:
         with contextlib.suppress(FileNotFoundError):
             data = (run_dir / name).read_bytes()
-            write_synced(aside / name, data)
+            with written_aside(aside / name) as file:
+                file.write(data)
             files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-    state = json.loads(json.dumps({"format": FORMAT, **state, "parts": parts, "files": files}))
-    write_synced(aside / STATE, json.dumps({"sha256": state_hash(state), "state": state}).encode())
-    sync_folder(aside)
+    state = json.loads(json.dumps({"format": FORMAT, **state, "parts": parts, "files": files}, allow_nan=False))
+    with written_aside(aside / STATE) as file:
+        file.write(json.dumps({"sha256": state_hash(state), "state": state}).encode())
     before = target.with_suffix(f".before{PARTIAL}")
     if target.exists():  # of a run that went on from an earlier step
         os.replace(target, before)

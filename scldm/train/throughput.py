@@ -9,11 +9,14 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from scldm.files import outlived
 from scldm.parallel.dist import World
 
 # dense TFLOP/s of matrix products, without sparsity; fp32 is not TF32's, which nothing here switches on.
@@ -48,27 +51,46 @@ class Meter:
 
     def __init__(self, world: World, flops_per_cell: float = 0.0, peak: float = 0.0) -> None:
         self.world, self.flops_per_cell, self.peak = world, flops_per_cell, peak
-        self.restart()
+        self._settled: dict[str, float] = {}  # sums over all ranks of the steps before the last checkpoint
+        self.n_steps = 0  # since the last reading, also by a process that this one resumed
+        self._restart()
 
-    def restart(self) -> None:
-        """Forget: what passed since the last reading was not training."""
-        self.sums: dict[str, torch.Tensor] = {}
-        self.n_cells, self.n_steps = torch.zeros((), device=self.world.device), 0
-        self.waited_s, self.start = 0.0, time.perf_counter()
+    def _restart(self) -> None:
+        self._unsettled: list[dict[str, torch.Tensor]] = []  # sums over this rank's cells, a step each
+        self._cells, self._n_timed = torch.zeros((), device=self.world.device), 0
+        self._waited_s, self._paused_s, self._start = 0.0, 0.0, time.perf_counter()
 
     def wait_for(self, loader: Any) -> list[Any]:
         began = time.perf_counter()
         batches = next(loader)
-        self.waited_s += time.perf_counter() - began
+        self._waited_s += time.perf_counter() - began
         return batches
 
     def add(self, losses: list[dict[str, torch.Tensor]], batches: list[Any]) -> None:
         """The loss and its parts of each micro-batch of a step."""
-        self.n_steps += 1
+        sums: dict[str, torch.Tensor] = {"cells": torch.zeros((), device=self.world.device)}
         for parts, batch in zip(losses, batches, strict=True):
             for key, value in parts.items():
-                self.sums[key] = self.sums.get(key, 0) + value
-            self.n_cells += batch.weight_B.sum().to(self.n_cells.device)
+                sums[key] = sums.get(key, 0) + value
+            sums["cells"] = sums["cells"] + batch.weight_B.sum().to(self.world.device)
+        self._unsettled.append(sums)
+        self._cells += sums["cells"]
+        self.n_steps, self._n_timed = self.n_steps + 1, self._n_timed + 1
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What passes within is no training: its time does not count."""
+        began = time.perf_counter()
+        yield
+        self._paused_s += time.perf_counter() - began
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs to go on with the row that was begun; collective."""
+        self._settle()
+        return {"n_steps": self.n_steps, "sums": dict(self._settled)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.n_steps, self._settled = state["n_steps"], dict(state["sums"])
 
     def read(self) -> tuple[dict[str, float], dict[str, float]]:
         """(row of all ranks, row of this rank); collective.
@@ -77,34 +99,46 @@ class Meter:
         waiting_share: of the time in which the loader was waited for
         memory_gb: the most that a rank had at once since the start, on the device or, for a CPU, resident
         """
-        elapsed = time.perf_counter() - self.start
-        sums = {key: float(value) for key, value in self.sums.items()}
-        own = {"cells": float(self.n_cells), "waited_s": self.waited_s}
-        totals = self.world.sum({**sums, **own})
+        elapsed = time.perf_counter() - self._start - self._paused_s
+        own = {"cells": float(self._cells), "waited_s": self._waited_s}
+        timed = self.world.sum(own)
         memory = _memory_bytes(self.world.device)
         (most,) = self.world.begin_max([memory])()
-        n, waited_s, size = totals.pop("cells"), totals.pop("waited_s"), self.world.size
+        self._settle()
+        size, n_cells = self.world.size, self._settled.pop("cells")
         row = {
-            **{key: value / n for key, value in totals.items()},
-            "cells_per_s": n / elapsed,
-            "cells_per_s_rank": n / elapsed / size,
-            "step_s": elapsed / max(self.n_steps, 1),
-            "waiting_share": waited_s / size / elapsed,
+            **{key: value / n_cells for key, value in self._settled.items()},
+            "cells_per_s": timed["cells"] / elapsed,
+            "cells_per_s_rank": timed["cells"] / elapsed / size,
+            "step_s": elapsed / max(self._n_timed, 1),
+            "waiting_share": timed["waited_s"] / size / elapsed,
             "memory_gb": most / 1e9,
         }
         if self.flops_per_cell and self.peak:
-            row["mfu"] = n / elapsed / size * self.flops_per_cell / self.peak
+            row["mfu"] = timed["cells"] / elapsed / size * self.flops_per_cell / self.peak
         mine = {"cells_per_s": own["cells"] / elapsed, "waiting_share": own["waited_s"] / elapsed}
-        self.restart()
+        self._settled, self.n_steps = {}, 0
+        self._restart()
         return row, {**mine, "memory_gb": memory / 1e9}
+
+    def _settle(self) -> None:
+        """Add the steps up over the ranks, one after the other, so that the sum is the same wherever this is done."""
+        if self._unsettled:
+            names = [(k, key) for k, sums in enumerate(self._unsettled) for key in sums]
+            values = torch.stack([self._unsettled[k][key].double() for k, key in names]).tolist()
+            totals = self.world.sum({f"{k} {key}": value for (k, key), value in zip(names, values, strict=True)})
+            for k, key in names:
+                self._settled[key] = self._settled.get(key, 0.0) + totals[f"{k} {key}"]
+            self._unsettled = []
 
 
 def note_rank(run_dir: Path, rank: int, step: int, own: dict[str, float]) -> None:
     """A line of a rank's own numbers, in its own file."""
     path = run_dir / "ranks" / f"{rank}.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps({"step": step, **own}) + "\n")
+    with outlived(path):
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a") as file:
+            file.write(json.dumps({"step": step, **own}) + "\n")
 
 
 def _memory_bytes(device: torch.device) -> int:

@@ -28,12 +28,15 @@ from types import TracebackType
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from scldm.files import flat, write_json
+
 METRICS = "metrics.jsonl"
 STATE = "mlflow_run.json"
 
 ROWS_AT_ONCE = 200  # rows forwarded between two notes of how far; at 20 metrics a row 4 requests
 METRICS_PER_BATCH, PARAMS_PER_BATCH = 1_000, 100  # MLflow's own limits of one log_batch
 LONGEST_WAIT_S = 60.0  # between two tries while the server is away
+HURRY_S = 5.0  # for the last rows of a run that was stopped or failed: who ended it may kill what does not end soon
 # A server that is gone would block one call for minutes by default; none of ours for more than some seconds.
 # What the user has set stays.
 MLFLOW_ENVIRONMENT = {
@@ -58,7 +61,7 @@ class TrackingConfig:
     run_name: name of the MLflow run; empty means the stage's
     parent_run_id: MLflow run that this one is nested in; empty for none
     every_s: seconds between two forwards
-    close_s: longest wait for the last rows at the end of the run, in seconds
+    close_s: longest wait for the last rows at the end of the run, in seconds; of one that was stopped or failed, 5
     """
 
     enabled: bool = True
@@ -103,7 +106,7 @@ class Tracker:
             self._file = self.path.open("ab", buffering=0)
         if cfg.enabled:
             all_tags = {k: str(v) for k, v in (tags or {}).items()}
-            self._forwarder = _Forwarder(self.run_dir, cfg, stage, dict(_flat(params or {})), all_tags)
+            self._forwarder = _Forwarder(self.run_dir, cfg, stage, _texts(params or {}), all_tags)
             self._forwarder.start()
 
     def log(self, step: int, metrics: Mapping[str, Any], *, split: str = "train", cells_seen: int = 0) -> None:
@@ -132,7 +135,8 @@ class Tracker:
         return self._forwarder.run_id
 
     def close(self, status: Status = "FINISHED") -> None:
-        """Forward the rest and end the MLflow run, waiting at most `close_s`. A second call does nothing."""
+        """Forward the rest and end the MLflow run, waiting at most `close_s`, or HURRY_S for a run that did not finish.
+        A second call does nothing."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -182,7 +186,7 @@ class _Forwarder(threading.Thread):
     def close(self, status: Status) -> None:
         self.status = status
         self.closing.set()
-        self.join(self.cfg.close_s)
+        self.join(self.cfg.close_s if status == "FINISHED" else min(self.cfg.close_s, HURRY_S))
         if self.is_alive() or self.last_error:
             _say(
                 f"not everything reached {_public(self.uri)}; the rest is in {self.run_dir / METRICS}, sent on a resume"
@@ -308,18 +312,20 @@ class _Forwarder(threading.Thread):
         with path.open("rb") as file:
             end = file.seek(min(self.sent_bytes, path.stat().st_size))
             while True:
-                metrics: list[Metric] = []
+                metrics, start = list[Metric](), end
                 for _ in range(ROWS_AT_ONCE):
                     line = file.readline()
                     if not line.endswith(b"\n"):
                         break
                     end += len(line)
-                    row = json.loads(line)
+                    row = _row(line, path)
+                    if row is None:
+                        continue
                     step, milliseconds, split = row.pop("step"), int(row.pop("time") * 1000), row.pop("split")
                     for name, value in row.items():
                         key = re.sub(r"[^/\w.\- :]", "_", f"{split}/{name}")
                         metrics.append(Metric(key, math.nan if value is None else value, milliseconds, step))
-                if not metrics:
+                if end == start:
                     return
                 yield metrics, end
 
@@ -335,18 +341,34 @@ class _Forwarder(threading.Thread):
 
     def _save_state(self) -> None:
         state = {"uri": _public(self.uri), "run_id": self.run_id, "sent_bytes": self.sent_bytes}
-        aside = self.run_dir / f"{STATE}.partial"
-        aside.write_text(json.dumps(state))
-        os.replace(aside, self.run_dir / STATE)
+        write_json(self.run_dir / STATE, state)
 
 
 def read_metrics(run_dir: Path | str, split: str | None = None) -> list[dict[str, Any]]:
     """The rows of a run in order of steps, of one split or of all; of a step that a resume repeated, the last."""
     path = Path(run_dir) / METRICS
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    rows = [row for line in lines if line.endswith(b"\n") and (row := _row(line, path)) is not None]
     last = {(row["step"], row["split"]): row for row in rows if split in (None, row["split"])}
     return [last[key] for key in sorted(last)]
+
+
+_unreadable: set[Path] = set()
+
+
+def _row(line: bytes, path: Path) -> dict[str, Any] | None:
+    """A row, as `log` writes them; none for a line that is not one, as a machine that went down may leave it. That is
+    told once for a file: no run ends, and no other row is lost, for want of it."""
+    try:
+        row = json.loads(line)
+        if isinstance(row["step"], int) and isinstance(row["time"], int | float) and isinstance(row["split"], str):
+            return row
+    except (ValueError, KeyError, TypeError):
+        pass
+    if path not in _unreadable:
+        _unreadable.add(path)
+        _say(f"{path} has lines that are no rows; they are passed over")
+    return None
 
 
 def drop_torn_line(path: Path) -> None:
@@ -358,13 +380,9 @@ def drop_torn_line(path: Path) -> None:
         file.truncate(data.rfind(b"\n") + 1)
 
 
-def _flat(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted keys and texts of a nested mapping; the keys as MLflow allows them."""
-    for key, value in params.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield re.sub(r"[^/\w.\- :]", "_", f"{prefix}{key}"), str(value)[:6000]  # MLflow's longest value
+def _texts(params: Mapping[str, Any]) -> dict[str, str]:
+    """Dotted keys and texts of a nested mapping, as MLflow allows them: its longest value has 6,000 characters."""
+    return {re.sub(r"[^/\w.\- :]", "_", key): str(value)[:6000] for key, value in flat(params)}
 
 
 def _number(value: Any) -> float | int | None:

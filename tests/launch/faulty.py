@@ -41,11 +41,13 @@ EVERY = {"steps": STEPS, "ema_decay": 0.9, "log_every": 1, "validate_every": 8, 
 
 @dataclass(frozen=True)
 class Fault:
-    """kind: a name of `meet`; rank, steps: where it is met, when the cells of the step are asked for"""
+    """kind: a name of `meet`; rank, steps: where it is met, when the cells of the step are asked for; or, validating,
+    when the first validation batch after one of the steps is computed"""
 
     kind: str = ""
     rank: int = 1
     steps: tuple[int, ...] = (9,)
+    validating: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def plant(fault: Fault, stage: Any, loader: CellsLoader, run_dir: Path) -> None:
 
     class Faulty(type(loader)):
         def __next__(self) -> list[Any]:
-            if self.step in fault.steps:
+            if self.step in fault.steps and not fault.validating:
                 meet(fault.kind, run_dir)
             return deliver(self)
 
@@ -169,8 +171,15 @@ def plant(fault: Fault, stage: Any, loader: CellsLoader, run_dir: Path) -> None:
                 value = BadGradient.apply(value)
         return value, parts
 
+    def validation(model: Any, batch: Any, draw: Any) -> Any:
+        if fault.validating and loader.step in fault.steps and batch.positions_B[0] % 8 == 0 and not met:
+            met.append(loader.step)
+            meet(fault.kind, run_dir)
+        return judge(model, batch, draw)
+
+    met, judge = list[int](), stage.validation
     loader.__class__ = Faulty
-    stage.loss = loss
+    stage.loss, stage.validation = loss, validation
 
 
 class BadGradient(torch.autograd.Function):

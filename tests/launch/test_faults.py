@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from scldm.train import checkpoint
-from scldm.train.tracking import read_metrics
+from scldm.train.tracking import TrackingConfig, read_metrics
 from tests.launch import faulty
 from tests.launch.faulty import STEPS, Fault, HardwareConfig, Ranks, SmallConfig
 from tests.scldm.train.small_runs import stored
@@ -100,6 +100,13 @@ FAULTS: dict[str, tuple[Any, ...]] = {
         ("rank 1 (*) hangs: it waits for the cells of step 9 since", "rank 1 (*) hangs"),
         {5, 8},
     ),
+    "a rank that hangs while it validates": (
+        Fault("hang", 1, (8,), validating=True),
+        {"hang_s": 5.0},
+        (87, 87),
+        ("stops: rank 1 (*) hangs: it validates batch 0 since", "stops: rank 1 (*) hangs"),
+        {5},
+    ),
     "a frozen rank": (
         Fault("SIGSTOP"),
         {"hang_s": 5.0},
@@ -136,6 +143,13 @@ FAULTS: dict[str, tuple[Any, ...]] = {
         (85, 85),
         ("saved step *, asked by SIG", ""),
         {10, 11},
+    ),
+    "SIGTERM while it validates": (
+        Fault("SIGTERM", 1, (8,), validating=True),
+        {"save_every": 20},
+        (85, 85),
+        ("saved step 8, asked by SIGTERM on rank 1", ""),
+        {8},
     ),
     "the file stop": (Fault("stop"), {}, (86, 86), ("asked by the file *stop", ""), {10, 11, 12}),
     "a loss on one rank": (
@@ -232,6 +246,32 @@ def test_a_file_save_saves_once_and_training_goes_on(
     assert len(saved - {5, 8, 10, 15, 16}) <= 1
     assert not (tmp_path / "run" / "save").exists()
     assert_same_weights(tmp_path / "run", undisturbed(FIRST))
+
+
+def test_an_exchange_that_gives_up_is_no_failure_of_who_waited(ranks: Ranks, tmp_path: Path) -> None:
+    """Without hang_s nobody knows of the hang: another start may succeed, and all stacks are there to see why."""
+    hardware = HardwareConfig(micro_batch=4, collective_timeout_s=8)
+    config = SmallConfig(str(tmp_path / "run"), hardware=hardware)
+    config = replace(config, train=replace(config.train, hang_s=0.0))
+    codes, outputs = ranks.run(faulty.train, config, Fault("hang"), timeout=60)
+    assert codes == [87, 87], outputs
+    assert says(outputs[0], "rank 0 stops: rank 0 (*) waited in vain for another: "), outputs[0]
+    outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
+    assert (outcome["state"], outcome["exit_code"]) == ("failed", 87)
+    assert "faulty.py" in (tmp_path / "run" / "stacks" / "rank-1.txt").read_text()
+
+
+def test_the_tracked_run_of_a_hang_is_not_left_running(ranks: Ranks, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    config = SmallConfig(str(tmp_path / "run"), tracking=TrackingConfig(uri=uri, every_s=60.0))
+    config = replace(config, train=replace(config.train, hang_s=8.0))
+    codes, outputs = ranks.run(faulty.train, config, Fault("hang"), timeout=60)
+    assert codes == [87, 87], outputs
+    run = MlflowClient(uri).get_run(json.loads((tmp_path / "run" / "mlflow_run.json").read_text())["run_id"])
+    assert run.info.status == "FAILED"
+    assert len(MlflowClient(uri).get_metric_history(run.info.run_id, "train/loss")) == 9
 
 
 def test_what_the_first_rank_refuses_ends_all(ranks: Ranks, undisturbed: Callable[[str], Path]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,12 +13,16 @@ import pytest
 import yaml
 
 from launch.config import compose, shipped
+from launch.train_ldm import TrainLDMConfig
 from launch.train_vae import TrainVAEConfig
 from launch.training import FREE_ON_RESUME, check_has_validation, keep_data, whole_cells
-from scldm.errors import InputError
+from scldm.errors import InputError, Stopped
+from scldm.files import flat
 from scldm.parallel.deepspeed_json import check_overrides
-from scldm.train.run_folder import flat
+from scldm.parallel.engine import HardwareConfig
+from scldm.train.tracking import Tracker
 from scldm.vocab import ConditionVocab, GeneVocab
+from tests.launch import faulty
 
 
 def manifest_of(genes: tuple[str, ...], **more: Any) -> Any:
@@ -52,6 +59,34 @@ def test_without_validation_cells_nothing_starts(splits: list[tuple[str, int]]) 
 def test_validation_on_all_genes_takes_no_more_memory_than_training(n_genes: int, cells: int) -> None:
     assert whole_cells(128, n_genes, 60_000) == cells
     assert whole_cells(1, n_genes, 60_000) == 1
+
+
+def test_the_outcome_is_noted_before_the_tracker_takes_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close, seen = Tracker.close, list[tuple[str, int]]()
+
+    def closed(self: Tracker, *status: Any) -> None:
+        outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
+        seen.append((outcome["state"], outcome["exit_code"]))
+        os.kill(os.getpid(), signal.SIGTERM)  # of who finds that it takes long: it must not change the exit code
+        close(self, *status)
+
+    monkeypatch.setattr(Tracker, "close", closed)
+    config = faulty.SmallConfig(str(tmp_path / "run"), hardware=HardwareConfig("plain", 16))
+    with pytest.raises(Stopped) as stopped:
+        faulty.train(config, faulty.Fault("SIGTERM", 0))
+    assert stopped.value.exit_code == 85
+    assert seen == [("stopped", 85)]
+
+
+def test_an_exchange_must_wait_longer_than_a_hang_takes_to_be_found() -> None:
+    given = ["run_dir=a", "data.shards=b", "train.hang_s=900"]
+    for config in (TrainVAEConfig, TrainLDMConfig):
+        with pytest.raises(InputError, match=r"hardware.collective_timeout_s=959 must be at least 960"):
+            compose(config, [*given, "hardware.collective_timeout_s=959"])
+        compose(config, [*given, "hardware.collective_timeout_s=960"])
+        compose(config, ["run_dir=a", "data.shards=b", "train.hang_s=0", "hardware.collective_timeout_s=10"])
 
 
 def test_presets_of_hardware_change_no_result() -> None:

@@ -62,6 +62,22 @@ HARMS = [
 ]
 
 
+@pytest.mark.parametrize("harm, said", HARMS[2:4])
+def test_a_checkpoint_that_is_just_not_seen_is_not_taken_for_broken(run: Path, harm, said: str) -> None:
+    """It may be the cache of one host's network file system: the checkpoint stays where it is."""
+    harm(latest(run))
+    small_run("vae", run, steps=12, validate_every=4, save_every=12)
+    assert not list(run.rglob("*.broken"))
+
+
+def test_what_another_host_wrote_may_be_seen_a_while_later(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "SEEN_S", 20.0)
+    part = latest(run) / "part-0-of-1.safetensors"
+    hidden = part.rename(part.with_suffix(".hidden"))
+    monkeypatch.setattr(checkpoint.time, "sleep", lambda _: hidden.exists() and hidden.rename(part))
+    assert small_run("vae", run, steps=12, validate_every=4, save_every=12).loader.read == []
+
+
 @pytest.mark.parametrize("harm, said", HARMS)
 def test_a_checkpoint_that_is_not_whole_is_passed_over_by_name_for_the_one_before_it(
     run: Path, harm, said: str, capsys: pytest.CaptureFixture
@@ -142,6 +158,44 @@ def test_the_best_and_the_last_are_kept(tmp_path: Path) -> None:
     kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert kept == sorted(["best", "latest", best.name, "step-00000011", "step-00000012"])
     checkpoint.load_averaged(make_vae(), tmp_path, "best")
+
+
+def test_checkpoints_after_the_latest_do_not_count_as_kept(tmp_path: Path) -> None:
+    """Of a run that went on from before them: no resume would use them, so two others are to be there."""
+    for step in (1, 2, 3, 8, 9):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    (tmp_path / "latest").write_text("step-00000003")
+    assert checkpoint.retain(tmp_path, 2) == []
+    left = [p.name for p in checkpoint.candidates(tmp_path)]
+    assert left == ["step-00000003", "step-00000002"]
+
+
+def test_what_could_not_be_removed_is_removed_at_the_next_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    real, refused = checkpoint.shutil.rmtree, list[Path]()
+
+    def refuse_once(path: Path, ignore_errors: bool = False) -> None:
+        if path.name == "step-00000001.partial" and not refused:
+            refused.append(path)
+            raise OSError("device busy")
+        real(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", refuse_once)
+    small_run("vae", tmp_path, steps=4, validate_every=20, save_every=1, keep=1)
+    assert refused
+    assert "an old checkpoint can't be removed: device busy" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_state_is_json_before_anything_was_validated(tmp_path: Path) -> None:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    small_run("vae", tmp_path, steps=3, validate_every=20, save_every=1, keep=9)
+    for path in sorted(tmp_path.glob("checkpoints/*/state.json")):
+        state = json.loads(path.read_text(), parse_constant=refuse)["state"]
+        assert state["best"] is None or state["step"] == 3
 
 
 def test_every_kth_is_kept(tmp_path: Path) -> None:

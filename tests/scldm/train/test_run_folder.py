@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from scldm.errors import InputError
-from scldm.train.run_folder import locked, open_run_folder, read_config
+from scldm.errors import Busy, InputError, Stopped
+from scldm.train import nonfinite, run_folder
+from scldm.train.run_folder import locked, open_run_folder, outcome_noted, read_config
+from scldm.train.throughput import note_rank
 
 CONFIG = {"run_dir": "a", "optim": {"lr": 1e-3, "betas": (0.9, 0.95)}, "train": {"steps": 5, "keep": 2}, "data": {}}
 FREE = ("run_dir", "hardware", "train.keep")
@@ -77,6 +83,116 @@ def test_a_damaged_config_is_named(tmp_path: Path) -> None:
     for use in (lambda: read_config(tmp_path), lambda: opened(tmp_path, CONFIG, FREE)):
         with pytest.raises(InputError, match=r"config.json is damaged"):
             use()
+
+
+def test_what_can_not_be_read_of_earlier_starts_does_not_keep_a_run_from_its_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    opened(tmp_path, CONFIG, FREE)
+    (tmp_path / "environment.json").write_text("")
+    opened(tmp_path, CONFIG, FREE)
+    assert "environment.json is damaged" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "environment.json").read_text())) == 1
+
+
+def test_a_config_is_durable_before_it_has_its_name_and_not_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, name=name, real=real: (done.append(name), real(*a))[1])
+    opened(tmp_path, CONFIG, FREE)
+    assert done == ["fsync", "replace", "fsync"] * 2  # bytes, name, folder
+    before = (tmp_path / "config.json").stat().st_ino
+    opened(tmp_path, CONFIG, FREE)
+    assert (tmp_path / "config.json").stat().st_ino == before
+
+
+@pytest.mark.parametrize("error", [InputError("the cause"), Stopped(85, "SIGTERM"), None])
+def test_a_full_disk_hides_no_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException | None, capsys: pytest.CaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_folder, "write_json", full)
+
+    def run() -> None:
+        with outcome_noted(tmp_path) as note_cause:
+            note_cause("another thread's", 87)
+            if error is not None:
+                raise error
+
+    if error is None:
+        run()
+    else:
+        with pytest.raises(type(error), match="the cause" if isinstance(error, InputError) else None) as raised:
+            run()
+        assert raised.value is error
+    assert capsys.readouterr().err.count("No space left") == 1
+
+
+def test_numbers_of_a_rank_and_of_a_skipped_step_are_worth_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "ranks").touch()  # where a folder should be, and a folder where a file should be
+    (tmp_path / "nonfinite.jsonl").mkdir()
+    for step in (1, 2):
+        note_rank(tmp_path, 0, step, {"cells_per_s": 1.0})
+        nonfinite.note(tmp_path, step, [nonfinite.Culprit(0, "loss nan", "0:1", [[0, 1]])])
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split(" failed ")[0] for line in told] == [
+        f"scldm: writing {tmp_path / 'ranks' / '0.jsonl'}",
+        f"scldm: writing {tmp_path / 'nonfinite.jsonl'}",
+    ]
+
+
+def test_a_job_that_was_put_back_into_the_queue_is_not_ended_for_good_by_what_it_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with locked(tmp_path), pytest.raises(Busy, match=f"process {os.getpid()} on") as refusal, locked(tmp_path):
+        pass
+    assert refusal.value.exit_code == 87
+
+
+@pytest.fixture
+def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", refuse)
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_without_locks_of_the_file_system_a_file_keeps_others_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with locked(tmp_path), pytest.raises(InputError, match="another process is training in it"), locked(tmp_path):
+        pass
+    assert "is on a file system without locks" in capsys.readouterr().err
+    assert not (tmp_path / "lock.owner").exists()
+
+
+@pytest.mark.usefixtures("no_locks")
+@pytest.mark.parametrize(
+    "owner, free",
+    [
+        ({"host": socket.gethostname(), "pid": 2**22 + 1, "job": ""}, True),  # no such process
+        ({"host": socket.gethostname(), "pid": 1, "job": ""}, False),
+        ({"host": "elsewhere", "pid": 2**22 + 1, "job": ""}, False),
+        ({"host": "elsewhere", "pid": 1, "job": "77"}, True),  # this job, before it was requeued
+        ({"host": "elsewhere", "pid": 1, "job": "78"}, False),
+    ],
+)
+def test_a_file_of_a_process_that_is_known_to_have_ended_keeps_nobody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: dict, free: bool
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    (tmp_path / "lock.owner").write_text(json.dumps(owner))
+    with nullcontext() if free else pytest.raises(InputError, match="another process"), locked(tmp_path):
+        pass
 
 
 def test_a_folder_in_which_another_process_trains_is_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,10 +37,31 @@ def test_a_row_is_of_the_cells_and_the_time_between_two_readings(monkeypatch: py
     assert (row["waiting_share"], own["waiting_share"]) == (0.25, 0.25)
     assert row["mfu"] == pytest.approx(0.5 * 5.0 / 100.0)
     assert 0.01 < row["memory_gb"] < 100
-    clock[0] += 1_000
-    meter.restart()  # a validation is no training
     meter.add([{"loss": torch.tensor(1.0)}], meter.wait_for(stream))
-    assert meter.read()[0]["step_s"] == 1.0
+    with meter.paused():  # a validation is no training
+        clock[0] += 1_000
+    meter.add([{"loss": torch.tensor(3.0)}], meter.wait_for(stream))
+    row, _ = meter.read()
+    assert (row["step_s"], row["cells_per_s"], row["loss"]) == (1.0, 2.0, 1.0)
+
+
+def test_a_row_covers_all_steps_since_the_one_before_whatever_is_saved_validated_or_resumed_between(
+    tmp_path: Path,
+) -> None:
+    small_run("ldm", tmp_path / "each", steps=12)
+    each = {row["step"]: row["velocity_loss"] for row in read_metrics(tmp_path / "each", "train")}
+    how: Any = {"steps": 12, "log_every": 6, "save_every": 4, "validate_every": 5}
+    with pytest.raises(KeyboardInterrupt):
+        small_run("ldm", tmp_path / "rows", fail_at=9, **how)
+    small_run("ldm", tmp_path / "rows", **how)
+    rows = {row["step"]: row for row in read_metrics(tmp_path / "rows", "train")}
+    assert rows.keys() == {6, 12}
+    for last, row in rows.items():
+        of_steps = np.array([each[step] for step in range(last - 5, last + 1)])
+        n_cells = np.array([2 if step % 4 == 0 else 16 for step in range(last - 5, last + 1)])  # 50 cells an epoch
+        assert row["velocity_loss"] == pytest.approx((of_steps * n_cells).sum() / n_cells.sum(), rel=1e-6)
+    # the rate is of this process's steps alone, 9 to 12: not of 90 cells in the time of four steps
+    assert rows[12]["cells_per_s"] * rows[12]["step_s"] < 16
 
 
 def test_a_peak_is_stated_or_known_by_name_and_else_there_is_no_mfu() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from scldm.train import tracking
 from scldm.train.tracking import Tracker, TrackingConfig, read_metrics
 
 OFF = TrackingConfig(enabled=False)
@@ -34,6 +35,37 @@ def test_rows_are_in_the_file_at_once_and_a_torn_row_is_dropped_on_resume(tmp_pa
     assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path, "train")] == [(1, 2.0), (2, 1.5)]
     assert [r["nll"] for r in read_metrics(tmp_path, "validation")] == [7.0]
     assert len(read_metrics(tmp_path)) == 3
+
+
+def test_lines_that_are_no_rows_are_passed_over_and_the_rows_around_them_are_sent(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    from mlflow import MlflowClient
+
+    with Tracker(tmp_path, OFF) as tracker:
+        tracker.log(1, {"loss": 2.0})
+    with (tmp_path / "metrics.jsonl").open("ab") as file:  # as a machine that went down leaves them
+        file.write(b"\0" * 40 + b"\n" + b'{"step": 2, "lo{"step": 3}\n' + b"7\n" + b'{"step": 2, "loss": 1.0}\n\xff\n')
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    with Tracker(tmp_path, TrackingConfig(uri=uri)) as tracker:
+        tracker.log(3, {"loss": 1.0})
+        run_id = tracker.run_id()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 3]
+    assert [m.step for m in MlflowClient(uri).get_metric_history(run_id, "train/loss")] == [1, 3]
+    assert capsys.readouterr().err.count("has lines that are no rows") == 1
+
+
+def test_the_last_rows_of_a_run_that_was_stopped_are_not_waited_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # whoever stopped it kills what has not ended half a minute later, and the exit code with it
+    monkeypatch.setattr(tracking, "HURRY_S", 0.2)
+    waits: list[float | None] = []
+    monkeypatch.setattr(tracking._Forwarder, "run", lambda self: self.closing.wait(60))
+    monkeypatch.setattr(tracking._Forwarder, "join", lambda self, timeout=None: waits.append(timeout))
+    for status in ("FINISHED", "FAILED", "KILLED"):
+        Tracker(tmp_path, TrackingConfig(close_s=9.0)).close(status)
+    assert waits == [9.0, 0.2, 0.2]
 
 
 def test_a_rank_that_is_not_active_writes_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,75 @@
+"""Files that are whole or not there, whatever goes down while they are written; and nested mappings as dotted keys.
+
+Reading order: written_aside, write_json, sync_folder, outlived, flat.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+PARTIAL = ".partial"  # ends the name of what was never finished
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which gets its name only when it is durable and the block ends without an error."""
+    # a name that nobody else writes to: tasks on several hosts may have the same process id
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL}")
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # else a machine that goes down may leave a name without its bytes
+        os.replace(part, path)
+        sync_folder(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    with written_aside(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder as durable as what they name."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that has no such call for folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+_told: set[Path] = set()
+
+
+@contextmanager
+def outlived(path: Path) -> Iterator[None]:
+    """What is written here is worth no run: of a disk that refuses it, the first failure of a file is one line."""
+    try:
+        yield
+    except OSError as error:
+        if path not in _told:
+            _told.add(path)
+            print(f"scldm: writing {path} failed ({error}); the run goes on without it", file=sys.stderr, flush=True)
+
+
+def flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of a nested mapping; an empty one is a value."""
+    for key, value in nested.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
