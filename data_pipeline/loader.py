@@ -11,6 +11,7 @@ which cells are chosen. Reading ahead is in feed.py, making a batch of what was 
 
 from __future__ import annotations
 
+import sys
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ from data_pipeline.order import (
     Order,
     Units,
     rank_slice,
+    reads_of_a_block,
 )
 from data_pipeline.read_shards import BlockSource, ShardSet
 from scldm.batch import CellBatch, CompactCellBatch, LatentBatch
@@ -49,8 +51,8 @@ class StreamConfig:
 
     shards: folder or fsspec URL of a shard set
     seed: of the order and of the gene sets
-    lanes: slices of a global batch, each read from a stretch of the epoch of its own; belongs to the run, at least the
-        number of ranks if no block is to be read twice
+    lanes: slices of a global batch, each read from a stretch of the epoch of its own; as many as ranks, or a multiple,
+        if no block is to be read by two. They are part of the order, so of the run; memory grows with those of a rank
     window_blocks: blocks of a lane whose cells are shuffled together; memory grows with it
     select: condition -> labels: only cells that have one of the labels in each of these conditions
     balance: conditions whose combinations are drawn equally often; none draws every cell once an epoch
@@ -159,6 +161,14 @@ class _Loader(ABC, Generic[Batch]):
         except BaseException:
             self.cells.close()
             raise
+        lanes = min(config.lanes, global_batch)
+        if rank == 0 and split == "train" and world_size > lanes and self.feed.n_slots < len(self.units):
+            reads = reads_of_a_block(lanes, world_size, global_batch)
+            print(
+                f"data.lanes={lanes} are shared by {world_size} ranks: a block is read and decompressed by {reads:.3g} "
+                f"of them, with data.lanes={world_size} by one (of a new run: lanes are part of the order)",
+                file=sys.stderr,
+            )
         self.step = 0
         self._running: Running | None = None
         self._finalizer = weakref.finalize(self, from_outside, _release, self.feed, self.cells)

@@ -11,7 +11,7 @@ own, so the world size can't change what a batch holds, and any position can be 
 A set of no more blocks than the windows of all lanes hold is shuffled by the cell. Everything is drawn from the raw
 words of Philox4x64-10, keyed by what is drawn; no draw depends on an earlier one.
 
-Reading order: Units (the cells before shuffling), Balance, EpochOrder, Order, rank_slice.
+Reading order: Units (the cells before shuffling), Balance, EpochOrder, Order, rank_slice, reads_of_a_block.
 """
 
 from __future__ import annotations
@@ -312,3 +312,12 @@ def rank_slice(rank: int, world_size: int, global_batch: int, micro_batch: int) 
     accumulation(global_batch, world_size, micro_batch)
     share = global_batch // world_size
     return rank * share, (rank + 1) * share
+
+
+def reads_of_a_block(lanes: int, world_size: int, global_batch: int) -> float:
+    """How many ranks read a block, as a mean: those that have a share of its lane's positions. 1 where no rank's share
+    begins within a lane, as with as many lanes as ranks, or a multiple; for ranks that divide the global batch."""
+    lanes = min(lanes, global_batch)
+    edge = np.arange(lanes + 1) * global_batch // lanes
+    begins = np.arange(1, world_size) * (global_batch // world_size)
+    return 1 + float((~np.isin(begins, edge)).sum()) / lanes

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.loader import LoaderConfig, StreamConfig
+from data_pipeline.order import reads_of_a_block
 from data_pipeline.schema import read_manifest
 from launch.cli import run_verb
 from launch.config import compose
@@ -98,7 +99,7 @@ class Planned:
     n_latents: ldm: latent tokens of a cell; 0 takes those of data.shards, or of the run in vae
     latent_width: ldm: their width; likewise
     n_cells: to train on; 0 takes those of data.shards
-    expressed: genes that a cell expresses, as the loader reads 3 bytes of each
+    expressed: genes that a cell expresses, as the loader decodes 3 bytes of each
     json: print JSON, not the table
     """
 
@@ -217,14 +218,23 @@ class Plan:
             "cells_per_s": self.cells_per_s,
             "days": self.days,
             "epochs": config.train.steps * config.train.global_batch / config.n_cells,
+            "reads_of_a_block": self.reads,
             "loader_bytes_per_s_and_node": self.loader_bytes / config.hardware.nodes,
         }
 
     @property
+    def reads(self) -> float:
+        """Ranks that read a block."""
+        config = self.config
+        return reads_of_a_block(config.data.lanes, config.hardware.n_ranks, config.train.global_batch)
+
+    @property
     def loader_bytes(self) -> float:
+        """A second, over all ranks, of counts or latents in the blocks that they read."""
         config = self.config
         is_latent = isinstance(config, PlanLDMConfig) and not config.vae
-        return self.cells_per_s * (4 * config.n_latents * config.latent_width if is_latent else 3 * config.expressed)
+        cell = 4 * config.n_latents * config.latent_width if is_latent else 3 * config.expressed
+        return self.cells_per_s * self.reads * cell
 
     def table(self) -> str:
         config, hardware, cost = self.config, self.config.hardware, self.cost
@@ -251,7 +261,7 @@ class Plan:
             lines.append("it does not fit; it would with " + (", or with ".join(self.remedies) or "none of our knobs"))
         formula = f" (by the formula {self.formula_flops / 1e9:,.2f} G)" if self.formula_flops else ""
         epochs = n_steps * batch / config.n_cells
-        loader = self.cells_per_s / hardware.nodes
+        loader, read = self.cells_per_s / hardware.nodes, self.loader_bytes / hardware.nodes / 1e6
         lines += [
             f"FLOPs of a cell, forward and backward: {cost.flops / cells / 1e9:,.2f} G{formula}",
             f"sent by a rank in a step: {self.sent_bytes / GB:,.2f} GB",
@@ -259,9 +269,13 @@ class Plan:
             f"TFLOP/s, {self.exchange_s * 1e3:,.1f} ms of exchange: {self.step_s * 1e3:,.1f} ms",
             f"{self.cells_per_s:,.0f} cells/s, {self.cells_per_s / N:,.0f} of a GPU; {n_steps:,} steps in "
             f"{self.days:,.2f} days, {epochs:,.1f} epochs of {config.n_cells:,} cells",
-            f"the loader must deliver {loader:,.0f} cells/s to a node, {self.loader_bytes / hardware.nodes / 1e6:,.1f} "
-            "MB/s of counts (3 bytes each) or latents",
+            f"the loader must deliver {loader:,.0f} cells/s to a node, from {read:,.1f} MB/s of counts (3 bytes each) "
+            "or latents",
         ]
+        if self.reads > 1:
+            lines.append(
+                f"as data.lanes={config.data.lanes}, a block is read by {self.reads:.3g} ranks; data.lanes={N}: by one"
+            )
         return "\n".join(lines)
 
 

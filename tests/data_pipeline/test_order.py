@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.order import Balance, EpochOrder, EveryCell, Order, Units, rank_slice
+from data_pipeline.order import Balance, EpochOrder, EveryCell, Order, Units, rank_slice, reads_of_a_block
 from data_pipeline.philox import random_words
 from scldm.errors import InputError
 
@@ -199,6 +199,22 @@ GOLDEN = [9, 12, 70, 67, 65, 94, 95, 75, 78, 74]
 def test_a_world_size_that_the_batch_cannot_serve_is_refused_with_the_nearest(world, micro, batch, named):
     with pytest.raises(InputError, match=f"{world} ranks.*{named}"):
         rank_slice(0, world, batch, micro)
+
+
+@pytest.mark.parametrize("lanes, world", [(32, 1), (32, 8), (32, 64), (8, 24), (32, 24), (6, 12), (96, 48), (7, 2)])
+def test_how_often_a_block_is_read_is_known(lanes, world):
+    """Of the order itself: the ranks whose plans of an epoch name each block."""
+    order = EpochOrder(blocks_of(800 * 64, 64), 1, 0, lanes, 192, 2)
+    share = 192 // world
+    plans = [order.plan(0, order.steps - 1, r * share, (r + 1) * share)[0] for r in range(world)]
+    found = sum(len(np.unique(blocks)) for blocks in plans) / len(np.unique(np.concatenate(plans, axis=1)))
+    reads = reads_of_a_block(lanes, world, 192)
+    assert 0.98 * reads <= found <= 1.01 * reads * (1 + lanes / 800)  # a block where two lanes meet is of both
+
+
+def test_as_many_lanes_as_ranks_read_every_block_once():
+    assert reads_of_a_block(32, 1_024, 8_192) == 32
+    assert reads_of_a_block(1_024, 1_024, 8_192) == reads_of_a_block(1_024, 256, 8_192) == 1
 
 
 def test_an_order_without_cells_is_refused():

@@ -41,6 +41,17 @@ def test_every_world_size_gives_every_cell_the_same_position_and_gene_sets(folde
             loader.close()
 
 
+def test_ranks_beyond_the_lanes_are_told_once_what_they_cost(folder, capsys):
+    for rank in (0, 1):
+        open_loader(folder, rank=rank, world=24, micro=1, lanes=8).close()
+    said = capsys.readouterr().err
+    assert said.count("data.lanes=8 are shared by 24 ranks: a block is read and decompressed by 3 of them") == 1
+    open_loader(folder, world=8, lanes=8).close()
+    open_loader(folder, world=24, micro=1, lanes=8, split="validation").close()
+    open_loader(folder, world=24, micro=1, lanes=8, window_blocks=20).close()  # a rank holds all of so small a set
+    assert not capsys.readouterr().err
+
+
 def test_a_shared_gene_set_is_its_groups_whatever_the_micro_batch(folder):
     given_set = GeneSetConfig("random", 20, gene_set_group=12)
     with open_loader(folder, micro=12, given=given_set) as whole:

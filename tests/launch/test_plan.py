@@ -39,8 +39,14 @@ def test_a_plan_for_1024_gpus_and_100_million_cells(capsys: pytest.CaptureFixtur
     for part in ("9.8 million parameters; 1,024 ranks x 8 cells x 1", "<- configured", "epochs of 100,000,000 cells"):
         assert part in table
     assert "FIT" not in table
+    assert "as data.lanes=256, a block is read by 4 ranks; data.lanes=1024: by one" in table
+    assert main(["plan", *words, "json=true", "data.lanes=1024"]) == 0
+    once = json.loads(capsys.readouterr().out)
     assert main(["plan", *words, "json=true"]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert (once["reads_of_a_block"], found["reads_of_a_block"]) == (1, 4)
+    assert once["loader_bytes_per_s_and_node"] == pytest.approx(once["cells_per_s"] * 4 * 64 * 16 / 128)
+    assert found["loader_bytes_per_s_and_node"] == pytest.approx(4 * once["loader_bytes_per_s_and_node"])
     # a DiT step is six FLOPs a parameter of its blocks and token, and attention
     assert 6 * 64 * 6.2e6 < found["flops_per_cell"] < 6 * 64 * 9.8e6
     assert found["cells_per_s"] * found["step_s"] == pytest.approx(8192)
