@@ -85,7 +85,7 @@ class GeneVocab:
 
 @dataclass(frozen=True)
 class ConditionVocab:
-    """The labels of every condition: id k of condition `name` is `labels[name][k]`; the null id follows the last label.
+    """The labels of every condition: id k of condition `name` is `labels[name][k]`.
 
     labels: condition name -> its labels; {} for an unconditional model
     """
@@ -97,10 +97,6 @@ class ConditionVocab:
         return tuple(self.labels)
 
     def n_labels(self, name: str) -> int:
-        return len(self.labels[name])
-
-    def null_id(self, name: str) -> int:
-        """The id that stands for "not given" in classifier-free guidance."""
         return len(self.labels[name])
 
     @cached_property

@@ -76,7 +76,8 @@ def _trace(network: nn.Module, loss_of: LossOf, bf16: bool, keep_gradients: bool
 
 def vae_step(config: VAEConfig, n_genes: int, n_cells: int, n_given: int, n_asked: int, **how: Any) -> StepCost:
     """Of the autoencoder on cells that share their gene sets; where attention is `fused`, as any machine can run it."""
-    config = replace(config.portable, compile=False)
+    attention = "factorised" if config.attention == "fused" else config.attention
+    config = replace(config, attention=attention, compile=False)
 
     def loss_of(run: nn.Module) -> Tensor:
         ids = torch.ones(max(n_given, n_asked), dtype=torch.int64)

@@ -19,6 +19,7 @@ import torch
 import scldm
 from scldm.batch import GeneCounts
 from scldm.errors import InputError
+from scldm.model.vae import VAE
 from scldm.model_folder import save_pretrained
 from scldm.pretrained import Pretrained
 from tests.scldm.small_model import CONDITIONS, GENES, G, L, Z, cells, library_sizes, networks
@@ -80,6 +81,17 @@ def test_an_autoencoder_alone_embeds_and_says_that_it_does_not_generate(tmp_path
     assert model.embed(cells(3)).shape == (3, L * Z)
     with pytest.raises(InputError, match="embeds, but does not generate"):
         model.generate(pd.DataFrame(index=range(2)), seed=0)
+
+
+@pytest.mark.parametrize("kind", ["plain", "sdpa", "fused"])
+def test_it_embeds_by_the_factorised_path_however_it_was_trained(tmp_path: Path, model: Pretrained, kind) -> None:
+    vae = networks()[0]
+    trained = VAE(replace(vae.config, attention=kind), GENES.n_genes)
+    trained.load_state_dict(vae.state_dict())
+    save_pretrained(tmp_path / "model", trained, None, GENES, CONDITIONS, library_sizes(), {})
+    loaded = scldm.load(tmp_path / "model")
+    assert loaded.vae.config.attention == "factorised"
+    np.testing.assert_array_equal(loaded.embed(cells(3)), model.embed(cells(3)))
 
 
 # --- embed ---------------------------------------------------------------------------------------------------------

@@ -46,10 +46,9 @@ def test_genes_come_back_from_disk_and_a_changed_file_is_refused(tmp_path: Path)
         GeneVocab.load(path)
 
 
-def test_labels_and_the_null_id() -> None:
+def test_labels_and_ids() -> None:
     np.testing.assert_array_equal(CONDITIONS.encode("cell_type", ["T cell", "B cell"]), [2, 0])
     assert CONDITIONS.decode("cell_type", [2, 0]) == ["T cell", "B cell"]
-    assert (CONDITIONS.null_id("cell_type"), CONDITIONS.null_id("donor")) == (3, 1)
     assert CONDITIONS.encode("donor", []).dtype == np.int64
 
 
