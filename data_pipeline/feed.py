@@ -123,9 +123,14 @@ class Feed(Generic[Batch]):
     def _batches(self, plans: Iterator[Plan], blocks: _Blocks) -> Iterator[list[Batch]]:
         ahead: deque[tuple[Plan, int]] = deque()  # and when its blocks were asked for
         for plan in plans:
-            while ahead and (len(ahead) > self.read_ahead or not blocks.have_room(plan.block, ahead[0][1])):
+            if len(ahead) > self.read_ahead:
+                # several steps' at once, so that a reading thread, once awake, finds more than one block to read
+                while len(ahead) > self.read_ahead // 2:
+                    yield self._collate(ahead.popleft()[0], blocks)
+            while not (asked := blocks.want(plan.block, ahead[0][1] if ahead else blocks.now + 1)):
+                assert ahead, "more blocks at once than slots"
                 yield self._collate(ahead.popleft()[0], blocks)
-            ahead.append((plan, blocks.want(plan.block)))
+            ahead.append((plan, asked))
         while ahead:
             yield self._collate(ahead.popleft()[0], blocks)
 
@@ -157,21 +162,17 @@ class _Blocks:
         self.now = 0
         self.loading: dict[int, Future[None]] = {}  # block -> its read, until it was waited for
 
-    def have_room(self, block: np.ndarray, since: int) -> bool:
-        """Whether these blocks can be read without giving up one that was asked for since then."""
-        if _all_there(block, self.slot):
-            return True
-        missing = block[self.slot[block] < 0]
-        return len(set(missing.tolist())) <= int((self.needed < since).sum())
-
-    def want(self, block: np.ndarray) -> int:
-        """Begins to read what is not there; returns when that was."""
+    def want(self, block: np.ndarray, since: int) -> int:
+        """Begins to read what is not there, and returns when that was; 0, with nothing begun, where that would take the
+        slot of a block that was asked for since then."""
         self.now += 1
         if _ask_for(block, self.slot, self.needed, self.now):
             return self.now
-        for b in dict.fromkeys(block[self.slot[block] < 0].tolist()):
+        missing = dict.fromkeys(block[self.slot[block] < 0].tolist())
+        if len(missing) > int((self.needed < since).sum()):
+            return 0
+        for b in missing:
             slot = int(self.needed.argmin())
-            assert self.needed[slot] < self.now, "more blocks at once than slots"
             if self.block[slot] >= 0:
                 self._drop(int(self.block[slot]))
             self.block[slot], self.slot[b], self.needed[slot] = b, slot, self.now
@@ -190,7 +191,8 @@ class _Blocks:
         """
         slots = np.empty(len(block), np.int64)
         if not _find(block, self.slot, self.read, slots):
-            self.want(block)  # again, where another batch's fault dropped one
+            asked = self.want(block, self.now + 1)  # again, where another batch's fault dropped one
+            assert asked, "more blocks at once than slots"
             for b in dict.fromkeys(block[~self.read[self.slot[block]]].tolist()):
                 reading = self.loading.get(b) or self._begin(b)  # an interrupt may come between a slot and its read
                 error = reading.exception()
@@ -213,18 +215,9 @@ class _Blocks:
 
 
 @njit(cache=True)
-def _all_there(block, slot_of):
-    """Whether these blocks have slots. A kernel, as those below: of a batch of cells a hundred are looked up, for which
-    NumPy takes five calls."""
-    there = 0
-    for b in block:
-        there += slot_of[b] >= 0
-    return there == len(block)
-
-
-@njit(cache=True)
 def _ask_for(block, slot_of, needed, now):
-    """Notes that the slots of these blocks are needed; False where a block has none."""
+    """Notes that the slots of these blocks are needed; False where a block has none. A kernel, as the one below: of a
+    batch of cells a hundred are looked up, for which NumPy takes five calls."""
     there = True
     for b in block:
         if slot_of[b] < 0:

@@ -182,22 +182,16 @@ class GeneSets:
         """One random word (B,) for each cell, from which a policy that looks at the cell goes on."""
         if self.config.policy == "expressed" and (not self.width or self.config.overflow == "refuse"):
             return np.zeros(len(positions), np.uint64)  # draws nothing
-        return self._words(epoch, step, int(positions[0]), len(positions), 1)[:, 0]
-
-    def _words(self, epoch: int, step: int, first: int, n_positions: int, n: int) -> np.ndarray:
-        """n words or a few more for each of the positions first, first + 1, ... of a global batch: a position's words
-        depend on nothing but it and n, and those of neighbours come in one call."""
-        counts = -(-n // 4)
-        words = random_words(self.seed, self.purpose, epoch, step, n_positions * counts * 4, skip=first * counts)
-        return words.reshape(n_positions, counts * 4)
+        n, first = len(positions), int(positions[0])
+        return random_words(self.seed, self.purpose, epoch, step, 4 * n, skip=first)[::4]
 
     def _draw(self, epoch: int, step: int, first: int, n_positions: int) -> np.ndarray:
         """Sets (n_positions, S)."""
         out = np.empty((n_positions, self.width), np.int64)
-        if self.rates is None:
-            _draw_without_replacement(self.total, self._words(epoch, step, first, n_positions, 1)[:, 0], out)
-            return out
         seed, purpose, from_, at, of = map(np.uint64, (self.seed, self.purpose, first, step, epoch))
+        if self.rates is None:
+            _draw_without_replacement(self.total, seed, purpose, from_, at, of, out)
+            return out
         for soon, least in ((self.soon, self.least), (np.inf, _least_words(self.rates, np.inf))):
             if _draw_first_arrivals(self.rates, soon, least, seed, purpose, from_, at, of, out):
                 break
@@ -223,24 +217,25 @@ def below(word, n):
 
 
 @njit(nogil=True, cache=True)
-def _draw_without_replacement(n, seeds, out):
-    """Sets of out.shape[1] of the indices 1 ... n, a row for each seed: by drawing again what was drawn before, or,
-    where that would be often, by the first steps of a Fisher-Yates shuffle."""
+def _draw_without_replacement(n, seed, purpose, first, step, epoch, out):
+    """Sets of out.shape[1] of the indices 1 ... n, a row for each position's random word: by drawing again what was
+    drawn before, or, where that would be often, by the first steps of a Fisher-Yates shuffle."""
     width = out.shape[1]
     often = 2 * width > n
     items, taken = np.empty(n if often else 0, np.int32), np.zeros(0 if often else n, np.uint8)
     for i in range(len(out)):
+        word = four_words(seed, purpose, first + np.uint64(i), step, epoch)[0]
         if often:
             for k in range(n):
                 items[k] = k + 1
             for k in range(width):
-                chosen = k + below(nth_word(seeds[i], k), n - k)
+                chosen = k + below(nth_word(word, k), n - k)
                 out[i, k] = items[chosen]
                 items[chosen] = items[k]
             continue
         k, draws = np.uint64(0), np.uint64(0)
         while k < np.uint64(width):
-            gene = np.uint64(below(nth_word(seeds[i], draws), n))
+            gene = np.uint64(below(nth_word(word, draws), n))
             draws += np.uint64(1)
             # written whether or not it was taken, and kept only if not: no branch to mispredict
             out[i, k] = gene + np.uint64(1)
