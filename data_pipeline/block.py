@@ -1,7 +1,8 @@
 """A block: up to 256 cells of one split as bytes, and back. The layout is specified in README.md.
 
-A cell costs one byte per expressed gene for the gene and half a byte for its count, before the codec. Both use 0 as the
-escape to a table of larger values, since a step between ascending genes and a stored count are at least 1.
+A cell costs a byte and a half per expressed gene before the codec: the step from the gene before, and its count. What
+is rare (counts over 15, steps over 255) is said so that a reader needs no branch for it: a larger count stands in a
+table with its gene, and a longer step is several, to genes whose count is 0.
 
 Reading order: header, codec, NarrowCells, encode_block, sections, BlockBuffers,
 decode_block, the numba kernels (they release the GIL).
@@ -23,7 +24,7 @@ from data_pipeline.schema import CODECS, Codec, column_dtype
 from scldm.errors import InputError
 
 MAGIC = b"SCLDMBLK"
-BLOCK_VERSION = 2
+BLOCK_VERSION = 3
 HEADER = np.dtype(
     [
         ("magic", "S8"),
@@ -34,8 +35,8 @@ HEADER = np.dtype(
         ("n_conditions", "<u2"),
         ("n_genes", "<u4"),
         ("n_nonzeros", "<u4"),
-        ("n_far_genes", "<u4"),
-        ("n_medium_counts", "<u4"),
+        ("n_entries", "<u4"),
+        ("n_escapes", "<u4"),
         ("n_large_counts", "<u4"),
         ("reserved", "<u4"),
         ("payload_bytes", "<u4"),
@@ -196,19 +197,24 @@ def encode_block(
     """The bytes of a block; `conditions` have their stored dtype."""
     assert len(cells) == len(sources) == len(rows)
     widths = np.array([c.dtype.itemsize for c in conditions], np.uint8)
-    n_medium, totals = np.empty(len(cells), np.uint32), np.empty(len(cells), np.uint64)
-    packed = np.empty(int(((cells.nonzeros.astype(np.int64) + 1) // 2).sum()), np.uint8)
-    medium = np.empty(len(cells.small), np.uint8)
-    medium = medium[: _pack(cells.nonzeros, cells.small, cells.large, n_medium, totals, packed, medium)]
-    table = [cells.nonzeros.astype("<u4"), cells.n_far.astype("<u4"), n_medium, cells.n_large.astype("<u4"), totals]
+    n_needed, n_escapes = np.empty(len(cells), np.uint32), np.empty(len(cells), np.uint32)
+    _count_entries(cells.nonzeros, cells.small, cells.n_far, cells.far, n_needed, n_escapes)
+    n_entries = n_needed + n_needed % 2
+    steps, totals = np.empty(n_entries.sum(dtype=np.int64), np.uint8), np.empty(len(cells), np.uint64)
+    counts, packed = np.empty(len(steps), np.uint8), np.empty(len(steps) // 2, np.uint8)
+    escaped = np.empty(n_escapes.sum(dtype=np.int64) + 1, column_dtype(n_genes))
+    medium = np.empty(len(escaped), np.uint8)
+    given = cells.nonzeros, cells.steps, cells.small, cells.far, cells.large
+    _pack(*given, n_needed, steps, counts, packed, escaped, medium, totals)
+    table = [cells.nonzeros.astype("<u4"), n_entries, n_escapes, cells.n_large.astype("<u4"), totals]
     identity = [sources.astype("<u2"), rows.astype("<i8"), widths, *conditions]
-    payload = b"".join(map(_padded, [*table, *identity, cells.far, cells.large, medium, cells.steps, packed]))
+    payload = b"".join(map(_padded, [*table, *identity, cells.large, escaped[:-1], medium[:-1], steps, packed]))
     stored = compress(payload, codec, level)
     header = np.zeros((), HEADER)
     header["magic"], header["version"], header["codec"] = MAGIC, BLOCK_VERSION, CODECS.index(codec)
     header["split"], header["n_cells"], header["n_conditions"] = split, len(cells), len(conditions)
     header["n_genes"], header["n_nonzeros"] = n_genes, len(cells.steps)
-    header["n_far_genes"], header["n_medium_counts"] = len(cells.far), len(medium)
+    header["n_entries"], header["n_escapes"] = len(steps), len(medium) - 1
     header["n_large_counts"] = len(cells.large)
     header["payload_bytes"], header["stored_bytes"] = len(payload), len(stored)
     header["vocab_tag"] = vocab_tag
@@ -226,25 +232,28 @@ def _padded(section: np.ndarray) -> bytes:
 class Sections(NamedTuple):
     """Views of a payload's sections; of a block with n cells, in the order in which they are stored.
 
-    nonzeros, n_far, n_medium, n_large: (n,) uint32, what belongs to each cell in the arrays below
+    nonzeros: (n,) uint32, expressed genes of each cell
+    n_entries, n_escapes, n_large: (n,) uint32, what belongs to each cell in the arrays below; n_entries is even
     totals: (n,) uint64, each cell's sum of counts
     sources, rows, conditions: as Block has them
-    far, large, medium: uint32, uint64, uint8, the values of the escapes, in order
-    steps: uint8, one more than the genes skipped since the one before; 0 where it stands in `far`
-    packed: uint8, two counts a byte, the first in the low half, each cell from a byte of its own; 0 where the count
-        stands in `medium`, and 0 there where it stands in `large`
+    large: uint64, the counts over 255, in order
+    escaped: uint16 or uint32 (column_dtype), gene columns of the counts over 15, ascending within a cell
+    medium: uint8, those counts; 0 where it stands in `large`
+    steps: uint8, from an entry's column to that of the next, the first one from -1. A step over 255 is several: those
+        of 255 lead to genes that are not expressed. A first step of 0, to column -1, fills up an odd number of entries
+    packed: uint8, two counts a byte, the first in the low half: 0 where there is none, or where it is escaped
     """
 
     nonzeros: np.ndarray
-    n_far: np.ndarray
-    n_medium: np.ndarray
+    n_entries: np.ndarray
+    n_escapes: np.ndarray
     n_large: np.ndarray
     totals: np.ndarray
     sources: np.ndarray
     rows: np.ndarray
     conditions: tuple[np.ndarray, ...]
-    far: np.ndarray
     large: np.ndarray
+    escaped: np.ndarray
     medium: np.ndarray
     steps: np.ndarray
     packed: np.ndarray
@@ -264,17 +273,18 @@ def sections(payload: np.ndarray, header: np.void) -> Sections:
         return values
 
     n = int(header["n_cells"])
-    nonzeros, n_far, n_medium, n_large = (section(U4, n) for _ in range(4))
+    nonzeros, n_entries, n_escapes, n_large = (section(U4, n) for _ in range(4))
     totals, sources, rows = section(U8, n), section(U2, n), section(I8, n)
     widths = section(U1, int(header["n_conditions"])).tolist()
     if not set(widths) <= {1, 2, 4}:
         raise ValueError(f"condition widths {widths}")
     conditions = tuple(section({1: U1, 2: U2, 4: U4}[width], n) for width in widths)
-    far, large = section(U4, int(header["n_far_genes"])), section(U8, int(header["n_large_counts"]))
-    medium, steps = section(U1, int(header["n_medium_counts"])), section(U1, int(header["n_nonzeros"]))
+    large = section(U8, int(header["n_large_counts"]))
+    escaped = section(column_dtype(int(header["n_genes"])), int(header["n_escapes"]))
+    medium, steps = section(U1, int(header["n_escapes"])), section(U1, int(header["n_entries"]))
     packed = payload[at:]
-    per_cell = nonzeros, n_far, n_medium, n_large, totals, sources, rows, conditions
-    return Sections(*per_cell, far, large, medium, steps, packed)
+    per_cell = nonzeros, n_entries, n_escapes, n_large, totals, sources, rows, conditions
+    return Sections(*per_cell, large, escaped, medium, steps, packed)
 
 
 class BlockBuffers:
@@ -341,9 +351,10 @@ def decode_block(
         payload = decompress(stored, CODECS[header["codec"]], buffers.take("payload", int(header["payload_bytes"])))
         found = sections(payload, header)
         indptr = buffers.take("indptr", len(found.nonzeros) + 1)
-        columns, counts = buffers.take("columns", len(found.steps)), buffers.take("counts", len(found.steps))
-        per_cell = found.nonzeros, found.n_far, found.n_medium, found.n_large, found.totals
-        tables = found.far, found.large, found.medium
+        n_nonzeros = int(header["n_nonzeros"])
+        columns, counts = buffers.take("columns", n_nonzeros), buffers.take("counts", n_nonzeros)
+        per_cell = found.nonzeros, found.n_entries, found.n_escapes, found.n_large, found.totals
+        tables = found.large, found.escaped, found.medium
         if not _widen(*per_cell, *tables, found.steps, found.packed, n_genes, indptr, columns, counts):
             raise ValueError("its sections do not fit each other")
     except ValueError as error:
@@ -406,77 +417,95 @@ def _narrow(indptr, columns, counts, deltas, small, far, large):
 
 
 @njit(nogil=True, cache=True)
-def _pack(nonzeros, small, large, n_medium, totals, packed, medium):
-    """Counts as half bytes; those over 15 go to `medium`, in order, and leave a 0. Returns how
-    many; fills in how many are each cell's, and its sum of counts."""
-    k, p, m, g, one = np.uint64(0), np.uint64(0), np.uint64(0), np.uint64(0), np.uint64(1)
+def _count_entries(nonzeros, small, n_far, far, n_entries, n_escapes):
+    """How many entries and escapes each cell takes."""
+    k, f = np.uint64(0), 0
     for cell in range(len(nonzeros)):
-        first, total = m, np.uint64(0)
-        n = np.uint64(nonzeros[cell])
+        n, escapes = np.uint64(nonzeros[cell]), np.uint64(0)
         for j in range(n):
-            count = small[k + j]
+            escapes += np.uint64((small[k + j] == 0) | (small[k + j] > 15))
+        entries = np.int64(n)
+        for _ in range(n_far[cell]):
+            entries += (np.int64(far[f]) - 1) // 255
+            f += 1
+        k += n
+        n_entries[cell], n_escapes[cell] = entries, escapes
+
+
+@njit(nogil=True, cache=True)
+def _pack(nonzeros, narrow_steps, small, far, large, n_needed, steps, counts, packed, escaped, medium, totals):
+    """Steps over 255 become several, counts over 15 go to the tables, and counts become half bytes; fills in each
+    cell's sum of counts. `counts` is memory for that; `escaped` and `medium` are one longer than their escapes."""
+    k, e, f, g, m = np.uint64(0), np.uint64(0), 0, 0, np.uint64(0)
+    one = np.uint64(1)
+    for cell in range(len(nonzeros)):
+        last, column, total = k + np.uint64(nonzeros[cell]), np.int64(-1), np.uint64(0)
+        if n_needed[cell] % 2:
+            steps[e], counts[e], e = 0, 0, e + one
+        while k < last:
+            step, count = np.int64(narrow_steps[k]), small[k]
+            if step == 0:
+                step = np.int64(far[f])
+                f += 1
+                while step > 255:
+                    steps[e], counts[e] = 255, 0
+                    e, column, step = e + one, column + 255, step - 255
+            column += step
             total += np.uint64(count)
             if count == 0:
                 total += large[g]
-                g += one
+                g += 1
             # written always, kept where it is an escape: no branch to mispredict
-            medium[m] = count
+            escaped[m], medium[m] = column, count
             m += np.uint64((count == 0) | (count > 15))
-        for j in range(n >> one):  # a loop of its own, which becomes wide instructions
-            low, high = small[k + j + j], small[k + j + j + one]
-            low, high = np.uint8(low if low < 16 else 0), np.uint8(high if high < 16 else 0)
-            packed[p + j] = low | np.uint8(high << np.uint8(4))
-        if n & one:
-            last = small[k + n - one]
-            packed[p + (n >> one)] = np.uint8(last if last < 16 else 0)
-        k, p = k + n, p + ((n + one) >> one)
-        n_medium[cell], totals[cell] = m - first, total
-    return np.int64(m)
+            steps[e], counts[e] = step, np.uint8(count if count < 16 else 0)
+            e, k = e + one, k + one
+        totals[cell] = total
+    for pair in range(np.uint64(len(packed))):  # a loop of its own, which becomes wide instructions
+        packed[pair] = counts[pair + pair] | np.uint8(counts[pair + pair + one] << np.uint8(4))
 
 
 @njit(nogil=True, cache=True)
 def _widen(
-    nonzeros, far_of, medium_of, large_of, totals, far, large, medium, steps, packed, n_genes, indptr, columns, counts
-):
-    """_narrow and _pack back; False where the sections contradict each other (nothing is read or written out of
-    bounds)."""
-    k, p, f, m, g = 0, 0, 0, 0, 0
+    nonzeros, entries_of, escapes_of, large_of, totals, large, escaped, medium, steps, packed, n_genes, indptr, columns,
+    counts,
+):  # fmt: skip
+    """_pack back; False where the sections contradict each other (nothing is read or written out of bounds)."""
+    k, e, m, g = 0, 0, 0, 0
     indptr[0] = 0
     for cell in range(len(nonzeros)):
-        n = np.int64(nonzeros[cell])
-        if k + n > len(steps) or p + (n + 1) // 2 > len(packed):
+        n, last = np.int64(entries_of[cell]), k + np.int64(nonzeros[cell])
+        last_escape, last_large = m + np.int64(escapes_of[cell]), g + np.int64(large_of[cell])
+        if n % 2 or e + n > len(steps) or e + n > 2 * len(packed) or last > len(columns):
+            return False
+        if last_escape > len(escaped) or last_large > len(large):
             return False
         column, total = np.int64(-1), np.uint64(0)
-        first_far, first_medium, first_large = f, m, g
-        for j in range(n):
-            step, count = np.int64(steps[k + j]), np.int64((packed[p + j // 2] >> np.uint8(4 * (j % 2))) & 15)
-            if step == 0:
-                if f == len(far):
-                    return False
-                step = np.int64(far[f])
-                if step == 0:
-                    return False
-                f += 1
+        for j in range(e, e + n):
+            step, count = np.int64(steps[j]), np.int64((packed[j // 2] >> np.uint8(4 * (j % 2))) & 15)
+            if step == 0 and (j > e or count):
+                return False
+            column += step
             if count == 0:
-                if m == len(medium):
-                    return False
+                if m == last_escape or np.int64(escaped[m]) != column:
+                    continue
                 count = np.int64(medium[m])
                 m += 1
                 if count == 0:
-                    if g == len(large):
+                    if g == last_large:
                         return False
                     count = np.int64(large[g])
-                    if count <= 0:
-                        return False
                     g += 1
-            column += step
-            columns[k + j], counts[k + j] = column, count
+                if count < 16:
+                    return False
+            if k == last:
+                return False
+            columns[k], counts[k] = column, count
             total += np.uint64(count)
-        if column >= n_genes or total != totals[cell]:
+            k += 1
+        if column >= n_genes or total != totals[cell] or k != last or m != last_escape or g != last_large:
             return False
-        if f - first_far != far_of[cell] or m - first_medium != medium_of[cell] or g - first_large != large_of[cell]:
-            return False
-        k, p = k + n, p + (n + 1) // 2
+        e += n
         indptr[cell + 1] = k
-    whole = k == len(steps) and f == len(far) and m == len(medium) and g == len(large)
-    return whole and (p + 7) // 8 * 8 == len(packed)
+    whole = k == len(columns) and e == len(steps) and m == len(escaped) and g == len(large)
+    return whole and (e // 2 + 7) // 8 * 8 == len(packed)

@@ -30,7 +30,7 @@ class Csr:
 
     start: (B + 1,) int32, where each cell's begin
     gene_ids: vocabulary indices, uint16 up to 65,535 genes, else int32
-    counts: uint8, 0 where the count is over 255
+    counts: uint8; 0 where the count is over 255, and at a few genes that are not expressed, or padding
     large_at, large: where those stand, int32, and what they are, int32, or int64 in a set with a count over 2^31
     """
 
@@ -79,9 +79,11 @@ class CellSlots:
         self.codec, self.scratch, self.slab = manifest.codec, threading.local(), Slab()
         self.payload = [np.empty(0, np.uint8)] * n_slots
         self.where = [""] * n_slots
-        # per slot: addresses of steps, packed, medium, far, large; then where in each of them a cell begins
+        # per slot: addresses of steps, packed, escaped, medium, large; then where a cell's entries, escapes, large
+        # counts and expressed genes begin
         self.place = np.zeros((n_slots, 5), np.int64)
-        self.begin = np.zeros((n_slots, cells + 1, 5), np.int32)
+        self.begin = np.zeros((n_slots, cells + 1, 4), np.int32)
+        self.escaped = np.empty(0, column_dtype(self.n_genes))
         # side by side, since a cell in a random place costs as much to find as to read
         self.about = np.zeros((n_slots, cells, 3 + len(self.names)), np.int64)
         self.identity, self.total_counts, self.labels = self.about[..., :2], self.about[..., 2], self.about[..., 3:]
@@ -142,8 +144,8 @@ class CellSlots:
                     raise ValueError(f"a label id of {self.names[c]!r} is beyond its {self.n_labels[c]} labels")
             if (largest := int(found.large.max(initial=0))) > self.largest_count:  # might not fit count_dtype
                 raise ValueError(f"a count of {largest}, the manifest's largest is {self.largest_count}")
-            lengths, parts = found[:4], (found.steps, found.packed, found.medium, found.far, found.large)
-            if not locate(*lengths, *parts, self.place[slot], self.begin[slot]):
+            parts = found.large, found.escaped, found.medium, found.steps, found.packed
+            if not locate(*found[:4], *parts, self.place[slot], self.begin[slot]):
                 raise ValueError("its sections do not fit each other")
         except ValueError as error:
             raise InputError(f"{where}: damaged: {error}") from None
@@ -154,14 +156,15 @@ class CellSlots:
     # --- gather: `slots` and `rows` are (B,) int64
 
     def _table(self, width: int) -> np.ndarray:
-        """From gene column to place in a set of this width: `width`, a place to throw away, for genes outside of it."""
+        """From vocabulary index to place in a set of this width: `width`, a place to throw away, for genes outside of
+        it and for padding."""
         if width not in self.columns:
-            self.columns[width] = np.full(self.n_genes, width, np.uint16 if width < 1 << 16 else np.uint32)
+            self.columns[width] = np.full(self.n_genes + 1, width, np.uint16 if width < 1 << 16 else np.uint32)
         return self.columns[width]
 
-    def _run(self, kernel: Callable[..., int], slots: np.ndarray, *rest: Any) -> None:
+    def _run(self, kernel: Callable[..., int], slots: np.ndarray, rows: np.ndarray, *rest: Any) -> None:
         """Raises: InputError naming the block of a cell that the kernel refused."""
-        refused = kernel(slots, *rest)
+        refused = kernel(slots, rows, self.place, self.begin, self.escaped, *rest)
         if refused >= 0:
             raise InputError(f"{self.where[slots[refused]]}: damaged: its sections do not fit each other")
 
@@ -172,7 +175,7 @@ class CellSlots:
         flat = np.empty(n * width + 1, self.count_dtype)
         totals = np.empty(n, np.int64)
         kernel = take_shared if gene_ids.ndim == 1 else take_each
-        self._run(kernel, slots, rows, self.place, self.begin, gene_ids, self._table(width), flat, totals)
+        self._run(kernel, slots, rows, gene_ids, self._table(width), flat, totals)
         return flat[:-1].reshape(n, width), totals
 
     def take_of_the_cell(
@@ -180,22 +183,22 @@ class CellSlots:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Gene ids (B, S) int64, counts (B, S) and their sums (B,) for the policies that look at the cell."""
         width = sets.width
-        n_expressed = self.begin[slots, rows + 1, 0] - self.begin[slots, rows, 0]
+        n_expressed = self.begin[slots, rows + 1, 3] - self.begin[slots, rows, 3]
         if not width:
             width = -(-int(n_expressed.max(initial=1)) // WIDTH_STEP) * WIDTH_STEP
         ids, counts = np.zeros((len(slots), width), np.int64), np.zeros((len(slots), width), self.count_dtype)
         totals = np.empty(len(slots), np.int64)
         fill_up = sets.config.policy == "expressed_plus_zeros"
         of_genes = self.n_genes, fill_up
-        self._run(take_expressed, slots, rows, self.place, self.begin, *of_genes, words, ids, counts, totals)
+        self._run(take_expressed, slots, rows, *of_genes, words, ids, counts, totals)
         return ids, counts, totals
 
     def take_csr(self, slots: np.ndarray, rows: np.ndarray) -> Csr:
         """All counts of the cells."""
         first, last = self.begin[slots, rows], self.begin[slots, rows + 1]
         start = np.concatenate([[0], np.cumsum(last[:, 0] - first[:, 0])]).astype(np.int32)
-        n_large = int((last[:, 4] - first[:, 4]).sum())
+        n_large = int((last[:, 2] - first[:, 2]).sum())
         ids, counts = np.empty(start[-1], self.id_dtype), np.empty(start[-1], np.uint8)
         large_at, large = np.empty(n_large, np.int32), np.empty(n_large, self.count_dtype)
-        self._run(take_csr, slots, rows, self.place, self.begin, self.n_genes, ids, counts, large_at, large)
+        self._run(take_csr, slots, rows, self.n_genes, ids, counts, large_at, large)
         return Csr(start, ids, counts, large_at, large)

@@ -1,8 +1,8 @@
 """Cells out of slots (gather.py), by numba; the kernels release the GIL.
 
-`slots` and `rows` (B,) are cells; `place` and `begin` say where their parts lie. A kernel that meets a cell whose
-sections contradict each other leaves it, having read and written nothing out of bounds, and returns its position in the
-batch, else -1.
+`slots` and `rows` (B,) are cells; `place` and `begin` say where their parts lie, `escaped` is an empty array of the
+dtype of escaped columns. A kernel that meets a cell whose sections contradict each other leaves it, having read and
+written nothing out of bounds, and returns its position in the batch, else -1.
 
 Reading order: pointers, locate (a block's sections), what a cell is decoded by, take_cells (what is said about cells),
 and the take_* of counts.
@@ -52,21 +52,19 @@ _prefetch: Any = _as_prefetch
 
 
 @njit(nogil=True, cache=True)
-def locate(nonzeros, n_far, n_medium, n_large, steps, packed, medium, far, large, place, begin):
-    """Where the sections lie, and where each cell begins in them; False where the lengths do not add up to theirs."""
-    place[0], place[1], place[2] = steps.ctypes.data, packed.ctypes.data, medium.ctypes.data
-    place[3], place[4] = far.ctypes.data, large.ctypes.data
-    k, p, m, f, g = np.int64(0), np.int64(0), np.int64(0), np.int64(0), np.int64(0)
+def locate(nonzeros, n_entries, n_escapes, n_large, large, escaped, medium, steps, packed, place, begin):
+    """Where the sections lie, and where each cell begins in them; False where they do not fit each other."""
+    place[0], place[1], place[2] = steps.ctypes.data, packed.ctypes.data, escaped.ctypes.data
+    place[3], place[4] = medium.ctypes.data, large.ctypes.data
+    e, m, g, k, odd = np.int64(0), np.int64(0), np.int64(0), np.int64(0), np.int64(0)
     for cell in range(len(nonzeros)):
-        begin[cell, 0], begin[cell, 1], begin[cell, 2], begin[cell, 3], begin[cell, 4] = k, p, m, f, g
-        n = np.int64(nonzeros[cell])
-        k, p, m = k + n, p + (n + 1) // 2, m + np.int64(n_medium[cell])
-        f, g = f + np.int64(n_far[cell]), g + np.int64(n_large[cell])
-    n = len(nonzeros)
-    for cell in range(n, len(begin)):  # what comes after the last one is empty
-        begin[cell, 0], begin[cell, 1], begin[cell, 2], begin[cell, 3], begin[cell, 4] = k, p, m, f, g
-    whole = k == len(steps) and m == len(medium) and f == len(far) and g == len(large)
-    return whole and (p + 7) // 8 * 8 == len(packed)
+        begin[cell, 0], begin[cell, 1], begin[cell, 2], begin[cell, 3] = e, m, g, k
+        e, m = e + np.int64(n_entries[cell]), m + np.int64(n_escapes[cell])
+        g, k, odd = g + np.int64(n_large[cell]), k + np.int64(nonzeros[cell]), odd | np.int64(n_entries[cell])
+    for cell in range(len(nonzeros), len(begin)):  # what comes after the last one is empty
+        begin[cell, 0], begin[cell, 1], begin[cell, 2], begin[cell, 3] = e, m, g, k
+    whole = e == len(steps) and m == len(escaped) and g == len(large)
+    return whole and odd % 2 == 0 and (e // 2 + 7) // 8 * 8 == len(packed)
 
 
 @njit(nogil=True, cache=True)
@@ -78,7 +76,7 @@ def _sum(values):
 
 
 @njit(nogil=True, inline="always")
-def _ask_for(place, begin, slots, rows, i):
+def _ask_for(place, begin, escaped, slots, rows, i):
     """Has cell i's steps and counts, and where those of the one after it lie, brought nearer while another one is
     decoded."""
     if i >= len(slots):
@@ -86,98 +84,79 @@ def _ask_for(place, begin, slots, rows, i):
     if i + 1 < len(slots):
         _prefetch(begin.ctypes.data + (slots[i + 1] * begin.shape[1] + rows[i + 1]) * begin.shape[2] * 4)
     slot, row = slots[i], rows[i]
+    first, last = np.int64(begin[slot, row, 0]), np.int64(begin[slot, row + 1, 0])
     for k in range(2):
-        at, end = place[slot, k] + begin[slot, row, k], place[slot, k] + begin[slot, row + 1, k]
+        at, end = place[slot, k] + (first >> k), place[slot, k] + (last >> k)
         while at < end:
             _prefetch(at)
             at += 64
+    _prefetch(place[slot, 2] + np.int64(begin[slot, row, 1]) * escaped.itemsize)
+    _prefetch(place[slot, 3] + np.int64(begin[slot, row, 1]))
 
 
 @njit(nogil=True, inline="always")
-def _parts(place, begin, slot, row):
-    """Steps, packed counts, medium, far and large of one cell."""
-    k, p, m = begin[slot, row, 0], begin[slot, row, 1], begin[slot, row, 2]
-    f, g = begin[slot, row, 3], begin[slot, row, 4]
-    n, n_packed = begin[slot, row + 1, 0] - k, begin[slot, row + 1, 1] - p
-    n_medium, n_far, n_large = begin[slot, row + 1, 2] - m, begin[slot, row + 1, 3] - f, begin[slot, row + 1, 4] - g
-    steps = carray(_pointer(place[slot, 0] + k), (n,), np.uint8)
-    packed = carray(_pointer(place[slot, 1] + p), (n_packed,), np.uint8)
-    medium = carray(_pointer(place[slot, 2] + m), (n_medium,), np.uint8)
-    far = carray(_pointer(place[slot, 3] + 4 * np.int64(f)), (n_far,), np.uint32)
-    large = carray(_pointer(place[slot, 4] + 8 * np.int64(g)), (n_large,), np.uint64)
-    return steps, packed, medium, far, large
+def _parts(place, begin, escaped, slot, row):
+    """How many genes one cell expresses; its steps, packed counts, and escaped columns, medium and large counts."""
+    e, m, g = np.int64(begin[slot, row, 0]), np.int64(begin[slot, row, 1]), np.int64(begin[slot, row, 2])
+    n, n_escapes = begin[slot, row + 1, 0] - e, begin[slot, row + 1, 1] - m
+    n_large, n_expressed = begin[slot, row + 1, 2] - g, np.int64(begin[slot, row + 1, 3] - begin[slot, row, 3])
+    steps = carray(_pointer(place[slot, 0] + e), (n,), np.uint8)
+    packed = carray(_pointer(place[slot, 1] + (e >> 1)), (n >> 1,), np.uint8)
+    columns = carray(_pointer(place[slot, 2] + m * escaped.itemsize), (n_escapes,), escaped.dtype)
+    medium = carray(_pointer(place[slot, 3] + m), (n_escapes,), np.uint8)
+    large = carray(_pointer(place[slot, 4] + 8 * g), (n_large,), np.uint64)
+    return n_expressed, steps, packed, columns, medium, large
 
 
 @njit(nogil=True, inline="always")
-def _reach(steps, far):
-    """The gene column after the cell's last one, if every step that is 0 stands in `far`; over 2^60 for a step back."""
-    # by 128 bytes, whose sum fits 16 bits, so that the compiler's vectors hold as many numbers as they can
-    total = np.uint64(0)
-    k, n, stretch = np.uint64(0), np.uint64(len(steps)), np.uint64(128)
+def _sound(n_expressed, steps, packed, n_escapes, n_genes):
+    """Whether a cell's genes ascend and end within the vocabulary, and as many have a count as should."""
+    # by stretches, whose sums fit narrow numbers, so that the compiler's vectors hold as many as they can
+    last, same, uncounted = np.uint64(0), np.uint64(0), np.uint64(0)
+    k, n, stretch = np.uint64(0), np.uint64(len(packed)), np.uint64(64)
     while k + stretch <= n:
-        small = np.uint16(0)
+        small, none, zeros = np.uint16(0), np.uint16(0), np.uint8(0)
         for j in range(stretch):
-            small = np.uint16(small + np.uint16(steps[k + j]))
-        total, k = total + np.uint64(small), k + stretch
+            zeros += np.uint8((packed[k + j] & 15) == 0) + np.uint8(packed[k + j] < 16)
+        for j in range(k + k, k + k + stretch + stretch):
+            small = np.uint16(small + np.uint16(steps[j]))
+            none = np.uint16(none + np.uint16(steps[j] == 0))
+        last, same, uncounted = last + np.uint64(small), same + np.uint64(none), uncounted + np.uint64(zeros)
+        k += stretch
     for j in range(k, n):
-        total += np.uint64(steps[j])
-    for j in range(np.uint64(len(far))):
-        total += np.uint64(far[j])
-        total |= np.uint64(far[j] == 0) << np.uint64(60)
-    return total
-
-
-@njit(nogil=True, inline="always")
-def _escaped(medium, m, large, g):
-    """The count of an escape, 0 where the tables have no more, and where they go on."""
-    if m >= np.uint64(len(medium)):
-        return np.uint64(0), m, g
-    count = np.uint64(medium[m])
-    m += np.uint64(1)
-    if count == 0 and g < np.uint64(len(large)):
-        count = large[g]
-        g += np.uint64(1)
-    return count, m, g
-
-
-@njit(nogil=True, inline="always")
-def _scatter(steps, packed, medium, far, large, n_genes, table, flat, base):
-    """Decodes one cell and writes each count to its place in flat[base:]; False where the cell is not sound."""
-    if _reach(steps, far) > np.uint64(n_genes):
+        uncounted += np.uint64((packed[j] & 15) == 0) + np.uint64(packed[j] < 16)
+    for j in range(k + k, np.uint64(len(steps))):
+        last += np.uint64(steps[j])
+        same += np.uint64(steps[j] == 0)
+    if same > 1 or (same == 1 and steps[0] != 0):
         return False
-    f, m, g = np.uint64(0), np.uint64(0), np.uint64(0)
-    column = np.uint64(0)  # one more than the gene column, so that it never passes through -1
-    n, one = np.uint64(len(steps)), np.uint64(1)
-    for k in range(n >> one):
+    return last <= np.uint64(n_genes) and np.int64(uncounted) == len(steps) - n_expressed + n_escapes
+
+
+@njit(nogil=True, inline="always")
+def _scatter(n_expressed, steps, packed, escaped, medium, large, table, flat, base):
+    """Decodes one cell and writes each count to its place in flat[base:]; False where the cell is not sound."""
+    if not _sound(n_expressed, steps, packed, len(escaped), len(table) - 1):
+        return False
+    gene, four, one = np.uint64(0), np.uint64(4), np.uint64(1)
+    for k in range(np.uint64(len(packed))):
         pair = np.uint64(packed[k])
-        for half in range(2):  # unrolled
-            step, count = np.uint64(steps[k + k + np.uint64(half)]), pair & np.uint64(15)
-            pair >>= np.uint64(4)
-            if step == 0:
-                if f == np.uint64(len(far)):
-                    return False
-                step = np.uint64(far[f])
-                f += one
-            column += step
-            if count == 0:
-                count, m, g = _escaped(medium, m, large, g)
-                if count == 0:
-                    return False
-            flat[base + np.uint64(table[column - one])] = count
-    if n & one:
-        step, count = np.uint64(steps[n - one]), np.uint64(packed[n >> one]) & np.uint64(15)
-        if step == 0:
-            if f == np.uint64(len(far)):
-                return False
-            step = np.uint64(far[f])
-            f += one
-        column += step
+        gene += np.uint64(steps[k + k])
+        flat[base + np.uint64(table[gene])] = pair & np.uint64(15)
+        gene += np.uint64(steps[k + k + one])
+        flat[base + np.uint64(table[gene])] = pair >> four
+    g = np.uint64(0)
+    for m in range(np.uint64(len(escaped))):
+        gene, count = np.uint64(escaped[m]) + one, np.uint64(medium[m])
         if count == 0:
-            count, m, g = _escaped(medium, m, large, g)
-            if count == 0:
+            if g == np.uint64(len(large)):
                 return False
-        flat[base + np.uint64(table[column - one])] = count
-    return f == np.uint64(len(far)) and m == np.uint64(len(medium)) and g == np.uint64(len(large))
+            count = large[g]
+            g += one
+        if count < 16 or gene >= np.uint64(len(table)):
+            return False
+        flat[base + np.uint64(table[gene])] = count
+    return g == np.uint64(len(large))
 
 
 @njit(nogil=True, cache=True)
@@ -196,43 +175,42 @@ def take_cells(slots, rows, about):
 
 
 @njit(nogil=True, cache=True)
-def take_shared(slots, rows, place, begin, gene_ids, table, flat, totals):
+def take_shared(slots, rows, place, begin, escaped, gene_ids, table, flat, totals):
     """The first cell that is not sound, or -1. flat is (B * S + 1,): a count outside of the set lands where the next
     cell begins, which is cleared after it."""
     width, refused = len(gene_ids), -1
     for j in range(width):
-        table[np.int64(gene_ids[j]) - 1] = j
+        table[gene_ids[j]] = j
     flat[:width] = 0
     for i in range(len(slots)):
-        _ask_for(place, begin, slots, rows, i + 1)
+        _ask_for(place, begin, escaped, slots, rows, i + 1)
         base = i * width
-        steps, packed, medium, far, large = _parts(place, begin, slots[i], rows[i])
-        if not _scatter(steps, packed, medium, far, large, len(table), table, flat, np.uint64(base)):
+        n, steps, packed, columns, medium, large = _parts(place, begin, escaped, slots[i], rows[i])
+        if not _scatter(n, steps, packed, columns, medium, large, table, flat, np.uint64(base)):
             refused = i
             break
         totals[i] = _sum(flat[base : base + width])
         flat[base + width : min(base + 2 * width, len(flat))] = 0
     for j in range(width):
-        table[np.int64(gene_ids[j]) - 1] = width
+        table[gene_ids[j]] = width
     return refused
 
 
 @njit(nogil=True, cache=True)
-def take_each(slots, rows, place, begin, gene_ids, table, flat, totals):
+def take_each(slots, rows, place, begin, escaped, gene_ids, table, flat, totals):
     """take_shared with a set per cell, in which 0 is padding."""
     width = gene_ids.shape[1]
     flat[:width] = 0
     for i in range(len(slots)):
-        _ask_for(place, begin, slots, rows, i + 1)
+        _ask_for(place, begin, escaped, slots, rows, i + 1)
         for j in range(width):
             if gene_ids[i, j]:
-                table[np.int64(gene_ids[i, j]) - 1] = j
+                table[gene_ids[i, j]] = j
         base = i * width
-        steps, packed, medium, far, large = _parts(place, begin, slots[i], rows[i])
-        sound = _scatter(steps, packed, medium, far, large, len(table), table, flat, np.uint64(base))
+        n, steps, packed, columns, medium, large = _parts(place, begin, escaped, slots[i], rows[i])
+        sound = _scatter(n, steps, packed, columns, medium, large, table, flat, np.uint64(base))
         for j in range(width):
-            if gene_ids[i, j]:
-                table[np.int64(gene_ids[i, j]) - 1] = width
+            table[gene_ids[i, j]] = width
         if not sound:
             return i
         totals[i] = _sum(flat[base : base + width])
@@ -241,53 +219,58 @@ def take_each(slots, rows, place, begin, gene_ids, table, flat, totals):
 
 
 @njit(nogil=True, cache=True)
-def take_expressed(slots, rows, place, begin, n_genes, fill_up, words, ids, out, totals):
+def take_expressed(slots, rows, place, begin, escaped, n_genes, fill_up, words, ids, out, totals):
     """A cell's expressed genes in ascending order; a uniform choice of them where they are too many; filled up with
     unexpressed ones if asked. `words` (B,) seeds the draws of each cell. Returns the first cell that is not sound, or
     -1."""
     width = ids.shape[1]
     others = np.empty(n_genes if fill_up else 0, np.int32)
     for i in range(len(slots)):
-        steps, packed, medium, far, large = _parts(place, begin, slots[i], rows[i])
-        if _reach(steps, far) > np.uint64(n_genes):
+        n, steps, packed, columns, medium, large = _parts(place, begin, escaped, slots[i], rows[i])
+        if not _sound(n, steps, packed, len(columns), n_genes):
             return i
-        f, m, g = 0, np.uint64(0), np.uint64(0)
-        column, written, total = np.int64(0), 0, np.int64(0)
-        n = len(steps)
+        gene, before, seen, written, total = np.int64(0), np.int64(0), 0, 0, np.int64(0)
+        m, g, n_others = 0, 0, 0
         too_many = n > width
-        n_others = 0
-        for j in range(n):
-            step, count = np.int64(steps[j]), np.uint64((packed[j // 2] >> np.uint8(4 * (j % 2))) & 15)
-            if step == 0:
-                if f == len(far):
-                    return i
-                step = np.int64(far[f])
-                f += 1
+        for j in range(len(steps)):
+            gene += np.int64(steps[j])
+            count = np.uint64((packed[j // 2] >> np.uint8(4 * (j % 2))) & 15)
             if count == 0:
-                count, m, g = _escaped(medium, m, large, g)
+                if m == len(columns) or np.int64(columns[m]) + 1 != gene:
+                    continue
+                count = np.uint64(medium[m])
+                m += 1
                 if count == 0:
+                    if g == len(large):
+                        return i
+                    count = large[g]
+                    g += 1
+                if count < 16:
                     return i
+            if seen == n:
+                return i
             if fill_up and not too_many:
-                for gene in range(column + 1, column + step):
-                    others[n_others] = gene
+                for other in range(before + 1, gene):
+                    others[n_others] = other
                     n_others += 1
-            column += step
+            before = gene
+            seen += 1
             if too_many:
                 # selection sampling: keep with probability (still wanted) / (still to come); Knuth vol. 2, 3.4.2 S
                 if written == width:
-                    break
-                if below(nth_word(words[i], j), n - j) >= width - written:
                     continue
-            ids[i, written] = column
+                if below(nth_word(words[i], seen - 1), n - seen + 1) >= width - written:
+                    continue
+            ids[i, written] = gene
             out[i, written] = count
             written += 1
             total += np.int64(count)
-        if not too_many and (f != len(far) or m != np.uint64(len(medium)) or g != np.uint64(len(large))):
+        if seen != n or m != len(columns) or g != len(large):
             return i
         totals[i] = total
         if fill_up and not too_many:
-            for gene in range(column + 1, n_genes + 1):
-                others[n_others] = gene
+            for other in range(before + 1, n_genes + 1):
+                others[n_others] = other
                 n_others += 1
             for j in range(min(width - written, n_others)):
                 chosen = j + below(nth_word(words[i], j), n_others - j)
@@ -297,38 +280,41 @@ def take_expressed(slots, rows, place, begin, n_genes, fill_up, words, ids, out,
 
 
 @njit(nogil=True, cache=True)
-def take_csr(slots, rows, place, begin, n_genes, ids, out, large_at, large_out):
-    """Every gene and count of the cells, one after the other. Returns the first cell that is not sound, or -1."""
-    k, one = np.uint64(0), np.uint64(1)
-    g = np.uint64(0)
+def take_csr(slots, rows, place, begin, escaped, n_genes, ids, out, large_at, large_out):
+    """Every entry of the cells, one after the other. Returns the first cell that is not sound, or -1."""
+    k, g, one, stretch = np.uint64(0), np.uint64(0), np.uint64(1), np.uint64(32)
     for i in range(len(slots)):
-        _ask_for(place, begin, slots, rows, i + 1)
-        steps, packed, medium, far, large = _parts(place, begin, slots[i], rows[i])
-        if _reach(steps, far) > np.uint64(n_genes):
+        _ask_for(place, begin, escaped, slots, rows, i + 1)
+        n, steps, packed, columns, medium, large = _parts(place, begin, escaped, slots[i], rows[i])
+        if not _sound(n, steps, packed, len(columns), n_genes):
             return i
-        f, m, h, column = np.uint64(0), np.uint64(0), np.uint64(0), np.uint64(0)
-        for j in range(np.uint64(len(steps))):
-            step = np.uint64(steps[j])
-            if step == 0:
-                if f == np.uint64(len(far)):
-                    return i
-                step = np.uint64(far[f])
-                f += one
-            column += step
-            ids[k] = column
-            count = (packed[j >> one] >> np.uint8((j & one) << np.uint64(2))) & np.uint8(15)
+        gene, last, h = np.uint64(0), k + np.uint64(len(steps)), np.uint64(0)
+        for j in range(np.uint64(len(packed))):
+            at = k + j + j
+            gene += np.uint64(steps[j + j])
+            ids[at] = gene
+            gene += np.uint64(steps[j + j + one])
+            ids[at + one] = gene
+            out[at], out[at + one] = packed[j] & 15, packed[j] >> 4
+        for m in range(np.uint64(len(columns))):
+            gene = np.uint64(columns[m]) + one
+            while k + stretch < last and np.uint64(ids[k + stretch]) <= gene:
+                k += stretch
+            at = k
+            for j in range(k, min(k + stretch, last)):  # all of them: no branch to mispredict
+                at += np.uint64(np.uint64(ids[j]) < gene)
+            if at == last or np.uint64(ids[at]) != gene or out[at] != 0:
+                return i
+            count = medium[m]
             if count == 0:
-                if m == np.uint64(len(medium)):
+                if h == np.uint64(len(large)) or large[h] < 16:
                     return i
-                count = medium[m]
-                m += one
-                if count == 0:
-                    if h == np.uint64(len(large)) or large[h] == 0:
-                        return i
-                    large_at[g], large_out[g] = k, np.int64(large[h])
-                    g, h = g + one, h + one
-            out[k] = count
-            k += one
-        if f != np.uint64(len(far)) or m != np.uint64(len(medium)) or h != np.uint64(len(large)):
+                large_at[g], large_out[g] = at, np.int64(large[h])
+                g, h = g + one, h + one
+            elif count < 16:
+                return i
+            out[at] = count
+        if h != np.uint64(len(large)):
             return i
+        k = last
     return -1

@@ -19,7 +19,7 @@ from scldm.errors import InputError
 from scldm.vocab import ConditionVocab, GeneVocab
 
 FORMAT = "scldm-shards"
-VERSION = 2
+VERSION = 3
 KINDS = ("cells", "latents")
 BLOCK_CELLS = 256
 MANIFEST = "manifest.json"

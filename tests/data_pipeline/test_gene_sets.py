@@ -283,7 +283,8 @@ def lying_block(cells, tag=0, lie=None):
     block = np.frombuffer(data, np.uint8)
     if lie:
         name, at, value = lie
-        getattr(sections(block[HEADER.itemsize :], read_header(data)), name)[at] = value
+        section = getattr(sections(block[HEADER.itemsize :], read_header(data)), name)
+        section[at] = value(section[at].astype(np.int64)) if callable(value) else value
     return block
 
 
@@ -299,18 +300,21 @@ def manifest(tmp_path_factory):
     [
         ("nonzeros", 3, 2**31),
         ("nonzeros", 0, 0),
-        ("n_far", 0, 2**31),
-        ("n_far", slice(0, 2), [0, 2]),  # of another cell
-        ("n_medium", 0, 9),
+        ("n_entries", 0, 2**31),
+        ("n_entries", slice(0, 2), lambda n: n + np.array([2, -2])),  # of another cell
+        ("n_entries", slice(0, 2), lambda n: n + np.array([1, -1])),
+        ("n_escapes", 0, 9),
+        ("n_escapes", slice(3, 5), lambda n: n + np.array([-1, 1])),
         ("n_large", slice(3, 5), [2, 0]),
         ("steps", slice(5, 40), 255),  # beyond the vocabulary
-        ("steps", 7, 0),  # one escape more than its table has
-        ("packed", 3, 0),
-        ("packed", slice(0, 1000), 0x11),  # no escape where the table has some
+        ("steps", 7, 0),  # a gene twice
+        ("packed", 3, 0),  # no count where none is escaped
+        ("packed", slice(0, 1000), 0x11),
         ("medium", slice(0, None), 0),
-        ("far", 0, 0),  # a gene before the first
-        ("far", 0, 2**32 - 1),
         ("large", 0, 2**31),  # which the set's int32 would make negative
+        ("medium", 0, 15),
+        ("large", 0, 0),
+        ("escaped", 0, 700),  # beyond the vocabulary
     ],
     ids=lambda lie: lie[0],
 )
