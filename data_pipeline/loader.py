@@ -54,8 +54,10 @@ class StreamConfig:
     lanes: slices of a global batch, each read from a stretch of the epoch of its own; as many as ranks, or a multiple,
         if no block is to be read by two. They are part of the order, so of the run; memory grows with those of a rank
     window_blocks: blocks of a lane whose cells are shuffled together; memory grows with it
-    select: condition -> labels: only cells that have one of the labels in each of these conditions
-    balance: conditions whose combinations are drawn equally often; none draws every cell once an epoch
+    select: condition -> labels: only cells that have one of the labels in each of these conditions, as
+        data.select.dose=0.10,1 or 'data.select.cell_type=["B, naive",T]'; a preset must quote labels like 0.10
+    balance: conditions whose combinations are drawn equally often, as data.balance=cell_type,dose; none draws every
+        cell once an epoch
     balance_max_repeats: how often a balanced epoch may repeat a cell at most
     prefetch: micro-batch lists that are made ahead in a thread; 0 makes each when it is asked for
     read_threads: threads that read and decompress

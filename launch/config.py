@@ -19,9 +19,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # OmegaConf's own reader raises it
 
 from scldm.errors import InputError
 
@@ -60,7 +60,7 @@ def load_preset(name: str) -> DictConfig:
     path = preset_path(name)
     try:
         preset = OmegaConf.load(path)
-    except (YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:  # OmegaConf reads by way of yaml
         raise InputError(f"preset {name!r}: {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(preset, DictConfig):
         raise InputError(f"preset {name!r}: {path} must hold `key: value` lines")
@@ -119,20 +119,34 @@ def _kind(schema: type, dotted_key: str) -> Any:
     """The type of a key; None for one that the schema does not spell out."""
     kind: Any = schema
     for name in dotted_key.split("."):
-        kind = typing.get_type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
+        if dataclasses.is_dataclass(kind):
+            kind = typing.get_type_hints(kind).get(name)
+        else:  # of a mapping, any key
+            kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else None
     return kind
 
 
+def _is_text(kind: Any) -> bool:
+    """Whether a type is text, or lists or mappings of text alone."""
+    inner = [of for of in typing.get_args(kind) if of is not Ellipsis]
+    is_group = typing.get_origin(kind) in (tuple, list, dict)
+    return kind in (str, Path, str | None, Path | None) or (is_group and all(map(_is_text, inner)))
+
+
 def _nested(schema: type, override: str) -> dict[str, Any]:
-    """`a.b=value` as {"a": {"b": value}}. Text stays as typed (`1.10`, `yes`, `a: b`); other types are read as YAML."""
+    """`a.b=value` as {"a": {"b": value}}. Text stays as typed (`1.10`, `yes`, `a: b`), in lists and mappings too, whose
+    brackets, braces and quotes are YAML's; other types are read as YAML."""
     key, _, text = override.partition("=")
     kind = _kind(schema, key)
-    is_list = typing.get_origin(kind) is tuple and not text.startswith("[")
+    is_list = typing.get_origin(kind) in (tuple, list) and not text.startswith("[")
     value: Any
-    if kind in (str, Path) or (kind in (str | None, Path | None) and text != "null"):
+    if _is_text(kind) and typing.get_origin(kind) in (tuple, list, dict):
+        if is_list:
+            value = [part.strip() for part in text.split(",")] if text else []
+        else:
+            value = _yaml_text(text, override)
+    elif _is_text(kind) and (kind in (str, Path) or text != "null"):
         value = text
-    elif is_list and str in typing.get_args(kind):
-        value = [part.strip() for part in text.split(",")] if text else []
     else:
         value = _yaml(f"[{text}]" if is_list else text, override)
     return _at(key, value)
@@ -147,7 +161,15 @@ def _at(dotted_key: str, value: Any) -> dict[str, Any]:
 def _yaml(text: str, override: str) -> Any:
     try:
         return OmegaConf.from_dotlist([f"value={text}"])["value"]
-    except (YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise InputError(f"{override}: {text!r} can't be read: {' '.join(str(error).split())}") from None
+
+
+def _yaml_text(text: str, override: str) -> Any:
+    """YAML in which every value is text as it stands there."""
+    try:
+        return yaml.load(text, Loader=yaml.BaseLoader)
+    except yaml.YAMLError as error:
         raise InputError(f"{override}: {text!r} can't be read: {' '.join(str(error).split())}") from None
 
 

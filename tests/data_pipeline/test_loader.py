@@ -2,7 +2,7 @@
 Over sets of many small blocks, so that windows, lanes and their borders all occur."""
 
 from contextlib import closing
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 
 import numpy as np
 import pytest
@@ -11,8 +11,11 @@ import torch
 from data_pipeline.gene_sets import GeneSetConfig
 from data_pipeline.loader import CellLoader, LoaderConfig, shard_batches
 from data_pipeline.read_shards import ShardSet
+from launch.config import compose
+from launch.train_vae import TrainVAEConfig
 from scldm.batch import CellBatch, CompactCellBatch
 from scldm.errors import InputError
+from scldm.vocab import ConditionVocab
 from tests.data_pipeline.small_sets import known_cells, write_set
 from tests.data_pipeline.streams import RANDOM, SAME, check, flat, open_loader
 
@@ -149,6 +152,20 @@ def test_select_meets_exactly_the_chosen_cells_and_reads_no_other_block(folder, 
     assert sorted(seen) == train[keep].tolist()
     assert fetched == set((train[keep] // 8).tolist())
     assert len(fetched) < 53
+
+
+def test_labels_and_conditions_of_the_command_line_choose_their_cells(tmp_path):
+    """Doses, which look like numbers, and one of them like a truth."""
+    doses = ConditionVocab({**known_cells().conditions.labels, "type": ("0.10", "1e-3", "true")})
+    folder = write_set(tmp_path / "set", replace(known_cells(), conditions=doses), block_cells=8)
+    words = [f"data.shards={folder}", "run_dir=run", "data.select.type=[0.10,true]", "data.balance=type"]
+    config = compose(TrainVAEConfig, [*words, "data.balance_max_repeats=50"])
+    assert config.data.select == {"type": ["0.10", "true"]}
+    with CellLoader(config.data, global_batch=60, micro_batch=60) as loader:
+        batches = [b for _ in range(loader.steps_per_epoch) for b in next(loader)]
+    found = np.bincount(np.concatenate([b.conditions["type"].numpy()[b.weight_B.numpy() > 0] for b in batches]))
+    assert found[1] == 0
+    assert found[0] == found[2] > 100
 
 
 def test_balance_draws_conditions_equally_often(folder, cells):

@@ -41,6 +41,9 @@ class Config:
     seed: int | None = None
     label: str | None = None
     by: tuple[str, ...] = ()
+    only: dict[str, list[str]] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
     where: Path = Path("here")
     fresh: bool = False
     optim: Optim = field(default_factory=Optim)
@@ -103,6 +106,28 @@ def test_text_stays_as_typed(text: str) -> None:
     assert (config.out, config.label, config.where, config.by) == (text, text, Path(text), ("k", text))
 
 
+@pytest.mark.parametrize(
+    "text, labels",
+    [
+        ("0.10,1e-3,true", ["0.10", "1e-3", "true"]),
+        ("[0.10, 1e-3,true,null,0x1F,1_000]", ["0.10", "1e-3", "true", "null", "0x1F", "1_000"]),
+        ("""["a, b",'c: d',e f]""", ["a, b", "c: d", "e f"]),
+        ("007", ["007"]),
+        ("[]", []),
+        ("", []),
+    ],
+)
+def test_labels_stay_as_typed_in_lists(text: str, labels: list[str]) -> None:
+    config = compose(Config, ["out=a", f"only.dose={text}", f"by={text}", f"only.cell type={text}"])
+    assert (config.only, config.by) == ({"dose": labels, "cell type": labels}, tuple(labels))
+
+
+def test_mappings_are_given_by_key_or_as_a_whole() -> None:
+    config = compose(Config, ["out=a", "only={x: [0.10, yes]}", "files.x=1.10", "weights.x=2", "weights.y=1e-1"])
+    assert (config.only, config.files) == ({"x": ["0.10", "yes"]}, {"x": "1.10"})
+    assert config.weights == {"x": 2, "y": 0.1}
+
+
 def test_none_is_null_and_a_tuple_can_be_empty() -> None:
     config = compose(Config, ["out=a", "seed=3", "seed=null", "label=null", "by=a", "by="])
     assert (config.seed, config.label, config.by) == (None, None, ())
@@ -118,6 +143,10 @@ def test_none_is_null_and_a_tuple_can_be_empty() -> None:
         (["out=a", "steps=x"], "steps=x: Value 'x'"),
         (["out=a", "steps=5e4"], "steps=5e4: "),
         (["out=a", "steps=[1"], "steps=[1: "),
+        (["out=a", "by=[1"], "by=[1: '[1' can't be read"),
+        (["out=a", "only.x=[[a],b]"], "only.x=[[a],b]: "),
+        (["out=a", "only=a"], "only=a: "),
+        (["out=a", "only.x.y=a"], "only.x.y=a: "),
         (["out=a", "optim.kind=adam"], "optim.kind=adam: Invalid value 'adam', expected one of ['adamw', 'sgd']"),
         (["out=a", "optim.betas=0.1"], "optim.betas=0.1: "),
         (["out=a", "optim.betas=a,b"], "optim.betas=a,b: "),
