@@ -79,7 +79,7 @@ class Report:
         cells = [["", "value", "unit", "target", ""]]
         marks = {None: "", True: "met", False: "MISSED"}
         cells += [
-            [r.name, "" if r.value is None else f"{r.value:,.4g}", r.unit, r.target, marks[r.met]] for r in self.rows
+            [r.name, "n/a" if r.value is None else f"{r.value:,.4g}", r.unit, r.target, marks[r.met]] for r in self.rows
         ]
         widths = [max(map(len, column)) for column in zip(*cells)]
         head = (

@@ -75,10 +75,12 @@ def main(config: BenchSubsetEmbeddingConfig) -> Report:
         report.add(Row("all genes: kNN label accuracy", of_all, "share"))
         among: dict[int, list[tuple[float, float]]] = {}
         for percent in REMOVED:
+            n_empty = 0
             for k in range(config.draws):
                 genes = np.random.default_rng([percent, k]).permutation(cells.n_genes)
                 kept = np.sort(genes[round(cells.n_genes * percent / 100) :])
                 some = np.flatnonzero(cells.total_of(kept))  # a cell without a count has no embedding
+                n_empty += cells.n_cells - len(some)
                 left = model.embed(cells.adata[some][:, kept].copy())
                 label = cells.label_n[some]
                 both = (knn_accuracy(left, left, label), knn_accuracy(left, full[some], label))
@@ -90,6 +92,7 @@ def main(config: BenchSubsetEmbeddingConfig) -> Report:
             judged = percent == JUDGED
             report.add(Row.at_least(what, kept_of_all, "x", TARGET) if judged else Row(what, kept_of_all, "x"))
             report.add(Row(f"{name}: among cells with all genes", float(whole), "share"))
+            report.add(Row(f"{name}: cells left out, without a count", n_empty / config.draws, "cells"))
     if config.figure:
         draw(among, of_all, share, Path(config.figure))
     report.print(config.json, config.save)

@@ -81,8 +81,12 @@ def mean(trained: list[Trained], metric: str) -> float:
     return float(np.mean([one.metrics[metric] for one in trained]))
 
 
-def spread(trained: list[Trained], metric: str) -> float:
-    return float(np.ptp([one.metrics[metric] for one in trained]))
+def spread(name: str, trained: list[Trained], metric: str, unit: str, by: int = 1) -> Row:
+    """From the smallest to the largest of the seeds, each over `by`; of one seed nothing is known of it."""
+    name = f"{name}: between seeds"
+    if len(trained) == 1:
+        return Row.not_measured(name, "one seed", unit)
+    return Row(name, float(np.ptp([one.metrics[metric] for one in trained])) / by, unit)
 
 
 # --- the studies ---------------------------------------------------------------------------------------------------
@@ -95,7 +99,7 @@ def latents(config: BenchVAEChoicesConfig, cells: RealCells, report: Report) -> 
         embedded = [one.model.embed(cells.adata) for one in found]
         name = f"KL weight {weight:g}" if weight else "deterministic, normalised"
         report.add(Row(f"{name}: validation NLL", mean(found, "nll"), "nats/cell"))
-        report.add(Row(f"{name}: between seeds", spread(found, "nll"), "nats/cell"))
+        report.add(spread(name, found, "nll", "nats/cell"))
         if weight:
             report.add(Row(f"{name}: KL", mean(found, "kl"), "nats/cell"))
         active = np.mean([(x.var(0) > ACTIVE).mean() for x in embedded])
@@ -110,7 +114,7 @@ def heads(config: BenchVAEChoicesConfig, cells: RealCells, report: Report) -> No
     for n, trained in found.items():
         name = f"{n} decoder head{'s' if n > 1 else ''}"
         report.add(Row(f"{name}: validation NLL", mean(trained, "nll"), "nats/cell"))
-        report.add(Row(f"{name}: between seeds", spread(trained, "nll"), "nats/cell"))
+        report.add(spread(name, trained, "nll", "nats/cell"))
         report.add(Row(f"{name}: training", float(np.mean([one.seconds for one in trained])), "CPU-s"))
     gain = mean(found[1], "nll") / mean(found[4], "nll") - 1
     report.add(Row("1 head above 4 heads, NLL", 100 * gain, "%"))
@@ -137,7 +141,7 @@ def decode_few(config: BenchVAEChoicesConfig, cells: RealCells, report: Report) 
 
 def _add_nll(report: Report, name: str, found: list[Trained], cells: RealCells) -> None:
     report.add(Row(f"{name}: validation NLL, all genes", mean(found, "nll") / cells.n_genes, "nats/gene"))
-    report.add(Row(f"{name}: between seeds", spread(found, "nll") / cells.n_genes, "nats/gene"))
+    report.add(spread(name, found, "nll", "nats/gene", cells.n_genes))
 
 
 def _seconds(found: list[Trained]) -> float:

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
+from typing import Any, cast
 
+import anndata as ad
+import numpy as np
+import pytest
+import scipy.sparse as sp
 import torch
 
-from launch.bench import mcab, vae_step
-from launch.bench.trained import knn_accuracy
+from launch.bench import mcab, subset_embedding, vae_choices, vae_step
+from launch.bench.report import Report
+from launch.bench.subset_embedding import BenchSubsetEmbeddingConfig
+from launch.bench.trained import Trained, knn_accuracy
 from scldm.model.vae import VAEConfig
 
+MODEL = cast(Any, None)  # is not asked
 SMALL = VAEConfig(width=16, n_latents=4, n_layers=1, n_heads=2)
 
 
-def test_bench_mcab(tmp_path, capsys):
+def test_bench_mcab(tmp_path, capsys, monkeypatch):
+    in_turn, measured = mcab.measure_in_turn, []
+    monkeypatch.setattr(
+        mcab, "measure_in_turn", lambda works, *rest: measured.append(set(works)) or in_turn(works, *rest)
+    )
     config = mcab.BenchMCABConfig(
         given=(50,),
         asked=(30, 60),
@@ -31,6 +44,7 @@ def test_bench_mcab(tmp_path, capsys):
         assert rows[f"{part} genes, factorised, forward"]["value"] > 0
         assert rows[f"{part} genes, sdpa, forward + backward"]["value"] > 0
     assert "all genes, encode, expressed genes" in capsys.readouterr().out
+    assert measured.count({"plain", "factorised", "expressed genes"}) == 2  # what else the machine does meets all
 
 
 def test_what_was_not_measured_says_so_beside_its_target(monkeypatch, capsys):
@@ -46,6 +60,38 @@ def test_what_was_not_measured_says_so_beside_its_target(monkeypatch, capsys):
     assert all(row["value"] is None and row["met"] is None for row in unmeasured)
     report.print(as_json=False)
     assert "not measured on a GPU" in capsys.readouterr().out
+
+
+def test_of_one_seed_nothing_is_said_of_what_lies_between_seeds(capsys):
+    one, two = (Trained(MODEL, {"nll": nll}, 1.0) for nll in (600.0, 610.0))
+    row = vae_choices.spread("KL weight 1", [one], "nll", "nats/cell")
+    assert (row.name, row.value) == ("KL weight 1: between seeds: one seed", None)
+    assert vae_choices.spread("KL weight 1", [one, two], "nll", "nats/gene", 100).value == pytest.approx(0.1)
+    Report("bench vae-choices", rows=[row]).print(as_json=False)
+    assert capsys.readouterr().out.splitlines()[-1].split()[-2:] == ["n/a", "nats/cell"]
+
+
+def test_cells_that_lose_all_their_counts_are_counted(monkeypatch):
+    counts = np.zeros((40, 20), np.float32)
+    counts[:, 0] = 1
+    counts[20:, 1:] = 1  # one half has counts everywhere, the other in one gene
+
+    class Cells:
+        n_cells, n_genes, label_n, adata = 40, 20, np.array(["a", "b"] * 20), ad.AnnData(sp.csr_matrix(counts))
+
+        def __init__(self, *_: object) -> None: ...
+
+        def total_of(self, columns: np.ndarray) -> np.ndarray:
+            return counts[:, columns].sum(1)
+
+        def train(self, *_: object) -> object:
+            return SimpleNamespace(model=SimpleNamespace(embed=lambda adata: adata.X.toarray().sum(1, keepdims=True)))
+
+    monkeypatch.setattr(subset_embedding, "RealCells", Cells)
+    rows = {row.name: row.value for row in subset_embedding.main(BenchSubsetEmbeddingConfig(draws=10)).rows}
+    left_out = {p: rows[f"{p} % of the genes removed: cells left out, without a count"] or 0 for p in (10, 90)}
+    assert left_out[10] == pytest.approx(0.1 * 20, abs=5)
+    assert left_out[90] == pytest.approx(0.9 * 20, abs=5)
 
 
 def test_bench_vae_step():
