@@ -1,0 +1,81 @@
+"""The whole path as a chain of jobs on a real Slurm: what it makes, and what becomes of it where a link fails."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import slurm, submit
+from launch.cli import main
+from tests.slurm.runs import LDM, ROOT, VAE, Cluster, assert_same_weights, chain_log, wait_for
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_chain_makes_everything(chain: Path, capsys: pytest.CaptureFixture) -> None:
+    assert json.loads((chain / "evaluation" / "evaluation.json").read_text())
+    assert main(["status", str(chain)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["DONE"] * 10
+
+
+def test_a_failed_link_stops_what_depends_on_it(cluster: Cluster, capsys: pytest.CaptureFixture) -> None:
+    out = cluster.runs / "failed chain"
+    (cluster.runs / "none.h5ad").write_text("no cells")
+    words = [
+        "vae/tiny",
+        "ldm/tiny",
+        "hardware/cpu",
+        f"shards.source.paths={cluster.runs}/none.h5ad",
+        "generate.n=9",
+        f"out={out}",
+    ]
+    ids = submit.main(submit.read(["pipeline", *words, "--tasks", "2"]))
+    wait_for(lambda: slurm.job_states()[ids[-1]][0] == "CANCELLED", 90, lambda: chain_log(out))
+    capsys.readouterr()
+    assert main(["status", str(out)]) == 0
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first.split()[:2] == ["stage-1", "FAILED"]
+    assert len(others) == 9
+    for line in others:
+        assert line.endswith("it depends on stage-1, which ended as FAILED"), line
+    log = (out / "slurm" / "shards" / "stage-1" / "log-0.txt").read_text()
+    assert "none.h5ad" in log
+    assert f"job {ids[1]} (shards-2) depends on this one and will not run" in log
+
+
+def test_an_array_writes_the_shards_of_a_local_run(chain: Path, shards: Path) -> None:
+    local = sorted(shards.rglob("*.*"))
+    ours = sorted((chain / "shards").rglob("*.*"))
+    assert [p.name for p in ours] == [p.name for p in local]
+    assert len(ours) > 10
+    for one, other in zip(ours, local):
+        if one.name != "manifest.json":
+            assert one.read_bytes() == other.read_bytes(), one
+    tasks = [path.name for path in sorted((chain / "slurm" / "shards").glob("stage-*/state.*"))]
+    assert tasks == ["state.0", "state.1"] * 3
+
+
+@pytest.mark.parametrize("stage", ["vae", "ldm"])
+def test_two_nodes_train_as_two_local_ranks(cluster: Cluster, chain: Path, stage: str) -> None:
+    words, data = (VAE, "shards") if stage == "vae" else (LDM, "latents")
+    run = cluster.runs / f"local {stage}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", f"launch.train_{stage}", *words, f"data.shards={chain}/{data}", f"run_dir={run}"]
+    subprocess.run(command, check=True, cwd=ROOT, timeout=200, capture_output=True)
+    assert_same_weights(chain / stage, run)
+    assert json.loads((run / "deepspeed.json").read_text())["zero_optimization"]["stage"] == 2
+
+
+def test_status_and_logs(cluster: Cluster, chain: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["status", str(chain / "vae")]) == 0
+    told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert told["state"].startswith("DONE, job ")
+    assert told["step"].startswith("40 of 40 (100.0 %)")
+    assert told["checkpoint"].startswith("step 40, ")
+    assert main(["logs", str(chain / "vae")]) == 0
+    assert capsys.readouterr().out == (chain / "slurm" / "vae" / "log.txt").read_text()

@@ -1,0 +1,158 @@
+"""A run that is told to stop, or loses a rank, on a real Slurm: it goes on where it was, or ends for good."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sqlite3
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import slurm, submit
+from launch.notes import state_of
+from scldm.train.tracking import read_metrics
+from tests.slurm.runs import ROOT, Cluster, Run, assert_same_weights, wait_for
+
+pytestmark = pytest.mark.slow
+
+
+def assert_went_on(run: Run, undisturbed: Path, n_stops: int = 1) -> None:
+    assert run.ends() == "DONE", run.log
+    what = [event for event, _, _ in run.events()]
+    assert what == ["start", *["stop", "start"] * n_stops]
+    for (_, _, stopped), (_, _, begun) in zip(run.events()[1::2], run.events()[2::2]):
+        assert 0 < stopped < 40
+        assert begun == stopped
+    assert_same_weights(run.folder, undisturbed)
+
+
+def test_preempted_by_a_higher_partition(cluster: Cluster, chain: Path) -> None:
+    run = Run(
+        *(cluster, "preempted", chain / "shards", "tracking.enabled=true", "tracking.every_s=1"),
+        *("--nodes", "2", "--preflight", "false"),
+    )
+    run.reaches(5)
+    cluster.call("srun", "--partition=high", "--nodes=4", "--exclusive", "true")
+    assert_went_on(run, chain / "vae")
+    with sqlite3.connect(run.folder / "mlflow.db") as database:
+        assert database.execute("select count(*) from runs").fetchone() == (1,)  # the same run went on
+    steps = [row["step"] for row in read_metrics(run.folder, "train")]
+    assert steps == list(range(1, 41))
+
+
+def rank_of(job: str, rank: int) -> int:
+    """The process of a rank of a job that trains."""
+    marks = [f"SLURM_JOB_ID={job}\0".encode(), f"SLURM_PROCID={rank}\0".encode()]
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command, environment = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
+            if (
+                b"python" in command.split(b"\0")[0]
+                and b"launch.cli" in command
+                and all(m in environment for m in marks)
+            ):
+                return int(folder.name)
+    raise AssertionError(f"rank {rank} of job {job} does not run")
+
+
+def nothing_is_staged(cluster: Cluster) -> bool:
+    return not list((cluster.folder / "disks").glob("*/scldm-*"))
+
+
+def test_a_killed_rank(cluster: Cluster, chain: Path) -> None:
+    """As by the kernel where memory is used up; with shards on the nodes' own disks."""
+    run = Run(cluster, "killed", chain / "shards", "--nodes", "2", "--preflight", "false", "--stage")
+    wait_for((run.folder / "checkpoints" / "latest").is_file, 200, lambda: run.log)
+    assert not nothing_is_staged(cluster)
+    os.kill(rank_of(run.job, 1), signal.SIGKILL)
+    assert_went_on(run, chain / "vae")
+    assert "REQUEUED: by a rank killed by SIGKILL, as where memory is used up, at " in run.log
+    assert nothing_is_staged(cluster)
+
+
+FAILING = """
+import os, time
+if os.environ.get("SLURM_PROCID"):
+    import torch
+    wait = lambda n: time.sleep(60)
+    torch.set_num_threads = {}.__getitem__ if os.environ["SLURM_PROCID"] == "1" else wait
+"""
+
+
+def test_an_exception_of_one_rank_is_no_signal(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a verb whose ranks srun then ends, and returns the signal that it sent them."""
+    (tmp_path / "sitecustomize.py").write_text(FAILING)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    out = cluster.runs / "failing"
+    words = ["vae=none", "shards=none", "threads=7", f"out={out}", "--nodes", "2", "--preflight", "false"]
+    submit.main(submit.read(["encode", *words]))
+    notes = Path(f"{out}.slurm")
+    wait_for(lambda: state_of(notes).state in ("FAILED", "REQUEUED"), 90, lambda: (notes / "log.txt").read_text())
+    assert state_of(notes).state == "FAILED"
+    assert state_of(notes).reason == "exit code 1: rank 1 on sim2: KeyError: 7"
+
+
+@pytest.mark.exhaustive  # a unit test has it without Slurm
+def test_a_cancelled_job_leaves_nothing_on_the_nodes(cluster: Cluster, chain: Path) -> None:
+    """Slurm starts no step for it any more, and gives it three seconds."""
+    run = Run(cluster, "cancelled", chain / "shards", "--nodes", "2", "--preflight", "false", "--stage")
+    run.reaches(5)
+    assert not nothing_is_staged(cluster)
+    cluster.call("scancel", run.job)
+    wait_for(lambda: slurm.job_states()[run.job][0] == "CANCELLED", 60, lambda: run.log)
+    wait_for(lambda: nothing_is_staged(cluster), 20, lambda: run.log)
+
+
+@pytest.mark.exhaustive  # preemption and the time limit come to the ranks by the same way
+def test_told_by_scancel(cluster: Cluster, chain: Path) -> None:
+    run = Run(cluster, "told", chain / "shards", "--nodes", "2", "--preflight", "false")
+    run.reaches(5)
+    cluster.call("scancel", "--signal=USR1", run.job)
+    assert_went_on(run, chain / "vae")
+
+
+SLOW = """
+import os, time, torch
+backward = torch.Tensor.backward
+def slow(*args, **kwargs):
+    if os.path.exists("{flag}"):
+        time.sleep(1.0)
+    return backward(*args, **kwargs)
+torch.Tensor.backward = slow
+"""
+
+
+@pytest.mark.exhaustive  # Slurm looks at the limits twice a minute
+def test_the_time_limit(cluster: Cluster, chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In mid-training the limit becomes the next full minute that leaves 40 s, so that the warning is due at once."""
+    flag = tmp_path / "slow"
+    flag.touch()
+    (tmp_path / "sitecustomize.py").write_text(SLOW.format(flag=flag))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    run = Run(
+        *(cluster, "timed", chain / "shards", "--nodes", "2", "--preflight", "false", "--warn-s", "90"),
+        *("--", "--time=30"),
+    )
+    began = time.monotonic()
+    run.reaches(2)
+    minutes = int(time.monotonic() - began + 40) // 60 + 1
+    cluster.call("scontrol", "update", f"jobid={run.job}", f"timelimit={minutes}")
+    wait_for(lambda: "REQUEUED" in run.log, 120, lambda: run.log)
+    flag.unlink()
+    cluster.call("scontrol", "update", f"jobid={run.job}", "timelimit=30")
+    assert_went_on(run, chain / "vae")
+
+
+def test_a_loop_without_progress_ends(cluster: Cluster, shards: Path) -> None:
+    run = Run(cluster, "loop", shards, "--nodes", "2", "--preflight", "false")
+    for start in (1, 2):
+        wait_for(lambda start=start: f"(start {start}," in run.log, 120, lambda: run.log)
+        cluster.call("scancel", "--batch", "--signal=USR1", run.job)
+    assert run.ends() == "FAILED"
+    assert "no progress since the last requeue (still at 0)" in run.log
+    assert run.events() == [("start", 0, 0), ("stop", 0, 0), ("start", 1, 0), ("stop", 1, 0)]
