@@ -105,8 +105,9 @@ def problem_of_install(words: list[str]) -> str:
     return ""
 
 
-def test_every_command_of_the_readme_resolves() -> None:
-    wrong = {shlex.join(words): why for words in commands(README.read_text()) if (why := problem(words))}
+@pytest.mark.parametrize("page", [README, ROOT / "data_pipeline" / "README.md"], ids=lambda page: page.parent.name)
+def test_every_command_of_the_readme_resolves(page: Path) -> None:
+    wrong = {shlex.join(words): why for words in commands(page.read_text()) if (why := problem(words))}
     assert wrong == {}
 
 

@@ -128,12 +128,6 @@ def commit() -> str:
         return "unknown"
 
 
-def exit_on_miss(report: Report, strict: bool) -> None:
-    """Exit code 1 where a target is missed and the caller wants that."""
-    if strict and not report.met:
-        sys.exit(1)
-
-
 def median(values: Sequence[float]) -> float:
     """Of repeats: one slow run on a shared machine must not decide."""
     ordered = sorted(values)
