@@ -97,10 +97,12 @@ def _set_of(folder: Path, codec: schema.Codec) -> ShardsWriteConfig:
     )
 
 
-def loader_of(config: BenchLoaderConfig, codec: str = "zstd", **changes: Any) -> CellLoader:
+def loader_of(config: BenchLoaderConfig, codec: str = "zstd", micro_batches: int = 1, **changes: Any) -> CellLoader:
+    """micro_batches: of a step on this one rank"""
     sets = GeneSetConfig("random", config.n_genes, config.batch)
     given = LoaderConfig(str(Path(config.folder) / f"shards-{codec}"), seed=1, given=sets)
-    return CellLoader(replace(given, **changes), global_batch=config.batch, micro_batch=config.batch)
+    step = micro_batches * config.batch
+    return CellLoader(replace(given, **changes), global_batch=step, micro_batch=config.batch)
 
 
 def batches_of(loader: CellLoader) -> Iterator[int]:

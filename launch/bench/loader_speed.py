@@ -100,8 +100,14 @@ def _rate(reader: Iterator[int], n_cells: int) -> float:
 
 
 def costs(config: BenchLoaderConfig, report: Report) -> None:
-    """CPU microseconds a cell of each part, alone; then what one core feeds to a consumer that does nothing."""
+    """CPU microseconds a cell of each part, alone, and of the whole; then what one core feeds to a consumer that does
+    nothing."""
     rng = np.random.default_rng(0)
+    units = Units.whole(np.arange(400_000), np.full(400_000, 256))
+    order = Order(EveryCell(units), 0, 32, config.batch, 2).epoch(0)
+    planned = _cost(lambda: order.plan(1000, 256, 0, config.batch)[0].size)
+    report.add(Row("order", planned, "us/cell"))
+    gathered = 0.0
     for codec in ("none", "zstd"):
         cells = ShardSet(str(Path(config.folder) / f"shards-{codec}"))
         n = min(64, len(cells.blocks) - 1)
@@ -120,16 +126,21 @@ def costs(config: BenchLoaderConfig, report: Report) -> None:
                 slots.fill(slot, buffers[slot], "bench")
             return n * cells.manifest.block_cells
 
-        report.add(Row(f"{codec}: read, with CRC-32", _cost(read), "us/cell"))
-        report.add(Row(f"{codec}: decompress and check", _cost(fill), "us/cell"))
+        parts = [_cost(read), _cost(fill)]
+        report.add(Row(f"{codec}: read, with CRC-32", parts[0], "us/cell"))
+        report.add(Row(f"{codec}: decompress and check", parts[1], "us/cell"))
         if codec == "none":
-            _gather_costs(config, report, slots, rng, cells.manifest.genes.n_genes, "")
+            gathered = _gather_costs(config, report, slots, rng, cells.manifest.genes.n_genes, "")
         cells.close()
+        reader = batches_of(loader_of(config, codec, prefetch=0))
+        ours = min(OUR_ROUND_CELLS, 3 * config.cells)
+        _rate(reader, ours)
+        whole = 1e6 / median([_rate(reader, ours) for _ in range(7)])
+        report.add(Row(f"{codec}: all of it, a set per batch", whole, "us/cell"))
+        rest = whole - sum(parts) - gathered - planned
+        report.add(Row(f"{codec}: of it threads, Python, and caches that a batch filled", rest, "us/cell"))
     wide = _wide_slots(config)
     _gather_costs(config, report, wide, rng, 60_000, ", 60,000 genes")
-    units = Units.whole(np.arange(400_000), np.full(400_000, 256))
-    order = Order(EveryCell(units), 0, 32, config.batch, 2).epoch(0)
-    report.add(Row("order", _cost(lambda: order.plan(1000, 256, 0, config.batch)[0].size), "us/cell"))
     for form in ("dense", "compact"):
         cores = os.sched_getaffinity(0)
         os.sched_setaffinity(0, {min(cores)})  # before the loader starts its threads, which inherit it
@@ -166,7 +177,8 @@ def _wide_slots(config: BenchLoaderConfig) -> CellSlots:
     return slots
 
 
-def _gather_costs(config: BenchLoaderConfig, report: Report, slots: CellSlots, rng, n_genes: int, note: str) -> None:
+def _gather_costs(config: BenchLoaderConfig, report: Report, slots: CellSlots, rng, n_genes: int, note: str) -> float:
+    """Returns what gathering, and drawing, one set per batch costs."""
     sets = controls.gene_sets(n_genes, config.n_genes, config.batch)
     ids = sets.ids(0, 0, np.arange(config.batch))
     cells = [(rng.integers(0, slots.n_slots, config.batch), rng.integers(0, 256, config.batch)) for _ in range(64)]
@@ -176,7 +188,8 @@ def _gather_costs(config: BenchLoaderConfig, report: Report, slots: CellSlots, r
             gather(*where, *rest)
         return len(cells) * config.batch
 
-    report.add(Row(f"gather {config.n_genes:,} genes{note}", _cost(lambda: each(slots.take, ids)), "us/cell"))
+    gathered = _cost(lambda: each(slots.take, ids))
+    report.add(Row(f"gather {config.n_genes:,} genes{note}", gathered, "us/cell"))
     report.add(Row(f"gather compact{note}", _cost(lambda: each(slots.take_csr)), "us/cell"))
     every = np.arange(config.batch)
 
@@ -192,9 +205,11 @@ def _gather_costs(config: BenchLoaderConfig, report: Report, slots: CellSlots, r
         )  # fmt: skip
 
     random, weighted = alone("random"), alone("weighted")
-    report.add(Row(f"draw a set per batch{note}", _cost(lambda: draw(sets)), "us/cell"))
+    drawn = _cost(lambda: draw(sets))
+    report.add(Row(f"draw a set per batch{note}", drawn, "us/cell"))
     report.add(Row(f"draw a set per cell{note}", _cost(lambda: draw(random)), "us/cell"))
     report.add(Row(f"draw a weighted set per cell{note}", _cost(lambda: draw(weighted, 4)), "us/cell"))
+    return gathered + drawn
 
 
 def _cost(work: Callable[[], int]) -> float:
