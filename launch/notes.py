@@ -7,6 +7,7 @@ state        state, job, time, restarts, reason; of an array, state.TASK
 history      a line for every start and stop: how far the work was
 bad_nodes    nodes that preflight found unfit, with the reason; preflight.json has its last report
 late_nodes   nodes that did not come up in time once; the second time they are unfit
+use_nodes    nodes that preflight chose; begun, preflight: folders of words that nodes left in it
 failure      exit code and error of the rank that failed first; of an array, failure.TASK
 
 Reading order: find_notes, state_of, note_failure.

@@ -357,6 +357,15 @@ def test_a_preflight_without_a_report_names_the_first_node(fake: Path, tmp_path:
     assert len(life.steps()) == 1
 
 
+def test_a_single_node_is_not_blamed_for_a_preflight_without_a_report(fake: Path, tmp_path: Path) -> None:
+    """It may be the job: a library that dies on any node."""
+    life = Life(fake, tmp_path, "--preflight", "true")
+    preflight_of(fake, 'mkdir -p "$SCLDM_NOTES/preflight" && touch "$SCLDM_NOTES/preflight/first"')
+    assert life.start(0, 139, hosts="n1") == "FAILED"
+    assert "exit code 139: the first rank, on n1, gave no report" in (life.notes / "state").read_text()
+    assert not (life.notes / "bad_nodes").exists()
+
+
 def test_where_no_rank_of_a_preflight_came_up_no_node_is_named(fake: Path, tmp_path: Path) -> None:
     """As without a Python; tokens of the start before do not count."""
     life = Life(fake, tmp_path, "--preflight", "true")

@@ -92,12 +92,12 @@ if platform.node() == "{dies}":
 @pytest.mark.exhaustive  # waits for ranks until they are missed
 @pytest.mark.parametrize("dies", ["sim3", "sim1"])
 def test_preflight_names_ranks_that_give_no_result(
-    cluster: Cluster, chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: str
+    cluster: Cluster, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: str
 ) -> None:
     """One hangs over its folders, one dies; the job goes on without them, unless it is the first one, which leads."""
     (tmp_path / "sitecustomize.py").write_text(DYING.format(dies=dies))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
-    run = Run(cluster, f"missing {dies}", chain / "shards", "--nodes", "1-4")
+    run = Run(cluster, f"missing {dies}", shards, "--nodes", "1-4")
     assert run.ends() == ("DONE" if dies == "sim3" else "FAILED"), run.log
     bad = dict(line.split("\t")[::2] for line in (run.notes / "bad_nodes").read_text().splitlines())
     if dies == "sim1":

@@ -98,9 +98,9 @@ def test_an_exception_of_one_rank_is_no_signal(
 
 
 @pytest.mark.exhaustive  # a unit test has it without Slurm
-def test_a_cancelled_job_leaves_nothing_on_the_nodes(cluster: Cluster, chain: Path) -> None:
+def test_a_cancelled_job_leaves_nothing_on_the_nodes(cluster: Cluster, shards: Path) -> None:
     """Slurm starts no step for it any more, and gives it three seconds."""
-    run = Run(cluster, "cancelled", chain / "shards", "--nodes", "2", "--preflight", "false", "--stage")
+    run = Run(cluster, "cancelled", shards, "--nodes", "2", "--preflight", "false", "--stage")
     run.reaches(5)
     assert not nothing_is_staged(cluster)
     cluster.call("scancel", run.job)
