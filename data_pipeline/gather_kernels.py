@@ -56,15 +56,16 @@ def locate(nonzeros, n_entries, n_escapes, n_large, large, escaped, medium, step
     """Where the sections lie, and where each cell begins in them; False where they do not fit each other."""
     place[0], place[1], place[2] = steps.ctypes.data, packed.ctypes.data, escaped.ctypes.data
     place[3], place[4] = medium.ctypes.data, large.ctypes.data
-    e, m, g, k, odd = np.int64(0), np.int64(0), np.int64(0), np.int64(0), np.int64(0)
+    e, m, g, k, fit = np.int64(0), np.int64(0), np.int64(0), np.int64(0), True
     for cell in range(len(nonzeros)):
         begin[cell, 0], begin[cell, 1], begin[cell, 2], begin[cell, 3] = e, m, g, k
         e, m = e + np.int64(n_entries[cell]), m + np.int64(n_escapes[cell])
-        g, k, odd = g + np.int64(n_large[cell]), k + np.int64(nonzeros[cell]), odd | np.int64(n_entries[cell])
+        g, k = g + np.int64(n_large[cell]), k + np.int64(nonzeros[cell])
+        fit &= (n_entries[cell] % 2 == 0) & (nonzeros[cell] <= n_entries[cell])
     for cell in range(len(nonzeros), len(begin)):  # what comes after the last one is empty
         begin[cell, 0], begin[cell, 1], begin[cell, 2], begin[cell, 3] = e, m, g, k
     whole = e == len(steps) and m == len(escaped) and g == len(large)
-    return whole and odd % 2 == 0 and (e // 2 + 7) // 8 * 8 == len(packed)
+    return fit and whole and (e // 2 + 7) // 8 * 8 == len(packed)
 
 
 @njit(nogil=True, cache=True)

@@ -298,6 +298,7 @@ def manifest(tmp_path_factory):
 @pytest.mark.parametrize(
     "lie",
     [
+        ("nonzeros", 3, 2**30),  # for which there would be no memory
         ("nonzeros", 3, 2**31),
         ("nonzeros", 0, 0),
         ("n_entries", 0, 2**31),
