@@ -1,6 +1,7 @@
 """Gene sets: distributions, and what each policy may leave out."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from data_pipeline.gene_sets import GeneSetConfig, GeneSets, _least_words
 from data_pipeline.philox import random_words
 from data_pipeline.read_shards import ShardSet
 from data_pipeline.schema import vocab_tag
-from scldm.batch import CompactCounts
+from scldm.batch import CompactCounts, narrow_ids
 from scldm.errors import InputError
+from scldm.vocab import GeneVocab
 from tests.data_pipeline.small_sets import known_cells, write_set
 
 
@@ -192,6 +194,18 @@ def test_the_last_gene_of_a_large_vocabulary_is_sent_as_itself(tmp_path, n_genes
     assert csr.gene_ids[csr.start[1:] - 1].tolist() == [n_genes] * 6
     compact = CompactCounts.from_numpy(csr.start, csr.gene_ids, csr.counts, csr.large_at, csr.large, n_genes + 1)
     np.testing.assert_array_equal(compact.dense()[:, 1:].numpy(), cells.counts[:6])
+
+
+@pytest.mark.parametrize("n_genes, width", [(65_534, 2), (65_535, 2), (65_536, 4)])
+def test_gene_ids_take_two_bytes_as_long_as_the_last_gene_fits(manifest, n_genes, width):
+    genes = GeneVocab(tuple(f"g{k}" for k in range(n_genes)), "symbol")
+    last = np.array([0, 1, 32_768, n_genes])
+    ids = narrow_ids(last.astype(CellSlots(replace(manifest, genes=genes), 1).id_dtype))
+    assert ids.element_size() == width
+    start = np.array([0, len(last) - 1], np.int32)
+    none, counts = torch.empty(0, dtype=torch.int32), torch.tensor([1, 2, 3], dtype=torch.uint8)
+    csr = CompactCounts(torch.from_numpy(start), ids[1:], counts, none, none, n_genes + 1)
+    assert csr.dense()[0, last].tolist() == [0, 1, 2, 3]
 
 
 def take(slots, sets, step=0):
