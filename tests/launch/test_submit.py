@@ -204,7 +204,7 @@ def submissions() -> list[str]:
     """The command lines of submit that the README and `scldm submit --help` give."""
     readme = (Path(__file__).parents[2] / "README.md").read_text().replace("\\\n", " ")
     lines = [*readme.splitlines(), *submit.EXAMPLE.splitlines()]
-    return [line for line in lines if line.startswith("scldm submit ")]
+    return list(dict.fromkeys(line for line in lines if line.startswith("scldm submit ")))
 
 
 @pytest.mark.parametrize("line", submissions())
