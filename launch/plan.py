@@ -241,7 +241,7 @@ class Plan:
         cells, batch, n_steps, N = hardware.micro_batch, config.train.global_batch, config.train.steps, hardware.n_ranks
         room = hardware.memory_gb - hardware.context_gb
         names = ("weights", "gathered", "masters", "moments", "averages", "gradients", "buckets", "activations")
-        names = (*names, "peak", "host")
+        names = (*names, "validation", "peak", "host", "saved")
         lines = [
             f"{cost.n_parameters / 1e6:,.1f} million parameters; {N:,} ranks x {cells} cells x {self.accumulation} = "
             f"{batch:,} cells a step",

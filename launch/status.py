@@ -13,7 +13,8 @@ from launch.config import compose
 from launch.job import BAD_NODES, nodes_in
 from launch.notes import State, find_notes, state_of, with_run
 from scldm.errors import InputError, read_json
-from scldm.train.run_folder import read_config
+from scldm.train.run_folder import read_config, started_at
+from scldm.train.throughput import seconds_per_step
 from scldm.train.tracking import read_metrics
 
 PURPOSE = """How far a run is: its job's state, step, cells/s, time left, last checkpoint, last error of each rank.
@@ -84,12 +85,14 @@ def training(run: Path) -> list[tuple[str, str]]:
     """What a training run's own files say."""
     config = read_config(run)
     steps, lines = config["train"]["steps"], []
-    last = (read_metrics(run, "train") or [None])[-1]
-    if last is not None:
+    rows = read_metrics(run, "train")
+    if rows:
+        last = rows[-1]
         step, speed = last["step"], last["cells_per_s"]
+        step_s = seconds_per_step(rows, started_at(run)) or config["train"]["global_batch"] / speed
         lines.append(("step", f"{step:,} of {steps:,} ({100 * step / steps:.1f} %), loss {last['loss']:.4g}"))
         lines.append(("cells/s", f"{speed:,.0f}, {ago(time.time() - last['time'])}"))
-        lines.append(("time left", duration((steps - step) * config["train"]["global_batch"] / speed)))
+        lines.append(("time left", duration((steps - step) * step_s)))
     if (run / "outcome.json").is_file():
         outcome = read_json(run / "outcome.json")
         if outcome["reason"]:

@@ -3,6 +3,7 @@
 #   bash tests/run.sh [--quick | --all] [PYTEST ARGUMENTS]
 #   --quick  only the quick ones (two minutes)
 #   --all    the exhaustive ones too (hours)
+# GPUs are hidden; on one, the kernels are tested by: SCLDM_TEST_GPU=1 bash tests/run.sh tests/scldm/kernels tests/scldm/model
 # Paths among the arguments are relative to the checkout. Files of tests run beside one another, on as many cores as there
 # are, at most four; `-n 0` runs them one after another, and shows what they print with `-s`.
 set -euo pipefail

@@ -25,7 +25,10 @@ class Memory:
     buckets: in which gradients wait to be exchanged during the pass
     activations: and other tensors of a pass, with the gradients that it holds
     step: what is made after the pass, in the room of activations and buckets
+    validation: what a validation pass takes in that room: the weights, put by while the averages are in their place,
+        and no more activations than a training pass has
     host: of the states above, what is in the host's memory instead
+    saved: in the host's memory too, where a checkpoint is copied to before it is written
     """
 
     weights: float
@@ -37,16 +40,23 @@ class Memory:
     buckets: float
     activations: float
     step: float
+    validation: float = 0.0
     host: float = 0.0
+    saved: float = 0.0
 
     @property
     def states(self) -> float:
         return self.weights + self.gathered + self.masters + self.moments + self.averages + self.gradients
 
     @property
-    def peak(self) -> float:
-        """On the device."""
+    def training(self) -> float:
+        """The most on the device, but for validation."""
         return self.states - self.host + max(self.buckets + self.activations, self.step)
+
+    @property
+    def peak(self) -> float:
+        """The most on the device."""
+        return max(self.training, self.states - self.host + self.validation)
 
     def to_json(self) -> dict[str, float]:
         return {**asdict(self), "peak": self.peak}
@@ -91,7 +101,9 @@ def rank_memory(
         activations=activations,
         # ZeRO-1 exchanges all gradients first; AdamW then makes three tensors as large as a share
         step=max(4 * P + in_bucket if zero_stage == 1 else 0.0, 0.0 if offload else 3 * 4 * share),
+        validation=(0.0 if offload else 4 * share) + cost.peak_bytes,
         host=20 * share if offload else 0.0,
+        saved=4 * 4 * share,  # weights, averages and both moments
     )
 
 

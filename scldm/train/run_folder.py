@@ -82,6 +82,12 @@ def _may_lie_there(entry: Path) -> bool:
     return entry.name in (NOTES, LOCK, OWNER) or entry.name.endswith(PARTIAL)
 
 
+def started_at(run_dir: Path) -> float:
+    """When the run was last started, in seconds since 1970; 0 where that is not noted."""
+    starts = _starts(run_dir)
+    return datetime.fromisoformat(starts[-1]["time"]).timestamp() if starts else 0.0
+
+
 def _starts(run_dir: Path) -> list[Any]:
     """The notes of earlier starts; none where they can't be read: no run ends for want of them."""
     path = run_dir / ENVIRONMENT
