@@ -4,8 +4,8 @@ A cell costs a byte and a half per expressed gene before the codec: the step fro
 is rare (counts over 15, steps over 255) is said so that a reader needs no branch for it: a larger count stands in a
 table with its gene, and a longer step is several, to genes whose count is 0.
 
-Reading order: header, codec, NarrowCells, encode_block, sections, BlockBuffers,
-decode_block, the numba kernels (they release the GIL).
+Reading order: header, codec, NarrowCells, encode_block, sections, BlockBuffers, decode_block. The kernels are in
+block_kernels.py.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import NamedTuple
 import lz4.block
 import numpy as np
 import zstandard
-from numba import njit
 
+from data_pipeline.block_kernels import count_entries, measure, narrow_steps_and_counts, pack, take_parts, widen
 from data_pipeline.schema import CODECS, Codec, column_dtype
 from scldm.errors import InputError
 
@@ -165,7 +165,7 @@ class NarrowCells:
             out = np.empty(int(lengths[order].sum(dtype=np.int64)), values.dtype)
             starts = np.zeros(len(lengths) + 1, np.int64)
             np.cumsum(lengths, out=starts[1:])
-            _gather(values, starts, order, out)
+            take_parts(values, starts, order, out)
             parts.append(out)
         return NarrowCells(self.nonzeros[order], self.n_far[order], self.n_large[order], *parts)
 
@@ -174,11 +174,11 @@ def narrow(indptr: np.ndarray, columns: np.ndarray, counts: np.ndarray, n_genes:
     """CSR cells as NarrowCells. Columns ascend within a cell, counts are integers of at least 1."""
     n_cells = len(indptr) - 1
     n_far, n_large = np.empty(n_cells, np.uint32), np.empty(n_cells, np.uint32)
-    sound = _measure(indptr, columns, counts, n_genes, n_far, n_large)
+    sound = measure(indptr, columns, counts, n_genes, n_far, n_large)
     assert sound, "columns must ascend within a cell and lie below n_genes, counts must be at least 1"
     steps, small = np.empty(len(columns), np.uint8), np.empty(len(columns), np.uint8)
     far, large = np.empty(n_far.sum(dtype=np.int64), np.uint32), np.empty(n_large.sum(dtype=np.int64), np.uint64)
-    _narrow(indptr, columns, counts, steps, small, far, large)
+    narrow_steps_and_counts(indptr, columns, counts, steps, small, far, large)
     return NarrowCells(np.diff(indptr).astype(np.uint32), n_far, n_large, steps, small, far, large)
 
 
@@ -198,14 +198,14 @@ def encode_block(
     assert len(cells) == len(sources) == len(rows)
     widths = np.array([c.dtype.itemsize for c in conditions], np.uint8)
     n_needed, n_escapes = np.empty(len(cells), np.uint32), np.empty(len(cells), np.uint32)
-    _count_entries(cells.nonzeros, cells.small, cells.n_far, cells.far, n_needed, n_escapes)
+    count_entries(cells.nonzeros, cells.small, cells.n_far, cells.far, n_needed, n_escapes)
     n_entries = n_needed + n_needed % 2
     steps, totals = np.empty(n_entries.sum(dtype=np.int64), np.uint8), np.empty(len(cells), np.uint64)
     counts, packed = np.empty(len(steps), np.uint8), np.empty(len(steps) // 2, np.uint8)
     escaped = np.empty(n_escapes.sum(dtype=np.int64) + 1, column_dtype(n_genes))
     medium = np.empty(len(escaped), np.uint8)
     given = cells.nonzeros, cells.steps, cells.small, cells.far, cells.large
-    _pack(*given, n_needed, steps, counts, packed, escaped, medium, totals)
+    pack(*given, n_needed, steps, counts, packed, escaped, medium, totals)
     table = [cells.nonzeros.astype("<u4"), n_entries, n_escapes, cells.n_large.astype("<u4"), totals]
     identity = [sources.astype("<u2"), rows.astype("<i8"), widths, *conditions]
     payload = b"".join(map(_padded, [*table, *identity, cells.large, escaped[:-1], medium[:-1], steps, packed]))
@@ -355,157 +355,8 @@ def decode_block(
         columns, counts = buffers.take("columns", n_nonzeros), buffers.take("counts", n_nonzeros)
         per_cell = found.nonzeros, found.n_entries, found.n_escapes, found.n_large, found.totals
         tables = found.large, found.escaped, found.medium
-        if not _widen(*per_cell, *tables, found.steps, found.packed, n_genes, indptr, columns, counts):
+        if not widen(*per_cell, *tables, found.steps, found.packed, n_genes, indptr, columns, counts):
             raise ValueError("its sections do not fit each other")
     except ValueError as error:
         raise InputError(f"{where}: damaged: {error}") from None
     return Block(int(header["split"]), n_genes, indptr, columns, counts, found.sources, found.rows, found.conditions)
-
-
-# --- kernels -------------------------------------------------------------------------------------------------------
-
-
-@njit(nogil=True, cache=True)
-def _measure(indptr, columns, counts, n_genes, n_far, n_large):
-    """Fills in each cell's escapes; False where the cells are not sound."""
-    sound = True
-    for cell in range(len(indptr) - 1):
-        before = np.int64(-1)
-        far, large = 0, 0
-        for k in range(indptr[cell], indptr[cell + 1]):
-            column, count = np.int64(columns[k]), np.int64(counts[k])
-            sound &= (column > before) & (count > 0) & (column < n_genes)
-            far += column - before > 255
-            large += count > 255
-            before = column
-        n_far[cell], n_large[cell] = far, large
-    return sound
-
-
-@njit(nogil=True, cache=True)
-def _gather(values, starts, order, out):
-    # unsigned positions and a plain loop, which becomes wide copies: ten times as fast as assigning slices
-    at = np.uint64(0)
-    for cell in order:
-        start = np.uint64(starts[cell])
-        n = np.uint64(starts[cell + 1]) - start
-        for k in range(n):
-            out[at + k] = values[start + k]
-        at += n
-
-
-@njit(nogil=True, cache=True)
-def _narrow(indptr, columns, counts, deltas, small, far, large):
-    """Steps and counts as bytes; those over 255 go to the tables, in order, and leave a 0."""
-    n_far, n_large = 0, 0
-    for cell in range(len(indptr) - 1):
-        before = -1
-        for k in range(indptr[cell], indptr[cell + 1]):
-            column, count = np.int64(columns[k]), np.int64(counts[k])
-            step = column - before
-            before = column
-            if step > 255:
-                far[n_far] = step
-                n_far += 1
-                step = 0
-            if count > 255:
-                large[n_large] = count
-                n_large += 1
-                count = 0
-            deltas[k] = step
-            small[k] = count
-
-
-@njit(nogil=True, cache=True)
-def _count_entries(nonzeros, small, n_far, far, n_entries, n_escapes):
-    """How many entries and escapes each cell takes."""
-    k, f = np.uint64(0), 0
-    for cell in range(len(nonzeros)):
-        n, escapes = np.uint64(nonzeros[cell]), np.uint64(0)
-        for j in range(n):
-            escapes += np.uint64((small[k + j] == 0) | (small[k + j] > 15))
-        entries = np.int64(n)
-        for _ in range(n_far[cell]):
-            entries += (np.int64(far[f]) - 1) // 255
-            f += 1
-        k += n
-        n_entries[cell], n_escapes[cell] = entries, escapes
-
-
-@njit(nogil=True, cache=True)
-def _pack(nonzeros, narrow_steps, small, far, large, n_needed, steps, counts, packed, escaped, medium, totals):
-    """Steps over 255 become several, counts over 15 go to the tables, and counts become half bytes; fills in each
-    cell's sum of counts. `counts` is memory for that; `escaped` and `medium` are one longer than their escapes."""
-    k, e, f, g, m = np.uint64(0), np.uint64(0), 0, 0, np.uint64(0)
-    one = np.uint64(1)
-    for cell in range(len(nonzeros)):
-        last, column, total = k + np.uint64(nonzeros[cell]), np.int64(-1), np.uint64(0)
-        if n_needed[cell] % 2:
-            steps[e], counts[e], e = 0, 0, e + one
-        while k < last:
-            step, count = np.int64(narrow_steps[k]), small[k]
-            if step == 0:
-                step = np.int64(far[f])
-                f += 1
-                while step > 255:
-                    steps[e], counts[e] = 255, 0
-                    e, column, step = e + one, column + 255, step - 255
-            column += step
-            total += np.uint64(count)
-            if count == 0:
-                total += large[g]
-                g += 1
-            # written always, kept where it is an escape: no branch to mispredict
-            escaped[m], medium[m] = column, count
-            m += np.uint64((count == 0) | (count > 15))
-            steps[e], counts[e] = step, np.uint8(count if count < 16 else 0)
-            e, k = e + one, k + one
-        totals[cell] = total
-    for pair in range(np.uint64(len(packed))):  # a loop of its own, which becomes wide instructions
-        packed[pair] = counts[pair + pair] | np.uint8(counts[pair + pair + one] << np.uint8(4))
-
-
-@njit(nogil=True, cache=True)
-def _widen(
-    nonzeros, entries_of, escapes_of, large_of, totals, large, escaped, medium, steps, packed, n_genes, indptr, columns,
-    counts,
-):  # fmt: skip
-    """_pack back; False where the sections contradict each other (nothing is read or written out of bounds)."""
-    k, e, m, g = 0, 0, 0, 0
-    indptr[0] = 0
-    for cell in range(len(nonzeros)):
-        n, last = np.int64(entries_of[cell]), k + np.int64(nonzeros[cell])
-        last_escape, last_large = m + np.int64(escapes_of[cell]), g + np.int64(large_of[cell])
-        if n % 2 or e + n > len(steps) or e + n > 2 * len(packed) or last > len(columns):
-            return False
-        if last_escape > len(escaped) or last_large > len(large):
-            return False
-        column, total = np.int64(-1), np.uint64(0)
-        for j in range(e, e + n):
-            step, count = np.int64(steps[j]), np.int64((packed[j // 2] >> np.uint8(4 * (j % 2))) & 15)
-            if step == 0 and (j > e or count):
-                return False
-            column += step
-            if count == 0:
-                if m == last_escape or np.int64(escaped[m]) != column:
-                    continue
-                count = np.int64(medium[m])
-                m += 1
-                if count == 0:
-                    if g == last_large:
-                        return False
-                    count = np.int64(large[g])
-                    g += 1
-                if count < 16:
-                    return False
-            if k == last:
-                return False
-            columns[k], counts[k] = column, count
-            total += np.uint64(count)
-            k += 1
-        if column >= n_genes or total != totals[cell] or k != last or m != last_escape or g != last_large:
-            return False
-        e += n
-        indptr[cell + 1] = k
-    whole = k == len(columns) and e == len(steps) and m == len(escaped) and g == len(large)
-    return whole and (e // 2 + 7) // 8 * 8 == len(packed)
