@@ -345,7 +345,7 @@ def shard_batches(
         n_expressed_largest=manifest.statistics.n_expressed_largest,
         weights=None,
         micro_batch=micro_batch,
-        loud=True,
+        loud=shard == 0,  # else every shard would say it
     )
     collate = CellCollator(manifest.conditions.names, sets, None, **_how(torch.device(device)))
     slots = collate.make_slots(cells, 1)

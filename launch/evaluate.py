@@ -170,7 +170,7 @@ def show(evaluation: dict, report: Path) -> None:
         console.print(table)
     if evaluation["pooled_only"]:
         console.print(evaluation["pooled_only"], soft_wrap=True)
-    if evaluation["cells"]["drawn_of"]:
+    if evaluation["cells"].get("drawn_of"):  # which an evaluation of an older version lacks
         console.print(drawn_text(evaluation), soft_wrap=True)
     listed = "; ".join(f"({k}) {title}" for k, (title, *_) in rivals.items())
     console.print(f"floor: the training cells themselves; rivals drawn from them: {listed}", soft_wrap=True)
