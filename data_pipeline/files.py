@@ -1,11 +1,10 @@
-"""Files that are whole or not there: written aside, then renamed; locks; what a disk or a URL refuses as a sentence."""
+"""Locks, names beside a path, hashes; what a disk or a URL refuses as a sentence. Whole files are in scldm.files."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
 import hashlib
-import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,20 +19,6 @@ from scldm.errors import InputError
 def aside(path: Path) -> Path:
     """A name beside a path that nobody else writes to: tasks on several hosts may have the same process id."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
-
-
-@contextmanager
-def written_aside(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which gets its name only when it is whole and the block ends without an error."""
-    part = aside(path)
-    try:
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # else a machine that goes down may leave a name without its bytes
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -28,9 +28,10 @@ from fsspec.implementations.local import LocalFileSystem
 from isal.isal_zlib import crc32  # zlib's, ten times as fast
 
 from data_pipeline import schema
-from data_pipeline.files import sha256_of, written_aside
+from data_pipeline.files import sha256_of
 from data_pipeline.schema import Manifest
 from scldm.errors import InputError
+from scldm.files import written_aside
 
 OPEN_FILES = 128
 ATTEMPTS = 5

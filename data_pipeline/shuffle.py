@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.block import NarrowCells
-from data_pipeline.files import written_aside
 from data_pipeline.splits import keys
+from scldm.files import written_aside
 
 PIECE_CELLS = 4096  # cells that are brought into order at a time while a run is written
 SECTIONS = (("steps", np.uint8), ("small", np.uint8), ("far", np.uint32), ("large", np.uint64))

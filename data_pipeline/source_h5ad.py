@@ -17,11 +17,11 @@ import pandas as pd
 from anndata.io import read_elem
 from numba import njit
 
-from data_pipeline.files import written_aside
 from data_pipeline.genes import SourceGenes, namespace_of
 from data_pipeline.narrow import FAULTS, Rows, coo_to_rows, fault_of
 from data_pipeline.sources import OpenSource, SourceConfig, SourceSpec, as_labels, spans
 from scldm.errors import InputError
+from scldm.files import written_aside
 
 CHUNK_BYTES = 24 << 20  # larger chunks are no faster: they leave the caches
 PROBE = 200_000  # values looked at, in each of three places, to tell counts from anything else

@@ -25,7 +25,7 @@ from typing import IO
 import numpy as np
 
 from data_pipeline.block import encode_block
-from data_pipeline.files import disk_explained, file_system, store_explained, written_aside
+from data_pipeline.files import disk_explained, file_system, store_explained
 from data_pipeline.narrow import CountError, GeneSums, Rows, check_columns, narrow_rows
 from data_pipeline.plan import Plan
 from data_pipeline.schema import BLOCK_INDEX, ShardEntry, member_name, vocab_tag
@@ -33,6 +33,7 @@ from data_pipeline.shuffle import Arena, RunWriter, read_range
 from data_pipeline.sources import Matrix, open_matrix
 from data_pipeline.variable_genes import add_moments
 from scldm.errors import InputError
+from scldm.files import written_aside
 from scldm.vocab import GeneVocab
 
 STAGES = ("transpose", "scan", "clip", "scatter", "gather")

@@ -29,8 +29,9 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata.io import read_elem, sparse_dataset, write_elem
 
-from data_pipeline.files import disk_explained, locked, written_aside
+from data_pipeline.files import disk_explained, locked
 from scldm.errors import InputError, read_json
+from scldm.files import written_aside
 from scldm.progress import Progress
 
 PART_CELLS = 512  # 2,000 genes a cell of 8 B: 8 MB

@@ -32,11 +32,12 @@ import numpy as np
 
 from data_pipeline import schema
 from data_pipeline.block import ALIGN
-from data_pipeline.files import disk_explained, locked, sha256_of, written_aside
+from data_pipeline.files import disk_explained, locked, sha256_of
 from data_pipeline.gene_sets import GeneSetConfig
 from data_pipeline.read_shards import BlockSource
 from data_pipeline.schema import FileEntry, Manifest, ShardEntry
 from scldm.errors import InputError, read_json
+from scldm.files import written_aside
 
 LATENT_MAGIC = b"SCLDMLAT"
 LATENT_HEADER = np.dtype(

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.files import disk_explained, file_system, locked, store_explained, written_aside
+from data_pipeline.files import disk_explained, file_system, locked, store_explained
 from data_pipeline.genes import JoinedGenes, choose
 from data_pipeline.plan import Plan, ShardsWriteConfig, differences, make_plan, settings_of
 from data_pipeline.schema import (
@@ -50,6 +50,7 @@ from data_pipeline.stages import STAGES, Layout, Worker, deliver, delivered_byte
 from data_pipeline.statistics import compute_statistics
 from data_pipeline.variable_genes import CELLS, clip_values, top_genes
 from scldm.errors import InputError
+from scldm.files import written_aside
 from scldm.progress import Progress
 
 DISK_BYTES_PER_COUNT = 2.1  # of the runs, before they have become tars

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -24,6 +23,7 @@ from scldm.evaluate.figures import rivals_of, score_sections
 from scldm.evaluate.metrics import METRICS
 from scldm.evaluate.report import drawn_text, normalised_text, row_texts, verdicts, write_report
 from scldm.evaluate.sample import Sample
+from scldm.files import written_aside
 from scldm.train.tracking import Tracker, TrackingConfig, read_metrics
 
 PURPOSE = """
@@ -95,9 +95,8 @@ def main(config: EvaluateVerbConfig) -> dict:
 
     out = Path(config.out)
     written = write_report(evaluation, out)
-    aside = out / ".evaluation.json.part"
-    aside.write_text(json.dumps(evaluation, allow_nan=False))
-    os.replace(aside, out / "evaluation.json")
+    with written_aside(out / "evaluation.json") as file:
+        file.write(json.dumps(evaluation, allow_nan=False).encode())
     # a folder of its own: `out` may be that of another tracked run
     tags = {"git": evaluation["made_with"]["commit"]}
     with Tracker(out / "evaluation", config.tracking, stage="evaluate", params=asdict(config), tags=tags) as tracker:

@@ -24,7 +24,7 @@ from typing import Any
 from launch.job import BAD_NODES, LATE_NODES, nodes_in, usable_counts
 from launch.node_checks import FIRST_UNSEEN, SEEN_S, Findings
 from launch.node_tokens import BEGUN, is_seen
-from scldm.train.run_folder import write_json
+from scldm.files import write_json
 
 SLOW = 2.0  # times the median of the nodes
 ABSENT = "did not come up"

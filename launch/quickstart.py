@@ -27,7 +27,7 @@ from data_pipeline.schema import read_manifest
 from launch.cli import run_verb
 from launch.evaluate import show
 from scldm.errors import InputError
-from scldm.train.run_folder import write_json
+from scldm.files import write_json
 from scldm.train.tracking import Tracker, TrackingConfig
 
 PURPOSE = """The whole path on one small set of real cells, on a CPU: shards, both trainings on two ranks, generation,

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.describe import describe_html, describe_text
-from data_pipeline.files import disk_explained, written_aside
+from data_pipeline.files import disk_explained
 from data_pipeline.schema import read_manifest
 from launch.cli import run_verb
+from scldm.files import written_aside
 
 PURPOSE = "Print what a shard set holds: splits, conditions, sources, sizes; or draw it as a page with figures."
 EXAMPLE = """scldm shards info path=shards

@@ -20,10 +20,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_pipeline.files import disk_explained, written_aside
+from data_pipeline.files import disk_explained
 from data_pipeline.schema import MANIFEST, read_manifest
 from launch.config import compose
 from scldm.errors import InputError
+from scldm.files import written_aside
 
 PIECE = 16 << 20
 MARK = ".scldm-staged"  # made first and removed last: whoever finds it may remove the folder

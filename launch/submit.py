@@ -30,7 +30,7 @@ from launch.job import (
 from launch.pipeline import jobs_of_pipeline, jobs_of_shards
 from launch.site import read_site, site_path
 from scldm.errors import InputError, read_json
-from scldm.train.run_folder import write_json
+from scldm.files import write_json
 
 PURPOSE = """Run a verb as a Slurm job on one or many nodes, one rank per GPU: writes the batch script, submits it,
 prints the job's id. `scldm submit pipeline` does so for the whole path, as jobs that follow one another.

@@ -18,6 +18,7 @@ from data_pipeline.schema import Manifest
 from scldm import pretrained
 from scldm.environment import describe
 from scldm.errors import InputError, Stopped
+from scldm.files import write_json
 from scldm.library_size import LibrarySizeModel, LogNormal
 from scldm.parallel.deepspeed_json import check_overrides
 from scldm.parallel.dist import World, close_world, world_of_environment
@@ -29,7 +30,7 @@ from scldm.train.loop import Loader, TrainConfig, train
 from scldm.train.losses import Stage
 from scldm.train.optim import OptimConfig, make_optimizer
 from scldm.train.requests import Requests
-from scldm.train.run_folder import open_run_folder, outcome_noted, write_json
+from scldm.train.run_folder import open_run_folder, outcome_noted
 from scldm.train.step_cost import StepCost
 from scldm.train.throughput import Meter, peak_flops
 from scldm.train.tracking import Tracker, TrackingConfig

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from html import escape
 from pathlib import Path
 
 from scldm.evaluate.figures import FIGURES, LIBRARY_TYPES, has, rivals_of, score_sections, shown_types, style
 from scldm.evaluate.metrics import METRICS
 from scldm.evaluate.rivals import RIVALS
+from scldm.files import written_aside
 from scldm.progress import Progress
 
 # --- write ---------------------------------------------------------------------------------------------------------
@@ -34,9 +34,8 @@ def write_report(evaluation: dict, folder: Path) -> list[Path]:
     files = {folder / "report.html": page(evaluation, images).encode()}
     files |= {folder / "figures" / f"{name}.png": image for name, image in images.items()}
     for path, content in files.items():
-        aside = path.with_name(f".{path.name}.part")
-        aside.write_bytes(content)
-        os.replace(aside, path)
+        with written_aside(path) as file:
+            file.write(content)
     return list(files)
 
 

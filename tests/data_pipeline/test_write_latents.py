@@ -152,7 +152,7 @@ def test_a_shard_has_its_name_when_its_bytes_are_on_the_disk(cells, tmp_path, mo
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append((os.fstat(fd).st_size, shard.exists())))
     write(writer, [0])
     assert synced[0] == (shard.stat().st_size, False)
-    assert len(synced) == 2  # and the note
+    assert len(synced) == 4  # and the note; with the folder of each
 
 
 def test_one_command_writes_latents_at_a_time(cells, tmp_path):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from launch.cli import VERBS, main
 from launch.config import shipped
 from launch.job import ON_ALL_RANKS
-from scldm.train.run_folder import write_json
+from scldm.files import write_json
 from tests.launch.fake_slurm import train
 
 
