@@ -107,7 +107,7 @@ def decompress(stored: memoryview, codec: Codec, out: np.ndarray) -> np.ndarray:
     elif codec == "lz4":
         try:
             payload = np.frombuffer(lz4.block.decompress(stored, uncompressed_size=len(out)), np.uint8)
-        except lz4.block.LZ4BlockError as error:
+        except (lz4.block.LZ4BlockError, OverflowError) as error:
             raise ValueError(f"lz4: {error}") from None
     else:
         if not hasattr(_per_thread, "decompress"):

@@ -124,7 +124,7 @@ class Feed(Generic[Batch]):
         ahead: deque[tuple[Plan, int]] = deque()  # and when its blocks were asked for
         for plan in plans:
             if len(ahead) > self.read_ahead:
-                # several steps' at once, so that a reading thread, once awake, finds more than one block to read
+                # several steps' at once, so that a reading thread, once awake, finds several blocks to read
                 while len(ahead) > self.read_ahead // 2:
                     yield self._collate(ahead.popleft()[0], blocks)
             while not (asked := blocks.want(plan.block, ahead[0][1] if ahead else blocks.now + 1)):

@@ -2,8 +2,9 @@
 
 A slot holds one block's decompressed payload (a byte and a half a count) and tables of where each cell's part of each
 section begins. The kernels read gene steps and counts straight from it, so that a cell that is met once is decoded
-once, in registers, and no wider copy of a block is ever written. A cell whose sections contradict each other is refused
-by the kernel that meets it, and the gather raises.
+once, in registers, and no wider copy of a block is ever written. Whatever a block holds, no kernel leaves its memory;
+most cells whose sections contradict each other are refused by the kernel that meets them, all of them by decode_block,
+hence by `scldm shards verify`. That a block is as it was written is known by its CRC-32.
 
 Reading order: Slab (memory), CellSlots (fill), what it gathers. The kernels are in gather_kernels.py.
 """

@@ -1,8 +1,8 @@
 """Cells out of slots (gather.py), by numba; the kernels release the GIL.
 
 `slots` and `rows` (B,) are cells; `place` and `begin` say where their parts lie, `escaped` is an empty array of the
-dtype of escaped columns. A kernel that meets a cell whose sections contradict each other leaves it, having read and
-written nothing out of bounds, and returns its position in the batch, else -1.
+dtype of escaped columns. Nothing is read or written out of bounds, whatever they hold. A kernel returns the position in
+the batch of the first cell that it sees to contradict itself, else -1.
 
 Reading order: pointers, locate (a block's sections), what a cell is decoded by, take_cells (what is said about cells),
 and the take_* of counts.
@@ -129,7 +129,7 @@ def _sound(n_expressed, steps, packed, n_escapes, n_genes):
     for j in range(k + k, np.uint64(len(steps))):
         last += np.uint64(steps[j])
         same += np.uint64(steps[j] == 0)
-    if same > 1 or (same == 1 and steps[0] != 0):
+    if same > 1 or (same == 1 and (steps[0] != 0 or packed[0] & 15)):
         return False
     return last <= np.uint64(n_genes) and np.int64(uncounted) == len(steps) - n_expressed + n_escapes
 

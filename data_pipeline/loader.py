@@ -61,7 +61,8 @@ class StreamConfig:
     balance_max_repeats: how often a balanced epoch may repeat a cell at most
     prefetch: micro-batch lists that are made ahead in a thread; 0 makes each when it is asked for
     read_threads: threads that read and decompress
-    read_ahead: steps whose blocks are read before they are needed
+    read_ahead: steps whose blocks are read before they are needed; half of them at a time, so that a thread that wakes
+        up finds several
     cache_folder: where the index and blocks of a remote set are kept, shared by the ranks of a node; each set in a
         folder of its own, which stays until you remove it
     cache_gb: limit of the blocks of one set that are kept there, in 1e9 bytes
@@ -76,7 +77,7 @@ class StreamConfig:
     balance_max_repeats: int = 10
     prefetch: int = 2
     read_threads: int = 2
-    read_ahead: int = 8
+    read_ahead: int = 16
     cache_folder: str = ""
     cache_gb: float = 50.0
 

@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.block import HEADER, BlockBuffers, decode_block, encode_block, narrow, read_header, sections
+from data_pipeline.block import (
+    HEADER,
+    BlockBuffers,
+    decode_block,
+    decompress,
+    encode_block,
+    narrow,
+    read_header,
+    sections,
+)
 from data_pipeline.schema import CODECS, column_dtype, count_dtype
 from scldm.errors import InputError
 
@@ -125,6 +134,12 @@ def test_buffers_that_are_too_narrow_are_refused():
         decode_block(encode([{1: 1}]), BlockBuffers("<u2", "<i4"))
     assert (column_dtype(1 << 16), column_dtype((1 << 16) + 1)) == (np.uint16, np.uint32)
     assert [count_dtype(n) for n in (65_535, 65_536, 2**31)] == [np.uint16, np.int32, np.int64]
+
+
+def test_a_size_that_no_block_has_is_refused_by_lz4():
+    stored = memoryview(encode([{5: 1}], "lz4"))[HEADER.itemsize :]
+    with pytest.raises(ValueError, match="lz4"):
+        decompress(stored, "lz4", np.broadcast_to(np.uint8(0), 1 << 31))
 
 
 @pytest.mark.parametrize("codec", CODECS)

@@ -56,7 +56,8 @@ def test_reading_ahead_reads_no_block_more_often(thin, monkeypatch, changes):
 def test_memory_is_that_of_the_blocks_that_steps_touch_not_of_their_cells(thin, changes, most):
     """A global batch of 256 cells, of 8 lanes; of the whole set no step touches more than 40 blocks."""
     given_set = GeneSetConfig("random", 8, gene_set_group=256)
-    with open_loader(thin, global_batch=256, micro=256, given=given_set, prefetch=0, **changes) as loader:
+    sizes = {"global_batch": 256, "micro": 256, "read_ahead": 8}
+    with open_loader(thin, given=given_set, prefetch=0, **sizes, **changes) as loader:
         for _ in range(loader.steps_per_epoch):
             next(loader)
         blocks = loader.feed.blocks

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from data_pipeline.block import encode_block, narrow
+from data_pipeline.block import HEADER, Sections, encode_block, narrow, read_header, sections
 from data_pipeline.gather import CellSlots
 from data_pipeline.gene_sets import GeneSetConfig, GeneSets
 from data_pipeline.read_shards import ShardSet
 from data_pipeline.schema import vocab_tag
 from scldm.batch import CompactCounts
+from scldm.errors import InputError
 from scldm.vocab import GeneVocab
 from tests.data_pipeline.small_sets import known_cells, write_set
 
@@ -41,7 +43,7 @@ def counts_of(n_genes: int) -> np.ndarray:
     return counts
 
 
-def filled(manifest, counts: np.ndarray) -> CellSlots:
+def filled(manifest, counts: np.ndarray, harm: Callable[[Sections], object] = lambda _: None) -> CellSlots:
     n_genes = counts.shape[1]
     genes = GeneVocab(tuple(f"g{k}" for k in range(n_genes)), "symbol")
     cell, column = np.nonzero(counts)
@@ -51,9 +53,18 @@ def filled(manifest, counts: np.ndarray) -> CellSlots:
         made, split=0, n_genes=n_genes, vocab_tag=vocab_tag(genes), sources=np.zeros(N_CELLS, np.uint16),
         rows=np.arange(N_CELLS), conditions=ids, codec="none",
     )  # fmt: skip
+    block = np.frombuffer(bytearray(data), np.uint8)
+    harm(sections(block[HEADER.itemsize :], read_header(data)))
     slots = CellSlots(replace(manifest, genes=genes), 2)
-    slots.fill(1, np.frombuffer(data, np.uint8), "block 0")
+    slots.fill(1, block, "block 0")
     return slots
+
+
+def expressed_of(n_genes: int) -> GeneSets:
+    return GeneSets(
+        GeneSetConfig("expressed"), "given", seed=0, purpose=4, n_genes=n_genes, n_expressed_largest=n_genes,
+        weights=None, micro_batch=N_CELLS, loud=False,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("n_genes", [700, 65_535, 65_536, 70_000])
@@ -73,10 +84,7 @@ def test_every_kernel_gives_the_counts_that_were_stored(manifest, n_genes):
     np.testing.assert_array_equal(found, np.where(own, np.take_along_axis(wanted, np.maximum(own, 1) - 1, 1), 0))
     np.testing.assert_array_equal(totals, found.sum(1))
 
-    expressed = GeneSets(
-        GeneSetConfig("expressed"), "given", seed=0, purpose=4, n_genes=n_genes, n_expressed_largest=n_genes,
-        weights=None, micro_batch=N_CELLS, loud=False,
-    )  # fmt: skip
+    expressed = expressed_of(n_genes)
     ids, found, totals = slots.take_of_the_cell(here, rows, expressed, np.zeros(N_CELLS, np.uint64))
     dense = np.zeros((N_CELLS, n_genes + 1), np.int64)
     np.put_along_axis(dense, ids, found, 1)
@@ -89,3 +97,23 @@ def test_every_kernel_gives_the_counts_that_were_stored(manifest, n_genes):
     compact = CompactCounts.from_numpy(csr.start, csr.gene_ids, csr.counts, csr.large_at, csr.large, n_genes + 1)
     np.testing.assert_array_equal(compact.dense()[:, 1:].numpy(), wanted)
     assert not compact.dense()[:, 0].any()
+
+
+def test_a_count_before_the_first_gene_is_refused(manifest):
+    """On what fills up an odd number of entries, taken from the gene after it: the tables do not show it."""
+    counts = np.zeros((N_CELLS, 40), np.int64)
+    counts[0, 5] = 3
+
+    def harm(found: Sections) -> None:
+        assert (found.steps.tolist(), found.packed[0]) == ([0, 6], 0x30)
+        found.packed[0] = 0x03
+
+    slots, one = filled(manifest, counts, harm), np.array([0])
+    for take in (
+        lambda: slots.take(one + 1, one, np.arange(1, 41)),
+        lambda: slots.take(one + 1, one, np.arange(41)[None]),
+        lambda: slots.take_of_the_cell(one + 1, one, expressed_of(40), np.zeros(1, np.uint64)),
+        lambda: slots.take_csr(one + 1, one),
+    ):
+        with pytest.raises(InputError, match="block 0: damaged"):
+            take()
