@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -118,6 +119,7 @@ class Feed(Generic[Batch]):
             self.pool = ThreadPoolExecutor(self.read_threads, READER)
             self.blocks = _Blocks(self.cells, self.collate.make_slots(self.cells, self.n_slots), self.pool)
         running = self.running = Running(self._batches(plans, self.blocks), prefetch)
+        running.begin()
         return running
 
     def _batches(self, plans: Iterator[Plan], blocks: _Blocks) -> Iterator[list[Batch]]:
@@ -248,18 +250,24 @@ def read_block(cells: BlockSource, slots: Slots, block: int, slot: int) -> None:
 
 
 class Running(Generic[Item]):
-    """An iterator that is run ahead in a thread; `stop` ends and joins it."""
+    """An iterator that is run ahead in a thread; `stop` ends and joins it.
+
+    Whoever is to stop it holds it before it begins: an interrupt of `begin` may leave a thread that goes its way.
+    """
 
     def __init__(self, batches: Iterator[Item], prefetch: int) -> None:
         self.batches, self.thread, self.ended = batches, None, False
         if not prefetch:
             return
         self.queue: queue.Queue[Any] = queue.Queue(prefetch)
-        self.stopped = threading.Event()
+        self.stopped, self.at_work = threading.Event(), threading.Lock()
         self.thread = threading.Thread(
-            target=_run_ahead, args=(batches, self.queue, self.stopped), name=LOADER, daemon=True
+            target=_run_ahead, args=(batches, self.queue, self.stopped, self.at_work), name=LOADER, daemon=True
         )
-        self.thread.start()
+
+    def begin(self) -> None:
+        if self.thread is not None:
+            self.thread.start()
 
     def __iter__(self) -> Iterator[Item]:
         return self
@@ -281,23 +289,29 @@ class Running(Generic[Item]):
 
     def _join(self, thread: threading.Thread) -> None:
         self.stopped.set()
-        while thread.is_alive():
-            try:  # a thread that waits to put a batch gets room, sees `stopped` and ends
-                self.queue.get(timeout=0.05)
-            except queue.Empty:
-                continue
-        thread.join()
+        with suppress(queue.Empty):  # a thread that waits to put a batch gets room, sees `stopped` and ends
+            while True:
+                self.queue.get_nowait()
+        with self.at_work:  # what has not come so far, if it ever does, sees `stopped` first
+            pass
+        if thread.is_alive():  # not while an interrupted start() is on its way: join() would raise
+            thread.join()
 
 
-def _run_ahead(batches: Iterable[Any], out: queue.Queue[Any], stopped: threading.Event) -> None:
-    try:
-        for batch in batches:
-            out.put(batch)
-            if stopped.is_set():
-                return
-        out.put(StopIteration())
-    except BaseException as error:  # to be raised where it is asked for
-        out.put(error)
+def _run_ahead(
+    batches: Iterable[Any], out: queue.Queue[Any], stopped: threading.Event, at_work: threading.Lock
+) -> None:
+    with at_work:
+        if stopped.is_set():
+            return
+        try:
+            for batch in batches:
+                out.put(batch)
+                if stopped.is_set():
+                    return
+            out.put(StopIteration())
+        except BaseException as error:  # to be raised where it is asked for
+            out.put(error)
 
 
 def from_outside(end: Callable[..., None], *of: Any) -> None:

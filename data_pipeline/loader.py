@@ -362,6 +362,7 @@ def shard_batches(
 
     running = Running(batches(), prefetch)
     try:
+        running.begin()
         yield from running
     finally:
         running.stop()

@@ -1,9 +1,12 @@
-"""Blocks are read ahead into no more memory than the steps need, and none more often than without."""
+"""Blocks are read ahead into no more memory than the steps need, none more often than without, whatever interrupts."""
 
+import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
+from data_pipeline.feed import LOADER
 from data_pipeline.gene_sets import GeneSetConfig
 from data_pipeline.read_shards import ShardSet
 from tests.data_pipeline.small_sets import known_cells, write_set
@@ -65,24 +68,35 @@ def test_memory_is_that_of_the_blocks_that_steps_touch_not_of_their_cells(thin, 
         assert sum(len(payload) > 0 for payload in blocks.slots.payload) == loader.feed.n_slots <= most
 
 
+SMALL = {"given": GeneSetConfig("random", 8, gene_set_group=32), "global_batch": 32, "micro": 32}
+
+
+def interrupt(monkeypatch, place, method, nth, late):
+    """The nth call of this method is interrupted: instead of doing anything, or when it has done it."""
+    whole, calls = getattr(place, method), []
+
+    def interrupted(self, *rest):
+        calls.append(rest)
+        mine = len(calls) == nth
+        done = whole(self, *rest) if late or not mine else None
+        if mine:
+            raise KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(place, method, interrupted)
+
+
 @pytest.mark.parametrize("place, method", [(Future, "exception"), (ThreadPoolExecutor, "submit")])
 @pytest.mark.parametrize("nth, late", [(1, False), (5, False), (3, True)])
-def test_an_interrupt_while_a_block_is_waited_for_leaves_the_stream_whole(thin, monkeypatch, place, method, nth, late):
-    changes = {"given": GeneSetConfig("random", 8, gene_set_group=32), "prefetch": 0, "global_batch": 32, "micro": 32}
-    with open_loader(thin, **changes) as undisturbed, open_loader(thin, **changes) as loader:
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_an_interrupt_while_a_block_is_waited_for_leaves_the_stream_whole(
+    thin, monkeypatch, place, method, nth, late, prefetch
+):
+    with open_loader(thin, **SMALL, prefetch=0) as undisturbed, open_loader(thin, **SMALL, prefetch=prefetch) as loader:
         for _ in range(3):
             assert [flat(b) for b in next(loader)] == [flat(b) for b in next(undisturbed)]
         expected = [[flat(b) for b in next(undisturbed)] for _ in range(40)]
-        whole, calls = getattr(place, method), []
-
-        def interrupted(self, *rest):
-            calls.append(rest)
-            done = whole(self, *rest) if late or len(calls) != nth else None
-            if len(calls) == nth:
-                raise KeyboardInterrupt
-            return done
-
-        monkeypatch.setattr(place, method, interrupted)
+        interrupt(monkeypatch, place, method, nth, late)
         got, n_interrupts = [], 0
         while len(got) < 40:
             try:
@@ -91,3 +105,21 @@ def test_an_interrupt_while_a_block_is_waited_for_leaves_the_stream_whole(thin, 
                 n_interrupts += 1
         assert n_interrupts == 1
         assert got == expected
+
+
+@pytest.mark.parametrize("place, method", [(threading.Thread, "start"), (threading.Event, "wait")])
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_an_interrupt_while_the_thread_is_started_leaves_no_second_one(thin, monkeypatch, place, method, late, goes_on):
+    """Thread.start() waits for an Event when the thread is there already, which says nothing of it."""
+    with open_loader(thin, **SMALL, prefetch=0) as undisturbed, open_loader(thin, **SMALL, prefetch=2) as loader:
+        with monkeypatch.context() as patch:
+            interrupt(patch, place, method, 1, late)
+            with pytest.raises(KeyboardInterrupt):
+                next(loader)
+        for _ in range(30 * goes_on):
+            assert [flat(b) for b in next(loader)] == [flat(b) for b in next(undisturbed)]
+    soon = time.monotonic() + 5
+    while left := [t for t in threading.enumerate() if t.name == LOADER]:  # one that had not come may be ending still
+        assert time.monotonic() < soon, left
+        time.sleep(0.01)
