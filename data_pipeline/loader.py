@@ -190,10 +190,10 @@ class _Loader(ABC, Generic[Batch]):
             self._running = self.feed.start(plans, self.config.prefetch)
         try:
             batches = next(self._running)
+            self.step += 1  # in here: an interrupt before it gives the same batch again
         except BaseException:
             self._stop()
             raise
-        self.step += 1
         return batches
 
     def one_pass(self) -> Iterator[list[Batch]]:

@@ -1,5 +1,6 @@
 """Blocks are read ahead into no more memory than the steps need, none more often than without, whatever interrupts."""
 
+import sys
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,6 +9,7 @@ import pytest
 
 from data_pipeline.feed import LOADER
 from data_pipeline.gene_sets import GeneSetConfig
+from data_pipeline.loader import CellLoader
 from data_pipeline.read_shards import ShardSet
 from tests.data_pipeline.small_sets import known_cells, write_set
 from tests.data_pipeline.streams import flat, open_loader
@@ -123,3 +125,39 @@ def test_an_interrupt_while_the_thread_is_started_leaves_no_second_one(thin, mon
     while left := [t for t in threading.enumerate() if t.name == LOADER]:  # one that had not come may be ending still
         assert time.monotonic() < soon, left
         time.sleep(0.01)
+
+
+class AtLine:
+    """For sys.settrace: interrupts a function at the nth line that it runs."""
+
+    def __init__(self, function, nth):
+        self.code, self.left = function.__code__, nth
+
+    def __call__(self, frame, event, _):
+        if frame.f_code is not self.code:
+            return None
+        self.left -= event == "line"
+        if event == "line" and not self.left:
+            raise KeyboardInterrupt
+        return self
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_an_interrupt_at_any_line_of_next_leaves_the_stream_where_its_state_says(thin, prefetch):
+    with open_loader(thin, **SMALL, prefetch=0) as undisturbed:
+        expected = [[flat(b) for b in next(undisturbed)] for _ in range(40)]
+    n_interrupts, traced = 0, sys.gettrace()
+    with open_loader(thin, **SMALL, prefetch=prefetch) as loader:
+        while True:
+            sys.settrace(AtLine(CellLoader.__next__, n_interrupts + 1))
+            try:
+                next(loader)
+            except KeyboardInterrupt:
+                n_interrupts += 1
+            else:
+                break
+            finally:
+                sys.settrace(traced)
+            step = loader.state()["step"]
+            assert [flat(b) for b in next(loader)] == expected[step], n_interrupts
+    assert n_interrupts > 4
