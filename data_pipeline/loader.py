@@ -125,7 +125,8 @@ class _Loader(ABC, Generic[Batch]):
         cells: BlockSource | None = None,
     ) -> None:
         """device: where the batches will go; those for a GPU lie in pinned memory
-        cells: read these instead of opening config.shards.
+        cells: read these instead of opening config.shards; any number of loaders may, and whoever opened them closes
+            them after the last of these
 
         Raises: InputError for what this set, batch or world size can't serve.
         """
@@ -134,6 +135,7 @@ class _Loader(ABC, Generic[Batch]):
         self.cells = cells or ShardSet(
             config.shards, cache_folder=config.cache_folder, cache_bytes=int(config.cache_gb * 1e9)
         )
+        own = self.cells if cells is None else None
         try:
             self.manifest = self.cells.manifest
             if self.manifest.kind != self.kind:
@@ -162,7 +164,8 @@ class _Loader(ABC, Generic[Batch]):
                 read_threads=config.read_threads,
             )
         except BaseException:
-            self.cells.close()
+            if own:
+                own.close()
             raise
         lanes = min(config.lanes, global_batch)
         if rank == 0 and split == "train" and world_size > lanes and self.feed.n_slots < len(self.units):
@@ -174,7 +177,7 @@ class _Loader(ABC, Generic[Batch]):
             )
         self.step = 0
         self._running: Running | None = None
-        self._finalizer = weakref.finalize(self, from_outside, _release, self.feed, self.cells)
+        self._finalizer = weakref.finalize(self, from_outside, _release, self.feed, own)
 
     @abstractmethod
     def _collator(self, micro_batch: int, loud: bool) -> Collator[Batch]: ...
@@ -251,7 +254,7 @@ class _Loader(ABC, Generic[Batch]):
         self.seek(step)
 
     def close(self) -> None:
-        """Stops the threads and closes the files."""
+        """Stops the threads and closes the files, but those of `cells` that the loader was given."""
         self._running = None
         self._finalizer()
 
@@ -427,6 +430,7 @@ def _numbered(group: np.ndarray, n: int) -> tuple[np.ndarray, int]:
     return (np.cumsum(present, dtype=np.uint32) - np.uint32(1))[group], int(present.sum())
 
 
-def _release(feed: Feed, cells: BlockSource) -> None:
-    cells.close()  # first, so that a read that waits to try again gives up; what is being read stays open until it is
+def _release(feed: Feed, own: BlockSource | None) -> None:
+    if own:
+        own.close()  # first, so that a read that waits to try again gives up; what is being read stays open until it is
     feed.close()

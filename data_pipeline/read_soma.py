@@ -49,7 +49,7 @@ class DirectConfig:
 
 
 class DirectCells(ShardSet):
-    """The cells of a query, open for reading; `close`, or the end of `with`, removes them. Until then a loader takes it
+    """The cells of a query, open for reading; `close`, or the end of `with`, removes them. Until then loaders take it
     as `cells=`, and whatever takes a shard set takes its `url`. README.md trains on one.
 
     Raises: InputError for what is wrong with the query, or where it is too large for this.

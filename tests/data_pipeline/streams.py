@@ -17,10 +17,9 @@ def config(folder, **changes):
     return replace(LoaderConfig(folder, seed=1, lanes=8, given=RANDOM), **changes)
 
 
-def open_loader(folder, *, rank=0, world=1, global_batch=96, micro=4, split="train", **changes):
-    return CellLoader(
-        config(folder, **changes), split, rank=rank, world_size=world, global_batch=global_batch, micro_batch=micro
-    )
+def open_loader(folder, *, rank=0, world=1, global_batch=96, micro=4, split="train", cells=None, **changes):
+    size = {"global_batch": global_batch, "micro_batch": micro}
+    return CellLoader(config(folder, **changes), split, rank=rank, world_size=world, cells=cells, **size)
 
 
 def check(cells, batch):

@@ -53,8 +53,9 @@ def test_a_query_streams_as_its_converted_set_does(census, tmp_path, capsys):
             seen += rows[a.weight_B.numpy() > 0].tolist()
     assert len(seen) == len(set(seen)) == loaders[0].n_cells
     assert set(adata.obs["cell_type"].iloc[seen]) == {"B", "T"}
-    for loader in loaders:
+    for loader, c in zip(loaders, both):
         loader.close()
+        c.close()
     assert sorted(os.listdir(tmp_path)) == before
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ import pytest
 from data_pipeline.read_shards import ShardSet
 from scldm.errors import InputError
 from tests.data_pipeline.small_sets import known_cells, write_set
-from tests.data_pipeline.streams import SAME, open_loader
+from tests.data_pipeline.streams import SAME, flat, open_loader
 
 
 @pytest.fixture(scope="module")
@@ -163,4 +164,35 @@ def test_a_loader_that_is_refused_leaves_nothing_open(folder):
     before = open_files()
     with pytest.raises(InputError):
         open_loader(folder, given=SAME)
+    assert open_files() == before
+
+
+def test_loaders_share_cells_that_their_owner_closes(folder, tmp_path):
+    """Such as DirectCells, whose close removes the set."""
+
+    class Removed(ShardSet):
+        def close(self):
+            super().close()
+            shutil.rmtree(self.root)
+
+    shutil.copytree(folder, tmp_path / "set")
+    before = open_files()
+    shared = Removed(str(tmp_path / "set"))
+    with open_loader(folder) as undisturbed, open_loader("", cells=shared) as loader:
+        for end in ("close", "collected", "refused"):
+            if end == "refused":
+                with pytest.raises(InputError):
+                    open_loader("", cells=shared, given=SAME)
+            else:
+                other = open_loader("", cells=shared, split="validation", global_batch=16)
+                next(other)
+                if end == "close":
+                    other.close()
+                del other
+                gc.collect()
+            for _ in range(20):
+                assert [flat(b) for b in next(loader)] == [flat(b) for b in next(undisturbed)], end
+    assert not threads()
+    assert (tmp_path / "set").exists()
+    shared.close()
     assert open_files() == before
