@@ -177,6 +177,7 @@ class _Loader(ABC, Generic[Batch]):
             )
         self.step = 0
         self._running: Running | None = None
+        self._closed, self._own = False, own
         self._finalizer = weakref.finalize(self, from_outside, _release, self.feed, own)
 
     @abstractmethod
@@ -187,7 +188,7 @@ class _Loader(ABC, Generic[Batch]):
 
     def __next__(self) -> list[Batch]:
         """The micro-batches of global batch `step`. Trouble with a block is raised by the first batch that needs it."""
-        assert self._finalizer.alive, "the loader is closed"
+        assert not self._closed, "the loader is closed"
         if self._running is None or self._running.ended:  # by one_pass, which took the threads over
             plans = self.feed.plans_from(self.step)
             self._running = self.feed.start(plans, self.config.prefetch)
@@ -201,7 +202,7 @@ class _Loader(ABC, Generic[Batch]):
 
     def one_pass(self) -> Iterator[list[Batch]]:
         """Every cell of the split (and selection) once, in stored order, always with the same gene sets."""
-        assert self._finalizer.alive, "the loader is closed"
+        assert not self._closed, "the loader is closed"
         order = EpochOrder(self.units, self.config.seed, FIXED_PASS, 1, self.global_batch, 0)
         running = self.feed.start(self.feed.plans_of(order), self.config.prefetch)
         try:
@@ -254,9 +255,11 @@ class _Loader(ABC, Generic[Batch]):
         self.seek(step)
 
     def close(self) -> None:
-        """Stops the threads and closes the files, but those of `cells` that the loader was given."""
-        self._running = None
-        self._finalizer()
+        """Stops the threads and closes the files, but those of `cells` that the loader was given. May be called again,
+        and ends then what an interrupt left of it."""
+        self._running, self._closed = None, True
+        from_outside(_release, self.feed, self._own)
+        self._finalizer.detach()  # only now: it calls but once, done or not
 
     def __enter__(self):
         return self

@@ -65,3 +65,18 @@ def by_cell(micro_batches):
         rest = (batch.cell_ids_B2, batch.library_size_B, batch.weight_B, batch.positions_B, batch.conditions["type"])
         cells += list(zip(*sides, *(t.tolist() for t in rest), [batch.n_cells] * n))
     return cells
+
+
+def interrupt(monkeypatch, place, method, nth, late):
+    """The nth call of this method is interrupted: instead of doing anything, or when it has done it."""
+    whole, calls = getattr(place, method), []
+
+    def interrupted(self, *rest):
+        calls.append(rest)
+        mine = len(calls) == nth
+        done = whole(self, *rest) if late or not mine else None
+        if mine:
+            raise KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(place, method, interrupted)

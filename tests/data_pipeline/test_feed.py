@@ -12,7 +12,7 @@ from data_pipeline.gene_sets import GeneSetConfig
 from data_pipeline.loader import CellLoader
 from data_pipeline.read_shards import ShardSet
 from tests.data_pipeline.small_sets import known_cells, write_set
-from tests.data_pipeline.streams import flat, open_loader
+from tests.data_pipeline.streams import flat, interrupt, open_loader
 
 
 @pytest.fixture(scope="module")
@@ -71,21 +71,6 @@ def test_memory_is_that_of_the_blocks_that_steps_touch_not_of_their_cells(thin, 
 
 
 SMALL = {"given": GeneSetConfig("random", 8, gene_set_group=32), "global_batch": 32, "micro": 32}
-
-
-def interrupt(monkeypatch, place, method, nth, late):
-    """The nth call of this method is interrupted: instead of doing anything, or when it has done it."""
-    whole, calls = getattr(place, method), []
-
-    def interrupted(self, *rest):
-        calls.append(rest)
-        mine = len(calls) == nth
-        done = whole(self, *rest) if late or not mine else None
-        if mine:
-            raise KeyboardInterrupt
-        return done
-
-    monkeypatch.setattr(place, method, interrupted)
 
 
 @pytest.mark.parametrize("place, method", [(Future, "exception"), (ThreadPoolExecutor, "submit")])

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.feed import Feed
 from data_pipeline.read_shards import ShardSet
 from scldm.errors import InputError
 from tests.data_pipeline.small_sets import known_cells, write_set
-from tests.data_pipeline.streams import SAME, flat, open_loader
+from tests.data_pipeline.streams import SAME, flat, interrupt, open_loader
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +159,27 @@ def test_a_closed_loader_begins_nothing(folder):
         with pytest.raises(AssertionError, match="closed"):
             begin()
     assert not threads()
+
+
+@pytest.mark.parametrize("place, method", [(ShardSet, "close"), (threading.Thread, "join"), (Feed, "close")])
+@pytest.mark.parametrize("again", ["close", "collected"])
+def test_a_close_that_was_interrupted_is_ended_by_the_next(folder, monkeypatch, place, method, again):
+    gc.collect()
+    before = open_files()
+    loader = open_loader(folder)
+    next(loader)
+    with monkeypatch.context() as patch:
+        interrupt(patch, place, method, 1, late=False)
+        with pytest.raises(KeyboardInterrupt):
+            loader.close()
+    with pytest.raises(AssertionError, match="closed"):
+        next(loader)
+    if again == "close":
+        loader.close()
+    del loader
+    gc.collect()
+    assert not threads()
+    assert open_files() == before
 
 
 def test_a_loader_that_is_refused_leaves_nothing_open(folder):
