@@ -74,7 +74,7 @@ class ShardSet:
         fs, root = fsspec.core.url_to_fs(self.url)
         self.fs, self.root = fs, str(root).rstrip("/")
         self.local = isinstance(fs, LocalFileSystem)
-        self.manifest = self._tried(f"{self.url}/{schema.MANIFEST}", lambda: schema.read_manifest(self.url))
+        self.manifest = self._read_manifest()
         self.hash = manifest_hash(self.manifest)
         self.files = _OpenFiles(OPEN_FILES)
         self.cache: _BlockCache | None = None
@@ -91,6 +91,15 @@ class ShardSet:
         self._check_index()
         if not self.local and cache_bytes:
             self.cache = _BlockCache(self.files, self.cache_root / "blocks.bin", self.blocks["length"], cache_bytes)
+
+    def _read_manifest(self) -> Manifest:
+        try:
+            text = self._tried(f"{self.url}/{schema.MANIFEST}", lambda: schema.manifest_text(self.url))
+        except OSError as error:
+            if error.__cause__ is None or isinstance(error.__cause__, OSError):
+                raise
+            raise InputError(str(error)) from error  # what a store's client says of its own: no access, no such bucket
+        return schema.parsed_manifest(self.url, text)
 
     def _check_index(self) -> None:
         """The block index fits the manifest, and every shard is there by name; sizes are checked when one is opened."""

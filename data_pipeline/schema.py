@@ -282,14 +282,25 @@ def read_manifest(url: str) -> Manifest:
 
     Raises: InputError where there is none, or one that can't be read.
     """
+    with store_explained(f"{url.rstrip('/')}/{MANIFEST}"):
+        text = manifest_text(url)
+    return parsed_manifest(url, text)
+
+
+def manifest_text(url: str) -> bytes:
+    """Raises: InputError where there is none, or a path that can't be used; else what the store's client raises."""
     fs, root = file_system(url)
-    path = f"{url.rstrip('/')}/{MANIFEST}"
-    with disk_explained(path), store_explained(path):
+    with disk_explained(f"{url.rstrip('/')}/{MANIFEST}"):
         try:
             with fs.open(f"{root.rstrip('/')}/{MANIFEST}", "rb") as file:
-                text = file.read()
+                return file.read()
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"{url}: no {MANIFEST}: not a shard set, or one that is not finished") from None
+
+
+def parsed_manifest(url: str, text: bytes) -> Manifest:
+    """The manifest whose file says this. Raises: InputError for one that can't be read."""
+    path = f"{url.rstrip('/')}/{MANIFEST}"
     try:
         obj = json.loads(text)
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError

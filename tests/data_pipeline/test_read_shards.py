@@ -29,6 +29,7 @@ class Flaky(MemoryFileSystem):
     cut_short = 0
     short_index = 0
     once: set[str] | None = None  # the paths whose first read has failed
+    raised: type[Exception] = ConnectionResetError  # then; a store's client may have errors of its own
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -38,7 +39,7 @@ class Flaky(MemoryFileSystem):
         """The first read of each path fails where that is asked for."""
         if Flaky.once is not None and path not in Flaky.once:
             Flaky.once.add(path)
-            raise ConnectionResetError("reset by peer")
+            raise Flaky.raised("reset by peer")
 
     def ls(self, path, detail=True, **kwargs):
         self._fail(path)
@@ -79,6 +80,7 @@ def remote(tmp_path, monkeypatch):
         if path.is_file():
             fs.pipe_file(f"/bucket/{path.relative_to(folder)}", path.read_bytes())
     Flaky.reads, Flaky.failures, Flaky.cut_short, Flaky.short_index, Flaky.once = [], 0, 0, 0, None
+    Flaky.raised = ConnectionResetError
     yield "flaky://bucket", str(folder)
     Flaky.once = None
     MemoryFileSystem.store.clear()
@@ -142,9 +144,10 @@ def test_failing_reads_are_tried_again_and_then_raised(remote, tmp_path):
     shards.close()
 
 
-def test_a_start_outlives_reads_of_manifest_index_and_folder_that_fail(remote, tmp_path):
+@pytest.mark.parametrize("raised", [ConnectionResetError, RuntimeError])
+def test_a_start_outlives_reads_of_manifest_index_and_folder_that_fail(remote, tmp_path, raised):
     url, folder = remote
-    Flaky.once, Flaky.short_index = set(), 1
+    Flaky.once, Flaky.short_index, Flaky.raised = set(), 1, raised
     shards = ShardSet(url, cache_folder=str(tmp_path / "cache"))
     assert {path.rpartition("/")[2] for path in Flaky.once} == {"manifest.json", "blocks.npy", "shards"}
     assert shards.hash == ShardSet(folder).hash
@@ -152,6 +155,21 @@ def test_a_start_outlives_reads_of_manifest_index_and_folder_that_fail(remote, t
     with pytest.raises(InputError, match="genes.mean.npy: 5[0-9]* bytes, the manifest says"):
         shards.gene_column("mean")
     shards.close()
+
+
+@pytest.mark.parametrize("raised, told", [(ConnectionResetError, OSError), (RuntimeError, InputError)])
+def test_a_manifest_that_can_not_be_read_is_tried_five_times_and_named(remote, tmp_path, monkeypatch, raised, told):
+    """What is no OSError is a store's word, such as that there is no access, and refused without a traceback."""
+    n_tries = []
+
+    def fails(*_, **__):
+        n_tries.append(1)
+        raise raised("no access")
+
+    monkeypatch.setattr(Flaky, "open", fails)
+    with pytest.raises(told, match=f"flaky://bucket/manifest.json: reading failed 5 times.*{raised.__name__}.*no acc"):
+        ShardSet(remote[0], cache_folder=str(tmp_path / "cache"))
+    assert len(n_tries) == 5
 
 
 def test_closing_does_not_wait_for_a_read_that_keeps_failing(remote, tmp_path, monkeypatch):
