@@ -273,7 +273,7 @@ class Running(Generic[Item]):
         return self
 
     def __next__(self) -> Item:
-        assert not self.ended, "another stream of the same loader was begun before this one was read to its end"
+        assert not self.ended, "another stream of the same loader was begun before its end, or the loader was closed"
         if self.thread is None:
             return next(self.batches)
         item = self.queue.get()

@@ -18,7 +18,8 @@ import os
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Protocol, TypeVar
 
@@ -69,7 +70,7 @@ class ShardSet:
     """
 
     def __init__(self, url: str, *, cache_folder: str = "", cache_bytes: int = 0) -> None:
-        self.url = url.rstrip("/")
+        self.url, self.cache_folder = url.rstrip("/"), cache_folder
         self.closing = threading.Event()
         fs, root = fsspec.core.url_to_fs(self.url)
         self.fs, self.root = fs, str(root).rstrip("/")
@@ -84,13 +85,16 @@ class ShardSet:
                     f"{url}: a remote shard set needs cache_folder, a local folder for its index and blocks"
                 )
             self.cache_root = Path(cache_folder).expanduser() / self.hash[:16]
-            self.cache_root.mkdir(parents=True, exist_ok=True)
+            with _cache_explained(cache_folder):
+                self.cache_root.mkdir(parents=True, exist_ok=True)
         self.index = {entry.path: entry for entry in self.manifest.index}
         self.columns: dict[str, np.ndarray] = {}  # those that were checked
         self.blocks = np.array(self._load(schema.BLOCK_INDEX_PATH))  # in memory: it is looked up for every cell
         self._check_index()
         if not self.local and cache_bytes:
-            self.cache = _BlockCache(self.files, self.cache_root / "blocks.bin", self.blocks["length"], cache_bytes)
+            path = self.cache_root / "blocks.bin"
+            with _cache_explained(cache_folder):
+                self.cache = _BlockCache(self.files, path, self.blocks["length"], cache_bytes)
 
     def _read_manifest(self) -> Manifest:
         try:
@@ -242,13 +246,15 @@ class ShardSet:
         if entry is None:
             raise InputError(f"{self.url}: the set has no {path}")
         local = Path(self.root if self.local else self.cache_root) / path
-        fault = _index_fault(local, entry)
+        with nullcontext() if self.local else _cache_explained(self.cache_folder):
+            fault = _index_fault(local, entry)
         if fault and not self.local:  # not there yet, or damaged since
             data = self._fetched(path, f"{self.url}/{path}", lambda data: _index_fault(io.BytesIO(data), entry))
-            local.parent.mkdir(parents=True, exist_ok=True)
-            with written_aside(local) as file:
-                file.write(data)
-            fault = _index_fault(local, entry)
+            with _cache_explained(self.cache_folder):
+                local.parent.mkdir(parents=True, exist_ok=True)
+                with written_aside(local) as file:
+                    file.write(data)
+                fault = _index_fault(local, entry)
         if fault:
             raise InputError(f"{self.url}/{path}: {fault}")
         return _map(local)
@@ -351,6 +357,18 @@ class _Use:
 
 
 # --- the cache of a remote set -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _cache_explained(folder: str) -> Iterator[None]:
+    """Raises: InputError for what the system refuses within: work on the cache alone, no read of the set itself."""
+    try:
+        yield
+    except OSError as error:
+        why = f"{error.filename or folder}: {error.strerror or error}"
+        raise InputError(
+            f"cache_folder={folder}: {why}; give a local folder that can be written and has room"
+        ) from None
 
 
 class _BlockCache:

@@ -270,6 +270,22 @@ def test_the_index_of_a_remote_set_is_cached_whole_or_not_at_all(remote, tmp_pat
         ShardSet(url)
 
 
+@pytest.mark.parametrize("taken", ["", "HASH", "HASH/index", "HASH/blocks.bin"])
+def test_a_cache_folder_that_can_not_be_used_is_refused_by_name(remote, tmp_path, taken):
+    """A file where a folder is to be, or the other way round."""
+    url, folder = remote
+    cache, local = tmp_path / "cache", ShardSet(folder)
+    at = cache / taken.replace("HASH", local.hash[:16])
+    at.parent.mkdir(parents=True, exist_ok=True)
+    if taken.endswith(".bin"):
+        at.mkdir()
+    else:
+        at.touch()
+    with pytest.raises(InputError, match=f"^cache_folder={cache}: .*; give a local folder that can be written"):
+        ShardSet(url, cache_folder=str(cache), cache_bytes=10**9)
+    local.close()
+
+
 @pytest.mark.parametrize("path", ["index/cells.condition.type.npy", "index/cells.row.npy", "index/genes.mean.npy"])
 def test_a_flipped_bit_in_any_column_is_named_at_its_first_use(tmp_path, path):
     folder = write_set(tmp_path / "set", known_cells())

@@ -153,9 +153,10 @@ def test_a_set_that_is_closed_while_it_is_read_closes_the_file_once_and_after(fo
 
 def test_a_closed_loader_begins_nothing(folder):
     loader = open_loader(folder)
-    next(loader)
+    one_pass = loader.one_pass()
+    next(one_pass)
     loader.close()
-    for begin in (lambda: next(loader), lambda: next(loader.one_pass())):
+    for begin in (lambda: next(loader), lambda: next(loader.one_pass()), lambda: next(one_pass)):
         with pytest.raises(AssertionError, match="closed"):
             begin()
     assert not threads()
