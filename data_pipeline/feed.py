@@ -78,9 +78,8 @@ class Feed(Generic[Batch]):
     ) -> None:
         """n_blocks: different blocks in the order; low, high: this rank's positions in a global batch."""
         self.cells, self.collate, self.order = cells, collate, order
-        self.low, self.high = low, high
+        self.low, self.high, self.micro_batch = low, high, micro_batch
         self.read_ahead, self.read_threads, self.positions = read_ahead, read_threads, np.arange(low, high)
-        self.cuts = [slice(k, k + micro_batch) for k in range(0, high - low, micro_batch)]
         # all blocks of a small set, else the windows of this rank's lanes and half as many again, and those read ahead:
         # few blocks where all of their cells are used, up to as many again as the windows where few are selected. At
         # least those of one step: of each lane the windows that it begins and ends in, and what lies whole between
@@ -141,7 +140,8 @@ class Feed(Generic[Batch]):
         slots = blocks.slots_of(plan.block)
         positions = self.positions
         weight = (positions < plan.n_cells).astype(np.float32)
-        return [self.collate(slots[c], plan.row[c], plan, positions[c], weight[c]) for c in self.cuts]
+        cuts = [slice(k, k + self.micro_batch) for k in range(0, len(positions), self.micro_batch)]
+        return [self.collate(slots[c], plan.row[c], plan, positions[c], weight[c]) for c in cuts]
 
     def close(self) -> None:
         if self.running:

@@ -19,8 +19,11 @@ PARTIAL = ".partial"  # ends the name of what was never finished
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which gets its name only when it is durable and the block ends without an error."""
+def written_aside(path: Path, replaces: bool = True) -> Iterator[IO[bytes]]:
+    """A file to write, which gets its name only when it is durable and the block ends without an error.
+
+    replaces: else a file that has this name by then is left, and this one dropped
+    """
     # a name that nobody else writes to: tasks on several hosts may have the same process id
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL}")
     try:
@@ -28,10 +31,21 @@ def written_aside(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())  # else a machine that goes down may leave a name without its bytes
-        os.replace(part, path)
+        if replaces:
+            os.replace(part, path)
+        else:
+            _link(part, path)
         sync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _link(part: Path, path: Path) -> None:
+    try:
+        os.link(part, path)  # of two at once, one
+    except OSError:  # there is one, or the file system has no links
+        if not path.exists():
+            os.replace(part, path)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -19,7 +19,8 @@ if os.environ.get("SCLDM_TEST_GPU") != "1":
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 for variable in [name for name in os.environ if name.startswith(("SLURM_", "MLFLOW_TRACKING_", "MLFLOW_EXPERIMENT_"))]:
     del os.environ[variable]
-for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+for variable in PLACE:
     os.environ.pop(variable, None)
 
 import numpy as np  # noqa: E402
@@ -57,6 +58,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
             return "tests/slurm" if nodeid.startswith("tests/slurm/") else super()._split_scope(nodeid)
 
     return ByFile(config, log)
+
+
+@pytest.fixture(autouse=True)
+def of_no_job() -> None:
+    """A test that failed, or one of a verb that did, may have left the place of its process: others start processes."""
+    for variable in PLACE:
+        os.environ.pop(variable, None)
 
 
 @pytest.fixture(autouse=True)

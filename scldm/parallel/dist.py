@@ -83,6 +83,9 @@ def address_from_environment() -> tuple[int, int, int]:
     return 0, 1, 0
 
 
+_ours = set[str]()  # the variables that were not set for this process but by it
+
+
 def world_of_environment() -> World:
     """This process's place, before anything is initialised; sets the rendezvous that a lone process lacks."""
     rank, size, local = address_from_environment()
@@ -92,16 +95,16 @@ def world_of_environment() -> World:
         device = torch.device("cuda", index)
     else:
         device = torch.device("cpu")
-    os.environ.setdefault("RANK", str(rank))
-    os.environ.setdefault("WORLD_SIZE", str(size))
-    os.environ.setdefault("LOCAL_RANK", str(local))
+    place = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local)}
     if size == 1:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     elif "MASTER_ADDR" not in os.environ and "SLURM_JOB_NODELIST" in os.environ:
-        os.environ["MASTER_ADDR"] = _first_host(os.environ["SLURM_JOB_NODELIST"])
         # jobs that share a node must not share a port; below Linux's ephemeral ports, which start at 32,768
-        os.environ.setdefault("MASTER_PORT", str(12_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000))
+        port = 12_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000
+        place |= {"MASTER_ADDR": _first_host(os.environ["SLURM_JOB_NODELIST"]), "MASTER_PORT": str(port)}
+    missing = place.keys() - os.environ.keys()
+    os.environ.update({name: place[name] for name in missing})
+    _ours.update(missing)
     return World(rank, size, device)
 
 
@@ -125,5 +128,8 @@ def _free_port() -> int:
 
 
 def close_world() -> None:
+    """End it. No place is left behind: the ranks of a job that this process submits next would take it for theirs."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    while _ours:
+        os.environ.pop(_ours.pop(), None)

@@ -7,7 +7,7 @@ resumes. Nothing that MLflow does or fails to do reaches the training thread; wh
     with Tracker(run_dir, config.tracking, active=rank == 0, stage="train vae", params=asdict(config)) as tracker:
         tracker.log(step, {"loss": loss}, split="train", cells_seen=cells_seen)
 
-Reading order: TrackingConfig, Tracker, _Forwarder, read_metrics.
+Reading order: TrackingConfig, Tracker, _Forwarder, _create_database, read_metrics.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ import logging
 import math
 import os
 import re
+import sqlite3
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,7 @@ from types import TracebackType
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from scldm.files import flat, write_json
+from scldm.files import flat, write_json, written_aside
 
 METRICS = "metrics.jsonl"
 STATE = "mlflow_run.json"
@@ -46,6 +48,7 @@ MLFLOW_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "QueuePool",  # as SQLAlchemy has by itself for all but SQLite in memory
 }
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -239,6 +242,8 @@ class _Forwarder(threading.Thread):
         for name in ("alembic", "mlflow.store.db.utils"):
             logging.getLogger(name).setLevel(logging.WARNING)  # a page of migrations for every new database
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # two lines for every try
+        if (path := _database_of(self.uri)) and not path.exists():
+            _create_database(path)
         client = MlflowClient(tracking_uri=self.uri)
         state = self._load_state()
         run = None
@@ -271,8 +276,8 @@ class _Forwarder(threading.Thread):
         found = client.get_experiment_by_name(self.cfg.experiment)
         if found is None:
             place = None
-            if self.uri.startswith("sqlite:///"):
-                place = (Path(self.uri.removeprefix("sqlite:///")).resolve().parent / "mlflow_artifacts").as_uri()
+            if path := _database_of(self.uri):
+                place = (path.parent / "mlflow_artifacts").as_uri()
             try:
                 return client.create_experiment(self.cfg.experiment, artifact_location=place)
             except MlflowException as error:  # another run created it a moment ago
@@ -342,6 +347,31 @@ class _Forwarder(threading.Thread):
     def _save_state(self) -> None:
         state = {"uri": _public(self.uri), "run_id": self.run_id, "sent_bytes": self.sent_bytes}
         write_json(self.run_dir / STATE, state)
+
+
+def _database_of(uri: str) -> Path | None:
+    """The file of a SQLite store; none of another, or where the URI says more than a path."""
+    path = uri.removeprefix("sqlite:///")
+    return None if path == uri or "?" in path or path in ("", ":memory:") else Path(path).resolve()
+
+
+def _create_database(path: Path) -> None:
+    """Have MLflow make its tables in memory, and copy them to a file when they are whole.
+
+    It makes them by some fifty migrations, each of which SQLite keeps at once: a run that is stopped, or a machine that
+    goes down, between them would leave a store that MLflow can neither use nor mend.
+    """
+    from mlflow import MlflowClient
+
+    in_memory = f"file:{uuid.uuid4().hex}?mode=memory&cache=shared"
+    with contextlib.closing(sqlite3.connect(in_memory, uri=True)) as made:  # it lasts as long as this
+        MlflowClient(tracking_uri=f"sqlite:///{in_memory}&uri=true").search_experiments(max_results=1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            written_aside(path, replaces=False) as file,  # another run may have made it meanwhile
+            contextlib.closing(sqlite3.connect(file.name)) as copy,
+        ):
+            made.backup(copy)
 
 
 def read_metrics(run_dir: Path | str, split: str | None = None) -> list[dict[str, Any]]:

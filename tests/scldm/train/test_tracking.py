@@ -167,6 +167,43 @@ def test_sqlite_runs_are_nested_and_a_resume_goes_on_in_the_same_run(tmp_path: P
     assert len(client.get_metric_history(second_id, "train/loss")) == 3
 
 
+CUT = """
+import os, sys
+from pathlib import Path
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+from scldm.train.tracking import Tracker, TrackingConfig
+
+made = 0
+
+@event.listens_for(Engine, "before_cursor_execute")
+def cut(connection, cursor, statement, *_):
+    global made
+    made += "CREATE TABLE" in statement
+    if made == 40:
+        os._exit(85)
+
+tracker = Tracker(Path(sys.argv[1]), TrackingConfig())
+tracker.log(1, {"loss": 2.0})
+tracker.run_id()
+"""
+
+
+def test_a_run_that_was_stopped_while_mlflow_made_its_tables_goes_on_there(tmp_path: Path) -> None:
+    """Of which it needs a second, or on a busy file system many."""
+    from mlflow import MlflowClient
+
+    done = subprocess.run([sys.executable, "-c", CUT, tmp_path], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 85, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    with Tracker(tmp_path, TrackingConfig()) as tracker:
+        tracker.log(2, {"loss": 1.0})
+        run_id = tracker.run_id()
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert [m.step for m in client.get_metric_history(run_id, "train/loss")] == [1, 2]
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_an_exception_leaves_the_run_failed_and_an_interrupt_killed(tmp_path: Path, monkeypatch) -> None:
     statuses: list[str] = []
     monkeypatch.setattr(Tracker, "close", lambda self, status="FINISHED": statuses.append(status))
