@@ -268,8 +268,8 @@ def sections(payload: np.ndarray, header: np.void) -> Sections:
 
     def section(dtype: np.dtype, n: int) -> np.ndarray:
         nonlocal at
-        values = np.frombuffer(payload, dtype, count=n, offset=at) if n else np.empty(0, dtype)
-        at += values.nbytes + -values.nbytes % ALIGN
+        values = np.frombuffer(payload, dtype, n, at) if n else np.empty(0, dtype)
+        at += -(-n * dtype.itemsize // ALIGN) * ALIGN
         return values
 
     n = int(header["n_cells"])

@@ -78,8 +78,9 @@ class Feed(Generic[Batch]):
     ) -> None:
         """n_blocks: different blocks in the order; low, high: this rank's positions in a global batch."""
         self.cells, self.collate, self.order = cells, collate, order
-        self.low, self.high, self.micro_batch = low, high, micro_batch
+        self.low, self.high = low, high
         self.read_ahead, self.read_threads, self.positions = read_ahead, read_threads, np.arange(low, high)
+        self.cuts = [slice(k, k + micro_batch) for k in range(0, high - low, micro_batch)]
         # all blocks of a small set, else the windows of this rank's lanes and half as many again, and those read ahead:
         # few blocks where all of their cells are used, up to as many again as the windows where few are selected. At
         # least those of one step: of each lane the windows that it begins and ends in, and what lies whole between
@@ -140,8 +141,7 @@ class Feed(Generic[Batch]):
         slots = blocks.slots_of(plan.block)
         positions = self.positions
         weight = (positions < plan.n_cells).astype(np.float32)
-        cuts = [slice(k, k + self.micro_batch) for k in range(0, len(positions), self.micro_batch)]
-        return [self.collate(slots[c], plan.row[c], plan, positions[c], weight[c]) for c in cuts]
+        return [self.collate(slots[c], plan.row[c], plan, positions[c], weight[c]) for c in self.cuts]
 
     def close(self) -> None:
         if self.running:

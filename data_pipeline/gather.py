@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.block import HEADER, decompress, read_header, sections
-from data_pipeline.gather_kernels import locate, take_csr, take_each, take_expressed, take_shared
+from data_pipeline.gather_kernels import locate, put_cells, take_csr, take_each, take_expressed, take_shared
 from data_pipeline.gene_sets import WIDTH_STEP, GeneSets
 from data_pipeline.schema import CODECS, Manifest, column_dtype, vocab_tag
 from scldm.errors import InputError
@@ -130,13 +130,13 @@ class CellSlots:
         try:
             if codec == "none":
                 own = self._own(slot, len(data))
-                if data.ctypes.data != own.ctypes.data:
+                if not np.may_share_memory(data, own):
                     own[:] = data
                 own = own[HEADER.itemsize : HEADER.itemsize + len(stored)]
             else:
                 own = self._own(slot, int(header["payload_bytes"]))
                 payload = decompress(stored, codec, own)
-                if payload.ctypes.data != own.ctypes.data:  # lz4 makes memory of its own
+                if codec == "lz4":  # which makes memory of its own
                     own[:] = payload
             found = sections(own, header)
             for c, ids in enumerate(found.conditions):
@@ -150,8 +150,7 @@ class CellSlots:
                 raise ValueError("its sections do not fit each other")
         except ValueError as error:
             raise InputError(f"{where}: damaged: {error}") from None
-        self.identity[slot, :n_cells, 0], self.identity[slot, :n_cells, 1] = found.sources, found.rows
-        self.total_counts[slot, :n_cells] = found.totals
+        put_cells(found.sources, found.rows, found.totals, self.about[slot])
         self.n_cells[slot] = n_cells
 
     # --- gather: `slots` and `rows` are (B,) int64

@@ -116,12 +116,13 @@ def _sound(n_expressed, steps, packed, n_escapes, n_genes):
     last, same, uncounted = np.uint64(0), np.uint64(0), np.uint64(0)
     k, n, stretch = np.uint64(0), np.uint64(len(packed)), np.uint64(64)
     while k + stretch <= n:
-        small, none, zeros = np.uint16(0), np.uint16(0), np.uint8(0)
-        for j in range(stretch):
-            zeros += np.uint8((packed[k + j] & 15) == 0) + np.uint8(packed[k + j] < 16)
+        small, none, zeros = np.uint16(0), np.uint8(0), np.uint8(0)
+        for j in range(stretch):  # narrow at every step: a sum of two bytes would be of eight
+            zeros = np.uint8(zeros + np.uint8((packed[k + j] & np.uint8(15)) == 0))
+            zeros = np.uint8(zeros + np.uint8(packed[k + j] < np.uint8(16)))
         for j in range(k + k, k + k + stretch + stretch):
             small = np.uint16(small + np.uint16(steps[j]))
-            none = np.uint16(none + np.uint16(steps[j] == 0))
+            none = np.uint8(none + np.uint8(steps[j] == np.uint8(0)))
         last, same, uncounted = last + np.uint64(small), same + np.uint64(none), uncounted + np.uint64(zeros)
         k += stretch
     for j in range(k, n):
@@ -158,6 +159,13 @@ def _scatter(n_expressed, steps, packed, escaped, medium, large, table, flat, ba
             return False
         flat[base + np.uint64(table[gene])] = count
     return g == np.uint64(len(large))
+
+
+@njit(nogil=True, cache=True)
+def put_cells(sources, rows, totals, about):
+    """What take_cells gives back, but for labels."""
+    for cell in range(len(sources)):
+        about[cell, 0], about[cell, 1], about[cell, 2] = sources[cell], rows[cell], totals[cell]
 
 
 @njit(nogil=True, cache=True)
