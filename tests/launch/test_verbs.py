@@ -117,7 +117,7 @@ def test_validation_is_as_wide_as_training_allows(made: Path) -> None:
     for loader in (parts.loader, parts.validation):
         assert isinstance(loader, CellLoader)
         loader.close()
-        assert loader.feed.micro_batch == 30
+        assert {cut.stop - cut.start for cut in loader.feed.cuts} == {30}
 
 
 def test_the_latents_are_what_the_exported_model_embeds(made: Path) -> None:
