@@ -21,17 +21,6 @@ from tests.data_pipeline.streams import RANDOM, SAME, check, flat, open_loader
 
 
 @pytest.fixture(scope="module")
-def cells():
-    return known_cells()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, cells):
-    """53 training blocks of 8 cells: more than 8 lanes of 2 hold, so that the order is that of a large set."""
-    return str(write_set(tmp_path_factory.mktemp("shards") / "set", cells, block_cells=8))
-
-
-@pytest.fixture(scope="module")
 def sets(tmp_path_factory, cells):
     """Two blocks of 256 and 164 training cells, one folder a codec."""
     root = tmp_path_factory.mktemp("codecs")

@@ -13,19 +13,7 @@ import pytest
 from data_pipeline.feed import Feed
 from data_pipeline.read_shards import ShardSet
 from scldm.errors import InputError
-from tests.data_pipeline.small_sets import known_cells, write_set
 from tests.data_pipeline.streams import SAME, flat, interrupt, open_loader
-
-
-@pytest.fixture(scope="module")
-def cells():
-    return known_cells()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, cells):
-    """53 training blocks of 8 cells: more than 8 lanes of 2 hold, so that the order is that of a large set."""
-    return str(write_set(tmp_path_factory.mktemp("shards") / "set", cells, block_cells=8))
 
 
 def open_files():

@@ -8,19 +8,8 @@ import torch
 
 from data_pipeline.read_shards import ShardSet
 from scldm.errors import InputError
-from tests.data_pipeline.small_sets import known_cells, write_set
+from tests.data_pipeline.small_sets import write_set
 from tests.data_pipeline.streams import open_loader
-
-
-@pytest.fixture(scope="module")
-def cells():
-    return known_cells()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, cells):
-    """53 training blocks of 8 cells: more than 8 lanes of 2 hold, so that the order is that of a large set."""
-    return str(write_set(tmp_path_factory.mktemp("shards") / "set", cells, block_cells=8))
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])

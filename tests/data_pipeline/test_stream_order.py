@@ -10,17 +10,6 @@ from tests.data_pipeline.small_sets import known_cells, write_set
 from tests.data_pipeline.streams import by_cell, flat, open_loader
 
 
-@pytest.fixture(scope="module")
-def cells():
-    return known_cells()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, cells):
-    """53 training blocks of 8 cells: more than 8 lanes of 2 hold, so that the order is that of a large set."""
-    return str(write_set(tmp_path_factory.mktemp("shards") / "set", cells, block_cells=8))
-
-
 @pytest.mark.parametrize("world, micro", [(2, 4), (3, 1), (4, 3), (8, 4), (24, 1), (64, 3)])
 @pytest.mark.parametrize("policy", ["random", "weighted"])
 def test_every_world_size_gives_every_cell_the_same_position_and_gene_sets(folder, world, micro, policy):

@@ -24,14 +24,6 @@ from tests.data_pipeline.atlases import FilterConfig, SplitConfig, atlas, config
 write = write_shards.write_shards
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> tuple[anndata.AnnData, Path]:
-    adata = atlas()
-    path = tmp_path_factory.mktemp("source") / "atlas.h5ad"
-    adata.write_h5ad(path)
-    return adata, path
-
-
 def holds(cells: dict, adata: anndata.AnnData, number: int = 0) -> None:
     assert sorted(cells) == [(number, row) for row in range(adata.n_obs)]
     for (_, row), cell in cells.items():

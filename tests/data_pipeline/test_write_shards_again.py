@@ -11,7 +11,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import anndata
 import numpy as np
 import pytest
 
@@ -19,17 +18,9 @@ from data_pipeline import stages, write_shards
 from data_pipeline.stages import Worker
 from data_pipeline.write_soma import SomaWriteConfig, write_soma
 from scldm.errors import InputError
-from tests.data_pipeline.atlases import FilterConfig, SplitConfig, atlas, config, digest
+from tests.data_pipeline.atlases import FilterConfig, SplitConfig, config, digest
 
 write = write_shards.write_shards
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> tuple[anndata.AnnData, Path]:
-    adata = atlas()
-    path = tmp_path_factory.mktemp("source") / "atlas.h5ad"
-    adata.write_h5ad(path)
-    return adata, path
 
 
 def test_bytes_do_not_depend_on_memory_or_tasks(tmp_path, source, monkeypatch, capsys):

@@ -5,9 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import replace
-from pathlib import Path
 
-import anndata
 import fsspec
 import numpy as np
 import pytest
@@ -18,14 +16,6 @@ from scldm.errors import InputError
 from tests.data_pipeline.atlases import FilterConfig, SplitConfig, atlas, config, counts
 
 write = write_shards.write_shards
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> tuple[anndata.AnnData, Path]:
-    adata = atlas()
-    path = tmp_path_factory.mktemp("source") / "atlas.h5ad"
-    adata.write_h5ad(path)
-    return adata, path
 
 
 def test_another_command_on_the_same_folder_is_refused(tmp_path, source, monkeypatch):
