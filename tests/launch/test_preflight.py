@@ -1,27 +1,18 @@
-"""What preflight concludes from findings and timings, and the staging of shards; the real thing runs in tests/slurm."""
+"""What preflight concludes from findings and timings; the real thing runs in tests/slurm."""
 
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from launch import node_checks, node_judgement, node_tokens, preflight_stages, stage
+from launch import node_checks, node_judgement, node_tokens, preflight_stages
 from launch.job import bad_nodes
 from launch.node_checks import Findings
 from launch.node_judgement import Course, Report, nodes_to_use
-from scldm.errors import InputError
-from tests.data_pipeline.small_sets import known_cells, write_set
 
 HOSTS = ["n1", "n2", "n3", "n4"]
 
@@ -327,199 +318,3 @@ def test_the_nodes_to_use(monkeypatch, n_fit: int, least: int, micro_batch: int,
     assert use == HOSTS[:used]
     assert told.startswith(note)
     assert bool(told) == bool(note)
-
-
-# --- the course of it: ranks as threads, each with its fault --------------------------------------------------------
-
-
-STORES = []  # a thread that hung may still ask one for a word
-
-
-class Ranks:
-    """Six nodes of one rank, as threads of this process; `faults`: stage -> rank -> what happens there."""
-
-    def __init__(self, notes: Path) -> None:
-        self.use, self.note = [], ""
-        self.course = Course([f"n{k}" for k in range(6)], 1, notes, time.monotonic())
-        self.faults: dict[str, dict[int, Callable[[], None]]] = {"findings": {}, "product": {}, "pair": {}}
-        self.absent: set[int] = set()
-        self.refused: dict[int, Exception] = {}
-        self.released, self.dead = threading.Event(), set[int]()
-
-    def hang(self) -> None:
-        self.released.wait(30)
-
-    def at(self, stage: str, rank: int) -> None:
-        self.faults[stage].get(rank, lambda: None)()
-
-    def findings(self, config: object, notes: Path, node: str, local: int, tell: Callable[[str], None]) -> Findings:
-        tell("looks at its folders")
-        node_tokens.leave(notes, node)
-        self.at("findings", local)
-        return {"same": {"numpy": "2.4"}, "gpu": [], "broken": [], "folders": [], "disk_gb": 1.0}
-
-    def product(self, rank: int) -> float:
-        self.at("product", rank)
-        return 0.1
-
-    def all_reduce(self, rank: int, store: object, place: int, size: int) -> float:
-        """Two that both come are done; where one does not, the other waits."""
-        self.at("pair", rank)
-        store.add("here", 1)  # pyright: ignore[reportAttributeAccessIssue]
-        while store.add("here", 0) < size:  # pyright: ignore[reportAttributeAccessIssue]
-            if self.released.wait(0.02):
-                break
-        return 0.01
-
-    def beat(self, course: Course, rank: int, done: threading.Event) -> None:
-        store = preflight_stages.open_store()
-        while rank not in self.dead and not self.released.wait(0.05):
-            store.add(f"beats/{rank}", 1)
-
-    def run(self) -> dict[str, list[str]]:
-        store = preflight_stages.open_store(serves=True)
-        STORES.append(store)
-        self.course = replace(self.course, began=time.monotonic())
-        for rank in set(range(6)) - self.absent:
-            args = (self.course, self.refused.get(rank, SimpleNamespace()), rank, rank)
-            threading.Thread(target=preflight_stages.take_part, args=args, daemon=True).start()
-        preflight_stages.lead(self.course, self.refused.get(0, SimpleNamespace()), store)
-        report = json.loads((self.course.notes / "preflight.json").read_text())
-        self.use, self.note = report["use"], report["note"]
-        self.released.set()
-        return {row["node"]: row["troubles"] for row in report["nodes"] if row["troubles"]}
-
-
-@pytest.fixture
-def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
-    found = Ranks(tmp_path)
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
-    monkeypatch.setenv("SCLDM_MIN_NODES", "1")
-    times = {"JOIN": 5.0 / 55, "PRODUCT_S": 2.0, "PAIR_S": 1.5, "LEAST_PAIR_S": 0.5, "BEAT_S": 0.1}
-    for name, value in times.items():
-        monkeypatch.setattr(preflight_stages, name, value)
-    monkeypatch.setattr(preflight_stages, "findings_of", found.findings)
-    monkeypatch.setattr(preflight_stages, "device_of", lambda local: local)
-    monkeypatch.setattr(preflight_stages, "time_matmul", found.product)
-    monkeypatch.setattr(preflight_stages, "time_all_reduce", found.all_reduce)
-    monkeypatch.setattr(preflight_stages, "_beat", found.beat)
-    yield found
-    found.released.set()
-
-
-def fails() -> None:
-    raise OSError("no room")
-
-
-def test_a_port_that_is_taken_is_no_nodes_fault(tmp_path: Path) -> None:
-    """The first rank as its own process, which leaves word of itself before it reads torch."""
-    with socket.create_server(("0.0.0.0", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "SCLDM_HOSTS": "n1 n2", "SCLDM_NOTES": str(tmp_path)}
-        env |= {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}
-        words = [sys.executable, "-m", "launch.preflight", "encode", "vae=a", "shards=b", "out=c"]
-        done = subprocess.run(words, env=os.environ | env, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 1, done.stderr
-    assert bad_nodes(tmp_path) == {}
-    assert (tmp_path / "use_nodes").exists(), done.stderr
-    assert (tmp_path / "use_nodes").read_text() == ""
-    note = json.loads((tmp_path / "preflight.json").read_text())["note"]
-    assert note.startswith(f"port {port} of n1 can't be served; where another program has it, submit again")
-    assert [path.name for path in (tmp_path / "begun").iterdir()] == ["n1"]
-
-
-def test_six_sound_nodes_run(ranks: Ranks) -> None:
-    assert ranks.run() == {}
-    assert (ranks.use, ranks.note) == (ranks.course.hosts, "")
-
-
-def test_words_that_all_ranks_refuse_end_the_job(ranks: Ranks) -> None:
-    ranks.refused = dict.fromkeys(range(6), InputError("unknown key 'data.x'"))
-    assert ranks.run() == {}
-    assert (ranks.use, ranks.note) == ([], "every rank failed: InputError: unknown key 'data.x'")
-
-
-def test_each_rank_that_gives_no_result_is_named_with_what_it_did_and_no_other(ranks: Ranks) -> None:
-    """One never came up, one hangs over its folders; the first one, which leads, hangs in its product; the code of one
-    refuses the words."""
-    ranks.absent = {1}
-    ranks.refused = {5: InputError("unknown key 'data.x'")}
-    ranks.faults = {"findings": {2: ranks.hang}, "product": {0: ranks.hang}, "pair": {}}
-    told = ranks.run()
-    assert told == {
-        "n0": ["rank 0 hangs: it computes a matrix product"],
-        "n1": ["rank 1 did not come up"],
-        "n2": ["rank 2 hangs: it looks at its folders"],
-        "n5": ["rank 5 failed: InputError: unknown key 'data.x'"],
-    }
-    assert ranks.use == ["n3", "n4"]
-
-
-def test_a_rank_that_hangs_or_died_in_an_all_reduce_is_named_and_its_neighbours_are_not(ranks: Ranks) -> None:
-    ranks.faults = {"findings": {4: fails}, "product": {}, "pair": {2: ranks.hang}}
-    told = ranks.run()
-    assert told.pop("n4") == ["rank 4 failed: OSError: no room"]
-    for why in told.pop("n2"):
-        assert why.startswith("an all-reduce of n")
-        assert "does not end: rank 2 hangs: it takes part in an all-reduce of n" in why
-    assert told == {}
-    assert ranks.use == ["n0", "n1", "n3", "n5"]
-
-
-@pytest.mark.slow
-def test_a_rank_without_a_heart_beat_died(ranks: Ranks) -> None:
-    ranks.dead = {3}
-    ranks.faults = {"findings": {}, "product": {}, "pair": {3: ranks.hang}}
-    told = ranks.run()
-    assert list(told) == ["n3"]
-    assert all(why.startswith("rank 3 died or froze: it takes part in an all-reduce of n") for why in told["n3"])
-    assert ranks.use == ["n0", "n1", "n2", "n4", "n5"]
-
-
-# --- staging ---------------------------------------------------------------------------------------------------------
-
-
-def staged(source: Path, out: Path, running: str = "7,8") -> int:
-    return stage.run([f"source={source}", f"out={out}", f"running={running}"])
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_a_set_is_staged_whole_once_and_after_the_dead(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    source = write_set(tmp_path / "a set", known_cells())
-    disk = tmp_path / "disk"
-    (disk / "scldm-6" / "shards").mkdir(parents=True)  # of a job that no longer runs
-    (disk / "scldm-6" / stage.MARK).touch()
-    (disk / "scldm-8").mkdir()
-    (disk / "scldm-8" / stage.MARK).touch()
-    foreign = ["scldm-env", "scldm-5", "scldm-6_1", "scldm-6x"]  # of the user; one is named as a job's, without a mark
-    for name in foreign:
-        (disk / name / "lib").mkdir(parents=True)
-        (disk / name / "lib" / "x").touch()
-        if name != "scldm-5":
-            (disk / name / stage.MARK).touch()
-    assert staged(source, disk / "scldm-7") == 0
-    assert files(disk / "scldm-7") == files(source) | {stage.MARK: b""}
-    assert sorted(path.name for path in disk.iterdir()) == sorted(["scldm-7", "scldm-8", *foreign])
-    assert files(disk / "scldm-env") == {"lib/x": b"", stage.MARK: b""}
-    (damaged,) = list((disk / "scldm-7" / "shards").glob("train-000000.tar"))
-    damaged.write_bytes(damaged.read_bytes()[:-1])
-    capsys.readouterr()
-    assert staged(source, disk / "scldm-7") == 0
-    assert files(disk / "scldm-7") == files(source) | {stage.MARK: b""}
-    copied = float(capsys.readouterr().out.split("(")[1].split(" GB")[0])
-    assert copied == pytest.approx(len(damaged.read_bytes()) / 1e9, abs=5e-4)
-
-
-def test_a_damaged_set_is_not_staged(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    source = write_set(tmp_path / "set", known_cells())
-    shard = source / "shards" / "train-000000.tar"
-    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
-    assert staged(source, tmp_path / "scldm-7") == 2
-    assert f"{shard} is not as the manifest says" in capsys.readouterr().err
-    assert not (tmp_path / "scldm-7" / "shards" / "train-000000.tar").exists()
-    assert not (tmp_path / "scldm-7" / "manifest.json").exists()
