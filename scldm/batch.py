@@ -77,7 +77,7 @@ class CompactCounts:
 
     start: (B + 1,) int32, where each cell's genes begin
     gene_ids_X: vocabulary indices, as `narrow_ids` gives them
-    counts_X: uint8; 0 where the count is over 255, and at a few genes that are not expressed, or padding, which come along
+    counts_X: uint8; 0 where the count is over 255, and at the few genes without a count, or padding, that come along
     large_at: int32, where those stand in `counts_X`
     large: what they are; int32, or int64 where a count of the whole set needs it, be it in this batch or not
     table_size: genes of the vocabulary, and one for padding
