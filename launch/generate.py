@@ -24,6 +24,7 @@ import scldm
 from data_pipeline.write_cells import N_EVALUATIONS, CellWriter
 from launch.cli import run_verb
 from scldm.count_draws import DRAWS_VERSION
+from scldm.environment import cpu_maker
 from scldm.errors import InputError
 from scldm.flow.generate import SamplerConfig
 from scldm.flow.wanted import Wanted
@@ -152,11 +153,12 @@ def made_by(config: GenerateConfig, model: Pretrained, wanted: Wanted, genes: li
 
 
 def kind_of(device: str) -> str:
-    """What of a device decides the last bits of its sums: which GPU, or a CPU's vector instructions."""
+    """What of a device decides the last bits of its sums: which GPU, or a CPU's maker and vector instructions, by which
+    the libraries choose their code."""
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
     if kind == "cuda":
         return torch.cuda.get_device_name(device or "cuda")
-    return f"{kind} {torch.backends.cpu.get_cpu_capability()}"
+    return f"{kind} {cpu_maker()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 # --- which cells ---------------------------------------------------------------------------------------------------

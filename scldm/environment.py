@@ -33,6 +33,16 @@ def describe() -> dict[str, Any]:
     }
 
 
+def cpu_maker() -> str:
+    """As a processor names it, such as GenuineIntel or AuthenticAMD; its architecture where it names none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")]
+    return named[0] if named else platform.machine()
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

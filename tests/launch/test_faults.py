@@ -231,7 +231,8 @@ def test_one_step_that_is_skipped_changes_nothing_else(ranks: Ranks, tmp_path: P
     assert codes == [0], outputs
     (state, tensors), (expected, others) = stored(tmp_path / "two"), stored(tmp_path / "one")
     assert state["n_updates"] == expected["n_updates"] == STEPS - 1
-    assert max(float((tensors[key] - others[key]).abs().max()) for key in tensors) < 2e-4
+    # a step more would move weights by the rate; what rounding moves in so few steps is far below
+    assert max(float((tensors[key] - others[key]).abs().max()) for key in tensors) < faulty.OPTIM.lr / 15
 
 
 def test_a_file_save_saves_once_and_training_goes_on(

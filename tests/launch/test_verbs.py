@@ -15,6 +15,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
+from sklearn.neighbors import NearestNeighbors
 
 from data_pipeline.gene_sets import GeneSetConfig
 from data_pipeline.loader import CellLoader, LoaderConfig
@@ -136,7 +137,9 @@ def test_the_latents_are_what_the_exported_model_embeds(made: Path) -> None:
                     if weight:
                         seen[row] = latent.flatten().numpy()
     assert sorted(seen) == list(range(200))
-    np.testing.assert_allclose(np.stack([seen[row] for row in range(200)]), embedded, atol=2e-4)
+    found = np.stack([seen[row] for row in range(200)])
+    nearest = NearestNeighbors(n_neighbors=2).fit(embedded).kneighbors(embedded)[0][:, 1].min()
+    assert np.abs(found - embedded).max() < 1e-2 * nearest  # rounded otherwise, and no other cell's
 
 
 def test_a_run_starts_from_an_exported_model_on_other_genes(made: Path, capsys: pytest.CaptureFixture) -> None:

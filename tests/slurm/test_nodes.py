@@ -26,12 +26,12 @@ def test_a_lost_node_is_done_without(cluster: Cluster, chain: Path) -> None:
         assert "preflight of 1 nodes" in run.log
         (_, second) = [event for event in run.events() if event[0] == "start"]
         assert second[2] >= 10
-        # on one node sums are rounded otherwise, which AdamW makes steps of in weights without a gradient to speak of;
-        # other cells, or the same in another order, would show in the second digit
+        # On one node sums are rounded otherwise, and training enlarges that: to 1e-5 in 50 steps, on some processors to
+        # 3e-5 (test_engine.py measures it). Other cells, or the same in another order, would show in the second digit.
         for split, metric in (("train", "loss"), ("validation", "nll")):
             ours, theirs = curve(run.folder, split, metric), curve(chain / "vae", split, metric)
             assert ours.keys() == theirs.keys()
-            assert all(abs(value / theirs[step] - 1) < 1e-5 for step, value in ours.items()), (split, ours, theirs)
+            assert all(abs(value / theirs[step] - 1) < 1e-3 for step, value in ours.items()), (split, ours, theirs)
     finally:
         cluster.revive(2)
         cluster.call("scontrol", "update", "nodename=sim[3-4]", "state=resume")

@@ -15,7 +15,7 @@ from scldm.model.dit import DiT, DiTConfig
 
 LABELS = {"type": 3, "donor": 2}
 IDS = {"type": torch.tensor([0, 1, 2, 3, 1]), "donor": torch.tensor([0, 1, 2, 0, 1])}  # 3 and 2 are "not given"
-Z, T = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0)), 0.4
+Z, T = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0)).double(), 0.4
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def model() -> DiT:
 
 def random_model(labels: dict[str, int], trained: list[list[int]]) -> DiT:
     torch.manual_seed(1)
-    model = DiT(DiTConfig(16, 1, 2), 3, 4, labels, combinations_KC=torch.tensor(trained))
+    model = DiT(DiTConfig(16, 1, 2), 3, 4, labels, combinations_KC=torch.tensor(trained)).double()
     for parameter in model.eval().requires_grad_(False).parameters():
         parameter.normal_(std=0.3)
     return model
@@ -56,7 +56,7 @@ def null(name: str) -> Tensor:
 
 
 def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, expected)  # in float64
 
 
 def test_guidance_is_eq_11_and_costs_one_call(model: DiT, rows_asked: list[int]) -> None:
@@ -190,29 +190,30 @@ def test_a_model_that_does_not_know_what_it_was_trained_on_composes_nothing(mode
     ],
 )
 def test_sampling_costs_what_the_config_says(model: DiT, rows_asked: list[int], settings: Any, calls) -> None:
-    ids = {name: torch.zeros(5, dtype=torch.int64) for name in LABELS}
+    ids, model = {name: torch.zeros(5, dtype=torch.int64) for name in LABELS}, model.float()
     sampler = SamplerConfig(**settings)
     drawn = generate_latents(model, ids, torch.arange(5), 0, sampler)
     assert rows_asked == calls
     assert drawn.n_evaluations_B.tolist() == [sum(calls) // 5] * 5
     # a cell's latents are its own: another seed or number gives others, another batch does not
     alone = generate_latents(model, {k: v[:1] for k, v in ids.items()}, torch.tensor([3]), 0, sampler).latent_BLZ
-    torch.testing.assert_close(alone[0], drawn.latent_BLZ[3])
     other = generate_latents(model, ids, torch.arange(5), 1, sampler).latent_BLZ
-    assert not torch.allclose(other[3], drawn.latent_BLZ[3], atol=0.1)
+    apart = (other[3] - drawn.latent_BLZ[3]).abs().max()
+    assert apart > 0.1
+    assert (alone[0] - drawn.latent_BLZ[3]).abs().max() < 1e-3 * apart  # sums of float32 in another order
 
 
 def test_the_adaptive_solver_says_what_it_cost(model: DiT, rows_asked: list[int]) -> None:
     pytest.importorskip("torchdiffeq", reason="needs the extra `ode`")
     ids = {name: torch.zeros(5, dtype=torch.int64) for name in LABELS}
-    drawn = generate_latents(model, ids, torch.arange(5), 0, SamplerConfig("adaptive", tolerance=1e-4))
+    drawn = generate_latents(model.float(), ids, torch.arange(5), 0, SamplerConfig("adaptive", tolerance=1e-4))
     assert drawn.n_evaluations_B.tolist() == [sum(rows_asked) // 5] * 5
     assert sum(rows_asked) >= 5 * 12
 
 
 def test_latents_come_back_on_the_autoencoders_scale(model: DiT) -> None:
     ids = {name: torch.zeros(4, dtype=torch.int64) for name in LABELS}
-    sampler = SamplerConfig(n_steps=2)
+    sampler, model = SamplerConfig(n_steps=2), model.float()
     plain = generate_latents(model, ids, torch.arange(4), 0, sampler).latent_BLZ
     model.latent_mean_LZ += 5.0
     model.latent_std_LZ *= 3.0
@@ -221,7 +222,7 @@ def test_latents_come_back_on_the_autoencoders_scale(model: DiT) -> None:
 
 
 def test_a_model_without_conditions_is_sampled_all_the_same() -> None:
-    model = random_model({}, [[]])
+    model = random_model({}, [[]]).float()
     drawn = generate_latents(model, {}, torch.arange(5), 0, SamplerConfig("heun", 3, guidance_scale=2.0))
     assert drawn.latent_BLZ.shape == (5, 3, 4)
     assert drawn.n_evaluations_B.tolist() == [6] * 5

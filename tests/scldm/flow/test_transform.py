@@ -81,7 +81,7 @@ def test_no_time_lies_beyond_a_cell_or_beyond_noise(sampler: SamplerConfig) -> N
 @pytest.mark.parametrize("end", [0.3, 0.7, 0.9])
 def test_guidance_acts_at_the_same_times_there_and_back(n_steps: int, end: float) -> None:
     """1 - s is not t to the last bit: 1 - 0.7 lies above 0.3."""
-    model = random_model({"type": 3}, [[0], [1], [2]])
+    model = random_model({"type": 3}, [[0], [1], [2]]).float()
     for interval in ((0.0, end), (end, 1.0)):
         v = GuidedField(model, {"type": torch.tensor([0, 1])}, scale=2.0, interval=interval)
         cost = []

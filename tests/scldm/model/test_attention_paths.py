@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import statistics
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -16,10 +15,11 @@ from scldm.likelihood import LikelihoodKind
 from scldm.model import factorised
 from scldm.model.attention import AttentionKind
 from scldm.model.vae import VAE, VAEConfig
+from tests.rounding import worse
 
 CONFIG = VAEConfig(width=32, n_latents=6, latent_width=8, n_layers=1, n_heads=4)
 N_GENES, B, S = 150, 5, 40
-N_NETWORKS = 5  # a path's error in float32 is its median over so many
+N_NETWORKS = 5  # a path's error in float32 is judged over so many
 
 
 @dataclass(frozen=True)
@@ -161,14 +161,7 @@ def test_a_path_is_the_formula(kind, name, monkeypatch):
             assert errors.keys() == true.keys(), "the same parameters have a gradient"
             for key, error in errors.items():
                 kept.setdefault(key, []).append(error)
-    # of one network a sum of roundings may be a twentieth of another's, on one processor and not on the next
-    typical = {key: statistics.median(errors) for key, errors in plain.items()}
-    floor = max(statistics.median(typical.values()), 1e-7)
-    bound = 3 if kind == "factorised" else 10  # what torch's kernels err by is not ours
-    worse = {
-        k: (error, typical[k]) for k in found if (error := statistics.median(found[k])) > bound * max(typical[k], floor)
-    }
-    assert not worse
+    assert not worse(found, plain, at_most=2 if kind == "factorised" else 10)  # what torch's kernels err by is not ours
 
 
 @pytest.mark.parametrize(

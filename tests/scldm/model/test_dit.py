@@ -37,14 +37,14 @@ def test_it_starts_at_zero_velocity_and_learns_from_there() -> None:
 
 @pytest.mark.parametrize("name", ["type", "cell.type", "keys", "cell type"])
 def test_a_condition_may_have_any_name(name: str) -> None:
-    model = randomised({"other": 2, name: 3})
+    model = randomised({"other": 2, name: 3}).double()
     ids = {"other": torch.tensor([0, 0, 0]), name: torch.tensor([0, 1, 3])}
-    z, t = torch.randn(1, 3, 4).expand(3, 3, 4), torch.full((3,), 0.5)
+    z, t = torch.randn(1, 3, 4).double().expand(3, 3, 4), torch.full((3,), 0.5)
     by_label = model(z, t, ids)
     assert (by_label[1:] - by_label[:-1]).abs().amax((1, 2)).min() > 0.01
     # the order of the columns in a batch decides nothing
     torch.testing.assert_close(model(z, t, dict(reversed(ids.items()))), by_label)
-    loaded = DiT(model.config, 3, 4, model.n_labels)
+    loaded = DiT(model.config, 3, 4, model.n_labels).double()
     loaded.load_state_dict(model.state_dict())
     torch.testing.assert_close(loaded(z, t, ids), by_label)
 

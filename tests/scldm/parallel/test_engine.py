@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from scldm.parallel.dist import World
 from scldm.parallel.engine import HardwareConfig, start_engine
 from scldm.train.optim import OptimConfig, make_optimizer
 from scldm.train.tracking import read_metrics
+from tests.rounding import BF16_DIGIT, Undisturbed
 from tests.scldm.train.small_runs import Finished, make_dit, small_run, stored
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -29,7 +31,6 @@ STAGES = ("vae", "ldm")
 SHARD_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 # and every two ranks keep whole weights between forward and backward, as a node would
 IN_PAIRS = {"zero_optimization": {**SHARD_ALL["zero_optimization"], "zero_hpz_partition_size": 2, "overlap_comm": True}}
-BF16_BAND = 0.02  # of the loss, which falls to a half in these steps
 
 
 def run_ranks(n_ranks: int, jobs: list[dict], folder: Path) -> None:
@@ -64,36 +65,30 @@ def plain(stage: str, run_dir: Path, **more) -> Finished:
     return small_run(stage, run_dir, steps=STEPS, save_every=10, validate_every=25, optim=OptimConfig(**OPTIM), **more)
 
 
-def curve(run_dir: Path, key: str, split: str = "train") -> torch.Tensor:
-    rows = read_metrics(run_dir, split)
-    assert rows[-1]["step"] == STEPS
-    return torch.tensor([row[key] for row in rows], dtype=torch.float64)
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Undisturbed]:
+    """Each stage on the plain engine, one micro-batch a step."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return {stage: Undisturbed.of(folder / stage, partial(plain, stage)) for stage in STAGES}
 
 
-def assert_follows(run_dir: Path, oracle: Path, stage: str, resumed_at: int = STEPS) -> None:
+@pytest.fixture(scope="module")
+def coarsely(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Undisturbed]:
+    """The same, beside runs that begin as far away as bfloat16 rounds."""
+    folder = tmp_path_factory.mktemp("coarsely")
+    return {stage: Undisturbed.of(folder / stage, partial(plain, stage), BF16_DIGIT) for stage in STAGES}
+
+
+def assert_follows(run_dir: Path, oracle: Undisturbed, stage: str) -> None:
     """Loss and gradient norm of every step, validation, and the final weights and averages.
 
-    Rounding in another order is what differs, and the autoencoder's training amplifies it: its loss is 2e-7 off in 20
-    steps, 8e-7 in 30 and up to 3e-6 in 50, whether it was resumed or not, and its norm up to 3e-4, most on a kink at
-    step 26. The diffusion transformer's are 2e-7 off in all.
+    Rounding in another order is what differs, and the autoencoder's training amplifies it, by ten from step 5 to 20 and
+    by ten again to 50. So what is allowed is measured step by step.
     """
+    assert read_metrics(run_dir, "train")[-1]["step"] == STEPS
     metric = {"vae": "nll", "ldm": "velocity_loss"}[stage]
-    for key, split, tolerance, steps in (
-        ("loss", "train", 1e-5, slice(None)),
-        ("loss", "train", 1e-6, slice(resumed_at, resumed_at + 10)),
-        ("grad_norm", "train", {"vae": 2e-4, "ldm": 1e-6}[stage], slice(20)),
-        ("grad_norm", "train", {"vae": 1e-3, "ldm": 1e-6}[stage], slice(None)),
-        (metric, "validation", 1e-5, slice(None)),
-    ):
-        one, other = curve(run_dir, key, split), curve(oracle, key, split)
-        assert one.shape == other.shape
-        off = (one / other - 1).abs()[steps]
-        assert (off < tolerance).all(), (run_dir.name, key, steps, off.max())
-    weights, expected = weights_of(run_dir), weights_of(oracle)
-    assert weights.keys() == expected.keys()
-    # 50 steps of 5e-4 move a weight by 1e-2
-    worst = max(float((weights[key] - expected[key]).abs().max()) for key in expected)
-    assert worst < 2e-4, (run_dir.name, worst)
+    oracle.assert_same(run_dir, {"loss": "train", "grad_norm": "train", metric: "validation"})
+    oracle.assert_same_tensors(weights_of(run_dir), weights_of)
 
 
 def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -102,12 +97,13 @@ def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_ranks_follow_one_and_checkpoints_cross_stages_and_world_sizes(tmp_path: Path) -> None:
+def test_ranks_follow_one_and_checkpoints_cross_stages_and_world_sizes(
+    tmp_path: Path, undisturbed: dict[str, Undisturbed], coarsely: dict[str, Undisturbed]
+) -> None:
     """One test, as starting ranks costs most: every start runs all that its world size has to do."""
     jobs: dict[int, list[dict]] = {2: [], 4: [], 1: []}
     follow, resumed, bf16 = [], [], []
     for stage in STAGES:
-        plain(stage, tmp_path / f"{stage}-plain")
         for n_ranks, micro, zero in (
             *((2, 8, 1), (2, 2, 2), (2, 4, 3)),
             *((4, 4, 1), (4, 4, 2), (4, 2, 3)),
@@ -146,26 +142,23 @@ def test_ranks_follow_one_and_checkpoints_cross_stages_and_world_sizes(tmp_path:
     for n_ranks, of_ranks in jobs.items():
         run_ranks(n_ranks, of_ranks, tmp_path)
     for run_dir, stage in follow:
-        assert_follows(run_dir, tmp_path / f"{stage}-plain", stage)
+        assert_follows(run_dir, undisturbed[stage], stage)
     for run_dir, stage in resumed:
         if run_dir.name.endswith("-to-0x0"):
             plain(stage, run_dir)
-        assert_follows(run_dir, tmp_path / f"{stage}-plain", stage, resumed_at=10)
+        assert_follows(run_dir, undisturbed[stage], stage)
     for run_dir, stage in bf16:
-        loss, expected = curve(run_dir, "loss"), curve(tmp_path / f"{stage}-plain", "loss")
-        worst = float((loss / expected - 1).abs().max())
-        assert 1e-6 < worst < BF16_BAND, (run_dir.name, worst)  # it is another precision, and not another result
+        coarsely[stage].assert_near(run_dir, "loss")
 
 
 @pytest.mark.exhaustive  # three minutes, most of them torch's compiler
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-def test_compiled_blocks_train_as_they_do_uncompiled(tmp_path: Path) -> None:
+def test_compiled_blocks_train_as_they_do_uncompiled(tmp_path: Path, undisturbed: dict[str, Undisturbed]) -> None:
     """Under ZeRO-3 too, whose gathering of weights around every layer breaks a block's compiled code into parts."""
-    plain("vae", tmp_path / "plain")
     jobs = [job("vae", tmp_path / f"zero{zero}", 8, zero, how={"compile": True}) for zero in (2, 3)]
     run_ranks(2, jobs, tmp_path)
     for zero in (2, 3):
-        assert_follows(tmp_path / f"zero{zero}", tmp_path / "plain", "vae")
+        assert_follows(tmp_path / f"zero{zero}", undisturbed["vae"], "vae")
 
 
 @pytest.mark.parametrize(
@@ -209,16 +202,17 @@ def test_accumulation_and_what_else_can_not_be() -> None:
         )
 
 
-def test_accumulation_on_the_plain_engine_is_one_large_batch(tmp_path: Path) -> None:
+def test_accumulation_on_the_plain_engine_is_one_large_batch(
+    tmp_path: Path, undisturbed: dict[str, Undisturbed]
+) -> None:
     for stage in STAGES:
-        for name, micro in (("whole", 16), ("cut", 4)):
-            plain(stage, tmp_path / stage / name, hardware=HardwareConfig("plain", micro))
-        assert_follows(tmp_path / stage / "cut", tmp_path / stage / "whole", stage)
+        plain(stage, tmp_path / stage, hardware=HardwareConfig("plain", 4))
+        assert_follows(tmp_path / stage, undisturbed[stage], stage)
 
 
-def test_bf16_on_the_plain_engine_stays_near_and_keeps_float32_weights(tmp_path: Path) -> None:
-    plain("vae", tmp_path / "fp32")
+def test_bf16_on_the_plain_engine_stays_near_and_keeps_float32_weights(
+    tmp_path: Path, coarsely: dict[str, Undisturbed]
+) -> None:
     run = plain("vae", tmp_path / "bf16", hardware=HardwareConfig("plain", 16, precision="bf16"))
-    worst = float((curve(tmp_path / "bf16", "loss") / curve(tmp_path / "fp32", "loss") - 1).abs().max())
-    assert 1e-6 < worst < 0.02
+    coarsely["vae"].assert_near(tmp_path / "bf16", "loss")
     assert all(p.dtype == torch.float32 for p in run.engine.module.parameters())
