@@ -23,7 +23,7 @@ from tests.rounding import BF16_DIGIT, Undisturbed
 from tests.scldm.train.small_runs import Finished, make_dit, small_run, stored
 
 ROOT = Path(__file__).resolve().parents[3]
-STEPS = 50
+STEPS = 30
 # At six times this rate, training itself makes 1e-4 of the 1e-7 by which two orders of summation differ at first.
 OPTIM: dict[str, Any] = {"lr": 5e-4, "clip": 2.0, "weight_decay": 0.01}
 STAGES = ("vae", "ldm")
@@ -54,7 +54,7 @@ def job(stage: str, run_dir: Path, micro_batch: int, zero_stage: int, **more) ->
         "deepspeed": SHARD_ALL if zero_stage == 3 else {},
         "steps": STEPS,
         "save_every": 10,
-        "validate_every": 25,
+        "validate_every": 15,
         "optim": OPTIM,
         **more,
     }
@@ -62,7 +62,7 @@ def job(stage: str, run_dir: Path, micro_batch: int, zero_stage: int, **more) ->
 
 def plain(stage: str, run_dir: Path, **more) -> Finished:
     """The same run on the plain engine, in this process."""
-    return small_run(stage, run_dir, steps=STEPS, save_every=10, validate_every=25, optim=OptimConfig(**OPTIM), **more)
+    return small_run(stage, run_dir, steps=STEPS, save_every=10, validate_every=15, optim=OptimConfig(**OPTIM), **more)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def assert_follows(run_dir: Path, oracle: Undisturbed, stage: str) -> None:
     """Loss and gradient norm of every step, validation, and the final weights and averages.
 
     Rounding in another order is what differs, and the autoencoder's training amplifies it, by ten from step 5 to 20 and
-    by ten again to 50. So what is allowed is measured step by step.
+    by ten again to 30. So what is allowed is measured step by step.
     """
     assert read_metrics(run_dir, "train")[-1]["step"] == STEPS
     metric = {"vae": "nll", "ldm": "velocity_loss"}[stage]
