@@ -6,6 +6,8 @@ Reading order: shards, files.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
@@ -18,17 +20,21 @@ from data_pipeline.schema import column_dtype, count_dtype, vocab_tag
 from data_pipeline.source_h5ad import find_counts, open_file, reading
 from data_pipeline.sources import as_labels
 from scldm.errors import InputError
-from scldm.evaluate.compare import NO_TYPE, Cells
-from scldm.evaluate.rivals import rows_per_type
+from scldm.evaluate.baselines import rows_per_type
+from scldm.evaluate.cells import Cells, combination_names
 from scldm.evaluate.sample import SPLITS, Sample, rows_of_blocks
 
 # --- shards --------------------------------------------------------------------------------------------------------
 
 
 def cells_of_shards(
-    url: str, condition: str, sample: Sample | None = None, cache_folder: str = "", cache_gb: float = 0.0
+    url: str,
+    conditions: Sequence[str],
+    sample: Sample | None = None,
+    cache_folder: str = "",
+    cache_gb: float = 0.0,
 ) -> tuple[Cells, Cells, Cells]:
-    """Training, validation and test cells of a shard set; an empty condition gives them no types.
+    """Training, validation and test cells of a shard set, with the labels of these conditions.
 
     sample: which of them are read, a block at a time; None reads all
     cache_folder, cache_gb: where the index and, up to so many 1e9 bytes, blocks of a remote set are kept
@@ -37,41 +43,65 @@ def cells_of_shards(
     """
     shards = ShardSet(url, cache_folder=cache_folder, cache_bytes=int(cache_gb * 1e9))
     try:
-        names = shards.manifest.conditions.names
-        if condition and condition not in names:
-            raise InputError(f"{url} has no condition={condition!r}; it has {', '.join(names) or 'none'}")
-        ids = {name: _type_ids(shards, name, condition) for name in SPLITS}
-        train, validation, test = (_split(shards, name, ids, condition, sample) for name in SPLITS)
+        there = shards.manifest.conditions.names
+        for condition in conditions:
+            if condition not in there:
+                raise InputError(f"{url} has no condition={condition!r}; it has {', '.join(there) or 'none'}")
+        ids: dict[str, np.ndarray] = {split: _label_ids(shards, split, conditions) for split in SPLITS}
+        # each combination that some cell has, by its labels' numbers; a cell's combination is its row here
+        rows_KC, of_all = np.unique(np.concatenate(list(ids.values())), axis=0, return_inverse=True)
+        ends = np.cumsum([len(of) for of in ids.values()])[:-1]
+        of = dict(zip(ids, np.split(of_all.ravel(), ends), strict=True))
+        labels_C = [np.array(shards.manifest.conditions.labels[c]) for c in conditions]
+        labels = {c: labels_C[k][rows_KC[:, k]] for k, c in enumerate(conditions)}
+        train, validation, test = (_split(shards, split, of, labels, len(rows_KC), sample) for split in SPLITS)
     finally:
         shards.close()
     return train, validation, test
 
 
-def _type_ids(shards: ShardSet, split: str, condition: str) -> np.ndarray:
-    """Each cell's label, by its number."""
+def conditions_of_shards(url: str, cache_folder: str = "") -> tuple[str, ...]:
+    """All conditions of a shard set."""
+    shards = ShardSet(url, cache_folder=cache_folder)
+    try:
+        return tuple(shards.manifest.conditions.names)
+    finally:
+        shards.close()
+
+
+def _label_ids(shards: ShardSet, split: str, conditions: Sequence[str]) -> np.ndarray:
+    """Each cell's label of each condition, by its number, (cells, conditions)."""
     entry = shards.manifest.splits[shards.manifest.split_number(split)]
     if not entry.n_cells:
         raise InputError(f"{shards.url} ({split}) holds no cells")
-    if not condition:
-        return np.zeros(entry.n_cells, np.uint8)
-    return shards.cell_column(f"condition.{condition}")[entry.first_cell : entry.first_cell + entry.n_cells]
+    of_split = slice(entry.first_cell, entry.first_cell + entry.n_cells)
+    columns = [np.asarray(shards.cell_column(f"condition.{c}")[of_split], np.int64) for c in conditions]
+    return np.stack(columns, axis=1) if columns else np.zeros((entry.n_cells, 0), np.int64)
 
 
-def _split(shards: ShardSet, split: str, ids: dict[str, np.ndarray], condition: str, sample: Sample | None) -> Cells:
-    manifest, ids_n = shards.manifest, ids[split]
+def _split(
+    shards: ShardSet,
+    split: str,
+    of: dict[str, np.ndarray],
+    labels: dict[str, np.ndarray],
+    n_combinations: int,
+    sample: Sample | None,
+) -> Cells:
+    """of: split -> the combination of each of its cells, by its number; labels: condition -> label of each"""
+    manifest, of_n = shards.manifest, of[split]
     genes, entry = manifest.genes, manifest.splits[manifest.split_number(split)]
-    labels = manifest.conditions.labels[condition] if condition else (NO_TYPE,)
-    start = np.append(shards.blocks["first_cell"][entry.first_block :][: entry.n_blocks], entry.first_cell + len(ids_n))
+    named = combination_names(labels, n_combinations)
+    start = np.append(shards.blocks["first_cell"][entry.first_block :][: entry.n_blocks], entry.first_cell + len(of_n))
     start = start.astype(np.int64) - entry.first_cell
-    rows = np.arange(len(ids_n))
+    rows = np.arange(len(of_n))
     if sample is not None:
         of_split, of_test = (
-            {labels[k]: n for k, n in enumerate(np.bincount(ids[of]).tolist()) if n} for of in (split, "test")
+            {str(named[k]): n for k, n in enumerate(np.bincount(of[name]).tolist()) if n} for name in (split, "test")
         )
         wanted = sample.numbers(split, of_split, of_test)
         if wanted != of_split:
-            numbers_K = np.array([wanted.get(label, 0) for label in labels])
-            rows = rows_of_blocks(ids_n, start, numbers_K, sample.rng(split))
+            numbers_K = np.array([wanted.get(str(name), 0) for name in named])
+            rows = rows_of_blocks(of_n, start, numbers_K, sample.rng(split))
     buffers = BlockBuffers(column_dtype(genes.n_genes), count_dtype(manifest.statistics.largest_count))
     parts: list[sp.csr_matrix] = []
     for at in np.flatnonzero(np.diff(np.searchsorted(rows, start))).tolist():
@@ -83,26 +113,27 @@ def _split(shards: ShardSet, split: str, ids: dict[str, np.ndarray], condition: 
         csr = counts, block.columns.astype(np.int32), block.indptr.astype(np.int64)
         of_block = rows[slice(*np.searchsorted(rows, start[at : at + 2]))] - start[at]
         parts.append(sp.csr_matrix(csr, shape=(len(block.indptr) - 1, genes.n_genes))[of_block])
-    of = len(ids_n) if len(rows) < len(ids_n) else 0
-    matrix = sp.csr_matrix(sp.vstack(parts))
-    return Cells(matrix, np.array(labels)[ids_n[rows]], genes.ids, f"{shards.url} ({split})", of)
+    drawn_of = len(of_n) if len(rows) < len(of_n) else 0
+    own = {condition: column[of_n[rows]] for condition, column in labels.items()}
+    return Cells.of_labels(sp.csr_matrix(sp.vstack(parts)), own, genes.ids, f"{shards.url} ({split})", drawn_of)
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
 def cells_of_h5ad(
-    path: str, condition: str, split: str, layer: str, sample: Sample | None = None
+    path: str, conditions: Sequence[str], split: str, layer: str, sample: Sample | None = None
 ) -> tuple[Cells, Cells, Cells]:
-    """Training, validation and test cells of a file with a column that tells them apart; an empty condition gives them
-    no types. The file is read whole.
+    """Training, validation and test cells of a file with a column that tells them apart, with the labels of these
+    conditions. The file is read whole.
 
     sample: which of them are taken; None takes all
 
     Raises: InputError where they can't be read or told apart.
     """
     counts, obs, genes = _read(path, layer)
-    types, splits = _types(obs, condition, path), _labels(obs, split, path, "split")
+    labels, splits = _columns(obs, conditions, path), _labels(obs, split, path, "split")
+    types = combination_names(labels, len(obs))
     found = sorted(set(splits))
     for name in SPLITS:
         if name not in found:
@@ -118,7 +149,8 @@ def cells_of_h5ad(
         wanted = of_split if sample is None else sample.numbers(name, of_split, of_test)
         if sample is not None and wanted != of_split:
             of, rows = len(rows), rows[np.sort(rows_per_type(types[rows], wanted, sample.rng(name)))]
-        parts.append(Cells(counts[rows], types[rows], genes, f"{path} ({name})", of))
+        own = {condition: column[rows] for condition, column in labels.items()}
+        parts.append(Cells.of_labels(counts[rows], own, genes, f"{path} ({name})", of))
     train, validation, test = parts
     return train, validation, test
 
@@ -127,17 +159,30 @@ def _numbers(types: np.ndarray) -> dict[str, int]:
     return {str(label): int(n) for label, n in zip(*np.unique(types, return_counts=True), strict=True)}
 
 
-def generated_cells(path: str, condition: str) -> Cells:
+def generated_cells(path: str, conditions: Sequence[str]) -> Cells:
     """Cells of an h5ad file, a zarr folder or a SOMA experiment.
 
-    Raises: InputError where they can't be read, or don't say their condition.
+    Raises: InputError where they can't be read, or don't say their conditions.
     """
     if path.rstrip("/").endswith((".zarr", ".soma")):
         adata = read_cells(path)
         counts, obs, genes = sp.csr_matrix(adata.X), pd.DataFrame(adata.obs), tuple(map(str, adata.var_names))
     else:
         counts, obs, genes = _read(path, "")
-    return Cells(counts, _types(obs, condition, path), genes, path)
+    return Cells.of_labels(counts, _columns(obs, conditions, path), genes, path)
+
+
+def obs_columns(path: str) -> set[str]:
+    """The obs columns of generated cells, without their counts.
+
+    Raises: InputError where they can't be read.
+    """
+    if path.rstrip("/").endswith((".zarr", ".soma")):
+        return set(map(str, read_cells(path).obs.columns))
+    with open_file(path) as file, reading(path):
+        obs = read_elem(file["obs"])  # pyright: ignore[reportArgumentType]
+    assert isinstance(obs, pd.DataFrame)
+    return set(map(str, obs.columns))
 
 
 def _read(path: str, layer: str) -> tuple[sp.csr_matrix, pd.DataFrame, tuple[str, ...]]:
@@ -154,8 +199,8 @@ def _read(path: str, layer: str) -> tuple[sp.csr_matrix, pd.DataFrame, tuple[str
     return sp.csr_matrix(counts), obs, tuple(map(str, var.index))
 
 
-def _types(obs: pd.DataFrame, condition: str, path: str) -> np.ndarray:
-    return _labels(obs, condition, path, "condition") if condition else np.full(len(obs), NO_TYPE)
+def _columns(obs: pd.DataFrame, conditions: Sequence[str], path: str) -> dict[str, np.ndarray]:
+    return {condition: _labels(obs, condition, path, "condition") for condition in conditions}
 
 
 def _labels(obs: pd.DataFrame, column: str, path: str, key: str) -> np.ndarray:

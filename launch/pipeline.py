@@ -32,7 +32,7 @@ LINKS = {
         "evaluate",
         [
             *("generated={out}/generated.h5ad", "shards={out}/shards"),
-            *("vae_run={out}/vae", "ldm_run={out}/ldm", "out={out}/evaluation"),
+            *("model={out}/model", "vae={out}/vae", "ldm={out}/ldm", "out={out}/evaluation"),
         ],
     ),
 }

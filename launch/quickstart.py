@@ -25,7 +25,7 @@ import pandas as pd
 from data_pipeline.plan import ShardsWriteConfig
 from data_pipeline.schema import read_manifest
 from launch.cli import run_verb
-from launch.evaluate import show
+from launch.evaluate_generated import show
 from scldm.errors import InputError
 from scldm.files import write_json
 from scldm.train.tracking import Tracker, TrackingConfig
@@ -109,8 +109,8 @@ def main(config: QuickstartConfig) -> None:
             f"model={out}/model", f"conditions={out}/wanted.csv", f"out={out}/generated.h5ad",
         ])  # fmt: skip
         todo.verb("evaluation", "evaluate", [
-            f"generated={out}/generated.h5ad", f"shards={out}/shards", f"condition={condition}",
-            f"vae_run={out}/vae", f"ldm_run={out}/ldm", f"out={out}", *track,
+            f"generated={out}/generated.h5ad", f"shards={out}/shards", f"conditions={json.dumps([condition])}",
+            f"model={out}/model", f"vae={out}/vae", f"ldm={out}/ldm", f"out={out}", *track,
         ])  # fmt: skip
     say_where(out, todo, time.monotonic() - began)
 

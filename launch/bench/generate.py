@@ -111,7 +111,7 @@ def speed(report: Report, config: BenchGenerateConfig, device: torch.device) -> 
     if not (config.model and config.shards):
         raise InputError("model and shards must be given: a trained model and its cells; or speed=false")
     model = scldm.load(config.model, device)
-    _, validation, test = cells_of_shards(config.shards, config.condition)
+    _, validation, test = cells_of_shards(config.shards, [config.condition] if config.condition else [])
     if test.genes != model.genes.ids:
         raise InputError(f"shards={config.shards} has other genes than model={config.model}")
     few = f"{config.sampler.method} {config.sampler.n_steps}"

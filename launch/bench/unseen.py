@@ -187,12 +187,11 @@ class Labelled:
 def real_cells(config: BenchUnseenConfig, url: str) -> tuple[Labelled, Labelled, Labelled]:
     """Training, validation and test cells."""
     columns = {"type": config.type, "donor": "donor", "treatment": config.treatment}
-    found = {name: cells_of_shards(url, column) for name, column in columns.items()}
-    splits = []
-    for k, cells in enumerate(found["type"]):
-        obs = pd.DataFrame({name: of_split[k].types for name, of_split in found.items()})
-        splits.append(Labelled(cells.counts, obs, cells.genes))
-    return splits[0], splits[1], splits[2]
+    train, validation, test = (
+        Labelled(cells.counts, pd.DataFrame({n: cells.labels[c] for n, c in columns.items()}), cells.genes)
+        for cells in cells_of_shards(url, list(columns.values()))
+    )
+    return train, validation, test
 
 
 def generated(config: BenchUnseenConfig, model: Pretrained, numbers: Mapping[tuple, int], seed: int) -> sp.csr_matrix:

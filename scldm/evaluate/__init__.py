@@ -1,6 +1,8 @@
-"""How good generated cells are: metrics, floor and rivals, marker genes, and the report that shows them.
+"""How good generated cells, an autoencoder or an embedding are: pure functions of matrices, and the report.
 
-Reading order: metrics.py (pure functions of two matrices), rivals.py (what a score is compared with), markers.py,
-compare.py (all of it for one set of generated cells, as a JSON-ready dict), figures.py and report.py (that dict,
-drawn).
+Reading order, for generated cells: cells.py (sets of cells and their conditions), space.py (where they are compared),
+distances.py, neighbours.py, genes.py and two_sample.py (formulas), metrics.py (the table of scores), protocols.py,
+intervals.py, baselines.py, scores.py (at every level), memorisation.py, changes.py and response.py, markers.py,
+compare.py (all of it, as a JSON-ready dict), verdict.py, figures and report.py (that dict, drawn).
+For an autoencoder: reconstruction.py. For an embedding: representation.py.
 """

@@ -1,282 +1,351 @@
 """Everything that is known about one set of generated cells, as a dict that JSON can hold; report.py draws it.
 
-Reading order: config, cells, who is compared with whom, compare, the 2-D map.
+Reading order: config, compare, its parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 
 from scldm.errors import InputError
-from scldm.evaluate import markers, rivals
-from scldm.evaluate.metrics import N_COMPONENTS, TARGET_SUM, Profile, fit_pca, gene_moments, log_normalise, subsample
+from scldm.evaluate import baselines, markers
+from scldm.evaluate.cells import NO_TYPE, Cells, common_genes, matched_numbers, scored_combinations, with_genes
+from scldm.evaluate.genes import gene_moments
+from scldm.evaluate.intervals import IntervalConfig
+from scldm.evaluate.map_of_cells import cell_map
+from scldm.evaluate.memorisation import memorisation_errors, memorisation_scores, nearness
+from scldm.evaluate.metrics import score
+from scldm.evaluate.protocols import PROTOCOLS, Protocol
+from scldm.evaluate.response import guess_control, responses
 from scldm.evaluate.sample import SPLITS
+from scldm.evaluate.scores import CHEAP, Levels, Scores, errors_of, score_sets, scored_labels, table
+from scldm.evaluate.space import Profile, Space, log_normalise
+from scldm.evaluate.verdict import summary, verdict
 from scldm.progress import Progress
 
-MAP_CELLS = 5_000  # a side; more are only ink
-NO_TYPE = ""  # of all cells where no condition tells them apart; no label is empty
+N_EXPENSIVE = 2  # draws of floor and baselines for which exact transport and the forest are computed
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     """How generated cells are judged.
 
-    seed: of every random draw: floor, rivals, subsamples, UMAP
-    n_draws: how often the floor and each rival are drawn; tables give their mean and standard deviation
-    min_cells: types with at least this many test cells are scored one by one; all cells at once need as many
-    max_cells: MMD2, W2 and 1-NN accuracy compare at most so many cells a side
-    max_real_cells: of each split at most so many cells are taken, a seeded draw that has the types in the shares at
-        which they are compared: 100,000 cells of 3,000 expressed genes take 2.4 GB
+    seed: of every random draw: floor, baselines, subsamples, UMAP
+    n_draws: how often the floor and each baseline are drawn. Tables give their mean and standard deviation. Exact
+        transport and the forest take the first 2
+    min_cells: combinations and labels with at least this many compared cells are scored one by one; all cells at once
+        need as many
+    max_combinations: at most so many are scored one by one, the largest
+    max_cells: scores that compare every cell with every other take at most so many cells a side
+    max_real_cells: of each split at most so many cells are taken, a seeded draw that has the combinations in the shares
+        at which they are compared: 100,000 cells of 3,000 expressed genes take 2.4 GB
     """
 
     seed: int = 0
     n_draws: int = 10
     min_cells: int = 20
+    max_combinations: int = 100
     max_cells: int = 2_000
     max_real_cells: int = 100_000
+    intervals: IntervalConfig = field(default_factory=IntervalConfig)
 
     def __post_init__(self) -> None:
-        for key, least in (("n_draws", 2), ("min_cells", 3), ("max_cells", 100), ("max_real_cells", 1_000)):
-            if getattr(self, key) < least:
-                raise InputError(f"evaluate.{key}={getattr(self, key)} must be at least {least}")
-
-
-# --- cells ---------------------------------------------------------------------------------------------------------
+        least = {"n_draws": 2, "min_cells": 3, "max_combinations": 0, "max_cells": 100, "max_real_cells": 1_000}
+        for key, value in least.items():
+            if getattr(self, key) < value:
+                raise InputError(f"evaluate.{key}={getattr(self, key)} must be at least {value}")
 
 
 @dataclass(frozen=True)
-class Cells:
-    """Cells of one source.
+class Part:
+    """Cells that show which part of a model costs what, judged as the generated ones are.
 
-    counts: raw counts, CSR (cells, genes)
-    types: label of the condition per cell, (cells,) str; all NO_TYPE where there is no condition
-    genes: gene ids of the columns
-    name: how messages call them
-    drawn_of: cells of the split that they were drawn from; 0 where they are all of it
-
-    Raises: InputError where the counts are not counts or a gene stands twice.
+    title, meaning: for a table
+    cells: of combinations of the test cells
     """
 
-    counts: sp.csr_matrix
-    types: np.ndarray
-    genes: tuple[str, ...]
-    name: str
-    drawn_of: int = 0
-
-    def __post_init__(self) -> None:
-        assert self.counts.shape == (len(self.types), len(self.genes)), self.name
-        values = self.counts.data
-        wrong = values[(values < 0) | (values != np.floor(values)) | ~np.isfinite(values)]
-        if len(wrong):
-            raise InputError(
-                f"{self.name}: the matrix holds {wrong[0]:g}, which is not a count; "
-                "give raw counts (integers from 0), not normalised ones"
-            )
-        if len(set(self.genes)) < len(self.genes):
-            seen: set[str] = set()
-            twice = next(g for g in self.genes if g in seen or seen.add(g))
-            raise InputError(f"{self.name}: gene {twice!r} stands twice; gene ids must be unique")
-
-    def select(self, rows: np.ndarray) -> Cells:
-        return Cells(self.counts[rows], self.types[rows], self.genes, self.name)
-
-    def numbers(self) -> dict[str, int]:
-        """Cells per type, most first."""
-        labels, n = np.unique(self.types, return_counts=True)
-        return {str(labels[k]): int(n[k]) for k in np.argsort(-n, kind="stable")}
-
-
-def common_genes(real: Cells, generated: Cells) -> tuple[str, ...]:
-    """The genes of both, in the real cells' order.
-
-    Raises: InputError where there are none.
-    """
-    theirs = set(generated.genes)
-    common = tuple(g for g in real.genes if g in theirs)
-    if not common:
-        raise InputError(
-            f"{generated.name} and {real.name} have no gene in common: {', '.join(generated.genes[:3])} ... against "
-            f"{', '.join(real.genes[:3])} ...; both must name genes alike (Ensembl ids, or symbols)"
-        )
-    return common
-
-
-def with_genes(cells: Cells, genes: tuple[str, ...]) -> Cells:
-    """The cells with these genes as columns."""
-    if cells.genes == genes:
-        return cells
-    column = {g: k for k, g in enumerate(cells.genes)}
-    return Cells(cells.counts[:, [column[g] for g in genes]], cells.types, genes, cells.name)
-
-
-# --- who is compared with whom -------------------------------------------------------------------------------------
-
-
-def matched_numbers(train: Cells, test: Cells, generated: Cells) -> dict[str, int]:
-    """Cells per type at which everything is compared: the test split's, or fewer where fewer were generated or trained
-    on. Distances of finite samples depend on their size, and pooled ones on the mix of types.
-
-    Raises: InputError for a set without cells, and for a type of the test split that was not generated or not trained
-    on.
-    """
-    for cells in (test, generated, train):
-        if not len(cells.types):
-            raise InputError(f"{cells.name} holds no cells")
-    n_test, n_generated, n_train = (cells.numbers() for cells in (test, generated, train))
-    missing = [t for t in n_test if t not in n_generated]
-    if missing:
-        raise InputError(
-            f"{generated.name} has no cells of {_names(missing)}, which the test split holds; generate some of every "
-            f"type, or leave the type out of the real cells (generated: {_names(list(n_generated))})"
-        )
-    missing = [t for t in n_test if t not in n_train]
-    if missing:
-        raise InputError(f"{train.name} has no cells of {_names(missing)}: floor and rivals are drawn from them")
-    return {t: min(n, n_generated[t], n_train[t]) for t, n in n_test.items()}
-
-
-def scored_types(numbers: dict[str, int], min_cells: int) -> tuple[list[str], str]:
-    """The types that are scored one by one; where there are none, also the sentence that says why.
-
-    Raises: InputError for fewer cells of all types together than one type needs.
-    """
-    if (n := sum(numbers.values())) < min_cells:
-        raise InputError(
-            f"only {n} cells to compare (test, generated and training cells all count), and "
-            f"evaluate.min_cells={min_cells} are needed; give more cells, or set it lower"
-        )
-    if NO_TYPE in numbers:
-        return [], (
-            "No condition was given, so that all cells count as one type: scores are pooled only, and there are no "
-            "marker genes."
-        )
-    scored = [t for t, n in numbers.items() if n >= min_cells]
-    if scored:
-        return scored, ""
-    most = max(numbers, key=lambda t: numbers[t])
-    return [], (
-        f"No type has {min_cells} cells to compare (the most are {numbers[most]} of {most!r}), so that scores are "
-        "pooled only; evaluate.min_cells lowers that number."
-    )
-
-
-def _names(labels: list[str], shown: int = 5) -> str:
-    more = f" and {len(labels) - shown} more" if len(labels) > shown else ""
-    return ", ".join(map(repr, labels[:shown])) + more
+    title: str
+    meaning: str
+    cells: Cells
 
 
 # --- compare -------------------------------------------------------------------------------------------------------
 
 
-def compare(train: Cells, validation: Cells, test: Cells, generated: Cells, config: EvaluateConfig) -> dict:
-    """Scores with floor and rivals, marker genes, and what the figures need; JSON-ready, every list in a stated order.
+def compare(
+    train: Cells,
+    validation: Cells,
+    test: Cells,
+    generated: Cells,
+    config: EvaluateConfig,
+    protocol: str = "scldm",
+    control: Mapping[str, str] | None = None,
+    parts: Mapping[str, Part] | None = None,
+) -> dict:
+    """Scores with floor and baselines, memorisation, responses, marker genes, and what the figures need; JSON-ready,
+    every list in a stated order.
 
-    Without a type of enough cells, `pooled_only` says so and the scores per type are absent; without types, all that
-    speaks of types is.
+    Without a combination of enough cells, `pooled_only` says so and the scores per combination are absent. Without
+    conditions, all that speaks of them is.
+
+    control: condition -> its reference label, for responses. Of other conditions it is guessed by its name
+    parts: reconstructed cells and the like, by name
 
     Raises: InputError for cells that can't be compared.
     """
-    if len(validation.types) <= N_COMPONENTS:
+    chosen = PROTOCOLS[protocol]
+    if chosen.fitted_on == "validation" and len(validation) <= chosen.n_components:
         raise InputError(
-            f"{validation.name}: {len(validation.types)} validation cells, and at least {N_COMPONENTS + 1} are needed: "
-            f"{N_COMPONENTS} principal components are fitted on them, because cells that were trained on or are judged "
-            "would bend the scale; put more cells into that split"
+            f"{validation.name}: {len(validation)} validation cells, and at least {chosen.n_components + 1} are "
+            f"needed: {chosen.n_components} principal components are fitted on them, because cells that were trained "
+            "on or are judged would bend the scale; put more cells into that split"
         )
     n_genes = {"real": len(train.genes), "generated": len(generated.genes)}
     drawn_of = {split: of.drawn_of for split, of in zip(SPLITS, (train, validation, test)) if of.drawn_of}
     genes = common_genes(train, generated)
     train, validation, test, generated = (with_genes(cells, genes) for cells in (train, validation, test, generated))
-    numbers = matched_numbers(train, test, generated)
-    scored, pooled_only = scored_types(numbers, config.min_cells)
-    typed = NO_TYPE not in numbers
-    found = {c: cells.numbers() for c, cells in (("train", train), ("test", test), ("generated", generated))}
-    pca = fit_pca(log_normalise(validation.counts), N_COMPONENTS, config.seed)
+    sides = _Sides.of(train, test, generated, config)
+    space = chosen.fit(validation.counts, test.counts, config.seed)
+    control = known_controls(test, control or {})
 
-    def rng(*key: int) -> np.random.Generator:
-        return np.random.default_rng([config.seed, *key])
-
-    test = test.select(rivals.rows_per_type(test.types, numbers, rng(0)))
-    generated = generated.select(rivals.rows_per_type(generated.types, numbers, rng(1)))
-    profiles = {
-        "real": Profile.of(test.counts, test.types, pca),
-        "generated": Profile.of(generated.counts, generated.types, pca),
+    rng = _rng(config)
+    judged = {
+        "real": test.select(baselines.rows_per_type(test.types, sides.numbers, rng(0))),
+        "generated": generated.select(baselines.rows_per_type(generated.types, sides.numbers, rng(1))),
     }
+    profiles = {name: Profile.of(cells.counts, cells.types, space) for name, cells in judged.items()}
+    scorer = _Scorer(profiles["real"], space, sides.levels, chosen, config)
+    found = scorer.all_of(sides, train, profiles["generated"], control)
 
-    def scores_of(profile: Profile) -> rivals.Scores:
-        return rivals.score_sets(profiles["real"], profile, scored, config.max_cells, config.seed)
-
-    contestants = {"floor": rivals.floor_cells, **{key: draw for key, (_, _, draw) in rivals.RIVALS.items()}}
-    if not typed:
-        del contestants["c"]  # there are no types to shuffle
-    draws: dict[str, list[rivals.Scores]] = {}
-    with Progress("evaluate", 1 + len(contestants) * config.n_draws, "comparisons") as bar:
-        mine = scores_of(profiles["generated"])
-        bar.advance()
-        for k, (name, draw) in enumerate(contestants.items()):
-            draws[name] = []
-            for j in range(config.n_draws):
-                counts, types = draw(train.counts, train.types, numbers, rng(2, k, j))
-                draws[name].append(scores_of(Profile.of(counts, types, pca)))
-                bar.advance(note=name)
-
-    def tabulate(pick: Callable[[rivals.Scores], dict[str, float]], as_floor: Collection[str] = ()) -> dict:
-        others = {name: [pick(s) for s in scores] for name, scores in draws.items()}
-        return rivals.table(pick(mine), others.pop("floor"), others, as_floor)
-
-    out = {
+    out: dict[str, Any] = {
         "config": asdict(config),
+        "conditions": list(test.labels),
         "protocol": {
-            "target_sum": TARGET_SUM,
-            "n_components": N_COMPONENTS,
-            "explained_variance": float(pca.explained_variance_ratio_.sum()),
-            "n_genes": {"common": len(genes), **n_genes},
+            **{key: getattr(chosen, key) for key in ("name", "title", "meaning")},
+            "main": list(chosen.main),
+            **{k: v for k, v in space.describe().items() if k != "n_genes"},
+            "n_genes": {"judged": space.describe()["n_genes"], "common": len(genes), **n_genes},
         },
         "cells": {
-            "train": len(train.types),
-            "validation": len(validation.types),
-            "test": sum(found["test"].values()),
-            "generated": sum(found["generated"].values()),
-            "compared": len(test.types),
+            "train": len(train),
+            "validation": len(validation),
+            "test": len(test),
+            "generated": len(generated),
+            "compared": len(judged["real"]),
             "drawn_of": drawn_of,
             "without_counts": {name: int((p.total == 0).sum()) for name, p in profiles.items()},
+            **sides.by_combination(train, test, generated),
         },
-        "scored_types": scored,
-        "pooled_only": pooled_only,
-        "pooled": tabulate(lambda s: s.pooled, as_floor=("c",)),
-        "genes": {"ids": list(genes), **{name: _moments(p) for name, p in profiles.items()}},
-        "map": _map(profiles, typed, config.seed),
+        "scored_combinations": list(sides.levels.combinations),
+        "not_scored": sides.not_scored,
+        "pooled_only": sides.pooled_only,
+        **found,
+        **_memorisation(train, profiles, space, config),
+        "response": _responses(train, test, generated, control, config),
+        "parts": {name: scorer.part(part, genes, sides, rng(4)) for name, part in (parts or {}).items()},
+        "genes": {"ids": [genes[k] for k in _columns(space, genes)], **{n: _moments(p) for n, p in profiles.items()}},
+        "map": cell_map(profiles, {name: cells.labels for name, cells in judged.items()}, config.seed),
+        **(_markers(train, judged, genes) if NO_TYPE not in sides.numbers else {}),
     }
-    if scored:
-        out["per_type"] = tabulate(lambda s: s.per_type)
-        out["by_type"] = {t: tabulate(lambda s, t=t: s.by_type[t]) for t in scored}
-    if typed:
-        by_type = {t: {**{c: n[t] for c, n in found.items()}, "compared": numbers[t]} for t in numbers}
-        out["cells"] |= {"by_type": by_type, "generated_only": [t for t in found["generated"] if t not in numbers]}
-        sources = {name: (p.log, p.types) for name, p in profiles.items()}
-        found_markers = markers.check((log_normalise(train.counts), train.types), sources, list(genes))
-        found_markers.sort(key=lambda m: list(numbers).index(m.type))  # stable: a type's own order stays
-        out["markers"] = [asdict(m) for m in found_markers]
-        out["expression"] = _expression(profiles, list(genes), found_markers)
+    out["summary"] = summary(out)
+    out["verdict"] = verdict(out)
     return out
 
 
-def _expression(profiles: dict[str, Profile], genes: list[str], found: list[markers.Marker]) -> dict:
-    """Mean log expression and fraction of cells > 0 of every marker in every type that has markers: source -> (types,
-    genes)."""
-    types = list(dict.fromkeys(m.type for m in found))
-    columns = [genes.index(g) for g in dict.fromkeys(m.gene for m in found)]
-    out: dict = {"types": types, "genes": [genes[c] for c in columns]}
-    for name, profile in profiles.items():
-        values = [profile.log[np.flatnonzero(profile.types == t)][:, columns] for t in types]
-        out[name] = {
-            "mean": [np.asarray(v.mean(0)).ravel().round(4).tolist() for v in values],
-            "fraction": [np.asarray((v > 0).mean(0)).ravel().round(4).tolist() for v in values],
+def known_controls(test: Cells, given: Mapping[str, str]) -> dict[str, str]:
+    """condition -> reference label: as given, else by the usual names (control, ctrl, DMSO ...) where exactly one label
+    has one.
+
+    Raises: InputError for a condition or a label that the test cells do not have.
+    """
+    for condition, label in given.items():
+        if condition not in test.labels:
+            raise InputError(
+                f"control.{condition}={label}: the conditions are {', '.join(test.labels) or 'none'}; give one of these"
+            )
+        there = np.unique(test.labels[condition]).tolist()
+        if label not in there:
+            raise InputError(f"control.{condition}={label}: no test cell has this label; there are {there[:10]}")
+    guessed = {c: guess_control(np.unique(column).tolist()) for c, column in test.labels.items()}
+    return {c: label for c in test.labels if (label := given.get(c) or guessed[c])}
+
+
+def _rng(config: EvaluateConfig) -> Callable[..., np.random.Generator]:
+    return lambda *key: np.random.default_rng([config.seed, *key])
+
+
+# --- who is compared with whom -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """pool: the training cells that floor and baselines are drawn from; of an unseen combination, its relatives
+    combinations: name -> labels, of the test cells
+    numbers: compared cells per combination
+    relatives: unseen combination -> the combinations that stand in for it"""
+
+    pool: Cells
+    combinations: dict[str, tuple[str, ...]]
+    numbers: dict[str, int]
+    relatives: dict[str, list[str]]
+    levels: Levels
+    not_scored: list[str]
+    pooled_only: str
+
+    @classmethod
+    def of(cls, train: Cells, test: Cells, generated: Cells, config: EvaluateConfig) -> _Sides:
+        combinations, seen = test.combinations(), set(train.numbers())
+        unseen = {t: labels for t, labels in combinations.items() if t not in seen}
+        pool, relatives = baselines.with_relatives(train, unseen) if len(train) else (train, {})
+        numbers = matched_numbers(pool, test, generated)
+        scored, not_scored, why = scored_combinations(numbers, config.min_cells, config.max_combinations)
+        labels = scored_labels(list(test.labels), combinations, numbers, config.min_cells)
+        return cls(pool, combinations, numbers, relatives, Levels(scored, labels), not_scored, why)
+
+    def by_combination(self, train: Cells, test: Cells, generated: Cells) -> dict:
+        if NO_TYPE in self.numbers:
+            return {}
+        found = {c: cells.numbers() for c, cells in (("train", train), ("test", test), ("generated", generated))}
+        of = {
+            t: {
+                **{c: n.get(t, 0) for c, n in found.items()},
+                "compared": self.numbers[t],
+                "labels": list(self.combinations[t]),
+                **({"unseen": True, "relatives": self.relatives[t]} if t in self.relatives else {"unseen": False}),
+            }
+            for t in self.numbers
         }
-    return out
+        return {"by_combination": of, "generated_only": [t for t in found["generated"] if t not in self.numbers]}
+
+
+# --- scores --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Scorer:
+    """Scores sets of cells against the test cells, in one space and at the same levels."""
+
+    real: Profile
+    space: Space
+    levels: Levels
+    protocol: Protocol
+    config: EvaluateConfig
+
+    def scores(self, profile: Profile, only: Collection[str] | None = None) -> Scores:
+        c = self.config
+        return score_sets(self.real, profile, self.levels, self.protocol, c.max_cells, c.seed, only)
+
+    def all_of(self, sides: _Sides, train: Cells, generated: Profile, control: Mapping[str, str]) -> dict:
+        """pooled, per_combination, by_combination and by_condition: tables with floor and baselines."""
+        config, rng = self.config, _rng(self.config)
+        ways = {"floor": baselines.floor_cells, **{key: draw for key, (_, _, draw) in baselines.BASELINES.items()}}
+        if NO_TYPE in sides.numbers:
+            del ways["c"]  # there are no labels to shuffle
+        draws: dict[str, list[Scores]] = {}
+        with Progress("evaluate", 2 + len(ways) * config.n_draws, "comparisons") as bar:
+            mine = self.scores(generated)
+            bar.advance()
+            errors = errors_of(
+                self.real, generated, self.levels, self.protocol, config.max_cells, config.seed, config.intervals
+            )
+            bar.advance()
+            for k, (name, draw) in enumerate(ways.items()):
+                draws[name] = []
+                for j in range(config.n_draws):
+                    counts, types = draw(sides.pool.counts, sides.pool.types, sides.numbers, rng(2, k, j))
+                    profile = Profile.of(counts, types, self.space)
+                    draws[name].append(self.scores(profile, None if j < N_EXPENSIVE else CHEAP))
+                    bar.advance(note=name)
+        shifted = {t: self._shifted(train, t, sides, control) for t in sides.relatives}
+
+        def tabulate(pick: Callable[[Scores], dict[str, float]], as_floor: Collection[str] = (), more=None) -> dict:
+            others = {name: [pick(s) for s in scores] for name, scores in draws.items()} | (more or {})
+            return table(pick(mine), pick(errors), others.pop("floor"), others, as_floor)
+
+        out: dict[str, Any] = {"pooled": tabulate(lambda s: s.pooled, as_floor=("c",))}
+        if self.levels.combinations:
+            out["per_combination"] = tabulate(lambda s: s.mean[""])
+            out["by_combination"] = {
+                t: tabulate(lambda s, t=t: s.by["", t], more={"d": d} if (d := shifted.get(t)) else {})
+                for t in self.levels.combinations
+            }
+        if self.levels.labels:
+            out["per_condition"] = {c: tabulate(lambda s, c=c: s.mean[c]) for c, of in self.levels.labels.items() if of}
+            out["by_condition"] = {
+                c: {x: tabulate(lambda s, c=c, x=x: s.by[c, x]) for x in of} for c, of in self.levels.labels.items()
+            }
+        return out
+
+    def _shifted(self, train: Cells, name: str, sides: _Sides, control: Mapping[str, str]) -> list[dict[str, float]]:
+        """Scores of baseline (d) of an unseen combination; none where it can't be drawn."""
+        if name not in self.levels.combinations:
+            return []
+        config, test, out = self.config, self.real.of_type(name), []
+        for j in range(N_EXPENSIVE):
+            rng = _rng(config)(5, j)
+            counts = baselines.shifted_controls(train, sides.combinations[name], control, len(test), rng)
+            if counts is None:
+                return []
+            other = Profile.of(counts, np.full(len(test), name), self.space)
+            out.append(score(test, other, config.max_cells, config.seed))
+        return out
+
+    def part(self, part: Part, genes: tuple[str, ...], sides: _Sides, rng: np.random.Generator) -> dict:
+        """Scores of a part, as many cells of each combination as it has and as are compared."""
+        cells = with_genes(part.cells, genes)
+        there = cells.numbers()
+        numbers = {t: min(n, there.get(t, 0)) for t, n in sides.numbers.items()}
+        cells = cells.select(baselines.rows_per_type(cells.types, numbers, rng))
+        profile = Profile.of(cells.counts, cells.types, self.space)
+        missing = [t for t, n in numbers.items() if not n]
+        real = self.real.select(np.flatnonzero(~np.isin(self.real.types, missing)))
+        scores = replace(self, real=real, levels=self.levels.without(missing)).scores(profile)
+        sections = {"pooled": scores.pooled} | ({"per_combination": scores.mean[""]} if "" in scores.mean else {})
+        values = {name: {m: v for m, v in of.items() if math.isfinite(v)} for name, of in sections.items()}
+        return {"title": part.title, "meaning": part.meaning, "n_cells": len(cells), **values}
+
+
+# --- memorisation, responses ---------------------------------------------------------------------------------------
+
+
+def _memorisation(train: Cells, profiles: Mapping[str, Profile], space: Space, config: EvaluateConfig) -> dict:
+    """memorisation: metric -> score and standard error, at equal numbers of held-out and generated cells; empty where
+    it can't be told, and `notes` says why."""
+    trained = Profile.of(train.counts, train.types, space)
+    real, generated = profiles["real"], profiles["generated"]
+    n = min(config.max_cells, len(real))
+    held_out = nearness(trained, real, n, config.seed)
+    made = nearness(trained, generated, n, config.seed, real)
+    try:
+        values = memorisation_scores(held_out, made)
+        errors = memorisation_errors(held_out, made, config.seed, config.intervals.n_parts)
+    except InputError as error:
+        return {"memorisation": {}, "notes": [f"{error}."]}
+    rows = {name: {"score": v, "error": _finite(errors[name])} for name, v in values.items() if math.isfinite(v)}
+    return {"memorisation": rows, "notes": []}
+
+
+def _responses(train: Cells, test: Cells, generated: Cells, control: Mapping[str, str], config: EvaluateConfig) -> dict:
+    """condition -> how generated cells respond to it, for conditions whose reference label is known."""
+    found = responses(train, test, generated, control, config.min_cells, config.seed)
+    return {condition: response.as_json() for condition, response in found.items()}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+# --- genes ---------------------------------------------------------------------------------------------------------
+
+
+def _columns(space: Space, genes: tuple[str, ...]) -> np.ndarray:
+    return np.arange(len(genes)) if space.genes is None else space.genes
 
 
 def _moments(profile: Profile) -> dict[str, list[float]]:
@@ -285,33 +354,38 @@ def _moments(profile: Profile) -> dict[str, list[float]]:
     return {name: v.round(4).tolist() for name, v in zip(names, gene_moments(profile.log), strict=True)}
 
 
-# --- the 2-D map ---------------------------------------------------------------------------------------------------
+def _markers(train: Cells, judged: Mapping[str, Cells], genes: tuple[str, ...]) -> dict:
+    """Marker genes of the labels of the first condition: what sets cell types apart, not treatments within them."""
+
+    def first(cells: Cells) -> np.ndarray:
+        return next(iter(cells.labels.values())) if cells.labels else cells.types
+
+    sources = {name: (log_normalise(cells.counts), first(cells)) for name, cells in judged.items()}
+    found = markers.check((log_normalise(train.counts), first(train)), sources, list(genes))
+    labels, n = np.unique(first(judged["real"]), return_counts=True)
+    order = [str(labels[k]) for k in np.argsort(-n, kind="stable")]
+    found.sort(key=lambda m: order.index(m.type))  # stable: a label's own order stays
+    condition = next(iter(judged["real"].labels), "")
+    numbers = {str(t): int(k) for t, k in zip(labels, n, strict=True)}
+    return {
+        "markers": [asdict(m) for m in found],
+        "markers_of": {"condition": condition, "n_cells": {t: numbers[t] for t in order}},
+        "expression": _expression(sources, list(genes), found),
+    }
 
 
-def _map(profiles: dict[str, Profile], typed: bool, seed: int) -> list[dict]:
-    """UMAP of real test and generated cells together on their principal components, with type (if there are types) and
-    total counts; one dict of equally long lists a source."""
-    rows = {name: subsample(len(p), MAP_CELLS, seed) for name, p in profiles.items()}
-    xy = umap_coordinates(np.concatenate([p.components[rows[name]] for name, p in profiles.items()]), seed)
-    out, start = [], 0
-    for name, p in profiles.items():
-        here = xy[start : start + len(rows[name])]
-        start += len(here)
-        out.append(
-            {
-                "source": name,
-                **({"type": p.types[rows[name]].tolist()} if typed else {}),
-                "total": p.total[rows[name]].astype(int).tolist(),
-                "x": here[:, 0].round(3).tolist(),
-                "y": here[:, 1].round(3).tolist(),
-            }
-        )
+def _expression(
+    sources: Mapping[str, tuple[sp.csr_matrix, np.ndarray]], genes: list[str], found: list[markers.Marker]
+) -> dict:
+    """Mean log expression and fraction of cells > 0 of every marker in every label that has markers: source -> (labels,
+    genes)."""
+    types = list(dict.fromkeys(m.type for m in found))
+    columns = [genes.index(g) for g in dict.fromkeys(m.gene for m in found)]
+    out: dict = {"types": types, "genes": [genes[c] for c in columns]}
+    for name, (log, of) in sources.items():
+        values = [log[np.flatnonzero(of == t)][:, columns] for t in types]
+        out[name] = {
+            "mean": [np.asarray(v.mean(0)).ravel().round(4).tolist() for v in values],
+            "fraction": [np.asarray((v > 0).mean(0)).ravel().round(4).tolist() for v in values],
+        }
     return out
-
-
-def umap_coordinates(components: np.ndarray, seed: int) -> np.ndarray:
-    """2-D UMAP coordinates, (cells, 2): 15 neighbours, minimum distance 0.3, Euclidean; the same for the same seed."""
-    import umap  # compiles for seconds
-
-    neighbours = min(15, len(components) - 1)
-    return umap.UMAP(n_neighbors=neighbours, min_dist=0.3, random_state=seed, n_jobs=1).fit_transform(components)

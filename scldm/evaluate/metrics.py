@@ -1,27 +1,29 @@
-"""Distances between two sets of cells, as pure functions of two matrices; the first is always the reference.
+"""Scores of one set of cells against another, by name; the first set is always the reference.
 
-The protocol: counts per 10,000, log1p, 10 principal components fitted on cells that are neither trained on nor judged.
-MMD2, W2, FD and 1-NN accuracy take the components; the gene-level ones take the log-normalised matrices and the totals.
+The formulas live in rooms of their own: distances.py and neighbours.py take components, genes.py takes log expression
+and totals, two_sample.py takes counts. What needs the training cells too is in memorisation.py. Which space the cells
+are compared in is the protocol's (protocols.py).
 
-Reading order: protocol, distances in components, gene level, all of them under their names.
+Reading order: what a metric is, the table, who computes what, score.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-import scipy.sparse as sp
-from scipy.spatial.distance import cdist, pdist
-from scipy.stats import wasserstein_distance
-from sklearn.decomposition import PCA
+from scldm.evaluate.distances import energy_distance, frechet, mmd2, mmd2_multiscale, w1, w2
+from scldm.evaluate.genes import by_expression_level, correlation_within, gene_moments, library_w1, pearson
+from scldm.evaluate.neighbours import nn_accuracy, precision_recall
+from scldm.evaluate.space import N_COMPONENTS, TARGET_SUM, Profile, Space, fit_pca, log_normalise, subsample
+from scldm.evaluate.two_sample import classifier_auc
 
-from scldm.errors import InputError
-
-TARGET_SUM = 10_000
-N_COMPONENTS = 10
+__all__ = [
+    "MEASURES", "METRICS", "N_COMPONENTS", "TARGET_SUM", "Measure", "Metric", "Profile", "Space", "compared_cells",
+    "fit_pca", "frechet", "gene_moments", "library_w1", "log_normalise", "measures_of", "mmd2", "nn_accuracy",
+    "pearson", "score", "subsample", "w2",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,13 @@ class Metric:
 
     title: str
     meaning: str
-    best: Literal["lowest", "highest", "half"]
+    best: Literal["lowest", "highest", "half", "one"]
     main: bool = True
 
     def loss(self, value: float) -> float:
         """How far a score is from the best, so that less is better for every metric."""
-        return {"lowest": value, "highest": -value, "half": abs(value - 0.5)}[self.best]
+        ends = {"lowest": value, "highest": -value, "half": abs(value - 0.5), "one": abs(value - 1)}
+        return ends[self.best]
 
 
 METRICS: Mapping[str, Metric] = {
@@ -76,10 +79,69 @@ METRICS: Mapping[str, Metric] = {
         "half",
         False,
     ),
+    "precision": Metric(
+        "precision",
+        "share of generated cells that lie among real cells (within the distance of a real cell's 5th neighbour); low "
+        "means cells that do not exist",
+        "highest",
+        False,
+    ),
+    "recall": Metric(
+        "recall",
+        "share of real cells that lie among generated cells, by the same rule; low means that real states are missing",
+        "highest",
+        False,
+    ),
+    "w1": Metric("W1", "1-Wasserstein distance: as W2, without squaring the distances", "lowest", False),
+    "energy": Metric(
+        "energy distance",
+        "mean distance between the sets minus the mean distances within them, unbiased; 0 is equal",
+        "lowest",
+        False,
+    ),
+    "mmd2_multiscale": Metric(
+        "MMD², five widths",
+        "squared maximum mean discrepancy, biased, sum over kernel widths of 0.01 to 100 (CFGen's); depends on the "
+        "number of cells",
+        "lowest",
+        False,
+    ),
+    "auc": Metric(
+        "classifier AUC",
+        "how well a random forest tells the two sets apart by their counts; 0.5 is indistinguishable, 1 is told apart",
+        "half",
+        False,
+    ),
+    "correlation_r": Metric(
+        "gene-gene correlation, r",
+        "do the same pairs of genes vary together within a combination? Correlation of generated with real "
+        "correlations over the 200 most expressed genes; the floor is the most that can be reached",
+        "highest",
+        False,
+    ),
+    "correlation_slope": Metric(
+        "gene-gene correlation, slope",
+        "how strongly they vary together: slope of generated against real correlations; 0 is independent genes, and "
+        "sampling error alone brings real cells below 1 (see the floor)",
+        "one",
+        False,
+    ),
     "mean_r": Metric("gene means, r", "Pearson correlation over genes of mean log expression", "highest", False),
     "variance_r": Metric("gene variances, r", "Pearson correlation over genes of its variance", "highest", False),
     "fraction_r": Metric(
         "fraction expressing, r", "Pearson correlation over genes of the share of cells > 0", "highest", False
+    ),
+    "zeros_by_level": Metric(
+        "zeros by level",
+        "difference of the share of zeros, mean over 10 groups of genes by their expression; 0.05 is 5 % of cells",
+        "lowest",
+        False,
+    ),
+    "variance_by_level": Metric(
+        "variance by level",
+        "log2 ratio of the variances of log expression, its size averaged over the same groups; 1 is twofold",
+        "lowest",
+        False,
     ),
     "library_w1": Metric(
         "library size, W1",
@@ -90,187 +152,85 @@ METRICS: Mapping[str, Metric] = {
 }
 
 
-# --- protocol ------------------------------------------------------------------------------------------------------
-
-
-def log_normalise(counts: sp.csr_matrix | sp.csr_array) -> sp.csr_matrix:
-    """log1p of counts per 10,000, CSR float64 (cells, genes); a cell without counts stays all zero."""
-    log = sp.csr_matrix(counts, dtype=np.float64, copy=True)
-    total = np.asarray(log.sum(1)).ravel()
-    scale = np.divide(TARGET_SUM, total, out=np.zeros_like(total), where=total > 0)
-    log.data *= np.repeat(scale, np.diff(log.indptr))
-    np.log1p(log.data, out=log.data)
-    return log
-
-
-def fit_pca(log: sp.csr_matrix, n_components: int = N_COMPONENTS, seed: int = 0) -> PCA:
-    """Principal components of log-normalised cells, sparse input kept sparse.
-
-    ARPACK to machine precision from a seeded start; the largest loading of a component is positive, so that the same
-    cells always give the same components.
-
-    Raises: InputError for too few cells or genes.
-    """
-    n_cells, n_genes = _shape(log)
-    if min(n_cells, n_genes) <= n_components:
-        raise InputError(
-            f"{n_components} principal components need at least {n_components + 1} validation cells and genes; "
-            f"there are {n_cells} cells x {n_genes} genes"
-        )
-    return PCA(n_components, svd_solver="arpack", random_state=seed).fit(log)
-
-
-def subsample(n: int, limit: int, seed: int) -> np.ndarray:
-    """Sorted indices of at most `limit` of n cells, drawn without replacement under the seed; all of them if they
-    fit."""
-    if n <= limit:
-        return np.arange(n)
-    return np.sort(np.random.default_rng(seed).choice(n, limit, replace=False))
-
-
-def _shape(matrix: sp.csr_matrix) -> tuple[int, int]:
-    assert matrix.shape is not None  # scipy's own types allow it
-    return matrix.shape
-
-
-# --- distances in components ---------------------------------------------------------------------------------------
-
-
-def mmd2(reference: np.ndarray, other: np.ndarray) -> float:
-    """Unbiased squared maximum mean discrepancy, kernel exp(-|x - y|^2 / (2 s^2)); may fall slightly below 0.
-
-    Bandwidth: s is the median Euclidean distance between two different cells of the reference (median heuristic), so
-    that it does not depend on what is judged. Memory: three n x n float64 matrices.
-    Source: Gretton et al. 2012, lemma 6.
-    Raises: InputError where half of the reference's pairs coincide.
-    """
-    pairs = pdist(reference, "sqeuclidean")
-    # the median of squares, not the square of the median: they differ by interpolation only
-    bandwidth2 = float(np.median(pairs))
-    if bandwidth2 == 0:
-        raise InputError(
-            "MMD2: more than half of the pairs of reference cells coincide; is the test split made of copies?"
-        )
-    n, m = len(reference), len(other)
-
-    def kernel_sum(squares: np.ndarray) -> float:
-        return float(np.exp(-squares / (2 * bandwidth2)).sum())
-
-    within = 2 * kernel_sum(pairs) / (n * (n - 1)) + 2 * kernel_sum(pdist(other, "sqeuclidean")) / (m * (m - 1))
-    return within - 2 * kernel_sum(cdist(reference, other, "sqeuclidean")) / (n * m)
-
-
-def w2(reference: np.ndarray, other: np.ndarray) -> float:
-    """2-Wasserstein distance of the empirical distributions: the square root of the exact optimal transport cost under
-    squared Euclidean distance, every cell of a set weighing the same. In the units of the components. Finite sets of
-    the same distribution are not at 0: compare at equal numbers."""
-    import ot  # looks for every array library that is installed, which takes seconds
-
-    cost = cdist(reference, other, "sqeuclidean")
-    weights, others = (np.full(len(x), 1 / len(x)) for x in (reference, other))
-    return float(np.sqrt(max(ot.emd2(weights, others, cost, numItermax=10_000_000), 0.0)))
-
-
-def frechet(reference: np.ndarray, other: np.ndarray) -> float:
-    """Frechet distance of the Gaussians fitted to both sets, |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), covariances
-    over n - 1.
-    Source: Dowson & Landau 1982; squared, as FID is."""
-    c1, c2 = np.cov(reference, rowvar=False), np.cov(other, rowvar=False)
-    values, vectors = np.linalg.eigh(c1)
-    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-    # C1 C2 has the eigenvalues of the symmetric C1^(1/2) C2 C1^(1/2), which needs no complex square root
-    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ c2 @ root), 0, None)).sum()
-    shift = reference.mean(0) - other.mean(0)
-    return float(shift @ shift + np.trace(c1) + np.trace(c2) - 2 * cross)
-
-
-def nn_accuracy(reference: np.ndarray, other: np.ndarray) -> tuple[float, float]:
-    """Leave-one-out 1-nearest-neighbour accuracy over the reference's cells and over the other's; 0.5 is ideal at equal
-    numbers. Neighbours at the same distance count by their share.
-    Source: Lopez-Paz & Oquab 2017; per class as in Xu et al. 2018."""
-    both = np.concatenate([reference, other])
-    is_other = np.arange(len(both)) >= len(reference)
-    hit = np.empty(len(both))
-    step = max(1, 20_000_000 // len(both))  # 160 MB of distances at a time
-    for start in range(0, len(both), step):
-        rows = np.arange(start, min(start + step, len(both)))
-        distance = cdist(both[rows], both, "sqeuclidean")
-        distance[rows - start, rows] = np.inf
-        nearest = distance == distance.min(1, keepdims=True)
-        same = is_other[rows, None] == is_other
-        hit[rows] = (nearest & same).sum(1) / nearest.sum(1)
-    return float(hit[~is_other].mean()), float(hit[is_other].mean())
-
-
-# --- gene level ----------------------------------------------------------------------------------------------------
-
-
-def gene_moments(log: sp.csr_matrix) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, variance (over n) and fraction of cells > 0 of every gene, each (genes,)."""
-    mean = np.asarray(log.mean(0)).ravel()
-    squares = np.asarray(log.multiply(log).mean(0)).ravel()
-    n_cells, n_genes = _shape(log)
-    fraction = np.bincount(log.indices[log.data > 0], minlength=n_genes) / n_cells
-    return mean, np.clip(squares - mean**2, 0, None), fraction
-
-
-def pearson(x: np.ndarray, y: np.ndarray) -> float:
-    """Pearson correlation; 0 where one side is constant, as nothing then varies together."""
-    x, y = x - x.mean(), y - y.mean()
-    norm = float(np.linalg.norm(x) * np.linalg.norm(y))
-    return float(x @ y / norm) if norm > 0 else 0.0
-
-
-def library_w1(reference_total: np.ndarray, other_total: np.ndarray) -> float:
-    """1-Wasserstein distance of log(1 + total counts), natural log."""
-    return float(wasserstein_distance(np.log1p(reference_total), np.log1p(other_total)))
-
-
-# --- all of them ---------------------------------------------------------------------------------------------------
+# --- who computes what ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Profile:
-    """A set of cells as the metrics see it.
+class Measure:
+    """A function of two sets that gives one or more scores.
 
-    log: log1p of counts per 10,000, CSR (cells, genes)
-    components: (cells, 10)
-    total: counts per cell, (cells,)
-    types: label per cell, (cells,) str
+    names: of the scores, in order
+    of: (reference, other, seed) -> the scores
+    sampled: it compares every cell with every other, and takes at most `max_cells` a side
+    expensive: it costs seconds at 2,000 cells a side, where the others cost less than one
     """
 
-    log: sp.csr_matrix
-    components: np.ndarray
-    total: np.ndarray
-    types: np.ndarray
-
-    @classmethod
-    def of(cls, counts: sp.csr_matrix, types: np.ndarray, pca: PCA) -> Profile:
-        log = log_normalise(counts)
-        return cls(log, pca.transform(log), np.asarray(counts.sum(1)).ravel(), np.asarray(types))
-
-    def __len__(self) -> int:
-        return len(self.types)
-
-    def of_type(self, label: str) -> Profile:
-        rows = np.flatnonzero(self.types == label)
-        return Profile(self.log[rows], self.components[rows], self.total[rows], self.types[rows])
+    names: tuple[str, ...]
+    of: Callable[[Profile, Profile, int], tuple[float, ...]]
+    sampled: bool = True
+    expensive: bool = False
 
 
-def score(reference: Profile, other: Profile, max_cells: int, seed: int) -> dict[str, float]:
-    """Every metric of METRICS, by name. MMD2, W2 and 1-NN accuracy compare every cell with every other and are taken on
-    at most `max_cells` cells a side, drawn under the seed; the others see all cells."""
-    few = [p.components[subsample(len(p), max_cells, seed)] for p in (reference, other)]
-    real, generated = nn_accuracy(*few)
-    n_real, n_other = map(len, few)
-    moments = zip(gene_moments(reference.log), gene_moments(other.log), strict=True)
-    return {
-        "mmd2": mmd2(*few),
-        "w2": w2(*few),
-        "fd": frechet(reference.components, other.components),
-        "nn_accuracy": (n_real * real + n_other * generated) / (n_real + n_other),
-        "nn_accuracy_real": real,
-        "nn_accuracy_other": generated,
-        **{name: pearson(*pair) for name, pair in zip(("mean_r", "variance_r", "fraction_r"), moments, strict=True)},
-        "library_w1": library_w1(reference.total, other.total),
-    }
+def _on_components(distance: Callable) -> Callable[[Profile, Profile, int], tuple[float, ...]]:
+    return lambda reference, other, _: (distance(reference.components, other.components),)
+
+
+def _nn_accuracy(reference: Profile, other: Profile, _: int) -> tuple[float, ...]:
+    real, generated = nn_accuracy(reference.components, other.components)
+    n, m = len(reference), len(other)
+    return (n * real + m * generated) / (n + m), real, generated
+
+
+def _gene_scores(reference: Profile, other: Profile, _: int) -> tuple[float, ...]:
+    moments = gene_moments(reference.log), gene_moments(other.log)
+    levels = by_expression_level(*moments)
+    r = (pearson(*pair) for pair in zip(*moments, strict=True))
+    return (*r, levels.zeros_difference(), levels.variance_ratio(), library_w1(reference.total, other.total))
+
+
+MEASURES: tuple[Measure, ...] = (
+    Measure(("mmd2",), _on_components(mmd2)),
+    Measure(("w2",), _on_components(w2), expensive=True),
+    Measure(("fd",), _on_components(frechet), sampled=False),
+    Measure(("nn_accuracy", "nn_accuracy_real", "nn_accuracy_other"), _nn_accuracy),
+    Measure(("precision", "recall"), lambda r, o, _: precision_recall(r.components, o.components)),
+    Measure(("w1",), _on_components(w1), expensive=True),
+    Measure(("energy",), _on_components(energy_distance)),
+    Measure(("mmd2_multiscale",), _on_components(mmd2_multiscale)),
+    Measure(("auc",), lambda r, o, seed: (classifier_auc(r.counts, o.counts, seed),), expensive=True),
+    Measure(("correlation_r", "correlation_slope"), lambda r, o, _: correlation_within(r, o), sampled=False),
+    Measure(
+        ("mean_r", "variance_r", "fraction_r", "zeros_by_level", "variance_by_level", "library_w1"),
+        _gene_scores,
+        sampled=False,
+    ),
+)
+
+
+def measures_of(only: Collection[str] | None) -> list[Measure]:
+    """The measures that give these scores; all where `only` is None."""
+    assert only is None or set(only) <= set(METRICS), only
+    return [m for m in MEASURES if only is None or set(m.names) & set(only)]
+
+
+# --- score ---------------------------------------------------------------------------------------------------------
+
+
+def compared_cells(reference: Profile, other: Profile, max_cells: int, seed: int) -> tuple[Profile, Profile]:
+    """The cells that sampled measures take: equal numbers of both, at most `max_cells`, drawn under the seed."""
+    n = min(len(reference), len(other), max_cells)
+    few = (p.select(subsample(len(p), n, seed)) if len(p) > n else p for p in (reference, other))
+    return tuple(few)  # type: ignore[return-value]
+
+
+def score(
+    reference: Profile, other: Profile, max_cells: int, seed: int, only: Collection[str] | None = None
+) -> dict[str, float]:
+    """Every metric of METRICS, by name, in its order; with `only`, those. Sampled measures (MEASURES) take equal
+    numbers of at most `max_cells` cells a side, drawn under the seed; the others see all cells."""
+    few = compared_cells(reference, other, max_cells, seed)
+    values: dict[str, float] = {}
+    for measure in measures_of(only):
+        of = few if measure.sampled else (reference, other)
+        values |= dict(zip(measure.names, measure.of(*of, seed), strict=True))
+    return {name: values[name] for name in METRICS if name in (METRICS if only is None else only)}

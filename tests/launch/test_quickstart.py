@@ -86,17 +86,19 @@ def assert_is_whole(out: Path) -> None:
     assert made.X.format == "csr"
     assert np.issubdtype(made.X.dtype, np.integer)
     numbers = made.obs["cell_type"].value_counts()
-    by_type = evaluation["cells"]["by_type"]
-    assert {label: n for label, n in numbers.items() if n} == {label: row["test"] for label, row in by_type.items()}
-    assert abs(sum(row["train"] for row in by_type.values()) / 700 - 0.6) < 0.01
+    by_combination = evaluation["cells"]["by_combination"]
+    assert {label: n for label, n in numbers.items() if n} == {
+        label: row["test"] for label, row in by_combination.items()
+    }
+    assert abs(sum(row["train"] for row in by_combination.values()) / 700 - 0.6) < 0.01
 
 
 def assert_is_good(evaluation: dict) -> None:
     """By type, nearer to the test cells than Poisson at the mean and than shuffled types; marker genes up."""
     for name in ("mmd2", "w2", "fd", "nn_accuracy"):
-        beats = evaluation["per_type"][name]["beats"]
-        assert beats["b"] is True, (name, evaluation["per_type"][name]["normalised"])
-        assert beats["c"] is True, (name, evaluation["per_type"][name]["normalised"])
+        beats = evaluation["per_combination"][name]["beats"]
+        assert beats["b"] is True, (name, evaluation["per_combination"][name]["normalised"])
+        assert beats["c"] is True, (name, evaluation["per_combination"][name]["normalised"])
     markers = [row for row in evaluation["markers"] if row["type"] in evaluation["scored_types"]]
     assert len(markers) >= 10
     assert all(row["log2_fold_change"]["generated"] > 0 for row in markers)
@@ -105,7 +107,7 @@ def assert_is_good(evaluation: dict) -> None:
 def assert_every_type_has_its_markers(model: scldm.Pretrained, evaluation: dict) -> None:
     """All marker genes of all types are up, the rarest included, given enough cells of each to tell."""
     types = sorted({row["type"] for row in evaluation["markers"]})
-    share = {label: row["test"] for label, row in evaluation["cells"]["by_type"].items()}  # of the others' mean
+    share = {label: row["test"] for label, row in evaluation["cells"]["by_combination"].items()}  # of the others' mean
     made: Any = model.generate(pd.DataFrame({"cell_type": np.repeat(types, 60)}), seed=1)
     counts = made.X.toarray()
     log_expression = np.log1p(1e4 * counts / counts.sum(1, keepdims=True))

@@ -220,9 +220,9 @@ def test_a_remote_set_is_planned_trained_on_encoded_and_evaluated(
     for path in (made / "latents").rglob("*.*"):
         assert (tmp_path / path.relative_to(made)).read_bytes() == path.read_bytes(), path
     words = ["evaluate", f"generated={made}/generated.h5ad", f"shards={remote}", f"out={tmp_path}/evaluation"]
-    refused([*words, "condition=type"], "a remote shard set needs cache_folder", capsys, tmp_path)
+    refused([*words, "conditions=type"], "a remote shard set needs cache_folder", capsys, tmp_path)
     # all cells were read, and are what it says
-    refused([*words, "condition=type", cache], "no cells of 'B cell', which the test split holds", capsys, tmp_path)
+    refused([*words, "conditions=type", cache], "no cells of 'B cell', which the test split holds", capsys, tmp_path)
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------

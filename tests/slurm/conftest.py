@@ -61,7 +61,7 @@ def chain(cluster: Cluster) -> Path:
     words = [*("vae." + word if "=" in word else word for word in VAE), "ldm/tiny", *("ldm." + word for word in TRAIN)]
     words += [f"shards.{word}" for word in shard_words(cluster)]
     words += [f"generate.conditions={cluster.runs}/wanted.csv", "generate.sampler.n_steps=4"]
-    words += ["evaluate.condition=cell_type", "evaluate.tracking.enabled=false", f"out={out}"]
+    words += ["evaluate.conditions=cell_type", "evaluate.tracking.enabled=false", f"out={out}"]
     # each preflight starts two more Pythons: the tests below have it
     submit.main(submit.read(["pipeline", *words, "--nodes", "2", "--tasks", "2", "--preflight", "false"]))
     (last,) = [Path(p) for p in json.loads((out / "slurm" / "chain.json").read_text())][-1:]

@@ -1,38 +1,52 @@
-"""Cells that can't be compared are refused by name; those that can give scores that order them, and a report from
-them."""
+"""Cells that can't be compared are refused by name; those that can give scores that order them, and a verdict."""
 
 from __future__ import annotations
 
 import json
-import re
-from html import escape
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import scipy.sparse as sp
 
 from scldm.errors import InputError
-from scldm.evaluate import compare as module
-from scldm.evaluate.compare import NO_TYPE, Cells, EvaluateConfig, compare
+from scldm.evaluate import map_of_cells, metrics
+from scldm.evaluate.cells import NO_TYPE, Cells, combination_names
+from scldm.evaluate.compare import EvaluateConfig, Part, compare, known_controls
 from scldm.evaluate.curves import curves_of
-from scldm.evaluate.figures import FIGURES, has, loss_curves
-from scldm.evaluate.report import page as whole_page
-from scldm.evaluate.report import verdicts, write_report
+from scldm.evaluate.intervals import IntervalConfig
+from scldm.evaluate.two_sample import classifier_auc
 
-CONFIG = EvaluateConfig(n_draws=3)
+CONFIG = EvaluateConfig(n_draws=3, intervals=IntervalConfig(4, 2))
 GENES = tuple(f"g{k}" for k in range(40))
+SEEN = {("A", "ctrl"): 150, ("A", "stim"): 90, ("B", "ctrl"): 60, ("C", "ctrl"): 40, ("C", "stim"): 40}
+TESTED = {
+    ("A", "ctrl"): 50,
+    ("A", "stim"): 30,
+    ("B", "ctrl"): 25,
+    ("B", "stim"): 25,
+    ("C", "ctrl"): 8,
+    ("C", "stim"): 8,
+}
 
 
-def cells(name: str, seed: int, numbers: dict[str, int], noise: float = 0.0) -> Cells:
-    """Two factors shared by the genes of a cell (a program and its depth), other genes up in each type."""
+def cells(name: str, seed: int, numbers: Mapping, noise: float = 0.0) -> Cells:
+    """Two factors shared by the genes of a cell (a program and its depth), other genes up in each type; where numbers
+    are of pairs, ten more rise fourfold in the second condition's `stim`."""
     rng = np.random.default_rng(seed)
-    types = np.repeat(list(numbers), list(numbers.values()))
-    rate = np.ones((len(types), 40)) * rng.gamma(20, 0.1, size=(len(types), 1))
-    rate[:, 20:30] *= rng.gamma(1, 1, size=(len(types), 1))
+    pairs = [key if isinstance(key, tuple) else (key,) for key in numbers]
+    labels = np.repeat(np.array(pairs), list(numbers.values()), axis=0)
+    rate = np.ones((len(labels), 40)) * rng.gamma(20, 0.1, size=(len(labels), 1))
+    rate[:, 20:30] *= rng.gamma(1, 1, size=(len(labels), 1))
     for k, label in enumerate(("A", "B", "C")):
-        rate[types == label, 6 * k : 6 * k + 6] *= 6
+        rate[labels[:, 0] == label, 6 * k : 6 * k + 6] *= 6
+    if labels.shape[1] > 1:
+        rate[np.ix_(labels[:, 1] == "stim", range(30, 40))] *= 4
     rate = rate * (1 - noise) + noise * rate.mean()
-    return Cells(sp.csr_matrix(rng.poisson(rate)), types, GENES, name)
+    of = dict(zip(("type", "treatment"), labels.T))
+    return Cells.of_labels(sp.csr_matrix(rng.poisson(rate)), of, GENES, name)
 
 
 @pytest.fixture
@@ -45,42 +59,152 @@ def sets() -> dict[str, Cells]:
     }
 
 
+@pytest.fixture
+def two_conditions() -> dict[str, Cells]:
+    """Treated B is not among the training cells; both combinations of C are too small to be scored alone."""
+    return {
+        "train": cells("train", 0, SEEN),
+        "validation": cells("validation", 1, SEEN),
+        "test": cells("test", 2, TESTED),
+        "generated": cells("generated", 3, TESTED),
+    }
+
+
 @pytest.fixture(autouse=True)
-def no_umap(monkeypatch):
-    """Its compiler takes seconds; the verb's test runs it."""
-    monkeypatch.setattr(module, "umap_coordinates", lambda components, seed: components[:, :2])
+def quick(monkeypatch):
+    """Its compiler takes seconds, and a hundred forests too; the verb's test runs both."""
+    monkeypatch.setattr(metrics, "classifier_auc", partial(classifier_auc, n_trees=4))
+    monkeypatch.setattr(map_of_cells, "umap_coordinates", lambda components, seed: components[:, :2])
 
 
 def test_good_cells_are_near_the_floor_and_poor_ones_are_not(sets):
     good = compare(**sets, config=CONFIG)
     poor = compare(**{**sets, "generated": cells("generated", 3, {"A": 60, "B": 25, "C": 6}, noise=0.7)}, config=CONFIG)
     for name in ("mmd2", "w2", "fd"):
-        row = good["per_type"][name]
+        row = good["per_combination"][name]
         assert row["normalised"]["b"] < 0.4, name
         assert row["beats"] == {"a": True, "b": True, "c": True}, name
-        assert poor["per_type"][name]["score"] > row["rivals"]["b"]["mean"], name
-    assert good["per_type"]["nn_accuracy"]["score"] == pytest.approx(0.5, abs=0.12)
-    assert poor["per_type"]["nn_accuracy"]["score"] > 0.8
-    assert good["scored_types"] == ["A", "B"]
-    assert good["cells"]["by_type"]["B"] == {"train": 90, "test": 30, "generated": 25, "compared": 25}
+        assert poor["per_combination"][name]["score"] > row["baselines"]["b"]["mean"], name
+    assert good["per_combination"]["nn_accuracy"]["score"] == pytest.approx(0.5, abs=0.12)
+    assert poor["per_combination"]["nn_accuracy"]["score"] > 0.8
+    assert good["scored_combinations"] == ["A", "B"]
+    assert good["not_scored"] == ["C"]
+    of_b = {"train": 90, "test": 30, "generated": 25, "compared": 25, "labels": ["B"], "unseen": False}
+    assert good["cells"]["by_combination"]["B"] == of_b
     assert good["cells"]["compared"] == 50 + 25 + 6
     assert good["cells"]["generated_only"] == ["D & E"]
     assert {m["gene"] for m in good["markers"] if m["type"] == "B"} < {f"g{k}" for k in range(6, 12)}
     assert all(m["log2_fold_change"]["generated"] > 0 for m in good["markers"])
     assert good == compare(**sets, config=CONFIG)
     # weights are cells: 50 of A, 25 of B
-    a, b = (good["by_type"][t]["w2"]["score"] for t in "AB")
-    assert good["per_type"]["w2"]["score"] == pytest.approx((50 * a + 25 * b) / 75)
+    a, b = (good["by_combination"][t]["w2"]["score"] for t in "AB")
+    assert good["per_combination"]["w2"]["score"] == pytest.approx((50 * a + 25 * b) / 75)
+    assert good["summary"]["baselines"]["b"]["closer"] > poor["summary"]["baselines"]["b"]["closer"]
+    assert poor["verdict"]["says"].startswith("The model loses to a baseline")
+
+
+def test_all_conditions_together_make_the_combinations(two_conditions):
+    found = compare(**two_conditions, config=CONFIG)
+    assert found["conditions"] == ["type", "treatment"]
+    assert found["scored_combinations"] == ["A · ctrl", "A · stim", "B · ctrl", "B · stim"]
+    assert set(found["not_scored"]) == {"C · ctrl", "C · stim"}
+    assert {c: list(of) for c, of in found["by_condition"].items()} == {
+        "type": ["A", "B"],
+        "treatment": ["ctrl", "stim"],
+    }
+    # the pooled score of a condition's label is that of its combinations' cells together
+    assert found["by_condition"]["type"]["A"]["fd"]["score"] != found["by_combination"]["A · ctrl"]["fd"]["score"]
+    assert found["markers_of"]["condition"] == "type"
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_an_unseen_combination_is_marked_and_its_baselines_are_what_can_be_drawn_without_it(two_conditions):
+    found = compare(**two_conditions, config=CONFIG)
+    of = found["cells"]["by_combination"]
+    assert [t for t, n in of.items() if n["unseen"]] == ["B · stim"]
+    assert set(of["B · stim"]["relatives"]) == {"A · stim", "B · ctrl", "C · stim"}
+    row = found["by_combination"]["B · stim"]["fd"]
+    assert row["floor"]["mean"] > 5 * found["by_combination"]["A · stim"]["fd"]["floor"]["mean"]  # others' cells
+    assert set(row["baselines"]) == {"a", "b", "c", "d"}
+    assert row["baselines"]["d"]["mean"] < row["floor"]["mean"] / 3  # control cells and the change of the others
+    assert "d" not in found["by_combination"]["A · stim"]["fd"]["baselines"]
+
+
+def test_responses_are_measured_against_the_control(two_conditions):
+    found = compare(**two_conditions, config=CONFIG)["response"]
+    assert list(found) == ["treatment"]
+    assert found["treatment"]["control"] == "ctrl"
+    assert found["treatment"]["pooled"]["slope"]["value"] == pytest.approx(1, abs=0.15)
+    test = two_conditions["test"]
+    assert known_controls(test, {}) == {"treatment": "ctrl"}
+    assert known_controls(test, {"type": "A"}) == {"type": "A", "treatment": "ctrl"}
+    with pytest.raises(InputError, match=r"control.donor=x: the conditions are type, treatment"):
+        known_controls(test, {"donor": "x"})
+    with pytest.raises(InputError, match=r"control.type=Z: no test cell has this label; there are \['A', 'B', 'C'\]"):
+        known_controls(test, {"type": "Z"})
+
+
+def test_effects_that_are_washed_out_are_what_the_verdict_names(two_conditions):
+    """Half of the treated cells are control cells."""
+    half = {
+        ("A", "ctrl"): 50,
+        ("A", "stim"): 15,
+        ("B", "ctrl"): 25,
+        ("B", "stim"): 13,
+        ("C", "ctrl"): 8,
+        ("C", "stim"): 8,
+    }
+    rest = cells("rest", 8, {("A", "ctrl"): 15, ("B", "ctrl"): 12})
+    relabelled = {"type": rest.labels["type"], "treatment": np.full(len(rest), "stim")}
+    kept = cells("kept", 7, half)
+    together = {c: np.concatenate([kept.labels[c], relabelled[c]]) for c in relabelled}
+    washed = Cells.of_labels(sp.csr_matrix(sp.vstack([kept.counts, rest.counts])), together, GENES, "washed")
+    found = compare(**{**two_conditions, "generated": washed}, config=CONFIG)
+    assert found["response"]["treatment"]["pooled"]["slope"]["value"] < 0.8
+    assert "The effect of treatment is washed out" in found["verdict"]["says"]
+
+
+def test_copied_cells_are_what_the_verdict_names(sets):
+    train = sets["train"]
+    rows = np.concatenate([np.flatnonzero(train.types == t)[:n] for t, n in {"A": 60, "B": 30, "C": 6}.items()])
+    copies = replace(train.select(rows), name="copies")
+    found = compare(**{**sets, "generated": copies}, config=CONFIG)
+    assert found["memorisation"]["exact_copies"]["score"] == 1
+    assert found["verdict"]["says"].startswith("Generated cells repeat training cells")
+
+
+def test_a_part_tells_which_stage_limits(sets):
+    poor = {**sets, "generated": cells("generated", 3, {"A": 60, "B": 25, "C": 6}, noise=0.7)}
+    same, good = (cells("part", 5, {"A": 50, "B": 30, "C": 6}, noise) for noise in (0.7, 0.0))
+    for part, said in ((same, "Reconstruction limits"), (good, "The diffusion model limits")):
+        found = compare(**poor, config=CONFIG, parts={"reconstructed": Part("reconstructed", "as they are", part)})
+        of_part = found["parts"]["reconstructed"]
+        assert set(of_part["per_combination"]) == set(found["per_combination"])
+        assert of_part["n_cells"] == 81
+        assert said in found["verdict"]["next"]
+    # a part may lack combinations
+    few = good.select(np.flatnonzero(good.types == "A"))
+    found = compare(**poor, config=CONFIG, parts={"reconstructed": Part("reconstructed", "as they are", few)})
+    assert found["parts"]["reconstructed"]["n_cells"] == 50
+
+
+def test_the_published_protocol_is_another(sets):
+    ours, theirs = (compare(**sets, config=CONFIG, protocol=name) for name in ("scldm", "cfgen"))
+    assert [e["protocol"]["n_components"] for e in (ours, theirs)] == [10, 30]
+    assert [e["protocol"]["fitted_on"] for e in (ours, theirs)] == ["validation cells", "test cells"]
+    assert theirs["pooled"]["w2"]["score"] > ours["pooled"]["w2"]["score"]
+    a, b = (theirs["by_combination"][t]["w2"]["score"] for t in "AB")
+    assert theirs["per_combination"]["w2"]["score"] == pytest.approx((a + b) / 2)
 
 
 def test_genes_are_matched_by_name(sets):
     generated = sets["generated"]
     order = np.random.default_rng(0).permutation(40)[:35]
-    shuffled = Cells(generated.counts[:, order], generated.types, tuple(GENES[k] for k in order), "generated")
+    shuffled = generated.with_counts(generated.counts[:, order], tuple(GENES[k] for k in order), "generated")
     found = compare(**{**sets, "generated": shuffled}, config=CONFIG)
     assert found["genes"]["ids"] == [g for g in GENES if g in set(shuffled.genes)]
     assert found["pooled"]["mean_r"]["score"] > 0.9  # about 0 with the columns out of order
-    assert found["protocol"]["n_genes"] == {"common": 35, "real": 40, "generated": 35}
+    assert found["protocol"]["n_genes"] == {"judged": 35, "common": 35, "real": 40, "generated": 35}
 
 
 def without(cells: Cells, label: str) -> Cells:
@@ -94,19 +218,15 @@ def without(cells: Cells, label: str) -> Cells:
             lambda s: {"generated": without(s["generated"], "B")},
             "generated has no cells of 'B', which the test split holds",
         ),
-        (lambda s: {"train": without(s["train"], "B")}, "train has no cells of 'B': floor and rivals"),
         (
             lambda s: {"validation": s["validation"].select(np.arange(10))},
             "validation: 10 validation cells, and at least 11 are needed",
         ),
         (lambda s: {"test": s["test"].select(np.arange(19))}, "only 19 cells to compare .* evaluate.min_cells=20"),
         (lambda s: {"generated": s["generated"].select(np.arange(0))}, "generated holds no cells"),
+        (lambda s: {"train": s["train"].select(np.arange(0))}, "train holds no cells"),
         (
-            lambda s: {
-                "generated": Cells(
-                    s["generated"].counts, s["generated"].types, tuple("x" * k for k in range(40)), "generated"
-                )
-            },
+            lambda s: {"generated": replace(s["generated"], genes=tuple("x" * k for k in range(40)))},
             "generated and train have no gene in common",
         ),
     ],
@@ -114,6 +234,15 @@ def without(cells: Cells, label: str) -> Cells:
 def test_what_cannot_be_compared_is_refused_by_name(sets, change, message):
     with pytest.raises(InputError, match=message):
         compare(**{**sets, **change(sets)}, config=CONFIG)
+
+
+def test_combinations_are_told_apart_or_refused():
+    of = {"a": np.array(["x", "x"]), "b": np.array(["1", "2"])}
+    assert combination_names(of, 2).tolist() == ["x · 1", "x · 2"]
+    assert combination_names({"a": of["a"]}, 2).tolist() == ["x", "x"]
+    assert combination_names({}, 2).tolist() == [NO_TYPE, NO_TYPE]
+    with pytest.raises(InputError, match="condition 'a': label 'x · y' holds ' · '; rename it"):
+        combination_names({"a": np.array(["x · y"]), "b": np.array(["z"])}, 1)
 
 
 @pytest.mark.parametrize("value", [-1.0, 0.5, np.nan, np.inf])
@@ -147,77 +276,27 @@ def few_a_type(sets: dict[str, Cells]) -> dict:
 
 
 def without_types(sets: dict[str, Cells]) -> dict:
-    one = {name: Cells(c.counts, np.full(len(c.types), NO_TYPE), c.genes, name) for name, c in sets.items()}
+    one = {name: Cells.of_labels(c.counts, {}, c.genes, name) for name, c in sets.items()}
     return compare(**one, config=CONFIG)
 
 
 def test_small_sets_get_the_pooled_scores(sets):
     found = few_a_type(sets)
-    assert "No type has 20 cells to compare (the most are 19 of 'A')" in found["pooled_only"]
-    assert not {"per_type", "by_type"} & set(found)
-    assert found["scored_types"] == []
-    assert found["cells"]["by_type"]["A"]["compared"] == 19  # (a) and (b) still are drawn type by type
+    assert "No combination has 20 cells to compare (the most are 19 of 'A')" in found["pooled_only"]
+    assert not {"per_combination", "by_combination"} & set(found)
+    assert found["scored_combinations"] == []
+    assert found["cells"]["by_combination"]["A"]["compared"] == 19  # (a) and (b) still are drawn one by one
     assert found["markers"]
-    assert found["pooled"]["w2"]["beats"] == {"a": True, "b": True, "c": None}
-    told = verdicts(found)
-    assert ["main metrics, pooled" in text for _, text in told] == [True, True, False]  # (c) is the floor; the markers
-    assert told[0][0] == "4 of 4"
+    assert found["pooled"]["fd"]["beats"] == {"a": True, "b": True, "c": None}
+    assert set(found["summary"]["baselines"]) == {"a", "b"}  # (c) is the floor
 
 
 def test_cells_without_types_get_the_pooled_scores(sets):
     found = without_types(sets)
     assert found["pooled_only"].startswith("No condition was given")
-    assert not {"per_type", "by_type", "markers", "expression"} & set(found)
-    assert not {"by_type", "generated_only"} & set(found["cells"])
-    assert all("type" not in source for source in found["map"])
+    assert not {"per_combination", "by_combination", "markers", "expression"} & set(found)
+    assert not {"by_combination", "generated_only"} & set(found["cells"])
+    assert all("combination" not in source for source in found["map"])
     assert found["cells"]["compared"] == 86
-    assert set(found["pooled"]["w2"]["rivals"]) == {"a", "b"}
+    assert set(found["pooled"]["w2"]["baselines"]) == {"a", "b"}
     assert found["pooled"]["w2"]["normalised"]["a"] < 0.4
-
-
-@pytest.mark.parametrize("make", [few_a_type, without_types])
-def test_page_says_why_there_are_only_pooled_scores(sets, make):
-    evaluation = make(sets)
-    drawn = [name for name in FIGURES if has(evaluation, name)]
-    for name in drawn:
-        FIGURES[name](evaluation)
-    page = whole_page(evaluation, dict.fromkeys(drawn, b""))
-    assert escape(evaluation["pooled_only"]) in page
-    for absent in ("Scores per type", "per type,", "Scores of each type", "Top row"):
-        assert absent not in page
-    typed = make is few_a_type
-    assert ("Marker genes by type" in page) == ("Cells by type" in page) == ("shuffled types" in page) == typed
-    assert {"scores", "umap", "genes", "library_sizes"} <= set(drawn)
-
-
-def test_losses_over_different_genes_don_t_share_an_axis():
-    curve = {"train": {"nll": [[64, 200.0], [128, 150.0]]}, "validation": {"nll": [[128, 450.0]]}}
-    ldm = {"train": {"velocity_loss": [[64, 1.0]]}, "validation": {"velocity_loss": [[64, 1.1]]}}
-    training, validation, both = loss_curves({"curves": {"vae": curve, "ldm": ldm}}).axes
-    assert training.get_ylabel() == "nats per cell, over the genes of the step"
-    assert validation.get_ylabel() == "nats per cell, over all genes"
-    assert training.get_ylim()[1] < 300 < validation.get_ylim()[0]
-    assert [line.get_label() for line in both.get_lines()][-1] == "validation"
-    assert len(both.get_lines()) == 3
-    assert not has({"curves": {"vae": {"train": {"lr": [[64, 0.1]]}}}}, "loss_curves")
-
-
-def test_report_is_whole_and_needs_nothing_from_elsewhere(sets, tmp_path):
-    sets["generated"] = Cells(*(getattr(sets["generated"], k) for k in ("counts", "types", "genes")), name="<b>&")
-    evaluation = compare(**sets, config=CONFIG)
-    rows = [
-        {"step": k, "cells_seen": 64 * k, "time": 0.0, "split": split, name: 100 / k}
-        for split, name in (("train", "loss"), ("validation", "nll"))
-        for k in range(1, 30)
-    ]
-    evaluation["curves"] = {"vae": curves_of(rows)}
-    evaluation["made_with"] = {"command": "scldm evaluate 'a<b'", "created": "today", "versions": {"numpy": "2"}}
-    evaluation = json.loads(json.dumps(evaluation, allow_nan=False))  # a report can be drawn again from evaluation.json
-    written = write_report(evaluation, tmp_path / "out")
-    assert [p.name for p in written] == ["report.html", *(f"{name}.png" for name in FIGURES)]
-    page = written[0].read_text()
-    assert page.count("data:image/png;base64,") == len(FIGURES)
-    assert not re.search(r"(src|href)=[\"'](?!data:image/png;base64,|#)|@import|url\(|<script", page)
-    assert "a&lt;b" in page
-    assert "Generated but not in the test split, and not judged: D &amp; E." in page
-    assert not list((tmp_path / "out").rglob("*.part"))

@@ -8,12 +8,14 @@ import scipy.sparse as sp
 from scipy.linalg import sqrtm
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
-from scipy.stats import pearsonr
+from scipy.stats import energy_distance as energy_of_scipy
+from scipy.stats import pearsonr, wasserstein_distance
 from sklearn.decomposition import PCA
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from scldm.errors import InputError
-from scldm.evaluate import metrics
+from scldm.evaluate import distances, metrics
+from scldm.evaluate.neighbours import precision_recall
 
 
 @pytest.fixture
@@ -83,6 +85,55 @@ def test_w2_is_the_best_assignment(two_sets):
     assert metrics.w2(two_sets[0], two_sets[0] + [3, 0, 4, 0]) == pytest.approx(5, rel=1e-9)
 
 
+def test_w1_is_that_of_scipy_on_a_line_and_the_best_assignment_elsewhere(two_sets):
+    x, y = two_sets
+    assert distances.w1(x[:, :1], y[:40, :1]) == pytest.approx(wasserstein_distance(x[:, 0], y[:40, 0]), rel=1e-9)
+    cost = cdist(x, y)
+    assert distances.w1(x, y) == pytest.approx(cost[linear_sum_assignment(cost)].mean(), rel=1e-9)
+
+
+def test_energy_distance_is_that_of_scipy_without_pairs_of_a_cell_with_itself(two_sets):
+    x, y = (s[:, :1] for s in two_sets)
+    with_itself = energy_of_scipy(x[:, 0], y[:, 0]) ** 2  # scipy's is a V-statistic, and the root of ours
+    within = cdist(x, x).mean() + cdist(y, y).mean()
+    assert distances.energy_distance(x, y) == pytest.approx(with_itself - within / 59, rel=1e-9)  # 60 / 59 - 1
+
+
+def test_energy_distance_of_one_distribution_is_zero_on_average(rng):
+    values = [distances.energy_distance(rng.normal(size=(30, 3)), rng.normal(size=(30, 3))) for _ in range(200)]
+    assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(200)  # with self-pairs it would be at 2 * 2.2 / 30
+
+
+def test_mmd2_multiscale_is_the_biased_sum_over_widths_written_as_loops(two_sets):
+    x, y = two_sets
+
+    def k(a, b):
+        return sum(np.exp(-((a - b) ** 2).sum() / (2 * s**2)) for s in (0.01, 0.1, 1, 10, 100))
+
+    def mean(a, b):
+        return np.mean([[k(p, q) for q in b] for p in a])
+
+    by_loops = mean(x, x) + mean(y, y) - 2 * mean(x, y)
+    assert distances.mmd2_multiscale(x, y) == pytest.approx(by_loops, rel=1e-9)
+    assert distances.mmd2_multiscale(x, x) == pytest.approx(0, abs=1e-12)
+
+
+def test_precision_and_recall_are_shares_inside_the_balls_of_the_other_set(two_sets):
+    x, y = two_sets
+
+    def share(points, cells, k):  # scikit-learn counts a cell as its own first neighbour
+        radius = NearestNeighbors(n_neighbors=k + 1).fit(cells).kneighbors(cells)[0][:, -1]
+        return np.mean([(np.linalg.norm(cells - p, axis=1) <= radius).any() for p in points])
+
+    for k in (1, 5):
+        assert precision_recall(x, y, k) == (pytest.approx(share(y, x, k)), pytest.approx(share(x, y, k)))
+    far = x + 1_000
+    assert precision_recall(x, far) == (0, 0)
+    again = np.random.default_rng(4).normal(size=x.shape)  # as x is drawn
+    precision, recall = precision_recall(np.concatenate([x, far]), again)
+    assert precision > 0.6 > 0.5 >= recall  # a state that is not generated lowers recall alone
+
+
 def test_frechet_is_the_formula_with_a_matrix_square_root(two_sets):
     x, y = two_sets
     c1, c2 = np.cov(x.T), np.cov(y.T)
@@ -124,3 +175,20 @@ def test_score_has_every_metric_and_knows_the_sides(rng):
     assert set(scores) == set(metrics.METRICS)
     assert scores["nn_accuracy_other"] == 1 > 0.8 > scores["nn_accuracy_real"]
     assert scores["nn_accuracy"] == pytest.approx((scores["nn_accuracy_other"] + scores["nn_accuracy_real"]) / 2)
+
+
+def test_the_measures_give_every_metric_once_and_some_on_demand(rng):
+    names = [name for measure in metrics.MEASURES for name in measure.names]
+    assert sorted(names) == sorted(metrics.METRICS)
+    counts = rng.poisson(1.0, size=(50, 25))
+    pca = metrics.fit_pca(metrics.log_normalise(sp.csr_matrix(counts)))
+    real, other = (metrics.Profile.of(sp.csr_matrix(c), np.array(["a"] * len(c)), pca) for c in (counts, counts[:30]))
+    assert list(metrics.score(real, other, 2_000, 0, only=("recall", "fd"))) == ["fd", "recall"]
+    assert [len(p) for p in metrics.compared_cells(real, other, 2_000, 0)] == [30, 30]
+    assert [len(p) for p in metrics.compared_cells(real, other, 20, 0)] == [20, 20]
+
+
+@pytest.mark.parametrize("best, poor, good", [("lowest", 2, 1), ("highest", 1, 2), ("half", 0.2, 0.6), ("one", 2, 0.9)])
+def test_less_loss_is_better_for_every_kind_of_metric(best, poor, good):
+    metric = metrics.Metric("", "", best)
+    assert metric.loss(poor) > metric.loss(good)

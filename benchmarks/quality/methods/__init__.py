@@ -1,0 +1,87 @@
+"""The methods of the table, by name, and the models that several of them share.
+
+Reading order: Method, METHODS, MODELS, chosen. The files: naive.py, gaussian.py, flow.py (used by the next two),
+mlp.py, scvi_tools.py, ours.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.quality.cells import Task
+from benchmarks.quality.config import QualityConfig
+from benchmarks.quality.methods import gaussian, mlp, naive, ours, scvi_tools
+from benchmarks.quality.work import Made, Place
+from scldm.errors import InputError
+
+# control: real cells, or cells that have seen the test cells; a table marks the best of the others
+Kind = Literal["control", "ours", "scvi", "mlp", "naive"]
+Train = Callable[[Task, int, Path, Place], dict[str, Any]]
+Draw = Callable[[Task, int, Path, Place], Made]
+
+
+@dataclass(frozen=True)
+class Method:
+    """title: what it is, in one line; draw: makes its cells; model: what must be trained for it, of MODELS
+
+    shifts: it takes control cells to unseen combinations, and makes nothing else
+    """
+
+    title: str
+    kind: Kind
+    draw: Draw
+    model: str = ""
+    shifts: bool = False
+
+
+MODELS: Mapping[str, Train] = {
+    "ours": ours.train,
+    "scvi": scvi_tools.train,
+    "scvi_conditions": scvi_tools.train_with_conditions,
+    "mlp": mlp.train,
+}
+
+METHODS: Mapping[str, Method] = {
+    "training_cells": Method("training cells: the floor, and a model that copies", "control", naive.training_cells),
+    "ours": Method("this project's presets", "ours", ours.generated, "ours"),
+    "ours_gaussian": Method(
+        "ours, a Gaussian per combination instead of the flow", "ours", ours.gaussian_latents, "ours"
+    ),
+    "ours_from_training_latents": Method(
+        "ours, decoded from training cells' latents", "control", ours.from_training_latents, "ours"
+    ),
+    "ours_reconstructed": Method("ours, test cells encoded and decoded", "control", ours.reconstructed, "ours"),
+    "scvi_prior": Method("scVI with the conditions, from its prior", "scvi", scvi_tools.prior, "scvi_conditions"),
+    "scvi_gaussian": Method("scVI, a Gaussian per combination in its latents", "scvi", scvi_tools.gaussian, "scvi"),
+    "scvi_flow": Method("scVI, a conditional flow on its latents", "scvi", scvi_tools.flow, "scvi"),
+    "mlp_flow": Method("an MLP autoencoder, a conditional flow on its latents", "mlp", mlp.flow, "mlp"),
+    "pca_gaussian": Method("PCA, a Gaussian per combination, Poisson", "naive", gaussian.pca),
+    "independent_genes": Method("each gene from another training cell", "naive", naive.independent_genes),
+    "poisson_mean": Method("Poisson at each gene's mean", "naive", naive.poisson_mean),
+    "control_shift": Method(
+        "control cells + the other types' mean log-shift", "naive", naive.control_shift, shifts=True
+    ),
+    "scvi_shift": Method(
+        "scVI, control latents + the other types' mean shift", "scvi", scvi_tools.shift, "scvi", shifts=True
+    ),
+}
+
+
+def chosen(config: QualityConfig, task: Task) -> list[str]:
+    """Names of the methods to run. Raises: InputError for an unknown one, and for one that lacks what it needs."""
+    for name in config.methods:
+        if name not in METHODS:
+            raise InputError(f"methods: {name!r} is unknown; there are: {', '.join(METHODS)}")
+    names = list(config.methods) or [n for n, method in METHODS.items() if task.unseen or not method.shifts]
+    for name in names:
+        if METHODS[name].shifts and not (task.unseen and task.control):
+            raise InputError(
+                f"methods: {name} takes control cells to a combination that is held out: give held_out, and "
+                "control=CONDITION=LABEL for the untreated cells"
+            )
+        if METHODS[name].kind == "scvi":
+            scvi_tools.check_installed()
+    return names

@@ -1,0 +1,44 @@
+"""Real and generated cells on one two-dimensional map."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from scldm.evaluate.space import Profile, subsample
+
+MAP_CELLS = 5_000  # a side; more are only ink
+
+
+def cell_map(profiles: Mapping[str, Profile], labels: Mapping[str, Mapping[str, np.ndarray]], seed: int) -> list[dict]:
+    """UMAP of real test and generated cells together on their principal components. One dict of equally long lists a
+    source: x, y, total counts, `labels` (condition -> label), and `combination` where there are conditions.
+
+    labels: source -> condition -> label of each cell
+    """
+    rows = {name: subsample(len(p), MAP_CELLS, seed) for name, p in profiles.items()}
+    xy = umap_coordinates(np.concatenate([p.components[rows[name]] for name, p in profiles.items()]), seed)
+    out, start = [], 0
+    for name, p in profiles.items():
+        here = xy[start : start + len(rows[name])]
+        start += len(here)
+        of = {condition: column[rows[name]].tolist() for condition, column in labels[name].items()}
+        out.append(
+            {
+                "source": name,
+                **({"labels": of, "combination": p.types[rows[name]].tolist()} if of else {}),
+                "total": p.total[rows[name]].astype(int).tolist(),
+                "x": here[:, 0].round(3).tolist(),
+                "y": here[:, 1].round(3).tolist(),
+            }
+        )
+    return out
+
+
+def umap_coordinates(components: np.ndarray, seed: int) -> np.ndarray:
+    """2-D UMAP coordinates, (cells, 2): 15 neighbours, minimum distance 0.3, Euclidean; the same for the same seed."""
+    import umap  # compiles for seconds
+
+    neighbours = min(15, len(components) - 1)
+    return umap.UMAP(n_neighbors=neighbours, min_dist=0.3, random_state=seed, n_jobs=1).fit_transform(components)

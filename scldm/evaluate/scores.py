@@ -1,0 +1,170 @@
+"""Scores of a set of cells at every level: all cells at once, each combination, each label of a condition, and means.
+
+Reading order: levels, scores, standard errors, the table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from scldm.evaluate.intervals import IntervalConfig, standard_errors
+from scldm.evaluate.metrics import MEASURES, METRICS, Profile, score
+from scldm.evaluate.protocols import Protocol
+
+Values = dict[str, float]
+CHEAP = tuple(name for m in MEASURES if not m.expensive for name in m.names)
+
+# --- levels --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Where scores are taken besides all cells at once.
+
+    combinations: those that are scored one by one
+    labels: condition -> its scored labels -> their combinations; empty where one condition makes the combinations
+    """
+
+    combinations: Sequence[str] = ()
+    labels: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
+
+    def without(self, names: Sequence[str]) -> Levels:
+        """Less some combinations, and all labels that have one of these."""
+        labels = {c: {x: ts for x, ts in of.items() if not set(ts) & set(names)} for c, of in self.labels.items()}
+        return Levels([t for t in self.combinations if t not in set(names)], labels)
+
+    def rows(self, profile: Profile) -> dict[tuple[str, str], np.ndarray]:
+        """(condition, label) -> its cells; combinations stand under the condition ""."""
+        out = {("", t): np.flatnonzero(profile.types == t) for t in self.combinations}
+        for condition, of in self.labels.items():
+            out |= {(condition, label): np.flatnonzero(np.isin(profile.types, ts)) for label, ts in of.items()}
+        return out
+
+
+def scored_labels(
+    conditions: Sequence[str], combinations: Mapping[str, tuple[str, ...]], numbers: Mapping[str, int], min_cells: int
+) -> dict[str, dict[str, list[str]]]:
+    """condition -> label -> its combinations, for labels of `min_cells` compared cells or more, largest first. Empty
+    for fewer than two conditions.
+
+    combinations: name -> labels, in the order of the conditions; numbers: compared cells of each
+    """
+    out: dict[str, dict[str, list[str]]] = {}
+    for k, condition in enumerate(conditions if len(conditions) > 1 else ()):
+        of: dict[str, list[str]] = {}
+        for name in numbers:
+            of.setdefault(combinations[name][k], []).append(name)
+        size = {label: sum(numbers[t] for t in ts) for label, ts in of.items()}
+        out[condition] = {x: of[x] for x in sorted(of, key=lambda x: -size[x]) if size[x] >= min_cells}
+    return out
+
+
+# --- scores --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scores:
+    """metric -> score. pooled: all cells at once. by: (condition, label) -> scores, as of Levels.rows. mean: condition
+    -> the mean over its labels, as the protocol weighs them."""
+
+    pooled: Values
+    by: dict[tuple[str, str], Values]
+    mean: dict[str, Values]
+
+
+def score_sets(
+    test: Profile,
+    other: Profile,
+    levels: Levels,
+    protocol: Protocol,
+    max_cells: int,
+    seed: int,
+    only: Collection[str] | None = None,
+) -> Scores:
+    """All metrics, or `only` some, of a set of cells against the test cells."""
+    rows, others = levels.rows(test), levels.rows(other)
+    by = {key: score(test.select(rows[key]), other.select(others[key]), max_cells, seed, only) for key in rows}
+    n = {key: len(rows[key]) for key in rows}
+    mean = {c: protocol.mean(*_of_condition(c, by, n)) for c in dict.fromkeys(c for c, _ in by)}
+    return Scores(score(test, other, max_cells, seed, only), by, mean)
+
+
+def _of_condition(
+    condition: str, by: Mapping[tuple[str, str], Values], n: Mapping[tuple[str, str], int]
+) -> tuple[dict[str, Values], dict[str, int]]:
+    keys = [key for key in by if key[0] == condition]
+    return {label: by[_, label] for _, label in keys}, {label: n[_, label] for _, label in keys}
+
+
+# --- standard errors -----------------------------------------------------------------------------------------------
+
+
+def errors_of(
+    test: Profile,
+    other: Profile,
+    levels: Levels,
+    protocol: Protocol,
+    max_cells: int,
+    seed: int,
+    config: IntervalConfig,
+) -> Scores:
+    """Standard errors in the place of scores."""
+    rows, others = levels.rows(test), levels.rows(other)
+    by = {
+        key: standard_errors(test.select(rows[key]), other.select(others[key]), max_cells, seed, config) for key in rows
+    }
+    n = {key: len(rows[key]) for key in rows}
+    mean = {c: protocol.mean_error(*_of_condition(c, by, n)) for c in dict.fromkeys(c for c, _ in by)}
+    return Scores(standard_errors(test, other, max_cells, seed, config), by, mean)
+
+
+# --- the table -----------------------------------------------------------------------------------------------------
+
+
+def table(
+    generated: Values,
+    errors: Values,
+    floor: Sequence[Values],
+    baselines: Mapping[str, Sequence[Values]],
+    as_floor: Collection[str] = (),
+) -> dict:
+    """metric -> score, its standard error, floor and baselines (mean and standard deviation over the draws), and per
+    baseline `normalised` = (score - floor) / (baseline - floor), 0 as good as real training cells and 1 as poor as the
+    baseline, and `beats`.
+
+    Both are None where the metric does not find the baseline worse than the floor: by less than three standard errors
+    of the difference of their means, or where the baseline is the floor by construction (`as_floor`). Expensive metrics
+    have fewer draws than the others. A metric that can't be told (no combination has enough cells for correlations) has
+    no row.
+    """
+    out: dict[str, dict] = {}
+    for name, value in generated.items():
+        every = [value, *(d[name] for of in (floor, *baselines.values()) for d in of if name in d)]
+        if not all(map(math.isfinite, every)):
+            continue
+        metric = METRICS[name]
+        base = _summary([d[name] for d in floor if name in d])
+        error = errors.get(name, math.nan)
+        row = {"score": value, "error": error if math.isfinite(error) else None, "floor": base}
+        row |= {"baselines": {}, "normalised": {}, "beats": {}}
+        for key, draws in baselines.items():
+            baseline = _summary([d[name] for d in draws if name in d])
+            gap = baseline["mean"] - base["mean"]
+            n = min(len(base["draws"]), len(baseline["draws"]))
+            told_apart = key not in as_floor and metric.loss(baseline["mean"]) > metric.loss(base["mean"])
+            told_apart &= bool(abs(gap) > 3 * np.hypot(base["sd"], baseline["sd"]) / np.sqrt(n))
+            row["baselines"][key] = baseline
+            row["normalised"][key] = (value - base["mean"]) / gap if told_apart else None
+            beats = bool(metric.loss(value) < metric.loss(baseline["mean"]))
+            row["beats"][key] = beats if told_apart else None
+        out[name] = row
+    return out
+
+
+def _summary(values: list[float]) -> dict:
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return {"mean": float(np.mean(values)), "sd": spread, "draws": values}

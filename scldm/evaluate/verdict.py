@@ -1,0 +1,126 @@
+"""What an evaluation says in one sentence, and what to do next.
+
+The order is that of harm: cells that were copied are worth nothing however well they score, a lost effect may hide
+behind good distances, and which stage to train further can be told where the model's parts were judged too.
+Reading order: counts for the headline, the sentence, which part limits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from scldm.evaluate.metrics import METRICS
+
+REACH = 1.96  # standard errors of a 95 % interval
+COPIES = 0.6  # share of cells that are closer to training than to held-out cells above which cells count as repeated
+WEAK = 0.7  # slope of a response below which an effect counts as washed out, where its interval lies below 1
+DISTANCES = ("mmd2", "w2", "fd")
+
+# --- counts for the headline ---------------------------------------------------------------------------------------
+
+
+def headline_tables(evaluation: dict) -> list[dict]:
+    """The tables that are counted: those of all combinations scored one by one, else the pooled one."""
+    return list(evaluation.get("by_combination", {}).values()) or [evaluation["pooled"]]
+
+
+def summary(evaluation: dict) -> dict:
+    """baselines: key -> on how many of all scores (metric by combination) generated cells are closer to the test cells,
+    of those on which the baseline is told apart from the floor; `like_real`: how many of all scores reach the floor
+    within their 95 % interval."""
+    tables = headline_tables(evaluation)
+    keys = list(dict.fromkeys(key for t in tables for key in t["w2"]["baselines"]))
+    beats = {key: [row["beats"].get(key) for t in tables for row in t.values()] for key in keys}
+    judged = {key: [b for b in of if b is not None] for key, of in beats.items()}
+    rows = [(METRICS[name], row) for t in tables for name, row in t.items()]
+    like = [reaches_floor(metric.loss, row) for metric, row in rows if row["error"] is not None]
+    return {
+        "baselines": {key: {"closer": sum(of), "judged": len(of)} for key, of in judged.items() if of},
+        "like_real": {"reached": sum(like), "judged": len(like)},
+    }
+
+
+def reaches_floor(loss: Any, row: dict) -> bool:
+    """Whether the best end of a score's 95 % interval is at least as good as the floor's mean."""
+    ends = (row["score"] - REACH * row["error"], row["score"], row["score"] + REACH * row["error"])
+    return bool(min(map(loss, ends)) <= loss(row["floor"]["mean"]))
+
+
+# --- the sentence --------------------------------------------------------------------------------------------------
+
+
+def verdict(evaluation: dict) -> dict[str, str]:
+    """says: one sentence; next: what to do. From the evaluation with its summary."""
+    if told := repeats_training_cells(evaluation["memorisation"]):
+        return {
+            "says": f"Generated cells repeat training cells: {told}. The other scores say nothing.",
+            "next": "Train on more cells, or stop earlier (train.patience), or take a smaller model.",
+        }
+    slopes = {c: s for c, r in evaluation["response"].items() if (s := _slope(r)) is not None}
+    lost = {c: s for c, s in slopes.items() if s["value"] < WEAK and s["high"] < 1}
+    if lost:
+        condition, s = min(lost.items(), key=lambda item: item[1]["value"])
+        return {
+            "says": f"The effect of {condition} is washed out: generated changes are {s['value']:.2f} times the real.",
+            "next": (
+                f"Check that the model has the condition {condition}, train stage 2 longer, or raise "
+                "sampler.guidance_scale."
+            ),
+        }
+    counts = evaluation["summary"]
+    reached, judged = counts["like_real"]["reached"], counts["like_real"]["judged"]
+    closer = {k: (v["closer"], v["judged"]) for k, v in counts["baselines"].items()}
+    share = min((n / m for n, m in closer.values()), default=1.0)
+    told = f"{reached} of {judged} scores reach real training cells within their intervals"
+    if judged and reached >= 0.9 * judged:
+        return {"says": f"Generated cells can hardly be told from real ones: {told}.", "next": "Use them."}
+    if share < 0.5:
+        key, (n, m) = min(closer.items(), key=lambda item: item[1][0] / item[1][1])
+        says = f"The model loses to a baseline: only {n} of {m} scores are closer to real cells than ({key})"
+    else:
+        says = "The model beats the baselines on most scores"
+    return {"says": f"{says}; {told}.", "next": what_limits(evaluation)}
+
+
+def repeats_training_cells(memorisation: dict) -> str:
+    """Why they are thought to, or nothing."""
+    exact = {name: memorisation.get(name, {"score": 0.0})["score"] for name in ("exact_copies", "exact_copies_real")}
+    if exact["exact_copies"] > max(0.01, 2 * exact["exact_copies_real"]):
+        return f"{exact['exact_copies']:.0%} have the counts of one in every gene"
+    closer = memorisation.get("closer_to_training")
+    if closer and closer["score"] > COPIES and closer["score"] - REACH * (closer["error"] or 0) > 0.5:
+        return f"{closer['score']:.0%} are closer to a training cell than to a held-out one, where half would be"
+    return ""
+
+
+def _slope(response: dict) -> dict[str, float] | None:
+    slope = response["pooled"].get("slope", {})
+    return slope if slope.get("value") is not None and "high" in slope else None
+
+
+# --- which part limits ---------------------------------------------------------------------------------------------
+
+
+def what_limits(evaluation: dict) -> str:
+    """From cells that were encoded and decoded again: how much of what generated cells lack do they lack too? It is the
+    median over MMD2, W2 and FD of (part - floor) / (generated - floor). Training cells are taken where they are there:
+    reconstructed test cells lie nearer to the test cells than others do, as they are made of the same ones."""
+    part = evaluation["parts"].get("from_training") or evaluation["parts"].get("reconstructed")
+    if part is None:
+        return "Give model=FOLDER to learn whether the autoencoder or the diffusion model limits."
+    section = "per_combination" if "per_combination" in evaluation and "per_combination" in part else "pooled"
+    rows, of_part = evaluation[section], part[section]
+    lacking = {m: rows[m]["score"] - rows[m]["floor"]["mean"] for m in DISTANCES}
+    shares = sorted((of_part[m] - rows[m]["floor"]["mean"]) / gap for m, gap in lacking.items() if gap > 0)
+    if not shares:
+        return "No distance is above the floor: look at the gene-level scores."
+    share = shares[len(shares) // 2]
+    if share >= 0.5:
+        return (
+            f"Reconstruction limits: cells that were only encoded and decoded lack {min(share, 1):.0%} of what "
+            "generated cells lack. Train the autoencoder longer, give it more genes, or take a larger one."
+        )
+    return (
+        f"The diffusion model limits: cells that were only encoded and decoded lack {max(share, 0):.0%} of what "
+        "generated cells lack. Train stage 2 longer, or take a larger one."
+    )

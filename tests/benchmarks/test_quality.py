@@ -1,0 +1,340 @@
+"""The benchmark of quality: what methods may see, what is made once, what they make, and that the judge tells it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+from benchmarks.quality import methods
+from benchmarks.quality.__main__ import main, run, write_task
+from benchmarks.quality.cells import (
+    LabelledCells,
+    Task,
+    labels_of_text,
+    library_sizes,
+    read_task,
+    stratified,
+)
+from benchmarks.quality.config import QualityConfig
+from benchmarks.quality.judge import JudgeConfig, judge
+from benchmarks.quality.methods import METHODS, gaussian, naive
+from benchmarks.quality.methods.flow import Latents, train_flow
+from benchmarks.quality.work import Made, Place, labels_frame, run_row, trained_once
+from scldm.errors import InputError
+from scldm.evaluate.baselines import shuffled_types
+
+N_GENES, N_OF_EACH = 80, 60
+UNSEEN = "cell_type=B, treatment=stim"
+needs_scvi = pytest.mark.skipif(
+    importlib.util.find_spec("scvi") is None, reason="needs scvi-tools: pip install -e '.[baselines]'"
+)
+
+
+def made_cells(seed: int = 0) -> ad.AnnData:
+    """Three types, control and treated: a treatment triples genes 0 to 7, and a program varies within each group."""
+    rng = np.random.default_rng(seed)
+    base = rng.gamma(0.6, 3.0, N_GENES) + 0.05
+    labels, rates = [], []
+    for k, cell_type in enumerate(("B", "NK", "T")):
+        of_type = base.copy()
+        of_type[10 + 10 * k : 20 + 10 * k] *= 6
+        for treatment in ("ctrl", "stim"):
+            mean = of_type.copy()
+            mean[:8] *= 3 if treatment == "stim" else 1
+            program = rng.normal(size=(N_OF_EACH, 1)) * np.linspace(-0.9, 0.9, N_GENES)
+            size = rng.lognormal(0, 0.3, (N_OF_EACH, 1))
+            rates.append(mean * np.exp(program) * size)
+            labels += [(cell_type, treatment)] * N_OF_EACH
+    counts = sp.csr_matrix(rng.poisson(np.concatenate(rates)).astype(np.float32))
+    obs = pd.DataFrame(labels, columns=["cell_type", "treatment"], index=[f"c{k}" for k in range(len(labels))])
+    return ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=[f"g{k}" for k in range(N_GENES)]))
+
+
+@pytest.fixture(scope="module")
+def h5ad(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("cells") / "made.h5ad"
+    made_cells().write_h5ad(path)
+    return str(path)
+
+
+def config_of(h5ad: str, out: Path | str = "nowhere", **more) -> QualityConfig:
+    return QualityConfig(h5ad, ("cell_type", "treatment"), str(out), seeds=(0,), **more)
+
+
+@pytest.fixture(scope="module")
+def held_out(h5ad: str) -> Task:
+    return read_task(config_of(h5ad, held_out="cell_type=B,treatment=stim", control="treatment=ctrl"))
+
+
+# --- what methods may see ------------------------------------------------------------------------------------------
+
+
+def test_splits_have_their_shares_of_every_combination():
+    keys = np.array(["a"] * 50 + ["b"] * 10 + ["c"] * 3, object)
+    split = stratified(keys, 0)
+    found = {k: {s: int(((keys == k) & (split == s)).sum()) for s in ("validation", "test")} for k in "abc"}
+    assert found["a"] == {"validation": 10, "test": 10}
+    assert found["b"] == {"validation": 2, "test": 2}
+    assert (split[keys == "c"] == "train").any()
+    assert (split == stratified(keys, 0)).all()
+    assert (split != stratified(keys, 1)).any()
+
+
+def test_no_cell_is_in_two_splits(tmp_path: Path):
+    adata = made_cells()
+    adata.X = sp.csr_matrix(np.arange(1, adata.n_obs + 1)[:, None] * np.eye(1, N_GENES))  # a cell's own number
+    adata.write_h5ad(tmp_path / "numbered.h5ad")
+    task = read_task(config_of(str(tmp_path / "numbered.h5ad")))
+    numbers = np.concatenate([part.counts[:, 0].toarray().ravel() for part in (task.train, task.validation, task.test)])
+    assert sorted(numbers) == list(range(1, adata.n_obs + 1))
+
+
+def test_held_out_cells_are_all_tested_and_none_is_trained_on(held_out: Task):
+    assert held_out.unseen == (UNSEEN,)
+    assert held_out.numbers[UNSEEN] == N_OF_EACH
+    assert UNSEEN not in set(held_out.train.keys) | set(held_out.validation.keys)
+
+
+def test_a_condition_that_is_not_named_is_held_out_whole(h5ad: str):
+    with pytest.raises(InputError, match="no training cell has cell_type=B"):
+        read_task(config_of(h5ad, held_out="cell_type=B"))
+    with pytest.raises(InputError, match="no cell has these labels"):
+        read_task(config_of(h5ad, held_out="cell_type=B,treatment=stimulated"))
+
+
+def test_labels_may_hold_commas_and_equals_signs():
+    assert labels_of_text("a=x, y,b=k=1", ("a", "b")) == {"a": "x, y", "b": "k=1"}
+    with pytest.raises(InputError, match="conditions a, b"):
+        labels_of_text("c=1", ("a", "b"))
+
+
+def test_variable_genes_are_those_of_training_cells(tmp_path: Path):
+    adata = made_cells()
+    split = stratified((adata.obs["cell_type"] + adata.obs["treatment"]).to_numpy(object), 0)
+    adata.obs["split"] = split
+    config = config_of(str(tmp_path / "cells.h5ad"), split="split", n_top_genes=20)
+    rng = np.random.default_rng(0)
+
+    def genes_with(wild: str) -> tuple[str, ...]:
+        """The chosen genes where genes 60 to 79 jump in the cells of one split."""
+        counts = adata.X.toarray()
+        rows = np.flatnonzero(split == wild)
+        counts[rows, 60:] += rng.poisson(30, (len(rows), 20)) * rng.integers(0, 2, (len(rows), 20))
+        of = adata.copy()
+        of.X = sp.csr_matrix(counts)
+        of.write_h5ad(tmp_path / "cells.h5ad")
+        return read_task(config).genes
+
+    genes = genes_with("none")
+    assert genes_with("test") == genes_with("validation") == genes
+    assert genes_with("train") != genes
+
+
+def test_library_sizes_of_an_unseen_combination_are_its_relatives(held_out: Task):
+    labels = held_out.labels_of[UNSEEN]
+    related = (held_out.train.labels["cell_type"] == "B") | (held_out.train.labels["treatment"] == "stim")
+    sizes = library_sizes(held_out.train, labels, 200, np.random.default_rng(0))
+    assert set(sizes) <= set(held_out.train.library_size[related])
+
+
+# --- what is made once ---------------------------------------------------------------------------------------------
+
+
+def test_a_finished_row_is_kept_and_an_interrupted_one_made_anew(held_out: Task, tmp_path: Path):
+    folder, calls = tmp_path / "row", []
+
+    def draw() -> Made:
+        calls.append(folder.exists())
+        if len(calls) == 1:
+            (folder / "generated.h5ad").write_text("half a file")
+            raise KeyboardInterrupt
+        assert not (folder / "generated.h5ad").exists()
+        return naive.poisson_mean(held_out, 0, folder, Place(config_of("x")))
+
+    with pytest.raises(KeyboardInterrupt):
+        run_row(folder, held_out, "poisson_mean", {}, draw, 0)
+    row = run_row(folder, held_out, "poisson_mean", {}, draw, 0)
+    assert run_row(folder, held_out, "poisson_mean", {}, draw, 0) == row
+    assert len(calls) == 2
+    assert ad.read_h5ad(folder / "generated.h5ad").n_obs == sum(held_out.numbers.values()) - N_OF_EACH
+
+
+def test_a_training_counts_when_it_has_ended(tmp_path: Path):
+    folder, calls = tmp_path / "model", []
+
+    def train(of: Path) -> dict:
+        calls.append(list(of.iterdir()))
+        (of / "weights").write_text("")
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return {"steps": 3}
+
+    with pytest.raises(KeyboardInterrupt):
+        trained_once(folder, train)
+    assert trained_once(folder, train)["steps"] == 3
+    assert trained_once(folder, train)["steps"] == 3
+    assert calls == [[], []]  # the second found nothing of the first, and there was no third
+
+
+def test_the_command_makes_what_is_missing_and_judges_again_when_asked(
+    h5ad: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    config = config_of(h5ad, tmp_path / "out", methods=("training_cells", "poisson_mean"), min_cells=N_OF_EACH)
+    config = replace(config, save=str(tmp_path / "saved.json"))
+    monkeypatch.setattr("sys.argv", ["quality", f"h5ad={h5ad}", "out=runs/q"])
+    first = main(config)
+    assert "training_cells" in capsys.readouterr().out
+    assert (tmp_path / "saved.png").is_file()
+    saved = json.loads((tmp_path / "saved.json").read_text())
+    assert saved["command"] == "python -m benchmarks.quality h5ad=made.h5ad out=runs/q"
+    assert h5ad not in (tmp_path / "saved.json").read_text()
+    names = {row["name"]: row["value"] for row in saved["rows"]}
+    assert names["poisson_mean: W2, pooled"] > names["training_cells: W2, pooled"]
+    scores = json.loads((tmp_path / "out/poisson_mean-0/scores.json").read_text())["scores"]
+    assert set(scores["pooled"]) >= {"mmd2", "w2", "fd", "nn_accuracy"}
+    assert set(saved["methods"]["poisson_mean"]["seeds"]["0"]["scores"]["pooled"]) == set(scores["pooled"])
+
+    drawn = {name: replace(METHODS[name], draw=None) for name in config.methods}  # drawing again would fail
+    monkeypatch.setattr("benchmarks.quality.__main__.METHODS", drawn)
+    monkeypatch.setattr("benchmarks.quality.__main__.judge", lambda *_: {"pooled": {"w2": 1.0}})
+    assert main(config).scores == first.scores
+    assert main(replace(config, judge=True)).mean("poisson_mean", "pooled", "w2") == 1.0
+    with pytest.raises(InputError, match=r"seconds was 600\.0, now 5"):
+        main(replace(config, seconds=5.0))
+
+
+def test_a_method_that_needs_what_is_not_there_is_refused(h5ad: str, held_out: Task, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(InputError, match=r"pip install .*\[baselines\]"):
+        methods.chosen(config_of(h5ad, methods=("scvi_prior",)), held_out)
+    with pytest.raises(InputError, match="'scvae' is unknown"):
+        methods.chosen(config_of(h5ad, methods=("scvae",)), held_out)
+    with pytest.raises(InputError, match="control=CONDITION=LABEL"):
+        methods.chosen(config_of(h5ad, methods=("control_shift",)), replace(held_out, control=None))
+
+
+# --- what methods make ---------------------------------------------------------------------------------------------
+
+
+def made_by(name: str, task: Task, tmp_path: Path, seconds: float = 1.5) -> tuple[dict, ad.AnnData]:
+    """Row and cells of a method, which `run` checks for whole counts and numbers."""
+    place = Place(config_of("x", tmp_path, seconds=seconds))
+    if not place.cells.is_file():
+        write_task(task, place.cells)
+    row = run(task, place, name, 0)
+    return row, ad.read_h5ad(place.row(name, 0) / "generated.h5ad")
+
+
+@pytest.mark.parametrize("name, unseen", [("pca_gaussian", False), ("independent_genes", False), ("mlp_flow", True)])
+def test_methods_make_whole_counts_of_the_asked_combinations(name: str, unseen: bool, held_out: Task, tmp_path: Path):
+    row, made = made_by(name, held_out, tmp_path)
+    assert made.X.dtype == np.int32
+    assert (made.X.data >= 0).all()
+    numbers = {f"cell_type={c}, treatment={t}": n for (c, t), n in made.obs.value_counts().items() if n}
+    assert numbers == {key: n for key, n in held_out.numbers.items() if unseen or key != UNSEEN}
+    assert (UNSEEN in row["impossible"]) is not unseen
+    real = np.median(held_out.train.library_size)
+    assert 0.7 * real < np.median(np.asarray(made.X.sum(1))) < 1.4 * real
+    if name == "mlp_flow":  # its CPU time ends it; what was begun, and loading the optimiser once, may go beyond
+        assert row["ended"] == row["flow_ended"] == "budget"
+        assert 1.4 <= row["train_cpu_s"] <= 6
+        assert row["test_nll"] > 0
+
+
+def test_a_gaussian_has_mean_and_covariance_of_what_it_was_fitted_to():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(40, 3)) @ np.array([[2.0, 1, 0], [0, 1, 0], [0, 0, 0.1]])
+    variance = np.full((40, 3), 0.5)
+    drawn = gaussian.Gaussian.of(values, variance).draw(200_000, rng)
+    assert np.allclose(drawn.mean(0), values.mean(0), atol=0.03)
+    assert np.allclose(np.cov(drawn, rowvar=False), np.cov(values, rowvar=False) + 0.5 * np.eye(3), atol=0.08)
+
+
+def test_a_flow_learns_where_each_label_lies():
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 2, (400, 1))
+    mean = np.concatenate([10 * codes + rng.normal(0, 1, (400, 1)), rng.normal(0, 3, (400, 1))], 1)
+    latents = Latents(mean, np.full_like(mean, 0.1), codes)
+    flow = train_flow(latents, latents, [2], seconds=1.8, seed=0)
+    drawn = {k: flow.draw(np.full((500, 1), k), 1) for k in (0, 1)}
+    for k in (0, 1):
+        assert abs(drawn[k][:, 0].mean() - 10 * k) < 1.0
+        assert 0.5 < drawn[k][:, 0].std() < 2.0
+        assert 2.0 < drawn[k][:, 1].std() < 4.0
+
+
+def test_shifted_control_cells_show_the_response(held_out: Task, tmp_path: Path):
+    row, made = made_by("control_shift", held_out, tmp_path)
+    assert set(row["impossible"]) == set(held_out.numbers) - {UNSEEN}
+    control = held_out.train.select(held_out.train.rows({"cell_type": "B", "treatment": "ctrl"}))
+    real = held_out.test.select(held_out.test.rows({"cell_type": "B", "treatment": "stim"}))
+
+    def share(counts: sp.csr_matrix) -> float:
+        """Of the counts, what the genes that respond have."""
+        return float(counts[:, :8].sum() / counts.sum())
+
+    assert abs(np.log(share(made.X) / share(real.counts))) < 0.3  # a mean log-shift is not a shift of means
+    assert np.log(share(real.counts) / share(control.counts)) > 0.6
+
+
+@needs_scvi
+def test_scvi_makes_cells_from_its_prior_and_its_latents(held_out: Task, tmp_path: Path):
+    for name in ("scvi_prior", "scvi_gaussian", "scvi_flow", "scvi_shift"):
+        row, made = made_by(name, held_out, tmp_path, seconds=3.0)
+        assert row["ended"] == "budget"
+        assert np.isfinite(row["test_nll"])
+        assert np.median(np.asarray(made.X.sum(1))) > 0.5 * np.median(held_out.train.library_size)
+
+
+@pytest.mark.slow
+def test_this_project_trains_within_its_time_and_gives_its_parts(held_out: Task, tmp_path: Path):
+    for name in ("ours", "ours_reconstructed", "ours_from_training_latents", "ours_gaussian"):
+        row, made = made_by(name, held_out, tmp_path, seconds=10.0)
+        assert row["vae_steps"] >= 20
+        assert row["ldm_steps"] >= 20
+        assert (UNSEEN in row["impossible"]) is (name in ("ours_from_training_latents", "ours_gaussian"))
+        assert tuple(made.var_names) == held_out.genes
+
+
+# --- the judge -----------------------------------------------------------------------------------------------------
+
+
+def test_the_judge_puts_training_cells_before_poisson_draws_before_shuffled_labels(h5ad: str):
+    task = read_task(config_of(h5ad))
+    rng = np.random.default_rng(0)
+    counts, keys = shuffled_types(task.train.counts, task.train.keys.astype(str), task.numbers, rng)
+    made = {
+        name: METHODS[name].draw(task, 0, Path(), Place(config_of(h5ad))) for name in ("training_cells", "poisson_mean")
+    }
+    made["shuffled"] = Made(sp.csr_matrix(counts), labels_frame(task, keys))
+    scores = {
+        name: judge(
+            task.train, task.validation, task.test, LabelledCells(of.counts, of.labels, task.genes), JudgeConfig(10)
+        )
+        for name, of in made.items()
+    }
+    for metric in ("w2", "fd", "mmd2"):
+        found = [scores[name]["per_combination"][metric] for name in ("training_cells", "poisson_mean", "shuffled")]
+        assert found == sorted(found), (metric, found)
+    assert scores["shuffled"]["pooled"]["mmd2"] < scores["poisson_mean"]["pooled"]["mmd2"]  # pooled, it is the floor
+    assert scores["training_cells"]["pooled"]["exact_copies"] == 1
+
+
+def test_unseen_combinations_are_scored_apart(held_out: Task):
+    config = JudgeConfig(N_OF_EACH)  # the others have fewer test cells
+    parts = held_out.train, held_out.validation, held_out.test
+    found = judge(*parts, held_out.test, config)
+    assert found["unseen"] == found["by_combination"][UNSEEN]
+    assert found["cells"] == held_out.numbers
+    only = held_out.test.select(held_out.test.rows(held_out.labels_of[UNSEEN]))
+    assert set(judge(*parts, only, config)) == {"by_combination", "cells", "unseen"}
+    without = held_out.test.select(np.flatnonzero(held_out.test.keys != UNSEEN))
+    assert "unseen" not in judge(*parts, without, config)
