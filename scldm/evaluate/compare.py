@@ -43,20 +43,23 @@ class EvaluateConfig:
         need as many
     max_combinations: at most so many are scored one by one, the largest
     max_cells: scores that compare every cell with every other take at most so many cells a side
+    max_group_cells: of a combination or label, at most so many
     max_real_cells: of each split at most so many cells are taken, a seeded draw that has the combinations in the shares
         at which they are compared: 100,000 cells of 3,000 expressed genes take 2.4 GB
     """
 
     seed: int = 0
-    n_draws: int = 10
+    n_draws: int = 5
     min_cells: int = 20
     max_combinations: int = 100
     max_cells: int = 2_000
+    max_group_cells: int = 500
     max_real_cells: int = 100_000
     intervals: IntervalConfig = field(default_factory=IntervalConfig)
 
     def __post_init__(self) -> None:
-        least = {"n_draws": 2, "min_cells": 3, "max_combinations": 0, "max_cells": 100, "max_real_cells": 1_000}
+        least = {"n_draws": 2, "min_cells": 3, "max_combinations": 0, "max_cells": 100, "max_group_cells": 20}
+        least["max_real_cells"] = 1_000
         for key, value in least.items():
             if getattr(self, key) < value:
                 raise InputError(f"evaluate.{key}={getattr(self, key)} must be at least {value}")
@@ -206,7 +209,9 @@ class _Sides:
         numbers = matched_numbers(pool, test, generated)
         scored, not_scored, why = scored_combinations(numbers, config.min_cells, config.max_combinations)
         labels = scored_labels(list(test.labels), combinations, numbers, config.min_cells)
-        return cls(pool, combinations, numbers, relatives, Levels(scored, labels), not_scored, why)
+        return cls(
+            pool, combinations, numbers, relatives, Levels(scored, labels, config.max_group_cells), not_scored, why
+        )
 
     def by_combination(self, train: Cells, test: Cells, generated: Cells) -> dict:
         if NO_TYPE in self.numbers:
@@ -293,7 +298,7 @@ class _Scorer:
             if counts is None:
                 return []
             other = Profile.of(counts, np.full(len(test), name), self.space)
-            out.append(score(test, other, config.max_cells, config.seed))
+            out.append(score(test, other, config.max_group_cells, config.seed))
         return out
 
     def part(self, part: Part, genes: tuple[str, ...], sides: _Sides, rng: np.random.Generator) -> dict:

@@ -142,12 +142,14 @@ def tiles(evaluation: dict) -> list[tuple[str, str]]:
 
 def _copies_tile(evaluation: dict) -> list[tuple[str, str]]:
     of = {name: row["score"] for name, row in evaluation["memorisation"].items()}
+    if "closer_to_training" not in of:
+        return []
     text = (
-        "times as far from training cells as real test cells are (memorisation check: 1 is ideal); "
+        "of generated cells are closer to a training cell than to a held-out one (memorisation check: 50 % is ideal); "
         f"{100 * of['near_copies']:.1f} % near copies (1 % expected), {100 * of['exact_copies']:.1f} % exact copies "
         f"(real cells: {100 * of['exact_copies_real']:.1f} %)"
     )
-    return [(number(of["memorisation_ratio"], 2), text)]
+    return [(f"{of['closer_to_training']:.0%}", text)]
 
 
 def _response_tiles(evaluation: dict) -> list[tuple[str, str]]:
@@ -201,7 +203,7 @@ def drawn_text(e: dict) -> str:
 def notes(e: dict) -> list[tuple[str, list[str]]]:
     """What a reader must know before the scores: a sentence, and the labels that it speaks of."""
     cells, of, what = e["cells"], e["cells"].get("by_combination", {}), unit(e)
-    out: list[tuple[str, list[str]]] = [(e["pooled_only"], [])] * bool(e["pooled_only"])
+    out: list[tuple[str, list[str]]] = [(text, []) for text in (e["pooled_only"], *e["notes"]) if text]
     if e["scored_combinations"] and (small := small_groups(e)):
         text = f"Fewer than {e['config']['min_cells']} cells to compare, and so not scored one by one: "
         out.append((f"{text}{_some(len(small), what)}, which count in the pooled scores.", small))

@@ -110,10 +110,11 @@ def score_table(e: dict, rows: Mapping[str, dict], sizes: Sequence[int]) -> Tabl
     columns += [Head(f"({key}) {titles[key][0]}") for key in keys]
     columns += [Head(f"({key})", kind="edge" * (key == keys[0])) for key in keys]
     columns.append(Head("cells a side"))
+    limit = "max_cells" if rows is e["pooled"] else "max_group_cells"
 
     def cells(name: str) -> list[Cell]:
         row = rows[name]
-        most = e["config"]["max_cells"] if name in SAMPLED else max(sizes)
+        most = e["config"][limit] if name in SAMPLED else max(sizes)
         texts = row_texts(row)
         values = [row["score"], row["floor"]["mean"], *(row["baselines"][key]["mean"] for key in keys)]
         out = [Cell(METRICS[name].title)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from scldm.evaluate.protocols import Protocol
 
 Values = dict[str, float]
 CHEAP = tuple(name for m in MEASURES if not m.expensive for name in m.names)
+NOT_OF_LABELS = ("auc",)  # a forest for each label of each condition costs more than all other scores together
 
 # --- levels --------------------------------------------------------------------------------------------------------
 
@@ -27,15 +28,17 @@ class Levels:
 
     combinations: those that are scored one by one
     labels: condition -> its scored labels -> their combinations; empty where one condition makes the combinations
+    max_cells: of a combination or label, scores that compare every cell with every other take at most so many a side
     """
 
     combinations: Sequence[str] = ()
     labels: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
+    max_cells: int = 500
 
     def without(self, names: Sequence[str]) -> Levels:
         """Less some combinations, and all labels that have one of these."""
         labels = {c: {x: ts for x, ts in of.items() if not set(ts) & set(names)} for c, of in self.labels.items()}
-        return Levels([t for t in self.combinations if t not in set(names)], labels)
+        return Levels([t for t in self.combinations if t not in set(names)], labels, self.max_cells)
 
     def rows(self, profile: Profile) -> dict[tuple[str, str], np.ndarray]:
         """(condition, label) -> its cells; combinations stand under the condition ""."""
@@ -87,10 +90,20 @@ def score_sets(
 ) -> Scores:
     """All metrics, or `only` some, of a set of cells against the test cells."""
     rows, others = levels.rows(test), levels.rows(other)
-    by = {key: score(test.select(rows[key]), other.select(others[key]), max_cells, seed, only) for key in rows}
+    by = {
+        key: score(test.select(rows[key]), other.select(others[key]), levels.max_cells, seed, _of_level(key, only))
+        for key in rows
+    }
     n = {key: len(rows[key]) for key in rows}
     mean = {c: protocol.mean(*_of_condition(c, by, n)) for c in dict.fromkeys(c for c, _ in by)}
     return Scores(score(test, other, max_cells, seed, only), by, mean)
+
+
+def _of_level(key: tuple[str, str], only: Collection[str] | None) -> list[str]:
+    """The metrics of a combination, or of a label."""
+    condition, _ = key
+    wanted = METRICS if only is None else only
+    return [name for name in METRICS if name in wanted and not (condition and name in NOT_OF_LABELS)]
 
 
 def _of_condition(
@@ -112,10 +125,15 @@ def errors_of(
     seed: int,
     config: IntervalConfig,
 ) -> Scores:
-    """Standard errors in the place of scores."""
+    """Standard errors in the place of scores; of combinations and labels, from half as many parts."""
+    halved = replace(config, n_parts=max(2, config.n_parts // 2))
+    halved = replace(halved, n_parts_expensive=max(2, config.n_parts_expensive // 2))
     rows, others = levels.rows(test), levels.rows(other)
     by = {
-        key: standard_errors(test.select(rows[key]), other.select(others[key]), max_cells, seed, config) for key in rows
+        key: standard_errors(
+            test.select(rows[key]), other.select(others[key]), levels.max_cells, seed, halved, _of_level(key, None)
+        )
+        for key in rows
     }
     n = {key: len(rows[key]) for key in rows}
     mean = {c: protocol.mean_error(*_of_condition(c, by, n)) for c in dict.fromkeys(c for c, _ in by)}

@@ -41,7 +41,7 @@ def evaluation(conditions: dict[str, list[str]], protocol: str = "scldm", small:
     used = PROTOCOLS[protocol]
     by_label = {c: {x: scores_of("abc") for x in of} for c, of in (conditions if len(conditions) > 1 else {}).items()}
     out = {
-        "config": {"seed": 0, "min_cells": 20, "max_combinations": 100, "max_cells": 25, "max_real_cells": 100_000},
+        "config": {"seed": 0, "min_cells": 20, "max_combinations": 100, "max_cells": 25, "max_group_cells": 25, "max_real_cells": 100_000},
         "conditions": list(conditions),
         "protocol": {
             **{key: getattr(used, key) for key in ("name", "title", "meaning", "main")},
@@ -64,6 +64,7 @@ def evaluation(conditions: dict[str, list[str]], protocol: str = "scldm", small:
         **({"per_combination": scores_of("abc")} if names else {}),
         **({"by_combination": {t: scores_of("abcd" if by[t]["unseen"] else "abc") for t in scored}} if names else {}),
         **({"per_condition": {c: scores_of("abc") for c in conditions}, "by_condition": by_label} if by_label else {}),
+        "notes": [],
         "memorisation": {m: {"score": 0.9, "error": 0.01} for m in MEMORISATION},
         "response": responses(conditions),
         "parts": {},

@@ -173,6 +173,14 @@ def test_copied_cells_are_what_the_verdict_names(sets):
     assert found["verdict"]["says"].startswith("Generated cells repeat training cells")
 
 
+def test_splits_that_share_cells_have_no_memorisation_and_a_note(sets):
+    shared = sets["train"].select(np.concatenate([np.arange(50), np.arange(150, 180)]))
+    found = compare(**{**sets, "test": replace(shared, name="test")}, config=CONFIG)
+    assert found["memorisation"] == {}
+    assert "the splits share cells" in found["notes"][0]
+    assert found["verdict"]["says"]
+
+
 def test_a_part_tells_which_stage_limits(sets):
     poor = {**sets, "generated": cells("generated", 3, {"A": 60, "B": 25, "C": 6}, noise=0.7)}
     same, good = (cells("part", 5, {"A": 50, "B": 30, "C": 6}, noise) for noise in (0.7, 0.0))

@@ -215,7 +215,7 @@ def test_tiles_count_every_scored_metric_and_combination():
         assert told[text] == f"{counts['closer']} of {counts['judged']}"
     assert told["combinations have cells enough to be scored one by one; 2 are too small"] == "4 of 6"
     (copies,) = (figure for text, figure in told.items() if "memorisation check" in text)
-    assert copies == "0.90"
+    assert copies == "90%"
     (slope,) = (figure for text, figure in told.items() if "in response to treatment" in text)
     assert slope == "0.60"
 
