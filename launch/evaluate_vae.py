@@ -22,6 +22,7 @@ from data_pipeline.schema import read_manifest
 from launch.evaluated_cells import cells_of_shards
 from launch.export import trained_vae
 from launch.reconstructed_cells import decoded, encoded, known_genes
+from launch.sight import blind_spots, known_by_latents
 from scldm import count_draws, draws
 from scldm.environment import describe
 from scldm.errors import InputError
@@ -162,6 +163,7 @@ def scored(model: Pretrained, train: Cells, test: Cells, seed: int) -> dict:
         of_each = with_relatives(train, unseen)[0] if unseen else train
         profiles["mean_of_combination"] = fit_mean_profile(of_each.counts, of_each.types, seed)
     every = _score(model, test, gene_ids_G, profiles, seed)
+    known = known_by_latents(model, train, test, gene_ids_G, seed)
     scores = {name: of.result() for name, of in every.items()}
     for name in profiles:
         scores["model"].setdefault("re_less", {})[name] = mean_and_error(every["model"].nll_n - every[name].nll_n)
@@ -170,7 +172,8 @@ def scored(model: Pretrained, train: Cells, test: Cells, seed: int) -> dict:
         "genes": {**n_genes, "scored": len(test.genes), "unknown_to_model": len(lacking), "such_as": lacking[:5]},
         "combinations": {"train": len(seen), "unseen": list(unseen), "cells_of_unseen": n_unseen},
         "scores": scores,
-        "verdict": verdict(scores, model.vae.config.likelihood),
+        "latents": known,
+        "verdict": " ".join([verdict(scores, model.vae.config.likelihood), *blindness(known["sight"])]),
     }
 
 
@@ -226,6 +229,13 @@ def verdict(scores: Mapping[str, Any], likelihood: str) -> str:
     )
 
 
+def blindness(sight: Mapping[str, dict]) -> list[str]:
+    """A sentence where the encoder does not see how much of a gene there is."""
+    if spots := blind_spots(sight):
+        return [f"The encoder is BLIND to counts: {' and '.join(spots)} hardly move its latents. Only genes are seen."]
+    return []
+
+
 def _interval(mean: float, error: float) -> str:
     return f"{mean - WIDTH * error:.1f} to {mean + WIDTH * error:.1f}"
 
@@ -252,9 +262,26 @@ def show(evaluation: Mapping[str, Any]) -> None:
         for method, (re, pcc, mse) in evaluation["published"]["rows"].items():
             table.add_row(f"{method}, as published", f"{re:,.0f}", _text(pcc), _text(mse), "", "", "")
     console.print(table)
+    show_latents(console, evaluation["latents"])
     for line in notes(evaluation):
         console.print(line, soft_wrap=True)
     console.print(evaluation["verdict"], soft_wrap=True)
+
+
+def show_latents(console: Console, known: Mapping[str, Any]) -> None:
+    """What latents see of counts, and tell of labels."""
+    table = Table(title="what the encoder sees: its input changed", title_justify="left", title_style="bold")
+    table.box = box.SIMPLE_HEAD
+    table.add_column("", no_wrap=True)
+    for column in ("latents move (1: as far as another cell)", "true counts lose (nats a cell)"):
+        table.add_column(column, justify="right")
+    for of in known["sight"].values():
+        error = "" if of["nats"]["se"] is None else f" ± {WIDTH * of['nats']['se']:.1f}"
+        table.add_row(of["title"], _text(of["moved"]), f"{of['nats']['mean']:.1f}{error}")
+    console.print(table)
+    recall = [f"{c} {value:.3f}" for c, value in known["label_recall"].items()]
+    told = f"; recall of labels by the 15 nearest training cells: {', '.join(recall)}" if recall else ""
+    console.print(f"effective dimension of the latents: {known['effective_dimension']:.1f}{told}", soft_wrap=True)
 
 
 def notes(evaluation: Mapping[str, Any]) -> list[str]:

@@ -4,7 +4,8 @@
 #   --quick  only the quick ones (two minutes)
 #   --all    the exhaustive ones too (hours)
 #   --as     those whose verdict depends on rounding (mark `numerical`), with the instructions of another processor:
-#            lowest (SSE only), avx2 (and two threads), avx512 (where the processor has it). The slow ones too: without --quick. All tests: -m "not exhaustive"
+#            lowest (SSE only), avx2 (and two threads), avx512 (where the processor has it). With -m "not exhaustive" as a
+#            PYTEST ARGUMENT, all tests
 # GPUs are hidden; on one, the kernels are tested by: SCLDM_TEST_GPU=1 bash tests/run.sh tests/scldm/kernels tests/scldm/model
 # Paths among the arguments are relative to the checkout. Files of tests run beside one another, on as many cores as there
 # are, at most four; `-n 0` runs them one after another, and shows what they print with `-s`.

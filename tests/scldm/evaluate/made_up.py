@@ -41,7 +41,14 @@ def evaluation(conditions: dict[str, list[str]], protocol: str = "scldm", small:
     used = PROTOCOLS[protocol]
     by_label = {c: {x: scores_of("abc") for x in of} for c, of in (conditions if len(conditions) > 1 else {}).items()}
     out = {
-        "config": {"seed": 0, "min_cells": 20, "max_combinations": 100, "max_cells": 25, "max_group_cells": 25, "max_real_cells": 100_000},
+        "config": {
+            "seed": 0,
+            "min_cells": 20,
+            "max_combinations": 100,
+            "max_cells": 25,
+            "max_group_cells": 25,
+            "max_real_cells": 100_000,
+        },
         "conditions": list(conditions),
         "protocol": {
             **{key: getattr(used, key) for key in ("name", "title", "meaning", "main")},
