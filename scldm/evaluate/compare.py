@@ -44,6 +44,7 @@ class EvaluateConfig:
     max_combinations: at most so many are scored one by one, the largest
     max_cells: scores that compare every cell with every other take at most so many cells a side
     max_group_cells: of a combination or label, at most so many
+    max_drawn_cells: floor and baselines are drawn, and compared with test cells, at most so many at a time
     max_real_cells: of each split at most so many cells are taken, a seeded draw that has the combinations in the shares
         at which they are compared: 100,000 cells of 3,000 expressed genes take 2.4 GB
     """
@@ -54,12 +55,13 @@ class EvaluateConfig:
     max_combinations: int = 100
     max_cells: int = 2_000
     max_group_cells: int = 500
+    max_drawn_cells: int = 20_000
     max_real_cells: int = 100_000
     intervals: IntervalConfig = field(default_factory=IntervalConfig)
 
     def __post_init__(self) -> None:
         least = {"n_draws": 2, "min_cells": 3, "max_combinations": 0, "max_cells": 100, "max_group_cells": 20}
-        least["max_real_cells"] = 1_000
+        least |= {"max_drawn_cells": 1_000, "max_real_cells": 1_000}
         for key, value in least.items():
             if getattr(self, key) < value:
                 raise InputError(f"evaluate.{key}={getattr(self, key)} must be at least {value}")
@@ -253,6 +255,9 @@ class _Scorer:
         if NO_TYPE in sides.numbers:
             del ways["c"]  # there are no labels to shuffle
         draws: dict[str, list[Scores]] = {}
+        numbers = fewer(sides.numbers, config.max_drawn_cells, config.max_group_cells)
+        real = self.real.select(baselines.rows_per_type(self.real.types, numbers, rng(9)))
+        drawn = self if numbers == sides.numbers else replace(self, real=real)
         with Progress("evaluate", 2 + len(ways) * config.n_draws, "comparisons") as bar:
             mine = self.scores(generated)
             bar.advance()
@@ -263,9 +268,9 @@ class _Scorer:
             for k, (name, draw) in enumerate(ways.items()):
                 draws[name] = []
                 for j in range(config.n_draws):
-                    counts, types = draw(sides.pool.counts, sides.pool.types, sides.numbers, rng(2, k, j))
+                    counts, types = draw(sides.pool.counts, sides.pool.types, numbers, rng(2, k, j))
                     profile = Profile.of(counts, types, self.space)
-                    draws[name].append(self.scores(profile, None if j < N_EXPENSIVE else CHEAP))
+                    draws[name].append(drawn.scores(profile, None if j < N_EXPENSIVE else CHEAP))
                     bar.advance(note=name)
         shifted = {t: self._shifted(train, t, sides, control) for t in sides.relatives}
 
@@ -314,6 +319,13 @@ class _Scorer:
         sections = {"pooled": scores.pooled} | ({"per_combination": scores.mean[""]} if "" in scores.mean else {})
         values = {name: {m: v for m, v in of.items() if math.isfinite(v)} for name, of in sections.items()}
         return {"title": part.title, "meaning": part.meaning, "n_cells": len(cells), **values}
+
+
+def fewer(numbers: Mapping[str, int], most: int, least: int) -> dict[str, int]:
+    """Cells per combination, in the same shares, where all together are more than `most`. Of each at least `least`, or
+    what there is."""
+    total = sum(numbers.values())
+    return {t: n if total <= most else max(min(n, least), n * most // total) for t, n in numbers.items()}
 
 
 # --- memorisation, responses ---------------------------------------------------------------------------------------

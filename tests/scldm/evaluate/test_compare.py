@@ -14,7 +14,7 @@ import scipy.sparse as sp
 from scldm.errors import InputError
 from scldm.evaluate import map_of_cells, metrics
 from scldm.evaluate.cells import NO_TYPE, Cells, combination_names
-from scldm.evaluate.compare import EvaluateConfig, Part, compare, known_controls
+from scldm.evaluate.compare import EvaluateConfig, Part, compare, fewer, known_controls
 from scldm.evaluate.curves import curves_of
 from scldm.evaluate.intervals import IntervalConfig
 from scldm.evaluate.two_sample import classifier_auc
@@ -179,6 +179,11 @@ def test_splits_that_share_cells_have_no_memorisation_and_a_note(sets):
     assert found["memorisation"] == {}
     assert "the splits share cells" in found["notes"][0]
     assert found["verdict"]["says"]
+
+
+def test_floor_and_baselines_of_many_cells_are_drawn_in_their_shares():
+    assert fewer({"a": 50, "b": 30}, 80, 10) == {"a": 50, "b": 30}
+    assert fewer({"a": 9_000, "b": 900, "c": 90, "d": 10}, 1_000, 50) == {"a": 900, "b": 90, "c": 50, "d": 10}
 
 
 def test_a_part_tells_which_stage_limits(sets):
