@@ -1,11 +1,15 @@
-"""`scldm evaluate`: how good generated cells, an autoencoder or an embedding are; a table, every number in a file."""
+"""`scldm evaluate`: how good generated cells, an autoencoder or an embedding are; a table, every number in a file.
+
+Reading order: EvaluateVerbConfig, main, the keys that a mode takes.
+"""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from launch.cli import run_verb
 from scldm.errors import InputError
@@ -36,16 +40,18 @@ class EvaluateVerbConfig:
     generated: the generated cells' counts, as `scldm generate` writes them: .h5ad, .zarr or .soma
     out: folder for report.html, evaluation.json and figures; needed with generated, else empty writes no file
     conditions: conditions whose combinations are told apart, as cell_type,treatment; empty: all that the model has.
-        Without a model, those of the shard set that the generated cells say
+        Without a model, those of the shard set that the generated cells say. With vae, all of the set. none: no
+        condition, so that all cells are judged together (unless a condition is named so)
     protocol: how cells are compared: scldm, or cfgen (2,000 variable genes, 30 components of the judged cells)
     control: reference label of a condition, for responses, as control.treatment=vehicle. One label of a usual name
         (control, ctrl, DMSO, ...) is found
     shards: shard set with the real cells, their splits and conditions, a folder or fsspec URL
     cache_folder: where the index and blocks of a remote set are kept; that of a training serves
     cache_gb: limit of the blocks kept there, in 1e9 bytes
-    real: h5ad file with the real cells, instead of shards
+    real: h5ad file with the real cells, instead of shards. With embedding, the file with the same cells' counts
     split: obs column of `real` that says train, validation or test
-    layer: where the counts of `real` are: X, raw or a layer's name; empty looks in X, layers/counts and raw
+    layer: where the counts of `real` are: X, raw or a layer's name; empty looks in X, layers/counts and raw. With
+        embedding and without real, the counts are those of the embedding's file
     model: model folder that `scldm export` wrote: its parts are judged too (reconstructed cells, and others)
     vae: folder of the autoencoder's training run. With generated, for its loss curves; else it is judged itself
     ldm: folder of the diffusion model's training run, for its loss curves
@@ -57,6 +63,8 @@ class EvaluateVerbConfig:
     device: torch device; empty is a GPU where there is one
     batch: cells that go through the model at once
     precision: float32, or bfloat16: for GPUs
+
+    A key that the judged thing does not use is refused, unless it has its default.
     """
 
     generated: str = ""
@@ -96,6 +104,7 @@ def main(config: EvaluateVerbConfig) -> dict:
     if what == ["generated"]:
         if not config.out:
             raise InputError("generated needs out=FOLDER for the report and its figures")
+        refuse_unused(config, "generated")
         from launch.evaluate_generated import evaluate_generated
 
         return evaluate_generated(config)
@@ -103,13 +112,17 @@ def main(config: EvaluateVerbConfig) -> dict:
     if what == ["embedding"]:
         if not config.label:
             raise InputError("embedding needs label=COLUMN: the obs column that is to be read from it")
+        refuse_unused(config, "embedding")
         from launch.evaluate_embedding import evaluate_embedding
 
         words = (config.embedding, config.label, config.held_out_by, config.key)
-        return evaluate_embedding(*words, out, seed, config.real)
+        return evaluate_embedding(*words, out, seed, config.real, layer=config.layer)
     if config.vae or config.model:
         if not config.shards:
             raise InputError("an autoencoder is judged on the test cells of a shard set: give shards=FOLDER")
+        if config.vae and config.model:
+            raise InputError("vae and model are judged apart without generated: give one of them")
+        refuse_unused(config, "vae")
         from launch.evaluate_vae import evaluate_vae
 
         return evaluate_vae(
@@ -122,6 +135,7 @@ def main(config: EvaluateVerbConfig) -> dict:
             max_cells=config.evaluate.max_real_cells,
             batch=config.batch,
             device=config.device,
+            precision=config.precision,
             cache_folder=config.cache_folder,
             cache_gb=config.cache_gb,
         )
@@ -129,6 +143,51 @@ def main(config: EvaluateVerbConfig) -> dict:
         "give what is to be judged: generated=FILE with shards or real, vae=RUN with shards, or embedding=FILE with "
         "label"
     )
+
+
+# --- the keys that a mode takes --------------------------------------------------------------------------------------
+
+# what is judged -> the keys it takes; a key takes those below it too
+TAKES: Mapping[str, tuple[str, ...]] = {
+    "generated": (
+        *("generated", "out", "conditions", "protocol", "control", "shards", "cache_folder", "cache_gb", "real"),
+        *("split", "layer", "model", "vae", "ldm", "device", "batch", "precision", "evaluate", "tracking"),
+    ),
+    "vae": (
+        *("vae", "model", "shards", "cache_folder", "cache_gb", "out", "conditions", "published", "device", "batch"),
+        *("precision", "evaluate.seed", "evaluate.max_real_cells", "tracking.enabled"),
+    ),
+    "embedding": (
+        *("embedding", "key", "label", "held_out_by", "real", "layer", "out", "evaluate.seed", "tracking.enabled"),
+    ),
+}
+# with generated: key -> the key without which it has no meaning
+NEEDS: Mapping[str, str] = {
+    **dict.fromkeys(("split", "layer"), "real"),
+    **dict.fromkeys(("cache_folder", "cache_gb"), "shards"),
+    **dict.fromkeys(("device", "batch", "precision"), "model"),
+}
+
+
+def refuse_unused(config: EvaluateVerbConfig, mode: str) -> None:
+    """Raises: InputError for a key that was changed from its default, and that this mode does not use."""
+    for key, value in changed(config, EvaluateVerbConfig()):
+        if not any(key == taken or key.startswith(f"{taken}.") for taken in TAKES[mode]):
+            raise InputError(
+                f"{key}={value} has no effect with {mode}=: leave it out. It takes {', '.join(TAKES[mode])}"
+            )
+        if mode == "generated" and (needed := NEEDS.get(key)) and not getattr(config, needed):
+            raise InputError(f"{key}={value} has no effect with generated= without {needed}=: leave it out")
+
+
+def changed(config: Any, default: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys whose value is not that of `default`, with their values."""
+    for key in (of.name for of in fields(config)):
+        value, other = getattr(config, key), getattr(default, key)
+        if is_dataclass(value):
+            yield from changed(value, other, f"{above}{key}.")
+        elif value != other:
+            yield above + key, value
 
 
 if __name__ == "__main__":

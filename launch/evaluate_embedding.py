@@ -19,6 +19,7 @@ from anndata.io import read_elem
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from data_pipeline.source_h5ad import find_counts, open_file, reading
 from data_pipeline.sources import as_labels
@@ -151,9 +152,9 @@ def counts_of(path: str, layer: str, names: pd.Index, embedding: str) -> sp.csr_
 def show(evaluation: Mapping[str, Any]) -> None:
     """The table in the terminal, and what a reader must know of it."""
     # a narrow terminal wraps, and hides no digits; labels are no markup
-    console = Console(width=max(Console().width, 112), highlight=False, markup=False)
+    console = Console(width=max(Console().width, 112), highlight=False, markup=False, emoji=False)
     title = f"{evaluation['label']} told from {evaluation['cells']:,} cells: {len(evaluation['labels'])} labels"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD)
     for name in ("classifier", "features"):
         table.add_column(name, no_wrap=True)
     for name in SCORES:
@@ -182,6 +183,7 @@ def notes(evaluation: Mapping[str, Any]) -> list[str]:
         "Every cell is predicted once. The number is that of all predictions, and ± is the standard deviation over "
         f"folds. The most frequent label alone has an accuracy of {evaluation['most_frequent']:.3f}.",
         f"PCA: {N_COMPONENTS} components of log1p counts per 10,000 or fewer, fitted on each fold's training cells.",
+        "The embedding's model may have been trained on the held-out cells. PCA has never seen them.",
     ]
     if left := evaluation["left_out"]:
         named = "; ".join(f"{x['label']}: {x['cells']:,} cells, {x['reason']}" for x in left[:SHOWN])

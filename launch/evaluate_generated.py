@@ -16,6 +16,7 @@ import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from launch.evaluated_cells import cells_of_h5ad, cells_of_shards, conditions_of_shards, generated_cells, obs_columns
 from scldm.environment import describe
@@ -78,7 +79,12 @@ def evaluate_generated(config: EvaluateVerbConfig) -> dict:
 
 
 def judged_conditions(config: EvaluateVerbConfig, model: Pretrained | None) -> tuple[str, ...]:
-    """As asked for; else all that the model has; without a model, those of the shard set that generated cells say."""
+    """As asked for; else all that the model has; without a model, those of the shard set that generated cells say.
+    `none` alone stands for none, unless the real cells have a condition of that name."""
+    if config.conditions == ("none",):
+        shards = config.shards
+        there = conditions_of_shards(shards, config.cache_folder) if shards else obs_columns(config.real)
+        return tuple(c for c in config.conditions if c in there)
     if config.conditions:
         return config.conditions
     if model is not None:
@@ -102,11 +108,12 @@ def load_model(config: EvaluateVerbConfig) -> Pretrained:
 
 
 def parts_of(model: Pretrained, train: Cells, test: Cells, config: EvaluateVerbConfig) -> dict[str, Part]:
-    """Cells that show which part of the model costs what, at most `evaluate.max_cells` of each."""
+    """Cells that show which part of the model costs what: `evaluate.max_cells` of each, or more where every combination
+    of test cells is to have 50."""
     from launch.reconstructed_cells import decoded_from_training, gaussian_latents, reconstructed
 
     seed, most = config.evaluate.seed, config.evaluate.max_cells
-    few = at_most(test, most, seed)
+    few = at_most(test, most, 50, seed)
     there = train.numbers()
     numbers = {t: min(n, there[t]) for t, n in few.numbers().items() if t in there}
     rng = np.random.default_rng([seed, 6])
@@ -133,11 +140,11 @@ def parts_of(model: Pretrained, train: Cells, test: Cells, config: EvaluateVerbC
     }
 
 
-def at_most(cells: Cells, n: int, seed: int) -> Cells:
-    """At most n of the cells, at least one of each combination, otherwise in their shares."""
+def at_most(cells: Cells, n: int, least: int, seed: int) -> Cells:
+    """At most n of the cells in their shares; of each combination `least`, or what there is."""
     if len(cells) <= n:
         return cells
-    numbers = {t: max(1, int(k * n / len(cells))) for t, k in cells.numbers().items()}
+    numbers = {t: max(min(k, least), k * n // len(cells)) for t, k in cells.numbers().items()}
     return cells.select(rows_per_type(cells.types, numbers, np.random.default_rng([seed, 7])))
 
 
@@ -195,7 +202,8 @@ def flat_scores(evaluation: dict) -> dict[str, float]:
 
 def show(evaluation: dict, report: Path) -> None:
     """Scores, the parts of the model, responses, the verdict."""
-    console = Console(width=max(Console().width, 140), highlight=False)  # a narrow terminal wraps, and hides no digits
+    # a narrow terminal wraps, and hides no digits; labels are no markup
+    console = Console(width=max(Console().width, 140), highlight=False, markup=False, emoji=False)
     title = evaluation["protocol"]["title"]
     names = {"per_combination": "per combination (mean)", "pooled": "pooled (all cells at once)"}
     baselines = baselines_of(evaluation)
@@ -211,7 +219,7 @@ def show(evaluation: dict, report: Path) -> None:
             table.add_row(METRICS[name].title, generated, error, *of_parts, floor, *beaten)
         console.print(table)
     show_responses(console, evaluation)
-    table = started("memorisation", ["generated", "± 1.96 SE"])
+    table = started(f"memorisation, protocol {title}", ["generated", "± 1.96 SE"])
     for name, row in evaluation["memorisation"].items():
         error = "" if row["error"] is None else f"{1.96 * row['error']:.2g}"
         table.add_row(MEMORISATION[name].title, f"{row['score']:.3g}", error)
@@ -219,9 +227,9 @@ def show(evaluation: dict, report: Path) -> None:
     for line in notes(evaluation):
         console.print(line, soft_wrap=True)
     for figure, text in tiles(evaluation):
-        console.print(f"{figure:>9}  {text}", soft_wrap=True, markup=False)
-    console.print(f"{evaluation['verdict']['says']} {evaluation['verdict']['next']}", soft_wrap=True, markup=False)
-    console.print(f"report: {report}", soft_wrap=True, markup=False)
+        console.print(f"{figure:>9}  {text}", soft_wrap=True)
+    console.print(f"{evaluation['verdict']['says']} {evaluation['verdict']['next']}", soft_wrap=True)
+    console.print(f"report: {report}", soft_wrap=True)
 
 
 def show_responses(console: Console, evaluation: dict) -> None:
@@ -229,9 +237,8 @@ def show_responses(console: Console, evaluation: dict) -> None:
     for condition, response in evaluation["response"].items():
         if not response["pooled"]:
             continue
-        table = started(
-            f"response to {condition} (control: {response['control']})", ["generated", "95 %", "real cells"]
-        )
+        title = f"response to {condition} (control: {response['control']}), the same under every protocol: all genes"
+        table = started(title, ["generated", "95 %", "real cells"])
         for name, row in response["pooled"].items():
             interval = f"{row['low']:.2f} to {row['high']:.2f}" if "low" in row else ""
             texts = ["" if v is None else f"{v:.2f}" for v in (row["value"], row["ceiling"])]
@@ -240,7 +247,7 @@ def show_responses(console: Console, evaluation: dict) -> None:
 
 
 def started(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
     for column in columns:  # a long title takes two lines, and no digit is cut off
         table.add_column(column, justify="right", min_width=7)

@@ -16,6 +16,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import scldm
 from data_pipeline.schema import read_manifest
@@ -41,7 +42,7 @@ from scldm.evaluate.reconstruction import (
 from scldm.evaluate.sample import Sample
 from scldm.files import write_json
 from scldm.library_size import LibrarySizeModel
-from scldm.pretrained import BATCH_CELLS, Pretrained, usable
+from scldm.pretrained import BATCH_CELLS, Precision, Pretrained, usable
 from scldm.progress import Progress
 from scldm.vocab import ConditionVocab, GeneVocab
 
@@ -67,6 +68,7 @@ def evaluate_vae(
     max_cells: int = 100_000,
     batch: int = BATCH_CELLS,
     device: str = "",
+    precision: Precision = "float32",
     published: str = "",
     cache_folder: str = "",
     cache_gb: float = 50.0,
@@ -76,12 +78,14 @@ def evaluate_vae(
 
     vae: run folder of `scldm train vae`, or model folder that `scldm export` wrote
     shards: shard set, a folder or fsspec URL; its training cells give the mean profiles
-    conditions: those whose combinations have a mean profile each; None: all that the set has
+    conditions: those whose combinations have a mean profile each; None: all that the set has; `none` alone: none,
+        unless the set has a condition of that name
     which: checkpoint of a run: best by the validation metric, or latest
     seed: of the draws of counts, and of cells where there are more than max_cells
     max_cells: of each split at most so many are taken
     batch: cells that go through the network at once
     device: torch device; empty: a GPU where there is one
+    precision: of the networks' matrix products, as for `scldm.load`
     published: data whose published numbers stand beside the scores, a key of `PUBLISHED`; empty: none
 
     Raises: InputError for what is not there, or does not belong together.
@@ -90,14 +94,16 @@ def evaluate_vae(
         raise InputError(f"published={published!r} must be one of {', '.join(PUBLISHED)}")
     if batch < 1:
         raise InputError(f"batch={batch} must be at least 1")
-    model, origin = autoencoder(Path(vae), which, device or ("cuda" if torch.cuda.is_available() else "cpu"), batch)
-    if conditions is None:
-        conditions = tuple(read_manifest(shards).conditions.names)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, origin = autoencoder(Path(vae), which, device, batch, precision)
+    if conditions is None or tuple(conditions) == ("none",):
+        there = tuple(read_manifest(shards).conditions.names)
+        conditions = there if conditions is None else tuple(c for c in conditions if c in there)
     sample = Sample(max_cells, AsManyAsThere(), seed)
     train, _, test = cells_of_shards(shards, tuple(conditions), sample, cache_folder, cache_gb)
     evaluation = {
         "kind": "reconstruction",
-        "vae": {"folder": vae, **origin},
+        "vae": {"folder": vae, **origin, "precision": precision},
         "shards": shards,
         "conditions": list(conditions),
         "seed": seed,
@@ -114,21 +120,22 @@ def evaluate_vae(
 
 
 def autoencoder(
-    folder: Path, which: Literal["best", "latest"], device: str, batch: int
+    folder: Path, which: Literal["best", "latest"], device: str, batch: int, precision: Precision = "float32"
 ) -> tuple[Pretrained, dict[str, Any]]:
     """The autoencoder of a run or a model folder, ready to encode, and where it comes from: run, step, hash.
 
     Raises: InputError for a folder that is neither.
     """
     if (folder / "model.safetensors").is_file():
-        model = scldm.load(folder, device, batch=batch)
+        model = scldm.load(folder, device, batch=batch, precision=precision)
         origin = model.origin.get("vae", {})
     else:
         usable(device)
         vae, origin = trained_vae(folder, which)
         genes, conditions = GeneVocab.load(folder / "genes.json"), ConditionVocab.load(folder / "conditions.json")
         sizes = LibrarySizeModel.load(folder / "library_sizes.json")
-        model = Pretrained(vae, None, genes, conditions, sizes, {"vae": origin}, origin["hash"], batch).to(device)
+        words = (genes, conditions, sizes, {"vae": origin}, origin["hash"], batch, precision)
+        model = Pretrained(vae, None, *words).to(device)
     said = {name: origin[name] for name in ("run", "step", "hash") if name in origin}
     return model, {**said, "likelihood": model.vae.config.likelihood}
 
@@ -160,7 +167,8 @@ def scored(model: Pretrained, train: Cells, test: Cells, seed: int) -> dict:
     n_unseen = sum(n for name, n in test.numbers().items() if name in unseen)
     profiles = {"mean_profile": fit_mean_profile(train.counts, seed=seed)}
     if NO_TYPE not in seen:
-        of_each = with_relatives(train, unseen)[0] if unseen else train
+        wanted = {**seen, **dict.fromkeys(unseen, 500)}
+        of_each = with_relatives(train, unseen, wanted, seed)[0] if unseen else train
         profiles["mean_of_combination"] = fit_mean_profile(of_each.counts, of_each.types, seed)
     every = _score(model, test, gene_ids_G, profiles, seed)
     known = known_by_latents(model, train, test, gene_ids_G, seed)
@@ -245,10 +253,11 @@ def _interval(mean: float, error: float) -> str:
 
 def show(evaluation: Mapping[str, Any]) -> None:
     """The table in the terminal, and what a reader must know of it."""
-    console = Console(width=max(Console().width, 112), highlight=False)  # a narrow terminal wraps, and hides no digits
+    # a narrow terminal wraps, and hides no digits; labels are no markup
+    console = Console(width=max(Console().width, 112), highlight=False, markup=False, emoji=False)
     cells, genes = evaluation["cells"], evaluation["genes"]
     title = f"reconstruction of {cells['scored']:,} test cells x {genes['scored']:,} genes"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
     for column in ("RE (nats)", "PCC draw", "MSE draw", "PCC genes", "PCC cells", "MSE mean"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -71,7 +71,7 @@ def sight(model: Pretrained, counts: sp.csr_matrix, gene_ids_G: Tensor, seed: in
     out = {}
     for k, (name, (title, distort)) in enumerate(DISTORTIONS.items()):
         other_ND = latents(model, distort(counts, np.random.default_rng([seed, k])), gene_ids_G)
-        moved = float(np.linalg.norm(other_ND - own_ND, axis=1).mean()) / between if between else None
+        moved = float(np.linalg.norm(other_ND - own_ND, axis=1).mean()) / between if between > 0 else None
         nats = mean_and_error(_nll(model, counts, other_ND, gene_ids_G) - own_n)
         out[name] = {"title": title, "moved": moved, "nats": nats}
     return out

@@ -41,6 +41,7 @@ NUMERICAL = (
     *(f"tests/scldm/train/test_{name}.py" for name in ("golden", "learning", "losses", "ema", "optim", "resume")),
     *("tests/scldm/parallel/test_engine.py", "tests/launch/test_bench_", "tests/launch/test_evaluate"),
     *(f"tests/launch/test_{name}.py" for name in ("generate", "reconstruct", "verbs", "train_ldm", "encode", "faults")),
+    *("tests/launch/test_reconstructed_cells.py", "tests/launch/test_sight.py", "tests/benchmarks/"),
     *("tests/launch/test_quickstart.py", "tests/slurm/"),
 )
 

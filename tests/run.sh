@@ -20,8 +20,8 @@ while [ $# -gt 0 ]; do
         --quick) selection="not slow and not exhaustive" ;;
         --all) selection="" ;;
         --as)
-            shift
-            as=${1:-}
+            as=${2:-nothing}
+            if [ $# -gt 1 ]; then shift; fi
             ;;
         *) arguments+=("$1") ;;
     esac

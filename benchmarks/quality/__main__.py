@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 from benchmarks.quality.cells import SPLIT_COLUMN, SPLITS, LabelledCells, Task, read_task
 from benchmarks.quality.config import QualityConfig
 from benchmarks.quality.figure import draw
-from benchmarks.quality.judge import PROTOCOL, TEST_NLL, JudgeConfig, judge
+from benchmarks.quality.judge import MEANING, N_COMPONENTS, PROTOCOL, TEST_NLL, TITLE, JudgeConfig, judge
 from benchmarks.quality.methods import METHODS, MODELS, chosen
 from benchmarks.quality.table import Results, print_tables, to_json
 from benchmarks.quality.work import Place, run_row, say, settings_note, trained_once
@@ -59,7 +59,9 @@ def main(config: QualityConfig) -> Results:
     results = Results(scores, rows)
     cells = {split: len(getattr(task, split)) for split in SPLITS}
     about = {**cells, "genes": len(task.genes), "combinations": len(task.numbers), "unseen": list(task.unseen)}
-    shown = {**about, **settings, "seeds": config.seeds, "threads": 1, "h5ad": Path(config.h5ad).name}
+    protocol = {"protocol": f"{TITLE}: {MEANING}", "n_components": N_COMPONENTS}
+    protocol |= {key: getattr(config, key) for key in ("min_cells", "max_cells")}
+    shown = {**about, **settings, **protocol, "seeds": config.seeds, "threads": 1, "h5ad": Path(config.h5ad).name}
     written = to_json(results, shown, command_line(config))
     if config.json:
         print(json.dumps(written, indent=1))

@@ -5,6 +5,7 @@ Reading order: COLOURS, draw.
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 from benchmarks.quality import judge
@@ -32,7 +33,7 @@ def draw(results: Results, title: str, path: Path) -> None:
     n_rows = -(-len(panels) // PANELS)
     width, height = min(PANELS, len(panels)), 0.24 * len(results.scores) + 1.1
     figure, axes = plt.subplots(
-        n_rows, width, figsize=(4.4 * width, height * n_rows + 0.9), squeeze=False, layout="constrained"
+        n_rows, width, figsize=(4.4 * width, height * n_rows + 1.1), squeeze=False, layout="constrained"
     )
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
@@ -42,7 +43,8 @@ def draw(results: Results, title: str, path: Path) -> None:
     handles = [Line2D([], [], marker="o", ls="", color=COLOURS[kind], label=KINDS[kind]) for kind in kinds]
     handles.append(Line2D([], [], color=COLOURS["control"], ls="--", label="floor: training cells"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    figure.suptitle(title.replace("$", r"\$"), fontsize=11)
+    protocol = textwrap.fill(f"protocol: {judge.TITLE}, {judge.MEANING}", 55 * width)
+    figure.suptitle(f"{title}\n{protocol}".replace("$", r"\$"), fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -2,7 +2,7 @@
 
 The protocol: counts per 10,000, log1p, 30 principal components fitted on the validation cells. Every score that
 `scldm.evaluate.metrics.score` returns is kept, whatever its name.
-Reading order: JudgeConfig, judge; what a metric is called and how it reads.
+Reading order: the protocol in words, JudgeConfig, judge; what a metric is called and how it reads.
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ KNOWN = {
     TEST_NLL: Metric("test NLL", "negative log-likelihood of test cells at their own latent, nats a cell", "lowest"),
 }
 DRAWN = ("mmd2", "w2", "fd", "nn_accuracy", "auc", "correlation_r")  # in the figure, and first in tables
+TITLE = "quality benchmark"
+MEANING = (
+    f"{N_COMPONENTS} principal components of the validation cells' log1p counts per 10,000; means over combinations "
+    "weigh each combination alike"
+)
 PROTOCOL = 2  # another number scores all rows again
 SCOPES = {
     "pooled": "all cells of the combinations that training has",

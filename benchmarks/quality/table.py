@@ -5,14 +5,15 @@ Reading order: Results, print_tables, to_json.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from rich.text import Text
 
 from benchmarks.quality import judge
-from benchmarks.quality.methods import METHODS
+from benchmarks.quality.methods import METHODS, ours
 from launch.bench.report import Report, Row
 
 COLUMNS = 8  # metrics side by side
@@ -42,15 +43,20 @@ class Results:
         return float(np.mean(values)) if values else None
 
     def best(self, scope: str, metric: str) -> list[str]:
-        """The methods nearest to the best end, controls aside; several where they tie."""
+        """The method whose mean is nearest to the best end, and those whose mean is no worse than its worst seed.
+        Controls are left aside."""
         losses: dict[str, float] = {}
         for method in self.scores:
             value = self.mean(method, scope, metric)
             loss = None if value is None else judge.loss_of(metric, value)
             if loss is not None and METHODS[method].kind != "control":
                 losses[method] = loss
-        least = min(losses.values(), default=None)
-        return [method for method, loss in losses.items() if loss == least]
+        if not losses:
+            return []
+        first = min(losses, key=lambda method: losses[method])
+        of_seeds = [judge.loss_of(metric, value) for value in self.values(first, scope, metric)]
+        limit = max([losses[first], *(loss for loss in of_seeds if loss is not None)])
+        return [method for method, loss in losses.items() if loss <= limit]
 
     def impossible(self, method: str) -> dict[str, list[str]]:
         """Why -> the combinations that the method has none of, for that reason."""
@@ -61,24 +67,28 @@ class Results:
 
 
 def print_tables(results: Results) -> None:
-    """A table for each scope, methods as rows; `*` marks the best method that is not a control."""
+    """A table for each scope, methods as rows: mean over seeds ± half their range. `*` marks the best method that is
+    not a control, and those within its range."""
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=220 if not Console().is_terminal else None)
+    # labels are no markup
+    console = Console(width=220 if not Console().is_terminal else None, highlight=False, markup=False, emoji=False)
+    console.print(f"protocol: {judge.TITLE}, {judge.MEANING}", soft_wrap=True)
+    console.print("numbers: mean over seeds ± half their range; * the best, and those within its range", soft_wrap=True)
     for scope, meaning in judge.SCOPES.items():
         metrics = results.metrics(scope)
         for start in range(0, len(metrics), COLUMNS):
             few = metrics[start : start + COLUMNS]
             best = {metric: results.best(scope, metric) for metric in few}
-            console.print(f"\n{scope.replace('_', ' ')}: {meaning}", highlight=False)
+            console.print(f"\n{scope.replace('_', ' ')}, protocol {judge.TITLE}: {meaning}")
             table = Table()
             table.add_column("method", no_wrap=True)
             for metric in few:
                 table.add_column(judge.title_of(metric), justify="right")
             for method in results.scores:
-                values = {metric: results.mean(method, scope, metric) for metric in few}
-                if any(value is not None for value in values.values()):
+                values = {metric: results.values(method, scope, metric) for metric in few}
+                if any(values.values()):
                     cells = [number(values[m], method in best[m]) for m in few]
                     table.add_row(method, *cells, style="dim" if METHODS[method].kind == "control" else "")
             console.print(table)
@@ -90,9 +100,11 @@ def print_tables(results: Results) -> None:
         costs = [f"{np.mean([row[key] for row in rows.values()]):.0f}" for key in COSTS]
         table.add_row(method, *costs, METHODS[method].title)
     console.print(table)
+    if any(METHODS[method].kind == "ours" for method in results.rows):
+        console.print(ours.NOTE, soft_wrap=True)
     for method in results.rows:
         for why, keys in results.impossible(method).items():
-            console.print(f"{method}, {named(keys)}: {why}", highlight=False, markup=False)
+            console.print(f"{method}, {named(keys)}: {why}", soft_wrap=True)
 
 
 def named(keys: list[str]) -> str:
@@ -100,9 +112,15 @@ def named(keys: list[str]) -> str:
     return " and ".join(keys) if len(keys) <= 2 else f"{len(keys)} combinations"
 
 
-def number(value: float | None, is_best: bool = False) -> str:
-    text = "" if value is None else f"{value:.4g}" if abs(value) >= 0.01 or value == 0 else f"{value:.5f}"
-    return f"[bold]{text} *[/bold]" if is_best else text
+def number(values: Sequence[float], is_best: bool = False) -> Text:
+    """Mean ± half the range, which one seed has not; bold with a star where it is among the best."""
+    if not values:
+        return Text("")
+    mean = float(np.mean(values))
+    text = f"{mean:.4g}" if abs(mean) >= 0.01 or mean == 0 else f"{mean:.5f}"
+    if len(values) > 1:
+        text += f" ± {(max(values) - min(values)) / 2:.2g}"
+    return Text(f"{text} *", "bold") if is_best else Text(text)
 
 
 def to_json(results: Results, settings: dict[str, Any], command: str) -> dict[str, Any]:

@@ -113,16 +113,33 @@ def relatives(train: Cells, labels: Sequence[str]) -> tuple[np.ndarray, list[str
     return np.flatnonzero(np.isin(train.types, related)), related
 
 
-def with_relatives(train: Cells, unseen: Mapping[str, tuple[str, ...]]) -> tuple[Cells, dict[str, list[str]]]:
-    """The training cells, and once more under each unseen combination's name (name -> labels) its relatives; and which
-    combinations these are of."""
-    rows, types, of = [np.arange(len(train))], [train.types], {}
+def with_relatives(
+    train: Cells, unseen: Mapping[str, tuple[str, ...]], wanted: Numbers, seed: int = 0
+) -> tuple[Cells, dict[str, list[str]]]:
+    """The training cells, some of them now under the names of unseen combinations (name -> labels): their relatives.
+    And which combinations these are of.
+
+    wanted: cells that each combination, seen or not, is drawn at. An unseen one gets four times as many, at most 2,000,
+        so that baselines have cells to choose from. As far as they go, these are cells that the seen combinations
+        do not need, each taken once: a cell that stood twice in a set would be its own neighbour. Where they don't, any
+        relatives are taken, and stand twice
+    """
+    rng, types, extra, of = np.random.default_rng([seed, 10]), train.types.astype(object), [], {}
+    spare = np.zeros(len(train), bool)
+    for name in train.numbers():
+        rows = rng.permutation(np.flatnonzero(train.types == name))
+        spare[rows[wanted.get(name, 0) :]] = True
     for name, labels in unseen.items():
         own, of[name] = relatives(train, labels)
-        rows.append(own)
-        types.append(np.full(len(own), name))
-    every = np.concatenate(rows)
-    return Cells(train.counts[every], np.concatenate(types), train.genes, train.name), of
+        most = min(4 * wanted.get(name, 1), 2_000)
+        free = rng.permutation(own[spare[own]])[:most]
+        spare[free], types[free] = False, name
+        if len(free) < wanted.get(name, 1):
+            rest = rng.permutation(np.setdiff1d(own, free))[: most - len(free)]
+            extra.append((rest, name))
+    rows = np.concatenate([np.arange(len(train)), *(rest for rest, _ in extra)])
+    every = np.concatenate([types, *(np.full(len(rest), name, object) for rest, name in extra)])
+    return Cells(train.counts[rows], every.astype(str), train.genes, train.name), of
 
 
 def shifted_controls(

@@ -9,12 +9,12 @@ of z is independent of that of x and y, so that neither covariance has a part of
 cells can't be this half: a model has learned their noise, so that y shares it, and copies of them would score above 1.
 Source: Wald 1940; Fuller 1987, section 1.4 (instrumental variables); Angrist & Krueger 1995 (the split sample).
 
-Reading order: the rank-sum test, changes of all cells and of parts of them, the slope.
+Reading order: the rank-sum test, changes of all cells and of parts of them, the variance of a sum, the slope.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -168,6 +168,25 @@ def parts_of(n: int) -> np.ndarray:
 HALVES, QUARTERS = parts_of(N_BLOCKS // 2), parts_of(N_BLOCKS // 4)
 
 
+# --- the variance of a sum -----------------------------------------------------------------------------------------
+
+
+def variance_of_sum(
+    replicates_NS: np.ndarray, weights: Sequence[float] | np.ndarray, groups: Sequence[Hashable]
+) -> float:
+    """The variance of the weighted sum of N contrasts, from S replicates of each by the delete-half jackknife.
+
+    The contrasts of a group share their control cells, so that their errors are correlated. Replicate s of all of them
+    must leave out the same control cells: they are summed within each replicate. Groups share no cells, and their
+    variances add up.
+    Source: Shao & Wu 1989, deleting half, where the factor is 1.
+    """
+    number = {group: k for k, group in enumerate(dict.fromkeys(groups))}
+    sums_GS = np.zeros((len(number), replicates_NS.shape[1]))
+    np.add.at(sums_GS, [number[group] for group in groups], np.multiply(replicates_NS.T, weights).T)
+    return float(sums_GS.var(1).sum())
+
+
 # --- the slope -----------------------------------------------------------------------------------------------------
 
 
@@ -190,7 +209,7 @@ class Covariances:
 
     generated, real: of generated cells' changes, and of those in the other half
     train: of training cells' changes; None where they have too few
-    replicates_2S: generated and real once more, each time from half of the generated and of the test cells
+    replicates_2S: generated and real again, each time from half of the generated and of the test cells
     """
 
     generated: float
@@ -199,12 +218,13 @@ class Covariances:
     replicates_2S: np.ndarray
 
     @classmethod
-    def of(cls, test: Pair, generated: Pair, train: Pair | None, rng: np.random.Generator) -> Covariances:
+    def of(cls, test: Pair, generated: Pair, train: Pair | None, halves_SK: np.ndarray) -> Covariances:
+        """halves_SK: HALVES in any order. Replicate s has half s of the test cells and this one of generated cells."""
         of_half, of_quarter = instruments(test, HALVES), instruments(test, QUARTERS)
         real = of_half.multiply(test.changes(1 - HALVES)).sum() / len(HALVES)
         y, x = (None if p is None else float((of_half @ p.change).mean()) for p in (generated, train))
         assert y is not None
-        with_y = of_quarter @ generated.changes(rng.permutation(HALVES)).T
+        with_y = of_quarter @ generated.changes(halves_SK).T
         with_x = of_quarter @ test.changes(QUARTERS).T
         replicates = np.empty((2, len(HALVES)))
         for s, half in enumerate(HALVES):  # is a quarter and another one, in 6 ways
@@ -234,20 +254,21 @@ class Score:
         return out
 
 
-def slope(covariances: Sequence[Covariances], weights: Sequence[float]) -> Score:
+def slope(covariances: Sequence[Covariances], weights: Sequence[float], groups: Sequence[Hashable]) -> Score:
     """The ratio of the weighted sums of covariances, generated over real; 1 is right. Its error is that of numerator
-    less ratio times denominator, over the denominator, by the delete-half jackknife over cells of both sides.
+    less ratio times denominator, over the denominator, by `variance_of_sum` over cells of both sides.
+
+    groups: of each contrast; those of one group share their control cells
 
     None where no response of real cells is told from noise: the denominator is within two standard deviations of 0.
-    Source: Shao & Wu 1989, deleting half, where the factor is 1.
     """
     w = np.asarray(weights, float)
-    y, x = (np.array([c.replicates_2S[k] for c in covariances]) for k in (0, 1))
+    y_NS, x_NS = (np.array([c.replicates_2S[k] for c in covariances]) for k in (0, 1))
     with_real = float(w @ [c.real for c in covariances])
-    if min(with_real, size := float(w @ x.mean(1))) <= 2 * np.sqrt(w**2 @ x.var(1)):
+    if min(with_real, size := float(w @ x_NS.mean(1))) <= 2 * np.sqrt(variance_of_sum(x_NS, w, groups)):
         return Score(None, None)
     value = float(w @ [c.generated for c in covariances]) / with_real
-    error = float(np.sqrt(w**2 @ (y - value * x).var(1))) / size
+    error = float(np.sqrt(variance_of_sum(y_NS - value * x_NS, w, groups))) / size
     trained = [(c.train, c.real, weight) for c, weight in zip(covariances, w, strict=True) if c.train is not None]
     base = sum(real * weight for _, real, weight in trained)
     of_train = sum(train * weight for train, _, weight in trained)

@@ -12,10 +12,19 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
+from scipy.spatial.distance import pdist
 
 from scldm.errors import InputError
 from scldm.evaluate import baselines, markers
-from scldm.evaluate.cells import NO_TYPE, Cells, common_genes, matched_numbers, scored_combinations, with_genes
+from scldm.evaluate.cells import (
+    NO_TYPE,
+    Cells,
+    common_genes,
+    matched_numbers,
+    names,
+    scored_combinations,
+    with_genes,
+)
 from scldm.evaluate.genes import gene_moments
 from scldm.evaluate.intervals import IntervalConfig
 from scldm.evaluate.map_of_cells import cell_map
@@ -29,7 +38,8 @@ from scldm.evaluate.space import Profile, Space, log_normalise
 from scldm.evaluate.verdict import summary, verdict
 from scldm.progress import Progress
 
-N_EXPENSIVE = 2  # draws of floor and baselines for which exact transport and the forest are computed
+LEAST_CELLS = 8  # of a group: a half of them still has a covariance
+N_EXPENSIVE = 3  # draws of floor and baselines for which the forest is grown
 
 
 @dataclass(frozen=True)
@@ -37,30 +47,31 @@ class EvaluateConfig:
     """How generated cells are judged.
 
     seed: of every random draw: floor, baselines, subsamples, UMAP
-    n_draws: how often the floor and each baseline are drawn. Tables give their mean and standard deviation. Exact
-        transport and the forest take the first 2
+    n_draws: how often the floor and each baseline are drawn. Tables give their mean and standard deviation. The
+        classifier takes the first 3
     min_cells: combinations and labels with at least this many compared cells are scored one by one; all cells at once
         need as many
     max_combinations: at most so many are scored one by one, the largest
     max_cells: scores that compare every cell with every other take at most so many cells a side
     max_group_cells: of a combination or label, at most so many
-    max_drawn_cells: floor and baselines are drawn, and compared with test cells, at most so many at a time
+    max_drawn_cells: of floor and each baseline at most so many cells are drawn in all draws together, in no fewer than
+        3 draws
     max_real_cells: of each split at most so many cells are taken, a seeded draw that has the combinations in the shares
         at which they are compared: 100,000 cells of 3,000 expressed genes take 2.4 GB
     """
 
     seed: int = 0
-    n_draws: int = 5
+    n_draws: int = 10
     min_cells: int = 20
     max_combinations: int = 100
     max_cells: int = 2_000
     max_group_cells: int = 500
-    max_drawn_cells: int = 20_000
+    max_drawn_cells: int = 200_000
     max_real_cells: int = 100_000
     intervals: IntervalConfig = field(default_factory=IntervalConfig)
 
     def __post_init__(self) -> None:
-        least = {"n_draws": 2, "min_cells": 3, "max_combinations": 0, "max_cells": 100, "max_group_cells": 20}
+        least = {"n_draws": 2, "min_cells": LEAST_CELLS, "max_combinations": 0, "max_cells": 100, "max_group_cells": 20}
         least |= {"max_drawn_cells": 1_000, "max_real_cells": 1_000}
         for key, value in least.items():
             if getattr(self, key) < value:
@@ -125,6 +136,8 @@ def compare(
         "generated": generated.select(baselines.rows_per_type(generated.types, sides.numbers, rng(1))),
     }
     profiles = {name: Profile.of(cells.counts, cells.types, space) for name, cells in judged.items()}
+    alike = copies_in(profiles["real"], sides.levels)
+    sides = replace(sides, levels=sides.levels.without(alike), not_scored=[*sides.not_scored, *alike])
     scorer = _Scorer(profiles["real"], space, sides.levels, chosen, config)
     found = scorer.all_of(sides, train, profiles["generated"], control)
 
@@ -151,9 +164,13 @@ def compare(
         "not_scored": sides.not_scored,
         "pooled_only": sides.pooled_only,
         **found,
-        **_memorisation(train, profiles, space, config),
+        **_memorisation(train, profiles, space, config, alike),
         "response": _responses(train, test, generated, control, config),
-        "parts": {name: scorer.part(part, genes, sides, rng(4)) for name, part in (parts or {}).items()},
+        "parts": {
+            name: found
+            for name, part in (parts or {}).items()
+            if (found := scorer.part(part, genes, sides, profiles["generated"], rng(4)))
+        },
         "genes": {"ids": [genes[k] for k in _columns(space, genes)], **{n: _moments(p) for n, p in profiles.items()}},
         "map": cell_map(profiles, {name: cells.labels for name, cells in judged.items()}, config.seed),
         **(_markers(train, judged, genes) if NO_TYPE not in sides.numbers else {}),
@@ -207,7 +224,8 @@ class _Sides:
     def of(cls, train: Cells, test: Cells, generated: Cells, config: EvaluateConfig) -> _Sides:
         combinations, seen = test.combinations(), set(train.numbers())
         unseen = {t: labels for t, labels in combinations.items() if t not in seen}
-        pool, relatives = baselines.with_relatives(train, unseen) if len(train) else (train, {})
+        wanted = {t: min(n, generated.numbers().get(t, 0)) for t, n in test.numbers().items()}
+        pool, relatives = baselines.with_relatives(train, unseen, wanted, config.seed) if len(train) else (train, {})
         numbers = matched_numbers(pool, test, generated)
         scored, not_scored, why = scored_combinations(numbers, config.min_cells, config.max_combinations)
         labels = scored_labels(list(test.labels), combinations, numbers, config.min_cells)
@@ -255,10 +273,8 @@ class _Scorer:
         if NO_TYPE in sides.numbers:
             del ways["c"]  # there are no labels to shuffle
         draws: dict[str, list[Scores]] = {}
-        numbers = fewer(sides.numbers, config.max_drawn_cells, config.max_group_cells)
-        real = self.real.select(baselines.rows_per_type(self.real.types, numbers, rng(9)))
-        drawn = self if numbers == sides.numbers else replace(self, real=real)
-        with Progress("evaluate", 2 + len(ways) * config.n_draws, "comparisons") as bar:
+        n_draws = min(config.n_draws, max(3, config.max_drawn_cells // len(generated)))
+        with Progress("evaluate", 2 + len(ways) * n_draws, "comparisons") as bar:
             mine = self.scores(generated)
             bar.advance()
             errors = errors_of(
@@ -267,10 +283,10 @@ class _Scorer:
             bar.advance()
             for k, (name, draw) in enumerate(ways.items()):
                 draws[name] = []
-                for j in range(config.n_draws):
-                    counts, types = draw(sides.pool.counts, sides.pool.types, numbers, rng(2, k, j))
+                for j in range(n_draws):
+                    counts, types = draw(sides.pool.counts, sides.pool.types, sides.numbers, rng(2, k, j))
                     profile = Profile.of(counts, types, self.space)
-                    draws[name].append(drawn.scores(profile, None if j < N_EXPENSIVE else CHEAP))
+                    draws[name].append(self.scores(profile, None if j < N_EXPENSIVE else CHEAP))
                     bar.advance(note=name)
         shifted = {t: self._shifted(train, t, sides, control) for t in sides.relatives}
 
@@ -306,32 +322,62 @@ class _Scorer:
             out.append(score(test, other, config.max_group_cells, config.seed))
         return out
 
-    def part(self, part: Part, genes: tuple[str, ...], sides: _Sides, rng: np.random.Generator) -> dict:
-        """Scores of a part, as many cells of each combination as it has and as are compared."""
+    def part(
+        self, part: Part, genes: tuple[str, ...], sides: _Sides, generated: Profile, rng: np.random.Generator
+    ) -> dict:
+        """Scores of a part; `generated` and `floor`: those of generated and training cells at the same numbers. Of each
+        combination as many cells as there are of all, at most `max_group_cells`; where they are too few to be scored,
+        it is left out. Empty where all together are too few.
+
+        Raises: InputError where the part lacks genes that are compared.
+        """
+        if lacking := set(genes) - set(part.cells.genes):
+            raise InputError(
+                f"{part.cells.name} has {len(genes) - len(lacking):,} of the {len(genes):,} genes that are compared, "
+                f"and lacks {sorted(lacking)[0]!r}; give the model that generated the cells, or leave model out"
+            )
+        there = part.cells.numbers()
+        numbers = {t: min(n, there.get(t, 0), self.config.max_group_cells) for t, n in sides.numbers.items()}
+        if sum(numbers.values()) < self.config.min_cells:
+            return {}
+        small = [t for t, n in numbers.items() if n < self.config.min_cells]
+        few = replace(self, real=_drawn(self.real, numbers, rng), levels=self.levels.without(small))
         cells = with_genes(part.cells, genes)
-        there = cells.numbers()
-        numbers = {t: min(n, there.get(t, 0)) for t, n in sides.numbers.items()}
         cells = cells.select(baselines.rows_per_type(cells.types, numbers, rng))
-        profile = Profile.of(cells.counts, cells.types, self.space)
-        missing = [t for t, n in numbers.items() if not n]
-        real = self.real.select(np.flatnonzero(~np.isin(self.real.types, missing)))
-        scores = replace(self, real=real, levels=self.levels.without(missing)).scores(profile)
-        sections = {"pooled": scores.pooled} | ({"per_combination": scores.mean[""]} if "" in scores.mean else {})
-        values = {name: {m: v for m, v in of.items() if math.isfinite(v)} for name, of in sections.items()}
-        return {"title": part.title, "meaning": part.meaning, "n_cells": len(cells), **values}
+        drawn = [baselines.floor_cells(sides.pool.counts, sides.pool.types, numbers, rng) for _ in range(N_EXPENSIVE)]
+        floors = [_sections(few.scores(Profile.of(*of, self.space), CHEAP)) for of in drawn]
+        mean = {k: {m: float(np.mean([f[k][m] for f in floors])) for m in of} for k, of in floors[0].items()}
+        out = {"title": part.title, "meaning": part.meaning, "n_cells": len(cells)}
+        out |= _sections(few.scores(Profile.of(cells.counts, cells.types, self.space)))
+        return out | {"generated": _sections(few.scores(_drawn(generated, numbers, rng), CHEAP)), "floor": mean}
 
 
-def fewer(numbers: Mapping[str, int], most: int, least: int) -> dict[str, int]:
-    """Cells per combination, in the same shares, where all together are more than `most`. Of each at least `least`, or
-    what there is."""
-    total = sum(numbers.values())
-    return {t: n if total <= most else max(min(n, least), n * most // total) for t, n in numbers.items()}
+def _drawn(profile: Profile, numbers: Mapping[str, int], rng: np.random.Generator) -> Profile:
+    return profile.select(baselines.rows_per_type(profile.types, numbers, rng))
+
+
+def _sections(scores: Scores) -> dict[str, dict[str, float]]:
+    of = {"pooled": scores.pooled} | ({"per_combination": scores.mean[""]} if "" in scores.mean else {})
+    return {name: {m: v for m, v in values.items() if math.isfinite(v)} for name, values in of.items()}
 
 
 # --- memorisation, responses ---------------------------------------------------------------------------------------
 
 
-def _memorisation(train: Cells, profiles: Mapping[str, Profile], space: Space, config: EvaluateConfig) -> dict:
+def copies_in(real: Profile, levels: Levels) -> list[str]:
+    """The combinations of whose test cells half of the pairs or more coincide, as cells without counts do: they have no
+    distances to judge by."""
+    out = []
+    for t in levels.combinations:
+        of = real.of_type(t).components[: levels.max_cells]
+        if np.median(pdist(of, "sqeuclidean")) == 0:
+            out.append(t)
+    return out
+
+
+def _memorisation(
+    train: Cells, profiles: Mapping[str, Profile], space: Space, config: EvaluateConfig, alike: list[str]
+) -> dict:
     """memorisation: metric -> score and standard error, at equal numbers of held-out and generated cells; empty where
     it can't be told, and `notes` says why."""
     trained = Profile.of(train.counts, train.types, space)
@@ -339,13 +385,14 @@ def _memorisation(train: Cells, profiles: Mapping[str, Profile], space: Space, c
     n = min(config.max_cells, len(real))
     held_out = nearness(trained, real, n, config.seed)
     made = nearness(trained, generated, n, config.seed, real)
+    notes = [f"Not scored one by one, as most of their test cells are alike: {names(alike)}."] if alike else []
     try:
         values = memorisation_scores(held_out, made)
         errors = memorisation_errors(held_out, made, config.seed, config.intervals.n_parts)
     except InputError as error:
-        return {"memorisation": {}, "notes": [f"{error}."]}
+        return {"memorisation": {}, "notes": [*notes, f"{error}."]}
     rows = {name: {"score": v, "error": _finite(errors[name])} for name, v in values.items() if math.isfinite(v)}
-    return {"memorisation": rows, "notes": []}
+    return {"memorisation": rows, "notes": notes}
 
 
 def _responses(train: Cells, test: Cells, generated: Cells, control: Mapping[str, str], config: EvaluateConfig) -> dict:

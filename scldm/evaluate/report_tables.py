@@ -140,11 +140,16 @@ def parts_table(e: dict) -> Table:
 
     def cells(name: str) -> list[Cell]:
         row, found = e[section][name], [part[section].get(name) for part in parts.values()]
-        digits = digits_of(row["score"], row["floor"]["mean"], *(v for v in found if v is not None))
-        (generated, reach), *_ = [(number(row["score"], digits), row_texts(row)[0][1])]
-        of = [Cell(DASH) if v is None else Cell(number(v, digits), value=v) for v in found]
-        floor = Cell(number(row["floor"]["mean"], digits), value=row["floor"]["mean"])
-        return [Cell(METRICS[name].title), floor, *of, _with_reach(generated, reach, row["score"], "generated")]
+        floor, generated, reach = row["floor"]["mean"], row["score"], row_texts(row)[0][1]
+        if (few := next(iter(parts.values())))["n_cells"] < e["cells"]["compared"]:  # at the parts' numbers
+            floor, generated, reach = few["floor"][section].get(name), few["generated"][section].get(name), ""
+        values = [floor, *found, generated]
+        digits = digits_of(*(v for v in values if v is not None))
+        of = [Cell(DASH) if v is None else Cell(number(v, digits), value=v) for v in values[:-1]]
+        last = (
+            Cell(DASH) if generated is None else _with_reach(number(generated, digits), reach, generated, "generated")
+        )
+        return [Cell(METRICS[name].title), *of, last]
 
     return Table([heads], [("", [cells(m) for m in main]), ("further scores", [cells(m) for m in further])])
 

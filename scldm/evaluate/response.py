@@ -16,7 +16,7 @@ import numpy as np
 
 from scldm.errors import InputError
 from scldm.evaluate.cells import Cells
-from scldm.evaluate.changes import HALVES, N_BLOCKS, Blocks, Covariances, Pair, Score, slope
+from scldm.evaluate.changes import HALVES, N_BLOCKS, Blocks, Covariances, Pair, Score, slope, variance_of_sum
 from scldm.evaluate.genes import pearson
 
 TOP = (20, 50, 100)
@@ -26,16 +26,21 @@ FIGURE_GENES = 500
 # --- the reference label -------------------------------------------------------------------------------------------
 
 CONTROL_WORDS = (
-    *("control", "controls", "ctrl", "ctl", "vehicle", "dmso", "pbs", "mock", "untreated", "unstimulated", "unstim"),
+    *("control", "controls", "ctrl", "vehicle", "dmso", "pbs", "mock", "untreated", "unstimulated", "unstim"),
     *("unperturbed", "nontargeting", "non targeting"),
 )
+CONTROL_LABELS = ("ctl",)  # a control only as the whole label: "CD4 CTL" is a cytotoxic T lymphocyte
 
 
 def guess_control(labels: Sequence[str]) -> str | None:
-    """The label that holds one of the usual names of a reference as a whole word, in any case; None where not exactly
-    one does."""
-    words = [f" {' '.join(re.findall(r'[a-z0-9]+', label.casefold()))} " for label in labels]
-    found = [label for label, text in zip(labels, words) if any(f" {word} " in text for word in CONTROL_WORDS)]
+    """The label that holds one of the usual names of a reference as a whole word, or is `ctl`, in any case. None where
+    not exactly one does."""
+    words = [" ".join(re.findall(r"[a-z0-9]+", label.casefold())) for label in labels]
+    found = [
+        label
+        for label, text in zip(labels, words, strict=True)
+        if text in CONTROL_LABELS or any(f" {word} " in f" {text} " for word in CONTROL_WORDS)
+    ]
     return found[0] if len(set(found)) == 1 else None
 
 
@@ -85,6 +90,7 @@ class Contrast:
     n_cells: test, generated, train -> their treated and control cells
     of_halves: training cells have too few, so that ceilings are those of the test cells' halves
     covariances: what the slope is made of
+    r_S: r again, each time from half of the generated and of the test cells
     scores: slope, and those of `agreement`, each with its ceiling
     genes: for a figure: those of the largest |z| in test cells, and others drawn evenly, with their changes
     """
@@ -96,6 +102,7 @@ class Contrast:
     n_cells: dict[str, tuple[int, int]]
     of_halves: bool
     covariances: Covariances
+    r_S: np.ndarray
     scores: dict[str, Score]
     genes: dict[str, list]
 
@@ -104,21 +111,20 @@ class Contrast:
         return sum(self.n_cells["test"])
 
     def as_json(self) -> dict:
-        """Everything but the covariances."""
+        """Everything but the covariances and replicates."""
         out = {name: getattr(self, name) for name in ("group", "condition", "control", "other", "of_halves", "genes")}
         out["n_cells"] = cells_json(self.n_cells)
         return out | {"scores": {name: score.as_json() for name, score in self.scores.items()}}
 
 
 def contrast_scores(
-    test: Pair, generated: Pair, train: Pair | None, covariances: Covariances, rng: np.random.Generator
+    test: Pair, generated: Pair, train: Pair | None, covariances: Covariances, r_S: np.ndarray
 ) -> dict[str, Score]:
     """slope and `agreement`, with ceilings; the error of r by the delete-half jackknife, as that of the slope."""
-    draws = zip(test.changes(HALVES), generated.changes(rng.permutation(HALVES)), strict=True)
-    errors = {"r": float(np.std([pearson(x, y) for x, y in draws]))}
+    errors = {"r": float(r_S.std())}
     made, real = agreement(test, generated), ceilings(test, train)
     scores = {name: Score(value, real.get(name), errors.get(name)) for name, value in made.items()}
-    return {"slope": slope([covariances], [1.0]), **scores}
+    return {"slope": slope([covariances], [1.0], [()]), **scores}
 
 
 def figure_genes(genes: Sequence[str], of: Mapping[str, Pair]) -> dict[str, list]:
@@ -166,19 +172,20 @@ class Response:
 
 
 def pooled(contrasts: Sequence[Contrast]) -> dict[str, Score]:
-    """Empty without contrasts."""
+    """slope and `agreement` of all contrasts together. The errors know which contrasts share their control cells.
+    Empty without contrasts."""
     if not contrasts:
         return {}
-    out = {"slope": slope([c.covariances for c in contrasts], [c.weight for c in contrasts])}
+    w, groups = [c.weight for c in contrasts], [tuple(c.group.items()) for c in contrasts]
+    out = {"slope": slope([c.covariances for c in contrasts], w, groups)}
+    errors = {"r": float(np.sqrt(variance_of_sum(np.array([c.r_S for c in contrasts]), w, groups))) / sum(w)}
     for name in contrasts[0].scores:
         if name != "slope":
-            w, scores = [c.weight for c in contrasts], [c.scores[name] for c in contrasts]
+            scores = [c.scores[name] for c in contrasts]
             value, ceiling = (
                 float(np.average([getattr(s, n) for s in scores], weights=w)) for n in ("value", "ceiling")
             )
-            errors = [s.error for s in scores if s.error is not None]
-            error = float(np.linalg.norm(np.multiply(w, errors)) / sum(w)) if errors else None
-            out[name] = Score(value, ceiling, error)
+            out[name] = Score(value, ceiling, errors.get(name))
     return out
 
 
@@ -215,6 +222,7 @@ def response(
         rows = {x: {s: rows_with(source, group | {condition: x}) for s, source in sources.items()} for x in labels}
         n = {x: {s: len(of_label[s]) for s in sources} for x, of_label in rows.items()}
         blocks = {x: _blocks(sources, of_label, least, rng) for x, of_label in rows.items() if n[x]["test"]}
+        halves_SK = rng.permutation(HALVES)  # one order for the group: its contrasts have the same control cells
         for other in (x for x in blocks if x != control):
             about = {"group": group, "condition": condition, "control": control, "other": other}
             numbers = {s: (n[other][s], n[control][s]) for s in sources}
@@ -222,7 +230,7 @@ def response(
                 left_out.append(about | {"n_cells": cells_json(numbers)})
                 continue
             of = {s: Pair(blocks[other][s], blocks[control][s]) for s in sources if min(numbers[s]) >= least}
-            contrasts.append(_contrast(about, numbers, test.genes, of, rng))
+            contrasts.append(_contrast(about, numbers, test.genes, of, halves_SK))
     return Response(condition, control, contrasts, pooled(contrasts), left_out, least)
 
 
@@ -241,14 +249,20 @@ def _blocks(
 
 
 def _contrast(
-    about: dict, numbers: dict, genes: Sequence[str], of: Mapping[str, Pair], rng: np.random.Generator
+    about: dict, numbers: dict, genes: Sequence[str], of: Mapping[str, Pair], halves_SK: np.ndarray
 ) -> Contrast:
+    """halves_SK: HALVES in the group's order, of the generated cells that go with each half of the test cells."""
     test, generated, train = of["test"], of["generated"], of.get("train")
-    covariances = Covariances.of(test, generated, train, rng)
-    scores = contrast_scores(test, generated, train, covariances, rng)
-    shown = figure_genes(genes, of)
+    covariances = Covariances.of(test, generated, train, halves_SK)
+    r_S = np.array([pearson(x, y) for x, y in zip(test.changes(HALVES), generated.changes(halves_SK), strict=True)])
     return Contrast(
-        **about, n_cells=numbers, of_halves=train is None, covariances=covariances, scores=scores, genes=shown
+        **about,
+        n_cells=numbers,
+        of_halves=train is None,
+        covariances=covariances,
+        r_S=r_S,
+        scores=contrast_scores(test, generated, train, covariances, r_S),
+        genes=figure_genes(genes, of),
     )
 
 

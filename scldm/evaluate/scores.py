@@ -151,8 +151,8 @@ def table(
     as_floor: Collection[str] = (),
 ) -> dict:
     """metric -> score, its standard error, floor and baselines (mean and standard deviation over the draws), and per
-    baseline `normalised` = (score - floor) / (baseline - floor), 0 as good as real training cells and 1 as poor as the
-    baseline, and `beats`.
+    baseline `normalised`, how much worse than the floor the score is, as a share of how much worse the baseline is
+    (Metric.beyond): 0 as good as real training cells and 1 as poor as the baseline; and `beats`.
 
     Both are None where the metric does not find the baseline worse than the floor: by less than three standard errors
     of the difference of their means, or where the baseline is the floor by construction (`as_floor`). Expensive metrics
@@ -171,14 +171,14 @@ def table(
         row |= {"baselines": {}, "normalised": {}, "beats": {}}
         for key, draws in baselines.items():
             baseline = _summary([d[name] for d in draws if name in d])
-            gap = baseline["mean"] - base["mean"]
+            gap, beyond = baseline["mean"] - base["mean"], metric.beyond(baseline["mean"], base["mean"])
             n = min(len(base["draws"]), len(baseline["draws"]))
-            told_apart = key not in as_floor and metric.loss(baseline["mean"]) > metric.loss(base["mean"])
+            told_apart = key not in as_floor and beyond > 0
             told_apart &= bool(abs(gap) > 3 * np.hypot(base["sd"], baseline["sd"]) / np.sqrt(n))
             row["baselines"][key] = baseline
-            row["normalised"][key] = (value - base["mean"]) / gap if told_apart else None
-            beats = bool(metric.loss(value) < metric.loss(baseline["mean"]))
-            row["beats"][key] = beats if told_apart else None
+            own = metric.beyond(value, base["mean"])
+            row["normalised"][key] = own / beyond if told_apart else None
+            row["beats"][key] = bool(own < beyond) if told_apart else None
         out[name] = row
     return out
 

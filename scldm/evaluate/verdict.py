@@ -7,9 +7,9 @@ Reading order: counts for the headline, the sentence, which part limits.
 
 from __future__ import annotations
 
-from typing import Any
+import numpy as np
 
-from scldm.evaluate.metrics import METRICS
+from scldm.evaluate.metrics import METRICS, Metric
 
 REACH = 1.96  # standard errors of a 95 % interval
 COPIES = 0.6  # share of cells that are closer to training than to held-out cells above which cells count as repeated
@@ -33,17 +33,23 @@ def summary(evaluation: dict) -> dict:
     beats = {key: [row["beats"].get(key) for t in tables for row in t.values()] for key in keys}
     judged = {key: [b for b in of if b is not None] for key, of in beats.items()}
     rows = [(METRICS[name], row) for t in tables for name, row in t.items()]
-    like = [reaches_floor(metric.loss, row) for metric, row in rows if row["error"] is not None]
+    like = [reaches_floor(metric, row) for metric, row in rows if row["error"] is not None]
     return {
         "baselines": {key: {"closer": sum(of), "judged": len(of)} for key, of in judged.items() if of},
         "like_real": {"reached": sum(like), "judged": len(like)},
     }
 
 
-def reaches_floor(loss: Any, row: dict) -> bool:
-    """Whether the best end of a score's 95 % interval is at least as good as the floor's mean."""
-    ends = (row["score"] - REACH * row["error"], row["score"], row["score"] + REACH * row["error"])
-    return bool(min(map(loss, ends)) <= loss(row["floor"]["mean"]))
+def reaches_floor(metric: Metric, row: dict) -> bool:
+    """Whether some value of a score's 95 % interval is at least as good as the floor's mean. Of a score that depends on
+    the number of cells, whether the floor's mean lies within the interval, which counts the floor's own spread."""
+    score, floor = row["score"], row["floor"]
+    if metric.of_size:
+        return bool(abs(score - floor["mean"]) <= REACH * np.hypot(row["error"], floor["sd"]))
+    low, high = score - REACH * row["error"], score + REACH * row["error"]
+    ideal = {"half": 0.5, "one": 1.0}.get(metric.best)
+    ends = [low, high] if ideal is None else [low, high, float(np.clip(ideal, low, high))]
+    return min(metric.loss(value) for value in ends) <= metric.loss(floor["mean"])
 
 
 # --- the sentence --------------------------------------------------------------------------------------------------
@@ -70,13 +76,21 @@ def verdict(evaluation: dict) -> dict[str, str]:
     counts = evaluation["summary"]
     reached, judged = counts["like_real"]["reached"], counts["like_real"]["judged"]
     closer = {k: (v["closer"], v["judged"]) for k, v in counts["baselines"].items()}
-    share = min((n / m for n, m in closer.values()), default=1.0)
     told = f"{reached} of {judged} scores reach real training cells within their intervals"
-    if judged and reached >= 0.9 * judged:
-        return {"says": f"Generated cells can hardly be told from real ones: {told}.", "next": "Use them."}
-    if share < 0.5:
-        key, (n, m) = min(closer.items(), key=lambda item: item[1][0] / item[1][1])
+    if not closer:
+        return {
+            "says": f"There are too few cells to tell even the baselines from real cells; {told}.",
+            "next": "Give more test cells, and generate as many.",
+        }
+    key, (n, m) = min(closer.items(), key=lambda item: item[1][0] / item[1][1])
+    if n < 0.5 * m:
         says = f"The model loses to a baseline: only {n} of {m} scores are closer to real cells than ({key})"
+    elif reached >= 0.9 * judged and n >= 0.9 * m:
+        says = "Generated cells can hardly be told from real ones"
+        return {
+            "says": f"{says}; {told}.",
+            "next": "Look at the smallest groups and at the responses before using them.",
+        }
     else:
         says = "The model beats the baselines on most scores"
     return {"says": f"{says}; {told}.", "next": what_limits(evaluation)}
@@ -103,24 +117,25 @@ def _slope(response: dict) -> dict[str, float] | None:
 
 def what_limits(evaluation: dict) -> str:
     """From cells that were encoded and decoded again: how much of what generated cells lack do they lack too? It is the
-    median over MMD2, W2 and FD of (part - floor) / (generated - floor). Training cells are taken where they are there:
-    reconstructed test cells lie nearer to the test cells than others do, as they are made of the same ones."""
+    median over MMD2, W2 and FD of (part - floor) / (generated - floor), all at equal numbers of cells. Training cells
+    are taken where they are there: reconstructed test cells lie nearer to the test cells than others do, as they are
+    made of the same ones."""
     part = evaluation["parts"].get("from_training") or evaluation["parts"].get("reconstructed")
     if part is None:
         return "Give model=FOLDER to learn whether the autoencoder or the diffusion model limits."
-    section = "per_combination" if "per_combination" in evaluation and "per_combination" in part else "pooled"
-    rows, of_part = evaluation[section], part[section]
-    lacking = {m: rows[m]["score"] - rows[m]["floor"]["mean"] for m in DISTANCES}
-    shares = sorted((of_part[m] - rows[m]["floor"]["mean"]) / gap for m, gap in lacking.items() if gap > 0)
+    section = "per_combination" if "per_combination" in part else "pooled"
+    floor, generated, own = part["floor"][section], part["generated"][section], part[section]
+    lacking = {m: generated[m] - floor[m] for m in DISTANCES}
+    shares = sorted((own[m] - floor[m]) / gap for m, gap in lacking.items() if gap > 0)
     if not shares:
         return "No distance is above the floor: look at the gene-level scores."
     share = shares[len(shares) // 2]
     if share >= 0.5:
         return (
-            f"Reconstruction limits: cells that were only encoded and decoded lack {min(share, 1):.0%} of what "
-            "generated cells lack. Train the autoencoder longer, give it more genes, or take a larger one."
+            f"Reconstruction limits: encoding and decoding alone explains {min(share, 1):.0%} of the distance to real "
+            "cells. Train the autoencoder longer, give it more genes, or take a larger one."
         )
     return (
-        f"The diffusion model limits: cells that were only encoded and decoded lack {max(share, 0):.0%} of what "
-        "generated cells lack. Train stage 2 longer, or take a larger one."
+        f"The diffusion model limits: encoding and decoding alone explains {max(share, 0):.0%} of the distance to real "
+        "cells. Train stage 2 longer, or take a larger one."
     )

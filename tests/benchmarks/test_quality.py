@@ -24,9 +24,11 @@ from benchmarks.quality.cells import (
     stratified,
 )
 from benchmarks.quality.config import QualityConfig
+from benchmarks.quality.figure import draw
 from benchmarks.quality.judge import JudgeConfig, judge
 from benchmarks.quality.methods import METHODS, gaussian, naive
 from benchmarks.quality.methods.flow import Latents, train_flow
+from benchmarks.quality.table import Results, number, print_tables
 from benchmarks.quality.work import Made, Place, labels_frame, run_row, trained_once
 from scldm.errors import InputError
 from scldm.evaluate.baselines import shuffled_types
@@ -196,6 +198,9 @@ def test_the_command_makes_what_is_missing_and_judges_again_when_asked(
     saved = json.loads((tmp_path / "saved.json").read_text())
     assert saved["command"] == "python -m benchmarks.quality h5ad=made.h5ad out=runs/q"
     assert h5ad not in (tmp_path / "saved.json").read_text()
+    settings = saved["settings"]
+    assert settings["protocol"].startswith("quality benchmark: 30 principal components of the validation cells")
+    assert [settings[key] for key in ("n_components", "min_cells", "max_cells")] == [30, N_OF_EACH, 2_000]
     names = {row["name"]: row["value"] for row in saved["rows"]}
     assert names["poisson_mean: W2, pooled"] > names["training_cells: W2, pooled"]
     scores = json.loads((tmp_path / "out/poisson_mean-0/scores.json").read_text())["scores"]
@@ -302,6 +307,39 @@ def test_this_project_trains_within_its_time_and_gives_its_parts(held_out: Task,
         assert row["ldm_steps"] >= 20
         assert (UNSEEN in row["impossible"]) is (name in ("ours_from_training_latents", "ours_gaussian"))
         assert tuple(made.var_names) == held_out.genes
+
+
+# --- the table ---------------------------------------------------------------------------------------------------
+
+
+def results_of(w2: dict[str, list[float]], unseen: str = "a") -> Results:
+    scores = {m: {k: {"pooled": {"w2": v}} for k, v in enumerate(values)} for m, values in w2.items()}
+    row = {"impossible": {unseen: "why"}, "train_cpu_s": 1.0, "draw_cpu_s": 1.0}
+    return Results(scores, {m: dict.fromkeys(of, row) for m, of in scores.items()})
+
+
+def test_all_methods_within_the_range_of_the_best_one_are_starred():
+    w2 = {"training_cells": [1.0, 1.0], "ours": [2.0, 4.0], "mlp_flow": [3.9, 3.9], "poisson_mean": [3.0, 5.4]}
+    assert results_of(w2).best("pooled", "w2") == ["ours", "mlp_flow"]  # 4.2 is beyond 4; a control has no star
+    assert results_of({m: v[:1] for m, v in w2.items()}).best("pooled", "w2") == ["ours"]
+    assert number([2.0, 4.0], True).plain == "3 ± 1 *"
+    assert (number([2.0]).plain, number([]).plain) == ("2", "")
+
+
+def test_labels_are_shown_as_text_and_every_table_names_its_protocol(capsys: pytest.CaptureFixture[str]):
+    print_tables(results_of({"ours": [2.0, 4.0], "poisson_mean": [5.0, 5.0]}, "cell_type=x[/b] [mem] :cat:"))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "ours, cell_type=x[/b] [mem] :cat:: why" in shown
+    assert "pooled, protocol quality benchmark:" in shown
+    assert "3 ± 1 *" in shown
+    assert "data.given.n_genes is a third of the genes" in shown
+
+
+def test_the_figure_names_its_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    titles = []
+    monkeypatch.setattr("matplotlib.figure.Figure.suptitle", lambda self, text, **_: titles.append(text))
+    draw(results_of({"ours": [2.0]}), "kang", tmp_path / "figure.png")
+    assert "30 principal components" in " ".join(titles[0].split())
 
 
 # --- the judge -----------------------------------------------------------------------------------------------------

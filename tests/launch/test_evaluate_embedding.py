@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
+from launch.cli import main
 from launch.evaluate_embedding import evaluate_embedding
 from scldm.errors import InputError
 
@@ -53,6 +54,22 @@ def test_scores_are_written_and_shown(path: Path, tmp_path: Path, capsys: pytest
     other = evaluate_embedding(str(path), "cell_type", "", "other", out, 0)
     assert other["scores"]["embedding"]["knn"]["accuracy"]["value"] < 0.7
     assert "names its column" in capsys.readouterr().out
+
+
+def test_names_are_shown_as_text_and_the_notes_say_what_each_side_saw(tmp_path: Path, capsys) -> None:
+    cells = embedded_cells()
+    cells.obs["type [mem] :cat:"] = cells.obs["cell_type"].astype(str).where(np.arange(118) > 0, "x[/b] y")
+    cells.layers["raw_counts"] = cells.X.copy()
+    cells.X = cells.X.log1p()
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    words = [f"embedding={tmp_path}/cells.h5ad", "label=type [mem] :cat:", "layer=raw_counts"]
+    assert main(["evaluate", *words]) == 0
+    shown = capsys.readouterr().out
+    assert "type [mem] :cat: told from 117 cells" in shown
+    assert "labels are left out: x[/b] y: 1 cells" in shown
+    assert "The embedding's model may have been trained on the held-out cells" in shown
+    assert main(["evaluate", *words[:2], "layer=scaled"]) == 2
+    assert "layer='scaled' is not in the file" in capsys.readouterr().err
 
 
 def test_counts_of_another_file_are_matched_by_name(path: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from data_pipeline.loader import CellLoader, LoaderConfig
 from launch import train_vae
-from launch.evaluate_vae import autoencoder, evaluate_vae, verdict
+from launch.evaluate_vae import autoencoder, evaluate_vae, show, verdict
 from launch.export import ExportConfig
 from launch.export import main as export
 from launch.reconstructed_cells import reconstructed
@@ -99,6 +99,27 @@ def test_run_and_model_folder_give_the_same_numbers_and_the_file_holds_them(at: 
     assert "hlca, protocol not fully known" in shown
     assert of_run["verdict"] in shown
     assert "published" not in of_model
+
+
+def test_names_are_shown_as_text(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = evaluate_vae(f"{at}/model", f"{at}/set", conditions=("none",))
+    assert found["conditions"] == []  # the set has no condition of that name
+    found["genes"] |= {"unknown_to_model": 1, "such_as": ["x[/b] y"]}
+    found["latents"]["label_recall"] = {"CD4 [mem]": 0.5}
+    found["published"] = {"data": "a[/b]", "note": "n", "rows": {"m[/b]": (1.0, 0.5, 0.5)}}
+    capsys.readouterr()
+    show(found)
+    shown = capsys.readouterr().out
+    for text in ("such as x[/b] y", "CD4 [mem] 0.500", "As published: a[/b]", "m[/b], as published"):
+        assert text in shown
+
+
+def test_precision_reaches_the_networks(at: Path) -> None:
+    exact, other = (evaluate_vae(f"{at}/run", f"{at}/set", precision=p) for p in ("float32", "bfloat16"))
+    assert other["vae"]["precision"] == "bfloat16"
+    means = [found["scores"]["model"]["re"]["mean"] for found in (exact, other)]
+    assert means[0] != means[1]
+    assert means[1] == pytest.approx(means[0], rel=0.02)  # bfloat16 keeps 8 bits of a number
 
 
 def test_scores_are_those_of_the_cells_one_by_one(at: Path) -> None:

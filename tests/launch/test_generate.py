@@ -35,7 +35,9 @@ from tests.scldm.small_model import CONDITIONS, GENES, library_sizes, networks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FEW = "sampler.n_steps=2"
-# of means made with sums in another order: a few dozen layers of rounding, 2^-24 each, through an exponential
+# Of means made with sums in another order. A step of the flow changes them by 1e-1, and a fault in one by as much; each
+# of some 40 layers rounds sums of 64 numbers, to 40 x 64 / 2^24 = 1.5e-4 at worst, and a decoder's exponential passes
+# on what its argument of size 1 to 10 is off
 NEAR = 1e-3
 
 

@@ -63,6 +63,12 @@ def test_the_true_counts_are_what_becomes_less_likely(model: Pretrained) -> None
     assert found == pytest.approx(nll[1] - nll[0], abs=1e-3 * abs(nll[0]))
 
 
+def test_one_cell_has_no_other_to_compare_its_move_with(model: Pretrained) -> None:
+    found = sight(model, COUNTS[:1], EVERY, 0)
+    assert [of["moved"] for of in found.values()] == [None] * 3
+    assert blind_spots(found) == []
+
+
 def test_effective_dimension_counts_directions() -> None:
     rng = np.random.default_rng(0)
     line, round_ = rng.normal(size=(4_000, 1)) @ np.ones((1, 6)), rng.normal(size=(4_000, 6))

@@ -46,7 +46,7 @@ MODELS: Mapping[str, Train] = {
 
 METHODS: Mapping[str, Method] = {
     "training_cells": Method("training cells: the floor, and a model that copies", "control", naive.training_cells),
-    "ours": Method("this project's presets", "ours", ours.generated, "ours"),
+    "ours": Method(ours.TITLE, "ours", ours.generated, "ours"),
     "ours_gaussian": Method(
         "ours, a Gaussian per combination instead of the flow", "ours", ours.gaussian_latents, "ours"
     ),

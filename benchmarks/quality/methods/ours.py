@@ -1,7 +1,9 @@
 """This project as a user runs it on one process: its presets through its verbs; and the parts of what it made.
 
-The presets say how many steps to train. Here these are scaled to the CPU time, by the time that a step takes.
-Reading order: train, the stages' words, scaled steps; draws.
+The presets say how many steps to train. Here these are scaled to fill the CPU time, by the time that a step takes. The
+other networks stop early, when their validation loss does not fall any more. `data.given.n_genes` is a third of the
+genes, as in the quickstart.
+Reading order: TITLE and NOTE, train, the stages' words, scaled steps; draws.
 """
 
 from __future__ import annotations
@@ -30,6 +32,12 @@ from scldm.errors import InputError
 from scldm.evaluate.cells import Cells
 from scldm.train.checkpoint import Checkpoint, pointed
 
+TITLE = "this project's presets, a third of the genes given, steps scaled to the time"
+NOTE = (
+    "this project: data.given.n_genes is a third of the genes, unless vae= sets it. Its steps are scaled to fill "
+    "the CPU time, unless vae= or ldm= sets them. The other networks stop early where their validation "
+    "loss does not fall."
+)
 PROBE_STEPS = 20
 LEAST_STEPS = 20
 N_VALIDATIONS = 6  # at least, however few steps

@@ -98,7 +98,8 @@ def scores(evaluation: dict) -> Figure:
             ax.margins(x=0.12)
             if METRICS[name].best == "half":
                 ax.axvline(0.5, color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
-            ax.set_xlabel(_READS[METRICS[name].best], color=BASELINE)
+            reads = "best at the floor" if METRICS[name].of_size else _READS[METRICS[name].best]
+            ax.set_xlabel(reads, color=BASELINE)
     return fig
 
 
@@ -147,7 +148,7 @@ def heat_map(evaluation: dict) -> Figure:
     """Combinations by metrics: `place`, as a number on its colour."""
     main, further = ordered_metrics(evaluation)
     metrics, rows = [*main, *further], heat_rows(evaluation)
-    found = [[place(table[m]) for m in metrics] for _, table in rows]
+    found = [[place(table[m]) if m in table else None for m in metrics] for _, table in rows]
     values = np.array([[np.nan if p is None else p[0] for p in row] for row in found])
     shades, scale = mpl.colormaps["BrBG_r"].with_extremes(bad="#EEF0F3"), Normalize(0, 2)
     fig = Figure(figsize=(WIDTH, 2.6 + 0.25 * len(rows)))

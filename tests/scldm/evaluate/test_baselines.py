@@ -77,14 +77,27 @@ def treated() -> Cells:
 
 
 def test_an_unseen_combination_is_drawn_from_those_that_share_most_labels(treated: Cells) -> None:
-    pool, of = baselines.with_relatives(treated, {"B · stim": ("B", "stim")})
+    wanted = dict.fromkeys([*treated.numbers(), "B · stim"], 20)
+    pool, of = baselines.with_relatives(treated, {"B · stim": ("B", "stim")}, wanted)
     assert set(of["B · stim"]) == {"A · stim", "B · ctrl", "C · stim", "D · stim"}
-    assert pool.numbers() == {**treated.numbers(), "B · stim": 4 * 60}
-    own = pool.counts[np.flatnonzero(pool.types == "B · stim")]
-    expected = treated.counts[np.flatnonzero(np.isin(treated.types, of["B · stim"]))]
-    assert (own != expected).nnz == 0
-    _, of = baselines.with_relatives(treated, {"E · stim": ("E", "stim")})
+    # 80 of the 4 x 40 that the seen ones do not need; each cell stands once, under one name
+    assert pool.numbers()["B · stim"] == 4 * 20
+    assert (pool.counts != treated.counts).nnz == 0
+    moved = pool.types != treated.types
+    assert set(pool.types[moved]) == {"B · stim"}
+    assert set(treated.types[moved]) <= set(of["B · stim"])
+    assert min(pool.numbers().values()) >= 20
+    _, of = baselines.with_relatives(treated, {"E · stim": ("E", "stim")}, wanted)
     assert set(of["E · stim"]) == {"A · stim", "C · stim", "D · stim"}
+
+
+def test_where_all_cells_are_needed_relatives_stand_twice(treated: Cells) -> None:
+    wanted = {**treated.numbers(), "B · stim": 70}
+    pool, of = baselines.with_relatives(treated, {"B · stim": ("B", "stim")}, wanted)
+    assert pool.numbers() == {**treated.numbers(), "B · stim": 4 * 60}
+    own = pool.counts[np.flatnonzero(pool.types == "B · stim")].toarray()
+    expected = treated.counts[np.flatnonzero(np.isin(treated.types, of["B · stim"]))].toarray()
+    np.testing.assert_array_equal(np.sort(own, axis=0), np.sort(expected, axis=0))
 
 
 def test_control_cells_are_moved_by_the_change_of_the_other_types(treated: Cells) -> None:

@@ -14,7 +14,7 @@ import scipy.sparse as sp
 from scldm.errors import InputError
 from scldm.evaluate import map_of_cells, metrics
 from scldm.evaluate.cells import NO_TYPE, Cells, combination_names
-from scldm.evaluate.compare import EvaluateConfig, Part, compare, fewer, known_controls
+from scldm.evaluate.compare import EvaluateConfig, Part, compare, known_controls
 from scldm.evaluate.curves import curves_of
 from scldm.evaluate.intervals import IntervalConfig
 from scldm.evaluate.two_sample import classifier_auc
@@ -181,9 +181,28 @@ def test_splits_that_share_cells_have_no_memorisation_and_a_note(sets):
     assert found["verdict"]["says"]
 
 
-def test_floor_and_baselines_of_many_cells_are_drawn_in_their_shares():
-    assert fewer({"a": 50, "b": 30}, 80, 10) == {"a": 50, "b": 30}
-    assert fewer({"a": 9_000, "b": 900, "c": 90, "d": 10}, 1_000, 50) == {"a": 900, "b": 90, "c": 50, "d": 10}
+def test_a_combination_of_cells_that_are_alike_is_not_scored_alone_and_named(sets):
+    test = sets["test"]
+    counts = test.counts.tolil()
+    counts[np.flatnonzero(test.types == "B")] = np.eye(1, 40, dtype=int)
+    alike = test.with_counts(sp.csr_matrix(counts), GENES, "test")
+    found = compare(**{**sets, "test": alike}, config=CONFIG)
+    assert found["scored_combinations"] == ["A"]
+    assert found["not_scored"] == ["C", "B"]
+    assert "most of their test cells are alike: 'B'" in found["notes"][0]
+
+
+def test_groups_as_small_as_allowed_are_scored(sets):
+    few = {**sets, "test": cells("test", 2, {"A": 8, "B": 30, "C": 6})}
+    found = compare(**few, config=replace(CONFIG, min_cells=8))
+    assert set(found["by_combination"]) == {"A", "B"}
+    with pytest.raises(InputError, match="evaluate.min_cells=7 must be at least 8"):
+        EvaluateConfig(min_cells=7)
+
+
+def test_large_sets_have_fewer_draws(sets):
+    found = compare(**sets, config=replace(CONFIG, n_draws=20, max_drawn_cells=1_000))
+    assert len(found["pooled"]["fd"]["floor"]["draws"]) == 12
 
 
 def test_a_part_tells_which_stage_limits(sets):
@@ -198,7 +217,20 @@ def test_a_part_tells_which_stage_limits(sets):
     # a part may lack combinations
     few = good.select(np.flatnonzero(good.types == "A"))
     found = compare(**poor, config=CONFIG, parts={"reconstructed": Part("reconstructed", "as they are", few)})
-    assert found["parts"]["reconstructed"]["n_cells"] == 50
+    of_part = found["parts"]["reconstructed"]
+    assert of_part["n_cells"] == 50
+    # generated and training cells stand beside it at its numbers: 50 of A, none of others
+    assert of_part["generated"]["per_combination"]["fd"] == pytest.approx(found["by_combination"]["A"]["fd"]["score"])
+    one = good.select(np.flatnonzero(good.types == "A")[:1])
+    found = compare(**poor, config=CONFIG, parts={"reconstructed": Part("reconstructed", "as they are", one)})
+    assert found["parts"] == {}
+
+
+def test_a_part_of_another_model_is_refused_by_its_genes(sets):
+    part = sets["test"]
+    lacking = part.with_counts(part.counts[:, :30], GENES[:30], "reconstructed")
+    with pytest.raises(InputError, match="reconstructed has 30 of the 40 genes that are compared, and lacks 'g30'"):
+        compare(**sets, config=CONFIG, parts={"reconstructed": Part("reconstructed", "as they are", lacking)})
 
 
 def test_the_published_protocol_is_another(sets):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -64,6 +66,22 @@ def test_copies_are_found_however_they_are_stored(cells):
         assert scores["memorisation_ratio"] == pytest.approx(0, abs=1e-9)
 
 
+def test_copies_are_told_by_16_bytes_a_cell_without_a_copy_of_the_matrix():
+    n = 12 * m.HASH_ROWS + 5
+    rows = sp.random(n, 1_000, 0.1, "csr", np.float32, np.random.default_rng(0), data_rvs=lambda k: np.ones(k))
+    tracemalloc.start()
+    try:
+        digests = set(m._digests(rows))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 12 * rows.nnz  # one copy as int64 with its columns has 12 bytes a nonzero
+    assert {len(digest) for digest in digests} == {16}
+    assert len(digests) == n
+    for k in (0, m.HASH_ROWS - 1, m.HASH_ROWS, n - 1):
+        assert set(m._digests(rows[[k]])) < digests
+
+
 def test_a_jittered_copy_is_near_and_not_exact(cells):
     train, held_out, _, profile = cells
     jittered = train.counts[:400].toarray()
@@ -88,6 +106,16 @@ def test_splits_that_share_cells_are_refused(cells):
     train, _, fresh, profile = cells
     with pytest.raises(InputError, match="the splits share cells"):
         m.memorisation(train, profile(train.counts[:100]), fresh)
+
+
+def test_where_part_of_the_held_out_cells_are_copies_only_the_ratios_error_is_missing(cells):
+    """Just under half of all coincide, so that half of some parts do."""
+    train, held_out, fresh, profile = cells
+    mixed = profile(sp.csr_matrix(sp.vstack([train.counts[:99], held_out.counts[:101]])))
+    near = m.nearness(train, mixed, 200, 0), m.nearness(train, fresh, 200, 0, mixed)
+    assert m.memorisation_scores(*near)["memorisation_ratio"] > 0
+    errors = m.memorisation_errors(*near, seed=0)
+    assert {name for name, error in errors.items() if np.isnan(error)} == {"memorisation_ratio"}
 
 
 def test_cells_that_vary_too_little_lie_near_training_cells_and_no_nearer_to_them_than_to_others(cells):

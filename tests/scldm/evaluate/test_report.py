@@ -64,10 +64,16 @@ class Reader(HTMLParser):
 # --- labels and genes are text -------------------------------------------------------------------------------------
 
 
+def part(value: float) -> dict:
+    """What `compare` says of a part of nine cells: its pooled scores, beside those of as many others."""
+    of = {"pooled": dict.fromkeys(METRICS, value)}
+    return {"n_cells": 9, **of, "generated": {"pooled": dict.fromkeys(METRICS, 0.7)}, "floor": of}
+
+
 @pytest.fixture(scope="module")
 def strange() -> dict:
     e = evaluation({"$type_1$ <i>": STRANGE, "_treat%": [r"$\ctrl", "st}im"]}, unseen=1)
-    e["parts"] = {"odd": {"title": r"<b> $\p_1", "meaning": "x", "n_cells": 9, "pooled": dict.fromkeys(METRICS, 0.2)}}
+    e["parts"] = {"odd": {"title": r"<b> $\p_1", "meaning": "x", **part(0.2)}}
     e["curves"] = {"vae": {"train": {"nll": [[64, 200.0], [128, 150.0]]}}}
     return e
 
@@ -269,13 +275,13 @@ def test_texts_of_a_row_have_the_same_decimals():
 
 def test_parts_stand_beside_the_generated_cells():
     e = evaluation(TWO)
-    pooled, mean = dict.fromkeys(METRICS, 0.2), dict.fromkeys(METRICS, 0.3)
-    e["parts"] = {
-        "reconstructed": {"title": "reconstructed test cells", "meaning": "decoded", "n_cells": 9, "pooled": pooled}
-    }
-    assert parts_table(e).groups[0][1][0][2].value == 0.2
+    mean = dict.fromkeys(METRICS, 0.3)
+    e["parts"] = {"reconstructed": {"title": "reconstructed test cells", "meaning": "decoded", **part(0.2)}}
+    row = parts_table(e).groups[0][1][0]
+    assert [cell.value for cell in row[1:]] == [0.2, 0.2, 0.7]  # floor and generated cells at the part's numbers
     assert "not scored" in [t.get_text() for t in texts_of(e, "scores")]  # it has no mean over combinations
-    e["parts"]["reconstructed"]["per_combination"] = mean
+    for of in (e["parts"]["reconstructed"], *(e["parts"]["reconstructed"][k] for k in ("generated", "floor"))):
+        of["per_combination"] = mean
     assert parts_table(e).groups[0][1][0][2].value == 0.3
     assert "not scored" not in [t.get_text() for t in texts_of(e, "scores")]
     assert "reconstructed test cells: decoded (9 cells)" in Reader(whole_page(e)).text

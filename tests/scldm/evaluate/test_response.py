@@ -11,7 +11,7 @@ from scipy.stats import mannwhitneyu
 
 from scldm.errors import InputError
 from scldm.evaluate.cells import Cells
-from scldm.evaluate.changes import Blocks, Pair, p_values, rank_sum
+from scldm.evaluate.changes import Blocks, Pair, p_values, rank_sum, variance_of_sum
 from scldm.evaluate.response import Contrast, Response, agreement, guess_control, response, responses, rows_with
 
 G = 400
@@ -26,6 +26,8 @@ GENES = tuple(f"g{k}" for k in range(G))
         (["TP53", "non-targeting", "MYC"], "non-targeting"),
         (["TP53", "NonTargeting_1"], "NonTargeting_1"),
         (["a", "PBS"], "PBS"),
+        (["CTL", "IFN"], "CTL"),
+        (["CD4 CTL", "B naive", "NK"], None),  # a cell type
         (["uncontrolled", "stimulated"], None),  # no whole word
         (["DMSO", "untreated", "drug"], None),  # two
         (["non-responder", "targeting"], None),
@@ -250,6 +252,54 @@ def test_pooled_is_the_mean_weighted_by_cells(of_types: Response) -> None:
     covariances = [found[kind].covariances for kind in ("B", "T")]
     ratio = np.dot([70, 80], [c.generated for c in covariances]) / np.dot([70, 80], [c.real for c in covariances])
     assert value(of_types, "slope") == pytest.approx(ratio)
+
+
+def test_errors_are_those_of_repeats_where_treatments_share_their_control() -> None:
+    """12 treatments with few control cells, which are most of the error. A mean over treatments does not reduce it."""
+    world, names = World(8), [f"drug {k:02d}" for k in range(12)]
+    changes = [np.where(world.rng.permutation(G) < 60, world.rng.normal(0, 0.8, G), 0) for _ in names]
+    means = [np.clip((world.mean_G + 1) * 2**change_G - 1, 0, None) for change_G in changes]
+
+    def draw() -> Cells:
+        parts = [world.draw(world.mean_G, 16), *(world.draw(mean_G, 48) for mean_G in means)]
+        labels = np.repeat(["ctrl", *names], [16, *[48] * 12])
+        return cells_of(sp.csr_matrix(sp.vstack(parts)), {"drug": labels})
+
+    found = [respond(draw(), draw(), draw(), min_cells=16, seed=seed).pooled["r"] for seed in range(16)]
+    errors, spread = [score.error for score in found], np.std([score.value for score in found], ddof=1)
+    # the spread of 16 is itself 18 % off; as if the contrasts shared nothing, the ratio is 0.35
+    assert 0.65 < np.mean(errors) / spread < 2
+
+
+def test_two_treatments_that_are_one_are_no_surer_than_one() -> None:
+    """Their cells are all alike, so that the error is the control cells', and the same for both."""
+    world = World(9)
+    treated_G = np.rint(0.2 * (world.mean_G + 1) * 2**world.change_G)
+
+    def draw() -> Cells:
+        treated = sp.csr_matrix(np.tile(treated_G, (48, 1)))
+        counts = sp.csr_matrix(sp.vstack([world.draw(world.mean_G, 40), treated]))
+        return cells_of(counts, {"drug": np.repeat(["ctrl", "a", "b"], [40, 24, 24])})
+
+    found = respond(draw(), draw(), draw())
+    a, b = found.contrasts
+    # sums of the same numbers; only their order may differ
+    np.testing.assert_allclose(a.r_S, b.r_S, rtol=1e-9)
+    for name in ("r", "slope"):
+        error = a.scores[name].error
+        assert error is not None
+        assert error > 0
+        assert found.pooled[name].error == pytest.approx(error)
+
+
+def test_variances_add_over_groups_and_replicates_within() -> None:
+    replicates_NS = np.array([[1.0, 3, 1, 3], [1, 3, 1, 3], [1, 1, 3, 3]])
+    apart = variance_of_sum(replicates_NS, [1, 2, 1], ["a", "b", "c"])
+    assert apart == pytest.approx(1 + 4 + 1)
+    assert variance_of_sum(replicates_NS, [1, 2, 1], ["a", "a", "c"]) == pytest.approx(9 + 1)
+    assert variance_of_sum(replicates_NS, [1, 2, 1], ["a", "b", "a"]) == pytest.approx(
+        apart
+    )  # these two don't correlate
 
 
 def test_json_holds_it_all(of_types: Response) -> None:

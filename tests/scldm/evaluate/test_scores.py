@@ -63,14 +63,15 @@ def scores(**changed: float) -> dict[str, float]:
 def test_table_normalises_between_floor_and_baseline():
     floor = [scores(w2=1.0, nn_accuracy=0.5, mean_r=0.99), scores(w2=1.2, nn_accuracy=0.5, mean_r=0.99)]
     poor = [scores(w2=3.1, nn_accuracy=0.9, mean_r=0.79), scores(w2=3.1, nn_accuracy=0.9, mean_r=0.79)]
-    good = [scores(w2=0.1), scores(w2=0.1)]
-    draws = {"a": poor, "b": good, "c": floor, "d": poor}
+    draws = {"a": poor, "b": floor, "c": floor, "d": poor}
     errors = {"w2": 0.2, "fd": float("nan")}
     rows = table(scores(w2=2.1, nn_accuracy=0.05, mean_r=0.69), errors, floor, draws, as_floor=("d",))
     assert rows["w2"]["floor"]["mean"] == pytest.approx(1.1)
     assert rows["w2"]["normalised"]["a"] == pytest.approx(0.5)
     assert rows["w2"]["beats"]["a"] is True
     assert rows["nn_accuracy"]["beats"]["a"] is False  # 0.05 is further from 0.5 than 0.9: cells copied, not drawn
+    below = table(scores(w2=0.6), errors, floor, draws)["w2"]  # by .5 less than real cells have: too little variance
+    assert below["normalised"]["a"] == pytest.approx(0.5 / 2.0)
     assert rows["mean_r"]["normalised"]["a"] == pytest.approx(1.5)  # more is better: beyond the baseline
     assert rows["mean_r"]["beats"]["a"] is False
     for no_worse_than_the_floor in "bcd":  # gives no scale
@@ -81,6 +82,6 @@ def test_table_normalises_between_floor_and_baseline():
 
 def test_expensive_scores_have_fewer_draws() -> None:
     cheap = dict.fromkeys(CHEAP, 0.5)
-    rows = table(scores(), {}, [scores(), scores(), cheap], {"a": [scores(w2=2.0), scores(w2=2.1), cheap]})
-    assert [len(rows[m]["floor"]["draws"]) for m in ("w2", "auc", "mmd2")] == [2, 2, 3]
-    assert rows["w2"]["beats"]["a"] is True
+    rows = table(scores(), {}, [scores(), scores(), cheap], {"a": [scores(auc=0.9), scores(auc=0.91), cheap]})
+    assert [len(rows[m]["floor"]["draws"]) for m in ("auc", "mmd2")] == [2, 3]
+    assert rows["auc"]["beats"]["a"] is True

@@ -61,8 +61,8 @@ def test_micro_batches_add_up_and_cells_without_weight_add_nothing(kind: str) ->
     whole, gradient = loss_and_gradient(stage, [batch])
     for cuts in ([slice(0, 5), slice(5, 12)], [slice(0, 10)]):  # two micro-batches; without the fill-up
         sums, other = loss_and_gradient(stage, [part(batch, rows) for rows in cuts])
-        # sums of up to n = 12 cells x 24 genes x 16 numbers: at random they err by sqrt(n) / 2^24 = 4e-6 of their size;
-        # a cell that is left out or counted twice shows as 1e-1
+        # sums of up to n = 12 cells x 24 genes x 16 numbers: they err by n / 2^24 = 3e-4 of their size at worst and by
+        # sqrt(n) / 2^24 = 4e-6 at random; a cell that is left out or counted twice shows as 1e-1
         assert sums == pytest.approx(whole, rel=1e-4)
         apart = torch.stack([(a - b).norm() for a, b in zip(gradient, other, strict=True)]).norm()
         assert apart < 1e-4 * torch.stack([a.norm() for a in gradient]).norm()
