@@ -73,6 +73,12 @@ def encoded(model: Pretrained, counts: sp.csr_matrix, gene_ids_G: Tensor) -> Ite
         yield Block(rows, GeneCounts(gene_ids_G, dense_BG), latent_BLZ, dense_BG.sum(1).float())
 
 
+def latents(model: Pretrained, counts: sp.csr_matrix, gene_ids_G: Tensor) -> np.ndarray:
+    """Posterior means of the cells, token after token, float64, (cells, L * Z)."""
+    blocks = [block.latent_BLZ.flatten(1).double().cpu().numpy() for block in encoded(model, counts, gene_ids_G)]
+    return np.concatenate(blocks)
+
+
 @torch.no_grad()
 def decoded(model: Pretrained, latent_BLZ: Tensor, gene_ids_G: Tensor) -> Predicted:
     """The distributions of counts, of which the library size is a cell's total over these genes."""
@@ -150,7 +156,7 @@ def gaussian_latents(model: Pretrained, train: Cells, numbers: Mapping[str, int]
     parts, rows, first = [], [np.empty(0, np.int64)], 0
     for label, n in numbers.items():
         of_label = np.flatnonzero(known.types == label)
-        latents_ND = _latents(model, known, gene_ids_G, _at_most(of_label, MOST_CELLS, rng))
+        latents_ND = latents(model, known.counts[_at_most(of_label, MOST_CELLS, rng)], gene_ids_G)
         fit = GaussianFit.of(latents_ND, within_ND if label in few else None)
         rows_n = rng.choice(of_label, n)
         size_n = np.asarray(known.counts[rows_n].sum(1), np.float32).ravel()
@@ -173,12 +179,6 @@ def gaussian_latents(model: Pretrained, train: Cells, numbers: Mapping[str, int]
     return cells.with_counts(_stacked(parts, known), known.genes, f"{train.name}, Gaussian latents")
 
 
-def _latents(model: Pretrained, cells: Cells, gene_ids_G: Tensor, rows: np.ndarray) -> np.ndarray:
-    """Posterior means of some cells, tokens in a row, float64, (n, L * Z)."""
-    blocks = encoded(model, sp.csr_matrix(cells.counts[rows]), gene_ids_G)
-    return np.concatenate([block.latent_BLZ.flatten(1).double().cpu().numpy() for block in blocks])
-
-
 def _within_others(model: Pretrained, cells: Cells, gene_ids_G: Tensor, rng: np.random.Generator) -> np.ndarray:
     """Latents less their combination's mean, (n, L * Z), of combinations of LEAST_CELLS cells or more; where none has
     so many, of those of 2 or more. About MOST_CELLS cells in all, in the shares that these have."""
@@ -195,7 +195,7 @@ def _within_others(model: Pretrained, cells: Cells, gene_ids_G: Tensor, rng: np.
         if n_parts >= MOST_CELLS:
             break
         of_label = _at_most(np.flatnonzero(cells.types == label), max(LEAST_CELLS, round(n * share)), rng)
-        latents_ND = _latents(model, cells, gene_ids_G, of_label)
+        latents_ND = latents(model, cells.counts[of_label], gene_ids_G)
         parts.append(residuals(latents_ND))
         n_parts += len(latents_ND)
     return np.concatenate(parts)

@@ -16,7 +16,7 @@ from scipy.spatial.distance import pdist
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from launch.reconstructed_cells import decoded, encoded
+from launch.reconstructed_cells import decoded, latents
 from scldm.batch import GeneCounts
 from scldm.evaluate.cells import Cells
 from scldm.evaluate.reconstruction import mean_and_error
@@ -75,12 +75,6 @@ def sight(model: Pretrained, counts: sp.csr_matrix, gene_ids_G: Tensor, seed: in
         nats = mean_and_error(_nll(model, counts, other_ND, gene_ids_G) - own_n)
         out[name] = {"title": title, "moved": moved, "nats": nats}
     return out
-
-
-def latents(model: Pretrained, counts: sp.csr_matrix, gene_ids_G: Tensor) -> np.ndarray:
-    """Posterior means, token after token, float64, (cells, L * Z)."""
-    blocks = [block.latent_BLZ.flatten(1).double().cpu().numpy() for block in encoded(model, counts, gene_ids_G)]
-    return np.concatenate(blocks)
 
 
 @torch.no_grad()

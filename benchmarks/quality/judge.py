@@ -14,7 +14,8 @@ import numpy as np
 
 from benchmarks.quality.cells import LabelledCells
 from scldm.evaluate.memorisation import MEMORISATION, memorisation
-from scldm.evaluate.metrics import METRICS, Metric, Profile, fit_pca, log_normalise, score
+from scldm.evaluate.metrics import METRICS, Metric, score
+from scldm.evaluate.space import Profile, fit_pca, log_normalise
 
 N_COMPONENTS = 30
 TEST_NLL = "test_nll"  # of a row's note: the method's own, from its trained model

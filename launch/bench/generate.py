@@ -35,7 +35,8 @@ from launch.cli import run_verb
 from launch.evaluated_cells import cells_of_shards
 from scldm import draws
 from scldm.errors import InputError
-from scldm.evaluate.metrics import Profile, fit_pca, log_normalise, mmd2, w2
+from scldm.evaluate.distances import mmd2, w2
+from scldm.evaluate.space import Profile, fit_pca, log_normalise
 from scldm.flow.generate import SamplerConfig, generate_latents
 from scldm.flow.wanted import Wanted
 from scldm.library_size import LibrarySizeModel, LogNormal

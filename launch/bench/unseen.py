@@ -30,8 +30,9 @@ from launch.cli import run_verb
 from launch.evaluated_cells import cells_of_shards
 from launch.quickstart import Stages
 from scldm.errors import InputError
+from scldm.evaluate.distances import mmd2, w2
 from scldm.evaluate.markers import log2_fold_change
-from scldm.evaluate.metrics import fit_pca, log_normalise, mmd2, w2
+from scldm.evaluate.space import fit_pca, log_normalise
 from scldm.flow.generate import SamplerConfig
 from scldm.pretrained import Pretrained
 

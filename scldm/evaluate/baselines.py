@@ -106,7 +106,7 @@ def _by_type(
 
 def relatives(train: Cells, labels: Sequence[str]) -> tuple[np.ndarray, list[str]]:
     """Rows of the training cells that share most of these labels (one a condition), and the names of their
-    combinations. Raises nothing: where none shares any, all training cells are relatives."""
+    combinations. Where none shares any, all training cells are relatives."""
     shared = {t: sum(x == y for x, y in zip(labels, of, strict=True)) for t, of in train.combinations().items()}
     most = max(shared.values())
     related = [t for t in train.numbers() if shared[t] == most]
@@ -147,8 +147,8 @@ def shifted_controls(
 ) -> Counts | None:
     """(d) n cells of an unseen combination: control cells of the same other labels, whose log expression is moved by
     the mean difference of treated and control cells over the other groups that have both; drawn with replacement only
-    where there are fewer than n. Counts are had back with each cell's own total, rounded at random. None where the
-    combination is of no treatment, or where no control cells or no other groups have it.
+    where there are fewer than n. The log is turned back into counts of the cell's own total, rounded at random. None
+    where the combination is of no treatment, or where no control cells or no other groups have it.
     """
     conditions, of = list(train.labels), train.combinations()
     by_labels = {of_labels: name for name, of_labels in of.items()}

@@ -21,7 +21,6 @@ from itertools import combinations
 
 import numpy as np
 import scipy.sparse as sp
-from scipy.stats import norm
 from scipy.stats import t as student
 
 from scldm.evaluate.space import TARGET_SUM
@@ -62,11 +61,6 @@ def rank_sum(treated: sp.csr_matrix, control: sp.csr_matrix) -> np.ndarray:
     tells = deviation > 1e-6 * n
     z = np.sign(above) * np.clip(np.abs(above) - 0.5, 0, None)
     return np.divide(z, deviation, out=np.zeros(n_genes), where=tells)
-
-
-def p_values(z: np.ndarray) -> np.ndarray:
-    """Two-sided p of rank_sum's z."""
-    return 2 * norm.sf(np.abs(z))
 
 
 # --- changes, of all cells and of parts of them --------------------------------------------------------------------

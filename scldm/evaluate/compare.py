@@ -38,7 +38,15 @@ from scldm.evaluate.space import Profile, Space, log_normalise
 from scldm.evaluate.verdict import summary, verdict
 from scldm.progress import Progress
 
-LEAST_CELLS = 8  # of a group: a half of them still has a covariance
+LEAST = {
+    "n_draws": 2,
+    "min_cells": 8,  # a half of them still has a covariance
+    "max_combinations": 0,
+    "max_cells": 100,
+    "max_group_cells": 20,
+    "max_drawn_cells": 1_000,
+    "max_real_cells": 1_000,
+}
 N_EXPENSIVE = 3  # draws of floor and baselines for which the forest is grown
 
 
@@ -71,11 +79,9 @@ class EvaluateConfig:
     intervals: IntervalConfig = field(default_factory=IntervalConfig)
 
     def __post_init__(self) -> None:
-        least = {"n_draws": 2, "min_cells": LEAST_CELLS, "max_combinations": 0, "max_cells": 100, "max_group_cells": 20}
-        least |= {"max_drawn_cells": 1_000, "max_real_cells": 1_000}
-        for key, value in least.items():
-            if getattr(self, key) < value:
-                raise InputError(f"evaluate.{key}={getattr(self, key)} must be at least {value}")
+        for key, least in LEAST.items():
+            if getattr(self, key) < least:
+                raise InputError(f"evaluate.{key}={getattr(self, key)} must be at least {least}")
 
 
 @dataclass(frozen=True)
@@ -136,10 +142,15 @@ def compare(
         "generated": generated.select(baselines.rows_per_type(generated.types, sides.numbers, rng(1))),
     }
     profiles = {name: Profile.of(cells.counts, cells.types, space) for name, cells in judged.items()}
-    alike = copies_in(profiles["real"], sides.levels)
-    sides = replace(sides, levels=sides.levels.without(alike), not_scored=[*sides.not_scored, *alike])
+    alike = of_copies(profiles["real"], sides.levels)
+    not_scored = [*sides.not_scored, *(label for condition, label in alike if not condition)]
+    sides = replace(sides, levels=sides.levels.less(alike), not_scored=not_scored)
     scorer = _Scorer(profiles["real"], space, sides.levels, chosen, config)
-    found = scorer.all_of(sides, train, profiles["generated"], control)
+    tables = scorer.all_of(sides, train, profiles["generated"], control)
+    memorised, told = _memorisation(train, profiles, space, config)
+    notes = [f"Not scored one by one, as most of their test cells are alike: {names([x for _, x in alike])}."] * bool(
+        alike
+    )
 
     out: dict[str, Any] = {
         "config": asdict(config),
@@ -163,13 +174,14 @@ def compare(
         "scored_combinations": list(sides.levels.combinations),
         "not_scored": sides.not_scored,
         "pooled_only": sides.pooled_only,
-        **found,
-        **_memorisation(train, profiles, space, config, alike),
+        **tables,
+        "memorisation": memorised,
+        "notes": [*notes, *told],
         "response": _responses(train, test, generated, control, config),
         "parts": {
-            name: found
+            name: scores
             for name, part in (parts or {}).items()
-            if (found := scorer.part(part, genes, sides, profiles["generated"], rng(4)))
+            if (scores := scorer.part(part, genes, sides, profiles["generated"], rng(4)))
         },
         "genes": {"ids": [genes[k] for k in _columns(space, genes)], **{n: _moments(p) for n, p in profiles.items()}},
         "map": cell_map(profiles, {name: cells.labels for name, cells in judged.items()}, config.seed),
@@ -364,35 +376,30 @@ def _sections(scores: Scores) -> dict[str, dict[str, float]]:
 # --- memorisation, responses ---------------------------------------------------------------------------------------
 
 
-def copies_in(real: Profile, levels: Levels) -> list[str]:
-    """The combinations of whose test cells half of the pairs or more coincide, as cells without counts do: they have no
-    distances to judge by."""
-    out = []
-    for t in levels.combinations:
-        of = real.of_type(t).components[: levels.max_cells]
-        if np.median(pdist(of, "sqeuclidean")) == 0:
-            out.append(t)
-    return out
+def of_copies(real: Profile, levels: Levels) -> list[tuple[str, str]]:
+    """The combinations and labels (as of Levels.rows) of whose test cells half of the pairs or more coincide, as cells
+    without counts do: they have no distances to judge by."""
+    of = {key: real.components[rows[: levels.max_cells]] for key, rows in levels.rows(real).items()}
+    return [key for key, components in of.items() if np.median(pdist(components, "sqeuclidean")) == 0]
 
 
 def _memorisation(
-    train: Cells, profiles: Mapping[str, Profile], space: Space, config: EvaluateConfig, alike: list[str]
-) -> dict:
-    """memorisation: metric -> score and standard error, at equal numbers of held-out and generated cells; empty where
-    it can't be told, and `notes` says why."""
+    train: Cells, profiles: Mapping[str, Profile], space: Space, config: EvaluateConfig
+) -> tuple[dict, list[str]]:
+    """metric -> score and standard error, at equal numbers of held-out and generated cells. Empty where it can't be
+    told, with a sentence that says why."""
     trained = Profile.of(train.counts, train.types, space)
     real, generated = profiles["real"], profiles["generated"]
     n = min(config.max_cells, len(real))
     held_out = nearness(trained, real, n, config.seed)
     made = nearness(trained, generated, n, config.seed, real)
-    notes = [f"Not scored one by one, as most of their test cells are alike: {names(alike)}."] if alike else []
     try:
         values = memorisation_scores(held_out, made)
         errors = memorisation_errors(held_out, made, config.seed, config.intervals.n_parts)
     except InputError as error:
-        return {"memorisation": {}, "notes": [*notes, f"{error}."]}
+        return {}, [f"{error}."]
     rows = {name: {"score": v, "error": _finite(errors[name])} for name, v in values.items() if math.isfinite(v)}
-    return {"memorisation": rows, "notes": notes}
+    return rows, []
 
 
 def _responses(train: Cells, test: Cells, generated: Cells, control: Mapping[str, str], config: EvaluateConfig) -> dict:
@@ -414,8 +421,8 @@ def _columns(space: Space, genes: tuple[str, ...]) -> np.ndarray:
 
 def _moments(profile: Profile) -> dict[str, list[float]]:
     """Mean, variance and fraction expressing of every gene over all cells."""
-    names = ("mean", "variance", "fraction")
-    return {name: v.round(4).tolist() for name, v in zip(names, gene_moments(profile.log), strict=True)}
+    moments = zip(("mean", "variance", "fraction"), gene_moments(profile.log), strict=True)
+    return {name: v.round(4).tolist() for name, v in moments}
 
 
 def _markers(train: Cells, judged: Mapping[str, Cells], genes: tuple[str, ...]) -> dict:

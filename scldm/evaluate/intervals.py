@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from scldm.errors import InputError
-from scldm.evaluate.metrics import METRICS, Profile, compared_cells, measures_of
+from scldm.evaluate.metrics import METRICS, compared_cells, measures_of
+from scldm.evaluate.space import Profile
 
 WIDTH = 1.96  # standard errors on either side of a 95 % interval
 

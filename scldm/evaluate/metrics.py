@@ -16,14 +16,8 @@ from typing import Literal
 from scldm.evaluate.distances import energy_distance, frechet, mmd2, mmd2_multiscale, w1, w2
 from scldm.evaluate.genes import by_expression_level, correlation_within, gene_moments, library_w1, pearson
 from scldm.evaluate.neighbours import nn_accuracy, precision_recall
-from scldm.evaluate.space import N_COMPONENTS, TARGET_SUM, Profile, Space, fit_pca, log_normalise, subsample
+from scldm.evaluate.space import Profile, subsample
 from scldm.evaluate.two_sample import classifier_auc
-
-__all__ = [
-    "MEASURES", "METRICS", "N_COMPONENTS", "TARGET_SUM", "Measure", "Metric", "Profile", "Space", "compared_cells",
-    "fit_pca", "frechet", "gene_moments", "library_w1", "log_normalise", "measures_of", "mmd2", "nn_accuracy",
-    "pearson", "score", "subsample", "w2",
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -231,8 +225,8 @@ def measures_of(only: Collection[str] | None) -> list[Measure]:
 def compared_cells(reference: Profile, other: Profile, max_cells: int, seed: int) -> tuple[Profile, Profile]:
     """The cells that sampled measures take: equal numbers of both, at most `max_cells`, drawn under the seed."""
     n = min(len(reference), len(other), max_cells)
-    few = (p.select(subsample(len(p), n, seed)) if len(p) > n else p for p in (reference, other))
-    return tuple(few)  # type: ignore[return-value]
+    real, generated = (p.select(subsample(len(p), n, seed)) if len(p) > n else p for p in (reference, other))
+    return real, generated
 
 
 def score(

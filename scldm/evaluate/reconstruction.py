@@ -31,7 +31,6 @@ from scldm.likelihood import nb_log_prob
 PUBLISHED_BATCH = 128
 # values of a gene or cell that differ by less than this share of the largest one are rounded copies of one number
 CONSTANT = 1e-6
-BLOCK = 128  # cells that are dense at once: 128 x 20,000 genes x 8 B = 20 MB
 
 
 def log_profile(counts_BG: np.ndarray) -> np.ndarray:
@@ -257,10 +256,6 @@ class MeanProfile:
             mean_BG[cells] = library_size_B[cells, None] * (sum_G / sum_G.sum())
         return mean_BG
 
-    def unseen(self, types: np.ndarray) -> int:
-        """Cells of a combination without training cells."""
-        return int((~np.isin(types, list(self.row_of))).sum()) if self.row_of else 0
-
 
 def fit_mean_profile(counts: sp.csr_matrix, types: np.ndarray | None = None, seed: int = 0) -> MeanProfile:
     """The mean profile of training cells; with their combinations, a profile of each and a theta for each gene.
@@ -310,7 +305,7 @@ def fit_theta(counts_NS: sp.csc_matrix, mean_NS: np.ndarray) -> np.ndarray:
     gene_E = np.repeat(np.arange(n_genes), np.diff(counts_NS.indptr))
     count_E = counts_NS.data.astype(np.float64)
     mean_E = mean_NS[counts_NS.indices, gene_E]
-    # psi is dear, and of a gene's equal counts the same
+    # psi is expensive, and the same for equal counts of a gene
     width = int(count_E.max(initial=0)) + 1
     pair_U, n_U = np.unique(gene_E * width + count_E.astype(np.int64), return_counts=True)
     gene_U, count_U = np.divmod(pair_U, width)
@@ -340,17 +335,6 @@ def nb_nll(counts: sp.csr_matrix, mean_BG: np.ndarray, theta_G: np.ndarray) -> n
     count_E = torch.from_numpy(counts.data.astype(np.float64))
     log_prob_E = nb_log_prob(count_E, torch.from_numpy(mean_E), torch.from_numpy(theta_E)).numpy()
     return nll_B - np.bincount(cell_E, log_prob_E + theta_E * np.log1p(mean_E / theta_E), minlength=len(nll_B))
-
-
-def mean_profile_nll(profile: MeanProfile, counts: sp.csr_matrix, types: np.ndarray) -> np.ndarray:
-    """Negative log-likelihood of every cell under its mean profile and its own library size, in nats, (n,): RE is its
-    mean."""
-    out = []
-    for start in range(0, shape_of(counts)[0], BLOCK):
-        block, types_B = counts[start : start + BLOCK], types[start : start + BLOCK]
-        size_B = np.asarray(block.sum(1), np.float64).ravel()
-        out.append(nb_nll(block, profile.mean_BG(size_B, types_B), profile.theta_G))
-    return np.concatenate(out)
 
 
 # --- published numbers ---------------------------------------------------------------------------------------------

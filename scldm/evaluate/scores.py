@@ -6,14 +6,15 @@ Reading order: levels, scores, standard errors, the table.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from scldm.evaluate.intervals import IntervalConfig, standard_errors
-from scldm.evaluate.metrics import MEASURES, METRICS, Profile, score
+from scldm.evaluate.metrics import MEASURES, METRICS, score
 from scldm.evaluate.protocols import Protocol
+from scldm.evaluate.space import Profile
 
 Values = dict[str, float]
 CHEAP = tuple(name for m in MEASURES if not m.expensive for name in m.names)
@@ -35,10 +36,15 @@ class Levels:
     labels: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
     max_cells: int = 500
 
+    def less(self, keys: Sequence[tuple[str, str]]) -> Levels:
+        """Less some combinations and labels, named as `rows` does."""
+        labels = {c: {x: ts for x, ts in of.items() if (c, x) not in keys} for c, of in self.labels.items()}
+        return Levels([t for t in self.combinations if ("", t) not in keys], labels, self.max_cells)
+
     def without(self, names: Sequence[str]) -> Levels:
         """Less some combinations, and all labels that have one of these."""
-        labels = {c: {x: ts for x, ts in of.items() if not set(ts) & set(names)} for c, of in self.labels.items()}
-        return Levels([t for t in self.combinations if t not in set(names)], labels, self.max_cells)
+        of_labels = [(c, x) for c, of in self.labels.items() for x, ts in of.items() if set(ts) & set(names)]
+        return self.less([*(("", t) for t in names), *of_labels])
 
     def rows(self, profile: Profile) -> dict[tuple[str, str], np.ndarray]:
         """(condition, label) -> its cells; combinations stand under the condition ""."""
@@ -89,14 +95,29 @@ def score_sets(
     only: Collection[str] | None = None,
 ) -> Scores:
     """All metrics, or `only` some, of a set of cells against the test cells."""
+
+    def of(test: Profile, other: Profile, level: tuple[str, str] | None) -> Values:
+        wanted = only if level is None else _of_level(level, only)
+        return score(test, other, max_cells if level is None else levels.max_cells, seed, wanted)
+
+    return _at_levels(test, other, levels, of, protocol.mean)
+
+
+def _at_levels(
+    test: Profile,
+    other: Profile,
+    levels: Levels,
+    of: Callable[[Profile, Profile, tuple[str, str] | None], Values],
+    mean: Callable[[Mapping[str, Values], Mapping[str, int]], Values],
+) -> Scores:
+    """`of` the cells of every level (None: of all cells), and the `mean` over each condition's labels."""
     rows, others = levels.rows(test), levels.rows(other)
-    by = {
-        key: score(test.select(rows[key]), other.select(others[key]), levels.max_cells, seed, _of_level(key, only))
-        for key in rows
-    }
-    n = {key: len(rows[key]) for key in rows}
-    mean = {c: protocol.mean(*_of_condition(c, by, n)) for c in dict.fromkeys(c for c, _ in by)}
-    return Scores(score(test, other, max_cells, seed, only), by, mean)
+    by = {key: of(test.select(rows[key]), other.select(others[key]), key) for key in rows}
+    means = {}
+    for condition in dict.fromkeys(condition for condition, _ in by):
+        keys = [key for key in by if key[0] == condition]
+        means[condition] = mean({x: by[_, x] for _, x in keys}, {x: len(rows[_, x]) for _, x in keys})
+    return Scores(of(test, other, None), by, means)
 
 
 def _of_level(key: tuple[str, str], only: Collection[str] | None) -> list[str]:
@@ -104,13 +125,6 @@ def _of_level(key: tuple[str, str], only: Collection[str] | None) -> list[str]:
     condition, _ = key
     wanted = METRICS if only is None else only
     return [name for name in METRICS if name in wanted and not (condition and name in NOT_OF_LABELS)]
-
-
-def _of_condition(
-    condition: str, by: Mapping[tuple[str, str], Values], n: Mapping[tuple[str, str], int]
-) -> tuple[dict[str, Values], dict[str, int]]:
-    keys = [key for key in by if key[0] == condition]
-    return {label: by[_, label] for _, label in keys}, {label: n[_, label] for _, label in keys}
 
 
 # --- standard errors -----------------------------------------------------------------------------------------------
@@ -126,18 +140,15 @@ def errors_of(
     config: IntervalConfig,
 ) -> Scores:
     """Standard errors in the place of scores; of combinations and labels, from half as many parts."""
-    halved = replace(config, n_parts=max(2, config.n_parts // 2))
-    halved = replace(halved, n_parts_expensive=max(2, config.n_parts_expensive // 2))
-    rows, others = levels.rows(test), levels.rows(other)
-    by = {
-        key: standard_errors(
-            test.select(rows[key]), other.select(others[key]), levels.max_cells, seed, halved, _of_level(key, None)
-        )
-        for key in rows
-    }
-    n = {key: len(rows[key]) for key in rows}
-    mean = {c: protocol.mean_error(*_of_condition(c, by, n)) for c in dict.fromkeys(c for c, _ in by)}
-    return Scores(standard_errors(test, other, max_cells, seed, config), by, mean)
+    parts = {name: max(2, getattr(config, name) // 2) for name in ("n_parts", "n_parts_expensive")}
+    halved = replace(config, **parts)
+
+    def of(test: Profile, other: Profile, level: tuple[str, str] | None) -> Values:
+        if level is None:
+            return standard_errors(test, other, max_cells, seed, config)
+        return standard_errors(test, other, levels.max_cells, seed, halved, _of_level(level, None))
+
+    return _at_levels(test, other, levels, of, protocol.mean_error)
 
 
 # --- the table -----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import scipy.sparse as sp
 from launch.bench.resampled import Distances, resampled
 from launch.bench.unseen import BenchUnseenConfig, Labelled, main, rivals
 from launch.cli import main as cli
-from scldm.evaluate.metrics import mmd2, w2
+from scldm.evaluate.distances import mmd2, w2
 
 TYPES, DONORS, G = ("B", "T", "NK"), ("01", "02"), 40
 GENES = tuple(f"gene{k}" for k in range(G))

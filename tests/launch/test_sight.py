@@ -43,8 +43,8 @@ def test_an_encoder_that_sees_counts_is_moved_and_a_blind_one_is_not(model: Pret
     seen = sight(model, COUNTS, EVERY, 0)
     assert min(of["moved"] for of in seen.values()) > 0.05
     assert blind_spots(seen) == []
-    really = module.encoded
-    monkeypatch.setattr(module, "encoded", lambda model, counts, ids: really(model, binarised(counts, RNG), ids))
+    really = module.latents
+    monkeypatch.setattr(module, "latents", lambda model, counts, ids: really(model, binarised(counts, RNG), ids))
     blind = sight(model, COUNTS, EVERY, 0)
     assert max(of["moved"] for of in blind.values()) < 1e-6
     assert all(abs(of["nats"]["mean"]) < 1e-3 for of in blind.values())

@@ -16,7 +16,7 @@ from sklearn.decomposition import PCA
 from benchmarks.quality.cells import Task, library_sizes
 from benchmarks.quality.methods.naive import not_seen, seen_numbers
 from benchmarks.quality.work import Made, Place, labels_frame
-from scldm.evaluate.metrics import log_normalise
+from scldm.evaluate.space import log_normalise
 
 N_COMPONENTS = 50
 ROWS = 256  # cells that are dense at once: 256 x 60,000 genes x 8 B = 120 MB

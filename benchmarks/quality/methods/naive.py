@@ -15,7 +15,7 @@ from benchmarks.quality.cells import Task, matching
 from benchmarks.quality.work import Made, Place, labels_frame
 from scldm.errors import InputError
 from scldm.evaluate import baselines as draws
-from scldm.evaluate.metrics import TARGET_SUM, log_normalise
+from scldm.evaluate.space import TARGET_SUM, log_normalise
 
 UNSEEN = "not possible: no training cell has this combination"
 SEEN = "not asked: the method takes control cells to combinations that are held out"

@@ -14,10 +14,10 @@ import scipy.sparse as sp
 
 from scldm.evaluate.cells import Cells as CellsOf
 from scldm.evaluate.memorisation import MEMORISATION, memorisation_errors, memorisation_scores, nearness
-from scldm.evaluate.metrics import METRICS, Metric, Profile, score
+from scldm.evaluate.metrics import METRICS, Metric, score
 from scldm.evaluate.protocols import PROTOCOLS
 from scldm.evaluate.response import response
-from scldm.evaluate.space import Space
+from scldm.evaluate.space import Profile, Space
 
 # --- the simulation ------------------------------------------------------------------------------------------------
 

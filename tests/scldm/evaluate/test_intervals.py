@@ -8,7 +8,8 @@ import scipy.sparse as sp
 
 from scldm.errors import InputError
 from scldm.evaluate.intervals import IntervalConfig, error_of_mean, part_of_each_type, standard_errors
-from scldm.evaluate.metrics import Profile, score
+from scldm.evaluate.metrics import score
+from scldm.evaluate.space import Profile
 
 
 def gaussian(rng: np.random.Generator, n: int, shift: float) -> Profile:

@@ -8,7 +8,7 @@ import scipy.sparse as sp
 from scipy.stats import ttest_ind
 
 from scldm.evaluate import markers
-from scldm.evaluate.metrics import log_normalise
+from scldm.evaluate.space import log_normalise
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ import scipy.sparse as sp
 from sklearn.decomposition import PCA
 
 from scldm.errors import InputError
-from scldm.evaluate.metrics import METRICS, Profile
+from scldm.evaluate.metrics import METRICS
 from scldm.evaluate.protocols import PROTOCOLS, PUBLISHED, PUBLISHED_NOTE, variable_genes
+from scldm.evaluate.space import Profile
 
 
 @pytest.fixture(scope="module")
