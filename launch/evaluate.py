@@ -171,10 +171,11 @@ NEEDS: Mapping[str, str] = {
 
 def refuse_unused(config: EvaluateVerbConfig, mode: str) -> None:
     """Raises: InputError for a key that was changed from its default, and that this mode does not use."""
+    given = mode if getattr(config, mode) else "model"
     for key, value in changed(config, EvaluateVerbConfig()):
         if not any(key == taken or key.startswith(f"{taken}.") for taken in TAKES[mode]):
             raise InputError(
-                f"{key}={value} has no effect with {mode}=: leave it out. It takes {', '.join(TAKES[mode])}"
+                f"{key}={value} has no effect with {given}=: leave it out. It takes {', '.join(TAKES[mode])}"
             )
         if mode == "generated" and (needed := NEEDS.get(key)) and not getattr(config, needed):
             raise InputError(f"{key}={value} has no effect with generated= without {needed}=: leave it out")

@@ -26,6 +26,7 @@ from scldm.evaluate.cells import Cells
 from scldm.evaluate.compare import Part, compare
 from scldm.evaluate.curves import curves_of
 from scldm.evaluate.figures import baselines_of, score_sections
+from scldm.evaluate.intervals import WIDTH
 from scldm.evaluate.memorisation import MEMORISATION
 from scldm.evaluate.metrics import METRICS
 from scldm.evaluate.report import drawn_text, row_texts, tiles, write_report
@@ -109,11 +110,11 @@ def load_model(config: EvaluateVerbConfig) -> Pretrained:
 
 def parts_of(model: Pretrained, train: Cells, test: Cells, config: EvaluateVerbConfig) -> dict[str, Part]:
     """Cells that show which part of the model costs what: `evaluate.max_cells` of each, or more where every combination
-    of test cells is to have 50."""
+    of test cells is to have 50, or as many as one is scored with."""
     from launch.reconstructed_cells import decoded_from_training, gaussian_latents, reconstructed
 
     seed, most = config.evaluate.seed, config.evaluate.max_cells
-    few = at_most(test, most, 50, seed)
+    few = at_most(test, most, max(50, config.evaluate.min_cells), seed)
     there = train.numbers()
     numbers = {t: min(n, there[t]) for t, n in few.numbers().items() if t in there}
     rng = np.random.default_rng([seed, 6])
@@ -187,14 +188,20 @@ def flat_scores(evaluation: dict) -> dict[str, float]:
             if row["error"] is not None:
                 out[f"{section}.{name}.error"] = row["error"]
             out |= {f"{section}.{name}.of_{k}": v for k, v in row["normalised"].items() if v is not None}
-        for part, of_part in evaluation["parts"].items():
-            out |= {f"{section}.{name}.{part}": value for name, value in of_part.get(section, {}).items()}
+        for side, of in sides_of_parts(evaluation).items():
+            out |= {f"parts.{section}.{name}.{side}": value for name, value in of.get(section, {}).items()}
     out |= {name: row["score"] for name, row in evaluation["memorisation"].items()}
     for condition, response in evaluation["response"].items():
         scores = response["pooled"].items()
         out |= {f"response.{condition}.{name}": s["value"] for name, s in scores if s["value"] is not None}
     up = [m["log2_fold_change"]["generated"] > 0 for m in evaluation.get("markers", [])]
     return {**out, "markers_up": float(np.mean(up))} if up else out
+
+
+def sides_of_parts(evaluation: dict) -> dict[str, dict]:
+    """Floor, the model's parts and generated cells, all scored at equal numbers; none without parts."""
+    beside = evaluation["beside_parts"]
+    return {"floor": beside["floor"], **evaluation["parts"], "generated": beside["generated"]} if beside else {}
 
 
 # --- the tables in the terminal ------------------------------------------------------------------------------------
@@ -208,21 +215,25 @@ def show(evaluation: dict, report: Path) -> None:
     names = {"per_combination": "per combination (mean)", "pooled": "pooled (all cells at once)"}
     baselines = baselines_of(evaluation)
     for section in score_sections(evaluation):
-        parts = {k: p for k, p in evaluation["parts"].items() if section in p}
-        columns = ["generated", "± 1.96 SE", *(p["title"] for p in parts.values()), "floor"]
-        table = started(f"scores {names[section]}, protocol {title}", [*columns, *(f"({k})" for k in baselines)])
+        columns = ["generated", "± 95 %", "floor", *(f"({k})" for k in baselines)]
+        table = started(f"scores {names[section]}, protocol {title}", columns)
         for name, row in evaluation[section].items():
             generated, floor, *others = (mean for mean, _ in row_texts(row))
-            error = "" if row["error"] is None else f"{1.96 * row['error']:.2g}"
-            of_parts = [f"{p[section][name]:.3g}" if name in p[section] else "" for p in parts.values()]
             beaten = [f"{text} {MARKS[row['beats'][k]]}" for k, text in zip(baselines, others, strict=True)]
-            table.add_row(METRICS[name].title, generated, error, *of_parts, floor, *beaten)
+            table.add_row(METRICS[name].title, generated, reach(row), floor, *beaten)
+        console.print(table)
+    if sides := sides_of_parts(evaluation):
+        section = "per_combination" if "per_combination" in sides["floor"] else "pooled"
+        about = f"which part costs what: {names[section]}, {evaluation['beside_parts']['n_cells']:,} cells of each"
+        table = started(f"{about}, protocol {title}", [of.get("title", side) for side, of in sides.items()])
+        for name in sides["floor"][section]:
+            values = [of[section].get(name) for of in sides.values()]
+            table.add_row(METRICS[name].title, *("" if v is None else f"{v:.3g}" for v in values))
         console.print(table)
     show_responses(console, evaluation)
-    table = started(f"memorisation, protocol {title}", ["generated", "± 1.96 SE"])
+    table = started(f"memorisation, protocol {title}", ["generated", "± 95 %"])
     for name, row in evaluation["memorisation"].items():
-        error = "" if row["error"] is None else f"{1.96 * row['error']:.2g}"
-        table.add_row(MEMORISATION[name].title, f"{row['score']:.3g}", error)
+        table.add_row(MEMORISATION[name].title, f"{row['score']:.3g}", reach(row))
     console.print(table)
     for line in notes(evaluation):
         console.print(line, soft_wrap=True)
@@ -230,6 +241,11 @@ def show(evaluation: dict, report: Path) -> None:
         console.print(f"{figure:>9}  {text}", soft_wrap=True)
     console.print(f"{evaluation['verdict']['says']} {evaluation['verdict']['next']}", soft_wrap=True)
     console.print(f"report: {report}", soft_wrap=True)
+
+
+def reach(row: dict) -> str:
+    """How far a score's 95 % interval reaches to either side."""
+    return "" if row["error"] is None else f"{WIDTH * row['error']:.2g}"
 
 
 def show_responses(console: Console, evaluation: dict) -> None:

@@ -29,6 +29,7 @@ from scldm.environment import describe
 from scldm.errors import InputError
 from scldm.evaluate.baselines import with_relatives
 from scldm.evaluate.cells import NO_TYPE, Cells
+from scldm.evaluate.intervals import WIDTH
 from scldm.evaluate.reconstruction import (
     PROTOCOL_NOTE,
     PUBLISHED,
@@ -47,7 +48,6 @@ from scldm.progress import Progress
 from scldm.vocab import ConditionVocab, GeneVocab
 
 TITLES = {"model": "autoencoder", "mean_profile": "mean profile", "mean_of_combination": "mean profile per combination"}
-WIDTH = 1.96  # standard errors on either side of a 95 % interval
 
 
 class AsManyAsThere(dict[str, int]):

@@ -57,18 +57,25 @@ def worse(
 ) -> dict[str, float]:
     """What a path errs by more than `at_most` times as much as the formula does: name -> the ratio of their errors.
 
-    errors, formula: of each named number, its relative error on each of the same networks
+    errors, formula: of each named number, its relative error on each of the same networks; a name with a dot is of a
+        parameter's gradient, others are outputs
 
     The ratio is the geometric mean over networks, so that no single sum of roundings decides. Its own spread is
     measured: the logarithm of a ratio varies over networks by some sd, which all names together estimate, and a mean of
-    n has sd / sqrt(n). A ratio counts as larger where it lies four of these above `at_most`. An error that is less than
-    that of most numbers of its network counts as that, for a small one may be luck.
+    n has sd / sqrt(n). A ratio counts as larger where it lies four of these above `at_most`. An error may be small by
+    luck: that of a gradient counts as no less than three quarters of the network's gradients have, that of an output as
+    no less than half a float32's last digit.
     """
     n = len(next(iter(formula.values())))
-    usual = [max(statistics.median(of[k] for of in formula.values()), 1e-8) for k in range(n)]
+    gradients = [of for name, of in formula.items() if "." in name]
+    lowest = [float(np.quantile([of[k] for of in gradients], 0.25)) if gradients else 0.0 for k in range(n)]
+
+    def least(name: str, k: int) -> float:
+        return max(lowest[k] if "." in name else 0.0, 2.0**-24)
+
     logs = {
-        name: [math.log(max(e, usual[k]) / max(formula[name][k], usual[k])) for k, e in enumerate(errors[name])]
-        for name in errors
+        name: [math.log(max(e, least(name, k)) / max(formula[name][k], least(name, k))) for k, e in enumerate(of)]
+        for name, of in errors.items()
     }
     sd = math.sqrt(statistics.mean(statistics.variance(of) for of in logs.values()))
     limit = math.log(at_most) + 4 * sd / math.sqrt(n)

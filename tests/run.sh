@@ -9,6 +9,8 @@
 # GPUs are hidden; on one, the kernels are tested by: SCLDM_TEST_GPU=1 bash tests/run.sh tests/scldm/kernels tests/scldm/model
 # Paths among the arguments are relative to the checkout. Files of tests run beside one another, on as many cores as there
 # are, at most four; `-n 0` runs them one after another, and shows what they print with `-s`.
+# A process that crashes fails its test and ends the run: pytest-xdist 3.8 may wait for ever once it has replaced one
+# (pytest-xdist issue 1378).
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -48,4 +50,4 @@ python=$(bash "$root/launch/setup.sh" all,test)
 cd "$root"
 export PATH="${python%/*}:$PATH" # the commands that came with the packages
 exec "$python" -m pytest -m "$selection" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
-    --durations 25 ${arguments[@]+"${arguments[@]}"}
+    --max-worker-restart 0 --durations 25 ${arguments[@]+"${arguments[@]}"}

@@ -10,12 +10,11 @@ from pathlib import Path
 
 from benchmarks.quality import judge
 from benchmarks.quality.methods import METHODS
-from benchmarks.quality.table import Results
+from benchmarks.quality.table import FLOOR, Results
 
 # Okabe & Ito 2008: told apart by colour-blind readers
 COLOURS = {"ours": "#0072B2", "scvi": "#D55E00", "mlp": "#009E73", "naive": "#CC79A7", "control": "#666666"}
 KINDS = {"ours": "this project", "scvi": "scVI", "mlp": "MLP autoencoder", "naive": "no network", "control": "control"}
-FLOOR = "training_cells"
 PANELS = 3  # in a row
 
 
@@ -53,7 +52,8 @@ def draw(results: Results, title: str, path: Path) -> None:
 def panel(axis, results: Results, scope: str, metric: str) -> None:
     """Methods from best to worst, the floor as a dashed line."""
     means = {method: value for method in results.scores if (value := results.mean(method, scope, metric)) is not None}
-    ordered = sorted(means, key=lambda method: judge.loss_of(metric, means[method]) or 0.0, reverse=True)
+    floor = results.floor(scope, metric)
+    ordered = sorted(means, key=lambda method: judge.loss_of(metric, means[method], floor) or 0.0, reverse=True)
     for y, method in enumerate(ordered):
         colour = COLOURS[METHODS[method].kind]
         values = results.values(method, scope, metric)

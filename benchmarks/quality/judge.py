@@ -102,6 +102,11 @@ def title_of(metric: str) -> str:
     return KNOWN[metric].title if metric in KNOWN else metric
 
 
-def loss_of(metric: str, value: float) -> float | None:
-    """How far a score is from the best, less is better; None where that is not known of the metric."""
-    return KNOWN[metric].loss(value) if metric in KNOWN else None
+def loss_of(metric: str, value: float, floor: float | None) -> float | None:
+    """How far a score is from the best, less is better. That of a score that depends on the number of cells is `floor`,
+    the training cells' own. None where the best is not known."""
+    if metric not in KNOWN:
+        return None
+    if not KNOWN[metric].of_size:
+        return KNOWN[metric].loss(value)
+    return None if floor is None else KNOWN[metric].beyond(value, floor)

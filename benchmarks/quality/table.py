@@ -17,6 +17,7 @@ from benchmarks.quality.methods import METHODS, ours
 from launch.bench.report import Report, Row
 
 COLUMNS = 8  # metrics side by side
+FLOOR = "training_cells"
 COSTS = {"train_cpu_s": "training", "draw_cpu_s": "drawing"}
 
 
@@ -42,19 +43,23 @@ class Results:
         values = self.values(method, scope, metric)
         return float(np.mean(values)) if values else None
 
+    def floor(self, scope: str, metric: str) -> float | None:
+        """The training cells' mean score."""
+        return self.mean(FLOOR, scope, metric) if FLOOR in self.scores else None
+
     def best(self, scope: str, metric: str) -> list[str]:
         """The method whose mean is nearest to the best end, and those whose mean is no worse than its worst seed.
         Controls are left aside."""
-        losses: dict[str, float] = {}
+        floor, losses = self.floor(scope, metric), dict[str, float]()
         for method in self.scores:
             value = self.mean(method, scope, metric)
-            loss = None if value is None else judge.loss_of(metric, value)
+            loss = None if value is None else judge.loss_of(metric, value, floor)
             if loss is not None and METHODS[method].kind != "control":
                 losses[method] = loss
         if not losses:
             return []
         first = min(losses, key=lambda method: losses[method])
-        of_seeds = [judge.loss_of(metric, value) for value in self.values(first, scope, metric)]
+        of_seeds = [judge.loss_of(metric, value, floor) for value in self.values(first, scope, metric)]
         limit = max([losses[first], *(loss for loss in of_seeds if loss is not None)])
         return [method for method, loss in losses.items() if loss <= limit]
 

@@ -119,16 +119,16 @@ def with_relatives(
     """The training cells, some of them now under the names of unseen combinations (name -> labels): their relatives.
     And which combinations these are of.
 
-    wanted: cells that each combination, seen or not, is drawn at. An unseen one gets four times as many, at most 2,000,
-        so that baselines have cells to choose from. As far as they go, these are cells that the seen combinations
-        do not need, each taken once: a cell that stood twice in a set would be its own neighbour. Where they don't, any
-        relatives are taken, and stand twice
+    wanted: cells that each combination, seen or not, is drawn at. An unseen one gets up to four times as many, at most
+        2,000, so that baselines have cells to choose from. These are cells that the seen combinations do not need, and
+        no more than half of those, each taken once: a cell that stood twice in a set would be its own neighbour. Where
+        they are fewer than wanted, any relatives are taken, and stand twice
     """
     rng, types, extra, of = np.random.default_rng([seed, 10]), train.types.astype(object), [], {}
     spare = np.zeros(len(train), bool)
     for name in train.numbers():
         rows = rng.permutation(np.flatnonzero(train.types == name))
-        spare[rows[wanted.get(name, 0) :]] = True
+        spare[rows[(wanted.get(name, 0) + len(rows) + 1) // 2 :]] = True  # none where fewer are there than wanted
     for name, labels in unseen.items():
         own, of[name] = relatives(train, labels)
         most = min(4 * wanted.get(name, 1), 2_000)

@@ -47,6 +47,7 @@ LEAST = {
     "max_drawn_cells": 1_000,
     "max_real_cells": 1_000,
 }
+COINCIDE = 0.3  # at half of all pairs a group has no width; its halves reach that sooner
 N_EXPENSIVE = 3  # draws of floor and baselines for which the forest is grown
 
 
@@ -148,9 +149,9 @@ def compare(
     scorer = _Scorer(profiles["real"], space, sides.levels, chosen, config)
     tables = scorer.all_of(sides, train, profiles["generated"], control)
     memorised, told = _memorisation(train, profiles, space, config)
-    notes = [f"Not scored one by one, as most of their test cells are alike: {names([x for _, x in alike])}."] * bool(
-        alike
-    )
+    notes = []
+    if alike:
+        notes = [f"Not scored one by one, as many of their test cells are alike: {names([x for _, x in alike])}."]
 
     out: dict[str, Any] = {
         "config": asdict(config),
@@ -178,11 +179,7 @@ def compare(
         "memorisation": memorised,
         "notes": [*notes, *told],
         "response": _responses(train, test, generated, control, config),
-        "parts": {
-            name: scores
-            for name, part in (parts or {}).items()
-            if (scores := scorer.part(part, genes, sides, profiles["generated"], rng(4)))
-        },
+        **scorer.parts(parts or {}, genes, sides, profiles["generated"]),
         "genes": {"ids": [genes[k] for k in _columns(space, genes)], **{n: _moments(p) for n, p in profiles.items()}},
         "map": cell_map(profiles, {name: cells.labels for name, cells in judged.items()}, config.seed),
         **(_markers(train, judged, genes) if NO_TYPE not in sides.numbers else {}),
@@ -236,7 +233,8 @@ class _Sides:
     def of(cls, train: Cells, test: Cells, generated: Cells, config: EvaluateConfig) -> _Sides:
         combinations, seen = test.combinations(), set(train.numbers())
         unseen = {t: labels for t, labels in combinations.items() if t not in seen}
-        wanted = {t: min(n, generated.numbers().get(t, 0)) for t, n in test.numbers().items()}
+        made = generated.numbers()
+        wanted = {t: min(n, made.get(t, 0)) for t, n in test.numbers().items()}
         pool, relatives = baselines.with_relatives(train, unseen, wanted, config.seed) if len(train) else (train, {})
         numbers = matched_numbers(pool, test, generated)
         scored, not_scored, why = scored_combinations(numbers, config.min_cells, config.max_combinations)
@@ -288,6 +286,8 @@ class _Scorer:
         n_draws = min(config.n_draws, max(3, config.max_drawn_cells // len(generated)))
         with Progress("evaluate", 2 + len(ways) * n_draws, "comparisons") as bar:
             mine = self.scores(generated)
+            if not math.isfinite(mine.pooled["mmd2"]):
+                raise InputError("half of the pairs of test cells or more coincide; is the test split made of copies?")
             bar.advance()
             errors = errors_of(
                 self.real, generated, self.levels, self.protocol, config.max_cells, config.seed, config.intervals
@@ -306,7 +306,7 @@ class _Scorer:
             others = {name: [pick(s) for s in scores] for name, scores in draws.items()} | (more or {})
             return table(pick(mine), pick(errors), others.pop("floor"), others, as_floor)
 
-        out: dict[str, Any] = {"pooled": tabulate(lambda s: s.pooled, as_floor=("c",))}
+        out: dict[str, Any] = {"n_draws": n_draws, "pooled": tabulate(lambda s: s.pooled, as_floor=("c",))}
         if self.levels.combinations:
             out["per_combination"] = tabulate(lambda s: s.mean[""])
             out["by_combination"] = {
@@ -334,34 +334,52 @@ class _Scorer:
             out.append(score(test, other, config.max_group_cells, config.seed))
         return out
 
-    def part(
-        self, part: Part, genes: tuple[str, ...], sides: _Sides, generated: Profile, rng: np.random.Generator
-    ) -> dict:
-        """Scores of a part; `generated` and `floor`: those of generated and training cells at the same numbers. Of each
-        combination as many cells as there are of all, at most `max_group_cells`; where they are too few to be scored,
-        it is left out. Empty where all together are too few.
+    def parts(
+        self, parts: Mapping[str, Part], genes: tuple[str, ...], sides: _Sides, generated: Profile
+    ) -> dict[str, dict]:
+        """parts: the scores of each; beside_parts: n_cells, and the scores of generated and training cells (`floor`,
+        with its standard deviation over draws), all at the same numbers. Of each combination these are the cells that
+        every part has, at most `max_group_cells`; where they are too few to be scored, it is left out. Both empty where
+        all together are too few.
 
-        Raises: InputError where the part lacks genes that are compared.
+        Raises: InputError where a part lacks genes that are compared.
         """
-        if lacking := set(genes) - set(part.cells.genes):
-            raise InputError(
-                f"{part.cells.name} has {len(genes) - len(lacking):,} of the {len(genes):,} genes that are compared, "
-                f"and lacks {sorted(lacking)[0]!r}; give the model that generated the cells, or leave model out"
-            )
-        there = part.cells.numbers()
-        numbers = {t: min(n, there.get(t, 0), self.config.max_group_cells) for t, n in sides.numbers.items()}
-        if sum(numbers.values()) < self.config.min_cells:
-            return {}
+        for part in parts.values():
+            if lacking := set(genes) - set(part.cells.genes):
+                raise InputError(
+                    f"{part.cells.name} has {len(genes) - len(lacking):,} of the {len(genes):,} genes that are "
+                    f"compared, and lacks {sorted(lacking)[0]!r}; give the model that generated the cells, or leave "
+                    "model out"
+                )
+        there = [part.cells.numbers() for part in parts.values()]
+        most = self.config.max_group_cells
+        numbers = {t: min(n, most, *(of.get(t, 0) for of in there)) for t, n in sides.numbers.items()}
+        if not parts or sum(numbers.values()) < self.config.min_cells:
+            return {"parts": {}, "beside_parts": {}}
+        rng = _rng(self.config)(4)
         small = [t for t, n in numbers.items() if n < self.config.min_cells]
         few = replace(self, real=_drawn(self.real, numbers, rng), levels=self.levels.without(small))
-        cells = with_genes(part.cells, genes)
-        cells = cells.select(baselines.rows_per_type(cells.types, numbers, rng))
-        drawn = [baselines.floor_cells(sides.pool.counts, sides.pool.types, numbers, rng) for _ in range(N_EXPENSIVE)]
-        floors = [_sections(few.scores(Profile.of(*of, self.space), CHEAP)) for of in drawn]
-        mean = {k: {m: float(np.mean([f[k][m] for f in floors])) for m in of} for k, of in floors[0].items()}
-        out = {"title": part.title, "meaning": part.meaning, "n_cells": len(cells)}
-        out |= _sections(few.scores(Profile.of(cells.counts, cells.types, self.space)))
-        return out | {"generated": _sections(few.scores(_drawn(generated, numbers, rng), CHEAP)), "floor": mean}
+
+        def sections(counts: sp.csr_matrix, types: np.ndarray) -> dict[str, dict[str, float]]:
+            return _sections(few.scores(Profile.of(counts, types, self.space)))
+
+        floors = [
+            sections(*baselines.floor_cells(sides.pool.counts, sides.pool.types, numbers, rng))
+            for _ in range(N_EXPENSIVE)
+        ]
+        beside: dict[str, Any] = {"n_cells": sum(numbers.values())}
+        beside["generated"] = _sections(few.scores(_drawn(generated, numbers, rng)))
+        for name, of in (("floor", np.mean), ("floor_sd", np.std)):
+            beside[name] = {
+                section: {m: float(of([f[section][m] for f in floors if m in f[section]])) for m in values}
+                for section, values in floors[0].items()
+            }
+        out = {}
+        for name, part in parts.items():
+            cells = with_genes(part.cells, genes)
+            cells = cells.select(baselines.rows_per_type(cells.types, numbers, rng))
+            out[name] = {"title": part.title, "meaning": part.meaning, **sections(cells.counts, cells.types)}
+        return {"parts": out, "beside_parts": beside}
 
 
 def _drawn(profile: Profile, numbers: Mapping[str, int], rng: np.random.Generator) -> Profile:
@@ -377,10 +395,10 @@ def _sections(scores: Scores) -> dict[str, dict[str, float]]:
 
 
 def of_copies(real: Profile, levels: Levels) -> list[tuple[str, str]]:
-    """The combinations and labels (as of Levels.rows) of whose test cells half of the pairs or more coincide, as cells
-    without counts do: they have no distances to judge by."""
+    """The combinations and labels (as of Levels.rows) of whose test cells three in ten pairs or more coincide, as cells
+    without counts do. They have no distances to judge by."""
     of = {key: real.components[rows[: levels.max_cells]] for key, rows in levels.rows(real).items()}
-    return [key for key, components in of.items() if np.median(pdist(components, "sqeuclidean")) == 0]
+    return [key for key, components in of.items() if (pdist(components, "sqeuclidean") == 0).mean() > COINCIDE]
 
 
 def _memorisation(

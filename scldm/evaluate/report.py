@@ -22,7 +22,14 @@ from scldm.evaluate.figures.cells import LIBRARY_ROWS
 from scldm.evaluate.figures.genes import marker_looks, shown_labels
 from scldm.evaluate.figures.looks import condition_looks, grey_labels, label_sizes, number
 from scldm.evaluate.figures.response import contrast_name, drawn_contrasts, drawn_responses
-from scldm.evaluate.figures.scores import HEAT_ROWS, all_baselines_of, score_sections, section_title, unit
+from scldm.evaluate.figures.scores import (
+    HEAT_ROWS,
+    all_baselines_of,
+    parts_drawn,
+    score_sections,
+    section_title,
+    unit,
+)
 from scldm.evaluate.memorisation import MEMORISATION
 from scldm.evaluate.metrics import METRICS
 from scldm.evaluate.protocols import PUBLISHED_NOTE
@@ -98,6 +105,7 @@ def page(evaluation: dict, images: dict[str, bytes]) -> str:
         "sizes": sizes(evaluation),
         "label_sizes": label_sizes(evaluation),
         "draws": draws_text(evaluation),
+        "parts_drawn": parts_drawn(evaluation),
         "shown": {"labels": shown_labels(evaluation)} if evaluation.get("markers") else {},
         "HEAT_ROWS": HEAT_ROWS,
         "LIBRARY_ROWS": LIBRARY_ROWS,

@@ -132,31 +132,24 @@ def score_table(e: dict, rows: Mapping[str, dict], sizes: Sequence[int]) -> Tabl
 
 
 def parts_table(e: dict) -> Table:
-    """Floor, parts of the model and generated cells side by side: which part costs what. Mean over combinations where
-    every part has it, else pooled."""
-    parts, section = e["parts"], parts_section(e)
-    main, further = ordered_metrics(e)
-    heads = [Head("metric"), Head("floor"), *(Head(part["title"]) for part in parts.values()), Head("generated")]
+    """Floor, parts of the model and generated cells side by side, at equal numbers of cells: which part costs what.
+    Mean over combinations where these have cells enough, else pooled."""
+    section, beside = parts_section(e), e["beside_parts"]
+    sides = {"floor": beside["floor"], **e["parts"], "generated": beside["generated"]}
+    heads = [Head("metric"), Head("floor"), *(Head(part["title"]) for part in e["parts"].values()), Head("generated")]
 
     def cells(name: str) -> list[Cell]:
-        row, found = e[section][name], [part[section].get(name) for part in parts.values()]
-        floor, generated, reach = row["floor"]["mean"], row["score"], row_texts(row)[0][1]
-        if (few := next(iter(parts.values())))["n_cells"] < e["cells"]["compared"]:  # at the parts' numbers
-            floor, generated, reach = few["floor"][section].get(name), few["generated"][section].get(name), ""
-        values = [floor, *found, generated]
+        values = [side[section].get(name) for side in sides.values()]
         digits = digits_of(*(v for v in values if v is not None))
-        of = [Cell(DASH) if v is None else Cell(number(v, digits), value=v) for v in values[:-1]]
-        last = (
-            Cell(DASH) if generated is None else _with_reach(number(generated, digits), reach, generated, "generated")
-        )
-        return [Cell(METRICS[name].title), *of, last]
+        of = [Cell(DASH) if v is None else Cell(number(v, digits), value=v) for v in values]
+        return [Cell(METRICS[name].title), *of]
 
+    main, further = ordered_metrics(e)
     return Table([heads], [("", [cells(m) for m in main]), ("further scores", [cells(m) for m in further])])
 
 
 def parts_section(e: dict) -> str:
-    every = all("per_combination" in part for part in e["parts"].values())
-    return "per_combination" if every and "per_combination" in e else "pooled"
+    return "per_combination" if "per_combination" in e["beside_parts"]["floor"] else "pooled"
 
 
 # --- groups of cells -----------------------------------------------------------------------------------------------

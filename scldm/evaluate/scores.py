@@ -182,10 +182,9 @@ def table(
         row |= {"baselines": {}, "normalised": {}, "beats": {}}
         for key, draws in baselines.items():
             baseline = _summary([d[name] for d in draws if name in d])
-            gap, beyond = baseline["mean"] - base["mean"], metric.beyond(baseline["mean"], base["mean"])
+            beyond = metric.beyond(baseline["mean"], base["mean"])
             n = min(len(base["draws"]), len(baseline["draws"]))
-            told_apart = key not in as_floor and beyond > 0
-            told_apart &= bool(abs(gap) > 3 * np.hypot(base["sd"], baseline["sd"]) / np.sqrt(n))
+            told_apart = key not in as_floor and beyond > 3 * np.hypot(base["sd"], baseline["sd"]) / np.sqrt(n)
             row["baselines"][key] = baseline
             own = metric.beyond(value, base["mean"])
             row["normalised"][key] = own / beyond if told_apart else None

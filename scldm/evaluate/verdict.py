@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from scldm.evaluate.intervals import WIDTH as REACH
 from scldm.evaluate.metrics import METRICS, Metric
 
-REACH = 1.96  # standard errors of a 95 % interval
 COPIES = 0.6  # share of cells that are closer to training than to held-out cells above which cells count as repeated
 WEAK = 0.7  # slope of a response below which an effect counts as washed out, where its interval lies below 1
 DISTANCES = ("mmd2", "w2", "fd")
@@ -117,19 +117,22 @@ def _slope(response: dict) -> dict[str, float] | None:
 
 def what_limits(evaluation: dict) -> str:
     """From cells that were encoded and decoded again: how much of what generated cells lack do they lack too? It is the
-    median over MMD2, W2 and FD of (part - floor) / (generated - floor), all at equal numbers of cells. Training cells
-    are taken where they are there: reconstructed test cells lie nearer to the test cells than others do, as they are
-    made of the same ones."""
+    median of (part - floor) / (generated - floor), at equal numbers of cells, over those of MMD2, W2 and FD by which
+    generated cells differ from training cells by more than draws of these do. Training cells are taken where they are
+    there: reconstructed test cells lie nearer to the test cells than others do, as they are made of the same ones."""
     part = evaluation["parts"].get("from_training") or evaluation["parts"].get("reconstructed")
     if part is None:
         return "Give model=FOLDER to learn whether the autoencoder or the diffusion model limits."
     section = "per_combination" if "per_combination" in part else "pooled"
-    floor, generated, own = part["floor"][section], part["generated"][section], part[section]
-    lacking = {m: generated[m] - floor[m] for m in DISTANCES}
-    shares = sorted((own[m] - floor[m]) / gap for m, gap in lacking.items() if gap > 0)
-    if not shares:
-        return "No distance is above the floor: look at the gene-level scores."
-    share = shares[len(shares) // 2]
+    generated, floor, spread = (evaluation["beside_parts"][k][section] for k in ("generated", "floor", "floor_sd"))
+    told = [
+        m
+        for m in DISTANCES
+        if METRICS[m].beyond(generated[m], floor[m]) > REACH * spread[m] and generated[m] != floor[m]
+    ]
+    if not told:
+        return "No distance tells generated cells from training cells: look at the gene-level scores."
+    share = float(np.median([(part[section][m] - floor[m]) / (generated[m] - floor[m]) for m in told]))
     if share >= 0.5:
         return (
             f"Reconstruction limits: encoding and decoding alone explains {min(share, 1):.0%} of the distance to real "

@@ -322,12 +322,17 @@ def test_all_methods_within_the_range_of_the_best_one_are_starred():
     w2 = {"training_cells": [1.0, 1.0], "ours": [2.0, 4.0], "mlp_flow": [3.9, 3.9], "poisson_mean": [3.0, 5.4]}
     assert results_of(w2).best("pooled", "w2") == ["ours", "mlp_flow"]  # 4.2 is beyond 4; a control has no star
     assert results_of({m: v[:1] for m, v in w2.items()}).best("pooled", "w2") == ["ours"]
+    # W2 is best at the training cells': below, cells vary too little
+    below = {"training_cells": [3.0], "ours": [3.2], "mlp_flow": [2.5], "poisson_mean": [4.0]}
+    assert results_of(below).best("pooled", "w2") == ["ours"]
+    assert results_of({m: v for m, v in below.items() if m != "training_cells"}).best("pooled", "w2") == []
     assert number([2.0, 4.0], True).plain == "3 ± 1 *"
     assert (number([2.0]).plain, number([]).plain) == ("2", "")
 
 
 def test_labels_are_shown_as_text_and_every_table_names_its_protocol(capsys: pytest.CaptureFixture[str]):
-    print_tables(results_of({"ours": [2.0, 4.0], "poisson_mean": [5.0, 5.0]}, "cell_type=x[/b] [mem] :cat:"))
+    w2 = {"training_cells": [1.0, 1.0], "ours": [2.0, 4.0], "poisson_mean": [5.0, 5.0]}
+    print_tables(results_of(w2, "cell_type=x[/b] [mem] :cat:"))
     shown = " ".join(capsys.readouterr().out.split())
     assert "ours, cell_type=x[/b] [mem] :cat:: why" in shown
     assert "pooled, protocol quality benchmark:" in shown

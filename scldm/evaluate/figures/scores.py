@@ -66,8 +66,9 @@ def scores(evaluation: dict) -> Figure:
     parts, floor and baselines on one axis each."""
     main, sections = evaluation["protocol"]["main"], score_sections(evaluation)
     looks = {"generated": ("generated cells", GENERATED, "o", 80)}
-    titles = labels([part["title"] for part in evaluation["parts"].values()], 30)
-    for (name, title), shape in zip(zip(evaluation["parts"], titles, strict=True), "Pvp<>*h", strict=False):
+    parts = parts_drawn(evaluation)
+    titles = labels([part["title"] for part in parts.values()], 30)
+    for (name, title), shape in zip(zip(parts, titles, strict=True), "Pvp<>*h", strict=False):
         looks[f"part {name}"] = (title, PART, shape, 60)
     looks["floor"] = ("floor: training cells", FLOOR, "D", 50)
     for (key, (title, _)), shape in zip(baselines_of(evaluation).items(), "^sX", strict=False):
@@ -111,11 +112,17 @@ _READS = {
 }
 
 
+def parts_drawn(evaluation: dict) -> dict[str, dict]:
+    """The model's parts, where they were scored at as many cells as the generated ones. Else they stand in a table."""
+    parts = evaluation["parts"]
+    return parts if parts and evaluation["beside_parts"]["n_cells"] == evaluation["cells"]["compared"] else {}
+
+
 def _values(evaluation: dict, section: str, name: str) -> dict[str, tuple[float, float]]:
     """key -> score and the reach of its bar."""
     row = evaluation[section][name]
     out = {"generated": (row["score"], REACH * (row["error"] or 0.0))}
-    for part, of in evaluation["parts"].items():
+    for part, of in parts_drawn(evaluation).items():
         if name in of.get(section, {}):
             out[f"part {part}"] = (of[section][name], 0.0)
     return out | {k: (v["mean"], v["sd"]) for k, v in {"floor": row["floor"], **row["baselines"]}.items()}

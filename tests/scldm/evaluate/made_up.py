@@ -75,6 +75,7 @@ def evaluation(conditions: dict[str, list[str]], protocol: str = "scldm", small:
         "memorisation": {m: {"score": 0.9, "error": 0.01} for m in MEMORISATION},
         "response": responses(conditions),
         "parts": {},
+        "beside_parts": {},
         "genes": {
             "ids": GENES,
             **{s: {m: [0.1, 0.5, 0.2, 0.7] for m in ("mean", "variance", "fraction")} for s in SOURCES},

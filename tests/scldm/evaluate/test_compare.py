@@ -18,6 +18,7 @@ from scldm.evaluate.compare import EvaluateConfig, Part, compare, known_controls
 from scldm.evaluate.curves import curves_of
 from scldm.evaluate.intervals import IntervalConfig
 from scldm.evaluate.two_sample import classifier_auc
+from scldm.evaluate.verdict import DISTANCES
 
 CONFIG = EvaluateConfig(n_draws=3, intervals=IntervalConfig(4, 2))
 GENES = tuple(f"g{k}" for k in range(40))
@@ -189,7 +190,20 @@ def test_a_combination_of_cells_that_are_alike_is_not_scored_alone_and_named(set
     found = compare(**{**sets, "test": alike}, config=CONFIG)
     assert found["scored_combinations"] == ["A"]
     assert found["not_scored"] == ["C", "B"]
-    assert "most of their test cells are alike: 'B'" in found["notes"][0]
+    assert "many of their test cells are alike: 'B'" in found["notes"][0]
+
+
+def test_cells_of_which_many_are_alike_end_no_evaluation(sets):
+    """28 of 40 cells of a combination have no counts: its halves may have no width, where the whole has."""
+    test = cells("test", 2, {"A": 50, "B": 40, "C": 6})
+    counts = test.counts.tolil()
+    counts[np.flatnonzero(test.types == "B")[:28]] = 0
+    empty = test.with_counts(sp.csr_matrix(counts), GENES, "test")
+    generated = cells("generated", 3, {"A": 60, "B": 40, "C": 6})
+    found = compare(**{**sets, "test": empty, "generated": generated}, config=CONFIG)
+    assert found["scored_combinations"] == ["A"]
+    with pytest.raises(InputError, match="is the test split made of copies"):
+        compare(**{**sets, "test": test.with_counts(counts.tocsr() * 0, GENES, "test")}, config=CONFIG)
 
 
 def test_groups_as_small_as_allowed_are_scored(sets):
@@ -210,20 +224,21 @@ def test_a_part_tells_which_stage_limits(sets):
     same, good = (cells("part", 5, {"A": 50, "B": 30, "C": 6}, noise) for noise in (0.7, 0.0))
     for part, said in ((same, "Reconstruction limits"), (good, "The diffusion model limits")):
         found = compare(**poor, config=CONFIG, parts={"reconstructed": Part("reconstructed", "as they are", part)})
-        of_part = found["parts"]["reconstructed"]
-        assert set(of_part["per_combination"]) == set(found["per_combination"])
-        assert of_part["n_cells"] == 81
+        assert set(found["parts"]["reconstructed"]["per_combination"]) == set(found["per_combination"])
+        assert found["beside_parts"]["n_cells"] == 81
         assert said in found["verdict"]["next"]
-    # a part may lack combinations
+    # all parts, generated and training cells are scored at the numbers that every part has
     few = good.select(np.flatnonzero(good.types == "A"))
-    found = compare(**poor, config=CONFIG, parts={"reconstructed": Part("reconstructed", "as they are", few)})
-    of_part = found["parts"]["reconstructed"]
-    assert of_part["n_cells"] == 50
-    # generated and training cells stand beside it at its numbers: 50 of A, none of others
-    assert of_part["generated"]["per_combination"]["fd"] == pytest.approx(found["by_combination"]["A"]["fd"]["score"])
-    one = good.select(np.flatnonzero(good.types == "A")[:1])
-    found = compare(**poor, config=CONFIG, parts={"reconstructed": Part("reconstructed", "as they are", one)})
-    assert found["parts"] == {}
+    parts = {"one": Part("one", "whole", good), "other": Part("other", "of A alone", few)}
+    found = compare(**poor, config=CONFIG, parts=parts)
+    beside, of_a = found["beside_parts"], found["by_combination"]["A"]["fd"]["score"]
+    assert beside["n_cells"] == 50
+    assert beside["generated"]["per_combination"]["fd"] == pytest.approx(of_a)
+    one, other = (found["parts"][k]["per_combination"] for k in ("one", "other"))
+    assert [one[m] for m in DISTANCES] == pytest.approx([other[m] for m in DISTANCES])
+    assert min(beside["floor_sd"]["per_combination"][m] for m in DISTANCES) > 0
+    single = Part("reconstructed", "as they are", good.select(np.flatnonzero(good.types == "A")[:1]))
+    assert compare(**poor, config=CONFIG, parts={"reconstructed": single})["parts"] == {}
 
 
 def test_a_part_of_another_model_is_refused_by_its_genes(sets):

@@ -64,16 +64,19 @@ class Reader(HTMLParser):
 # --- labels and genes are text -------------------------------------------------------------------------------------
 
 
-def part(value: float) -> dict:
-    """What `compare` says of a part of nine cells: its pooled scores, beside those of as many others."""
-    of = {"pooled": dict.fromkeys(METRICS, value)}
-    return {"n_cells": 9, **of, "generated": {"pooled": dict.fromkeys(METRICS, 0.7)}, "floor": of}
+def with_part(e: dict, title: str, value: float, n_cells: int) -> dict:
+    """The evaluation with a part of so many cells, and its scores beside those of generated and training cells."""
+    sections = ("pooled", "per_combination")
+    scores = {v: {section: dict.fromkeys(METRICS, v) for section in sections} for v in (value, 0.1, 0.7, 0.01)}
+    e["parts"] = {"reconstructed": {"title": title, "meaning": "decoded", **scores[value]}}
+    beside = {"floor": scores[0.1], "generated": scores[0.7], "floor_sd": scores[0.01]}
+    return e | {"beside_parts": {"n_cells": n_cells, **beside}}
 
 
 @pytest.fixture(scope="module")
 def strange() -> dict:
     e = evaluation({"$type_1$ <i>": STRANGE, "_treat%": [r"$\ctrl", "st}im"]}, unseen=1)
-    e["parts"] = {"odd": {"title": r"<b> $\p_1", "meaning": "x", **part(0.2)}}
+    e = with_part(e, r"<b> $\p_1", 0.2, e["cells"]["compared"])
     e["curves"] = {"vae": {"train": {"nll": [[64, 200.0], [128, 150.0]]}}}
     return e
 
@@ -274,17 +277,15 @@ def test_texts_of_a_row_have_the_same_decimals():
 
 
 def test_parts_stand_beside_the_generated_cells():
-    e = evaluation(TWO)
-    mean = dict.fromkeys(METRICS, 0.3)
-    e["parts"] = {"reconstructed": {"title": "reconstructed test cells", "meaning": "decoded", **part(0.2)}}
-    row = parts_table(e).groups[0][1][0]
-    assert [cell.value for cell in row[1:]] == [0.2, 0.2, 0.7]  # floor and generated cells at the part's numbers
-    assert "not scored" in [t.get_text() for t in texts_of(e, "scores")]  # it has no mean over combinations
-    for of in (e["parts"]["reconstructed"], *(e["parts"]["reconstructed"][k] for k in ("generated", "floor"))):
-        of["per_combination"] = mean
-    assert parts_table(e).groups[0][1][0][2].value == 0.3
-    assert "not scored" not in [t.get_text() for t in texts_of(e, "scores")]
-    assert "reconstructed test cells: decoded (9 cells)" in Reader(whole_page(e)).text
+    e = with_part(evaluation(TWO), "reconstructed test cells", 0.2, 9)
+    assert [cell.value for cell in parts_table(e).groups[0][1][0][1:]] == [0.1, 0.2, 0.7]
+    page = Reader(whole_page(e)).text
+    assert "reconstructed test cells: decoded." in page
+    assert "All are scored at the same 9 cells" in page
+    # at other numbers of cells they stand on no axis with the others
+    assert "reconstructed test cells" not in [t.get_text() for t in texts_of(e, "scores")]
+    same = with_part(evaluation(TWO), "reconstructed test cells", 0.2, e["cells"]["compared"])
+    assert "reconstructed test cells" in [t.get_text() for t in texts_of(same, "scores")]
     assert SECTIONS["parts"] not in whole_page(evaluation(TWO))
 
 

@@ -80,6 +80,13 @@ def test_table_normalises_between_floor_and_baseline():
     assert [rows[m]["error"] for m in ("w2", "fd", "mmd2")] == [0.2, None, None]
 
 
+def test_a_baseline_on_the_other_side_of_the_ideal_gives_no_scale() -> None:
+    """AUC: .46 of the floor and .543 of the baseline are about as far from one half."""
+    floor, near = ([scores(auc=v), scores(auc=v + 0.004)] for v in (0.46, 0.541))
+    row = table(scores(auc=0.6), {}, floor, {"a": near})["auc"]
+    assert (row["normalised"]["a"], row["beats"]["a"]) == (None, None)
+
+
 def test_expensive_scores_have_fewer_draws() -> None:
     cheap = dict.fromkeys(CHEAP, 0.5)
     rows = table(scores(), {}, [scores(), scores(), cheap], {"a": [scores(auc=0.9), scores(auc=0.91), cheap]})

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from scldm.evaluate.metrics import METRICS
-from scldm.evaluate.verdict import reaches_floor, summary, verdict
+from scldm.evaluate.verdict import DISTANCES, reaches_floor, summary, verdict, what_limits
 
 
 def row(score: float, error: float, floor: float, baseline: float, beats: bool | None) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def row(score: float, error: float, floor: float, baseline: float, beats: bool |
 
 
 def evaluation(of: dict[str, Any], **more: Any) -> dict[str, Any]:
-    out: dict[str, Any] = {"pooled": of, "memorisation": {}, "response": {}, "parts": {}, **more}
+    out: dict[str, Any] = {"pooled": of, "memorisation": {}, "response": {}, "parts": {}, "beside_parts": {}, **more}
     return out | {"summary": summary(out)}
 
 
@@ -57,6 +57,28 @@ def test_copies_and_lost_effects_come_first() -> None:
     assert "washed out" not in verdict(evaluation(good, response=unsure))["says"]
     copies = {"closer_to_training": {"score": 0.9, "error": 0.02}}
     assert "repeat training cells" in verdict(evaluation(good, memorisation=copies, response=lost))["says"]
+
+
+def limits(part: tuple, generated: tuple, floor: tuple, spread: float = 0.01) -> str:
+    """Of MMD2, W2 and FD."""
+    sides = {"generated": generated, "floor": floor, "floor_sd": (spread * 1, spread * 10, spread * 100)}
+    of = {
+        name: {"pooled": dict(zip(DISTANCES, values, strict=True))} for name, values in {**sides, "part": part}.items()
+    }
+    return what_limits({"parts": {"from_training": of.pop("part")}, "beside_parts": of})
+
+
+def test_what_limits_is_the_median_of_shares_above_noise() -> None:
+    floor = (0.0, 9.0, 30.0)
+    assert limits((0.9, 9.9, 39.0), (1.0, 10.0, 40.0), floor).startswith(
+        "Reconstruction limits: encoding and decoding a"
+    )
+    assert limits((0.1, 9.1, 31.0), (1.0, 10.0, 40.0), floor).startswith("The diffusion model limits")
+    # of two shares, .64 and .26, the middle; W2 lies within the spread of training cells
+    assert "explains 45% of the distance" in limits((0.64, 9.0, 32.6), (1.0, 9.1, 40.0), floor)
+    # cells that vary too little lie below the floor, and that is a distance too
+    assert limits((0.0, 7.1, 20.5), (0.0, 7.0, 20.0), floor).startswith("Reconstruction limits")
+    assert limits((0.0, 9.0, 30.0), (0.0, 9.1, 30.5), floor).startswith("No distance tells generated cells")
 
 
 @pytest.mark.parametrize(
