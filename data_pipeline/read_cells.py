@@ -23,7 +23,9 @@ def read_cells(path: str) -> ad.AnnData:
         import tiledbsoma
         import tiledbsoma.io
 
-        with tiledbsoma.Experiment.open(path) as experiment:
+        from data_pipeline.source_soma import context
+
+        with tiledbsoma.Experiment.open(path, context=context()) as experiment:
             return tiledbsoma.io.to_anndata(experiment, MEASUREMENT, X_layer_name=LAYER)
     except Exception as error:  # each library has its own for what is none of its folders
         told = (str(error).splitlines() or [repr(error)])[0]

@@ -21,13 +21,18 @@ from data_pipeline.narrow import Coordinates, RowBuffers, Rows, coo_to_rows
 from data_pipeline.sources import OpenSource, SourceConfig, SourceSpec, as_labels, spans
 from scldm.errors import InputError
 
-# A read hands its result over in tables of this size; the default of 1 GiB a column would break any memory bound.
-BUFFER_BYTES = 64 << 20
+TILEDB: dict[str, Any] = {
+    # a read hands its result over in tables of this size; the default of 1 GiB a column would break any memory bound
+    "soma.init_buffer_bytes": 64 << 20,
+    # else a read ends the process now and then (once in some 10,000 small ones): TileDB 2.28 to 2.30 frees what the
+    # threads that merge tiles still use (TileDB pull request 5723)
+    "sm.query.sparse_global_order.preprocess_tile_merge": 0,
+}
 TILE_ROWS = 2048  # of the Census and of what tiledbsoma writes
 
 
-def _context() -> tiledbsoma.SOMATileDBContext:
-    return tiledbsoma.SOMATileDBContext(tiledb_config={"soma.init_buffer_bytes": BUFFER_BYTES})
+def context() -> tiledbsoma.SOMATileDBContext:
+    return tiledbsoma.SOMATileDBContext(tiledb_config=TILEDB)
 
 
 def open_collection(uri: str, census_version: str) -> Any:
@@ -39,14 +44,11 @@ def open_collection(uri: str, census_version: str) -> Any:
         if census_version and not uri:
             import cellxgene_census  # half a second of imports that a SOMA experiment needs nothing of
 
-            return cellxgene_census.open_soma(census_version=census_version, tiledb_config=_CENSUS_CONFIG)
-        return tiledbsoma.open(_absolute(uri), context=_context())
+            return cellxgene_census.open_soma(census_version=census_version, tiledb_config=TILEDB)
+        return tiledbsoma.open(_absolute(uri), context=context())
     except (tiledbsoma.SOMAError, ValueError, OSError) as error:
         what = f"source.census_version={census_version!r}" if census_version and not uri else f"source.paths: {uri}"
         raise InputError(f"{what} can't be opened: {str(error).splitlines()[0]}") from None
-
-
-_CENSUS_CONFIG = {"soma.init_buffer_bytes": BUFFER_BYTES}
 
 
 def _absolute(uri: str) -> str:
@@ -91,7 +93,7 @@ def open_experiment(uri: str, kind: str, organism: str, census_version: str) -> 
         import cellxgene_census
 
         try:
-            census = cellxgene_census.open_soma(uri=_absolute(uri), tiledb_config=_CENSUS_CONFIG)
+            census = cellxgene_census.open_soma(uri=_absolute(uri), tiledb_config=TILEDB)
         except (tiledbsoma.SOMAError, ValueError, OSError) as error:
             raise InputError(f"source.paths: {uri} can't be opened: {str(error).splitlines()[0]}") from None
     else:
