@@ -6,6 +6,8 @@ import sys
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from data_pipeline.gene_sets import GeneSetConfig, as_whole_cells
 from data_pipeline.loader import CellLoader, LoaderConfig
 from launch.cli import run_verb
@@ -81,6 +83,8 @@ def set_up(config: TrainVAEConfig, world: World) -> Parts:
     place["micro_batch"] = whole_cells(config.hardware.micro_batch, in_training, n_genes)
     validation = CellLoader(whole, split="validation", **place)
     module = VAE(config.model, loader.vocab.n_genes)
+    mean_G = torch.tensor(loader.cells.gene_column("mean"), dtype=torch.float32)
+    module.start_at(mean_G + 0.5 / max(loader.manifest.n_cells, 1))
     trained = start_of(config)
     joined = vae_from(module, loader.vocab, trained.vae, trained.genes) if trained is not None else ()
 

@@ -11,21 +11,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from scldm.model.token import TokenKind, basis
+
 
 def pool(
-    c_BS: Tensor, r_BS: Tensor, row: Tensor, alpha_NM: Tensor, A_TNM: Tensor, values_TNH: Tensor, a_NH: Tensor
+    x_BS: Tensor,
+    r_BS: Tensor,
+    row: Tensor,
+    alpha_NMK: Tensor,
+    A_TNM: Tensor,
+    values_TNH: Tensor,
+    a_KNH: Tensor,
+    kind: TokenKind,
 ) -> Tensor:
-    """softmax over genes of r (c alpha + A), times r (values + c a): (B, N, M, H); 0 where a cell has no gene.
+    """softmax over genes of r (A + alpha phi), times r (values + phi a): (B, N, M, H); 0 where a cell has no gene.
 
-    Source: mcab_algebra, identity 1: a gene's token is c u + e_g, and r is one over its standard deviation.
+    A gene's token is e_g + phi u with the K numbers phi(x) of its count, and r is one over its standard deviation.
     """
-    there_BS = (row >= 0).expand_as(c_BS)
+    there_BS = (row >= 0).expand_as(x_BS)
     A_BSNM, values_BSNH = A_TNM[row.clamp_min(0)], values_TNH[row.clamp_min(0)]
-    c, r = c_BS[:, :, None, None], r_BS[:, :, None, None]
-    score_BSNM = r * (c * alpha_NM + A_BSNM)
+    phi_BSK, r = basis(x_BS, kind), r_BS[:, :, None, None]
+    score_BSNM = r * (torch.einsum("bsk,nmk->bsnm", phi_BSK, alpha_NMK) + A_BSNM)
     score_BSNM = score_BSNM.masked_fill(~there_BS[:, :, None, None], torch.finfo(score_BSNM.dtype).min)
     p_BSNM = score_BSNM.softmax(1) * there_BS[:, :, None, None]
-    value_BSNH = r * (values_BSNH + c * a_NH)
+    value_BSNH = r * (values_BSNH + torch.einsum("bsk,knh->bsnh", phi_BSK, a_KNH))
     return torch.einsum("bsnm,bsnh->bnmh", p_BSNM, value_BSNH)
 
 

@@ -39,11 +39,11 @@ class AllGenesEncoder:
         self.query_MD = mcab.query(vae.latent_queries)
         q_MD = mcab.norm_query(self.query_MD)
         self.of = factorised.tables(mcab, q_MD, vae.token, vae.gene_embedding(gene_ids_S), q_MD.dtype)
-        # a row per gene, so that a cell's genes are whole rows
+        # a row per gene, so that a cell's genes are whole rows; a count of 0 adds nothing to a token
         self.A_SR = self.of.A_RT.T.contiguous()
         self.base_S = prevalent_S.to(gene_ids_S.device) <= PREVALENT
         self.always_P = (~self.base_S).nonzero()[:, 0]
-        r0_S1 = self.of.scale(torch.zeros_like(self.of.ee_T), self.of.ue_T, self.of.ee_T)[:, None]
+        r0_S1 = self.of.scale(torch.zeros_like(self.of.ue_TK), self.of.ue_TK, self.of.ee_T)[:, None]
         score_SR = r0_S1 * self.A_SR
         base_S1 = self.base_S[:, None]
         self.max_R = score_SR.masked_fill(~base_S1, -torch.inf).amax(0)
@@ -59,36 +59,36 @@ class AllGenesEncoder:
 
     @torch.no_grad()
     def pool(self, counts_BS: Tensor) -> Tensor:
-        """What `vae.pool` makes of the genes, (B, L, D)."""
+        """What the encoder's blocks get of the genes, (B, L, D)."""
         read, unsafe = [], []
         for counts_S in counts_BS:
             read_MD, safe = self._read(counts_S)
             read.append(read_MD)
             unsafe.append(not safe)
-        mcab = self.vae.pool
+        vae, mcab = self.vae, self.vae.pool
         x_BMD = self.query_MD + mcab.out(torch.stack(read))
         x_BMD = x_BMD + mcab.mlp(mcab.norm_mlp(x_BMD))
         if any(unsafe):
             again = torch.tensor(unsafe, device=counts_BS.device)
-            given = GeneCounts(self.gene_ids_S, counts_BS[again])
-            vae, read = self.vae, factorised.read_genes
+            given, read = GeneCounts(self.gene_ids_S, counts_BS[again]), factorised.read_genes
             x_BMD[again] = factorised.pool(mcab, vae.latent_queries, vae.token, vae.gene_embedding, given, read)
+        if vae.config.direct:
+            x_BMD += vae.direct_in(GeneCounts(self.gene_ids_S, counts_BS))[:, None]
         return x_BMD
 
     def _read(self, counts_S: Tensor) -> tuple[Tensor, bool]:
         """What the queries read of one cell, (M, D), and whether enough digits are left of it."""
-        of, (N, M) = self.of, self.of.alpha_NM.shape
+        of, (N, M, _) = self.of, self.of.alpha_NMK.shape
         expressed_E = ((counts_S > 0) & self.base_S).nonzero()[:, 0]
-        direct_K = torch.cat((expressed_E, self.always_P))
-        c_K = torch.log1p(counts_S[direct_K].to(self.A_SR.dtype))
-        r_K1 = of.scale(c_K, of.ue_T[direct_K], of.ee_T[direct_K])[:, None]
-        score_KR = torch.addcmul(self.A_SR[direct_K], c_K[:, None], of.alpha_NM.view(-1)).mul_(r_K1)
-        max_R = torch.maximum(self.max_R, score_KR.amax(0)) if len(direct_K) else self.max_R
-        e_KR = score_KR.sub_(max_R).exp_()
-        added_R = e_KR.sum(0, dtype=torch.float64)
-        w_KR = e_KR.mul_(r_K1)
-        added_RH = self._values_of(w_KR, of.values_TD[direct_K])
-        added_RH += (c_K @ w_KR)[:, None] * of.a_D.view(N, 1, -1).expand(-1, M, -1).flatten(0, 1)
+        direct_X = torch.cat((expressed_E, self.always_P))
+        phi = self.vae.token.phi(counts_S[direct_X])
+        r_X1 = of.scale(phi, of.ue_TK[direct_X], of.ee_T[direct_X])[:, None]
+        score_XR = torch.addmm(self.A_SR[direct_X], phi, of.alpha_NMK.flatten(0, 1).T).mul_(r_X1)
+        max_R = torch.maximum(self.max_R, score_XR.amax(0)) if len(direct_X) else self.max_R
+        e_XR = score_XR.sub_(max_R).exp_()
+        added_R = e_XR.sum(0, dtype=torch.float64)
+        w_XR = e_XR.mul_(r_X1)
+        added_RH = self._values_of(w_XR, of.values_TD[direct_X]) + self._values_of(phi.T @ w_XR, of.a_KD)
         # what is taken away are the very float32 numbers that were added, in float64
         zero_RH = self._values_of(self.e0r_SR[expressed_E].double(), of.values_TD[expressed_E].double())
         zero_R = self.e0_SR[expressed_E].sum(0, dtype=torch.float64)
@@ -97,13 +97,13 @@ class AllGenesEncoder:
         read_RH = ((self.N0_RH - zero_RH) * shrink_R[:, None] + added_RH) / Z_R[:, None]
         most = (self.Z0_R * shrink_R + added_R) / Z_R
         safe = bool(((Z_R > 0) & (most < MOST_AMPLIFICATION)).all())
-        read_MD = read_RH.view(N, M, -1).transpose(0, 1).flatten(1).to(w_KR.dtype)
+        read_MD = read_RH.view(N, M, -1).transpose(0, 1).flatten(1).to(w_XR.dtype)
         return read_MD + of.offset_D, safe
 
-    def _values_of(self, w_KR: Tensor, values_KD: Tensor) -> Tensor:
+    def _values_of(self, w_XR: Tensor, values_XD: Tensor) -> Tensor:
         """Each head's weighted sum of values, (R, H)."""
-        (N, M), (K, D) = self.of.alpha_NM.shape, values_KD.shape
-        return (w_KR.T.view(N, M, K) @ values_KD.view(K, N, D // N).transpose(0, 1)).flatten(0, 1)
+        (N, M, _), (X, D) = self.of.alpha_NMK.shape, values_XD.shape
+        return (w_XR.T.view(N, M, X) @ values_XD.view(X, N, D // N).transpose(0, 1)).flatten(0, 1)
 
 
 def encoder_of(vae: VAE, gene_ids_S: Tensor, prevalent_S: np.ndarray) -> Callable[[Tensor], Posterior]:

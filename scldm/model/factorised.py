@@ -1,14 +1,15 @@
 """Cross-attention between genes and latent tokens without a matrix product per gene and cell: the same function as
 `MCAB`, the same parameters, in less time and memory.
 
-A gene's token is `c u + e_g`: one number per cell and gene, one vector, one vector per gene. So keys, values and scores
-are sums of two table entries, scaled by one over the token's standard deviation (`pool`). Of an asked gene only a few
+A gene's token is `e_g + sum_k phi_k u_k`: a vector per gene, and a few numbers of its count times as many vectors that
+all genes share. So keys, values and scores are sums of two table entries, one by gene and one by count, scaled by one
+over the token's standard deviation (`pool`). Of an asked gene only a few
 numbers leave the decoder (`unpool`): the SwiGLU's last product and the head fold into one, and, where the
 latent tokens are few beside the width, its first product is taken per latent token instead of per gene.
 
 What is large, scores and hidden layers, is made tile by tile within the processor's cache and made again in backward.
 
-Reading order: pool, tables, _Pool; unpool, pays_by_latents, _HeadByLatents, _Head.
+Reading order: pool, tables, _OneOverDeviation, _Pool; unpool, pays_by_latents, _HeadByLatents, _Head.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from scldm.batch import GeneCounts
 from scldm.likelihood import at_least_float32
 from scldm.model.blocks import SwiGLU
 from scldm.model.mcab import MCAB
+from scldm.model.token import GeneToken
 
 # numbers in a tile: on a CPU 1 MB of float32, so that the passes over it stay in the cache of one core. With 2 MB of
 # that and tiles of 2^17, 2^18, 2^19, forward + backward: pooling in 61, 57, 55 ms, reading out in 191, 164, 161
@@ -44,17 +46,16 @@ PAYS = 0.8
 def pool(
     mcab: MCAB,
     queries_MD: Tensor,
-    token: nn.Linear,
+    token: GeneToken,
     embedding: nn.Embedding,
     given: GeneCounts,
-    read: Callable[[MCAB, Tensor, nn.Linear, nn.Embedding, GeneCounts, torch.dtype], Tensor],
+    read: Callable[[MCAB, Tensor, GeneToken, nn.Embedding, GeneCounts, torch.dtype], Tensor],
 ) -> Tensor:
     """`mcab(queries, tokens of the given genes, given.mask)`, (B, M, D).
 
     Per cell and gene it takes N M exponentials and 2 M D FLOPs; what depends on the gene alone is computed once for all
     cells that share a set, and for sets per cell once per gene of the vocabulary where the cells hold more genes.
 
-    token: Eq. 9's product, D x 2D: its first D columns meet the repeated log1p(count), the others the embedding
     read: how the queries read the genes: `read_genes`, or that of `fused`
     """
     query_MD = mcab.query(queries_MD)
@@ -73,126 +74,163 @@ def compute_dtype(parameter: Tensor) -> torch.dtype:
 
 
 def read_genes(
-    mcab: MCAB, q_MD: Tensor, token: nn.Linear, embedding: nn.Embedding, given: GeneCounts, dtype: torch.dtype
+    mcab: MCAB, q_MD: Tensor, token: GeneToken, embedding: nn.Embedding, given: GeneCounts, dtype: torch.dtype
 ) -> Tensor:
     """What the latent queries read from the genes, heads side by side, before the output projection; (B, M, D)."""
     N, (M, D), S = mcab.n_heads, q_MD.shape, given.gene_ids.shape[-1]
     ids, wide = given.gene_ids, q_MD.dtype
-    c_BS = torch.log1p(given.counts_BS.to(wide))
+    phi_BSK = token.phi(given.counts_BS)
+    K = phi_BSK.shape[-1]
     by_vocabulary = ids.ndim == 2 and ids.numel() > embedding.num_embeddings
     rows_TD = embedding.weight if by_vocabulary else embedding(ids.flatten())
     of = tables(mcab, q_MD, token, rows_TD, dtype)
     if by_vocabulary:
-        table = torch.cat((of.A_RT.T, of.values_TD.to(wide), of.ue_T[:, None], of.ee_T[:, None]), dim=1)
-        A_BSR, values, ue, ee = F.embedding(ids, table).split((N * M, D, 1, 1), dim=-1)
-        A, values, ue, ee = A_BSR.permute(2, 0, 1), values.to(dtype), ue[..., 0], ee[..., 0]
+        table = torch.cat((of.A_RT.T, of.values_TD.to(wide), of.ue_TK, of.ee_T[:, None]), dim=1)
+        A_BSR, values, ue, ee = F.embedding(ids, table).split((N * M, D, K, 1), dim=-1)
+        A, values, ee = A_BSR.permute(2, 0, 1), values.to(dtype), ee[..., 0]
     else:
         n_sets = ids.numel() // S
         A, values = of.A_RT.view(-1, n_sets, S), of.values_TD.view(n_sets, S, D)
-        ue, ee = of.ue_T.view(n_sets, S), of.ee_T.view(n_sets, S)
-    r_BS = of.scale(c_BS, ue, ee)
+        ue, ee = of.ue_TK.view(n_sets, S, K), of.ee_T.view(n_sets, S)
+    r_BS = of.scale(phi_BSK, ue, ee)
     mask = given.mask.view(-1, S)
     A = A.masked_fill(~mask, MASKED).reshape(N, M, -1, S)
-    out_NMBH = apply(_Pool, c_BS, r_BS, of.alpha_NM, A, values.unflatten(-1, (N, D // N)), of.a_D.view(N, -1))
+    values, a_KNH = values.unflatten(-1, (N, D // N)), of.a_KD.unflatten(-1, (N, D // N))
+    out_NMBH = apply(_Pool, phi_BSK, r_BS, of.alpha_NMK, A, values, a_KNH)
     read_BMD = out_NMBH.permute(2, 1, 0, 3).flatten(2) + of.offset_D
     return read_BMD * mask.any(1)[:, None, None]  # attention over no gene at all is 0
 
 
 @dataclass(frozen=True)
 class Tables:
-    """Tokens are c u + e_g, centred over D. With r(c, g) one over a token's standard deviation its scores are
-    r (c alpha + A) and its values r (c a + values) + offset. T genes, R = N M pairs of a head and a query.
+    """Tokens are e_g + phi u, centred over D; phi are the K numbers of a count. With r one over a token's standard
+    deviation its scores are r (A + alpha phi) and its values r (values + phi a) + offset. T genes, R = N M pairs of a
+    head and a query.
     """
 
-    alpha_NM: Tensor
+    alpha_NMK: Tensor
     A_RT: Tensor
-    a_D: Tensor
+    a_KD: Tensor
     values_TD: Tensor
     offset_D: Tensor
-    uu: Tensor
-    ue_T: Tensor
+    uu_KK: Tensor
+    ue_TK: Tensor
     ee_T: Tensor
     eps: float
 
-    def scale(self, c: Tensor, ue: Tensor, ee: Tensor) -> Tensor:
-        """r: LayerNorm's variance is a quadratic in c, in which keys and values agree."""
-        return (((c * self.uu + 2 * ue) * c + ee).clamp_min(0) + self.eps).rsqrt()
+    def scale(self, phi: Tensor, ue: Tensor, ee: Tensor) -> Tensor:
+        """r of counts by their phi (..., K): LayerNorm's variance, in which keys and values agree, is quadratic in phi.
+
+        ue, ee: of their genes, (..., K) and (...)
+        """
+        return apply(_OneOverDeviation, phi, self.uu_KK, ue, ee, self.eps)
 
 
-def tables(mcab: MCAB, q_MD: Tensor, token: nn.Linear, rows_TD: Tensor, dtype: torch.dtype) -> Tables:
+def tables(mcab: MCAB, q_MD: Tensor, token: GeneToken, rows_TD: Tensor, dtype: torch.dtype) -> Tables:
     """What depends on the gene alone. rows_TD: embeddings; dtype: of the large products but the scores'."""
     N, (M, D), wide = mcab.n_heads, q_MD.shape, q_MD.dtype
-    u_D = token.weight[:, :D].sum(1)
-    u_D = u_D - u_D.mean()
+    u_KD = token.count - token.count.mean(1, keepdim=True)
     key_NHD = (mcab.key.weight * mcab.norm_key.weight).view(N, D // N, D)
     q_NMD = q_MD.view(M, N, D // N).transpose(0, 1) @ key_NHD * (D // N) ** -0.5
     value_DD = mcab.value.weight * mcab.norm_value.weight
-    e_TD = F.linear(rows_TD.to(dtype), token.weight[:, D:].to(dtype), token.bias.to(dtype)).to(wide)
+    e_TD = F.linear(rows_TD.to(dtype), token.gene.weight.to(dtype), token.gene.bias.to(dtype)).to(wide)
     e_TD = e_TD - e_TD.mean(1, keepdim=True)
     return Tables(
-        alpha_NM=q_NMD @ u_D,
+        alpha_NMK=q_NMD @ u_KD.T,
         A_RT=q_NMD.flatten(0, 1) @ e_TD.T,
-        a_D=value_DD @ u_D,
+        a_KD=u_KD @ value_DD.T,
         values_TD=F.linear(e_TD.to(dtype), value_DD.to(dtype)),
         offset_D=F.linear(mcab.norm_value.bias, mcab.value.weight, mcab.value.bias),
-        uu=u_D.square().mean(),
-        ue_T=e_TD @ u_D / D,
+        uu_KK=u_KD @ u_KD.T / D,
+        ue_TK=e_TD @ u_KD.T / D,
         ee_T=e_TD.square().mean(1),
         eps=mcab.norm_key.eps,
     )
 
 
-class _Pool(torch.autograd.Function):
-    """softmax over genes of r (c alpha + A), times r (values + c a): (N, M, B, H). Counts c get no gradient.
+class _OneOverDeviation(torch.autograd.Function):
+    """(phi uu phi + 2 phi ue + ee + eps)^-1/2, (B, S), what is below 0 by rounding counted as 0. phi get no gradient.
 
-    c_BS, r_BS, alpha_NM, a_NH; A (N, M, 1 or B, S); values (1 or B, S, N, H), in the precision of their product
+    phi_BSK, uu_KK; ue (1 or B, S, K) and ee (1 or B, S), or without the axis of the cells
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        phi, uu_KK, ue, ee, eps = inputs
+        variance = torch.matmul(phi, uu_KK).add_(ue, alpha=2).mul_(phi).sum(-1).add_(ee)
+        r = (variance.clamp_min(0) + eps).rsqrt()
+        ctx.save_for_backward(phi, r, variance < 0)
+        ctx.shapes = ue.shape, ee.shape
+        return r
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        phi, r, below = ctx.saved_tensors
+        d_variance = (grad_outputs[0] * r**3 * (-0.5)).masked_fill_(below, 0)
+        scaled = phi * d_variance[..., None]
+        d_uu = scaled.flatten(0, -2).T @ phi.flatten(0, -2)
+        return None, d_uu, scaled.sum_to_size(ctx.shapes[0]) * 2, d_variance.sum_to_size(ctx.shapes[1]), None
+
+
+class _Pool(torch.autograd.Function):
+    """softmax over genes of r (A + alpha phi), times r (values + phi a): (N, M, B, H). phi get no gradient.
+
+    phi_BSK, r_BS, alpha_NMK, a_KNH; A (N, M, 1 or B, S); values (1 or B, S, N, H), in the precision of their product
     """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:
-        c_BS, r_BS, alpha_NM, A, values, a_NH = inputs
-        (N, M), (B, S) = alpha_NM.shape, c_BS.shape
-        out, wc = c_BS.new_empty(N, M, B, a_NH.shape[1]), c_BS.new_empty(N, M, B)
-        space = _Space(B, M * S, c_BS)
+        phi_BSK, r_BS, alpha_NMK, A, values, a_KNH = inputs
+        (N, M, K), (B, S) = alpha_NMK.shape, r_BS.shape
+        out, w_phi = r_BS.new_empty(N, M, B, a_KNH.shape[-1]), r_BS.new_empty(N, M, B, K)
+        space = _Space(B, M * S, r_BS)
         for n, b in space.tiles(N):
-            c, r = c_BS[b], r_BS[b]
-            score, w = space.two(M, *c.shape)
-            torch.addcmul(_of(A[n], 1, b), alpha_NM[n, :, None, None], c, out=score).mul_(r)
+            phi, r = phi_BSK[b], r_BS[b]
+            score, w = space.two(M, *r.shape)
+            _scores(alpha_NMK[n], phi, _of(A[n], 1, b), out=score).mul_(r)
             torch.softmax(score, -1, out=w).mul_(r)
             out[n, :, b] = _times(w, _of(values[:, :, n], 0, b))
-            wc[n, :, b] = torch.einsum("mbs,bs->mb", w, c)
-        out += wc[..., None] * a_NH[:, None, None]
-        ctx.save_for_backward(*inputs, out, wc)
+            w_phi[n, :, b] = _times(w, phi)
+        out += torch.einsum("nmbk,knh->nmbh", w_phi, a_KNH)
+        ctx.save_for_backward(*inputs, out, w_phi)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (d_out,) = grad_outputs
-        c_BS, r_BS, alpha_NM, A, values, a_NH, out, wc = ctx.saved_tensors
-        (N, M), (B, S) = alpha_NM.shape, c_BS.shape
-        delta, d_wc = (d_out * out).sum(-1), torch.einsum("nmbh,nh->nmb", d_out, a_NH)
-        d_a = torch.einsum("nmbh,nmb->nh", d_out, wc)
-        d_r, d_alpha, d_A = torch.zeros_like(r_BS), torch.zeros_like(alpha_NM), torch.zeros_like(A)
-        d_values = torch.zeros_like(values, dtype=c_BS.dtype)
-        ones = c_BS.new_ones(M)
-        space = _Space(B, M * S, c_BS)
+        phi_BSK, r_BS, alpha_NMK, A, values, a_KNH, out, w_phi = ctx.saved_tensors
+        (N, M, K), (B, S) = alpha_NMK.shape, r_BS.shape
+        delta, d_w_phi = (d_out * out).sum(-1), torch.einsum("nmbh,knh->nmbk", d_out, a_KNH)
+        d_a = torch.einsum("nmbh,nmbk->knh", d_out, w_phi)
+        d_r, d_alpha, d_A = torch.zeros_like(r_BS), torch.zeros_like(alpha_NMK), torch.zeros_like(A)
+        d_values = torch.zeros_like(values, dtype=r_BS.dtype)
+        ones = r_BS.new_ones(M)
+        space = _Space(B, M * S, r_BS)
         for n, b in space.tiles(N):
-            c, r, A_b, values_b = c_BS[b], r_BS[b], _of(A[n], 1, b), _of(values[:, :, n], 0, b)
-            w, p = space.two(M, *c.shape)
-            torch.softmax(torch.addcmul(A_b, alpha_NM[n, :, None, None], c, out=w).mul_(r), -1, out=p)
+            phi, r, A_b, values_b = phi_BSK[b], r_BS[b], _of(A[n], 1, b), _of(values[:, :, n], 0, b)
+            w, p = space.two(M, *r.shape)
+            torch.softmax(_scores(alpha_NMK[n], phi, A_b, out=w).mul_(r), -1, out=p)
             torch.mul(p, r, out=w)
             _add_transposed(_of(d_values[:, :, n], 0, b), w, d_out[n, :, b], values.dtype)
-            d_w = _times(d_out[n, :, b], values_b.transpose(1, 2)).addcmul_(d_wc[n, :, b, None], c)
+            d_w = _times(d_out[n, :, b], values_b.transpose(1, 2))
+            d_w += (d_w_phi[n, :, b].transpose(0, 1) @ phi.transpose(1, 2)).transpose(0, 1)
             d_score = w.mul_(d_w)  # p r d_w, from which p delta is taken
             d_r_direct = ones @ d_score.view(M, -1)
-            d_t = d_score.addcmul_(p, delta[n, :, b, None], value=-1).mul_(r)  # of c alpha + A
+            d_t = d_score.addcmul_(p, delta[n, :, b, None], value=-1).mul_(r)  # of A + alpha phi
             _of(d_A[n], 1, b).add_(d_t.sum(1, keepdim=True) if len(values) == 1 else d_t)
-            d_alpha[n] += d_t.view(M, -1) @ c.reshape(-1)
-            by_alpha = (alpha_NM[n] @ d_t.view(M, -1)).view_as(c)
+            d_alpha[n] += d_t.view(M, -1) @ phi.reshape(-1, K)
+            by_alpha = (d_t.view(M, -1).T @ alpha_NMK[n]).view_as(phi).mul_(phi).sum(-1)
             by_A = ones @ d_t.mul_(A_b).view(M, -1)
-            d_r[b] += (d_r_direct + by_A).view_as(c).addcmul(c, by_alpha).div_(r)
+            d_r[b] += (d_r_direct + by_A).view_as(r).add_(by_alpha).div_(r)
         return None, d_r, d_alpha, d_A, d_values.to(values.dtype), d_a
+
+
+def _scores(alpha_MK: Tensor, phi_bSK: Tensor, A: Tensor, out: Tensor) -> Tensor:
+    """A + alpha phi, (M, b, S), before it is scaled; A (M, 1 or b, S)."""
+    torch.mm(alpha_MK, phi_bSK.reshape(-1, phi_bSK.shape[-1]).T, out=out.view(len(out), -1))
+    return out.add_(A)
 
 
 class _Space:
@@ -431,7 +469,7 @@ def _cell_gene_tiles(r_BQ: Tensor, T_QF: Tensor) -> Iterator[tuple[slice, slice,
             yield cells, genes, *space.two(cells.stop - cells.start, genes.stop - start, F2)
 
 
-def apply(function: type[torch.autograd.Function], *inputs: Tensor) -> Tensor:
+def apply(function: type[torch.autograd.Function], *inputs: Tensor | float) -> Tensor:
     result = function.apply(*inputs)
     assert isinstance(result, Tensor)
     return result

@@ -7,6 +7,7 @@ that it is credited with. Reading order: vae_flops.
 from __future__ import annotations
 
 from scldm.model.blocks import hidden_width
+from scldm.model.token import N_BINS
 from scldm.model.vae import VAEConfig
 
 
@@ -14,12 +15,14 @@ def vae_flops(config: VAEConfig, n_cells: int, n_given: int, n_asked: int) -> di
     """FLOPs of a forward pass over cells with that many genes given and asked, which they share, by part."""
     D, L, Z, B = config.width, config.n_latents, config.latent_width, n_cells
     mlp = 3 * D * hidden_width(D)
-    tokens = D * D * n_given  # the embeddings' half of Eq. 9, shared by the cells
+    K = N_BINS if config.token == "bins" else 1
+    tokens = D * D * n_given + B * n_given * K * D  # the embeddings' part is shared by the cells
     pool = L * D * D + B * (n_given * (2 * D * D + 2 * L * D) + L * (D * D + mlp))
     blocks = config.n_layers * B * L * (4 * D * D + 2 * L * D + mlp)
     latent = B * L * D * Z * (2 if config.kl_weight > 0 else 1)
     numbers = 2 if config.likelihood == "zinb" else 1
     unpool = n_asked * D * D + B * (2 * L * D * D + n_asked * (2 * L * D + D * D + mlp + numbers * D))
+    direct_in, direct_out = B * D * (n_given + D), B * D * (n_asked + D)
     parts = {
         "tokens": tokens,
         "pool": pool,
@@ -28,4 +31,6 @@ def vae_flops(config: VAEConfig, n_cells: int, n_given: int, n_asked: int) -> di
         "decoder blocks": blocks,
         "unpool": unpool,
     }
+    if config.direct:
+        parts |= {"direct, in": direct_in, "direct, out": direct_out}
     return {name: 2 * macs for name, macs in parts.items()}

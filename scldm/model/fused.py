@@ -13,10 +13,11 @@ from scldm import kernels
 from scldm.batch import GeneCounts
 from scldm.model.factorised import compute_dtype, folded, heads_out, tables
 from scldm.model.mcab import MCAB
+from scldm.model.token import GeneToken, basis
 
 
 def read_genes(
-    mcab: MCAB, q_MD: Tensor, token: nn.Linear, embedding: nn.Embedding, given: GeneCounts, dtype: torch.dtype
+    mcab: MCAB, q_MD: Tensor, token: GeneToken, embedding: nn.Embedding, given: GeneCounts, dtype: torch.dtype
 ) -> Tensor:
     """`factorised.read_genes`: what the latent queries read from the genes, (B, M, D).
 
@@ -28,10 +29,11 @@ def read_genes(
     N, (M, D) = mcab.n_heads, q_MD.shape
     row, rows_TD = _rows(given.gene_ids, embedding)
     of = tables(mcab, q_MD, token, rows_TD, dtype)
-    c_BS = torch.log1p(given.counts_BS.to(q_MD.dtype))
-    r_BS = of.scale(c_BS, of.ue_T[row], of.ee_T[row])
-    A_TNM, values_TNH, a_NH = of.A_RT.T.view(-1, N, M), of.values_TD.view(-1, N, D // N), of.a_D.view(N, -1)
-    read_BNMH = pool(c_BS, r_BS, row.masked_fill(~given.mask, -1), of.alpha_NM, A_TNM, values_TNH, a_NH)
+    x_BS = token.position(given.counts_BS)
+    r_BS = of.scale(basis(x_BS, token.kind), of.ue_TK[row], of.ee_T[row])
+    A_TNM, values_TNH, a_KNH = of.A_RT.T.view(-1, N, M), of.values_TD.view(-1, N, D // N), of.a_KD.view(-1, N, D // N)
+    row = row.masked_fill(~given.mask, -1)
+    read_BNMH = pool(x_BS, r_BS, row, of.alpha_NMK, A_TNM, values_TNH, a_KNH, token.kind)
     read_BMD = read_BNMH.transpose(1, 2).flatten(2) + of.offset_D
     return read_BMD * given.mask.view(-1, given.mask.shape[-1]).any(1)[:, None, None]
 

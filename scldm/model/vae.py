@@ -32,6 +32,7 @@ from scldm.model import factorised, fused
 from scldm.model.attention import AttentionKind
 from scldm.model.blocks import TransformerBlock, Within
 from scldm.model.mcab import MCAB
+from scldm.model.token import GeneToken, TokenKind
 
 LOG_DISPERSION_AT_MOST = 18.4  # theta from 1e-8 to 1e8
 LR_SCALE = "lr_scale"  # the attribute by which a parameter asks the optimizer for a multiple of the learning rate
@@ -50,6 +51,10 @@ class VAEConfig:
     kl_weight: beta of the KL term in the loss; 0 is a deterministic autoencoder whose latent tokens are normalised
     likelihood: of a gene's count: nb (negative binomial, a dispersion per gene), zinb (that, zero-inflated), poisson,
         or gaussian on log1p of counts scaled to 10,000 per cell
+    token: how the encoder sees a gene's count: bins (soft ones of its logarithm), or linear (the paper's Eq. 9)
+    direct: beside cross-attention, a linear way in and out: the mean of a cell's gene embeddings, weighted by log1p of
+        the counts, to all latent tokens; and of the latent tokens' mean, an inner product with the asked gene's
+        embedding to its logit. false is the paper's network
     attention: how attention is computed, never what: plain (the formula), sdpa (torch's kernels), factorised (that, and
         cross-attention without a matrix product per cell and gene), fused (that in kernels of our own: NVIDIA GPUs)
     compile: torch.compile the transformer blocks; on a CPU that needs a C++ compiler
@@ -65,6 +70,8 @@ class VAEConfig:
     decoder_cross_heads: int = 1
     kl_weight: float = 0.0
     likelihood: LikelihoodKind = "nb"
+    token: TokenKind = "bins"
+    direct: bool = True
     attention: AttentionKind = "factorised"
     compile: bool = False
     recompute: bool = False
@@ -190,7 +197,7 @@ class VAE(nn.Module):
         self.config, self.n_genes = config, n_genes
         D, Z, kind = config.width, config.latent_width, config.attention
         self.gene_embedding = nn.Embedding(n_genes + 1, D, padding_idx=0)
-        self.token = nn.Linear(2 * D, D)
+        self.token = GeneToken(D, config.token)
         self.latent_queries = nn.Parameter(torch.empty(config.n_latents, D))
         self.pool = MCAB(D, config.n_heads, kind)
         self.encoder = nn.ModuleList(TransformerBlock(D, config.n_heads, kind) for _ in range(config.n_layers))
@@ -198,8 +205,12 @@ class VAE(nn.Module):
         self.from_latent = nn.Linear(Z, D)
         self.decoder = nn.ModuleList(TransformerBlock(D, config.n_heads, kind) for _ in range(config.n_layers))
         self.unpool = MCAB(D, config.decoder_cross_heads, kind, bias_out=False)
+        if config.direct:
+            self.norm_genes, self.genes_in, self.cell_out = nn.LayerNorm(D), nn.Linear(D, D), nn.Linear(D, D)
         # a bias would cancel in the softmax over genes
         self.head = nn.Linear(D, 2 if config.likelihood == "zinb" else 1, bias=False)
+        if config.likelihood != "gaussian":
+            self.log_share = _per_gene(n_genes, lr_scale=1.0)
         if config.likelihood in ("nb", "zinb"):
             self.log_theta = _per_gene(n_genes)
         if config.likelihood == "gaussian":
@@ -222,13 +233,23 @@ class VAE(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.normal_(self.token.weight, std=self.config.width**-0.5)
+        nn.init.normal_(self.token.gene.weight, std=self.config.width**-0.5)
+        nn.init.normal_(self.token.count, std=0.02)
         nn.init.normal_(self.latent_queries, std=0.02)
         nn.init.normal_(self.gene_embedding.weight, std=0.02)
         self.gene_embedding.weight[0].zero_()
-        for name, start in (("log_theta", 0.0), ("log_std", 0.0), ("log_odds_dropout", -2.0)):
+        for name, start in (("log_share", 0.0), ("log_theta", 0.0), ("log_std", 0.0), ("log_odds_dropout", -2.0)):
             if hasattr(self, name):
                 nn.init.constant_(getattr(self, name).weight, start)
+
+    @torch.no_grad()
+    def start_at(self, mean_G: Tensor) -> None:
+        """Let the decoder say the mean cell from the start, so that its network learns what cells differ by.
+
+        mean_G: mean count of every gene of the vocabulary, positive
+        """
+        if self.config.likelihood != "gaussian":
+            self.log_share.weight[1:, 0] = (mean_G / mean_G.sum()).log()
 
     def forward(
         self, given: GeneCounts, asked_ids: Tensor, noise_BLZ: Tensor | None = None
@@ -241,10 +262,28 @@ class VAE(nn.Module):
         return self.posterior(self.reads_genes(self._pooled, given))
 
     def _pooled(self, given: GeneCounts) -> Tensor:
+        x_BLD = self._attended(given)
+        return x_BLD + self.direct_in(given)[:, None] if self.config.direct else x_BLD
+
+    def direct_in(self, given: GeneCounts) -> Tensor:
+        """What every latent token gets of the cell's genes beside what it attends to, (B, D)."""
+        table_GD, wide = self.gene_embedding.weight, self.gene_embedding.weight.dtype
+        c_BS = torch.log1p(given.counts_BS.to(wide)) * given.mask
+        total_B1 = c_BS.sum(1, keepdim=True)
+        c_BS = c_BS / total_B1.where(total_B1 > 0, 1)  # shares; none in a cell without counts
+        with torch.autocast(c_BS.device.type, enabled=False):  # a sum over thousands of genes
+            if given.gene_ids.ndim == 1:
+                mean_BD = c_BS @ self.gene_embedding(given.gene_ids)
+            else:
+                mean_BD = F.embedding_bag(given.gene_ids, table_GD, per_sample_weights=c_BS, mode="sum", padding_idx=0)
+        return self.genes_in(self.norm_genes(mean_BD))
+
+    def _attended(self, given: GeneCounts) -> Tensor:
         if self.config.attention in ("factorised", "fused"):
             read = fused.read_genes if self.config.attention == "fused" else factorised.read_genes
             return factorised.pool(self.pool, self.latent_queries, self.token, self.gene_embedding, given, read)
-        return self.pool(self.latent_queries, self.gene_tokens(given), given.mask)
+        tokens_BSD = self.token(self.gene_embedding(given.gene_ids), given.counts_BS)
+        return self.pool(self.latent_queries, tokens_BSD, given.mask)
 
     def posterior(self, x_BLD: Tensor) -> Posterior:
         """From what was pooled of the genes, through the encoder's transformer blocks."""
@@ -262,20 +301,9 @@ class VAE(nn.Module):
         """
         return F.layer_norm(latent_BLZ, latent_BLZ.shape[-1:]) if self.config.kl_weight == 0 else latent_BLZ
 
-    def gene_tokens(self, given: GeneCounts) -> Tensor:
-        """Eq. 9: Linear([repeat_D(c), E_g]) with c = log1p(count), (B, S, D).
-
-        The repeated count meets only the sum of its D columns, and the embedding's half is the same for all cells that
-        share a gene set, so the two halves of the product are taken apart.
-        """
-        D = self.config.width
-        count_column_D = self.token.weight[:, :D].sum(1)
-        embedded = F.linear(self.gene_embedding(given.gene_ids), self.token.weight[:, D:], self.token.bias)
-        c_BS = torch.log1p(given.counts_BS.to(count_column_D.dtype))
-        return c_BS[..., None] * count_column_D + embedded
-
     def decode(self, latent_BLZ: Tensor, asked_ids: Tensor, among_ids: Tensor | None = None) -> Predicted:
         """Eq. 10: the asked genes' embeddings read the latent tokens; a gene's share is a softmax over genes.
+
 
         asked_ids: (Q,) shared by the cells, or (B, Q); 0 is padding
         among_ids: (G,) the genes that the library size is for, and the softmax runs over; None takes the asked ones
@@ -285,11 +313,12 @@ class VAE(nn.Module):
         value_BQ = out_BQK[..., 0]
         if self.config.likelihood == "gaussian":
             return Predicted("gaussian", value_BQ, self._of_genes(self.log_std, asked_ids).exp())
-        logit_BQ = value_BQ.masked_fill(asked_ids == 0, -torch.inf)
+        logit_BQ = (value_BQ + self._log_share(asked_ids)).masked_fill(asked_ids == 0, -torch.inf)
         if among_ids is None:
             log_share_BQ = logit_BQ.log_softmax(-1)
         else:
-            log_share_BQ = logit_BQ - self._read_out(x_BLD, among_ids)[..., 0].logsumexp(-1, keepdim=True)
+            among_BG = self._read_out(x_BLD, among_ids)[..., 0] + self._log_share(among_ids)
+            log_share_BQ = logit_BQ - among_BG.logsumexp(-1, keepdim=True)
         if self.config.likelihood == "poisson":
             return Predicted("poisson", log_share_BQ)
         theta = self._of_genes(self.log_theta, asked_ids).exp()
@@ -309,15 +338,34 @@ class VAE(nn.Module):
     def _read_out(self, x_BLD: Tensor, asked_ids: Tensor) -> Tensor:
         """The head's numbers of every asked gene, (B, Q, K), at least in float32."""
         chunks = asked_ids.split(self.config.gene_chunk or max(asked_ids.shape[-1], 1), dim=-1)
+        cell_BD = self.cell_out(x_BLD.mean(1)) if self.config.direct else None
         if self.config.recompute and torch.is_grad_enabled():
             parts = [
-                checkpoint(self.reads_latents, self._read_out_chunk, x_BLD, ids, use_reentrant=False) for ids in chunks
+                checkpoint(self.reads_latents, self._read_out_chunk, x_BLD, cell_BD, ids, use_reentrant=False)
+                for ids in chunks
             ]
         else:
-            parts = [self.reads_latents(self._read_out_chunk, x_BLD, ids) for ids in chunks]
+            parts = [self.reads_latents(self._read_out_chunk, x_BLD, cell_BD, ids) for ids in chunks]
         return torch.cat(parts, dim=1)
 
-    def _read_out_chunk(self, x_BLD: Tensor, asked_ids: Tensor) -> Tensor:
+    def _read_out_chunk(self, x_BLD: Tensor, cell_BD: Tensor | None, asked_ids: Tensor) -> Tensor:
+        out_BQK = self._attended_out(x_BLD, asked_ids)
+        if cell_BD is None:
+            return out_BQK
+        return torch.cat((out_BQK[..., :1] + self.direct_out(cell_BD, asked_ids)[..., None], out_BQK[..., 1:]), dim=-1)
+
+    def direct_out(self, cell_BD: Tensor, asked_ids: Tensor) -> Tensor:
+        """What an asked gene's logit gets of the cell beside what the gene attends to, (B, Q)."""
+        table_GD = self.gene_embedding.weight
+        with torch.autocast(cell_BD.device.type, enabled=False):
+            cell_BD = cell_BD.to(table_GD.dtype)
+            if asked_ids.ndim == 1:
+                return cell_BD @ self.gene_embedding(asked_ids).T
+            if asked_ids.numel() > len(table_GD):  # once for each gene of the vocabulary, as for all of each cell
+                return (cell_BD @ table_GD.T).gather(1, asked_ids)
+            return (self.gene_embedding(asked_ids) @ cell_BD[..., None])[..., 0]
+
+    def _attended_out(self, x_BLD: Tensor, asked_ids: Tensor) -> Tensor:
         if self.config.attention == "fused":
             return at_least_float32(fused.unpool(self.unpool, self.head, self.gene_embedding, asked_ids, x_BLD))
         embedded = self.gene_embedding(asked_ids)
@@ -325,13 +373,16 @@ class VAE(nn.Module):
             return at_least_float32(factorised.unpool(self.unpool, self.head, embedded, x_BLD))
         return at_least_float32(self.head(self.unpool(embedded, x_BLD)))
 
+    def _log_share(self, ids: Tensor) -> Tensor:
+        return at_least_float32(self.log_share(ids)).squeeze(-1)
+
     def _of_genes(self, table: nn.Embedding, asked_ids: Tensor) -> Tensor:
         log = at_least_float32(table(asked_ids)).squeeze(-1)
         return log.clamp(-LOG_DISPERSION_AT_MOST, LOG_DISPERSION_AT_MOST)
 
 
-def _per_gene(n_genes: int) -> nn.Embedding:
+def _per_gene(n_genes: int, lr_scale: float = 10.0) -> nn.Embedding:
     """A number per gene on a log scale: at the network's rate, a factor of e takes it more than 1,000 steps."""
     table = nn.Embedding(n_genes + 1, 1)
-    setattr(table.weight, LR_SCALE, 10.0)
+    setattr(table.weight, LR_SCALE, lr_scale)
     return table

@@ -200,7 +200,10 @@ def load_averaged(module: nn.Module, run_dir: Path, which: Which) -> int:
         if name not in expected or name not in found or expected[name].shape != found[name].shape
     )
     if wrong:
-        raise InputError(f"{target}: {wrong[0]} is not as the network has it: it is a checkpoint of another model")
+        raise InputError(
+            f"{target}: {wrong[0]} is not as the network has it: it is a checkpoint of another model, or of another "
+            "version of scldm"
+        )
     module.load_state_dict(found)
     return step
 

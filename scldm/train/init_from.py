@@ -17,7 +17,9 @@ from scldm.model.dit import DiT
 from scldm.model.vae import VAE
 from scldm.vocab import ConditionVocab, GeneVocab
 
-PER_GENE = ("gene_embedding.weight", "log_theta.weight", "log_std.weight", "log_odds_dropout.weight")
+PER_GENE = tuple(
+    f"{name}.weight" for name in ("gene_embedding", "log_share", "log_theta", "log_std", "log_odds_dropout")
+)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import scipy.sparse as sp
 import scldm
 from launch import quickstart
 from launch.cli import main
+from launch.evaluate_vae import evaluate_vae
 from scldm.train.tracking import read_metrics
 from tests.scldm.train.small_runs import make_cells
 
@@ -122,6 +123,18 @@ def assert_every_type_has_its_markers(model: scldm.Pretrained, evaluation: dict)
     assert not down
 
 
+def assert_it_sees_counts(out: Path) -> None:
+    """Trained, the encoder knows how much of a gene there is: latents of other counts lie elsewhere, and say less of
+    the true ones. Blind, they move by less than a hundredth of the distance between cells."""
+    found = evaluate_vae(str(out / "vae"), str(out / "shards"))
+    sight = found["latents"]["sight"]
+    for distortion, moved, nats in (("binarised", 0.2, 5), ("shuffled", 0.2, 5), ("times_50", 0.2, 5)):
+        assert sight[distortion]["moved"] > moved, sight
+        assert sight[distortion]["nats"]["mean"] > nats, sight
+    assert "BLIND" not in found["verdict"]
+    assert found["scores"]["model"]["re_less"]["mean_of_combination"]["mean"] < 0, "better than means"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(2 * LIMIT_S)
 def test_the_built_in_cells_go_from_counts_to_a_report(tmp_path: Path) -> None:
@@ -150,6 +163,7 @@ def test_the_built_in_cells_go_from_counts_to_a_report(tmp_path: Path) -> None:
     evaluation = json.loads((out / "evaluation.json").read_text())
     assert_is_good(evaluation)
     assert_every_type_has_its_markers(scldm.load(out / "model"), evaluation)
+    assert_it_sees_counts(out)
 
     # again: nothing is left to do, and nothing is touched
     before = contents(out)

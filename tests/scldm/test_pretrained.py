@@ -56,7 +56,7 @@ def truncate(path: Path) -> None:
         ("model.safetensors", Path.unlink, "model.safetensors is missing"),
         ("config.json", truncate, "config.json is damaged"),
         ("config.json", Path.unlink, "is not a model folder: it has no config.json"),
-        ("config.json", lambda p: p.write_text('{"format_version": 99}'), "format version 99; this scldm reads 2"),
+        ("config.json", lambda p: p.write_text('{"format_version": 99}'), "format version 99; this scldm reads 3"),
         ("config.json", lambda p: p.write_text(p.read_text().replace('"width": 16', '"width": 32')), "belong together"),
         ("genes.json", truncate, "genes.json is damaged"),
         ("genes.json", lambda p: p.write_text(p.read_text().replace("ENSG00001", "ENSG1")), "hash"),
@@ -146,7 +146,7 @@ def test_bfloat16_is_near_and_is_written_down(model: Pretrained) -> None:
     assert 1e-4 < np.abs(found - fine).max() < 0.1
     expected, made = model.reconstruct(adata), coarse.reconstruct(adata)
     assert made.X.dtype == np.float32
-    assert 1e-4 < np.abs(made.X / expected.X - 1).max() < 0.05
+    assert 1e-4 < np.abs(made.X / expected.X - 1).max() < 0.1
     np.testing.assert_allclose(made.obs["log_likelihood"], expected.obs["log_likelihood"], rtol=1e-2)
     assert made.uns["scldm"] == {"model": model.hash, "batch": 32, "precision": "bfloat16"}
 

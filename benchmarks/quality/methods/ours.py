@@ -3,7 +3,7 @@
 The presets say how many steps to train. Here these are scaled to fill the CPU time, by the time that a step takes. The
 other networks stop early, when their validation loss does not fall any more. `data.given.n_genes` is a third of the
 genes, as in the quickstart.
-Reading order: TITLE and NOTE, train, the stages' words, scaled steps; draws.
+Reading order: TITLE and NOTE, train, shards_of, the stages' words, scaled steps; draws.
 """
 
 from __future__ import annotations
@@ -46,12 +46,7 @@ N_VALIDATIONS = 6  # at least, however few steps
 def train(task: Task, seed: int, folder: Path, place: Place) -> dict[str, Any]:
     """Shards, both stages and the model folder. The second stage gets the CPU time that the first has left."""
     clock, config = Clock(), place.config
-    conditions = json.dumps(list(task.conditions))
-    verb("shards_write", [
-        f"source.paths={place.cells}", f"out={folder}/shards", "block_cells=64", "shard_cells=1024",
-        f"conditions={conditions}", f"split.by={SPLIT_COLUMN}", "split.validation_values=[validation]",
-        "split.test_values=[test]",
-    ])  # fmt: skip
+    shards_of(task, place, folder / "shards")
     common = ["hardware/cpu", "hardware.engine=plain", "tracking.enabled=false", f"train.seed={seed}"]
     third = math.ceil(len(task.genes) / 3)  # as the quickstart
     words = [
@@ -74,6 +69,15 @@ def train(task: Task, seed: int, folder: Path, place: Place) -> dict[str, Any]:
         "ended": "steps scaled to the budget",
         "test_nll": -float(log_likelihood.mean()),
     }
+
+
+def shards_of(task: Task, place: Place, out: Path) -> None:
+    """The task's cells as a shard set, with their splits."""
+    verb("shards_write", [
+        f"source.paths={place.cells}", f"out={out}", "block_cells=64", "shard_cells=1024",
+        f"conditions={json.dumps(list(task.conditions))}", f"split.by={SPLIT_COLUMN}",
+        "split.validation_values=[validation]", "split.test_values=[test]",
+    ])  # fmt: skip
 
 
 def verb(module: str, words: list[str]) -> Any:

@@ -33,9 +33,10 @@ def compiled(kernel, stages, **constants):
 
 types = {"BF16": True, "INTERPRETED": False}
 shape = {"LATENTS": 64, "HEAD": 64, "GENES": pool.GENES, **types}
-compiled(pool._forward, pool.STAGES, CELLS=2, **shape)
-compiled(pool._backward, pool.STAGES, SHARED=True, **shape)
-compiled(pool._backward, pool.STAGES, SHARED=False, **shape)
+bins = {"FUNCTIONS": 16, "BINS": True}
+compiled(pool._forward, pool.STAGES, CELLS=2, **bins, **shape)
+compiled(pool._backward, pool.STAGES, SHARED=True, **bins, **shape)
+compiled(pool._backward, pool.STAGES, SHARED=False, **bins, **shape)
 shape = {"PAIRS": 128, "GENES": unpool.GENES, "HIDDEN": unpool.HIDDEN, **types}
 compiled(unpool._forward, unpool.STAGES, HEADS=1, CHANNELS=unpool.CHANNELS, **shape)
 compiled(unpool._to_tables, unpool.STAGES, SHARED=True, **shape)

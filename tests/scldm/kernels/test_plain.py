@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 from scldm.kernels import plain
+from scldm.model.token import N_BINS, TokenKind
 
 pytest.importorskip("triton", reason="needs the package triton, which the extra `test` brings on Linux")
 
@@ -43,7 +45,8 @@ def check(kernel: Callable[..., Tensor], formula: Callable[..., Tensor], inputs:
 
 
 @pytest.mark.parametrize("per_cell", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_pooling_is_what_the_specification_says(per_cell: bool) -> None:
+@pytest.mark.parametrize("kind", get_args(TokenKind))
+def test_pooling_is_what_the_specification_says(kind: TokenKind, per_cell: bool) -> None:
     from scldm.kernels.pool import pool
 
     M, H = 6, 8
@@ -51,8 +54,11 @@ def test_pooling_is_what_the_specification_says(per_cell: bool) -> None:
     row[..., -5:] = -1  # no genes
     if per_cell:
         row[1] = -1  # and a cell without any
-    c_BS, r_BS = drawn(B, S).abs(), drawn(B, S).abs() + 0.5
-    check(pool, plain.pool, [c_BS, r_BS, row, drawn(N, M), drawn(T, N, M), drawn(T, N, H), drawn(N, H)])
+    x_BS, r_BS = 2 * drawn(B, S).abs(), drawn(B, S).abs() + 0.5
+    x_BS[:, ::4] = 0  # counts of 0
+    K = N_BINS if kind == "bins" else 1
+    inputs = [x_BS, r_BS, row, drawn(N, M, K), drawn(T, N, M), drawn(T, N, H), drawn(K, N, H)]
+    check(pool, plain.pool, inputs, kind)
 
 
 @pytest.mark.parametrize("per_cell", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -36,7 +36,7 @@ def network(favour: float, spread: float = 3.0) -> VAE:
     vae.latent_queries.normal_()
     if favour:  # all queries have something in common, which the keys of a direction in the tokens answer
         vae.pool.norm_query.bias.fill_(1.0)
-        vae.token.weight[:, :32] *= 30  # so that a count drowns it: what is taken away is not given back
+        vae.token.count *= 1_500  # so that a count drowns it: what is taken away is not given back
     mcab, q_MD = vae.pool, vae.pool.norm_query(vae.pool.query(vae.latent_queries))
     mcab.key.weight.mul_(spread / float(zero_scores(vae).std()))
     if favour:
@@ -44,7 +44,7 @@ def network(favour: float, spread: float = 3.0) -> VAE:
         common_NH = q_MD.view(6, 4, 8).mean(0)
         gain_NH = favour * common_NH / common_NH.square().sum(1, keepdim=True) * 8**0.5 / 32**0.5
         mcab.key.weight += torch.einsum("nh,d->nhd", gain_NH, direction_D).flatten(0, 1)
-        away_D = torch.linalg.lstsq(vae.token.weight[:, 32:], direction_D[:, None]).solution[:, 0]
+        away_D = torch.linalg.lstsq(vae.token.gene.weight, direction_D[:, None]).solution[:, 0]
         vae.gene_embedding.weight[1 : N_PREVALENT + 1] += 40 * away_D
     return vae
 
@@ -52,7 +52,7 @@ def network(favour: float, spread: float = 3.0) -> VAE:
 def zero_scores(vae: VAE) -> Tensor:
     """Of every gene at count 0, (N, M, G)."""
     mcab, none = vae.pool, torch.zeros(1, G, dtype=torch.int32)
-    key_GD = mcab.key(mcab.norm_key(vae.gene_tokens(GeneCounts(EVERY, none))))[0]
+    key_GD = mcab.key(mcab.norm_key(vae.token(vae.gene_embedding(EVERY), none)))[0]
     q_MD = mcab.norm_query(mcab.query(vae.latent_queries))
     return q_MD.view(6, 4, 8).transpose(0, 1) @ key_GD.view(G, 4, 8).permute(1, 2, 0) / 8**0.5
 
@@ -86,10 +86,10 @@ def test_without_its_guard_it_would_not(monkeypatch):
     assert not found < 10 * plain
 
 
-@pytest.mark.parametrize("kl_weight", [0.0, 1e-3])
-def test_cells_of_nothing_of_everything_and_of_millions(kl_weight):
+@pytest.mark.parametrize("kl_weight, token", [(0.0, "bins"), (1e-3, "bins"), (0.0, "linear")])
+def test_cells_of_nothing_of_everything_and_of_millions(kl_weight, token):
     torch.manual_seed(0)
-    vae = VAE(replace(CONFIG, attention="plain", kl_weight=kl_weight), G).double().requires_grad_(False)
+    vae = VAE(replace(CONFIG, attention="plain", kl_weight=kl_weight, token=token), G).double().requires_grad_(False)
     counts = torch.stack([torch.zeros(G), torch.ones(G), (torch.arange(G) % 3 == 0) * 1e6]).int()
     found, plain = errors(vae, counts, torch.zeros(G))
     assert found < APART * max(plain, 2**-20)

@@ -70,6 +70,8 @@ CASES = {
     "two decoder heads, KL": Case(replace(CONFIG, decoder_cross_heads=2, kl_weight=1e-3), by_latents=True),
     "two numbers a gene": Case(replace(CONFIG, likelihood="zinb"), by_latents=True),
     "two numbers a gene, by gene": Case(replace(CONFIG, likelihood="zinb"), by_latents=False),
+    "the paper's": Case(replace(CONFIG, token="linear", direct=False), by_latents=True),
+    "the paper's, per cell in tiles": Case(replace(CONFIG, token="linear", direct=False), per_cell=True, tile=200),
     "two layers": Case(replace(CONFIG, n_layers=2)),
 }
 
@@ -232,6 +234,7 @@ def test_an_empty_set_reads_zero(kind, request):
     query = network.pool.query(network.latent_queries)
     read = query + network.pool.out.bias
     x_BLD = (read + network.pool.mlp(network.pool.norm_mlp(read)))[None]
+    x_BLD = x_BLD + network.genes_in(network.norm_genes(torch.zeros(CONFIG.width, dtype=torch.float64)))
     for block in network.encoder:
         x_BLD = block(x_BLD)
     expected = torch.nn.functional.layer_norm(network.to_latent(x_BLD), (CONFIG.latent_width,))

@@ -61,11 +61,11 @@ def test_linear_maps_decay_and_embeddings_queries_biases_norms_and_dispersions_d
     parameters = dict(model.named_parameters())
     assert len(of) == sum(len(group["params"]) for group in optimizer.param_groups) == len(parameters)
     for name, parameter in parameters.items():
-        tables = ("embedding", "log_theta", "latent_queries")
+        tables = ("embedding", "log_share", "log_theta", "latent_queries", "token.count")
         matrix = parameter.ndim == 2 and not any(table in name for table in tables)
         assert (of[id(parameter)]["weight_decay"] > 0) == matrix, name
     scale = getattr(model.log_theta.weight, LR_SCALE)
     assert scale != 1
     assert of[id(model.log_theta.weight)]["lr_scale"] == scale
-    assert of[id(model.token.weight)]["lr_scale"] == 1
+    assert of[id(model.token.gene.weight)]["lr_scale"] == 1
     assert isinstance(optimizer, torch.optim.AdamW)

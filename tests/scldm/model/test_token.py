@@ -1,0 +1,75 @@
+"""The token of a gene and its count."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from scldm.model.token import N_BINS, GeneToken, basis, position
+from scldm.model.vae import VAE, VAEConfig
+from tests.rounding import APART
+
+COUNTS = torch.tensor([0, 1, 2, 3, 4, 7, 100, 65_535, 1_000_000])
+
+
+def test_a_count_lies_between_two_bins_that_share_it() -> None:
+    phi = basis(position(COUNTS.double(), "bins"), "bins")
+    assert phi.shape == (len(COUNTS), N_BINS)
+    assert (phi[0] == 0).all(), "a count of 0 adds nothing"
+    torch.testing.assert_close(phi[1:].sum(1), torch.ones(len(COUNTS) - 1).double())
+    assert ((phi > 0).sum(1) <= 2).all()
+    for count, k in ((1, 0), (3, 1), (7, 2), (65_535, N_BINS - 1), (1_000_000, N_BINS - 1)):
+        assert phi[COUNTS == count, k] == 1, count
+    two = phi[COUNTS == 2][0]
+    assert (two[:2] > 0.4).all(), "2 lies between 1 and 3"
+
+
+def test_neighbouring_counts_have_tokens_of_their_own() -> None:
+    """At the start of training too: no two of the small counts have the same."""
+    torch.manual_seed(0)
+    vae = VAE(VAEConfig(width=16, n_latents=2, latent_width=4, n_layers=1, n_heads=2), 10)
+    tokens = vae.token(vae.gene_embedding(torch.full((30,), 3)), torch.arange(30)[None])[0]
+    apart = torch.cdist(tokens, tokens) + torch.eye(30)
+    assert apart.min() > 1e-3
+
+
+def test_linear_is_equation_9() -> None:
+    """Linear([repeat_D(log1p(count)), E_g]), whose first D columns enter by their sum alone."""
+    torch.manual_seed(0)
+    D, token = 8, GeneToken(8, "linear")
+    torch.nn.init.normal_(token.count)
+    projection = torch.nn.Linear(2 * D, D)
+    with torch.no_grad():
+        columns = torch.randn(D, D)
+        columns[:, 0] += token.count[0] - columns.sum(1)
+        projection.weight.copy_(torch.cat((columns, token.gene.weight), dim=1))
+        projection.bias.copy_(token.gene.bias)
+    embedded, counts = torch.randn(5, D), torch.randint(0, 50, (3, 5))
+    both = torch.cat((torch.log1p(counts)[..., None].expand(-1, -1, D), embedded.expand(3, -1, -1)), dim=-1)
+    torch.testing.assert_close(token(embedded, counts), projection(both), atol=APART * 1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("likelihood", ["nb", "zinb", "poisson"])
+def test_a_decoder_starts_at_the_mean_cell(likelihood) -> None:
+    """Before it has learnt anything it says the genes' means, whatever the cell, of any set of genes."""
+    torch.manual_seed(0)
+    n_genes, mean_G = 300, torch.rand(300) ** 6 + 1e-4
+    vae = VAE(VAEConfig(width=16, n_latents=2, latent_width=4, n_layers=1, n_heads=2, likelihood=likelihood), n_genes)
+    every, latent_BLZ = torch.arange(1, n_genes + 1), torch.randn(4, 2, 4)
+    share_G = mean_G / mean_G.sum()
+
+    def divergence(ids: torch.Tensor) -> torch.Tensor:
+        own = share_G[ids - 1] / share_G[ids - 1].sum()
+        return (own * (own.log() - vae.decode(latent_BLZ, ids).value_BQ)).sum(1)
+
+    before = divergence(every).mean()
+    vae.start_at(mean_G)
+    assert divergence(every).mean() < 0.1 * before
+    assert divergence(torch.arange(1, n_genes + 1, 7)).mean() < 0.1 * before
+
+
+def test_a_gaussian_decoder_has_no_shares_to_start_from() -> None:
+    vae = VAE(VAEConfig(width=16, n_latents=2, latent_width=4, n_layers=1, n_heads=2, likelihood="gaussian"), 10)
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    vae.start_at(torch.ones(10))
+    assert all(torch.equal(before[name], value) for name, value in vae.state_dict().items())
