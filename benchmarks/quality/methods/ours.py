@@ -1,7 +1,7 @@
 """This project as a user runs it on one process: its presets through its verbs; and the parts of what it made.
 
-The presets say how many steps to train. Here these are scaled to fill the CPU time, by the time that a step takes. The
-other networks stop early, when their validation loss does not fall any more. `data.given.n_genes` is a third of the
+The presets say how many steps to train, and stop the autoencoder early, as the other networks are. Where the CPU time
+does not suffice for their steps they are fewer, by the time that a step takes. `data.given.n_genes` is a third of the
 genes, as in the quickstart.
 Reading order: TITLE and NOTE, train, shards_of, the stages' words, scaled steps; draws.
 """
@@ -32,11 +32,10 @@ from scldm.errors import InputError
 from scldm.evaluate.cells import Cells
 from scldm.train.checkpoint import Checkpoint, pointed
 
-TITLE = "this project's presets, a third of the genes given, steps scaled to the time"
+TITLE = "this project's presets, a third of the genes given"
 NOTE = (
-    "this project: data.given.n_genes is a third of the genes, unless vae= sets it. Its steps are scaled to fill "
-    "the CPU time, unless vae= or ldm= sets them. The other networks stop early where their validation "
-    "loss does not fall."
+    "this project: data.given.n_genes is a third of the genes, unless vae= sets it. It trains the steps of its presets, "
+    "or fewer where the CPU time does not suffice. Autoencoders stop early where their validation loss does not fall."
 )
 PROBE_STEPS = 20
 LEAST_STEPS = 20
@@ -66,7 +65,7 @@ def train(task: Task, seed: int, folder: Path, place: Place) -> dict[str, Any]:
     return {
         **{f"vae_{key}": value for key, value in course(folder / "vae").items()},
         **{f"ldm_{key}": value for key, value in course(folder / "ldm").items()},
-        "ended": "steps scaled to the budget",
+        "ended": "the presets' steps" if not (vae_steps or ldm_steps) else "steps cut to the CPU time",
         "test_nll": -float(log_likelihood.mean()),
     }
 
@@ -88,8 +87,8 @@ def verb(module: str, words: list[str]) -> Any:
 
 
 def scaled(module: str, words: list[str], probe: Path, seconds: float, clock: Clock) -> list[str]:
-    """Words that set the steps so that training ends when the clock shows so many CPU-seconds; none where the words
-    set them already.
+    """Words that cut the steps so that training ends when the clock shows so many CPU-seconds; none where the words
+    set them, or the preset's end before.
 
     A run of one step, and one of 20 more, give the time of a step and that of a validation with its save.
     """
@@ -107,9 +106,13 @@ def scaled(module: str, words: list[str], probe: Path, seconds: float, clock: Cl
     cost(1)  # what is compiled, is compiled here
     once = cost(1)
     step_s = max((cost(1 + PROBE_STEPS) - once) / PROBE_STEPS, 1e-4)
-    every = preset_of(module, words, probe).train.validate_every
+    preset = preset_of(module, words, probe).train
+    every = preset.validate_every
     left = seconds - clock.cpu_s
     steps = max(LEAST_STEPS, int(left / (step_s + once / every)))
+    if steps >= preset.steps:
+        say(f"{module}: {1e3 * step_s:.1f} ms a step, {left:.0f} CPU-s left: the preset's {preset.steps} steps")
+        return []
     if steps < N_VALIDATIONS * every:
         every = max(1, steps // N_VALIDATIONS)
         steps = max(LEAST_STEPS, int((left - N_VALIDATIONS * once) / step_s))
