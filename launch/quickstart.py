@@ -41,9 +41,9 @@ NOTE = "quickstart.json"
 RANKS = 2
 # all that it leaves in its folder; the note is removed last, so that an interrupted removal is known for what it is
 MADE = (
-    *("input.h5ad", "soma", "shards", "vae", "latents", "ldm", "model", "wanted.csv", "generated.h5ad"),
-    *("generated.h5ad.parts", "evaluation", "evaluation.json", "report.html", "figures", "metrics.jsonl"),
-    *("mlflow_run.json", "mlflow.db", "mlflow_artifacts", NOTE),
+    *("input.h5ad", "soma", "shards", "vae", "reconstruction", "latents", "ldm", "model", "wanted.csv"),
+    *("generated.h5ad", "generated.h5ad.parts", "evaluation", "evaluation.json", "report.html", "figures"),
+    *("metrics.jsonl", "mlflow_run.json", "mlflow.db", "mlflow_artifacts", NOTE),
 )
 
 
@@ -99,6 +99,11 @@ def main(config: QuickstartConfig) -> None:
             "vae/tiny", "hardware/cpu", f"data.shards={out}/shards", f"data.given.n_genes={third}",
             f"run_dir={out}/vae", *track,
         ], ranks=RANKS)  # fmt: skip
+        # what the autoencoder is worth, before a second stage is trained on it
+        todo.verb("reconstruction", "evaluate", [
+            f"vae={out}/vae", f"shards={out}/shards", f"conditions={json.dumps([condition])}",
+            f"out={out}/reconstruction",
+        ])  # fmt: skip
         todo.verb("latents", "encode", [f"vae={out}/vae", f"shards={out}/shards", f"out={out}/latents"], ranks=RANKS)
         todo.verb("ldm", "train_ldm", [
             "ldm/tiny", "hardware/cpu", f"data.shards={out}/latents", f"run_dir={out}/ldm", *track,

@@ -58,7 +58,7 @@ class SmallConfig:
     stage: str = "vae"
     optim: OptimConfig = OPTIM
     train: TrainConfig = field(default_factory=lambda: TrainConfig(global_batch=GLOBAL_BATCH, **EVERY))  # pyright: ignore[reportArgumentType]
-    hardware: HardwareConfig = field(default_factory=lambda: HardwareConfig(micro_batch=4))
+    hardware: HardwareConfig = field(default_factory=lambda: HardwareConfig("deepspeed", micro_batch=4))
     deepspeed: dict[str, Any] = field(default_factory=dict)
     init_from: str = ""
     tracking: TrackingConfig = field(default_factory=lambda: TrackingConfig(enabled=False))

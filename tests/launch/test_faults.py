@@ -25,7 +25,7 @@ SHARD_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
 
 def setting_of(stage: str, zero_stage: int, precision: Literal["fp32", "bf16"]) -> SmallConfig:
-    hardware = HardwareConfig(micro_batch=4, zero_stage=zero_stage, precision=precision)
+    hardware = HardwareConfig("deepspeed", micro_batch=4, zero_stage=zero_stage, precision=precision)
     return SmallConfig("", stage, hardware=hardware, deepspeed=SHARD_ALL if zero_stage == 3 else {})
 
 
@@ -251,7 +251,7 @@ def test_a_file_save_saves_once_and_training_goes_on(
 
 def test_an_exchange_that_gives_up_is_no_failure_of_who_waited(ranks: Ranks, tmp_path: Path) -> None:
     """Without hang_s nobody knows of the hang: another start may succeed, and all stacks are there to see why."""
-    hardware = HardwareConfig(micro_batch=4, collective_timeout_s=8)
+    hardware = HardwareConfig("deepspeed", micro_batch=4, collective_timeout_s=8)
     config = SmallConfig(str(tmp_path / "run"), hardware=hardware)
     config = replace(config, train=replace(config.train, hang_s=0.0))
     codes, outputs = ranks.run(faulty.train, config, Fault("hang"), timeout=60)

@@ -34,8 +34,9 @@ from scldm.train.checkpoint import Checkpoint, pointed
 
 TITLE = "this project's presets, a third of the genes given"
 NOTE = (
-    "this project: data.given.n_genes is a third of the genes, unless vae= sets it. It trains the steps of its presets, "
-    "or fewer where the CPU time does not suffice. Autoencoders stop early where their validation loss does not fall."
+    "this project: data.given.n_genes is a third of the genes, unless vae= sets it. It trains the steps of its "
+    "presets, or fewer where the CPU time does not suffice. Autoencoders stop early where their validation loss does "
+    "not fall."
 )
 PROBE_STEPS = 20
 LEAST_STEPS = 20

@@ -16,7 +16,7 @@ import torch
 
 from scldm.errors import InputError
 from scldm.parallel.dist import World
-from scldm.parallel.engine import HardwareConfig, start_engine
+from scldm.parallel.engine import HardwareConfig, PlainEngine, start_engine
 from scldm.train.optim import OptimConfig, make_optimizer
 from scldm.train.tracking import read_metrics
 from tests.rounding import BF16_DIGIT, Undisturbed
@@ -200,6 +200,13 @@ def test_accumulation_and_what_else_can_not_be() -> None:
             World(0, 2, torch.device("cpu")),
             16,
         )
+
+
+def test_one_process_on_a_cpu_needs_no_deepspeed() -> None:
+    module, make = make_dit(), partial(make_optimizer, OptimConfig())
+    assert isinstance(
+        start_engine(module, make, HardwareConfig(micro_batch=4), 1.0, World(0, 1, torch.device("cpu")), 4), PlainEngine
+    )
 
 
 def test_accumulation_on_the_plain_engine_is_one_large_batch(
