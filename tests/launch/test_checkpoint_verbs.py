@@ -31,7 +31,7 @@ def test_inspect_tells_what_a_checkpoint_holds(run: Path, capsys: pytest.Capture
     module = make_vae()
     assert told["step"] == 12
     assert told["n_parameters"] == sum(p.numel() for p in module.parameters())
-    assert told["parameters"]["token.weight"] == "x".join(map(str, module.get_parameter("token.weight").shape))
+    assert told["parameters"]["token.count"] == "x".join(map(str, module.get_parameter("token.count").shape))
     assert told["hardware"] == {"zero_stage": 2}  # of the copy in the checkpoint
     assert scldm(["checkpoint", "inspect", f"at={run}", "which=8"]) == 0
     assert "step: 8\n" in capsys.readouterr().out
