@@ -59,7 +59,7 @@ class GenerateConfig:
     seed: of all draws; a cell's are keyed by it and by the cell's number
     device: torch device; empty is the rank's GPU where there is one
     batch: cells that go through the networks at once
-    precision: float32, or bfloat16: for GPUs; expected counts are off by 0.5 %
+    precision: float32, or bfloat16: for GPUs; expected counts are off by 0.6 %
     threads: CPU threads per rank for torch; on a CPU start a rank for each core rather
     """
 

@@ -38,7 +38,7 @@ class TransformConfig:
     drop_empty: leave out cells without a count in any gene that the model knows; else they are refused
     device: torch device; empty is a GPU where there is one
     batch: cells that go through the networks at once; another number differs in the last bits
-    precision: float32, or bfloat16: for GPUs; expected counts are off by 0.5 %
+    precision: float32, or bfloat16: for GPUs; expected counts are off by 0.6 %
     """
 
     model: str

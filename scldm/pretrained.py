@@ -55,7 +55,7 @@ def load(
     device: torch device, such as cpu, cuda or cuda:1
     batch: cells that go through the networks at once; another number is another order of sums, in the last bits
     precision: of the networks' matrix products. bfloat16, for GPUs, differs: it keeps 8 bits of a number,
-        so that expected counts are off by 0.5 % (median; 1 % of them by 3 % or more; cells of Kang et al.). What is
+        so that expected counts are off by 0.6 % (median; 1 % of them by 3 % or more; cells of Kang et al.). What is
         between the products, the flow's state and the draws are float32
 
     Raises: InputError for a folder that is not one, is damaged, or of an unknown version.

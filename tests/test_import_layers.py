@@ -19,6 +19,7 @@ LEAVES = EVERYWHERE | {
     "scldm.batch",
     "scldm.vocab",
     "scldm.likelihood",
+    "scldm.count_basis",
     "scldm.count_draws",
     "scldm.library_size",
     "scldm.micro_batches",
@@ -31,6 +32,7 @@ LEAVES = EVERYWHERE | {
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES - EVERYWHERE},
     "scldm.evaluate": {"scldm.likelihood"},
+    "scldm.kernels": {"scldm.count_basis"},
     "scldm.parallel": {"scldm.micro_batches"},
     "scldm.model": LEAVES - {"scldm.parallel"},
     "scldm.flow": LEAVES | {"scldm.model"},

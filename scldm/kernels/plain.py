@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from scldm.model.token import TokenKind, basis
+from scldm.count_basis import TokenKind, basis
 
 
 def pool(

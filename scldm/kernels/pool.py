@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from scldm.count_basis import N_BINS, TokenKind
 from scldm.kernels.tile import LEAST, dot, launch, power_of_two
-from scldm.model.token import N_BINS, TokenKind
 
 ROWS = 128  # cells x latent tokens of a program: two warp groups' worth of a matrix product
 GENES = 64  # of a block: 128 x 64 scores x 4 B = 32 kB of the 256 kB of registers

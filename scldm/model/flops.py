@@ -6,8 +6,8 @@ that it is credited with. Reading order: vae_flops.
 
 from __future__ import annotations
 
+from scldm.count_basis import N_BINS
 from scldm.model.blocks import hidden_width
-from scldm.model.token import N_BINS
 from scldm.model.vae import VAEConfig
 
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from scldm import kernels
 from scldm.batch import GeneCounts
+from scldm.count_basis import basis
 from scldm.model.factorised import compute_dtype, folded, heads_out, tables
 from scldm.model.mcab import MCAB
-from scldm.model.token import GeneToken, basis
+from scldm.model.token import GeneToken
 
 
 def read_genes(

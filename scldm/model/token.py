@@ -1,25 +1,17 @@
-"""A gene and its count as one vector, from which the encoder's queries read.
-
-Reading order: TokenKind, GeneToken, basis, position.
-"""
+"""A gene and its count as one vector, from which the encoder's queries read."""
 
 from __future__ import annotations
-
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-# bins: of the count's logarithm, each a vector of its own; linear: paper, Eq. 9, one vector times log1p(count)
-TokenKind = Literal["bins", "linear"]
-# centres at the counts 1, 3, 7, ... 2^16 - 1: more of a gene in a cell is told apart from nothing, but not from that
-N_BINS = 16
+from scldm.count_basis import N_BINS, TokenKind, basis, position
 
 
 class GeneToken(nn.Module):
     """e_g + sum over k of phi_k(count) u_k, with e_g = W E_g + b of the gene's embedding E_g.
 
-    phi are few functions of the count, 0 at count 0, and every u_k is a parameter of its own. Eq. 9 projects
+    phi are few functions of the count (scldm/count_basis.py), and every u_k is a parameter of its own. Eq. 9 projects
     [repeat_D(c), E_g], so that the count meets the *sum* of D columns, which an optimizer that takes equal steps in all
     of them moves D times as fast as a gene's vector: trained so, a token shows that a gene is expressed and no longer
     how much. `linear` is the same function with the sum as the parameter.
@@ -49,18 +41,3 @@ class GeneToken(nn.Module):
     def phi(self, counts: Tensor) -> Tensor:
         """phi_k of each count, (..., K)."""
         return basis(self.position(counts), self.kind)
-
-
-def position(counts: Tensor, kind: TokenKind) -> Tensor:
-    """Where counts lie on the scale of the functions: log2(1 + count) up to N_BINS, or log1p(count)."""
-    if kind == "linear":
-        return torch.log1p(counts)
-    return torch.log2(1 + counts).clamp_max(N_BINS)
-
-
-def basis(x: Tensor, kind: TokenKind) -> Tensor:
-    """phi of positions, (..., K): bins: max(0, 1 - |x - k|) for k = 1 to K, of which two at most are not 0."""
-    if kind == "linear":
-        return x[..., None]
-    centre_K = torch.arange(1, N_BINS + 1, dtype=x.dtype, device=x.device)
-    return (1 - (x[..., None] - centre_K).abs()).clamp_min(0)

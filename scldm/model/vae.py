@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scldm import count_draws
 from scldm.batch import GeneCounts
+from scldm.count_basis import TokenKind
 from scldm.errors import InputError
 from scldm.kernels import check_shape
 from scldm.likelihood import (
@@ -32,7 +33,7 @@ from scldm.model import factorised, fused
 from scldm.model.attention import AttentionKind
 from scldm.model.blocks import TransformerBlock, Within
 from scldm.model.mcab import MCAB
-from scldm.model.token import GeneToken, TokenKind
+from scldm.model.token import GeneToken
 
 LOG_DISPERSION_AT_MOST = 18.4  # theta from 1e-8 to 1e8
 LR_SCALE = "lr_scale"  # the attribute by which a parameter asks the optimizer for a multiple of the learning rate
@@ -206,7 +207,8 @@ class VAE(nn.Module):
         self.decoder = nn.ModuleList(TransformerBlock(D, config.n_heads, kind) for _ in range(config.n_layers))
         self.unpool = MCAB(D, config.decoder_cross_heads, kind, bias_out=False)
         if config.direct:
-            self.norm_genes, self.genes_in, self.cell_out = nn.LayerNorm(D), nn.Linear(D, D), nn.Linear(D, D)
+            self.norm_genes, self.genes_in = nn.LayerNorm(D), nn.Linear(D, D)
+            self.norm_cell, self.cell_out = nn.LayerNorm(D), nn.Linear(D, D)
         # a bias would cancel in the softmax over genes
         self.head = nn.Linear(D, 2 if config.likelihood == "zinb" else 1, bias=False)
         if config.likelihood != "gaussian":
@@ -238,13 +240,18 @@ class VAE(nn.Module):
         nn.init.normal_(self.latent_queries, std=0.02)
         nn.init.normal_(self.gene_embedding.weight, std=0.02)
         self.gene_embedding.weight[0].zero_()
+        nn.init.zeros_(self.head.weight)  # with `start_at`, the decoder says nearly the mean cell
+        if (
+            self.config.direct
+        ):  # at any width and depth, logits of a spread of 0.2 among the genes; from 0 it learns late
+            nn.init.normal_(self.cell_out.weight, std=0.2 / (0.02 * self.config.width))
         for name, start in (("log_share", 0.0), ("log_theta", 0.0), ("log_std", 0.0), ("log_odds_dropout", -2.0)):
             if hasattr(self, name):
                 nn.init.constant_(getattr(self, name).weight, start)
 
     @torch.no_grad()
     def start_at(self, mean_G: Tensor) -> None:
-        """Let the decoder say the mean cell from the start, so that its network learns what cells differ by.
+        """Let the decoder say the mean cell until it learns what cells differ by.
 
         mean_G: mean count of every gene of the vocabulary, positive
         """
@@ -338,7 +345,7 @@ class VAE(nn.Module):
     def _read_out(self, x_BLD: Tensor, asked_ids: Tensor) -> Tensor:
         """The head's numbers of every asked gene, (B, Q, K), at least in float32."""
         chunks = asked_ids.split(self.config.gene_chunk or max(asked_ids.shape[-1], 1), dim=-1)
-        cell_BD = self.cell_out(x_BLD.mean(1)) if self.config.direct else None
+        cell_BD = self._cell(x_BLD) if self.config.direct else None
         if self.config.recompute and torch.is_grad_enabled():
             parts = [
                 checkpoint(self.reads_latents, self._read_out_chunk, x_BLD, cell_BD, ids, use_reentrant=False)
@@ -353,6 +360,11 @@ class VAE(nn.Module):
         if cell_BD is None:
             return out_BQK
         return torch.cat((out_BQK[..., :1] + self.direct_out(cell_BD, asked_ids)[..., None], out_BQK[..., 1:]), dim=-1)
+
+    def _cell(self, x_BLD: Tensor) -> Tensor:
+        """What genes' embeddings are multiplied with, (B, D), in full precision: it is a logit's own."""
+        with torch.autocast(x_BLD.device.type, enabled=False):
+            return self.cell_out(self.norm_cell(x_BLD.to(self.cell_out.weight.dtype).mean(1)))
 
     def direct_out(self, cell_BD: Tensor, asked_ids: Tensor) -> Tensor:
         """What an asked gene's logit gets of the cell beside what the gene attends to, (B, Q)."""

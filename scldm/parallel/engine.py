@@ -34,7 +34,7 @@ class HardwareConfig:
     """How the work is laid on the machine: speed and memory, never the result.
 
     engine: deepspeed; plain, which is torch alone and one process; or auto: plain for one process on a CPU, where it
-        takes two thirds of the CPU time (243 s of DeepSpeed's, 157 s, for the same steps of vae/tiny), else deepspeed
+        takes less time for the same steps, unless offload_optimizer or a key of deepspeed is given; else deepspeed
     micro_batch: cells per rank and forward pass; ranks x micro_batch x accumulation is the global batch
     zero_stage: what DeepSpeed shards over the ranks: 1 optimizer states and averages, 2 gradients too, 3 weights too;
         as 3 gathers them around every layer, model.compile gains nothing there

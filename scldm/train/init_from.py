@@ -64,9 +64,23 @@ def vae_from(vae: VAE, genes: GeneVocab, trained: VAE, trained_genes: GeneVocab)
             f"init_from: none of the {genes.n_genes} genes of data.shards (such as {genes.ids[0]!r}) is among its "
             f"{trained_genes.n_genes} (such as {trained_genes.ids[0]!r})"
         )
+    if vae.config.direct != trained.config.direct:
+        raise InputError(f"init_from: it was trained with model.direct={trained.config.direct}; give model.direct that")
     per_gene = torch.cat((torch.zeros(1, dtype=torch.int64), torch.where(rows < 0, -1, rows + 1)))  # row 0 is padding
+    start = dict(vae.state_dict()).get("log_share.weight", torch.zeros(0)).clone()
     _copy(vae, dict(trained.named_parameters()), dict.fromkeys(PER_GENE, per_gene), {})
+    if len(start):
+        _align_new(vae.log_share.weight, start, per_gene >= 0)
     return [joined]
+
+
+@torch.no_grad()
+def _align_new(log_share: Tensor, start: Tensor, known: Tensor) -> None:
+    """Shares have a meaning beside one another: new genes' stand to the known ones' sum as they do at a start."""
+    known = known.to(log_share.device)
+    own = known.clone()
+    own[0] = False  # padding
+    log_share[~known] += log_share[own].logsumexp(0) - start[own].logsumexp(0)
 
 
 def dit_from(dit: DiT, conditions: ConditionVocab, trained: DiT, trained_conditions: ConditionVocab) -> list[Joined]:

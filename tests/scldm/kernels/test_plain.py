@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from scldm.count_basis import N_BINS, TokenKind
 from scldm.kernels import plain
-from scldm.model.token import N_BINS, TokenKind
 
 pytest.importorskip("triton", reason="needs the package triton, which the extra `test` brings on Linux")
 

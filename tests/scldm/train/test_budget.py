@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from scldm.count_basis import N_BINS
 from scldm.model.dit import DiTConfig
 from scldm.model.flops import vae_flops
-from scldm.model.token import N_BINS
 from scldm.model.vae import VAEConfig
 from scldm.train.budget import rank_memory, sent_bytes
 from scldm.train.step_cost import StepCost, dit_step, vae_step

@@ -57,6 +57,23 @@ def test_genes_are_joined_by_name() -> None:
         assert torch.equal(one, other)
 
 
+def test_new_genes_have_the_share_beside_known_ones_that_they_start_with() -> None:
+    """The trained shares are of another vocabulary and have drifted since: only their differences mean anything."""
+    trained, vae = trained_vae(), VAE(SHAPE, NEW.n_genes)
+    trained.log_share.weight.data += 3.0
+    share_G = torch.tensor([0.2, 0.1, 0.3, 0.2, 0.2])  # of X, C, A, Y, B
+    vae.start_at(share_G)
+    vae_from(vae, NEW, trained, OLD)
+    found_G = vae.log_share.weight[1:, 0].softmax(0)
+    torch.testing.assert_close(found_G[[0, 3]], share_G[[0, 3]])
+    assert vae.log_share.weight[NEW.index_of["A"]] == trained.log_share.weight[OLD.index_of["A"]]
+
+
+def test_an_autoencoder_without_the_direct_ways_is_none_to_start_from_with_them() -> None:
+    with pytest.raises(InputError, match="it was trained with model.direct=True"):
+        vae_from(VAE(replace(SHAPE, direct=False), NEW.n_genes), NEW, trained_vae(), OLD)
+
+
 @pytest.mark.parametrize(
     "shape, genes, said",
     [
