@@ -47,7 +47,7 @@ class SpeedrunConfig:
     mark: nats a validation cell; 0 takes scVI's, which needs scvi-tools
     name: of the trial, in the log
     words: for `scldm train vae`
-    every: steps between two validations, which are not counted
+    every: steps between two validations, which are not counted; the set-up and the saving of a best checkpoint are
     seed: of the trial
     save: write the JSON to this file as well
     """
@@ -131,13 +131,14 @@ def trial(config: SpeedrunConfig, task: Task, place: Place) -> Course:
         shards_of(task, place, place.out / "shards")
     shutil.rmtree(place.out / "trial", ignore_errors=True)
     train_vae = importlib.import_module("launch.train_vae")
+    n_steps = config_of(train_vae, words_of(config, place)).train.steps
     validate, course = loop.validate, Course()
 
     def timed(*given: Any) -> dict[str, float] | None:
         began = time.process_time()
         found = validate(*given)
         if found is not None:
-            step = config.every * (len(course.points) + 1)
+            step = min(config.every * (len(course.points) + 1), n_steps)
             course.points.append((step, round(began - course.began - course.validating, 2), found["nll"]))
         course.validating += time.process_time() - began
         return found

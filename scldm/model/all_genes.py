@@ -1,4 +1,5 @@
-"""Encoding cells from all genes of a set at the price of the genes that they express.
+"""Encoding cells from all genes of a set at the price of the genes that they express, but for one product of D numbers a
+gene in the direct way.
 
 A gene that a cell does not express has the same score and value in every such cell. The sums over all genes at count 0
 are taken once; a cell adds its expressed genes and takes their zeros away again. Genes that are expressed in many
@@ -109,7 +110,7 @@ class AllGenesEncoder:
 def encoder_of(vae: VAE, gene_ids_S: Tensor, prevalent_S: np.ndarray) -> Callable[[Tensor], Posterior]:
     """From counts of a gene set, (B, S), to the posterior: on a CPU by AllGenesEncoder if attention is factorised.
 
-    On a GPU all genes are read: 4 M D FLOPs per gene and cell (1.3 GFLOP at 20,000 genes, 64 latent tokens and a width
+    On a GPU all genes are read: 4 M D FLOPs and more per gene and cell (1.3 GFLOP at 20,000 genes, 64 latent tokens and a width
     of 256) should take less time than launching the dozens of small kernels of a cell. Not measured on a GPU.
     """
     if vae.config.attention in ("factorised", "fused") and gene_ids_S.device.type == "cpu":

@@ -240,10 +240,10 @@ class VAE(nn.Module):
         nn.init.normal_(self.latent_queries, std=0.02)
         nn.init.normal_(self.gene_embedding.weight, std=0.02)
         self.gene_embedding.weight[0].zero_()
-        nn.init.zeros_(self.head.weight)  # with `start_at`, the decoder says nearly the mean cell
-        if (
-            self.config.direct
-        ):  # at any width and depth, logits of a spread of 0.2 among the genes; from 0 it learns late
+        # with `start_at` the decoder says nearly the mean cell: at any width and depth genes' logits spread by 0.2. From 0
+        # the direct way learns later
+        nn.init.zeros_(self.head.weight)
+        if self.config.direct:
             nn.init.normal_(self.cell_out.weight, std=0.2 / (0.02 * self.config.width))
         for name, start in (("log_share", 0.0), ("log_theta", 0.0), ("log_std", 0.0), ("log_odds_dropout", -2.0)):
             if hasattr(self, name):
