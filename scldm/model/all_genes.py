@@ -1,5 +1,6 @@
-"""Encoding cells from all genes of a set at the price of the genes that they express, but for one product of D numbers a
-gene in the direct way.
+"""Encoding cells from all genes of a set at the price of the genes that they express.
+
+The direct way alone takes them all, for D multiply-accumulates each.
 
 A gene that a cell does not express has the same score and value in every such cell. The sums over all genes at count 0
 are taken once; a cell adds its expressed genes and takes their zeros away again. Genes that are expressed in many
@@ -110,8 +111,8 @@ class AllGenesEncoder:
 def encoder_of(vae: VAE, gene_ids_S: Tensor, prevalent_S: np.ndarray) -> Callable[[Tensor], Posterior]:
     """From counts of a gene set, (B, S), to the posterior: on a CPU by AllGenesEncoder if attention is factorised.
 
-    On a GPU all genes are read: 4 M D FLOPs and more per gene and cell (1.3 GFLOP at 20,000 genes, 64 latent tokens and a width
-    of 256) should take less time than launching the dozens of small kernels of a cell. Not measured on a GPU.
+    On a GPU all genes are read: 4 M D FLOPs and more per gene and cell (1.3 GFLOP at 20,000 genes, 64 latent tokens and
+    a width of 256) should take less time than launching the dozens of small kernels of a cell. Not measured on a GPU.
     """
     if vae.config.attention in ("factorised", "fused") and gene_ids_S.device.type == "cpu":
         return AllGenesEncoder(vae, gene_ids_S, torch.tensor(np.asarray(prevalent_S))).encode

@@ -240,8 +240,8 @@ class VAE(nn.Module):
         nn.init.normal_(self.latent_queries, std=0.02)
         nn.init.normal_(self.gene_embedding.weight, std=0.02)
         self.gene_embedding.weight[0].zero_()
-        # with `start_at` the decoder says nearly the mean cell: at any width and depth genes' logits spread by 0.2. From 0
-        # the direct way learns later
+        # with `start_at` the decoder says nearly the mean cell: genes' logits spread by 0.2 at any width and depth;
+        # started at 0, the direct way learns later
         nn.init.zeros_(self.head.weight)
         if self.config.direct:
             nn.init.normal_(self.cell_out.weight, std=0.2 / (0.02 * self.config.width))
