@@ -157,7 +157,7 @@ def test_a_run_starts_from_an_exported_model_on_other_genes(made: Path, capsys: 
     )
     assert json.loads((made / "tuned" / "init_from.json").read_text())["genes"]["new"][0] == "gene40"
     start = [read_metrics(made / run, "train")[0]["loss"] for run in ("vae", "tuned")]
-    assert start[1] < 0.95 * start[0]  # of the first five steps
+    assert start[1] < 0.99 * start[0]  # of the first five steps, which others begin at the mean cell
     scldm(*command)  # resumes, and starts from nothing again
     assert "init_from" not in capsys.readouterr().out
     scldm("train", "ldm", f"data.shards={made}/latents", f"run_dir={made}/tuned-ldm", f"init_from={made}/model", *LDM)

@@ -55,7 +55,8 @@ def best_mean_profile(train: Cells, held_out: Cells) -> float:
 
 @pytest.mark.slow
 def test_the_autoencoder_closes_most_of_the_gap_and_generation_keeps_types_apart(tmp_path: Path) -> None:
-    """On held-out cells: 0 is the mean profile, 1 the rates that the counts were drawn from. Measured: 0.65 closed."""
+    """On held-out cells: 0 is the mean profile, 1 the rates that the counts were drawn from. Measured: 1.07 closed. It
+    may be more than 1: an encoder that sees a cell's 30 counts tells some of their noise too, in 8 numbers."""
     torch.manual_seed(0)
     train, held_out = make_cells(1_200, 0), make_cells(300, 1)
     vae = VAE(VAEConfig(width=32, n_latents=2, latent_width=4, n_layers=1, n_heads=2), N_GENES)
@@ -67,7 +68,7 @@ def test_the_autoencoder_closes_most_of_the_gap_and_generation_keeps_types_apart
     floor = true_nll(held_out, held_out.rates_nG / held_out.rates_nG.sum(1, keepdims=True), Cells.theta)
     mean = best_mean_profile(train, held_out)
     closed = (mean - nll) / (mean - floor)
-    assert 0.55 < closed < 1.05, (mean, nll, floor)
+    assert 0.85 < closed < 1.2, (mean, nll, floor)
 
     # latents of the training cells -> diffusion transformer -> shares of generated cells
     (batch,) = next(CellsLoader(train, 1_200, 1_200).one_pass())
