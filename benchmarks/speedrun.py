@@ -92,7 +92,8 @@ def main(config: SpeedrunConfig) -> Report:
         mark, mark_s = (config.mark, None) if config.mark else scvi_mark(task, place, config.seed)
         course = trial(config, task, place)
     about = {"cells": Path(config.h5ad).name, "genes": len(task.genes), "training cells": len(task.train)}
-    command = shlex.join(["python", "-m", "benchmarks.speedrun", *sys.argv[1:]])
+    words = [f"h5ad={Path(config.h5ad).name}" if word.startswith("h5ad=") else word for word in sys.argv[1:]]
+    command = shlex.join(["python", "-m", "benchmarks.speedrun", *words])
     report = Report("benchmarks.speedrun", {**about, "trial": config.name, "seed": config.seed}, command=command)
     best = min(course.points, key=lambda point: point[2])
     report.add(Row.at_most("best nats a validation cell", best[2], "nats", round(mark, 2)))
