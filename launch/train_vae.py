@@ -84,7 +84,7 @@ def set_up(config: TrainVAEConfig, world: World) -> Parts:
     validation = CellLoader(whole, split="validation", **place)
     module = VAE(config.model, loader.vocab.n_genes)
     mean_G = torch.tensor(loader.cells.gene_column("mean"), dtype=torch.float32)
-    module.start_at(mean_G + 0.5 / max(loader.manifest.n_cells, 1))
+    module.start_at(mean_G + 0.5 / loader.manifest.n_cells)  # half a count where no training cell has one
     trained = start_of(config)
     joined = vae_from(module, loader.vocab, trained.vae, trained.genes) if trained is not None else ()
 

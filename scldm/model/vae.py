@@ -55,7 +55,7 @@ class VAEConfig:
     token: how the encoder sees a gene's count: bins (soft ones of its logarithm), or linear (the paper's Eq. 9)
     direct: beside cross-attention, a linear way in and out: the mean of a cell's gene embeddings, weighted by log1p of
         the counts, to all latent tokens; and of the latent tokens' mean, an inner product with the asked gene's
-        embedding to its logit. false is the paper's network
+        embedding to its logit. The paper has neither
     attention: how attention is computed, never what: plain (the formula), sdpa (torch's kernels), factorised (that, and
         cross-attention without a matrix product per cell and gene), fused (that in kernels of our own: NVIDIA GPUs)
     compile: torch.compile the transformer blocks; on a CPU that needs a C++ compiler

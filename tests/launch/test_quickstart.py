@@ -148,6 +148,9 @@ def test_the_built_in_cells_go_from_counts_to_a_report(tmp_path: Path) -> None:
     assert len(json.loads((out / "vae" / "environment.json").read_text())) == 2
     config = json.loads((out / "vae" / "config.json").read_text())
     assert 0 < step < config["train"]["steps"]
+    assert (
+        json.loads((out / "vae" / "outcome.json").read_text())["state"] == "finished"
+    )  # at its end, or out of patience
     assert read_metrics(out / "vae", "train")[-1]["step"] > step
     assert config["hardware"]["engine"] == "auto"
     assert (out / "vae" / "deepspeed.json").read_text() != "{}", "two ranks train under DeepSpeed"

@@ -146,7 +146,7 @@ def test_bfloat16_is_near_and_is_written_down(model: Pretrained) -> None:
     assert 1e-4 < np.abs(found - fine).max() < 0.1
     expected, made = model.reconstruct(adata), coarse.reconstruct(adata)
     assert made.X.dtype == np.float32
-    assert 1e-4 < np.abs(made.X / expected.X - 1).max() < 0.1  # of trained weights, on Kang et al.: 0.09
+    assert 1e-4 < np.abs(made.X / expected.X - 1).max() < 0.05
     np.testing.assert_allclose(made.obs["log_likelihood"], expected.obs["log_likelihood"], rtol=1e-2)
     assert made.uns["scldm"] == {"model": model.hash, "batch": 32, "precision": "bfloat16"}
 

@@ -96,14 +96,12 @@ def test_bfloat16_makes_nearly_the_same_cells_and_says_so(model: Pretrained, sam
 
 def test_the_adaptive_solver_goes_on_in_bfloat16(model: Pretrained) -> None:
     pytest.importorskip("torchdiffeq", reason="needs the extra `ode`")
-    sampler, both = SamplerConfig("adaptive", tolerance=1e-2), wanted(4).assign(donor="d1")
+    sampler, both = SamplerConfig("adaptive", tolerance=1e-3), wanted(4).assign(donor="d1")
     fine, made = (
         of.generate(both, seed=0, sampler=sampler, kind="means").X.toarray()
         for of in (model, replace(model, precision="bfloat16"))
     )
-    off = np.abs(made / fine - 1)
-    assert off.max() > 1e-4
-    assert np.median(off) < 0.2, "of a network with random weights, whose latents the solver takes another way"
+    assert 1e-4 < np.abs(made / fine - 1).max() < 0.5
 
 
 def test_means_are_what_counts_are_drawn_from(model: Pretrained) -> None:
