@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -369,7 +370,7 @@ class _Scorer:
         ]
         beside: dict[str, Any] = {"n_cells": sum(numbers.values())}
         beside["generated"] = _sections(few.scores(_drawn(generated, numbers, rng)))
-        for name, of in (("floor", np.mean), ("floor_sd", np.std)):
+        for name, of in (("floor", np.mean), ("floor_sd", partial(np.std, ddof=1))):
             beside[name] = {
                 section: {m: float(of([f[section][m] for f in floors if m in f[section]])) for m in values}
                 for section, values in floors[0].items()

@@ -109,7 +109,7 @@ class _Pool(torch.autograd.Function):
 
 @triton.jit
 def _phi(x, k, BINS: tl.constexpr):
-    """`token.basis`: the function k, counted from 0, of positions x."""
+    """`count_basis.basis`: the function k, counted from 0, of positions x."""
     return tl.maximum(1 - tl.abs(x - (k + 1)), 0.0) if BINS else tl.where(k == 0, x, 0.0)
 
 

@@ -55,7 +55,7 @@ class VAEConfig:
     token: how the encoder sees a gene's count: bins (soft ones of its logarithm), or linear (the paper's Eq. 9)
     direct: beside cross-attention, a linear way in and out: the mean of a cell's gene embeddings, weighted by log1p of
         the counts, to all latent tokens; and of the latent tokens' mean, an inner product with the asked gene's
-        embedding to its logit. The paper has neither
+        embedding to its value. The paper has neither
     attention: how attention is computed, never what: plain (the formula), sdpa (torch's kernels), factorised (that, and
         cross-attention without a matrix product per cell and gene), fused (that in kernels of our own: NVIDIA GPUs)
     compile: torch.compile the transformer blocks; on a CPU that needs a C++ compiler
@@ -242,8 +242,8 @@ class VAE(nn.Module):
         self.gene_embedding.weight[0].zero_()
         # with `start_at` the decoder says nearly the mean cell: genes' logits spread by 0.2 at any width and depth;
         # started at 0, the direct way learns later
-        nn.init.zeros_(self.head.weight)
         if self.config.direct:
+            nn.init.zeros_(self.head.weight)
             nn.init.normal_(self.cell_out.weight, std=0.2 / (0.02 * self.config.width))
         for name, start in (("log_share", 0.0), ("log_theta", 0.0), ("log_std", 0.0), ("log_odds_dropout", -2.0)):
             if hasattr(self, name):
@@ -253,7 +253,7 @@ class VAE(nn.Module):
     def start_at(self, mean_G: Tensor) -> None:
         """Let the decoder say the mean cell until it learns what cells differ by.
 
-        mean_G: mean count of every gene of the vocabulary, positive
+        mean_G: mean raw count of every gene of the vocabulary, (n_genes,), positive
         """
         if self.config.likelihood != "gaussian":
             self.log_share.weight[1:, 0] = (mean_G / mean_G.sum()).log()
@@ -394,7 +394,8 @@ class VAE(nn.Module):
 
 
 def _per_gene(n_genes: int, lr_scale: float = 10.0) -> nn.Embedding:
-    """A number per gene on a log scale: at the network's rate, a factor of e takes it more than 1,000 steps."""
+    """A number per gene on a log scale, (n_genes + 1, 1). At the network's rate a factor of e takes it more than 1,000
+    steps: hence a rate of its own where it starts from nothing that is known of the gene."""
     table = nn.Embedding(n_genes + 1, 1)
     setattr(table.weight, LR_SCALE, lr_scale)
     return table

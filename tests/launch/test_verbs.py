@@ -156,8 +156,10 @@ def test_a_run_starts_from_an_exported_model_on_other_genes(made: Path, capsys: 
         "genes: 37 known, 3 new (gene40, gene41, gene42), 3 left out (gene0, gene1, gene2)" in capsys.readouterr().out
     )
     assert json.loads((made / "tuned" / "init_from.json").read_text())["genes"]["new"][0] == "gene40"
-    start = [read_metrics(made / run, "train")[0]["loss"] for run in ("vae", "tuned")]
-    assert start[1] < 0.99 * start[0]  # of the first five steps, which others begin at the mean cell
+    scldm("train", "vae", f"data.shards={made}/other", f"run_dir={made}/fresh", *VAE)
+    start = [read_metrics(made / run, "train")[0]["loss"] for run in ("fresh", "tuned")]
+    print("START", start)
+    assert start[1] < 0.95 * start[0]  # of the first five steps
     scldm(*command)  # resumes, and starts from nothing again
     assert "init_from" not in capsys.readouterr().out
     scldm("train", "ldm", f"data.shards={made}/latents", f"run_dir={made}/tuned-ldm", f"init_from={made}/model", *LDM)

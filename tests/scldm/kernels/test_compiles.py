@@ -35,8 +35,11 @@ types = {"BF16": True, "INTERPRETED": False}
 shape = {"LATENTS": 64, "HEAD": 64, "GENES": pool.GENES, **types}
 bins = {"FUNCTIONS": 16, "BINS": True}
 compiled(pool._forward, pool.STAGES, CELLS=2, **bins, **shape)
+compiled(pool._forward, pool.STAGES, CELLS=2, FUNCTIONS=16, BINS=False, **shape)
+compiled(pool._forward, pool.STAGES, CELLS=pool.MOST_CELLS, **bins, **{**shape, "LATENTS": 32})
 compiled(pool._backward, pool.STAGES, SHARED=True, **bins, **shape)
 compiled(pool._backward, pool.STAGES, SHARED=False, **bins, **shape)
+compiled(pool._backward, pool.STAGES, SHARED=True, FUNCTIONS=16, BINS=False, **shape)
 shape = {"PAIRS": 128, "GENES": unpool.GENES, "HIDDEN": unpool.HIDDEN, **types}
 compiled(unpool._forward, unpool.STAGES, HEADS=1, CHANNELS=unpool.CHANNELS, **shape)
 compiled(unpool._to_tables, unpool.STAGES, SHARED=True, **shape)
@@ -52,4 +55,4 @@ def test_the_kernels_compile_for_hopper(tmp_path):
     env.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, "-c", CODE], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 7
+    assert len(done.stdout.splitlines()) == 10

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from scldm.batch import GeneCounts
 from scldm.count_basis import N_BINS, basis, position
 from scldm.model.token import GeneToken
 from scldm.model.vae import VAE, VAEConfig
@@ -58,6 +59,38 @@ def test_a_decoder_starts_at_the_mean_cell(likelihood) -> None:
     vae.start_at(mean_G)
     assert divergence(every).mean() < 0.1 * before
     assert divergence(torch.arange(1, n_genes + 1, 7)).mean() < 0.1 * before
+
+
+def test_without_the_direct_ways_the_network_learns_from_the_first_step() -> None:
+    torch.manual_seed(0)
+    vae = VAE(VAEConfig(width=16, n_latents=2, latent_width=4, n_layers=1, n_heads=2, direct=False), 12)
+    given = GeneCounts(torch.arange(1, 13), torch.randint(0, 9, (5, 12)))
+    _, predicted = vae(given, given.gene_ids)
+    predicted.nll_B(given, given.counts_BS.sum(1).float()).sum().backward()
+    assert not [name for name, p in vae.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+
+
+def test_the_direct_ways_are_a_mean_and_an_inner_product() -> None:
+    """By their definition, gene by gene; the same where cells share a set and where each has its own, in any order."""
+    torch.manual_seed(0)
+    vae = VAE(VAEConfig(width=8, n_latents=2, latent_width=4, n_layers=1, n_heads=2), 30).double()
+    ids, counts = torch.randperm(30)[:12] + 1, torch.randint(0, 9, (3, 12))
+    ids[-2:], counts[:, -2:], counts[1] = 0, 0, 0  # padding, and a cell of zeros
+    table, weight = vae.gene_embedding.weight, torch.log1p(counts.double())
+    for cell in range(3):
+        total = sum((weight[cell, k] * table[ids[k]] for k in range(12)), torch.zeros(8).double())
+        mean = total / weight[cell].sum() if weight[cell].sum() > 0 else total
+        expected = vae.genes_in(vae.norm_genes(mean))
+        torch.testing.assert_close(vae.direct_in(GeneCounts(ids, counts))[cell], expected)
+    order = torch.stack([torch.randperm(12) for _ in range(3)])
+    apart = GeneCounts(ids[order], counts.gather(1, order))
+    torch.testing.assert_close(vae.direct_in(apart), vae.direct_in(GeneCounts(ids, counts)))
+    cell_BD = torch.randn(3, 8).double()
+    shared = vae.direct_out(cell_BD, ids)
+    torch.testing.assert_close(shared[2, 4], cell_BD[2] @ table[ids[4]])
+    for many in (1, 4):  # fewer genes than the vocabulary has, and more
+        own = ids[order].repeat(1, many)
+        torch.testing.assert_close(vae.direct_out(cell_BD, own), shared.gather(1, order).repeat(1, many))
 
 
 def test_a_gaussian_decoder_has_no_shares_to_start_from() -> None:

@@ -55,8 +55,9 @@ def best_mean_profile(train: Cells, held_out: Cells) -> float:
 
 @pytest.mark.slow
 def test_the_autoencoder_closes_most_of_the_gap_and_generation_keeps_types_apart(tmp_path: Path) -> None:
-    """On held-out cells: 0 is the mean profile, 1 the rates that the counts were drawn from. Measured: 1.07 closed. It
-    may be more than 1: an encoder that sees a cell's 30 counts tells some of their noise too, in 8 numbers."""
+    """On held-out cells: 0 is the mean profile, 1 the rates that the counts were drawn from. Judged by the counts, 1.07
+    is closed: an encoder that sees a cell's 30 counts tells some of their noise too, in 8 numbers. So the divergence of
+    its shares from the true ones is judged as well, of which no more than all can be closed."""
     torch.manual_seed(0)
     train, held_out = make_cells(1_200, 0), make_cells(300, 1)
     vae = VAE(VAEConfig(width=32, n_latents=2, latent_width=4, n_layers=1, n_heads=2), N_GENES)
@@ -68,7 +69,12 @@ def test_the_autoencoder_closes_most_of_the_gap_and_generation_keeps_types_apart
     floor = true_nll(held_out, held_out.rates_nG / held_out.rates_nG.sum(1, keepdims=True), Cells.theta)
     mean = best_mean_profile(train, held_out)
     closed = (mean - nll) / (mean - floor)
-    assert 0.85 < closed < 1.2, (mean, nll, floor)
+    assert 0.55 < closed, (mean, nll, floor)
+    assert torch.equal(batch.asked.counts_BS, torch.from_numpy(held_out.counts_nG).to(batch.asked.counts_BS))
+    true_nG = torch.from_numpy(held_out.rates_nG / held_out.rates_nG.sum(1, keepdims=True))
+    profile_G = torch.from_numpy(train.counts_nG.sum(0) / train.counts_nG.sum())
+    apart = [(true_nG * (true_nG.log() - of)).sum(1).mean() for of in (likelihood.value_BQ, profile_G.log())]
+    assert 1 - apart[0] / apart[1] > 0.85  # measured: 0.96
 
     # latents of the training cells -> diffusion transformer -> shares of generated cells
     (batch,) = next(CellsLoader(train, 1_200, 1_200).one_pass())
