@@ -26,11 +26,12 @@ from benchmarks.quality.cells import Task, read_task
 from benchmarks.quality.config import QualityConfig
 from benchmarks.quality.methods import scvi_tools
 from benchmarks.quality.methods.ours import shards_of
-from benchmarks.quality.work import Place, trained_once
+from benchmarks.quality.work import Place, say, trained_once
 from launch.bench.report import Report, Row
 from launch.cli import config_of
 from launch.config import compose
 from scldm.errors import InputError, read_json
+from scldm.files import write_json
 from scldm.train import loop
 
 COMMON = ("vae/tiny", "hardware/cpu", "hardware.engine=plain", "tracking.enabled=false")
@@ -109,12 +110,12 @@ def main(config: SpeedrunConfig) -> Report:
         batch = config_of(importlib.import_module("launch.train_vae"), words_of(config, place)).train.global_batch
         report.add(Row("steps to the mark", found[0], "steps"))
         report.add(Row("cells to the mark", found[0] * batch, "cells"))
-    line = {"name": config.name, "words": config.words, "mark": mark, "course": course.points}
+    written = {**report.to_json(), "mark": mark, "course": course.points}
     with (place.out / "log.jsonl").open("a") as log:
-        log.write(json.dumps({**line, "report": report.to_json()}) + "\n")
+        log.write(json.dumps(written) + "\n")
     print(report.table())
     if config.save:
-        Path(config.save).write_text(json.dumps(report.to_json(), indent=1) + "\n")
+        write_json(Path(config.save), written)
     return report
 
 
@@ -160,6 +161,8 @@ def scvi_mark(task: Task, place: Place, seed: int) -> tuple[float, float]:
     """scVI's nats a validation cell, at the mean of a cell's latent as ours, and the CPU-seconds of its training."""
     scvi_tools.check_installed()
     folder = place.model("scvi", seed)
+    if (folder / "trained.json").is_file():
+        say(f"{folder.name} was trained by an earlier trial, on this machine as it was then")
     note = trained_once(folder, lambda of: scvi_tools.train(task, seed, of, place))
     path = folder / "validation_nll.json"
     if not path.is_file():
