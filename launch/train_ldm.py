@@ -24,7 +24,7 @@ from launch.cli import run_verb
 from launch.encode import check_given, check_same_genes
 from launch.export import trained_vae
 from launch.stage import at_hand
-from launch.training import Parts, check_has_validation, check_waits, run_training, start_of, whole_cells
+from launch.training import Parts, check_has_validation, check_waits, has_started, run_training, start_of, whole_cells
 from scldm.batch import GeneCounts
 from scldm.errors import InputError
 from scldm.model.dit import DiT, DiTConfig
@@ -49,7 +49,7 @@ scldm train ldm ldm/tiny hardware/cpu vae=runs/vae data.shards=shards given.n_ge
   run_dir=runs/ldm
 """
 MIN_STD = 1e-6  # a latent number that is the same in every cell can't be scaled to variance 1
-MEAN_CELLS = 262_144  # training cells that the shifts of labels are fitted on
+MEAN_CELLS = 65_536  # training cells that the shifts of labels are fitted on
 MOMENT_CELLS = 4_096  # training cells whose latents give the moments, where there is no latent set that has them
 
 
@@ -127,7 +127,7 @@ def set_up(config: TrainLDMConfig, world: World) -> Parts:
     module.latent_mean_LZ.copy_(source.mean_LZ)
     module.latent_std_LZ.copy_(source.std_LZ.clamp_min(MIN_STD))
     stage = LDMStage(module, config.guidance, config.flow, source.encode)
-    if config.model.condition_means:
+    if not has_started(config):  # else they are in its checkpoint
         fit_means(stage, source.alone(config.hardware.micro_batch), world)
 
     def cost() -> StepCost:

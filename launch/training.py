@@ -156,8 +156,12 @@ def check_waits(config: RunConfig) -> None:
 
 def start_of(config: RunConfig) -> Pretrained | None:
     """The trained model that a run starts from, if any and if it has not started yet."""
-    started = (Path(config.run_dir) / "checkpoints" / "latest").is_file()
-    return pretrained.load(config.init_from) if config.init_from and not started else None
+    return pretrained.load(config.init_from) if config.init_from and not has_started(config) else None
+
+
+def has_started(config: RunConfig) -> bool:
+    """Whether the run has a checkpoint, from which it goes on."""
+    return (Path(config.run_dir) / "checkpoints" / "latest").is_file()
 
 
 def keep_joined(run_dir: Path, model: str, joined: Sequence[Joined]) -> None:

@@ -21,7 +21,7 @@ from scldm.model.dit import DiT
 from scldm.model.vae import VAE
 from scldm.vocab import ConditionVocab, GeneVocab
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 def save_pretrained(

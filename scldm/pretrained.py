@@ -24,6 +24,7 @@ from scldm.batch import GeneCounts
 from scldm.errors import InputError, read_json
 from scldm.flow.asked import check_sampler, encode_labels, moved_obs, own_and_other, without_token
 from scldm.flow.generate import SamplerConfig, generate_latents, guided
+from scldm.flow.shift import shifted_from
 from scldm.flow.transform import blend, from_noise, to_noise
 from scldm.flow.wanted import Wanted, distinct
 from scldm.library_size import LibrarySizeModel
@@ -296,14 +297,17 @@ class Pretrained:
             for rows in self._batches(adata.n_obs):
                 dense_BS = torch.from_numpy(counts[rows].toarray()).to(self.device)
                 size_B, z_BLZ = dense_BS.sum(1).float(), dit.standardise(encode(dense_BS).mean_BLZ)
-                v_own, v_other = (
-                    guided(dit, {k: torch.from_numpy(v[row_n[rows]]).to(self.device) for k, v in of.items()}, sampler)
-                    for of in (own, other)
+                of_own, of_other = (
+                    {k: torch.from_numpy(v[row_n[rows]]).to(self.device) for k, v in of.items()} for of in (own, other)
                 )
+                way_BLZ: Tensor | float = 0.0
+                if sampler.guidance == "shift":
+                    of_other, way_BLZ = shifted_from(dit, of_own, of_other)
+                v_own, v_other = (guided(dit, of, sampler) for of in (of_own, of_other))
                 noise_BLZ = to_noise(v_own, z_BLZ, sampler)
                 keys_BQ = draws.keys(seed, "counts", torch.arange(rows.start, rows.stop, device=self.device), asked_ids)
                 for alpha, part in zip(alphas, parts):
-                    moved_BLZ = from_noise(blend(v_own, v_other, alpha), noise_BLZ, sampler)
+                    moved_BLZ = from_noise(blend(v_own, v_other, alpha), noise_BLZ, sampler) + alpha * way_BLZ
                     latent_BLZ = self.vae.normalised(dit.unstandardise(moved_BLZ))
                     predicted = self.vae.decode(latent_BLZ, asked_ids, among_ids=given_ids)
                     part.append(written(predicted, kind, size_B, keys_BQ))

@@ -15,6 +15,7 @@ import torch
 from scldm.errors import InputError
 from scldm.flow.generate import SamplerConfig
 from scldm.flow.guidance import GuidedField
+from scldm.flow.shift import nearest_trained
 from scldm.flow.wanted import distinct
 from scldm.model.conditions import FeatureEmbedding, ValueEmbedding
 from scldm.model.dit import DiT
@@ -140,6 +141,8 @@ def check_sampler(dit: DiT, taken: dict[str, np.ndarray], sampler: SamplerConfig
     taken: the distinct combinations, as encode_labels gives them
     """
     conditions = {name: torch.from_numpy(values).to(dit.latent_mean_LZ.device) for name, values in taken.items()}
+    if sampler.guidance == "shift":
+        conditions, _ = nearest_trained(dit, conditions)
     field = GuidedField(
         dit, conditions, sampler.guidance, sampler.guidance_scale, sampler.guidance_weights, sampler.guidance_interval
     )

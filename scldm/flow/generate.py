@@ -16,6 +16,7 @@ from scldm import draws
 from scldm.errors import InputError
 from scldm.flow import solver
 from scldm.flow.guidance import GuidanceKind, GuidedField, VelocityField
+from scldm.flow.shift import nearest_trained
 from scldm.flow.solver import Method
 from scldm.model.dit import DiT
 
@@ -27,8 +28,9 @@ class SamplerConfig:
     method: ODE by euler (one network evaluation a step), heun (two) or adaptive (as many as the tolerance asks for);
         SDE by sde_euler (one) or sde_heun (two)
     n_steps: steps from noise to latent; adaptive chooses its own
-    guidance: joint (all conditions at once), additive (each by itself, with a weight of its own) or compositional (a
-        combination that was never trained is composed of its trained parts)
+    guidance: joint (all conditions at once) or additive (each by itself, with a weight of its own). For a combination
+        that was never trained: compositional (composed of its trained parts) or shift (latents of the nearest trained
+        combination, moved by the mean shift of the labels that differ)
     guidance_scale: 0 ignores the conditions, 1 follows them, above 1 exaggerates them
     guidance_weights: additive: the scale of each condition by itself; guidance_scale for those not named
     guidance_from: flow time, 0 (cell) to 1 (noise), below which all scales are 1
@@ -92,6 +94,9 @@ def generate_latents(
 
     Raises: InputError for guidance that the model can't follow.
     """
+    way_BLZ: Tensor | float = 0.0
+    if sampler.guidance == "shift":
+        conditions, way_BLZ = nearest_trained(dit, conditions)
     v = guided(dit, conditions, sampler)
     z_BLZ = draws.normal(seed, "generate noise", 0, cell_numbers_B, dit.latent_shape)
 
@@ -104,7 +109,7 @@ def generate_latents(
         z_BLZ = solver.sde_heun(v, z_BLZ, sampler.n_steps, noise, sampler.diffusion)
     else:
         z_BLZ = solve_ode(v, z_BLZ, sampler)
-    return Drawn(dit.unstandardise(z_BLZ), torch.zeros_like(cell_numbers_B) + v.n_evaluations_B)
+    return Drawn(dit.unstandardise(z_BLZ + way_BLZ), torch.zeros_like(cell_numbers_B) + v.n_evaluations_B)
 
 
 def guided(dit: DiT, conditions: dict[str, Tensor], sampler: SamplerConfig) -> GuidedField:

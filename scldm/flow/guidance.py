@@ -6,6 +6,7 @@ of a cell's conditions y. One call of the network per evaluation, on a row for e
 - compositional: as joint, but v(y) of a combination that was never trained is composed from the largest parts that
   were, as if these were independent given what they share: v(a, d) + v(b, d) - v(d) where (a, d) and (b, d) were
   trained and (a, b) was not. Source: Liu et al. 2022 for the product; what is shared by inclusion and exclusion
+- shift: as joint, of the nearest trained combination; what was drawn is moved afterwards (`shift.py`)
 
 Guidance may be limited to an interval of flow time (Kynkaanniemi et al. 2024): outside it all weights are 1, so that
 the joint kind follows v(y) and the others their own unexaggerated form.
@@ -24,7 +25,7 @@ from scldm.errors import InputError
 from scldm.model.dit import DiT
 
 VelocityField = Callable[[Tensor, float], Tensor]
-GuidanceKind = Literal["joint", "additive", "compositional"]
+GuidanceKind = Literal["joint", "additive", "compositional", "shift"]
 ROUNDING = 1e-9  # of flow times
 Subset = frozenset[int]  # which of the model's conditions are shown, by position
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from scldm.errors import InputError
 
 VALUE_SCALES = ("linear", "log")
+SETTLED = 1e-6  # standard deviations: shifts that change less are fitted
 FREQUENCIES = (0.5, 1.0, 2.0)  # of sines and cosines over the standardised value, whose training labels lie within +-2
 
 
@@ -167,9 +168,10 @@ class ConditionMeans(nn.Module):
         labels_KC: label ids of all conditions; n_K: cells; mean_KLZ: of standardised latents
         """
         weight_K = (n_K / (n_K + 10)).double()
-        rest_KLZ = mean_KLZ.double()
+        rest_KLZ = mean_KLZ.double().clone()
         shifts = {k: self.get_buffer(f"shift_{k}").double().zero_() for k in self.names}
         for _ in range(100):  # one condition after another, until nothing is left to explain
+            changed = 0.0
             for k, shift in shifts.items():
                 ids_K = labels_KC[:, k]
                 total = torch.zeros_like(shift).index_add_(
@@ -177,8 +179,11 @@ class ConditionMeans(nn.Module):
                 )
                 weight = torch.zeros(len(shift), dtype=torch.float64).index_add_(0, ids_K, weight_K)
                 new = total / (weight + 0.1)[:, None, None]
-                rest_KLZ = rest_KLZ + (shift - new)[ids_K]
+                rest_KLZ += (shift - new)[ids_K]
+                changed = max(changed, float((shift - new).abs().max()))
                 shifts[k] = new
+            if changed < SETTLED:
+                break
         for k, shift in shifts.items():
             self.get_buffer(f"shift_{k}").copy_(shift)
 

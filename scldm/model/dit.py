@@ -135,12 +135,8 @@ class DiT(nn.Module):
                 self.condition.append(FeatureEmbedding(features[name], D))
             else:
                 self.condition.append(nn.Embedding(n + 1, D))
-        if config.condition_means:
-            self.means = ConditionMeans(
-                n_labels,
-                [k for k, c in enumerate(self.condition) if isinstance(c, nn.Embedding)],
-                (n_latents, latent_width),
-            )
+        plain = [k for k, c in enumerate(self.condition) if isinstance(c, nn.Embedding)]
+        self.means = ConditionMeans(n_labels, plain, (n_latents, latent_width))
         if combinations_KC is None:
             combinations_KC = torch.zeros(0, len(n_labels), dtype=torch.int64)
         self.combinations = CombinationTokens(combinations_KC, tuple(n_labels.values()), D, config.combination_tokens)
