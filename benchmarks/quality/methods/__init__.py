@@ -61,6 +61,9 @@ METHODS: Mapping[str, Method] = {
     "pca_gaussian": Method("PCA, a Gaussian per combination, Poisson", "naive", gaussian.pca),
     "independent_genes": Method("each gene from another training cell", "naive", naive.independent_genes),
     "poisson_mean": Method("Poisson at each gene's mean", "naive", naive.poisson_mean),
+    "ours_transformed": Method(
+        "ours, control cells + the labels' shift in latents", "ours", ours.transformed, "ours", shifts=True
+    ),
     "control_shift": Method(
         "control cells + the other types' mean log-shift", "naive", naive.control_shift, shifts=True
     ),

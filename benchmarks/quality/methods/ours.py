@@ -25,11 +25,12 @@ import scipy.sparse as sp
 
 import scldm
 from benchmarks.quality.cells import SPLIT_COLUMN, LabelledCells, Task
-from benchmarks.quality.methods.naive import not_seen, seen_numbers, training_numbers
+from benchmarks.quality.methods.naive import control_rows, not_seen, not_shifted, seen_numbers, training_numbers
 from benchmarks.quality.work import FIRST_STAGE, Clock, Made, Place, labels_frame, say
 from launch.cli import config_of
 from scldm.errors import InputError
 from scldm.evaluate.cells import Cells
+from scldm.flow.generate import SamplerConfig
 from scldm.train.checkpoint import Checkpoint, pointed
 
 TITLE = "this project's presets, a third of the genes given"
@@ -151,6 +152,24 @@ def generated(task: Task, seed: int, folder: Path, place: Place) -> Made:
     labels = pd.DataFrame({name: made.obs[name].astype(str).to_numpy(object) for name in task.conditions})
     out.unlink()
     return _as_task(task, made.X, list(made.var_names), labels)
+
+
+def transformed(task: Task, seed: int, folder: Path, place: Place) -> Made:
+    """Control cells of the same kind, as `scldm transform` takes them to the treatment, by the sampler `shift`."""
+    assert task.control is not None
+    model, rng, name = scldm.load(folder / "model"), np.random.default_rng([seed, 12]), task.control[0]
+    parts, keys = [], []
+    for key in task.unseen:
+        rows = control_rows(task, key, task.numbers[key], rng)
+        cells = task.train.to_anndata()[rows].copy()
+        cells.obs_names_make_unique()
+        to = {name: task.labels_of[key][name]}
+        moved = model.transform(cells, to, seed=seed, sampler=SamplerConfig(guidance="shift"))
+        assert list(moved.var_names) == list(task.genes)
+        parts.append(moved.X)
+        keys += [key] * len(rows)
+    counts = sp.csr_matrix(sp.vstack(parts))
+    return Made(counts, labels_frame(task, np.array(keys, object)), not_shifted(task))
 
 
 def reconstructed(task: Task, seed: int, folder: Path, place: Place) -> Made:
