@@ -41,9 +41,9 @@ class FilterConfig:
     """Which cells and genes of the sources are worth keeping.
 
     min_genes: genes with a count that a cell must have, over all genes of its source; 0 refuses cells without counts
-    min_cells: cells that must express a gene
+    min_cells: cells, of all splits, that must express a gene
     gene_list: file of gene ids, one a line, to keep
-    n_top_genes: keep this many most variable genes (seurat_v3, over all chosen cells); 0 keeps all
+    n_top_genes: keep this many most variable genes (seurat_v3, over the training cells); 0 keeps all
     """
 
     min_genes: int = 0

@@ -131,14 +131,13 @@ class Worker:
         return self._moments(unit, np.load(self.work / "clip_at.npy"))
 
     def _moments(self, unit: int, clip_at: np.ndarray) -> dict[str, np.ndarray]:
-        """Sums over a unit's cells with enough genes, per gene of the plan."""
+        """Sums over a unit's cells with enough genes, per gene of the plan, and how many of them are for training."""
         sums = np.zeros((4, self.plan.genes.n_genes), np.int64)
-        n_cells = 0
-        for _, source, rows in self._rows(unit):
+        n_cells, min_genes = 0, self.plan.settings["filter"]["min_genes"]
+        for at, source, rows in self._rows(unit):
+            in_train = np.asarray(self.plan.split[at : at + len(rows.rows)]) == 0
             try:
-                n_cells += add_moments(
-                    rows, self.plan.column_of(source), clip_at, self.plan.settings["filter"]["min_genes"], sums
-                )
+                n_cells += add_moments(rows, self.plan.column_of(source), clip_at, min_genes, in_train, sums)
             except CountError as error:
                 raise self._explain(source, rows, error) from None
         return {"sums": sums, "n_cells": np.array(n_cells)}

@@ -21,21 +21,25 @@ LARGEST_SQUARES = 1 << 51
 TOTAL, SQUARES, CELLS, CLIPPED = range(4)  # rows of the sums: of counts and their squares, both unclipped ones only
 
 
-def add_moments(rows: Rows, column_of: np.ndarray, clip_at: np.ndarray, min_genes: int, sums: np.ndarray) -> int:
-    """Adds the cells with at least min_genes genes to `sums` (4, n_genes); returns how many they are.
+def add_moments(
+    rows: Rows, column_of: np.ndarray, clip_at: np.ndarray, min_genes: int, in_train: np.ndarray, sums: np.ndarray
+) -> int:
+    """Adds the cells with at least min_genes genes to `sums` (4, n_genes); returns how many training cells they are.
+
+    in_train: (n,) bool; of other cells only CELLS is summed: genes are ranked by what training sees
 
     Raises: CountError for the first value that is no count.
     """
     values = rows.values.astype(np.float32) if rows.values.dtype in (np.float16, bool) else rows.values
     column_of = np.ascontiguousarray(column_of)
-    n, fault, row, k = _add(rows.indptr, rows.columns, values, column_of, clip_at, min_genes, sums)
+    n, fault, row, k = _add(rows.indptr, rows.columns, values, column_of, clip_at, min_genes, in_train, sums)
     if fault:
         raise CountError(int(row), int(rows.columns[k]), values[k].item(), FAULTS[fault])
     return int(n)
 
 
 @njit(nogil=True, cache=True)
-def _add(indptr, columns, values, column_of, clip_at, min_genes, sums):
+def _add(indptr, columns, values, column_of, clip_at, min_genes, in_train, sums):
     n = 0
     for row in range(len(indptr) - 1):
         genes = 0
@@ -46,12 +50,14 @@ def _add(indptr, columns, values, column_of, clip_at, min_genes, sums):
             genes += v > 0
         if genes < min_genes:
             continue
-        n += 1
+        n += in_train[row]
         for k in range(indptr[row], indptr[row + 1]):
             gene, count = column_of[columns[k]], np.int64(values[k])
             if gene < 0 or count == 0:
                 continue
             sums[2, gene] += 1
+            if not in_train[row]:
+                continue
             if count > clip_at[gene] or count > 1 << 25 or sums[1, gene] + count * count > LARGEST_SQUARES:
                 sums[3, gene] += 1
             else:
@@ -68,7 +74,7 @@ def expected_std(sums: np.ndarray, n_cells: int) -> tuple[np.ndarray, np.ndarray
     from skmisc.loess import loess  # a compiled library that nothing else needs
 
     if n_cells < 2:
-        raise InputError(f"filter.n_top_genes: {n_cells} cells are too few to choose variable genes")
+        raise InputError(f"filter.n_top_genes: {n_cells} training cells are too few to choose variable genes")
     mean = sums[TOTAL] / n_cells
     variance = (sums[SQUARES] / n_cells - mean**2) * (n_cells / (n_cells - 1))
     varies = variance > 0

@@ -122,7 +122,8 @@ class Predicted(NamedTuple):
     """p(counts | latent) of the asked genes, in float32.
 
     likelihood: its kind, on which the other fields depend
-    value_BQ: log of a gene's share of the asked genes' total count, -inf at padding; gaussian: mean of its value
+    value_BQ: log of a gene's share of the asked genes' expected total count, -inf at padding; gaussian: mean of its
+        value, log1p of counts scaled to 10,000 over all genes of the cell
     dispersion: (Q,) or (B, Q): nb and zinb: inverse dispersion theta; gaussian: standard deviation; poisson: None
     dropout_BQ: zinb: log odds of a zero besides the negative binomial's; else None
     """
@@ -132,16 +133,22 @@ class Predicted(NamedTuple):
     dispersion: Tensor | None = None
     dropout_BQ: Tensor | None = None
 
-    def mu(self, library_size_B: Tensor) -> Tensor:
-        """Expected counts, (B, Q): share x library size, before zero inflation; gaussian: its mean scaled back."""
-        if self.likelihood == "gaussian":
-            return torch.expm1(self.value_BQ.clamp(0, 20)) * (library_size_B[:, None] / NORMALISED_TO)
-        return self.value_BQ.exp() * library_size_B[:, None]
-
     def expected(self, library_size_B: Tensor) -> Tensor:
-        """Mean of the distribution of counts, (B, Q); gaussian: as `mu`."""
-        mu_BQ = self.mu(library_size_B)
-        return mu_BQ if self.dropout_BQ is None else mu_BQ * torch.sigmoid(-self.dropout_BQ)
+        """Mean of a gene's count, (B, Q): share x library size, the total over the asked genes, or over those that
+        shares are of. gaussian: of a normal value, 0 where it is negative, scaled back from the cell's whole total.
+        """
+        if self.likelihood != "gaussian":
+            return self.value_BQ.exp() * library_size_B[:, None]
+        assert self.dispersion is not None
+        z_BQ, std = self.value_BQ / self.dispersion, self.dispersion
+        above_BQ = (self.value_BQ + std.square() / 2).clamp_max(20).exp() * torch.special.ndtr(z_BQ + std)
+        return (above_BQ - torch.special.ndtr(z_BQ)).clamp_min(0) * (library_size_B[:, None] / NORMALISED_TO)
+
+    def mu(self, library_size_B: Tensor) -> Tensor:
+        """Mean of the negative binomial or Poisson, (B, Q). zinb: larger than the expected count, by what zero
+        inflation takes away, so that expected counts sum to the library size."""
+        expected_BQ = self.expected(library_size_B)
+        return expected_BQ if self.dropout_BQ is None else expected_BQ * (1 + self.dropout_BQ.exp())
 
     def log_prob_BQ(self, counts_BQ: Tensor, library_size_B: Tensor) -> Tensor:
         """Log p of every gene's count in nats, (B, Q); gaussian: log density of its value."""

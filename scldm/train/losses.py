@@ -63,15 +63,20 @@ class VAEStage:
         config = self.module.config
         noise = draw.normal("posterior", (config.n_latents, config.latent_width)) if config.kl_weight > 0 else None
         posterior, nb = model(batch.given, batch.asked.gene_ids, noise)
-        nll_B, kl_B = nb.nll_B(batch.asked, batch.library_size_B), posterior.kl_B()
+        nll_B, kl_B = nb.nll_B(batch.asked, self._library_size_B(batch)), posterior.kl_B()
         loss = ((nll_B + config.kl_weight * kl_B) * batch.weight_B).sum()
         return loss, {"nll": (nll_B * batch.weight_B).sum(), "kl": (kl_B * batch.weight_B).sum()}
 
     def validation(self, model: nn.Module, batch: CellBatch, draw: Draws) -> dict[str, Tensor]:
         """At the posterior mean, so that it is the same number every time."""
         posterior, nb = model(batch.given, batch.asked.gene_ids, None)
-        nll_B = nb.nll_B(batch.asked, batch.library_size_B)
+        nll_B = nb.nll_B(batch.asked, self._library_size_B(batch))
         return {"nll": (nll_B * batch.weight_B).sum(), "kl": (posterior.kl_B() * batch.weight_B).sum()}
+
+    def _library_size_B(self, batch: CellBatch) -> Tensor:
+        """What shares are of: the asked genes' total. A value of the gaussian likelihood is one of the whole cell."""
+        gaussian = self.module.config.likelihood == "gaussian"
+        return batch.library_size_all_B if gaussian else batch.library_size_B
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ def test_squares_that_64_bits_can_not_sum_are_refused():
         indptr, columns = np.arange(n_cells + 1) * n_genes, np.tile(np.arange(n_genes), n_cells)
         rows = Rows(np.arange(n_cells), indptr, columns, x.ravel())
         sums = np.zeros((4, n_genes), np.int64)
-        add_moments(rows, np.arange(n_genes, dtype=np.int32), np.full(n_genes, np.inf), 0, sums)
+        add_moments(rows, np.arange(n_genes, dtype=np.int32), np.full(n_genes, np.inf), 0, np.ones(n_cells, bool), sums)
         assert (sums[CELLS] == n_cells).all()
         if refused:
             with pytest.raises(InputError, match=r"filter.n_top_genes: counts of 1 genes are too large"):

@@ -125,8 +125,8 @@ def test_the_reader_in_the_readme(tmp_path, source):
 
 
 def test_chosen_genes_are_scanpys(tmp_path):
-    """Cells with enough genes, genes in enough cells, the most variable ones of those; single cells with thousands of a
-    gene make clipping decide."""
+    """Cells with enough genes, genes in enough cells, of those the most variable ones in training cells; single cells
+    with thousands of a gene make clipping decide."""
     rng = np.random.default_rng(0)
     x = rng.negative_binomial(2, 1 / (1 + rng.lognormal(-1, 1.5, 400)), (500, 400)).astype(np.float32)
     x[:40, 100:] = 0  # cells with few genes; some genes live in them alone
@@ -140,13 +140,18 @@ def test_chosen_genes_are_scanpys(tmp_path):
     manifest = write(config(tmp_path / "set", tmp_path / "a.h5ad", filter=chosen))
     scanpy.pp.filter_cells(adata, min_genes=90)
     scanpy.pp.filter_genes(adata, min_cells=10)
-    scanpy.pp.highly_variable_genes(adata, flavor="seurat_v3", n_top_genes=80)
-    top = adata[:, adata.var["highly_variable"]]
     assert manifest is not None
+    cells = read_set(str(tmp_path / "set"))[1]
+    in_train = [f"cell{row}" for (_, row), cell in cells.items() if cell["split"] == "train"]
+    trained = adata[np.isin(adata.obs_names, in_train)].copy()
+    assert 0.5 < trained.n_obs / adata.n_obs < 0.95
+    found = scanpy.pp.highly_variable_genes(trained, flavor="seurat_v3", n_top_genes=80, inplace=False)
+    everywhere = scanpy.pp.highly_variable_genes(adata, flavor="seurat_v3", n_top_genes=80, inplace=False)
+    assert (found["highly_variable"].to_numpy() != everywhere["highly_variable"].to_numpy()).any()
+    top = adata[:, found["highly_variable"].to_numpy()]
     assert 300 < manifest.n_cells == adata.n_obs < 500
     assert list(manifest.genes.ids) == list(top.var_names)
     assert manifest.report["genes"]["filter.min_cells"] == 400 - adata.n_vars > 0
-    cells = read_set(str(tmp_path / "set"))[1]
     assert cells[0, 45]["counts"] == row_counts(top, list(adata.obs_names).index("cell45"))
 
 

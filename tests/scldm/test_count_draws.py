@@ -91,6 +91,29 @@ def test_samplers_take_extremes() -> None:
 
 
 @pytest.mark.parametrize("likelihood", ["nb", "zinb", "poisson", "gaussian"])
+def test_expected_counts_are_the_means_of_drawn_ones(likelihood) -> None:
+    """And sum to the library size, where genes' values are shares of it."""
+    torch.manual_seed(1)
+    cells, genes = torch.arange(20_000), torch.arange(1, 21)
+    value = torch.randn(1, 20).log_softmax(1)
+    if likelihood == "gaussian":
+        value = torch.linspace(-1, 4, 20)[None]
+    predicted = Predicted(
+        likelihood,
+        value.expand(len(cells), -1),
+        None if likelihood == "poisson" else torch.linspace(0.5, 1.5, 20),
+        torch.randn(1, 20).expand(len(cells), -1) if likelihood == "zinb" else None,
+    )
+    size = torch.full((len(cells),), 20_000.0)
+    expected = predicted.expected(size)
+    drawn = predicted.sample(size, draws.keys(3, "counts", cells, genes)).double()
+    error = drawn.std(0) / len(cells) ** 0.5
+    assert ((drawn.mean(0) - expected[0]).abs() < 5 * error).all()
+    if likelihood != "gaussian":
+        torch.testing.assert_close(expected.sum(1), size)
+
+
+@pytest.mark.parametrize("likelihood", ["nb", "zinb", "poisson", "gaussian"])
 def test_a_genes_count_is_its_own_whatever_is_drawn_with_it(likelihood) -> None:
     """Some cells and some genes in another order are a slice of all of them, the large counts too."""
     torch.manual_seed(0)

@@ -79,6 +79,22 @@ def test_the_vae_loss_is_nll_and_weighted_kl_per_cell() -> None:
     assert one == two  # and not in validation
 
 
+@pytest.mark.parametrize("likelihood", ["nb", "gaussian"])
+def test_a_gaussian_value_is_one_of_the_whole_cell(likelihood: str) -> None:
+    """As in generation, however few genes are asked: a share is one of the asked genes' total."""
+    stage, batch = stage_and_batch("vae")
+    shape = replace(stage.module.config, likelihood=likelihood)
+    stage = VAEStage(VAE(shape, stage.module.n_genes).eval())
+    draw = Draws(0, 3, batch.positions_B)
+    own = stage.validation(stage.module, batch, draw)["nll"]
+    larger = replace(batch, library_size_all_B=2 * batch.library_size_all_B)
+    assert (stage.validation(stage.module, larger, draw)["nll"] != own) == (likelihood == "gaussian")
+    larger = replace(batch, library_size_B=2 * batch.library_size_B)
+    assert (stage.loss(stage.module, larger, draw)[0] != stage.loss(stage.module, batch, draw)[0]) == (
+        likelihood == "nb"
+    )
+
+
 def test_the_ldm_hides_conditions_in_training_and_shows_them_in_validation() -> None:
     stage, batch = stage_and_batch("ldm")
     shown: list[torch.Tensor] = []
