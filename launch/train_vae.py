@@ -45,7 +45,7 @@ class TrainVAEConfig:
     init_from: str = ""
     model: VAEConfig = field(default_factory=VAEConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(patience=5))
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

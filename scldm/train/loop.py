@@ -22,7 +22,7 @@ from scldm.progress import Progress
 from scldm.train import checkpoint, nonfinite
 from scldm.train.ema import EMA
 from scldm.train.losses import Draws, Stage
-from scldm.train.optim import OptimConfig, learning_rate
+from scldm.train.optim import OptimConfig, early_end, learning_rate
 from scldm.train.requests import Asked, Requests, signal_named
 from scldm.train.saver import Saver
 from scldm.train.throughput import Meter, note_rank
@@ -43,7 +43,8 @@ class TrainConfig:
     save_every: steps between two checkpoints
     keep: checkpoints kept, besides the best
     keep_every: those of every so many steps are kept too; 0 keeps none besides
-    patience: validations without a better metric after which the run ends; 0 for never
+    patience: validations without a better metric after which the run ends, with `hold` once its rate has fallen; 0 for
+        never
     max_skipped: steps in a row that are skipped because the gradient is not finite; one more ends the run
     hang_s: seconds without progress, once training has begun, after which the run ends and leaves the stacks of all
         ranks; 0 for never
@@ -110,9 +111,10 @@ def train(
     """
     watch, requests = watch or Watch(world), requests or Requests(run_dir, (), world)
     ema, meter = EMA(engine, config.ema_decay), meter or Meter(world)
-    # skipped: steps in a row; stale: validations since the best; unvalidated: the validation that is due at this step
-    # is still to be made; all of it the same on every rank
+    # skipped: steps in a row; stale: validations since the best; end: the last step, sooner where patience ran out;
+    # unvalidated: the validation that is due at this step is still to be made; all of it the same on every rank
     step, skipped, stale, best, metrics, unvalidated = 0, 0, 0, math.inf, dict[str, float](), False
+    end = config.steps
     state = checkpoint.resume(run_dir / "checkpoints", engine, ema, world)
     if state is not None:
         loader.load_state(state["loader"])
@@ -120,6 +122,8 @@ def train(
         if "meter" in state:  # else of an earlier version, which validated and began a row before it saved
             meter.load_state(state["meter"])
             unvalidated = state["unvalidated"]
+        if state["end"] is not None and config.patience and config.patience <= state["patience"]:
+            end = state["end"]  # more patience goes on
         best = math.inf if state["best"] is None else state["best"]
         metrics = {key: math.nan if value is None else value for key, value in state["validation"].items()}
 
@@ -139,7 +143,7 @@ def train(
         return asked.stop > 0
 
     with Progress(name, config.steps, "steps", done=step, shown=world.is_first) as bar, saver:
-        ends = not unvalidated and (step >= config.steps or _out_of_patience(config, stale))
+        ends = not unvalidated and step >= end
         while not ends:
             requests.begin(saver.failed, saver.unfinished)
             if not unvalidated:  # else this run was stopped while it validated, and goes on there
@@ -153,7 +157,7 @@ def train(
                     engine.backward(loss / batch.n_cells)
                     losses.append({"loss": loss.detach(), **{key: value.detach() for key, value in parts.items()}})
                 watch.mark(f"updates the weights in step {step}")
-                lr = learning_rate(optim, step, config.steps)
+                lr = learning_rate(optim, step, config.steps, end)
                 grad_norm = engine.step(lr)
                 if math.isfinite(grad_norm):
                     ema.update()
@@ -171,7 +175,7 @@ def train(
                         raise InputError(f"{told}; {skipped} steps in a row, train.max_skipped={config.max_skipped}")
                 step += 1
 
-                if (step % config.log_every == 0 or step == config.steps) and meter.n_steps:
+                if (step % config.log_every == 0 or step == end) and meter.n_steps:
                     row, own = meter.read()
                     row |= {"lr": lr, "grad_norm": grad_norm}
                     if config.rank_logs:
@@ -179,7 +183,7 @@ def train(
                     tracker.log(step, row, cells_seen=step * config.global_batch)
                     bar.advance(0, f"loss {row['loss']:.4g}, {row['cells_per_s']:,.0f} cells/s")
                 bar.advance()
-                unvalidated = step % config.validate_every == 0 or step == config.steps
+                unvalidated = step % config.validate_every == 0 or step == end
 
             watch.mark(f"hears what is asked after step {step}")
             hear()
@@ -194,13 +198,20 @@ def train(
                     is_best = better and not skipped
                     best = metrics[stage.validation_metric] if is_best else best
                     stale = 0 if better else stale + 1
-            ends = not unvalidated and (step == config.steps or _out_of_patience(config, stale))
+                    if end == config.steps and 0 < config.patience <= stale:
+                        end = early_end(optim, step, config.steps)
+                        if world.is_first:
+                            print(
+                                f"scldm: {stale} validations without a better one: ends at step {end}", file=sys.stderr
+                            )
+            ends = not unvalidated and step == end
 
             # none of itself while steps are skipped: if that ends the run, it is resumed from before the trouble began
             due = step % config.save_every == 0 and not skipped
             if due or is_best or ends or asked.save or asked.stop:
                 watch.mark(f"saves step {step}")
                 at = {"step": step, "skipped": skipped, "stale": stale, "unvalidated": unvalidated}
+                at |= {"end": None if end == config.steps else end, "patience": config.patience}
                 with meter.paused():
                     saver.begin(
                         {**at, **_json(best, metrics), "loader": loader.state(), "meter": meter.state()}, is_best
@@ -212,10 +223,6 @@ def train(
                 requests.done(asked, more=not ends)
         saver.finish()
     return metrics
-
-
-def _out_of_patience(config: TrainConfig, stale: int) -> bool:
-    return config.patience > 0 and stale >= config.patience
 
 
 def _json(best: float, metrics: dict[str, float]) -> dict[str, Any]:

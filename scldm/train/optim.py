@@ -47,14 +47,23 @@ class OptimConfig:
             )
 
 
-def learning_rate(config: OptimConfig, step: int, n_steps: int) -> float:
-    """The rate of step 0 <= step < n_steps."""
+def learning_rate(config: OptimConfig, step: int, n_steps: int, end: int | None = None) -> float:
+    """The rate of step 0 <= step < end.
+
+    end: where a run that was to have n_steps ends sooner; `hold` falls before it
+    """
     warmup = config.warmup * n_steps
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)
     if config.schedule == "cosine":
         return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(n_steps - warmup, 1)))
-    return config.lr * min(1.0, (n_steps - step) / max(config.decay * n_steps, 1))
+    return config.lr * min(1.0, ((end or n_steps) - step) / max(config.decay * n_steps, 1))
+
+
+def early_end(config: OptimConfig, step: int, n_steps: int) -> int:
+    """Where a run ends that is to end now: `hold` lets the rate fall before, as at the end of all steps."""
+    falling = math.ceil(config.decay * n_steps) if config.schedule == "hold" else 0
+    return min(n_steps, step + falling)
 
 
 def make_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.AdamW:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from scldm.train import loop
+from scldm.train.optim import OptimConfig, early_end, learning_rate
 from scldm.train.tracking import read_metrics
 from tests.scldm.train.small_runs import Finished, small_run, stored
 
@@ -22,7 +23,8 @@ def told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(run_dir: Path, patience: int, **more: Any) -> Finished:
-    return small_run("vae", run_dir, steps=18, validate_every=2, patience=patience, **{"save_every": 50, **more})
+    with_defaults = {"save_every": 50, "optim": OptimConfig(lr=3e-3, decay=0.0), **more}
+    return small_run("vae", run_dir, steps=18, validate_every=2, patience=patience, **with_defaults)
 
 
 def validated(run_dir: Path) -> list[int]:
@@ -57,3 +59,30 @@ def test_more_patience_goes_on_where_less_ended(tmp_path: Path) -> None:
     assert validated(tmp_path)[-1] == STALE_AT[3]
     run(tmp_path, 0)
     assert validated(tmp_path)[-1] == len(NLL)
+
+
+def rates(run_dir: Path) -> dict[int, float]:
+    return {row["step"]: row["lr"] for row in read_metrics(run_dir, "train")}
+
+
+def test_the_rate_falls_before_an_early_end(tmp_path: Path) -> None:
+    """Patience 1 runs out at step 6; a third of 18 steps later the rate has fallen to 0, also over a resume."""
+    falling = OptimConfig(lr=3e-3, warmup=0.0, decay=1 / 3)
+    run(tmp_path / "whole", 1, optim=falling, log_every=1)
+    found = rates(tmp_path / "whole")
+    assert list(found) == list(range(1, 13))
+    assert [round(found[step] / 3e-3, 6) for step in (6, 7, 8, 12)] == [1, 1, round(5 / 6, 6), round(1 / 6, 6)]
+    assert stored(tmp_path / "whole")[0]["step"] == 12
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", 1, optim=falling, log_every=1, fail_at=9, save_every=1)
+    run(tmp_path / "cut", 1, optim=falling, log_every=1)
+    assert rates(tmp_path / "cut") == found
+    # more patience goes on as if the rate had never fallen
+    run(tmp_path / "whole", 3, optim=falling, log_every=1)
+    assert rates(tmp_path / "whole")[13] == learning_rate(falling, 12, 18)
+
+
+@pytest.mark.parametrize("schedule, decay, end", [("hold", 0.25, 65), ("hold", 0.0, 40), ("cosine", 0.25, 40)])
+def test_where_an_early_end_is(schedule: Any, decay: float, end: int) -> None:
+    assert early_end(OptimConfig(schedule=schedule, decay=decay), 40, 100) == end
+    assert early_end(OptimConfig(schedule=schedule, decay=decay), 90, 100) <= 100
