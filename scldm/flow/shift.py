@@ -19,19 +19,20 @@ from scldm.model.dit import DiT
 
 def is_trained(dit: DiT, conditions: dict[str, Tensor]) -> Tensor:
     """Whether some training cell had the given labels together, of the conditions that have shifts, (B,)."""
-    return _of_rows(dit, conditions, lambda ids_C, given_C: _matching(dit, ids_C, given_C).all(1).any())
+    return _of_rows(dit, conditions, lambda ids_C, given_C: _known(_matching(dit, ids_C, given_C)))
 
 
 def nearest_trained(dit: DiT, conditions: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
     """For each cell a trained combination, its own if that was trained, and the way from there, (B, L, Z), of
     standardised latents.
 
-    It is one that differs in as few labels as possible, and of these the one with the shortest way.
+    It is one that differs in as few labels as possible, and of these the one with the shortest way. A model that does
+    not say what it was trained on is asked for every combination itself.
     """
 
     def nearest(ids_C: Tensor, given_C: Tensor) -> Tensor:
         same_KC = _matching(dit, ids_C, given_C)
-        if same_KC.all(1).any():
+        if _known(same_KC):
             return ids_C
         n_same_K = same_KC.sum(1)
         near_KC = dit.combinations.labels_KC[n_same_K == n_same_K.max()]
@@ -74,6 +75,10 @@ def _shifted(dit: DiT) -> Tensor:
 def _matching(dit: DiT, ids_C: Tensor, given_C: Tensor) -> Tensor:
     """Where each trained combination has these labels, (K, C); what is not given or has no shifts differs from none."""
     return (dit.combinations.labels_KC == ids_C) | ~(given_C & _shifted(dit))
+
+
+def _known(same_KC: Tensor) -> Tensor:
+    return same_KC.all(1).any() | (len(same_KC) == 0)
 
 
 def _shift(dit: DiT, ids_BC: Tensor) -> Tensor:

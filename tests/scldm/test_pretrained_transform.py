@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from scldm.errors import InputError
 from scldm.flow.generate import SamplerConfig
+from scldm.model.dit import DiT, DiTConfig
 from scldm.pretrained import Pretrained
-from tests.scldm.small_model import FEW, GENES, cells, of_doses
+from tests.scldm.small_model import FEW, GENES, L, Z, cells, of_doses
 
 FINE = SamplerConfig("heun", 240)
 
@@ -52,6 +54,33 @@ def test_between_two_conditions_cells_go_from_one_to_the_other(model: Pretrained
     far = np.linalg.norm(other - own)
     assert np.linalg.norm(half - own) < far
     assert np.linalg.norm(half - other) < far
+
+
+def test_cells_are_shifted_to_a_combination_that_was_never_trained(model: Pretrained) -> None:
+    """T cells go to donor d2 by the flow, as always; B cells, which d2 had none of, by the donors' shift."""
+    labels = {"type": 3, "donor": 2}
+    dit = DiT(DiTConfig(16, 1, 2), L, Z, labels, combinations_KC=torch.tensor([[0, 0], [0, 1], [1, 0]])).eval()
+    for parameter in dit.parameters():
+        parameter.data.normal_(std=0.3)
+    torch.manual_seed(0)
+    dit.means.fit(torch.tensor([[0, 0], [0, 1], [1, 0]]), torch.full((3,), 1e5), torch.randn(3, L, Z))
+    dit.latent_std_LZ.fill_(0.5)
+    model = replace(model, dit=dit.requires_grad_(False))
+    adata = labelled_cells(6)
+    adata.obs["donor"] = "d1"
+    sampler = replace(FINE, guidance="shift")
+    moved: Any = model.transform(adata, {"donor": "d2"}, alphas=(0.5, 1.0), sampler=sampler, kind="means")
+    by_flow: Any = model.transform(adata, {"donor": "d2"}, alphas=(0.5, 1.0), sampler=FINE, kind="means")
+    b = np.tile(adata.obs["type"] == "B cell", 2)
+    np.testing.assert_allclose(moved.X[~b].toarray(), by_flow.X[~b].toarray(), rtol=1e-5)
+    latent_BLZ = torch.from_numpy(model.embed(adata)).unflatten(1, (L, Z))
+    way_LZ = 0.5 * (dit.means.shift_1[1] - dit.means.shift_1[0])
+    size_B, every = torch.from_numpy(np.asarray(adata.X.sum(1)).ravel()), torch.arange(1, len(GENES.ids) + 1)
+    expected = [
+        model.vae.decode(model.vae.normalised(latent_BLZ + alpha * way_LZ), every).expected(size_B)
+        for alpha in (0.5, 1.0)
+    ]
+    np.testing.assert_allclose(moved.X[b].toarray(), torch.cat(expected)[b].numpy(), rtol=1e-3)
 
 
 def test_a_files_own_columns_are_kept(model: Pretrained) -> None:
