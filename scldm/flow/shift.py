@@ -30,6 +30,10 @@ def nearest_trained(dit: DiT, conditions: dict[str, Tensor]) -> tuple[dict[str, 
     not say what it was trained on is asked for every combination itself.
     """
 
+    n_trained = len(dit.combinations.labels_KC)
+    if not conditions or bool((dit.combinations.index(dit.label_ids(conditions)) < n_trained).all()):
+        return conditions, torch.zeros(1, *dit.latent_shape, device=dit.latent_mean_LZ.device)
+
     def nearest(ids_C: Tensor, given_C: Tensor) -> Tensor:
         same_KC = _matching(dit, ids_C, given_C)
         if _known(same_KC):

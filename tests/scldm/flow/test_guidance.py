@@ -233,7 +233,7 @@ def test_a_model_without_conditions_is_sampled_all_the_same() -> None:
     [
         ({"n_steps": 0}, "sampler.n_steps=0"),
         ({"guidance_scale": -1.0}, "sampler.guidance_scale=-1"),
-        ({"guidance_weights": {"type": 1.0}}, "belong to sampler.guidance=additive; joint has one scale"),
+        ({"guidance_weights": {"type": 1.0}}, "belong to sampler.guidance=additive; shift has one scale"),
         ({"guidance": "additive", "guidance_weights": {"type": -1.0}}, "sampler.guidance_weights.type=-1"),
         ({"guidance_from": 0.7, "guidance_to": 0.3}, "sampler.guidance_from=0.7 and sampler.guidance_to=0.3"),
         ({"guidance_to": 1.5}, "sampler.guidance_to=1.5"),
