@@ -22,7 +22,7 @@ from torch import Tensor
 from scldm import draws
 from scldm.batch import GeneCounts
 from scldm.errors import InputError, read_json
-from scldm.flow.asked import check_sampler, encode_labels, moved_obs, own_and_other, without_token
+from scldm.flow.asked import check_sampler, encode_labels, moved_from, moved_obs, own_and_other, without_token
 from scldm.flow.generate import SamplerConfig, generate_latents, guided
 from scldm.flow.shift import shifted_from
 from scldm.flow.transform import blend, from_noise, to_noise
@@ -370,7 +370,9 @@ class Pretrained:
         combination_n, labels = distinct(conditions.drop(columns="library_size", errors="ignore"))
         ids, labels = encode_labels(dit, self.conditions, labels)
         check_sampler(dit, ids, sampler or SamplerConfig(), self.origin)
-        notes = without_token(dit, ids, labels)
+        notes = without_token(dit, ids, labels) + moved_from(
+            dit, self.conditions, ids, labels, sampler or SamplerConfig()
+        )
         if "library_size" in conditions:
             sizes = np.array(pd.to_numeric(conditions["library_size"], errors="coerce"), dtype=np.float64)
             if not (np.isfinite(sizes).all() and (sizes > 0).all()):

@@ -1,6 +1,6 @@
 """What a user asks for, as the model takes it: labels as ids or values, and a sampler that the model was trained for.
 
-Reading order: encode_labels, own_and_other, moved_obs, check_sampler, without_token.
+Reading order: encode_labels, own_and_other, moved_obs, check_sampler, without_token, moved_from.
 """
 
 from __future__ import annotations
@@ -180,3 +180,24 @@ def without_token(dit: DiT, taken: dict[str, np.ndarray], labels: pd.DataFrame) 
         "and has no token of its own; it uses the sum of its conditions' embeddings alone"
         for row in (whole & unknown).nonzero()[:, 0].tolist()
     )
+
+
+def moved_from(
+    dit: DiT, vocab: ConditionVocab, taken: dict[str, np.ndarray], labels: pd.DataFrame, sampler: SamplerConfig
+) -> tuple[str, ...]:
+    """A sentence for each combination that the sampler `shift` draws as another one, which was trained; after ten, how
+    many more there are."""
+    if sampler.guidance != "shift":
+        return ()
+    conditions = {name: torch.from_numpy(values).to(dit.latent_mean_LZ.device) for name, values in taken.items()}
+    base, _ = nearest_trained(dit, conditions)
+    notes = []
+    for row in range(len(labels)):
+        other = [name for name in dit.means.names.values() if base[name][row] != conditions[name][row]]
+        if other:
+            asked = ", ".join(f"{name}={label}" for name, label in labels.iloc[row].items())
+            drawn = ", ".join(f"{name}={vocab.labels[name][int(base[name][row])]}" for name in other)
+            notes.append(
+                f"{asked}: no training cell has this combination; drawn as {drawn}, and moved by the difference"
+            )
+    return (*notes[:10], *([f"and {len(notes) - 10} more combinations likewise"] if len(notes) > 10 else []))

@@ -228,6 +228,20 @@ def test_conditions_dropped_one_by_one_were_at_times_all_dropped(model: Pretrain
         alone.generate(pd.DataFrame({"type": ["T cell"]}), seed=0, sampler=guided)
 
 
+def test_a_combination_that_is_drawn_as_another_is_told(model: Pretrained) -> None:
+    trained = torch.tensor([[0, 0], [0, 1], [1, 0]])
+    dit = DiT(DiTConfig(16, 1, 2), L, Z, {"type": 3, "donor": 2}, combinations_KC=trained).eval()
+    dit.means.fit(trained, torch.full((3,), 1e5), torch.tensor([0.0, 1.0, 5.0])[:, None, None].expand(-1, L, Z))
+    model = replace(model, dit=dit.requires_grad_(False))
+    table = pd.DataFrame({"type": ["B cell", "T cell", "B cell"], "donor": ["d2", "d2", "d2"]})
+    told = [note for note in model.check_conditions(table, 0).notes if "library" not in note]
+    assert told == [
+        "type=B cell, donor=d2: no training cell has this combination; drawn as donor=d1, and moved by the difference"
+    ]
+    joint = model.check_conditions(table, 0, SamplerConfig(guidance="joint")).notes
+    assert not [note for note in joint if "moved" in note]
+
+
 # --- conditions that are more than a label -------------------------------------------------------------------------
 
 
