@@ -23,8 +23,9 @@ Reading order: GeneSetConfig, as_whole_cells, GeneSets, the kernels (numba; they
 
 from __future__ import annotations
 
+import math
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -38,10 +39,10 @@ DRAWN: tuple[Policy, ...] = ("random", "weighted")
 OF_THE_CELL: tuple[Policy, ...] = ("expressed", "expressed_plus_zeros")
 READS: dict[Policy, tuple[str, ...]] = {  # the settings that have an effect
     "all": (),
-    "random": ("n_genes", "gene_set_group"),
+    "random": ("n_genes", "share", "gene_set_group"),
     "expressed": ("n_genes", "overflow"),
     "expressed_plus_zeros": ("n_genes", "overflow"),
-    "weighted": ("n_genes", "gene_set_group", "weight_by"),
+    "weighted": ("n_genes", "share", "gene_set_group", "weight_by"),
     "same": (),
 }
 WIDTH_STEP = 64  # a micro-batch's padded width is rounded up to it, so that a compiled model meets few shapes
@@ -58,6 +59,7 @@ class GeneSetConfig:
         it belongs to the run and not to the hardware; micro_batch must divide it
     weight_by: weighted draws by `mean`, the mean count, or by `variability`, the variance f (1 - f) of being expressed
     overflow: for cells with more expressed genes than n_genes: refuse, or sample (n_genes of them, uniformly)
+    share: random, weighted: where n_genes is 0, so large a part of the vocabulary's genes, rounded up; 1 takes all
     """
 
     policy: Policy = "all"
@@ -65,6 +67,7 @@ class GeneSetConfig:
     gene_set_group: int = 1
     weight_by: Literal["mean", "variability"] = "mean"
     overflow: Literal["refuse", "sample"] = "refuse"
+    share: float = 0.0
 
     def check(self, key: str) -> None:
         """key: where this stands in a run's config.
@@ -81,6 +84,12 @@ class GeneSetConfig:
                     f"{key}.{name}={value} has no effect with {key}.policy={self.policy}{without}; it is read by "
                     f"{readers}; else leave it at {default}"
                 )
+        if not 0 <= self.share <= 1:
+            raise InputError(f"{key}.share={self.share} must lie in 0 ... 1")
+
+    def of(self, n_genes: int) -> GeneSetConfig:
+        """With the number of genes instead of a share, in a vocabulary of so many."""
+        return self if self.n_genes or not self.share else replace(self, n_genes=math.ceil(self.share * n_genes))
 
 
 def as_whole_cells(given: GeneSetConfig) -> GeneSetConfig:
@@ -115,13 +124,17 @@ class GeneSets:
         micro_batch: int,
         loud: bool,
     ) -> None:
+        config = config.of(n_genes)
         self.config, self.seed, self.purpose = config, seed, purpose
         self.total, self.width = n_genes, config.n_genes
         policy = config.policy
         if policy == "same":
             raise InputError(f"{key}.policy=same is for the decoder alone: say which genes the encoder is given")
         if policy in ("random", "weighted", "expressed_plus_zeros") and not 1 <= config.n_genes <= n_genes:
-            raise InputError(f"{key}.n_genes={config.n_genes} must lie in 1 ... {n_genes}, the genes of the vocabulary")
+            raise InputError(
+                f"{key}.n_genes={config.n_genes} must lie in 1 ... {n_genes}, the genes of the vocabulary"
+                + (f"; {key}.share takes a part of them" if config.policy in DRAWN else "")
+            )
         if config.n_genes < 0 or config.gene_set_group < 1:
             raise InputError(
                 f"{key}: n_genes={config.n_genes} and gene_set_group={config.gene_set_group} can't be negative"

@@ -8,7 +8,6 @@ Reading order: QuickstartConfig, main, the stages, the built-in cells.
 from __future__ import annotations
 
 import json
-import math
 import os
 import shlex
 import shutil
@@ -94,10 +93,8 @@ def main(config: QuickstartConfig) -> None:
             "split.validation=0.2", "split.test=0.2",
             f"filter.n_top_genes={note['top_genes']}",
         ])  # fmt: skip
-        third = math.ceil(read_manifest(str(out / "shards")).genes.n_genes / 3)
         todo.verb("vae", "train_vae", [
-            "vae/tiny", "hardware/cpu", f"data.shards={out}/shards", f"data.given.n_genes={third}",
-            f"run_dir={out}/vae", *track,
+            "vae/tiny", "hardware/cpu", f"data.shards={out}/shards", f"run_dir={out}/vae", *track,
         ], ranks=RANKS)  # fmt: skip
         # what the autoencoder is worth, before a second stage is trained on it
         todo.verb("reconstruction", "evaluate", [

@@ -45,7 +45,7 @@ encoded as they come, each time from a fresh gene set. Run again with the same r
 EXAMPLE = """
 scldm train ldm ldm/tiny hardware/cpu data.shards=latents run_dir=runs/ldm
 torchrun --standalone --nproc-per-node 8 -m launch.train_ldm ldm/base data.shards=latents run_dir=runs/ldm
-scldm train ldm ldm/tiny hardware/cpu vae=runs/vae data.shards=shards given.n_genes=256 given.policy=random \
+scldm train ldm ldm/tiny hardware/cpu vae=runs/vae data.shards=shards given.policy=random given.share=0.5 \
   run_dir=runs/ldm
 """
 MIN_STD = 1e-6  # a latent number that is the same in every cell can't be scaled to variance 1
@@ -193,7 +193,7 @@ def cells(config: TrainLDMConfig, world: World) -> Source:
     check_given(config.given, Path(config.vae), "given", world)
     whole = LoaderConfig(**{**stream, "balance": []}, given=as_whole_cells(config.given))
     n_genes = loader.vocab.n_genes
-    batch = whole_cells(config.hardware.micro_batch, config.given.n_genes or n_genes, n_genes)
+    batch = whole_cells(config.hardware.micro_batch, config.given.of(n_genes).n_genes or n_genes, n_genes)
     validation = CellLoader(whole, split="validation", **{**place(config, world), "micro_batch": batch})
 
     def alone(size: int) -> CellLoader:

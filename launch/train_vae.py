@@ -97,8 +97,8 @@ def set_up(config: TrainVAEConfig, world: World) -> Parts:
 
 def genes_of(data: LoaderConfig, n_genes: int) -> tuple[int, int]:
     """Genes given and asked of a cell in training, of so many in the vocabulary."""
-    given = data.given.n_genes or n_genes
-    asked = given if data.asked.policy == "same" else data.asked.n_genes or n_genes
+    given = data.given.of(n_genes).n_genes or n_genes
+    asked = given if data.asked.policy == "same" else data.asked.of(n_genes).n_genes or n_genes
     return min(given, n_genes), min(asked, n_genes)
 
 

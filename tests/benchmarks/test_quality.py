@@ -337,7 +337,7 @@ def test_labels_are_shown_as_text_and_every_table_names_its_protocol(capsys: pyt
     assert "ours, cell_type=x[/b] [mem] :cat:: why" in shown
     assert "pooled, protocol quality benchmark:" in shown
     assert "3 ± 1 *" in shown
-    assert "data.given.n_genes is a third of the genes" in shown
+    assert "its presets give a third of the genes" in shown
 
 
 def test_the_figure_names_its_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

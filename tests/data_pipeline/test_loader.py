@@ -166,6 +166,17 @@ def test_balance_draws_conditions_equally_often(folder, cells):
     assert np.bincount(types).tolist() == [140, 140, 140]
 
 
+def test_a_share_is_of_the_vocabularys_genes(folder):
+    for share, n in ((0.5, 350), (0.0011, 1), (1.0, 700)):
+        sets = GeneSetConfig("random", share=share, gene_set_group=4)
+        same = GeneSetConfig("random", n, gene_set_group=4)
+        with open_loader(folder, given=sets) as loader, open_loader(folder, given=same) as other:
+            for batch, expected in zip(next(loader), next(other), strict=True):
+                assert batch.given.gene_ids.shape == (n,)
+                assert torch.equal(batch.given.gene_ids, expected.given.gene_ids)
+    assert GeneSetConfig("random", 5, share=0.5).of(700).n_genes == 5
+
+
 @pytest.mark.parametrize(
     "changes, text",
     [
@@ -173,6 +184,8 @@ def test_balance_draws_conditions_equally_often(folder, cells):
         ({"select": {"tissue": ["a"]}}, "condition 'tissue' is unknown"),
         ({"balance": ["tissue"]}, "condition 'tissue' is unknown"),
         ({"given": GeneSetConfig("random", 701)}, "given.n_genes=701 must lie in 1 ... 700"),
+        ({"given": GeneSetConfig("random")}, "given.n_genes=0 must lie in 1 ... 700.*; given.share takes a part"),
+        ({"given": GeneSetConfig("random", share=1.5)}, "given.share=1.5 must lie in 0 ... 1"),
         ({"given": GeneSetConfig("random", 5, gene_set_group=6)}, "nearest: 4 or 8"),
         ({"given": GeneSetConfig("expressed", 20)}, "overflow=sample"),
         ({"given": SAME}, "given.policy=same"),

@@ -1,8 +1,7 @@
 """This project as a user runs it on one process: its presets through its verbs; and the parts of what it made.
 
 The presets say how many steps to train, and stop the autoencoder early, as the other networks are. Where the CPU time
-does not suffice for their steps they are fewer, by the time that a step takes. `data.given.n_genes` is a third of the
-genes, as in the quickstart.
+does not suffice for their steps they are fewer, by the time that a step takes.
 Reading order: TITLE and NOTE, train, shards_of, the stages' words, scaled steps; draws.
 """
 
@@ -10,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 import shlex
 import shutil
 from collections.abc import Callable, Sequence
@@ -35,7 +33,7 @@ from scldm.train.checkpoint import Checkpoint, pointed
 
 TITLE = "this project's presets, a third of the genes given"
 NOTE = (
-    "this project: data.given.n_genes is a third of the genes, unless vae= sets it. It trains the steps of its "
+    "this project: its presets give a third of the genes, unless vae= says otherwise. It trains the steps of its "
     "presets, or fewer where the CPU time does not suffice. Autoencoders stop early where their validation loss does "
     "not fall."
 )
@@ -49,9 +47,8 @@ def train(task: Task, seed: int, folder: Path, place: Place) -> dict[str, Any]:
     clock, config = Clock(), place.config
     shards_of(task, place, folder / "shards")
     common = ["hardware/cpu", "hardware.engine=plain", "tracking.enabled=false", f"train.seed={seed}"]
-    third = math.ceil(len(task.genes) / 3)  # as the quickstart
     words = [
-        *("vae/tiny", *common, f"data.shards={folder}/shards", f"data.given.n_genes={third}"),
+        *("vae/tiny", *common, f"data.shards={folder}/shards"),
         *config.vae,
     ]
     vae_steps = scaled("train_vae", words, folder / "probe", FIRST_STAGE * config.seconds, clock)
