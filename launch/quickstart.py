@@ -29,7 +29,7 @@ from scldm.errors import InputError
 from scldm.files import write_json
 from scldm.train.tracking import Tracker, TrackingConfig
 
-PURPOSE = """The whole path on one small set of real cells, on a CPU: shards, both trainings on two ranks, generation,
+PURPOSE = """The whole path on one small set of real cells, on a CPU: shards, both trainings, generation,
 evaluation, report.
 Without h5ad, the cells are 700 PBMCs x 765 genes that scanpy carries. Run again, it goes on where it stopped."""
 EXAMPLE = """
@@ -37,7 +37,7 @@ bash launch/quickstart.sh
 bash launch/quickstart.sh --h5ad cells.h5ad --condition cell_type
 """
 NOTE = "quickstart.json"
-RANKS = 2
+MOST_THREADS = 4  # beyond it steps this small are no faster
 # all that it leaves in its folder; the note is removed last, so that an interrupted removal is known for what it is
 MADE = (
     *("input.h5ad", "soma", "shards", "vae", "reconstruction", "latents", "ldm", "model", "wanted.csv"),
@@ -55,6 +55,7 @@ class QuickstartConfig:
     layer: where the counts are, as X, layers/counts or raw/X; empty finds out
     top_genes: of a file with more genes, only so many most variable ones are kept; 0 keeps all
     out: folder of everything that it makes
+    ranks: processes that train and encode; several run under torchrun and DeepSpeed, as on a cluster
     fresh: start over: remove what an earlier quickstart left in that folder
     """
 
@@ -63,7 +64,12 @@ class QuickstartConfig:
     layer: str = ""
     top_genes: int = 2_000
     out: str = "runs/quickstart"
+    ranks: int = 1
     fresh: bool = False
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1:
+            raise InputError(f"ranks={self.ranks} must be at least 1")
 
 
 CONFIG = QuickstartConfig
@@ -80,6 +86,8 @@ def main(config: QuickstartConfig) -> None:
     tracking = TrackingConfig(uri=f"sqlite:///{(out / 'mlflow.db').resolve()}", experiment="quickstart")
     with Tracker(out, tracking, stage="quickstart", params=note) as parent:
         own = {"uri": tracking.uri, "experiment": tracking.experiment, "parent_run_id": parent.run_id()}
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = [f"hardware.threads={max(1, min(MOST_THREADS, cores // config.ranks))}"]
         track = [f"tracking.{key}={value}" for key, value in own.items()]
         todo = Stages(out, note)
         if not note["cells"]:
@@ -94,17 +102,19 @@ def main(config: QuickstartConfig) -> None:
             f"filter.n_top_genes={note['top_genes']}",
         ])  # fmt: skip
         todo.verb("vae", "train_vae", [
-            "vae/tiny", "hardware/cpu", f"data.shards={out}/shards", f"run_dir={out}/vae", *track,
-        ], ranks=RANKS)  # fmt: skip
+            "vae/tiny", "hardware/cpu", *threads, f"data.shards={out}/shards", f"run_dir={out}/vae", *track,
+        ], ranks=config.ranks)  # fmt: skip
         # what the autoencoder is worth, before a second stage is trained on it
         todo.verb("reconstruction", "evaluate", [
             f"vae={out}/vae", f"shards={out}/shards", f"conditions={json.dumps([condition])}",
             f"out={out}/reconstruction",
         ])  # fmt: skip
-        todo.verb("latents", "encode", [f"vae={out}/vae", f"shards={out}/shards", f"out={out}/latents"], ranks=RANKS)
+        todo.verb("latents", "encode", [
+            f"vae={out}/vae", f"shards={out}/shards", f"out={out}/latents",
+        ], ranks=config.ranks)  # fmt: skip
         todo.verb("ldm", "train_ldm", [
-            "ldm/tiny", "hardware/cpu", f"data.shards={out}/latents", f"run_dir={out}/ldm", *track,
-        ], ranks=RANKS)  # fmt: skip
+            "ldm/tiny", "hardware/cpu", *threads, f"data.shards={out}/latents", f"run_dir={out}/ldm", *track,
+        ], ranks=config.ranks)  # fmt: skip
         todo.verb("model", "export", [f"vae={out}/vae", f"ldm={out}/ldm", f"out={out}/model"])
         todo.call("wanted", "as many cells per label as the test split holds", lambda: write_wanted(out, condition))
         todo.verb("generated", "generate", [
@@ -150,7 +160,7 @@ def run(stage: str, command: list[str]) -> None:
     """Raises: InputError where the command fails; it has said why itself."""
     root = Path(__file__).resolve().parent.parent
     path = os.pathsep.join(p for p in (str(root), os.environ.get("PYTHONPATH")) if p)
-    # one thread a process: two ranks on two cores; torchrun would say so at length
+    # one thread a process but where a verb asks for more; torchrun would say so at length
     done = subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}, check=False)
     if done.returncode:
         raise InputError(f"stage {stage} failed with exit code {done.returncode}; its own message stands above")
