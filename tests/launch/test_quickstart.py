@@ -175,7 +175,7 @@ def test_the_built_in_cells_go_from_counts_to_a_report(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_users_own_file_goes_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
-    """Every stage for real, on two ranks, for 20 steps of each training. Counts lie in a layer, beside other numbers."""
+    """Every stage for real, on two ranks, for 20 steps of each training. Counts lie in a layer beside other numbers."""
 
     def in_a_layer(adata: Any) -> None:
         adata.layers["counts"] = adata.X.copy()
