@@ -50,7 +50,7 @@ def train(task: Task, seed: int, folder: Path, place: Place) -> dict[str, Any]:
     common = ["hardware/cpu", "hardware.engine=plain", "tracking.enabled=false", f"train.seed={seed}"]
     third = math.ceil(len(task.genes) / 3)  # as the quickstart
     words = [
-        *("vae/tiny", *common, f"data.shards={folder}/shards", f"data.given.n_genes={third}"),
+        *("vae/tiny", *common, f"data.shards={folder}/shards", f"data.given.n_genes={third}", "gate=false"),
         *config.vae,
     ]
     vae_steps = scaled("train_vae", words, folder / "probe", FIRST_STAGE * config.seconds, clock)
