@@ -237,8 +237,10 @@ def show(gate: Mapping[str, Any]) -> None:
 
     # a narrow terminal wraps, and hides no digits; labels are no markup
     console = Console(width=max(Console().width, 112), highlight=False, markup=False, emoji=False)
-    title = f"autoencoder at step {gate['step']:,} on {number('validation')}; mean profiles of {number('train')}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    console.print(
+        f"\nautoencoder at step {gate['step']:,} on {number('validation')}; mean profiles of {number('train')}"
+    )
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
     for column in ("nats a cell", "autoencoder better by"):
         table.add_column(column, justify="right", no_wrap=True)
