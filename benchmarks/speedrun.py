@@ -34,7 +34,7 @@ from scldm.errors import InputError, read_json
 from scldm.files import write_json
 from scldm.train import loop
 
-COMMON = ("vae/tiny", "hardware/cpu", "hardware.engine=plain", "tracking.enabled=false")
+COMMON = ("vae/tiny", "hardware/cpu", "hardware.engine=plain", "tracking.enabled=false", "gate=false")
 
 
 @dataclass(frozen=True)

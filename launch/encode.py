@@ -19,9 +19,11 @@ from data_pipeline.schema import Manifest
 from data_pipeline.write_latents import LatentWriter
 from launch.cli import run_verb
 from launch.export import trained_vae
+from launch.gate import GATE, gate_of, warn
 from launch.stage import at_hand
 from scldm.batch import GeneCounts
 from scldm.errors import InputError
+from scldm.files import write_json
 from scldm.model.all_genes import encoder_of
 from scldm.model.vae import VAE, Posterior
 from scldm.parallel.dist import World, close_world, world_of_environment
@@ -79,6 +81,9 @@ def main(config: EncodeConfig) -> Path:
     torch.set_num_threads(config.threads)
     vae, origin = trained_vae(Path(config.vae), config.which)
     vae = vae.to(world.device)
+    gate = gate_of(Path(config.vae), origin["hash"])
+    if world.is_first:
+        warn(gate, f"vae={config.vae}")
     cache_bytes = int(config.cache_gb * 1e9)
     with closing(ShardSet(config.shards, cache_folder=config.cache_folder, cache_bytes=cache_bytes)) as cells:
         if cells.manifest.kind != "cells":
@@ -99,6 +104,8 @@ def main(config: EncodeConfig) -> Path:
             world.barrier()
             if world.is_first:
                 writer.finish()
+                if gate:  # for who trains on these latents
+                    write_json(Path(config.out) / GATE, gate)
                 print(f"{cells.manifest.n_cells:,} cells as {shape[0]} tokens of width {shape[1]}: {config.out}")
     close_world()
     return Path(config.out)

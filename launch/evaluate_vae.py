@@ -212,6 +212,12 @@ def _score(
     return every
 
 
+def least_of_means(scores: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The mean profile of the lowest RE, and the model's RE less its own: mean over cells, standard error."""
+    best = min(scores["model"]["re_less"], key=lambda name: scores[name]["re"]["mean"])
+    return best, scores["model"]["re_less"][best]
+
+
 def verdict(scores: Mapping[str, Any], likelihood: str) -> str:
     """One sentence: does the autoencoder know more about a cell than means do? By RE, the difference taken cell by
     cell."""
@@ -220,8 +226,7 @@ def verdict(scores: Mapping[str, Any], likelihood: str) -> str:
             "RE of a gaussian autoencoder is a density of log values, which can't be compared with that of counts. "
             "Compare PCC and MSE."
         )
-    best = min(scores["model"]["re_less"], key=lambda name: scores[name]["re"]["mean"])
-    gap = scores["model"]["re_less"][best]
+    best, gap = least_of_means(scores)
     interval = "" if gap["se"] is None else f" (95 % interval {_interval(abs(gap['mean']), gap['se'])})"
     if gap["se"] is not None and abs(gap["mean"]) <= WIDTH * gap["se"]:
         return (

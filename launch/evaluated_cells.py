@@ -6,7 +6,7 @@ Reading order: shards, files.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -34,10 +34,26 @@ def cells_of_shards(
     cache_folder: str = "",
     cache_gb: float = 0.0,
 ) -> tuple[Cells, Cells, Cells]:
-    """Training, validation and test cells of a shard set, with the labels of these conditions.
+    """Training, validation and test cells of a shard set, as `cells_of_splits`."""
+    train, validation, test = cells_of_splits(url, conditions, SPLITS, sample, cache_folder, cache_gb)
+    return train, validation, test
 
+
+def cells_of_splits(
+    url: str,
+    conditions: Sequence[str],
+    splits: Sequence[str],
+    sample: Sample | None = None,
+    cache_folder: str = "",
+    cache_gb: float = 0.0,
+    select: Mapping[str, Sequence[str]] | None = None,
+) -> list[Cells]:
+    """Cells of some splits of a shard set, with the labels of these conditions; nothing of other splits is read.
+
+    splits: in the order of the answer; the last is the one that is judged
     sample: which of them are read, a block at a time; None reads all
     cache_folder, cache_gb: where the index and, up to so many 1e9 bytes, blocks of a remote set are kept
+    select: condition, one of these -> labels: only cells that have one of the labels
 
     Raises: InputError for a set, a split or a condition that is not there.
     """
@@ -47,17 +63,19 @@ def cells_of_shards(
         for condition in conditions:
             if condition not in there:
                 raise InputError(f"{url} has no condition={condition!r}; it has {', '.join(there) or 'none'}")
-        ids: dict[str, np.ndarray] = {split: _label_ids(shards, split, conditions) for split in SPLITS}
+        ids: dict[str, np.ndarray] = {split: _label_ids(shards, split, conditions) for split in splits}
         # each combination that some cell has, by its labels' numbers; a cell's combination is its row here
         rows_KC, of_all = np.unique(np.concatenate(list(ids.values())), axis=0, return_inverse=True)
         ends = np.cumsum([len(of) for of in ids.values()])[:-1]
         of = dict(zip(ids, np.split(of_all.ravel(), ends), strict=True))
         labels_C = [np.array(shards.manifest.conditions.labels[c]) for c in conditions]
         labels = {c: labels_C[k][rows_KC[:, k]] for k, c in enumerate(conditions)}
-        train, validation, test = (_split(shards, split, of, labels, len(rows_KC), sample) for split in SPLITS)
+        chosen_K = np.ones(len(rows_KC), bool)
+        for condition, wanted in (select or {}).items():
+            chosen_K &= np.isin(labels[condition], list(wanted))
+        return [_split(shards, split, of, labels, chosen_K, sample) for split in splits]
     finally:
         shards.close()
-    return train, validation, test
 
 
 def conditions_of_shards(url: str, cache_folder: str = "") -> tuple[str, ...]:
@@ -84,21 +102,26 @@ def _split(
     split: str,
     of: dict[str, np.ndarray],
     labels: dict[str, np.ndarray],
-    n_combinations: int,
+    chosen_K: np.ndarray,
     sample: Sample | None,
 ) -> Cells:
-    """of: split -> the combination of each of its cells, by its number; labels: condition -> label of each"""
+    """of: split -> the combination of each of its cells, by its number; labels: condition -> label of each; chosen_K:
+    whether the cells of a combination are read at all"""
     manifest, of_n = shards.manifest, of[split]
     genes, entry = manifest.genes, manifest.splits[manifest.split_number(split)]
-    named = combination_names(labels, n_combinations)
+    named = combination_names(labels, len(chosen_K))
     start = np.append(shards.blocks["first_cell"][entry.first_block :][: entry.n_blocks], entry.first_cell + len(of_n))
     start = start.astype(np.int64) - entry.first_cell
-    rows = np.arange(len(of_n))
+    rows = np.flatnonzero(chosen_K[of_n])
+    n_chosen = len(rows)
+    if not n_chosen:
+        raise InputError(f"{shards.url} ({split}) holds no cells of the labels that are selected")
     if sample is not None:
-        of_split, of_test = (
-            {str(named[k]): n for k, n in enumerate(np.bincount(of[name]).tolist()) if n} for name in (split, "test")
+        of_split, of_judged = (
+            {str(named[k]): n for k, n in enumerate(np.bincount(of[name]).tolist()) if n and chosen_K[k]}
+            for name in (split, [*of][-1])
         )
-        wanted = sample.numbers(split, of_split, of_test)
+        wanted = sample.numbers(split, of_split, of_judged)
         if wanted != of_split:
             numbers_K = np.array([wanted.get(str(name), 0) for name in named])
             rows = rows_of_blocks(of_n, start, numbers_K, sample.rng(split))
@@ -113,7 +136,7 @@ def _split(
         csr = counts, block.columns.astype(np.int32), block.indptr.astype(np.int64)
         of_block = rows[slice(*np.searchsorted(rows, start[at : at + 2]))] - start[at]
         parts.append(sp.csr_matrix(csr, shape=(len(block.indptr) - 1, genes.n_genes))[of_block])
-    drawn_of = len(of_n) if len(rows) < len(of_n) else 0
+    drawn_of = n_chosen if len(rows) < n_chosen else 0
     own = {condition: column[of_n[rows]] for condition, column in labels.items()}
     return Cells.of_labels(sp.csr_matrix(sp.vstack(parts)), own, genes.ids, f"{shards.url} ({split})", drawn_of)
 

@@ -103,6 +103,7 @@ def main(config: QuickstartConfig) -> None:
         ])  # fmt: skip
         todo.verb("vae", "train_vae", [
             "vae/tiny", "hardware/cpu", *threads, f"data.shards={out}/shards", f"run_dir={out}/vae", *track,
+            "gate=false",  # the next stage says more
         ], ranks=config.ranks)  # fmt: skip
         # what the autoencoder is worth, before a second stage is trained on it
         todo.verb("reconstruction", "evaluate", [

@@ -58,14 +58,18 @@ def _with(counts: sp.csr_matrix, data: np.ndarray) -> sp.csr_matrix:
     return sp.csr_matrix((data, counts.indices, counts.indptr), shape=counts.shape)
 
 
-def sight(model: Pretrained, counts: sp.csr_matrix, gene_ids_G: Tensor, seed: int) -> dict[str, dict]:
+def sight(
+    model: Pretrained, counts: sp.csr_matrix, gene_ids_G: Tensor, seed: int, own_ND: np.ndarray | None = None
+) -> dict[str, dict]:
     """distortion of the input -> `moved`: how far latents move, as a share of the median distance between cells;
     `nats`: by how much the true counts become less likely, mean over cells, with its standard error. Near 0, the
     encoder does not see what was distorted.
+
+    own_ND: the latents of these counts, where they are known already
     """
     counts = sp.csr_matrix(counts, dtype=np.int64, copy=True)
     counts.eliminate_zeros()
-    own_ND = latents(model, counts, gene_ids_G)
+    own_ND = latents(model, counts, gene_ids_G) if own_ND is None else own_ND
     between = float(np.median(pdist(own_ND))) if len(own_ND) > 1 else float("nan")
     own_n = _nll(model, counts, own_ND, gene_ids_G)
     out = {}
@@ -121,7 +125,7 @@ def known_by_latents(model: Pretrained, train: Cells, test: Cells, gene_ids_G: T
     train_ND, test_ND = (latents(model, cells.counts, gene_ids_G) for cells in (train, test))
     recall = {c: label_recall(train_ND, train.labels[c], test_ND, test.labels[c]) for c in test.labels}
     return {
-        "sight": sight(model, test.counts, gene_ids_G, seed),
+        "sight": sight(model, test.counts, gene_ids_G, seed, test_ND),
         "effective_dimension": effective_dimension(test_ND),
         "label_recall": recall,
         "cells": {"train": len(train), "test": len(test)},

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from launch.cli import run_verb
 from launch.config import compose
+from launch.gate import line_of
 from launch.job import BAD_NODES, nodes_in
 from launch.notes import State, find_notes, state_of, with_run
 from scldm.errors import InputError, read_json
@@ -101,6 +102,8 @@ def training(run: Path) -> list[tuple[str, str]]:
     if pointer.is_file():
         written = ago(time.time() - pointer.stat().st_mtime)
         lines.append(("checkpoint", f"step {int(pointer.read_text().strip().split('-')[1]):,}, {written}"))
+    if found := line_of(run):
+        lines.append(("autoencoder", found))
     for path in sorted((run / "errors").glob("rank-*.txt"), key=lambda p: int(p.stem.split("-")[1])):
         told = [line for line in path.read_text().splitlines() if line.strip()]
         if told:

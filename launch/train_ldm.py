@@ -23,6 +23,7 @@ from data_pipeline.schema import Manifest
 from launch.cli import run_verb
 from launch.encode import check_given, check_same_genes
 from launch.export import trained_vae
+from launch.gate import gate_of, warn
 from launch.stage import at_hand
 from launch.training import Parts, check_has_validation, check_waits, has_started, run_training, start_of, whole_cells
 from scldm.batch import GeneCounts
@@ -96,7 +97,15 @@ CONFIG = TrainLDMConfig
 
 def main(config: TrainLDMConfig) -> dict[str, float]:
     """Train; returns the last validation metrics."""
-    return run_training("train ldm", config, lambda world: set_up(at_hand(config), world))
+
+    def begin(world: World) -> Parts:
+        parts = set_up(at_hand(config), world)
+        if world.is_first:  # a copy that a job staged has the cells alone
+            gate = gate_of(Path(config.vae or config.data.shards), parts.manifest.extra["vae"])
+            warn(gate, f"vae={config.vae}" if config.vae else f"data.shards={config.data.shards}")
+        return parts
+
+    return run_training("train ldm", config, begin)
 
 
 def set_up(config: TrainLDMConfig, world: World) -> Parts:

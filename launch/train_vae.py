@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from data_pipeline.gene_sets import GeneSetConfig, as_whole_cells
 from data_pipeline.loader import CellLoader, LoaderConfig
 from launch.cli import run_verb
+from launch.gate import judge_run
 from launch.stage import at_hand
 from launch.training import Parts, check_has_validation, check_waits, run_training, start_of, whole_cells
 from scldm.kernels import check_available
@@ -24,7 +26,8 @@ from scldm.train.optim import OptimConfig
 from scldm.train.step_cost import StepCost, vae_step
 from scldm.train.tracking import TrackingConfig
 
-PURPOSE = "Train the autoencoder on a shard set. Run again with the same run_dir, it resumes."
+PURPOSE = """Train the autoencoder on a shard set. Run again with the same run_dir, it resumes.
+At its end the best checkpoint is judged on validation cells, beside mean profiles: gate.json, and one line."""
 EXAMPLE = """
 scldm train vae vae/tiny hardware/cpu data.shards=shards run_dir=runs/vae
 torchrun --standalone --nproc-per-node 8 -m launch.train_vae vae/dentate_gyrus data.shards=shards run_dir=runs/vae
@@ -37,12 +40,15 @@ class TrainVAEConfig:
 
     run_dir: folder of the run
     init_from: model folder whose autoencoder to start from; genes are joined by name, new ones get new rows
+    gate: at the end, judge the best checkpoint on at most 2,000 validation cells beside mean profiles; false leaves
+        that out
     deepspeed: any key of DeepSpeed's own configuration that does not change the result, as deepspeed.steps_per_print=10
     """
 
     run_dir: str
     data: LoaderConfig
     init_from: str = ""
+    gate: bool = True
     model: VAEConfig = field(default_factory=VAEConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(patience=5))
@@ -59,7 +65,8 @@ CONFIG = TrainVAEConfig
 
 def main(config: TrainVAEConfig) -> dict[str, float]:
     """Train; returns the last validation metrics."""
-    return run_training("train vae", config, lambda world: set_up(at_hand(config), world))
+    judge = partial(judge_run, at_hand(config)) if config.gate else None
+    return run_training("train vae", config, lambda world: set_up(at_hand(config), world), judge)
 
 
 def set_up(config: TrainVAEConfig, world: World) -> Parts:

@@ -43,7 +43,7 @@ FREE_ON_RESUME = (
     *("model.attention", "model.compile", "model.recompute", "model.gene_chunk"),
     *("hardware.engine", "hardware.micro_batch", "hardware.zero_stage", "hardware.threads"),
     *("hardware.offload_optimizer", "hardware.collective_timeout_s", "hardware.peak_tflops"),
-    *("deepspeed", "train.rank_logs"),
+    *("deepspeed", "train.rank_logs", "gate"),
     *("data.shards", "data.form", "data.prefetch", "data.read_threads", "data.read_ahead"),
     *("data.cache_folder", "data.cache_gb"),
 )
@@ -81,8 +81,15 @@ class Parts(NamedTuple):
     cost: Callable[[], StepCost] | None = None
 
 
-def run_training(name: str, config: RunConfig, set_up: Callable[[World], Parts]) -> dict[str, float]:
+def run_training(
+    name: str,
+    config: RunConfig,
+    set_up: Callable[[World], Parts],
+    judge: Callable[[Tracker, torch.device], None] | None = None,
+) -> dict[str, float]:
     """Train, or resume, the run of this config; returns the last validation metrics. Every rank calls it.
+
+    judge: what the first rank does with the run that reached its end, before its tracker closes
 
     Raises: Stopped where that was asked from outside; InputError. Where one rank fails, the others end with it.
     """
@@ -127,7 +134,7 @@ def run_training(name: str, config: RunConfig, set_up: Callable[[World], Parts])
             tracker.close("FAILED")
 
         watch.on_end = end
-        return train(
+        metrics = train(
             parts.stage,
             engine,
             parts.loader,
@@ -142,6 +149,10 @@ def run_training(name: str, config: RunConfig, set_up: Callable[[World], Parts])
             requests,
             Meter(world, flops, peak),
         )
+        if judge is not None:
+            del engine, parts  # what is judged comes from the checkpoint, and may need their memory
+            watch.let_first(lambda: judge(tracker, world.device))
+        return metrics
 
 
 def check_waits(config: RunConfig) -> None:

@@ -75,7 +75,7 @@ class RealCells:
         """`vae/tiny` with these arguments, on one process, validated once, at its end."""
         run = self.folder / name
         words = ["vae/tiny", f"run_dir={run}", f"data.shards={self.folder}/shards", "tracking.enabled=false"]
-        words += ["hardware.engine=plain", "hardware.micro_batch=30", *arguments]
+        words += ["hardware.engine=plain", "hardware.micro_batch=30", "gate=false", *arguments]
         config = compose(TrainVAEConfig, [*words, "train.validate_every=1000000", "train.save_every=1000000"])
         began = time.process_time()
         metrics = train_vae(config)

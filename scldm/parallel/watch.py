@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import secrets
 import selectors
@@ -79,6 +80,16 @@ class Watch:
             self._timer_at = now
             # the thread below acts first, if it can; file descriptor 2, since sys.stderr may be a test's
             faulthandler.dump_traceback_later(self.hang_s + 6 * ANSWER_S, exit=True, file=2)
+
+    def let_first(self, work: Callable[[], None]) -> None:
+        """The first rank alone does this, however long it takes. The others wait until it leaves, and end if it is
+        gone. No hang is looked for any more: it is the last thing to do within."""
+        self.marked_at = math.inf
+        faulthandler.cancel_dump_traceback_later()
+        if self.world.is_first:
+            work()
+        while not self.world.is_first and 0 not in self._left:
+            time.sleep(TICK_S / 5)
 
     def __enter__(self) -> Watch:
         if self.world.size > 1:

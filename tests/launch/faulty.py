@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,7 +123,7 @@ def _rank(rank: int, size: int, port: int, output: str, work: Any, arguments: tu
         sys.exit(1)
 
 
-def train(config: SmallConfig, *faults: Fault) -> None:
+def train(config: SmallConfig, *faults: Fault, judge: Callable[[Any, Any], None] | None = None) -> None:
     """The run of a config, as the verbs start it, with faults."""
 
     def set_up(world: World) -> Parts:
@@ -139,7 +140,21 @@ def train(config: SmallConfig, *faults: Fault) -> None:
         )
         return Parts(stage.module, stage, loader, kind(make_cells(21, 1), *place), manifest)
 
-    run_training(f"train {config.stage}", config, set_up)
+    run_training(f"train {config.stage}", config, set_up, judge)
+
+
+def train_and_judge(config: SmallConfig, seconds: float, dies: bool) -> None:
+    """Rank 0 judges for longer than a hang may last; every rank tells whether that was over when it ended."""
+    done = Path(config.run_dir) / "judged"
+
+    def judge(tracker: Any, device: torch.device) -> None:
+        time.sleep(seconds)
+        if dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done.touch()
+
+    train(config, judge=judge)
+    print("ended after it was judged" if done.is_file() else "ended before it was judged")
 
 
 def resume(config: SmallConfig, run_dirs: list[str]) -> None:

@@ -47,10 +47,7 @@ def train(task: Task, seed: int, folder: Path, place: Place) -> dict[str, Any]:
     clock, config = Clock(), place.config
     shards_of(task, place, folder / "shards")
     common = ["hardware/cpu", "hardware.engine=plain", "tracking.enabled=false", f"train.seed={seed}"]
-    words = [
-        *("vae/tiny", *common, f"data.shards={folder}/shards"),
-        *config.vae,
-    ]
+    words = ["vae/tiny", *common, f"data.shards={folder}/shards", "gate=false", *config.vae]
     vae_steps = scaled("train_vae", words, folder / "probe", FIRST_STAGE * config.seconds, clock)
     verb("train_vae", [*words, f"run_dir={folder}/vae", *vae_steps])
     verb("encode", [f"vae={folder}/vae", f"shards={folder}/shards", f"out={folder}/latents"])
