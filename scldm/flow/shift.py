@@ -10,11 +10,14 @@ Reading order: is_trained, nearest_trained.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from scldm.model.dit import DiT
+
+ROWS = 1024  # combinations whose shifts are in memory at once
 
 
 def is_trained(dit: DiT, conditions: dict[str, Tensor]) -> Tensor:
@@ -26,13 +29,16 @@ def nearest_trained(dit: DiT, conditions: dict[str, Tensor]) -> tuple[dict[str, 
     """For each cell a trained combination, its own if that was trained, and the way from there, (B, L, Z), of
     standardised latents.
 
-    It is one that differs in as few labels as possible, and of these the one with the shortest way. A model that does
-    not say what it was trained on is asked for every combination itself.
+    It is one that differs in as few labels as possible. Of these it has the least square of the way over the distance
+    that labels of the differing conditions usually have. A short way errs less, and a label with a near relative among
+    its condition's answers other conditions as that does (chosen on Kang et al.: benchmarks/README.md). A model that
+    does not say what it was trained on is asked for every combination itself.
     """
-
     n_trained = len(dit.combinations.labels_KC)
     if not conditions or bool((dit.combinations.index(dit.label_ids(conditions)) < n_trained).all()):
         return conditions, torch.zeros(1, *dit.latent_shape, device=dit.latent_mean_LZ.device)
+
+    usual_way = cache(lambda: _usual_way(dit))
 
     def nearest(ids_C: Tensor, given_C: Tensor) -> Tensor:
         same_KC = _matching(dit, ids_C, given_C)
@@ -41,8 +47,11 @@ def nearest_trained(dit: DiT, conditions: dict[str, Tensor]) -> tuple[dict[str, 
         n_same_K = same_KC.sum(1)
         near_KC = dit.combinations.labels_KC[n_same_K == n_same_K.max()]
         near_KC = torch.where(given_C & _shifted(dit), near_KC, ids_C).unique(dim=0)
-        ways = [(_shift(dit, ids_C[None]) - _shift(dit, row_C[None])).square().sum() for row_C in near_KC]
-        return near_KC[int(torch.stack(ways).argmin())]
+        way_K = torch.cat(
+            [(_shift(dit, ids_C[None]) - _shift(dit, of)).square().sum((1, 2)) for of in near_KC.split(ROWS)]
+        )
+        usual_K = ((near_KC != ids_C) * usual_way()).sum(1).sqrt()
+        return near_KC[int((way_K / usual_K.clamp_min(1e-6)).argmin())]
 
     base_BC = _of_rows(dit, conditions, nearest)
     base = {
@@ -69,6 +78,16 @@ def _of_rows(dit: DiT, conditions: dict[str, Tensor], of: Callable[[Tensor, Tens
     rows, row_B = torch.cat([ids_BC, given_BC], 1).unique(dim=0, return_inverse=True)
     C = ids_BC.shape[1]
     return torch.stack([of(row[:C], row[C:].bool()) for row in rows])[row_B]
+
+
+def _usual_way(dit: DiT) -> Tensor:
+    """Mean squared distance between the shifts of two trained labels of each condition, (C,); 0 where none are."""
+    usual = []
+    for k in range(len(dit.n_labels)):
+        labels = dit.combinations.labels_KC[:, k].unique()
+        shift_nLZ = dit.means.get_buffer(f"shift_{k}")[labels] if k in dit.means.names else dit.latent_mean_LZ[None]
+        usual.append(2 * shift_nLZ.var(0, unbiased=len(shift_nLZ) > 1).sum())
+    return torch.stack(usual)
 
 
 def _shifted(dit: DiT) -> Tensor:

@@ -9,6 +9,7 @@ from scldm.flow.shift import is_trained, nearest_trained, shifted_from
 from scldm.model.dit import DiT, DiTConfig
 
 TRAINED = torch.tensor([[0, 0], [1, 0], [2, 0], [0, 1], [1, 1]])  # type 2 was never trained with drug 1
+TWINS = [[0, 0], [1, 0], [2, 0], [0, 1], [2, 1]]  # nor type 1, the second, here
 NUMBERS_B = torch.arange(64)
 
 
@@ -45,6 +46,16 @@ def test_an_unseen_combination_comes_from_the_nearest_one_and_is_moved_by_what_d
     torch.testing.assert_close(found.latent_BLZ, control.latent_BLZ + 2.0 * shift)
     # and from another type under the drug, where that is nearer
     assert ids(nearest_trained(model(drug=9.0), asked(2, 1))[0]) == [1, 1]
+
+
+def test_a_near_relative_is_preferred_to_a_slightly_shorter_way() -> None:
+    """Types lie at 0, 1 and 20: the second is near the first, as types go, though the drug's way is shorter."""
+    dit = DiT(DiTConfig(16, 1, 2), 3, 4, {"type": 3, "drug": 2}, combinations_KC=torch.tensor(TWINS))
+    place = torch.tensor([0.0, 1.0, 20.0])[torch.tensor(TWINS)[:, 0]] + 0.9 * torch.tensor(TWINS)[:, 1]
+    dit.means.fit(torch.tensor(TWINS), torch.full((5,), 1e6), place[:, None, None].expand(-1, 3, 4))
+    base, way_BLZ = nearest_trained(dit, asked(1, 1))
+    assert ids(base) == [0, 1]
+    assert float(way_BLZ.square().sum((1, 2))[0]) > float((dit.means.shift_1[1] - dit.means.shift_1[0]).square().sum())
 
 
 def test_what_was_trained_or_is_not_given_stays_as_it_is() -> None:
