@@ -1,9 +1,10 @@
 """Cross-attention between genes and latent tokens as fused kernels, and the plain formulas that they must equal.
 
-    plain.py    what is computed, in a few lines of torch
-    pool.py     genes -> latent tokens; writes what the queries read, and no key, value or score
-    unpool.py   latent tokens -> genes; writes one number per gene
-    tile.py     what both kernels are written with
+    plain.py     what is computed, in a few lines of torch
+    deviation.py one over the standard deviation of a gene's token, by which its score and its value are scaled
+    pool.py      genes -> latent tokens; writes what the queries read, and no key, value or score
+    unpool.py    latent tokens -> genes; writes one number per gene
+    tile.py      what the kernels are written with
 
 The kernels need Triton, which torch brings for NVIDIA GPUs; importing this room does not import it.
 """
@@ -17,6 +18,7 @@ import torch
 
 from scldm.errors import InputError
 
+WIDEST_HEAD = 256  # of the encoder's cross-attention: what its latent tokens read lies in registers
 MOST_PAIRS = 128  # of a decoder head and a latent token: their weights for a block of genes lie in registers
 
 
@@ -29,6 +31,15 @@ def check_shape(heads: int, latents: int) -> None:
             f"model.attention=fused takes model.decoder_cross_heads={heads} only if it is a power of two and, times "
             f"model.n_latents={latents} filled up to a power of two, at most {MOST_PAIRS}, not {pairs}; factorised "
             "takes any"
+        )
+
+
+def check_head_width(head_width: int) -> None:
+    """Raises: InputError for an encoder whose cross-attention has wider heads than a tile holds."""
+    if head_width > WIDEST_HEAD:
+        raise InputError(
+            f"model.attention=fused takes heads of a width (model.width over model.n_heads) of at most {WIDEST_HEAD}, "
+            f"not {head_width}; factorised takes any"
         )
 
 
