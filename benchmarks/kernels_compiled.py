@@ -31,8 +31,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from launch.bench.report import Report, Row
-from launch.bench.ways import of_preset
-from launch.config import compose, load_preset, shipped
+from launch.config import compose, shipped
+from launch.train_vae import TrainVAEConfig
 from scldm import kernels
 from scldm.batch import GeneCounts
 from scldm.kernels import deviation, pool, unpool
@@ -93,11 +93,11 @@ def rows_of(launch: Compiled, where: str, architecture: int, report: Report) -> 
 
 def traced(preset: str, dtype: torch.dtype, architecture: int) -> list[Compiled]:
     """Every kernel of a training step, with gene sets that cells share and with each cell's own."""
-    data = load_preset(f"vae/{preset}")
-    B, S = int(data["hardware"].get("micro_batch", 32)), int(data["data"]["given"]["n_genes"])
+    config = compose(TrainVAEConfig, [f"vae/{preset}", "data.shards=none", "run_dir=none"])
+    B, S = config.hardware.micro_batch, config.data.given.n_genes
     compiler = Compiler(architecture)
     with compiler.instead_of_running(), FakeTensorMode():
-        vae = VAE(replace(of_preset(preset, None), attention="fused", n_layers=1), N_GENES)  # pyright: ignore[reportArgumentType]
+        vae = VAE(replace(config.model, attention="fused", n_layers=0), N_GENES)
         for shape in ((S,), (B, S)):
             compiler.sets = "shared" if len(shape) == 1 else "own"
             given = GeneCounts(torch.ones(shape, dtype=torch.int64), torch.ones(B, S, dtype=torch.int32))

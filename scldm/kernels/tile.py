@@ -1,13 +1,16 @@
 """What both kernels are written with: sizes of tiles, and a matrix product of two of them.
 
-Reading order: Tile, power_of_two, launch, dot, phi_of.
+Reading order: Tile, power_of_two, launch, tf32_products, dot, dot_tf32, phi_of.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
@@ -42,6 +45,19 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, tile: Tile, **co
     kernel[grid](*arguments, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers, **constants)
 
 
+@contextmanager
+def tf32_products(on: bool) -> Iterator[None]:
+    """torch's float32 products on NVIDIA GPUs in TF32 where `on`: operands of 10 bits, 8 times the speed on an A100."""
+    change = on and not torch.backends.cuda.matmul.allow_tf32
+    if change:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        if change:
+            torch.backends.cuda.matmul.allow_tf32 = False
+
+
 @triton.jit
 def dot(x, y, total, BF16: tl.constexpr, INTERPRETED: tl.constexpr):
     """total + x y; of operands rounded to bf16 where BF16, else in full precision; summed in the precision of total."""
@@ -50,6 +66,15 @@ def dot(x, y, total, BF16: tl.constexpr, INTERPRETED: tl.constexpr):
         if INTERPRETED:  # which multiplies bf16 wrongly, and float32 of the same values rightly
             x, y = x.to(tl.float32), y.to(tl.float32)
     return tl.dot(x, y, total, input_precision="ieee", out_dtype=total.dtype)
+
+
+@triton.jit
+def dot_tf32(x, y, total, BF16: tl.constexpr, INTERPRETED: tl.constexpr):
+    """total + x y beside bf16, of operands cut to TF32's 10 bits where BF16, else in full precision."""
+    if BF16 and INTERPRETED:  # which does not cut them
+        x = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        y = (y.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    return tl.dot(x, y, total, input_precision="tf32" if BF16 else "ieee", out_dtype=total.dtype)
 
 
 @triton.jit

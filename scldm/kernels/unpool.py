@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from scldm.kernels import plain
-from scldm.kernels.tile import Tile, dot, launch, power_of_two
+from scldm.kernels.tile import Tile, dot, dot_tf32, launch, power_of_two, tf32_products
 
 CHUNK = 1 << 24  # weights that backward makes at once: 64 MB of float32, and a few times that while it does
 
@@ -88,11 +88,13 @@ class _Unpool(torch.autograd.Function):
         *tensors, row = ctx.saved_tensors
         d_out = grad_outputs[0]
         d_tensors = [torch.zeros_like(x, dtype=d_out.dtype) for x in tensors]
-        B, R = tensors[1].shape[:2]
+        (B, R), dtype = tensors[1].shape[:2], tensors[7].dtype
         step = max(1, CHUNK // (B * R))
         for start in range(0, row.shape[-1], step):
             genes = slice(start, start + step)
-            _backward_of(row[..., genes], d_out[:, genes].contiguous(), tensors, d_tensors, ctx.n_heads, ctx.eps)
+            # beside bf16 the weights' products in TF32, as in forward: tests/scldm/kernels/test_tf32.py has the error
+            with tf32_products(dtype == torch.bfloat16):
+                _backward_of(row[..., genes], d_out[:, genes].contiguous(), tensors, d_tensors, ctx.n_heads, ctx.eps)
         d_inputs = (d.to(x.dtype) for d, x in zip(d_tensors, tensors))
         return (*d_inputs, None, None, None)
 
@@ -173,7 +175,8 @@ def _forward(
         in_D = channel < D
         t = tl.load(t_ptr + row[:, None] * D + channel[None, :], mask=in_Q[:, None] & in_D[None, :], other=0.0)
         U = tl.load(U_ptr + pair[:, None] * D + channel[None, :], mask=in_D[None, :], other=0.0)
-        f = dot_moments(p, U, t, BF16)
+        # a variance scales the gene's whole hidden layer: so even beside bf16 it is taken of TF32
+        f = dot_tf32(p, U, t, BF16, INTERPRETED)
         square += tl.sum(f * f, 1)
     r = 1 / tl.sqrt(square / D + eps)
     scaled = (p * r[:, None]).to(B_ptr.dtype.element_ty)
@@ -189,13 +192,6 @@ def _forward(
         )  # fmt: skip
         out += tl.sum(value * gate / (1 + tl.exp(-gate)), 1)
     tl.store(out_ptr + cell * Q + gene, out, mask=in_Q)
-
-
-@triton.jit
-def dot_moments(x, y, total, BF16: tl.constexpr):
-    """total + x y for what enters a variance: rounding it would scale a gene's whole hidden layer, so even beside bf16
-    it keeps TF32's 10 bits."""
-    return tl.dot(x, y, total, input_precision="tf32" if BF16 else "ieee", out_dtype=total.dtype)
 
 
 @triton.jit

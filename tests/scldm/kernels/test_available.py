@@ -92,6 +92,13 @@ def test_decoders_whose_pairs_fill_no_tile(heads, latents):
         VAEConfig(width=96, n_latents=latents, decoder_cross_heads=heads, attention="fused")
 
 
+def test_heads_of_the_encoder_that_are_wider_than_a_tile(with_triton, monkeypatch):
+    monkeypatch.setattr(kernels, "check_available", lambda device: None)
+    vae = VAE(VAEConfig(width=514, n_latents=4, n_layers=0, n_heads=2, attention="fused"), 20)
+    with pytest.raises(InputError, match=r"model\.width over model\.n_heads.* at most 256, not 257; factorised"):
+        vae.encode(GeneCounts(torch.arange(1, 6), torch.ones(2, 5, dtype=torch.int32)))
+
+
 @pytest.mark.parametrize("heads, latents", [(1, 128), (4, 32), (8, 9)])
 def test_decoders_whose_pairs_do(heads, latents):
     VAEConfig(width=96, n_latents=latents, decoder_cross_heads=heads, attention="fused")
