@@ -4,7 +4,7 @@ A training step of each preset is traced on tensors without memory. Each kernel 
 GPU, with the constants of that launch, instead of run. Rows: shared memory and spills against what is allowed,
 registers, warps, and how many of its blocks a multiprocessor holds.
 
-Reading order: the config, main, traced, Compiler, resources.
+Reading order: the config, main, shape_of, traced, Compiler, resources.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from scldm import kernels
 from scldm.batch import GeneCounts
 from scldm.kernels import deviation, pool, unpool
 from scldm.kernels.tile import Tile
-from scldm.model.vae import VAE
+from scldm.model.vae import VAE, VAEConfig
 
 # compute capability times ten -> bytes of shared memory: of a block at most, of a multiprocessor (A100, H100)
 SHARED = {80: (163 * 1024, 164 * 1024), 90: (227 * 1024, 228 * 1024)}
 RESERVED = 1024  # bytes of shared memory that a block takes beside its own
 REGISTERS, THREADS = 65_536, 2_048  # of a multiprocessor
-SPILLS = 64  # bytes a thread at most
+SPILLS = 192  # bytes of a thread at most: 48 of the 128 registers or more that it has; what is spilled stays in L1
 N_GENES = 36_130  # human, Census
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -73,7 +73,7 @@ def main(config: KernelsCompiledConfig) -> Report:
     for architecture in config.architectures:
         for preset in config.presets:
             for precision in config.precisions:
-                for launch in traced(preset, PRECISIONS[precision], architecture):
+                for launch in traced(*shape_of(preset), PRECISIONS[precision], architecture):
                     rows_of(launch, f"{preset}, {precision}, sm_{architecture}", architecture, report)
     report.print(False, config.save)
     return report
@@ -91,19 +91,23 @@ def rows_of(launch: Compiled, where: str, architecture: int, report: Report) -> 
     report.add(Row(f"{name}: programs", launch.programs, ""))
 
 
-def traced(preset: str, dtype: torch.dtype, architecture: int) -> list[Compiled]:
-    """Every kernel of a training step, with gene sets that cells share and with each cell's own."""
+def shape_of(preset: str) -> tuple[VAEConfig, int, int]:
+    """Its autoencoder, cells of a forward pass, and genes of each."""
     config = compose(TrainVAEConfig, [f"vae/{preset}", "data.shards=none", "run_dir=none"])
-    B, S = config.hardware.micro_batch, config.data.given.n_genes
+    return config.model, config.hardware.micro_batch, config.data.given.n_genes
+
+
+def traced(model: VAEConfig, n_cells: int, n_genes: int, dtype: torch.dtype, architecture: int) -> list[Compiled]:
+    """Every kernel of a training step, with gene sets that cells share and with each cell's own."""
     compiler = Compiler(architecture)
     with compiler.instead_of_running(), FakeTensorMode():
-        vae = VAE(replace(config.model, attention="fused", n_layers=0), N_GENES)
-        for shape in ((S,), (B, S)):
-            compiler.sets = "shared" if len(shape) == 1 else "own"
-            given = GeneCounts(torch.ones(shape, dtype=torch.int64), torch.ones(B, S, dtype=torch.int32))
+        vae = VAE(replace(model, attention="fused", n_layers=0), N_GENES)
+        for compiler.sets, ids_shape in (("shared", (n_genes,)), ("own", (n_cells, n_genes))):
+            counts_BS = torch.ones(n_cells, n_genes, dtype=torch.int32)
+            given = GeneCounts(torch.ones(ids_shape, dtype=torch.int64), counts_BS)
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 _, predicted = vae(given, given.gene_ids)
-                loss = predicted.nll_B(given, given.counts_BS.sum(1).float()).sum()
+                loss = predicted.nll_B(given, counts_BS.sum(1).float()).sum()
             loss.backward()
     return compiler.found
 

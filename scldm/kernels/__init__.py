@@ -18,7 +18,7 @@ import torch
 
 from scldm.errors import InputError
 
-WIDEST_HEAD = 256  # of the encoder's cross-attention: what its latent tokens read lies in registers
+WIDEST_HEAD, MOST_READ = 256, 128 * 128  # of the encoder: what a head's latent tokens read lies in registers
 MOST_PAIRS = 128  # of a decoder head and a latent token: their weights for a block of genes lie in registers
 
 
@@ -34,12 +34,15 @@ def check_shape(heads: int, latents: int) -> None:
         )
 
 
-def check_head_width(head_width: int) -> None:
-    """Raises: InputError for an encoder whose cross-attention has wider heads than a tile holds."""
-    if head_width > WIDEST_HEAD:
+def check_head(width: int, latents: int) -> None:
+    """Raises: InputError for an encoder whose latent tokens read more with a head of this width than a tile holds.
+    A tile's sides are powers of two, of at least 16."""
+    head, tokens = (max(16, 1 << (n - 1).bit_length()) for n in (width, latents))
+    most = min(WIDEST_HEAD, MOST_READ // tokens)
+    if head > most:
         raise InputError(
-            f"model.attention=fused takes heads of a width (model.width over model.n_heads) of at most {WIDEST_HEAD}, "
-            f"not {head_width}; factorised takes any"
+            f"model.attention=fused takes heads (model.width over model.n_heads) of a width of at most {most} with "
+            f"model.n_latents={latents}, not {width}; factorised takes any"
         )
 
 

@@ -45,7 +45,9 @@ def forward_tile(latents: int, head: int, bf16: bool, shared: bool) -> tuple[int
 def backward_tile(latents: int, head: int, bf16: bool) -> Tile:
     if not bf16:
         return Tile(genes=16, warps=8, stages=1)
-    return Tile(genes=32, warps=4, stages=2) if max(latents, head) <= 64 else Tile(genes=16, warps=8, stages=2)
+    if max(latents, head) <= 64:
+        return Tile(genes=32, warps=4, stages=2)
+    return Tile(genes=16, warps=8, stages=2, registers=128) if head <= 64 else Tile(genes=16, warps=8, stages=1)
 
 
 def parts(programs: int, n_genes: int, genes: int) -> tuple[int, int]:

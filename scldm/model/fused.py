@@ -24,11 +24,11 @@ def read_genes(
     Raises: InputError where fused kernels can't run.
     """
     kernels.check_available(q_MD.device)
-    kernels.check_head_width(q_MD.shape[1] // mcab.n_heads)
     from scldm.kernels.deviation import one_over_deviation
     from scldm.kernels.pool import pool
 
     N, (M, D) = mcab.n_heads, q_MD.shape
+    kernels.check_head(D // N, M)
     row, rows_TD = _rows(given.gene_ids, embedding)
     of = tables(mcab, q_MD, token, rows_TD, dtype)
     x_BS = token.position(given.counts_BS)

@@ -92,10 +92,12 @@ def test_decoders_whose_pairs_fill_no_tile(heads, latents):
         VAEConfig(width=96, n_latents=latents, decoder_cross_heads=heads, attention="fused")
 
 
-def test_heads_of_the_encoder_that_are_wider_than_a_tile(with_triton, monkeypatch):
+@pytest.mark.parametrize("width, latents, most", [(257, 4, 256), (129, 65, 128), (257, 64, 256)])
+def test_heads_of_the_encoder_that_are_wider_than_a_tile(width, latents, most, with_triton, monkeypatch):
     monkeypatch.setattr(kernels, "check_available", lambda device: None)
-    vae = VAE(VAEConfig(width=514, n_latents=4, n_layers=0, n_heads=2, attention="fused"), 20)
-    with pytest.raises(InputError, match=r"model\.width over model\.n_heads.* at most 256, not 257; factorised"):
+    kernels.check_head(most, latents)
+    vae = VAE(VAEConfig(width=width, n_latents=latents, n_layers=0, n_heads=1, attention="fused"), 20)
+    with pytest.raises(InputError, match=rf"at most {most} with model\.n_latents={latents}, not {width}; factorised"):
         vae.encode(GeneCounts(torch.arange(1, 6), torch.ones(2, 5, dtype=torch.int32)))
 
 
