@@ -78,8 +78,14 @@ def test_the_setting_is_left_as_it_was():
     from scldm.kernels.tile import tf32_products
 
     assert not torch.backends.cuda.matmul.allow_tf32
-    with pytest.raises(KeyError), tf32_products(True):
-        assert torch.backends.cuda.matmul.allow_tf32
-        raise KeyError
+
+    def fails() -> None:
+        with tf32_products(True):
+            assert torch.backends.cuda.matmul.allow_tf32
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    assert not torch.backends.cuda.matmul.allow_tf32
     with tf32_products(False):
         assert not torch.backends.cuda.matmul.allow_tf32
