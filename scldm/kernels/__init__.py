@@ -1,9 +1,10 @@
 """Cross-attention between genes and latent tokens as fused kernels, and the plain formulas that they must equal.
 
-    plain.py    what is computed, in a few lines of torch
-    pool.py     genes -> latent tokens; writes what the queries read, and no key, value or score
-    unpool.py   latent tokens -> genes; writes one number per gene
-    tile.py     what both kernels are written with
+    plain.py     what is computed, in a few lines of torch
+    deviation.py one over the standard deviation of a gene's token, by which its score and its value are scaled
+    pool.py      genes -> latent tokens; writes what the queries read, and no key, value or score
+    unpool.py    latent tokens -> genes; writes one number per gene
+    tile.py      what the kernels are written with
 
 The kernels need Triton, which torch brings for NVIDIA GPUs; importing this room does not import it.
 """
@@ -17,6 +18,7 @@ import torch
 
 from scldm.errors import InputError
 
+WIDEST_HEAD, MOST_READ = 256, 128 * 128  # of the encoder: what a head's latent tokens read lies in registers
 MOST_PAIRS = 128  # of a decoder head and a latent token: their weights for a block of genes lie in registers
 
 
@@ -29,6 +31,18 @@ def check_shape(heads: int, latents: int) -> None:
             f"model.attention=fused takes model.decoder_cross_heads={heads} only if it is a power of two and, times "
             f"model.n_latents={latents} filled up to a power of two, at most {MOST_PAIRS}, not {pairs}; factorised "
             "takes any"
+        )
+
+
+def check_head(width: int, latents: int) -> None:
+    """Raises: InputError for an encoder whose latent tokens read more with a head of this width than a tile holds.
+    A tile's sides are powers of two, of at least 16."""
+    head, tokens = (max(16, 1 << (n - 1).bit_length()) for n in (width, latents))
+    most = min(WIDEST_HEAD, MOST_READ // tokens)
+    if head > most:
+        raise InputError(
+            f"model.attention=fused takes heads (model.width over model.n_heads) of a width of at most {most} with "
+            f"model.n_latents={latents}, not {width}; factorised takes any"
         )
 
 

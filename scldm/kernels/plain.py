@@ -2,7 +2,7 @@
 
 T rows of the tables, one for a gene; `row` says which of them a gene of the set is: (S,) where the cells share a set,
 (B, S) where each has its own; -1 is no gene. R = N L pairs of a head and a latent token. F numbers of a hidden layer.
-Reading order: pool; weights, unpool.
+Reading order: one_over_deviation, pool; weights, unpool.
 """
 
 from __future__ import annotations
@@ -12,6 +12,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scldm.count_basis import TokenKind, basis
+
+
+def one_over_deviation(
+    x_BS: Tensor, row: Tensor, uu_KK: Tensor, ue_TK: Tensor, ee_T: Tensor, eps: float, kind: TokenKind
+) -> Tensor:
+    """One over the standard deviation of a gene's token, (phi uu phi + 2 phi ue + ee + eps)^-1/2 with the K numbers
+    phi(x) of its count; (B, S). A variance below 0, by rounding, counts as 0. It is 0 where there is no gene.
+    """
+    phi_BSK, of = basis(x_BS, kind), row.clamp_min(0)
+    variance_BS = (phi_BSK * (phi_BSK @ uu_KK + 2 * ue_TK[of])).sum(-1) + ee_T[of]
+    return (variance_BS.clamp_min(0) + eps).rsqrt().masked_fill(row < 0, 0.0)
 
 
 def pool(

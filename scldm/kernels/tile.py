@@ -1,18 +1,36 @@
 """What both kernels are written with: sizes of tiles, and a matrix product of two of them.
 
-Reading order: power_of_two, launch, dot.
+Reading order: Tile, power_of_two, launch, tf32_products, dot, dot_tf32, phi_of.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
 LEAST = 16  # of each side of a tile in a matrix product
-WARPS = 8  # of a program: two warp groups, for Hopper's matrix units
+
+
+class Tile(NamedTuple):
+    """How a program works. Chosen so that registers hardly spill, and that two or more programs fit onto a
+    multiprocessor of an A100 or H100 where they can: `python -m benchmarks.kernels_compiled` shows what a choice takes.
+
+    genes: of a block
+    warps: 4 are one of Hopper's warp groups
+    stages: blocks whose loads are in flight
+    registers: of a thread at most; None leaves it to the compiler. 128 let 16 warps share a multiprocessor's 65,536
+    """
+
+    genes: int
+    warps: int
+    stages: int
+    registers: int | None = None
 
 
 def power_of_two(n: int) -> int:
@@ -20,10 +38,24 @@ def power_of_two(n: int) -> int:
     return max(LEAST, triton.next_power_of_2(n))
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, stages: int, **constants: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, tile: Tile, **constants: Any) -> None:
     """Run a kernel's programs; in Triton's interpreter, on a CPU, where TRITON_INTERPRET is 1."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    kernel[grid](*arguments, INTERPRETED=interpreted, num_warps=WARPS, num_stages=stages, **constants)
+    constants |= {"GENES": tile.genes, "INTERPRETED": interpreted}
+    kernel[grid](*arguments, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers, **constants)
+
+
+@contextmanager
+def tf32_products(on: bool) -> Iterator[None]:
+    """torch's float32 products on NVIDIA GPUs in TF32 where `on`: operands of 10 bits, 8 times the speed on an A100."""
+    change = on and not torch.backends.cuda.matmul.allow_tf32
+    if change:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        if change:
+            torch.backends.cuda.matmul.allow_tf32 = False
 
 
 @triton.jit
@@ -34,3 +66,18 @@ def dot(x, y, total, BF16: tl.constexpr, INTERPRETED: tl.constexpr):
         if INTERPRETED:  # which multiplies bf16 wrongly, and float32 of the same values rightly
             x, y = x.to(tl.float32), y.to(tl.float32)
     return tl.dot(x, y, total, input_precision="ieee", out_dtype=total.dtype)
+
+
+@triton.jit
+def dot_tf32(x, y, total, BF16: tl.constexpr, INTERPRETED: tl.constexpr):
+    """total + x y beside bf16, of operands cut to TF32's 10 bits where BF16, else in full precision."""
+    if BF16 and INTERPRETED:  # which does not cut them
+        x = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        y = (y.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    return tl.dot(x, y, total, input_precision="tf32" if BF16 else "ieee", out_dtype=total.dtype)
+
+
+@triton.jit
+def phi_of(x, k, BINS: tl.constexpr):
+    """`count_basis.basis`: the function k, counted from 0, of positions x."""
+    return tl.maximum(1 - tl.abs(x - (k + 1)), 0.0) if BINS else tl.where(k == 0, x, 0.0)

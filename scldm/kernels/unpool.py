@@ -1,7 +1,8 @@
 """Latent tokens -> genes: attention, LayerNorm, SwiGLU and head of the decoder, one number per gene and cell.
 
-Forward: a program takes a block of genes of one cell. It makes their weights over the latent tokens (D in pieces), the
-moments of what they read, and goes over the hidden layer in pieces, each of which is summed as soon as it is made.
+Forward: a program takes a block of genes of one cell. It makes their weights over the latent tokens, then what they
+read, for its variance (both with D in pieces), and goes over the hidden layer in pieces, each of which is summed as
+soon as it is made.
 Backward: a chunk of genes at a time, the weights are made again in torch; the hidden layer, made again in tiles, is
 summed over cells for the tables of genes, over genes for those of cells, and over itself for the weights, by
 three kernels, so that no two programs write to the same place. Where each cell has its own set, a row of the table
@@ -20,14 +21,17 @@ import triton.language as tl
 from torch import Tensor
 
 from scldm.kernels import plain
-from scldm.kernels.tile import dot, launch, power_of_two
+from scldm.kernels.tile import Tile, dot, dot_tf32, launch, power_of_two, tf32_products
 
-GENES = 64  # of a block
-HIDDEN = 32  # of a piece of the hidden layer: its values, and as many of its gates
-CHANNELS = 32  # of a piece of D
-# two stages of loads in flight: with three, float32 at 128 pairs takes more than an SM's 227 kB of shared memory
-STAGES = 2
 CHUNK = 1 << 24  # weights that backward makes at once: 64 MB of float32, and a few times that while it does
+
+
+def tile_of(pairs: int, bf16: bool) -> tuple[Tile, int]:
+    """A program's tile, and the numbers of a piece of the hidden layer (its values, and as many gates) or of D."""
+    warps = 4 if pairs <= 64 else 8
+    if not bf16:  # products without matrix units, whose operands lie in registers
+        return Tile(genes=16, warps=warps, stages=2), 16
+    return Tile(genes=64, warps=warps, stages=2, registers=None if warps == 4 else 128), 32
 
 
 def unpool(
@@ -62,21 +66,19 @@ class _Unpool(torch.autograd.Function):
         latents = R // n_heads
         # heads are apart by a power of two, as they are in a tile
         k_BRD, U_BRD, line_BR, B_BRF = (_apart(x, n_heads) for x in (k_BRD, U_BRD, line_BR, B_BRF))
-        gram_BRR = U_BRD @ U_BRD.transpose(1, 2)
-        square_T = t_TD.square().sum(1)
-        out = t_TD.new_empty(B, Q)
+        out, bf16 = t_TD.new_empty(B, Q), B_BRF.dtype == torch.bfloat16
+        tile, piece = tile_of(k_BRD.shape[1], bf16)
         launch(
             _forward,
-            (B, triton.cdiv(Q, GENES)),
-            *(q_TD, k_BRD, t_TD, U_BRD, gram_BRR, square_T, line_T, line_BR, T_TF, B_BRF, b_F, row, out),
+            (B, triton.cdiv(Q, tile.genes)),
+            *(q_TD, k_BRD, t_TD, U_BRD, line_T, line_BR, T_TF, B_BRF, b_F, row, out),
             *(Q, D, F, latents, eps, 0 if row.ndim == 1 else Q),
             HEADS=n_heads,
             PAIRS=k_BRD.shape[1],
-            GENES=GENES,
-            HIDDEN=HIDDEN,
-            CHANNELS=CHANNELS,
-            BF16=B_BRF.dtype == torch.bfloat16,
-            stages=STAGES,
+            HIDDEN=piece,
+            CHANNELS=piece,
+            BF16=bf16,
+            tile=tile,
         )
         return out
 
@@ -86,11 +88,13 @@ class _Unpool(torch.autograd.Function):
         *tensors, row = ctx.saved_tensors
         d_out = grad_outputs[0]
         d_tensors = [torch.zeros_like(x, dtype=d_out.dtype) for x in tensors]
-        B, R = tensors[1].shape[:2]
-        step = max(GENES, CHUNK // (B * R))
+        (B, R), dtype = tensors[1].shape[:2], tensors[7].dtype
+        step = max(1, CHUNK // (B * R))
         for start in range(0, row.shape[-1], step):
             genes = slice(start, start + step)
-            _backward_of(row[..., genes], d_out[:, genes].contiguous(), tensors, d_tensors, ctx.n_heads, ctx.eps)
+            # beside bf16 the weights' products in TF32, as in forward: tests/scldm/kernels/test_tf32.py has the error
+            with tf32_products(dtype == torch.bfloat16):
+                _backward_of(row[..., genes], d_out[:, genes].contiguous(), tensors, d_tensors, ctx.n_heads, ctx.eps)
         d_inputs = (d.to(x.dtype) for d, x in zip(d_tensors, tensors))
         return (*d_inputs, None, None, None)
 
@@ -110,15 +114,11 @@ def _backward_of(
     row, p, r = row.contiguous(), scaled_BQR.detach().contiguous(), r_BQ.detach().contiguous()
     d_p, d_r = torch.empty_like(p, dtype=d_out.dtype), torch.empty_like(r)
     d_b_B = d_b.new_empty(B, 2 * F)
-    pieces, blocks = triton.cdiv(F, HIDDEN), triton.cdiv(Q, GENES)
+    pairs, bf16 = power_of_two(R), B_BRF.dtype == torch.bfloat16
+    tile, piece = tile_of(pairs, bf16)
+    pieces, blocks = triton.cdiv(F, piece), triton.cdiv(Q, tile.genes)
     inputs, sizes = (p, r, T_TF, B_BRF, b_F, d_out, row), (B, Q, R, F, 0 if shared else Q)
-    tiles: dict[str, Any] = {
-        "PAIRS": power_of_two(R),
-        "GENES": GENES,
-        "HIDDEN": HIDDEN,
-        "BF16": B_BRF.dtype == torch.bfloat16,
-        "stages": STAGES,
-    }
+    tiles: dict[str, Any] = {"PAIRS": pairs, "HIDDEN": piece, "BF16": bf16, "tile": tile}
     launch(_to_tables, (blocks, pieces, 1 if shared else B), *inputs, d_T, *sizes, SHARED=shared, **tiles)
     launch(_to_latents, (B, pieces), *inputs, d_B, d_b_B, *sizes, **tiles)
     launch(_to_weights, (B, blocks), *inputs, d_p, d_r, *sizes, **tiles)
@@ -142,7 +142,7 @@ def _apart(x_BRK: Tensor, n_heads: int) -> Tensor:
 
 @triton.jit
 def _forward(
-    q_ptr, k_ptr, t_ptr, U_ptr, gram_ptr, square_ptr, line_T_ptr, line_B_ptr, T_ptr, B_ptr, b_ptr, row_ptr, out_ptr,
+    q_ptr, k_ptr, t_ptr, U_ptr, line_T_ptr, line_B_ptr, T_ptr, B_ptr, b_ptr, row_ptr, out_ptr,
     Q, D, F, latents, eps, row_stride,
     HEADS: tl.constexpr, PAIRS: tl.constexpr, GENES: tl.constexpr, HIDDEN: tl.constexpr, CHANNELS: tl.constexpr,
     BF16: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -153,32 +153,32 @@ def _forward(
     gene = tl.program_id(1) * GENES + tl.arange(0, GENES)
     pair = tl.arange(0, PAIRS)
     in_Q = gene < Q
-    row = tl.load(row_ptr + cell * row_stride + gene, mask=in_Q, other=0).to(tl.int64)
+    k_ptr, U_ptr, B_ptr = k_ptr + cell * PAIRS * D, U_ptr + cell * PAIRS * D, B_ptr + cell * PAIRS * (2 * F)
+    row = tl.load(row_ptr + cell * row_stride + gene, mask=in_Q, other=0)
 
     score = tl.zeros([GENES, PAIRS], wide)
-    cross = tl.zeros([GENES, PAIRS], wide)
     for start in range(0, D, CHANNELS):
         channel = start + tl.arange(0, CHANNELS)
-        of_genes = in_Q[:, None] & (channel < D)[None, :]
-        genes_at = row[:, None] * D + channel[None, :]
-        pairs_at = (cell * PAIRS + pair)[None, :] * D + channel[:, None]
-        in_D = (channel < D)[:, None] & (pair < PAIRS)[None, :]
-        q = tl.load(q_ptr + genes_at, mask=of_genes, other=0.0)
-        k = tl.load(k_ptr + pairs_at, mask=in_D, other=0.0)
+        in_D = channel < D
+        q = tl.load(q_ptr + row[:, None] * D + channel[None, :], mask=in_Q[:, None] & in_D[None, :], other=0.0)
+        k = tl.load(k_ptr + pair[None, :] * D + channel[:, None], mask=in_D[:, None], other=0.0)
         score = dot(q, k, score, BF16, INTERPRETED)
-        t = tl.load(t_ptr + genes_at, mask=of_genes, other=0.0)
-        U = tl.load(U_ptr + pairs_at, mask=in_D, other=0.0)
-        cross = dot_moments(t, U, cross, BF16)
 
     EACH: tl.constexpr = PAIRS // HEADS
     by_head = tl.reshape(tl.where((pair % EACH < latents)[None, :], score, -1e30), [GENES, HEADS, EACH])
     e = tl.exp(by_head - tl.expand_dims(tl.max(by_head, 2), 2))
     p = tl.reshape(e / tl.expand_dims(tl.sum(e, 2), 2), [GENES, PAIRS])
 
-    gram = tl.load(gram_ptr + (cell * PAIRS + pair)[:, None] * PAIRS + pair[None, :])
-    cross = dot_moments(p, gram, 2 * cross, BF16)
-    square = tl.load(square_ptr + row, mask=in_Q, other=0.0) + tl.sum(p * cross, 1)
-    r = 1 / tl.sqrt(tl.maximum(square, 0.0) / D + eps)
+    square = tl.zeros([GENES], wide)
+    for start in range(0, D, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
+        in_D = channel < D
+        t = tl.load(t_ptr + row[:, None] * D + channel[None, :], mask=in_Q[:, None] & in_D[None, :], other=0.0)
+        U = tl.load(U_ptr + pair[:, None] * D + channel[None, :], mask=in_D[None, :], other=0.0)
+        # a variance scales the gene's whole hidden layer: so even beside bf16 it is taken of TF32
+        f = dot_tf32(p, U, t, BF16, INTERPRETED)
+        square += tl.sum(f * f, 1)
+    r = 1 / tl.sqrt(square / D + eps)
     scaled = (p * r[:, None]).to(B_ptr.dtype.element_ty)
     line_B = tl.load(line_B_ptr + cell * PAIRS + pair)
     out = tl.load(line_T_ptr + row, mask=in_Q, other=0.0) + tl.sum(p * line_B[None, :], 1)
@@ -187,7 +187,7 @@ def _forward(
         f = start + tl.arange(0, HIDDEN)
         in_F = f < F
         value, gate = hidden(
-            scaled, r, row, cell, pair, f, T_ptr, B_ptr, b_ptr, PAIRS, F,
+            scaled, r, row, pair, f, T_ptr, B_ptr, b_ptr, F,
             in_Q, pair < PAIRS, in_F, BF16, INTERPRETED,
         )  # fmt: skip
         out += tl.sum(value * gate / (1 + tl.exp(-gate)), 1)
@@ -195,20 +195,14 @@ def _forward(
 
 
 @triton.jit
-def dot_moments(x, y, total, BF16: tl.constexpr):
-    """total + x y for what enters a variance: rounding it would scale a gene's whole hidden layer, so even beside bf16
-    it keeps TF32's 10 bits."""
-    return tl.dot(x, y, total, input_precision="tf32" if BF16 else "ieee", out_dtype=total.dtype)
-
-
-@triton.jit
 def hidden(
-    scaled, r, row, cell, pair, f, T_ptr, B_ptr, b_ptr, R, F, in_Q, in_R, in_F,
+    scaled, r, row, pair, f, T_ptr, B_ptr, b_ptr, F, in_Q, in_R, in_F,
     BF16: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """(value, gate) of a block of genes for a piece f of the hidden layer: r T + scaled B + b."""
+    """(value, gate) of a block of genes of a cell for a piece f of the hidden layer: r T + scaled B + b. B_ptr: where
+    the cell's begins."""
     T_at = T_ptr + row[:, None] * (2 * F) + f[None, :]
-    B_at = B_ptr + (cell * R + pair)[:, None] * (2 * F) + f[None, :]
+    B_at = B_ptr + pair[:, None] * (2 * F) + f[None, :]
     of_T, of_B = in_Q[:, None] & in_F[None, :], in_R[:, None] & in_F[None, :]
     value = r[:, None] * tl.load(T_at, mask=of_T, other=0.0) + tl.load(b_ptr + f, mask=in_F, other=0.0)[None, :]
     gate = r[:, None] * tl.load(T_at + F, mask=of_T, other=0.0) + tl.load(b_ptr + F + f, mask=in_F, other=0.0)[None, :]
@@ -236,17 +230,18 @@ def _to_tables(
     gene = tl.program_id(0) * GENES + tl.arange(0, GENES)
     f, pair = tl.program_id(1) * HIDDEN + tl.arange(0, HIDDEN), tl.arange(0, PAIRS)
     in_Q, in_F, in_R = gene < Q, f < F, pair < R
-    row = tl.load(row_ptr + only * row_stride + gene, mask=in_Q, other=0).to(tl.int64)
+    row = tl.load(row_ptr + only * row_stride + gene, mask=in_Q, other=0)
     d_T_value = tl.zeros([GENES, HIDDEN], r_ptr.dtype.element_ty)
     d_T_gate = tl.zeros([GENES, HIDDEN], r_ptr.dtype.element_ty)
+    p_at = gene[:, None] * R + pair[None, :]
     for cell in range(only, B if SHARED else only + 1):
-        at = cell * Q + gene
-        r = tl.load(r_ptr + at, mask=in_Q, other=0.0)
-        scaled = tl.load(p_ptr + at[:, None] * R + pair[None, :], mask=in_Q[:, None] & in_R[None, :], other=0.0)
+        first = cell * Q
+        r = tl.load(r_ptr + first + gene, mask=in_Q, other=0.0)
+        scaled = tl.load(p_ptr + first * R + p_at, mask=in_Q[:, None] & in_R[None, :], other=0.0)
         value, gate = hidden(
-            scaled, r, row, cell, pair, f, T_ptr, B_ptr, b_ptr, R, F, in_Q, in_R, in_F, BF16, INTERPRETED
+            scaled, r, row, pair, f, T_ptr, B_ptr + cell * R * (2 * F), b_ptr, F, in_Q, in_R, in_F, BF16, INTERPRETED
         )
-        d_value, d_gate = d_hidden(value, gate, tl.load(d_out_ptr + at, mask=in_Q, other=0.0))
+        d_value, d_gate = d_hidden(value, gate, tl.load(d_out_ptr + first + gene, mask=in_Q, other=0.0))
         d_T_value += d_value * r[:, None]
         d_T_gate += d_gate * r[:, None]
     at = d_T_ptr + row[:, None] * (2 * F) + f[None, :]
@@ -269,8 +264,9 @@ def _to_latents(
     cell = tl.program_id(0).to(tl.int64)
     f, pair = tl.program_id(1) * HIDDEN + tl.arange(0, HIDDEN), tl.arange(0, PAIRS)
     in_F, in_R = f < F, pair < R
-    B_at = d_B_ptr + (cell * R + pair)[:, None] * (2 * F) + f[None, :]
+    B_ptr, B_at = B_ptr + cell * R * (2 * F), d_B_ptr + cell * R * (2 * F) + pair[:, None] * (2 * F) + f[None, :]
     of_B = in_R[:, None] & in_F[None, :]
+    p_ptr, r_ptr, d_out_ptr = p_ptr + cell * Q * R, r_ptr + cell * Q, d_out_ptr + cell * Q
     d_B_value = tl.load(B_at, mask=of_B, other=0.0)
     d_B_gate = tl.load(B_at + F, mask=of_B, other=0.0)
     d_b_value = tl.zeros([HIDDEN], r_ptr.dtype.element_ty)
@@ -278,14 +274,12 @@ def _to_latents(
     for start in range(0, Q, GENES):
         gene = start + tl.arange(0, GENES)
         in_Q = gene < Q
-        at = cell * Q + gene
-        row = tl.load(row_ptr + cell * row_stride + gene, mask=in_Q, other=0).to(tl.int64)
-        r = tl.load(r_ptr + at, mask=in_Q, other=0.0)
-        scaled = tl.load(p_ptr + at[:, None] * R + pair[None, :], mask=in_Q[:, None] & in_R[None, :], other=0.0)
-        value, gate = hidden(
-            scaled, r, row, cell, pair, f, T_ptr, B_ptr, b_ptr, R, F, in_Q, in_R, in_F, BF16, INTERPRETED
-        )
-        d_value, d_gate = d_hidden(value, gate, tl.load(d_out_ptr + at, mask=in_Q, other=0.0))
+        row = tl.load(row_ptr + cell * row_stride + gene, mask=in_Q, other=0)
+        r = tl.load(r_ptr + gene, mask=in_Q, other=0.0)
+        p_at = gene[:, None] * R + pair[None, :]
+        scaled = tl.load(p_ptr + p_at, mask=in_Q[:, None] & in_R[None, :], other=0.0)
+        value, gate = hidden(scaled, r, row, pair, f, T_ptr, B_ptr, b_ptr, F, in_Q, in_R, in_F, BF16, INTERPRETED)
+        d_value, d_gate = d_hidden(value, gate, tl.load(d_out_ptr + gene, mask=in_Q, other=0.0))
         d_B_value = dot(tl.trans(scaled), d_value, d_B_value, BF16, INTERPRETED)
         d_B_gate = dot(tl.trans(scaled), d_gate, d_B_gate, BF16, INTERPRETED)
         d_b_value += tl.sum(d_value, 0)
@@ -307,27 +301,26 @@ def _to_weights(
     cell = tl.program_id(0).to(tl.int64)
     gene, pair = tl.program_id(1) * GENES + tl.arange(0, GENES), tl.arange(0, PAIRS)
     in_Q, in_R = gene < Q, pair < R
-    at = cell * Q + gene
-    row = tl.load(row_ptr + cell * row_stride + gene, mask=in_Q, other=0).to(tl.int64)
-    r = tl.load(r_ptr + at, mask=in_Q, other=0.0)
-    p_at = at[:, None] * R + pair[None, :]
-    scaled = tl.load(p_ptr + p_at, mask=in_Q[:, None] & in_R[None, :], other=0.0)
-    d_out = tl.load(d_out_ptr + at, mask=in_Q, other=0.0)
+    first = cell * Q
+    row = tl.load(row_ptr + cell * row_stride + gene, mask=in_Q, other=0)
+    r = tl.load(r_ptr + first + gene, mask=in_Q, other=0.0)
+    p_at = gene[:, None] * R + pair[None, :]
+    B_ptr += cell * R * (2 * F)
+    scaled = tl.load(p_ptr + first * R + p_at, mask=in_Q[:, None] & in_R[None, :], other=0.0)
+    d_out = tl.load(d_out_ptr + first + gene, mask=in_Q, other=0.0)
     d_p = tl.zeros([GENES, PAIRS], wide)
     d_r = tl.zeros([GENES], wide)
     for start in range(0, F, HIDDEN):
         f = start + tl.arange(0, HIDDEN)
         in_F = f < F
-        value, gate = hidden(
-            scaled, r, row, cell, pair, f, T_ptr, B_ptr, b_ptr, R, F, in_Q, in_R, in_F, BF16, INTERPRETED
-        )
+        value, gate = hidden(scaled, r, row, pair, f, T_ptr, B_ptr, b_ptr, F, in_Q, in_R, in_F, BF16, INTERPRETED)
         d_value, d_gate = d_hidden(value, gate, d_out)
         T_at = T_ptr + row[:, None] * (2 * F) + f[None, :]
-        B_at = B_ptr + (cell * R + pair)[None, :] * (2 * F) + f[:, None]
+        B_at = B_ptr + pair[None, :] * (2 * F) + f[:, None]
         of_T, of_B = in_Q[:, None] & in_F[None, :], in_R[None, :] & in_F[:, None]
         d_r += tl.sum(d_value * tl.load(T_at, mask=of_T, other=0.0), 1)
         d_r += tl.sum(d_gate * tl.load(T_at + F, mask=of_T, other=0.0), 1)
         d_p = dot(d_value, tl.load(B_at, mask=of_B, other=0.0), d_p, BF16, INTERPRETED)
         d_p = dot(d_gate, tl.load(B_at + F, mask=of_B, other=0.0), d_p, BF16, INTERPRETED)
-    tl.store(d_p_ptr + p_at, d_p, mask=in_Q[:, None] & in_R[None, :])
-    tl.store(d_r_ptr + at, d_r, mask=in_Q)
+    tl.store(d_p_ptr + first * R + p_at, d_p, mask=in_Q[:, None] & in_R[None, :])
+    tl.store(d_r_ptr + first + gene, d_r, mask=in_Q)

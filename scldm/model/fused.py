@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from scldm import kernels
 from scldm.batch import GeneCounts
-from scldm.count_basis import basis
 from scldm.model.factorised import compute_dtype, folded, heads_out, tables
 from scldm.model.mcab import MCAB
 from scldm.model.token import GeneToken
@@ -25,15 +24,17 @@ def read_genes(
     Raises: InputError where fused kernels can't run.
     """
     kernels.check_available(q_MD.device)
+    from scldm.kernels.deviation import one_over_deviation
     from scldm.kernels.pool import pool
 
     N, (M, D) = mcab.n_heads, q_MD.shape
+    kernels.check_head(D // N, M)
     row, rows_TD = _rows(given.gene_ids, embedding)
     of = tables(mcab, q_MD, token, rows_TD, dtype)
     x_BS = token.position(given.counts_BS)
-    r_BS = of.scale(basis(x_BS, token.kind), of.ue_TK[row], of.ee_T[row])
     A_TNM, values_TNH, a_KNH = of.A_RT.T.view(-1, N, M), of.values_TD.view(-1, N, D // N), of.a_KD.view(-1, N, D // N)
     row = row.masked_fill(~given.mask, -1)
+    r_BS = one_over_deviation(x_BS, row, of.uu_KK, of.ue_TK, of.ee_T, of.eps, token.kind)
     read_BNMH = pool(x_BS, r_BS, row, of.alpha_NMK, A_TNM, values_TNH, a_KNH, token.kind)
     read_BMD = read_BNMH.transpose(1, 2).flatten(2) + of.offset_D
     return read_BMD * given.mask.view(-1, given.mask.shape[-1]).any(1)[:, None, None]

@@ -92,6 +92,15 @@ def test_decoders_whose_pairs_fill_no_tile(heads, latents):
         VAEConfig(width=96, n_latents=latents, decoder_cross_heads=heads, attention="fused")
 
 
+@pytest.mark.parametrize("width, latents, most", [(257, 4, 256), (129, 65, 128), (257, 64, 256)])
+def test_heads_of_the_encoder_that_are_wider_than_a_tile(width, latents, most, with_triton, monkeypatch):
+    monkeypatch.setattr(kernels, "check_available", lambda device: None)
+    kernels.check_head(most, latents)
+    vae = VAE(VAEConfig(width=width, n_latents=latents, n_layers=0, n_heads=1, attention="fused"), 20)
+    with pytest.raises(InputError, match=rf"at most {most} with model\.n_latents={latents}, not {width}; factorised"):
+        vae.encode(GeneCounts(torch.arange(1, 6), torch.ones(2, 5, dtype=torch.int32)))
+
+
 @pytest.mark.parametrize("heads, latents", [(1, 128), (4, 32), (8, 9)])
 def test_decoders_whose_pairs_do(heads, latents):
     VAEConfig(width=96, n_latents=latents, decoder_cross_heads=heads, attention="fused")

@@ -1,0 +1,91 @@
+"""What float32 products in TF32 cost beside bf16, emulated: their operands are cut to 10 bits, as matrix units do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.scldm.model.test_attention_paths import CASES, Case, outcome, trained_like, whole_errors
+
+pytest.importorskip("triton", reason="needs the package triton, which the extra `test` brings on Linux")
+
+aten = torch.ops.aten
+PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
+
+
+def cut(x: Any) -> Any:
+    """float32 without the last 13 of its 23 bits; anything else as it is."""
+    if not isinstance(x, Tensor) or x.dtype != torch.float32:
+        return x
+    return (x.contiguous().view(torch.int32) & -8192).view(torch.float32)
+
+
+class TF32(TorchDispatchMode):
+    """Products of float32 as a GPU makes them with TF32; `only_scoped`: where `tf32_products` asks for it."""
+
+    def __init__(self, only_scoped: bool) -> None:
+        super().__init__()
+        self.only_scoped, self.n_cut = only_scoped, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in PRODUCTS and (torch.backends.cuda.matmul.allow_tf32 or not self.only_scoped):
+            self.n_cut += any(isinstance(x, Tensor) and x.dtype == torch.float32 for x in args)
+            args = tuple(x if len(args) == 3 and k == 0 else cut(x) for k, x in enumerate(args))
+        return func(*args, **(kwargs or {}))
+
+
+def ratios(kind: Any, case: Case, only_scoped: bool) -> tuple[list[float], int]:
+    """Errors of latents, log shares and the gradient in bf16 with TF32, over those of the formula in bf16; and how many
+    products were cut."""
+    vae, given = trained_like(case.shape, case.n_genes), case.batch()
+    true = outcome(vae, "plain", given, torch.float64)
+    plain = whole_errors(vae, "plain", given, true, bf16=True)
+    with TF32(only_scoped) as mode:
+        found = whole_errors(vae, kind, given, true, bf16=True)
+    return [x / y for x, y in zip(found, plain)], mode.n_cut
+
+
+def test_the_emulation_cuts_to_ten_bits():
+    x = torch.tensor([[1 + 2**-10 + 2**-11]])
+    with TF32(only_scoped=False):
+        assert (x @ torch.ones(1, 1)).item() == 1 + 2**-10
+        assert (x.double() @ torch.ones(1, 1).double()).item() == 1 + 2**-10 + 2**-11
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["padding", "per cell"])
+def test_the_unpooling_takes_its_weights_again_in_tf32(name):
+    """By default, beside bf16: the gradient errs by at most twice the formula's, as without."""
+    found, n_cut = ratios("fused", CASES[name], only_scoped=True)
+    assert n_cut >= 6, "the products of t and U, of p and U, and their gradients"
+    assert max(found) < 2, found
+
+
+@pytest.mark.parametrize("kind", ["factorised", pytest.param("fused", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["padding", "per cell"])
+def test_tf32_for_all_float32_products_holds_beside_bf16(kind, name):
+    """On request, by torch.set_float32_matmul_precision("high")."""
+    found, n_cut = ratios(kind, CASES[name], only_scoped=False)
+    assert n_cut > 10
+    assert max(found) < 2, found
+
+
+def test_the_setting_is_left_as_it_was():
+    from scldm.kernels.tile import tf32_products
+
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+    def fails() -> None:
+        with tf32_products(True):
+            assert torch.backends.cuda.matmul.allow_tf32
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    assert not torch.backends.cuda.matmul.allow_tf32
+    with tf32_products(False):
+        assert not torch.backends.cuda.matmul.allow_tf32
