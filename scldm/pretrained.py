@@ -28,8 +28,9 @@ from scldm.flow.transform import blend, from_noise, to_noise
 from scldm.flow.wanted import Wanted, distinct
 from scldm.library_size import LibrarySizeModel
 from scldm.model.all_genes import encoder_of
+from scldm.model.attention import Choice
 from scldm.model.dit import DiT, DiTConfig
-from scldm.model.vae import VAE, Predicted, VAEConfig
+from scldm.model.vae import VAE, Predicted, VAEConfig, chosen
 from scldm.model_folder import FORMAT_VERSION
 from scldm.progress import Progress
 from scldm.vocab import ConditionVocab, GeneVocab
@@ -125,11 +126,19 @@ class Pretrained:
     @property
     def made_by(self) -> dict[str, str | int]:
         """What of the model decides its numbers: of uns["scldm"] of a file."""
-        return {"model": self.hash, "batch": self.batch, "precision": self.precision}
+        return {"model": self.hash, "batch": self.batch, "precision": self.precision, "attention": self.attention.way}
 
     @property
     def device(self) -> torch.device:
         return self.vae.latent_queries.device
+
+    @property
+    def attention(self) -> Choice:
+        """How the autoencoder's attention is computed here, and why."""
+        return self.attention_on(self.device)
+
+    def attention_on(self, device: str | torch.device) -> Choice:
+        return chosen(self.vae.config, torch.device(device), getattr(torch, self.precision))
 
     def to(self, device: str | torch.device) -> Pretrained:
         """The same model on another device; its networks are moved, not copied."""
