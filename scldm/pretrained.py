@@ -306,7 +306,7 @@ class Pretrained:
                 dense_BS = torch.from_numpy(counts[rows].toarray()).to(self.device)
                 size_B, z_BLZ = dense_BS.sum(1).float(), dit.standardise(encode(dense_BS).mean_BLZ)
                 v_own, v_other = (
-                    guided(dit, {k: torch.from_numpy(v[row_n[rows]]).to(self.device) for k, v in of.items()}, sampler)
+                    guided(dit, {k: torch.from_numpy(v[row_n[rows]]) for k, v in of.items()}, sampler)
                     for of in (own, other)
                 )
                 noise_BLZ = to_noise(v_own, z_BLZ, sampler)
@@ -409,10 +409,10 @@ class Pretrained:
         for first in range(rows.start // self.batch * self.batch, rows.stop, self.batch):
             batch = range(first, first + self.batch)
             numbers_B = torch.arange(batch.start, batch.stop, device=self.device)
-            of_batch = {name: torch.from_numpy(ids).to(self.device) for name, ids in wanted.ids_of(batch).items()}
+            of_batch = {name: torch.from_numpy(ids) for name, ids in wanted.ids_of(batch).items()}
             with self._computing():
                 drawn = generate_latents(self._dit(), of_batch, numbers_B, wanted.seed, sampler)
-            size_B = torch.from_numpy(wanted.library_size(batch)).float().to(self.device)
+            size_B = torch.from_numpy(wanted.library_size(batch)).float().to(self.device, non_blocking=True)
             own = slice(max(rows.start - first, 0), rows.stop - first)
             parts.append(self.decoded(drawn.latent_BLZ, columns_Q, size_B, numbers_B, wanted.seed, kind)[own])
             n_evaluations.append(drawn.n_evaluations_B[own].int().cpu().numpy())

@@ -139,7 +139,7 @@ def check_sampler(dit: DiT, taken: dict[str, np.ndarray], sampler: SamplerConfig
 
     taken: the distinct combinations, as encode_labels gives them
     """
-    conditions = {name: torch.from_numpy(values).to(dit.latent_mean_LZ.device) for name, values in taken.items()}
+    conditions = {name: torch.from_numpy(values) for name, values in taken.items()}
     field = GuidedField(
         dit, conditions, sampler.guidance, sampler.guidance_scale, sampler.guidance_weights, sampler.guidance_interval
     )

@@ -87,7 +87,8 @@ def generate_latents(
 ) -> Drawn:
     """Draw latent tokens of new cells.
 
-    conditions: of each of the model's conditions, label ids (B,), of continuous ones values; `null` where not given
+    conditions: of each of the model's conditions, label ids (B,), of continuous ones values; `null` where not given; on
+        the CPU, or the host waits for them
     cell_numbers_B: the key of each cell's draws, int64
 
     Raises: InputError for guidance that the model can't follow.

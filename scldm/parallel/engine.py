@@ -334,7 +334,7 @@ def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def _set_steps(optimizer: torch.optim.Optimizer, n_steps: int) -> None:
     for state in optimizer.state.values():
-        state["step"] = torch.tensor(float(n_steps))
+        state["step"].fill_(float(n_steps))
 
 
 def _flat_moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
@@ -342,5 +342,6 @@ def _flat_moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[s
     state = optimizer.state[parameter]
     if not state:
         zeros = {moment: torch.zeros_like(parameter, requires_grad=False) for moment in MOMENTS}
-        state |= {"step": torch.tensor(0.0), **zeros}
+        fused = any(group.get("fused") for group in optimizer.param_groups)  # whose kernel reads the step where it runs
+        state |= {"step": torch.zeros((), device=parameter.device if fused else "cpu"), **zeros}
     return {moment: state[moment].view(-1) for moment in MOMENTS}
