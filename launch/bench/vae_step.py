@@ -130,7 +130,7 @@ def calls_of(
         vae = VAE(replace(config.model, attention=way.kind), config.n_genes)
         ids = torch.randperm(config.n_genes)[: max(config.n_given, config.n_asked)] + 1
         counts = torch.poisson(0.5 * torch.rand(config.cells, len(ids))).int()
-    given = GeneCounts(ids[: config.n_given], counts[:, : config.n_given])
+    given = GeneCounts(ids[: config.n_given], counts[:, : config.n_given], padded=False)
     asked = GeneCounts(ids[: config.n_asked], counts[:, : config.n_asked])
     library_size_B = asked.counts_BS.sum(1).float()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-4)

@@ -69,8 +69,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, n_heads: int, mask: Tensor | None
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, n_heads: int, mask: Tensor | None = None) -> Tensor:
-    """`attention` by torch's fused kernels, which write no scores."""
+    """`attention` by torch's fused kernels, which write no scores.
+
+    On a GPU they want four axes, and batches that are equal, not broadcast: a query that all cells share is expanded.
+    Flash attention is taken in bf16, without a mask, for heads of at most 256 channels. A head can't be cut into
+    several: its scores are a sum over all its channels. So the one decoder head of vae/70m (512) and vae/270m (1,024),
+    float32 and cells with padding get the memory-efficient kernel.
+    """
     q, k, v = (_split_heads(x, n_heads) for x in (q, k, v))
+    lead = torch.broadcast_shapes(*(x.shape[:-2] for x in (q, k, v)))
+    q, k, v = (x.expand(*lead, *x.shape[-2:]) for x in (q, k, v))
     if mask is None:
         return _join_heads(F.scaled_dot_product_attention(q, k, v))
     mask = mask[..., None, None, :]

@@ -321,7 +321,7 @@ class VAE(nn.Module):
             read = fused.read_genes if way == "fused" else factorised.read_genes
             return factorised.pool(self.pool, self.latent_queries, self.token, self.gene_embedding, given, read)
         tokens_BSD = self.token(self.gene_embedding(given.gene_ids), given.counts_BS)
-        return self.pool(self.latent_queries, tokens_BSD, given.mask)
+        return self.pool(self.latent_queries, tokens_BSD, given.mask if given.padded else None)
 
     def posterior(self, x_BLD: Tensor) -> Posterior:
         """From what was pooled of the genes, through the encoder's transformer blocks."""
