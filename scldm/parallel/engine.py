@@ -39,7 +39,8 @@ class HardwareConfig:
     zero_stage: what DeepSpeed shards over the ranks: 1 optimizer states and averages, 2 gradients too, 3 weights too;
         as 3 gathers them around every layer, model.compile gains nothing there
     offload_optimizer: keep master weights, moments and averages in the host's memory, and step there
-    precision: fp32, or bf16 (autocast; master weights stay float32)
+    precision: fp32, or bf16 (autocast; master weights stay float32). TF32 is switched on nowhere: torch's products of
+        float32 stay such on every GPU. Only a kernel of model.attention=fused may take it, in bf16 alone
     threads: CPU threads per rank for torch
     peak_tflops: of a rank's device at the precision, dense, for MFU; 0 takes that of a GPU known by its name
     collective_timeout_s: longest wait of a rank for the others within one exchange, in seconds; a minute more than
