@@ -145,6 +145,7 @@ def made_by(config: GenerateConfig, model: Pretrained, wanted: Wanted, genes: li
     }
     return {
         **model.made_by,
+        "attention": model.attention_on(device_of(config.device)).way,
         "seed": config.seed,
         "config": json.dumps(settings),
         "conditions_hash": wanted.hash,
@@ -155,10 +156,15 @@ def made_by(config: GenerateConfig, model: Pretrained, wanted: Wanted, genes: li
 def kind_of(device: str) -> str:
     """What of a device decides the last bits of its sums: which GPU, or a CPU's maker and vector instructions, by which
     the libraries choose their code."""
-    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    kind = device_of(device).type
     if kind == "cuda":
         return torch.cuda.get_device_name(device or "cuda")
     return f"{kind} {cpu_maker()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def device_of(device: str) -> torch.device:
+    """The configured device; where none is, a GPU if there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 # --- which cells ---------------------------------------------------------------------------------------------------

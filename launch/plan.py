@@ -255,7 +255,7 @@ class Plan:
             lines.append(f"  {stage:>4}{row}{mark}{'' if memory.peak / GB <= room else '  DOES NOT FIT'}")
         if isinstance(config, PlanLDMConfig) and config.vae:
             lines.append("without what encoding the cells as they come takes")
-        if config.model.attention == "fused":
+        if config.model.attention in ("auto", "fused"):
             lines.append("activations and FLOPs are those of attention=factorised, which fused takes no more than")
         if not self.fits:
             lines.append("it does not fit; it would with " + (", or with ".join(self.remedies) or "none of our knobs"))
@@ -317,13 +317,16 @@ def cost_of(config: PlanConfig) -> StepCost:
     """Of a micro-batch."""
     n_cells, bf16 = config.hardware.micro_batch, config.hardware.precision == "bf16"
     if isinstance(config, PlanVAEConfig):
-        return _vae(config.model, config.n_genes, n_cells, *genes_of(config.data, config.n_genes), bf16)
+        genes = genes_of(config.data, config.n_genes)
+        return _vae(config.model, config.n_genes, n_cells, *genes, bf16, config.hardware.memory_gb)
     return _dit(config.model, config.n_latents, config.latent_width, n_cells, bf16)
 
 
 @cache
-def _vae(model: VAEConfig, n_genes: int, n_cells: int, n_given: int, n_asked: int, bf16: bool) -> StepCost:
-    return vae_step(model, n_genes, n_cells, n_given, n_asked, bf16=bf16)
+def _vae(
+    model: VAEConfig, n_genes: int, n_cells: int, n_given: int, n_asked: int, bf16: bool, memory_gb: float
+) -> StepCost:
+    return vae_step(model, n_genes, n_cells, n_given, n_asked, bf16=bf16, memory_gb=memory_gb)
 
 
 @cache

@@ -16,7 +16,7 @@ from launch.gate import judge_run
 from launch.stage import at_hand
 from launch.training import Parts, check_has_validation, check_waits, run_training, start_of, whole_cells
 from scldm.kernels import check_available
-from scldm.model.vae import VAE, VAEConfig
+from scldm.model.vae import VAE, VAEConfig, chosen
 from scldm.parallel.dist import World
 from scldm.parallel.engine import HardwareConfig
 from scldm.train.init_from import vae_from
@@ -99,7 +99,9 @@ def set_up(config: TrainVAEConfig, world: World) -> Parts:
         sizes = (n_genes, config.hardware.micro_batch, *genes_of(config.data, n_genes))
         return vae_step(config.model, *sizes, bf16=config.hardware.precision == "bf16")
 
-    return Parts(module, VAEStage(module), loader, validation, loader.manifest, joined, cost)
+    dtype = torch.bfloat16 if config.hardware.precision == "bf16" else torch.float32
+    attention = chosen(config.model, world.device, dtype)
+    return Parts(module, VAEStage(module), loader, validation, loader.manifest, joined, cost, attention)
 
 
 def genes_of(data: LoaderConfig, n_genes: int) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +21,7 @@ from scldm.environment import describe
 from scldm.errors import InputError, Stopped
 from scldm.files import write_json
 from scldm.library_size import LibrarySizeModel, LogNormal
+from scldm.model.attention import Choice
 from scldm.parallel.deepspeed_json import check_overrides
 from scldm.parallel.dist import World, close_world, world_of_environment
 from scldm.parallel.engine import HardwareConfig, start_engine
@@ -70,7 +72,7 @@ class RunConfig(Protocol):
 
 class Parts(NamedTuple):
     """What one stage trains, on which stream of which shard set; joined: how its names met those of `init_from`;
-    cost: of a micro-batch."""
+    cost: of a micro-batch; attention: how the autoencoder's is computed, and why, where there is one."""
 
     module: torch.nn.Module
     stage: Stage
@@ -79,6 +81,7 @@ class Parts(NamedTuple):
     manifest: Manifest
     joined: Sequence[Joined] = ()
     cost: Callable[[], StepCost] | None = None
+    attention: Choice | None = None
 
 
 def run_training(
@@ -108,7 +111,10 @@ def run_training(
         torch.manual_seed(config.train.seed)
         parts = set_up(world)
         if world.is_first:
-            last.enter_context(open_run_folder(run_dir, as_dict, FREE_ON_RESUME))
+            notes = {"attention": str(parts.attention)} if parts.attention else {}
+            last.enter_context(open_run_folder(run_dir, as_dict, FREE_ON_RESUME, notes))
+            for what, of in notes.items():
+                print(f"scldm: {what}: {of}", file=sys.stderr, flush=True)
             watch.on_end = at_the_end.enter_context(outcome_noted(run_dir))
             keep_data(run_dir, parts.manifest)
             if parts.joined:

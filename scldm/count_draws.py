@@ -3,12 +3,16 @@
 All of it is tensor operations in float64, on any device: no generator, no loop over cells. A negative binomial is a
 Poisson number of logarithmic ones (Quenouille 1949), so that most genes of a cell, which have none, cost one
 comparison; where that number is large, it is a Poisson draw whose rate is a gamma draw.
-Reading order: poisson, negative_binomial, zero_inflated, gaussian; inversion, rejection, gamma.
+The host waits for a GPU wherever it is asked which elements are left. So there several tries, or terms, are computed
+before that is asked: the counts are the same.
+Reading order: poisson, negative_binomial, zero_inflated, gaussian; inversion, rejection, gamma; _first_accepted.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,14 +98,20 @@ def _inverted(rate_N: Tensor, v_N: Tensor) -> Tensor:
     p_N, above_N = torch.exp(-rate_N), -torch.expm1(-rate_N)
     left = (v_N < above_N).nonzero()[:, 0]
     rate_N, v_N, p_N, above_N = (x[left] for x in (rate_N, v_N, p_N, above_N))
+    n_terms = _before_asking(rate_N).terms
     while len(left):
-        k += 1
-        counts_N.index_fill_(0, left, k)
-        p_N = p_N * rate_N / k
-        above_N = above_N - p_N
-        # p is 0 in the end, while rounding may leave something above
-        more = ((v_N < above_N) & (p_N > 0)).nonzero()[:, 0]
+        beyond, count_N = torch.ones_like(v_N, dtype=torch.bool), torch.full_like(v_N, k)
+        for _ in range(n_terms):
+            k += 1
+            count_N += beyond
+            p_N = p_N * rate_N / k
+            above_N = above_N - p_N
+            # p is 0 in the end, while rounding may leave something above
+            beyond = beyond & (v_N < above_N) & (p_N > 0)
+        counts_N.index_copy_(0, left, count_N)
+        more = beyond.nonzero()[:, 0]
         left, rate_N, v_N, p_N, above_N = (x[more] for x in (left, rate_N, v_N, p_N, above_N))
+        n_terms *= 2 if n_terms > 1 else 1
     return counts_N
 
 
@@ -126,10 +136,9 @@ def _log1mexp(x: Tensor) -> Tensor:
 
 def _rejected(rate_N: Tensor, keys_N: Tensor) -> Tensor:
     """Poisson(rate) for rates of 10 or more. Source: Hoermann 1993, algorithm PTRS."""
-    counts_N = torch.empty_like(rate_N)
-    left, k = torch.arange(len(rate_N), device=rate_N.device), _REJECTED
-    while len(left):
-        rate, keys = rate_N[left], keys_N[left]
+
+    def attempt(left: Tensor, tries: Tensor) -> tuple[Tensor, Tensor]:
+        rate, keys, k = rate_N[left], keys_N[left], _REJECTED + 2 * tries
         b = 0.931 + 2.53 * rate.sqrt()
         a = -0.059 + 0.02483 * b
         u, v = uniform_of(keys, k) - 0.5, uniform_of(keys, k + 1)
@@ -137,30 +146,55 @@ def _rejected(rate_N: Tensor, keys_N: Tensor) -> Tensor:
         count = torch.floor((2 * a / from_edge + b) * u + rate + 0.43)
         log_hat = torch.log(v * (1.1239 + 1.1328 / (b - 3.4)) / (a / from_edge.square() + b))
         log_p = count * rate.log() - rate - torch.lgamma(count.clamp_min(0) + 1)
-        accepted = (count >= 0) & (log_hat <= log_p)
-        counts_N[left[accepted]] = count[accepted]
-        left, k = left[~accepted], k + 2
-    return counts_N
+        return count, (count >= 0) & (log_hat <= log_p)
+
+    return _first_accepted(attempt, rate_N)
 
 
 def _gamma(shape_N: Tensor, keys_N: Tensor) -> Tensor:
     """Gamma(shape, 1). Source: Marsaglia & Tsang 2000, shapes below 1 by one above (their section 6)."""
     below = shape_N < 1
     d_N = shape_N + below.double() - 1 / 3
-    out_N = torch.empty_like(shape_N)
-    left, k = torch.arange(len(shape_N), device=shape_N.device), _GAMMA
-    while len(left):
-        d, keys = d_N[left], keys_N[left]
+
+    def attempt(left: Tensor, tries: Tensor) -> tuple[Tensor, Tensor]:
+        d, keys, k = d_N[left], keys_N[left], _GAMMA + 3 * tries
         x = _normal(keys, k)
         v = (1 + x / (9 * d).sqrt()) ** 3
         log_u = torch.log(uniform_of(keys, k + 2))
-        accepted = (v > 0) & (log_u < x.square() / 2 + d * (1 - v + torch.log(v.clamp_min(1e-300))))
-        out_N[left[accepted]] = (d * v)[accepted]
-        left, k = left[~accepted], k + 3
+        return d * v, (v > 0) & (log_u < x.square() / 2 + d * (1 - v + torch.log(v.clamp_min(1e-300))))
+
+    out_N = _first_accepted(attempt, shape_N)
     return torch.where(below, out_N * uniform_of(keys_N, _BOOST) ** (1 / shape_N), out_N)
 
 
-def _normal(keys: Tensor, k: int) -> Tensor:
+def _first_accepted(attempt: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], like_N: Tensor) -> Tensor:
+    """What the first accepted of each element's tries gives, (N,): the same however many are made at a time.
+
+    attempt: from elements (M,) and numbers of tries (T, 1) to values and whether they are accepted, (T, M)
+    """
+    out_N, n_tries = torch.empty_like(like_N), _before_asking(like_N).tries
+    left, tries = (torch.arange(n, device=like_N.device) for n in (len(like_N), n_tries))
+    while len(left):
+        value_TM, accepted_TM = attempt(left, tries[:, None])
+        first_M = accepted_TM.int().argmax(0)
+        out_N.index_copy_(0, left, value_TM.gather(0, first_M[None])[0])  # where none is accepted, for the time being
+        left, tries = left[(~accepted_TM.any(0)).nonzero()[:, 0]], tries + n_tries
+    return out_N
+
+
+class _Ahead(NamedTuple):
+    """tries: of a rejection; terms: of an inversion, twice as many each time."""
+
+    tries: int
+    terms: int
+
+
+def _before_asking(like: Tensor) -> _Ahead:
+    """How much is computed before it is asked which elements are left. At .75 a try, one in 65,536 is after eight."""
+    return _Ahead(1, 1) if like.device.type == "cpu" else _Ahead(8, 4)
+
+
+def _normal(keys: Tensor, k: int | Tensor) -> Tensor:
     """Standard normal, by Box-Muller from a key's draws k and k + 1."""
     radius = (-2 * torch.log(uniform_of(keys, k))).sqrt()
     return radius * torch.cos(2 * math.pi * uniform_of(keys, k + 1))

@@ -24,13 +24,14 @@ from scldm.batch import GeneCounts
 from scldm.errors import InputError, read_json
 from scldm.flow.asked import check_sampler, encode_labels, moved_from, moved_obs, own_and_other, without_token
 from scldm.flow.generate import SamplerConfig, generate_latents, guided
-from scldm.flow.shift import shifted_from
+from scldm.flow.shift import nearest_trained, stays, way
 from scldm.flow.transform import blend, from_noise, to_noise
 from scldm.flow.wanted import Wanted, distinct
 from scldm.library_size import LibrarySizeModel
 from scldm.model.all_genes import encoder_of
+from scldm.model.attention import Choice
 from scldm.model.dit import DiT, DiTConfig
-from scldm.model.vae import VAE, Predicted, VAEConfig
+from scldm.model.vae import VAE, Predicted, VAEConfig, chosen
 from scldm.model_folder import FORMAT_VERSION
 from scldm.progress import Progress
 from scldm.vocab import ConditionVocab, GeneVocab
@@ -126,11 +127,19 @@ class Pretrained:
     @property
     def made_by(self) -> dict[str, str | int]:
         """What of the model decides its numbers: of uns["scldm"] of a file."""
-        return {"model": self.hash, "batch": self.batch, "precision": self.precision}
+        return {"model": self.hash, "batch": self.batch, "precision": self.precision, "attention": self.attention.way}
 
     @property
     def device(self) -> torch.device:
         return self.vae.latent_queries.device
+
+    @property
+    def attention(self) -> Choice:
+        """How the autoencoder's attention is computed here, and why."""
+        return self.attention_on(self.device)
+
+    def attention_on(self, device: str | torch.device) -> Choice:
+        return chosen(self.vae.config, torch.device(device), getattr(torch, self.precision))
 
     def to(self, device: str | torch.device) -> Pretrained:
         """The same model on another device; its networks are moved, not copied."""
@@ -139,6 +148,10 @@ class Pretrained:
     def _computing(self) -> torch.autocast:
         """Within, the networks compute in `precision`."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+
+    def _here(self, numbers: np.ndarray) -> Tensor:
+        """Numbers of our own on the model's device; the host does not wait for what the device does before."""
+        return torch.from_numpy(numbers).to(self.device, non_blocking=True)
 
     def _batches(self, n: int) -> Iterator[slice]:
         for start in range(0, n, self.batch):
@@ -161,7 +174,7 @@ class Pretrained:
         out = []
         with Progress("embed", adata.n_obs, "cells") as bar, torch.no_grad(), self._computing():
             for rows in self._batches(adata.n_obs):
-                dense_BS = torch.from_numpy(counts[rows].toarray()).to(self.device)
+                dense_BS = self._here(counts[rows].toarray())
                 latent_BLZ = encode(dense_BS).mean_BLZ.float()
                 out.append((latent_BLZ.mean(1) if pool == "mean" else latent_BLZ.flatten(1)).cpu().numpy())
                 bar.advance(len(dense_BS))
@@ -181,12 +194,12 @@ class Pretrained:
         if "log_likelihood" in adata.obs:
             raise InputError("obs has a column 'log_likelihood' already, which would be lost; rename or remove it")
         counts, given_ids = self._given(adata, layer)
-        asked_ids = given_ids if genes is None else torch.from_numpy(self.columns(genes) + 1).to(self.device)
+        asked_ids = given_ids if genes is None else self._here(self.columns(genes) + 1)
         encode = encoder_of(self.vae, given_ids, counts.getnnz(0) / adata.n_obs)
         expected, log_likelihood = [], []
         with Progress("reconstruct", adata.n_obs, "cells") as bar, torch.no_grad(), self._computing():
             for rows in self._batches(adata.n_obs):
-                given = GeneCounts(given_ids, torch.from_numpy(counts[rows].toarray()).to(self.device))
+                given = GeneCounts(given_ids, self._here(counts[rows].toarray()))
                 size_B = given.counts_BS.sum(1).float()
                 latent_BLZ = encode(given.counts_BS).mean_BLZ
                 whole = self.vae.decode(latent_BLZ, given_ids)
@@ -243,7 +256,7 @@ class Pretrained:
                 f"{empty} of {adata.n_obs} cells have no count in any gene that the model knows; drop_empty=true "
                 "leaves them out, in Python adata[model.counted(adata)]"
             )
-        return counts.astype(np.int32), torch.from_numpy(index[index > 0]).to(self.device)
+        return counts.astype(np.int32), self._here(index[index > 0])
 
     # --- transform ---
 
@@ -287,23 +300,20 @@ class Pretrained:
         if not alphas or not all(0 <= alpha <= 1 for alpha in alphas):
             raise InputError(f"alphas={', '.join(map(str, alphas))} must be numbers from 0 to 1, at least one")
         counts, given_ids = self._given(adata, layer)
-        asked_ids = given_ids if genes is None else torch.from_numpy(self.columns(genes) + 1).to(self.device)
+        asked_ids = given_ids if genes is None else self._here(self.columns(genes) + 1)
         for note in notes:
             print(note, file=sys.stderr)
         encode = encoder_of(self.vae, given_ids, counts.getnnz(0) / adata.n_obs)
-        n_evaluations = 0
+        n_evaluations = torch.zeros((), dtype=torch.int64, device=self.device)
         parts: list[list[sp.csr_matrix]] = [[] for _ in alphas]
         with Progress("transform", adata.n_obs * len(alphas), "cells") as bar, self._computing():
             for rows in self._batches(adata.n_obs):
-                dense_BS = torch.from_numpy(counts[rows].toarray()).to(self.device)
+                dense_BS = self._here(counts[rows].toarray())
                 size_B, z_BLZ = dense_BS.sum(1).float(), dit.standardise(encode(dense_BS).mean_BLZ)
-                of_own, of_other = (
-                    {k: torch.from_numpy(v[row_n[rows]]).to(self.device) for k, v in of.items()} for of in (own, other)
-                )
-                way_BLZ: Tensor | float = 0.0
-                if sampler.guidance == "shift":
-                    of_other, way_BLZ = shifted_from(dit, of_own, of_other)
-                v_own, v_other = (guided(dit, of, sampler) for of in (of_own, of_other))
+                of_own, of_other = ({k: torch.from_numpy(v[row_n[rows]]) for k, v in of.items()} for of in (own, other))
+                by_flow = stays(dit, of_own, of_other) if sampler.guidance == "shift" else of_other
+                way_BLZ = way(dit, by_flow, of_other)
+                v_own, v_other = (guided(dit, of, sampler) for of in (of_own, by_flow))
                 noise_BLZ = to_noise(v_own, z_BLZ, sampler)
                 keys_BQ = draws.keys(seed, "counts", torch.arange(rows.start, rows.stop, device=self.device), asked_ids)
                 for alpha, part in zip(alphas, parts):
@@ -312,10 +322,13 @@ class Pretrained:
                     predicted = self.vae.decode(latent_BLZ, asked_ids, among_ids=given_ids)
                     part.append(written(predicted, kind, size_B, keys_BQ))
                     bar.advance(len(size_B))
-                n_evaluations += sum(int(torch.as_tensor(v.n_evaluations_B).sum()) for v in (v_own, v_other))
+                for v in (v_own, v_other):
+                    n_evaluations += (
+                        v.n_evaluations_B.sum() if isinstance(v.n_evaluations_B, Tensor) else v.n_evaluations_B
+                    )
         matrix = sp.csr_matrix(sp.vstack([block for part in parts for block in part]))
         config = json.dumps({"to": dict(to), "sampler": asdict(sampler)})
-        uns = {**self.made_by, "seed": seed, "config": config, "n_evaluations": n_evaluations}
+        uns = {**self.made_by, "seed": seed, "config": config, "n_evaluations": int(n_evaluations)}
         moved = pd.concat([moved_obs(dit, self.conditions, obs, to, alpha, len(alphas) > 1) for alpha in alphas])
         return ad.AnnData(matrix, obs=moved, var=self.var(asked_ids.cpu().numpy() - 1), uns={"scldm": uns})
 
@@ -401,15 +414,21 @@ class Pretrained:
         columns: of the model's genes, as `columns` gives them
         tick: called with the number of cells that were made
         """
-        columns_Q = torch.from_numpy(columns.copy()).to(self.device)
+        columns_Q = self._here(columns.copy())
+        distinct_of = {name: torch.from_numpy(ids) for name, ids in wanted.ids.items()}
+        base_of = nearest_trained(self._dit(), distinct_of) if sampler.guidance == "shift" else distinct_of
+        based = replace(wanted, ids={name: ids.numpy() for name, ids in base_of.items()})
         parts, n_evaluations = [], []
         for first in range(rows.start // self.batch * self.batch, rows.stop, self.batch):
             batch = range(first, first + self.batch)
             numbers_B = torch.arange(batch.start, batch.stop, device=self.device)
-            of_batch = {name: torch.from_numpy(ids).to(self.device) for name, ids in wanted.ids_of(batch).items()}
+            of_batch = {name: torch.from_numpy(ids) for name, ids in wanted.ids_of(batch).items()}
+            of_base = of_batch
+            if base_of is not distinct_of:
+                of_base = {name: torch.from_numpy(ids) for name, ids in based.ids_of(batch).items()}
             with self._computing():
-                drawn = generate_latents(self._dit(), of_batch, numbers_B, wanted.seed, sampler)
-            size_B = torch.from_numpy(wanted.library_size(batch)).float().to(self.device)
+                drawn = generate_latents(self._dit(), of_batch, numbers_B, wanted.seed, sampler, of_base)
+            size_B = self._here(wanted.library_size(batch).astype(np.float32))
             own = slice(max(rows.start - first, 0), rows.stop - first)
             parts.append(self.decoded(drawn.latent_BLZ, columns_Q, size_B, numbers_B, wanted.seed, kind)[own])
             n_evaluations.append(drawn.n_evaluations_B[own].int().cpu().numpy())

@@ -133,7 +133,7 @@ def costs(report: Report, model: Pretrained, wanted: Wanted, config: BenchGenera
     """Rows of cells/s, and of how many times faster than the controls."""
     n, every = wanted.n_cells, range(wanted.n_cells)
     numbers_B = torch.arange(n, device=device)
-    conditions = {name: torch.from_numpy(ids).to(device) for name, ids in wanted.ids_of(every).items()}
+    conditions = {name: torch.from_numpy(ids) for name, ids in wanted.ids_of(every).items()}
     size_B = torch.from_numpy(wanted.library_size(every)).float().to(device)
     all_genes_G = torch.arange(1, model.genes.n_genes + 1, device=device)
     assert model.dit is not None
@@ -201,6 +201,7 @@ def reference_latents(dit: DiT, conditions: dict[str, Tensor], numbers_B: Tensor
     and once more for the guided sum."""
     from torchdiffeq import odeint
 
+    conditions = {name: ids.to(numbers_B.device) for name, ids in conditions.items()}
     null = {name: torch.full_like(ids, dit.null(name)) for name, ids in conditions.items()}
     n_calls = 0
 

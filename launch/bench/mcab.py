@@ -162,7 +162,7 @@ def forward_of(config: BenchMCABConfig, way: Way, encodes: bool, n: int, device:
     counts = torch.poisson(0.5 * torch.rand(config.cells, n, generator=generator), generator=generator)
     latent_shape = (config.cells, config.model.n_latents, config.model.latent_width)
     latent_BLZ = torch.randn(latent_shape, generator=generator).to(device).requires_grad_()
-    given = GeneCounts(ids, counts.int()).to(device)
+    given = GeneCounts(ids, counts.int(), padded=False).to(device)
 
     def compute() -> Tensor:
         vae.zero_grad(set_to_none=True)
@@ -197,7 +197,7 @@ def all_genes(report: Report, config: BenchMCABConfig, device: torch.device) -> 
     """Pooling alone, and the whole encoder; the targets are those of a vocabulary of 20,000 at a density of 5 %."""
     counts, share_G = sparse_counts(config, device)
     every = torch.arange(1, config.n_genes + 1, device=device)
-    given = GeneCounts(every, counts)
+    given = GeneCounts(every, counts, padded=False)
     found: dict[str, list[float]] = {}
     latents: dict[str, Tensor] = {}
     for part, n_layers in (("pooling", 0), ("encode", config.model.n_layers)):

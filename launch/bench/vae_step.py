@@ -31,7 +31,7 @@ from launch.bench.ways import (
 from launch.cli import run_verb
 from scldm.batch import GeneCounts
 from scldm.model.flops import vae_flops
-from scldm.model.vae import VAE, VAEConfig
+from scldm.model.vae import VAE, VAEConfig, chosen
 
 PURPOSE = """Measure a training step of the autoencoder (forward, backward, AdamW) and its forward pass alone, by the
 formula, by torch's attention kernels (compiled too, if asked), factorised and in fused kernels: time, peak memory,
@@ -96,7 +96,8 @@ def main(config: BenchVAEStepConfig) -> Report:
     settings = {"cells": config.cells, "given": config.n_given, "asked": config.n_asked, "precision": config.precision}
     settings |= {"width": shape.width, "latents": shape.n_latents, "layers": shape.n_layers, "threads": config.threads}
     report = Report("bench vae-step", {**settings, "gene_chunk": config.gene_chunk})
-    most = peak_flops(device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    most = peak_flops(device, dtype)
     report.add(Row("large matrix product", most / 1e9, "GFLOP/s"))
     flops = sum(vae_flops(shape, config.cells, config.n_given, config.n_asked).values())
     measured = [way for way in ways(config.compile) if not unable(way, device)]
@@ -116,6 +117,9 @@ def main(config: BenchVAEStepConfig) -> Report:
         speed = 3 * flops / steps[way.name].seconds
         report.add(Row(f"{way.name}: FLOPs of the formula by time", speed / 1e9, "GFLOP/s"))
         report.add(Row(f"{way.name}: share of the matrix product's FLOP/s", speed / most, "x"))
+    auto = chosen(replace(shape, attention="auto"), device, dtype).way
+    fastest = min(cost.seconds for cost in steps.values())
+    report.add(Row.at_most(f"auto, here {auto}, / the fastest way, time", steps[auto].seconds / fastest, "x", 1.05))
     targets(report, config, steps, device)
     report.print(config.json, config.save)
     return report
@@ -130,7 +134,7 @@ def calls_of(
         vae = VAE(replace(config.model, attention=way.kind), config.n_genes)
         ids = torch.randperm(config.n_genes)[: max(config.n_given, config.n_asked)] + 1
         counts = torch.poisson(0.5 * torch.rand(config.cells, len(ids))).int()
-    given = GeneCounts(ids[: config.n_given], counts[:, : config.n_given])
+    given = GeneCounts(ids[: config.n_given], counts[:, : config.n_given], padded=False)
     asked = GeneCounts(ids[: config.n_asked], counts[:, : config.n_asked])
     library_size_B = asked.counts_BS.sum(1).float()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-4)

@@ -140,9 +140,9 @@ def check_sampler(dit: DiT, taken: dict[str, np.ndarray], sampler: SamplerConfig
 
     taken: the distinct combinations, as encode_labels gives them
     """
-    conditions = {name: torch.from_numpy(values).to(dit.latent_mean_LZ.device) for name, values in taken.items()}
+    conditions = {name: torch.from_numpy(values) for name, values in taken.items()}
     if sampler.guidance == "shift":
-        conditions, _ = nearest_trained(dit, conditions)
+        conditions = nearest_trained(dit, conditions)
     field = GuidedField(
         dit, conditions, sampler.guidance, sampler.guidance_scale, sampler.guidance_weights, sampler.guidance_interval
     )
@@ -189,8 +189,10 @@ def moved_from(
     many more there are."""
     if sampler.guidance != "shift":
         return ()
-    conditions = {name: torch.from_numpy(values).to(dit.latent_mean_LZ.device) for name, values in taken.items()}
-    base, _ = nearest_trained(dit, conditions)
+    conditions = {name: torch.from_numpy(values) for name, values in taken.items()}
+    base = nearest_trained(dit, conditions)
+    if base is conditions:
+        return ()
     notes = []
     for row in range(len(labels)):
         other = [name for name in dit.means.names.values() if base[name][row] != conditions[name][row]]

@@ -16,7 +16,7 @@ from scldm import draws
 from scldm.errors import InputError
 from scldm.flow import solver
 from scldm.flow.guidance import GuidanceKind, GuidedField, VelocityField
-from scldm.flow.shift import nearest_trained
+from scldm.flow.shift import nearest_trained, way
 from scldm.flow.solver import Method
 from scldm.model.dit import DiT
 
@@ -85,19 +85,27 @@ class Drawn(NamedTuple):
 
 @torch.no_grad()
 def generate_latents(
-    dit: DiT, conditions: dict[str, Tensor], cell_numbers_B: Tensor, seed: int, sampler: SamplerConfig
+    dit: DiT,
+    conditions: dict[str, Tensor],
+    cell_numbers_B: Tensor,
+    seed: int,
+    sampler: SamplerConfig,
+    base: dict[str, Tensor] | None = None,
 ) -> Drawn:
     """Draw latent tokens of new cells.
 
-    conditions: of each of the model's conditions, label ids (B,), of continuous ones values; `null` where not given
+    conditions: of each of the model's conditions, label ids (B,), of continuous ones values; `null` where not given; on
+        the CPU, or the host waits for them
     cell_numbers_B: the key of each cell's draws, int64
+    base: what `nearest_trained` gives for the conditions, where it is known already
 
     Raises: InputError for guidance that the model can't follow.
     """
-    way_BLZ: Tensor | float = 0.0
-    if sampler.guidance == "shift":
-        conditions, way_BLZ = nearest_trained(dit, conditions)
-    v = guided(dit, conditions, sampler)
+    if sampler.guidance != "shift":
+        base = conditions
+    elif base is None:
+        base = nearest_trained(dit, conditions)
+    v = guided(dit, base, sampler)
     z_BLZ = draws.normal(seed, "generate noise", 0, cell_numbers_B, dit.latent_shape)
 
     def noise(step: int) -> Tensor:
@@ -109,7 +117,9 @@ def generate_latents(
         z_BLZ = solver.sde_heun(v, z_BLZ, sampler.n_steps, noise, sampler.diffusion)
     else:
         z_BLZ = solve_ode(v, z_BLZ, sampler)
-    return Drawn(dit.unstandardise(z_BLZ + way_BLZ), torch.zeros_like(cell_numbers_B) + v.n_evaluations_B)
+    return Drawn(
+        dit.unstandardise(z_BLZ + way(dit, base, conditions)), torch.zeros_like(cell_numbers_B) + v.n_evaluations_B
+    )
 
 
 def guided(dit: DiT, conditions: dict[str, Tensor], sampler: SamplerConfig) -> GuidedField:

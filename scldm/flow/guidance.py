@@ -87,7 +87,7 @@ class _Rows(NamedTuple):
 class GuidedField:
     """The guided velocity v(z, t) of a batch of cells, (B, L, Z), and what it has cost.
 
-    conditions: (B,) of each of the model's conditions, `null` where not given
+    conditions: (B,) of each of the model's conditions, `null` where not given; on the CPU, or the host waits for them
     scale: 0 ignores the conditions, 1 follows them; for the joint and the compositional kind
     weights: condition -> weight, for the additive kind; `scale` where it names none
     interval: flow times between which guidance acts; outside, scale and weights are 1
@@ -146,11 +146,13 @@ class GuidedField:
         """Of all cells the first subset, then of all that have one the second, and so on; None without conditions."""
         if not conditions:
             return None
+        device = self.model.latent_mean_LZ.device
         given_BC = self.model.is_given(conditions)
         given = [frozenset(j for j, is_given in enumerate(row) if is_given) for row in given_BC.tolist()]
         families = [None] * len(given)
         if kind == "compositional":
-            families = self.model.combinations.trained_parts(self.model.label_ids(conditions), given_BC)
+            there = {name: of_cell.to(device) for name, of_cell in conditions.items()}
+            families = self.model.combinations.trained_parts(self.model.label_ids(there), given_BC)
         of_key = {key: list(subset_weights(kind, *key, weights, scale).items()) for key in zip(given, families)}
         terms = [of_key[key] for key in zip(given, families)]
         cells, chosen, parts = [], [], []
@@ -159,12 +161,14 @@ class GuidedField:
             parts.append(slice(len(cells), len(cells) + len(having)))
             cells += having
             chosen += [terms[cell][k] for cell in having]
-        device = given_BC.device
-        cell_R = torch.tensor(cells, device=device)
-        weight_R = torch.tensor([weight for _, weight in chosen], device=device)
+        cell_R, weight_R = torch.tensor(cells), torch.tensor([weight for _, weight in chosen])
         shown = {}
         for j, name in enumerate(conditions):
-            hidden_R = torch.tensor([j not in subset for subset, _ in chosen], device=device)
-            shown[name] = conditions[name][cell_R].masked_fill(hidden_R, self.model.null(name))
+            hidden_R = torch.tensor([j not in subset for subset, _ in chosen])
+            shown[name] = conditions[name].cpu()[cell_R].masked_fill(hidden_R, self.model.null(name))
         plain = len(parts) == 1 and all(weight == 1 for _, weight in chosen)
-        return _Rows(cell_R, weight_R, cell_R.bincount(minlength=len(given)), tuple(parts), shown, plain)
+        # all is made on the CPU, so that no GPU is waited for: the copies there are not waited for either
+        of_rows = (cell_R, weight_R, cell_R.bincount(minlength=len(given)))
+        cell_R, weight_R, n_B = (x.to(device, non_blocking=True) for x in of_rows)
+        shown = {name: of_row.to(device, non_blocking=True) for name, of_row in shown.items()}
+        return _Rows(cell_R, weight_R, n_B, tuple(parts), shown, plain)

@@ -4,7 +4,7 @@ Each label has a shift of the mean latent, fitted on the means of all trained co
 an unseen combination is one of a trained combination, moved by the labels' shifts. Source: latent arithmetic of scGen
 (Lotfollahi et al. 2019), with additive shifts instead of one difference, so that groups of other composition serve.
 Conditions told by a number or a vector have no shifts: they are left to the network.
-Reading order: is_trained, nearest_trained.
+Reading order: nearest_trained, way, stays.
 """
 
 from __future__ import annotations
@@ -20,25 +20,20 @@ from scldm.model.dit import DiT
 ROWS = 1024  # combinations whose shifts are in memory at once
 
 
-def is_trained(dit: DiT, conditions: dict[str, Tensor]) -> Tensor:
-    """Whether some training cell had the given labels together, of the conditions that have shifts, (B,)."""
-    return _of_rows(dit, conditions, lambda ids_C, given_C: _known(_matching(dit, ids_C, given_C)))
+Conditions = dict[str, Tensor]  # of each of the model's conditions label ids or values, (B,), `null` where not given
 
 
-def nearest_trained(dit: DiT, conditions: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-    """For each cell a trained combination, its own if that was trained, and the way from there, (B, L, Z), of
-    standardised latents.
+def nearest_trained(dit: DiT, conditions: Conditions) -> Conditions:
+    """For each cell the labels of a trained combination: its own, if that was trained; the very same dict, if all were.
 
     It is one that differs in as few labels as possible. Of these it has the least square of the way over the distance
     that labels of the differing conditions usually have. A short way errs less, and a label with a near relative among
     its condition's answers other conditions as that does (chosen on Kang et al.: benchmarks/README.md). A model that
     does not say what it was trained on is asked for every combination itself.
     """
-    n_trained = len(dit.combinations.labels_KC)
-    if not conditions or bool((dit.combinations.index(dit.label_ids(conditions)) < n_trained).all()):
-        return conditions, torch.zeros(1, *dit.latent_shape, device=dit.latent_mean_LZ.device)
-
-    usual_way = cache(lambda: _usual_way(dit))
+    if not conditions:
+        return conditions
+    usual_C = cache(lambda: _usual_way(dit))
 
     def nearest(ids_C: Tensor, given_C: Tensor) -> Tensor:
         same_KC = _matching(dit, ids_C, given_C)
@@ -50,7 +45,7 @@ def nearest_trained(dit: DiT, conditions: dict[str, Tensor]) -> tuple[dict[str, 
         way_K = torch.cat(
             [(_shift(dit, ids_C[None]) - _shift(dit, of)).square().sum((1, 2)) for of in near_KC.split(ROWS)]
         )
-        usual_K = ((near_KC != ids_C) * usual_way()).sum(1).sqrt()
+        usual_K = ((near_KC != ids_C) * usual_C()).sum(1).sqrt()
         return near_KC[int((way_K / usual_K.clamp_min(1e-6)).argmin())]
 
     base_BC = _of_rows(dit, conditions, nearest)
@@ -58,23 +53,36 @@ def nearest_trained(dit: DiT, conditions: dict[str, Tensor]) -> tuple[dict[str, 
         name: base_BC[:, k].to(of_cell) if k in dit.means.names else of_cell
         for k, (name, of_cell) in enumerate(conditions.items())
     }
-    return base, torch.as_tensor(dit.means(conditions)) - torch.as_tensor(dit.means(base))
+    same = all(torch.equal(base[name], conditions[name]) for name in dit.means.names.values())
+    return conditions if same else base
 
 
-def shifted_from(dit: DiT, own: dict[str, Tensor], other: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-    """Where cells with conditions `own` go by the flow, and the way from there to `other`, (B, L, Z): to a trained
-    combination by the flow alone; for one that was never trained they stay where they are, and all is the way."""
-    moved_B = ~is_trained(dit, other)
-    by_flow = {
-        name: torch.where(moved_B, own[name], of_cell) if k in dit.means.names else of_cell
+def way(dit: DiT, base: Conditions, conditions: Conditions) -> Tensor | float:
+    """From cells of some labels to those of others, (B, L, Z), of standardised latents; 0 for the very same dict."""
+    if base is conditions:
+        return 0.0
+    to, of = (
+        {name: x.to(dit.latent_mean_LZ.device, non_blocking=True) for name, x in c.items()} for c in (conditions, base)
+    )
+    return dit.means(to) - dit.means(of)
+
+
+def stays(dit: DiT, own: Conditions, other: Conditions) -> Conditions:
+    """`other`, where the flow knows the way there from cells with conditions `own`; for a combination that was never
+    trained the labels of `own`: there the flow leads nowhere, and all is `way`."""
+    moved_B = ~_of_rows(dit, other, lambda ids_C, given_C: _known(_matching(dit, ids_C, given_C)))
+    if not moved_B.any():
+        return other
+    return {
+        name: torch.where(moved_B.to(of_cell.device), own[name], of_cell) if k in dit.means.names else of_cell
         for k, (name, of_cell) in enumerate(other.items())
     }
-    return by_flow, torch.as_tensor(dit.means(other)) - torch.as_tensor(dit.means(by_flow))
 
 
-def _of_rows(dit: DiT, conditions: dict[str, Tensor], of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def _of_rows(dit: DiT, conditions: Conditions, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """A function of label ids and of which are given, both (C,), for every cell; computed once where cells agree."""
-    ids_BC, given_BC = dit.label_ids(conditions), dit.is_given(conditions)
+    there = {name: of_cell.to(dit.latent_mean_LZ.device) for name, of_cell in conditions.items()}
+    ids_BC, given_BC = dit.label_ids(there), dit.is_given(there)
     rows, row_B = torch.cat([ids_BC, given_BC], 1).unique(dim=0, return_inverse=True)
     C = ids_BC.shape[1]
     return torch.stack([of(row[:C], row[C:].bool()) for row in rows])[row_B]

@@ -7,7 +7,8 @@ over the token's standard deviation (`pool`). Of an asked gene only a few
 numbers leave the decoder (`unpool`): the SwiGLU's last product and the head fold into one, and, where the
 latent tokens are few beside the width, its first product is taken per latent token instead of per gene.
 
-What is large, scores and hidden layers, is made tile by tile within the processor's cache and made again in backward.
+What is large, scores and hidden layers, is made tile by tile and made again in backward: within a processor's cache, or
+within a share of a GPU's memory.
 
 Reading order: pool, tables, _OneOverDeviation, _Pool; unpool, pays_by_latents, _HeadByLatents, _Head.
 """
@@ -31,8 +32,11 @@ from scldm.model.token import GeneToken
 
 # numbers in a tile: on a CPU 1 MB of float32, so that the passes over it stay in the cache of one core. With 2 MB of
 # that and tiles of 2^17, 2^18, 2^19, forward + backward: pooling in 61, 57, 55 ms, reading out in 191, 164, 161
-TILE_CPU, TILE_GPU = 1 << 18, 1 << 25
+TILE_CPU = 1 << 18
 GENES = 64  # of those, in the decoder: 64 x 2 x 688 (width 256) x 4 B = 352 kB of the genes' table
+# a GPU reads a tile from its memory anyway, and pays for launches: a tile is this share of it. Two are held, 0.6 GB of
+# 80 GB. By 32 cells of width 256 each of them has 3,500 genes in bf16: 3 tiles of 8,192 genes, and not 128
+TILE_SHARE = 1 / 256
 # the score of a gene that is not there: exp(MASKED / sigma) is 0, and MASKED * 0 is, unlike -inf * 0
 MASKED = -1e30
 # what a multiply-accumulate by latents costs beside one by gene: measured, 0.5 as many take 0.67 of the time, 1.4 times
@@ -234,14 +238,28 @@ def _scores(alpha_MK: Tensor, phi_bSK: Tensor, A: Tensor, out: Tensor) -> Tensor
     return out.add_(A)
 
 
+planned_memory = 0  # bytes of a GPU whose tiles are planned on a CPU, by `train/step_cost.py`; 0 where none is
+
+
+def tile_numbers(like: Tensor) -> int:
+    """Numbers in a tile of such a tensor: on a CPU what stays in its cache, on a GPU a share of its memory."""
+    if not on_gpu(like):
+        return TILE_CPU
+    memory = planned_memory or torch.cuda.get_device_properties(like.device).total_memory
+    return int(TILE_SHARE * memory) // like.element_size()
+
+
+def on_gpu(like: Tensor) -> bool:
+    return like.device.type == "cuda" or planned_memory > 0
+
+
 class _Space:
     """Tiles of as many cells (or rows) as fill them, and memory for two, made once: fresh memory costs a page fault for
     every 4 kB, more than what is then done with it.
     """
 
     def __init__(self, n: int, numbers_each: int, like: Tensor) -> None:
-        tile = TILE_CPU if like.device.type == "cpu" else TILE_GPU
-        self.n, self.step = n, min(n, max(1, tile // max(1, numbers_each)))
+        self.n, self.step = n, min(n, max(1, tile_numbers(like) // max(1, numbers_each)))
         self.memory = like.new_empty(2, self.step * numbers_each)
 
     def slices(self) -> Iterator[slice]:
@@ -459,13 +477,14 @@ def _gated_sum_backward(hidden: Tensor, d_out: Tensor, other: Tensor) -> Tensor:
 
 
 def _cell_gene_tiles(r_BQ: Tensor, T_QF: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """A few genes of as many cells as fill a tile, so that the genes' table stays in the cache with it; and memory for
-    two of its size.
+    """On a CPU a few genes of as many cells as fill a tile, so that the genes' table stays in the cache with it; on a
+    GPU as many genes of all cells. And memory for two of its size.
     """
     (B, Q), F2 = r_BQ.shape, T_QF.shape[1]
-    space = _Space(B, min(GENES, Q) * F2, T_QF)
-    for start in range(0, Q, GENES):
-        genes = slice(start, min(start + GENES, Q))
+    n_genes = max(1, tile_numbers(T_QF) // (B * F2 * GENES)) * GENES if on_gpu(T_QF) and B else GENES
+    space = _Space(B, min(n_genes, Q) * F2, T_QF)
+    for start in range(0, Q, n_genes):
+        genes = slice(start, min(start + n_genes, Q))
         for cells in space.slices():
             yield cells, genes, *space.two(cells.stop - cells.start, genes.stop - start, F2)
 

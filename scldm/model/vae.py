@@ -1,12 +1,13 @@
 """The autoencoder of a cell: a set of (gene, count) -> a few latent tokens -> a distribution for each asked gene.
 
 Source: Palla et al., arXiv 2511.02986; equations by their number in v1.
-Reading order: VAEConfig, Posterior, Predicted, VAE.
+Reading order: VAEConfig, chosen, Posterior, Predicted, VAE.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from scldm import count_draws
 from scldm.batch import GeneCounts
 from scldm.count_basis import TokenKind
 from scldm.errors import InputError
-from scldm.kernels import check_shape
+from scldm.kernels import check_available, check_shape
 from scldm.likelihood import (
     NORMALISED_TO,
     LikelihoodKind,
@@ -30,7 +31,7 @@ from scldm.likelihood import (
     zinb_log_prob,
 )
 from scldm.model import factorised, fused
-from scldm.model.attention import AttentionKind
+from scldm.model.attention import AttentionKind, Choice, fastest
 from scldm.model.blocks import TransformerBlock, Within
 from scldm.model.mcab import MCAB
 from scldm.model.token import GeneToken
@@ -56,8 +57,9 @@ class VAEConfig:
     direct: beside cross-attention, a linear way in and out: the mean of a cell's gene embeddings, weighted by log1p of
         the counts, to all latent tokens; and of the latent tokens' mean, an inner product with the asked gene's
         embedding to its value. The paper has neither
-    attention: how attention is computed, never what: plain (the formula), sdpa (torch's kernels), factorised (that, and
-        cross-attention without a matrix product per cell and gene), fused (that in kernels of our own: NVIDIA GPUs)
+    attention: how attention is computed, never what: auto (the fastest where it runs), plain (the formula), sdpa
+        (torch's kernels), factorised (that, and cross-attention without a matrix product per cell and gene), fused
+        (that in kernels of our own: NVIDIA GPUs)
     compile: torch.compile the transformer blocks; on a CPU that needs a C++ compiler
     recompute: keep a transformer block's input only, and compute the rest again in backward; likewise a chunk of genes
     gene_chunk: genes that the decoder takes at once; 0 takes all
@@ -73,15 +75,15 @@ class VAEConfig:
     likelihood: LikelihoodKind = "nb"
     token: TokenKind = "bins"
     direct: bool = True
-    attention: AttentionKind = "factorised"
+    attention: AttentionKind = "auto"
     compile: bool = False
     recompute: bool = False
     gene_chunk: int = 0
 
     @property
     def portable(self) -> VAEConfig:
-        """The same network as any machine runs it fastest, however it was trained: `factorised`, not compiled."""
-        return replace(self, attention="factorised", compile=False)
+        """The same network as any machine runs it fastest, however it was trained: attention `auto`, not compiled."""
+        return replace(self, attention="auto", compile=False)
 
     def __post_init__(self) -> None:
         for name in ("width", "n_latents", "latent_width", "n_heads", "decoder_cross_heads"):
@@ -93,9 +95,31 @@ class VAEConfig:
         if self.gene_chunk < 0:
             raise InputError(f"model.gene_chunk={self.gene_chunk} must not be negative")
         if self.attention == "fused":
-            check_shape(self.decoder_cross_heads, self.n_latents)
+            self.check_kernels()
         if not self.kl_weight >= 0:
             raise InputError(f"model.kl_weight={self.kl_weight} must not be negative")
+
+    def check_kernels(self) -> None:
+        """Raises: InputError for a shape that fused kernels don't take."""
+        check_shape(self.decoder_cross_heads, self.n_latents)
+
+
+def chosen(config: VAEConfig, device: torch.device, dtype: torch.dtype) -> Choice:
+    """How attention is computed on a device, with matrix products in a precision."""
+    if config.attention != "auto":
+        return Choice(config.attention, f"model.attention={config.attention}")
+    return fastest(device.type, dtype, _refusal(config, device) if device.type == "cuda" else "")
+
+
+@lru_cache
+def _refusal(config: VAEConfig, device: torch.device) -> str:
+    """Why fused kernels can't run; empty where they can. It is asked at every forward pass."""
+    try:
+        config.check_kernels()
+        check_available(device)
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 class Posterior(NamedTuple):  # a tuple: an engine that shards weights looks for tensors in what a network returns
@@ -265,6 +289,12 @@ class VAE(nn.Module):
         if self.config.likelihood != "gaussian":
             self.log_share.weight[1:, 0] = (mean_G / mean_G.sum()).log()
 
+    @property
+    def attention(self) -> Choice:
+        """How attention is computed where the weights lie, in the precision around the call."""
+        weight = self.head.weight
+        return chosen(self.config, weight.device, factorised.compute_dtype(weight))
+
     def forward(
         self, given: GeneCounts, asked_ids: Tensor, noise_BLZ: Tensor | None = None
     ) -> tuple[Posterior, Predicted]:
@@ -293,11 +323,12 @@ class VAE(nn.Module):
         return self.genes_in(self.norm_genes(mean_BD))
 
     def _attended(self, given: GeneCounts) -> Tensor:
-        if self.config.attention in ("factorised", "fused"):
-            read = fused.read_genes if self.config.attention == "fused" else factorised.read_genes
+        way = self.attention.way
+        if way in ("factorised", "fused"):
+            read = fused.read_genes if way == "fused" else factorised.read_genes
             return factorised.pool(self.pool, self.latent_queries, self.token, self.gene_embedding, given, read)
         tokens_BSD = self.token(self.gene_embedding(given.gene_ids), given.counts_BS)
-        return self.pool(self.latent_queries, tokens_BSD, given.mask)
+        return self.pool(self.latent_queries, tokens_BSD, given.mask if given.padded else None)
 
     def posterior(self, x_BLD: Tensor) -> Posterior:
         """From what was pooled of the genes, through the encoder's transformer blocks."""
@@ -385,10 +416,11 @@ class VAE(nn.Module):
             return (self.gene_embedding(asked_ids) @ cell_BD[..., None])[..., 0]
 
     def _attended_out(self, x_BLD: Tensor, asked_ids: Tensor) -> Tensor:
-        if self.config.attention == "fused":
+        way = self.attention.way
+        if way == "fused":
             return at_least_float32(fused.unpool(self.unpool, self.head, self.gene_embedding, asked_ids, x_BLD))
         embedded = self.gene_embedding(asked_ids)
-        if self.config.attention == "factorised":
+        if way == "factorised":
             return at_least_float32(factorised.unpool(self.unpool, self.head, embedded, x_BLD))
         return at_least_float32(self.head(self.unpool(embedded, x_BLD)))
 

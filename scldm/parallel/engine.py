@@ -39,7 +39,8 @@ class HardwareConfig:
     zero_stage: what DeepSpeed shards over the ranks: 1 optimizer states and averages, 2 gradients too, 3 weights too;
         as 3 gathers them around every layer, model.compile gains nothing there
     offload_optimizer: keep master weights, moments and averages in the host's memory, and step there
-    precision: fp32, or bf16 (autocast; master weights stay float32)
+    precision: fp32, or bf16 (autocast; master weights stay float32). TF32 is switched on nowhere: torch's products of
+        float32 stay such on every GPU. Only a kernel of model.attention=fused may take it, in bf16 alone
     threads: CPU threads per rank for torch
     peak_tflops: of a rank's device at the precision, dense, for MFU; 0 takes that of a GPU known by its name
     collective_timeout_s: longest wait of a rank for the others within one exchange, in seconds; a minute more than
@@ -334,7 +335,7 @@ def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def _set_steps(optimizer: torch.optim.Optimizer, n_steps: int) -> None:
     for state in optimizer.state.values():
-        state["step"] = torch.tensor(float(n_steps))
+        state["step"].fill_(float(n_steps))
 
 
 def _flat_moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
@@ -342,5 +343,6 @@ def _flat_moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[s
     state = optimizer.state[parameter]
     if not state:
         zeros = {moment: torch.zeros_like(parameter, requires_grad=False) for moment in MOMENTS}
-        state |= {"step": torch.tensor(0.0), **zeros}
+        fused = any(group.get("fused") for group in optimizer.param_groups)  # whose kernel reads the step where it runs
+        state |= {"step": torch.zeros((), device=parameter.device if fused else "cpu"), **zeros}
     return {moment: state[moment].view(-1) for moment in MOMENTS}

@@ -155,13 +155,14 @@ def train(
                     batch = batch.to(world.device)
                     loss, parts = stage.loss(engine.model, batch, Draws(config.seed, step, batch.positions_B))
                     engine.backward(loss / batch.n_cells)
-                    losses.append({"loss": loss.detach(), **{key: value.detach() for key, value in parts.items()}})
+                    parts = {"loss": loss, **parts, "cells": batch.weight_B.sum()}
+                    losses.append({key: value.detach() for key, value in parts.items()})
                 watch.mark(f"updates the weights in step {step}")
                 lr = learning_rate(optim, step, config.steps, end)
                 grad_norm = engine.step(lr)
                 if math.isfinite(grad_norm):
                     ema.update()
-                    meter.add(losses, batches)
+                    meter.add(losses)
                     skipped = 0
                 else:  # the engine left the weights as they were, on all ranks
                     skipped += 1

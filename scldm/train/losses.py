@@ -7,7 +7,8 @@ Reading order: Draws, Stage, VAEStage, LDMStage.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -33,8 +34,8 @@ class Draws:
     def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
         return draws.normal(self.seed, purpose, self.step, self.positions_B, shape)
 
-    def uniform(self, purpose: str, n: int) -> Tensor:
-        return draws.uniform(self.seed, purpose, self.step, self.positions_B, n)
+    def uniforms(self, n_of: Mapping[str, int]) -> dict[str, Tensor]:
+        return draws.uniforms(self.seed, n_of, self.step, self.positions_B)
 
 
 class Stage(Protocol):
@@ -116,11 +117,16 @@ class FlowConfig:
         if not self.time_std > 0:
             raise InputError(f"flow.time_std={self.time_std} must be above 0")
 
-    def draw_B(self, draw: Draws) -> Tensor:
-        """Flow times, (B,)."""
+    @property
+    def n_draws(self) -> int:
+        """Uniform draws for a cell's time."""
+        return 1 if self.time == "uniform" else 2
+
+    def time_B(self, u_BK: Tensor) -> Tensor:
+        """Flow times, (B,), of so many uniform draws."""
         if self.time == "uniform":
-            return draw.uniform("flow time", 1)[:, 0]
-        return torch.sigmoid(self.time_mean + self.time_std * draw.normal("flow time", (1,))[:, 0])
+            return u_BK[:, 0]
+        return torch.sigmoid(self.time_mean + self.time_std * draws.normal_of(u_BK, (1,))[:, 0])
 
 
 class LDMStage:
@@ -141,31 +147,35 @@ class LDMStage:
         self.module, self.guidance, self.flow, self.encode = module, guidance, flow or FlowConfig(), encode
 
     def loss(self, model: nn.Module, batch: LatentBatch | CellBatch, draw: Draws) -> tuple[Tensor, dict[str, Tensor]]:
-        hide, guidance = draw.uniform("conditions", 1 + len(batch.conditions)), self.guidance
-        given = self.module.of_labels(batch.conditions)
-        shown = drop_conditions(self.module, given, hide, guidance.drop_all, guidance.drop_each)
-        with_token_B = None
+        guidance, n_of = self.guidance, self._n_draws(self.flow) | {"conditions": 1 + len(batch.conditions)}
         if self.module.config.combination_tokens:
-            with_token_B = draw.uniform("combination token", 1)[:, 0] >= guidance.drop_token
-        return self._velocity_loss(model, batch, draw, self.flow.draw_B(draw), shown, with_token_B)
+            n_of["combination token"] = 1
+        u = draw.uniforms(n_of)
+        given = self.module.of_labels(batch.conditions)
+        shown = drop_conditions(self.module, given, u["conditions"], guidance.drop_all, guidance.drop_each)
+        with_token_B = u["combination token"][:, 0] >= guidance.drop_token if "combination token" in u else None
+        return self._velocity_loss(model, batch, u, self.flow, shown, with_token_B)
 
     def validation(self, model: nn.Module, batch: LatentBatch | CellBatch, draw: Draws) -> dict[str, Tensor]:
         """Conditional, at noise and times that are the same every time, and uniform whatever training prefers."""
-        given = self.module.of_labels(batch.conditions)
-        return self._velocity_loss(model, batch, draw, FlowConfig().draw_B(draw), given, None)[1]
+        given, flow = self.module.of_labels(batch.conditions), FlowConfig()
+        return self._velocity_loss(model, batch, draw.uniforms(self._n_draws(flow)), flow, given, None)[1]
+
+    def _n_draws(self, flow: FlowConfig) -> dict[str, int]:
+        return {"flow time": flow.n_draws, "flow noise": 2 * math.prod(self.module.latent_shape)}
 
     def _velocity_loss(
         self,
         model: nn.Module,
         batch: LatentBatch | CellBatch,
-        draw: Draws,
-        t_B: Tensor,
+        u: dict[str, Tensor],
+        flow: FlowConfig,
         conditions: dict[str, Tensor],
         with_token_B: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         z_BLZ = self.module.standardise(self.latents(batch))
-        noise_BLZ = draw.normal("flow noise", self.module.latent_shape)
-        loss_B = velocity_loss_B(model, z_BLZ, noise_BLZ, t_B, conditions, with_token_B)
+        noise_BLZ = draws.normal_of(u["flow noise"], self.module.latent_shape)
+        loss_B = velocity_loss_B(model, z_BLZ, noise_BLZ, flow.time_B(u["flow time"]), conditions, with_token_B)
         loss = (loss_B * batch.weight_B).sum()
         return loss, {"velocity_loss": loss.detach()}
 

@@ -1,7 +1,7 @@
 """A run's folder: made once, and resumed only by the same command.
 
 config.json       the resolved config, as given
-environment.json  versions, commit, host, command line; one entry per start
+environment.json  versions, commit, host, command line, how attention is computed; one entry per start
 metrics.jsonl     see tracking.py
 outcome.json      running, finished, stopped or failed; the exit code and why
 checkpoints/      see checkpoint.py
@@ -41,11 +41,14 @@ WAIT_S = 120.0  # for a lock that another process holds
 
 
 @contextmanager
-def open_run_folder(run_dir: Path, config: Mapping[str, Any], free: tuple[str, ...]) -> Iterator[None]:
+def open_run_folder(
+    run_dir: Path, config: Mapping[str, Any], free: tuple[str, ...], notes: Mapping[str, str] | None = None
+) -> Iterator[None]:
     """Make the folder, or check that the run in it has this config; what differs and may is printed. Within, no other
     process may train in it.
 
     free: keys, or groups of keys, that a resume may change because they do not change the result
+    notes: of this start, kept with its environment
 
     Raises: InputError where the folder holds another run, with the keys that differ, or another process trains in it.
     """
@@ -73,7 +76,7 @@ def open_run_folder(run_dir: Path, config: Mapping[str, Any], free: tuple[str, .
             left.unlink()
         if not path.is_file() or read_json(path) != config:
             write_json(path, config)
-        write_json(run_dir / ENVIRONMENT, [*_starts(run_dir), describe()])
+        write_json(run_dir / ENVIRONMENT, [*_starts(run_dir), {**describe(), **(notes or {})}])
         yield
 
 

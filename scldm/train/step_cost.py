@@ -45,15 +45,20 @@ class StepCost:
 
 
 def step_cost(
-    make: Callable[[], nn.Module], loss_of: LossOf, device: Literal["cpu", "cuda"] = "cuda", bf16: bool = False
+    make: Callable[[], nn.Module],
+    loss_of: LossOf,
+    device: Literal["cpu", "cuda"] = "cuda",
+    bf16: bool = False,
+    memory_gb: float = 80.0,
 ) -> StepCost:
     """Trace a pass of a network.
 
     make: the network; called where tensors have no storage
     loss_of: from the network to the loss; makes its own inputs
     device: whose tiles; the trace itself runs as on a CPU, since torch slices tensors of a device only where it is
+    memory_gb: of a GPU, in 1e9 bytes: its tiles are a share of it
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), _tiles_of(device):
+    with FakeTensorMode(allow_non_fake_inputs=True), _tiles_of(memory_gb if device == "cuda" else 0.0):
         network = make()
         linear = {id(p) for m in network.modules() if isinstance(m, nn.Linear) for p in m.parameters(recurse=False)}
         sizes = [(p.numel(), id(p) in linear) for p in network.parameters()]
@@ -75,8 +80,8 @@ def _trace(network: nn.Module, loss_of: LossOf, bf16: bool, keep_gradients: bool
 
 
 def vae_step(config: VAEConfig, n_genes: int, n_cells: int, n_given: int, n_asked: int, **how: Any) -> StepCost:
-    """Of the autoencoder on cells that share their gene sets; where attention is `fused`, as any machine can run it."""
-    attention = "factorised" if config.attention == "fused" else config.attention
+    """Of the autoencoder on cells that share their gene sets; what may run as `fused` is taken as `factorised`."""
+    attention = "factorised" if config.attention in ("auto", "fused") else config.attention
     config = replace(config, attention=attention, compile=False)
 
     def loss_of(run: nn.Module) -> Tensor:
@@ -111,13 +116,12 @@ def _drop(parameter: Tensor) -> None:
 
 
 @contextmanager
-def _tiles_of(device: str) -> Iterator[None]:
-    before = factorised.TILE_CPU
-    factorised.TILE_CPU = factorised.TILE_GPU if device == "cuda" else before
+def _tiles_of(memory_gb: float) -> Iterator[None]:
+    factorised.planned_memory = int(1e9 * memory_gb)
     try:
         yield
     finally:
-        factorised.TILE_CPU = before
+        factorised.planned_memory = 0
 
 
 class _Watch(TorchDispatchMode):

@@ -66,13 +66,12 @@ class Meter:
         self._waited_s += time.perf_counter() - began
         return batches
 
-    def add(self, losses: list[dict[str, torch.Tensor]], batches: list[Any]) -> None:
-        """The loss and its parts of each micro-batch of a step."""
-        sums: dict[str, torch.Tensor] = {"cells": torch.zeros((), device=self.world.device)}
-        for parts, batch in zip(losses, batches, strict=True):
+    def add(self, losses: list[dict[str, torch.Tensor]]) -> None:
+        """The loss, its parts and the cells of each micro-batch of a step, on this rank's device."""
+        sums: dict[str, torch.Tensor] = {}
+        for parts in losses:
             for key, value in parts.items():
                 sums[key] = sums.get(key, 0) + value
-            sums["cells"] = sums["cells"] + batch.weight_B.sum().to(self.world.device)
         self._unsettled.append(sums)
         self._cells += sums["cells"]
         self.n_steps, self._n_timed = self.n_steps + 1, self._n_timed + 1

@@ -99,6 +99,7 @@ def test_bench_vae_step():
     rows = {row.name: row.value for row in vae_step.main(config).rows}
     assert rows["factorised"] > 0
     assert rows["plain / factorised, time"] > 0
+    assert rows["auto, here factorised, / the fastest way, time"] >= 1
 
 
 def test_knn_accuracy_leaves_the_cell_itself_out():

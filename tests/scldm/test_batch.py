@@ -94,3 +94,14 @@ def test_a_gpu_gets_it_from_pinned_memory_and_gathers_the_same():
         assert b.counts_BS.is_cuda
         assert a.counts_BS.equal(b.counts_BS.cpu())
     assert here.library_size_B.equal(there.library_size_B.cpu())
+
+
+def test_a_shared_set_says_whether_it_is_padded():
+    """Attention leaves its mask out where it says no, so a padded set must never do."""
+    counts = np.random.default_rng(0).integers(0, 3, (4, 20))
+    full, padded = torch.arange(1, 13, dtype=torch.int16), torch.tensor([3, 0, 5], dtype=torch.int16)
+    assert not compact(counts, full, full, 20).to("cpu").given.padded
+    assert not compact(counts, full, full, 20).to("cpu").to("cpu").asked.padded
+    for ids in (padded, full.expand(4, -1)):
+        assert compact(counts, ids, ids, 20).to("cpu").given.padded
+    assert GeneCounts(full.long(), torch.zeros(4, 12)).padded, "unless it is known"

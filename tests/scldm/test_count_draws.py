@@ -140,3 +140,18 @@ def test_a_genes_count_is_its_own_whatever_is_drawn_with_it(likelihood) -> None:
     assert torch.equal(few.sample(size[rows], draws.keys(5, "counts", cells[rows], genes)), whole[rows])
     for other in (draws.keys(6, "counts", cells, genes), draws.keys(5, "counts", cells + 40, genes)):
         assert (predicted.sample(size, other) != whole).float().mean() > 0.3
+
+
+@pytest.mark.parametrize("ahead", [(8, 4), (3, 1), (1, 2)])
+def test_counts_do_not_depend_on_how_much_is_drawn_before_it_is_asked_who_is_left(
+    ahead: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: every way of drawing is taken, small and large rates alike."""
+    keys = draws.keys(3, "counts", torch.arange(16), torch.arange(500))
+    generator = torch.Generator().manual_seed(0)
+    mu = torch.exp(3 * torch.randn(16, 500, generator=generator))
+    theta = torch.exp(2 * torch.randn(500, generator=generator))
+    one_by_one = count_draws.negative_binomial(mu, theta, keys), count_draws.poisson(mu, keys)
+    monkeypatch.setattr(count_draws, "_before_asking", lambda like: count_draws._Ahead(*ahead))
+    ahead_of_time = count_draws.negative_binomial(mu, theta, keys), count_draws.poisson(mu, keys)
+    assert all(torch.equal(x, y) for x, y in zip(one_by_one, ahead_of_time, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from functools import partial
 
 import pytest
@@ -29,7 +30,7 @@ def test_philox_is_the_published_function(monkeypatch: pytest.MonkeyPatch, count
     block, low, step, high = counter
     monkeypatch.setattr("scldm.draws.zlib.crc32", lambda purpose: 0)
     monkeypatch.setattr("scldm.draws.torch.arange", lambda n, device: torch.tensor([block]))
-    words = draws.philox(key[0] | key[1] << 32, "", step, torch.tensor([low | high << 32]), 1)
+    words = draws.philox(key[0] | key[1] << 32, {"": 1}, step, torch.tensor([low | high << 32]))
     assert tuple(words.flatten().tolist()) == expected
 
 
@@ -38,6 +39,34 @@ def test_a_row_is_the_same_in_any_batch(draw) -> None:
     whole = draw(1, "noise", 4, POSITIONS)
     order = torch.tensor([3, 0, 4])
     assert torch.equal(draw(1, "noise", 4, POSITIONS[order]), whole[order])
+
+
+def philox_in_plain_python(seed: int, purpose: str, step: int, position: int, block: int) -> list[int]:
+    """The specification, in numbers without a size. Source: Salmon et al. 2011, section 3.3."""
+    low = 0xFFFFFFFF
+    x = [block, position & low, step & low, (position >> 32 ^ step >> 32) & low]
+    key = [seed & low, zlib.crc32(purpose.encode()) ^ (seed >> 32 & low)]
+    for _ in range(10):
+        a, b = x[0] * 0xD2511F53, x[2] * 0xCD9E8D57
+        x = [b >> 32 ^ x[1] ^ key[0], b & low, a >> 32 ^ x[3] ^ key[1], a & low]
+        key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
+    return x
+
+
+def test_several_purposes_at_once_are_each_by_itself() -> None:
+    """Bit for bit the published function at every address: wide seeds, steps and positions, several blocks."""
+    positions = torch.tensor([0, 5, 99, 2**31, 2**32 - 1, 2**40 + 3, 2**62 + 11])
+    n_of = {"conditions": 3, "flow noise": 10, "flow time": 1}
+    for seed, step in ((0, 0), (1, 7), (2**32 - 1, 2**31), (2**40 + 7, 2**33 + 1), (2**63 - 1, 2**32 - 1)):
+        together = draws.uniforms(seed, n_of, step, positions)
+        for purpose, n in n_of.items():
+            assert torch.equal(together[purpose], draws.uniform(seed, purpose, step, positions, n))
+            words = [
+                [w for block in range((n + 3) // 4) for w in philox_in_plain_python(seed, purpose, step, at, block)]
+                for at in positions.tolist()
+            ]
+            expected = ((torch.tensor(words) >> 9).float() + 0.5) * 2.0**-23
+            assert torch.equal(together[purpose], expected[:, :n])
 
 
 def test_more_numbers_begin_with_the_same() -> None:
@@ -71,8 +100,10 @@ def test_a_key_draws_what_splitmix64_draws_from_it() -> None:
     """Its first two numbers for the seed 1234567, as every implementation of it tests them, in 53 bits."""
     found = [float(draws.uniform_of(torch.tensor([1234567]), k)) for k in (0, 1)]
     assert found == pytest.approx([6457827717110365317 / 2**64, 3203168211198807973 / 2**64], abs=2**-52)
-    both = draws.uniform_of(torch.tensor([1234567, 1234567]), torch.tensor([0, 1]))
-    assert both.tolist() == found
+    for k in (0, 1, 1 << 20, (1 << 31) + 6):  # one number for all keys, or one each
+        assert torch.equal(
+            draws.bits_of(torch.tensor([5, -3]), k), draws.bits_of(torch.tensor([5, -3]), torch.tensor(k))
+        )
 
 
 def test_the_keys_of_cells_and_genes_draw_independently() -> None:

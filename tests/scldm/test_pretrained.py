@@ -91,7 +91,7 @@ def test_it_embeds_by_the_factorised_path_however_it_was_trained(tmp_path: Path,
     trained.load_state_dict(vae.state_dict())
     save_pretrained(tmp_path / "model", trained, None, GENES, CONDITIONS, library_sizes(), {})
     loaded = scldm.load(tmp_path / "model")
-    assert loaded.vae.config.attention == "factorised"
+    assert loaded.vae.config.attention == "auto"
     np.testing.assert_array_equal(loaded.embed(cells(3)), model.embed(cells(3)))
 
 
@@ -148,7 +148,8 @@ def test_bfloat16_is_near_and_is_written_down(model: Pretrained) -> None:
     assert made.X.dtype == np.float32
     assert 1e-4 < np.abs(made.X / expected.X - 1).max() < 0.05
     np.testing.assert_allclose(made.obs["log_likelihood"], expected.obs["log_likelihood"], rtol=1e-2)
-    assert made.uns["scldm"] == {"model": model.hash, "batch": 32, "precision": "bfloat16"}
+    kept = {"model": model.hash, "batch": 32, "precision": "bfloat16", "attention": "factorised"}
+    assert made.uns["scldm"] == kept
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_trained_by_them_a_model_is_loaded_anywhere(tmp_path):
     genes, nothing = GeneVocab(("CD3D", "MS4A1", "NKG7"), "symbol"), ConditionVocab({})
     save_pretrained(tmp_path / "model", VAE(config, 3), None, genes, nothing, LibrarySizeModel((), {}), {})
     model = scldm.load(tmp_path / "model")
-    assert model.vae.config == replace(config, attention="factorised")
+    assert model.vae.config == replace(config, attention="auto")
     cells = ad.AnnData(np.array([[1, 0, 4], [0, 2, 1]]), var=pd.DataFrame(index=list(genes.ids)))
     assert np.isfinite(model.embed(cells)).all()
 

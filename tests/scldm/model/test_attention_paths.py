@@ -220,6 +220,30 @@ def test_fused_kernels_of_larger_tiles_than_one(kernels, monkeypatch):
         assert max(relative_errors(outcome(vae, "fused", given, torch.float64), true).values()) < 1e-9
 
 
+@pytest.mark.parametrize("kind", ["plain", "sdpa"])
+def test_a_set_without_padding_needs_no_mask(kind, monkeypatch):
+    """The same function; and torch's kernels get what they want on a GPU: four axes, equal batches and no mask."""
+    calls = []
+    compute = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        calls.append((q.shape, k.shape, attn_mask is None))
+        return compute(q, k, v, attn_mask=attn_mask)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    vae, given = trained_like(replace(CONFIG, attention=kind), N_GENES), Case().batch()
+    masked = vae.encode(given).mean_BLZ
+    calls.clear()
+    bare = vae.encode(replace(given, padded=False)).mean_BLZ
+    vae.decode(bare, given.gene_ids)
+    torch.testing.assert_close(bare, masked, atol=1e-12, rtol=1e-12)
+    assert len(calls) == (4 if kind == "sdpa" else 0), "two blocks and both cross-attentions"
+    for q, k, without_mask in calls:
+        assert len(q) == len(k) == 4
+        assert q[:2] == k[:2] == (B, q[1])
+        assert without_mask
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_empty_set_reads_zero(kind, request):
     """One cell is given nothing but padding: its latents are finite, those of the others untouched."""

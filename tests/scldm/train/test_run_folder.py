@@ -40,6 +40,14 @@ def test_the_same_command_opens_the_folder_again_and_every_start_is_noted(tmp_pa
     assert {"versions", "git", "command"} <= starts[0].keys()
 
 
+def test_how_a_start_computes_is_kept_with_its_environment(tmp_path: Path) -> None:
+    for way in ("factorised", "fused"):
+        with open_run_folder(tmp_path, CONFIG, FREE, {"attention": way}):
+            pass
+    starts = json.loads((tmp_path / "environment.json").read_text())
+    assert [start["attention"] for start in starts] == ["factorised", "fused"]
+
+
 def test_what_is_free_may_change_and_is_noted(tmp_path: Path) -> None:
     opened(tmp_path, CONFIG, FREE)
     opened(tmp_path, {**changed(train={"keep": 9}), "run_dir": "b", "hardware": {"threads": 4}}, FREE)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,23 +23,25 @@ def test_a_row_is_of_the_cells_and_the_time_between_two_readings(monkeypatch: py
     def loader() -> Any:
         while True:
             clock[0] += 1.0  # the loader takes a second, what follows three
-            yield [SimpleNamespace(weight_B=torch.tensor([1.0, 1.0, 0.0]))]
+            yield None
 
     meter, stream = Meter(ALONE, flops_per_cell=5.0, peak=100.0), loader()
     for loss in (4.0, 8.0):
-        batches = meter.wait_for(stream)
+        meter.wait_for(stream)
         clock[0] += 3.0
-        meter.add([{"loss": torch.tensor(loss)}], batches)
+        meter.add([{"loss": torch.tensor(loss), "cells": torch.tensor(2.0)}])
     row, own = meter.read()
     assert row["loss"] == 3.0  # 12 over the 4 cells that count
     assert (row["cells_per_s"], row["cells_per_s_rank"], row["step_s"]) == (0.5, 0.5, 4.0)
     assert (row["waiting_share"], own["waiting_share"]) == (0.25, 0.25)
     assert row["mfu"] == pytest.approx(0.5 * 5.0 / 100.0)
     assert 0.01 < row["memory_gb"] < 100
-    meter.add([{"loss": torch.tensor(1.0)}], meter.wait_for(stream))
+    meter.wait_for(stream)
+    meter.add([{"loss": torch.tensor(1.0), "cells": torch.tensor(2.0)}])
     with meter.paused():  # a validation is no training
         clock[0] += 1_000
-    meter.add([{"loss": torch.tensor(3.0)}], meter.wait_for(stream))
+    meter.wait_for(stream)
+    meter.add([{"loss": torch.tensor(3.0), "cells": torch.tensor(2.0)}])
     row, _ = meter.read()
     assert (row["step_s"], row["cells_per_s"], row["loss"]) == (1.0, 2.0, 1.0)
 

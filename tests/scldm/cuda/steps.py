@@ -1,0 +1,145 @@
+"""Prints, as JSON, what each step of the product launches on a GPU and waits for: name -> kernels, waits, sdpa.
+
+python -m tests.scldm.cuda.steps GUARD_LIBRARY
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.scldm.cuda.named import Counts, pretend, watched, without_storage
+
+os.environ.pop("TRITON_INTERPRET", None)
+pretend(Path(sys.argv[1]))
+
+import anndata as ad  # noqa: E402
+import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
+import scipy.sparse as sp  # noqa: E402
+import torch  # noqa: E402
+
+import scldm.kernels.pool as pool_kernels  # noqa: E402
+import scldm.kernels.unpool as unpool_kernels  # noqa: E402
+from launch.bench.ways import of_preset  # noqa: E402
+from scldm.batch import CompactCellBatch, CompactCounts, LatentBatch  # noqa: E402
+from scldm.flow.generate import SamplerConfig  # noqa: E402
+from scldm.library_size import LibrarySizeModel, LogNormal  # noqa: E402
+from scldm.model.dit import DiT, DiTConfig  # noqa: E402
+from scldm.model.vae import VAE  # noqa: E402
+from scldm.parallel.dist import World  # noqa: E402
+from scldm.parallel.engine import HardwareConfig, PlainEngine  # noqa: E402
+from scldm.pretrained import Pretrained  # noqa: E402
+from scldm.train.ema import EMA  # noqa: E402
+from scldm.train.losses import Draws, GuidanceConfig, LDMStage, VAEStage  # noqa: E402
+from scldm.train.optim import OptimConfig, make_optimizer  # noqa: E402
+from scldm.train.throughput import Meter  # noqa: E402
+from scldm.vocab import ConditionVocab, GeneVocab  # noqa: E402
+from tests.scldm.cuda.named import ACTIVE  # noqa: E402
+
+GPU = World(0, 1, torch.device("cuda", 0))
+G, S = 36_130, 8_192  # of the Census, and of the presets
+FOUND: dict[str, Any] = {}
+
+for module in (pool_kernels, unpool_kernels):
+    module.launch = lambda *_, **__: ACTIVE[-1].launched()
+
+
+def note(name: str, counts: Counts) -> None:
+    most = dict(counts.by_line.most_common(40))
+    FOUND[name] = {"kernels": counts.kernels, "waits": counts.waits, "sdpa": counts.sdpa, "by_line": most}
+
+
+def rest(B: int) -> dict[str, Any]:
+    labels = {name: torch.zeros(B, dtype=torch.int64) for name in ("type", "donor")}
+    identity = {"cell_ids_B2": torch.zeros(B, 2, dtype=torch.int64), "positions_B": torch.arange(B), "n_cells": 1_024}
+    return {"library_size_all_B": torch.ones(B), "weight_B": torch.ones(B), "conditions": labels, **identity}
+
+
+def cells(B: int, own: bool) -> CompactCellBatch:
+    X = 2_000 * B
+    where, counts = torch.zeros(37, dtype=torch.int32), torch.zeros(X, dtype=torch.uint8)
+    csr = CompactCounts(
+        torch.zeros(B + 1, dtype=torch.int32), torch.zeros(X, dtype=torch.int16), counts, where, where, G + 1
+    )
+    ids = torch.ones((B, S) if own else (S,), dtype=torch.int16)
+    return CompactCellBatch(csr=csr, given_ids=ids, asked_ids=ids, **rest(B))
+
+
+def train(name: str, stage: Any, batch: Any, precision: str) -> None:
+    """A step as the loop makes it: the cells to the GPU, loss, backward, step, averages, metrics; and validation."""
+    hardware = HardwareConfig(engine="plain", precision=precision)
+    engine = PlainEngine(stage.module, lambda model: make_optimizer(OptimConfig(), model), hardware, 10.0, GPU)
+    ema, meter = EMA(engine, 0.999), Meter(GPU)
+    with watched() as counts:
+        here = batch.to(GPU.device)
+        loss, parts = stage.loss(engine.model, here, Draws(0, 7, here.positions_B))
+        engine.backward(loss / here.n_cells)
+        engine.step(1e-3)
+        ema.update()
+        meter.add([{"loss": loss.detach(), **parts, "cells": here.weight_B.sum()}])
+    note(f"{name}: step", counts)
+    with watched() as counts, torch.no_grad():
+        here = batch.to(GPU.device)
+        stage.validation(engine.model, here, Draws(1, 0, here.positions_B))
+    note(f"{name}: validation", counts)
+
+
+def vae_of(preset: str, attention: str = "auto") -> VAE:
+    with torch.device(GPU.device):
+        return VAE(dataclasses.replace(of_preset(preset, None), attention=attention), G)
+
+
+def dit_of(n_latents: int) -> DiT:
+    with torch.device(GPU.device):
+        return DiT(DiTConfig(), n_latents, 16, {"type": 3, "donor": 2})
+
+
+def vae_steps(B: int, own: bool, precision: str, ways: tuple[str, ...]) -> None:
+    for way in ways:
+        sets = "own sets" if own else "shared set"
+        train(f"vae/20m {precision} {sets}, {way}", VAEStage(vae_of("20m", way)), cells(B, own), precision)
+
+
+def ldm_steps() -> None:
+    batch = LatentBatch(latent_BLZ=torch.zeros(128, 64, 16), **rest(128))
+    train("ldm/base bf16", LDMStage(dit_of(64), GuidanceConfig()), batch, "bf16")
+
+
+def verbs(n: int = 70, n_genes: int = 3_699) -> None:
+    """embed, reconstruct, generate, transform: two batches each, one step of the solver."""
+    genes = GeneVocab(tuple(f"ENSG{k:011d}" for k in range(n_genes)), "ensembl")
+    labels = ConditionVocab({"type": ("T cell", "B cell", "NK"), "donor": ("d1", "d2")})
+    sizes = LibrarySizeModel(("type", "donor"), {(): {(): LogNormal(9, 5.0, 0.1)}, ("type",): {}})
+    with torch.device(GPU.device):
+        vae = VAE(of_preset("20m", None), n_genes)
+    networks = (net.eval().requires_grad_(False) for net in (vae, dit_of(64)))
+    model = Pretrained(*networks, genes, labels, sizes, {}, "none", precision="bfloat16")
+    counts = np.random.default_rng(0).poisson(0.2, (n, n_genes)).astype(np.int32)
+    counts[:, 0] = 1
+    obs = pd.DataFrame({"type": ["T cell"] * n, "donor": ["d1"] * n}, index=[f"c{k}" for k in range(n)])
+    adata = ad.AnnData(sp.csr_matrix(counts), obs=obs, var=pd.DataFrame(index=list(genes.ids)))
+    wanted, few = obs.assign(library_size=1_000.0), SamplerConfig("heun", 1, guidance_scale=1.5)
+    runs = {
+        "embed": lambda: model.embed(adata),
+        "reconstruct": lambda: model.reconstruct(adata),
+        "generate": lambda: model.generate(wanted, seed=0, sampler=few),
+        "transform": lambda: model.transform(adata, {"type": "NK"}, sampler=few),
+    }
+    for name, run in runs.items():
+        with watched() as counts:
+            run()
+        note(name, counts)
+
+
+with without_storage():
+    vae_steps(32, False, "bf16", ("auto", "plain", "sdpa"))
+    for precision, own in (("fp32", False), ("bf16", True)):
+        vae_steps(32, own, precision, ("auto", "sdpa"))
+    ldm_steps()
+    verbs()
+print(json.dumps(FOUND, indent=1))
