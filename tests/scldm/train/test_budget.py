@@ -39,7 +39,7 @@ def test_activations_grow_with_cells_and_gradients_with_parameters() -> None:
 
 
 def test_states_are_shared_out_as_the_stages_say() -> None:
-    cost = StepCost(1_000, 800, 0, 500, 600)
+    cost = StepCost(1_000, 800, 0, 0, 500, 600)
     for stage, kept in ((1, 4), (2, 4), (3, 0.5)):
         memory = rank_memory(cost, stage, 8)
         assert memory.weights == kept * 1_000
@@ -52,7 +52,7 @@ def test_states_are_shared_out_as_the_stages_say() -> None:
 
 
 def test_what_validation_and_saving_take_is_planned() -> None:
-    cost = StepCost(1_000, 800, 0, 20_000, 20_000)
+    cost = StepCost(1_000, 800, 0, 0, 20_000, 20_000)
     memory = rank_memory(cost, 1, 1, bucket=0)
     assert memory.peak == memory.training + 4_000  # the weights, put by for the averages
     assert memory.saved == 16_000  # weights, averages, two moments
