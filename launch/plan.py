@@ -61,9 +61,9 @@ class PlannedHardware(HardwareConfig):
     memory_gb: of a GPU, in 1e9 bytes
     context_gb: what CUDA, NCCL and the allocator's gaps take of it
     mfu: share of the peak that is reached by what computes
-    launch_us: what the host takes to launch a kernel, in microseconds: a micro-batch takes no less than that for each of
-        its kernels. 5 is assumed: torch takes 5 to 10 for an operation that is not compiled; nothing here measured it
-        yet, `python -m benchmarks.gpu_profile` does
+    launch_us: what the host takes to launch a kernel, in microseconds: a micro-batch takes no less than that for each
+        of its kernels. 5 is an assumption, as torch takes 5 to 10 for an operation that is not compiled. It was not
+        measured here; `python -m benchmarks.gpu_profile` measures it
     memory_tb_s: of a GPU's memory, in 1e12 bytes a second, at which the optimizer runs; 0 takes that of `gpu`, from
         data sheets (scldm/train/throughput.py)
     link_gb_s: what a GPU sends to other nodes, in 1e9 bytes a second; a node's links divided by its GPUs
@@ -261,7 +261,9 @@ class Plan:
         if self.kernels is None:
             return "launches that a compiled network has, not counted"
         each = self.config.hardware.launch_us
-        return f"{self.launch_s * 1e3:,.1f} ms of launching {self.kernels:,} kernels in {each:g} us each if that is more"
+        return (
+            f"{self.launch_s * 1e3:,.1f} ms of launching {self.kernels:,} kernels in {each:g} us each if that is more"
+        )
 
     @property
     def optimizer(self) -> str:

@@ -154,8 +154,8 @@ def preset_rows(words: Sequence[str], n_genes: int, config: BenchTrainConfig, wo
     """A preset of training (and further words of its command line) through ZeRO-2 in bf16, or where DeepSpeed is not
     installed through the plain engine, on whatever device this is.
 
-    Memory beside what the plan says of it; MFU where the device's peak is known, by the FLOPs of the path that ran and by
-    those of the formula, which are more where the path saves some.
+    Memory beside what the plan says of it; MFU where the device's peak is known, by the FLOPs of the path that ran and
+    by those of the formula, which are more where the path saves some.
     """
     engine = "deepspeed" if installed() else "plain"
     work, hardware = preset_work(words, n_genes), HardwareConfig(engine=engine, zero_stage=2, precision="bf16")

@@ -60,7 +60,9 @@ def test_what_a_gpu_is_measured_with_runs_on_any_device(tmp_path: Path) -> None:
         assert rows[f"{preset}: peak memory"] > 0
         assert rows[f"{preset}: deepspeed / bare step"] > 0.5
     by_formula = 3 * sum(vae_flops(vae_shape(), 4, 256, 256).values())
-    assert rows["vae/tiny: MFU by the formula's FLOPs"] == pytest.approx(rows["vae/tiny: cells/s on the deepspeed engine"] * by_formula / 4 / 1e12)
+    assert rows["vae/tiny: MFU by the formula's FLOPs"] == pytest.approx(
+        rows["vae/tiny: cells/s on the deepspeed engine"] * by_formula / 4 / 1e12
+    )
 
 
 def vae_cost() -> StepCost:
