@@ -59,19 +59,19 @@ SMALL_STEP = f"{SMALL} precision=fp32 n_genes=80 n_given=40 n_asked=40"
 STEPS = (
     Step(
         "parity",
-        110,
+        100,
         ("-m", "benchmarks.gpu_parity"),
         ("-k", "test_on_gpu or test_reading_out", "-m", "not slow", "-n", "0"),
     ),
     Step(
         "profile",
-        50,
+        45,
         ("-m", "benchmarks.gpu_profile", "preset=20m", "cells=32,128", "genes=8192"),
         tuple(f"{SMALL} precision=fp32 genes=40 n_genes=80 steps=1".split()),
     ),
     _bench(
         "dentate",
-        30,
+        25,
         "vae-step preset=dentate_gyrus cells=128 n_genes=17002 n_given=4096 n_asked=4096 precision=bf16 repeats=3",
         SMALL_STEP,
     ),
@@ -83,31 +83,31 @@ STEPS = (
     ),
     _bench(
         "generate-census",
-        40,
+        35,
         "generate random=70m genes=36130 batch=64,256 precision=float32,bfloat16",
         "random=tiny random_ldm=tiny genes=60 batch=2 precision=float32 repeats=1 sampler.n_steps=1",
     ),
     _bench(
         "train",
-        70,
+        65,
         "train steps=10 rounds=2 precision=bf16 cells=128 n_genes=2048",
         "steps=3 rounds=1 precision=fp32 cells=2 n_genes=20 model.width=16 model.n_layers=1",
     ),
     _bench(
         "step-census",
-        90,
+        80,
         "vae-step preset=20m cells=32 n_genes=36130 n_given=8000 n_asked=36130 precision=bf16 compile=true repeats=3",
         SMALL_STEP,
     ),
     _bench(
         "step-128",
-        60,
+        50,
         "vae-step preset=20m cells=128 n_genes=36130 n_given=8192 n_asked=8192 precision=bf16 compile=true repeats=3",
         SMALL_STEP,
     ),
     _bench(
         "mcab",
-        90,
+        75,
         "mcab preset=20m cells=128 given=2048,8192 asked=8192,36130 n_genes=36130 cells_encoded=0 precision=bf16 "
         "compile=true repeats=3",
         f"{SMALL} precision=fp32 given=30 asked=30 n_genes=80",
