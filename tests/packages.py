@@ -20,7 +20,8 @@ class Some:
 
     def find_spec(self, name, path=None, target=None):
         top = name.partition(".")[0]
-        if top in HIDDEN or (SHOWN and top not in SHOWN and top not in sys.stdlib_module_names):
+        of_python = top in sys.stdlib_module_names or top.startswith("_sysconfigdata")
+        if top in HIDDEN or (SHOWN and top not in SHOWN and not of_python):
             return None
         return self.finder.find_spec(name, path, target)
 

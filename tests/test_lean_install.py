@@ -28,8 +28,8 @@ for module in pkgutil.walk_packages(scldm.__path__, "scldm."):
 import torch
 print(platform.python_version(), torch.__version__)
 """
-STEPS = ["train.steps=3", "train.global_batch=8", "train.validate_every=3", "train.save_every=3", "train.log_every=1"]
-RUN = ["hardware.engine=plain", "hardware.micro_batch=8", "tracking.enabled=false", "model.width=16", *STEPS]
+STEPS = ["train.steps=3", "train.global_batch=10", "train.validate_every=3", "train.save_every=3", "train.log_every=1"]
+RUN = ["hardware.engine=plain", "hardware.micro_batch=10", "tracking.enabled=false", "model.width=16", *STEPS]
 
 
 def check(python: str, folder: Path, environment: dict[str, str]) -> list[str]:

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from scldm.count_basis import N_BINS
 from scldm.model.dit import DiTConfig
 from scldm.model.flops import vae_flops
 from scldm.model.vae import VAEConfig
-from scldm.train.budget import rank_memory, sent_bytes
-from scldm.train.step_cost import StepCost, dit_step, vae_step
+from scldm.train.budget import plain_memory, rank_memory, sent_bytes
+from scldm.train.step_cost import StepCost, dit_step, step_cost, vae_step
 
 ROOT = Path(__file__).resolve().parents[3]
 SHAPE = VAEConfig(width=32, n_latents=4, latent_width=4, n_layers=2, n_heads=2, attention="plain")
@@ -29,6 +31,24 @@ def test_the_formula_path_takes_the_flops_of_the_formula() -> None:
     again = vae_step(VAEConfig(**{**vars(SHAPE), "recompute": True}), 500, 3, 120, 90)
     assert again.flops > cost.flops
     assert again.peak_bytes < cost.peak_bytes
+
+
+def test_kernels_are_counted_and_views_are_not() -> None:
+    """Forward: product, GELU, sum. Backward: the gradient's start, GELU, product for the weights, sum for the bias."""
+
+    def loss_of(run: nn.Module) -> Tensor:
+        return run(torch.ones(3, 4)).view(-1).sum()
+
+    cost = step_cost(lambda: nn.Sequential(nn.Linear(4, 5), nn.GELU()), loss_of)
+    inputs = 1
+    assert cost.kernels == inputs + 3 + 4
+
+
+def test_a_lone_process_without_deepspeed_keeps_one_copy_of_the_weights() -> None:
+    cost = StepCost(1_000, 800, 0, 0, 20_000, 23_000)
+    memory = plain_memory(cost)
+    assert memory.training == 4_000 + 8_000 + 4_000 + 23_000  # weights, moments, averages; gradients in the pass
+    assert plain_memory(StepCost(1_000, 800, 0, 0, 0, 0)).training == 16_000 + 16_000  # then AdamW's are the most
 
 
 def test_activations_grow_with_cells_and_gradients_with_parameters() -> None:
