@@ -27,6 +27,7 @@ NEEDED = {
     "anndata": "anndata",
     "array-api-compat": "array_api_compat",
     "attrs": "attr",
+    "cloudpickle": "cloudpickle",
     "donfig": "donfig",
     "execnet": "execnet",
     "fsspec": "fsspec",
@@ -72,7 +73,19 @@ NEEDED = {
 }
 # of those, what images for deep learning mostly hold; pandas is not among them, as anndata wants one below 3
 THERE = (
-    *("attrs", "execnet", "fsspec", "h5py", "hypothesis", "iniconfig", "joblib", "llvmlite", "markdown-it-py", "mdurl"),
+    *(
+        "attrs",
+        "cloudpickle",
+        "execnet",
+        "fsspec",
+        "h5py",
+        "hypothesis",
+        "iniconfig",
+        "joblib",
+        "llvmlite",
+        "markdown-it-py",
+        "mdurl",
+    ),
     *("narwhals", "numba", "numpy", "packaging", "pluggy", "Pygments", "pytest", "pytest-timeout", "pytest-xdist"),
     *("python-dateutil", "PyYAML", "rich", "safetensors", "scikit-learn", "scipy", "six", "sortedcontainers"),
     *("threadpoolctl",),
