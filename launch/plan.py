@@ -31,7 +31,7 @@ from scldm.parallel.engine import HardwareConfig
 from scldm.train.budget import Memory, rank_memory, sent_bytes
 from scldm.train.run_folder import read_config
 from scldm.train.step_cost import StepCost, dit_step, vae_step
-from scldm.train.throughput import PEAK_TFLOPS
+from scldm.train.throughput import MEMORY_TB_S, PEAK_TFLOPS
 
 PURPOSE = """Say what training a config takes: parameters, memory of a rank at each ZeRO stage, bytes between ranks,
 FLOPs, cells/s and days, what the loader must deliver, and what makes it fit if it does not. Nothing is computed.
@@ -45,6 +45,10 @@ scldm plan vae/270m hardware/many_nodes hardware.nodes=128 n_genes=36130 n_cells
 scldm plan ldm/base hardware/many_nodes n_latents=64 latent_width=16 n_cells=100_000_000
 """
 GB = 1e9
+# bytes of a rank's share of the parameters that a step moves once the pass is done, 4 B a number: the norm reads the
+# gradient, clipping reads and writes it, AdamW reads gradient, weight and two moments and writes three of them, the
+# moving average reads weight and average and writes one: 1 + 2 + 7 + 3
+OPTIMIZER_BYTES = 4 * 13
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,12 @@ class PlannedHardware(HardwareConfig):
     gpu: one of a short table of peaks, with sources in scldm/train/throughput.py; peak_tflops goes before it
     memory_gb: of a GPU, in 1e9 bytes
     context_gb: what CUDA, NCCL and the allocator's gaps take of it
-    mfu: share of the peak that is reached
+    mfu: share of the peak that is reached by what computes
+    launch_us: what the host takes to launch a kernel, in microseconds: a micro-batch takes no less than that for each
+        of its kernels. 5 is an assumption, as torch takes 5 to 10 for an operation that is not compiled. It was not
+        measured here; `python -m benchmarks.gpu_profile` measures it
+    memory_tb_s: of a GPU's memory, in 1e12 bytes a second, at which the optimizer runs; 0 takes that of `gpu`, from
+        data sheets (scldm/train/throughput.py)
     link_gb_s: what a GPU sends to other nodes, in 1e9 bytes a second; a node's links divided by its GPUs
     node_link_gb_s: what a GPU sends to others of its node
     """
@@ -67,6 +76,8 @@ class PlannedHardware(HardwareConfig):
     memory_gb: float = 80.0
     context_gb: float = 3.0
     mfu: float = 0.35
+    launch_us: float = 5.0
+    memory_tb_s: float = 0.0
     link_gb_s: float = 25.0
     node_link_gb_s: float = 300.0
 
@@ -79,6 +90,14 @@ class PlannedHardware(HardwareConfig):
             raise InputError(
                 f"hardware.gpu={self.gpu}: known are {', '.join(PEAK_TFLOPS)}; or give hardware.peak_tflops"
             )
+        if self.launch_us < 0 or self.memory_tb_s < 0:
+            raise InputError(
+                f"hardware.launch_us={self.launch_us} and memory_tb_s={self.memory_tb_s} must not be negative"
+            )
+        if not self.memory_tb_s and self.gpu not in MEMORY_TB_S:
+            raise InputError(
+                f"hardware.gpu={self.gpu}: known are {', '.join(MEMORY_TB_S)}; or give hardware.memory_tb_s"
+            )
 
     @property
     def n_ranks(self) -> int:
@@ -88,6 +107,11 @@ class PlannedHardware(HardwareConfig):
     def peak(self) -> float:
         """FLOP/s of a GPU."""
         return 1e12 * (self.peak_tflops or PEAK_TFLOPS[self.gpu][self.precision])
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second of a GPU's memory."""
+        return 1e12 * (self.memory_tb_s or MEMORY_TB_S[self.gpu])
 
 
 @dataclass(frozen=True)
@@ -180,6 +204,10 @@ class Plan:
     by_stage: ZeRO stage -> memory of a rank
     fits: whether the configured stage does
     remedies: changes that make it fit, the gentlest first
+    kernels: that a rank launches for the passes of a step, the optimizer's left out; None where the network is
+        compiled, as then nobody knows before
+    launch_s, compute_s: of those passes, of which the longer counts
+    optimizer_s: of clipping, AdamW and the moving average, after the passes; None where the host's memory has them
     """
 
     config: PlanConfig
@@ -190,7 +218,10 @@ class Plan:
     remedies: list[str]
     formula_flops: float
     sent_bytes: float
+    kernels: int | None
+    launch_s: float
     compute_s: float
+    optimizer_s: float | None
     exchange_s: float
     step_s: float
 
@@ -214,6 +245,9 @@ class Plan:
             "flops_per_cell": cost.flops / config.hardware.micro_batch,
             "formula_flops_per_cell": self.formula_flops,
             "sent_bytes_per_step": self.sent_bytes,
+            "kernels_per_step": self.kernels,
+            "launch_s": self.launch_s,
+            "optimizer_s": self.optimizer_s,
             "step_s": self.step_s,
             "cells_per_s": self.cells_per_s,
             "days": self.days,
@@ -221,6 +255,21 @@ class Plan:
             "reads_of_a_block": self.reads,
             "loader_bytes_per_s_and_node": self.loader_bytes / config.hardware.nodes,
         }
+
+    @property
+    def launches(self) -> str:
+        if self.kernels is None:
+            return "launches that a compiled network has, not counted"
+        each = self.config.hardware.launch_us
+        return (
+            f"{self.launch_s * 1e3:,.1f} ms of launching {self.kernels:,} kernels in {each:g} us each if that is more"
+        )
+
+    @property
+    def optimizer(self) -> str:
+        if self.optimizer_s is None:
+            return "the optimizer in the host's memory, not counted"
+        return f"{self.optimizer_s * 1e3:,.1f} ms of the optimizer"
 
     @property
     def reads(self) -> float:
@@ -266,7 +315,8 @@ class Plan:
             f"FLOPs of a cell, forward and backward: {cost.flops / cells / 1e9:,.2f} G{formula}",
             f"sent by a rank in a step: {self.sent_bytes / GB:,.2f} GB",
             f"a step: {self.compute_s * 1e3:,.1f} ms of computing at {hardware.mfu:.0%} of {hardware.peak / 1e12:g} "
-            f"TFLOP/s, {self.exchange_s * 1e3:,.1f} ms of exchange: {self.step_s * 1e3:,.1f} ms",
+            f"TFLOP/s, or {self.launches}; {self.optimizer}; {self.exchange_s * 1e3:,.1f} ms of exchange: "
+            f"{self.step_s * 1e3:,.1f} ms",
             f"{self.cells_per_s:,.0f} cells/s, {self.cells_per_s / N:,.0f} of a GPU; {n_steps:,} steps in "
             f"{self.days:,.2f} days, {epochs:,.1f} epochs of {config.n_cells:,} cells",
             f"the loader must deliver {loader:,.0f} cells/s to a node, from {read:,.1f} MB/s of counts (3 bytes each) "
@@ -291,8 +341,11 @@ def plan_of(config: PlanConfig) -> Plan:
     within = within_node(config)
     exchange_s = sent * ((1 - within) / link + within / hardware.node_link_gb_s) / GB
     compute_s = accumulation * cost.flops / (hardware.peak * hardware.mfu)
-    overlap = overlaps(config)
-    step_s = max(compute_s, exchange_s) if overlap else compute_s + exchange_s
+    kernels = None if config.model.compile else accumulation * kernels_of(config)
+    launch_s = 1e-6 * hardware.launch_us * (kernels or 0)
+    optimizer_s = None if hardware.offload_optimizer else OPTIMIZER_BYTES * cost.n_parameters / N / hardware.bandwidth
+    pass_s = max(compute_s, launch_s)
+    step_s = (max(pass_s, exchange_s) if overlaps(config) else pass_s + exchange_s) + (optimizer_s or 0.0)
     formula = 0.0
     if isinstance(config, PlanVAEConfig):
         formula = 3 * sum(
@@ -307,7 +360,10 @@ def plan_of(config: PlanConfig) -> Plan:
         [] if fits else [told for told, changed in remedies(config) if does_fit(changed)],
         formula / hardware.micro_batch,
         sent,
+        kernels,
+        launch_s,
         compute_s,
+        optimizer_s,
         exchange_s,
         step_s,
     )
@@ -320,6 +376,14 @@ def cost_of(config: PlanConfig) -> StepCost:
         genes = genes_of(config.data, config.n_genes)
         return _vae(config.model, config.n_genes, n_cells, *genes, bf16, config.hardware.memory_gb)
     return _dit(config.model, config.n_latents, config.latent_width, n_cells, bf16)
+
+
+def kernels_of(config: PlanConfig) -> int:
+    """Of a micro-batch. What fused kernels take the place of is counted as the plain formula has it, which is few
+    kernels too, not as tiles of `factorised`, by which memory and FLOPs are planned."""
+    if isinstance(config, PlanVAEConfig) and config.model.attention not in ("plain", "sdpa", "factorised"):
+        config = replace(config, model=replace(config.model, attention="plain"))
+    return cost_of(config).kernels
 
 
 @cache

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def scripts() -> list[Path]:
     """Every file of the checkout that bash runs."""
     found = [ROOT / ".ci" / "run"]
-    for folder in ("launch", "slurm", "tests"):
+    for folder in ("benchmarks", "launch", "slurm", "tests"):
         found += [p for p in (ROOT / folder).rglob("*") if p.suffix in (".sh", ".sbatch")]
     return sorted(found)
 

@@ -29,6 +29,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 import scldm
+from launch.bench.generate_random import random_speed
 from launch.bench.measure import measure
 from launch.bench.report import Report, Row
 from launch.cli import run_verb
@@ -43,14 +44,16 @@ from scldm.library_size import LibrarySizeModel, LogNormal
 from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE, Predicted, VAEConfig
 from scldm.model_folder import save_pretrained
-from scldm.pretrained import Pretrained, written
+from scldm.pretrained import Precision, Pretrained, written
 from scldm.vocab import ConditionVocab, GeneVocab
 
 PURPOSE = """Measure generation with a trained model: cells/s by steps and by genes, in the network and in the decoder;
-against the reference's recipe and against 50 plain steps of Heun; quality of few steps; peak memory."""
+against the reference's recipe and against 50 plain steps of Heun; quality of few steps; peak memory. With random=70m,
+cells/s alone, of that autoencoder and the diffusion transformer of ldm/base with random weights."""
 EXAMPLE = """
 scldm bench generate model=runs/quickstart/model shards=runs/quickstart/shards
 scldm bench generate speed=false save=benchmarks/generate-memory.json
+scldm bench generate random=70m genes=3_699 batch=64,512 precision=float32,bfloat16
 """
 
 
@@ -60,6 +63,11 @@ class BenchGenerateConfig:
 
     model: model folder that `scldm export` wrote
     shards: the cells that it was trained on, with validation and test cells
+    random: name of a shape in configs/vae, of which a model with random weights is measured instead, and nothing else
+    random_ldm: its diffusion transformer, a name in configs/ldm
+    genes: its number of genes
+    batch: its numbers of cells that go through the networks at once
+    precision: its precisions, float32 or bfloat16
     condition: of the model; its labels are asked for as the test cells have them
     cells: of a timing
     repeats: of a timing
@@ -75,6 +83,11 @@ class BenchGenerateConfig:
 
     model: str = ""
     shards: str = ""
+    random: str = ""
+    random_ldm: str = "base"
+    genes: int = 3_699
+    batch: tuple[int, ...] = (64, 512)
+    precision: tuple[Precision, ...] = ("float32", "bfloat16")
     condition: str = "cell_type"
     cells: int = 128
     repeats: int = 3
@@ -99,9 +112,13 @@ def main(config: BenchGenerateConfig) -> Report:
     torch.set_num_threads(config.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = Report("bench generate", {"threads": config.threads})
-    if config.speed:
+    if config.random:
+        presets = (config.random, config.random_ldm)
+        how = (config.batch, config.precision, config.sampler, config.repeats, device)
+        random_speed(report, presets, config.genes, *how)
+    elif config.speed:
         speed(report, config, device)
-    if config.memory:
+    if config.memory and not config.random:
         memory(report)
     report.print(config.json, config.save)
     return report

@@ -1,6 +1,6 @@
 """Time and peak memory of a piece of work on whatever device there is.
 
-Reading order: Cost, measure, measure_in_turn, seconds_of, peak_of.
+Reading order: Cost, failure_of, measure, measure_in_turn, seconds_of, peak_of.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import ctypes
 import gc
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,24 @@ class Cost:
 
     seconds: float
     peak_bytes: int
+
+
+def failure_of(work: Callable[[], object], device: torch.device) -> str:
+    """Why a piece of work can't run on this GPU; empty where it ran. One way that takes too much memory, or whose
+    kernel does not compile there, ends no benchmark of others. On a CPU it raises: there it is a bug of ours."""
+    try:
+        work()
+    except Exception as error:
+        if device.type != "cuda":
+            raise
+        traceback.print_exc()
+        why = str(error).strip().splitlines() or [""]
+        failed = f"failed: {type(error).__name__}: {why[0][:200]}"
+    else:
+        return ""
+    gc.collect()  # beyond the block, as its error holds the work's tensors
+    torch.cuda.empty_cache()
+    return failed
 
 
 def measure(work: Callable[[], object], repeats: int, device: torch.device) -> Cost:

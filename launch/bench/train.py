@@ -8,6 +8,7 @@ Reading order: BenchTrainConfig, main, time_ways, preset_rows; Work, SameCells, 
 from __future__ import annotations
 
 import gc
+import importlib.util
 import sys
 import tempfile
 import time
@@ -30,10 +31,11 @@ from launch.train_vae import TrainVAEConfig, genes_of
 from scldm.batch import CellBatch, GeneCounts, LatentBatch
 from scldm.errors import InputError
 from scldm.model.dit import DiT
+from scldm.model.flops import vae_flops
 from scldm.model.vae import VAE, VAEConfig
 from scldm.parallel.dist import World, close_world, world_of_environment
 from scldm.parallel.engine import HardwareConfig, start_engine
-from scldm.train.budget import rank_memory
+from scldm.train.budget import plain_memory, rank_memory
 from scldm.train.loop import TrainConfig, train
 from scldm.train.losses import Draws, LDMStage, VAEStage
 from scldm.train.optim import OptimConfig, learning_rate, make_optimizer
@@ -43,7 +45,8 @@ from scldm.train.tracking import Tracker, TrackingConfig
 
 PURPOSE = """Measure what the training loop (averages, metrics, log, its checks) adds to the bare step of the model
 (forward, backward, clipping, AdamW), and DeepSpeed's engine to plain torch, on one rank. On a CPU, in CPU time; on a
-GPU presets of the atlas as well, through DeepSpeed ZeRO-2 in bf16: cells/s, peak memory, MFU."""
+GPU presets of the atlas as well, through DeepSpeed ZeRO-2 in bf16: cells/s, peak memory, MFU. Where DeepSpeed is not
+installed, the rows that need it say so, and presets go through the plain engine."""
 EXAMPLE = """
 scldm bench train
 scldm bench train steps=50 rounds=8 save=benchmarks/train-cpu.json
@@ -89,6 +92,7 @@ class BenchTrainConfig:
 
 CONFIG = BenchTrainConfig
 WAYS: tuple[Literal["bare", "plain", "deepspeed"], ...] = ("bare", "plain", "deepspeed")
+NO_DEEPSPEED = "the package deepspeed is not installed"
 
 
 def main(config: BenchTrainConfig) -> Report:
@@ -104,9 +108,12 @@ def main(config: BenchTrainConfig) -> Report:
         report.add(Row(f"{way}: a step", 1e3 * median(took), "ms"))
     added = median([1e3 * (a - b) for a, b in zip(seconds["plain"], seconds["bare"], strict=True)])
     report.add(Row.at_most("loop on the plain engine - bare step", added, "ms", 2.0))
-    added = median([1e3 * (a - b) for a, b in zip(seconds["deepspeed"], seconds["plain"], strict=True)])
-    report.add(Row("deepspeed - plain, the loop around both", added, "ms"))
-    report.add(Row("deepspeed / plain", ratio(seconds, "deepspeed", "plain"), "x"))
+    if installed():
+        added = median([1e3 * (a - b) for a, b in zip(seconds["deepspeed"], seconds["plain"], strict=True)])
+        report.add(Row("deepspeed - plain, the loop around both", added, "ms"))
+        report.add(Row("deepspeed / plain", ratio(seconds, "deepspeed", "plain"), "x"))
+    else:
+        report.add(Row.not_measured("deepspeed: a step", NO_DEEPSPEED, "ms"))
     if world.device.type == "cuda":
         rows = [row for preset in config.presets for row in preset_rows([preset], ATLAS_GENES, config, world)]
     else:
@@ -121,17 +128,21 @@ def main(config: BenchTrainConfig) -> Report:
     return report
 
 
+def installed() -> bool:
+    return importlib.util.find_spec("deepspeed") is not None
+
+
 def time_ways(work: Work, hardware: HardwareConfig, config: BenchTrainConfig, world: World) -> dict[str, list[float]]:
     """Seconds a step of each way, in every round but the first, which warms up."""
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    seconds: dict[str, list[float]] = {}
     for number in range(config.rounds + 1):
-        for way in WAYS:
+        for way in WAYS if installed() else WAYS[:2]:
             if way == "bare":
                 took = bare(work, hardware.precision, config.steps, world.device)
             else:
                 took = ours(work, replace(hardware, engine=way), config.steps, config.log_every, world)
             if number:
-                seconds[way].append(took)
+                seconds.setdefault(way, []).append(took)
     return seconds
 
 
@@ -140,28 +151,41 @@ def ratio(seconds: dict[str, list[float]], way: str, other: str) -> float:
 
 
 def preset_rows(words: Sequence[str], n_genes: int, config: BenchTrainConfig, world: World) -> list[Row]:
-    """A preset of training (and further words of its command line) through ZeRO-2 in bf16, on whatever device this is.
+    """A preset of training (and further words of its command line) through ZeRO-2 in bf16, or where DeepSpeed is not
+    installed through the plain engine, on whatever device this is.
 
-    Memory beside what the plan says of it; MFU where the device's peak is known.
+    Memory beside what the plan says of it; MFU where the device's peak is known, by the FLOPs of the path that ran and
+    by those of the formula, which are more where the path saves some.
     """
-    work, hardware = preset_work(words, n_genes), HardwareConfig(zero_stage=2, precision="bf16")
+    engine = "deepspeed" if installed() else "plain"
+    work, hardware = preset_work(words, n_genes), HardwareConfig(engine=engine, zero_stage=2, precision="bf16")
     peak_bytes = peak_of(lambda: ours(work, hardware, 3, 1, world), world.device)
-    cost = work.cost()
-    planned = rank_memory(cost, 2, 1, bf16=True, lazy=world.device.type == "cpu").peak / peak_bytes
+    cost, lazy = work.cost(), world.device.type == "cpu"
+    memory = rank_memory(cost, 2, 1, bf16=True, lazy=lazy) if engine == "deepspeed" else plain_memory(cost)
+    planned = memory.peak / peak_bytes
     seconds = time_ways(work, hardware, config, world)
-    step_s, peak = median(seconds["deepspeed"]), peak_flops(world.device, "bf16")
-    mfu = Row.not_measured("MFU", "the peak of this device is not known", "share", ">= 0.35")
-    if peak:
-        mfu = Row.at_least("MFU", cost.flops / step_s / peak, "share", 0.35)
+    step_s, peak = median(seconds[engine]), peak_flops(world.device, "bf16")
     rows = [
-        Row("cells/s", work.batch.n_cells / step_s, "cells/s"),
-        mfu,
+        Row(f"cells/s on the {engine} engine", work.batch.n_cells / step_s, "cells/s"),
+        mfu_row("MFU", cost.flops / step_s, peak, 0.35),
+        mfu_row("MFU by the formula's FLOPs", work.formula_flops() / step_s, peak),
         Row("peak memory", peak_bytes / 1e9, "GB"),
         Row("planned / measured peak memory", planned, "x", "0.85 to 1.15", abs(planned - 1) <= 0.15),
         Row.at_most("loop on the plain engine / bare step - 1", ratio(seconds, "plain", "bare") - 1, "share", 0.05),
-        Row("deepspeed / bare step", ratio(seconds, "deepspeed", "bare"), "x"),
+        Row.not_measured("deepspeed / bare step", NO_DEEPSPEED, "x"),
     ]
+    if installed():
+        rows[-1] = Row("deepspeed / bare step", ratio(seconds, "deepspeed", "bare"), "x")
     return [replace(row, name=f"{words[0]}: {row.name}") for row in rows]
+
+
+def mfu_row(name: str, flops_per_s: float, peak: float, target: float | None = None) -> Row:
+    """As a share of a device's peak, which is 0 where it is not known."""
+    if not peak:
+        why = "the peak of this device is not known"
+        return Row.not_measured(name, why, "share", f">= {target:g}" if target else "")
+    share = flops_per_s / peak
+    return Row.at_least(name, share, "share", target) if target else Row(name, share, "share")
 
 
 # --- the work ------------------------------------------------------------------------------------------------------
@@ -174,12 +198,14 @@ class Work:
     stage: makes it, with its network
     batch: of one step, on the CPU
     cost: of that batch
+    formula_flops: of that batch by the formula, forward and backward; where there is one path alone, those of the cost
     """
 
     stage: Callable[[], VAEStage | LDMStage]
     batch: CellBatch | LatentBatch
     optim: OptimConfig
     cost: Callable[[], StepCost]
+    formula_flops: Callable[[], float]
 
 
 def preset_work(words: Sequence[str], n_genes: int) -> Work:
@@ -190,11 +216,16 @@ def preset_work(words: Sequence[str], n_genes: int) -> Work:
         return vae_work(run.model, n_genes, genes_of(run.data, n_genes)[0], run.hardware.micro_batch, run.optim)
     run = compose(TrainLDMConfig, words)
     B = run.hardware.micro_batch
+
+    def cost() -> StepCost:
+        return dit_step(run.model, *LATENT_SHAPE, {}, B, bf16=True)
+
     return Work(
         lambda: LDMStage(DiT(run.model, *LATENT_SHAPE, {}), run.guidance, run.flow),
         LatentBatch(latent_BLZ=torch.randn(B, *LATENT_SHAPE), library_size_all_B=torch.ones(B), **_identities(B)),
         run.optim,
-        lambda: dit_step(run.model, *LATENT_SHAPE, {}, B, bf16=True),
+        cost,
+        lambda: cost().flops,
     )
 
 
@@ -209,6 +240,7 @@ def vae_work(model: VAEConfig, n_genes: int, n_given: int, n_cells: int, optim: 
         CellBatch(given, given, size_B, size_B, **_identities(n_cells)),
         optim,
         lambda: vae_step(model, n_genes, n_cells, n_given, n_given, bf16=True),
+        lambda: 3 * sum(vae_flops(model, n_cells, n_given, n_given).values()),
     )
 
 

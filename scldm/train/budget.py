@@ -1,6 +1,6 @@
 """What training takes of a machine, before there is one: memory of a rank, bytes between ranks, time.
 
-Reading order: Memory, rank_memory, sent_bytes.
+Reading order: Memory, rank_memory, plain_memory, sent_bytes.
 """
 
 from __future__ import annotations
@@ -104,6 +104,25 @@ def rank_memory(
         validation=(0.0 if offload else 4 * share) + cost.peak_bytes,
         host=20 * share if offload else 0.0,
         saved=4 * 4 * share,  # weights, averages and both moments
+    )
+
+
+def plain_memory(cost: StepCost) -> Memory:
+    """Of a lone process without DeepSpeed: no masters beside the weights, and all gradients stay to the end of the
+    pass, where AdamW makes three tensors as large as the weights."""
+    P = cost.n_parameters
+    return Memory(
+        weights=4 * P,
+        gathered=0.0,
+        masters=0.0,
+        moments=8 * P,
+        averages=4 * P,
+        gradients=0.0,
+        buckets=0.0,
+        activations=cost.peak_with_gradients_bytes,
+        step=4 * P + 3 * 4 * P,
+        validation=4 * P + cost.peak_bytes,
+        saved=4 * 4 * P,
     )
 
 

@@ -24,6 +24,7 @@ from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE, VAEConfig
 
 LossOf = Callable[[nn.Module], Tensor]
+ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class StepCost:
     n_parameters: of the network
     linear_parameters: of those, weights and biases of linear maps, which are exchanged in bf16 where that is on
     flops: of the matrix products, forward and backward, recomputation included
+    kernels: operations that compute or move numbers, forward and backward: a GPU launches at least one kernel for each
     peak_bytes: most memory at once beyond the weights, if every gradient goes as soon as it is made (ZeRO-2 and 3)
     peak_with_gradients_bytes: likewise if gradients stay
     """
@@ -40,6 +42,7 @@ class StepCost:
     n_parameters: int
     linear_parameters: int
     flops: int
+    kernels: int
     peak_bytes: int
     peak_with_gradients_bytes: int
 
@@ -64,7 +67,7 @@ def step_cost(
         sizes = [(p.numel(), id(p) in linear) for p in network.parameters()]
         traces = [_trace(network, loss_of, bf16, keep_gradients) for keep_gradients in (False, True)]
     n, n_linear = sum(n for n, _ in sizes), sum(n for n, is_linear in sizes if is_linear)
-    return StepCost(n, n_linear, traces[0].flops, traces[0].peak, traces[1].peak)
+    return StepCost(n, n_linear, traces[0].flops, traces[0].kernels, traces[0].peak, traces[1].peak)
 
 
 def _trace(network: nn.Module, loss_of: LossOf, bf16: bool, keep_gradients: bool) -> _Watch:
@@ -125,11 +128,12 @@ def _tiles_of(memory_gb: float) -> Iterator[None]:
 
 
 class _Watch(TorchDispatchMode):
-    """Counts bytes of the storages that live at once, and operations of matrix products."""
+    """Counts bytes of the storages that live at once, operations of matrix products, and kernels: what returns a new
+    storage or writes into one; views and bare allocations do neither."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = self.flops = 0
+        self.live = self.peak = self.flops = self.kernels = 0
         self.known: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -139,6 +143,9 @@ class _Watch(TorchDispatchMode):
         if count is not None:
             self.flops += count(*args, **kwargs, out_val=out)
         inputs = {id(x.untyped_storage()) for x in _tensors((args, kwargs))}
+        own = {id(x.untyped_storage()) for x in _tensors(out)}
+        made = bool(own - inputs) and func._overloadpacket.__name__ not in ALLOCATIONS
+        self.kernels += made or func._schema.is_mutable
         for tensor in _tensors(out):
             storage = tensor.untyped_storage()
             if id(storage) not in self.known and id(storage) not in inputs:

@@ -1,6 +1,6 @@
 """How fast cells pass and what they cost: the metrics of training between two rows of the log.
 
-Reading order: PEAK_TFLOPS, peak_flops, Meter, note_rank.
+Reading order: PEAK_TFLOPS, MEMORY_TB_S, peak_flops, Meter, note_rank.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "L40S": {"fp32": 91.6, "bf16": 362.0},
     "L4": {"fp32": 30.3, "bf16": 121.0},
 }
+
+# TB/s of a GPU's memory. Source: the same data sheets
+MEMORY_TB_S: dict[str, float] = {"A100": 2.039, "H100": 3.35, "H200": 4.8, "B200": 8.0, "L40S": 0.864, "L4": 0.3}
 
 
 def peak_flops(device: torch.device, precision: str, stated_tflops: float = 0.0) -> float:

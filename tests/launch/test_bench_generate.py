@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+import scldm
 from launch.bench import generate as bench
+from launch.bench import generate_random as bench_random
 from launch.cli import main
 from scldm.errors import InputError
 from scldm.flow.generate import SamplerConfig, generate_latents
@@ -55,6 +58,34 @@ def test_every_row_and_target_is_there(tmp_path: Path, monkeypatch: pytest.Monke
         "base DiT, 70m VAE, 3,699 genes, few steps, on an H100-class GPU: not measured on a GPU",
     }
     assert rows["network calls of the reference's recipe"]["value"] % 3 == 0
+
+
+@pytest.mark.parametrize("target", [bench_random.TARGET, ("tiny", "tiny", 60)])
+def test_random_weights_generate_at_any_size(target: tuple[str, str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_random, "TARGET", target)
+    few = SamplerConfig("euler", 1)
+    words = {"random": "tiny", "random_ldm": "tiny", "genes": 60, "batch": (2, 5), "precision": ("float32",)}
+    report = bench.main(bench.BenchGenerateConfig(**words, sampler=few, repeats=1))  # pyright: ignore[reportArgumentType]
+    rows = {row.name: row for row in report.rows}
+    for n in (2, 5):
+        found = rows.pop(f"random weights, whole, few steps, batch {n}, float32").value
+        assert found is not None
+        assert found > 0
+        rows.pop(f"random weights, whole, few steps, batch {n}, float32: peak memory")
+    judged = "base DiT, 70m VAE, 3,699 genes, few steps, on an H100-class GPU: not measured on a GPU"
+    assert {name: (row.value, row.target) for name, row in rows.items()} == (
+        {judged: (None, ">= 2000")} if target[0] == "tiny" else {}
+    )
+    assert report.settings["genes"] == 60
+
+
+def test_random_weights_draw_cells_as_sparse_as_real_ones() -> None:
+    with bench_random.random_atlas("tiny", "tiny", 2_000) as folder:
+        model = scldm.load(folder)
+        cells = model.generate(pd.DataFrame({"cell_type": ["type 3"] * 4}), seed=0, sampler=SamplerConfig("euler", 1))
+    counts = cells.X.toarray()
+    assert 1_000 < counts.sum(1).mean() < 20_000
+    assert 0.05 < (counts > 0).mean() < 0.7
 
 
 def test_the_reference_recipe_follows_the_flow_that_it_is_compared_on() -> None:

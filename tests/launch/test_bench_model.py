@@ -13,6 +13,7 @@ import scipy.sparse as sp
 import torch
 
 from launch.bench import mcab, subset_embedding, vae_choices, vae_step
+from launch.bench.measure import failure_of
 from launch.bench.report import Report
 from launch.bench.subset_embedding import BenchSubsetEmbeddingConfig
 from launch.bench.trained import Trained, knn_accuracy
@@ -45,6 +46,36 @@ def test_bench_mcab(tmp_path, capsys, monkeypatch):
         assert rows[f"{part} genes, sdpa, forward + backward"]["value"] > 0
     assert "all genes, encode, expressed genes" in capsys.readouterr().out
     assert measured.count({"plain", "factorised", "expressed genes"}) == 2  # what else the machine does meets all
+
+
+def test_a_way_that_fails_on_a_gpu_ends_no_bench(monkeypatch, capsys):
+    def too_large():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 25 GiB.\nMore of it.")
+
+    why = failure_of(too_large, torch.device("cuda"))
+    assert why == "failed: OutOfMemoryError: CUDA out of memory. Tried to allocate 25 GiB."
+    with pytest.raises(torch.OutOfMemoryError):
+        failure_of(too_large, torch.device("cpu"))
+
+    def fails_first():
+        """Of the calls in a bench, the first: that of the plain formula, and another way's in the second bench."""
+        reasons = iter([why])
+        return lambda work, device: next(reasons, "") or failure_of(work, device)
+
+    monkeypatch.setattr(vae_step, "failure_of", fails_first())
+    config = {"cells": 2, "n_genes": 50, "model": SMALL, "repeats": 1}
+    rows = {row.name: row.value for row in vae_step.main(vae_step.BenchVAEStepConfig(**config, n_given=30)).rows}
+    assert rows[f"plain: {why}"] is None
+    assert rows["factorised"] > 0
+    assert "plain" not in rows
+    assert not [name for name in rows if name.startswith("plain / ") or name == "factorised / plain, peak memory"]
+    monkeypatch.setattr(mcab, "failure_of", fails_first())
+    words = {**config, "given": (30,), "asked": (), "cells_encoded": 0}
+    rows = {row.name: row.value for row in mcab.main(mcab.BenchMCABConfig(**words)).rows}
+    for what in ("forward", "forward + backward"):
+        assert rows[f"pooling, 30 genes, plain, {what}: {why}"] is None
+        assert rows[f"pooling, 30 genes, factorised, {what}"] > 0
+    capsys.readouterr()
 
 
 def test_what_was_not_measured_says_so_beside_its_target(monkeypatch, capsys):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from scldm.model.dit import DiTConfig
+from scldm.model.flops import vae_flops
 from scldm.model.vae import VAEConfig
 from scldm.train.step_cost import StepCost, dit_step, vae_step
 
@@ -52,17 +53,25 @@ def test_what_a_gpu_is_measured_with_runs_on_any_device(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3_000:]
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert len(rows) == 12
+    assert len(rows) == 14
     for preset, cost in (("vae/tiny", vae_cost()), ("ldm/tiny", dit_cost())):
-        cells_per_s = rows[f"{preset}: cells/s"]
+        cells_per_s = rows[f"{preset}: cells/s on the deepspeed engine"]
         assert rows[f"{preset}: MFU"] == pytest.approx(cells_per_s * cost.flops / 4 / 1e12)
         assert rows[f"{preset}: peak memory"] > 0
         assert rows[f"{preset}: deepspeed / bare step"] > 0.5
+    by_formula = 3 * sum(vae_flops(vae_shape(), 4, 256, 256).values())
+    assert rows["vae/tiny: MFU by the formula's FLOPs"] == pytest.approx(
+        rows["vae/tiny: cells/s on the deepspeed engine"] * by_formula / 4 / 1e12
+    )
 
 
 def vae_cost() -> StepCost:
     """Of what vae/tiny says, at 300 genes of which 256 are given."""
-    return vae_step(VAEConfig(64, 8, 16, 1, 4, decoder_cross_heads=1), 300, 4, 256, 256, bf16=True)
+    return vae_step(vae_shape(), 300, 4, 256, 256, bf16=True)
+
+
+def vae_shape() -> VAEConfig:
+    return VAEConfig(64, 8, 16, 1, 4, decoder_cross_heads=1)
 
 
 def dit_cost() -> StepCost:

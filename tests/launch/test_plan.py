@@ -54,6 +54,35 @@ def test_a_plan_for_1024_gpus_and_100_million_cells(capsys: pytest.CaptureFixtur
     assert found["epochs"] == pytest.approx(200_000 * 8192 / 1e8)
 
 
+def test_no_step_is_promised_that_launching_and_the_optimizer_do_not_allow() -> None:
+    """ldm/base computes for 0.9 ms at 35 % of an H100's peak, and launches a thousand kernels."""
+    words = [*DIT, "hardware/node_8gpu", "hardware.node_link_gb_s=1e9"]
+    plan = plan_of(read(words))
+    assert plan.compute_s < 1e-3
+    assert plan.kernels is not None
+    assert plan.optimizer_s is not None
+    assert 700 < plan.kernels < 1_500
+    assert plan.launch_s == pytest.approx(5e-6 * plan.kernels)
+    assert plan.step_s == pytest.approx(plan.launch_s + plan.optimizer_s, rel=1e-3)
+    assert f"{plan.kernels:,} kernels" in plan.table()
+    assert plan.to_json()["kernels_per_step"] == plan.kernels
+    # two micro-batches launch twice as many; the optimizer runs once, on a rank's share
+    half = plan_of(read([*words, "hardware.micro_batch=64"]))
+    assert (half.kernels, half.optimizer_s) == (2 * plan.kernels, plan.optimizer_s)
+    slow = plan_of(read([*words, "hardware.memory_tb_s=0.335", "hardware.gpus_per_node=4", "hardware.launch_us=0"]))
+    assert slow.optimizer_s == pytest.approx(20 * plan.optimizer_s)
+    assert slow.step_s == pytest.approx(slow.compute_s + slow.optimizer_s, rel=1e-3)
+
+
+def test_what_the_floor_does_not_know_is_said() -> None:
+    compiled = plan_of(read([*DIT, "model.compile=true", "hardware.offload_optimizer=true"]))
+    assert (compiled.kernels, compiled.optimizer_s) == (None, None)
+    assert "launches that a compiled network has, not counted; the optimizer in the host's memory" in compiled.table()
+    small = ["vae/tiny", "n_genes=300", "n_cells=1000", "train.global_batch=64", "hardware.micro_batch=8"]
+    plain, fused = (plan_of(read([*small, f"model.attention={kind}"])) for kind in ("plain", "fused"))
+    assert plain.kernels == fused.kernels, "fused kernels launch no tiles"
+
+
 def test_what_does_not_fit_is_told_with_knobs_that_help() -> None:
     words = [*DIT, "hardware.memory_gb=4.2", "train.global_batch=8192", "hardware.micro_batch=1024", "model.n_layers=2"]
     config = read(words)
@@ -78,6 +107,8 @@ def test_what_does_not_fit_is_told_with_knobs_that_help() -> None:
         (["ldm/tiny", "latent_width=4"], "n_latents=0: give it, or data.shards"),
         (["ldm/tiny", "vae=nowhere"], "nowhere is not a run folder"),
         (["vae", "n_genes=100", "n_cells=5", "hardware.gpu=Z9"], "hardware.gpu=Z9: known are A100"),
+        (["vae", "n_genes=100", "hardware.gpu=Z9", "hardware.peak_tflops=9"], "or give hardware.memory_tb_s"),
+        (["vae", "n_genes=100", "hardware.launch_us=-1"], "hardware.launch_us=-1.0 and memory_tb_s=0.0 must not be"),
         (
             ["vae", "n_genes=100", "n_cells=5", "hardware.nodes=1_000"],
             "train.global_batch=1024 can't be split over 8000 ranks",

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from scldm.count_basis import N_BINS
 from scldm.model.dit import DiTConfig
 from scldm.model.flops import vae_flops
 from scldm.model.vae import VAEConfig
-from scldm.train.budget import rank_memory, sent_bytes
-from scldm.train.step_cost import StepCost, dit_step, vae_step
+from scldm.train.budget import plain_memory, rank_memory, sent_bytes
+from scldm.train.step_cost import StepCost, dit_step, step_cost, vae_step
 
 ROOT = Path(__file__).resolve().parents[3]
 SHAPE = VAEConfig(width=32, n_latents=4, latent_width=4, n_layers=2, n_heads=2, attention="plain")
@@ -31,6 +33,24 @@ def test_the_formula_path_takes_the_flops_of_the_formula() -> None:
     assert again.peak_bytes < cost.peak_bytes
 
 
+def test_kernels_are_counted_and_views_are_not() -> None:
+    """Forward: product, GELU, sum. Backward: the gradient's start, GELU, product for the weights, sum for the bias."""
+
+    def loss_of(run: nn.Module) -> Tensor:
+        return run(torch.ones(3, 4)).view(-1).sum()
+
+    cost = step_cost(lambda: nn.Sequential(nn.Linear(4, 5), nn.GELU()), loss_of)
+    inputs = 1
+    assert cost.kernels == inputs + 3 + 4
+
+
+def test_a_lone_process_without_deepspeed_keeps_one_copy_of_the_weights() -> None:
+    cost = StepCost(1_000, 800, 0, 0, 20_000, 23_000)
+    memory = plain_memory(cost)
+    assert memory.training == 4_000 + 8_000 + 4_000 + 23_000  # weights, moments, averages; gradients in the pass
+    assert plain_memory(StepCost(1_000, 800, 0, 0, 0, 0)).training == 16_000 + 16_000  # then AdamW's are the most
+
+
 def test_activations_grow_with_cells_and_gradients_with_parameters() -> None:
     one, two = (dit_step(DiTConfig(32, 2, 2), 4, 8, {"type": 3}, n) for n in (50, 100))
     assert two.flops == 2 * one.flops
@@ -39,7 +59,7 @@ def test_activations_grow_with_cells_and_gradients_with_parameters() -> None:
 
 
 def test_states_are_shared_out_as_the_stages_say() -> None:
-    cost = StepCost(1_000, 800, 0, 500, 600)
+    cost = StepCost(1_000, 800, 0, 0, 500, 600)
     for stage, kept in ((1, 4), (2, 4), (3, 0.5)):
         memory = rank_memory(cost, stage, 8)
         assert memory.weights == kept * 1_000
@@ -52,7 +72,7 @@ def test_states_are_shared_out_as_the_stages_say() -> None:
 
 
 def test_what_validation_and_saving_take_is_planned() -> None:
-    cost = StepCost(1_000, 800, 0, 20_000, 20_000)
+    cost = StepCost(1_000, 800, 0, 0, 20_000, 20_000)
     memory = rank_memory(cost, 1, 1, bucket=0)
     assert memory.peak == memory.training + 4_000  # the weights, put by for the averages
     assert memory.saved == 16_000  # weights, averages, two moments
