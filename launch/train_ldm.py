@@ -9,7 +9,7 @@ Reading order: TrainLDMConfig, main, set_up; where the latents come from; what t
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ def set_up(config: TrainLDMConfig, world: World) -> Parts:
         {name: vocab.n_labels(name) for name in vocab.names},
         values=values_of(vocab, config),
         features=features,
-        combinations_KC=trained_combinations(manifest),
+        combinations_KC=trained_combinations(manifest, config.data.select),
     )
     trained, joined = start_of(config), ()
     if trained is not None:
@@ -235,19 +235,23 @@ def moments(vae: VAE, every: CellLoader, world: World) -> tuple[torch.Tensor, to
 def fit_means(stage: LDMStage, every: LatentLoader | CellLoader, world: World) -> None:
     """The shifts of labels from the latents of the first training cells; the same on every rank."""
     module, labels_KC = stage.module, stage.module.combinations.labels_KC
-    total_KLZ = torch.zeros(len(labels_KC) + 1, *module.latent_shape, dtype=torch.float64)
-    n_K = torch.zeros(len(labels_KC) + 1)
+    if not module.means.names:
+        return
+    total: dict[int, torch.Tensor] = {}
+    n_of: dict[int, float] = {}
     with every as loader:
         for (one,) in loader.one_pass():
-            latent_BLZ = stage.latents(one.to(world.device)).cpu()
+            z_BLZ = module.standardise(stage.latents(one.to(world.device)).cpu())
             index_B = module.combinations.index(module.label_ids(module.of_labels(one.conditions)))
-            total_KLZ.index_add_(0, index_B, module.standardise(latent_BLZ).double() * one.weight_B[:, None, None])
-            n_K.index_add_(0, index_B, one.weight_B)
-            if n_K.sum() >= MEAN_CELLS:
+            for k in index_B.unique().tolist():
+                weight_B = one.weight_B * (index_B == k)
+                total[k] = total.get(k, 0.0) + (z_BLZ * weight_B[:, None, None]).sum(0, dtype=torch.float64)
+                n_of[k] = n_of.get(k, 0.0) + float(weight_B.sum())
+            if sum(n_of.values()) >= MEAN_CELLS:
                 break
-    seen = n_K[:-1] > 0
-    mean_KLZ = total_KLZ[:-1][seen] / n_K[:-1][seen, None, None]
-    module.means.fit(labels_KC[seen], n_K[:-1][seen], mean_KLZ)
+    seen = sorted(k for k, n in n_of.items() if n and k < len(labels_KC))
+    n_K = torch.tensor([n_of[k] for k in seen])
+    module.means.fit(labels_KC[seen], n_K, torch.stack([total[k] for k in seen]) / n_K[:, None, None])
 
 
 # --- what the conditions are ---------------------------------------------------------------------------------------
@@ -302,12 +306,19 @@ def values_of(vocab: ConditionVocab, config: TrainLDMConfig) -> dict[str, torch.
     return values
 
 
-def trained_combinations(manifest: Manifest) -> torch.Tensor:
-    """Label ids of all conditions in every combination that a training cell has, (K, C) int64."""
+def trained_combinations(manifest: Manifest, select: Mapping[str, Sequence[str]] | None = None) -> torch.Tensor:
+    """Label ids of all conditions in every combination that a training cell has, (K, C) int64.
+
+    select: condition -> labels: what training is restricted to
+    """
     counts, train = manifest.statistics.combinations, manifest.split_number("train")
     assert counts.by == manifest.conditions.names
     rows = [ids for ids, n in zip(counts.ids, counts.n, strict=True) if n[train]]
-    return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), len(counts.by))
+    labels_KC = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), len(counts.by))
+    for name, wanted in (select or {}).items():
+        ids = torch.from_numpy(manifest.conditions.encode(name, list(wanted)))
+        labels_KC = labels_KC[torch.isin(labels_KC[:, counts.by.index(name)], ids)]
+    return labels_KC
 
 
 if __name__ == "__main__":

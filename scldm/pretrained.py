@@ -22,9 +22,17 @@ from torch import Tensor
 from scldm import draws
 from scldm.batch import GeneCounts
 from scldm.errors import InputError, read_json
-from scldm.flow.asked import check_sampler, encode_labels, moved_from, moved_obs, own_and_other, without_token
+from scldm.flow.asked import (
+    base_of,
+    check_sampler,
+    encode_labels,
+    moved_from,
+    moved_obs,
+    own_and_other,
+    without_token,
+)
 from scldm.flow.generate import SamplerConfig, generate_latents, guided
-from scldm.flow.shift import nearest_trained, stays, way
+from scldm.flow.shift import way
 from scldm.flow.transform import blend, from_noise, to_noise
 from scldm.flow.wanted import Wanted, distinct
 from scldm.library_size import LibrarySizeModel
@@ -200,8 +208,8 @@ class Pretrained:
         with Progress("reconstruct", adata.n_obs, "cells") as bar, torch.no_grad(), self._computing():
             for rows in self._batches(adata.n_obs):
                 given = GeneCounts(given_ids, self._here(counts[rows].toarray()))
-                size_B = given.counts_BS.sum(1).float()
                 latent_BLZ = encode(given.counts_BS).mean_BLZ
+                size_B = self._cell_total_B(given.counts_BS.sum(1).float(), latent_BLZ, given_ids)
                 whole = self.vae.decode(latent_BLZ, given_ids)
                 log_likelihood.append(-whole.nll_B(given, size_B).cpu().numpy())
                 asked = whole if genes is None else self.vae.decode(latent_BLZ, asked_ids, among_ids=given_ids)
@@ -216,6 +224,17 @@ class Pretrained:
         """Which cells have a count in any gene that the model knows, bool (n,): the others are refused by `embed`,
         `reconstruct` and `transform`. Arguments and errors as for `embed`."""
         return self._given(adata, layer, empty_too=True)[0].getnnz(1) > 0
+
+    def _cell_total_B(self, total_B: Tensor, latent_BLZ: Tensor, given_ids: Tensor) -> Tensor:
+        """What a cell's expected counts are scaled by: its total over the given genes, of which shares are. A value of
+        the gaussian likelihood is one of the whole cell: of genes that a file lacks the cell has what the model
+        expects."""
+        n_genes = self.genes.n_genes
+        if self.vae.config.likelihood != "gaussian" or len(given_ids) == n_genes:
+            return total_B
+        every_G = torch.arange(1, n_genes + 1, device=self.device)
+        expected_BG = self.vae.decode(latent_BLZ, every_G).expected(torch.ones_like(total_B))
+        return total_B * expected_BG.sum(1) / expected_BG[:, given_ids - 1].sum(1).clamp_min(1e-12)
 
     def _given(self, adata: ad.AnnData, layer: str | None, empty_too: bool = False) -> tuple[sp.csr_matrix, Tensor]:
         """Counts of the genes that the model knows, and their indices."""
@@ -294,14 +313,14 @@ class Pretrained:
         sampler, dit = sampler or SamplerConfig(), self._dit()
         obs = pd.DataFrame(adata.obs)
         by = [name for name in self.conditions.names if name in obs] if by is None else list(by)
-        row_n, own, other, notes = own_and_other(dit, self.conditions, obs, by, to)
-        for taken in (own, other):
-            check_sampler(dit, taken, sampler, self.origin)
+        moves = own_and_other(dit, self.conditions, obs, by, to, sampler)
+        for asked in (moves.own, moves.by_flow):
+            check_sampler(dit, asked, sampler, self.origin)
         if not alphas or not all(0 <= alpha <= 1 for alpha in alphas):
             raise InputError(f"alphas={', '.join(map(str, alphas))} must be numbers from 0 to 1, at least one")
         counts, given_ids = self._given(adata, layer)
         asked_ids = given_ids if genes is None else self._here(self.columns(genes) + 1)
-        for note in notes:
+        for note in moves.notes:
             print(note, file=sys.stderr)
         encode = encoder_of(self.vae, given_ids, counts.getnnz(0) / adata.n_obs)
         n_evaluations = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -309,10 +328,14 @@ class Pretrained:
         with Progress("transform", adata.n_obs * len(alphas), "cells") as bar, self._computing():
             for rows in self._batches(adata.n_obs):
                 dense_BS = self._here(counts[rows].toarray())
-                size_B, z_BLZ = dense_BS.sum(1).float(), dit.standardise(encode(dense_BS).mean_BLZ)
-                of_own, of_other = ({k: torch.from_numpy(v[row_n[rows]]) for k, v in of.items()} for of in (own, other))
-                by_flow = stays(dit, of_own, of_other) if sampler.guidance == "shift" else of_other
-                way_BLZ = way(dit, by_flow, of_other)
+                latent_BLZ = encode(dense_BS).mean_BLZ
+                size_B = self._cell_total_B(dense_BS.sum(1).float(), latent_BLZ, given_ids)
+                z_BLZ = dit.standardise(latent_BLZ)
+                of_own, by_flow, of_other = (
+                    {k: torch.from_numpy(v[moves.row_n[rows]]) for k, v in of.items()}
+                    for of in (moves.own, moves.by_flow, moves.other)
+                )
+                way_BLZ = way(dit, by_flow, of_other) if sampler.guidance == "shift" else 0.0
                 v_own, v_other = (guided(dit, of, sampler) for of in (of_own, by_flow))
                 noise_BLZ = to_noise(v_own, z_BLZ, sampler)
                 keys_BQ = draws.keys(seed, "counts", torch.arange(rows.start, rows.stop, device=self.device), asked_ids)
@@ -382,17 +405,17 @@ class Pretrained:
             raise InputError("there are no cells to generate: the table of conditions is empty")
         combination_n, labels = distinct(conditions.drop(columns="library_size", errors="ignore"))
         ids, labels = encode_labels(dit, self.conditions, labels)
-        check_sampler(dit, ids, sampler or SamplerConfig(), self.origin)
-        notes = without_token(dit, ids, labels) + moved_from(
-            dit, self.conditions, ids, labels, sampler or SamplerConfig()
-        )
+        sampler = sampler or SamplerConfig()
+        base = base_of(dit, ids, sampler)
+        check_sampler(dit, base, sampler, self.origin)
+        notes = without_token(dit, base, labels) + moved_from(dit, self.conditions, base, ids, labels)
         if "library_size" in conditions:
             sizes = np.array(pd.to_numeric(conditions["library_size"], errors="coerce"), dtype=np.float64)
             if not (np.isfinite(sizes).all() and (sizes > 0).all()):
                 raise InputError("column library_size must hold positive numbers")
-            return Wanted(seed, combination_n, labels, ids, sizes, notes=notes)
+            return Wanted(seed, combination_n, labels, ids, base, sizes, notes=notes)
         log_mean_n, log_std_n, backed_off = self.library_sizes.of(labels)
-        return Wanted(seed, combination_n, labels, ids, None, log_mean_n, log_std_n, (*notes, *backed_off))
+        return Wanted(seed, combination_n, labels, ids, base, None, log_mean_n, log_std_n, (*notes, *backed_off))
 
     @torch.no_grad()
     def make(
@@ -415,17 +438,14 @@ class Pretrained:
         tick: called with the number of cells that were made
         """
         columns_Q = self._here(columns.copy())
-        distinct_of = {name: torch.from_numpy(ids) for name, ids in wanted.ids.items()}
-        base_of = nearest_trained(self._dit(), distinct_of) if sampler.guidance == "shift" else distinct_of
-        based = replace(wanted, ids={name: ids.numpy() for name, ids in base_of.items()})
         parts, n_evaluations = [], []
         for first in range(rows.start // self.batch * self.batch, rows.stop, self.batch):
             batch = range(first, first + self.batch)
             numbers_B = torch.arange(batch.start, batch.stop, device=self.device)
             of_batch = {name: torch.from_numpy(ids) for name, ids in wanted.ids_of(batch).items()}
             of_base = of_batch
-            if base_of is not distinct_of:
-                of_base = {name: torch.from_numpy(ids) for name, ids in based.ids_of(batch).items()}
+            if wanted.base_ids is not wanted.ids:
+                of_base = {name: torch.from_numpy(ids) for name, ids in wanted.base_ids_of(batch).items()}
             with self._computing():
                 drawn = generate_latents(self._dit(), of_batch, numbers_B, wanted.seed, sampler, of_base)
             size_B = self._here(wanted.library_size(batch).astype(np.float32))

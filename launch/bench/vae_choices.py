@@ -125,7 +125,7 @@ def decode_few(config: BenchVAEChoicesConfig, cells: RealCells, report: Report) 
     at_equal_steps: dict[int, list[Trained]] = {}
     for part in PARTS:
         asked = max(1, cells.n_genes // part)
-        words = ["data.given.policy=all", "data.given.n_genes=0", "data.given.gene_set_group=1"]
+        words = [f"data.given.{key}" for key in ("policy=all", "n_genes=0", "share=0", "gene_set_group=1")]
         words += ["data.asked.policy=random", f"data.asked.n_genes={asked}", "data.asked.gene_set_group=60"]
         found = at_equal_steps[part] = trainings(config, cells, f"steps-{part}", config.steps, *words)
         _add_nll(report, f"1/{part} of the genes asked, equal steps", found, cells)

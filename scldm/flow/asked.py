@@ -1,12 +1,12 @@
 """What a user asks for, as the model takes it: labels as ids or values, and a sampler that the model was trained for.
 
-Reading order: encode_labels, own_and_other, moved_obs, check_sampler, without_token, moved_from.
+Reading order: encode_labels, own_and_other, moved_obs, base_of, check_sampler, without_token, moved_from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ import torch
 from scldm.errors import InputError
 from scldm.flow.generate import SamplerConfig
 from scldm.flow.guidance import GuidedField
-from scldm.flow.shift import nearest_trained
+from scldm.flow.shift import nearest_trained, stays
 from scldm.flow.wanted import distinct
 from scldm.model.conditions import FeatureEmbedding, ValueEmbedding
 from scldm.model.dit import DiT
@@ -86,14 +86,27 @@ def _values(dit: DiT, vocab: ConditionVocab, name: str, labels: list[str]) -> tu
     return values, [known.get(float(value), label) for value, label in zip(values, labels)]
 
 
-def own_and_other(
-    dit: DiT, vocab: ConditionVocab, obs: pd.DataFrame, by: Sequence[str], to: Mapping[str, str]
-) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray], tuple[str, ...]]:
-    """Which combination of labels every cell has, int32 (n,), the combinations as the model takes them, the same with
-    the labels that they shall have instead, and a sentence for each of both without a token, as `without_token`.
+class Moves(NamedTuple):
+    """Where cells go, by combination of labels: the one that each cell has, int32 (n,); of each combination its own
+    labels as the model takes them, the others, and those that the flow leads to, which `way` goes on from; and a
+    sentence for each thing that a reader of the cells should know."""
 
-    by: columns of obs that are the cells' own conditions
-    to: condition -> label
+    row_n: np.ndarray
+    own: dict[str, np.ndarray]
+    other: dict[str, np.ndarray]
+    by_flow: dict[str, np.ndarray]
+    notes: tuple[str, ...]
+
+
+def own_and_other(
+    dit: DiT,
+    vocab: ConditionVocab,
+    obs: pd.DataFrame,
+    by: Sequence[str],
+    to: Mapping[str, str],
+    sampler: SamplerConfig,
+) -> Moves:
+    """by: columns of obs that are the cells' own conditions; to: condition -> label that they shall have instead
 
     Raises: InputError for what is no condition of the model, no column of obs, or not in `by`; or where obs has a
         column of MOVED_COLUMNS, as of cells that were taken somewhere before.
@@ -113,8 +126,13 @@ def own_and_other(
     row_n, labels = distinct(pd.DataFrame({name: obs[name].array for name in by}))
     own, own_labels = encode_labels(dit, vocab, labels)
     other, other_labels = encode_labels(dit, vocab, labels.assign(**to))
-    notes = (*without_token(dit, own, own_labels), *without_token(dit, other, other_labels))
-    return row_n, own, other, tuple(dict.fromkeys(notes))
+    by_flow = other
+    if sampler.guidance == "shift":
+        by_flow = _arrays(stays(dit, _tensors(own), _tensors(other)))
+    notes = (*without_token(dit, own, own_labels), *without_token(dit, by_flow, other_labels))
+    alone = "no training cell has this combination; cells are moved there by the labels' shifts alone"
+    notes += _of_other_labels(dit, vocab, by_flow, other, other_labels, lambda drawn: alone)
+    return Moves(row_n, own, other, by_flow, tuple(dict.fromkeys(notes)))
 
 
 def moved_obs(
@@ -134,15 +152,31 @@ def moved_obs(
     return moved
 
 
-def check_sampler(dit: DiT, taken: dict[str, np.ndarray], sampler: SamplerConfig, origin: dict[str, Any]) -> None:
+def base_of(dit: DiT, taken: dict[str, np.ndarray], sampler: SamplerConfig) -> dict[str, np.ndarray]:
+    """What the network is asked for, combination by combination: of the sampler `shift` the nearest trained one, of
+    others the same."""
+    if sampler.guidance != "shift":
+        return taken
+    conditions = _tensors(taken)
+    base = nearest_trained(dit, conditions)
+    return taken if base is conditions else _arrays(base)
+
+
+def _tensors(taken: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(values) for name, values in taken.items()}
+
+
+def _arrays(taken: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    return {name: values.numpy() for name, values in taken.items()}
+
+
+def check_sampler(dit: DiT, asked: dict[str, np.ndarray], sampler: SamplerConfig, origin: dict[str, Any]) -> None:
     """Raises: InputError where guidance names unknown conditions, or asks the model for a subset of conditions of a
     kind that it never saw in training, as far as the model's origin tells.
 
-    taken: the distinct combinations, as encode_labels gives them
+    asked: what the network is asked for, combination by combination
     """
-    conditions = {name: torch.from_numpy(values) for name, values in taken.items()}
-    if sampler.guidance == "shift":
-        conditions = nearest_trained(dit, conditions)
+    conditions = _tensors(asked)
     field = GuidedField(
         dit, conditions, sampler.guidance, sampler.guidance_scale, sampler.guidance_weights, sampler.guidance_interval
     )
@@ -183,23 +217,34 @@ def without_token(dit: DiT, taken: dict[str, np.ndarray], labels: pd.DataFrame) 
 
 
 def moved_from(
-    dit: DiT, vocab: ConditionVocab, taken: dict[str, np.ndarray], labels: pd.DataFrame, sampler: SamplerConfig
+    dit: DiT,
+    vocab: ConditionVocab,
+    base: dict[str, np.ndarray],
+    taken: dict[str, np.ndarray],
+    labels: pd.DataFrame,
 ) -> tuple[str, ...]:
-    """A sentence for each combination that the sampler `shift` draws as another one, which was trained; after ten, how
-    many more there are."""
-    if sampler.guidance != "shift":
-        return ()
-    conditions = {name: torch.from_numpy(values) for name, values in taken.items()}
-    base = nearest_trained(dit, conditions)
-    if base is conditions:
-        return ()
+    """A sentence for each combination that is drawn as another one, which was trained."""
+    return _of_other_labels(
+        dit, vocab, base, taken, labels,
+        lambda drawn: f"no training cell has this combination; drawn as {drawn}, and moved by the difference",
+    )  # fmt: skip
+
+
+def _of_other_labels(
+    dit: DiT,
+    vocab: ConditionVocab,
+    base: dict[str, np.ndarray],
+    taken: dict[str, np.ndarray],
+    labels: pd.DataFrame,
+    say: Callable[[str], str],
+) -> tuple[str, ...]:
+    """A sentence for each combination of which the network is asked for other labels; after ten, how many more."""
+    names = list(dit.means.names.values())
+    differ = {name: base[name] != taken[name] for name in names}
+    rows = np.flatnonzero(np.logical_or.reduce(list(differ.values()))) if names else np.empty(0, int)
     notes = []
-    for row in range(len(labels)):
-        other = [name for name in dit.means.names.values() if base[name][row] != conditions[name][row]]
-        if other:
-            asked = ", ".join(f"{name}={label}" for name, label in labels.iloc[row].items())
-            drawn = ", ".join(f"{name}={vocab.labels[name][int(base[name][row])]}" for name in other)
-            notes.append(
-                f"{asked}: no training cell has this combination; drawn as {drawn}, and moved by the difference"
-            )
-    return (*notes[:10], *([f"and {len(notes) - 10} more combinations likewise"] if len(notes) > 10 else []))
+    for row in rows[:10]:
+        asked = ", ".join(f"{name}={label}" for name, label in labels.iloc[row].items())
+        drawn = ", ".join(f"{name}={vocab.labels[name][base[name][row]]}" for name in names if differ[name][row])
+        notes.append(f"{asked}: {say(drawn)}")
+    return (*notes, *([f"and {len(rows) - 10} more combinations likewise"] if len(rows) > 10 else []))

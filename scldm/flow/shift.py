@@ -29,9 +29,9 @@ def nearest_trained(dit: DiT, conditions: Conditions) -> Conditions:
     It is one that differs in as few labels as possible. Of these it has the least square of the way over the distance
     that labels of the differing conditions usually have. A short way errs less, and a label with a near relative among
     its condition's answers other conditions as that does (chosen on Kang et al.: benchmarks/README.md). A model that
-    does not say what it was trained on is asked for every combination itself.
+    does not say what it was trained on is asked for every combination itself, and so is one with a label of no shift.
     """
-    if not conditions:
+    if not conditions or not len(dit.combinations.labels_KC):
         return conditions
     usual_C = cache(lambda: _usual_way(dit))
 
@@ -39,8 +39,12 @@ def nearest_trained(dit: DiT, conditions: Conditions) -> Conditions:
         same_KC = _matching(dit, ids_C, given_C)
         if _known(same_KC):
             return ids_C
-        n_same_K = same_KC.sum(1)
-        near_KC = dit.combinations.labels_KC[n_same_K == n_same_K.max()]
+        labels_KC = dit.combinations.labels_KC
+        has_way_K = (same_KC | (_has_shift(dit, ids_C[None]) & _has_shift(dit, labels_KC))).all(1)
+        n_same_K = same_KC.sum(1).masked_fill(~has_way_K, -1)
+        if not has_way_K.any():
+            return ids_C
+        near_KC = labels_KC[n_same_K == n_same_K.max()]
         near_KC = torch.where(given_C & _shifted(dit), near_KC, ids_C).unique(dim=0)
         way_K = torch.cat(
             [(_shift(dit, ids_C[None]) - _shift(dit, of)).square().sum((1, 2)) for of in near_KC.split(ROWS)]
@@ -86,6 +90,19 @@ def _of_rows(dit: DiT, conditions: Conditions, of: Callable[[Tensor, Tensor], Te
     rows, row_B = torch.cat([ids_BC, given_BC], 1).unique(dim=0, return_inverse=True)
     C = ids_BC.shape[1]
     return torch.stack([of(row[:C], row[C:].bool()) for row in rows])[row_B]
+
+
+def _has_shift(dit: DiT, ids_BC: Tensor) -> Tensor:
+    """Whether the labels were among those that shifts were fitted on, (B, C); false for conditions without shifts."""
+    none_B = torch.zeros(len(ids_BC), dtype=torch.bool, device=ids_BC.device)
+    names = dit.means.names
+    return torch.stack(
+        [
+            dit.means.get_buffer(f"has_shift_{k}")[ids_BC[:, k]] if k in names else none_B
+            for k in range(len(dit.n_labels))
+        ],
+        dim=1,
+    )
 
 
 def _usual_way(dit: DiT) -> Tensor:

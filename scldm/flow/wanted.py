@@ -25,6 +25,8 @@ class Wanted:
     labels: the combinations, one a row, a column for each condition that is given
     ids: for every condition of the model, the label ids of the combinations, int64, or of a continuous one the values,
         float32; its null where not given
+    base_ids: what the sampler asks the network for instead, as `ids`: other labels where it shifts to what was never
+        trained
     given_size_n: library sizes that were given, float64 (n,)
     log_mean, log_std: else those of the combinations' log-normals
     notes: a sentence for each thing that a reader of the cells should know
@@ -34,6 +36,7 @@ class Wanted:
     combination_n: np.ndarray
     labels: pd.DataFrame
     ids: dict[str, np.ndarray]
+    base_ids: dict[str, np.ndarray]
     given_size_n: np.ndarray | None
     log_mean: np.ndarray | None = None
     log_std: np.ndarray | None = None
@@ -58,6 +61,10 @@ class Wanted:
     def ids_of(self, rows: range) -> dict[str, np.ndarray]:
         """Label ids (or values) of some cells by condition."""
         return {name: ids[self._of(rows)] for name, ids in self.ids.items()}
+
+    def base_ids_of(self, rows: range) -> dict[str, np.ndarray]:
+        """The same of what the network is asked for."""
+        return {name: ids[self._of(rows)] for name, ids in self.base_ids.items()}
 
     def library_size(self, rows: range) -> np.ndarray:
         """Expected total counts of some cells, float64: those given, or drawn, each by its number."""

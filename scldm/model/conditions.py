@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
 
 from scldm.errors import InputError
 
 VALUE_SCALES = ("linear", "log")
-SETTLED = 1e-6  # standard deviations: shifts that change less are fitted
+SETTLED = 1e-7  # of its start: a residual that is smaller is 0
+TINY = 1e-300
 FREQUENCIES = (0.5, 1.0, 2.0)  # of sines and cosines over the standardised value, whose training labels lie within +-2
 
 
@@ -156,6 +159,7 @@ class ConditionMeans(nn.Module):
         for k, name in self.names.items():
             # the row after the last label, "not given", stays 0
             self.register_buffer(f"shift_{k}", torch.zeros(n_labels[name] + 1, *latent_shape))
+            self.register_buffer(f"has_shift_{k}", torch.zeros(n_labels[name] + 1, dtype=torch.bool))
 
     def forward(self, conditions: dict[str, Tensor]) -> Tensor | float:
         """The sum of the shifts of what is given, (B, L, Z)."""
@@ -164,28 +168,41 @@ class ConditionMeans(nn.Module):
     def fit(self, labels_KC: Tensor, n_K: Tensor, mean_KLZ: Tensor) -> None:
         """Shifts that together come nearest to the means of trained combinations, by least squares: each combination
         counts once, but less where it has few cells (n / (n + 10)), and a shift is drawn to 0 as by one tenth of one.
+        A label of none of these combinations has no shift.
 
         labels_KC: label ids of all conditions; n_K: cells; mean_KLZ: of standardised latents
         """
-        weight_K = (n_K / (n_K + 10)).double()
-        rest_KLZ = mean_KLZ.double().clone()
-        shifts = {k: self.get_buffer(f"shift_{k}").double().zero_() for k in self.names}
-        for _ in range(100):  # one condition after another, until nothing is left to explain
-            changed = 0.0
-            for k, shift in shifts.items():
-                ids_K = labels_KC[:, k]
-                total = torch.zeros_like(shift).index_add_(
-                    0, ids_K, weight_K[:, None, None] * (rest_KLZ + shift[ids_K])
-                )
-                weight = torch.zeros(len(shift), dtype=torch.float64).index_add_(0, ids_K, weight_K)
-                new = total / (weight + 0.1)[:, None, None]
-                rest_KLZ += (shift - new)[ids_K]
-                changed = max(changed, float((shift - new).abs().max()))
-                shifts[k] = new
-            if changed < SETTLED:
-                break
-        for k, shift in shifts.items():
-            self.get_buffer(f"shift_{k}").copy_(shift)
+        sizes = [len(self.get_buffer(f"shift_{k}")) for k in self.names]
+        column_KC = np.stack([labels_KC[:, k].numpy() for k in self.names], 1) + np.cumsum([0, *sizes[:-1]])
+        n, C = column_KC.shape
+        of_label = sp.csr_matrix((np.ones(n * C), column_KC.ravel(), np.arange(n + 1) * C), shape=(n, sum(sizes)))
+        weighted = sp.diags_array((n_K / (n_K + 10)).double().numpy()) @ of_label
+        normal = sp.csr_matrix(of_label.T @ weighted + 0.1 * sp.eye_array(sum(sizes)))
+        shift = least_squares(normal, weighted.T @ mean_KLZ.flatten(1).double().numpy())
+        seen = np.asarray(of_label.sum(0)).ravel() > 0
+        ends = np.cumsum(sizes)[:-1]
+        for k, of, has in zip(self.names, np.split(shift, ends), np.split(seen, ends), strict=True):
+            buffer = self.get_buffer(f"shift_{k}")
+            buffer.copy_(torch.from_numpy(of).view_as(buffer))
+            self.get_buffer(f"has_shift_{k}").copy_(torch.from_numpy(has))
+
+
+def least_squares(normal: sp.csr_matrix, right: np.ndarray) -> np.ndarray:
+    """x of normal @ x = right for every column of it, by conjugate gradients; normal is positive definite."""
+    inverse = 1 / normal.diagonal()[:, None]
+    x, rest = np.zeros_like(right), right.copy()
+    way = inverse * rest
+    energy = (rest * way).sum(0)
+    stop = SETTLED**2 * energy
+    for _ in range(10 * len(right)):  # exact ones need as many as there are numbers
+        if not (energy > stop).any():
+            break
+        image = normal @ way
+        step = energy / np.maximum((way * image).sum(0), TINY)
+        x, rest = x + step * way, rest - step * image
+        before, energy = energy, (inverse * rest * rest).sum(0)
+        way = inverse * rest + energy / np.maximum(before, TINY) * way
+    return x
 
 
 def _closed(largest: set[frozenset[int]]) -> frozenset[frozenset[int]]:

@@ -122,6 +122,9 @@ def _refusal(config: VAEConfig, device: torch.device) -> str:
     return ""
 
 
+MOST_ODDS = 15.0  # log odds of zero inflation beyond which a mean is not made up for it: a count in three million
+
+
 class Posterior(NamedTuple):  # a tuple: an engine that shards weights looks for tensors in what a network returns
     """q(latent | cell): a diagonal Gaussian, or a point where `log_var_BLZ` is None."""
 
@@ -172,7 +175,9 @@ class Predicted(NamedTuple):
         """Mean of the negative binomial or Poisson, (B, Q). zinb: larger than the expected count, by what zero
         inflation takes away, so that expected counts sum to the library size."""
         expected_BQ = self.expected(library_size_B)
-        return expected_BQ if self.dropout_BQ is None else expected_BQ * (1 + self.dropout_BQ.exp())
+        return (
+            expected_BQ if self.dropout_BQ is None else expected_BQ * (1 + self.dropout_BQ.clamp_max(MOST_ODDS).exp())
+        )
 
     def log_prob_BQ(self, counts_BQ: Tensor, library_size_B: Tensor) -> Tensor:
         """Log p of every gene's count in nats, (B, Q); gaussian: log density of its value."""

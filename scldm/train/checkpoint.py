@@ -40,7 +40,7 @@ from scldm.parallel.dist import World
 from scldm.parallel.engine import Engine
 from scldm.train.ema import EMA
 
-FORMAT = 2
+FORMAT = 3
 STATE = "state.json"
 BROKEN = ".broken"
 SEEN_S = 20.0  # in which what another host wrote is to be seen on this one; network file systems cache what was

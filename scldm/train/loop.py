@@ -119,11 +119,13 @@ def train(
     if state is not None:
         loader.load_state(state["loader"])
         step, skipped, stale = state["step"], state["skipped"], state["stale"]
-        if "meter" in state:  # else of an earlier version, which validated and began a row before it saved
-            meter.load_state(state["meter"])
-            unvalidated = state["unvalidated"]
-        if state["end"] is not None and config.patience and config.patience <= state["patience"]:
-            end = state["end"]  # more patience goes on
+        meter.load_state(state["meter"])
+        unvalidated = state["unvalidated"]
+        if state["end"] is not None and config.patience:
+            if config.patience <= state["patience"]:
+                end = state["end"]
+            else:  # more patience goes on from where less ran out
+                stale = min(stale, state["patience"])
         best = math.inf if state["best"] is None else state["best"]
         metrics = {key: math.nan if value is None else value for key, value in state["validation"].items()}
 
@@ -201,7 +203,7 @@ def train(
                     stale = 0 if better else stale + 1
                     if end == config.steps and 0 < config.patience <= stale:
                         end = early_end(optim, step, config.steps)
-                        if world.is_first:
+                        if world.is_first and end < config.steps:
                             print(
                                 f"scldm: {stale} validations without a better one: ends at step {end}", file=sys.stderr
                             )

@@ -81,6 +81,17 @@ def test_cells_of_several_combinations_each_have_their_own() -> None:
     assert (way_BLZ.abs().amax((1, 2)) > 0).tolist() == [True, False, False, False]
 
 
+def test_a_label_without_a_shift_is_asked_for_itself() -> None:
+    """Shifts are fitted on some cells alone: a shift of 0 that stands for nothing is no near relative."""
+    dit = model()
+    dit.means.fit(
+        TRAINED[[0, 1, 3, 4]], torch.full((4,), 1e6), torch.tensor([-3.0, 0, -2, 1])[:, None, None].expand(4, 3, 4)
+    )
+    assert not dit.means.has_shift_0[2]
+    base = nearest_trained(dit, asked(2, 1))
+    assert ids(base) == [2, 0]  # the type stays, as it has no way to another
+
+
 def test_values_are_left_to_the_network() -> None:
     config = DiTConfig(16, 1, 2, continuous={"dose": "linear"})
     trained = torch.tensor([[0, 0, 0], [1, 0, 1], [0, 1, 1]])

@@ -157,6 +157,28 @@ def test_a_combination_never_trained_has_the_shifts_of_its_parts() -> None:
     torch.testing.assert_close(model.means.shift_0, before)
 
 
+def test_shifts_of_nested_conditions_are_the_least_squares() -> None:
+    """Twenty donors in two diseases, fifty types: in either order of the conditions, as a direct solution has it; and
+    a label of no combination has none."""
+    generator = torch.Generator().manual_seed(0)
+    donor, kind = torch.cartesian_prod(torch.arange(20), torch.arange(50)).unbind(1)
+    rows = torch.stack([donor, donor % 2, kind], 1)
+    mean = torch.randn(1000, 1, 1, generator=generator).double() + (2.0 * (donor % 2) - 1)[:, None, None]
+    n_cells = torch.randint(1, 500, (1000,), generator=generator).float()
+    sizes = [21, 2, 50]  # the last donor has no cells
+    one_hot = torch.cat([torch.nn.functional.one_hot(rows[:, k], n) for k, n in enumerate(sizes)], 1).double()
+    weighted = one_hot * (n_cells / (n_cells + 10)).double()[:, None]
+    best = torch.linalg.solve(weighted.T @ one_hot + 0.1 * torch.eye(73).double(), weighted.T @ mean[:, 0])[:, 0]
+    for order in ([0, 1, 2], [1, 0, 2]):
+        labels = {f"c{k}": sizes[k] for k in order}
+        means = DiT(DiTConfig(16, 1, 2), 1, 1, labels).double().means
+        means.fit(rows[:, order], n_cells, mean)
+        found = {k: means.get_buffer(f"shift_{at}").flatten() for at, k in enumerate(order)}
+        torch.testing.assert_close(torch.cat([found[k][:-1] for k in (0, 1, 2)]), best, atol=1e-6, rtol=0)
+        has = means.get_buffer(f"has_shift_{order.index(0)}")
+        assert has.tolist() == [True] * 20 + [False, False]
+
+
 def test_the_network_sees_the_flow_around_the_mean() -> None:
     """Untrained it answers 0, and the flow takes noise to noise around the mean; trained or not, the flow of z with
     mean m is that of z - m."""
