@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ def main(config: KernelsCompiledConfig) -> Report:
     for architecture in config.architectures:
         for preset in config.presets:
             for precision in config.precisions:
+                print(f"{preset}, {precision}, sm_{architecture}", file=sys.stderr)
                 for launch in traced(*shape_of(preset), PRECISIONS[precision], architecture):
                     rows_of(launch, f"{preset}, {precision}, sm_{architecture}", architecture, report)
     report.print(False, config.save)
@@ -167,6 +169,7 @@ class Compiler:
         self.found.append(Compiled(name, math.prod(grid), tile.warps, done.metadata.shared, registers, spilled))
 
 
+@cache  # presets share kernels
 def resources(cubin: bytes) -> tuple[int, int]:
     """Registers, and bytes of local memory, of a thread."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
