@@ -3,7 +3,7 @@
 Each label has a shift of the mean latent, fitted on the means of all trained combinations (`ConditionMeans`). A cell of
 an unseen combination is one of a trained combination, moved by the labels' shifts. Source: latent arithmetic of scGen
 (Lotfollahi et al. 2019), with additive shifts instead of one difference, so that groups of other composition serve.
-Conditions told by a number or a vector have no shifts: they are left to the network.
+Conditions given as a number or a vector have no shifts: they are left to the network.
 Reading order: nearest_trained, way, stays.
 """
 
@@ -26,10 +26,11 @@ Conditions = dict[str, Tensor]  # of each of the model's conditions label ids or
 def nearest_trained(dit: DiT, conditions: Conditions) -> Conditions:
     """For each cell the labels of a trained combination: its own, if that was trained; the very same dict, if all were.
 
-    It is one that differs in as few labels as possible. Of these it has the least square of the way over the distance
-    that labels of the differing conditions usually have. A short way errs less, and a label with a near relative among
-    its condition's answers other conditions as that does (chosen on Kang et al.: benchmarks/README.md). A model that
-    does not say what it was trained on is asked for every combination itself, and so is one with a label of no shift.
+    Of the combinations that differ in the fewest labels it is the one with the smallest d^2 / u. Here d is the distance
+    between the two, and u the usual distance of two labels of the conditions that differ. A short shift has a small
+    error. A label that has a close relative responds to other conditions as its relative does. The rule was chosen on
+    Kang et al. (benchmarks/README.md). Where the model does not know its training combinations, or a label has no
+    shift, the combination itself is asked for.
     """
     if not conditions or not len(dit.combinations.labels_KC):
         return conditions

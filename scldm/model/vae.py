@@ -19,7 +19,7 @@ from scldm import count_draws
 from scldm.batch import GeneCounts
 from scldm.count_basis import TokenKind
 from scldm.errors import InputError
-from scldm.kernels import check_available, check_shape
+from scldm.kernels import check_available, check_head, check_shape
 from scldm.likelihood import (
     NORMALISED_TO,
     LikelihoodKind,
@@ -102,6 +102,7 @@ class VAEConfig:
     def check_kernels(self) -> None:
         """Raises: InputError for a shape that fused kernels don't take."""
         check_shape(self.decoder_cross_heads, self.n_latents)
+        check_head(self.width // self.n_heads, self.n_latents)
 
 
 def chosen(config: VAEConfig, device: torch.device, dtype: torch.dtype) -> Choice:
