@@ -28,8 +28,8 @@ class SamplerConfig:
     method: ODE by euler (one network evaluation a step), heun (two) or adaptive (as many as the tolerance asks for);
         SDE by sde_euler (one) or sde_heun (two)
     n_steps: steps from noise to latent; adaptive chooses its own
-    guidance: joint (all conditions at once) or additive (each by itself, with a weight of its own). Two kinds more are as
-        joint for trained combinations. For a combination that was never trained, shift takes latents of the nearest
+    guidance: joint (all conditions at once) or additive (each by itself, with a weight of its own). Two more kinds are
+        as joint for trained combinations. For a combination that was never trained, shift takes latents of the nearest
         trained one and moves them by the mean shift of the labels that differ; compositional composes it of its
         trained parts
     guidance_scale: 0 ignores the conditions, 1 follows them, above 1 exaggerates them
