@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from scldm.count_basis import TokenKind
-from scldm.kernels.tile import LEAST, Tile, launch, phi_of
+from scldm.kernels.tile import LEAST, Tile, ceil_div, launch, phi_of
 
 TILE = Tile(genes=64, warps=4, stages=2)
 
@@ -44,7 +44,7 @@ class _OneOverDeviation(torch.autograd.Function):
         r_BS = torch.empty_like(x_BS)
         launch(
             _forward,
-            (triton.cdiv(S, TILE.genes), B),
+            (ceil_div(S, TILE.genes), B),
             *(*tensors, r_BS, S, K, eps, 0 if row.ndim == 1 else S),
             FUNCTIONS=LEAST,
             BINS=kind == "bins",
@@ -60,7 +60,7 @@ class _OneOverDeviation(torch.autograd.Function):
         d_r = grad_outputs[0].contiguous()
         x_BS, row, uu_KK, ue_TK, ee_T, r_BS = ctx.saved_tensors
         (B, S), K, shared = x_BS.shape, ue_TK.shape[1], row.ndim == 1
-        grid = (triton.cdiv(S, TILE.genes), 1 if shared else B)
+        grid = (ceil_div(S, TILE.genes), 1 if shared else B)
         d_uu, d_ue, d_ee = x_BS.new_empty(*grid, K, K), torch.zeros_like(ue_TK), torch.zeros_like(ee_T)
         launch(
             _backward,

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from scldm.count_basis import N_BINS, TokenKind
-from scldm.kernels.tile import LEAST, Tile, dot, launch, phi_of, power_of_two
+from scldm.kernels.tile import LEAST, Tile, ceil_div, dot, launch, phi_of, power_of_two
 
 MOST_CELLS = 4  # of a program: the functions of their counts are the columns of one product
 # of a launch, for few cells: four on each of an H100's 132 multiprocessors. The same on all GPUs, as the sums of the
@@ -52,10 +52,10 @@ def backward_tile(latents: int, head: int, bf16: bool) -> Tile:
 
 def parts(programs: int, n_genes: int, genes: int) -> tuple[int, int]:
     """Into how many parts the genes are split so that there are about PROGRAMS programs, and the genes of one."""
-    blocks = triton.cdiv(n_genes, genes)
+    blocks = ceil_div(n_genes, genes)
     wanted = max(1, min(PROGRAMS // programs, blocks // LEAST_BLOCKS))
-    span = triton.cdiv(blocks, wanted) * genes
-    return triton.cdiv(n_genes, span), span
+    span = ceil_div(blocks, wanted) * genes
+    return ceil_div(n_genes, span), span
 
 
 def pool(
@@ -90,7 +90,7 @@ class _Pool(torch.autograd.Function):
             values_TNH.dtype == torch.bfloat16,
         )
         cells, tile = forward_tile(latents, head, bf16, shared)
-        groups = triton.cdiv(B, cells)
+        groups = ceil_div(B, cells)
         n_parts, span = parts(groups * N, S, tile.genes)
         read, w_phi, lse = (x_BS.new_empty(n_parts, B, N, M, *width) for width in ((H,), (K,), ()))
         launch(
@@ -123,7 +123,7 @@ class _Pool(torch.autograd.Function):
         d_a = torch.einsum("bnmh,bnmk->knh", d_out, w_phi)
         dtype, shared, latents, head = values_TNH.dtype, row.ndim == 1, power_of_two(M), power_of_two(H)
         tile = backward_tile(latents, head, dtype == torch.bfloat16)
-        blocks = triton.cdiv(S, tile.genes)
+        blocks = ceil_div(S, tile.genes)
         d_A, d_values = torch.zeros_like(A_TNM), torch.zeros_like(values_TNH, dtype=x_BS.dtype)
         d_r = x_BS.new_empty(N, B, S)
         d_alpha = x_BS.new_zeros(blocks if shared else 1, N, M, K)
@@ -150,7 +150,7 @@ def combined(reads: Tensor, w_phis: Tensor, lses: Tensor) -> tuple[Tensor, Tenso
     read, w_phi, lse = reads.new_empty(reads.shape[1:]), w_phis.new_empty(w_phis.shape[1:]), lses.new_empty(B, N, M)
     launch(
         _combine,
-        (B * N, triton.cdiv(M, LEAST)),
+        (B * N, ceil_div(M, LEAST)),
         *(reads, w_phis, lses, read, w_phi, lse, n_parts, B * N * M, M, w_phis.shape[4], H),
         LATENTS=LEAST,
         HEAD=power_of_two(H),

@@ -35,7 +35,12 @@ class Tile(NamedTuple):
 
 def power_of_two(n: int) -> int:
     """The side of a tile that holds n."""
-    return max(LEAST, triton.next_power_of_2(n))
+    return max(LEAST, 1 << (n - 1).bit_length())
+
+
+def ceil_div(n: int, by: int) -> int:
+    """How many parts of this size hold n; triton.cdiv is typed for kernels."""
+    return -(-n // by)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, tile: Tile, **constants: Any) -> None:

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from scldm.kernels import plain
-from scldm.kernels.tile import Tile, dot, dot_tf32, launch, power_of_two, tf32_products
+from scldm.kernels.tile import Tile, ceil_div, dot, dot_tf32, launch, power_of_two, tf32_products
 
 CHUNK = 1 << 24  # weights that backward makes at once: 64 MB of float32, and a few times that while it does
 
@@ -70,7 +70,7 @@ class _Unpool(torch.autograd.Function):
         tile, piece = tile_of(k_BRD.shape[1], bf16)
         launch(
             _forward,
-            (B, triton.cdiv(Q, tile.genes)),
+            (B, ceil_div(Q, tile.genes)),
             *(q_TD, k_BRD, t_TD, U_BRD, line_T, line_BR, T_TF, B_BRF, b_F, row, out),
             *(Q, D, F, latents, eps, 0 if row.ndim == 1 else Q),
             HEADS=n_heads,
@@ -116,7 +116,7 @@ def _backward_of(
     d_b_B = d_b.new_empty(B, 2 * F)
     pairs, bf16 = power_of_two(R), B_BRF.dtype == torch.bfloat16
     tile, piece = tile_of(pairs, bf16)
-    pieces, blocks = triton.cdiv(F, piece), triton.cdiv(Q, tile.genes)
+    pieces, blocks = ceil_div(F, piece), ceil_div(Q, tile.genes)
     inputs, sizes = (p, r, T_TF, B_BRF, b_F, d_out, row), (B, Q, R, F, 0 if shared else Q)
     tiles: dict[str, Any] = {"PAIRS": pairs, "HIDDEN": piece, "BF16": bf16, "tile": tile}
     launch(_to_tables, (blocks, pieces, 1 if shared else B), *inputs, d_T, *sizes, SHARED=shared, **tiles)
