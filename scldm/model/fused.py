@@ -27,7 +27,7 @@ def read_genes(
     from scldm.kernels.deviation import one_over_deviation
     from scldm.kernels.pool import pool
 
-    N, D = mcab.n_heads, q_MD.shape[1]
+    N, (M, D) = mcab.n_heads, q_MD.shape
     row, rows_TD = _rows(given.gene_ids, embedding)
     of = tables(mcab, q_MD, token, rows_TD, dtype)
     x_BS = token.position(given.counts_BS)
