@@ -37,7 +37,7 @@ bash launch/quickstart.sh
 bash launch/quickstart.sh --h5ad cells.h5ad --condition cell_type
 """
 NOTE = "quickstart.json"
-MOST_THREADS = 4  # beyond it steps this small are no faster
+MOST_THREADS = 4  # beyond it steps this small are no faster; half the cores, as threads that wait for one are slow
 # all that it leaves in its folder; the note is removed last, so that an interrupted removal is known for what it is
 MADE = (
     *("input.h5ad", "soma", "shards", "vae", "reconstruction", "latents", "ldm", "model", "wanted.csv"),
@@ -87,7 +87,7 @@ def main(config: QuickstartConfig) -> None:
     with Tracker(out, tracking, stage="quickstart", params=note) as parent:
         own = {"uri": tracking.uri, "experiment": tracking.experiment, "parent_run_id": parent.run_id()}
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = [f"hardware.threads={max(1, min(MOST_THREADS, cores // config.ranks))}"]
+        threads = [f"hardware.threads={max(1, min(MOST_THREADS, cores // 2 // config.ranks))}"]
         track = [f"tracking.{key}={value}" for key, value in own.items()]
         todo = Stages(out, note)
         if not note["cells"]:
