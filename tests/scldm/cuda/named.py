@@ -78,7 +78,8 @@ def pretend(library: Path) -> None:
 
 def line_of_ours() -> str:
     """Where in this checkout's packages an operation was asked for."""
-    frames = [f for f in traceback.extract_stack() if f.filename.startswith(str(ROOT)) and "/tests/" not in f.filename]
+    own = [f for f in traceback.extract_stack() if Path(f.filename).is_relative_to(ROOT)]
+    frames = [f for f in own if "/tests/" not in f.filename and "site-packages" not in f.filename]
     return f"{Path(frames[-1].filename).relative_to(ROOT)}:{frames[-1].lineno}" if frames else "autograd"
 
 
