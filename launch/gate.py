@@ -31,11 +31,13 @@ if TYPE_CHECKING:  # what an evaluation imports takes seconds, and a node that t
     import torch
 
     from data_pipeline.loader import LoaderConfig
+    from data_pipeline.schema import Manifest
     from launch.train_vae import TrainVAEConfig
     from scldm.evaluate.cells import Cells
 
 GATE = "gate.json"
 MOST_CELLS = 2_000  # of a split that are read
+FEWEST_CELLS = 10  # of a combination, on average, for a mean profile of its own
 MEANS = {"mean_profile": "the mean profile", "mean_of_combination": "mean profiles per combination"}
 RISE = 1e-3  # of the likelihood: a validation that ends so far above its best has overfitted
 FEW_PASSES = 10  # over the training cells
@@ -126,6 +128,13 @@ def cells_of(data: LoaderConfig, conditions: tuple[str, ...], seed: int) -> list
     return cells_of_splits(data.shards, conditions, splits, sample, *place, data.select)
 
 
+def judged_conditions(manifest: Manifest) -> tuple[str, ...]:
+    """Those of the set; none where its combinations are so many that a mean profile each would be of a few cells."""
+    train = manifest.split_number("train")
+    n_combinations = sum(n[train] > 0 for n in manifest.statistics.combinations.n)
+    return manifest.conditions.names if n_combinations * FEWEST_CELLS <= MOST_CELLS else ()
+
+
 def found(config: TrainVAEConfig, model: Any) -> dict[str, Any]:
     """The finding but for the checkpoint that it is of; JSON-ready.
 
@@ -134,7 +143,7 @@ def found(config: TrainVAEConfig, model: Any) -> dict[str, Any]:
     from data_pipeline.schema import read_manifest
     from launch.evaluate_vae import scored
 
-    conditions = tuple(read_manifest(config.data.shards).conditions.names)
+    conditions = judged_conditions(read_manifest(config.data.shards))
     train, validation = cells_of(config.data, conditions, config.train.seed)
     of = scored(model, train, validation, config.train.seed)
     drawn_of = {"train": train.drawn_of, "validation": validation.drawn_of}

@@ -97,19 +97,15 @@ CONFIG = TrainLDMConfig
 
 def main(config: TrainLDMConfig) -> dict[str, float]:
     """Train; returns the last validation metrics."""
-
-    def begin(world: World) -> Parts:
-        parts = set_up(at_hand(config), world)
-        if world.is_first:  # a copy that a job staged has the cells alone
-            gate = gate_of(Path(config.vae or config.data.shards), parts.manifest.extra["vae"])
-            warn(gate, f"vae={config.vae}" if config.vae else f"data.shards={config.data.shards}")
-        return parts
-
-    return run_training("train ldm", config, begin)
+    return run_training("train ldm", config, lambda world: set_up(config, world))
 
 
 def set_up(config: TrainLDMConfig, world: World) -> Parts:
+    as_given, config = config, at_hand(config)  # a copy that a job staged has the cells alone
     source = cells(config, world) if config.vae else latents(config, world)
+    if world.is_first:
+        gate = gate_of(Path(as_given.vae or as_given.data.shards), source.manifest.extra["vae"])
+        warn(gate, f"vae={as_given.vae}" if as_given.vae else f"data.shards={as_given.data.shards}")
     vocab, features = described(source.manifest.conditions, config.label_embeddings)
     manifest = replace(source.manifest, conditions=vocab)
     n_latents, latent_width = manifest.extra["shape"]
@@ -243,10 +239,13 @@ def fit_means(stage: LDMStage, every: LatentLoader | CellLoader, world: World) -
         for (one,) in loader.one_pass():
             z_BLZ = module.standardise(stage.latents(one.to(world.device)).cpu())
             index_B = module.combinations.index(module.label_ids(module.of_labels(one.conditions)))
-            for k in index_B.unique().tolist():
-                weight_B = one.weight_B * (index_B == k)
-                total[k] = total.get(k, 0.0) + (z_BLZ * weight_B[:, None, None]).sum(0, dtype=torch.float64)
-                n_of[k] = n_of.get(k, 0.0) + float(weight_B.sum())
+            found, at_B = index_B.unique(return_inverse=True)
+            own = torch.zeros(len(found), *z_BLZ.shape[1:], dtype=torch.float64)
+            own.index_add_(0, at_B, z_BLZ.double() * one.weight_B[:, None, None])
+            weight = torch.zeros(len(found)).index_add_(0, at_B, one.weight_B)
+            for k, of_cells, n in zip(found.tolist(), own, weight.tolist(), strict=True):
+                total[k] = total.get(k, 0.0) + of_cells
+                n_of[k] = n_of.get(k, 0.0) + n
             if sum(n_of.values()) >= MEAN_CELLS:
                 break
     seen = sorted(k for k, n in n_of.items() if n and k < len(labels_KC))

@@ -40,8 +40,8 @@ class TrainVAEConfig:
 
     run_dir: folder of the run
     init_from: model folder whose autoencoder to start from; genes are joined by name, new ones get new rows
-    gate: at the end, judge the best checkpoint on at most 2,000 validation cells beside mean profiles; false leaves
-        that out
+    gate: at the end, judge the best checkpoint on at most 2,000 validation cells beside mean profiles, one for each
+        combination too where there are at most 200; false leaves that out
     deepspeed: any key of DeepSpeed's own configuration that does not change the result, as deepspeed.steps_per_print=10
     """
 

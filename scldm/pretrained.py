@@ -22,15 +22,7 @@ from torch import Tensor
 from scldm import draws
 from scldm.batch import GeneCounts
 from scldm.errors import InputError, read_json
-from scldm.flow.asked import (
-    base_of,
-    check_sampler,
-    encode_labels,
-    moved_from,
-    moved_obs,
-    own_and_other,
-    without_token,
-)
+from scldm.flow import asked
 from scldm.flow.generate import SamplerConfig, generate_latents, guided
 from scldm.flow.shift import way
 from scldm.flow.transform import blend, from_noise, to_noise
@@ -209,7 +201,7 @@ class Pretrained:
             for rows in self._batches(adata.n_obs):
                 given = GeneCounts(given_ids, self._here(counts[rows].toarray()))
                 latent_BLZ = encode(given.counts_BS).mean_BLZ
-                size_B = self._cell_total_B(given.counts_BS.sum(1).float(), latent_BLZ, given_ids)
+                size_B = self.vae.library_size_B(given.counts_BS.sum(1).float(), latent_BLZ, given_ids)
                 whole = self.vae.decode(latent_BLZ, given_ids)
                 log_likelihood.append(-whole.nll_B(given, size_B).cpu().numpy())
                 asked = whole if genes is None else self.vae.decode(latent_BLZ, asked_ids, among_ids=given_ids)
@@ -224,17 +216,6 @@ class Pretrained:
         """Which cells have a count in any gene that the model knows, bool (n,): the others are refused by `embed`,
         `reconstruct` and `transform`. Arguments and errors as for `embed`."""
         return self._given(adata, layer, empty_too=True)[0].getnnz(1) > 0
-
-    def _cell_total_B(self, total_B: Tensor, latent_BLZ: Tensor, given_ids: Tensor) -> Tensor:
-        """What a cell's expected counts are scaled by: its total over the given genes, of which shares are. A value of
-        the gaussian likelihood is one of the whole cell: of genes that a file lacks the cell has what the model
-        expects."""
-        n_genes = self.genes.n_genes
-        if self.vae.config.likelihood != "gaussian" or len(given_ids) == n_genes:
-            return total_B
-        every_G = torch.arange(1, n_genes + 1, device=self.device)
-        expected_BG = self.vae.decode(latent_BLZ, every_G).expected(torch.ones_like(total_B))
-        return total_B * expected_BG.sum(1) / expected_BG[:, given_ids - 1].sum(1).clamp_min(1e-12)
 
     def _given(self, adata: ad.AnnData, layer: str | None, empty_too: bool = False) -> tuple[sp.csr_matrix, Tensor]:
         """Counts of the genes that the model knows, and their indices."""
@@ -313,9 +294,9 @@ class Pretrained:
         sampler, dit = sampler or SamplerConfig(), self._dit()
         obs = pd.DataFrame(adata.obs)
         by = [name for name in self.conditions.names if name in obs] if by is None else list(by)
-        moves = own_and_other(dit, self.conditions, obs, by, to, sampler)
-        for asked in (moves.own, moves.by_flow):
-            check_sampler(dit, asked, sampler, self.origin)
+        moves = asked.own_and_other(dit, self.conditions, obs, by, to, sampler)
+        for of in (moves.own, moves.by_flow):
+            asked.check_sampler(dit, of, sampler, self.origin)
         if not alphas or not all(0 <= alpha <= 1 for alpha in alphas):
             raise InputError(f"alphas={', '.join(map(str, alphas))} must be numbers from 0 to 1, at least one")
         counts, given_ids = self._given(adata, layer)
@@ -329,7 +310,7 @@ class Pretrained:
             for rows in self._batches(adata.n_obs):
                 dense_BS = self._here(counts[rows].toarray())
                 latent_BLZ = encode(dense_BS).mean_BLZ
-                size_B = self._cell_total_B(dense_BS.sum(1).float(), latent_BLZ, given_ids)
+                size_B = self.vae.library_size_B(dense_BS.sum(1).float(), latent_BLZ, given_ids)
                 z_BLZ = dit.standardise(latent_BLZ)
                 of_own, by_flow, of_other = (
                     {k: torch.from_numpy(v[moves.row_n[rows]]) for k, v in of.items()}
@@ -352,7 +333,7 @@ class Pretrained:
         matrix = sp.csr_matrix(sp.vstack([block for part in parts for block in part]))
         config = json.dumps({"to": dict(to), "sampler": asdict(sampler)})
         uns = {**self.made_by, "seed": seed, "config": config, "n_evaluations": int(n_evaluations)}
-        moved = pd.concat([moved_obs(dit, self.conditions, obs, to, alpha, len(alphas) > 1) for alpha in alphas])
+        moved = pd.concat([asked.moved_obs(dit, self.conditions, obs, to, alpha, len(alphas) > 1) for alpha in alphas])
         return ad.AnnData(matrix, obs=moved, var=self.var(asked_ids.cpu().numpy() - 1), uns={"scldm": uns})
 
     # --- generate ---
@@ -404,11 +385,12 @@ class Pretrained:
         if len(conditions) == 0:
             raise InputError("there are no cells to generate: the table of conditions is empty")
         combination_n, labels = distinct(conditions.drop(columns="library_size", errors="ignore"))
-        ids, labels = encode_labels(dit, self.conditions, labels)
+        ids, labels = asked.encode_labels(dit, self.conditions, labels)
         sampler = sampler or SamplerConfig()
-        base = base_of(dit, ids, sampler)
-        check_sampler(dit, base, sampler, self.origin)
-        notes = without_token(dit, base, labels) + moved_from(dit, self.conditions, base, ids, labels)
+        base = asked.base_of(dit, ids, sampler)
+        asked.check_sampler(dit, base, sampler, self.origin)
+        notes = asked.without_token(dit, base, labels)
+        notes += asked.of_other_labels(dit, self.conditions, base, ids, labels, asked.DRAWN)
         if "library_size" in conditions:
             sizes = np.array(pd.to_numeric(conditions["library_size"], errors="coerce"), dtype=np.float64)
             if not (np.isfinite(sizes).all() and (sizes > 0).all()):

@@ -1,11 +1,11 @@
 """What a user asks for, as the model takes it: labels as ids or values, and a sampler that the model was trained for.
 
-Reading order: encode_labels, own_and_other, moved_obs, base_of, check_sampler, without_token, moved_from.
+Reading order: encode_labels, own_and_other, moved_obs, base_of, check_sampler, without_token, of_other_labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,8 @@ from scldm.model.conditions import FeatureEmbedding, ValueEmbedding
 from scldm.model.dit import DiT
 from scldm.vocab import ConditionVocab
 
+DRAWN = "drawn as {}, and moved by the difference"
+MOVED = "cells of {} are moved there by the labels' shifts alone"
 MOVED_COLUMNS = ("scldm_alpha", "scldm_source")  # how far a cell was taken, and its name before
 
 
@@ -130,8 +132,7 @@ def own_and_other(
     if sampler.guidance == "shift":
         by_flow = _arrays(stays(dit, _tensors(own), _tensors(other)))
     notes = (*without_token(dit, own, own_labels), *without_token(dit, by_flow, other_labels))
-    alone = "no training cell has this combination; cells are moved there by the labels' shifts alone"
-    notes += _of_other_labels(dit, vocab, by_flow, other, other_labels, lambda drawn: alone)
+    notes += of_other_labels(dit, vocab, by_flow, other, other_labels, MOVED)
     return Moves(row_n, own, other, by_flow, tuple(dict.fromkeys(notes)))
 
 
@@ -216,35 +217,24 @@ def without_token(dit: DiT, taken: dict[str, np.ndarray], labels: pd.DataFrame) 
     )
 
 
-def moved_from(
+def of_other_labels(
     dit: DiT,
     vocab: ConditionVocab,
-    base: dict[str, np.ndarray],
+    asked: dict[str, np.ndarray],
     taken: dict[str, np.ndarray],
     labels: pd.DataFrame,
+    how: str,
 ) -> tuple[str, ...]:
-    """A sentence for each combination that is drawn as another one, which was trained."""
-    return _of_other_labels(
-        dit, vocab, base, taken, labels,
-        lambda drawn: f"no training cell has this combination; drawn as {drawn}, and moved by the difference",
-    )  # fmt: skip
+    """A sentence for each combination of which the network is asked for other labels; after ten, how many more.
 
-
-def _of_other_labels(
-    dit: DiT,
-    vocab: ConditionVocab,
-    base: dict[str, np.ndarray],
-    taken: dict[str, np.ndarray],
-    labels: pd.DataFrame,
-    say: Callable[[str], str],
-) -> tuple[str, ...]:
-    """A sentence for each combination of which the network is asked for other labels; after ten, how many more."""
+    how: DRAWN or MOVED
+    """
     names = list(dit.means.names.values())
-    differ = {name: base[name] != taken[name] for name in names}
+    differ = {name: asked[name] != taken[name] for name in names}
     rows = np.flatnonzero(np.logical_or.reduce(list(differ.values()))) if names else np.empty(0, int)
     notes = []
     for row in rows[:10]:
-        asked = ", ".join(f"{name}={label}" for name, label in labels.iloc[row].items())
-        drawn = ", ".join(f"{name}={vocab.labels[name][base[name][row]]}" for name in names if differ[name][row])
-        notes.append(f"{asked}: {say(drawn)}")
+        own = ", ".join(f"{name}={label}" for name, label in labels.iloc[row].items())
+        other = ", ".join(f"{name}={vocab.labels[name][asked[name][row]]}" for name in names if differ[name][row])
+        notes.append(f"{own}: no training cell has this combination; {how.format(other)}")
     return (*notes, *([f"and {len(rows) - 10} more combinations likewise"] if len(rows) > 10 else []))

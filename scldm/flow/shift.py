@@ -17,10 +17,8 @@ from torch import Tensor
 
 from scldm.model.dit import DiT
 
-ROWS = 1024  # combinations whose shifts are in memory at once
-
-
 Conditions = dict[str, Tensor]  # of each of the model's conditions label ids or values, (B,), `null` where not given
+ROWS = 1024  # combinations whose shifts are in memory at once
 
 
 def nearest_trained(dit: DiT, conditions: Conditions) -> Conditions:
@@ -66,16 +64,19 @@ def way(dit: DiT, base: Conditions, conditions: Conditions) -> Tensor | float:
     """From cells of some labels to those of others, (B, L, Z), of standardised latents; 0 for the very same dict."""
     if base is conditions:
         return 0.0
-    to, of = (
-        {name: x.to(dit.latent_mean_LZ.device, non_blocking=True) for name, x in c.items()} for c in (conditions, base)
-    )
-    return dit.means(to) - dit.means(of)
+    return dit.means(_on_device(dit, conditions)) - dit.means(_on_device(dit, base))
 
 
 def stays(dit: DiT, own: Conditions, other: Conditions) -> Conditions:
     """`other`, where the flow knows the way there from cells with conditions `own`; for a combination that was never
-    trained the labels of `own`: there the flow leads nowhere, and all is `way`."""
-    moved_B = ~_of_rows(dit, other, lambda ids_C, given_C: _known(_matching(dit, ids_C, given_C)))
+    trained the labels of `own`, from where all is `way`. Where that has no shift either, the flow is asked for `other`.
+    """
+    if not other:
+        return other
+    trained_B = _of_rows(dit, other, lambda ids_C, given_C: _known(_matching(dit, ids_C, given_C)))
+    own_BC, other_BC = (dit.label_ids(_on_device(dit, of)) for of in (own, other))
+    has_way_B = ((own_BC == other_BC) | ~_shifted(dit) | _has_shift(dit, own_BC) & _has_shift(dit, other_BC)).all(1)
+    moved_B = ~trained_B & has_way_B
     if not moved_B.any():
         return other
     return {
@@ -84,9 +85,13 @@ def stays(dit: DiT, own: Conditions, other: Conditions) -> Conditions:
     }
 
 
+def _on_device(dit: DiT, conditions: Conditions) -> Conditions:
+    return {name: x.to(dit.latent_mean_LZ.device, non_blocking=True) for name, x in conditions.items()}
+
+
 def _of_rows(dit: DiT, conditions: Conditions, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """A function of label ids and of which are given, both (C,), for every cell; computed once where cells agree."""
-    there = {name: of_cell.to(dit.latent_mean_LZ.device) for name, of_cell in conditions.items()}
+    there = _on_device(dit, conditions)
     ids_BC, given_BC = dit.label_ids(there), dit.is_given(there)
     rows, row_B = torch.cat([ids_BC, given_BC], 1).unique(dim=0, return_inverse=True)
     C = ids_BC.shape[1]

@@ -11,13 +11,12 @@ import math
 import numpy as np
 import scipy.sparse as sp
 import torch
+from scipy.sparse.linalg import splu
 from torch import Tensor, nn
 
 from scldm.errors import InputError
 
 VALUE_SCALES = ("linear", "log")
-SETTLED = 1e-7  # of its start: a residual that is smaller is 0
-TINY = 1e-300
 FREQUENCIES = (0.5, 1.0, 2.0)  # of sines and cosines over the standardised value, whose training labels lie within +-2
 
 
@@ -177,32 +176,14 @@ class ConditionMeans(nn.Module):
         n, C = column_KC.shape
         of_label = sp.csr_matrix((np.ones(n * C), column_KC.ravel(), np.arange(n + 1) * C), shape=(n, sum(sizes)))
         weighted = sp.diags_array((n_K / (n_K + 10)).double().numpy()) @ of_label
-        normal = sp.csr_matrix(of_label.T @ weighted + 0.1 * sp.eye_array(sum(sizes)))
-        shift = least_squares(normal, weighted.T @ mean_KLZ.flatten(1).double().numpy())
+        normal = sp.csc_matrix(of_label.T @ weighted + 0.1 * sp.eye_array(sum(sizes)))
+        shift = splu(normal).solve(weighted.T @ mean_KLZ.flatten(1).double().numpy())
         seen = np.asarray(of_label.sum(0)).ravel() > 0
         ends = np.cumsum(sizes)[:-1]
         for k, of, has in zip(self.names, np.split(shift, ends), np.split(seen, ends), strict=True):
             buffer = self.get_buffer(f"shift_{k}")
             buffer.copy_(torch.from_numpy(of).view_as(buffer))
             self.get_buffer(f"has_shift_{k}").copy_(torch.from_numpy(has))
-
-
-def least_squares(normal: sp.csr_matrix, right: np.ndarray) -> np.ndarray:
-    """x of normal @ x = right for every column of it, by conjugate gradients; normal is positive definite."""
-    inverse = 1 / normal.diagonal()[:, None]
-    x, rest = np.zeros_like(right), right.copy()
-    way = inverse * rest
-    energy = (rest * way).sum(0)
-    stop = SETTLED**2 * energy
-    for _ in range(10 * len(right)):  # exact ones need as many as there are numbers
-        if not (energy > stop).any():
-            break
-        image = normal @ way
-        step = energy / np.maximum((way * image).sum(0), TINY)
-        x, rest = x + step * way, rest - step * image
-        before, energy = energy, (inverse * rest * rest).sum(0)
-        way = inverse * rest + energy / np.maximum(before, TINY) * way
-    return x
 
 
 def _closed(largest: set[frozenset[int]]) -> frozenset[frozenset[int]]:

@@ -378,6 +378,20 @@ class VAE(nn.Module):
         dropout_BQ = out_BQK[..., 1] + self._of_genes(self.log_odds_dropout, asked_ids)
         return Predicted("zinb", log_share_BQ, theta, dropout_BQ)
 
+    def library_size_B(self, total_B: Tensor, latent_BLZ: Tensor, given_ids: Tensor) -> Tensor:
+        """The library size that a cell's counts of some genes are judged and expected with, (B,).
+
+        Shares are of these genes, so it is their total. A value of the gaussian likelihood is one of the whole cell: of
+        missing genes that has what the decoder expects.
+
+        total_B: of the genes given_ids (S,)
+        """
+        if self.config.likelihood != "gaussian" or len(given_ids) == self.n_genes:
+            return total_B
+        every_G = torch.arange(1, self.n_genes + 1, device=given_ids.device)
+        expected_BG = self.decode(latent_BLZ, every_G).expected(torch.ones_like(total_B))
+        return total_B * expected_BG.sum(1) / expected_BG[:, given_ids - 1].sum(1).clamp_min(1e-12)
+
     def _through(self, blocks: nn.ModuleList, x_BLD: Tensor) -> Tensor:
         for block in blocks:
             if self.config.recompute and torch.is_grad_enabled():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_pipeline.schema import read_manifest
 from launch import gate
 from launch.cli import main
 from launch.config import compose
@@ -153,7 +153,10 @@ def test_a_finished_run_is_judged_again_only_where_its_gate_is_not_that_of_its_w
         shutil.copytree(at / name, tmp_path / name)
     judged, found = list[int](), gate.found
     monkeypatch.setattr(gate, "found", lambda *given: (judged.append(1), found(*given))[1])
-    again: Callable[[], dict[str, Any]] = lambda: train(tmp_path, "poor", "train.steps=1", f"data.shards={at}/set")  # noqa: E731
+
+    def again() -> dict[str, Any]:
+        return train(tmp_path, "poor", "train.steps=1", f"data.shards={at}/set")
+
     first = again()
     assert not judged
     assert f"autoencoder: {first['line']}" in capsys.readouterr().out
@@ -282,3 +285,11 @@ def test_other_ranks_wait_for_the_first_to_judge_and_end_if_it_is_gone(tmp_path:
         assert "is gone" in outputs[1]
     else:
         assert all("ended after it was judged" in output for output in outputs)
+
+
+def test_of_many_combinations_the_mean_profile_alone_is_judged(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else at least one cell of each were read, and a profile fitted to it."""
+    manifest = read_manifest(str(at / "set"))
+    assert gate.judged_conditions(manifest) == manifest.conditions.names != ()
+    monkeypatch.setattr(gate, "MOST_CELLS", gate.FEWEST_CELLS)
+    assert gate.judged_conditions(manifest) == ()

@@ -262,3 +262,18 @@ def test_an_autoencoder_of_expressed_genes_is_not_given_all(model: Pretrained, p
         adata.obs["type"] = "T cell"
         with pytest.raises(InputError, match=f"trained with data.given.policy={policy} and is given all genes"):
             use(adata)
+
+
+def test_a_gaussian_panel_is_judged_with_what_the_whole_cell_is_expected_to_have(model: Pretrained) -> None:
+    """Genes that a file lacks do not change what is expected of the others. Of shares the panel's total is the sum."""
+    vae = VAE(replace(model.vae.config, likelihood="gaussian"), G).eval().requires_grad_(False)
+    torch.manual_seed(0)
+    vae.head.weight.data.normal_(std=0.3)
+    latent_BLZ, every = torch.randn(3, L, Z), torch.arange(1, G + 1)
+    whole_B = torch.tensor([500.0, 900.0, 2_000.0])
+    counts_BG = vae.decode(latent_BLZ, every).expected(whole_B)
+    total_B, panel = counts_BG.sum(1), every[::3]
+    part_B = counts_BG[:, panel - 1].sum(1)
+    torch.testing.assert_close(vae.library_size_B(part_B, latent_BLZ, panel), total_B)
+    assert vae.library_size_B(total_B, latent_BLZ, every) is total_B
+    assert model.vae.library_size_B(part_B, latent_BLZ, panel) is part_B

@@ -1,46 +1,34 @@
-"""Prints, as JSON, what each step of the product launches on a GPU and waits for: name -> kernels, waits, sdpa.
-
-python -m tests.scldm.cuda.steps GUARD_LIBRARY
-"""
+"""What each step of the product launches on a GPU and waits for. Imported once `named.pretend` was called."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import sys
-from pathlib import Path
 from typing import Any
 
-from tests.scldm.cuda.named import Counts, pretend, watched, without_storage
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
 
-os.environ.pop("TRITON_INTERPRET", None)
-pretend(Path(sys.argv[1]))
-
-import anndata as ad  # noqa: E402
-import numpy as np  # noqa: E402
-import pandas as pd  # noqa: E402
-import scipy.sparse as sp  # noqa: E402
-import torch  # noqa: E402
-
-import scldm.kernels.deviation as deviation_kernels  # noqa: E402
-import scldm.kernels.pool as pool_kernels  # noqa: E402
-import scldm.kernels.unpool as unpool_kernels  # noqa: E402
-from launch.bench.ways import of_preset  # noqa: E402
-from scldm.batch import CompactCellBatch, CompactCounts, LatentBatch  # noqa: E402
-from scldm.flow.generate import SamplerConfig  # noqa: E402
-from scldm.library_size import LibrarySizeModel, LogNormal  # noqa: E402
-from scldm.model.dit import DiT, DiTConfig  # noqa: E402
-from scldm.model.vae import VAE  # noqa: E402
-from scldm.parallel.dist import World  # noqa: E402
-from scldm.parallel.engine import HardwareConfig, PlainEngine  # noqa: E402
-from scldm.pretrained import Pretrained  # noqa: E402
-from scldm.train.ema import EMA  # noqa: E402
-from scldm.train.losses import Draws, GuidanceConfig, LDMStage, VAEStage  # noqa: E402
-from scldm.train.optim import OptimConfig, make_optimizer  # noqa: E402
-from scldm.train.throughput import Meter  # noqa: E402
-from scldm.vocab import ConditionVocab, GeneVocab  # noqa: E402
-from tests.scldm.cuda.named import ACTIVE  # noqa: E402
+import scldm.kernels.deviation as deviation_kernels
+import scldm.kernels.pool as pool_kernels
+import scldm.kernels.unpool as unpool_kernels
+from launch.bench.ways import of_preset
+from scldm.batch import CompactCellBatch, CompactCounts, LatentBatch
+from scldm.flow.generate import SamplerConfig
+from scldm.library_size import LibrarySizeModel, LogNormal
+from scldm.model.dit import DiT, DiTConfig
+from scldm.model.vae import VAE
+from scldm.parallel.dist import World
+from scldm.parallel.engine import HardwareConfig, PlainEngine
+from scldm.pretrained import Pretrained
+from scldm.train.ema import EMA
+from scldm.train.losses import Draws, GuidanceConfig, LDMStage, VAEStage
+from scldm.train.optim import OptimConfig, make_optimizer
+from scldm.train.throughput import Meter
+from scldm.vocab import ConditionVocab, GeneVocab
+from tests.scldm.cuda.named import ACTIVE, Counts, watched, without_storage
 
 GPU = World(0, 1, torch.device("cuda", 0))
 G, S = 36_130, 8_192  # of the Census, and of the presets
@@ -141,10 +129,12 @@ def verbs(n: int = 70, n_genes: int = 3_699) -> None:
         note(name, counts)
 
 
-with without_storage():
-    vae_steps(32, False, "bf16", ("auto", "plain", "sdpa"))
-    for precision, own in (("fp32", False), ("bf16", True)):
-        vae_steps(32, own, precision, ("auto", "sdpa"))
-    ldm_steps()
-    verbs()
-print(json.dumps(FOUND, indent=1))
+def every_step() -> dict[str, Any]:
+    """name -> kernels, waits, sdpa."""
+    with without_storage():
+        vae_steps(32, False, "bf16", ("auto", "plain", "sdpa"))
+        for precision, own in (("fp32", False), ("bf16", True)):
+            vae_steps(32, own, precision, ("auto", "sdpa"))
+        ldm_steps()
+        verbs()
+    return FOUND

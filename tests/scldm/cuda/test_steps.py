@@ -29,7 +29,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         pytest.skip("needs Linux and g++")
     pytest.importorskip("triton", reason="needs the package triton, which the extra `test` brings on Linux")
     library = build(tmp_path_factory.mktemp("guard"))
-    command = [sys.executable, "-W", "ignore", "-m", "tests.scldm.cuda.steps", str(library)]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.scldm.cuda", str(library)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4_000:]
     return json.loads(done.stdout)

@@ -113,3 +113,14 @@ def test_own_cells_stay_where_the_flow_knows_no_way() -> None:
     assert (by_flow["type"].tolist(), by_flow["drug"].tolist()) == ([2, 0], [0, 1])
     torch.testing.assert_close(way_BLZ[0], dit.means.shift_1[1] - dit.means.shift_1[0])
     assert way_BLZ[1].abs().max() == 0
+
+
+def test_own_cells_go_by_the_flow_where_a_label_has_no_shift() -> None:
+    dit = model()
+    few = TRAINED[[0, 1, 2]]  # without a cell under drug 1, of which the shift is then 0 and means nothing
+    dit.means.fit(few, torch.full((3,), 1e6), torch.tensor([-3.0, 0, 3])[:, None, None].expand(3, 3, 4))
+    own, other = (
+        {"type": torch.tensor([2]), "drug": torch.tensor([0])},
+        {"type": torch.tensor([2]), "drug": torch.tensor([1])},
+    )
+    assert stays(dit, own, other) is other
