@@ -117,6 +117,7 @@ def test_a_run_on_a_gpu_takes_its_batches_compact_and_pinned(made: Path, monkeyp
     still = torch.zeros(2, 4), torch.ones(2, 4)
     asked: list[torch.device] = []
     monkeypatch.setattr(train_ldm, "moments", lambda vae, every, world: (asked.append(every.device), *still)[1:])
+    monkeypatch.setattr(train_ldm, "fit_means", lambda stage, every, world: asked.append(every.device))
     course, hardware = TrainConfig(global_batch=60), HardwareConfig("plain", 30)
     stream, run = f"{made}/shards", "run"
     live = TrainLDMConfig(run, StreamConfig(stream), vae=f"{made}/vae", train=course, hardware=hardware)
@@ -130,7 +131,7 @@ def test_a_run_on_a_gpu_takes_its_batches_compact_and_pinned(made: Path, monkeyp
             assert batch.to("meta").given.counts_BS.is_meta
             loader.close()
     assert set(asked) == {there.device}
-    assert len(asked) == 5
+    assert len(asked) == 6
 
     def shard_batches(*_, device, **__):
         asked.append(device)
