@@ -1,2 +1,4 @@
-"""Benchmarks that need more than the package: other people's methods. Not in the wheel. The JSON files here are results
-of these and of `scldm bench`."""
+"""Measured figures and the code that makes them: `python -m benchmarks.NAME --help`. Not in the wheel.
+
+One file a benchmark: the work, its controls, its targets. The JSON files here are their results.
+"""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.evaluation`: what `scldm evaluate` costs on an atlas. Time and memory of `compare` on simulated
+"""What `scldm evaluate` costs on an atlas. Time and memory of `compare` on simulated
 cells of ten types under control and treatment.
 
 Reading order: the config, the cells, main.
@@ -7,7 +7,6 @@ Reading order: the config, the cells, main.
 from __future__ import annotations
 
 import resource
-import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -15,10 +14,15 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse as sp
 
-from launch.bench.report import Report, Row
-from launch.config import compose
+from benchmarks.report import Report, Row, run_benchmark
 from scldm.evaluate.cells import Cells
 from scldm.evaluate.compare import EvaluateConfig, compare
+
+PURPOSE = "Measure the time and the memory that an evaluation takes on an atlas of simulated cells."
+
+EXAMPLE = """
+python -m benchmarks.evaluation cells=20_000
+"""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,9 @@ class EvaluationConfig:
     cells: int = 100_000
     genes: int = 2_000
     save: str = ""
+
+
+CONFIG = EvaluationConfig
 
 
 def simulated(name: str, seed: int, n_cells: int, n_genes: int) -> Cells:
@@ -57,10 +64,9 @@ def main(config: EvaluationConfig) -> Report:
     sizes = {"train": config.cells, "validation": config.cells // 10, "test": config.cells, "generated": config.cells}
     sets = [simulated(name, k, n, config.genes) for k, (name, n) in enumerate(sizes.items())]
     wall, cpu = time.perf_counter(), time.process_time()
-    found = compare(*sets, EvaluateConfig())
+    found = compare(*sets, EvaluateConfig())  # pyright: ignore[reportCallIssue]  # four sets
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    command = shlex.join(["python", "-m", "benchmarks.evaluation", *sys.argv[1:]])
-    report = Report("evaluation", {"cells a side": config.cells, "genes": config.genes}, command=command)
+    report = Report("evaluation", {"cells a side": config.cells, "genes": config.genes})
     report.add(Row("combinations scored one by one", len(found["scored_combinations"]), ""))
     report.add(Row.at_most("time", wall, "s", 600.0))
     report.add(Row("CPU time", cpu, "s"))
@@ -71,4 +77,4 @@ def main(config: EvaluationConfig) -> Report:
 
 
 if __name__ == "__main__":
-    main(compose(EvaluationConfig, sys.argv[1:]))
+    sys.exit(run_benchmark("evaluation"))

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from benchmarks.gpu_wheels import missing
-from launch.bench.report import commit
+from benchmarks.report import commit
 from scldm.errors import REFUSED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +49,8 @@ class Step:
 
 
 def _bench(name: str, seconds: int, line: str, on_cpu: str) -> Step:
-    return Step(name, seconds, ("-m", "launch.cli", "bench", *shlex.split(line)), tuple(shlex.split(on_cpu)))
+    benchmark, *words = shlex.split(line)
+    return Step(name, seconds, ("-m", f"benchmarks.{benchmark}", *words), tuple(shlex.split(on_cpu)))
 
 
 # on a CPU in float32, as bf16 is slow there
@@ -72,7 +73,7 @@ STEPS = (
     _bench(
         "dentate",
         25,
-        "vae-step preset=dentate_gyrus cells=128 n_genes=17002 n_given=4096 n_asked=4096 precision=bf16 repeats=3",
+        "vae_step preset=dentate_gyrus cells=128 n_genes=17002 n_given=4096 n_asked=4096 precision=bf16 repeats=3",
         SMALL_STEP,
     ),
     _bench(
@@ -96,13 +97,13 @@ STEPS = (
     _bench(
         "step-census",
         80,
-        "vae-step preset=20m cells=32 n_genes=36130 n_given=8000 n_asked=36130 precision=bf16 compile=true repeats=3",
+        "vae_step preset=20m cells=32 n_genes=36130 n_given=8000 n_asked=36130 precision=bf16 compile=true repeats=3",
         SMALL_STEP,
     ),
     _bench(
         "step-128",
         50,
-        "vae-step preset=20m cells=128 n_genes=36130 n_given=8192 n_asked=8192 precision=bf16 compile=true repeats=3",
+        "vae_step preset=20m cells=128 n_genes=36130 n_given=8192 n_asked=8192 precision=bf16 compile=true repeats=3",
         SMALL_STEP,
     ),
     _bench(

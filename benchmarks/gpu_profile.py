@@ -1,7 +1,5 @@
 """Where a training step of the autoencoder spends its time, for each way of attention: kernels, GPU time, idle share.
 
-    python -m benchmarks.gpu_profile preset=20m cells=32,128 genes=8192 save=runs/profile.json
-
 On a GPU torch.profiler lists the kernels. The step is timed apart from that, as the profiler slows the host. A GPU that
 is idle for much of a step waits for the host to launch. On a CPU operations take the kernels' place: that shows that
 the profile works, and says nothing about a GPU.
@@ -21,13 +19,18 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from launch.bench.measure import failure_of, measure
-from launch.bench.report import Report, Row
-from launch.bench.vae_step import BenchVAEStepConfig, calls_of
-from launch.bench.ways import of_preset, unable, ways
-from launch.config import compose
-from scldm.errors import REFUSED, InputError
+from benchmarks.measure import failure_of, measure
+from benchmarks.report import Report, Row, run_benchmark
+from benchmarks.vae_step import BenchVAEStepConfig, calls_of
+from benchmarks.ways import of_preset, unable, ways
 from scldm.model.vae import VAEConfig
+
+PURPOSE = """Say where a training step of the autoencoder spends its time, for each way of attention: kernels, GPU time,
+idle share."""
+
+EXAMPLE = """
+python -m benchmarks.gpu_profile preset=20m cells=32,128 genes=8192 save=runs/profile.json
+"""
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,15 @@ class GPUProfileConfig:
     save: str = ""
 
 
+CONFIG = GPUProfileConfig
+
+
 def main(config: GPUProfileConfig) -> Report:
     """Print the table; returns it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = {"preset": config.preset, "genes": config.genes, "vocabulary": config.n_genes}
     settings |= {"precision": config.precision, "counted": "kernels" if device.type == "cuda" else "operations"}
-    report = Report("gpu_profile", settings, command=" ".join(["python -m benchmarks.gpu_profile", *sys.argv[1:]]))
+    report = Report("gpu_profile", settings)
     for cells in config.cells:
         shape = of_preset(config.preset, config.model)
         step_config = BenchVAEStepConfig(
@@ -144,8 +150,4 @@ def counts(event: Any, on_gpu: bool) -> bool:
 
 
 if __name__ == "__main__":
-    try:
-        main(compose(GPUProfileConfig, sys.argv[1:]))
-    except InputError as error:
-        print(f"gpu_profile: error: {error}", file=sys.stderr)
-        sys.exit(REFUSED)
+    sys.exit(run_benchmark("gpu_profile"))

@@ -5,7 +5,7 @@
 Run it where there is an index. Copy the folder to the checkout on the other machine. gpu.sh installs what lies there.
 Versions are those of constraints.txt, for CPython 3.12 on x86-64 Linux. Left out are torch, which that machine has with
 what it brings, and the packages in THERE, which images for deep learning mostly hold; `--there ""` collects those too.
-DeepSpeed, MLflow and TileDB-SOMA are not needed: `bench train` then runs on the plain engine alone.
+DeepSpeed, MLflow and TileDB-SOMA are not needed: `benchmarks.train` then runs on the plain engine alone.
 Reading order: NEEDED, THERE, main, missing.
 """
 

@@ -31,7 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from launch.bench.report import Report, Row
+from benchmarks.report import Report, Row
 from launch.config import compose, shipped
 from launch.train_vae import TrainVAEConfig
 from scldm import kernels

@@ -27,7 +27,7 @@ from benchmarks.quality.config import QualityConfig
 from benchmarks.quality.methods import scvi_tools
 from benchmarks.quality.methods.ours import shards_of
 from benchmarks.quality.work import Place, say, trained_once
-from launch.bench.report import Report, Row
+from benchmarks.report import Report, Row
 from launch.cli import config_of
 from launch.config import compose
 from scldm.errors import InputError, read_json

@@ -23,10 +23,11 @@ import pyarrow as pa
 import tiledbsoma
 import tiledbsoma.io
 
+from data_pipeline.convert.narrow import FAULTS, Rows, fault_of
+from data_pipeline.convert.open import open_matrix, open_sources
+from data_pipeline.convert.source import SourceConfig
+from data_pipeline.convert.source_h5ad import open_file, read_frame, reading
 from data_pipeline.files import aside, disk_explained
-from data_pipeline.narrow import FAULTS, Rows, fault_of
-from data_pipeline.source_h5ad import open_file, read_frame, reading
-from data_pipeline.sources import SourceConfig, open_matrix, open_sources
 from scldm.errors import InputError
 from scldm.progress import Progress
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from launch.config import compose, help_text
-from launch.notes import note_failure
+from launch.failure import note_failure
 from scldm.errors import REFUSED, InputError
 
 # verb -> (module, what it does, in one line)
@@ -35,19 +35,9 @@ VERBS = {
     "embed": ("launch.embed", "embed the cells of an h5ad file"),
     "reconstruct": ("launch.reconstruct", "expected expression and log-likelihood of the cells of an h5ad file"),
     "evaluate": ("launch.evaluate", "compare generated cells with real ones: metrics, figures, report"),
-    "submit": ("launch.submit", "run a verb, or the whole path, as Slurm jobs on many nodes"),
-    "status": ("launch.status", "how far a run is: state, step, cells/s, time left, last checkpoint, errors"),
-    "logs": ("launch.logs", "follow the log of a run that was submitted"),
-    "bench shards": ("launch.bench.shards", "measure the conversion of an atlas"),
-    "bench loader": ("launch.bench.loader", "measure the stream of minibatches beside other loaders"),
-    "bench mcab": ("launch.bench.mcab", "measure the cross-attention between genes and latent tokens"),
-    "bench unseen": ("launch.bench.unseen", "hold combinations out, generate them, compare with real ones and guesses"),
-    "bench generate": ("launch.bench.generate", "measure generation with a trained model"),
-    "bench checkpoint": ("launch.bench.checkpoint", "measure saving, loading, and what saving holds up"),
-    "bench train": ("launch.bench.train", "measure what the training loop and DeepSpeed add to the bare step"),
-    "bench vae-step": ("launch.bench.vae_step", "measure a training step of the autoencoder"),
-    "bench vae-choices": ("launch.bench.vae_choices", "compare autoencoders that differ in one choice, on real cells"),
-    "bench subset-embedding": ("launch.bench.subset_embedding", "embed real cells from ever fewer of their genes"),
+    "submit": ("launch.cluster.submit", "run a verb, or the whole path, as Slurm jobs on many nodes"),
+    "status": ("launch.cluster.status", "how far a run is: state, step, cells/s, time left, last checkpoint, errors"),
+    "logs": ("launch.cluster.logs", "follow the log of a run that was submitted"),
 }
 
 EXTRAS_HINT = "scldm's extras data, train and evaluate bring what its verbs need"
@@ -81,25 +71,30 @@ def find_verb(words: Sequence[str]) -> tuple[str | None, list[str]]:
 
 def run_verb(verb: str, words: Sequence[str]) -> int:
     """Run one verb with the rest of its command line. Modules run by torchrun or srun enter here."""
+    return run(f"scldm {verb}", VERBS[verb][0], words)
+
+
+def run(command: str, module_name: str, words: Sequence[str]) -> int:
+    """Run a module such as a verb's. `command` is how a user calls it, in its help and in messages."""
     try:
-        module = importlib.import_module(VERBS[verb][0])
+        module = importlib.import_module(module_name)
         if "--help" in words or "-h" in words:
-            print(help_text(verb, module.PURPOSE, module.CONFIG, module.EXAMPLE, getattr(module, "USAGE", "")))
+            print(help_text(command, module.PURPOSE, module.CONFIG, module.EXAMPLE, getattr(module, "USAGE", "")))
             return 0
         module.main(config_of(module, words))
     except InputError as error:
-        return refuse(verb, str(error), error.exit_code)
+        return refuse(command, str(error), error.exit_code)
     except Exception as error:
         package = ((error.name or "") if isinstance(error, ModuleNotFoundError) else "").split(".")[0]
-        if package in ("", "data_pipeline", "launch", "scldm"):
+        if package in ("", "benchmarks", "data_pipeline", "launch", "scldm"):
             note_failure(1, f"{type(error).__name__}: {error}", error.__traceback__)
             raise
-        return refuse(verb, f"the package {package} is missing; {EXTRAS_HINT}")
+        return refuse(command, f"the package {package} is missing; {EXTRAS_HINT}")
     return 0
 
 
-def refuse(verb: str, why: str, code: int = REFUSED) -> int:
-    print(f"scldm {verb}: error: {why}", file=sys.stderr)
+def refuse(command: str, why: str, code: int = REFUSED) -> int:
+    print(f"{command}: error: {why}", file=sys.stderr)
     note_failure(code, why)
     return code
 

@@ -234,12 +234,12 @@ def _type_name(kind: Any) -> str:
     return str(kind).replace("typing.", "") if typing.get_origin(kind) else getattr(kind, "__name__", str(kind))
 
 
-def help_text(verb: str, purpose: str, schema: type, example: str, usage: str = "") -> str:
-    """What `scldm VERB --help` prints: purpose, example, presets, every key with type, default and meaning."""
+def help_text(command: str, purpose: str, schema: type, example: str, usage: str = "") -> str:
+    """What `COMMAND --help` prints: purpose, example, presets, every key with type, default and meaning."""
     root = shipped("configs")
     presets = "  ".join(sorted(str(p.relative_to(root).with_suffix("")) for p in root.glob("*/*.yaml")))
     lines = [
-        f"usage: {usage or f'scldm {verb} [PRESET ...] [key=value ...]'}",
+        f"usage: {usage or f'{command} [PRESET ...] [key=value ...]'}",
         "",
         purpose.strip(),
         "",

@@ -12,15 +12,14 @@ from typing import Literal
 import numpy as np
 import torch
 
-from data_pipeline.gene_sets import OF_THE_CELL, GeneSetConfig, as_whole_cells
-from data_pipeline.loader import shard_batches
-from data_pipeline.read_shards import ShardSet
-from data_pipeline.schema import Manifest
+from data_pipeline.format.read_shards import ShardSet
+from data_pipeline.stream.gene_sets import GeneSetConfig
+from data_pipeline.stream.loader import shard_batches
 from data_pipeline.write_latents import LatentWriter
 from launch.cli import run_verb
-from launch.export import trained_vae
-from launch.gate import GATE, gate_of, warn
-from launch.stage import at_hand
+from launch.evaluation.gate import GATE, gate_of, warn
+from launch.staged import at_hand
+from launch.trained import check_given, check_same_genes, trained_vae
 from scldm.batch import GeneCounts
 from scldm.errors import InputError
 from scldm.files import write_json
@@ -28,8 +27,6 @@ from scldm.model.all_genes import encoder_of
 from scldm.model.vae import VAE, Posterior
 from scldm.parallel.dist import World, close_world, world_of_environment
 from scldm.progress import Progress
-from scldm.train.run_folder import read_config
-from scldm.vocab import GeneVocab
 
 PURPOSE = """Encode every cell of a shard set once: posterior means as a latent set, which stage 2 trains on.
 Runs on any number of ranks, each with its own shards; run again after an interruption, it goes on."""
@@ -109,40 +106,6 @@ def main(config: EncodeConfig) -> Path:
                 print(f"{cells.manifest.n_cells:,} cells as {shape[0]} tokens of width {shape[1]}: {config.out}")
     close_world()
     return Path(config.out)
-
-
-def check_given(given: GeneSetConfig, vae_run: Path, key: str, world: World) -> None:
-    """Says where genes were drawn by weight in training alone, or now alone: the shares of genes are then others.
-
-    Raises: InputError where cells would be given to the autoencoder otherwise than it was trained: it is another
-    function of all genes (or of a random choice of them, zeros included) than of a set made of what the cell expresses.
-    """
-    trained = GeneSetConfig(**read_config(vae_run)["data"]["given"])
-    right = as_whole_cells(trained)
-    padded = "expressed_plus_zeros"  # whose n_genes says how many zeros a cell has
-    same = given.policy == trained.policy and (given.policy != padded or given.n_genes == trained.n_genes)
-    if not same and {given.policy, trained.policy} & set(OF_THE_CELL):
-        is_, was, give = (
-            f"{at}.policy={of.policy}" + (f" {at}.n_genes={of.n_genes}" if of.policy == padded else "")
-            for at, of in ((key, given), ("data.given", trained), (key, right))
-        )
-        raise InputError(f"{is_}: {vae_run} was trained with {was}; give {give}")
-    if world.is_first and (given.policy == "weighted") != (trained.policy == "weighted"):
-        print(
-            f"{key}.policy={given.policy}: {vae_run} was trained with data.given.policy={trained.policy}: it met genes "
-            "in other shares than here",
-            file=sys.stderr,
-        )
-
-
-def check_same_genes(manifest: Manifest, shards: str, vae_run: Path) -> None:
-    """Raises: InputError where the set's genes are not those that the autoencoder was trained on."""
-    trained_on = GeneVocab.load(vae_run / "genes.json")
-    if manifest.genes.hash != trained_on.hash:
-        raise InputError(
-            f"{shards} has another gene vocabulary ({manifest.genes.n_genes} genes) than "
-            f"{vae_run} was trained on ({trained_on.n_genes} genes)"
-        )
 
 
 def encoder(vae: VAE, cells: ShardSet, config: EncodeConfig, world: World) -> Callable[[GeneCounts], Posterior]:

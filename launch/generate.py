@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 import warnings
 from contextlib import nullcontext
@@ -27,10 +26,10 @@ from scldm.count_draws import DRAWS_VERSION
 from scldm.environment import cpu_maker
 from scldm.errors import InputError
 from scldm.flow.generate import SamplerConfig
-from scldm.flow.wanted import Wanted
 from scldm.parallel.dist import close_world, world_of_environment
 from scldm.pretrained import BATCH_CELLS, Kind, Precision, Pretrained, usable
 from scldm.progress import Progress
+from scldm.request.wanted import Wanted
 
 PURPOSE = """Generate cells for given conditions: integer counts or means in CSR, the conditions as categorical obs.
 Runs on any number of ranks; interrupted, the same command goes on. The cells are the same bit for bit for any number of
@@ -229,14 +228,6 @@ def numeric_library_size(table: pd.DataFrame) -> pd.DataFrame:
         sizes = pd.Series(pd.to_numeric(table["library_size"].astype(object), errors="coerce"))
         table = table.assign(library_size=sizes.astype(float))
     return table
-
-
-def write_whole(adata, path: Path) -> None:
-    """Write an h5ad file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    adata.write_h5ad(aside, compression="gzip")
-    os.replace(aside, path)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.loader import LoaderConfig, StreamConfig
-from data_pipeline.order import reads_of_a_block
-from data_pipeline.schema import read_manifest
+from data_pipeline.format.schema import read_manifest
+from data_pipeline.stream.loader import LoaderConfig, StreamConfig
+from data_pipeline.stream.order import reads_of_a_block
 from launch.cli import run_verb
 from launch.config import compose
 from launch.train_ldm import TrainLDMConfig

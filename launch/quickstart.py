@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from data_pipeline.plan import ShardsWriteConfig
-from data_pipeline.schema import read_manifest
+from data_pipeline.convert.plan import ShardsWriteConfig
+from data_pipeline.format.schema import read_manifest
 from launch.cli import run_verb
-from launch.evaluate_generated import show
+from launch.evaluation.of_generated import show
 from scldm.errors import InputError
 from scldm.files import write_json
 from scldm.train.tracking import Tracker, TrackingConfig
@@ -204,7 +204,7 @@ def check_cells(config: QuickstartConfig) -> None:
     """Raises: InputError for a file without usable counts or without the condition, before anything is made."""
     import h5py
 
-    from data_pipeline.source_h5ad import find_counts
+    from data_pipeline.convert.source_h5ad import find_counts
 
     try:
         with h5py.File(config.h5ad) as file:

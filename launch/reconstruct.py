@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.cli import run_verb
-from launch.embed import model_and_cells
-from launch.generate import write_whole
-from scldm.pretrained import BATCH_CELLS, Precision
+from launch.own_cells import OwnCellsConfig, model_and_cells, write_whole
 
 PURPOSE = """Encode and decode the cells of an h5ad file: writes expected counts of the chosen genes, and every cell's
 log-likelihood in obs["log_likelihood"]: nats, over the file's genes that the model knows."""
@@ -19,30 +17,15 @@ scldm reconstruct model=model h5ad=cells.h5ad out=expected.h5ad genes=CD3E,MS4A1
 """
 
 
-@dataclass(frozen=True)
-class ReconstructConfig:
+@dataclass(frozen=True, kw_only=True)
+class ReconstructConfig(OwnCellsConfig):
     """Which cells to reconstruct.
 
-    model: model folder that `scldm export` wrote
-    h5ad: file with raw counts
     out: h5ad file to write: the same cells, expected counts in X
     genes: genes to write, any that the model knows; none writes those of the file
-    layer: layer that holds the counts; empty is X
-    drop_empty: leave out cells without a count in any gene that the model knows; else they are refused
-    device: torch device; empty is a GPU where there is one
-    batch: cells that go through the networks at once; another number differs in the last bits
-    precision: float32, or bfloat16: for GPUs; expected counts are off by 0.6 %
     """
 
-    model: str
-    h5ad: str
-    out: str
     genes: tuple[str, ...] = ()
-    layer: str = ""
-    drop_empty: bool = False
-    device: str = ""
-    batch: int = BATCH_CELLS
-    precision: Precision = "float32"
 
 
 CONFIG = ReconstructConfig

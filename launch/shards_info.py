@@ -6,9 +6,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.describe import describe_html, describe_text
 from data_pipeline.files import disk_explained
-from data_pipeline.schema import read_manifest
+from data_pipeline.format.describe import describe_html, describe_text
+from data_pipeline.format.schema import read_manifest
 from launch.cli import run_verb
 from scldm.files import written_aside
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-from data_pipeline.verify import verify_shards
+from data_pipeline.convert.verify import verify_shards
 from launch.cli import run_verb
 from scldm.errors import InputError
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from data_pipeline.plan import ShardsWriteConfig
-from data_pipeline.write_shards import write_shards
+from data_pipeline.convert.plan import ShardsWriteConfig
+from data_pipeline.convert.write_shards import write_shards
 from launch.cli import run_verb
 
 PURPOSE = """Turn an atlas (h5ad files, a SOMA experiment, the Census) into shuffled training shards with splits.

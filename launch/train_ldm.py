@@ -17,14 +17,13 @@ from typing import Any
 import pandas as pd
 import torch
 
-from data_pipeline.gene_sets import GeneSetConfig, as_whole_cells
-from data_pipeline.loader import CellLoader, LatentLoader, LoaderConfig, StreamConfig
-from data_pipeline.schema import Manifest
+from data_pipeline.format.schema import Manifest
+from data_pipeline.stream.gene_sets import GeneSetConfig, as_whole_cells
+from data_pipeline.stream.loader import CellLoader, LatentLoader, LoaderConfig, StreamConfig
 from launch.cli import run_verb
-from launch.encode import check_given, check_same_genes
-from launch.export import trained_vae
-from launch.gate import gate_of, warn
-from launch.stage import at_hand
+from launch.evaluation.gate import gate_of, warn
+from launch.staged import at_hand
+from launch.trained import check_given, check_same_genes, trained_vae
 from launch.training import Parts, check_has_validation, check_waits, has_started, run_training, start_of, whole_cells
 from scldm.batch import GeneCounts
 from scldm.errors import InputError

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from data_pipeline.gene_sets import GeneSetConfig, as_whole_cells
-from data_pipeline.loader import CellLoader, LoaderConfig
+from data_pipeline.stream.gene_sets import GeneSetConfig, as_whole_cells
+from data_pipeline.stream.loader import CellLoader, LoaderConfig
 from launch.cli import run_verb
-from launch.gate import judge_run
-from launch.stage import at_hand
+from launch.evaluation.gate import judge_run
+from launch.staged import at_hand
 from launch.training import Parts, check_has_validation, check_waits, run_training, start_of, whole_cells
 from scldm.kernels import check_available
 from scldm.model.vae import VAE, VAEConfig, chosen

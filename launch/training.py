@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from data_pipeline.schema import Manifest
+from data_pipeline.format.schema import Manifest
 from scldm import pretrained
 from scldm.environment import describe
 from scldm.errors import InputError, Stopped

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.cli import run_verb
-from launch.embed import model_and_cells
-from launch.generate import write_whole
+from launch.own_cells import OwnCellsConfig, model_and_cells, write_whole
 from scldm.errors import InputError
 from scldm.flow.generate import SamplerConfig
-from scldm.pretrained import BATCH_CELLS, Kind, Precision
+from scldm.pretrained import Kind
 
 PURPOSE = """Take the cells of an h5ad file to other conditions, as control cells to a perturbation: each to its noise
 along the flow of its own conditions and back along that of others. What the conditions do not say of a cell is kept."""
@@ -21,40 +20,26 @@ scldm transform model=model h5ad=control.h5ad by=treatment to=treatment=IFN alph
 """
 
 
-@dataclass(frozen=True)
-class TransformConfig:
+@dataclass(frozen=True, kw_only=True)
+class TransformConfig(OwnCellsConfig):
     """Which cells to take where.
 
-    model: model folder that `scldm export` wrote
     h5ad: file with raw counts, and the cells' own conditions as columns of obs
     to: CONDITION=LABEL, one or more
     out: h5ad file to write: the cells where they were taken, with obs scldm_alpha and scldm_source, their names before
     by: columns of obs that are the cells' own conditions; none takes all that the model has
     alphas: how far to go, all cells for each: 0 is their own conditions, 1 the others
-    layer: layer that holds the counts; empty is X
     genes: genes to write, any that the model knows; none writes those of the file
     kind: counts, drawn, or means, expected counts (float32)
     seed: of the counts' draws
-    drop_empty: leave out cells without a count in any gene that the model knows; else they are refused
-    device: torch device; empty is a GPU where there is one
-    batch: cells that go through the networks at once; another number differs in the last bits
-    precision: float32, or bfloat16: for GPUs; expected counts are off by 0.6 %
     """
 
-    model: str
-    h5ad: str
     to: tuple[str, ...]
-    out: str
     by: tuple[str, ...] = ()
     alphas: tuple[float, ...] = (1.0,)
-    layer: str = ""
     genes: tuple[str, ...] = ()
     kind: Kind = "counts"
     seed: int = 0
-    drop_empty: bool = False
-    device: str = ""
-    batch: int = BATCH_CELLS
-    precision: Precision = "float32"
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
 

@@ -22,11 +22,9 @@ from torch import Tensor
 from scldm import draws
 from scldm.batch import GeneCounts
 from scldm.errors import InputError, read_json
-from scldm.flow import asked
 from scldm.flow.generate import SamplerConfig, generate_latents, guided
 from scldm.flow.shift import way
 from scldm.flow.transform import blend, from_noise, to_noise
-from scldm.flow.wanted import Wanted, distinct
 from scldm.library_size import LibrarySizeModel
 from scldm.model.all_genes import encoder_of
 from scldm.model.attention import Choice
@@ -34,6 +32,8 @@ from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE, Predicted, VAEConfig, chosen
 from scldm.model_folder import FORMAT_VERSION
 from scldm.progress import Progress
+from scldm.request import labels as asked
+from scldm.request.wanted import Wanted, distinct
 from scldm.vocab import ConditionVocab, GeneVocab
 from scldm.weights import put_in, read_weights, weights_hash
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = ("data_pipeline", "launch", "scldm")
+OURS = ("benchmarks", "data_pipeline", "launch", "scldm")
 
 # errors, files, progress and environment know nothing and may be imported by all; draws is numbers, nothing else
 EVERYWHERE = {"scldm.errors", "scldm.files", "scldm.progress", "scldm.environment", "scldm.draws"}
@@ -28,6 +30,13 @@ LEAVES = EVERYWHERE | {
     "scldm.kernels",
     "scldm.parallel",
 }
+FOR_DATA = {"scldm.batch", "scldm.micro_batches", "scldm.vocab"}
+BESIDE_VERBS = {"launch.cli", "launch.config", "launch.failure", "launch.own_cells", "launch.staged"}
+BESIDE_VERBS |= {"launch.checkpoints", "launch.trained", "launch.training"}
+LAUNCH = BESIDE_VERBS | {"launch.cluster", "launch.evaluation"}
+ANYTHING = {"data_pipeline", "scldm"}  # every room of these
+# a verb is wiring: these two alone need the keys of other verbs
+ABOVE_VERBS = {"launch.plan", "launch.quickstart"}
 # room -> the rooms of ours that it may import besides itself and EVERYWHERE
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES - EVERYWHERE},
@@ -38,35 +47,68 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scldm.flow": LEAVES | {"scldm.model"},
     "scldm.train": LEAVES | {"scldm.flow", "scldm.model"},
     "scldm.model_folder": LEAVES | {"scldm.model"},
-    "scldm.pretrained": LEAVES | {"scldm.flow", "scldm.model", "scldm.model_folder"},
+    "scldm.request": LEAVES | {"scldm.flow", "scldm.model"},
+    "scldm.pretrained": LEAVES | {"scldm.flow", "scldm.model", "scldm.model_folder", "scldm.request"},
     "scldm": {"scldm.pretrained"},  # scldm/__init__.py
-    "data_pipeline": {"scldm.batch", "scldm.micro_batches", "scldm.vocab"},
+    "data_pipeline.files": set(),
+    "data_pipeline.format": FOR_DATA | {"data_pipeline.files"},
+    "data_pipeline.convert": FOR_DATA | {"data_pipeline.files", "data_pipeline.format"},
+    "data_pipeline.stream": FOR_DATA | {"data_pipeline.convert", "data_pipeline.files", "data_pipeline.format"},
+    "data_pipeline.write_cells": {"data_pipeline.convert", "data_pipeline.files"},
+    "data_pipeline.write_latents": {"data_pipeline.files", "data_pipeline.format", "data_pipeline.stream"},
+    "data_pipeline.write_soma": {"data_pipeline.convert", "data_pipeline.files"},
+    "launch.config": set(),
+    "launch.failure": set(),
+    **dict.fromkeys(BESIDE_VERBS - {"launch.config", "launch.failure"}, ANYTHING | BESIDE_VERBS),
+    "launch.evaluation": ANYTHING | BESIDE_VERBS,
+    "launch.cluster": ANYTHING | LAUNCH,
+    "launch": ANYTHING | LAUNCH,  # a verb
+    "benchmarks": ANYTHING | LAUNCH | {"launch"},
 }
 # package -> the only places that know it; a benchmark's control uses its rival as that one's users do
 ONLY_IN = {
     "deepspeed": ("scldm.parallel",),
     "mlflow": ("scldm.train.tracking",),
     "omegaconf": ("launch.config",),
-    "tiledbsoma": ("data_pipeline", "launch.bench"),
-    "cellxgene_census": ("data_pipeline", "launch.bench"),
-    "webdataset": ("data_pipeline", "launch.bench"),
-    "triton": ("scldm.kernels",),
-    "torchdiffeq": ("scldm.flow.solver", "launch.bench"),
+    "tiledbsoma": ("data_pipeline", "benchmarks"),
+    "cellxgene_census": ("data_pipeline", "benchmarks"),
+    "webdataset": ("data_pipeline", "benchmarks"),
+    "triton": ("scldm.kernels", "benchmarks.kernels_compiled"),
+    "torchdiffeq": ("scldm.flow.solver", "benchmarks"),
 }
+NEVER_IN = {"pandas": ("scldm.flow", "scldm.model", "scldm.kernels")}  # tensors only
 
 
 def violations(root: Path) -> list[str]:
     """One line for each import of the packages under `root` that the tables above forbid."""
-    found = []
+    return [
+        f"{path.relative_to(root)}:{line}: {wrong}"
+        for path, module, line, target in all_imports(root)
+        if (wrong := forbidden(module, target))
+    ]
+
+
+def all_imports(root: Path) -> Iterator[tuple[Path, str, int, str]]:
+    """(file, its module, line, imported module) of every import of the packages under `root`."""
     for path in sorted(p for package in OURS for p in (root / package).rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         package = module if parts[-1] == "__init__" else module.rpartition(".")[0]
         for line, target in imports(ast.parse(path.read_text(), str(path)), package, root):
-            wrong = forbidden(module, target)
-            if wrong:
-                found.append(f"{path.relative_to(root)}:{line}: {wrong}")
-    return found
+            yield path, module, line, target
+
+
+def circle(root: Path) -> list[str]:
+    """Modules of a circle of imports, late ones too; none where there is no circle."""
+    graph: dict[str, set[str]] = defaultdict(set)
+    for _, module, _, target in all_imports(root):
+        if target.split(".")[0] in OURS and target != module:
+            graph[module].add(target)
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        return error.args[1]
+    return []
 
 
 def imports(tree: ast.Module, package: str, root: Path) -> Iterator[tuple[int, str]]:
@@ -88,9 +130,10 @@ def imports(tree: ast.Module, package: str, root: Path) -> Iterator[tuple[int, s
 
 
 def room(module: str) -> str:
-    """`scldm.model.vae` -> `scldm.model`; `launch.cli` -> `launch`."""
-    depth = 2 if module.startswith("scldm.") else 1
-    return ".".join(module.split(".")[:depth])
+    """`scldm.model.vae` -> `scldm.model`; the module of a verb, as `launch.encode`, -> `launch`."""
+    found = ".".join(module.split(".")[:2])
+    verb_or_benchmark = found.startswith("benchmarks.") or (found.startswith("launch.") and found not in LAUNCH)
+    return found.split(".")[0] if verb_or_benchmark else found
 
 
 def forbidden(module: str, target: str) -> str:
@@ -99,25 +142,44 @@ def forbidden(module: str, target: str) -> str:
     if top in ONLY_IN:
         allowed = any(f"{module}.".startswith(f"{place}.") for place in ONLY_IN[top])
         return "" if allowed else f"only {' and '.join(ONLY_IN[top])} may import {top}"
+    if any(f"{module}.".startswith(f"{place}.") for place in NEVER_IN.get(top, ())):
+        return f"{module} may not import {top}"
     if top not in OURS:
         return ""
     here, there = room(module), room(target)
-    if here == "launch" or there == here or (there in EVERYWHERE and here not in EVERYWHERE):
+    if here == there == "launch" and module != target and module not in ABOVE_VERBS:
+        return f"{module} is a verb and imports no other, not {target}"
+    if there == here or (there in EVERYWHERE and here not in EVERYWHERE):
         return ""
     if here in EVERYWHERE:
         return f"{here} is a leaf and imports nothing of ours, not {target}"
     if here not in MAY_IMPORT:
         return f"{here} has no row in the table of {Path(__file__).name}"
-    return "" if there in MAY_IMPORT[here] else f"{here} may not import {target}"
+    allowed = MAY_IMPORT[here]
+    return "" if there in allowed or there.split(".")[0] in allowed & ANYTHING else f"{here} may not import {target}"
 
 
 def test_the_import_table_holds() -> None:
     assert violations(ROOT) == []
 
 
+def test_no_imports_run_in_a_circle(tmp_path: Path) -> None:
+    assert circle(ROOT) == []
+    (tmp_path / "scldm/flow").mkdir(parents=True)
+    (tmp_path / "scldm/flow/a.py").write_text("from scldm.flow import b")
+    (tmp_path / "scldm/flow/b.py").write_text("def f():\n    import scldm.flow.a")
+    assert len(circle(tmp_path)) == 3
+
+
 @pytest.mark.parametrize(
     "path, text",
     [
+        ("scldm/flow/a.py", "import pandas as pd"),
+        ("data_pipeline/format/a.py", "from data_pipeline.stream import loader"),
+        ("data_pipeline/convert/a.py", "import data_pipeline.write_cells"),
+        ("launch/a.py", "from launch.b import main"),
+        ("launch/evaluation/a.py", "from launch.b import main"),
+        ("scldm/flow/a.py", "from scldm.request import labels"),
         ("scldm/model/a.py", "import scldm.train.loop"),
         ("scldm/model/a.py", "from scldm.parallel import dist"),
         ("scldm/flow/a.py", "def f():\n    from scldm import train"),
@@ -139,7 +201,15 @@ def test_the_import_table_holds() -> None:
     ],
 )
 def test_a_planted_violation_is_found(tmp_path: Path, path: str, text: str) -> None:
-    for package in ("scldm/train", "scldm/flow", "scldm/model", "scldm/parallel", "data_pipeline", "launch"):
+    for package in (
+        "scldm/train",
+        "scldm/flow",
+        "scldm/request",
+        "scldm/model",
+        "scldm/parallel",
+        "data_pipeline/stream",
+        "launch",
+    ):
         (tmp_path / package).mkdir(parents=True, exist_ok=True)
     (tmp_path / "scldm/train/loop.py").touch()
     (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)

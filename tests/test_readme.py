@@ -11,6 +11,7 @@ import shlex
 import shutil
 import tomllib
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -28,7 +29,7 @@ VERBS_OF = {
     "vae": ["train vae"],
     "ldm": ["train ldm"],
     "hardware": ["train vae", "train ldm"],
-    "sampler": ["generate", "transform", "bench generate"],
+    "sampler": ["generate", "transform"],
 }
 
 
@@ -68,7 +69,11 @@ def problem(words: list[str]) -> str:
         verb = next((verb for verb, (name, _) in VERBS.items() if name == module), None)
         if verb is not None:
             return problem_of_verb([*verb.split(), *arguments])
-        return "" if importlib.util.find_spec(module) else f"no module {module}"
+        if not importlib.util.find_spec(module):
+            return f"no module {module}"
+        if module.startswith("benchmarks.") and hasattr(found := importlib.import_module(module), "CONFIG"):
+            return problem_of_words(found, arguments)
+        return ""
     if program == "pip":
         return problem_of_install(rest)
     if program in ("pytest", "ruff"):
@@ -84,8 +89,15 @@ def config_of(verb: str) -> type:
 def problem_of_verb(words: list[str]) -> str:
     try:
         verb, rest = find_verb(words)
-        if verb is not None and "--help" not in rest:
-            cli.config_of(importlib.import_module(VERBS[verb][0]), rest)
+    except InputError as error:
+        return str(error)
+    return "" if verb is None else problem_of_words(importlib.import_module(VERBS[verb][0]), rest)
+
+
+def problem_of_words(module: ModuleType, words: list[str]) -> str:
+    try:
+        if "--help" not in words:
+            cli.config_of(module, words)
     except InputError as error:
         return str(error)
     return ""
@@ -120,6 +132,7 @@ def test_every_command_of_the_readme_resolves(page: Path) -> None:
         ("scldm train vae vae/none", "preset 'vae/none' is unknown"),
         ("scldm train vae \\\n  no.such=1", "unknown key"),
         ("cd x && torchrun --nproc-per-node 2 -m launch.none vae/tiny", "no module launch.none"),
+        ("python -m benchmarks.mcab no.such=1", "unknown key"),
         ("srun --ntasks 2 python -m launch.train_vae vae/none", "preset 'vae/none' is unknown"),
         ('pip install -e ".[gpu]"', "no extra gpu"),
         ("python3 -m pip install -c nothing.txt .", "no file nothing.txt"),

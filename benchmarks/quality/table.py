@@ -14,7 +14,7 @@ from rich.text import Text
 
 from benchmarks.quality import judge
 from benchmarks.quality.methods import METHODS, ours
-from launch.bench.report import Report, Row
+from benchmarks.report import Report, Row
 
 COLUMNS = 8  # metrics side by side
 FLOOR = "training_cells"

@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from data_pipeline.block import decode_block
-from data_pipeline.plan import FilterConfig, ShardsWriteConfig
-from data_pipeline.schema import Manifest, read_manifest
-from data_pipeline.sources import SourceConfig
-from data_pipeline.splits import SplitConfig
+from data_pipeline.convert.plan import FilterConfig, ShardsWriteConfig
+from data_pipeline.convert.source import SourceConfig
+from data_pipeline.convert.splits import SplitConfig
+from data_pipeline.format.block import decode_block
+from data_pipeline.format.schema import Manifest, read_manifest
 
 __all__ = ["FilterConfig", "ShardsWriteConfig", "SourceConfig", "SplitConfig"]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data_pipeline.read_shards import ShardSet
+from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.write_latents import LatentWriter
 
 SHAPE = (3, 2)

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline import schema
-from data_pipeline.block import encode_block, narrow
-from data_pipeline.schema import FileEntry, Manifest, ShardEntry, SplitEntry
-from data_pipeline.statistics import compute_statistics
+from data_pipeline.format import schema
+from data_pipeline.format.block import encode_block, narrow
+from data_pipeline.format.schema import FileEntry, Manifest, ShardEntry, SplitEntry
+from data_pipeline.format.statistics import compute_statistics
 from scldm.vocab import ConditionVocab, GeneVocab
 
 BLOCKS_PER_SHARD = 3

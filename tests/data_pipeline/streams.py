@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from data_pipeline.gene_sets import GeneSetConfig
-from data_pipeline.loader import CellLoader, LoaderConfig
+from data_pipeline.stream.gene_sets import GeneSetConfig
+from data_pipeline.stream.loader import CellLoader, LoaderConfig
 
 RANDOM = GeneSetConfig("random", 50, gene_set_group=4)
 SAME = GeneSetConfig("same")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.block import (
+from data_pipeline.format.block import (
     HEADER,
     BlockBuffers,
     decode_block,
@@ -20,7 +20,7 @@ from data_pipeline.block import (
     read_header,
     sections,
 )
-from data_pipeline.schema import CODECS, column_dtype, count_dtype
+from data_pipeline.format.schema import CODECS, column_dtype, count_dtype
 from scldm.errors import InputError
 
 N_GENES = 70_000

@@ -7,10 +7,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from data_pipeline.feed import LOADER
-from data_pipeline.gene_sets import GeneSetConfig
-from data_pipeline.loader import CellLoader
-from data_pipeline.read_shards import ShardSet
+from data_pipeline.format.read_shards import ShardSet
+from data_pipeline.stream.feed import LOADER
+from data_pipeline.stream.gene_sets import GeneSetConfig
+from data_pipeline.stream.loader import CellLoader
 from tests.data_pipeline.small_sets import known_cells, write_set
 from tests.data_pipeline.streams import flat, interrupt, open_loader
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data_pipeline.block import HEADER, Sections, encode_block, narrow, read_header, sections
-from data_pipeline.gather import CellSlots
-from data_pipeline.gene_sets import GeneSetConfig, GeneSets
-from data_pipeline.read_shards import ShardSet
-from data_pipeline.schema import vocab_tag
+from data_pipeline.format.block import HEADER, Sections, encode_block, narrow, read_header, sections
+from data_pipeline.format.read_shards import ShardSet
+from data_pipeline.format.schema import vocab_tag
+from data_pipeline.stream.gather import CellSlots
+from data_pipeline.stream.gene_sets import GeneSetConfig, GeneSets
 from scldm.batch import CompactCounts
 from scldm.errors import InputError
 from scldm.vocab import GeneVocab

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.block import HEADER, encode_block, narrow, read_header, sections
-from data_pipeline.gather import CellSlots, Slab
-from data_pipeline.gene_sets import GeneSetConfig, GeneSets, _least_words
-from data_pipeline.philox import random_words
-from data_pipeline.read_shards import ShardSet
-from data_pipeline.schema import vocab_tag
+from data_pipeline.format.block import HEADER, encode_block, narrow, read_header, sections
+from data_pipeline.format.read_shards import ShardSet
+from data_pipeline.format.schema import vocab_tag
+from data_pipeline.stream.gather import CellSlots, Slab
+from data_pipeline.stream.gene_sets import GeneSetConfig, GeneSets, _least_words
+from data_pipeline.stream.philox import random_words
 from scldm.batch import CompactCounts, narrow_ids
 from scldm.errors import InputError
 from scldm.vocab import GeneVocab

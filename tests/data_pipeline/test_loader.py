@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.gene_sets import GeneSetConfig
-from data_pipeline.loader import CellLoader, LoaderConfig, shard_batches
-from data_pipeline.read_shards import ShardSet
+from data_pipeline.format.read_shards import ShardSet
+from data_pipeline.stream.gene_sets import GeneSetConfig
+from data_pipeline.stream.loader import CellLoader, LoaderConfig, shard_batches
 from launch.config import compose
 from launch.train_vae import TrainVAEConfig
 from scldm.batch import CellBatch, CompactCellBatch

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.order import Balance, EpochOrder, EveryCell, Order, Units, rank_slice, reads_of_a_block
-from data_pipeline.philox import random_words
+from data_pipeline.stream.order import Balance, EpochOrder, EveryCell, Order, Units, rank_slice, reads_of_a_block
+from data_pipeline.stream.philox import random_words
 from scldm.errors import InputError
 
 WORLDS = (1, 2, 3, 4, 8, 24, 64)

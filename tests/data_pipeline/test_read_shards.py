@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from data_pipeline import read_shards
-from data_pipeline.loader import CellLoader, LoaderConfig
-from data_pipeline.read_shards import ShardSet
+from data_pipeline.format import read_shards
+from data_pipeline.format.read_shards import ShardSet
+from data_pipeline.stream.loader import CellLoader, LoaderConfig
 from scldm.errors import InputError
 from tests.data_pipeline.small_sets import known_cells, write_set
 

@@ -14,13 +14,14 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from data_pipeline.genes import SourceGenes, join_genes
-from data_pipeline.plan import make_plan
-from data_pipeline.source_h5ad import find_counts, open_file
-from data_pipeline.source_soma import SomaMatrix
-from data_pipeline.sources import SourceConfig, as_labels, open_matrix, open_sources, spans
-from data_pipeline.splits import SplitConfig, draw_splits, keys
-from data_pipeline.write_shards import write_shards
+from data_pipeline.convert.genes import SourceGenes, join_genes
+from data_pipeline.convert.open import open_matrix, open_sources
+from data_pipeline.convert.plan import make_plan
+from data_pipeline.convert.source import SourceConfig, as_labels, spans
+from data_pipeline.convert.source_h5ad import find_counts, open_file
+from data_pipeline.convert.source_soma import SomaMatrix
+from data_pipeline.convert.splits import SplitConfig, draw_splits, keys
+from data_pipeline.convert.write_shards import write_shards
 from data_pipeline.write_soma import SomaWriteConfig, write_soma
 from scldm.errors import InputError
 from tests.data_pipeline.atlases import FilterConfig, atlas, config, counts, read_set, row_counts

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.feed import Feed
-from data_pipeline.read_shards import ShardSet
+from data_pipeline.format.read_shards import ShardSet
+from data_pipeline.stream.feed import Feed
 from scldm.errors import InputError
 from tests.data_pipeline.streams import SAME, flat, interrupt, open_loader
 
@@ -73,8 +73,8 @@ def test_a_read_under_way_at_the_end_leaves_no_file_open(folder, monkeypatch):
 
 COLLECTED = """
 import gc, sys, threading
-from data_pipeline.collate import CellCollator
-from data_pipeline.read_shards import ShardSet
+from data_pipeline.stream.collate import CellCollator
+from data_pipeline.format.read_shards import ShardSet
 from tests.data_pipeline.streams import open_loader
 
 folder, thread, stream = sys.argv[1:]

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from data_pipeline.read_shards import ShardSet
+from data_pipeline.format.read_shards import ShardSet
 from scldm.errors import InputError
 from tests.data_pipeline.small_sets import write_set
 from tests.data_pipeline.streams import open_loader

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from data_pipeline.narrow import Rows
-from data_pipeline.variable_genes import CELLS, SQUARES, add_moments, clip_values
+from data_pipeline.convert.narrow import Rows
+from data_pipeline.convert.variable_genes import CELLS, SQUARES, add_moments, clip_values
 from scldm.errors import InputError
 
 

@@ -13,11 +13,11 @@ import anndata
 import numpy as np
 import pytest
 
-from data_pipeline.describe import describe_html, describe_text
-from data_pipeline.schema import read_manifest
-from data_pipeline.statistics import compute_statistics
-from data_pipeline.verify import verify_shards
-from data_pipeline.write_shards import write_shards
+from data_pipeline.convert.verify import verify_shards
+from data_pipeline.convert.write_shards import write_shards
+from data_pipeline.format.describe import describe_html, describe_text
+from data_pipeline.format.schema import read_manifest
+from data_pipeline.format.statistics import compute_statistics
 from launch.cli import main
 from scldm.errors import InputError
 from tests.data_pipeline.atlases import atlas, config, counts

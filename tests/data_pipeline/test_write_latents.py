@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline import schema
-from data_pipeline.gene_sets import GeneSetConfig
-from data_pipeline.loader import CellLoader, LatentLoader, LoaderConfig, StreamConfig, shard_batches
-from data_pipeline.read_shards import ShardSet
-from data_pipeline.write_latents import LatentSlots, LatentWriter, encode_latent_block
+from data_pipeline.format import schema
+from data_pipeline.format.latent_block import LatentSlots, encode_latent_block
+from data_pipeline.format.read_shards import ShardSet
+from data_pipeline.stream.gene_sets import GeneSetConfig
+from data_pipeline.stream.loader import CellLoader, LatentLoader, LoaderConfig, StreamConfig, shard_batches
+from data_pipeline.write_latents import LatentWriter
 from scldm.errors import InputError
 from tests.data_pipeline.small_sets import known_cells, write_set
 

@@ -15,8 +15,8 @@ import scipy.sparse as sp
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 import data_pipeline
-from data_pipeline import write_shards
-from data_pipeline.schema import read_manifest
+from data_pipeline.convert import write_shards
+from data_pipeline.format.schema import read_manifest
 from data_pipeline.write_soma import SomaWriteConfig, write_soma
 from scldm.errors import InputError
 from tests.data_pipeline.atlases import FilterConfig, SplitConfig, atlas, config, digest, read_set, row_counts

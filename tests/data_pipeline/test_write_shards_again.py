@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline import stages, write_shards
-from data_pipeline.stages import Worker
+from data_pipeline.convert import stages, write_shards
+from data_pipeline.convert.stages import Worker
 from data_pipeline.write_soma import SomaWriteConfig, write_soma
 from scldm.errors import InputError
 from tests.data_pipeline.atlases import FilterConfig, SplitConfig, config, digest
@@ -28,8 +28,8 @@ def test_bytes_do_not_depend_on_memory_or_tasks(tmp_path, source, monkeypatch, c
     _, path = source
     settings = {"filter": FilterConfig(min_genes=100, min_cells=95, n_top_genes=300), "source": {"layer": "X"}}
     write(config(tmp_path / "whole", path, **settings))
-    monkeypatch.setattr("data_pipeline.plan.UNIT_CELLS", 100)
-    monkeypatch.setattr("data_pipeline.source_h5ad.CHUNK_BYTES", 20_000)
+    monkeypatch.setattr("data_pipeline.convert.plan.UNIT_CELLS", 100)
+    monkeypatch.setattr("data_pipeline.convert.source_h5ad.CHUNK_BYTES", 20_000)
     arena = stages.Arena.__init__
     monkeypatch.setattr(stages.Arena, "__init__", lambda self, budget: arena(self, 10_000))
     write(config(tmp_path / "small", path, **settings))
@@ -72,7 +72,8 @@ def test_a_killed_worker_is_said_and_its_unit_done_by_the_next_run(tmp_path, sou
 
 KILLED = """
 import sys, time
-from data_pipeline import plan, stages
+from data_pipeline.convert import plan
+from data_pipeline.convert import stages
 from launch.cli import main
 plan.UNIT_CELLS = 50
 work = stages.Worker.do

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from data_pipeline import stages, write_shards
+from data_pipeline.convert import stages, write_shards
 from scldm.errors import InputError
 from tests.data_pipeline.atlases import FilterConfig, SplitConfig, atlas, config, counts
 
@@ -47,7 +47,7 @@ def test_another_command_on_the_same_folder_is_refused(tmp_path, source, monkeyp
 @pytest.mark.parametrize("storage", ["csr", "dense"])
 def test_what_is_no_count_is_named(tmp_path, value, fault, storage, monkeypatch):
     """Beyond what a look at the file's values sees: the stream checks every one."""
-    monkeypatch.setattr("data_pipeline.source_h5ad.PROBE", 10)
+    monkeypatch.setattr("data_pipeline.convert.source_h5ad.PROBE", 10)
     adata = atlas()
     x = counts(adata.n_obs, adata.n_vars).toarray()
     x[7, 3] = value

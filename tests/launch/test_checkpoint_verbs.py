@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launch.bench import checkpoint as bench
+from benchmarks import checkpoint as bench
 from launch.cli import main as scldm
 from scldm.train import checkpoint
 from tests.scldm.train.small_runs import make_vae, small_run, stored

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.gene_sets import GeneSetConfig, as_whole_cells
-from data_pipeline.read_shards import ShardSet
+from data_pipeline.format.read_shards import ShardSet
+from data_pipeline.stream.gene_sets import GeneSetConfig, as_whole_cells
 from launch import encode
-from launch.encode import EncodeConfig, check_given
+from launch.encode import EncodeConfig
+from launch.trained import check_given
 from scldm.errors import InputError
 from scldm.model.vae import VAE, VAEConfig
 from scldm.parallel.dist import World

@@ -12,15 +12,15 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from data_pipeline.plan import ShardsWriteConfig
-from data_pipeline.read_shards import ShardSet
-from data_pipeline.sources import SourceConfig
-from data_pipeline.splits import SplitConfig
+from data_pipeline.convert.plan import ShardsWriteConfig
+from data_pipeline.convert.source import SourceConfig
+from data_pipeline.convert.splits import SplitConfig
+from data_pipeline.convert.write_shards import write_shards
+from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.write_cells import CellWriter
-from data_pipeline.write_shards import write_shards
-from launch import evaluate_generated
 from launch.cli import main
-from launch.evaluated_cells import cells_of_h5ad, cells_of_shards, conditions_of_shards, generated_cells
+from launch.evaluation import of_generated as evaluate_generated
+from launch.evaluation.cells import cells_of_h5ad, cells_of_shards, conditions_of_shards, generated_cells
 from scldm.errors import InputError
 from scldm.evaluate import map_of_cells
 from scldm.evaluate.cells import NO_TYPE

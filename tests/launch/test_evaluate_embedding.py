@@ -12,7 +12,7 @@ import pytest
 import scipy.sparse as sp
 
 from launch.cli import main
-from launch.evaluate_embedding import evaluate_embedding
+from launch.evaluation.of_embedding import evaluate_embedding
 from scldm.errors import InputError
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from launch import evaluate_generated
 from launch.cli import main
-from launch.evaluate import TAKES, EvaluateVerbConfig, changed
-from launch.evaluate_generated import judged_conditions
+from launch.evaluation import of_generated as evaluate_generated
+from launch.evaluation.config import TAKES, EvaluateVerbConfig, changed
+from launch.evaluation.of_generated import judged_conditions
 from scldm.evaluate import map_of_cells
 from tests.launch.test_evaluate import FEW, treated, write
 

@@ -14,12 +14,12 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from data_pipeline.loader import CellLoader, LoaderConfig
+from data_pipeline.stream.loader import CellLoader, LoaderConfig
 from launch import train_vae
-from launch.evaluate_vae import autoencoder, evaluate_vae, show, verdict
+from launch.evaluation.of_autoencoder import autoencoder, evaluate_vae, show, verdict
+from launch.evaluation.reconstructed_cells import reconstructed
 from launch.export import ExportConfig
 from launch.export import main as export
-from launch.reconstructed_cells import reconstructed
 from scldm.errors import InputError
 from scldm.evaluate.cells import Cells
 from scldm.evaluate.reconstruction import fit_mean_profile, log_profile, nb_nll

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.schema import read_manifest
-from launch import gate
+from data_pipeline.format.schema import read_manifest
 from launch.cli import main
 from launch.config import compose
-from launch.evaluated_cells import cells_of_splits
-from launch.gate import gate_of, line_of, read_gate, to_change
+from launch.evaluation import gate
+from launch.evaluation.cells import cells_of_splits
+from launch.evaluation.gate import gate_of, line_of, read_gate, to_change
 from launch.train_vae import TrainVAEConfig
 from scldm.errors import InputError
 from scldm.files import write_json

@@ -11,8 +11,8 @@ import pytest
 import torch.distributed as dist
 
 from launch.cli import VERBS, main
+from launch.cluster.job import ON_ALL_RANKS
 from launch.config import shipped
-from launch.job import ON_ALL_RANKS
 from scldm.files import write_json
 from tests.launch.fake_slurm import train
 
@@ -193,7 +193,7 @@ def test_the_nodes_that_preflight_leaves_are_those_that_run(fake: Path, tmp_path
     (fake / "bin" / "srun").write_text(srun.replace("code=", 'printf "n3\\nn1\\n" >"$SCLDM_NOTES/use_nodes"\ncode='))
     assert life.start(0, 0, 0, hosts="n1,n2,n3") == "DONE"
     first, second = life.steps()
-    assert first[first.index("-m") + 1] == "launch.preflight"
+    assert first[first.index("-m") + 1] == "launch.cluster.preflight"
     assert "--nodes=3" in first
     assert {"--nodes=2", "--ntasks=16", "--nodelist=n3,n1"} <= set(second)
 
@@ -405,7 +405,7 @@ case "$*" in
         echo $! >"$FAKE/keeper"
         wait
         echo "removed" >>"$FAKE/steps" ;;
-    *launch.stage*)
+    *launch.cluster.copy_shards*)
         echo "stage ${words[*]}" >>"$FAKE/steps"
         for word in "$@"; do case $word in out=*) mkdir -p "${word#out=}/shards" ;; esac; done ;;
     *) echo "verb ${words[*]} from $SCLDM_STAGED" >>"$FAKE/steps"; exit "$(cat "$FAKE/code")" ;;

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.loader import shard_batches
-from data_pipeline.read_shards import ShardSet
+from data_pipeline.format.read_shards import ShardSet
+from data_pipeline.stream.loader import shard_batches
 from data_pipeline.write_latents import LatentWriter
 from launch.cli import main
 from launch.config import flatten

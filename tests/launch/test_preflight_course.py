@@ -16,10 +16,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from launch import node_tokens, preflight_stages
-from launch.job import bad_nodes
-from launch.node_checks import Findings
-from launch.node_judgement import Course
+from launch.cluster import node_tokens, preflight_stages
+from launch.cluster.job import bad_nodes
+from launch.cluster.node_checks import Findings
+from launch.cluster.node_judgement import Course
 from scldm.errors import InputError
 
 STORES = []  # a thread that hung may still ask one for a word
@@ -109,7 +109,7 @@ def test_a_port_that_is_taken_is_no_nodes_fault(tmp_path: Path) -> None:
         port = str(taken.getsockname()[1])
         env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "SCLDM_HOSTS": "n1 n2", "SCLDM_NOTES": str(tmp_path)}
         env |= {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}
-        words = [sys.executable, "-m", "launch.preflight", "encode", "vae=a", "shards=b", "out=c"]
+        words = [sys.executable, "-m", "launch.cluster.preflight", "encode", "vae=a", "shards=b", "out=c"]
         done = subprocess.run(words, env=os.environ | env, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1, done.stderr
     assert bad_nodes(tmp_path) == {}

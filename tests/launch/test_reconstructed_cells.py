@@ -12,8 +12,8 @@ import scipy.sparse as sp
 import torch
 from sklearn.covariance import LedoitWolf
 
-from launch import reconstructed_cells
-from launch.reconstructed_cells import GaussianFit, decoded_from_training, gaussian_latents, reconstructed
+from launch.evaluation import reconstructed_cells
+from launch.evaluation.reconstructed_cells import GaussianFit, decoded_from_training, gaussian_latents, reconstructed
 from scldm.errors import InputError
 from scldm.evaluate.cells import Cells
 from scldm.pretrained import Pretrained

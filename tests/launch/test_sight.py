@@ -9,9 +9,17 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from launch import sight as module
-from launch.evaluate_vae import blindness
-from launch.sight import binarised, blind_spots, effective_dimension, known_by_latents, label_recall, shuffled, sight
+from launch.evaluation import sight as module
+from launch.evaluation.of_autoencoder import blindness
+from launch.evaluation.sight import (
+    binarised,
+    blind_spots,
+    effective_dimension,
+    known_by_latents,
+    label_recall,
+    shuffled,
+    sight,
+)
 from scldm.evaluate.cells import Cells
 from scldm.pretrained import Pretrained
 from tests.scldm.small_model import CONDITIONS, GENES, G, library_sizes, networks

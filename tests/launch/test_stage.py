@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import stage
+from launch.cluster import copy_shards as stage
 from tests.data_pipeline.small_sets import known_cells, write_set
 
 

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from launch import logs, slurm
 from launch.cli import main
-from launch.status import duration
+from launch.cluster import commands as slurm
+from launch.cluster import logs
+from launch.cluster.status import duration
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from launch import submit
 from launch.cli import main
+from launch.cluster import submit
+from launch.cluster.site import KEYS, read_site
 from launch.config import shipped
-from launch.site import KEYS, read_site
 from scldm.errors import InputError
 from tests.launch.fake_slurm import train
 

@@ -13,7 +13,7 @@ import scipy.sparse as sp
 import torch
 
 import scldm
-from data_pipeline.loader import CellLoader, LoaderConfig, StreamConfig
+from data_pipeline.stream.loader import CellLoader, LoaderConfig, StreamConfig
 from launch import encode, train_ldm, train_vae
 from launch.cli import main
 from launch.train_ldm import TrainLDMConfig, described, set_up, values_of

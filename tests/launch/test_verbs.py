@@ -17,8 +17,8 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from sklearn.neighbors import NearestNeighbors
 
-from data_pipeline.gene_sets import GeneSetConfig
-from data_pipeline.loader import CellLoader, LoaderConfig
+from data_pipeline.stream.gene_sets import GeneSetConfig
+from data_pipeline.stream.loader import CellLoader, LoaderConfig
 from launch import train_vae, training
 from launch.cli import main
 from scldm.parallel.dist import World
@@ -125,7 +125,7 @@ def test_the_latents_are_what_the_exported_model_embeds(made: Path) -> None:
     """Through shards, the checkpoint's averages, the exported folder and the h5ad file: one cell, one latent."""
     from contextlib import closing
 
-    from data_pipeline.loader import LatentLoader, StreamConfig
+    from data_pipeline.stream.loader import LatentLoader, StreamConfig
 
     embedded = ad.read_h5ad(made / "embedded.h5ad").obsm["X_scldm"]
     seen = {}

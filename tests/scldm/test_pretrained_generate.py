@@ -15,10 +15,10 @@ import torch
 from scldm import draws, pretrained
 from scldm.errors import InputError
 from scldm.flow.generate import SamplerConfig
-from scldm.flow.wanted import distinct
 from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import Predicted
 from scldm.pretrained import Pretrained, written
+from scldm.request.wanted import distinct
 from tests.scldm.small_model import FEW, GENES, G, L, Z, of_doses, wanted
 
 

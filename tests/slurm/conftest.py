@@ -10,9 +10,9 @@ from pathlib import Path
 import anndata as ad
 import pytest
 
-from launch import submit
 from launch.cli import main
-from launch.notes import state_of
+from launch.cluster import submit
+from launch.cluster.notes import state_of
 from launch.quickstart import write_builtin_cells
 from tests.slurm.runs import ROOT, SCRIPT, TRAIN, VAE, Cluster, chain_log, wait_for
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from launch import submit
-from launch.notes import state_of
+from launch.cluster import submit
+from launch.cluster.notes import state_of
 from scldm.train.tracking import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent.parent

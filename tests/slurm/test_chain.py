@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import slurm, submit
 from launch.cli import main
+from launch.cluster import commands as slurm
+from launch.cluster import submit
 from tests.slurm.runs import LDM, ROOT, VAE, Cluster, assert_same_weights, chain_log, wait_for
 
 pytestmark = pytest.mark.slow

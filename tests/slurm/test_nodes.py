@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import submit
 from launch.cli import main
-from launch.notes import state_of
+from launch.cluster import submit
+from launch.cluster.notes import state_of
 from tests.slurm.runs import ROOT, VAE, Cluster, Run, assert_same_weights, curve, wait_for
 
 pytestmark = pytest.mark.slow

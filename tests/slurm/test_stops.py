@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import slurm, submit
-from launch.notes import state_of
+from launch.cluster import commands as slurm
+from launch.cluster import submit
+from launch.cluster.notes import state_of
 from scldm.train.tracking import read_metrics
 from tests.slurm.runs import ROOT, Cluster, Run, assert_same_weights, wait_for
 

@@ -188,8 +188,8 @@ def _of_training(task: Task, name: str, folder: Path, seed: int, numbers: dict[s
 
 
 def _part(task: Task, name: str, folder: Path, call: Callable[[Any, scldm.Pretrained], Cells]) -> Made:
-    """What a function of `launch.reconstructed_cells` makes, as the task's cells."""
-    make = getattr(importlib.import_module("launch.reconstructed_cells"), name)
+    """What a function of `launch.evaluation.reconstructed_cells` makes, as the task's cells."""
+    make = getattr(importlib.import_module("launch.evaluation.reconstructed_cells"), name)
     made = call(make, scldm.load(folder / "model"))
     return _as_task(task, made.counts, made.genes, labels_frame(task, made.types))
 

@@ -14,7 +14,7 @@ import torch
 import scldm.kernels.deviation as deviation_kernels
 import scldm.kernels.pool as pool_kernels
 import scldm.kernels.unpool as unpool_kernels
-from launch.bench.ways import of_preset
+from benchmarks.ways import of_preset
 from scldm.batch import CompactCellBatch, CompactCounts, LatentBatch
 from scldm.flow.generate import SamplerConfig
 from scldm.library_size import LibrarySizeModel, LogNormal

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from launch.bench.measure import peak_of
+from benchmarks.measure import peak_of
 from scldm.batch import GeneCounts
 from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE, VAEConfig

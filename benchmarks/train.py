@@ -1,0 +1,338 @@
+"""What the training loop adds to the bare step of the model, and DeepSpeed to plain torch.
+
+Every way takes the same cells, weights and optimizer, and the ways take turns in one process. On a GPU presets of the
+atlas are measured as well: cells/s, memory, and the share of the device's peak.
+Reading order: BenchTrainConfig, main, time_ways, preset_rows; Work, SameCells, bare, ours.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field, replace
+from io import StringIO
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from benchmarks.measure import peak_of
+from benchmarks.report import Report, Row, median, run_benchmark
+from benchmarks.ways import NO_GPU
+from launch.config import compose
+from launch.train_ldm import TrainLDMConfig
+from launch.train_vae import TrainVAEConfig, genes_of
+from scldm.batch import CellBatch, GeneCounts, LatentBatch
+from scldm.errors import InputError
+from scldm.model.dit import DiT
+from scldm.model.flops import vae_flops
+from scldm.model.vae import VAE, VAEConfig
+from scldm.parallel.dist import World, close_world, world_of_environment
+from scldm.parallel.engine import HardwareConfig, start_engine
+from scldm.train.budget import plain_memory, rank_memory
+from scldm.train.loop import TrainConfig, train
+from scldm.train.losses import Draws, LDMStage, VAEStage
+from scldm.train.optim import OptimConfig, learning_rate, make_optimizer
+from scldm.train.step_cost import StepCost, dit_step, vae_step
+from scldm.train.throughput import peak_flops
+from scldm.train.tracking import Tracker, TrackingConfig
+
+PURPOSE = """Measure what the training loop (averages, metrics, log, its checks) adds to the bare step of the model
+(forward, backward, clipping, AdamW), and DeepSpeed's engine to plain torch, on one rank. On a CPU, in CPU time; on a
+GPU presets of the atlas as well, through DeepSpeed ZeRO-2 in bf16: cells/s, peak memory, MFU. Where DeepSpeed is not
+installed, the rows that need it say so, and presets go through the plain engine."""
+EXAMPLE = """
+python -m benchmarks.train
+python -m benchmarks.train steps=50 rounds=8 save=benchmarks/train-cpu.json
+"""
+ATLAS_GENES = 36_130  # human genes of the Census
+LATENT_SHAPE = (64, 16)  # of the atlas presets' autoencoders
+
+
+@dataclass(frozen=True)
+class BenchTrainConfig:
+    """What to measure.
+
+    cells: of a step
+    n_genes: that every cell has
+    steps: of a round
+    rounds: the ways take turns in each
+    log_every: steps between two rows of the log
+    zero_stage: of DeepSpeed on its one rank
+    precision: fp32 or bf16
+    threads: of torch
+    presets: of training, for a GPU: with their own micro-batch, through ZeRO-2 in bf16
+    json: print JSON, not the table
+    save: write the JSON to this file as well
+    """
+
+    cells: int = 16
+    n_genes: int = 512
+    model: VAEConfig = field(default_factory=lambda: VAEConfig(width=64, n_latents=8, n_layers=2))
+    steps: int = 40
+    rounds: int = 5
+    log_every: int = 10
+    zero_stage: int = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    threads: int = 1
+    presets: list[str] = field(default_factory=lambda: ["vae/20m", "vae/70m", "ldm/base"])
+    json: bool = False
+    save: str = ""
+
+    def __post_init__(self) -> None:
+        if self.steps < 3:
+            raise InputError(f"steps={self.steps} must be at least 3: the first and the last are not timed")
+
+
+CONFIG = BenchTrainConfig
+WAYS: tuple[Literal["bare", "plain", "deepspeed"], ...] = ("bare", "plain", "deepspeed")
+NO_DEEPSPEED = "the package deepspeed is not installed"
+
+
+def main(config: BenchTrainConfig) -> Report:
+    """Print the table; returns it."""
+    torch.set_num_threads(config.threads)
+    world = world_of_environment()
+    settings = {"cells": config.cells, "genes": config.n_genes, "width": config.model.width, "steps": config.steps}
+    report = Report("train", {**settings, "rounds": config.rounds, "precision": config.precision})
+    work = vae_work(config.model, config.n_genes, config.n_genes, config.cells, OptimConfig())
+    hardware = HardwareConfig(zero_stage=config.zero_stage, precision=config.precision)
+    seconds = time_ways(work, hardware, config, world)
+    for way, took in seconds.items():
+        report.add(Row(f"{way}: a step", 1e3 * median(took), "ms"))
+    added = median([1e3 * (a - b) for a, b in zip(seconds["plain"], seconds["bare"], strict=True)])
+    report.add(Row.at_most("loop on the plain engine - bare step", added, "ms", 2.0))
+    if installed():
+        added = median([1e3 * (a - b) for a, b in zip(seconds["deepspeed"], seconds["plain"], strict=True)])
+        report.add(Row("deepspeed - plain, the loop around both", added, "ms"))
+        report.add(Row("deepspeed / plain", ratio(seconds, "deepspeed", "plain"), "x"))
+    else:
+        report.add(Row.not_measured("deepspeed: a step", NO_DEEPSPEED, "ms"))
+    if world.device.type == "cuda":
+        rows = [row for preset in config.presets for row in preset_rows([preset], ATLAS_GENES, config, world)]
+    else:
+        rows = [Row.not_measured("loop's share of a step", NO_GPU, "share", "<= 0.05")]
+        for preset in config.presets:
+            name = f"{preset}, ZeRO-2, bf16, cells/s, memory and MFU"
+            rows.append(Row.not_measured(name, NO_GPU, "share", "MFU >= 0.35"))
+    for row in rows:
+        report.add(row)
+    close_world()
+    report.print(config.json, config.save)
+    return report
+
+
+def installed() -> bool:
+    return importlib.util.find_spec("deepspeed") is not None
+
+
+def time_ways(work: Work, hardware: HardwareConfig, config: BenchTrainConfig, world: World) -> dict[str, list[float]]:
+    """Seconds a step of each way, in every round but the first, which warms up."""
+    seconds: dict[str, list[float]] = {}
+    for number in range(config.rounds + 1):
+        for way in WAYS if installed() else WAYS[:2]:
+            if way == "bare":
+                took = bare(work, hardware.precision, config.steps, world.device)
+            else:
+                took = ours(work, replace(hardware, engine=way), config.steps, config.log_every, world)
+            if number:
+                seconds.setdefault(way, []).append(took)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], way: str, other: str) -> float:
+    return median([a / b for a, b in zip(seconds[way], seconds[other], strict=True)])
+
+
+def preset_rows(words: Sequence[str], n_genes: int, config: BenchTrainConfig, world: World) -> list[Row]:
+    """A preset of training (and further words of its command line) through ZeRO-2 in bf16, or where DeepSpeed is not
+    installed through the plain engine, on whatever device this is.
+
+    Memory beside what the plan says of it; MFU where the device's peak is known, by the FLOPs of the path that ran and
+    by those of the formula, which are more where the path saves some.
+    """
+    engine = "deepspeed" if installed() else "plain"
+    work, hardware = preset_work(words, n_genes), HardwareConfig(engine=engine, zero_stage=2, precision="bf16")
+    peak_bytes = peak_of(lambda: ours(work, hardware, 3, 1, world), world.device)
+    cost, lazy = work.cost(), world.device.type == "cpu"
+    memory = rank_memory(cost, 2, 1, bf16=True, lazy=lazy) if engine == "deepspeed" else plain_memory(cost)
+    planned = memory.peak / peak_bytes
+    seconds = time_ways(work, hardware, config, world)
+    step_s, peak = median(seconds[engine]), peak_flops(world.device, "bf16")
+    rows = [
+        Row(f"cells/s on the {engine} engine", work.batch.n_cells / step_s, "cells/s"),
+        mfu_row("MFU", cost.flops / step_s, peak, 0.35),
+        mfu_row("MFU by the formula's FLOPs", work.formula_flops() / step_s, peak),
+        Row("peak memory", peak_bytes / 1e9, "GB"),
+        Row("planned / measured peak memory", planned, "x", "0.85 to 1.15", abs(planned - 1) <= 0.15),
+        Row.at_most("loop on the plain engine / bare step - 1", ratio(seconds, "plain", "bare") - 1, "share", 0.05),
+        Row.not_measured("deepspeed / bare step", NO_DEEPSPEED, "x"),
+    ]
+    if installed():
+        rows[-1] = Row("deepspeed / bare step", ratio(seconds, "deepspeed", "bare"), "x")
+    return [replace(row, name=f"{words[0]}: {row.name}") for row in rows]
+
+
+def mfu_row(name: str, flops_per_s: float, peak: float, target: float | None = None) -> Row:
+    """As a share of a device's peak, which is 0 where it is not known."""
+    if not peak:
+        why = "the peak of this device is not known"
+        return Row.not_measured(name, why, "share", f">= {target:g}" if target else "")
+    share = flops_per_s / peak
+    return Row.at_least(name, share, "share", target) if target else Row(name, share, "share")
+
+
+# --- the work ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is trained, on which cells.
+
+    stage: makes it, with its network
+    batch: of one step, on the CPU
+    cost: of that batch
+    formula_flops: of that batch by the formula, forward and backward; where there is one path alone, those of the cost
+    """
+
+    stage: Callable[[], VAEStage | LDMStage]
+    batch: CellBatch | LatentBatch
+    optim: OptimConfig
+    cost: Callable[[], StepCost]
+    formula_flops: Callable[[], float]
+
+
+def preset_work(words: Sequence[str], n_genes: int) -> Work:
+    """A micro-batch of what `scldm train` would train; for a diffusion transformer latents of LATENT_SHAPE."""
+    words = [*words, "run_dir=", "data.shards="]
+    if not words[0].startswith("ldm/"):
+        run = compose(TrainVAEConfig, words)
+        return vae_work(run.model, n_genes, genes_of(run.data, n_genes)[0], run.hardware.micro_batch, run.optim)
+    run = compose(TrainLDMConfig, words)
+    B = run.hardware.micro_batch
+
+    def cost() -> StepCost:
+        return dit_step(run.model, *LATENT_SHAPE, {}, B, bf16=True)
+
+    return Work(
+        lambda: LDMStage(DiT(run.model, *LATENT_SHAPE, {}), run.guidance, run.flow),
+        LatentBatch(latent_BLZ=torch.randn(B, *LATENT_SHAPE), library_size_all_B=torch.ones(B), **_identities(B)),
+        run.optim,
+        cost,
+        lambda: cost().flops,
+    )
+
+
+def vae_work(model: VAEConfig, n_genes: int, n_given: int, n_cells: int, optim: OptimConfig) -> Work:
+    """Cells that are given and asked for the same genes of the vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    ids = 1 + torch.randperm(n_genes, generator=generator)[:n_given]
+    given = GeneCounts(ids, torch.poisson(torch.rand(n_cells, n_given, generator=generator), generator).int())
+    size_B = given.counts_BS.sum(1).float()
+    return Work(
+        lambda: VAEStage(VAE(model, n_genes)),
+        CellBatch(given, given, size_B, size_B, **_identities(n_cells)),
+        optim,
+        lambda: vae_step(model, n_genes, n_cells, n_given, n_given, bf16=True),
+        lambda: 3 * sum(vae_flops(model, n_cells, n_given, n_given).values()),
+    )
+
+
+def _identities(n_cells: int) -> dict[str, Any]:
+    return {
+        "weight_B": torch.ones(n_cells),
+        "conditions": {},
+        "cell_ids_B2": torch.zeros(n_cells, 2, dtype=torch.int64),
+        "positions_B": torch.arange(n_cells),
+        "n_cells": n_cells,
+    }
+
+
+# --- the ways ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class SameCells:
+    """One batch, over and over, as a loader that costs nothing; it times the steps but the first, in which things are
+    made, and the last, which validates and saves."""
+
+    batch: CellBatch | LatentBatch
+    n_steps: int
+    device: torch.device
+    n_given: int = 0
+    stamps: list[float] = field(default_factory=list)
+
+    def __next__(self) -> list[Any]:
+        if self.n_given in (1, self.n_steps - 1):
+            self.stamps.append(now(self.device))
+        self.n_given += 1
+        return [self.batch]
+
+    def one_pass(self) -> Iterator[list[Any]]:
+        yield [self.batch]
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        pass
+
+    def step_s(self) -> float:
+        return (self.stamps[1] - self.stamps[0]) / (self.n_steps - 2)
+
+
+def now(device: torch.device) -> float:
+    """Seconds: of CPU time, all threads, or with a GPU of the clock."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.process_time()
+
+
+def bare(work: Work, precision: str, n_steps: int, device: torch.device) -> float:
+    """The step of the model as one would write it by hand; seconds a step."""
+    gc.collect()
+    torch.manual_seed(0)
+    stage, optim = work.stage(), work.optim
+    cells, module = SameCells(work.batch.to(device), n_steps, device), stage.module.to(device)
+    optimizer, loss_of = make_optimizer(optim, module), stage.loss
+    for step in range(n_steps):
+        (batch,) = next(cells)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            loss, _ = loss_of(module, batch, Draws(0, step, batch.positions_B))
+        (loss / batch.n_cells).backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), optim.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(optim, step, n_steps) * group["lr_scale"]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return cells.step_s()
+
+
+def ours(work: Work, hardware: HardwareConfig, n_steps: int, log_every: int, world: World) -> float:
+    """The same through the training loop; seconds a step."""
+    gc.collect()
+    torch.manual_seed(0)
+    stage, optim, n = work.stage(), work.optim, n_steps
+    cells = SameCells(work.batch.to(world.device), n, world.device)
+    hardware = replace(hardware, micro_batch=work.batch.n_cells)
+    engine = start_engine(
+        stage.module, lambda m: make_optimizer(optim, m), hardware, optim.clip, world, work.batch.n_cells
+    )
+    course = TrainConfig(n, work.batch.n_cells, log_every=log_every, validate_every=n, save_every=n)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Tracker(Path(folder), TrackingConfig(enabled=False)) as tracker,
+        redirect_stderr(StringIO()),
+    ):
+        train(stage, engine, cells, cells, course, optim, world, Path(folder), tracker, "bench")
+    return cells.step_s()
+
+
+if __name__ == "__main__":
+    sys.exit(run_benchmark("train"))

@@ -1,0 +1,192 @@
+"""A training step of the autoencoder by each way of computing attention, on the same inputs.
+
+Reading order: BenchVAEStepConfig, main, calls_of, targets.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+
+from benchmarks.measure import Cost, failure_of, measure_in_turn
+from benchmarks.report import Report, Row, run_benchmark
+from benchmarks.ways import (
+    FACTORISED,
+    FUSED,
+    NO_GPU,
+    OPPONENT,
+    PLAIN,
+    Way,
+    as_way,
+    of_preset,
+    peak_flops,
+    unable,
+    ways,
+)
+from scldm.batch import GeneCounts
+from scldm.model.flops import vae_flops
+from scldm.model.vae import VAE, VAEConfig, chosen
+
+PURPOSE = """Measure a training step of the autoencoder (forward, backward, AdamW) and its forward pass alone, by the
+formula, by torch's attention kernels (compiled too, if asked), factorised and in fused kernels: time, peak memory,
+FLOPs. On a CPU, seconds of CPU time."""
+EXAMPLE = """
+python -m benchmarks.vae_step cells=16
+python -m benchmarks.vae_step preset=20m cells=1 n_genes=36130 n_given=8192 n_asked=36130 model.gene_chunk=4096
+python -m benchmarks.vae_step preset=dentate_gyrus cells=128 n_genes=17002 n_given=4096 n_asked=4096 precision=bf16
+"""
+
+
+@dataclass(frozen=True)
+class BenchVAEStepConfig:
+    """What to measure.
+
+    cells: of a step
+    n_genes: of the vocabulary
+    n_given: genes that all cells share, given to the encoder
+    n_asked: genes asked of the decoder: of the given ones, or those and more
+    preset: name of a shape in configs/vae; empty takes `model`
+    gene_chunk: genes that the decoder takes at once, made again in backward; 0 takes all
+    compile: torch.compile torch's kernels too, the strongest rival; minutes on a CPU
+    precision: fp32, or bf16 by autocast
+    threads: of torch
+    repeats: of a step
+    json: print JSON, not the table
+    save: write the JSON to this file as well
+    """
+
+    cells: int = 4
+    n_genes: int = 20_000
+    n_given: int = 2_048
+    n_asked: int = 2_048
+    preset: str = ""
+    model: VAEConfig = field(default_factory=lambda: VAEConfig(width=256, n_latents=64, n_layers=2))
+    gene_chunk: int = 0
+    compile: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
+    threads: int = 1
+    repeats: int = 5
+    json: bool = False
+    save: str = ""
+
+
+CONFIG = BenchVAEStepConfig
+# what issue 6 asks of a GPU, in bf16
+GPU_TARGETS = {
+    f"{PLAIN.name} / fused, time, 8,000 given and 36,130 asked, GPU": ">= 5",
+    f"{OPPONENT.name} / fused, time, 8,000 given and 36,130 asked, GPU": ">= 2",
+    f"fused / {OPPONENT.name}, peak memory, 8,000 given and 36,130 asked, GPU": "<= 0.25",
+    "dentate_gyrus at batch 128, peak memory, GPU": "<= 2 GB",
+}
+
+
+def main(config: BenchVAEStepConfig) -> Report:
+    """Print the table; returns it."""
+    torch.set_num_threads(config.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shape = of_preset(config.preset, config.model)
+    chunked = replace(shape, gene_chunk=config.gene_chunk, recompute=config.gene_chunk > 0)
+    config = replace(config, model=chunked)
+    settings = {"cells": config.cells, "given": config.n_given, "asked": config.n_asked, "precision": config.precision}
+    settings |= {"width": shape.width, "latents": shape.n_latents, "layers": shape.n_layers, "threads": config.threads}
+    report = Report("vae_step", {**settings, "gene_chunk": config.gene_chunk})
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    most = peak_flops(device, dtype)
+    report.add(Row("large matrix product", most / 1e9, "GFLOP/s"))
+    flops = sum(vae_flops(shape, config.cells, config.n_given, config.n_asked).values())
+    measured = [way for way in ways(config.compile) if not unable(way, device)]
+    calls = {way.name: calls_of(config, way, device) for way in measured}
+    failed = {}
+    for name, (forward, step) in list(calls.items()):
+        # the optimizer's moments are made, and what is compiled is compiled
+        if why := failure_of(forward, device) or failure_of(step, device):
+            failed[name] = why
+            del calls[name], forward, step  # with what they hold of the GPU's memory
+    forwards = measure_in_turn({name: forward for name, (forward, _) in calls.items()}, config.repeats, device)
+    steps = measure_in_turn({name: step for name, (_, step) in calls.items()}, config.repeats, device)
+    for way in ways(config.compile):
+        if why := unable(way, device) or failed.get(way.name):
+            report.add(Row.not_measured(way.name, why, "ms"))
+            continue
+        report.add(Row(f"{way.name}, forward", 1e3 * forwards[way.name].seconds, "ms"))
+        report.add(Row(way.name, 1e3 * steps[way.name].seconds, "ms"))
+        report.add(Row(f"{way.name}: peak memory", steps[way.name].peak_bytes / 2**20, "MiB"))
+        speed = 3 * flops / steps[way.name].seconds
+        report.add(Row(f"{way.name}: FLOPs of the formula by time", speed / 1e9, "GFLOP/s"))
+        report.add(Row(f"{way.name}: share of the matrix product's FLOP/s", speed / most, "x"))
+    auto = chosen(replace(shape, attention="auto"), device, dtype).way
+    fastest = min(cost.seconds for cost in steps.values())
+    report.add(Row.at_most(f"auto, here {auto}, / the fastest way, time", steps[auto].seconds / fastest, "x", 1.05))
+    targets(report, config, steps, device)
+    report.print(config.json, config.save)
+    return report
+
+
+def calls_of(
+    config: BenchVAEStepConfig, way: Way, device: torch.device
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """A forward pass, and a whole step, on counts and weights that are the same for every way."""
+    torch.manual_seed(0)
+    with device:
+        vae = VAE(replace(config.model, attention=way.kind), config.n_genes)
+        ids = torch.randperm(config.n_genes)[: max(config.n_given, config.n_asked)] + 1
+        counts = torch.poisson(0.5 * torch.rand(config.cells, len(ids))).int()
+    given = GeneCounts(ids[: config.n_given], counts[:, : config.n_given], padded=False)
+    asked = GeneCounts(ids[: config.n_asked], counts[:, : config.n_asked])
+    library_size_B = asked.counts_BS.sum(1).float()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-4)
+    run = as_way(way, vae, device)
+    autocast = torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext()
+
+    def step() -> None:
+        with autocast:
+            _, predicted = run(given, asked.gene_ids)
+        predicted.nll_B(asked, library_size_B).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def forward() -> None:
+        with torch.no_grad(), autocast:
+            run(given, asked.gene_ids)
+
+    return forward, step
+
+
+def targets(report: Report, config: BenchVAEStepConfig, steps: dict[str, Cost], device: torch.device) -> None:
+    """Ratios, and what issue 6 asks of a step, on a CPU and on a GPU."""
+    on_cpu, shape, plain, fast = device.type == "cpu", config.model, steps.get(PLAIN.name), steps.get(FACTORISED.name)
+    judged = on_cpu and (shape.width, shape.n_latents, config.n_given, config.gene_chunk) == (256, 64, 2_048, 0)
+    for name, cost in steps.items():
+        if name != FACTORISED.name and fast:
+            row = Row(f"{name} / factorised, time", cost.seconds / fast.seconds, "x")
+            judge = judged and name == PLAIN.name
+            report.add(Row.at_least(row.name, cost.seconds / fast.seconds, "x", 1.4) if judge else row)
+    if fast and plain:
+        memory = fast.peak_bytes / max(plain.peak_bytes, 1)
+        name = "factorised / plain, peak memory"
+        report.add(Row.at_most(name, memory, "x", 0.6) if judged else Row(name, memory, "x"))
+
+    if judged:
+        for name, target in GPU_TARGETS.items():
+            report.add(Row.not_measured(name, NO_GPU, "x" if "GB" not in target else "GB", target.removesuffix(" GB")))
+    if on_cpu or config.precision != "bf16" or FUSED.name not in steps:
+        return
+    seconds, most = steps[FUSED.name].seconds, steps[FUSED.name].peak_bytes
+    against_plain, against_opponent, memory_of_it, dentate_gyrus = GPU_TARGETS
+    if (config.n_given, config.n_asked) == (8_000, 36_130):
+        if plain:
+            report.add(Row.at_least(against_plain, plain.seconds / seconds, "x", 5))
+        if opponent := steps.get(OPPONENT.name):
+            report.add(Row.at_least(against_opponent, opponent.seconds / seconds, "x", 2))
+            report.add(Row.at_most(memory_of_it, most / opponent.peak_bytes, "x", 0.25))
+    if config.preset == "dentate_gyrus" and config.cells == 128:
+        report.add(Row.at_most(dentate_gyrus, most / 1e9, "GB", 2))
+
+
+if __name__ == "__main__":
+    sys.exit(run_benchmark("vae_step"))

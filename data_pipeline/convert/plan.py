@@ -1,0 +1,365 @@
+"""The plan of a conversion: every choice, made before a count is read, and kept so that any process can go on with it.
+
+A plan lies in the work folder as plan.json and arrays of one value per chosen cell, in source order. It appears by one
+rename, so that of several tasks that start together the first one's plan is everybody's.
+
+Reading order: ShardsWriteConfig, settings and their differences, Plan, make_plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from data_pipeline.convert.genes import JoinedGenes, choose, in_list, join_genes
+from data_pipeline.convert.open import csc_groups, open_sources
+from data_pipeline.convert.shuffle import set_positions
+from data_pipeline.convert.source import SourceConfig, SourceSpec
+from data_pipeline.convert.splits import SplitConfig, draw_splits
+from data_pipeline.files import aside, parse_bytes
+from data_pipeline.format.schema import BLOCK_CELLS, SPLIT_NAME, VERSION, Codec, condition_dtype
+from scldm.errors import InputError
+from scldm.vocab import ConditionVocab, GeneVocab
+
+UNIT_CELLS = 1 << 15  # cells that one process reads and scatters before it notes that they are done
+BASE_BYTES = 320 << 20  # what a process takes before it has read a cell
+LEAST_BYTES = 64 << 20  # what it needs beyond that
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """Which cells and genes of the sources are worth keeping.
+
+    min_genes: genes with a count that a cell must have, over all genes of its source; 0 refuses cells without counts
+    min_cells: cells, of all splits, that must express a gene
+    gene_list: file of gene ids, one a line, to keep
+    n_top_genes: keep this many most variable genes (seurat_v3, over the training cells); 0 keeps all
+    """
+
+    min_genes: int = 0
+    min_cells: int = 0
+    gene_list: str = ""
+    n_top_genes: int = 0
+
+
+@dataclass(frozen=True)
+class ShardsWriteConfig:
+    """Write a shard set.
+
+    out: folder or fsspec URL of the set
+    conditions: obs columns to store with the cells, as labels
+    missing: label of missing values of such a column; empty refuses them
+    max_labels: more labels than this in a condition are refused
+    codec: how blocks are compressed
+    codec_level: of zstd
+    block_cells: cells of a block
+    shard_cells: cells of a tar
+    seed: of split and shuffle
+    memory: what all processes together may take
+    workers: processes; the set's bytes don't depend on them
+    task: i/n, do the i-th of n shares (from 0) of what can be done now, as in an array job
+    finish: with tasks, do what is left of their shares and write the manifest
+    work: folder to make one for unfinished work in; empty: .work in the set's folder
+    """
+
+    out: str
+    source: SourceConfig = field(default_factory=SourceConfig)
+    conditions: tuple[str, ...] = ()
+    missing: str = ""
+    max_labels: int = 20_000
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    split: SplitConfig = field(default_factory=SplitConfig)
+    codec: Codec = "zstd"
+    codec_level: int = 1
+    block_cells: int = BLOCK_CELLS
+    shard_cells: int = 1 << 16
+    seed: int = 0
+    memory: str = "2GiB"
+    workers: int = 1
+    task: str = ""
+    finish: bool = False
+    work: str = ""
+
+    def __post_init__(self) -> None:
+        parse_bytes(self.memory, "memory")
+        if self.workers < 1:
+            raise InputError(f"workers={self.workers} must be at least 1")
+        if not 1 <= self.block_cells <= 65_535:
+            raise InputError(f"block_cells={self.block_cells} must be from 1 to 65535")
+        if self.shard_cells < self.block_cells or self.shard_cells % self.block_cells:
+            raise InputError(f"shard_cells={self.shard_cells} must be a multiple of block_cells={self.block_cells}")
+        if not 1 <= self.codec_level <= 22:
+            raise InputError(f"codec_level={self.codec_level} must be from 1 to 22")
+        for name in self.conditions:
+            if not SPLIT_NAME.fullmatch(name.replace("-", "_").replace(" ", "_").replace(".", "_")):
+                raise InputError(f"conditions: {name!r} can't be part of a file name")
+        _ = self.share
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """(i, n) of task=i/n; (0, 1) without one."""
+        i, slash, n = self.task.partition("/")
+        if not self.task:
+            return 0, 1
+        if not (slash and i.isdigit() and n.isdigit() and int(i) < int(n)):
+            raise InputError(f"task={self.task!r} must be i/n with 0 <= i < n, such as 0/8")
+        return int(i), int(n)
+
+    @property
+    def process_bytes(self) -> int:
+        """What one process may take for cells.
+
+        Raises: InputError where that is too little to work with.
+        """
+        processes = self.workers + (self.workers > 1)
+        left = (parse_bytes(self.memory, "memory") - processes * BASE_BYTES) // self.workers
+        if left < LEAST_BYTES:
+            need = (processes * BASE_BYTES + self.workers * LEAST_BYTES) >> 20
+            raise InputError(f"memory={self.memory} is too little for workers={self.workers}: at least {need}MiB")
+        return left
+
+
+# --- settings ------------------------------------------------------------------------------------------------------
+
+VOLATILE = ("out", "memory", "workers", "task", "finish", "work")  # what the bytes of a set don't depend on
+
+
+def settings_of(config: ShardsWriteConfig) -> dict[str, Any]:
+    """All that the set's bytes depend on, but for the sources: as JSON holds it, for the manifest and to compare."""
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in VOLATILE}
+    files = {
+        "source.gene_table": config.source.gene_table,
+        "filter.gene_list": config.filter.gene_list,
+        "split.held_out": config.split.held_out,
+    }
+    digests = {}
+    for key, path in files.items():
+        if path:
+            if not Path(path).is_file():
+                raise InputError(f"{key}: {path}: no such file")
+            digests[key] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return json.loads(json.dumps({**settings, "sha256": digests}))
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Where two settings differ, as `key: was ..., is ...`."""
+    out = []
+    for key in sorted({*before, *now}):
+        was, is_ = before.get(key), now.get(key)
+        if isinstance(was, dict) and isinstance(is_, dict):
+            out += differences(was, is_, f"{prefix}{key}.")
+        elif was != is_:
+            out.append(f"{prefix}{key}: was {was!r}, is {is_!r}")
+    return out
+
+
+def tool_versions() -> dict[str, str]:
+    versions = {"format": str(VERSION)}
+    for name in ("scldm", "numpy", "zstandard", "lz4", "h5py", "anndata", "tiledbsoma", "cellxgene-census"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+# --- plan ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan, read from its folder; the arrays are memory-mapped.
+
+    units: (source, first cell, end) of every share of reading, cells counted in source order
+    csc_groups: for each source, the column groups of a CSC matrix, or ()
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    tools: dict[str, str]
+    sources: tuple[SourceSpec, ...]
+    units: tuple[tuple[int, int, int], ...]
+    csc_groups: tuple[tuple[tuple[int, int], ...], ...]
+    genes: GeneVocab
+    conditions: ConditionVocab
+    splits: tuple[str, ...]
+    split_rule: dict[str, Any]
+    report: dict[str, Any]
+
+    @property
+    def n_cells(self) -> int:
+        return self.units[-1][2]
+
+    def array(self, name: str) -> np.ndarray:
+        return np.load(self.folder / f"{name}.npy", mmap_mode="r")
+
+    @cached_property
+    def row(self) -> np.ndarray:
+        """Row or joinid of each cell, int64."""
+        return self.array("row")
+
+    @cached_property
+    def split(self) -> np.ndarray:
+        return self.array("split")
+
+    @cached_property
+    def position(self) -> np.ndarray:
+        """Each cell's position in set order, as if none were dropped."""
+        return self.array("position")
+
+    @cached_property
+    def cell_at(self) -> np.ndarray:
+        """The cell at each position: `position` the other way round."""
+        return self.array("cell_at")
+
+    @cached_property
+    def source(self) -> np.ndarray:
+        out = np.empty(self.n_cells, np.uint16)
+        for number, low, high in self.units:
+            out[low:high] = number
+        return out
+
+    @cached_property
+    def condition_ids(self) -> tuple[np.ndarray, ...]:
+        return tuple(self.array(f"condition.{k}") for k in range(len(self.conditions.names)))
+
+    def column_of(self, source: int) -> np.ndarray:
+        """Source column -> column of `genes`, before genes are chosen by their counts."""
+        return self.array(f"column_of.{source}")
+
+    def gene_ids(self, source: int) -> list[str]:
+        return json.loads((self.folder / f"gene_ids.{source}.json").read_text())
+
+    @classmethod
+    def load(cls, folder: Path) -> Plan:
+        obj = json.loads((folder / "plan.json").read_text())
+        return cls(
+            folder=folder,
+            settings=obj["settings"],
+            tools=obj["tools"],
+            sources=tuple(SourceSpec(**s) for s in obj["sources"]),
+            units=tuple(tuple(u) for u in obj["units"]),
+            csc_groups=tuple(tuple(tuple(g) for g in groups) for groups in obj["csc_groups"]),
+            genes=GeneVocab.from_json(obj["genes"]),
+            conditions=ConditionVocab.from_json(obj["conditions"]),
+            splits=tuple(obj["splits"]),
+            split_rule=obj["split_rule"],
+            report=obj["report"],
+        )
+
+
+def make_plan(config: ShardsWriteConfig, folder: Path) -> Plan:
+    """The plan of a config, found in the folder or made there.
+
+    Raises: InputError where the folder has another command's plan, or the sources aren't what they were; for what is
+        wrong with sources, filters, conditions, splits.
+    """
+    settings = settings_of(config)
+    if not folder.is_dir():
+        draft = aside(folder)
+        try:
+            _draft_plan(config, settings, draft)
+            try:
+                draft.rename(folder)
+            except OSError:  # another task was faster
+                if not folder.is_dir():
+                    raise
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    plan = Plan.load(folder)
+    differ = differences({**plan.settings, "tools": plan.tools}, {**settings, "tools": tool_versions()})
+    if differ:
+        raise InputError(
+            f"{folder.parent}: holds unfinished work of another command: {'; '.join(differ)}; "
+            f"give another out, or remove {config.out}"
+        )
+    changed = [s.uri for s in plan.sources if s.has_changed]
+    if changed:
+        raise InputError(f"{changed[0]}: has changed since this command was begun; remove {config.out} to start over")
+    return plan
+
+
+def _draft_plan(config: ShardsWriteConfig, settings: dict[str, Any], folder: Path) -> None:
+    columns = tuple(dict.fromkeys([*config.conditions, *config.split.columns()]))
+    sources = open_sources(config.source, columns, config.missing)
+    if len(sources) > 1 << 16:
+        raise InputError(f"{len(sources)} sources; a shard set names at most 65,536")
+    namespace = None if config.source.namespace == "auto" else config.source.namespace
+    joined = join_genes([s.genes for s in sources], config.source.join, namespace, config.source.gene_table)
+    joined = _choose_genes(config, joined, [s.keep_gene for s in sources])
+
+    counts = [len(s.rows) for s in sources]
+    source = np.repeat(np.arange(len(sources), dtype=np.uint16), counts)
+    row = np.concatenate([s.rows for s in sources])
+    obs = {c: np.concatenate([s.obs[c].to_numpy(object) for s in sources]) for c in columns}
+    arrays: dict[str, np.ndarray] = {"row": row}
+    labels: dict[str, tuple[str, ...]] = {}
+    for k, name in enumerate(config.conditions):
+        ids, known = pd.factorize(obs[name], sort=True)  # np.unique would take every text at the longest one's width
+        if len(known) > config.max_labels:
+            raise InputError(
+                f"conditions: obs column {name!r} has {len(known):,} labels for {len(row):,} cells, such as "
+                f"{str(known[0])!r}; a condition may have {config.max_labels:,} (max_labels)"
+            )
+        labels[name] = tuple(known.tolist())
+        arrays[f"condition.{k}"] = ids.astype(condition_dtype(len(known)))
+    split, names, rule = draw_splits(config.split, config.seed, pd.DataFrame(obs), source, row)
+    arrays["split"] = split
+    arrays["position"] = set_positions(split, config.seed, source, row)
+    arrays["cell_at"] = np.empty(len(row), np.int64)
+    arrays["cell_at"][arrays["position"]] = np.arange(len(row))
+    arrays |= {f"column_of.{k}": c for k, c in enumerate(joined.column_of)}
+
+    units, start = [], 0
+    for number, n in enumerate(counts):
+        units += [(number, start + a, start + min(a + UNIT_CELLS, n)) for a in range(0, n, UNIT_CELLS)]
+        start += n
+    specs = tuple(s.spec for s in sources)
+    report: dict[str, Any] = {"genes": joined.report}
+    for key in ("cells_not_selected", "genes_not_selected"):
+        report[key] = {s.genes.uri: s.report[key] for s in sources if s.report[key]}
+    folder.mkdir(parents=True)
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    for number, s in enumerate(sources):
+        (folder / f"gene_ids.{number}.json").write_text(json.dumps(s.genes.ids))
+    obj = {
+        "settings": settings,
+        "tools": tool_versions(),
+        "sources": [s.to_json() for s in specs],
+        "units": units,
+        "csc_groups": [csc_groups(s, config.process_bytes // 8) for s in specs],
+        "genes": joined.vocab.to_json(),
+        "conditions": labels,
+        "splits": names,
+        "split_rule": rule,
+        "report": {k: v for k, v in report.items() if v},
+    }
+    (folder / "plan.json").write_text(json.dumps(obj))
+
+
+def _choose_genes(config: ShardsWriteConfig, joined: JoinedGenes, keep_gene: list[np.ndarray]) -> JoinedGenes:
+    """The genes that var_filter (of any source) and gene_list leave."""
+    if config.source.var_filter:
+        keep = np.zeros(joined.vocab.n_genes, bool)
+        for kept, column_of in zip(keep_gene, joined.column_of):
+            chosen = column_of[: len(kept)][kept]
+            keep[chosen[chosen >= 0]] = True
+        joined = choose(joined, keep, "source.var_filter")
+    if config.filter.gene_list:
+        keep, n_unknown = in_list(joined.vocab, Path(config.filter.gene_list))
+        joined = choose(joined, keep, "filter.gene_list")
+        if n_unknown:
+            joined.report["filter.gene_list, not in the sources"] = n_unknown
+    return joined

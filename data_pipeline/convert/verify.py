@@ -1,0 +1,434 @@
+"""Is a shard set what its manifest says, and what its source holds? Every byte is read, every cell decoded.
+
+Reading order: Fault, verify_shards (the story), then its parts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import numpy as np
+
+from data_pipeline.convert.genes import join_genes
+from data_pipeline.convert.narrow import GeneSums, check_columns, narrow_rows
+from data_pipeline.convert.open import open_matrix, open_sources
+from data_pipeline.convert.source import SourceConfig
+from data_pipeline.convert.splits import keys
+from data_pipeline.files import file_system, sha256_of
+from data_pipeline.format.block import Block, BlockBuffers, decode_block
+from data_pipeline.format.schema import (
+    BLOCK_INDEX,
+    BLOCK_INDEX_PATH,
+    CELL_COLUMNS,
+    GENE_COLUMNS,
+    Manifest,
+    ShardEntry,
+    cell_column_path,
+    column_dtype,
+    condition_dtype,
+    count_dtype,
+    gene_column_path,
+    member_name,
+    read_manifest,
+    vocab_tag,
+)
+from data_pipeline.format.statistics import compute_statistics
+from scldm.errors import InputError
+from scldm.progress import Progress
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that isn't as it must be. where: the file, and the block where one is to blame."""
+
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found.
+
+    faults: empty for a sound set
+    notes: what could not be looked at, and files that are none of the set's
+    n_compared: cells that were compared with their sources
+    """
+
+    manifest: Manifest
+    faults: tuple[Fault, ...]
+    notes: tuple[str, ...]
+    n_compared: int
+
+
+def verify_shards(url: str, sample: int = 256) -> Verdict:
+    """Everything about a shard set that can be checked.
+
+    sample: cells to compare with the sources, where those are reachable
+    Raises: InputError where there is no set.
+    """
+    manifest = read_manifest(url)
+    if manifest.kind != "cells":
+        raise InputError(f"{url}: holds {manifest.kind}; shards verify checks sets of cells")
+    faults = list(_check_manifest(manifest))
+    strays, notes = _check_strays(url, manifest)
+    index, more = _read_index(url, manifest)
+    faults += [*strays, *more]
+    if index is None:  # without it nothing more can be said than whether the tars are whole
+        faults += [f for shard in manifest.shards for f in _check_bytes(url, shard)]
+        notes.append("the index is damaged: blocks and statistics were not checked")
+        return Verdict(manifest, tuple(faults), tuple(notes), 0)
+    seen = Seen(manifest)
+    with Progress("verify", len(index["blocks"]), "blocks") as bar:
+        for number, shard in enumerate(manifest.shards):
+            faults += _check_shard(url, manifest, number, shard, index, seen, bar)
+    faults += _check_order(manifest, index)
+    faults += _check_statistics(manifest, index, seen)
+    n_compared = 0
+    if not faults and sample:
+        found, more_notes, n_compared = _compare_with_sources(url, manifest, index, sample)
+        faults += found
+        notes += more_notes
+    return Verdict(manifest, tuple(faults), tuple(notes), n_compared)
+
+
+class Seen:
+    """What the blocks themselves say, to be compared with statistics."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.gene_total = np.zeros(manifest.genes.n_genes)
+        self.gene_cells = np.zeros(manifest.genes.n_genes)
+        self.largest_count = 0
+        self.whole = True
+
+
+# --- manifest and index --------------------------------------------------------------------------------------------
+
+
+def _check_manifest(manifest: Manifest) -> Iterator[Fault]:
+    cell = block = 0
+    for number, split in enumerate(manifest.splits):
+        mine = [s for s in manifest.shards if s.split == number]
+        if (split.n_cells, split.n_blocks) != (sum(s.n_cells for s in mine), sum(s.n_blocks for s in mine)):
+            yield Fault("manifest.json", f"split {split.name}: its shards don't add up to its {split.n_cells} cells")
+    for shard in manifest.shards:
+        if (shard.first_cell, shard.first_block) != (cell, block):
+            yield Fault("manifest.json", f"{shard.path}: does not begin where the one before it ends")
+        cell, block = shard.first_cell + shard.n_cells, shard.first_block + shard.n_blocks
+    if cell != manifest.n_cells:
+        yield Fault("manifest.json", f"its shards hold {cell} cells, it says {manifest.n_cells}")
+
+
+def _check_strays(url: str, manifest: Manifest) -> tuple[list[Fault], list[str]]:
+    """Files that the manifest doesn't list: a tar is a fault, since readers without the manifest take all tars."""
+    fs, root = file_system(url)
+    listed = {entry.path for entry in (*manifest.shards, *manifest.index)}
+    faults, notes = [], []
+    for folder in ("shards", "index"):
+        try:
+            names = [name.rsplit("/", 1)[1] for name in fs.find(f"{root.rstrip('/')}/{folder}", maxdepth=1)]
+        except Exception as error:  # plain web servers, say, list nothing, and each store refuses in its own way
+            return faults, [f"not looked for files that the manifest does not list: {error}"]
+        for path in sorted({f"{folder}/{name}" for name in names} - listed):
+            if path.endswith(".tar"):
+                faults.append(Fault(path, "is not in the manifest: another set's, or one that was added"))
+            else:
+                notes.append(f"{path}: is not in the manifest")
+    return faults, notes
+
+
+def _read_index(url: str, manifest: Manifest) -> tuple[dict[str, np.ndarray] | None, list[Fault]]:
+    """The index's arrays by name; None where one of them can't be trusted."""
+    faults, arrays = [], {}
+    expected = {BLOCK_INDEX_PATH: BLOCK_INDEX}
+    expected |= {cell_column_path(name): np.dtype(dtype) for name, dtype in CELL_COLUMNS.items()}
+    expected |= {gene_column_path(name): np.dtype(dtype) for name, dtype in GENE_COLUMNS.items()}
+    for name in manifest.conditions.names:
+        expected[cell_column_path(f"condition.{name}")] = condition_dtype(manifest.conditions.n_labels(name))
+    entries = {entry.path: entry for entry in manifest.index}
+    for path, dtype in expected.items():
+        if path not in entries:
+            faults.append(Fault("manifest.json", f"does not list {path}"))
+            continue
+        data = _read_whole(url, path)
+        if data is None:
+            faults.append(Fault(path, "missing"))
+            continue
+        if len(data) != entries[path].bytes:
+            faults.append(Fault(path, f"{len(data)} bytes, the manifest says {entries[path].bytes}"))
+        elif hashlib.sha256(data).hexdigest() != entries[path].sha256:
+            faults.append(Fault(path, "its SHA-256 is not the manifest's: changed or damaged"))
+        else:
+            array = np.load(io.BytesIO(data))
+            n = {"index/blocks.npy": sum(s.n_blocks for s in manifest.shards)}.get(path, manifest.n_cells)
+            n = manifest.genes.n_genes if path.startswith("index/genes.") else n
+            if array.dtype != dtype or array.shape != (n,):
+                faults.append(Fault(path, f"{array.dtype} {array.shape}, must be {dtype} ({n},)"))
+            arrays[path.removeprefix("index/").removesuffix(".npy")] = array
+    return (None if faults else arrays), faults
+
+
+def _open(url: str, path: str) -> Any:
+    return fsspec.open(f"{url.rstrip('/')}/{path}", "rb")
+
+
+def _read_whole(url: str, path: str) -> bytes | None:
+    try:
+        with _open(url, path) as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+
+
+# --- tars ----------------------------------------------------------------------------------------------------------
+
+
+def _check_bytes(url: str, shard: ShardEntry) -> Iterator[Fault]:
+    try:
+        with _open(url, shard.path) as file:
+            n, digest = sha256_of(file)
+    except FileNotFoundError:
+        yield Fault(shard.path, "missing")
+        return
+    if n != shard.bytes:
+        yield Fault(shard.path, f"{n} bytes, the manifest says {shard.bytes}")
+    elif digest != shard.sha256:
+        yield Fault(shard.path, "its SHA-256 is not the manifest's: changed or damaged")
+
+
+def _check_shard(
+    url: str,
+    manifest: Manifest,
+    number: int,
+    shard: ShardEntry,
+    index: dict[str, np.ndarray],
+    seen: Seen,
+    bar: Progress,
+) -> Iterator[Fault]:
+    """One pass over a tar: its bytes, the members' headers, the blocks and every cell's columns in the index."""
+    n_bytes, digest, named = 0, hashlib.sha256(), False
+    buffers = BlockBuffers(column_dtype(manifest.genes.n_genes), count_dtype(manifest.statistics.largest_count))
+    tag = vocab_tag(manifest.genes)
+    numbers = np.flatnonzero(index["blocks"]["shard"] == number)
+    if len(numbers) != shard.n_blocks:
+        yield Fault(BLOCK_INDEX_PATH, f"{len(numbers)} blocks of {shard.path}, the manifest says {shard.n_blocks}")
+    try:
+        with _open(url, shard.path) as file:
+
+            def take(n: int) -> bytes:
+                nonlocal n_bytes
+                data = file.read(n)
+                digest.update(data)
+                n_bytes += len(data)
+                return data
+
+            for block in numbers:
+                record = index["blocks"][block]
+                where = f"{shard.path}: block {block}"
+                if int(record["offset"]) < n_bytes:
+                    yield Fault(BLOCK_INDEX_PATH, f"block {block} of {shard.path} overlaps the one before it")
+                    named = True
+                    break
+                header = take(int(record["offset"]) - n_bytes)
+                data = take(int(record["length"]))
+                if len(data) < record["length"]:
+                    seen.whole, named = False, True
+                    yield Fault(where, f"truncated: the tar ends after {n_bytes} of {shard.bytes} bytes")
+                    break
+                found = list(_check_block(where, int(block), header, data, record, manifest, index, seen, buffers, tag))
+                named |= bool(found)
+                yield from found
+                bar.advance(1)
+            while take(1 << 20):
+                pass
+    except FileNotFoundError:
+        seen.whole = False
+        yield Fault(shard.path, "missing")
+        return
+    if not named and n_bytes != shard.bytes:
+        yield Fault(shard.path, f"{n_bytes} bytes, the manifest says {shard.bytes}")
+    elif not named and digest.hexdigest() != shard.sha256:
+        yield Fault(
+            shard.path, "its SHA-256 is not the manifest's, though its blocks are sound: padding or end was changed"
+        )
+
+
+def _check_block(
+    where: str, number: int, header: bytes, data: bytes, record: np.void, manifest: Manifest,
+    index: dict[str, np.ndarray], seen: Seen, buffers: BlockBuffers, tag: int,
+) -> Iterator[Fault]:  # fmt: skip
+    try:
+        member = tarfile.TarInfo.frombuf(header[-tarfile.BLOCKSIZE :], "utf-8", "strict")
+        if (member.name, member.size) != (member_name(number), len(data)):
+            yield Fault(where, f"the tar's member is {member.name!r} of {member.size} bytes")
+    except tarfile.HeaderError as error:
+        yield Fault(where, f"the tar's member header is damaged ({error})")
+    if zlib.crc32(data) != record["crc32"]:
+        seen.whole = False
+        yield Fault(where, "its checksum is not the index's: changed or damaged")
+        return
+    try:
+        block = decode_block(data, buffers, vocab_tag=tag, where=where)
+    except InputError as error:
+        seen.whole = False
+        yield Fault(where, str(error).removeprefix(f"{where}: "))
+        return
+    first = int(record["first_cell"])
+    mine = slice(first, first + block.n_cells)
+    totals = np.add.reduceat(np.append(block.counts.astype(np.uint64), np.uint64(0)), block.indptr[:-1])
+    stored = {
+        "n_cells": (block.n_cells, int(record["n_cells"])),
+        "split": (block.split, int(record["split"])),
+        "source": (block.sources, index["cells.source"][mine]),
+        "row": (block.rows, index["cells.row"][mine]),
+        "n_expressed": (np.diff(block.indptr), index["cells.n_expressed"][mine]),
+        "total_counts": (totals, index["cells.total_counts"][mine]),
+    }
+    for name, ids in zip(manifest.conditions.names, block.conditions):
+        stored[f"condition.{name}"] = (ids, index[f"cells.condition.{name}"][mine])
+    if len(block.conditions) != len(manifest.conditions.names):
+        yield Fault(where, f"{len(block.conditions)} conditions, the manifest has {len(manifest.conditions.names)}")
+    for name, (in_block, in_index) in stored.items():
+        if not np.array_equal(in_block, in_index):
+            yield Fault(where, f"its {name} is not the index's")
+    _add(seen, block)
+
+
+def _add(seen: Seen, block: Block) -> None:
+    seen.largest_count = max(seen.largest_count, int(block.counts.max(initial=0)))
+    if block.split == 0:
+        n_genes = len(seen.gene_total)
+        seen.gene_total += np.bincount(block.columns, block.counts, n_genes)
+        seen.gene_cells += np.bincount(block.columns, minlength=n_genes)
+
+
+# --- order and statistics ------------------------------------------------------------------------------------------
+
+
+def _check_order(manifest: Manifest, index: dict[str, np.ndarray]) -> Iterator[Fault]:
+    """Every cell once, and each split in the order that its seed says."""
+    source, row = index["cells.source"], index["cells.row"]
+    order = np.lexsort((row, source))
+    same = (np.diff(source[order].astype(np.int64)) == 0) & (np.diff(row[order]) == 0)
+    if same.any():
+        cell = order[np.flatnonzero(same)[0]]
+        n = int(same.sum())
+        yield Fault("index", f"{n} cells stand more than once in the set, the first is ({source[cell]}, {row[cell]})")
+    shuffle = keys(manifest.seed, "shuffle", source, row)
+    for split in manifest.splits:
+        mine = shuffle[split.first_cell : split.first_cell + split.n_cells]
+        if (mine[1:] < mine[:-1]).any():
+            at = split.first_cell + int(np.flatnonzero(mine[1:] < mine[:-1])[0]) + 1
+            yield Fault("index", f"split {split.name} is not in the order of its seed, from cell {at} on")
+
+
+def _check_statistics(manifest: Manifest, index: dict[str, np.ndarray], seen: Seen) -> Iterator[Fault]:
+    split = np.repeat(np.arange(len(manifest.splits)), [s.n_cells for s in manifest.splits])
+    conditions = {name: index[f"cells.condition.{name}"] for name in manifest.conditions.names}
+    totals, expressed = index["cells.total_counts"], index["cells.n_expressed"]
+    stated = manifest.statistics
+    # what the index says; and, where every block could be read, what the blocks say
+    largest = seen.largest_count if seen.whole else stated.largest_count
+    right = compute_statistics(split, len(manifest.splits), conditions, totals, expressed, largest)
+    for name in ("combinations", "n_expressed_largest", "n_nonzeros", "largest_count"):
+        if getattr(right, name) != getattr(stated, name):
+            yield Fault("manifest.json", f"statistics.{name} is not what the cells say")
+    if len(right.library_sizes) != len(stated.library_sizes):
+        yield Fault("manifest.json", "statistics.library_sizes lack, or have more than, the choices of conditions")
+    for ours, theirs in zip(right.library_sizes, stated.library_sizes):
+        exact = (ours.by, ours.ids, ours.n) == (theirs.by, theirs.ids, theirs.n)
+        if not exact or not np.allclose((ours.log_mean, ours.log_std), (theirs.log_mean, theirs.log_std), rtol=1e-9):
+            yield Fault("manifest.json", f"statistics.library_sizes by {', '.join(ours.by) or 'nothing'} are wrong")
+    n_train = manifest.splits[0].n_cells
+    for name, sums in (("mean", seen.gene_total), ("fraction_expressed", seen.gene_cells)):
+        if seen.whole and not np.allclose(index[f"genes.{name}"], sums / n_train, rtol=1e-9):
+            yield Fault(gene_column_path(name), "is not what the training cells say")
+
+
+# --- sources -------------------------------------------------------------------------------------------------------
+
+
+def _compare_with_sources(
+    url: str, manifest: Manifest, index: dict[str, np.ndarray], sample: int
+) -> tuple[list[Fault], list[str], int]:
+    """A sample of cells, gene by gene and label by label, with what the sources hold now."""
+    query = manifest.query["source"]
+    release = next((s["census_version"] for s in manifest.sources), "") or query["census_version"]
+    config = SourceConfig(**{**query, "paths": tuple(query["paths"]), "census_version": release})
+    names = manifest.conditions.names
+    namespace = None if config.namespace == "auto" else config.namespace
+    try:
+        sources = open_sources(config, names, manifest.query["missing"])
+        if [s.spec.uri for s in sources] != [s["uri"] for s in manifest.sources]:
+            return [], ["not compared with its sources: there are others now"], 0
+        joined = join_genes([s.genes for s in sources], config.join, namespace, config.gene_table)
+    except InputError as error:
+        return [], [f"not compared with its sources: {error}"], 0
+    place = manifest.genes.lookup(joined.vocab.ids) - 1
+    rng = np.random.default_rng(0)
+    chosen = np.sort(rng.choice(manifest.n_cells, min(sample, manifest.n_cells), replace=False))
+    faults: list[Fault] = []
+    for number, source in enumerate(sources):
+        mine = chosen[index["cells.source"][chosen] == number]
+        mine = mine[np.argsort(index["cells.row"][mine])]
+        rows = index["cells.row"][mine]
+        if not len(mine):
+            continue
+        where_now = np.searchsorted(source.rows, rows)
+        gone = (where_now == len(source.rows)) | (source.rows[np.minimum(where_now, len(source.rows) - 1)] != rows)
+        if gone.any():
+            faults.append(Fault(source.genes.uri, f"row {rows[gone][0]} is no longer among its cells"))
+            continue
+        column_of = np.where(joined.column_of[number] >= 0, place[joined.column_of[number]], -1).astype(np.int32)
+        sums = GeneSums(manifest.genes.n_genes)
+        matrix = open_matrix(source.spec)
+        try:
+            at = 0
+            for chunk in matrix.read(rows, 64 << 20):
+                check_columns(chunk, source.spec.n_columns, source.genes.uri)
+                cells = narrow_rows(
+                    chunk, column_of, manifest.genes.n_genes, sums, np.zeros(len(chunk.rows), bool)
+                ).cells
+                for k in range(len(chunk.rows)):
+                    cell = mine[at + k]
+                    ours = _cell_of(url, manifest, index, int(cell))
+                    theirs = cells.take(np.array([k]))
+                    labels = {n: manifest.conditions.labels[n][index[f"cells.condition.{n}"][cell]] for n in names}
+                    now = {n: source.obs[n].iloc[where_now[at + k]] for n in names}
+                    if not _same_counts(ours, theirs.steps, theirs.small, theirs.far, theirs.large) or labels != now:
+                        what = "counts" if labels == now else "labels"
+                        name = matrix.row_name(int(rows[at + k]))
+                        faults.append(Fault(source.genes.uri, f"the {what} of cell {name} are not the set's"))
+                at += len(chunk.rows)
+        finally:
+            matrix.close()
+    return faults, [], len(chosen)
+
+
+def _cell_of(url: str, manifest: Manifest, index: dict[str, np.ndarray], cell: int) -> tuple[np.ndarray, np.ndarray]:
+    """Columns and counts of one cell of the set."""
+    number = int(np.searchsorted(index["blocks"]["first_cell"], cell, "right")) - 1
+    record = index["blocks"][number]
+    with _open(url, manifest.shards[record["shard"]].path) as file:
+        file.seek(int(record["offset"]))
+        block = decode_block(file.read(int(record["length"])), where=f"block {number}")
+    k = cell - int(record["first_cell"])
+    mine = slice(block.indptr[k], block.indptr[k + 1])
+    return block.columns[mine], block.counts[mine]
+
+
+def _same_counts(
+    ours: tuple[np.ndarray, np.ndarray], steps: np.ndarray, small: np.ndarray, far: np.ndarray, large: np.ndarray
+) -> bool:
+    steps, counts = steps.astype(np.int64), small.astype(np.int64)
+    steps[steps == 0], counts[counts == 0] = far, large
+    return np.array_equal(ours[0], np.cumsum(steps) - 1) and np.array_equal(ours[1], counts)

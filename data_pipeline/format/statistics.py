@@ -1,0 +1,85 @@
+"""What a set's manifest says about its cells, computed from the per-cell columns.
+
+Reading order: compute_statistics, marginals, and the two tables.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import combinations
+
+import numpy as np
+
+from data_pipeline.format.schema import CombinationCounts, LibrarySizes, Statistics
+
+# With C conditions there are 2^C tables of library sizes; beyond this many only all, each alone, and none are kept.
+ALL_MARGINALS_UP_TO = 4
+
+
+def compute_statistics(
+    split: np.ndarray,
+    n_splits: int,
+    conditions: Mapping[str, np.ndarray],
+    total_counts: np.ndarray,
+    n_expressed: np.ndarray,
+    largest_count: int,
+) -> Statistics:
+    """Statistics of a set. All arrays are per cell, in set order (sums of floats depend on it in the last digit)."""
+    train = split == 0
+    log_total = np.log(total_counts[train].astype(np.float64))
+    ids = {name: np.asarray(column) for name, column in conditions.items()}
+    train_ids = {name: column[train] for name, column in ids.items()}
+    return Statistics(
+        tuple(_library_sizes(by, train_ids, log_total) for by in marginals(tuple(ids))),
+        _combination_counts(ids, split, n_splits),
+        int(n_expressed.max(initial=0)),
+        int(n_expressed.sum(dtype=np.int64)),
+        largest_count,
+    )
+
+
+def marginals(names: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Choices of conditions, from all of them to none."""
+    if len(names) <= ALL_MARGINALS_UP_TO:
+        return [by for k in range(len(names), -1, -1) for by in combinations(names, k)]
+    return [names, *((name,) for name in names), ()]
+
+
+def _groups(by: tuple[str, ...], ids: Mapping[str, np.ndarray], n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The combinations that occur, sorted, (k, len(by)); and each cell's combination."""
+    if not by:
+        return np.zeros((1, 0), np.int64), np.zeros(n, np.int64)
+    sizes = [int(ids[name].max(initial=0)) + 1 for name in by]
+    if math.prod(sizes) > np.iinfo(np.int64).max:  # one number can't name them: that of the others' combination can
+        found, key = _groups(by[:-1], ids, n)
+        unique, group = np.unique(key * sizes[-1] + ids[by[-1]], return_inverse=True)
+        return np.column_stack([found[unique // sizes[-1]], unique % sizes[-1]]), group
+    key = np.zeros(n, np.int64)
+    for name, size in zip(by, sizes):
+        key = key * size + ids[name]
+    unique, group = np.unique(key, return_inverse=True)
+    columns = []
+    for size in reversed(sizes):
+        columns.append(unique % size)
+        unique = unique // size
+    return np.stack(columns[::-1], axis=1), group
+
+
+def _library_sizes(by: tuple[str, ...], ids: Mapping[str, np.ndarray], log_total: np.ndarray) -> LibrarySizes:
+    found, group = _groups(by, ids, len(log_total))
+    n = np.bincount(group, minlength=len(found))
+    mean = np.bincount(group, log_total, len(found)) / np.maximum(n, 1)
+    variance = np.bincount(group, (log_total - mean[group]) ** 2, len(found)) / np.maximum(n, 1)
+    return LibrarySizes(by, _rows(found), tuple(n.tolist()), tuple(mean.tolist()), tuple(np.sqrt(variance).tolist()))
+
+
+def _combination_counts(ids: Mapping[str, np.ndarray], split: np.ndarray, n_splits: int) -> CombinationCounts:
+    by = tuple(ids)
+    found, group = _groups(by, ids, len(split))
+    n = np.bincount(group * n_splits + split, minlength=len(found) * n_splits).reshape(len(found), n_splits)
+    return CombinationCounts(by, _rows(found), _rows(n))
+
+
+def _rows(table: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(row) for row in table.tolist())

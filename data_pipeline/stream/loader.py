@@ -1,0 +1,439 @@
+"""The stream: micro-batches for every rank from a shard set, resumable at any step, the same for every world size.
+
+    order (which cells) -> read ahead (a few threads) -> slots (blocks, compact) -> gather (gene sets) -> CellBatch
+
+A loader's state is one integer, the global batches consumed since the start of the run, and the settings that prove
+that it is the same stream. Nothing in it depends on rank, threads or how often the run was interrupted.
+
+Reading order: StreamConfig, LoaderConfig, what both loaders do, CellLoader, LatentLoader, shard_batches (for encoding),
+which cells are chosen. Reading ahead is in feed.py, making a batch of what was read in collate.py.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar
+
+import numpy as np
+import torch
+
+from data_pipeline.format.read_shards import BlockSource, ShardSet
+from data_pipeline.stream.collate import CellCollator, LatentCollator
+from data_pipeline.stream.feed import Collator, Feed, Plan, Running, from_outside, read_block
+from data_pipeline.stream.gene_sets import OF_THE_CELL, GeneSetConfig, GeneSets
+from data_pipeline.stream.order import (
+    DRAW_ASKED,
+    DRAW_GIVEN,
+    FIXED_PASS,
+    MOST_REPEATS,
+    Balance,
+    EpochOrder,
+    EveryCell,
+    Order,
+    Units,
+    rank_slice,
+    reads_of_a_block,
+)
+from scldm.batch import CellBatch, CompactCellBatch, LatentBatch
+from scldm.errors import InputError
+from scldm.vocab import ConditionVocab, GeneVocab
+
+Batch = TypeVar("Batch", covariant=True)
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """Where the cells come from, and in which order.
+
+    shards: folder or fsspec URL of a shard set
+    seed: of the order and of the gene sets
+    lanes: slices of a global batch, each read from a stretch of the epoch of its own; as many as ranks, or a multiple,
+        if no block is to be read by two. They are part of the order, so of the run; memory grows with those of a rank
+    window_blocks: blocks of a lane whose cells are shuffled together; memory grows with it
+    select: condition -> labels: only cells that have one of the labels in each of these conditions, as
+        data.select.dose=0.10,1 or 'data.select.cell_type=["B, naive",T]'; a preset must quote labels like 0.10
+    balance: conditions whose combinations are drawn equally often, as data.balance=cell_type,dose; none draws every
+        cell once an epoch
+    balance_max_repeats: how often a balanced epoch may repeat a cell at most
+    prefetch: micro-batch lists that are made ahead in a thread; 0 makes each when it is asked for
+    read_threads: threads that read and decompress
+    read_ahead: steps whose blocks are read before they are needed; half of them at a time, so that a thread that wakes
+        up finds several
+    cache_folder: where the index and blocks of a remote set are kept, shared by the ranks of a node; each set in a
+        folder of its own, which stays until you remove it
+    cache_gb: limit of the blocks of one set that are kept there, in 1e9 bytes
+    """
+
+    shards: str = "???"
+    seed: int = 0
+    lanes: int = 32
+    window_blocks: int = 2
+    select: dict[str, list[str]] = field(default_factory=dict)
+    balance: list[str] = field(default_factory=list)
+    balance_max_repeats: int = 10
+    prefetch: int = 2
+    read_threads: int = 2
+    read_ahead: int = 16
+    cache_folder: str = ""
+    cache_gb: float = 50.0
+
+
+@dataclass(frozen=True)
+class LoaderConfig(StreamConfig):
+    """Where the cells come from, in which order, and which of their genes.
+
+    given: gene set of the encoder
+    asked: gene set of the decoder and the likelihood
+    form: compact is CSR that is gathered on the device by `to(device)`, less to compute and to send; dense is gathered
+        here; auto is compact for batches that go to a GPU, dense for a CPU
+    """
+
+    given: GeneSetConfig = field(default_factory=GeneSetConfig)
+    asked: GeneSetConfig = field(default_factory=lambda: GeneSetConfig(policy="same"))
+    form: Literal["auto", "dense", "compact"] = "auto"
+
+    def __post_init__(self) -> None:
+        self.given.check("data.given")
+        self.asked.check("data.asked")
+
+
+# the help of a verb finds every key's line in the docstring of its class
+LoaderConfig.__doc__ = f"{LoaderConfig.__doc__}{(StreamConfig.__doc__ or '').partition('.')[2]}"
+
+# --- the loaders ---------------------------------------------------------------------------------------------------
+
+
+class _Loader(ABC, Generic[Batch]):
+    """What both loaders do. `next` gives all micro-batches of this rank for one global batch, epoch after epoch."""
+
+    kind: str
+
+    def __init__(
+        self,
+        config: StreamConfig,
+        split: str = "train",
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        global_batch: int,
+        micro_batch: int,
+        device: torch.device | str = "cpu",
+        cells: BlockSource | None = None,
+    ) -> None:
+        """device: where the batches will go; those for a GPU lie in pinned memory
+        cells: read these instead of opening config.shards; any number of loaders may, and whoever opened them closes
+            them after the last of these
+
+        Raises: InputError for what this set, batch or world size can't serve.
+        """
+        self.config, self.split, self.global_batch, self.device = config, split, global_batch, torch.device(device)
+        low, high = rank_slice(rank, world_size, global_batch, micro_batch)
+        self.cells = cells or ShardSet(
+            config.shards, cache_folder=config.cache_folder, cache_bytes=int(config.cache_gb * 1e9)
+        )
+        own = self.cells if cells is None else None
+        try:
+            self.manifest = self.cells.manifest
+            if self.manifest.kind != self.kind:
+                raise InputError(f"{config.shards}: a set of {self.manifest.kind}, not of {self.kind}")
+            self.vocab: GeneVocab = self.manifest.genes
+            self.conditions: ConditionVocab = self.manifest.conditions
+            for name in ("prefetch", "read_ahead", "cache_gb"):
+                if getattr(config, name) < 0:
+                    raise InputError(f"{name}={getattr(config, name)} can't be negative")
+            if config.read_threads < 1:
+                raise InputError(f"read_threads={config.read_threads} must be at least 1")
+            self.units = chosen_units(self.cells, split, config.select)
+            self.population = balanced(self.cells, self.units, config) if config.balance else EveryCell(self.units)
+            self.order = Order(self.population, config.seed, config.lanes, global_batch, config.window_blocks)
+            self.n_cells = self.population.n_cells
+            self.steps_per_epoch = self.order.steps_per_epoch
+            self.feed = Feed(
+                self.cells,
+                self._collator(micro_batch, loud=rank == 0),
+                self.order,
+                len(np.unique(self.units.block)),
+                low,
+                high,
+                micro_batch=micro_batch,
+                read_ahead=config.read_ahead,
+                read_threads=config.read_threads,
+            )
+        except BaseException:
+            if own:
+                own.close()
+            raise
+        lanes = min(config.lanes, global_batch)
+        if rank == 0 and split == "train" and world_size > lanes and self.feed.n_slots < len(self.units):
+            reads = reads_of_a_block(lanes, world_size, global_batch)
+            print(
+                f"data.lanes={lanes} are shared by {world_size} ranks: a block is read and decompressed by {reads:.3g} "
+                f"of them, with data.lanes={world_size} by one (of a new run: lanes are part of the order)",
+                file=sys.stderr,
+            )
+        self.step = 0
+        self._running: Running | None = None
+        self._closed, self._own = False, own
+        self._finalizer = weakref.finalize(self, from_outside, _release, self.feed, own)
+
+    @abstractmethod
+    def _collator(self, micro_batch: int, loud: bool) -> Collator[Batch]: ...
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        """The micro-batches of global batch `step`. Trouble with a block is raised by the first batch that needs it."""
+        assert not self._closed, "the loader is closed"
+        if self._running is None or self._running.ended:  # by one_pass, which took the threads over
+            plans = self.feed.plans_from(self.step)
+            self._running = self.feed.start(plans, self.config.prefetch)
+        try:
+            batches = next(self._running)
+            self.step += 1  # in here: an interrupt before it gives the same batch again
+        except BaseException:
+            self._stop()
+            raise
+        return batches
+
+    def one_pass(self) -> Iterator[list[Batch]]:
+        """Every cell of the split (and selection) once, in stored order, always with the same gene sets."""
+        assert not self._closed, "the loader is closed"
+        order = EpochOrder(self.units, self.config.seed, FIXED_PASS, 1, self.global_batch, 0)
+        running = self.feed.start(self.feed.plans_of(order), self.config.prefetch)
+        try:
+            yield from running
+        finally:
+            running.stop()
+
+    def seek(self, step: int) -> None:
+        """Goes to global batch `step`, counted from the start of the run."""
+        assert step >= 0
+        self._stop()
+        self.step = step
+
+    def state(self) -> dict[str, int | str]:
+        """Where the stream is, and what proves that another one is the same."""
+        config = self.config
+        return {
+            "step": self.step,
+            "data": self.cells.hash,
+            "split": self.split,
+            "seed": config.seed,
+            "lanes": config.lanes,
+            "window_blocks": config.window_blocks,
+            "global_batch": self.global_batch,
+            "select": repr(sorted((k, sorted(v)) for k, v in config.select.items())),
+            "balance": repr((sorted(config.balance), config.balance_max_repeats if config.balance else 0)),
+        }
+
+    def load_state(self, state: dict[str, int | str]) -> None:
+        """Goes to where another loader was.
+
+        Raises: InputError naming what differs or is missing, where the rest of the stream might not be the same.
+        """
+        own = self.state()
+        for names, text in ((own.keys() - state, "lacks {}"), (state.keys() - own, "has {}, which is unknown")):
+            if names:
+                raise InputError(
+                    f"the stream can't be resumed: the checkpoint's state {text.format(', '.join(sorted(names)))}"
+                )
+        for name, value in state.items():
+            if name != "step" and own[name] != value:
+                raise InputError(
+                    f"the stream can't be resumed: {name} is {own[name]!r}, the checkpoint's was {value!r}"
+                )
+        step = state["step"]
+        if not isinstance(step, int) or step < 0:
+            raise InputError(
+                f"the stream can't be resumed: the checkpoint's step={step!r} is no number of global batches"
+            )
+        self.seek(step)
+
+    def close(self) -> None:
+        """Stops the threads and closes the files, but those of `cells` that the loader was given. May be called again,
+        and ends then what an interrupt left of it."""
+        self._running, self._closed = None, True
+        from_outside(_release, self.feed, self._own)
+        self._finalizer.detach()  # only now: it calls but once, done or not
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _stop(self) -> None:
+        if self._running is not None:
+            self._running.stop()
+            self._running = None
+
+
+class CellLoader(_Loader[CellBatch | CompactCellBatch]):
+    """Cells of a shard set as CellBatch (or CompactCellBatch, whose `to(device)` is one)."""
+
+    kind = "cells"
+    config: LoaderConfig
+
+    def state(self) -> dict[str, int | str]:
+        return {**super().state(), "given": repr(self.config.given), "asked": repr(self.config.asked)}
+
+    def _collator(self, micro_batch: int, loud: bool) -> Collator[CellBatch | CompactCellBatch]:
+        config, sides = self.config, []
+        for key, purpose in (("given", DRAW_GIVEN), ("asked", DRAW_ASKED)):
+            sets: GeneSetConfig = getattr(config, key)
+            if key == "asked" and sets.policy == "same":
+                sides.append(None)
+                continue
+            weights = None
+            if sets.policy == "weighted":
+                weights = self.cells.gene_column("mean" if sets.weight_by == "mean" else "fraction_expressed")
+                weights = weights if sets.weight_by == "mean" else weights * (1 - weights)
+            sides.append(
+                GeneSets(
+                    sets,
+                    key,
+                    seed=config.seed,
+                    purpose=purpose,
+                    n_genes=self.vocab.n_genes,
+                    n_expressed_largest=self.manifest.statistics.n_expressed_largest,
+                    weights=weights,
+                    micro_batch=micro_batch,
+                    loud=loud,
+                )
+            )
+        given, asked = sides
+        return CellCollator(self.manifest.conditions.names, given, asked, **_how(self.device, config.form))
+
+
+class LatentLoader(_Loader[LatentBatch]):
+    """Encoded cells of a latent shard set."""
+
+    kind = "latents"
+
+    def _collator(self, micro_batch: int, loud: bool) -> Collator[LatentBatch]:
+        return LatentCollator(self.manifest.conditions.names, pin=_how(self.device)["pin"])
+
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        """(L, Z)."""
+        tokens, width = self.manifest.extra["shape"]
+        return tokens, width
+
+
+def shard_batches(
+    cells: BlockSource,
+    shard: int,
+    *,
+    micro_batch: int,
+    given: GeneSetConfig | None = None,
+    device: torch.device | str = "cpu",
+    prefetch: int = 2,
+) -> Iterator[CellBatch | CompactCellBatch]:
+    """Every cell of one shard in set order and none twice, for encoding; a block's last micro-batch may be shorter.
+
+    given: gene set; `all` if None, else `all`, `expressed` or `expressed_plus_zeros`, whose draws are by block and row
+    device: where the batches will go; those for a GPU are compact, in pinned memory
+    """
+    manifest = cells.manifest
+    entry, config = manifest.shards[shard], given or GeneSetConfig()
+    if config.policy not in ("all", *OF_THE_CELL):
+        raise InputError(f"cells are encoded from all their genes or all expressed ones, not policy={config.policy}")
+    sets = GeneSets(
+        config,
+        "given",
+        seed=0,
+        purpose=DRAW_GIVEN,
+        n_genes=manifest.genes.n_genes,
+        n_expressed_largest=manifest.statistics.n_expressed_largest,
+        weights=None,
+        micro_batch=micro_batch,
+        loud=shard == 0,  # else every shard would say it
+    )
+    collate = CellCollator(manifest.conditions.names, sets, None, **_how(torch.device(device)))
+    slots = collate.make_slots(cells, 1)
+
+    def batches() -> Iterator[Any]:
+        for block in range(entry.first_block, entry.first_block + entry.n_blocks):
+            read_block(cells, slots, block, 0)
+            n = int(cells.blocks["n_cells"][block])
+            for low in range(0, n, micro_batch):
+                rows = np.arange(low, min(low + micro_batch, n))
+                plan = Plan(FIXED_PASS, block, np.full(len(rows), block), rows, n)
+                yield collate(np.zeros_like(rows), rows, plan, rows, np.ones(len(rows), np.float32))
+
+    running = Running(batches(), prefetch)
+    try:
+        running.begin()
+        yield from running
+    finally:
+        running.stop()
+
+
+def _how(device: torch.device, form: str = "auto") -> dict[str, bool]:
+    """How batches for a device are made."""
+    return {"compact": device.type != "cpu" if form == "auto" else form == "compact", "pin": device.type == "cuda"}
+
+
+def chosen_units(cells: BlockSource, split: str, select: dict[str, list[str]]) -> Units:
+    """The cells of a split that have one of the labels in each condition of `select`. Reads the index alone."""
+    manifest = cells.manifest
+    entry = manifest.splits[manifest.split_number(split)]
+    block = np.arange(entry.first_block, entry.first_block + entry.n_blocks, dtype=np.int32)
+    units = Units.whole(block, cells.blocks["n_cells"][entry.first_block : entry.first_block + entry.n_blocks])
+    if not select:
+        if not units.n_cells:
+            raise InputError(f"split {split!r} has no cell")
+        return units
+    keep = np.ones(entry.n_cells, bool)
+    for name, labels in select.items():
+        wanted = manifest.conditions.encode(name, labels)
+        ids = cells.cell_column(f"condition.{name}")[entry.first_cell : entry.first_cell + entry.n_cells]
+        keep &= np.isin(ids, wanted)
+    if not keep.any():
+        text = ", ".join(f"{name} in {labels}" for name, labels in select.items())
+        raise InputError(f"select: no cell of split {split!r} has {text}")
+    return units.where(keep)
+
+
+def balanced(cells: BlockSource, units: Units, config: StreamConfig) -> Balance:
+    """The cells drawn so that every combination of the conditions in `balance` comes equally often."""
+    if not 1 <= config.balance_max_repeats <= MOST_REPEATS:
+        raise InputError(f"balance_max_repeats={config.balance_max_repeats} must lie in 1 ... {MOST_REPEATS}")
+    conditions = cells.manifest.conditions
+    at = np.repeat(cells.blocks["first_cell"][units.block].astype(np.int64), np.diff(units.start))
+    at += units.cell_rows()
+    group, n_groups = np.zeros(units.n_cells, np.uint32), 1
+    for name in sorted(config.balance):  # a group's number draws its cells, and state() knows no order either
+        if name not in conditions.names:
+            raise InputError(
+                f"balance: condition {name!r} is unknown; the set has {', '.join(conditions.names) or 'none'}"
+            )
+        n_labels = conditions.n_labels(name)
+        if n_groups * n_labels >= 1 << 32:
+            raise InputError(f"balance: {', '.join(sorted(config.balance))} have more than 2^32 combinations of labels")
+        group *= np.uint32(n_labels)
+        group += cells.cell_column(f"condition.{name}")[at]
+        group, n_groups = _numbered(group, n_groups * n_labels)
+    del at
+    return Balance(units, group, config.balance_max_repeats, config.seed)
+
+
+def _numbered(group: np.ndarray, n: int) -> tuple[np.ndarray, int]:
+    """Numbers below n as numbers without gaps in the same order, and how many there are."""
+    if n > 1 << 26:  # a table of 64 million numbers would take more than sorting
+        present, group = np.unique(group, return_inverse=True)
+        return group.astype(np.uint32), len(present)
+    present = np.zeros(n, bool)
+    present[group] = True
+    return (np.cumsum(present, dtype=np.uint32) - np.uint32(1))[group], int(present.sum())
+
+
+def _release(feed: Feed, own: BlockSource | None) -> None:
+    if own:
+        own.close()  # first, so that a read that waits to try again gives up; what is being read stays open until it is
+    feed.close()

@@ -1,1 +1,0 @@
-"""Benchmarks, one file each: the work, its controls, its targets."""

@@ -1,0 +1,75 @@
+"""`scldm logs RUN`: the one log of a submitted run, over all its starts, as it grows."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from launch.cli import run_verb
+from launch.cluster.notes import ENDED, find_notes, state_of, with_run
+from launch.config import compose
+
+PURPOSE = """Follow the log of a run that was submitted, over all its starts, until its job ends; of a pipeline's
+folder, those of its jobs, one after another."""
+EXAMPLE = """
+scldm logs runs/vae
+scldm logs runs/vae follow=false
+"""
+LOOK_EVERY_S = 0.5
+ASK_SLURM_EVERY_S = 10.0
+
+
+@dataclass(frozen=True)
+class LogsConfig:
+    """What to follow.
+
+    run: run folder, pipeline folder, or what a submitted verb makes; given as the first word
+    follow: go on until the job has ended; false prints what there is
+    """
+
+    run: str
+    follow: bool = True
+
+
+CONFIG = LogsConfig
+USAGE = "scldm logs RUN [follow=false]"
+
+
+def read(words: Sequence[str]) -> LogsConfig:
+    """The first word is the folder."""
+    return compose(LogsConfig, with_run(words))
+
+
+def main(config: LogsConfig) -> None:
+    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
+        for notes in find_notes(Path(config.run)):
+            show(notes, config.follow)
+
+
+def show(notes: Path, follow: bool) -> None:
+    """Print the log of a job, as it grows until the job has ended."""
+    files: dict[Path, IO[str]] = {}
+    asked = -ASK_SLURM_EVERY_S
+    while True:
+        ended = not follow
+        if follow and time.monotonic() - asked > ASK_SLURM_EVERY_S:
+            asked, ended = time.monotonic(), state_of(notes).state in ENDED
+        for path in sorted(notes.glob("log*.txt")):
+            if path not in files:
+                files[path] = path.open(errors="replace")
+            sys.stdout.write(files[path].read())
+        sys.stdout.flush()
+        if ended:
+            for file in files.values():
+                file.close()
+            return
+        time.sleep(LOOK_EVERY_S)
+
+
+if __name__ == "__main__":
+    sys.exit(run_verb("logs", sys.argv[1:]))

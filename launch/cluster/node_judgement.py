@@ -1,0 +1,286 @@
+"""What follows from what the ranks of the preflight found: which nodes are not fit, and why; on which the job runs.
+
+A node is not fit where a rank of it did not come up, failed, died or hangs; where it differs from the others; where it
+is slow beside the median of all. What all nodes meet alike is held against none: then it is the job that is wrong, or
+the site's settings are. Of a single node that is what all of its ranks meet, but for what no setting can make, such as
+a memory error.
+
+Reading order: Course, Report, nodes_to_use.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from launch.cluster.job import BAD_NODES, LATE_NODES, nodes_in, usable_counts
+from launch.cluster.node_checks import FIRST_UNSEEN, SEEN_S, Findings
+from launch.cluster.node_tokens import BEGUN, is_seen
+from scldm.files import write_json
+
+SLOW = 2.0  # times the median of the nodes
+ABSENT = "did not come up"
+Pair = tuple[str, str]
+# pair of nodes -> of its ranks, seconds of an all-reduce, and what became of those that gave none
+Outcomes = dict[Pair, tuple[dict[int, float], dict[int, str]]]
+
+
+@dataclass(frozen=True)
+class Course:
+    """What all ranks of a preflight know: the nodes in their order, ranks on each, the job's notes, when it began."""
+
+    hosts: Sequence[str]
+    per_node: int
+    notes: Path
+    began: float
+
+    def node(self, rank: int) -> str:
+        return self.hosts[rank // self.per_node]
+
+    def ranks(self, nodes: Iterable[str]) -> list[int]:
+        """Those of these nodes, each once."""
+        firsts = [self.hosts.index(node) * self.per_node for node in dict.fromkeys(nodes)]
+        return [first + k for first in firsts for k in range(self.per_node)]
+
+
+class Report:
+    """What speaks against each node, stage by stage.
+
+    troubles: node -> what is wrong with it
+    notes: what is to be said of the job as a whole
+    hopeless: the job itself is wrong: it would fail on any of the nodes
+    """
+
+    def __init__(self, course: Course) -> None:
+        self.course = course
+        self.troubles: dict[str, list[str]] = defaultdict(list)
+        self.notes: list[str] = []
+        self.hopeless = False
+        self.found: Mapping[int, Findings] = {}
+        self.product_s: dict[str, float] = {}
+        self.all_reduce_s: dict[str, float] = {}
+
+    def add(self, node: str, trouble: str) -> None:
+        if trouble not in self.troubles[node]:
+            self.troubles[node].append(trouble)
+
+    def hold(self, told: Mapping[int, Sequence[str]], of_rank: bool = False) -> None:
+        """What each of the ranks that answered has met, if anything: held against its node; what was met on all of
+        their nodes alike, numbers aside, against the job. Of a single node that is what all of its ranks met.
+
+        of_rank: the words are about the rank, not about its node
+        """
+        met: dict[str, set[int]] = defaultdict(set)
+        for rank, troubles in told.items():
+            for trouble in troubles:
+                met[_alike(trouble)].add(rank)
+        nodes = {self.course.node(rank) for rank in told}
+        for kind, ranks in met.items():
+            first = next(trouble for trouble in told[min(ranks)] if _alike(trouble) == kind)
+            if ranks == told.keys():
+                self.blame_the_job(f"every rank {first}" if of_rank else f"on every node: {first}")
+            elif len(nodes) > 1 and {self.course.node(rank) for rank in ranks} == nodes:
+                self.blame_the_job(f"on every node{' a rank' if of_rank else ':'} {first}")
+            else:
+                for rank in sorted(ranks):
+                    for trouble in told[rank]:
+                        if _alike(trouble) == kind:
+                            self.add(self.course.node(rank), f"rank {rank} {trouble}" if of_rank else trouble)
+
+    def blame_the_job(self, why: str) -> None:
+        self.notes.append(why)
+        self.hopeless = True
+
+    def failures(self, missing: Mapping[int, str], asked: Sequence[int]) -> None:
+        """Ranks that gave no result, of those that were asked: rank -> what became of it."""
+        absent = {rank for rank, words in missing.items() if words == ABSENT}
+        for rank in sorted(absent):
+            self.add(self.course.node(rank), f"rank {rank} {ABSENT}{self._but_began(rank)}")
+        told = {rank: [missing[rank]] if rank in missing else [] for rank in asked if rank not in absent}
+        self.hold(told, of_rank=True)
+
+    def _but_began(self, rank: int) -> str:
+        began = is_seen(self.course.notes, self.course.node(rank), 0.0, BEGUN)
+        return " in time, though its node began: is its Python slow to read? --preflight-s gives more time" * began
+
+    def findings(self, found: Mapping[int, Findings]) -> None:
+        """What each rank found on its node, and in what a node differs from the others."""
+        self.found = found
+        apart = self._first_is_apart(found)
+        for rank, one in found.items():
+            for trouble in one["broken"]:
+                self.add(self.course.node(rank), trouble)
+        self.hold({rank: one["gpu"] for rank, one in found.items()})
+        folders = {rank: one["folders"] for rank, one in found.items() if "folders" in one}
+        self.hold(
+            {rank: [t for t in told if not (apart and t.endswith(FIRST_UNSEEN))] for rank, told in folders.items()}
+        )
+        for what in sorted({key for one in found.values() for key in one["same"]}):
+            values = {rank: one["same"].get(what) for rank, one in sorted(found.items()) if one["same"]}
+            (usual, _), *_ = Counter(values.values()).most_common()  # of equally many, the one that the first rank has
+            for rank, value in values.items():
+                if value != usual:
+                    told = f"{what} is {value or 'missing'}, on other nodes {usual or 'missing'}"
+                    self.add(self.course.node(rank), told)
+        until = time.monotonic() + SEEN_S
+        for node in self.course.hosts:
+            if self.troubles[node] or self.course.ranks([node])[0] not in found:
+                continue
+            if not is_seen(self.course.notes, node, until - time.monotonic()):
+                self.add(node, f"{self.course.notes}: what it writes there is not seen on the first node")
+
+    def _first_is_apart(self, found: Mapping[int, Findings]) -> bool:
+        """Where none of two or more others sees what the first node writes, the first one or the job is wrong."""
+        others = [found[rank] for rank in self.course.ranks(self.course.hosts[1:]) if rank in found]
+        folders = [one["folders"] for one in others if "folders" in one]
+        blind = sum(any(trouble.endswith(FIRST_UNSEEN) for trouble in troubles) for troubles in folders)
+        if blind < 2 or blind < len(folders):
+            return False
+        first, notes = self.course.hosts[0], self.course.notes
+        self.add(first, f"{notes}: what it writes there is seen on none of the others")
+        # the job's script runs on that node
+        self.blame_the_job(f"{notes} is not on {first} what it is elsewhere, or is each node's own")
+        return True
+
+    def products(self, seconds: Mapping[int, float]) -> None:
+        """A matrix product: of a node's ranks, the slowest."""
+        for rank, value in seconds.items():
+            node = self.course.node(rank)
+            self.product_s[node] = max(value, self.product_s.get(node, 0.0))
+        self._slow("a matrix product", self.product_s)
+
+    def pairs(self, outcomes: Outcomes) -> None:
+        """All-reduces between neighbours: of a node's pairs, the faster one.
+
+        Where one does not end, a rank that died in it is to blame; else a node of which none ends; else both of its
+        nodes, since one of them or what lies between is broken. Where none at all ends and no death explains it, none
+        is: then the network is set wrong, or nothing tells the nodes apart.
+        """
+        broken = {pair: missing for pair, (_, missing) in outcomes.items() if missing}
+        whole = {pair: max(done.values()) for pair, (done, missing) in outcomes.items() if not missing}
+        for missing in broken.values():
+            for rank, told in missing.items():
+                if told.startswith("died"):
+                    self.add(self.course.node(rank), f"rank {rank} {told}")
+        explained = {node for node, troubles in self.troubles.items() if troubles}
+        unexplained = [missing for pair, missing in broken.items() if explained.isdisjoint(pair)]
+        if unexplained and not whole:
+            rank, told = min(unexplained[0].items())
+            self.blame_the_job(f"no all-reduce succeeds, of any nodes: rank {rank} {told}")
+            return
+        sound = {node for pair in whole for node in pair}
+        for suspects in (lambda node: node not in sound, lambda node: True):
+            for pair, missing in broken.items():
+                if explained.isdisjoint(pair):
+                    for node in filter(suspects, pair):
+                        rank = next((r for r in missing if self.course.node(r) == node), min(missing))
+                        self.add(
+                            node, f"an all-reduce of {' and '.join(pair)} does not end: rank {rank} {missing[rank]}"
+                        )
+            explained = {node for node, troubles in self.troubles.items() if troubles}
+        for pair, value in whole.items():
+            for node in pair:
+                self.all_reduce_s[node] = min(value, self.all_reduce_s.get(node, value))
+        self._slow("an all-reduce", self.all_reduce_s)
+
+    def _slow(self, what: str, seconds: Mapping[str, float]) -> None:
+        """Of one or two nodes none can be called slow."""
+        usual = median(seconds.values()) if len(seconds) > 2 else float("inf")
+        for node, value in seconds.items():
+            if value > SLOW * usual:
+                times = f"{value / usual:.1f} times the median of the nodes"
+                self.add(node, f"slow: {what} takes {value * 1e3:.2f} ms, {times}")
+
+    def write(self, config: Any) -> list[str]:
+        """preflight.json, bad_nodes, use_nodes, and lines for the log. Returns the nodes to run on."""
+        course = self.course
+        came = [node for node in course.hosts if set(course.ranks([node])) <= self.found.keys()]
+        fit = [node for node in came if not self.troubles[node]]
+        use, note = ([], "") if self.hopeless else nodes_to_use(config, fit, course)
+        self.notes += [note] if note else []
+        rows = [
+            {
+                "node": node,
+                "matmul_ms": _ms(self.product_s.get(node)),
+                "all_reduce_ms": _ms(self.all_reduce_s.get(node)),
+                "disk_gb": self.found.get(course.ranks([node])[0], {}).get("disk_gb"),
+                "troubles": self.troubles[node],
+            }
+            for node in course.hosts
+        ]
+        same = next((one["same"] for _, one in sorted(self.found.items()) if one["same"]), {})
+        seconds = time.monotonic() - course.began
+        whole = {"seconds": round(seconds, 1), "nodes": rows, "use": use, "note": "; ".join(self.notes), "same": same}
+        write_json(course.notes / "preflight.json", whole)
+        before = nodes_in(course.notes / LATE_NODES)
+        for name, unfit in ((BAD_NODES, self._to_leave_out(before)), (LATE_NODES, self._late())):
+            with (course.notes / name).open("a") as file:
+                for node in unfit:
+                    told = "; ".join(self.troubles[node])
+                    file.write(f"{node}\t{time.strftime('%Y-%m-%d %H:%M:%S')}\t{told}\n")
+        (course.notes / "use_nodes.partial").write_text("".join(f"{node}\n" for node in use))
+        os.replace(course.notes / "use_nodes.partial", course.notes / "use_nodes")
+        print(
+            f"preflight of {len(course.hosts)} nodes x {course.per_node} ranks in {seconds:.1f} s; "
+            f"config {same.get('config')}, commit {same.get('commit')}"
+        )
+        for row in rows:
+            ms = f"product {row['matmul_ms']} ms, all-reduce {row['all_reduce_ms']} ms"
+            print(f"  {row['node']}: {'; '.join(row['troubles']) or 'fit'} ({ms}, {row['disk_gb']} GB of disk free)")
+        for note in self.notes:
+            print(f"  {note}")
+        sys.stdout.flush()
+        return use
+
+    def _late(self) -> list[str]:
+        """Nodes against which nothing speaks but that they were late, which a busy file system may be the reason of."""
+        told = {node: self.troubles[node] for node in self.course.hosts}
+        return [node for node, troubles in told.items() if troubles and all(ABSENT in trouble for trouble in troubles)]
+
+    def _to_leave_out(self, late_before: Collection[str]) -> list[str]:
+        """Nodes that later submissions of this run do without: those that were late must have been so before."""
+        late = self._late()
+        return [node for node in self.course.hosts if self.troubles[node] and (node not in late or node in late_before)]
+
+
+def _alike(trouble: str) -> str:
+    return re.sub(r"\d+", "#", trouble)
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1e3, 3)
+
+
+def nodes_to_use(config: Any, fit: Sequence[str], course: Course) -> tuple[list[str], str]:
+    """As many of the fit nodes as the global batch can be split over, and a note where that is not all of them.
+
+    $SCLDM_MIN_NODES is the fewest to run on. Without it all that Slurm gave must be fit.
+    """
+    least = int(os.environ.get("SCLDM_MIN_NODES") or 0)
+    if len(fit) < (least or len(course.hosts)):
+        return [], f"{len(fit)} nodes are fit, {least or len(course.hosts)} are needed"
+    if not hasattr(config, "train"):
+        return list(fit), ""
+    cells, micro = config.train.global_batch, config.hardware.micro_batch
+    usable = usable_counts(cells, micro, course.per_node, len(fit))
+    if not usable:
+        return [], (
+            f"train.global_batch={cells} can't be split over {len(fit)} nodes or fewer of {course.per_node} ranks with "
+            f"hardware.micro_batch={micro}"
+        )
+    what = f"train.global_batch={cells} with hardware.micro_batch={micro} can't be split over"
+    if usable[-1] < least:
+        return [], (
+            f"{what} {least if least == len(fit) else f'{least} to {len(fit)}'} nodes of {course.per_node} ranks; "
+            f"over {usable[-1]} it can, but {least} are needed"
+        )
+    note = f"{what} {len(fit)} nodes of {course.per_node} ranks; running on {usable[-1]}"
+    return list(fit[: usable[-1]]), "" if usable[-1] == len(fit) else note

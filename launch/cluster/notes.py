@@ -1,0 +1,82 @@
+"""What a job notes about itself, as slurm/job.sbatch and `scldm submit` write it, read back.
+
+job.json     id, name and words of the job that was submitted last
+job.sbatch   its script
+log.txt      the one log of all its ranks and starts; of an array, log-TASK.txt
+state        state, job, time, restarts, reason; of an array, state.TASK
+history      a line for every start and stop: how far the work was
+bad_nodes    nodes that preflight found unfit, with the reason; preflight.json has its last report
+late_nodes   nodes that did not come up in time once; the second time they are unfit
+use_nodes    nodes that preflight chose; begun, preflight: folders of words that nodes left in it
+failure      exit code and error of the rank that failed first; of an array, failure.TASK
+
+Reading order: find_notes, state_of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from launch.cluster import commands as slurm
+from scldm.errors import InputError, read_json
+
+ENDED = ("DONE", "STOPPED", "LOST", "NOT SUBMITTED", *slurm.ENDED)  # by the job's own word, by nobody's, by Slurm's
+
+
+class State(NamedTuple):
+    """state: of Slurm while it knows the job as waiting or running, else the job's own last word"""
+
+    state: str
+    job: str
+    reason: str
+
+
+def with_run(words: Sequence[str]) -> list[str]:
+    """A command line whose first word is the folder."""
+    named = bool(words) and "=" not in words[0] and not words[0].startswith("--")
+    return [f"run={words[0]}", *words[1:]] if named else list(words)
+
+
+def find_notes(path: Path) -> list[Path]:
+    """The notes of a run folder, of a pipeline's folder (one for every job, in their order), or of what a verb made.
+
+    Raises: InputError where there are none.
+    """
+    for place in (path / "slurm", Path(f"{path}.slurm"), path.parent / "slurm" / path.name, path):
+        if (place / "job.json").is_file() or any(place.glob("history*")):  # by submit, or sbatch
+            return [place]
+        if (place / "chain.json").is_file():
+            return [Path(folder) for folder in read_json(place / "chain.json")]
+    raise InputError(f"{path}: no job was submitted for it; `scldm submit` notes its jobs in the folder of the run")
+
+
+def state_of(notes: Path) -> State:
+    """The state of the job that was submitted last."""
+    told = [path.read_text().strip("\n").split("\t") for path in sorted(notes.glob("state*"))]
+    told = [line for line in told if len(line) == 5]
+    if (notes / "job.json").is_file():
+        job = str(read_json(notes / "job.json")["id"])
+    elif told:  # by sbatch
+        job = told[0][1]
+    else:
+        return State("NOT SUBMITTED", "", "")
+    try:
+        known = slurm.job_states().get(job) if slurm.is_here() else None
+    except InputError as error:
+        return State("UNKNOWN", job, str(error))
+    worst = min(told, key=lambda line: _ORDER.index(line[0]) if line[0] in _ORDER else 0, default=None)
+    if known and known[0] not in slurm.ENDED:
+        return State(known[0], job, known[1] if known[0] == "PENDING" else (worst[4] if worst else ""))
+    if worst and worst[0] not in ("RUNNING", "REQUEUED"):
+        return State(worst[0], job, worst[4])
+    if known and known[1] == "JobLaunchFailure":
+        return State(known[0], job, f"Slurm could not open the log in {notes}: is its folder seen from every node?")
+    if known and known[0] != "COMPLETED":
+        return State(known[0], job, known[1] if known[1] != "None" else "")
+    return State("LOST", job, "Slurm no longer knows the job, and its script could not say why it ended")
+
+
+# of the tasks of an array, the state to show
+_ORDER = ("FAILED", "STOPPED", "REQUEUED", "RUNNING", "DONE")

@@ -1,0 +1,103 @@
+"""`scldm submit pipeline`: the whole path as jobs, each of which starts when the one before it has succeeded.
+
+    shards (arrays, and a closing job) -> vae -> encode -> ldm -> export -> generate -> evaluate
+
+Its words are those of the verbs: a preset goes to the links that its group is for, `vae.train.steps=9` to the link vae
+as `train.steps=9`, and `vae=FILE.yaml` is a preset of that link. What one link makes for another lies below `out`.
+Reading order: LINKS, jobs_of_pipeline, jobs_of_shards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.cli import VERBS
+from launch.cluster.job import Job, SubmitConfig
+from launch.config import compose
+from scldm.errors import InputError
+
+# link -> its verb, and its keys that the pipeline sets; {out} is the pipeline's folder
+LINKS = {
+    "shards": ("shards write", ["out={out}/shards"]),
+    "vae": ("train vae", ["data.shards={out}/shards", "run_dir={out}/vae"]),
+    "encode": ("encode", ["vae={out}/vae", "shards={out}/shards", "out={out}/latents"]),
+    "ldm": ("train ldm", ["data.shards={out}/latents", "run_dir={out}/ldm"]),
+    "export": ("export", ["vae={out}/vae", "ldm={out}/ldm", "out={out}/model"]),
+    "generate": ("generate", ["model={out}/model", "out={out}/generated.h5ad"]),
+    "evaluate": (
+        "evaluate",
+        [
+            *("generated={out}/generated.h5ad", "shards={out}/shards"),
+            *("model={out}/model", "vae={out}/vae", "ldm={out}/ldm", "out={out}/evaluation"),
+        ],
+    ),
+}
+# group of presets -> the links that it is for
+PRESETS_OF = {"data": ["shards"], "vae": ["vae"], "ldm": ["ldm"], "hardware": ["vae", "ldm"]}
+
+
+def jobs_of_pipeline(words: Sequence[str], options: SubmitConfig) -> list[Job]:
+    """The jobs of a pipeline in their order. Raises: InputError for what any of the verbs would refuse."""
+    out, words_of = words_of_links(words)
+    jobs = []
+    for link, (verb, _) in LINKS.items():
+        try:
+            compose(importlib.import_module(VERBS[verb][0]).CONFIG, words_of[link])
+        except InputError as error:
+            raise InputError(f"{link}: {error}") from None
+        notes = Path(out) / "slurm" / link
+        if link == "shards":
+            jobs += jobs_of_shards(words_of[link], options, notes)
+        else:
+            jobs.append(Job(link, verb, words_of[link], notes, options))
+    return jobs
+
+
+def words_of_links(words: Sequence[str]) -> tuple[str, dict[str, list[str]]]:
+    """The pipeline's folder, and the words of every link."""
+    out, words_of = "", {link: [] for link in LINKS}
+    for word in words:
+        key, equals, value = word.partition("=")
+        link, _, rest = key.partition(".")
+        if key == "out":
+            out = os.path.abspath(value)
+        elif not equals and word.split("/")[0] in PRESETS_OF and not word.endswith((".yaml", ".yml")):
+            for name in PRESETS_OF[word.split("/")[0]]:
+                words_of[name].append(word)
+        elif equals and link in LINKS:
+            words_of[link].append(f"{rest}={value}" if rest else value)
+        else:
+            raise InputError(
+                f"{word}: a pipeline takes presets, out=FOLDER, LINK.key=value and LINK=PRESET; its links are "
+                f"{', '.join(LINKS)}"
+            )
+    if not out:
+        raise InputError("a pipeline needs out=FOLDER, which all nodes see")
+    for link, (_, own) in LINKS.items():
+        set_here = [word.format(out=out) for word in own]
+        keys = {word.partition("=")[0] for word in set_here}
+        if taken := [word for word in words_of[link] if word.partition("=")[0] in keys]:
+            raise InputError(f"{link}.{taken[0]}: the pipeline sets this itself, from out")
+        words_of[link] += set_here
+    if not any(word.partition("=")[0] in ("conditions", "like", "n") for word in words_of["generate"]):
+        raise InputError("generate: say which cells, as generate.conditions=, generate.like= or generate.n=")
+    return out, words_of
+
+
+def jobs_of_shards(words: Sequence[str], options: SubmitConfig, notes: Path) -> list[Job]:
+    """Arrays that share the work, one for each of its stages, then the closing job; one job alone for one task."""
+    if options.tasks == 1:
+        return [Job("shards", "shards write", list(words), notes, options)]
+    config = compose(importlib.import_module(VERBS["shards write"][0]).CONFIG, words)
+    # transpose (of files that need it), scatter, gather; counting genes, and again for the most variable ones
+    n_stages = 3 + bool(config.filter.min_cells or config.filter.n_top_genes) + bool(config.filter.n_top_genes)
+    jobs = [
+        Job(f"shards-{k + 1}", "shards write", list(words), notes / f"stage-{k + 1}", options, array=options.tasks)
+        for k in range(n_stages)
+    ]
+    alone = dataclasses.replace(options, tasks=1)
+    return [*jobs, Job("shards-finish", "shards write", [*words, "finish=true"], notes / "finish", alone)]

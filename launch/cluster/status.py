@@ -1,0 +1,128 @@
+"""`scldm status RUN`: how far a run is, by the files in its folder and what Slurm says of its job."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.cli import run_verb
+from launch.cluster.job import BAD_NODES, nodes_in
+from launch.cluster.notes import State, find_notes, state_of, with_run
+from launch.config import compose
+from launch.evaluation.gate import line_of
+from scldm.errors import InputError, read_json
+from scldm.train.run_folder import read_config, started_at
+from scldm.train.throughput import seconds_per_step
+from scldm.train.tracking import read_metrics
+
+PURPOSE = """How far a run is: its job's state, step, cells/s, time left, last checkpoint, last error of each rank.
+Of a pipeline's folder, the state of every job."""
+EXAMPLE = """
+scldm status runs/vae
+"""
+
+
+@dataclass(frozen=True)
+class StatusConfig:
+    """What to look at.
+
+    run: run folder, pipeline folder, or what a submitted verb makes; given as the first word
+    """
+
+    run: str
+
+
+CONFIG = StatusConfig
+USAGE = "scldm status RUN"
+
+
+def read(words: Sequence[str]) -> StatusConfig:
+    """The first word is the folder."""
+    return compose(StatusConfig, with_run(words))
+
+
+def main(config: StatusConfig) -> None:
+    run = Path(config.run)
+    try:
+        notes = find_notes(run)
+    except InputError:
+        if not (run / "config.json").is_file():
+            raise
+        notes = []  # a run that torchrun started
+    if len(notes) > 1 or (run / "slurm" / "chain.json").is_file():
+        print(table([(folder.name, state_of(folder)) for folder in notes]))
+        return
+    lines: list[tuple[str, str]] = []
+    if notes:
+        state = state_of(notes[0])
+        lines.append(("state", f"{state.state}, job {state.job}{': ' if state.reason else ''}{state.reason}"))
+        lines += unfit(notes[0])
+    if (run / "config.json").is_file():
+        lines += training(run)
+    print("\n".join(f"{name:<12}{text}" for name, text in lines))
+
+
+def table(states: Sequence[tuple[str, State]]) -> str:
+    """A line for every job of a chain; what comes after a failed one will not run."""
+    lines, failed = [], ""
+    for name, state in states:
+        text = f"{state.state:<12}job {state.job:<8}{state.reason}" if state.job else state.state
+        if failed and state.job and state.state in ("PENDING", "CANCELLED", "LOST"):
+            text = f"{'NOT RUN':<12}job {state.job:<8}it depends on {failed}"
+        elif state.state not in ("DONE", "PENDING", "RUNNING", "REQUEUED", "COMPLETING", "CONFIGURING"):
+            failed = f"{name}, which ended as {state.state}"
+        lines.append(f"{name:<16}{text}".rstrip())
+    return "\n".join(lines)
+
+
+def unfit(notes: Path) -> list[tuple[str, str]]:
+    return [("bad node", f"{node}: {why} ({when})") for node, (when, why) in nodes_in(notes / BAD_NODES).items()]
+
+
+def training(run: Path) -> list[tuple[str, str]]:
+    """What a training run's own files say."""
+    config = read_config(run)
+    steps, lines = config["train"]["steps"], []
+    rows = read_metrics(run, "train")
+    if rows:
+        last = rows[-1]
+        step, speed = last["step"], last["cells_per_s"]
+        step_s = seconds_per_step(rows, started_at(run)) or config["train"]["global_batch"] / speed
+        lines.append(("step", f"{step:,} of {steps:,} ({100 * step / steps:.1f} %), loss {last['loss']:.4g}"))
+        lines.append(("cells/s", f"{speed:,.0f}, {ago(time.time() - last['time'])}"))
+        lines.append(("time left", duration((steps - step) * step_s)))
+    if (run / "outcome.json").is_file():
+        outcome = read_json(run / "outcome.json")
+        if outcome["reason"]:
+            lines.append(("outcome", f"{outcome['state']}: {outcome['reason']}"))
+    pointer = run / "checkpoints" / "latest"
+    if pointer.is_file():
+        written = ago(time.time() - pointer.stat().st_mtime)
+        lines.append(("checkpoint", f"step {int(pointer.read_text().strip().split('-')[1]):,}, {written}"))
+    if found := line_of(run):
+        lines.append(("autoencoder", found))
+    for path in sorted((run / "errors").glob("rank-*.txt"), key=lambda p: int(p.stem.split("-")[1])):
+        told = [line for line in path.read_text().splitlines() if line.strip()]
+        if told:
+            lines.append((path.stem, f"{told[-1].strip()} ({ago(time.time() - path.stat().st_mtime)})"))
+    return lines
+
+
+def duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    days, minutes = divmod(minutes, 24 * 60)
+    hours, minutes = divmod(minutes, 60)
+    return " ".join(f"{n} {unit}" for n, unit in ((days, "d"), (hours, "h"), (minutes, "min")) if n)
+
+
+def ago(seconds: float) -> str:
+    return f"{duration(max(seconds, 0.0))} ago"
+
+
+if __name__ == "__main__":
+    sys.exit(run_verb("status", sys.argv[1:]))

@@ -1,0 +1,294 @@
+"""`scldm submit`: a verb as a Slurm job. Everything that can be wrong is said before anything is submitted.
+
+Reading order: read, main, checks. What a job is, and its script, are in job.py; chains in pipeline.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from launch.cli import VERBS, config_of, find_verb
+from launch.cluster import commands as slurm
+from launch.cluster.job import (
+    ON_ALL_RANKS,
+    Job,
+    SubmitConfig,
+    bad_nodes,
+    notes_of,
+    ranks_per_node,
+    script,
+    shards_word,
+    usable_counts,
+)
+from launch.cluster.pipeline import jobs_of_pipeline, jobs_of_shards
+from launch.cluster.site import read_site, site_path
+from launch.config import compose
+from scldm.errors import InputError, read_json
+from scldm.files import write_json
+
+PURPOSE = """Run a verb as a Slurm job on one or many nodes, one rank per GPU: writes the batch script, submits it,
+prints the job's id. `scldm submit pipeline` does so for the whole path, as jobs that follow one another.
+The options below are given as --option value; presets and keys are the verb's.
+The site's partition, account, GPUs per node and so on stand in slurm/site.sh, or in the file that $SCLDM_SITE names."""
+EXAMPLE = """
+scldm submit train vae vae/70m data.shards=shards run_dir=runs/vae --nodes 4
+scldm submit train vae vae/70m data.shards=shards run_dir=runs/vae --nodes 1-4 --dry-run -- --exclusive
+scldm submit shards write data/census source.census_version=2025-01-30 out=shards --tasks 16
+"""
+NOT_AS_A_JOB = ("submit", "status", "logs", "quickstart")
+LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs", "squashfs")
+LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
+
+
+CONFIG = SubmitConfig
+USAGE = "scldm submit VERB [PRESET ...] [key=value ...] [--option value ...] [-- SBATCH ARGUMENTS]"
+
+
+class Submission(NamedTuple):
+    """A command line of submit: its own options, the verb with its words, the words for sbatch."""
+
+    options: SubmitConfig
+    verb: str
+    words: list[str]
+    sbatch: list[str]
+
+
+def read(words: Sequence[str]) -> Submission:
+    """Take a command line apart. Raises: InputError, also for what the verb itself would refuse."""
+    words = list(words)
+    end = words.index("--") if "--" in words else len(words)
+    own, rest = own_options(words[:end])
+    options = compose(SubmitConfig, own)
+    if rest[:1] == ["pipeline"]:
+        verb, rest = "pipeline", rest[1:]
+    else:
+        verb, rest = find_verb(rest)
+        if verb is None or verb.split()[0] in NOT_AS_A_JOB:
+            raise InputError(
+                f"name a verb that can run as a job: {', '.join(['train vae', 'encode', 'pipeline'])}, ..."
+            )
+        config_of(importlib.import_module(VERBS[verb][0]), rest)
+    return Submission(options, verb, rest, words[end + 1 :])
+
+
+def own_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words that are submit's own options, as key=value, and the others."""
+    kinds = {field.name: field.type for field in dataclasses.fields(SubmitConfig)}
+    own, rest, left = [], [], list(words)
+    while left:
+        word = left.pop(0)
+        key, equals, value = word[2:].partition("=")
+        key = key.replace("-", "_")
+        if not word.startswith("--") or key not in kinds:
+            rest.append(word)
+            continue
+        if not equals and kinds[key] == "bool":
+            value = left.pop(0) if left and left[0] in ("true", "false") else "true"
+        elif not equals:
+            if not left:
+                raise InputError(f"{word} needs a value")
+            value = left.pop(0)
+        own.append(f"{key}={value}")
+    return own, rest
+
+
+def main(submission: Submission) -> list[str]:
+    """Submit; returns the ids of the jobs (none for a dry run), the last one's last."""
+    options, verb, words, extra = submission
+    site = read_site(site_path())
+    if verb == "pipeline":
+        chain = jobs_of_pipeline(words, options)
+    elif verb == "shards write" and options.tasks > 1:
+        chain = jobs_of_shards(words, options, notes_of(verb, words))
+    else:
+        chain = [Job(verb.replace(" ", "-"), verb, words, notes_of(verb, words), options)]
+    partition = check_slurm(options, site, extra)
+    check_sources(chain)
+    for job in chain:
+        check_stage(job)
+        check_notes(job, site)
+        check_nodes(job, site, partition)
+        for node, why in bad_nodes(job.notes).items():
+            print(
+                f"left out: {node} ({why}); remove its line from {job.notes / 'bad_nodes'} to use it", file=sys.stderr
+            )
+    texts = [script(job, site, extra, bad_nodes(job.notes)) for job in chain]
+    if options.dry_run:
+        print("\n".join(texts))
+        return []
+    if len(chain) > 1:
+        folder = chain[-1].notes.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "chain.json", [str(job.notes) for job in chain])
+    ids: list[str] = []
+    try:
+        for job, text in zip(chain, texts):
+            ids.append(submit(job, text, after=ids[-1:]))
+    except (InputError, OSError) as error:
+        raise InputError(f"{error}{take_back(ids, chain)}") from None
+    return ids
+
+
+def take_back(ids: Sequence[str], chain: Sequence[Job]) -> str:
+    """Cancel the first jobs of a chain whose next one can't be submitted; returns what to say of it."""
+    if not ids:
+        return ""
+    told = f"; {chain[len(ids)].name} was not submitted, the jobs before it ({', '.join(ids)})"
+    try:
+        slurm.call("scancel", *ids)
+    except InputError as error:
+        return f"{told} were, and can't be cancelled: {error}"
+    return f"{told} are cancelled again"
+
+
+def submit(job: Job, text: str, after: Sequence[str]) -> str:
+    """Write the script and submit it, to run once the job `after` has succeeded; prints and returns the id."""
+    job.notes.mkdir(parents=True, exist_ok=True)
+    path = job.notes / "job.sbatch"
+    path.write_text(text)
+    options = [f"--dependency=afterok:{after[0]}", "--kill-on-invalid-dep=yes"] if after else []
+    number = slurm.sbatch(path, *options)
+    write_json(job.notes / "job.json", {"id": number, "name": job.name, "words": [*job.verb.split(), *job.words]})
+    for old in job.notes.glob("state*"):
+        old.unlink()
+    print(number, flush=True)
+    place = f"after {after[0]}; " if after else ""
+    print(f"job {number}: {job.name}; {place}script, log and state in {job.notes}", file=sys.stderr)
+    return number
+
+
+# --- checks ---------------------------------------------------------------------------------------------------------
+
+
+def check_slurm(options: SubmitConfig, site: Mapping[str, str], extra: Sequence[str]) -> slurm.Partition:
+    """The partition that jobs go to.
+
+    Raises: InputError where there is no Slurm, no such partition or GPUs, or what the site file says can't be.
+    """
+    known = slurm.partitions()
+    name = requested("partition", "p", extra) or site.get("SCLDM_PARTITION", "")
+    name = name or next((p.name for p in known.values() if p.is_default), "")
+    if name not in known:
+        told = f"partition {name!r} is unknown" if name else "no partition is given, and Slurm has no default"
+        raise InputError(f"SCLDM_PARTITION: {told}; there are: {slurm.listed(sorted(known))}")
+    wanted = int(site.get("SCLDM_GPUS_PER_NODE", 0))
+    if wanted > known[name].gpus_per_node:
+        raise InputError(
+            f"SCLDM_GPUS_PER_NODE={wanted}: a node of partition {name} has {known[name].gpus_per_node} GPUs"
+        )
+    if options.stage and not site.get("SCLDM_SCRATCH"):
+        raise InputError("--stage needs SCLDM_SCRATCH in the site file: a folder on each node's own disk")
+    if options.stage and "SCLDM_CONTAINER" in site:
+        places = [mount.split(":") for mount in site.get("SCLDM_CONTAINER_MOUNTS", "").split(",") if mount]
+        same = [Path(place[0]) for place in places if place[0] == (place[1:] or place)[0]]
+        if not any(Path(site["SCLDM_SCRATCH"]).is_relative_to(place) for place in same):
+            scratch = site["SCLDM_SCRATCH"]
+            raise InputError(
+                f"--stage: what is staged must outlive a container; SCLDM_CONTAINER_MOUNTS needs {scratch}:{scratch}"
+            )
+    return known[name]
+
+
+def check_stage(job: Job) -> None:
+    """Raises: InputError where shards are to be staged that lie in an object store; their readers keep a cache."""
+    shards = shards_word(job) if job.options.stage else ""
+    if "://" in shards:
+        raise InputError(
+            f"--stage: {shards} is no folder that the nodes see; leave --stage out, and set data.cache_folder"
+        )
+
+
+def check_nodes(job: Job, site: Mapping[str, str], partition: slurm.Partition) -> None:
+    """Says on how many nodes a training will run, where it can't use all that are asked for.
+
+    Raises: InputError where there are too few nodes, or no number of them in the range can be used.
+    """
+    options = job.options
+    if job.verb not in ON_ALL_RANKS:
+        return
+    left_out = sorted(partition.nodes & bad_nodes(job.notes).keys())
+    n_nodes = len(partition.nodes) - len(left_out)
+    if options.least > n_nodes:
+        why = f", and {n_nodes} without those that a preflight found unfit: {', '.join(left_out)}" if left_out else ""
+        raise InputError(f"--nodes {options.nodes}: partition {partition.name} has {len(partition.nodes)} nodes{why}")
+    config = compose(importlib.import_module(VERBS[job.verb][0]).CONFIG, job.words)
+    if not hasattr(config, "train"):
+        return
+    cells, micro, n_ranks = config.train.global_batch, config.hardware.micro_batch, ranks_per_node(site)
+    usable = usable_counts(cells, micro, n_ranks, options.most)
+    told = f"train.global_batch={cells} with hardware.micro_batch={micro} on nodes of {n_ranks} ranks"
+    if not usable or (options.least < options.most and usable[-1] < options.least):
+        can = f"only {slurm.listed(list(map(str, usable)))}" if usable else "no number"
+        raise InputError(f"--nodes {options.nodes}: {told} can use {can} of nodes; change one of them")
+    if not options.preflight and not {*range(options.least, options.most + 1)} <= {*usable}:
+        raise InputError(f"--nodes {options.nodes}: {told} can't use every number of nodes, and preflight chooses one")
+    if usable[-1] < options.most:
+        print(
+            f"--nodes {options.nodes}: {told} can use {usable[-1]} at most, and leaves the others idle", file=sys.stderr
+        )
+
+
+def requested(name: str, letter: str, words: Sequence[str]) -> str:
+    """What the words for sbatch say about an option; empty for nothing."""
+    for word, following in zip(words, [*words[1:], ""]):
+        if word in (f"--{name}", f"-{letter}"):
+            return following
+        if word.startswith(f"--{name}="):
+            return word.partition("=")[2]
+        if word.startswith(f"-{letter}"):
+            return word[2:]
+    return ""
+
+
+def check_sources(chain: Sequence[Job]) -> None:
+    """Raises: InputError where an atlas is to be read that is not there, or not said well enough."""
+    first = next((job for job in chain if job.verb == "shards write"), None)
+    if first is not None:
+        from data_pipeline.convert.open import resolve  # which other jobs need nothing of
+
+        resolve(compose(importlib.import_module(VERBS[first.verb][0]).CONFIG, first.words).source)
+
+
+def check_notes(job: Job, site: Mapping[str, str]) -> None:
+    """Raises: InputError where not every node sees the folder, or a job of the same run still waits or runs."""
+    folder = job.notes.parent.resolve()
+    shared = [Path(place).resolve() for place in site.get("SCLDM_SHARED", "").split(":") if place]
+    if shared and not any(folder.is_relative_to(place) for place in shared):
+        raise InputError(f"{folder} is not below a folder that all nodes see: SCLDM_SHARED={site['SCLDM_SHARED']}")
+    if not shared:
+        scratch = [site["SCLDM_SCRATCH"]] if "SCLDM_SCRATCH" in site else []
+        local = next((p for p in (*LOCAL_FOLDERS, *scratch) if folder.is_relative_to(p)), "")
+        kind = file_system_of(folder)
+        if local or kind in LOCAL_FILE_SYSTEMS:
+            why = f"below {local}" if local else f"on {kind}"
+            raise InputError(
+                f"{folder} is {why}, which is each node's own; choose a folder on a shared file system, or name the "
+                "shared ones in SCLDM_SHARED"
+            )
+    before = job.notes / "job.json"
+    if before.is_file():
+        number = str(read_json(before)["id"])
+        state, _ = slurm.job_states().get(number, ("", ""))
+        if state and state not in slurm.ENDED:
+            raise InputError(f"{job.notes}: job {number} of this run is {state}; wait for it, or scancel {number}")
+
+
+def file_system_of(folder: Path) -> str:
+    """The type of the file system that holds a folder, which need not exist yet; empty where it can't be known."""
+    best, kind = "", ""
+    try:
+        mounts = Path("/proc/mounts").read_text().splitlines()
+    except OSError:
+        return ""
+    for line in mounts:
+        _, place, found = line.split()[:3]
+        place = re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), place)
+        if folder.is_relative_to(place) and len(place) >= len(best):
+            best, kind = place, found
+    return kind

@@ -1,0 +1,1 @@
+"""What `scldm evaluate` and the gate after training do: generated cells, an autoencoder, an embedding."""

@@ -1,0 +1,239 @@
+"""Cells for an evaluation: real ones with their splits out of a shard set or an h5ad file, generated ones out of what
+`scldm generate` writes.
+
+Reading order: shards, files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from anndata.io import read_elem
+
+from data_pipeline.convert.source import as_labels
+from data_pipeline.convert.source_h5ad import find_counts, open_file, reading
+from data_pipeline.format.block import BlockBuffers, decode_block
+from data_pipeline.format.read_shards import ShardSet
+from data_pipeline.format.schema import column_dtype, count_dtype, vocab_tag
+from data_pipeline.write_cells import read_cells
+from scldm.errors import InputError
+from scldm.evaluate.baselines import rows_per_type
+from scldm.evaluate.cells import Cells, combination_names
+from scldm.evaluate.sample import SPLITS, Sample, rows_of_blocks
+
+# --- shards --------------------------------------------------------------------------------------------------------
+
+
+def cells_of_shards(
+    url: str,
+    conditions: Sequence[str],
+    sample: Sample | None = None,
+    cache_folder: str = "",
+    cache_gb: float = 0.0,
+) -> tuple[Cells, Cells, Cells]:
+    """Training, validation and test cells of a shard set, as `cells_of_splits`."""
+    train, validation, test = cells_of_splits(url, conditions, SPLITS, sample, cache_folder, cache_gb)
+    return train, validation, test
+
+
+def cells_of_splits(
+    url: str,
+    conditions: Sequence[str],
+    splits: Sequence[str],
+    sample: Sample | None = None,
+    cache_folder: str = "",
+    cache_gb: float = 0.0,
+    select: Mapping[str, Sequence[str]] | None = None,
+) -> list[Cells]:
+    """Cells of some splits of a shard set, with the labels of these conditions; nothing of other splits is read.
+
+    splits: in the order of the answer; the last is the one that is judged
+    sample: which of them are read, a block at a time; None reads all
+    cache_folder, cache_gb: where the index and, up to so many 1e9 bytes, blocks of a remote set are kept
+    select: condition, one of these -> labels: only cells that have one of the labels
+
+    Raises: InputError for a set, a split or a condition that is not there.
+    """
+    shards = ShardSet(url, cache_folder=cache_folder, cache_bytes=int(cache_gb * 1e9))
+    try:
+        there = shards.manifest.conditions.names
+        for condition in conditions:
+            if condition not in there:
+                raise InputError(f"{url} has no condition={condition!r}; it has {', '.join(there) or 'none'}")
+        ids: dict[str, np.ndarray] = {split: _label_ids(shards, split, conditions) for split in splits}
+        # each combination that some cell has, by its labels' numbers; a cell's combination is its row here
+        rows_KC, of_all = np.unique(np.concatenate(list(ids.values())), axis=0, return_inverse=True)
+        ends = np.cumsum([len(of) for of in ids.values()])[:-1]
+        of = dict(zip(ids, np.split(of_all.ravel(), ends), strict=True))
+        labels_C = [np.array(shards.manifest.conditions.labels[c]) for c in conditions]
+        labels = {c: labels_C[k][rows_KC[:, k]] for k, c in enumerate(conditions)}
+        chosen_K = np.ones(len(rows_KC), bool)
+        for condition, wanted in (select or {}).items():
+            chosen_K &= np.isin(labels[condition], list(wanted))
+        return [_split(shards, split, of, labels, chosen_K, sample) for split in splits]
+    finally:
+        shards.close()
+
+
+def conditions_of_shards(url: str, cache_folder: str = "") -> tuple[str, ...]:
+    """All conditions of a shard set."""
+    shards = ShardSet(url, cache_folder=cache_folder)
+    try:
+        return tuple(shards.manifest.conditions.names)
+    finally:
+        shards.close()
+
+
+def _label_ids(shards: ShardSet, split: str, conditions: Sequence[str]) -> np.ndarray:
+    """Each cell's label of each condition, by its number, (cells, conditions)."""
+    entry = shards.manifest.splits[shards.manifest.split_number(split)]
+    if not entry.n_cells:
+        raise InputError(f"{shards.url} ({split}) holds no cells")
+    of_split = slice(entry.first_cell, entry.first_cell + entry.n_cells)
+    columns = [np.asarray(shards.cell_column(f"condition.{c}")[of_split], np.int64) for c in conditions]
+    return np.stack(columns, axis=1) if columns else np.zeros((entry.n_cells, 0), np.int64)
+
+
+def _split(
+    shards: ShardSet,
+    split: str,
+    of: dict[str, np.ndarray],
+    labels: dict[str, np.ndarray],
+    chosen_K: np.ndarray,
+    sample: Sample | None,
+) -> Cells:
+    """of: split -> the combination of each of its cells, by its number; labels: condition -> label of each; chosen_K:
+    whether the cells of a combination are read at all"""
+    manifest, of_n = shards.manifest, of[split]
+    genes, entry = manifest.genes, manifest.splits[manifest.split_number(split)]
+    named = combination_names(labels, len(chosen_K))
+    start = np.append(shards.blocks["first_cell"][entry.first_block :][: entry.n_blocks], entry.first_cell + len(of_n))
+    start = start.astype(np.int64) - entry.first_cell
+    rows = np.flatnonzero(chosen_K[of_n])
+    n_chosen = len(rows)
+    if not n_chosen:
+        raise InputError(f"{shards.url} ({split}) holds no cells of the labels that are selected")
+    if sample is not None:
+        of_split, of_judged = (
+            {str(named[k]): n for k, n in enumerate(np.bincount(of[name]).tolist()) if n and chosen_K[k]}
+            for name in (split, [*of][-1])
+        )
+        wanted = sample.numbers(split, of_split, of_judged)
+        if wanted != of_split:
+            numbers_K = np.array([wanted.get(str(name), 0) for name in named])
+            rows = rows_of_blocks(of_n, start, numbers_K, sample.rng(split))
+    buffers = BlockBuffers(column_dtype(genes.n_genes), count_dtype(manifest.statistics.largest_count))
+    parts: list[sp.csr_matrix] = []
+    for at in np.flatnonzero(np.diff(np.searchsorted(rows, start))).tolist():
+        number = entry.first_block + at
+        where = shards.where(number)
+        block = decode_block(shards.fetch(number).data, buffers, vocab_tag=vocab_tag(genes), where=where)
+        # views of the buffers that the next block overwrites
+        counts = block.counts.astype(np.promote_types(block.counts.dtype, np.int32))
+        csr = counts, block.columns.astype(np.int32), block.indptr.astype(np.int64)
+        of_block = rows[slice(*np.searchsorted(rows, start[at : at + 2]))] - start[at]
+        parts.append(sp.csr_matrix(csr, shape=(len(block.indptr) - 1, genes.n_genes))[of_block])
+    drawn_of = n_chosen if len(rows) < n_chosen else 0
+    own = {condition: column[of_n[rows]] for condition, column in labels.items()}
+    return Cells.of_labels(sp.csr_matrix(sp.vstack(parts)), own, genes.ids, f"{shards.url} ({split})", drawn_of)
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def cells_of_h5ad(
+    path: str, conditions: Sequence[str], split: str, layer: str, sample: Sample | None = None
+) -> tuple[Cells, Cells, Cells]:
+    """Training, validation and test cells of a file with a column that tells them apart, with the labels of these
+    conditions. The file is read whole.
+
+    sample: which of them are taken; None takes all
+
+    Raises: InputError where they can't be read or told apart.
+    """
+    counts, obs, genes = _read(path, layer)
+    labels, splits = _columns(obs, conditions, path), _labels(obs, split, path, "split")
+    types = combination_names(labels, len(obs))
+    found = sorted(set(splits))
+    for name in SPLITS:
+        if name not in found:
+            raise InputError(
+                f"{path}: obs column split={split!r} marks no {name} cells; it must say {', '.join(SPLITS)}, "
+                f"and says {', '.join(map(repr, found[:5]))}"
+            )
+    of_test = _numbers(types[splits == "test"])
+    parts = []
+    for name in SPLITS:
+        rows = np.flatnonzero(splits == name)
+        of_split, of = _numbers(types[rows]), 0
+        wanted = of_split if sample is None else sample.numbers(name, of_split, of_test)
+        if sample is not None and wanted != of_split:
+            of, rows = len(rows), rows[np.sort(rows_per_type(types[rows], wanted, sample.rng(name)))]
+        own = {condition: column[rows] for condition, column in labels.items()}
+        parts.append(Cells.of_labels(counts[rows], own, genes, f"{path} ({name})", of))
+    train, validation, test = parts
+    return train, validation, test
+
+
+def _numbers(types: np.ndarray) -> dict[str, int]:
+    return {str(label): int(n) for label, n in zip(*np.unique(types, return_counts=True), strict=True)}
+
+
+def generated_cells(path: str, conditions: Sequence[str]) -> Cells:
+    """Cells of an h5ad file, a zarr folder or a SOMA experiment.
+
+    Raises: InputError where they can't be read, or don't say their conditions.
+    """
+    if path.rstrip("/").endswith((".zarr", ".soma")):
+        adata = read_cells(path)
+        counts, obs, genes = sp.csr_matrix(adata.X), pd.DataFrame(adata.obs), tuple(map(str, adata.var_names))
+    else:
+        counts, obs, genes = _read(path, "")
+    return Cells.of_labels(counts, _columns(obs, conditions, path), genes, path)
+
+
+def obs_columns(path: str) -> set[str]:
+    """The obs columns of generated cells, without their counts.
+
+    Raises: InputError where they can't be read.
+    """
+    if path.rstrip("/").endswith((".zarr", ".soma")):
+        return set(map(str, read_cells(path).obs.columns))
+    with open_file(path) as file, reading(path):
+        obs = read_elem(file["obs"])  # pyright: ignore[reportArgumentType]
+    assert isinstance(obs, pd.DataFrame)
+    return set(map(str, obs.columns))
+
+
+def _read(path: str, layer: str) -> tuple[sp.csr_matrix, pd.DataFrame, tuple[str, ...]]:
+    """Counts, obs and gene ids of a file."""
+    with open_file(path) as file, reading(path):
+        try:
+            name = find_counts(file, layer)
+        except InputError as error:
+            raise InputError(str(error).replace("source.layer", "layer")) from None
+        parts = [file[part] for part in (name, "obs", "raw/var" if name == "raw/X" else "var")]
+        counts, obs, var = (read_elem(part) for part in parts)  # pyright: ignore[reportArgumentType]
+    assert isinstance(obs, pd.DataFrame)
+    assert isinstance(var, pd.DataFrame)
+    return sp.csr_matrix(counts), obs, tuple(map(str, var.index))
+
+
+def _columns(obs: pd.DataFrame, conditions: Sequence[str], path: str) -> dict[str, np.ndarray]:
+    return {condition: _labels(obs, condition, path, "condition") for condition in conditions}
+
+
+def _labels(obs: pd.DataFrame, column: str, path: str, key: str) -> np.ndarray:
+    """A column of obs as strings."""
+    if column not in obs:
+        there = ", ".join(map(str, obs.columns)) or "none"
+        raise InputError(f"{path}: obs has no column {key}={column!r}; it has {there}")
+    values = pd.Series(obs[column])
+    if n := int(np.asarray(values.isna()).sum()):
+        raise InputError(
+            f"{path}: obs column {key}={column!r} has no value in {n:,} cells; leave them out or label them"
+        )
+    return as_labels(values, path, "").to_numpy(str)

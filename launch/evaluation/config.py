@@ -1,0 +1,121 @@
+"""The keys of `scldm evaluate`, and which of them each kind of evaluation takes.
+
+Reading order: EvaluateVerbConfig, the keys that a kind takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+from scldm.errors import InputError
+from scldm.evaluate.compare import EvaluateConfig
+from scldm.pretrained import BATCH_CELLS, Precision
+from scldm.train.tracking import TrackingConfig
+
+
+@dataclass(frozen=True)
+class EvaluateVerbConfig:
+    """What `scldm evaluate` takes.
+
+    generated: the generated cells' counts, as `scldm generate` writes them: .h5ad, .zarr or .soma
+    out: folder for report.html, evaluation.json and figures; needed with generated, else empty writes no file
+    conditions: conditions whose combinations are told apart, as cell_type,treatment; empty: all that the model has.
+        Without a model, those of the shard set that the generated cells say. With vae, all of the set. none: no
+        condition, so that all cells are judged together (unless a condition is named so)
+    protocol: how cells are compared: scldm, or cfgen (2,000 variable genes, 30 components of the judged cells)
+    control: reference label of a condition, for responses, as control.treatment=vehicle. One label of a usual name
+        (control, ctrl, DMSO, ...) is found
+    shards: shard set with the real cells, their splits and conditions, a folder or fsspec URL
+    cache_folder: where the index and blocks of a remote set are kept; that of a training serves
+    cache_gb: limit of the blocks kept there, in 1e9 bytes
+    real: h5ad file with the real cells, instead of shards. With embedding, the file with the same cells' counts
+    split: obs column of `real` that says train, validation or test
+    layer: where the counts of `real` are: X, raw or a layer's name; empty looks in X, layers/counts and raw. With
+        embedding and without real, the counts are those of the embedding's file
+    model: model folder that `scldm export` wrote: its parts are judged too (reconstructed cells, and others)
+    vae: folder of the autoencoder's training run. With generated, for its loss curves; else it is judged itself
+    ldm: folder of the diffusion model's training run, for its loss curves
+    published: data whose published scores of reconstruction stand beside those of vae, such as dentate_gyrus
+    embedding: h5ad file that `scldm embed` wrote
+    key: obsm entry that holds the embedding
+    label: obs column that is to be read from the embedding
+    held_out_by: obs column, such as donor: its labels are tested on cells of others
+    device: torch device; empty is a GPU where there is one
+    batch: cells that go through the model at once
+    precision: float32, or bfloat16: for GPUs
+
+    A key that the judged thing does not use is refused, unless it has its default.
+    """
+
+    generated: str = ""
+    out: str = ""
+    conditions: tuple[str, ...] = ()
+    protocol: Literal["scldm", "cfgen"] = "scldm"
+    control: dict[str, str] = field(default_factory=dict)
+    shards: str = ""
+    cache_folder: str = ""
+    cache_gb: float = 50.0
+    real: str = ""
+    split: str = "split"
+    layer: str = ""
+    model: str = ""
+    vae: str = ""
+    ldm: str = ""
+    published: str = ""
+    embedding: str = ""
+    key: str = "X_scldm"
+    label: str = ""
+    held_out_by: str = ""
+    device: str = ""
+    batch: int = BATCH_CELLS
+    precision: Precision = "float32"
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+# what is judged -> the keys it takes; a key takes those below it too
+TAKES: Mapping[str, tuple[str, ...]] = {
+    "generated": (
+        *("generated", "out", "conditions", "protocol", "control", "shards", "cache_folder", "cache_gb", "real"),
+        *("split", "layer", "model", "vae", "ldm", "device", "batch", "precision", "evaluate", "tracking"),
+    ),
+    "vae": (
+        *("vae", "model", "shards", "cache_folder", "cache_gb", "out", "conditions", "published", "device", "batch"),
+        *("precision", "evaluate.seed", "evaluate.max_real_cells", "tracking.enabled"),
+    ),
+    "embedding": (
+        *("embedding", "key", "label", "held_out_by", "real", "layer", "out", "evaluate.seed", "tracking.enabled"),
+    ),
+}
+
+
+# with generated: key -> the key without which it has no meaning
+NEEDS: Mapping[str, str] = {
+    **dict.fromkeys(("split", "layer"), "real"),
+    **dict.fromkeys(("cache_folder", "cache_gb"), "shards"),
+    **dict.fromkeys(("device", "batch", "precision"), "model"),
+}
+
+
+def refuse_unused(config: EvaluateVerbConfig, mode: str) -> None:
+    """Raises: InputError for a key that was changed from its default, and that this mode does not use."""
+    given = mode if getattr(config, mode) else "model"
+    for key, value in changed(config, EvaluateVerbConfig()):
+        if not any(key == taken or key.startswith(f"{taken}.") for taken in TAKES[mode]):
+            raise InputError(
+                f"{key}={value} has no effect with {given}=: leave it out. It takes {', '.join(TAKES[mode])}"
+            )
+        if mode == "generated" and (needed := NEEDS.get(key)) and not getattr(config, needed):
+            raise InputError(f"{key}={value} has no effect with generated= without {needed}=: leave it out")
+
+
+def changed(config: Any, default: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys whose value is not that of `default`, with their values."""
+    for key in (of.name for of in fields(config)):
+        value, other = getattr(config, key), getattr(default, key)
+        if is_dataclass(value):
+            yield from changed(value, other, f"{above}{key}.")
+        elif value != other:
+            yield above + key, value

@@ -1,0 +1,196 @@
+"""How well a label is told from an embedding, beside principal components of the same cells; evaluation.json, a table.
+
+`scldm evaluate embedding=FILE label=cell_type` calls evaluate_embedding.
+
+Reading order: evaluate_embedding, what it reads, the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from anndata.io import read_elem
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from data_pipeline.convert.source import as_labels
+from data_pipeline.convert.source_h5ad import find_counts, open_file, reading
+from scldm.environment import describe
+from scldm.errors import InputError
+from scldm.evaluate.representation import MAX_CELLS, N_COMPONENTS, SCORES, probe
+from scldm.files import write_json
+
+KEY = "X_scldm"  # where `scldm embed` writes
+CLASSIFIERS = {"linear": "linear probe", "knn": "15 nearest neighbours"}
+SHOWN = 6  # labels in a sentence
+
+
+def evaluate_embedding(
+    embedding: str,
+    label: str,
+    held_out_by: str,
+    key: str,
+    out: Path | None,
+    seed: int,
+    h5ad: str = "",
+    *,
+    layer: str = "",
+    max_cells: int = MAX_CELLS,
+) -> dict:
+    """Scores of a linear probe and of nearest neighbours, printed, and where `out` is given written as
+    `out`/evaluation.json.
+
+    embedding: h5ad file that `scldm embed` wrote, or any with an embedding in obsm
+    label: obs column that is predicted
+    held_out_by: obs column, such as the donor, whose cells are held out together; empty: single cells are held out
+    key: obsm key of the embedding; empty is X_scldm
+    seed: of folds, and of cells where there are more than max_cells
+    h5ad: file with the counts of the same cells, for the baseline; empty: the embedding's own file has them
+    layer: where the counts are: X, raw or a layer's name; empty looks in X, layers/counts and raw
+
+    Raises: InputError for what is not there, or does not belong together.
+    """
+    embedding_nD, obs = embedded(embedding, key or KEY)
+    labels = column(obs, label, embedding, "label")
+    groups = column(obs, held_out_by, embedding, "held_out_by") if held_out_by else None
+    if held_out_by == label:
+        raise InputError(f"held_out_by={held_out_by} is the label itself; give a column such as the donor")
+    counts = counts_of(h5ad or embedding, layer, obs.index, embedding if h5ad else "")
+    found = probe(embedding_nD, labels, groups, seed, counts, max_cells)
+    evaluation = {
+        "kind": "representation",
+        "embedding": {"file": embedding, "key": key or KEY, "width": embedding_nD.shape[1]},
+        "counts": h5ad or embedding,
+        "label": label,
+        "held_out_by": held_out_by,
+        "seed": seed,
+        "cells": sum(found.labels.values()),
+        **asdict(found),
+        "made_with": describe(),
+    }
+    if out is not None:  # before it is shown
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "evaluation.json", evaluation)
+    show(evaluation)
+    return evaluation
+
+
+# --- what it reads -------------------------------------------------------------------------------------------------
+
+
+def embedded(path: str, key: str) -> tuple[np.ndarray, pd.DataFrame]:
+    """The embedding of a file, (cells, width), and its obs.
+
+    Raises: InputError where there is none of that name.
+    """
+    with open_file(path) as file, reading(path):
+        there = list(file["obsm"]) if "obsm" in file else []
+        if key not in there:
+            raise InputError(f"{path}: obsm has no key={key}; it has {', '.join(there) or 'none'}")
+        found: Any = read_elem(file[f"obsm/{key}"])
+        obs = read_elem(file["obs"])
+    assert isinstance(obs, pd.DataFrame)
+    matrix = found.toarray() if sp.issparse(found) else np.asarray(found, np.float64)
+    if matrix.ndim != 2:
+        raise InputError(f"{path}: obsm[{key!r}] has {matrix.ndim} dimensions; it must be a matrix (cells, width)")
+    return matrix, obs
+
+
+def column(obs: pd.DataFrame, name: str, path: str, key: str) -> np.ndarray:
+    """A column of obs as strings, (cells,).
+
+    Raises: InputError where it is not there, or has no value in some cells.
+    """
+    if name not in obs:
+        there = ", ".join(map(str, obs.columns)) or "none"
+        raise InputError(f"{path}: obs has no column {key}={name!r}; it has {there}")
+    if n := int(np.asarray(obs[name].isna()).sum()):
+        raise InputError(f"{path}: obs column {key}={name!r} has no value in {n:,} cells; leave them out or label them")
+    return as_labels(pd.Series(obs[name]), path, "").to_numpy(str)
+
+
+def counts_of(path: str, layer: str, names: pd.Index, embedding: str) -> sp.csr_matrix:
+    """Counts of the cells with these names, CSR (cells, genes).
+
+    embedding: file that the names come from; empty: this one, whose rows they are
+
+    Raises: InputError where there are no counts, or not of all these cells.
+    """
+    with open_file(path) as file, reading(path):
+        try:
+            name = find_counts(file, layer)
+        except InputError as error:
+            text = str(error).replace("source.layer", "layer")
+            more = "" if embedding else "; the baseline, PCA, needs them: real=FILE gives them for the same cells"
+            raise InputError(text + more) from None
+        counts: Any = read_elem(file[name])
+        obs: Any = read_elem(file["obs"])
+    counts = sp.csr_matrix(counts)
+    if not embedding:
+        return counts
+    for index, of in ((obs.index, path), (names, embedding)):
+        if not index.is_unique:
+            raise InputError(f"{of}: cells have no names of their own; {index[index.duplicated()][0]!r} stands twice")
+    rows = obs.index.get_indexer(names)
+    if n := int((rows < 0).sum()):
+        first = names[np.flatnonzero(rows < 0)[0]]
+        raise InputError(f"{path} lacks {n:,} of the {len(names):,} cells of {embedding}, such as {first!r}")
+    return counts[rows]
+
+
+# --- the table -----------------------------------------------------------------------------------------------------
+
+
+def show(evaluation: Mapping[str, Any]) -> None:
+    """The table in the terminal, and what a reader must know of it."""
+    # a narrow terminal wraps, and hides no digits; labels are no markup
+    console = Console(width=max(Console().width, 112), highlight=False, markup=False, emoji=False)
+    title = f"{evaluation['label']} told from {evaluation['cells']:,} cells: {len(evaluation['labels'])} labels"
+    table = Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("classifier", "features"):
+        table.add_column(name, no_wrap=True)
+    for name in SCORES:
+        table.add_column(name.replace("_", " ").replace("f1", "F1"), justify="right", no_wrap=True)
+    titles = {"embedding": f"embedding ({evaluation['embedding']['width']} wide)", "pca": "PCA of the counts"}
+    for classifier, of_classifier in CLASSIFIERS.items():
+        for features, scores in evaluation["scores"].items():
+            texts = [f"{scores[classifier][s]['value']:.3f} ± {scores[classifier][s]['sd']:.3f}" for s in SCORES]
+            table.add_row(of_classifier, titles[features], *texts)
+    console.print(table)
+    for line in notes(evaluation):
+        console.print(line, soft_wrap=True)
+
+
+def notes(evaluation: Mapping[str, Any]) -> list[str]:
+    """Sentences below the table."""
+    groups, n = evaluation["groups"], evaluation["n_folds"]
+    if groups is None:
+        held = f"{n} folds of single cells. Cells of one donor are on both sides, unless held_out_by names its column."
+    else:
+        held = (
+            f"{n} folds of whole groups: {sum(map(len, groups))} of {evaluation['held_out_by']} are held out in turn."
+        )
+    lines = [
+        held,
+        "Every cell is predicted once. The number is that of all predictions, and ± is the standard deviation over "
+        f"folds. The most frequent label alone has an accuracy of {evaluation['most_frequent']:.3f}.",
+        f"PCA: {N_COMPONENTS} components of log1p counts per 10,000 or fewer, fitted on each fold's training cells.",
+        "The embedding's model may have been trained on the held-out cells. PCA has never seen them.",
+    ]
+    if left := evaluation["left_out"]:
+        named = "; ".join(f"{x['label']}: {x['cells']:,} cells, {x['reason']}" for x in left[:SHOWN])
+        more = f"; and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
+        lines.append(f"{len(left)} labels are left out: {named}{more}.")
+    if evaluation["drawn_of"]:
+        lines.append(f"The cells were drawn from {evaluation['drawn_of']:,}.")
+    if stopped := evaluation["not_converged"]:
+        lines.append(f"The linear probe of {' and '.join(stopped)} stopped before it converged.")
+    return lines

@@ -1,0 +1,70 @@
+"""What the verbs share that take a model to the cells of a user's file: embed, reconstruct, transform."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import anndata as ad
+import torch
+
+import scldm
+from scldm.errors import InputError
+from scldm.pretrained import BATCH_CELLS, Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnCellsConfig:
+    """Which cells, and the model that they meet.
+
+    model: model folder that `scldm export` wrote
+    h5ad: file with raw counts
+    out: h5ad file to write
+    layer: layer that holds the counts; empty is X
+    drop_empty: leave out cells without a count in any gene that the model knows; else they are refused
+    device: torch device; empty is a GPU where there is one
+    batch: cells that go through the networks at once; another number differs in the last bits
+    precision: float32, or bfloat16: for GPUs; expected counts are off by 0.6 %
+    """
+
+    model: str
+    h5ad: str
+    out: str
+    layer: str = ""
+    drop_empty: bool = False
+    device: str = ""
+    batch: int = BATCH_CELLS
+    precision: Precision = "float32"
+
+
+def model_and_cells(config: OwnCellsConfig) -> tuple[scldm.Pretrained, ad.AnnData]:
+    """The model on the device that is named, or the best that there is, and the cells of a file.
+
+    Raises: InputError for what is not there or not readable.
+    """
+    if not Path(config.h5ad).is_file():
+        raise InputError(f"h5ad={config.h5ad}: no such file")
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = scldm.load(config.model, device, batch=config.batch, precision=config.precision)
+    try:
+        adata = ad.read_h5ad(config.h5ad)
+    except (OSError, KeyError) as error:
+        raise InputError(f"h5ad={config.h5ad}: not a readable h5ad file: {error}") from None
+    if config.drop_empty and not (counted_n := model.counted(adata, config.layer or None)).all():
+        n = adata.n_obs
+        adata = adata[counted_n].copy()
+        print(
+            f"{n - adata.n_obs:,} of {n:,} cells are left out: no count in any gene that the model knows",
+            file=sys.stderr,
+        )
+    return model, adata
+
+
+def write_whole(adata: ad.AnnData, path: Path) -> None:
+    """Write an h5ad file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".partial")
+    adata.write_h5ad(aside, compression="gzip")
+    os.replace(aside, path)

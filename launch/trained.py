@@ -1,0 +1,88 @@
+"""Trained runs read back: their networks with averaged weights, and whether cells suit them.
+
+Reading order: trained_vae, trained_dit, check_given, check_same_genes.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from data_pipeline.format.schema import Manifest
+from data_pipeline.stream.gene_sets import OF_THE_CELL, GeneSetConfig, as_whole_cells
+from scldm.errors import InputError, read_json
+from scldm.model.dit import DiT, DiTConfig
+from scldm.model.vae import VAE, VAEConfig
+from scldm.parallel.dist import World
+from scldm.train.checkpoint import averaged, load_averaged
+from scldm.train.run_folder import read_config
+from scldm.vocab import ConditionVocab, GeneVocab
+from scldm.weights import weights_hash
+
+
+def trained_vae(run_dir: Path, which: Literal["best", "latest"]) -> tuple[VAE, dict[str, Any]]:
+    """The autoencoder of a run, and where it comes from; `hash` is that of its weights."""
+    run = read_config(run_dir)
+    if (run_dir / "latents.json").is_file():
+        raise InputError(f"vae={run_dir} is a run of `scldm train ldm`, not of `scldm train vae`")
+    vae = VAE(VAEConfig(**run["model"]).portable, GeneVocab.load(run_dir / "genes.json").n_genes)
+    step = load_averaged(vae, run_dir, which)
+    origin = {"run": str(run_dir), "step": step, "hash": weights_hash(vae.state_dict()), "config": run}
+    return vae.eval().requires_grad_(False), origin
+
+
+def trained_dit(run_dir: Path, vae: VAE, which: Literal["best", "latest"]) -> tuple[DiT, dict[str, Any]]:
+    """The diffusion transformer of a run on this autoencoder's latents.
+
+    Raises: InputError where its latents are another autoencoder's.
+    """
+    run = read_config(run_dir)
+    if not (run_dir / "latents.json").is_file():
+        raise InputError(f"ldm={run_dir} is not a run of `scldm train ldm`")
+    latents = read_json(run_dir / "latents.json")
+    if latents["vae"] != weights_hash(vae.state_dict()):
+        raise InputError(
+            f"{run_dir} was trained on the latents of another autoencoder (weights {latents['vae'][:12]}, "
+            f"this one {weights_hash(vae.state_dict())[:12]}); name the run and checkpoint that encoded them"
+        )
+    conditions = ConditionVocab.load(run_dir / "conditions.json")
+    n_labels = {name: conditions.n_labels(name) for name in conditions.names}
+    shape = (vae.config.n_latents, vae.config.latent_width)
+    dit = DiT.of_tensors(DiTConfig(**run["model"]).portable, *shape, n_labels, averaged(run_dir, which)[0])
+    step = load_averaged(dit, run_dir, which)
+    return dit.eval(), {"run": str(run_dir), "step": step, "hash": weights_hash(dit.state_dict()), "config": run}
+
+
+def check_given(given: GeneSetConfig, vae_run: Path, key: str, world: World) -> None:
+    """Says where genes were drawn by weight in training alone, or now alone: the shares of genes are then others.
+
+    Raises: InputError where cells would be given to the autoencoder otherwise than it was trained: it is another
+    function of all genes (or of a random choice of them, zeros included) than of a set made of what the cell expresses.
+    """
+    trained = GeneSetConfig(**read_config(vae_run)["data"]["given"])
+    right = as_whole_cells(trained)
+    padded = "expressed_plus_zeros"  # whose n_genes says how many zeros a cell has
+    same = given.policy == trained.policy and (given.policy != padded or given.n_genes == trained.n_genes)
+    if not same and {given.policy, trained.policy} & set(OF_THE_CELL):
+        is_, was, give = (
+            f"{at}.policy={of.policy}" + (f" {at}.n_genes={of.n_genes}" if of.policy == padded else "")
+            for at, of in ((key, given), ("data.given", trained), (key, right))
+        )
+        raise InputError(f"{is_}: {vae_run} was trained with {was}; give {give}")
+    if world.is_first and (given.policy == "weighted") != (trained.policy == "weighted"):
+        print(
+            f"{key}.policy={given.policy}: {vae_run} was trained with data.given.policy={trained.policy}: it met genes "
+            "in other shares than here",
+            file=sys.stderr,
+        )
+
+
+def check_same_genes(manifest: Manifest, shards: str, vae_run: Path) -> None:
+    """Raises: InputError where the set's genes are not those that the autoencoder was trained on."""
+    trained_on = GeneVocab.load(vae_run / "genes.json")
+    if manifest.genes.hash != trained_on.hash:
+        raise InputError(
+            f"{shards} has another gene vocabulary ({manifest.genes.n_genes} genes) than "
+            f"{vae_run} was trained on ({trained_on.n_genes} genes)"
+        )

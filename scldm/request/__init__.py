@@ -1,0 +1,1 @@
+"""From labels and tables to what the networks are asked."""

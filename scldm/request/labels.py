@@ -1,0 +1,240 @@
+"""What a user asks for, as the model takes it: labels as ids or values, and a sampler that the model was trained for.
+
+Reading order: encode_labels, own_and_other, moved_obs, base_of, check_sampler, without_token, of_other_labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+
+from scldm.errors import InputError
+from scldm.flow.generate import SamplerConfig
+from scldm.flow.guidance import GuidedField
+from scldm.flow.shift import nearest_trained, stays
+from scldm.model.conditions import FeatureEmbedding, ValueEmbedding
+from scldm.model.dit import DiT
+from scldm.request.wanted import distinct
+from scldm.vocab import ConditionVocab
+
+DRAWN = "drawn as {}, and moved by the difference"
+MOVED = "cells of {} are moved there by the labels' shifts alone"
+MOVED_COLUMNS = ("scldm_alpha", "scldm_source")  # how far a cell was taken, and its name before
+
+
+def encode_labels(dit: DiT, vocab: ConditionVocab, labels: pd.DataFrame) -> tuple[dict[str, np.ndarray], pd.DataFrame]:
+    """Every condition of the model as it takes it, (n,): label ids int64, of continuous ones values float32, `null`
+    where it has no column; and the labels, numbers written as the vocabulary writes them where it has them.
+
+    labels: text, one column for each condition that is given
+
+    Raises: InputError for an unknown condition or label, a label that no training cell had (unless it is known by a
+        vector), or a value beyond those that were trained.
+    """
+    taken: dict[str, np.ndarray] = {}
+    for name in dit.n_labels:
+        dtype = np.float32 if name in dit.config.continuous else np.int64
+        taken[name] = np.full(len(labels), dit.null(name), dtype=dtype)
+    written = labels.copy()
+    for name in map(str, labels):
+        if name in dit.config.continuous:
+            values, written[name] = _values(dit, vocab, name, list(labels[name]))
+            taken[name] = values
+        else:
+            taken[name] = vocab.encode(name, list(labels[name]))
+            _check_trained(dit, vocab, name, taken[name])
+    return taken, written
+
+
+def _trained(dit: DiT, name: str) -> np.ndarray:
+    """Ids of the labels that some training cell had; of all labels where the model does not say."""
+    labels_KC = dit.combinations.labels_KC.cpu().numpy()
+    return np.unique(labels_KC[:, list(dit.n_labels).index(name)]) if len(labels_KC) else np.arange(dit.n_labels[name])
+
+
+def _check_trained(dit: DiT, vocab: ConditionVocab, name: str, ids: np.ndarray) -> None:
+    """Raises: InputError for a label that is in the vocabulary, as held-out cells have it, but means nothing yet."""
+    if isinstance(dit.condition[list(dit.n_labels).index(name)], FeatureEmbedding):
+        return
+    unknown = np.setdiff1d(ids, _trained(dit, name))
+    if len(unknown):
+        raise InputError(
+            f"condition {name!r}: no training cell had the label {vocab.labels[name][unknown[0]]!r}, and nothing else "
+            f"tells the model what it is; label_embeddings.{name}=FILE in training would"
+        )
+
+
+def _values(dit: DiT, vocab: ConditionVocab, name: str, labels: list[str]) -> tuple[np.ndarray, list[str]]:
+    """Numbers, and their text as the vocabulary has it."""
+    embedding = dit.condition[list(dit.n_labels).index(name)]
+    assert isinstance(embedding, ValueEmbedding)
+    trained_K = embedding.values_K[torch.from_numpy(_trained(dit, name)).to(embedding.values_K.device)]
+    low, high = float(trained_K.min()), float(trained_K.max())
+    known = {float(np.float32(label)): label for label in vocab.labels[name]}
+    values = np.empty(len(labels), np.float32)
+    for k, label in enumerate(labels):
+        try:
+            values[k] = float(label)
+        except ValueError:
+            raise InputError(f"condition {name!r} is continuous: {label!r} is no number") from None
+        if not low <= values[k] <= high:
+            raise InputError(
+                f"condition {name!r}: {label} lies beyond the values that were trained, {low:g} to {high:g}"
+            )
+    return values, [known.get(float(value), label) for value, label in zip(values, labels)]
+
+
+class Moves(NamedTuple):
+    """Where cells go, by combination of labels: the one that each cell has, int32 (n,); of each combination its own
+    labels as the model takes them, the others, and those that the flow leads to, which `way` goes on from; and a
+    sentence for each thing that a reader of the cells should know."""
+
+    row_n: np.ndarray
+    own: dict[str, np.ndarray]
+    other: dict[str, np.ndarray]
+    by_flow: dict[str, np.ndarray]
+    notes: tuple[str, ...]
+
+
+def own_and_other(
+    dit: DiT,
+    vocab: ConditionVocab,
+    obs: pd.DataFrame,
+    by: Sequence[str],
+    to: Mapping[str, str],
+    sampler: SamplerConfig,
+) -> Moves:
+    """by: columns of obs that are the cells' own conditions; to: condition -> label that they shall have instead
+
+    Raises: InputError for what is no condition of the model, no column of obs, or not in `by`; or where obs has a
+        column of MOVED_COLUMNS, as of cells that were taken somewhere before.
+    """
+    for column in MOVED_COLUMNS:
+        if column in obs:
+            raise InputError(f"obs has a column {column!r} already, which would be lost; rename or remove it")
+    if not to:
+        raise InputError("to names no condition; as to=treatment=stimulated")
+    for name in [*by, *to]:
+        if name not in dit.n_labels:
+            raise InputError(f"condition {name!r} is unknown; the model knows {', '.join(dit.n_labels) or 'none'}")
+        if name not in obs:
+            raise InputError(f"obs has no column {name!r}; it has {', '.join(map(str, obs.columns)) or 'none'}")
+        if name not in by:
+            raise InputError(f"by must name {name!r} too: from which label each cell is taken to {to[name]!r}")
+    row_n, labels = distinct(pd.DataFrame({name: obs[name].array for name in by}))
+    own, own_labels = encode_labels(dit, vocab, labels)
+    other, other_labels = encode_labels(dit, vocab, labels.assign(**to))
+    by_flow = other
+    if sampler.guidance == "shift":
+        by_flow = _arrays(stays(dit, _tensors(own), _tensors(other)))
+    notes = (*without_token(dit, own, own_labels), *without_token(dit, by_flow, other_labels))
+    notes += of_other_labels(dit, vocab, by_flow, other, other_labels, MOVED)
+    return Moves(row_n, own, other, by_flow, tuple(dict.fromkeys(notes)))
+
+
+def moved_obs(
+    dit: DiT, vocab: ConditionVocab, obs: pd.DataFrame, to: Mapping[str, str], alpha: float, several: bool
+) -> pd.DataFrame:
+    """The cells' obs where they were taken, with MOVED_COLUMNS; a name says how far where there are several."""
+    moved = obs.copy()
+    for name, label in to.items():
+        labels = [label] * len(obs) if alpha else list(obs[name].astype(str))
+        if name in dit.config.continuous:
+            moved[name] = [float(value) for value in labels]
+        else:
+            moved[name] = pd.Categorical(labels, categories=list(vocab.labels[name]))
+    for column, value in zip(MOVED_COLUMNS, (alpha, [str(name) for name in obs.index]), strict=True):
+        moved[column] = value
+    moved.index = pd.Index([f"{name}-{alpha:g}" if several else str(name) for name in obs.index])
+    return moved
+
+
+def base_of(dit: DiT, taken: dict[str, np.ndarray], sampler: SamplerConfig) -> dict[str, np.ndarray]:
+    """What the network is asked for, combination by combination: of the sampler `shift` the nearest trained one, of
+    others the same."""
+    if sampler.guidance != "shift":
+        return taken
+    conditions = _tensors(taken)
+    base = nearest_trained(dit, conditions)
+    return taken if base is conditions else _arrays(base)
+
+
+def _tensors(taken: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(values) for name, values in taken.items()}
+
+
+def _arrays(taken: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    return {name: values.numpy() for name, values in taken.items()}
+
+
+def check_sampler(dit: DiT, asked: dict[str, np.ndarray], sampler: SamplerConfig, origin: dict[str, Any]) -> None:
+    """Raises: InputError where guidance names unknown conditions, or asks the model for a subset of conditions of a
+    kind that it never saw in training, as far as the model's origin tells.
+
+    asked: what the network is asked for, combination by combination
+    """
+    conditions = _tensors(asked)
+    field = GuidedField(
+        dit, conditions, sampler.guidance, sampler.guidance_scale, sampler.guidance_weights, sampler.guidance_interval
+    )
+    hidden = ((origin.get("ldm") or {}).get("config") or {}).get("guidance")
+    if hidden is None or not dit.n_labels:
+        return
+    # drop_each, of several conditions, at times hides all of them
+    never_all_hidden = hidden["drop_all"] == 0 and (hidden["drop_each"] == 0 or len(dit.n_labels) == 1)
+    for rows in (field.inside, field.outside):
+        assert rows is not None
+        n_given = dit.is_given(rows.conditions).sum(1)
+        if never_all_hidden and bool((n_given == 0).any()):
+            raise InputError(
+                f"sampler.guidance={sampler.guidance} with guidance_scale={sampler.guidance_scale:g} and these "
+                "conditions asks for cells without any condition, which the model never saw: it was trained with "
+                "guidance.drop_all=0"
+            )
+        if hidden["drop_each"] == 0 and bool(((n_given > 0) & (n_given < len(dit.n_labels))).any()):
+            raise InputError(
+                f"sampler.guidance={sampler.guidance} with these conditions asks for some of the conditions "
+                f"{', '.join(dit.n_labels)} without the others, which the model never saw: it was trained with "
+                "guidance.drop_each=0"
+            )
+
+
+def without_token(dit: DiT, taken: dict[str, np.ndarray], labels: pd.DataFrame) -> tuple[str, ...]:
+    """A sentence for each combination of all conditions without a token of its own, where the model has such."""
+    if not dit.config.combination_tokens:
+        return ()
+    conditions = {name: torch.from_numpy(values).to(dit.latent_mean_LZ.device) for name, values in taken.items()}
+    whole = dit.is_given(conditions).all(1)
+    unknown = dit.combinations.index(dit.label_ids(conditions)) == len(dit.combinations.labels_KC)
+    return tuple(
+        f"{', '.join(f'{name}={label}' for name, label in labels.iloc[row].items())}: this combination was not trained "
+        "and has no token of its own; it uses the sum of its conditions' embeddings alone"
+        for row in (whole & unknown).nonzero()[:, 0].tolist()
+    )
+
+
+def of_other_labels(
+    dit: DiT,
+    vocab: ConditionVocab,
+    asked: dict[str, np.ndarray],
+    taken: dict[str, np.ndarray],
+    labels: pd.DataFrame,
+    how: str,
+) -> tuple[str, ...]:
+    """A sentence for each combination of which the network is asked for other labels; after ten, how many more.
+
+    how: DRAWN or MOVED
+    """
+    names = list(dit.means.names.values())
+    differ = {name: asked[name] != taken[name] for name in names}
+    rows = np.flatnonzero(np.logical_or.reduce(list(differ.values()))) if names else np.empty(0, int)
+    notes = []
+    for row in rows[:10]:
+        own = ", ".join(f"{name}={label}" for name, label in labels.iloc[row].items())
+        other = ", ".join(f"{name}={vocab.labels[name][asked[name][row]]}" for name in names if differ[name][row])
+        notes.append(f"{own}: no training cell has this combination; {how.format(other)}")
+    return (*notes, *([f"and {len(rows) - 10} more combinations likewise"] if len(rows) > 10 else []))

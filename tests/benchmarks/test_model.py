@@ -1,0 +1,144 @@
+"""The benchmarks of the model at a small size: every way runs on the same inputs, and what they print can be read."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any, cast
+
+import anndata as ad
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+
+from benchmarks import mcab, subset_embedding, vae_choices, vae_step
+from benchmarks.measure import failure_of
+from benchmarks.report import Report
+from benchmarks.subset_embedding import BenchSubsetEmbeddingConfig
+from benchmarks.trained import Trained, knn_accuracy
+from scldm.model.vae import VAEConfig
+
+MODEL = cast(Any, None)  # is not asked
+SMALL = VAEConfig(width=16, n_latents=4, n_layers=1, n_heads=2)
+
+
+def test_bench_mcab(tmp_path, capsys, monkeypatch):
+    in_turn, measured = mcab.measure_in_turn, []
+    monkeypatch.setattr(
+        mcab, "measure_in_turn", lambda works, *rest: measured.append(set(works)) or in_turn(works, *rest)
+    )
+    config = mcab.BenchMCABConfig(
+        given=(50,),
+        asked=(30, 60),
+        n_genes=400,
+        cells_encoded=3,
+        model=SMALL,
+        repeats=1,
+        save=str(tmp_path / "rows.json"),
+    )
+    mcab.main(config)
+    rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    assert rows["all genes, largest difference of a latent"]["value"] < 1e-4
+    assert rows["all genes, pooling, plain / expressed genes"]["target"] == ">= 12"
+    for part in ("pooling, 50", "reading out, 30", "reading out, 60"):
+        assert rows[f"{part} genes, factorised, forward"]["value"] > 0
+        assert rows[f"{part} genes, sdpa, forward + backward"]["value"] > 0
+    assert "all genes, encode, expressed genes" in capsys.readouterr().out
+    assert measured.count({"plain", "factorised", "expressed genes"}) == 2  # what else the machine does meets all
+
+
+def test_a_way_that_fails_on_a_gpu_ends_no_bench(monkeypatch, capsys):
+    def too_large():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 25 GiB.\nMore of it.")
+
+    why = failure_of(too_large, torch.device("cuda"))
+    assert why == "failed: OutOfMemoryError: CUDA out of memory. Tried to allocate 25 GiB."
+    with pytest.raises(torch.OutOfMemoryError):
+        failure_of(too_large, torch.device("cpu"))
+
+    def fails_first():
+        """Of the calls in a bench, the first: that of the plain formula, and another way's in the second bench."""
+        reasons = iter([why])
+        return lambda work, device: next(reasons, "") or failure_of(work, device)
+
+    monkeypatch.setattr(vae_step, "failure_of", fails_first())
+    config = {"cells": 2, "n_genes": 50, "model": SMALL, "repeats": 1}
+    rows = {row.name: row.value for row in vae_step.main(vae_step.BenchVAEStepConfig(**config, n_given=30)).rows}
+    assert rows[f"plain: {why}"] is None
+    assert rows["factorised"] > 0
+    assert "plain" not in rows
+    assert not [name for name in rows if name.startswith("plain / ") or name == "factorised / plain, peak memory"]
+    monkeypatch.setattr(mcab, "failure_of", fails_first())
+    words = {**config, "given": (30,), "asked": (), "cells_encoded": 0}
+    rows = {row.name: row.value for row in mcab.main(mcab.BenchMCABConfig(**words)).rows}
+    for what in ("forward", "forward + backward"):
+        assert rows[f"pooling, 30 genes, plain, {what}: {why}"] is None
+        assert rows[f"pooling, 30 genes, factorised, {what}"] > 0
+    capsys.readouterr()
+
+
+def test_what_was_not_measured_says_so_beside_its_target(monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    shape = VAEConfig(width=256, n_latents=64, n_layers=0)
+    config = vae_step.BenchVAEStepConfig(cells=1, n_genes=2_048, n_asked=8, model=shape, repeats=1, json=True)
+    report = vae_step.main(config)
+    printed = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in printed["rows"]] == [row.name for row in report.rows]
+    unmeasured = [row for row in printed["rows"] if "GPU" in row["name"] and row["target"]]
+    assert [row["target"] for row in unmeasured] == [">= 5", ">= 2", "<= 0.25", "<= 2"]
+    assert all(row["value"] is None and row["met"] is None for row in unmeasured)
+    report.print(as_json=False)
+    assert "not measured on a GPU" in capsys.readouterr().out
+
+
+def test_of_one_seed_nothing_is_said_of_what_lies_between_seeds(capsys):
+    one, two = (Trained(MODEL, {"nll": nll}, 1.0) for nll in (600.0, 610.0))
+    row = vae_choices.spread("KL weight 1", [one], "nll", "nats/cell")
+    assert (row.name, row.value) == ("KL weight 1: between seeds: one seed", None)
+    assert vae_choices.spread("KL weight 1", [one, two], "nll", "nats/gene", 100).value == pytest.approx(0.1)
+    Report("benchmarks.vae_choices", rows=[row]).print(as_json=False)
+    assert capsys.readouterr().out.splitlines()[-1].split()[-2:] == ["n/a", "nats/cell"]
+
+
+def test_cells_that_lose_all_their_counts_are_counted(monkeypatch):
+    counts = np.zeros((40, 20), np.float32)
+    counts[:, 0] = 1
+    counts[20:, 1:] = 1  # one half has counts everywhere, the other in one gene
+
+    class Cells:
+        n_cells, n_genes, label_n, adata = 40, 20, np.array(["a", "b"] * 20), ad.AnnData(sp.csr_matrix(counts))
+
+        def __init__(self, *_: object) -> None: ...
+
+        def total_of(self, columns: np.ndarray) -> np.ndarray:
+            return counts[:, columns].sum(1)
+
+        def train(self, *_: object) -> object:
+            return SimpleNamespace(model=SimpleNamespace(embed=lambda adata: adata.X.toarray().sum(1, keepdims=True)))
+
+    monkeypatch.setattr(subset_embedding, "RealCells", Cells)
+    rows = {row.name: row.value for row in subset_embedding.main(BenchSubsetEmbeddingConfig(draws=10)).rows}
+    left_out = {p: rows[f"{p} % of the genes removed: cells left out, without a count"] or 0 for p in (10, 90)}
+    assert left_out[10] == pytest.approx(0.1 * 20, abs=5)
+    assert left_out[90] == pytest.approx(0.9 * 20, abs=5)
+
+
+def test_bench_vae_step():
+    config = vae_step.BenchVAEStepConfig(cells=2, n_genes=60, n_given=20, n_asked=40, model=SMALL, repeats=1)
+    rows = {row.name: row.value for row in vae_step.main(config).rows}
+    assert rows["factorised"] > 0
+    assert rows["plain / factorised, time"] > 0
+    assert rows["auto, here factorised, / the fastest way, time"] >= 1
+
+
+def test_knn_accuracy_leaves_the_cell_itself_out():
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    label = np.repeat(["a", "b"], 40)
+    apart = rng.normal(size=(80, 3)) + 20 * (label == "b")[:, None]
+    assert knn_accuracy(apart, apart, label) == 1
+    alone = np.array(["a"] * 79 + ["b"])  # the only one of its label finds no other
+    assert knn_accuracy(apart, apart, alone) == 79 / 80

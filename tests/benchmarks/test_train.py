@@ -1,0 +1,78 @@
+"""The benchmark of the loop: that it runs, that its ways do the same work, and that no GPU's figure is made up."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scldm.model.dit import DiTConfig
+from scldm.model.flops import vae_flops
+from scldm.model.vae import VAEConfig
+from scldm.train.step_cost import StepCost, dit_step, vae_step
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+def test_it_says_what_the_loop_adds(tmp_path: Path) -> None:
+    saved = tmp_path / "train.json"
+    words = ["steps=5", "rounds=1", "cells=4", "n_genes=30", "model.width=16", "model.n_layers=1", f"save={saved}"]
+    # a process of its own: DeepSpeed warns when it is imported, and warnings are errors here
+    command = [sys.executable, "-m", "benchmarks.train", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3_000:]
+    rows = {row["name"]: row for row in json.loads(saved.read_text())["rows"]}
+    assert rows["loop on the plain engine - bare step"]["target"] == "<= 2"
+    assert all(rows[f"{way}: a step"]["value"] > 0 for way in ("bare", "plain", "deepspeed"))
+    assert sum(row["value"] is None for row in rows.values()) == 4
+    assert done.stdout.count("not measured on a GPU") == 4
+
+
+# as for a GPU, but for tiny shapes; a plan's memory is asked for too, and MFU needs a peak
+PRESETS = """
+import json, sys
+from benchmarks import train
+from scldm.parallel.dist import close_world, world_of_environment
+train.peak_flops = lambda device, precision: 1e12
+config, world = train.BenchTrainConfig(steps=4, rounds=1, log_every=1), world_of_environment()
+rows = []
+for words in (["vae/tiny", "hardware.micro_batch=4"], ["ldm/tiny", "hardware.micro_batch=4", "model.n_layers=1"]):
+    rows += train.preset_rows(words, 300, config, world)
+close_world()
+json.dump({row.name: row.value for row in rows}, open(sys.argv[1], "w"))
+"""
+
+
+@pytest.mark.slow
+def test_what_a_gpu_is_measured_with_runs_on_any_device(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PRESETS, str(tmp_path / "rows.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3_000:]
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert len(rows) == 14
+    for preset, cost in (("vae/tiny", vae_cost()), ("ldm/tiny", dit_cost())):
+        cells_per_s = rows[f"{preset}: cells/s on the deepspeed engine"]
+        assert rows[f"{preset}: MFU"] == pytest.approx(cells_per_s * cost.flops / 4 / 1e12)
+        assert rows[f"{preset}: peak memory"] > 0
+        assert rows[f"{preset}: deepspeed / bare step"] > 0.5
+    by_formula = 3 * sum(vae_flops(vae_shape(), 4, 100, 100).values())
+    assert rows["vae/tiny: MFU by the formula's FLOPs"] == pytest.approx(
+        rows["vae/tiny: cells/s on the deepspeed engine"] * by_formula / 4 / 1e12
+    )
+
+
+def vae_cost() -> StepCost:
+    """Of what vae/tiny says, at 300 genes of which a third is given."""
+    return vae_step(vae_shape(), 300, 4, 100, 100, bf16=True)
+
+
+def vae_shape() -> VAEConfig:
+    return VAEConfig(64, 8, 16, 1, 4, decoder_cross_heads=1)
+
+
+def dit_cost() -> StepCost:
+    return dit_step(DiTConfig(64, 1, 4), 64, 16, {}, 4, bf16=True)
