@@ -45,6 +45,12 @@ scldm plan vae/270m hardware/many_nodes hardware.nodes=128 n_genes=36130 n_cells
 scldm plan ldm/base hardware/many_nodes n_latents=64 latent_width=16 n_cells=100_000_000
 """
 GB = 1e9
+# preset -> the machine that it is for, as keys of a plan
+MACHINES = {
+    "hardware/cpu": ("hardware.gpu=CPU", "hardware.gpus_per_node=1", "hardware.memory_gb=16", "hardware.context_gb=0"),
+    "hardware/one_gpu": ("hardware.gpus_per_node=1",),
+    "hardware/many_nodes": ("hardware.nodes=4",),
+}
 # bytes of a rank's share of the parameters that a step moves once the pass is done, 4 B a number: the norm reads the
 # gradient, clipping reads and writes it, AdamW reads gradient, weight and two moments and writes three of them, the
 # moving average reads weight and average and writes one: 1 + 2 + 7 + 3
@@ -61,13 +67,21 @@ class PlannedHardware(HardwareConfig):
     memory_gb: of a GPU, in 1e9 bytes
     context_gb: what CUDA, NCCL and the allocator's gaps take of it
     mfu: share of the peak that is reached by what computes
+    loader_cells_s: cells that the loader of a rank delivers a second, on a core of its own. The default was measured
+        with a gene set for each cell (benchmarks/README.md, "The stream"). A shared set takes half as long
+    host_copy_gb_s: at which a rank's share is copied to the host's memory for a checkpoint, in 1e9 bytes a second. 25
+        is an assumption, half of what PCIe 5 has
     launch_us: what the host takes to launch a kernel, in microseconds: a micro-batch takes no less than that for each
         of its kernels. 5 is an assumption, as torch takes 5 to 10 for an operation that is not compiled. It was not
         measured here; `python -m benchmarks.gpu_profile` measures it
     memory_tb_s: of a GPU's memory, in 1e12 bytes a second, at which the optimizer runs; 0 takes that of `gpu`, from
         data sheets (scldm/train/throughput.py)
-    link_gb_s: what a GPU sends to other nodes, in 1e9 bytes a second; a node's links divided by its GPUs
-    node_link_gb_s: what a GPU sends to others of its node
+    node_link_gb_s: what a GPU sends to others of its node in a ring, in 1e9 bytes a second. 370 is what NCCL reaches on
+        an H100's NVLink of 450 (NVIDIA/nccl-tests issue 212)
+    network_gb_s: what a node sends to others through all its adapters. 376 are eight of 400 Gb/s at 47 each, as NCCL
+        reaches 46 to 48 (NVIDIA/nccl-tests issue 290); Saturn Cloud's guide to NCCL tests expects 400 to 450 of such
+        nodes, and 250 to 300 of A100 nodes with 200 Gb/s adapters. Slow networks reach far less: 30 was seen on four
+        nodes with 400 Gb/s in all (NVIDIA/nccl issue 527)
     """
 
     nodes: int = 1
@@ -78,12 +92,15 @@ class PlannedHardware(HardwareConfig):
     mfu: float = 0.35
     launch_us: float = 5.0
     memory_tb_s: float = 0.0
-    link_gb_s: float = 25.0
-    node_link_gb_s: float = 300.0
+    loader_cells_s: float = 85_000.0
+    host_copy_gb_s: float = 25.0
+    node_link_gb_s: float = 370.0
+    network_gb_s: float = 376.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("nodes", "gpus_per_node", "memory_gb", "mfu", "link_gb_s", "node_link_gb_s"):
+        positive = ("nodes", "gpus_per_node", "memory_gb", "mfu", "loader_cells_s", "host_copy_gb_s")
+        for name in (*positive, "node_link_gb_s", "network_gb_s"):
             if not getattr(self, name) > 0:
                 raise InputError(f"hardware.{name}={getattr(self, name)} must be positive")
         if not self.peak_tflops and self.gpu not in PEAK_TFLOPS:
@@ -113,6 +130,13 @@ class PlannedHardware(HardwareConfig):
         """Bytes a second of a GPU's memory."""
         return 1e12 * (self.memory_tb_s or MEMORY_TB_S[self.gpu])
 
+    @property
+    def ring(self) -> float:
+        """Bytes a second that each rank sends around a ring of all. A ring crosses the network of a node once, not once
+        a GPU: with as many rings as adapters, a node's whole network carries what each of its ranks sends."""
+        within = GB * self.node_link_gb_s
+        return within if self.nodes == 1 else min(within, GB * self.network_gb_s)
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -124,6 +148,7 @@ class Planned:
     latent_width: ldm: their width; likewise
     n_cells: to train on; 0 takes those of data.shards
     expressed: genes that a cell expresses, as the loader decodes 3 bytes of each
+    compare: plan other numbers of nodes, ZeRO stages and micro-batches too, and recommend one
     json: print JSON, not the table
     """
 
@@ -134,6 +159,7 @@ class Planned:
     n_cells: int = 0
     expressed: int = 2_000
     hardware: PlannedHardware = field(default_factory=PlannedHardware)
+    compare: bool = True
     json: bool = False
 
 
@@ -165,6 +191,7 @@ def read(words: Sequence[str]) -> PlanConfig:
     if len(stages) != 1:
         why = "the presets are of both" if stages else "no preset tells it"
         raise InputError(f"say what is trained, `scldm plan vae ...` or `scldm plan ldm ...`: {why}")
+    words = [key for word in words for key in (*MACHINES.get(word, ()), word)]  # what is given goes before it
     return compose(PlanVAEConfig, words) if "vae" in stages else compose(PlanLDMConfig, words)
 
 
@@ -173,7 +200,11 @@ def main(config: PlanConfig) -> Plan:
     check_overrides(config.deepspeed)
     config = with_data(config)
     plan = plan_of(config)
-    print(json.dumps(plan.to_json(), indent=1) if config.json else plan.table())
+    others = compared(plan) if config.compare else []
+    if config.json:
+        print(json.dumps({**plan.to_json(), "compared": [other.row() for other in others]}, indent=1))
+    else:
+        print("\n".join([plan.table(), *comparison(plan, others)]))
     return plan
 
 
@@ -208,6 +239,9 @@ class Plan:
         compiled, as then nobody knows before
     launch_s, compute_s: of those passes, of which the longer counts
     optimizer_s: of clipping, AdamW and the moving average, after the passes; None where the host's memory has them
+    exchange_s: between ranks; under the backward pass where DeepSpeed overlaps them
+    loader_s: in which the loader delivers a step's cells: a step takes no less; 0 for latents, which are copied
+    save_s: of a step, for what a checkpoint holds training up
     """
 
     config: PlanConfig
@@ -223,11 +257,50 @@ class Plan:
     compute_s: float
     optimizer_s: float | None
     exchange_s: float
+    loader_s: float
+    save_s: float
     step_s: float
+
+    @property
+    def busy(self) -> float:
+        """Share of a step in which the GPU computes or updates weights."""
+        return (self.compute_s + (self.optimizer_s or 0.0)) / self.step_s
+
+    @property
+    def bound_by(self) -> str:
+        """What takes most of a step."""
+        parts = {
+            "computing": self.compute_s,
+            "launching kernels": self.launch_s,
+            "the exchange between ranks": self.exchange_s,
+            "the loader": self.loader_s,
+            "the optimizer": self.optimizer_s or 0.0,
+        }
+        return max(parts, key=lambda name: parts[name])
 
     @property
     def cells_per_s(self) -> float:
         return self.config.train.global_batch / self.step_s
+
+    @property
+    def cells_per_gpu(self) -> float:
+        return self.cells_per_s / self.config.hardware.n_ranks
+
+    def row(self) -> dict[str, int | float]:
+        """One layout among others."""
+        hardware = self.config.hardware
+        return {
+            "nodes": hardware.nodes,
+            "ranks": hardware.n_ranks,
+            "zero_stage": hardware.zero_stage,
+            "micro_batch": hardware.micro_batch,
+            "gb": self.by_stage[hardware.zero_stage].peak / GB,
+            "cells_per_s": self.cells_per_s,
+            "cells_per_s_and_gpu": self.cells_per_gpu,
+            "busy": self.busy,
+            "days": self.days,
+            "gpu_days": self.days * hardware.n_ranks,
+        }
 
     @property
     def days(self) -> float:
@@ -248,7 +321,12 @@ class Plan:
             "kernels_per_step": self.kernels,
             "launch_s": self.launch_s,
             "optimizer_s": self.optimizer_s,
+            "exchange_s": self.exchange_s,
+            "loader_s": self.loader_s,
+            "save_s": self.save_s,
             "step_s": self.step_s,
+            "busy": self.busy,
+            "bound_by": self.bound_by,
             "cells_per_s": self.cells_per_s,
             "days": self.days,
             "epochs": config.train.steps * config.train.global_batch / config.n_cells,
@@ -281,8 +359,11 @@ class Plan:
     def loader_bytes(self) -> float:
         """A second, over all ranks, of counts or latents in the blocks that they read."""
         config = self.config
-        is_latent = isinstance(config, PlanLDMConfig) and not config.vae
-        cell = 4 * config.n_latents * config.latent_width if is_latent else 3 * config.expressed
+        if is_of_latents(config):
+            assert isinstance(config, PlanLDMConfig)
+            cell = 4 * config.n_latents * config.latent_width
+        else:
+            cell = 3 * config.expressed
         return self.cells_per_s * self.reads * cell
 
     def table(self) -> str:
@@ -315,8 +396,9 @@ class Plan:
             f"FLOPs of a cell, forward and backward: {cost.flops / cells / 1e9:,.2f} G{formula}",
             f"sent by a rank in a step: {self.sent_bytes / GB:,.2f} GB",
             f"a step: {self.compute_s * 1e3:,.1f} ms of computing at {hardware.mfu:.0%} of {hardware.peak / 1e12:g} "
-            f"TFLOP/s, or {self.launches}; {self.optimizer}; {self.exchange_s * 1e3:,.1f} ms of exchange: "
-            f"{self.step_s * 1e3:,.1f} ms",
+            f"TFLOP/s, or {self.launches}; {self.optimizer}; {self.exchange_s * 1e3:,.1f} ms of exchange"
+            f"{' beside the pass' if overlaps(config) else ''}; the loader takes {self.loader_s * 1e3:,.1f} ms: "
+            f"{self.step_s * 1e3:,.1f} ms, bound by {self.bound_by}; a GPU is busy for {self.busy:.0%} of it",
             f"{self.cells_per_s:,.0f} cells/s, {self.cells_per_s / N:,.0f} of a GPU; {n_steps:,} steps in "
             f"{self.days:,.2f} days, {epochs:,.1f} epochs of {config.n_cells:,} cells",
             f"the loader must deliver {loader:,.0f} cells/s to a node, from {read:,.1f} MB/s of counts (3 bytes each) "
@@ -337,15 +419,17 @@ def plan_of(config: PlanConfig) -> Plan:
     by_stage = {stage: memory_of(replace_hardware(config, zero_stage=stage)) for stage in (1, 2, 3)}
     fits = does_fit(config)
     sent = sent_bytes(cost, hardware.zero_stage, N, accumulation, hardware.precision == "bf16")
-    link = hardware.node_link_gb_s if hardware.nodes == 1 else min(hardware.link_gb_s, hardware.node_link_gb_s)
     within = within_node(config)
-    exchange_s = sent * ((1 - within) / link + within / hardware.node_link_gb_s) / GB
+    exchange_s = sent * ((1 - within) / hardware.ring + within / (GB * hardware.node_link_gb_s))
     compute_s = accumulation * cost.flops / (hardware.peak * hardware.mfu)
     kernels = None if config.model.compile else accumulation * kernels_of(config)
     launch_s = 1e-6 * hardware.launch_us * (kernels or 0)
     optimizer_s = None if hardware.offload_optimizer else OPTIMIZER_BYTES * cost.n_parameters / N / hardware.bandwidth
     pass_s = max(compute_s, launch_s)
-    step_s = (max(pass_s, exchange_s) if overlaps(config) else pass_s + exchange_s) + (optimizer_s or 0.0)
+    trained_s = (max(pass_s, exchange_s) if overlaps(config) else pass_s + exchange_s) + (optimizer_s or 0.0)
+    loader_s = 0.0 if is_of_latents(config) else config.train.global_batch / N / hardware.loader_cells_s
+    save_s = by_stage[hardware.zero_stage].saved / GB / hardware.host_copy_gb_s / config.train.save_every
+    step_s = max(trained_s, loader_s) + save_s
     formula = 0.0
     if isinstance(config, PlanVAEConfig):
         formula = 3 * sum(
@@ -365,8 +449,71 @@ def plan_of(config: PlanConfig) -> Plan:
         compute_s,
         optimizer_s,
         exchange_s,
+        loader_s,
+        save_s,
         step_s,
     )
+
+
+# --- other ways to lay it out --------------------------------------------------------------------------------------
+
+WORTH = 0.5  # a GPU among many shall do at least so much of what it does in the best layout
+
+
+def compared(plan: Plan) -> list[Plan]:
+    """The fastest layout that fits for each number of nodes up to the configured one, halved each time: over ZeRO
+    stages, and micro-batches up to four times the configured one. The recommended one comes first."""
+    config, best = plan.config, []
+    nodes = config.hardware.nodes
+    while nodes:
+        found = [
+            plan_of(laid)
+            for micro_batch in sorted({max(1, config.hardware.micro_batch * k // 2) for k in (1, 2, 4, 8)})
+            for stage in (1, 2, 3)
+            if config.train.global_batch % (micro_batch * nodes * config.hardware.gpus_per_node) == 0
+            and does_fit(laid := laid_out(config, nodes, stage, micro_batch))
+        ]
+        # of layouts as fast as each other, the lowest stage
+        best += sorted(found, key=lambda other: (-round(other.cells_per_s, -1), other.config.hardware.zero_stage))[:1]
+        nodes //= 2
+    if not best:
+        return []
+    most = max(other.cells_per_gpu for other in best)
+    worth = [other for other in best if other.cells_per_gpu >= WORTH * most]
+    recommended = max(worth, key=lambda other: other.cells_per_s)
+    return [recommended, *(other for other in best if other is not recommended)]
+
+
+def laid_out(config: PlanConfig, nodes: int, stage: int, micro_batch: int) -> PlanConfig:
+    zero = config.deepspeed.get("zero_optimization", {})
+    kept = {key: value for key, value in zero.items() if key != "zero_hpz_partition_size" or stage == 3}
+    if zero != kept:
+        config = replace(config, deepspeed={**config.deepspeed, "zero_optimization": kept})
+    return replace_hardware(config, nodes=nodes, zero_stage=stage, micro_batch=micro_batch)
+
+
+def comparison(plan: Plan, others: Sequence[Plan]) -> list[str]:
+    """The table of other layouts, and what nodes are wasted."""
+    if not others:
+        return []
+    names = ("nodes", "GPUs", "ZeRO", "micro-batch", "GB", "cells/s", "of a GPU", "busy", "days", "GPU days")
+    lines = ["other layouts of the same training, the recommended one first:", "  " + "  ".join(names)]
+    for other in others:
+        cells = (f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" for value in other.row().values())
+        row = "  ".join(f"{cell:>{len(name)}}" for cell, name in zip(cells, names, strict=True))
+        lines.append(f"  {row}{'  <- recommended' if other is others[0] else ''}")
+    wasted = plan.cells_per_gpu / max(other.cells_per_gpu for other in others)
+    if wasted < WORTH:
+        lines.append(
+            f"{plan.config.hardware.nodes} nodes are wasted on it: a GPU does {wasted:.0%} of what it does in the best "
+            f"layout, as a step is bound by {plan.bound_by}"
+        )
+    return lines
+
+
+def is_of_latents(config: PlanConfig) -> bool:
+    """Whether cells come as latents, which are copied as they are."""
+    return isinstance(config, PlanLDMConfig) and not config.vae
 
 
 def cost_of(config: PlanConfig) -> StepCost:

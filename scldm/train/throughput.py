@@ -28,10 +28,19 @@ PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "B200": {"fp32": 75.0, "bf16": 2_250.0},
     "L40S": {"fp32": 91.6, "bf16": 362.0},
     "L4": {"fp32": 30.3, "bf16": 121.0},
+    "CPU": {"fp32": 0.17, "bf16": 0.17},  # of a core, measured: large matrix product in benchmarks/mcab-cpu.json
 }
 
 # TB/s of a GPU's memory. Source: the same data sheets
-MEMORY_TB_S: dict[str, float] = {"A100": 2.039, "H100": 3.35, "H200": 4.8, "B200": 8.0, "L40S": 0.864, "L4": 0.3}
+MEMORY_TB_S: dict[str, float] = {
+    "A100": 2.039,
+    "H100": 3.35,
+    "H200": 4.8,
+    "B200": 8.0,
+    "L40S": 0.864,
+    "L4": 0.3,
+    "CPU": 0.01,
+}
 
 
 def peak_flops(device: torch.device, precision: str, stated_tflops: float = 0.0) -> float:

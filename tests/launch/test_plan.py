@@ -54,6 +54,59 @@ def test_a_plan_for_1024_gpus_and_100_million_cells(capsys: pytest.CaptureFixtur
     assert found["epochs"] == pytest.approx(200_000 * 8192 / 1e8)
 
 
+def test_a_ring_crosses_the_network_of_a_node_once(capsys: pytest.CaptureFixture) -> None:
+    """Eight GPUs share 376 GB/s of adapters, and each is charged all of it: rings run side by side."""
+    words = [*DIT, "hardware/node_8gpu", "hardware.micro_batch=8", "compare=false"]
+    one, four = (plan_of(read([*words, f"hardware.nodes={n}"])) for n in (1, 4))
+    assert one.exchange_s == pytest.approx(one.sent_bytes / 370e9)
+    assert four.exchange_s == pytest.approx(four.sent_bytes / 370e9)
+    slow = plan_of(read([*words, "hardware.nodes=4", "hardware.network_gb_s=3"]))
+    assert slow.exchange_s == pytest.approx(slow.sent_bytes / 3e9)
+    assert slow.bound_by == "the exchange between ranks"
+
+
+def test_the_loader_and_saves_are_floors_of_a_step() -> None:
+    cells = ["vae/tiny", "hardware/node_8gpu", "n_genes=765", "n_cells=1000", "hardware.micro_batch=5"]
+    slow = plan_of(read([*cells, "train.global_batch=40", "hardware.loader_cells_s=10"]))
+    assert slow.step_s == pytest.approx(40 / 8 / 10 + slow.save_s)
+    assert slow.bound_by == "the loader"
+    words = [*DIT, "hardware/node_8gpu"]
+    plan = plan_of(read(words))
+    assert plan.loader_s == 0
+    often = plan_of(read([*words, "train.save_every=1", "hardware.host_copy_gb_s=0.001"]))
+    saved = often.by_stage[2].saved
+    assert often.step_s - plan.step_s == pytest.approx(saved / 1e6, rel=1e-3)
+
+
+def test_wasted_nodes_are_named_and_a_better_layout_comes_first(capsys: pytest.CaptureFixture) -> None:
+    words = [*DIT, "hardware/many_nodes", "hardware.nodes=64", "train.global_batch=1024", "hardware.micro_batch=2"]
+    assert main(["plan", *words]) == 0
+    table = capsys.readouterr().out
+    assert "64 nodes are wasted on it" in table
+    assert "bound by launching kernels" in table
+    assert main(["plan", *words, "json=true"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    first, *others = found["compared"]
+    assert first["nodes"] < 64
+    assert {row["nodes"] for row in (first, *others)} == {64, 32, 16, 8, 4, 2, 1}
+    most = max(row["cells_per_s_and_gpu"] for row in (first, *others))
+    assert first["cells_per_s_and_gpu"] >= most / 2
+    for row in others:
+        assert row["cells_per_s"] <= first["cells_per_s"] or row["cells_per_s_and_gpu"] < most / 2
+
+
+def test_a_preset_is_planned_for_the_machine_that_it_is_for() -> None:
+    def machine(*words: str) -> tuple[str, int, int]:
+        hardware = read(["vae/20m", "n_genes=36130", "n_cells=1000", *words]).hardware
+        return hardware.gpu, hardware.nodes, hardware.gpus_per_node
+
+    assert machine("hardware/one_gpu") == ("H100", 1, 1)
+    assert machine("hardware/node_8gpu") == ("H100", 1, 8)
+    assert machine("hardware/many_nodes") == ("H100", 4, 8)
+    assert machine("hardware/many_nodes", "hardware.nodes=16") == ("H100", 16, 8)
+    assert machine("hardware/cpu") == ("CPU", 1, 1)
+
+
 def test_no_step_is_promised_that_launching_and_the_optimizer_do_not_allow() -> None:
     """ldm/base computes for 0.9 ms at 35 % of an H100's peak, and launches a thousand kernels."""
     words = [*DIT, "hardware/node_8gpu", "hardware.node_link_gb_s=1e9"]
@@ -71,7 +124,7 @@ def test_no_step_is_promised_that_launching_and_the_optimizer_do_not_allow() -> 
     assert (half.kernels, half.optimizer_s) == (2 * plan.kernels, plan.optimizer_s)
     slow = plan_of(read([*words, "hardware.memory_tb_s=0.335", "hardware.gpus_per_node=4", "hardware.launch_us=0"]))
     assert slow.optimizer_s == pytest.approx(20 * plan.optimizer_s)
-    assert slow.step_s == pytest.approx(slow.compute_s + slow.optimizer_s, rel=1e-3)
+    assert slow.step_s == pytest.approx(slow.compute_s + slow.optimizer_s + slow.save_s, rel=1e-3)
 
 
 def test_what_the_floor_does_not_know_is_said() -> None:
