@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         verb, rest = find_verb(words)
     except InputError as error:
         print(f"scldm: error: {error}", file=sys.stderr)
-        return 2
+        return REFUSED
     if verb is None:
         print(overview())
         return 0

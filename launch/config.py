@@ -14,7 +14,7 @@ import difflib
 import inspect
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,14 +75,14 @@ def compose(schema: type[Config], argv: Sequence[str]) -> Config:
 
     Raises: InputError with the dotted key for anything unknown, of the wrong type, or missing.
     """
-    presets, overrides = split_arguments(schema, argv)
+    words = [word for word, _ in with_options_read(schema, argv)]
     config = OmegaConf.structured(schema)
     while nested := [key for key in OmegaConf.missing_keys(config) if dataclasses.is_dataclass(_kind(schema, key))]:
         for key in nested:  # a nested config without a default: its own required keys are what is missing
             config = _merge(config, _at(key, OmegaConf.structured(_kind(schema, key))), key)
-    for name in presets:
+    for name in [word for word in words if "=" not in word]:
         config = _merge(config, load_preset(name), f"preset {name}")
-    for override in overrides:
+    for override in [word for word in words if "=" in word]:
         config = _merge(config, _nested(schema, override), override)
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
@@ -90,29 +90,26 @@ def compose(schema: type[Config], argv: Sequence[str]) -> Config:
     return typing.cast(Config, OmegaConf.to_object(config))
 
 
-def split_arguments(schema: type, argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The presets and the key=value overrides of a command line."""
-    presets: list[str] = []
-    overrides: list[str] = []
+def with_options_read(schema: type, argv: Sequence[str], only_known: bool = False) -> Iterator[tuple[str, bool]]:
+    """Every word of a command line, an option (`--some-key value`) as `some_key=value`; and whether it was one.
+
+    only_known: leave options that the schema has no key for as they are, for another schema
+    """
     words = list(argv)
     while words:
         word = words.pop(0)
-        if word.startswith("--"):
-            key, equals, value = word[2:].partition("=")
-            key = key.replace("-", "_")
-            if not equals:
-                if _kind(schema, key) is bool:
-                    value = "true"
-                elif words and not words[0].startswith("--"):
-                    value = words.pop(0)
-                else:
-                    raise InputError(f"{word} needs a value")
-            overrides.append(f"{key}={value}")
-        elif "=" in word:
-            overrides.append(word)
-        else:
-            presets.append(word)
-    return presets, overrides
+        key, equals, value = word.removeprefix("--").partition("=")
+        kind = _kind(schema, key := key.replace("-", "_"))
+        if not word.startswith("--") or (only_known and kind is None):
+            yield word, False
+            continue
+        if kind is bool and not equals:
+            value = words.pop(0) if words[:1] in (["true"], ["false"]) else "true"
+        elif not equals:
+            if not words or words[0].startswith("--"):
+                raise InputError(f"{word} needs a value")
+            value = words.pop(0)
+        yield f"{key}={value}", True
 
 
 def _kind(schema: type, dotted_key: str) -> Any:

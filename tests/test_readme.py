@@ -18,7 +18,7 @@ import pytest
 from launch import cli
 from launch.cli import VERBS, find_verb
 from launch.config import compose, preset_path
-from scldm.errors import InputError
+from scldm.errors import LOST, REFUSED, REQUEUE, STOPPED, InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -156,6 +156,11 @@ def test_the_python_of_the_readme_names_what_exists() -> None:
                     assert hasattr(scldm, node.attr), f"scldm.{node.attr}"
                 elif node.value.id == "model":
                     assert hasattr(scldm.Pretrained, node.attr), f"model.{node.attr}"
+
+
+def test_the_readme_lists_the_exit_codes() -> None:
+    told = [int(code) for code in re.findall(r"^\| (\d+) \|", README.read_text(), re.MULTILINE)]
+    assert told == [0, 1, REFUSED, REQUEUE, STOPPED, LOST]
 
 
 # --- files ---

@@ -1,4 +1,4 @@
-"""Copy a shard set to a node's own disk, every byte checked against the manifest; slurm/job.sbatch runs it once a node.
+"""Copy a shard set to a node's own disk, every byte checked against the manifest; a job's steps run it once a node.
 
 What jobs that no longer run left there is removed first: folders with their name that hold their mark, and no others. A
 copy that is whole already, as after a requeue to the same node, is kept. The job's ranks then read it where it lies.
@@ -22,7 +22,7 @@ from typing import Any
 from data_pipeline.files import disk_explained
 from data_pipeline.format.schema import MANIFEST, read_manifest
 from launch.config import compose
-from scldm.errors import InputError
+from scldm.errors import REFUSED, InputError
 from scldm.files import written_aside
 
 PIECE = 16 << 20
@@ -107,7 +107,7 @@ def run(words: Sequence[str]) -> int:
         main(compose(StageConfig, words))
     except InputError as error:
         print(f"scldm: staging: error: {error}", file=sys.stderr)
-        return 2
+        return REFUSED
     return 0
 
 

@@ -3,7 +3,7 @@
 The script is slurm/job.sbatch with the settings of this job in place of the site file's. It lies in the notes of the
 job, a folder beside what it makes (for a training run, `slurm` in the run folder), with the log and the job's state.
 
-Reading order: SubmitConfig, Job, its notes, script.
+Reading order: SubmitConfig, Job, job_of, script, steps_settings.
 """
 
 from __future__ import annotations
@@ -12,21 +12,19 @@ import importlib
 import os
 import re
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launch.cli import VERBS
-from launch.config import compose, shipped, split_arguments
+from launch.cli import VERBS, config_of, find_verb
+from launch.cluster.site import exports, for_nodes
+from launch.config import shipped
 from scldm.errors import InputError
 
 # a verb whose ranks share its work: one per GPU on every node; and those that want one GPU. The others want none
 ON_ALL_RANKS = ("train vae", "train ldm", "encode", "generate")
 ON_ONE_GPU = ("transform", "embed", "reconstruct")
-# notes of nodes that preflight found unfit; of those that were only late, which the next time are
-BAD_NODES, LATE_NODES = "bad_nodes", "late_nodes"
 BEGIN, SETTINGS, THE_JOB = "# --- begin ---", "# --- settings", "# --- the job ---"  # the parts of slurm/job.sbatch
 
 
@@ -75,55 +73,74 @@ class SubmitConfig:
 
 
 class Job(NamedTuple):
-    """One job to be: a verb with its words, where its notes lie, and what it asks of Slurm."""
+    """One job to be: a verb with its words and the config that they say, where its notes lie, what it asks of Slurm."""
 
     name: str
     verb: str
     words: list[str]
-    notes: Path
+    config: Any
     options: SubmitConfig
+    notes: Path
     array: int = 0  # tasks; 0 is no array
 
+    @property
+    def on_all_ranks(self) -> bool:
+        return self.verb in ON_ALL_RANKS
 
-def notes_of(verb: str, words: Sequence[str]) -> Path:
-    """Where a job keeps its script, log and state: in the run folder, or beside what the verb makes."""
-    config = compose(importlib.import_module(VERBS[verb][0]).CONFIG, words)
-    made = getattr(config, "run_dir", "") or getattr(config, "out", "")
+    @property
+    def makes(self) -> str:
+        """What the verb makes, a path that does not depend on the folder it is called in."""
+        return os.path.abspath(made_by(self.config))
+
+    @property
+    def shards(self) -> str:
+        """The shard set that each rank reads; empty for a verb without."""
+        place = getattr(self.config, "data", self.config)
+        return getattr(place, "shards", "") if self.on_all_ranks else ""
+
+
+def job_of(
+    verb: str, words: Sequence[str], options: SubmitConfig, notes: Path | None = None, name: str = "", array: int = 0
+) -> Job:
+    """The job of a verb's command line. Raises: InputError for all that the verb itself would refuse.
+
+    notes: by default in the run folder, or beside what the verb makes
+    """
+    config = config_of(importlib.import_module(VERBS[verb][0]), words)
+    made = made_by(config)
     if not made or "://" in made:
         raise InputError(f"scldm submit {verb}: the job's notes need run_dir or out, a folder that all nodes see")
     made = os.path.abspath(made)
-    return Path(made) / "slurm" if hasattr(config, "run_dir") else Path(f"{made}.slurm")
+    notes = notes or (Path(made) / "slurm" if hasattr(config, "run_dir") else Path(f"{made}.slurm"))
+    return Job(name or verb.replace(" ", "-"), verb, list(words), config, options, notes, array)
 
 
-def bad_nodes(notes: Path) -> dict[str, str]:
-    """Node -> why an earlier preflight of this run named it."""
-    return {node: why for node, (_, why) in nodes_in(notes / BAD_NODES).items()}
+def made_by(config: Any) -> str:
+    return getattr(config, "run_dir", "") or getattr(config, "out", "")
 
 
-def nodes_in(path: Path) -> dict[str, tuple[str, str]]:
-    """Node -> when and why it was noted; a line that is not whole, as where a disk was full, is passed over."""
-    lines = path.read_text().splitlines() if path.is_file() else []
-    rows = [line.split("\t", 2) for line in lines]
-    return {row[0]: (row[1], row[2]) for row in rows if len(row) == 3}
+# --- the script -----------------------------------------------------------------------------------------------------
 
 
 def script(job: Job, site: Mapping[str, str], extra: Sequence[str], bad: Mapping[str, str]) -> str:
     """The batch script of a job: what sbatch reads, the settings, and slurm/job.sbatch from the job on."""
     template = (shipped("slurm") / "job.sbatch").read_text()
+    key = "run_dir" if hasattr(job.config, "run_dir") else "out"
+    words = [*job.words, *([] if made_by(job.config) == job.makes else [f"{key}={job.makes}"])]
     lines = ["#!/bin/bash", f"# written by: scldm submit {shlex.join([*job.verb.split(), *job.words])}"]
     lines += [f"#SBATCH {option}" for option in sbatch_options(job, site, bad)]
     if extra:
         lines.append("#SBATCH " + " ".join(quoted(word) for word in extra))
     lines += ["", template[template.index(BEGIN) : template.index(SETTINGS)] + "# --- settings ---", ""]
-    lines += [f"{key}={shlex.quote(value)}" for key, value in settings(job, site).items()]
-    lines.append("set -- " + shlex.join([*job.verb.split(), *plain_words(job)]))
+    lines.append(exports(for_nodes(site) | submit_settings(job) | steps_settings(job)))
+    lines.append("set -- " + shlex.join([*job.verb.split(), *words]))
     return "\n".join([*lines, "", template[template.index(THE_JOB) :]])
 
 
 def sbatch_options(job: Job, site: Mapping[str, str], bad: Mapping[str, str]) -> list[str]:
     gpus, n_ranks = int(site.get("SCLDM_GPUS_PER_NODE", 0)), ranks_per_node(site)
     cpus = site.get("SCLDM_CPUS_PER_TASK", "1")
-    on_all, array = job.verb in ON_ALL_RANKS, job.array > 0
+    on_all, array = job.on_all_ranks, job.array > 0
     # of a range of nodes, Slurm takes the smallest for one task per node
     few = on_all and n_ranks == 1 and job.options.least < job.options.most
     log = str(job.notes).replace("%", "%%") + ("/log-%a.txt" if array else "/log.txt")
@@ -155,32 +172,51 @@ def usable_counts(global_batch: int, micro_batch: int, per_node: int, most: int)
     return [n for n in range(1, most + 1) if global_batch % (n * per_node * micro_batch) == 0]
 
 
-def settings(job: Job, site: Mapping[str, str]) -> dict[str, str]:
-    """The SCLDM_ variables of the script: the site's, those of the job, and the Python."""
-    for_sbatch = ("SCLDM_PARTITION", "SCLDM_ACCOUNT", "SCLDM_QOS", "SCLDM_TIME", "SCLDM_MEMORY")
-    found = {key: value for key, value in site.items() if key not in for_sbatch}
-    python = "python" if "SCLDM_CONTAINER" in site else sys.executable
+def quoted(word: str) -> str:
+    """A word as sbatch reads it in a script's #SBATCH lines."""
+    return '"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"' if re.search(r"[\s'\"\\#]", word) else word
+
+
+# --- what the job's steps are told ----------------------------------------------------------------------------------
+
+
+def submit_settings(job: Job) -> dict[str, str]:
+    options = job.options
     return {
-        "SCLDM_PYTHON": python,
-        **found,
-        "SCLDM_NOTES": str(job.notes),
-        "SCLDM_PREFLIGHT": "on" if job.options.preflight else "off",
-        "SCLDM_PREFLIGHT_S": str(job.options.preflight_s),
-        "SCLDM_STAGE": "on" if job.options.stage and shards_word(job) else "off",
-        "SCLDM_MAX_REQUEUES": str(job.options.max_requeues),
-        **({"SCLDM_STOP_SIGNAL": signal} if (signal := stop_signal(job)) else {}),
-        **({"SCLDM_MIN_NODES": str(job.options.least)} if job.options.least < job.options.most else {}),
+        "SCLDM_PREFLIGHT": "on" if options.preflight else "off",
+        "SCLDM_PREFLIGHT_S": str(options.preflight_s),
+        "SCLDM_STAGE": "on" if options.stage and job.shards else "off",
+        "SCLDM_MAX_REQUEUES": str(options.max_requeues),
+        **({"SCLDM_MIN_NODES": str(options.least)} if options.least < options.most else {}),
     }
 
 
-def stop_signal(job: Job) -> str:
-    """What the script sends to the ranks of a training that is to save and stop, as USR1; empty for other verbs.
+def steps_settings(job: Job) -> dict[str, str]:
+    """What follows from the verb's words: the steps of a submitted job need neither its config nor its packages."""
+    return {
+        "SCLDM_NOTES": str(job.notes),
+        "SCLDM_MADE": job.makes,
+        "SCLDM_RANKS": "all" if job.on_all_ranks else "one",
+        "SCLDM_SHARDS": job.shards,
+        "SCLDM_STOP_SIGNAL": stop_signal(job.config),
+    }
+
+
+def settings_by_hand(words: Sequence[str]) -> dict[str, str]:
+    """The same for a job that was sent with sbatch. Raises: InputError."""
+    verb, rest = find_verb(words)
+    if verb is None:
+        raise InputError("slurm/job.sbatch: give a verb, as train vae")
+    return steps_settings(job_of(verb, rest, SubmitConfig()))
+
+
+def stop_signal(config: Any) -> str:
+    """What tells the ranks of a training to save and stop, as USR1; TERM for other verbs.
 
     Raises: InputError where the ranks catch none that srun passes on.
     """
-    config = compose(importlib.import_module(VERBS[job.verb][0]).CONFIG, job.words)
     if not hasattr(config, "train"):
-        return ""
+        return "TERM"
     passed_on = [name for name in ("SIGUSR1", "SIGUSR2", "SIGTERM") if name in config.train.stop_signals]
     if not passed_on:
         given = ", ".join(config.train.stop_signals) or "none"
@@ -188,35 +224,3 @@ def stop_signal(job: Job) -> str:
             f"train.stop_signals={given}: a job is told to stop by SIGUSR1, SIGUSR2 or SIGTERM; name one of them"
         )
     return passed_on[0].removeprefix("SIG")
-
-
-def shards_word(job: Job) -> str:
-    """The shards that each rank reads, as key=value, also where a preset file names them; empty for a verb without."""
-    if job.verb not in ON_ALL_RANKS:
-        return ""
-    config = compose(importlib.import_module(VERBS[job.verb][0]).CONFIG, job.words)
-    if hasattr(config, "data"):
-        return f"data.shards={config.data.shards}"
-    return f"shards={config.shards}" if hasattr(config, "shards") else ""
-
-
-def plain_words(job: Job) -> list[str]:
-    """The verb's words with every key as key=value, and what it makes as a path that does not depend on the folder.
-
-    Words name that, and where shards are staged those too, for the script, which does not read preset files.
-    """
-    schema: Any = importlib.import_module(VERBS[job.verb][0]).CONFIG
-    presets, overrides = split_arguments(schema, job.words)
-    config = compose(schema, job.words)
-    for key in ("run_dir", "out"):
-        if made := getattr(config, key, ""):
-            word = f"{key}={os.path.abspath(made)}"
-            others = [word if other.startswith(f"{key}=") else other for other in overrides]
-            overrides = others if word in others else [*others, word]
-    word = shards_word(job) if job.options.stage else ""
-    return [*presets, *overrides, *([word] if word and word not in overrides else [])]
-
-
-def quoted(word: str) -> str:
-    """A word as sbatch reads it in a script's #SBATCH lines."""
-    return '"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"' if re.search(r"[\s'\"\\#]", word) else word

@@ -21,9 +21,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from launch.cluster.job import BAD_NODES, LATE_NODES, nodes_in, usable_counts
+from launch.cluster.job import usable_counts
 from launch.cluster.node_checks import FIRST_UNSEEN, SEEN_S, Findings
 from launch.cluster.node_tokens import BEGUN, is_seen
+from launch.cluster.notes import BAD_NODES, LATE_NODES, nodes_in, note_nodes
 from scldm.files import write_json
 
 SLOW = 2.0  # times the median of the nodes
@@ -222,10 +223,7 @@ class Report:
         write_json(course.notes / "preflight.json", whole)
         before = nodes_in(course.notes / LATE_NODES)
         for name, unfit in ((BAD_NODES, self._to_leave_out(before)), (LATE_NODES, self._late())):
-            with (course.notes / name).open("a") as file:
-                for node in unfit:
-                    told = "; ".join(self.troubles[node])
-                    file.write(f"{node}\t{time.strftime('%Y-%m-%d %H:%M:%S')}\t{told}\n")
+            note_nodes(course.notes / name, {node: "; ".join(self.troubles[node]) for node in unfit})
         (course.notes / "use_nodes.partial").write_text("".join(f"{node}\n" for node in use))
         os.replace(course.notes / "use_nodes.partial", course.notes / "use_nodes")
         print(

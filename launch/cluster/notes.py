@@ -1,4 +1,4 @@
-"""What a job notes about itself, as slurm/job.sbatch and `scldm submit` write it, read back.
+"""What a job notes about itself, as its steps and `scldm submit` write it, read back.
 
 job.json     id, name and words of the job that was submitted last
 job.sbatch   its script
@@ -10,18 +10,20 @@ late_nodes   nodes that did not come up in time once; the second time they are u
 use_nodes    nodes that preflight chose; begun, preflight: folders of words that nodes left in it
 failure      exit code and error of the rank that failed first; of an array, failure.TASK
 
-Reading order: find_notes, state_of.
+Reading order: find_notes, state_of; nodes_in, note_nodes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from launch.cluster import commands as slurm
 from scldm.errors import InputError, read_json
 
+BAD_NODES, LATE_NODES = "bad_nodes", "late_nodes"
 ENDED = ("DONE", "STOPPED", "LOST", "NOT SUBMITTED", *slurm.ENDED)  # by the job's own word, by nobody's, by Slurm's
 
 
@@ -80,3 +82,20 @@ def state_of(notes: Path) -> State:
 
 # of the tasks of an array, the state to show
 _ORDER = ("FAILED", "STOPPED", "REQUEUED", "RUNNING", "DONE")
+
+
+def nodes_in(path: Path) -> dict[str, tuple[str, str]]:
+    """Node -> when and why it was noted; a line that is not whole, as where a disk was full, is passed over."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    rows = [line.split("\t", 2) for line in lines]
+    return {row[0]: (row[1], row[2]) for row in rows if len(row) == 3}
+
+
+def bad_nodes(notes: Path) -> dict[str, str]:
+    """Node -> why an earlier preflight of this run named it."""
+    return {node: why for node, (_, why) in nodes_in(notes / BAD_NODES).items()}
+
+
+def note_nodes(path: Path, why: Mapping[str, str]) -> None:
+    with path.open("a") as file:
+        file.writelines(f"{node}\t{time.strftime('%Y-%m-%d %H:%M:%S')}\t{told}\n" for node, told in why.items())

@@ -9,15 +9,11 @@ Reading order: LINKS, jobs_of_pipeline, jobs_of_shards.
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.cli import VERBS
-from launch.cluster.job import Job, SubmitConfig
-from launch.config import compose
+from launch.cluster.job import Job, SubmitConfig, job_of
 from scldm.errors import InputError
 
 # link -> its verb, and its keys that the pipeline sets; {out} is the pipeline's folder
@@ -46,14 +42,10 @@ def jobs_of_pipeline(words: Sequence[str], options: SubmitConfig) -> list[Job]:
     jobs = []
     for link, (verb, _) in LINKS.items():
         try:
-            compose(importlib.import_module(VERBS[verb][0]).CONFIG, words_of[link])
+            job = job_of(verb, words_of[link], options, Path(out) / "slurm" / link, link)
         except InputError as error:
             raise InputError(f"{link}: {error}") from None
-        notes = Path(out) / "slurm" / link
-        if link == "shards":
-            jobs += jobs_of_shards(words_of[link], options, notes)
-        else:
-            jobs.append(Job(link, verb, words_of[link], notes, options))
+        jobs += jobs_of_shards(job) if link == "shards" else [job]
     return jobs
 
 
@@ -88,16 +80,15 @@ def words_of_links(words: Sequence[str]) -> tuple[str, dict[str, list[str]]]:
     return out, words_of
 
 
-def jobs_of_shards(words: Sequence[str], options: SubmitConfig, notes: Path) -> list[Job]:
+def jobs_of_shards(job: Job) -> list[Job]:
     """Arrays that share the work, one for each of its stages, then the closing job; one job alone for one task."""
-    if options.tasks == 1:
-        return [Job("shards", "shards write", list(words), notes, options)]
-    config = compose(importlib.import_module(VERBS["shards write"][0]).CONFIG, words)
+    n_tasks, filters = job.options.tasks, job.config.filter
+    if n_tasks == 1:
+        return [job]
     # transpose (of files that need it), scatter, gather; counting genes, and again for the most variable ones
-    n_stages = 3 + bool(config.filter.min_cells or config.filter.n_top_genes) + bool(config.filter.n_top_genes)
-    jobs = [
-        Job(f"shards-{k + 1}", "shards write", list(words), notes / f"stage-{k + 1}", options, array=options.tasks)
-        for k in range(n_stages)
+    n_stages = 3 + bool(filters.min_cells or filters.n_top_genes) + bool(filters.n_top_genes)
+    arrays = [
+        job._replace(name=f"shards-{k + 1}", notes=job.notes / f"stage-{k + 1}", array=n_tasks) for k in range(n_stages)
     ]
-    alone = dataclasses.replace(options, tasks=1)
-    return [*jobs, Job("shards-finish", "shards write", [*words, "finish=true"], notes / "finish", alone)]
+    closing = [*job.words, "finish=true"]
+    return [*arrays, job_of(job.verb, closing, job.options, job.notes / "finish", "shards-finish")]

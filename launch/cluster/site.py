@@ -1,7 +1,12 @@
 """What a site's Slurm is like: `SCLDM_KEY=value` lines of a file, `slurm/site.sh` or the one that $SCLDM_SITE names.
 
-The file is read, never run: one line, one key; `#` begins a comment line. slurm/job.sbatch reads it by the same rules.
-Reading order: KEYS, read_site.
+One grammar, for `scldm submit` and for jobs that are sent with sbatch. It is a part of the shell's, and nothing is run:
+
+    SCLDM_KEY=word            one key a line; `#` begins a comment, at the start of a line or after a blank
+    SCLDM_KEY="two words"     blanks and `#` need quotes, "" or ''
+    SCLDM_KEY=~/x/$USER       ~, $HOME and $USER are filled in, but not between ''. Any other $ is refused
+
+Reading order: KEYS, read_site, for_nodes. `python -m launch.cluster.site` prints the file for a shell.
 """
 
 from __future__ import annotations
@@ -10,10 +15,12 @@ import difflib
 import os
 import re
 import shlex
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from launch.config import shipped
-from scldm.errors import InputError
+from scldm.errors import REFUSED, InputError
 
 # key -> what it says; a site gives those that it needs
 KEYS = {
@@ -27,11 +34,13 @@ KEYS = {
     "SCLDM_MEMORY": "memory of a node, as 0 for all of it, or 200G",
     "SCLDM_MODULES": "environment modules to load, separated by spaces",
     "SCLDM_PYTHON": "the Python that has scldm; else that of the submitting shell",
+    "SCLDM_JOB_PYTHON": "with a container, a Python outside of it that has scldm, to run the job's steps",
     "SCLDM_CONTAINER": "image for srun --container-image (pyxis)",
     "SCLDM_CONTAINER_MOUNTS": "its mounts, as /lustre:/lustre",
     "SCLDM_SCRATCH": "folder on a node's local disk, for staged shards",
     "SCLDM_SHARED": "folders that all nodes see, separated by colons; run folders lie below one of them",
 }
+FOR_SBATCH = ("SCLDM_PARTITION", "SCLDM_ACCOUNT", "SCLDM_QOS", "SCLDM_TIME", "SCLDM_MEMORY")
 NUMBERS = ("SCLDM_GPUS_PER_NODE", "SCLDM_TASKS_PER_NODE", "SCLDM_CPUS_PER_TASK")
 # SCLDM_NCCL_X=value sets NCCL_X on the nodes; NCCL has too many variables for a list that stays true
 PASSED_ON = ("SCLDM_NCCL_", "SCLDM_GLOO_", "SCLDM_UCX_", "SCLDM_FI_")
@@ -49,7 +58,7 @@ def site_path() -> Path:
 def read_site(path: Path) -> dict[str, str]:
     """The keys that a site file sets to something.
 
-    Raises: InputError with the line, for an unknown key, a second value, or what only a shell could make sense of.
+    Raises: InputError with the line, for an unknown key, a second value, or what is not of the grammar.
     """
     found: dict[str, str] = {}
     for number, line in enumerate(path.read_text().splitlines(), 1):
@@ -65,20 +74,56 @@ def read_site(path: Path) -> dict[str, str]:
             raise InputError(f"{where}: unknown key {key}; {'did you mean ' if near else ''}{', '.join(near or KEYS)}")
         if key in found:
             raise InputError(f"{where}: {key} is given twice")
-        found[key] = _value(text, f"{where}: {key}")
+        found[key] = _value(text, f"{where}: {key}={text}")
         if key in NUMBERS and found[key] and not re.fullmatch(r"\d+", found[key]):
             raise InputError(f"{where}: {key}={found[key]!r} must be a whole number")
     return {key: value for key, value in found.items() if value}
 
 
 def _value(text: str, where: str) -> str:
-    """One word as a shell would read it, but nothing is expanded."""
+    match = re.fullmatch(r"""(?:"([^"]*)"|'([^']*)'|([^\s"'#][^\s"']*)?)(?:\s+#.*|\s*)""", text)
+    if not match:
+        raise InputError(f"{where}: write one word, or put the value into quotes; a comment begins with a blank and #")
+    if match[2] is not None:
+        return match[2]
+    value = match[1] or match[3] or ""
+    if value == "~" or value.startswith("~/"):
+        value = f"$HOME{value[1:]}"
+    value = re.sub(r"\$(?:(HOME|USER)\b|\{(HOME|USER)\})", lambda name: _variable(name[1] or name[2], where), value)
+    if re.search(r"[$`\\]|^~", value):
+        raise InputError(f"{where}: only ~, $HOME and $USER are filled in; write the value itself, or put it into ''")
+    return value
+
+
+def _variable(name: str, where: str) -> str:
+    if not os.environ.get(name):
+        raise InputError(f"{where}: ${name} is not set in this shell")
+    return os.environ[name]
+
+
+def for_nodes(site: Mapping[str, str]) -> dict[str, str]:
+    """The site's settings as a job's script has them, with the Python of its ranks and that of its own steps."""
+    ranks = site.get("SCLDM_PYTHON") or ("python" if "SCLDM_CONTAINER" in site else sys.executable)
+    steps = site.get("SCLDM_JOB_PYTHON") or (sys.executable if "SCLDM_CONTAINER" in site else ranks)
+    found = {key: value for key, value in site.items() if key not in FOR_SBATCH}
+    return {**found, "SCLDM_PYTHON": ranks, "SCLDM_JOB_PYTHON": steps}
+
+
+def exports(settings: Mapping[str, str]) -> str:
+    return "".join(f"export {key}={shlex.quote(value)}\n" for key, value in settings.items())
+
+
+def main() -> int:
+    """Print the settings of a job that was sent with sbatch; what its environment says goes before the site file."""
     try:
-        words = shlex.split(text)
-    except ValueError as error:
-        raise InputError(f"{where}={text}: {error}") from None
-    if len(words) > 1:
-        raise InputError(f"{where}={text}: put a value with spaces into quotes")
-    if re.search(r"[$`\\]", text):
-        raise InputError(f"{where}={text}: nothing is expanded here; write the value itself")
-    return words[0] if words else ""
+        site = read_site(site_path())
+    except InputError as error:
+        print(f"scldm: error: {error}", file=sys.stderr)
+        return REFUSED
+    given = {key: value for key, value in os.environ.items() if value and (key in KEYS or key.startswith(PASSED_ON))}
+    print(exports(for_nodes(site | given)), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.cli import run_verb
-from launch.cluster.job import BAD_NODES, nodes_in
-from launch.cluster.notes import State, find_notes, state_of, with_run
+from launch.cluster.notes import BAD_NODES, State, find_notes, nodes_in, state_of, with_run
 from launch.config import compose
 from launch.evaluation.gate import line_of
 from scldm.errors import InputError, read_json

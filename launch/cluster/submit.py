@@ -5,30 +5,19 @@ Reading order: read, main, checks. What a job is, and its script, are in job.py;
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from launch.cli import VERBS, config_of, find_verb
+from launch.cli import find_verb
 from launch.cluster import commands as slurm
-from launch.cluster.job import (
-    ON_ALL_RANKS,
-    Job,
-    SubmitConfig,
-    bad_nodes,
-    notes_of,
-    ranks_per_node,
-    script,
-    shards_word,
-    usable_counts,
-)
+from launch.cluster.job import Job, SubmitConfig, job_of, ranks_per_node, script, usable_counts
+from launch.cluster.notes import bad_nodes
 from launch.cluster.pipeline import jobs_of_pipeline, jobs_of_shards
 from launch.cluster.site import read_site, site_path
-from launch.config import compose
+from launch.config import compose, with_options_read
 from scldm.errors import InputError, read_json
 from scldm.files import write_json
 
@@ -51,11 +40,10 @@ USAGE = "scldm submit VERB [PRESET ...] [key=value ...] [--option value ...] [--
 
 
 class Submission(NamedTuple):
-    """A command line of submit: its own options, the verb with its words, the words for sbatch."""
+    """A command line of submit: its own options, the jobs that it asks for in their order, the words for sbatch."""
 
     options: SubmitConfig
-    verb: str
-    words: list[str]
+    chain: list[Job]
     sbatch: list[str]
 
 
@@ -63,51 +51,22 @@ def read(words: Sequence[str]) -> Submission:
     """Take a command line apart. Raises: InputError, also for what the verb itself would refuse."""
     words = list(words)
     end = words.index("--") if "--" in words else len(words)
-    own, rest = own_options(words[:end])
-    options = compose(SubmitConfig, own)
+    told = list(with_options_read(SubmitConfig, words[:end], only_known=True))
+    options = compose(SubmitConfig, [word for word, is_option in told if is_option])
+    rest = [word for word, is_option in told if not is_option]
     if rest[:1] == ["pipeline"]:
-        verb, rest = "pipeline", rest[1:]
-    else:
-        verb, rest = find_verb(rest)
-        if verb is None or verb.split()[0] in NOT_AS_A_JOB:
-            raise InputError(
-                f"name a verb that can run as a job: {', '.join(['train vae', 'encode', 'pipeline'])}, ..."
-            )
-        config_of(importlib.import_module(VERBS[verb][0]), rest)
-    return Submission(options, verb, rest, words[end + 1 :])
-
-
-def own_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words that are submit's own options, as key=value, and the others."""
-    kinds = {field.name: field.type for field in dataclasses.fields(SubmitConfig)}
-    own, rest, left = [], [], list(words)
-    while left:
-        word = left.pop(0)
-        key, equals, value = word[2:].partition("=")
-        key = key.replace("-", "_")
-        if not word.startswith("--") or key not in kinds:
-            rest.append(word)
-            continue
-        if not equals and kinds[key] == "bool":
-            value = left.pop(0) if left and left[0] in ("true", "false") else "true"
-        elif not equals:
-            if not left:
-                raise InputError(f"{word} needs a value")
-            value = left.pop(0)
-        own.append(f"{key}={value}")
-    return own, rest
+        return Submission(options, jobs_of_pipeline(rest[1:], options), words[end + 1 :])
+    verb, rest = find_verb(rest)
+    if verb is None or verb.split()[0] in NOT_AS_A_JOB:
+        raise InputError("name a verb that can run as a job: train vae, encode, pipeline, ...")
+    job = job_of(verb, rest, options)
+    return Submission(options, jobs_of_shards(job) if verb == "shards write" else [job], words[end + 1 :])
 
 
 def main(submission: Submission) -> list[str]:
     """Submit; returns the ids of the jobs (none for a dry run), the last one's last."""
-    options, verb, words, extra = submission
+    options, chain, extra = submission
     site = read_site(site_path())
-    if verb == "pipeline":
-        chain = jobs_of_pipeline(words, options)
-    elif verb == "shards write" and options.tasks > 1:
-        chain = jobs_of_shards(words, options, notes_of(verb, words))
-    else:
-        chain = [Job(verb.replace(" ", "-"), verb, words, notes_of(verb, words), options)]
     partition = check_slurm(options, site, extra)
     check_sources(chain)
     for job in chain:
@@ -197,10 +156,9 @@ def check_slurm(options: SubmitConfig, site: Mapping[str, str], extra: Sequence[
 
 def check_stage(job: Job) -> None:
     """Raises: InputError where shards are to be staged that lie in an object store; their readers keep a cache."""
-    shards = shards_word(job) if job.options.stage else ""
-    if "://" in shards:
+    if job.options.stage and "://" in job.shards:
         raise InputError(
-            f"--stage: {shards} is no folder that the nodes see; leave --stage out, and set data.cache_folder"
+            f"--stage: {job.shards} is no folder that the nodes see; leave --stage out, and set data.cache_folder"
         )
 
 
@@ -210,17 +168,17 @@ def check_nodes(job: Job, site: Mapping[str, str], partition: slurm.Partition) -
     Raises: InputError where there are too few nodes, or no number of them in the range can be used.
     """
     options = job.options
-    if job.verb not in ON_ALL_RANKS:
+    if not job.on_all_ranks:
         return
     left_out = sorted(partition.nodes & bad_nodes(job.notes).keys())
     n_nodes = len(partition.nodes) - len(left_out)
     if options.least > n_nodes:
         why = f", and {n_nodes} without those that a preflight found unfit: {', '.join(left_out)}" if left_out else ""
         raise InputError(f"--nodes {options.nodes}: partition {partition.name} has {len(partition.nodes)} nodes{why}")
-    config = compose(importlib.import_module(VERBS[job.verb][0]).CONFIG, job.words)
-    if not hasattr(config, "train"):
+    if not hasattr(job.config, "train"):
         return
-    cells, micro, n_ranks = config.train.global_batch, config.hardware.micro_batch, ranks_per_node(site)
+    cells, micro = job.config.train.global_batch, job.config.hardware.micro_batch
+    n_ranks = ranks_per_node(site)
     usable = usable_counts(cells, micro, n_ranks, options.most)
     told = f"train.global_batch={cells} with hardware.micro_batch={micro} on nodes of {n_ranks} ranks"
     if not usable or (options.least < options.most and usable[-1] < options.least):
@@ -252,7 +210,7 @@ def check_sources(chain: Sequence[Job]) -> None:
     if first is not None:
         from data_pipeline.convert.open import resolve  # which other jobs need nothing of
 
-        resolve(compose(importlib.import_module(VERBS[first.verb][0]).CONFIG, first.words).source)
+        resolve(first.config.source)
 
 
 def check_notes(job: Job, site: Mapping[str, str]) -> None:

@@ -21,7 +21,7 @@ esac
 SCONTROL = """#!/bin/bash
 case "$*" in
     *hostnames*) printf "%s\\n" ${3//,/ } ;;
-    requeue*) echo "$*" >>"$FAKE/requeued"; kill -TERM "$PPID" ;;
+    requeue*) echo "$*" >>"$FAKE/requeued"; kill -TERM "$SCRIPT" ;;
     *) echo "JobId=7 JobState=$(cat "$FAKE/job_state" 2>/dev/null || echo RUNNING) Reason=None" ;;
 esac
 """

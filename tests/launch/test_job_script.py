@@ -1,20 +1,28 @@
-"""What a job's script decides, run by bash with stand-ins for Slurm's commands: stops, requeues, preflight, staging."""
+"""What a job does, from its script to its exit code, with stand-ins for Slurm's commands: stops, preflight, staging."""
 
 from __future__ import annotations
 
 import os
-import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
-from launch.cli import VERBS, main
-from launch.cluster.job import ON_ALL_RANKS
+from launch.cli import main
 from launch.config import shipped
 from scldm.files import write_json
 from tests.launch.fake_slurm import train
+
+# the PATH, which /etc/profile has set anew; and the process that Slurm sends its signals to
+PROFILE = 'PATH="$FAKE/bin:$PATH"\nexport SCRIPT=$$\n'
+
+
+def before_the_step(fake: Path, does: str) -> None:
+    """A stand-in for srun that does this first."""
+    srun = (fake / "bin" / "srun").read_text()
+    (fake / "bin" / "srun").write_text(srun.replace("code=", f"{does}\ncode="))
 
 
 class Life:
@@ -23,7 +31,7 @@ class Life:
     def __init__(self, fake: Path, tmp_path: Path, *words: str, verb: list[str] | None = None) -> None:
         assert main(["submit", *(verb or train(tmp_path)), "--preflight", "false", *words]) == 0
         self.fake, self.run_dir = fake, tmp_path / "my runs" / "50 % vae"
-        (fake / ".bash_profile").write_text('PATH="$FAKE/bin:$PATH"\n')  # which /etc/profile has set anew
+        (fake / ".bash_profile").write_text(PROFILE)
         self.notes = self.run_dir / "slurm"
 
     def start(self, restart: int, *codes: int | str, step: int | None = None, hosts: str = "n1,n2") -> str:
@@ -66,7 +74,7 @@ def test_ranks_may_open_as_many_files_as_the_node_allows(
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # of a notebook, say, that trained before it submitted
         monkeypatch.setenv(name, "1")
     life = Life(fake, tmp_path)
-    preflight_of(
+    before_the_step(
         fake,
         'echo "$(ulimit -Sn) $(ulimit -Hn) ${SLURM_DISTRIBUTION:-none} ${SCLDM_STAGED:-none}'
         ' ${RANK:-none} ${WORLD_SIZE:-none} ${LOCAL_RANK:-none}" >"$FAKE/told"',
@@ -77,15 +85,6 @@ def test_ranks_may_open_as_many_files_as_the_node_allows(
     soft, hard, *inherited = (fake / "told").read_text().split()
     assert soft == hard != "100"
     assert inherited == ["none"] * 5
-
-
-@pytest.mark.parametrize("verb", list(VERBS))
-def test_the_script_spreads_over_all_ranks_what_submit_does(verb: str) -> None:
-    text = (shipped("slurm") / "job.sbatch").read_text()
-    (choice,) = re.findall(r'^case "\$\{1:-\} .*?^esac', text, re.DOTALL | re.MULTILINE)
-    words = [*verb.split(), "key=value"]
-    done = subprocess.run(["bash", "-c", choice + '\necho "$ranks"', "bash", *words], capture_output=True, text=True)
-    assert done.stdout == ("all\n" if verb in ON_ALL_RANKS else "one\n")
 
 
 def test_a_stopped_run_goes_back_to_the_queue(fake: Path, tmp_path: Path) -> None:
@@ -154,7 +153,7 @@ def test_a_job_outlives_a_controller_that_is_away_for_a_moment(fake: Path, tmp_p
 @pytest.mark.parametrize("signals, told", [("[SIGUSR2]", "USR2"), ("[SIGHUP,SIGTERM]", "TERM")])
 def test_the_ranks_are_told_by_a_signal_that_they_catch(fake: Path, tmp_path: Path, signals: str, told: str) -> None:
     life = Life(fake, tmp_path, f"train.stop_signals={signals}")
-    does = f'kill -USR1 $PPID; trap "exit 85" {told}; for ((k = 0; k < 80; k++)); do sleep 0.1; done'
+    does = f'kill -USR1 $SCRIPT; trap "exit 85" {told}; for ((k = 0; k < 80; k++)); do sleep 0.1; done'
     (fake / "bin" / "srun").write_text(f'#!/bin/bash\ntouch "$FAKE/step"; {does}\n')
     assert life.start(0, step=5) == "REQUEUED"
     assert f"sending SIG{told} to the ranks" in life.done.stdout
@@ -172,8 +171,20 @@ def test_a_run_folder_that_a_preset_file_names_reaches_the_script(fake: Path, tm
     life = Life(fake, tmp_path, verb=[*words, f"{tmp_path}/mine.yaml"])
     assert life.start(0, 0, step=5) == "DONE"
     (step,) = life.steps()
-    assert f"{tmp_path}/mine.yaml" in step
-    assert step[-1] == f"run_dir={tmp_path}/my runs/50 % vae"
+    assert step[-1] == f"{tmp_path}/mine.yaml"
+
+
+def test_a_run_folder_does_not_depend_on_the_folder_that_the_job_runs_in(
+    fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    *words, _ = train(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    life = Life(fake, tmp_path, verb=[*words, "--run-dir", "my runs/50 % vae"])
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("PYTHONPATH", str(shipped("slurm").parent))
+    assert life.start(0, 0, step=5) == "DONE"
+    (step,) = life.steps()
+    assert step[-1] == f"run_dir={life.run_dir}"
 
 
 def test_a_sites_module_command_may_use_what_is_not_set(fake: Path, tmp_path: Path) -> None:
@@ -227,8 +238,7 @@ def test_a_killed_rank_is_tried_again_as_long_as_there_is_progress(
     life = Life(fake, tmp_path)
     assert life.start(0, code, step=5) == "REQUEUED"
     assert f"by a rank killed by {said}" in (life.notes / "state").read_text()
-    with (fake / ".bash_profile").open("a") as file:  # on the way it saves
-        file.write(f"srun() {{ printf step-00000008 >'{life.run_dir}/checkpoints/latest'; command srun \"$@\"; }}\n")
+    before_the_step(fake, f"printf step-00000008 >'{life.run_dir}/checkpoints/latest'")  # on the way it saves
     assert life.start(1, code, step=5) == "REQUEUED"
     assert life.start(2, code, step=8) == "FAILED"
     assert life.requeued == 2
@@ -244,7 +254,7 @@ class Encoding(Life):
         words = ["vae=a run", "shards=a set", f"out={tmp_path}/latents", "--preflight", "false"]
         assert main(["submit", "encode", *words]) == 0
         self.fake, self.notes = tmp_path / "fake slurm", tmp_path / "latents.slurm"
-        (self.fake / ".bash_profile").write_text('PATH="$FAKE/bin:$PATH"\n')
+        (self.fake / ".bash_profile").write_text(PROFILE)
 
 
 @pytest.mark.parametrize("code", [143, 137])
@@ -262,7 +272,7 @@ def test_a_rank_that_fails_while_the_job_is_told_to_stop_is_no_failure(fake: Pat
     """The others are ended one by one, and it misses them."""
     life = Encoding(tmp_path)
     srun = (fake / "bin" / "srun").read_text()
-    (fake / "bin" / "srun").write_text(srun.replace("exit ", 'kill -TERM "$PPID"; sleep 0.2; exit '))
+    (fake / "bin" / "srun").write_text(srun.replace("exit ", 'kill -TERM "$SCRIPT"; sleep 0.2; exit '))
     (fake / "step").touch()
     assert life.start(0, r"143 1\trank 3 on n1: RuntimeError: closed") == "REQUEUED"
 
@@ -299,7 +309,7 @@ def test_ranks_that_a_signal_ended_before_they_caught_it_are_started_again(fake:
 def test_a_signal_that_comes_with_the_requeue_does_not_prevent_it(fake: Path, tmp_path: Path) -> None:
     life = Life(fake, tmp_path)
     scontrol = (fake / "bin" / "scontrol").read_text()
-    (fake / "bin" / "scontrol").write_text(scontrol.replace("requeue*) ", "requeue*) kill -USR1 $PPID; sleep 0.2; "))
+    (fake / "bin" / "scontrol").write_text(scontrol.replace("requeue*) ", "requeue*) kill -USR1 $SCRIPT; sleep 0.2; "))
     assert life.start(0, 85, step=5) == "REQUEUED"
     assert life.requeued == 1
     assert life.done.returncode == 0
@@ -309,7 +319,7 @@ def test_a_signal_waits_for_the_ranks_to_be_there(fake: Path, tmp_path: Path) ->
     """An srun that has not made its step yet ignores signals; told once, it stops."""
     srun = """#!/bin/bash
 trap '' USR1
-kill -USR1 $PPID
+kill -USR1 $SCRIPT
 sleep 0.5
 trap 'echo x >>"$FAKE/told"; exit 85' USR1
 touch "$FAKE/step"
@@ -324,7 +334,7 @@ for ((k = 0; k < 80; k++)); do sleep 0.1; done
 def test_a_signal_before_the_ranks_began_is_not_forgotten(fake: Path, tmp_path: Path) -> None:
     """It comes while the script asks for its hosts."""
     scontrol = (fake / "bin" / "scontrol").read_text()
-    (fake / "bin" / "scontrol").write_text(scontrol.replace("*hostnames*) ", "*hostnames*) kill -USR1 $PPID; "))
+    (fake / "bin" / "scontrol").write_text(scontrol.replace("*hostnames*) ", "*hostnames*) kill -USR1 $SCRIPT; "))
     (fake / "step").touch()
     life = Life(fake, tmp_path)
     (fake / "bin" / "srun").write_text("""#!/bin/bash
@@ -335,24 +345,19 @@ for ((k = 0; k < 80; k++)); do sleep 0.1; done
     assert "told to stop: sending SIGUSR1" in life.done.stdout
 
 
-def preflight_of(fake: Path, does: str) -> None:
-    srun = (fake / "bin" / "srun").read_text()
-    (fake / "bin" / "srun").write_text(srun.replace("code=", f"{does}\ncode="))
-
-
 def test_a_preflight_that_leaves_no_node_says_why(fake: Path, tmp_path: Path) -> None:
     life = Life(fake, tmp_path, "--preflight", "true")
-    preflight_of(fake, ': >"$SCLDM_NOTES/use_nodes"')
+    before_the_step(fake, ': >"$SCLDM_NOTES/use_nodes"')
     write_json(life.notes / "preflight.json", {"use": [], "note": 'every rank failed: KeyError: "x"', "same": {}})
     assert life.start(0, 1) == "FAILED"
-    assert r"preflight: every rank failed: KeyError: \"x\"; see preflight.json" in (life.notes / "state").read_text()
+    assert 'preflight: every rank failed: KeyError: "x"; see preflight.json' in (life.notes / "state").read_text()
     assert len(life.steps()) == 1
 
 
 def test_a_preflight_without_a_report_names_the_first_node(fake: Path, tmp_path: Path) -> None:
     """The other came up: it left its token."""
     life = Life(fake, tmp_path, "--preflight", "true")
-    preflight_of(fake, 'mkdir -p "$SCLDM_NOTES/preflight" && touch "$SCLDM_NOTES/preflight/n2"')
+    before_the_step(fake, 'mkdir -p "$SCLDM_NOTES/preflight" && touch "$SCLDM_NOTES/preflight/n2"')
     assert life.start(0, 3) == "FAILED"
     (line,) = (life.notes / "bad_nodes").read_text().splitlines()
     assert line.split("\t")[::2] == ["n1", "its first rank gave no report in preflight"]
@@ -362,7 +367,7 @@ def test_a_preflight_without_a_report_names_the_first_node(fake: Path, tmp_path:
 def test_a_single_node_is_not_blamed_for_a_preflight_without_a_report(fake: Path, tmp_path: Path) -> None:
     """It may be the job: a library that dies on any node."""
     life = Life(fake, tmp_path, "--preflight", "true")
-    preflight_of(fake, 'mkdir -p "$SCLDM_NOTES/preflight" && touch "$SCLDM_NOTES/preflight/first"')
+    before_the_step(fake, 'mkdir -p "$SCLDM_NOTES/preflight" && touch "$SCLDM_NOTES/preflight/first"')
     assert life.start(0, 139, hosts="n1") == "FAILED"
     assert "exit code 139: the first rank, on n1, gave no report" in (life.notes / "state").read_text()
     assert not (life.notes / "bad_nodes").exists()
@@ -381,7 +386,7 @@ def test_where_no_rank_of_a_preflight_came_up_no_node_is_named(fake: Path, tmp_p
 def test_a_rank_that_dies_in_preflight_does_not_end_the_others(fake: Path, tmp_path: Path) -> None:
     """They name it; the job goes on without its node."""
     life = Life(fake, tmp_path, "--preflight", "true", "--nodes", "1-2", "--preflight-s", "600")
-    preflight_of(fake, 'echo n1 >"$SCLDM_NOTES/use_nodes"')
+    before_the_step(fake, 'echo n1 >"$SCLDM_NOTES/use_nodes"')
     assert life.start(0, 137, 0) == "DONE"
     first, second = life.steps()
     assert max(k for k, word in enumerate(first) if word.startswith("--kill-on-bad-exit")) == first.index(
@@ -389,6 +394,103 @@ def test_a_rank_that_dies_in_preflight_does_not_end_the_others(fake: Path, tmp_p
     )
     assert "--wait=605" in first
     assert "--nodelist=n1" in second
+
+
+# --- the script: what it does before its Python is there, and where that never is -------------------------------------
+
+
+def python_of(tmp_path: Path, does: str) -> None:
+    """The site's Python for a job's steps, which does this first; it has no packages, but ours."""
+    path = tmp_path / "bin python"
+    path.write_text(f'#!/bin/bash\n{does}\nexec "{sys.executable}" -S "$@"\n')
+    path.chmod(0o755)
+    with (tmp_path / "site.sh").open("a") as file:
+        file.write(f'SCLDM_JOB_PYTHON="{path}"\n')
+
+
+def test_signals_wait_for_the_jobs_python_which_needs_no_packages(fake: Path, tmp_path: Path) -> None:
+    """Those to the script, as Slurm sends them before the time limit; those to all of its processes end none."""
+    python_of(tmp_path, "kill -USR1 $SCRIPT; kill -USR1 $$; kill -TERM $$; sleep 0.2; touch $FAKE/step")
+    life = Life(fake, tmp_path)
+    before_the_step(fake, 'trap "exit 85" USR1; for ((k = 0; k < 80; k++)); do sleep 0.1; done')
+    assert life.start(0, step=5) == "REQUEUED"
+    assert life.done.stdout.count("told to stop: sending SIGUSR1") == 1
+
+
+@pytest.mark.parametrize(
+    "does, said",
+    [
+        ("exit 127", "ended with exit code 127 on n1 and left no word"),
+        ("cd /; unset PYTHONPATH", "ended with exit code 1 on n1 and left no word"),  # it has no scldm
+        ("(sleep 1; kill -KILL $$) &", "ended with exit code 137 on n1 and left no word"),
+    ],
+)
+def test_a_python_that_can_not_run_the_job_is_noted_and_named(
+    fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str, said: str
+) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    python_of(tmp_path, does)
+    life = Life(fake, tmp_path)
+    before_the_step(fake, "sleep 3")
+    (life.notes / "state").write_text("REQUEUED\t7\t1\t0\tby a signal, at 5\n")  # of the start before
+    assert life.start(1, 0, step=5) == "FAILED"
+    assert life.done.returncode in (1, 127, 137)
+    _, job, _, restart, why = (life.notes / "state").read_text().split("\t")
+    assert (job, restart) == ("7", "1")
+    assert why.startswith(f"{tmp_path}/bin python -m launch.cluster.job_steps {said}")
+
+
+def test_an_error_of_the_steps_themselves_is_noted(fake: Path, tmp_path: Path) -> None:
+    life = Life(fake, tmp_path)
+    scontrol = (fake / "bin" / "scontrol").read_text()
+    (fake / "bin" / "scontrol").write_text(scontrol.replace("*hostnames*) ", "*hostnames*) echo away >&2; exit 1; "))
+    assert life.start(0, step=5) == "FAILED"
+    assert (life.notes / "state").read_text().endswith("\tscontrol: away\n")
+    (life.notes / "failure").mkdir()  # what nobody thought of
+    (fake / "bin" / "scontrol").write_text(scontrol)
+    assert life.start(0, step=5) == "FAILED"
+    assert "IsADirectoryError" in (life.notes / "state").read_text()
+    assert "Traceback" in life.done.stderr
+
+
+# --- with sbatch, by hand --------------------------------------------------------------------------------------------
+
+
+def by_hand(fake: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    (fake / ".bash_profile").write_text(PROFILE)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1,n2", "HOME": str(fake), "SCLDM_PYTHON": sys.executable}
+    script = str(shipped("slurm") / "job.sbatch")
+    return subprocess.run(
+        ["bash", script, *words], env=os.environ | job | env, capture_output=True, text=True, timeout=100
+    )
+
+
+def test_a_job_sent_by_hand_does_what_a_submitted_one_does(fake: Path, tmp_path: Path) -> None:
+    """It finds in presets, too, what it makes; its environment goes before the site file, not another job's."""
+    (tmp_path / "mine.yaml").write_text(f"run_dir: {tmp_path}/run\ntrain:\n  stop_signals: [SIGTERM]\n")
+    with (tmp_path / "site.sh").open("a") as file:
+        file.write("SCLDM_NCCL_DEBUG=INFO # all\nSCLDM_UCX_TLS=tcp\nSCLDM_CPUS_PER_TASK=3\n")
+    before_the_step(fake, 'echo "$NCCL_DEBUG $UCX_TLS" >"$FAKE/told"')
+    *words, _ = train(tmp_path)
+    env = {"SCLDM_UCX_TLS": "rc", "SCLDM_PREFLIGHT": "off", "SCLDM_MADE": "another's", "SCLDM_RANKS": "one"}
+    done = by_hand(fake, *words, f"{tmp_path}/mine.yaml", **env)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "slurm" / "state").read_text().startswith("DONE\t7\t")
+    assert (fake / "told").read_text() == "INFO rc\n"
+    (step,) = [path.read_text().splitlines() for path in fake.glob("srun.*")]
+    assert {"--ntasks=16", "--cpus-per-task=3"} <= set(step)
+    assert step[-1] == f"{tmp_path}/mine.yaml"
+
+
+def test_what_is_refused_of_a_job_sent_by_hand(fake: Path, tmp_path: Path) -> None:
+    done = by_hand(fake, *train(tmp_path), "train.stepz=1")
+    assert (done.returncode, "unknown key 'train.stepz'" in done.stderr) == (2, True), done.stderr
+    done = by_hand(fake, "shards", "write", f"out={tmp_path}/x", "source.paths=c", SCLDM_STAGE="on")
+    assert (done.returncode, "read no shards that could be staged" in done.stderr) == (2, True), done.stderr
+    (tmp_path / "site.sh").write_text("SCLDM_PARTITON=x\n")
+    done = by_hand(fake, *train(tmp_path))
+    assert (done.returncode, "did you mean SCLDM_PARTITION" in done.stderr) == (2, True), done.stderr
+    assert not list(fake.glob("srun.*"))
 
 
 # --- staging ---------------------------------------------------------------------------------------------------------

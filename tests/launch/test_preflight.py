@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from launch.cluster import node_checks, node_judgement, node_tokens, preflight_stages
-from launch.cluster.job import bad_nodes
 from launch.cluster.node_checks import Findings
 from launch.cluster.node_judgement import Course, Report, nodes_to_use
+from launch.cluster.notes import bad_nodes
 
 HOSTS = ["n1", "n2", "n3", "n4"]
 

@@ -17,9 +17,9 @@ from types import SimpleNamespace
 import pytest
 
 from launch.cluster import node_tokens, preflight_stages
-from launch.cluster.job import bad_nodes
 from launch.cluster.node_checks import Findings
 from launch.cluster.node_judgement import Course
+from launch.cluster.notes import bad_nodes
 from scldm.errors import InputError
 
 STORES = []  # a thread that hung may still ask one for a word

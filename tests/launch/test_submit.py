@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from launch.cli import main
 from launch.cluster import submit
-from launch.cluster.site import KEYS, read_site
+from launch.cluster.site import for_nodes, read_site
 from launch.config import shipped
 from scldm.errors import InputError
 from tests.launch.fake_slurm import train
@@ -28,11 +28,32 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # --- the site file ---------------------------------------------------------------------------------------------------
 
 
-def test_a_site_file_is_read_and_never_run(tmp_path: Path) -> None:
+def test_a_site_file_is_read_and_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USER", "me")
+    lines = {
+        "# a comment": None,
+        "": None,
+        "SCLDM_ACCOUNT=a1": "a1",
+        "SCLDM_GPUS_PER_NODE=8 # eight": "8",
+        "SCLDM_TIME= # none": None,
+        "SCLDM_QOS=": None,
+        "SCLDM_MODULES='cuda/12 gcc' # two": "cuda/12 gcc",
+        'SCLDM_CONTAINER="a # b"': "a # b",
+        "SCLDM_NCCL_IB_HCA==mlx5_0#1": "=mlx5_0#1",
+        "SCLDM_SCRATCH=/scratch/$USER/x": "/scratch/me/x",
+        "SCLDM_PYTHON=~/env/bin/python": "/home/me/env/bin/python",
+        'SCLDM_SHARED="${HOME}/my runs:/lustre"': "/home/me/my runs:/lustre",
+        "SCLDM_JOB_PYTHON='/$odd~'": "/$odd~",
+    }
     path = tmp_path / "site.sh"
-    lines = ["# a comment", "", "SCLDM_ACCOUNT=a1", "SCLDM_MODULES='cuda/12 gcc'", "SCLDM_QOS="]
-    path.write_text("\n".join([*lines, "SCLDM_NCCL_IB_HCA=mlx5_0"]))
-    assert read_site(path) == {"SCLDM_ACCOUNT": "a1", "SCLDM_MODULES": "cuda/12 gcc", "SCLDM_NCCL_IB_HCA": "mlx5_0"}
+    path.write_text("\n".join(lines))
+    assert list(read_site(path).values()) == [value for value in lines.values() if value]
+    text = f'set -a; . "{path}"; for key in "${{!SCLDM_@}}"; do echo "$key=${{!key}}"; done'
+    env = {"HOME": "/home/me", "USER": "me"}
+    done = subprocess.run(["bash", "-c", text], env=env, capture_output=True, text=True, check=True)
+    told = dict(line.split("=", 1) for line in done.stdout.splitlines())
+    assert read_site(path) == {key: value for key, value in told.items() if value}  # a part of the shell's grammar
 
 
 @pytest.mark.parametrize(
@@ -42,41 +63,39 @@ def test_a_site_file_is_read_and_never_run(tmp_path: Path) -> None:
         ("SCLDM_NCCL_=x", "unknown key SCLDM_NCCL_"),
         ("PATH=/x", "unknown key PATH"),
         ("SCLDM_QOS=a\nSCLDM_QOS=b", "line 2: SCLDM_QOS is given twice"),
-        ("SCLDM_SCRATCH=/scratch/$USER", "nothing is expanded here"),
-        ("SCLDM_SCRATCH=`date`", "nothing is expanded here"),
-        ("SCLDM_MODULES=a b", "put a value with spaces into quotes"),
-        ("SCLDM_MODULES='a", "No closing quotation"),
+        ("SCLDM_SCRATCH=/scratch/$SLURM_JOB_ID", "only ~, \\$HOME and \\$USER are filled in"),
+        ("SCLDM_SCRATCH=$HOMES", "only ~, \\$HOME and \\$USER are filled in"),
+        ("SCLDM_SCRATCH=~other/x", "only ~, \\$HOME and \\$USER are filled in"),
+        ("SCLDM_SCRATCH=`date`", "only ~, \\$HOME and \\$USER are filled in"),
+        ("SCLDM_SCRATCH=$USER", "line 1: SCLDM_SCRATCH=\\$USER: \\$USER is not set"),
+        ("SCLDM_MODULES=a b", "put the value into quotes"),
+        ("SCLDM_MODULES='a", "put the value into quotes"),
+        ("SCLDM_MODULES='a'b", "put the value into quotes"),
         ("export SCLDM_QOS=a", "is no SCLDM_KEY=value line"),
         ("SCLDM_GPUS_PER_NODE=eight", "SCLDM_GPUS_PER_NODE='eight' must be a whole number"),
     ],
 )
-def test_what_a_site_file_can_not_say(tmp_path: Path, line: str, said: str) -> None:
+def test_what_a_site_file_can_not_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, said: str) -> None:
+    monkeypatch.delenv("USER", raising=False)
     (tmp_path / "site.sh").write_text(line + "\n")
     with pytest.raises(InputError, match=said):
         read_site(tmp_path / "site.sh")
 
 
-def test_the_script_reads_a_site_file_as_submit_does(tmp_path: Path) -> None:
-    """The shipped file, and one with every key."""
-    settings = (shipped("slurm") / "job.sbatch").read_text().split("# --- the job ---")[0]
-    every = "".join(f'{key}="{k} x"\n' for k, key in enumerate(KEYS) if "_PER_" not in key)
-    (tmp_path / "every.sh").write_text(f"# all\n{every}SCLDM_NCCL_DEBUG=INFO\nSCLDM_GPUS_PER_NODE=4\n")
-    for_sbatch = {"SCLDM_PARTITION", "SCLDM_ACCOUNT", "SCLDM_QOS", "SCLDM_TIME", "SCLDM_MEMORY"}
-    for path in (shipped("slurm") / "site.sh", tmp_path / "every.sh"):
-        done = subprocess.run(
-            ["bash", "-c", settings + "\nenv -0 | grep -z ^SCLDM_"],
-            env={"PATH": os.environ["PATH"], "SCLDM_SITE": str(path)},
-            capture_output=True,
-            text=True,
-        )
-        found = dict(line.split("=", 1) for line in done.stdout.split("\0") if line)
-        found = {key: value for key, value in found.items() if value and key != "SCLDM_SITE"}
-        assert found == {key: value for key, value in read_site(path).items() if key not in for_sbatch}, done.stderr
-    (tmp_path / "wrong.sh").write_text("SCLDM_PARTITON=x\n")
-    done = subprocess.run(
-        ["bash", "-c", settings], env={"PATH": os.environ["PATH"], "SCLDM_SITE": str(tmp_path / "wrong.sh")}
-    )
-    assert done.returncode == 2
+def test_the_shipped_site_file_is_read() -> None:
+    assert read_site(shipped("slurm") / "site.sh") == {"SCLDM_GPUS_PER_NODE": "8"}
+
+
+def test_a_container_has_a_python_and_the_jobs_steps_have_that_of_the_submitting_shell() -> None:
+    for site, ranks, steps in (
+        ({}, sys.executable, sys.executable),
+        ({"SCLDM_PYTHON": "/py"}, "/py", "/py"),
+        ({"SCLDM_CONTAINER": "image"}, "python", sys.executable),
+        ({"SCLDM_CONTAINER": "image", "SCLDM_PYTHON": "/py", "SCLDM_JOB_PYTHON": "/out"}, "/py", "/out"),
+    ):
+        told = for_nodes(site | {"SCLDM_PARTITION": "low"})
+        assert (told["SCLDM_PYTHON"], told["SCLDM_JOB_PYTHON"]) == (ranks, steps)
+        assert "SCLDM_PARTITION" not in told
 
 
 # --- what is submitted -----------------------------------------------------------------------------------------------
@@ -137,7 +156,7 @@ def test_nodes_that_a_preflight_named_are_left_out(fake: Path, tmp_path: Path, c
         (
             "SCLDM_SCRATCH=/disk",
             ["--stage", "data.shards=s3://b/set"],
-            "data.shards=s3://b/set is no folder that the no",
+            "s3://b/set is no folder that the no",
         ),
         ("SCLDM_SHARED=/lustre", [], "is not below a folder that all nodes see: SCLDM_SHARED=/lustre"),
         ("SCLDM_SHARED=", [], "each node's own; choose a folder on a shared file system"),
@@ -308,10 +327,9 @@ def test_shards_are_staged_for_the_jobs_that_read_them(fake: Path, tmp_path: Pat
     words = ["train", "vae", "vae/tiny", "hardware/cpu", f"{tmp_path}/mine.yaml", f"run_dir={tmp_path}/vae"]
     assert main(["submit", *words, "--stage"]) == 0
     assert main(["submit", "encode", f"vae={tmp_path}/vae", "shards=a set", f"out={tmp_path}/z", "--stage"]) == 0
-    for folder, expected in (("vae/slurm", "data.shards=my set"), ("z.slurm", "shards=a set")):
+    for folder, expected in (("vae/slurm", "my set"), ("z.slurm", "a set")):
         script = (tmp_path / folder / "job.sbatch").read_text()
-        (given,) = [shlex.split(line)[2:] for line in script.splitlines() if line.startswith("set -- ")]
-        assert [word for word in given if "shards=" in word] == [expected]
+        assert f"export SCLDM_SHARDS='{expected}'\n" in script
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,449 @@
+"""What a Slurm job does, from its first word to its exit code. slurm/job.sbatch runs it once, on the job's first node.
+
+    begin        note the start; end a job that only goes to and fro
+    preflight    check the nodes, and choose those to run on
+    stage        copy the shards to each node's own disk
+    verb         one rank per GPU
+
+The verb saves and stops on a signal. Then the job goes back to the queue by itself, and its next start resumes. It does
+not go back where nothing was done since the last time, or too often.
+
+It needs Python and Slurm's commands, but none of the verbs' packages. Its settings are SCLDM_ variables, which `scldm
+submit` writes into the script; with sbatch they are in the environment, if anywhere. Those of slurm/site.sh, and
+
+    SCLDM_NOTES         folder for notes: state, history, preflight.json, bad_nodes; by default beside what is made
+    SCLDM_PREFLIGHT     off leaves out the check of the nodes before the first rank starts
+    SCLDM_PREFLIGHT_S   seconds that it may take, half of them until every rank is up
+    SCLDM_STAGE         on copies the shards to each node's SCLDM_SCRATCH first
+    SCLDM_MAX_REQUEUES  how often the job may go back to the queue
+    SCLDM_STOP_SIGNAL   what tells the ranks to stop; by default the first of train.stop_signals that srun passes on
+    SCLDM_MIN_NODES     the fewest nodes to run on, where preflight finds broken ones; by default all that it got
+
+Reading order: main, JobSteps.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import resource
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+from launch.cluster import commands as slurm
+from launch.cluster.node_tokens import BEGUN, CAME
+from launch.cluster.notes import BAD_NODES, note_nodes
+from scldm.errors import LOST, REFUSED, REQUEUE, STOPPED, InputError
+
+DEFAULTS = {"SCLDM_PREFLIGHT": "on", "SCLDM_PREFLIGHT_S": "55", "SCLDM_MAX_REQUEUES": "50", "SCLDM_GPUS_PER_NODE": "0"}
+PASSED_ON = re.compile(r"SCLDM_((?:NCCL|GLOO|UCX|FI)_\w+)")
+# of the shell that submitted, were they to come along: ranks are Slurm's here
+NOT_FOR_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_DISTRIBUTION", "SCLDM_STAGED")
+SIGKILLED = (128 + signal.SIGKILL, 253)  # 253: Slurm's word for just that
+CRASHED = (signal.SIGILL, signal.SIGTRAP, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV)
+# on each node: removes a folder there once the job lets go of the step's stdin, or is gone
+KEEPER = 'trap "" TERM USR1; echo here; cat >/dev/null; rm -rf "${1:?}"/* "$1"'
+
+
+class End(Exception):
+    """The job is over.
+
+    code: its exit code
+    """
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def main(words: Sequence[str]) -> int:
+    """The job of a verb's command line; stdin names the signals that Slurm sends. Returns the exit code."""
+    for number in (signal.SIGUSR1, signal.SIGTERM):  # ignored until here; a step would inherit that
+        signal.signal(number, lambda *_: None)
+    try:
+        job = JobSteps(words, settings_of(words))
+    except InputError as error:
+        print(f"scldm: error: {error}", file=sys.stderr)
+        return REFUSED
+    try:
+        try:
+            job.run()
+        except InputError as error:
+            job.end(1, "FAILED", str(error))
+        except Exception as error:
+            if not isinstance(error, End):
+                traceback.print_exc()
+                job.end(1, "FAILED", f"{type(error).__name__}: {error}")
+            raise
+    except End as end:
+        return end.code
+
+
+def settings_of(words: Sequence[str]) -> dict[str, str]:
+    """The job's settings; of one that was sent with sbatch, also what its words say. Raises: InputError."""
+    given = {key: value for key, value in os.environ.items() if value}
+    if "SCLDM_MADE" in given:
+        return DEFAULTS | given
+    from launch.cluster.job import settings_by_hand  # which reads the verb's config, with all its packages
+
+    return DEFAULTS | settings_by_hand(words) | given
+
+
+class JobSteps:
+    """One start of one job, or of one task of an array.
+
+    env: what its steps start with
+    """
+
+    def __init__(self, words: Sequence[str], settings: Mapping[str, str]) -> None:
+        self.words, self.settings = list(words), settings
+        self.id, self.trains = settings["SLURM_JOB_ID"], words[0] == "train"
+        task = settings.get("SLURM_ARRAY_TASK_ID", "")
+        self.part = f".{task}" if task else ""  # tasks of an array keep their notes apart
+        # one task has the id of the whole array as its own
+        self.me = f"{settings['SLURM_ARRAY_JOB_ID']}_{task}" if task else self.id
+        self.restart = int(settings.get("SLURM_RESTART_COUNT", 0))
+        self.max_requeues = int(settings["SCLDM_MAX_REQUEUES"])
+        self.made, self.notes = settings["SCLDM_MADE"], Path(settings["SCLDM_NOTES"])
+        self.soft = settings["SCLDM_STOP_SIGNAL"]
+        self.failure = self.notes / f"failure{self.part}"
+        self.python = settings["SCLDM_PYTHON"]
+        self.unheard = self.stopping = False  # a signal that no step was told of yet; whether there was one
+        self.keeper: subprocess.Popen[bytes] | None = None
+        self.hosts: list[str] = []
+        self.env = {key: value for key, value in os.environ.items() if key not in NOT_FOR_RANKS}
+        if settings.get("SCLDM_STAGE") == "on" and not settings.get("SCLDM_SHARDS"):
+            raise InputError(f"SCLDM_STAGE=on: the ranks of {words[0]} read no shards that could be staged")
+        if settings.get("SCLDM_STAGE") == "on" and not settings.get("SCLDM_SCRATCH"):
+            raise InputError("SCLDM_STAGE=on needs SCLDM_SCRATCH, a folder on each node's own disk")
+
+    def run(self) -> NoReturn:
+        self.begin()
+        self.set_up()
+        if self.settings["SCLDM_RANKS"] == "all" and self.settings["SCLDM_PREFLIGHT"] != "off":
+            self.hosts = self.preflight()
+        if self.settings.get("SCLDM_STAGE") == "on":
+            self.stage()
+        self.verb()
+
+    # --- the steps --------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Note the start. Raises: End for a job that goes to and fro without progress, or too often."""
+        self.notes.mkdir(parents=True, exist_ok=True)
+        self.then, history = self.progress(), self.notes / f"history{self.part}"
+        rows = [line.split("\t") for line in history.read_text().splitlines()] if history.exists() else []
+        last = [row[3] for row in rows if row[:2] == ["start", self.id]][-1:]
+        self.note_progress("start", self.then)
+        where = f"at {self.then}, on {self.settings['SLURM_JOB_NODELIST']}"
+        self.note("RUNNING", f"{' '.join(self.words)} (start {self.restart + 1}, {where})")
+        if self.restart > self.max_requeues:
+            self.end(1, "FAILED", f"requeued {self.restart} times; SCLDM_MAX_REQUEUES={self.max_requeues}")
+        if self.restart > 1 and last == [self.then]:
+            self.end(1, "FAILED", f"no progress between the last two requeues (still at {self.then})")
+
+    def set_up(self) -> None:
+        """What every step starts with."""
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        # srun hands it on: the first rank's store holds a few connections of every rank
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        passed_on = {match[1]: value for key, value in self.settings.items() if (match := PASSED_ON.fullmatch(key))}
+        named = {key: self.settings[key] for key in ("SCLDM_NOTES", "SCLDM_PREFLIGHT_S", "SCLDM_GPUS_PER_NODE")}
+        self.env |= passed_on | named | {"SCLDM_FAILURE": str(self.failure), "PYTHONUNBUFFERED": "1"}
+        self.env.setdefault("OMP_NUM_THREADS", "1")
+        # jobs that share a node must not share a port; below Linux's ephemeral ones
+        self.env["MASTER_PORT"] = str(12_000 + int(self.id) % 20_000)
+        self.hosts = slurm.call("scontrol", "show", "hostnames", self.settings["SLURM_JOB_NODELIST"]).split()
+        if self.settings["SCLDM_RANKS"] != "all":
+            self.hosts = self.hosts[:1]
+
+    def preflight(self) -> list[str]:
+        """The nodes to run on. Raises: End where there are none."""
+        for left in (BEGUN, CAME):
+            shutil.rmtree(self.notes / left, ignore_errors=True)
+        (self.notes / "use_nodes").unlink(missing_ok=True)
+        # a rank that dies or fails must not end the others, which would be blamed for it; all end within its time
+        wait_s = int(self.settings["SCLDM_PREFLIGHT_S"]) + 5
+        command = [*self.ranks(), "--kill-on-bad-exit=0", f"--wait={wait_s}"]
+        command += [self.python, "-m", "launch.cluster.preflight", *self.words]
+        code = self.step("TERM", command, TORCH_CPP_LOG_LEVEL="ERROR")
+        if self.told_to_stop(code):
+            self.requeue("a signal during preflight")
+        if not (self.notes / "use_nodes").exists():
+            # the first rank reports on all; every rank that comes up leaves word, also where it can't reach the first
+            if not list(self.notes.glob(f"{CAME}/*")):
+                self.end(1, "FAILED", f"preflight, exit code {code}: no rank came up on any node; see the log")
+            if len(self.hosts) > 1:  # of a single node, it may be the job
+                note_nodes(self.notes / BAD_NODES, {self.hosts[0]: "its first rank gave no report in preflight"})
+            self.end(1, "FAILED", f"preflight, exit code {code}: the first rank, on {self.hosts[0]}, gave no report")
+        if not (use := (self.notes / "use_nodes").read_text().split()):
+            why = json.loads((self.notes / "preflight.json").read_text())["note"]
+            self.end(
+                1, "FAILED", f"preflight: {why}{'; ' if why else ''}see preflight.json and bad_nodes in {self.notes}"
+            )
+        return use
+
+    def stage(self) -> None:
+        """Copy the shards; the ranks read the copies, but what they note of the run names the set itself."""
+        source, staged = self.settings["SCLDM_SHARDS"], f"{self.settings['SCLDM_SCRATCH']}/scldm-{self.id}"
+        running = ",".join(slurm.call("squeue", "--me", "--noheader", "--format=%A").split())
+        if not self.keep(staged):
+            self.listen()
+            if self.stopping:
+                self.requeue("a signal before shards were staged")
+            not_there = f"did not start on all of {len(self.hosts)} nodes"
+            self.end(1, "FAILED", f"staging: the step that removes what is staged {not_there}")
+        command = [*self.each_node(), *self.container(), self.python, "-m", "launch.cluster.copy_shards"]
+        code = self.step("TERM", [*command, f"source={source}", f"out={staged}", f"running={running}"])
+        if self.told_to_stop(code):
+            self.requeue("a signal while shards were staged")
+        if code:
+            self.end(code, "FAILED", f"staging {source}, exit code {code}")
+        self.env["SCLDM_STAGED"] = staged
+
+    def verb(self) -> NoReturn:
+        """Run the verb's ranks, and conclude from their exit code."""
+        words = list(self.words)
+        if self.part:
+            first, n = int(self.settings.get("SLURM_ARRAY_TASK_MIN", 0)), self.settings.get("SLURM_ARRAY_TASK_COUNT", 1)
+            words.append(f"task={int(self.settings['SLURM_ARRAY_TASK_ID']) - first}/{n}")
+        self.failure.unlink(missing_ok=True)
+        code = self.step(self.soft, [*self.ranks(), self.python, "-m", "launch.cli", *words])
+        told = self.told_to_stop(code)
+        if (failed := self.failed(code)) is not None:
+            self.end(failed[0], "FAILED", f"exit code {failed[0]}{': ' if failed[1] else ''}{failed[1]}")
+        if code == 0:
+            self.end(0, "DONE")
+        if code == STOPPED:
+            self.end(code, "STOPPED", f"by the file stop in {self.made}")
+        if code == LOST:
+            self.requeue("a rank that is gone or hangs")
+        if code == REQUEUE or (told and code > 128):
+            self.requeue("a signal")
+        # no exception: the kernel or a library ended a rank, which another start may be spared
+        if code in SIGKILLED:
+            self.requeue("a rank killed by SIGKILL, as where memory is used up")
+        if code - 128 in CRASHED:
+            self.requeue(f"a rank killed by {signal.Signals(code - 128).name}")
+        self.end(code, "FAILED", f"exit code {code}")
+
+    def failed(self, code: int) -> tuple[int, str] | None:
+        """The exit code and the error of the first rank that failed by an exception, where one left word of it.
+
+        Of most verbs, srun ends the other ranks by signals, and returns those. Of a training it ends none: there a rank
+        that died by a signal is what makes the others fail.
+        """
+        ended_by_srun = code in (128 + signal.SIGKILL, 128 + signal.SIGTERM) and not self.trains
+        if self.stopping or not (code in (1, REFUSED) or ended_by_srun):
+            return None
+        for look in range(5 if ended_by_srun else 1):  # on a network file system it may show up a moment later
+            if look:
+                time.sleep(0.5)
+            os.listdir(self.notes)
+            if self.failure.exists():
+                told, _, why = self.failure.read_text().partition("\t")
+                return int(told.strip() or 1), why
+        return None
+
+    # --- how a step is run ------------------------------------------------------------------------------------------
+
+    def step(self, signal_name: str, command: Sequence[str], **more_env: str) -> int:
+        """Run a step; it is sent the signal when the job is told to stop. Returns its exit code as a shell has it."""
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=self.env | more_env)
+        while True:
+            self.listen()
+            if self.unheard:
+                self.unheard = False
+                self.say(f"told to stop: sending SIG{signal_name} to the ranks")
+                self.wait_for_step(process)
+                process.send_signal(signal.Signals[f"SIG{signal_name}"])
+            if process.poll() is not None:
+                return process.returncode if process.returncode >= 0 else 128 - process.returncode
+            self.listen(0.1)
+
+    def wait_for_step(self, process: subprocess.Popen[bytes]) -> None:
+        """Until Slurm has the step: an srun that has only begun does not pass a signal on."""
+        for _ in range(60):
+            told = ""
+            with suppress(InputError):
+                told = slurm.call("squeue", "--noheader", "--steps", f"--jobs={self.id}", "--format=%i")
+            if len(re.findall(r"\.\d+$", told, re.MULTILINE)) > bool(self.keeper):
+                break
+            time.sleep(1)
+            if process.poll() is not None:
+                return
+        time.sleep(1)
+
+    def listen(self, within_s: float = 0.0) -> None:
+        """Take up the signals that the script wrote down; waits for one so long."""
+        if select.select([0], [], [], within_s)[0]:
+            if not os.read(0, 4096):
+                raise End(1)  # the script is gone, and with it the job
+            self.unheard = self.stopping = True
+
+    def told_to_stop(self, code: int) -> bool:
+        """By a signal to the script; or, as the exit code of a step tells, to its ranks, before they catch it."""
+        self.listen()
+        soft = (signal.SIGUSR1, signal.SIGTERM, signal.Signals[f"SIG{self.soft}"])
+        return self.stopping or code - 128 in soft
+
+    def ranks(self) -> list[str]:
+        """srun, with its arguments for every rank."""
+        per_node = 1
+        if self.settings["SCLDM_RANKS"] == "all":
+            without = self.settings.get("SCLDM_TASKS_PER_NODE") or self.settings.get("SLURM_NTASKS_PER_NODE") or 1
+            per_node = int(self.settings["SCLDM_GPUS_PER_NODE"]) or int(without)
+        # of a training run, a rank that ends early must not take the others' last save with it, nor may they wait for
+        # it for ever; of the rest, all end with one that failed, and the first may take its time to join what all made
+        common = ["--kill-on-bad-exit=0", "--wait=120"] if self.trains else ["--kill-on-bad-exit=1", "--wait=0"]
+        common += [
+            "--cpu-bind=cores",
+            "--distribution=block",
+        ]  # ranks in the order of `hosts`, for preflight
+        if cpus := self.settings.get("SCLDM_CPUS_PER_TASK"):
+            common.append(f"--cpus-per-task={cpus}")
+        return ["srun", *common, *self.container(), *self.on_hosts(per_node)]
+
+    def each_node(self) -> list[str]:
+        """srun, with its arguments for one task on every node."""
+        return ["srun", "--overlap", *self.on_hosts(1)]
+
+    def on_hosts(self, per_node: int) -> list[str]:
+        self.env |= {"MASTER_ADDR": self.hosts[0], "SCLDM_HOSTS": " ".join(self.hosts)}
+        n = len(self.hosts)
+        place = [f"--nodelist={','.join(self.hosts)}", f"--nodes={n}"]
+        return [*place, f"--ntasks={n * per_node}", f"--ntasks-per-node={per_node}"]
+
+    def container(self) -> list[str]:
+        image, mounts = (self.settings.get(f"SCLDM_CONTAINER{what}") for what in ("", "_MOUNTS"))
+        if not image:
+            return []
+        return [f"--container-image={image}", *([f"--container-mounts={mounts}"] if mounts else [])]
+
+    # --- what is staged goes away with the job ----------------------------------------------------------------------
+
+    def keep(self, folder: str) -> bool:
+        """Start a step on each node that removes the folder there once this process lets go of it, or is gone.
+
+        It is there before the folder is: for a job that Slurm ends, it starts no step any more. False where it does not
+        come.
+        """
+        here = self.notes / f"keepers{self.part}"  # of this node's srun alone, which is told by all
+        with here.open("w") as file:
+            command = [*self.each_node(), "bash", "-c", KEEPER, "keeper", folder]
+            self.keeper = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, env=self.env)
+        for _ in range(600):
+            if here.read_text().split().count("here") == len(self.hosts):
+                return True
+            if self.keeper.poll() is not None:
+                break
+            time.sleep(0.1)
+        return False
+
+    def clean_up(self) -> None:
+        keeper, self.keeper = self.keeper, None
+        if keeper is None or keeper.stdin is None:
+            return
+        keeper.stdin.close()
+        try:
+            keeper.wait(60)
+        except subprocess.TimeoutExpired:
+            self.say("what was staged may still lie on a node; the next job that stages there removes it")
+
+    # --- how a job ends ---------------------------------------------------------------------------------------------
+
+    def end(self, code: int, state: str, reason: str = "") -> NoReturn:
+        self.note(state, reason)
+        self.clean_up()
+        if code:
+            told = ""
+            with suppress(InputError):
+                told = slurm.call("squeue", "--noheader", "--states=PD", "--format=%A %j %E")
+            job = self.settings.get("SLURM_ARRAY_JOB_ID") or self.id
+            for number, name, on in (line.split(maxsplit=2) for line in told.splitlines() if line.count(" ") > 1):
+                if re.search(rf"[:,]{job}(\D|$)", on):
+                    self.say(f"job {number} ({name}) depends on this one and will not run")
+        raise End(code)
+
+    def requeue(self, why: str) -> NoReturn:
+        """Back to the queue, unless that leads nowhere."""
+        now = self.progress()
+        self.note_progress("stop", now)
+        if self.restart >= self.max_requeues:
+            used_up = f"SCLDM_MAX_REQUEUES={self.max_requeues} are used up"
+            self.end(1, "FAILED", f"stopped by {why}, and not requeued: {used_up}")
+        if self.restart > 0 and now == self.then:
+            still = f"no progress since the last requeue (still at {now})"
+            self.end(1, "FAILED", f"stopped by {why}, and not requeued: {still}")
+        said = False
+        for pause_s in (1, 2, 4, 8, 16):  # Slurm's controller may be away for a moment
+            state = self.job_state() or "RUNNING"
+            if state == "PENDING" and said:
+                raise End(0)  # it did take the requeue, and could not say so
+            if state != "RUNNING":  # cancelled, or Slurm itself requeues it
+                self.end(1, "STOPPED", f"by {why} at {now}; Slurm says {state}")
+            if not said:  # before the requeue, which ends this process
+                said = True
+                self.note("REQUEUED", f"by {why}, at {now}")
+                self.clean_up()
+            try:
+                slurm.call("scontrol", "requeue", self.me)
+            except InputError as error:
+                self.say(f"Slurm did not take the requeue ({error}); once more in {pause_s} s")
+                time.sleep(pause_s)
+            else:
+                self.listen(600)  # until Slurm ends it
+                raise End(0)
+        self.end(1, "FAILED", f"stopped by {why}, and Slurm refused the requeue")
+
+    def job_state(self) -> str:
+        """As Slurm has it; empty where it does not answer."""
+        try:
+            told = slurm.call("scontrol", "--oneliner", "show", "job", self.me)
+        except InputError:
+            return ""
+        return "".join(re.findall(r"JobState=([A-Z_]+)", told)[:1])
+
+    # --- notes ------------------------------------------------------------------------------------------------------
+
+    def progress(self) -> str:
+        """How far the work is: the step of the last whole checkpoint, or the number of files made."""
+        if self.trains:
+            latest = Path(self.made, "checkpoints", "latest")
+            return (latest.read_text().strip().removeprefix("step-").lstrip("0") if latest.is_file() else "") or "0"
+        made, n = Path(self.made), 0
+        for place in (made, *made.parent.glob(f"{glob.escape(made.name)}.*")):
+            n += place.is_file()
+            for folder, _, files in os.walk(place):
+                n += 0 if Path(folder).is_relative_to(self.notes) else len(files)
+        return str(n)
+
+    def note_progress(self, event: str, progress: str) -> None:
+        with (self.notes / f"history{self.part}").open("a") as file:
+            file.write(f"{event}\t{self.id}\t{self.restart}\t{progress}\n")
+
+    def note(self, state: str, reason: str) -> None:
+        """What `scldm status` shows."""
+        reason, now = " ".join(reason.split()), time.strftime("%Y-%m-%d %H:%M:%S")
+        aside = self.notes / f".state{self.part}"
+        aside.write_text(f"{state}\t{self.id}\t{int(time.time())}\t{self.restart}\t{reason}\n")
+        aside.replace(self.notes / f"state{self.part}")
+        self.say(f"{state}{': ' if reason else ''}{reason}", now)
+
+    def say(self, what: str, now: str = "") -> None:
+        print(f"{now or time.strftime('%Y-%m-%d %H:%M:%S')} job {self.id}: {what}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
