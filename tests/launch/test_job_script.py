@@ -410,10 +410,10 @@ def python_of(tmp_path: Path, does: str) -> None:
 
 def test_signals_wait_for_the_jobs_python_which_needs_no_packages(fake: Path, tmp_path: Path) -> None:
     """Those to the script, as Slurm sends them before the time limit; those to all of its processes end none."""
-    python_of(tmp_path, "kill -USR1 $SCRIPT; kill -USR1 $$; kill -TERM $$; sleep 0.2; touch $FAKE/step")
+    python_of(tmp_path, 'kill -USR1 $SCRIPT; kill -USR1 $$; kill -TERM $$; sleep 0.2; touch "$FAKE/step"')
     life = Life(fake, tmp_path)
     before_the_step(fake, 'trap "exit 85" USR1; for ((k = 0; k < 80; k++)); do sleep 0.1; done')
-    assert life.start(0, step=5) == "REQUEUED"
+    assert life.start(0, step=5) == "REQUEUED", life.done.stdout + life.done.stderr
     assert life.done.stdout.count("told to stop: sending SIGUSR1") == 1
 
 
