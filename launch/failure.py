@@ -1,4 +1,4 @@
-"""Why a process failed, left for the batch script that started it."""
+"""Why a process failed, left for the job whose step it is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import TracebackType
 
 
 def note_failure(code: int, why: str, where: TracebackType | None = None) -> None:
-    """Leave word for the batch script, in the file that it names as SCLDM_FAILURE: the first rank to fail does.
+    """Leave word for the job (cluster/job_steps.py), in its file SCLDM_FAILURE: the first rank to fail does.
 
     The others srun then ends by signals, and returns those. What is raised within a collective is none of this rank's
     failures: another rank is gone, which may have been killed.

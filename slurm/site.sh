@@ -1,6 +1,7 @@
 # shellcheck shell=bash disable=SC2034
-# This site's Slurm, one SCLDM_KEY=value a line, for `scldm submit` and slurm/job.sbatch. The file is read, not run:
-# nothing is expanded. Another file: SCLDM_SITE=FILE. An empty value leaves the choice to Slurm.
+# This site's Slurm, one SCLDM_KEY=value a line, for `scldm submit` and slurm/job.sbatch. The file is read, not run.
+# A value with blanks needs quotes. ~, $HOME and $USER are filled in. An empty value leaves the choice to Slurm.
+# SCLDM_SITE=FILE in the environment names another file.
 
 # where jobs go, and for how long (24:00:00)
 SCLDM_PARTITION=
@@ -14,9 +15,11 @@ SCLDM_TASKS_PER_NODE=
 SCLDM_CPUS_PER_TASK=
 SCLDM_MEMORY=
 
-# environment modules ("cuda/12.8 python/3.12"), the Python that has scldm, or a container image (pyxis)
+# environment modules ("cuda/12.8 python/3.12"), the Python that has scldm, or a container image (pyxis); with one, the
+# job's own steps need a Python outside of it that has scldm: JOB_PYTHON, else that of the submitting shell
 SCLDM_MODULES=
 SCLDM_PYTHON=
+SCLDM_JOB_PYTHON=
 SCLDM_CONTAINER=
 SCLDM_CONTAINER_MOUNTS=
 

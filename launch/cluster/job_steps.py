@@ -42,8 +42,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from launch.cluster import commands as slurm
-from launch.cluster.node_tokens import BEGUN, CAME
-from launch.cluster.notes import BAD_NODES, note_nodes
+from launch.cluster.notes import BAD_NODES, CAME, note_nodes
 from scldm.errors import LOST, REFUSED, REQUEUE, STOPPED, InputError
 
 DEFAULTS = {"SCLDM_PREFLIGHT": "on", "SCLDM_PREFLIGHT_S": "55", "SCLDM_MAX_REQUEUES": "50", "SCLDM_GPUS_PER_NODE": "0"}
@@ -170,8 +169,7 @@ class JobSteps:
 
     def preflight(self) -> list[str]:
         """The nodes to run on. Raises: End where there are none."""
-        for left in (BEGUN, CAME):
-            shutil.rmtree(self.notes / left, ignore_errors=True)
+        shutil.rmtree(self.notes / CAME, ignore_errors=True)
         (self.notes / "use_nodes").unlink(missing_ok=True)
         # a rank that dies or fails must not end the others, which would be blamed for it; all end within its time
         wait_s = int(self.settings["SCLDM_PREFLIGHT_S"]) + 5

@@ -21,13 +21,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launch.cluster.node_tokens import is_seen, leave
+from launch.cluster.notes import leave_word
 from scldm.environment import describe
 from scldm.errors import InputError, read_json
 
-SEEN_S = 5.0  # in which a file written on one node is visible on another
 MATMUL_S, MATMUL_ROUNDS = 0.15, 3
-FIRST_UNSEEN = "what the first node writes there is not seen here"
 LEAST_DISK = 1 << 30  # bytes free on a node's own disk
 
 # gpu: troubles of this rank's GPU, which the site's settings may be the reason of; broken: those that no setting makes;
@@ -102,9 +100,7 @@ def folder_troubles(config: Any, notes: Path, node: str) -> list[str]:
     """The run's folder and its data must be there; the node's own disk must have room, also for what is staged."""
     found = []
     try:
-        leave(notes, node)
-        if not is_seen(notes, "first", SEEN_S):
-            found.append(f"{notes}: {FIRST_UNSEEN}")
+        leave_word(notes, node)
     except OSError as error:
         found.append(f"{notes} can't be written: {error.strerror}")
     shards = getattr(getattr(config, "data", None), "shards", "") or getattr(config, "shards", "")

@@ -15,20 +15,20 @@ import re
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from launch.cluster.job import usable_counts
-from launch.cluster.node_checks import FIRST_UNSEEN, SEEN_S, Findings
-from launch.cluster.node_tokens import BEGUN, is_seen
-from launch.cluster.notes import BAD_NODES, LATE_NODES, nodes_in, note_nodes
+from launch.cluster.node_checks import Findings
+from launch.cluster.notes import BAD_NODES, LATE_NODES, left_word, nodes_in, note_nodes
 from scldm.files import write_json
 
 SLOW = 2.0  # times the median of the nodes
-ABSENT = "did not come up"
+ABSENT = "did not come up in time; --preflight-s gives more"
+SEEN_S = 5.0  # in which a file written on one node is visible on another
 Pair = tuple[str, str]
 # pair of nodes -> of its ranks, seconds of an all-reduce, and what became of those that gave none
 Outcomes = dict[Pair, tuple[dict[int, float], dict[int, str]]]
@@ -104,26 +104,18 @@ class Report:
         """Ranks that gave no result, of those that were asked: rank -> what became of it."""
         absent = {rank for rank, words in missing.items() if words == ABSENT}
         for rank in sorted(absent):
-            self.add(self.course.node(rank), f"rank {rank} {ABSENT}{self._but_began(rank)}")
+            self.add(self.course.node(rank), f"rank {rank} {ABSENT}")
         told = {rank: [missing[rank]] if rank in missing else [] for rank in asked if rank not in absent}
         self.hold(told, of_rank=True)
-
-    def _but_began(self, rank: int) -> str:
-        began = is_seen(self.course.notes, self.course.node(rank), 0.0, BEGUN)
-        return " in time, though its node began: is its Python slow to read? --preflight-s gives more time" * began
 
     def findings(self, found: Mapping[int, Findings]) -> None:
         """What each rank found on its node, and in what a node differs from the others."""
         self.found = found
-        apart = self._first_is_apart(found)
         for rank, one in found.items():
             for trouble in one["broken"]:
                 self.add(self.course.node(rank), trouble)
         self.hold({rank: one["gpu"] for rank, one in found.items()})
-        folders = {rank: one["folders"] for rank, one in found.items() if "folders" in one}
-        self.hold(
-            {rank: [t for t in told if not (apart and t.endswith(FIRST_UNSEEN))] for rank, told in folders.items()}
-        )
+        self.hold({rank: one["folders"] for rank, one in found.items() if "folders" in one})
         for what in sorted({key for one in found.values() for key in one["same"]}):
             values = {rank: one["same"].get(what) for rank, one in sorted(found.items()) if one["same"]}
             (usual, _), *_ = Counter(values.values()).most_common()  # of equally many, the one that the first rank has
@@ -131,25 +123,20 @@ class Report:
                 if value != usual:
                     told = f"{what} is {value or 'missing'}, on other nodes {usual or 'missing'}"
                     self.add(self.course.node(rank), told)
-        until = time.monotonic() + SEEN_S
-        for node in self.course.hosts:
-            if self.troubles[node] or self.course.ranks([node])[0] not in found:
-                continue
-            if not is_seen(self.course.notes, node, until - time.monotonic()):
-                self.add(node, f"{self.course.notes}: what it writes there is not seen on the first node")
+        self._folder_is_shared([node for node in self.course.hosts[1:] if self.course.ranks([node])[0] in found])
 
-    def _first_is_apart(self, found: Mapping[int, Findings]) -> bool:
-        """Where none of two or more others sees what the first node writes, the first one or the job is wrong."""
-        others = [found[rank] for rank in self.course.ranks(self.course.hosts[1:]) if rank in found]
-        folders = [one["folders"] for one in others if "folders" in one]
-        blind = sum(any(trouble.endswith(FIRST_UNSEEN) for trouble in troubles) for troubles in folders)
-        if blind < 2 or blind < len(folders):
-            return False
-        first, notes = self.course.hosts[0], self.course.notes
-        self.add(first, f"{notes}: what it writes there is seen on none of the others")
-        # the job's script runs on that node
-        self.blame_the_job(f"{notes} is not on {first} what it is elsewhere, or is each node's own")
-        return True
+    def _folder_is_shared(self, others: Sequence[str]) -> None:
+        """Every node has left a file in the job's notes, before its findings. The first node must see all of them."""
+        notes, until = self.course.notes, time.monotonic() + SEEN_S
+        writing = [node for node in others if not self.troubles[node]]
+        unseen = [node for node in writing if not left_word(notes, node, until - time.monotonic())]
+        if len(unseen) > 1 and unseen == writing:  # the job's script runs on the first node
+            first = self.course.hosts[0]
+            self.add(first, f"{notes}: what the others write there is not seen here")
+            self.blame_the_job(f"{notes} is not on {first} what it is elsewhere, or is each node's own")
+            return
+        for node in unseen:
+            self.add(node, f"{notes}: what it writes there is not seen on the first node")
 
     def products(self, seconds: Mapping[int, float]) -> None:
         """A matrix product: of a node's ranks, the slowest."""
@@ -221,9 +208,12 @@ class Report:
         seconds = time.monotonic() - course.began
         whole = {"seconds": round(seconds, 1), "nodes": rows, "use": use, "note": "; ".join(self.notes), "same": same}
         write_json(course.notes / "preflight.json", whole)
-        before = nodes_in(course.notes / LATE_NODES)
-        for name, unfit in ((BAD_NODES, self._to_leave_out(before)), (LATE_NODES, self._late())):
-            note_nodes(course.notes / name, {node: "; ".join(self.troubles[node]) for node in unfit})
+        told = {node: self.troubles[node] for node in course.hosts if self.troubles[node]}
+        # a node that was only late may owe it to a busy file system: it is left out once that has happened twice
+        late = {node for node, troubles in told.items() if all(ABSENT in trouble for trouble in troubles)}
+        first_time = late - nodes_in(course.notes / LATE_NODES).keys()
+        for name, nodes in ((BAD_NODES, told.keys() - first_time), (LATE_NODES, late)):
+            note_nodes(course.notes / name, {node: "; ".join(why) for node, why in told.items() if node in nodes})
         (course.notes / "use_nodes.partial").write_text("".join(f"{node}\n" for node in use))
         os.replace(course.notes / "use_nodes.partial", course.notes / "use_nodes")
         print(
@@ -237,16 +227,6 @@ class Report:
             print(f"  {note}")
         sys.stdout.flush()
         return use
-
-    def _late(self) -> list[str]:
-        """Nodes against which nothing speaks but that they were late, which a busy file system may be the reason of."""
-        told = {node: self.troubles[node] for node in self.course.hosts}
-        return [node for node, troubles in told.items() if troubles and all(ABSENT in trouble for trouble in troubles)]
-
-    def _to_leave_out(self, late_before: Collection[str]) -> list[str]:
-        """Nodes that later submissions of this run do without: those that were late must have been so before."""
-        late = self._late()
-        return [node for node in self.course.hosts if self.troubles[node] and (node not in late or node in late_before)]
 
 
 def _alike(trouble: str) -> str:
@@ -268,17 +248,10 @@ def nodes_to_use(config: Any, fit: Sequence[str], course: Course) -> tuple[list[
     if not hasattr(config, "train"):
         return list(fit), ""
     cells, micro = config.train.global_batch, config.hardware.micro_batch
-    usable = usable_counts(cells, micro, course.per_node, len(fit))
-    if not usable:
-        return [], (
-            f"train.global_batch={cells} can't be split over {len(fit)} nodes or fewer of {course.per_node} ranks with "
-            f"hardware.micro_batch={micro}"
-        )
+    usable = [n for n in usable_counts(cells, micro, course.per_node, len(fit)) if n >= least]
     what = f"train.global_batch={cells} with hardware.micro_batch={micro} can't be split over"
-    if usable[-1] < least:
-        return [], (
-            f"{what} {least if least == len(fit) else f'{least} to {len(fit)}'} nodes of {course.per_node} ranks; "
-            f"over {usable[-1]} it can, but {least} are needed"
-        )
+    if not usable:
+        span = f"{least or 1} to {len(fit)}" if (least or 1) < len(fit) else str(len(fit))
+        return [], f"{what} {span} nodes of {course.per_node} ranks"
     note = f"{what} {len(fit)} nodes of {course.per_node} ranks; running on {usable[-1]}"
     return list(fit[: usable[-1]]), "" if usable[-1] == len(fit) else note

@@ -7,14 +7,17 @@ state        state, job, time, restarts, reason; of an array, state.TASK
 history      a line for every start and stop: how far the work was
 bad_nodes    nodes that preflight found unfit, with the reason; preflight.json has its last report
 late_nodes   nodes that did not come up in time once; the second time they are unfit
-use_nodes    nodes that preflight chose; begun, preflight: folders of words that nodes left in it
+use_nodes    nodes that preflight chose
+preflight    folder of files that nodes leave there in a preflight. A store would not do: they show that the notes are
+             shared, and a rank that can't reach the store tells by its file that it came up
 failure      exit code and error of the rank that failed first; of an array, failure.TASK
 
-Reading order: find_notes, state_of; nodes_in, note_nodes.
+Reading order: find_notes, state_of; nodes_in, note_nodes; leave_word, left_word.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +26,7 @@ from typing import NamedTuple
 from launch.cluster import commands as slurm
 from scldm.errors import InputError, read_json
 
-BAD_NODES, LATE_NODES = "bad_nodes", "late_nodes"
+BAD_NODES, LATE_NODES, CAME = "bad_nodes", "late_nodes", "preflight"
 ENDED = ("DONE", "STOPPED", "LOST", "NOT SUBMITTED", *slurm.ENDED)  # by the job's own word, by nobody's, by Slurm's
 
 
@@ -99,3 +102,28 @@ def bad_nodes(notes: Path) -> dict[str, str]:
 def note_nodes(path: Path, why: Mapping[str, str]) -> None:
     with path.open("a") as file:
         file.writelines(f"{node}\t{time.strftime('%Y-%m-%d %H:%M:%S')}\t{told}\n" for node, told in why.items())
+
+
+def leave_word(notes: Path, node: str) -> None:
+    """By a file: this node came up in this preflight, and writes the job's notes."""
+    (notes / CAME).mkdir(parents=True, exist_ok=True)
+    (notes / CAME / node).write_text(_this_step())
+
+
+def left_word(notes: Path, node: str, within_s: float) -> bool:
+    """A network file system may show a new file a moment later."""
+    until = time.monotonic() + within_s
+    while True:
+        try:
+            if (notes / CAME / node).read_text() == _this_step():
+                return True
+        except OSError:
+            pass
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+
+
+def _this_step() -> str:
+    names = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")
+    return ".".join(os.environ.get(name, "0") for name in names)

@@ -367,7 +367,7 @@ def test_a_preflight_without_a_report_names_the_first_node(fake: Path, tmp_path:
 def test_a_single_node_is_not_blamed_for_a_preflight_without_a_report(fake: Path, tmp_path: Path) -> None:
     """It may be the job: a library that dies on any node."""
     life = Life(fake, tmp_path, "--preflight", "true")
-    before_the_step(fake, 'mkdir -p "$SCLDM_NOTES/preflight" && touch "$SCLDM_NOTES/preflight/first"')
+    before_the_step(fake, 'mkdir -p "$SCLDM_NOTES/preflight" && touch "$SCLDM_NOTES/preflight/n1"')
     assert life.start(0, 139, hosts="n1") == "FAILED"
     assert "exit code 139: the first rank, on n1, gave no report" in (life.notes / "state").read_text()
     assert not (life.notes / "bad_nodes").exists()

@@ -16,10 +16,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from launch.cluster import node_tokens, preflight_stages
+from launch.cluster import preflight
 from launch.cluster.node_checks import Findings
 from launch.cluster.node_judgement import Course
-from launch.cluster.notes import bad_nodes
+from launch.cluster.notes import bad_nodes, leave_word
 from scldm.errors import InputError
 
 STORES = []  # a thread that hung may still ask one for a word
@@ -44,7 +44,7 @@ class Ranks:
 
     def findings(self, config: object, notes: Path, node: str, local: int, tell: Callable[[str], None]) -> Findings:
         tell("looks at its folders")
-        node_tokens.leave(notes, node)
+        leave_word(notes, node)
         self.at("findings", local)
         return {"same": {"numpy": "2.4"}, "gpu": [], "broken": [], "folders": [], "disk_gb": 1.0}
 
@@ -62,18 +62,18 @@ class Ranks:
         return 0.01
 
     def beat(self, course: Course, rank: int, done: threading.Event) -> None:
-        store = preflight_stages.open_store()
+        store = preflight.open_store()
         while rank not in self.dead and not self.released.wait(0.05):
             store.add(f"beats/{rank}", 1)
 
     def run(self) -> dict[str, list[str]]:
-        store = preflight_stages.open_store(serves=True)
+        store = preflight.open_store(serves=True)
         STORES.append(store)
         self.course = replace(self.course, began=time.monotonic())
         for rank in set(range(6)) - self.absent:
             args = (self.course, self.refused.get(rank, SimpleNamespace()), rank, rank)
-            threading.Thread(target=preflight_stages.take_part, args=args, daemon=True).start()
-        preflight_stages.lead(self.course, self.refused.get(0, SimpleNamespace()), store)
+            threading.Thread(target=preflight.take_part, args=args, daemon=True).start()
+        preflight.lead(self.course, self.refused.get(0, SimpleNamespace()), store)
         report = json.loads((self.course.notes / "preflight.json").read_text())
         self.use, self.note = report["use"], report["note"]
         self.released.set()
@@ -89,12 +89,12 @@ def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
     monkeypatch.setenv("SCLDM_MIN_NODES", "1")
     times = {"JOIN": 5.0 / 55, "PRODUCT_S": 2.0, "PAIR_S": 1.5, "LEAST_PAIR_S": 0.5, "BEAT_S": 0.1}
     for name, value in times.items():
-        monkeypatch.setattr(preflight_stages, name, value)
-    monkeypatch.setattr(preflight_stages, "findings_of", found.findings)
-    monkeypatch.setattr(preflight_stages, "device_of", lambda local: local)
-    monkeypatch.setattr(preflight_stages, "time_matmul", found.product)
-    monkeypatch.setattr(preflight_stages, "time_all_reduce", found.all_reduce)
-    monkeypatch.setattr(preflight_stages, "_beat", found.beat)
+        monkeypatch.setattr(preflight, name, value)
+    monkeypatch.setattr(preflight, "findings_of", found.findings)
+    monkeypatch.setattr(preflight, "device_of", lambda local: local)
+    monkeypatch.setattr(preflight, "time_matmul", found.product)
+    monkeypatch.setattr(preflight, "time_all_reduce", found.all_reduce)
+    monkeypatch.setattr(preflight, "_beat", found.beat)
     yield found
     found.released.set()
 
@@ -104,7 +104,7 @@ def fails() -> None:
 
 
 def test_a_port_that_is_taken_is_no_nodes_fault(tmp_path: Path) -> None:
-    """The first rank as its own process, which leaves word of itself before it reads torch."""
+    """The first rank as its own process."""
     with socket.create_server(("0.0.0.0", 0)) as taken:
         port = str(taken.getsockname()[1])
         env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "SCLDM_HOSTS": "n1 n2", "SCLDM_NOTES": str(tmp_path)}
@@ -117,7 +117,6 @@ def test_a_port_that_is_taken_is_no_nodes_fault(tmp_path: Path) -> None:
     assert (tmp_path / "use_nodes").read_text() == ""
     note = json.loads((tmp_path / "preflight.json").read_text())["note"]
     assert note.startswith(f"port {port} of n1 can't be served; where another program has it, submit again")
-    assert [path.name for path in (tmp_path / "begun").iterdir()] == ["n1"]
 
 
 def test_six_sound_nodes_run(ranks: Ranks) -> None:
@@ -140,7 +139,7 @@ def test_each_rank_that_gives_no_result_is_named_with_what_it_did_and_no_other(r
     told = ranks.run()
     assert told == {
         "n0": ["rank 0 hangs: it computes a matrix product"],
-        "n1": ["rank 1 did not come up"],
+        "n1": ["rank 1 did not come up in time; --preflight-s gives more"],
         "n2": ["rank 2 hangs: it looks at its folders"],
         "n5": ["rank 5 failed: InputError: unknown key 'data.x'"],
     }

@@ -143,7 +143,7 @@ def test_a_run_folder_that_is_not_shared(cluster: Cluster, shards: Path) -> None
     wait_for(lambda: (notes / "state").exists() and (notes / "state").read_text().startswith("FAILED"), 60)
     first, second = json.loads((notes / "preflight.json").read_text())["nodes"]
     assert (first["node"], first["troubles"]) == ("sim1", [])
-    assert second["troubles"] == [f"{place}/slurm: what the first node writes there is not seen here"]
+    assert second["troubles"] == [f"{place}/slurm: what it writes there is not seen on the first node"]
 
     elsewhere = cluster.folder / "disk" / "elsewhere"
     submit.main(submit.read([*words[:-3], f"run_dir={elsewhere}", "--nodes", "2"]))
