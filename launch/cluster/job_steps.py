@@ -25,7 +25,6 @@ Reading order: main, JobSteps.
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
 import resource
@@ -42,11 +41,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from launch.cluster import commands as slurm
-from launch.cluster.notes import BAD_NODES, CAME, note_nodes
-from scldm.errors import LOST, REFUSED, REQUEUE, STOPPED, InputError
+from launch.cluster.notes import BAD_NODES, CAME, REPORT, note_nodes
+from launch.cluster.site import PASSED_ON
+from scldm.errors import LOST, REFUSED, REQUEUE, STOPPED, InputError, read_json
 
 DEFAULTS = {"SCLDM_PREFLIGHT": "on", "SCLDM_PREFLIGHT_S": "55", "SCLDM_MAX_REQUEUES": "50", "SCLDM_GPUS_PER_NODE": "0"}
-PASSED_ON = re.compile(r"SCLDM_((?:NCCL|GLOO|UCX|FI)_\w+)")
 # of the shell that submitted, were they to come along: ranks are Slurm's here
 NOT_FOR_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_DISTRIBUTION", "SCLDM_STAGED")
 SIGKILLED = (128 + signal.SIGKILL, 253)  # 253: Slurm's word for just that
@@ -79,11 +78,11 @@ def main(words: Sequence[str]) -> int:
         try:
             job.run()
         except InputError as error:
-            job.end(1, "FAILED", str(error))
+            job.fail(str(error))
         except Exception as error:
             if not isinstance(error, End):
                 traceback.print_exc()
-                job.end(1, "FAILED", f"{type(error).__name__}: {error}")
+                job.fail(f"{type(error).__name__}: {error}")
             raise
     except End as end:
         return end.code
@@ -148,16 +147,16 @@ class JobSteps:
         where = f"at {self.then}, on {self.settings['SLURM_JOB_NODELIST']}"
         self.note("RUNNING", f"{' '.join(self.words)} (start {self.restart + 1}, {where})")
         if self.restart > self.max_requeues:
-            self.end(1, "FAILED", f"requeued {self.restart} times; SCLDM_MAX_REQUEUES={self.max_requeues}")
+            self.fail(f"requeued {self.restart} times; SCLDM_MAX_REQUEUES={self.max_requeues}")
         if self.restart > 1 and last == [self.then]:
-            self.end(1, "FAILED", f"no progress between the last two requeues (still at {self.then})")
+            self.fail(f"no progress between the last two requeues (still at {self.then})")
 
     def set_up(self) -> None:
         """What every step starts with."""
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         # srun hands it on: the first rank's store holds a few connections of every rank
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        passed_on = {match[1]: value for key, value in self.settings.items() if (match := PASSED_ON.fullmatch(key))}
+        passed_on = {key[6:]: value for key, value in self.settings.items() if key.startswith(PASSED_ON)}
         named = {key: self.settings[key] for key in ("SCLDM_NOTES", "SCLDM_PREFLIGHT_S", "SCLDM_GPUS_PER_NODE")}
         self.env |= passed_on | named | {"SCLDM_FAILURE": str(self.failure), "PYTHONUNBUFFERED": "1"}
         self.env.setdefault("OMP_NUM_THREADS", "1")
@@ -170,7 +169,8 @@ class JobSteps:
     def preflight(self) -> list[str]:
         """The nodes to run on. Raises: End where there are none."""
         shutil.rmtree(self.notes / CAME, ignore_errors=True)
-        (self.notes / "use_nodes").unlink(missing_ok=True)
+        report = self.notes / REPORT
+        report.unlink(missing_ok=True)
         # a rank that dies or fails must not end the others, which would be blamed for it; all end within its time
         wait_s = int(self.settings["SCLDM_PREFLIGHT_S"]) + 5
         command = [*self.ranks(), "--kill-on-bad-exit=0", f"--wait={wait_s}"]
@@ -178,19 +178,20 @@ class JobSteps:
         code = self.step("TERM", command, TORCH_CPP_LOG_LEVEL="ERROR")
         if self.told_to_stop(code):
             self.requeue("a signal during preflight")
-        if not (self.notes / "use_nodes").exists():
+        if not report.exists():
             # the first rank reports on all; every rank that comes up leaves word, also where it can't reach the first
             if not list(self.notes.glob(f"{CAME}/*")):
-                self.end(1, "FAILED", f"preflight, exit code {code}: no rank came up on any node; see the log")
+                self.fail(f"preflight, exit code {code}: no rank came up on any node; see the log")
             if len(self.hosts) > 1:  # of a single node, it may be the job
                 note_nodes(self.notes / BAD_NODES, {self.hosts[0]: "its first rank gave no report in preflight"})
-            self.end(1, "FAILED", f"preflight, exit code {code}: the first rank, on {self.hosts[0]}, gave no report")
-        if not (use := (self.notes / "use_nodes").read_text().split()):
-            why = json.loads((self.notes / "preflight.json").read_text())["note"]
-            self.end(
-                1, "FAILED", f"preflight: {why}{'; ' if why else ''}see preflight.json and bad_nodes in {self.notes}"
+            self.fail(f"preflight, exit code {code}: the first rank, on {self.hosts[0]}, gave no report")
+        told = read_json(report)
+        if not told["use"]:
+            why = "; ".join(
+                [*([told["note"]] if told["note"] else []), f"see {REPORT} and {BAD_NODES} in {self.notes}"]
             )
-        return use
+            self.fail(f"preflight: {why}")
+        return told["use"]
 
     def stage(self) -> None:
         """Copy the shards; the ranks read the copies, but what they note of the run names the set itself."""
@@ -201,13 +202,13 @@ class JobSteps:
             if self.stopping:
                 self.requeue("a signal before shards were staged")
             not_there = f"did not start on all of {len(self.hosts)} nodes"
-            self.end(1, "FAILED", f"staging: the step that removes what is staged {not_there}")
+            self.fail(f"staging: the step that removes what is staged {not_there}")
         command = [*self.each_node(), *self.container(), self.python, "-m", "launch.cluster.copy_shards"]
         code = self.step("TERM", [*command, f"source={source}", f"out={staged}", f"running={running}"])
         if self.told_to_stop(code):
             self.requeue("a signal while shards were staged")
         if code:
-            self.end(code, "FAILED", f"staging {source}, exit code {code}")
+            self.fail(f"staging {source}, exit code {code}", code)
         self.env["SCLDM_STAGED"] = staged
 
     def verb(self) -> NoReturn:
@@ -219,8 +220,8 @@ class JobSteps:
         self.failure.unlink(missing_ok=True)
         code = self.step(self.soft, [*self.ranks(), self.python, "-m", "launch.cli", *words])
         told = self.told_to_stop(code)
-        if (failed := self.failed(code)) is not None:
-            self.end(failed[0], "FAILED", f"exit code {failed[0]}{': ' if failed[1] else ''}{failed[1]}")
+        if failed := self.failed(code):
+            self.fail(f"exit code {failed[0]}{': ' if failed[1] else ''}{failed[1]}", failed[0])
         if code == 0:
             self.end(0, "DONE")
         if code == STOPPED:
@@ -234,7 +235,7 @@ class JobSteps:
             self.requeue("a rank killed by SIGKILL, as where memory is used up")
         if code - 128 in CRASHED:
             self.requeue(f"a rank killed by {signal.Signals(code - 128).name}")
-        self.end(code, "FAILED", f"exit code {code}")
+        self.fail(f"exit code {code}", code)
 
     def failed(self, code: int) -> tuple[int, str] | None:
         """The exit code and the error of the first rank that failed by an exception, where one left word of it.
@@ -374,16 +375,19 @@ class JobSteps:
                     self.say(f"job {number} ({name}) depends on this one and will not run")
         raise End(code)
 
+    def fail(self, why: str, code: int = 1) -> NoReturn:
+        self.end(code, "FAILED", why)
+
     def requeue(self, why: str) -> NoReturn:
         """Back to the queue, unless that leads nowhere."""
         now = self.progress()
         self.note_progress("stop", now)
         if self.restart >= self.max_requeues:
             used_up = f"SCLDM_MAX_REQUEUES={self.max_requeues} are used up"
-            self.end(1, "FAILED", f"stopped by {why}, and not requeued: {used_up}")
+            self.fail(f"stopped by {why}, and not requeued: {used_up}")
         if self.restart > 0 and now == self.then:
             still = f"no progress since the last requeue (still at {now})"
-            self.end(1, "FAILED", f"stopped by {why}, and not requeued: {still}")
+            self.fail(f"stopped by {why}, and not requeued: {still}")
         said = False
         for pause_s in (1, 2, 4, 8, 16):  # Slurm's controller may be away for a moment
             state = self.job_state() or "RUNNING"
@@ -403,7 +407,7 @@ class JobSteps:
             else:
                 self.listen(600)  # until Slurm ends it
                 raise End(0)
-        self.end(1, "FAILED", f"stopped by {why}, and Slurm refused the requeue")
+        self.fail(f"stopped by {why}, and Slurm refused the requeue")
 
     def job_state(self) -> str:
         """As Slurm has it; empty where it does not answer."""

@@ -23,7 +23,7 @@ from typing import Any
 
 from launch.cluster.job import usable_counts
 from launch.cluster.node_checks import Findings
-from launch.cluster.notes import BAD_NODES, LATE_NODES, left_word, nodes_in, note_nodes
+from launch.cluster.notes import BAD_NODES, LATE_NODES, REPORT, left_word, nodes_in, note_nodes
 from scldm.files import write_json
 
 SLOW = 2.0  # times the median of the nodes
@@ -188,7 +188,7 @@ class Report:
                 self.add(node, f"slow: {what} takes {value * 1e3:.2f} ms, {times}")
 
     def write(self, config: Any) -> list[str]:
-        """preflight.json, bad_nodes, use_nodes, and lines for the log. Returns the nodes to run on."""
+        """preflight.json, bad_nodes, and lines for the log. Returns the nodes to run on."""
         course = self.course
         came = [node for node in course.hosts if set(course.ranks([node])) <= self.found.keys()]
         fit = [node for node in came if not self.troubles[node]]
@@ -207,15 +207,13 @@ class Report:
         same = next((one["same"] for _, one in sorted(self.found.items()) if one["same"]), {})
         seconds = time.monotonic() - course.began
         whole = {"seconds": round(seconds, 1), "nodes": rows, "use": use, "note": "; ".join(self.notes), "same": same}
-        write_json(course.notes / "preflight.json", whole)
         told = {node: self.troubles[node] for node in course.hosts if self.troubles[node]}
         # a node that was only late may owe it to a busy file system: it is left out once that has happened twice
         late = {node for node, troubles in told.items() if all(ABSENT in trouble for trouble in troubles)}
         first_time = late - nodes_in(course.notes / LATE_NODES).keys()
         for name, nodes in ((BAD_NODES, told.keys() - first_time), (LATE_NODES, late)):
             note_nodes(course.notes / name, {node: "; ".join(why) for node, why in told.items() if node in nodes})
-        (course.notes / "use_nodes.partial").write_text("".join(f"{node}\n" for node in use))
-        os.replace(course.notes / "use_nodes.partial", course.notes / "use_nodes")
+        write_json(course.notes / REPORT, whole)  # last: the job takes it as the word that all is noted
         print(
             f"preflight of {len(course.hosts)} nodes x {course.per_node} ranks in {seconds:.1f} s; "
             f"config {same.get('config')}, commit {same.get('commit')}"

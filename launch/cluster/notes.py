@@ -5,9 +5,8 @@ job.sbatch   its script
 log.txt      the one log of all its ranks and starts; of an array, log-TASK.txt
 state        state, job, time, restarts, reason; of an array, state.TASK
 history      a line for every start and stop: how far the work was
-bad_nodes    nodes that preflight found unfit, with the reason; preflight.json has its last report
+bad_nodes    nodes that preflight found unfit, with the reason; preflight.json has its last report, and what to run on
 late_nodes   nodes that did not come up in time once; the second time they are unfit
-use_nodes    nodes that preflight chose
 preflight    folder of files that nodes leave there in a preflight. A store would not do: they show that the notes are
              shared, and a rank that can't reach the store tells by its file that it came up
 failure      exit code and error of the rank that failed first; of an array, failure.TASK
@@ -26,7 +25,7 @@ from typing import NamedTuple
 from launch.cluster import commands as slurm
 from scldm.errors import InputError, read_json
 
-BAD_NODES, LATE_NODES, CAME = "bad_nodes", "late_nodes", "preflight"
+BAD_NODES, LATE_NODES, CAME, REPORT = "bad_nodes", "late_nodes", "preflight", "preflight.json"
 ENDED = ("DONE", "STOPPED", "LOST", "NOT SUBMITTED", *slurm.ENDED)  # by the job's own word, by nobody's, by Slurm's
 
 

@@ -8,8 +8,8 @@ The first rank serves a store, judges, and leads from stage to stage. Every rank
 
 Each rank writes the result of each stage as soon as it has it, and before it what it does next; it also beats. So a
 rank that never came up, failed, died or hangs is named with what it was doing, and no other is blamed with it. The
-first rank writes preflight.json to the job's notes, adds the nodes that are not fit to bad_nodes, and to use_nodes
-those to run on: of the fit ones as many as the global batch can be split over.
+first rank adds the nodes that are not fit to bad_nodes in the job's notes, and writes preflight.json there with those
+to run on: of the fit ones as many as the global batch can be split over.
 
 Reading order: main, lead, take_part. What a rank finds is in node_checks.py, what follows from it in node_judgement.py.
 """

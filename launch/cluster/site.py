@@ -19,7 +19,6 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from launch.config import shipped
 from scldm.errors import REFUSED, InputError
 
 # key -> what it says; a site gives those that it needs
@@ -48,6 +47,8 @@ PASSED_ON = ("SCLDM_NCCL_", "SCLDM_GLOO_", "SCLDM_UCX_", "SCLDM_FI_")
 
 def site_path() -> Path:
     """$SCLDM_SITE, else slurm/site.sh. Raises: InputError where $SCLDM_SITE names no file."""
+    from launch.config import shipped  # late: a job's steps have none of its packages
+
     named = os.environ.get("SCLDM_SITE", "")
     path = Path(named) if named else shipped("slurm") / "site.sh"
     if not path.is_file():

@@ -25,6 +25,10 @@ def before_the_step(fake: Path, does: str) -> None:
     (fake / "bin" / "srun").write_text(srun.replace("code=", f"{does}\ncode="))
 
 
+def preflight_says(nodes: str, note: str = "") -> str:
+    return f"""echo '{{"use": [{nodes}], "note": "{note}"}}' >"$SCLDM_NOTES/preflight.json\""""
+
+
 class Life:
     """Starts of one job's script, each with exit codes of its steps."""
 
@@ -200,8 +204,7 @@ def test_a_sites_module_command_may_use_what_is_not_set(fake: Path, tmp_path: Pa
 
 def test_the_nodes_that_preflight_leaves_are_those_that_run(fake: Path, tmp_path: Path) -> None:
     life = Life(fake, tmp_path, "--preflight", "true", "--nodes", "2-3")
-    srun = (fake / "bin" / "srun").read_text()
-    (fake / "bin" / "srun").write_text(srun.replace("code=", 'printf "n3\\nn1\\n" >"$SCLDM_NOTES/use_nodes"\ncode='))
+    before_the_step(fake, preflight_says('"n3", "n1"'))
     assert life.start(0, 0, 0, hosts="n1,n2,n3") == "DONE"
     first, second = life.steps()
     assert first[first.index("-m") + 1] == "launch.cluster.preflight"
@@ -347,8 +350,7 @@ for ((k = 0; k < 80; k++)); do sleep 0.1; done
 
 def test_a_preflight_that_leaves_no_node_says_why(fake: Path, tmp_path: Path) -> None:
     life = Life(fake, tmp_path, "--preflight", "true")
-    before_the_step(fake, ': >"$SCLDM_NOTES/use_nodes"')
-    write_json(life.notes / "preflight.json", {"use": [], "note": 'every rank failed: KeyError: "x"', "same": {}})
+    before_the_step(fake, preflight_says("", r"every rank failed: KeyError: \"x\""))
     assert life.start(0, 1) == "FAILED"
     assert 'preflight: every rank failed: KeyError: "x"; see preflight.json' in (life.notes / "state").read_text()
     assert len(life.steps()) == 1
@@ -374,10 +376,11 @@ def test_a_single_node_is_not_blamed_for_a_preflight_without_a_report(fake: Path
 
 
 def test_where_no_rank_of_a_preflight_came_up_no_node_is_named(fake: Path, tmp_path: Path) -> None:
-    """As without a Python; tokens of the start before do not count."""
+    """As without a Python; what the start before left does not count."""
     life = Life(fake, tmp_path, "--preflight", "true")
     (life.notes / "preflight").mkdir()
     (life.notes / "preflight" / "n2").touch()
+    write_json(life.notes / "preflight.json", {"use": ["n1"], "note": ""})
     assert life.start(0, 127) == "FAILED"
     assert "no rank came up on any node; see the log" in (life.notes / "state").read_text()
     assert not (life.notes / "bad_nodes").exists()
@@ -386,7 +389,7 @@ def test_where_no_rank_of_a_preflight_came_up_no_node_is_named(fake: Path, tmp_p
 def test_a_rank_that_dies_in_preflight_does_not_end_the_others(fake: Path, tmp_path: Path) -> None:
     """They name it; the job goes on without its node."""
     life = Life(fake, tmp_path, "--preflight", "true", "--nodes", "1-2", "--preflight-s", "600")
-    before_the_step(fake, 'echo n1 >"$SCLDM_NOTES/use_nodes"')
+    before_the_step(fake, preflight_says('"n1"'))
     assert life.start(0, 137, 0) == "DONE"
     first, second = life.steps()
     assert max(k for k, word in enumerate(first) if word.startswith("--kill-on-bad-exit")) == first.index(

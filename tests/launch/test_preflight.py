@@ -270,7 +270,6 @@ def test_a_job_that_fails_on_every_node_runs_on_none(notes: Path, monkeypatch: p
     if at == "products":
         report.failures(dict.fromkeys(range(8), "failed: E: x"), range(8))
     assert report.write(SimpleNamespace()) == []
-    assert (notes / "use_nodes").read_text() == ""
     assert (notes / "bad_nodes").read_text() == ""
     said = "no all-reduce succeeds, of any nodes: rank 0 failed: E: x" if at == "pairs" else "every rank failed: E: x"
     assert json.loads((notes / "preflight.json").read_text())["note"] == said
