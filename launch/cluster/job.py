@@ -3,7 +3,7 @@
 The script is slurm/job.sbatch with the settings of this job in place of the site file's. It lies in the notes of the
 job, a folder beside what it makes (for a training run, `slurm` in the run folder), with the log and the job's state.
 
-Reading order: SubmitConfig, Job, job_of, script, steps_settings.
+Reading order: SubmitConfig, Job, job_of, script, settings.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def script(job: Job, site: Mapping[str, str], extra: Sequence[str], bad: Mapping
     if extra:
         lines.append("#SBATCH " + " ".join(quoted(word) for word in extra))
     lines += ["", template[template.index(BEGIN) : template.index(SETTINGS)] + "# --- settings ---", ""]
-    lines.append(exports(for_nodes(site) | submit_settings(job) | steps_settings(job)))
+    lines.append(exports(for_nodes(site) | settings(job)))
     lines.append("set -- " + shlex.join([*job.verb.split(), *words]))
     return "\n".join([*lines, "", template[template.index(THE_JOB) :]])
 
@@ -180,9 +180,15 @@ def quoted(word: str) -> str:
 # --- what the job's steps are told ----------------------------------------------------------------------------------
 
 
-def submit_settings(job: Job) -> dict[str, str]:
+def settings(job: Job) -> dict[str, str]:
+    """The job's SCLDM_ variables beside the site's. With them, its steps need neither its config nor its packages."""
     options = job.options
     return {
+        "SCLDM_NOTES": str(job.notes),
+        "SCLDM_MADE": job.makes,
+        "SCLDM_RANKS": "all" if job.on_all_ranks else "one",
+        "SCLDM_SHARDS": job.shards,
+        "SCLDM_STOP_SIGNAL": stop_signal(job.config),
         "SCLDM_PREFLIGHT": "on" if options.preflight else "off",
         "SCLDM_PREFLIGHT_S": str(options.preflight_s),
         "SCLDM_STAGE": "on" if options.stage and job.shards else "off",
@@ -191,23 +197,12 @@ def submit_settings(job: Job) -> dict[str, str]:
     }
 
 
-def steps_settings(job: Job) -> dict[str, str]:
-    """What follows from the verb's words: the steps of a submitted job need neither its config nor its packages."""
-    return {
-        "SCLDM_NOTES": str(job.notes),
-        "SCLDM_MADE": job.makes,
-        "SCLDM_RANKS": "all" if job.on_all_ranks else "one",
-        "SCLDM_SHARDS": job.shards,
-        "SCLDM_STOP_SIGNAL": stop_signal(job.config),
-    }
-
-
 def settings_by_hand(words: Sequence[str]) -> dict[str, str]:
     """The same for a job that was sent with sbatch. Raises: InputError."""
     verb, rest = find_verb(words)
     if verb is None:
         raise InputError("slurm/job.sbatch: give a verb, as train vae")
-    return steps_settings(job_of(verb, rest, SubmitConfig()))
+    return settings(job_of(verb, rest, SubmitConfig()))
 
 
 def stop_signal(config: Any) -> str:

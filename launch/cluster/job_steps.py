@@ -45,7 +45,6 @@ from launch.cluster.notes import BAD_NODES, CAME, REPORT, note_nodes
 from launch.cluster.site import PASSED_ON
 from scldm.errors import LOST, REFUSED, REQUEUE, STOPPED, InputError, read_json
 
-DEFAULTS = {"SCLDM_PREFLIGHT": "on", "SCLDM_PREFLIGHT_S": "55", "SCLDM_MAX_REQUEUES": "50", "SCLDM_GPUS_PER_NODE": "0"}
 # of the shell that submitted, were they to come along: ranks are Slurm's here
 NOT_FOR_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_DISTRIBUTION", "SCLDM_STAGED")
 SIGKILLED = (128 + signal.SIGKILL, 253)  # 253: Slurm's word for just that
@@ -92,10 +91,10 @@ def settings_of(words: Sequence[str]) -> dict[str, str]:
     """The job's settings; of one that was sent with sbatch, also what its words say. Raises: InputError."""
     given = {key: value for key, value in os.environ.items() if value}
     if "SCLDM_MADE" in given:
-        return DEFAULTS | given
+        return given
     from launch.cluster.job import settings_by_hand  # which reads the verb's config, with all its packages
 
-    return DEFAULTS | settings_by_hand(words) | given
+    return settings_by_hand(words) | given
 
 
 class JobSteps:
@@ -157,7 +156,7 @@ class JobSteps:
         # srun hands it on: the first rank's store holds a few connections of every rank
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         passed_on = {key[6:]: value for key, value in self.settings.items() if key.startswith(PASSED_ON)}
-        named = {key: self.settings[key] for key in ("SCLDM_NOTES", "SCLDM_PREFLIGHT_S", "SCLDM_GPUS_PER_NODE")}
+        named = {key: self.settings[key] for key in ("SCLDM_NOTES", "SCLDM_PREFLIGHT_S")}
         self.env |= passed_on | named | {"SCLDM_FAILURE": str(self.failure), "PYTHONUNBUFFERED": "1"}
         self.env.setdefault("OMP_NUM_THREADS", "1")
         # jobs that share a node must not share a port; below Linux's ephemeral ones
@@ -187,10 +186,8 @@ class JobSteps:
             self.fail(f"preflight, exit code {code}: the first rank, on {self.hosts[0]}, gave no report")
         told = read_json(report)
         if not told["use"]:
-            why = "; ".join(
-                [*([told["note"]] if told["note"] else []), f"see {REPORT} and {BAD_NODES} in {self.notes}"]
-            )
-            self.fail(f"preflight: {why}")
+            why = f"{told['note']}; " if told["note"] else ""
+            self.fail(f"preflight: {why}see {REPORT} and {BAD_NODES} in {self.notes}")
         return told["use"]
 
     def stage(self) -> None:
@@ -201,8 +198,7 @@ class JobSteps:
             self.listen()
             if self.stopping:
                 self.requeue("a signal before shards were staged")
-            not_there = f"did not start on all of {len(self.hosts)} nodes"
-            self.fail(f"staging: the step that removes what is staged {not_there}")
+            self.fail(f"staging: the step that removes what is staged did not start on all of {len(self.hosts)} nodes")
         command = [*self.each_node(), *self.container(), self.python, "-m", "launch.cluster.copy_shards"]
         code = self.step("TERM", [*command, f"source={source}", f"out={staged}", f"running={running}"])
         if self.told_to_stop(code):
@@ -302,14 +298,11 @@ class JobSteps:
         per_node = 1
         if self.settings["SCLDM_RANKS"] == "all":
             without = self.settings.get("SCLDM_TASKS_PER_NODE") or self.settings.get("SLURM_NTASKS_PER_NODE") or 1
-            per_node = int(self.settings["SCLDM_GPUS_PER_NODE"]) or int(without)
+            per_node = int(self.settings.get("SCLDM_GPUS_PER_NODE", 0)) or int(without)
         # of a training run, a rank that ends early must not take the others' last save with it, nor may they wait for
         # it for ever; of the rest, all end with one that failed, and the first may take its time to join what all made
         common = ["--kill-on-bad-exit=0", "--wait=120"] if self.trains else ["--kill-on-bad-exit=1", "--wait=0"]
-        common += [
-            "--cpu-bind=cores",
-            "--distribution=block",
-        ]  # ranks in the order of `hosts`, for preflight
+        common += ["--cpu-bind=cores", "--distribution=block"]  # in the order of `hosts`: preflight names nodes by rank
         if cpus := self.settings.get("SCLDM_CPUS_PER_TASK"):
             common.append(f"--cpus-per-task={cpus}")
         return ["srun", *common, *self.container(), *self.on_hosts(per_node)]
@@ -383,11 +376,9 @@ class JobSteps:
         now = self.progress()
         self.note_progress("stop", now)
         if self.restart >= self.max_requeues:
-            used_up = f"SCLDM_MAX_REQUEUES={self.max_requeues} are used up"
-            self.fail(f"stopped by {why}, and not requeued: {used_up}")
+            self.fail(f"stopped by {why}, and not requeued: SCLDM_MAX_REQUEUES={self.max_requeues} are used up")
         if self.restart > 0 and now == self.then:
-            still = f"no progress since the last requeue (still at {now})"
-            self.fail(f"stopped by {why}, and not requeued: {still}")
+            self.fail(f"stopped by {why}, and not requeued: no progress since the last requeue (still at {now})")
         said = False
         for pause_s in (1, 2, 4, 8, 16):  # Slurm's controller may be away for a moment
             state = self.job_state() or "RUNNING"

@@ -23,7 +23,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -44,13 +43,9 @@ PAIR_S, LEAST_PAIR_S = 12.0, 6.0  # a round of pairs; one that has less time lef
 BEAT_S = 0.5
 
 
-class Hangs(Exception):
-    """What was begun does not end."""
-
-
 def limit_s() -> float:
     """Seconds for the whole of it."""
-    return float(os.environ.get("SCLDM_PREFLIGHT_S") or 55)
+    return float(os.environ["SCLDM_PREFLIGHT_S"])
 
 
 def main(words: Sequence[str]) -> int:
@@ -192,14 +187,19 @@ def take_part(course: Course, config: Any, rank: int, local: int) -> int:
             raise config
         return findings_of(config, course.notes, node, local, tell)
 
-    def give(key: str, result: Callable[[], Any]) -> None:
-        try:
-            told = {"is": result()}
-        except Hangs:
-            return
-        except Exception as error:
-            told = {"failed": " ".join(f"failed: {type(error).__name__}: {error}".split())[:300]}
-        store.set(f"{key}/{rank}", json.dumps(told))
+    def give(key: str, result: Callable[[], Any], within_s: float | None = None) -> None:
+        """Tell what a function returns, or raises. One that does not return in time stays behind in its thread."""
+
+        def tell_result() -> None:
+            try:
+                told = {"is": result()}
+            except Exception as error:
+                told = {"failed": " ".join(f"failed: {type(error).__name__}: {error}".split())[:300]}
+            store.set(f"{key}/{rank}", json.dumps(told))
+
+        under_way = threading.Thread(target=tell_result, daemon=True)
+        under_way.start()
+        under_way.join(within_s)
 
     tell("begins")
     if local == 0:
@@ -216,7 +216,7 @@ def take_part(course: Course, config: Any, rank: int, local: int) -> int:
         for pair in [pair for pair in pairs if node in pair]:
             seconds = json.loads(store.get(f"round/{number}"))
             tell(f"takes part in an all-reduce of {' and '.join(dict.fromkeys(pair))}")
-            give(f"pair/{number}", partial(in_time, seconds, partial(reduce, course, number, pair, rank, local)))
+            give(f"pair/{number}", partial(reduce, course, number, pair, rank, local), seconds)
     done.set()
     return 0
 
@@ -225,14 +225,6 @@ def reduce(course: Course, number: int, pair: tuple[str, str], rank: int, local:
     ranks = course.ranks(pair)
     store = dist.PrefixStore(f"all-reduce/{number}/{pair[0]}", open_store())
     return time_all_reduce(device_of(local), store, ranks.index(rank), len(ranks))
-
-
-def in_time(seconds: float, what: Callable[[], float]) -> float:
-    """What a function returns. Raises: Hangs where it does not; then it stays behind in its thread."""
-    under_way = ThreadPoolExecutor(1).submit(what)
-    if wait([under_way], seconds).not_done:
-        raise Hangs
-    return under_way.result()
 
 
 def _beat(course: Course, rank: int, done: threading.Event) -> None:

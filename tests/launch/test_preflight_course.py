@@ -87,6 +87,7 @@ def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
     monkeypatch.setenv("SCLDM_MIN_NODES", "1")
+    monkeypatch.setenv("SCLDM_PREFLIGHT_S", "55")
     times = {"JOIN": 5.0 / 55, "PRODUCT_S": 2.0, "PAIR_S": 1.5, "LEAST_PAIR_S": 0.5, "BEAT_S": 0.1}
     for name, value in times.items():
         monkeypatch.setattr(preflight, name, value)
@@ -108,7 +109,13 @@ def test_a_port_that_is_taken_is_no_nodes_fault(tmp_path: Path) -> None:
     with socket.create_server(("0.0.0.0", 0)) as taken:
         port = str(taken.getsockname()[1])
         env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "SCLDM_HOSTS": "n1 n2", "SCLDM_NOTES": str(tmp_path)}
-        env |= {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}
+        env |= {
+            "SLURM_PROCID": "0",
+            "SLURM_NTASKS": "4",
+            "SLURM_LOCALID": "0",
+            "SLURM_JOB_ID": "7",
+            "SCLDM_PREFLIGHT_S": "55",
+        }
         words = [sys.executable, "-m", "launch.cluster.preflight", "encode", "vae=a", "shards=b", "out=c"]
         done = subprocess.run(words, env=os.environ | env, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1, done.stderr
