@@ -12,6 +12,7 @@ import pytest
 from launch.cli import main
 from launch.cluster import commands as slurm
 from launch.cluster import submit
+from launch.cluster.notes import state_of
 from tests.slurm.runs import LDM, ROOT, VAE, Cluster, assert_same_weights, chain_log, wait_for
 
 pytestmark = pytest.mark.slow
@@ -59,6 +60,21 @@ def test_an_array_writes_the_shards_of_a_local_run(chain: Path, shards: Path) ->
             assert one.read_bytes() == other.read_bytes(), one
     tasks = [path.name for path in sorted((chain / "slurm" / "shards").glob("stage-*/state.*"))]
     assert tasks == ["state.0", "state.1"] * 3
+
+
+def test_a_job_that_is_sent_with_sbatch(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads the site file and its words itself; where it has no Python for that, its log says so."""
+    out = cluster.runs / "by hand"
+    words = [str(ROOT / "slurm" / "job.sbatch"), "shards", "write", f"source.paths={cluster.runs}/cells.h5ad"]
+    words += ["conditions=cell_type", f"out={out}"]
+    for python, said in (("/no/python", "/no/python: No such file or directory"), (sys.executable, "DONE")):
+        monkeypatch.setenv("SCLDM_PYTHON", python)
+        log = cluster.runs / f"by hand {said[-4:]}.txt"
+        sent = subprocess.run(["sbatch", "--wait", f"--output={log}", *words], capture_output=True, timeout=200)
+        assert (sent.returncode == 0) == (said == "DONE"), log.read_text()
+        assert said in log.read_text()
+    assert state_of(Path(f"{out}.slurm")).state == "DONE"
+    assert (out / "manifest.json").is_file()
 
 
 @pytest.mark.parametrize("stage", ["vae", "ldm"])
