@@ -84,7 +84,7 @@ def main(config: BenchCheckpointConfig) -> Report:
         for k in range(config.repeats + 1):
             timed("save plain", lambda: save_plain(plain, own_share(engine, ema, world)))
             timed("step", step)
-            state = {"step": k + 1, "skipped": 0, "stale": 0, "best": 0.0, "validation": {}, "loader": {}}
+            state = {"step": k + 1, "loader": {}}
             timed("stall", lambda state=state: saver.begin(state))
             timed("step while saving", step)
             timed("rest of save", saver.finish)

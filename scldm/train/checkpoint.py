@@ -2,8 +2,8 @@
 
     checkpoints/step-00001500/part-0-of-2.safetensors   {weight,ema,exp_avg,exp_avg_sq}/NAME, buffer/NAME
     checkpoints/step-00001500/state.json                what follows, and a SHA-256 of it
-        format, step, n_updates, skipped, stale, best, validation, loader    where the run stood
-        unvalidated    whether it was stopped before the validation that is due at the step; meter: the row it began
+        what run_state.py keeps, such as step; loader and meter: their places; n_updates: steps that were not skipped
+        format    of this folder
         shapes    parameter name -> shape
         parts     file -> SHA-256, bytes, ranges: parameter name -> [start, stop] of the flattened parameter in it
         files     file -> SHA-256 of the config and the vocabularies that lie beside it
@@ -40,7 +40,7 @@ from scldm.parallel.dist import World
 from scldm.parallel.engine import Engine
 from scldm.train.ema import EMA
 
-FORMAT = 3
+FORMAT = 4
 STATE = "state.json"
 BROKEN = ".broken"
 SEEN_S = 20.0  # in which what another host wrote is to be seen on this one; network file systems cache what was

@@ -120,7 +120,7 @@ def test_a_checkpoint_of_a_later_version_is_refused_and_left_alone(run: Path) ->
     path = latest(run) / "state.json"
     state = {**json.loads(path.read_text())["state"], "format": 99}
     path.write_text(json.dumps({"sha256": checkpoint.state_hash(state), "state": state}))
-    with pytest.raises(InputError, match=r"checkpoint format 99; this version of scldm reads 3"):
+    with pytest.raises(InputError, match=r"checkpoint format 99; this version of scldm reads 4"):
         small_run("vae", run, steps=12)
     assert path.is_file()
 
