@@ -24,7 +24,7 @@ from scldm.train.ema import EMA
 from scldm.train.optim import OptimConfig, make_optimizer
 from scldm.train.saver import Saver, own_share
 
-PURPOSE = """Measure a checkpoint (weights, averages, both moments) of one rank: how long training waits, and how long
+PURPOSE = """Measure a checkpoint (weights, EMA, both moments) of one rank: how long training waits, and how long
 until it is durable, and loading, beside torch.save (with fsync) and torch.load of the same tensors. Each repeat takes
 them in turn."""
 EXAMPLE = """

@@ -36,9 +36,9 @@ class HardwareConfig:
     engine: deepspeed; plain, which is torch alone and one process; or auto: plain for one process on a CPU, where it
         takes less time for the same steps, unless offload_optimizer or a key of deepspeed is given; else deepspeed
     micro_batch: cells per rank and forward pass; ranks x micro_batch x accumulation is the global batch
-    zero_stage: what DeepSpeed shards over the ranks: 1 optimizer states and averages, 2 gradients too, 3 weights too;
+    zero_stage: what DeepSpeed shards over the ranks: 1 optimizer states and EMA, 2 gradients too, 3 weights too;
         as 3 gathers them around every layer, model.compile gains nothing there
-    offload_optimizer: keep master weights, moments and averages in the host's memory, and step there
+    offload_optimizer: keep master weights, moments and EMA in the host's memory, and step there
     precision: fp32, or bf16 (autocast; master weights stay float32). TF32 is switched on nowhere: torch's products of
         float32 stay such on every GPU. Only a kernel of model.attention=fused may take it, in bf16 alone
     threads: CPU threads per rank for torch

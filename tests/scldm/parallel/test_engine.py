@@ -80,7 +80,7 @@ def coarsely(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Undisturbed]
 
 
 def assert_follows(run_dir: Path, oracle: Undisturbed, stage: str) -> None:
-    """Loss and gradient norm of every step, validation, and the final weights and averages.
+    """Loss and gradient norm of every step, validation, and the final weights and EMA.
 
     Rounding in another order is what differs, and the autoencoder's training amplifies it, by ten from step 5 to 20 and
     by ten again to 30. So what is allowed is measured step by step.
