@@ -1,4 +1,5 @@
-"""Who is named where nothing goes on. What two real ranks say is in test_two_ranks.py and tests/launch/test_faults.py."""
+"""Who is named where nothing goes on. What two real ranks say is in test_two_ranks.py, and
+in tests/launch/test_faults.py."""
 
 from __future__ import annotations
 
