@@ -132,6 +132,8 @@ def test_a_message_without_end_ends_the_link(server: socket.socket, come: Any) -
     with admitted(server, 1) as found:
         thread = threading.Thread(target=sender.sendall, args=(b"[" * 2 * LONGEST,))
         thread.start()
+        began = time.monotonic()
         while (messages := found[1].receive()) is not None:
             assert messages == []
+        assert time.monotonic() - began < 20
         thread.join()
