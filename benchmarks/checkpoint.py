@@ -24,7 +24,7 @@ from scldm.train.ema import EMA
 from scldm.train.optim import OptimConfig, make_optimizer
 from scldm.train.saver import Saver, own_share
 
-PURPOSE = """Measure a checkpoint (weights, averages, both moments) of one rank: how long training waits, and how long
+PURPOSE = """Measure a checkpoint (weights, EMA, both moments) of one rank: how long training waits, and how long
 until it is durable, and loading, beside torch.save (with fsync) and torch.load of the same tensors. Each repeat takes
 them in turn."""
 EXAMPLE = """
@@ -84,7 +84,7 @@ def main(config: BenchCheckpointConfig) -> Report:
         for k in range(config.repeats + 1):
             timed("save plain", lambda: save_plain(plain, own_share(engine, ema, world)))
             timed("step", step)
-            state = {"step": k + 1, "skipped": 0, "stale": 0, "best": 0.0, "validation": {}, "loader": {}}
+            state = {"step": k + 1, "loader": {}}
             timed("stall", lambda state=state: saver.begin(state))
             timed("step while saving", step)
             timed("rest of save", saver.finish)

@@ -42,7 +42,7 @@ from scldm.train.step_cost import StepCost, dit_step, vae_step
 from scldm.train.throughput import peak_flops
 from scldm.train.tracking import Tracker, TrackingConfig
 
-PURPOSE = """Measure what the training loop (averages, metrics, log, its checks) adds to the bare step of the model
+PURPOSE = """Measure what the training loop (EMA, metrics, log, its checks) adds to the bare step of the model
 (forward, backward, clipping, AdamW), and DeepSpeed's engine to plain torch, on one rank. On a CPU, in CPU time; on a
 GPU presets of the atlas as well, through DeepSpeed ZeRO-2 in bf16: cells/s, peak memory, MFU. Where DeepSpeed is not
 installed, the rows that need it say so, and presets go through the plain engine."""

@@ -39,7 +39,7 @@ class CheckpointConvertConfig:
     out: file to write, or for to=checkpoint a folder that does not exist yet
     which: in a run's folder: latest, best, or the number of a step
     to: safetensors or torch, one file of weights and buffers by name, float32; or checkpoint
-    weights: averaged, which are validated and exported, or raw, which are trained
+    weights: ema, which are validated and exported, or raw, which are trained
     parts: files of a checkpoint
     """
 
@@ -47,7 +47,7 @@ class CheckpointConvertConfig:
     out: str
     which: str = "latest"
     to: Literal["safetensors", "torch", "checkpoint"] = "safetensors"
-    weights: Literal["averaged", "raw"] = "averaged"
+    weights: Literal["ema", "raw"] = "ema"
     parts: int = 1
 
     def __post_init__(self) -> None:
@@ -67,7 +67,7 @@ def main(config: CheckpointConvertConfig) -> Path:
             raise InputError(f"out={out} exists already")
         repartition(checkpoint, out, config.parts)
     else:
-        kind = "ema" if config.weights == "averaged" else "weight"
+        kind = "ema" if config.weights == "ema" else "weight"
         tensors = {name: checkpoint.whole(kind, name) for name in checkpoint.shapes} | dict(checkpoint.buffers())
         aside = out.with_name(out.name + PARTIAL)
         aside.parent.mkdir(parents=True, exist_ok=True)

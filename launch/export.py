@@ -1,4 +1,4 @@
-"""`scldm export`: the averaged weights of trained runs, with all that they need, as one model folder."""
+"""`scldm export`: the EMA weights of trained runs, with all that they need, as one model folder."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from scldm.library_size import LibrarySizeModel
 from scldm.model_folder import save_pretrained
 from scldm.vocab import ConditionVocab, GeneVocab
 
-PURPOSE = (
-    "Write the averaged weights of trained runs as a model folder, which scldm.load reads without the training stack."
-)
+PURPOSE = "Write the EMA weights of trained runs as a model folder, which scldm.load reads without the training stack."
 EXAMPLE = """
 scldm export vae=runs/vae ldm=runs/ldm out=model
 """

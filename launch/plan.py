@@ -57,7 +57,7 @@ MACHINES = {
 }
 # bytes of a rank's share of the parameters that a step moves once the pass is done, 4 B a number: the norm reads the
 # gradient, clipping reads and writes it, AdamW reads gradient, weight and two moments and writes three of them, the
-# moving average reads weight and average and writes one: 1 + 2 + 7 + 3
+# the EMA reads weight and EMA and writes one: 1 + 2 + 7 + 3
 OPTIMIZER_BYTES = 4 * 13
 
 
@@ -242,7 +242,7 @@ class Plan:
     kernels: that a rank launches for the passes of a step, the optimizer's left out; None where the network is
         compiled, as then nobody knows before
     launch_s, compute_s: of those passes, of which the longer counts
-    optimizer_s: of clipping, AdamW and the moving average, after the passes; None where the host's memory has them
+    optimizer_s: of clipping, AdamW and EMA, after the passes; None where the host's memory has them
     exchange_s: between ranks; under the backward pass where DeepSpeed overlaps them
     loader_s: in which the loader delivers a step's cells: a step takes no less; 0 for latents, which are copied
     save_s: of a step, for what a checkpoint holds training up
@@ -374,7 +374,7 @@ class Plan:
         config, hardware, cost = self.config, self.config.hardware, self.cost
         cells, batch, n_steps, N = hardware.micro_batch, config.train.global_batch, config.train.steps, hardware.n_ranks
         room = hardware.memory_gb - hardware.context_gb
-        names = ("weights", "gathered", "masters", "moments", "averages", "gradients", "buckets", "activations")
+        names = ("weights", "gathered", "masters", "moments", "ema", "gradients", "buckets", "activations")
         names = (*names, "validation", "peak", "host", "saved")
         lines = [
             f"{cost.n_parameters / 1e6:,.1f} million parameters; {N:,} ranks x {cells} cells x {self.accumulation} = "

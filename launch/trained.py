@@ -1,4 +1,4 @@
-"""Trained runs read back: their networks with averaged weights, and whether cells suit them.
+"""Trained runs read back: their networks with the EMA of the weights, and whether cells suit them.
 
 Reading order: trained_vae, trained_dit, check_given, check_same_genes.
 """
@@ -15,7 +15,7 @@ from scldm.errors import InputError, read_json
 from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE, VAEConfig
 from scldm.parallel.dist import World
-from scldm.train.checkpoint import averaged, load_averaged
+from scldm.train.checkpoint import load_ema, read_ema
 from scldm.train.run_folder import read_config
 from scldm.vocab import ConditionVocab, GeneVocab
 from scldm.weights import weights_hash
@@ -27,7 +27,7 @@ def trained_vae(run_dir: Path, which: Literal["best", "latest"]) -> tuple[VAE, d
     if (run_dir / "latents.json").is_file():
         raise InputError(f"vae={run_dir} is a run of `scldm train ldm`, not of `scldm train vae`")
     vae = VAE(VAEConfig(**run["model"]).portable, GeneVocab.load(run_dir / "genes.json").n_genes)
-    step = load_averaged(vae, run_dir, which)
+    step = load_ema(vae, run_dir, which)
     origin = {"run": str(run_dir), "step": step, "hash": weights_hash(vae.state_dict()), "config": run}
     return vae.eval().requires_grad_(False), origin
 
@@ -49,8 +49,8 @@ def trained_dit(run_dir: Path, vae: VAE, which: Literal["best", "latest"]) -> tu
     conditions = ConditionVocab.load(run_dir / "conditions.json")
     n_labels = {name: conditions.n_labels(name) for name in conditions.names}
     shape = (vae.config.n_latents, vae.config.latent_width)
-    dit = DiT.of_tensors(DiTConfig(**run["model"]).portable, *shape, n_labels, averaged(run_dir, which)[0])
-    step = load_averaged(dit, run_dir, which)
+    dit = DiT.of_tensors(DiTConfig(**run["model"]).portable, *shape, n_labels, read_ema(run_dir, which)[0])
+    step = load_ema(dit, run_dir, which)
     return dit.eval(), {"run": str(run_dir), "step": step, "hash": weights_hash(dit.state_dict()), "config": run}
 
 

@@ -24,7 +24,7 @@ from scldm.library_size import LibrarySizeModel, LogNormal
 from scldm.model.attention import Choice
 from scldm.parallel.deepspeed_json import check_overrides
 from scldm.parallel.dist import World, close_world, world_of_environment
-from scldm.parallel.engine import HardwareConfig, start_engine
+from scldm.parallel.engine import HardwareConfig, check_engine, start_engine
 from scldm.parallel.watch import SOONER_S, Watch
 from scldm.pretrained import Pretrained
 from scldm.train.init_from import Joined
@@ -100,6 +100,7 @@ def run_training(
     torch.set_num_threads(config.hardware.threads)
     config.hardware.accumulation(config.train.global_batch, world.size)
     check_overrides(config.deepspeed)
+    check_engine(config.hardware, world, config.deepspeed)
     run_dir = Path(config.run_dir)
     as_dict = dataclasses.asdict(config)  # pyright: ignore[reportArgumentType]
     # what is at the end told to the scheduler and to the other ranks comes before what takes its time: the tracker

@@ -1,6 +1,6 @@
 """A trained model on the disk, as `scldm export` writes it and `scldm.load` reads it.
 
-model.safetensors   vae/NAME and ldm/NAME: averaged weights and buffers
+model.safetensors   vae/NAME and ldm/NAME: EMA of the weights, and buffers
 config.json         shapes of both networks, sampler, format version, where the weights come from
 genes.json  conditions.json  library_sizes.json
 """

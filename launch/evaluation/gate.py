@@ -3,7 +3,7 @@
 `scldm train vae` writes it at its end, `scldm encode` copies it beside the latents, and these two, `scldm status` and
 `scldm train ldm` say what it found. Its keys:
 
-step, hash    the checkpoint that was judged, the best one: its step, and the hash of its averaged weights
+step, hash    the checkpoint that was judged, the best one: its step, and the hash of its EMA weights
 passed        true if it is better than mean profiles beyond chance; null where that could not be judged
 line          the finding in one line
 cells         how many of the splits were read and judged; drawn_of: of how many, where they were drawn

@@ -8,7 +8,7 @@ from scldm.model.attention import AttentionKind, attention, sdpa
 from scldm.model.blocks import SwiGLU
 
 
-class ScaleNorm(nn.LayerNorm):
+class BiasFreeLayerNorm(nn.LayerNorm):
     """LayerNorm with a scale and no shift: for keys, whose shift has no effect (see attention.py)."""
 
     def __init__(self, width: int) -> None:
@@ -34,7 +34,7 @@ class MCAB(nn.Module):
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
         self.norm_query = nn.LayerNorm(width)
-        self.norm_key = ScaleNorm(width)
+        self.norm_key = BiasFreeLayerNorm(width)
         self.norm_value = nn.LayerNorm(width)
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = SwiGLU(width, bias_out)

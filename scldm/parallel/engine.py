@@ -2,7 +2,7 @@
 
 Two engines with one surface: DeepSpeedEngine, which users run, and PlainEngine, a lone process without it, which is
 also what the other is tested against. Both hold float32 master weights; bf16 is autocast around the forward pass.
-Reading order: HardwareConfig, Piece, the engines, start_engine.
+Reading order: HardwareConfig, Piece, the engines, check_engine, start_engine.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import metadata
 from typing import Any, Literal, Protocol
 
 import torch
@@ -25,6 +26,8 @@ from scldm.micro_batches import accumulation
 from scldm.parallel.deepspeed_json import deepspeed_json
 from scldm.parallel.dist import World, wait_at_most
 
+# the version whose private names stand below; 0.19.0 lacks one of them. pyproject.toml and constraints.txt say the same
+DEEPSPEED = "0.19.8"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -36,9 +39,9 @@ class HardwareConfig:
     engine: deepspeed; plain, which is torch alone and one process; or auto: plain for one process on a CPU, where it
         takes less time for the same steps, unless offload_optimizer or a key of deepspeed is given; else deepspeed
     micro_batch: cells per rank and forward pass; ranks x micro_batch x accumulation is the global batch
-    zero_stage: what DeepSpeed shards over the ranks: 1 optimizer states and averages, 2 gradients too, 3 weights too;
+    zero_stage: what DeepSpeed shards over the ranks: 1 optimizer states and EMA, 2 gradients too, 3 weights too;
         as 3 gathers them around every layer, model.compile gains nothing there
-    offload_optimizer: keep master weights, moments and averages in the host's memory, and step there
+    offload_optimizer: keep master weights, moments and EMA in the host's memory, and step there
     precision: fp32, or bf16 (autocast; master weights stay float32). TF32 is switched on nowhere: torch's products of
         float32 stay such on every GPU. Only a kernel of model.attention=fused may take it, in bf16 alone
     threads: CPU threads per rank for torch
@@ -300,6 +303,23 @@ def _piece(
         yield Piece(name, start, stop, master.detach()[part], {k: moment[part] for k, moment in moments.items()})
 
 
+def check_engine(hardware: HardwareConfig, world: World, overrides: Mapping[str, Any]) -> bool:
+    """Whether DeepSpeed is what runs. Raises: InputError where it is, and another version is installed, or none."""
+    alone_on_a_cpu = world.size == 1 and world.device.type == "cpu" and not overrides and not hardware.offload_optimizer
+    if hardware.engine == "plain" or (hardware.engine == "auto" and alone_on_a_cpu):
+        return False
+    try:
+        found = metadata.version("deepspeed").partition("+")[0]
+    except metadata.PackageNotFoundError:
+        found = "not installed"
+    if found != DEEPSPEED:
+        raise InputError(
+            f"deepspeed is {found}, and scldm reads private parts of {DEEPSPEED} that other versions name otherwise: "
+            f"pip install deepspeed=={DEEPSPEED}, or use hardware.engine=plain on one rank"
+        )
+    return True
+
+
 def start_engine(
     model: nn.Module,
     make_optimizer: OptimizerFactory,
@@ -313,13 +333,13 @@ def start_engine(
 
     overrides: of DeepSpeed's own configuration, as `deepspeed.KEY=value` gives them
 
-    Raises: InputError where ranks, micro-batch and global batch do not fit, or an override would change the result.
+    Raises: InputError where ranks, micro-batch and global batch do not fit, an override would change the result, or
+    another version of DeepSpeed is installed than the one that this works with.
     """
     hardware.accumulation(global_batch, world.size)
-    alone_on_a_cpu = world.size == 1 and world.device.type == "cpu" and not overrides and not hardware.offload_optimizer
-    if hardware.engine == "plain" or (hardware.engine == "auto" and alone_on_a_cpu):
-        return PlainEngine(model, make_optimizer, hardware, clip, world)
-    return DeepSpeedEngine(model, make_optimizer, hardware, clip, world, global_batch, overrides or {})
+    if check_engine(hardware, world, overrides or {}):
+        return DeepSpeedEngine(model, make_optimizer, hardware, clip, world, global_batch, overrides or {})
+    return PlainEngine(model, make_optimizer, hardware, clip, world)
 
 
 def _gradients(module: nn.Module, loss: Tensor) -> dict[str, Tensor]:

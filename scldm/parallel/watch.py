@@ -3,16 +3,16 @@
 A collective operation waits for all ranks. Without this, a rank that dies leaves the others waiting for minutes or for
 ever, and what they report in the end is not the cause.
 
-Each rank holds a TCP connection to the first. The kernel closes it when the process dies, and its keep-alive finds a
-host that is gone: there is no heartbeat of ours, so that a busy interpreter is never taken for a dead one. A thread
-reads it, and ends the process when told to, since the main thread may be within an operation that never returns.
+A thread of each rank reads its link (links.py). It ends the process when told to, since the main thread may be within
+an operation that never returns. Messages:
 
-    a rank to the first    hello; failed: what, exit code; left; at: where it is
-    the first to a rank    stop: why, exit code; where: say where you are; left
+    either way               stop, code: why all end, and with which exit code; left: nothing more to wait for
+    the first to a rank      where: say where you are
+    a rank to the first      at: where it is
 
-A hang: `mark` notes how far the main thread came. All ranks make the same marks in the same order, so that of those
-that stand still the one with the fewest is waited for. Should the interpreter itself be stuck, a timer of the C
-library (faulthandler) still writes the stacks and ends the process.
+A hang: `mark` notes how far the main thread came. All ranks make the same marks in the same order. Of those that stand
+still, the one with the fewest is waited for. A stuck interpreter runs no thread of ours: then a timer of the C library
+(faulthandler) writes the stacks and ends the process.
 
 Reading order: Watch.
 """
@@ -21,33 +21,28 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import json
 import math
 import os
-import secrets
 import selectors
-import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
-import torch.distributed
-
-from scldm.errors import LOST, REFUSED, InputError
+from scldm.errors import LOST, InputError
 from scldm.parallel import dist
 from scldm.parallel.dist import World
+from scldm.parallel.links import Link, meet
 
 TICK_S = 0.5
 START_S = 600.0  # data are opened, networks made and compiled
 ANSWER_S = 5.0  # in which a rank whose threads run says where it is
+END_S = 60.0  # in which a process that failed ends; an operation that others left may not let it
 SOONER_S = 60.0  # by which a hang is to be found before an exchange gives up, which would not say whose fault it is
-# a host that is gone is found after 15 s + 3 x 5 s
-KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 30_000}
 
 
 class Watch:
@@ -64,8 +59,8 @@ class Watch:
         self.on_end: Callable[[str, int], None] = lambda reason, code: None
         self.n_marks, self.doing, self.marked_at = 0, "starts", time.monotonic() + START_S
         self._timer_at = 0.0
-        self._names: dict[int, str] = {}  # of every rank, as a person looks for it: host and process
-        self._lines: dict[int, _Lines] = {}  # to every other rank on the first, to the first on the others
+        self._names: list[str] = []  # of every rank, as a person looks for it
+        self._links: dict[int, Link] = {}
         self._left: set[int] = set()
         self._asked_at, self._answers = 0.0, dict[int, dict[str, Any]]()
         self._closing, self._ending, self._deciding = threading.Event(), False, threading.Lock()
@@ -93,7 +88,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         if self.world.size > 1:
-            self._connect()
+            self._names, self._links = meet(self.world)
         if self.world.size > 1 or self.hang_s:
             self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
             self._thread.start()
@@ -101,75 +96,48 @@ class Watch:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         faulthandler.cancel_dump_traceback_later()
-        if error is None or isinstance(error, SystemExit):
-            self._leave()
-            return
-        code = error.exit_code if isinstance(error, InputError) else 1
-        text = str(error) if code != 1 else " ".join(f"{type(error).__name__}: {error}".split())
-        of_torch = code == 1 and isinstance(error, Exception) and _in_collective(traceback.walk_tb(tb))
-        if in_vain := of_torch and self.world.size > 1:
-            # most likely the consequence of what happened elsewhere: the thread hears of it, and ends the process
-            time.sleep(2 * ANSWER_S)
-            code = LOST  # nobody says why: a link, or a rank that hangs longer than an exchange waits
-        self._note("".join(traceback.format_exception(error)))
-        message = {"failed": text, "code": code, "in_vain": in_vain}
-        stop = self._as_stop(message, self.world.rank)
-        for line in self._lines.values():
-            line.send(stop if self.world.is_first else message)
-        if in_vain:
-            self._dump()
-            self._end(stop["stop"], LOST)
-        self._leave()
-        if self.world.size > 1:  # what is left to do is to end; an operation that others left may not let it
-            faulthandler.dump_traceback_later(60, exit=True, file=2)
-
-    # --- the connections -------------------------------------------------------------------------------------------
-
-    def _connect(self) -> None:
-        """Raises: OSError where a rank can't reach the first one's host."""
-        name = f"{socket.gethostname()}, process {os.getpid()}"
-        server, offer = None, [None]
-        if self.world.is_first:
-            both = socket.has_dualstack_ipv6()
-            family = socket.AF_INET6 if both else socket.AF_INET
-            server = socket.create_server(("", 0), family=family, backlog=self.world.size, dualstack_ipv6=both)
-            server.settimeout(60)
-            offer = [{"port": server.getsockname()[1], "token": secrets.token_hex(8)}]
-        torch.distributed.broadcast_object_list(offer, src=0)
-        assert offer[0] is not None
-        if server is None:
-            link = socket.create_connection((os.environ["MASTER_ADDR"], offer[0]["port"]), timeout=60)
-            self._lines[0] = _Lines(link)
-            self._lines[0].send({"hello": self.world.rank, "token": offer[0]["token"]})
-        while server is not None and len(self._lines) < self.world.size - 1:
-            line = _Lines(server.accept()[0])
-            hello = line.receive_one()
-            if hello.get("token") == offer[0]["token"]:
-                self._lines[hello["hello"]] = line
-        if server is not None:
-            server.close()
-        self._names = dict(enumerate(self.world.gather(name)))
-
-    def _leave(self) -> None:
-        """This rank has nothing more to wait for."""
-        for line in self._lines.values():
-            line.send({"left": self.world.rank})
+        if error is not None and not isinstance(error, SystemExit):
+            self._fail(error, tb)
+        self._tell(left=True)
         with self._deciding:
             if not self._ending:
                 self._closing.set()
         if self._thread is not None:
             self._thread.join(None if self._ending else ANSWER_S)  # which ends the process, if it has begun to
 
+    def _fail(self, error: BaseException, tb: TracebackType | None) -> None:
+        """Tell the others why this rank ends."""
+        code = error.exit_code if isinstance(error, InputError) else 1
+        what, why = ("refuses", f"{error}") if code != 1 else ("failed", f"{type(error).__name__}: {error}")
+        in_collective = isinstance(error, Exception) and _in_collective(traceback.walk_tb(tb))
+        if in_vain := code == 1 and in_collective and self.world.size > 1:
+            # most likely the consequence of what happened elsewhere: the thread hears of it, and ends the process
+            time.sleep(2 * ANSWER_S)
+            # nobody says why: a network that failed, or a rank that hangs longer than an exchange waits
+            what, why, code = "waited in vain for another", why + self._where_stacks_are(), LOST
+        reason = f"{self._named(self.world.rank)} {what}: {' '.join(why.split())}"
+        self._note("".join(traceback.format_exception(error)))
+        self._tell(stop=reason, code=code)
+        if in_vain:
+            self._dump()
+            self._end(reason, LOST)
+        elif self.world.size > 1:
+            faulthandler.dump_traceback_later(END_S, exit=True, file=2)
+
+    def _tell(self, **message: Any) -> None:
+        for link in self._links.values():
+            link.send(**message)
+
     # --- the thread ------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         with selectors.DefaultSelector() as selector:
-            for rank, line in self._lines.items():
-                selector.register(line.link, selectors.EVENT_READ, rank)
+            for rank, link in self._links.items():
+                selector.register(link.socket, selectors.EVENT_READ, rank)
             while not self._closing.is_set():
                 for key, _ in selector.select(TICK_S):
                     rank = key.data
-                    messages = self._lines[rank].receive()
+                    messages = self._links[rank].receive()
                     if messages is None:
                         selector.unregister(key.fileobj)
                         if rank not in self._left:
@@ -181,27 +149,17 @@ class Watch:
 
     def _hear(self, rank: int, message: dict[str, Any]) -> None:
         if "stop" in message:
+            self._left.add(rank)  # it ends by itself
             if message["code"] == LOST:
                 self._dump()  # this may be the rank that the others waited for
-            self._end(message["stop"], message["code"])
-        elif "failed" in message:
-            self._left.add(rank)
-            stop = self._as_stop(message, rank)
-            self._stop_all(stop["stop"], stop["code"])
+            self._stop_all(message["stop"], message["code"])
         elif "left" in message:
             self._left.add(rank)
         elif "where" in message:
-            self._lines[0].send(self._whereabouts())
+            self._links[0].send(**self._whereabouts())
             self._dump()
         elif "at" in message:
             self._answers[rank] = message
-
-    def _as_stop(self, failed: dict[str, Any], rank: int) -> dict[str, Any]:
-        what = "refuses" if failed["code"] in (REFUSED, LOST) else "failed"
-        if failed["in_vain"]:
-            where = f"; stacks of all ranks: {self.folder / 'stacks'}" if self.folder else ""
-            return {"stop": f"{self._named(rank)} waited in vain for another: {failed['failed']}{where}", "code": LOST}
-        return {"stop": f"{self._named(rank)} {what}: {failed['failed']}", "code": failed["code"]}
 
     def _look_for_a_hang(self) -> None:
         still_s = time.monotonic() - self.marked_at
@@ -215,8 +173,7 @@ class Watch:
             self._asked_at = 0.0  # it went on by itself
         elif not self._asked_at:
             self._asked_at, self._answers = time.monotonic(), {0: self._whereabouts()}
-            for line in self._lines.values():
-                line.send({"where": True})
+            self._tell(where=True)
             self._dump()
         else:
             silent = set(range(self.world.size)) - self._answers.keys() - self._left
@@ -230,26 +187,24 @@ class Watch:
         return {"at": self.n_marks, "doing": self.doing, "still_s": round(still_s, 1), "waits": waits}
 
     def _who_hangs(self, silent: set[int]) -> str:
-        where = f"; stacks of all ranks: {self.folder / 'stacks'}" if self.folder else ""
-        if silent:
-            told = "; ".join(f"{self._named(rank)} hangs: it does not answer" for rank in sorted(silent)[:4])
-            return told + where
-        first = min(answer["at"] for answer in self._answers.values())
-        behind = {rank: answer for rank, answer in self._answers.items() if answer["at"] == first}
-        # one that itself waits for the others, within a collective operation, is not the one
-        culprits = {rank: answer for rank, answer in behind.items() if not answer["waits"]} or behind
-        told = "; ".join(
-            f"{self._named(rank)} hangs: it {answer['doing']} since {answer['still_s']:.0f} s"
-            for rank, answer in sorted(culprits.items())[:4]
-        )
-        return told + where
+        told = [f"{self._named(rank)} hangs: it does not answer" for rank in sorted(silent)]
+        if not told:
+            first = min(answer["at"] for answer in self._answers.values())
+            behind = {rank: answer for rank, answer in sorted(self._answers.items()) if answer["at"] == first}
+            # one that itself waits for the others, within a collective operation, is not the one
+            culprits = {rank: answer for rank, answer in behind.items() if not answer["waits"]} or behind
+            told = [
+                f"{self._named(rank)} hangs: it {answer['doing']} since {answer['still_s']:.0f} s"
+                for rank, answer in culprits.items()
+            ]
+        return "; ".join(told[:4]) + self._where_stacks_are()
 
     def _stop_all(self, reason: str, code: int) -> None:
         """On the first rank: tell the others, then end. On another: end."""
         if self.world.is_first:
-            for rank, line in self._lines.items():
+            for rank, link in self._links.items():
                 if rank not in self._left:
-                    line.send({"stop": reason, "code": code})
+                    link.send(stop=reason, code=code)
         self._end(reason, code)
 
     def _end(self, reason: str, code: int) -> None:
@@ -269,7 +224,10 @@ class Watch:
     # --- the folder ------------------------------------------------------------------------------------------------
 
     def _named(self, rank: int) -> str:
-        return f"rank {rank} ({self._names[rank]})" if rank in self._names else f"rank {rank}"
+        return f"rank {rank} ({self._names[rank]})" if self._names else f"rank {rank}"
+
+    def _where_stacks_are(self) -> str:
+        return f"; stacks of all ranks: {self.folder / 'stacks'}" if self.folder else ""
 
     def _note(self, text: str) -> None:
         """Why this rank ended, into the run's folder."""
@@ -293,45 +251,7 @@ class Watch:
                 faulthandler.dump_traceback(file)
 
 
-class _Lines:
-    """JSON, a line a message, over a connection that the kernel watches."""
-
-    def __init__(self, link: socket.socket) -> None:
-        self.link, self.rest, self.sending = link, b"", threading.Lock()
-        link.settimeout(60)
-        link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in KEEPALIVE.items():
-            if hasattr(socket, name):  # Linux has all of them
-                link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-    def send(self, message: dict[str, Any]) -> None:
-        """A connection that ended is noticed by who reads it."""
-        with self.sending, contextlib.suppress(OSError):
-            self.link.sendall(json.dumps(message).encode() + b"\n")
-
-    def receive(self) -> list[dict[str, Any]] | None:
-        """The messages that are whole by now; None where the connection has ended."""
-        try:
-            data = self.link.recv(65_536)
-        except OSError:
-            return None
-        if not data:
-            return None
-        *lines, self.rest = (self.rest + data).split(b"\n")
-        return [json.loads(line) for line in lines]
-
-    def receive_one(self) -> dict[str, Any]:
-        """The first message; empty where none comes that is one."""
-        try:
-            while not (messages := self.receive()):
-                if messages is None:
-                    return {}
-            return messages[0]
-        except ValueError:
-            return {}
-
-
-def _in_collective(frames: Any) -> bool:
+def _in_collective(frames: Iterable[tuple[FrameType, int]]) -> bool:
     """Whether a stack passes through torch.distributed, DeepSpeed's layer over it, or ours."""
     places = (os.path.join("torch", "distributed", ""), os.path.join("deepspeed", "comm", ""), dist.__file__)
     return any(place in frame.f_code.co_filename for frame, _ in frames for place in places)

@@ -20,12 +20,12 @@ class Memory:
     weights: whole under ZeRO-1 and 2, where DeepSpeed keeps masters beside them; a share under ZeRO-3
     gathered: weights of other ranks that ZeRO-3 holds between forward and backward; in bf16 without those of linear
         maps, which activations have in bf16 at every stage
-    masters, moments, averages: shares
+    masters, moments, ema: shares
     gradients: this rank's share, summed over ranks
     buckets: in which gradients wait to be exchanged during the pass
     activations: and other tensors of a pass, with the gradients that it holds
     step: what is made after the pass, in the room of activations and buckets
-    validation: what a validation pass takes in that room: the weights, put by while the averages are in their place,
+    validation: what a validation pass takes in that room: the weights, put by while the EMA is in their place,
         and no more activations than a training pass has
     host: of the states above, what is in the host's memory instead
     saved: in the host's memory too, where a checkpoint is copied to before it is written
@@ -35,7 +35,7 @@ class Memory:
     gathered: float
     masters: float
     moments: float
-    averages: float
+    ema: float
     gradients: float
     buckets: float
     activations: float
@@ -46,7 +46,7 @@ class Memory:
 
     @property
     def states(self) -> float:
-        return self.weights + self.gathered + self.masters + self.moments + self.averages + self.gradients
+        return self.weights + self.gathered + self.masters + self.moments + self.ema + self.gradients
 
     @property
     def training(self) -> float:
@@ -95,7 +95,7 @@ def rank_memory(
         gathered=live * 4 * exact if zero_stage == 3 else 0.0,
         masters=4 * share if zero_stage < 3 or offload else 0.0,
         moments=8 * share,
-        averages=4 * share,
+        ema=4 * share,
         gradients=4 * share,
         buckets=buckets,
         activations=activations,
@@ -103,7 +103,7 @@ def rank_memory(
         step=max(4 * P + in_bucket if zero_stage == 1 else 0.0, 0.0 if offload else 3 * 4 * share),
         validation=(0.0 if offload else 4 * share) + cost.peak_bytes,
         host=20 * share if offload else 0.0,
-        saved=4 * 4 * share,  # weights, averages and both moments
+        saved=4 * 4 * share,  # weights, EMA and both moments
     )
 
 
@@ -116,7 +116,7 @@ def plain_memory(cost: StepCost) -> Memory:
         gathered=0.0,
         masters=0.0,
         moments=8 * P,
-        averages=4 * P,
+        ema=4 * P,
         gradients=0.0,
         buckets=0.0,
         activations=cost.peak_with_gradients_bytes,

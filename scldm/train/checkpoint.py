@@ -2,8 +2,8 @@
 
     checkpoints/step-00001500/part-0-of-2.safetensors   {weight,ema,exp_avg,exp_avg_sq}/NAME, buffer/NAME
     checkpoints/step-00001500/state.json                what follows, and a SHA-256 of it
-        format, step, n_updates, skipped, stale, best, validation, loader    where the run stood
-        unvalidated    whether it was stopped before the validation that is due at the step; meter: the row it began
+        what run_state.py keeps, such as step; loader and meter: their places; n_updates: steps that were not skipped
+        format    of this folder
         shapes    parameter name -> shape
         parts     file -> SHA-256, bytes, ranges: parameter name -> [start, stop] of the flattened parameter in it
         files     file -> SHA-256 of the config and the vocabularies that lie beside it
@@ -12,7 +12,7 @@
 A part holds what one rank held, flat, in float32 (weights are the masters); all parts hold every number once. Any
 engine reads the ranges that it holds itself out of the parts that have them.
 
-Reading order: Checkpoint, read_averaged, resume, pointers, retain. Writing is in saver.py.
+Reading order: Checkpoint, load, load_ema, resume, pointers, retain. Writing is in saver.py.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from scldm.parallel.dist import World
 from scldm.parallel.engine import Engine
 from scldm.train.ema import EMA
 
-FORMAT = 3
+FORMAT = 4
 STATE = "state.json"
 BROKEN = ".broken"
 SEEN_S = 20.0  # in which what another host wrote is to be seen on this one; network file systems cache what was
@@ -124,7 +124,7 @@ class Checkpoint:
             raise Damaged(f"{self.folder}: its parts do not hold every number of {name} once")
 
     def whole(self, kind: str, name: str) -> Tensor:
-        """A parameter's weight, average or moment in its shape."""
+        """A parameter's weight, EMA or moment in its shape."""
         return self.read(kind, name).view(self.shapes[name])
 
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
@@ -135,8 +135,8 @@ class Checkpoint:
                 if kind == "buffer":
                     yield name, file.get_tensor(key)
 
-    def averaged(self) -> dict[str, Tensor]:
-        """Averaged weights and buffers: what is validated, exported and sampled."""
+    def ema(self) -> dict[str, Tensor]:
+        """EMA of the weights, and buffers: what is validated, exported and sampled."""
         return {**{name: self.whole("ema", name) for name in self.shapes}, **dict(self.buffers())}
 
     @cached_property
@@ -174,8 +174,8 @@ def load(checkpoint: Checkpoint, engine: Engine, ema: EMA) -> None:
                 f"the network has {tuple(shape)}: it is a checkpoint of another model"
             )
     with torch.no_grad():
-        for piece, average in zip(engine.pieces, ema.averages, strict=True):
-            for kind, value in {"weight": piece.weight, "ema": average, **piece.moments}.items():
+        for piece, ema_weight in zip(engine.pieces, ema.weights, strict=True):
+            for kind, value in {"weight": piece.weight, "ema": ema_weight, **piece.moments}.items():
                 value.copy_(checkpoint.read(kind, piece.name, piece.start, piece.stop))
         stored = dict(checkpoint.buffers())
         for name, buffer in engine.module.named_buffers():
@@ -185,14 +185,14 @@ def load(checkpoint: Checkpoint, engine: Engine, ema: EMA) -> None:
     ema.n_updates = checkpoint.state["n_updates"]
 
 
-def load_averaged(module: nn.Module, run_dir: Path, which: Which) -> int:
-    """Put the averaged weights of one of a run's checkpoints into a network of the run's config; returns the step.
+def load_ema(module: nn.Module, run_dir: Path, which: Which) -> int:
+    """Put the EMA of one of a run's checkpoints into a network of the run's config; returns the step.
 
     which: `best` by the validation metric, or `latest`
 
     Raises: InputError where the run has no such checkpoint, or it is damaged, or of another network.
     """
-    found, step, target = averaged(run_dir, which)
+    found, step, target = read_ema(run_dir, which)
     expected = module.state_dict()
     wrong = sorted(
         name
@@ -208,14 +208,14 @@ def load_averaged(module: nn.Module, run_dir: Path, which: Which) -> int:
     return step
 
 
-def averaged(run_dir: Path, which: Which) -> tuple[dict[str, Tensor], int, Path]:
-    """Averaged weights and buffers of a checkpoint by name, its step and its folder."""
+def read_ema(run_dir: Path, which: Which) -> tuple[dict[str, Tensor], int, Path]:
+    """EMA of the weights, and buffers, of a checkpoint by name, its step and its folder."""
     target = pointed(run_dir / "checkpoints" / which)
     if target is None:
         raise InputError(f"{run_dir} has no {which} checkpoint yet; train it first")
     checkpoint = Checkpoint(target)
     checkpoint.check()
-    return checkpoint.averaged(), checkpoint.step, target
+    return checkpoint.ema(), checkpoint.step, target
 
 
 def resume(folder: Path, engine: Engine, ema: EMA, world: World) -> dict[str, Any] | None:

@@ -11,29 +11,29 @@ from scldm.parallel.engine import Engine
 
 
 class EMA:
-    """Averages in float32 of the weights that this rank holds: as the optimizer's moments, they are kept once in all.
+    """In float32, of the weights that this rank holds. As with the optimizer's moments, all ranks hold it once.
 
-    decay: of the long run; the average follows faster at first, with (1 + n) / (10 + n) after n updates
-    averages: of each of the engine's pieces, in their order
+    decay: of the long run; the EMA follows faster at first, with (1 + n) / (10 + n) after n updates
+    live, weights: the weights that are trained and their EMA, of each of the engine's pieces in their order
     """
 
     def __init__(self, engine: Engine, decay: float) -> None:
         self.engine, self.decay, self.n_updates = engine, decay, 0
-        self.weights = [piece.weight for piece in engine.pieces]
-        self.averages = [weight.clone() for weight in self.weights]
+        self.live = [piece.weight for piece in engine.pieces]
+        self.weights = [weight.clone() for weight in self.live]
 
     @torch.no_grad()
     def update(self) -> None:
         self.n_updates += 1
         decay = min(self.decay, (1 + self.n_updates) / (10 + self.n_updates))
-        if self.averages:
-            torch._foreach_lerp_(self.averages, self.weights, 1 - decay)
+        if self.live:
+            torch._foreach_lerp_(self.weights, self.live, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within, the engine computes with the averages; collective."""
-        live = [weight.clone() for weight in self.weights]
-        self._put(self.averages)
+        """Within, the engine computes with the EMA; collective."""
+        live = [weight.clone() for weight in self.live]
+        self._put(self.weights)
         try:
             yield
         finally:
@@ -41,6 +41,6 @@ class EMA:
 
     @torch.no_grad()
     def _put(self, values: list[torch.Tensor]) -> None:
-        for weight, value in zip(self.weights, values, strict=True):
+        for weight, value in zip(self.live, values, strict=True):
             weight.copy_(value)
         self.engine.publish()

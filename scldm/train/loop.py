@@ -1,18 +1,19 @@
 """One training loop for both stages. What happens every n steps is written in it, in the order in which it happens.
 
-Reading order: TrainConfig, train, validate.
+Reading order: TrainConfig, train, log_row, end_early, validate.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from scldm.errors import InputError
 from scldm.parallel.dist import World
@@ -23,8 +24,10 @@ from scldm.train import checkpoint, nonfinite
 from scldm.train.ema import EMA
 from scldm.train.losses import Draws, Stage
 from scldm.train.optim import OptimConfig, early_end, learning_rate
-from scldm.train.requests import Asked, Requests, signal_named
+from scldm.train.requests import Requests, signal_named
+from scldm.train.run_state import RunState
 from scldm.train.saver import Saver
+from scldm.train.supervisor import Supervisor
 from scldm.train.throughput import Meter, note_rank
 from scldm.train.tracking import Tracker
 
@@ -36,7 +39,7 @@ class TrainConfig:
     steps: optimizer steps
     global_batch: cells per optimizer step, over all ranks
     seed: of weights and of every draw
-    ema_decay: of the averaged weights, which are what is validated, exported and sampled
+    ema_decay: of the exponential moving average (EMA) of the weights, which is validated, exported and sampled
     log_every: steps between two rows of training metrics
     rank_logs: also keep a file for each rank, ranks/K.jsonl: its own cells/s, waiting and memory
     validate_every: steps between two passes over the validation cells
@@ -109,159 +112,117 @@ def train(
 
     Raises: Stopped where that was asked from outside, InputError where training or saving can't go on; on all ranks.
     """
-    watch, requests = watch or Watch(world), requests or Requests(run_dir, (), world)
     ema, meter = EMA(engine, config.ema_decay), meter or Meter(world)
-    # skipped: steps in a row; stale: validations since the best; end: the last step, sooner where patience ran out;
-    # unvalidated: the validation that is due at this step is still to be made; all of it the same on every rank
-    step, skipped, stale, best, metrics, unvalidated = 0, 0, 0, math.inf, dict[str, float](), False
-    end = config.steps
-    state = checkpoint.resume(run_dir / "checkpoints", engine, ema, world)
-    if state is not None:
-        loader.load_state(state["loader"])
-        step, skipped, stale = state["step"], state["skipped"], state["stale"]
-        meter.load_state(state["meter"])
-        unvalidated = state["unvalidated"]
-        if state["end"] is not None and config.patience:
-            if config.patience <= state["patience"]:
-                end = state["end"]
-            else:  # more patience goes on from where less ran out
-                stale = min(stale, state["patience"])
-        best = math.inf if state["best"] is None else state["best"]
-        metrics = {key: math.nan if value is None else value for key, value in state["validation"].items()}
-
+    state = RunState(config.steps, config.patience)
+    if (found := checkpoint.resume(run_dir / "checkpoints", engine, ema, world)) is not None:
+        state = RunState.of_json(found, config.steps, config.patience)
+        loader.load_state(found["loader"])
+        meter.load_state(found["meter"])
     saver = Saver(run_dir, engine, ema, world, config.keep, config.keep_every)
+    supervisor = Supervisor(watch or Watch(world), requests or Requests(run_dir, (), world), saver)
 
-    asked = Asked()
-
-    def hear() -> None:
-        """What is asked by now; a save that is under way goes on, too. Collective."""
-        nonlocal asked
-        asked = requests.end()
-        saver.advance(asked.save_failed, asked.save_unfinished)
-
-    def is_stopped() -> bool:
-        requests.begin(saver.failed, saver.unfinished)
-        hear()
-        return asked.stop > 0
-
-    with Progress(name, config.steps, "steps", done=step, shown=world.is_first) as bar, saver:
-        ends = not unvalidated and step >= end
-        while not ends:
-            requests.begin(saver.failed, saver.unfinished)
-            if not unvalidated:  # else this run was stopped while it validated, and goes on there
-                watch.mark(f"waits for the cells of step {step}")
-                batches = meter.wait_for(loader)
-                losses = []
+    with Progress(name, config.steps, "steps", done=state.step, shown=world.is_first) as bar, supervisor:
+        while not state.is_over:
+            supervisor.begin()
+            if not state.unvalidated:  # else the run was stopped while it validated, and resumes there
+                supervisor.mark(f"waits for the cells of step {state.step}")
+                batches, losses = meter.wait_for(loader), list[dict[str, Tensor]]()
                 for k, batch in enumerate(batches):
-                    watch.mark(f"computes micro-batch {k} of step {step}")
+                    supervisor.mark(f"computes micro-batch {k} of step {state.step}")
                     batch = batch.to(world.device)
-                    loss, parts = stage.loss(engine.model, batch, Draws(config.seed, step, batch.positions_B))
+                    draws = Draws(config.seed, state.step, batch.positions_B)
+                    loss, parts = stage.loss(engine.model, batch, draws)
                     engine.backward(loss / batch.n_cells)
                     parts = {"loss": loss, **parts, "cells": batch.weight_B.sum()}
                     losses.append({key: value.detach() for key, value in parts.items()})
-                watch.mark(f"updates the weights in step {step}")
-                lr = learning_rate(optim, step, config.steps, end)
+
+                supervisor.mark(f"updates the weights in step {state.step}")
+                lr = learning_rate(optim, state.step, config.steps, state.end)
                 grad_norm = engine.step(lr)
                 if math.isfinite(grad_norm):
                     ema.update()
                     meter.add(losses)
-                    skipped = 0
+                    state.skipped = 0
                 else:  # the engine left the weights as they were, on all ranks
-                    skipped += 1
-                    culprits = nonfinite.find_culprits(stage, engine, batches, losses, config.seed, step, world)
-                    told = nonfinite.told(step, culprits)
-                    if world.is_first:
-                        nonfinite.note(run_dir, step, culprits)
-                        print(f"scldm: {told}; the step is skipped", file=sys.stderr, flush=True)
-                    if skipped > config.max_skipped:
-                        saver.finish()
-                        raise InputError(f"{told}; {skipped} steps in a row, train.max_skipped={config.max_skipped}")
-                step += 1
+                    state.skipped += 1
+                    problem = nonfinite.report(stage, engine, batches, losses, config.seed, state.step, world, run_dir)
+                    if state.skipped > config.max_skipped:
+                        supervisor.finish()
+                        limit = f"{state.skipped} steps in a row, train.max_skipped={config.max_skipped}"
+                        raise InputError(f"{problem}; {limit}")
+                state.step += 1
 
-                if (step % config.log_every == 0 or step == end) and meter.n_steps:
-                    row, own = meter.read()
-                    row |= {"lr": lr, "grad_norm": grad_norm}
-                    if config.rank_logs:
-                        note_rank(run_dir, world.rank, step, own)
-                    tracker.log(step, row, cells_seen=step * config.global_batch)
+                if state.is_due(config.log_every) and meter.n_steps:
+                    row = log_row(meter, tracker, state.step, config, {"lr": lr, "grad_norm": grad_norm}, run_dir)
                     bar.advance(0, f"loss {row['loss']:.4g}, {row['cells_per_s']:,.0f} cells/s")
                 bar.advance()
-                unvalidated = step % config.validate_every == 0 or step == end
+                state.unvalidated = state.is_due(config.validate_every)
 
-            watch.mark(f"hears what is asked after step {step}")
-            hear()
+            supervisor.agree(f"step {state.step}")
             is_best = False
-            if unvalidated and not asked.stop:
+            if state.unvalidated and not supervisor.asked.stop:
                 with meter.paused():
-                    found = validate(stage, engine, ema, validation, config.seed, world, watch, is_stopped)
-                if found is not None:
-                    metrics, unvalidated = found, False
-                    tracker.log(step, metrics, split="validation", cells_seen=step * config.global_batch)
-                    better = metrics[stage.validation_metric] < best
-                    is_best = better and not skipped
-                    best = metrics[stage.validation_metric] if is_best else best
-                    stale = 0 if better else stale + 1
-                    if end == config.steps and 0 < config.patience <= stale:
-                        end = early_end(optim, step, config.steps)
-                        if world.is_first and end < config.steps:
-                            print(
-                                f"scldm: {stale} validations without a better one: ends at step {end}", file=sys.stderr
-                            )
-            ends = not unvalidated and step == end
+                    metrics = validate(stage, engine, ema, validation, config.seed, world, supervisor)
+                if metrics is not None:  # else the run was asked to stop meanwhile
+                    tracker.log(state.step, metrics, split="validation", cells_seen=state.step * config.global_batch)
+                    is_best = state.validated(metrics, stage.validation_metric)
+                    end_early(state, config, optim, world)
 
-            # none of itself while steps are skipped: if that ends the run, it is resumed from before the trouble began
-            due = step % config.save_every == 0 and not skipped
-            if due or is_best or ends or asked.save or asked.stop:
-                watch.mark(f"saves step {step}")
-                at = {"step": step, "skipped": skipped, "stale": stale, "unvalidated": unvalidated}
-                at |= {"end": None if end == config.steps else end, "patience": config.patience}
+            # not while steps are skipped: the run may end by that, and must then resume from before the trouble
+            due = state.step % config.save_every == 0 and not state.skipped
+            if due or is_best or state.is_over or supervisor.wants_save:
                 with meter.paused():
-                    saver.begin(
-                        {**at, **_json(best, metrics), "loader": loader.state(), "meter": meter.state()}, is_best
-                    )
-            if asked.save or asked.stop:
-                saver.finish()
-                if world.is_first:
-                    print(f"scldm: saved step {step}, asked by {asked.reason}", file=sys.stderr, flush=True)
-                requests.done(asked, more=not ends)
-        saver.finish()
-    return metrics
+                    places = {"loader": loader.state(), "meter": meter.state()}
+                    supervisor.save({**state.to_json(), **places}, is_best)
+            supervisor.answer(state.step, more=not state.is_over)
+        supervisor.finish()
+    return state.validation
 
 
-def _json(best: float, metrics: dict[str, float]) -> dict[str, Any]:
-    """As JSON has no word for what is not finite."""
-    found = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-    return {"best": best if math.isfinite(best) else None, "validation": found}
+def log_row(
+    meter: Meter, tracker: Tracker, step: int, config: TrainConfig, more: dict[str, float], run_dir: Path
+) -> dict[str, float]:
+    """Write the training metrics since the last row; returns them. Collective."""
+    row, own = meter.read()
+    row |= more
+    if config.rank_logs:
+        note_rank(run_dir, meter.world.rank, step, own)
+    tracker.log(step, row, cells_seen=step * config.global_batch)
+    return row
+
+
+def end_early(state: RunState, config: TrainConfig, optim: OptimConfig, world: World) -> None:
+    """Bring the run's end forward where patience has run out."""
+    if state.early_end is None and 0 < config.patience <= state.stale:
+        end = early_end(optim, state.step, config.steps)
+        if end < config.steps:
+            state.early_end = end
+            if world.is_first:
+                print(f"scldm: {state.stale} validations without a better one: ends at step {end}", file=sys.stderr)
 
 
 @torch.no_grad()
 def validate(
-    stage: Stage,
-    engine: Engine,
-    ema: EMA,
-    loader: Loader,
-    seed: int,
-    world: World,
-    watch: Watch,
-    is_stopped: Callable[[], bool],
+    stage: Stage, engine: Engine, ema: EMA, loader: Loader, seed: int, world: World, supervisor: Supervisor
 ) -> dict[str, float] | None:
-    """Means over the validation cells, with averaged weights and the same draws every time; none where all ranks heard,
-    after some batch, that they are to stop. Collective."""
+    """Means over the validation cells, with the EMA and the same draws every time. Collective.
+
+    None where all ranks agreed, after some batch, that they are to stop.
+    """
     engine.module.eval()
-    sums: dict[str, torch.Tensor] = {}
+    sums: dict[str, Tensor] = {}
     n_cells, stopped = torch.zeros((), device=world.device), False
     with ema.applied():
         # keyed by the batch's number, as no two batches of a pass may share their draws
         for number, batches in enumerate(loader.one_pass()):
-            watch.mark(f"validates batch {number}")
+            supervisor.mark(f"validates batch {number}")
             for batch in batches:
                 batch = batch.to(world.device)
                 parts = stage.validation(engine.model, batch, Draws(seed + 1, number, batch.positions_B))
                 n_cells += batch.weight_B.sum()
                 for key, value in parts.items():
                     sums[key] = sums.get(key, torch.zeros((), device=world.device)) + value
-            watch.mark(f"hears what is asked after validation batch {number}")
-            if stopped := is_stopped():
+            if stopped := supervisor.is_stopped(f"validation batch {number}"):
                 break
     engine.module.train()
     if stopped:

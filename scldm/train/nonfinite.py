@@ -1,12 +1,13 @@
 """A loss or gradient that is no number: which rank and which cells it came from.
 
 The norm of the gradient is summed over all ranks, so that all know of it without another message, and none of them
-applies the step. Only then is it asked where it came from. Reading order: Culprit, find_culprits, told.
+applies the step. Only then is it asked where it came from. Reading order: Culprit, report, find_culprits, told.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,26 @@ class Culprit:
     what: str
     shown: str
     cells: list[list[int]]
+
+
+def report(
+    stage: Stage,
+    engine: Engine,
+    batches: list[Any],
+    losses: list[dict[str, Tensor]],
+    seed: int,
+    step: int,
+    world: World,
+    run_dir: Path,
+) -> str:
+    """Find where a skipped step went wrong, print it and note all cells in the run's folder; returns what is printed.
+    Collective."""
+    culprits = find_culprits(stage, engine, batches, losses, seed, step, world)
+    line = told(step, culprits)
+    if world.is_first:
+        note(run_dir, step, culprits)
+        print(f"scldm: {line}; the step is skipped", file=sys.stderr, flush=True)
+    return line
 
 
 def find_culprits(

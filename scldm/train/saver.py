@@ -177,8 +177,8 @@ class Saver:
 def own_share(engine: Engine, ema: EMA, world: World) -> dict[str, Tensor]:
     """What this rank writes: its pieces, and on the first rank the buffers."""
     share: dict[str, Tensor] = {}
-    for piece, average in zip(engine.pieces, ema.averages, strict=True):
-        for kind, value in {"weight": piece.weight, "ema": average, **piece.moments}.items():
+    for piece, ema_weight in zip(engine.pieces, ema.weights, strict=True):
+        for kind, value in {"weight": piece.weight, "ema": ema_weight, **piece.moments}.items():
             share[f"{kind}/{piece.name}"] = value.detach()
     if world.is_first:
         share |= {f"buffer/{name}": buffer.detach() for name, buffer in engine.module.named_buffers()}

@@ -59,7 +59,7 @@ def test_verify_finds_one_bit(run: Path, name: str, capsys: pytest.CaptureFixtur
 
 def test_convert_writes_what_other_tools_read(run: Path, tmp_path: Path) -> None:
     _, tensors = stored(run)
-    for kind, weights in (("ema", "averaged"), ("weight", "raw")):
+    for kind, weights in (("ema", "ema"), ("weight", "raw")):
         expected = {key.split("/", 1)[1]: v for key, v in tensors.items() if key.split("/")[0] in (kind, "buffer")}
         words = ["checkpoint", "convert", f"at={run}", f"weights={weights}"]
         assert scldm([*words, f"out={tmp_path}/a/plain.safetensors"]) == 0

@@ -19,6 +19,7 @@ from launch.training import FREE_ON_RESUME, check_has_validation, keep_data, who
 from scldm.errors import InputError, Stopped
 from scldm.files import flat
 from scldm.parallel.deepspeed_json import check_overrides
+from scldm.parallel.dist import close_world
 from scldm.parallel.engine import HardwareConfig
 from scldm.train.tracking import Tracker
 from scldm.vocab import ConditionVocab, GeneVocab
@@ -99,3 +100,12 @@ def test_presets_of_hardware_change_no_result() -> None:
         for key, _ in flat(yaml.safe_load(text)):
             free = any(f"{key}.".startswith(f"{name}.") for name in FREE_ON_RESUME)
             assert free or key == "hardware.precision", f"{path.name}: {key} is not free"
+
+
+def test_another_deepspeed_is_refused_before_a_folder_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scldm.parallel.engine.DEEPSPEED", "0.20.1")
+    config = faulty.SmallConfig(str(tmp_path / "run"), hardware=HardwareConfig("deepspeed", micro_batch=4))
+    with pytest.raises(InputError, match=r"deepspeed is \S+, and scldm reads private parts of 0.20.1"):
+        faulty.train(config)
+    close_world()
+    assert not (tmp_path / "run").exists()

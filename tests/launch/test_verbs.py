@@ -122,7 +122,7 @@ def test_validation_is_as_wide_as_training_allows(made: Path) -> None:
 
 
 def test_the_latents_are_what_the_exported_model_embeds(made: Path) -> None:
-    """Through shards, the checkpoint's averages, the exported folder and the h5ad file: one cell, one latent."""
+    """Through shards, the checkpoint's EMA, the exported folder and the h5ad file: one cell, one latent."""
     from contextlib import closing
 
     from data_pipeline.stream.loader import LatentLoader, StreamConfig

@@ -60,7 +60,7 @@ def cells(B: int, own: bool) -> CompactCellBatch:
 
 
 def train(name: str, stage: Any, batch: Any, precision: str) -> None:
-    """A step as the loop makes it: the cells to the GPU, loss, backward, step, averages, metrics; and validation."""
+    """A step as the loop makes it: the cells to the GPU, loss, backward, step, EMA, metrics; and validation."""
     hardware = HardwareConfig(engine="plain", precision=precision)
     engine = PlainEngine(stage.module, lambda model: make_optimizer(OptimConfig(), model), hardware, 10.0, GPU)
     ema, meter = EMA(engine, 0.999), Meter(GPU)

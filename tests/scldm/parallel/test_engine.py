@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ import torch
 
 from scldm.errors import InputError
 from scldm.parallel.dist import World
-from scldm.parallel.engine import HardwareConfig, PlainEngine, start_engine
+from scldm.parallel.engine import DEEPSPEED, HardwareConfig, PlainEngine, check_engine, start_engine
 from scldm.train.optim import OptimConfig, make_optimizer
 from scldm.train.tracking import read_metrics
 from tests.rounding import BF16_DIGIT, Undisturbed
-from tests.scldm.train.small_runs import Finished, make_dit, small_run, stored
+from tests.scldm.train.small_runs import ALONE, Finished, make_dit, small_run, stored
 
 ROOT = Path(__file__).resolve().parents[3]
 STEPS = 30
@@ -80,7 +81,7 @@ def coarsely(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Undisturbed]
 
 
 def assert_follows(run_dir: Path, oracle: Undisturbed, stage: str) -> None:
-    """Loss and gradient norm of every step, validation, and the final weights and averages.
+    """Loss and gradient norm of every step, validation, and the final weights and EMA.
 
     Rounding in another order is what differs, and the autoencoder's training amplifies it, by ten from step 5 to 20 and
     by ten again to 30. So what is allowed is measured step by step.
@@ -200,6 +201,26 @@ def test_accumulation_and_what_else_can_not_be() -> None:
             World(0, 2, torch.device("cpu")),
             16,
         )
+
+
+@pytest.mark.parametrize("found", ["0.19.0", "0.20.0", None])
+def test_another_deepspeed_is_refused_in_words(monkeypatch: pytest.MonkeyPatch, found: str | None) -> None:
+    def version(package: str) -> str:
+        if found is None:
+            raise metadata.PackageNotFoundError(package)
+        return found
+
+    monkeypatch.setattr(metadata, "version", version)
+    said = rf"deepspeed is {found or 'not installed'}, .* pip install deepspeed=={DEEPSPEED}"
+    with pytest.raises(InputError, match=said):
+        check_engine(HardwareConfig("deepspeed"), ALONE, {})
+    assert not check_engine(HardwareConfig("auto"), ALONE, {})
+
+
+def test_the_deepspeed_that_is_installed_asked_for_and_pinned_is_the_one() -> None:
+    assert check_engine(HardwareConfig("deepspeed"), ALONE, {})
+    assert f'"deepspeed=={DEEPSPEED}"' in (ROOT / "pyproject.toml").read_text()
+    assert f"\ndeepspeed=={DEEPSPEED}\n" in (ROOT / "constraints.txt").read_text()
 
 
 def test_one_process_on_a_cpu_needs_no_deepspeed() -> None:

@@ -1,4 +1,5 @@
-"""Who is named where nothing goes on; what two real ranks say of each other is in tests/launch/test_faults.py."""
+"""Who is named where nothing goes on. What two real ranks say is in test_two_ranks.py, and
+in tests/launch/test_faults.py."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ def test_a_first_rank_that_left_in_order_does_not_hang(
     watch, ends = Watch(World(1, 2, torch.device("cpu")), hang_s=1.0), list[tuple[str, int]]()
     monkeypatch.setattr(watch, "_end", lambda reason, code: ends.append((reason, code)))
     monkeypatch.setattr(watch, "_dump", lambda: None)
-    watch._names, watch._left = {0: "a", 1: "b"}, left
+    watch._names, watch._left = ["a", "b"], left
     watch.doing, watch.marked_at = "saves step 5", time.monotonic() - 4 * ANSWER_S - 2
     watch._look_for_a_hang()
     ((reason, code),) = ends

@@ -47,7 +47,7 @@ def test_kernels_are_counted_and_views_are_not() -> None:
 def test_a_lone_process_without_deepspeed_keeps_one_copy_of_the_weights() -> None:
     cost = StepCost(1_000, 800, 0, 0, 20_000, 23_000)
     memory = plain_memory(cost)
-    assert memory.training == 4_000 + 8_000 + 4_000 + 23_000  # weights, moments, averages; gradients in the pass
+    assert memory.training == 4_000 + 8_000 + 4_000 + 23_000  # weights, moments, EMA; gradients in the pass
     assert plain_memory(StepCost(1_000, 800, 0, 0, 0, 0)).training == 16_000 + 16_000  # then AdamW's are the most
 
 
@@ -74,8 +74,8 @@ def test_states_are_shared_out_as_the_stages_say() -> None:
 def test_what_validation_and_saving_take_is_planned() -> None:
     cost = StepCost(1_000, 800, 0, 0, 20_000, 20_000)
     memory = rank_memory(cost, 1, 1, bucket=0)
-    assert memory.peak == memory.training + 4_000  # the weights, put by for the averages
-    assert memory.saved == 16_000  # weights, averages, two moments
+    assert memory.peak == memory.training + 4_000  # the weights, put by for the EMA
+    assert memory.saved == 16_000  # weights, EMA, two moments
     assert rank_memory(cost, 1, 1, offload=True, bucket=0).validation == 20_000
 
 

@@ -21,7 +21,7 @@ def rows(run_dir: Path) -> list[dict]:
 
 def assert_same_run(one: Path, other: Path) -> None:
     (state, tensors), (state_other, tensors_other) = stored(one), stored(other)
-    assert state == state_other  # the hashes of all parts too: weights, both moments, averages, buffers
+    assert state == state_other  # the hashes of all parts too: weights, both moments, EMA, buffers
     assert {key.split("/")[0] for key in tensors} >= {"weight", "ema", "exp_avg", "exp_avg_sq"}
     assert all(torch.equal(tensors[key], tensors_other[key]) for key in tensors)
     assert rows(one) == rows(other)

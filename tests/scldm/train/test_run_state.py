@@ -1,0 +1,32 @@
+"""A run's state comes back from JSON as it was, whatever JSON has no word for."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from scldm.train.run_state import RunState
+
+
+def test_a_state_comes_back_from_json() -> None:
+    state = RunState(
+        100, 3, early_end=60, step=50, skipped=1, unvalidated=True, stale=3, best=2.5, validation={"a": 1.0}
+    )
+    assert RunState.of_json(json.loads(json.dumps(state.to_json(), allow_nan=False)), 100, 3) == state
+
+
+def test_what_is_not_finite_comes_back() -> None:
+    state = RunState(100, 0, validation={"nll": math.nan, "kl": 1.0})
+    found = RunState.of_json(json.loads(json.dumps(state.to_json(), allow_nan=False)), 100, 0)
+    assert found.best == math.inf
+    assert math.isnan(found.validation["nll"])
+    assert found.validation["kl"] == 1.0
+
+
+def test_no_checkpoint_is_the_best_while_steps_are_skipped() -> None:
+    state = RunState(100, 0, skipped=1, best=5.0, stale=2)
+    assert not state.validated({"nll": 4.0}, "nll")
+    assert (state.best, state.stale) == (5.0, 0)
+    state.skipped = 0
+    assert state.validated({"nll": 4.0}, "nll")
+    assert state.best == 4.0
