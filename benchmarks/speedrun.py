@@ -1,6 +1,7 @@
 """`python -m benchmarks.speedrun`: how soon an autoencoder knows held-out cells. CPU-seconds, steps and cells of
-training until it gives validation cells back as well as a mark, by two scores over all genes: their negative
-log-likelihood, and W2 from the cells to one draw of each reconstructed cell, in components of the validation cells.
+training until it gives held-out cells back as well as a mark, by two scores over all genes: the negative
+log-likelihood of validation cells, and W2 from test cells to one draw of each, reconstructed. W2 is taken in components
+of the validation cells: those of the judged cells would hold their noise, which nobody can give back.
 
 The marks are scVI's, trained on the same cells until it stops early; or one number of nats. Each trial is one choice of
 words for `scldm train vae`, and a line in the folder's log. benchmarks/speedrun.md says what they showed.
@@ -91,7 +92,8 @@ class SpeedrunConfig:
 
 
 class Scores(NamedTuple):
-    """Of validation cells given back. nll: nats a cell; w2: of draws; r: of gene-gene correlations in a combination."""
+    """nll: nats a validation cell. Of test cells given back, one draw each: w2, and r of gene-gene correlations within
+    combinations."""
 
     nll: float
     w2: float
@@ -99,11 +101,11 @@ class Scores(NamedTuple):
 
 
 class GivenBack:
-    """Compares draws of reconstructed validation cells with these cells, as `benchmarks.quality` compares."""
+    """Compares draws of reconstructed test cells with these cells, as `benchmarks.quality` compares."""
 
     def __init__(self, task: Task, seed: int) -> None:
-        self.cells, self.seed = task.validation.to_cells("validation"), seed
-        self.pca = fit_pca(log_normalise(self.cells.counts), N_COMPONENTS, 0)
+        self.cells, self.seed = task.test.to_cells("test"), seed
+        self.pca = fit_pca(log_normalise(task.validation.counts), N_COMPONENTS, 0)
         self.real = self.profile(self.cells.counts)
 
     def profile(self, counts: sp.csr_matrix) -> Profile:
@@ -243,9 +245,10 @@ def scvi_marks(task: Task, place: Place, seed: int, judge: GivenBack) -> tuple[S
     if (folder / "trained.json").is_file():
         say(f"{folder.name} was trained by an earlier trial, on this machine as it was then")
     note = trained_once(folder, lambda of: scvi_tools.train(task, seed, of, place))
-    mean, theta = scvi_tools.Trained.load(task, folder, conditioned=False).expected(task.validation)
-    drawn = sp.csr_matrix(negative_binomial(mean, theta, np.random.default_rng([seed, 14])))
-    return judge.scores(float(nb_nll(task.validation.counts, mean, theta).mean()), drawn), note["cpu_s"]
+    model = scvi_tools.Trained.load(task, folder, conditioned=False)
+    nll = float(nb_nll(task.validation.counts, *model.expected(task.validation)).mean())
+    drawn = negative_binomial(*model.expected(task.test), np.random.default_rng([seed, 14]))
+    return judge.scores(nll, sp.csr_matrix(drawn)), note["cpu_s"]
 
 
 if __name__ == "__main__":

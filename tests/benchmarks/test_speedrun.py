@@ -30,7 +30,7 @@ def test_cells_given_back_are_nearer_than_draws_that_know_less(tmp_path: Path) -
     made_cells().write_h5ad(tmp_path / "made.h5ad")
     config = QualityConfig(str(tmp_path / "made.h5ad"), ("cell_type", "treatment"), str(tmp_path))
     task, rng = read_task(config), np.random.default_rng(0)
-    judge, counts = GivenBack(task, 0), task.validation.counts
+    judge, counts = GivenBack(task, 0), task.test.counts
     noisy, others = sp.csr_matrix(rng.poisson(counts.toarray())), counts[rng.permutation(counts.shape[0])]
     same = judge.scores(1.0, counts)
     assert same.w2 == pytest.approx(0, abs=1e-6)
