@@ -137,7 +137,8 @@ def draw(kept_of: dict[int, dict[str, list[float]]], path: Path) -> None:
     figure = Figure(figsize=(5.5, 3.6), layout="constrained")
     ax = figure.subplots()
     for (way, title), colour in zip(WAYS.items(), ("tab:blue", "tab:orange", "tab:gray"), strict=True):
-        ax.plot([0, *kept_of], [1, *(np.mean(of[way]) for of in kept_of.values())], color=colour, label=title)
+        means = [1.0, *(float(np.mean(of[way])) for of in kept_of.values())]
+        ax.plot([0, *kept_of], means, color=colour, label=title)
         points = [(percent, value) for percent, of in kept_of.items() for value in of[way]]
         ax.plot(*zip(*points), ".", color=colour)
     ax.plot([JUDGED], [TARGET], "k_", ms=20, label=f"wanted: {TARGET:g}")
