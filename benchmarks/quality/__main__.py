@@ -1,11 +1,14 @@
-"""`python -m benchmarks.quality`: the benchmark of quality. Reading order: main, run, judged; the command line."""
+"""`python -m benchmarks.quality`: the benchmark of quality.
+
+Reading order: main, run, judged, cells_of; the command line.
+"""
 
 from __future__ import annotations
 
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,8 @@ from threadpoolctl import threadpool_limits
 from benchmarks.quality.cells import SPLIT_COLUMN, SPLITS, LabelledCells, Task, read_task
 from benchmarks.quality.config import QualityConfig
 from benchmarks.quality.figure import draw
-from benchmarks.quality.judge import MEANING, N_COMPONENTS, PROTOCOL, TEST_NLL, TITLE, JudgeConfig, judge
+from benchmarks.quality.judge import MEANING, N_COMPONENTS, PROTOCOL, TITLE, JudgeConfig, judge, response_of
+from benchmarks.quality.known import scores_of
 from benchmarks.quality.methods import METHODS, MODELS, chosen
 from benchmarks.quality.table import Results, print_tables, to_json
 from benchmarks.quality.work import Place, run_row, say, settings_note, trained_once
@@ -102,24 +106,41 @@ def run(task: Task, place: Place, name: str, seed: int) -> dict[str, Any]:
 
 
 def judged(task: Task, place: Place, name: str, seed: int) -> dict[str, Any]:
-    """Scores of a row, kept in its folder with the settings that they were made with."""
-    config, folder = place.config, place.row(name, seed)
-    path, row = folder / "scores.json", read_json(folder / "row.json")
+    """Scores of a row. Each kind is kept in the row's folder, with the settings that it was made with."""
+    config, folder, method = place.config, place.row(name, seed), METHODS[name]
+    generated = cells_of(task, folder)
+    kinds: dict[str, Callable[[], dict[str, Any]]] = {
+        "scores": lambda: judge(
+            task.train, task.validation, task.test, generated, JudgeConfig(config.min_cells, config.max_cells)
+        ),
+        "response": lambda: {
+            "response": response_of(task.train, task.test, generated, task.references, config.min_cells)
+        },
+    }
+    if know := method.known:
+        kinds["known"] = lambda: {
+            "test_cells": scores_of(task, know(task, seed, place.model(method.model, seed), place))
+        }
     settings = {"protocol": PROTOCOL, "min_cells": config.min_cells, "max_cells": config.max_cells}
-    if path.is_file() and not config.judge:
-        before = read_json(path)
-        if before["settings"] == settings:
-            return before["scores"]
-    say(f"judges {folder.name}")
+    found: dict[str, Any] = {}
+    for kind, make in kinds.items():
+        path = folder / f"{kind}.json"
+        before = read_json(path) if path.is_file() and not config.judge else {}
+        if before.get("settings") != settings:
+            say(f"judges {folder.name}: {kind}")
+            before = {"settings": settings, "scores": make()}
+            write_json(path, before)
+        found |= before["scores"]
+    return found
+
+
+def cells_of(task: Task, folder: Path) -> LabelledCells:
+    """The cells that a row made."""
     made = ad.read_h5ad(folder / "generated.h5ad")
     labels = pd.DataFrame({name: made.obs[name].astype(str).to_numpy(object) for name in task.conditions})
     generated = LabelledCells(sp.csr_matrix(made.X), labels, tuple(made.var_names))
     assert generated.genes == task.genes
-    found = judge(task.train, task.validation, task.test, generated, JudgeConfig(config.min_cells, config.max_cells))
-    if TEST_NLL in row and METHODS[name].kind != "control":
-        found.setdefault("pooled", {})[TEST_NLL] = row[TEST_NLL]
-    write_json(path, {"settings": settings, "scores": found})
-    return found
+    return generated
 
 
 def command_line(config: QualityConfig) -> str:

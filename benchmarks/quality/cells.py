@@ -17,6 +17,8 @@ import scipy.sparse as sp
 
 from benchmarks.quality.config import QualityConfig
 from scldm.errors import InputError
+from scldm.evaluate.cells import Cells
+from scldm.evaluate.response import guess_control
 
 SPLITS = ("train", "validation", "test")
 SHARES = {"validation": 0.2, "test": 0.2}  # of every combination; the others train
@@ -61,6 +63,11 @@ class LabelledCells:
         keys, n = np.unique(self.keys.astype(str), return_counts=True)
         return {str(key): int(k) for key, k in zip(keys, n, strict=True)}
 
+    def to_cells(self, name: str) -> Cells:
+        """As `scldm.evaluate` knows cells: a type is a combination."""
+        labels = {condition: self.labels[condition].to_numpy().astype(str) for condition in self.labels}
+        return Cells(self.counts, self.keys.astype(str), self.genes, name, labels=labels)
+
     def to_anndata(self) -> ad.AnnData:
         obs = self.labels.astype("category").set_axis([f"cell{k}" for k in range(len(self))])
         return ad.AnnData(self.counts.astype(np.float32), obs=obs, var=pd.DataFrame(index=pd.Index(self.genes)))
@@ -90,6 +97,12 @@ class Task:
     @property
     def conditions(self) -> tuple[str, ...]:
         return tuple(self.train.labels.columns)
+
+    @cached_property
+    def references(self) -> dict[str, str]:
+        """Condition -> its label of untreated cells: the one that was named, or that has a usual name for them."""
+        usual = {name: guess_control(sorted(set(self.train.labels[name]))) for name in self.conditions}
+        return {name: label for name, label in usual.items() if label} | dict([self.control] if self.control else [])
 
     @cached_property
     def numbers(self) -> dict[str, int]:

@@ -2,28 +2,32 @@
 
 The protocol: counts per 10,000, log1p, 30 principal components fitted on the validation cells. Every score that
 `scldm.evaluate.metrics.score` returns is kept, whatever its name.
-Reading order: the protocol in words, JudgeConfig, judge; what a metric is called and how it reads.
+Reading order: the protocol in words, JudgeConfig, judge, response_of; what a metric is called and how it reads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from benchmarks.quality import known
 from benchmarks.quality.cells import LabelledCells
 from scldm.evaluate.memorisation import MEMORISATION, memorisation
 from scldm.evaluate.metrics import METRICS, Metric, score
+from scldm.evaluate.response import responses
 from scldm.evaluate.space import Profile, fit_pca, log_normalise
 
 N_COMPONENTS = 30
-TEST_NLL = "test_nll"  # of a row's note: the method's own, from its trained model
-KNOWN = {
-    **METRICS,
-    **MEMORISATION,
-    TEST_NLL: Metric("test NLL", "negative log-likelihood of test cells at their own latent, nats a cell", "lowest"),
+RESPONSE = {
+    "response_slope": Metric("response, slope", "of generated against real changes; 1 is right", "one"),
+    "response_r": Metric(
+        "response, r", "do the same genes change? the floor is the most that can be reached", "highest"
+    ),
 }
+ALL = {**METRICS, **MEMORISATION, **RESPONSE, **known.METRICS}
 DRAWN = ("mmd2", "w2", "fd", "nn_accuracy", "auc", "correlation_r")  # in the figure, and first in tables
 TITLE = "quality benchmark"
 MEANING = (
@@ -35,6 +39,8 @@ SCOPES = {
     "pooled": "all cells of the combinations that training has",
     "per_combination": "mean over the combinations that training has, of those with enough test cells",
     "unseen": "mean over the combinations that training does not have, of those with enough test cells",
+    "response": "changes of expression from a condition's reference label, in combinations that training has",
+    "test_cells": "what the trained model knows of test cells; labels by what training cells' latents teach",
 }
 
 
@@ -93,20 +99,45 @@ def judge(
     return out
 
 
+def response_of(
+    train: LabelledCells, test: LabelledCells, generated: LabelledCells, control: Mapping[str, str], min_cells: int
+) -> dict[str, float]:
+    """Slope and r of generated against real changes of expression, of each condition with a reference label, such as
+    `response_slope, treatment`. Combinations that training lacks are left out.
+
+    control: condition -> its reference label
+    """
+    seen, out = set(train.keys), dict[str, float]()
+    real, made = (of.select(np.flatnonzero([key in seen for key in of.keys])) for of in (test, generated))
+    sources = train.to_cells("train"), real.to_cells("test"), made.to_cells("generated")
+    if len(real) and len(made):
+        for condition, found in responses(*sources, control, min_cells).items():
+            scores = {name: found.pooled[name].value for name in ("slope", "r") if name in found.pooled}
+            out |= {f"response_{name}, {condition}": value for name, value in scores.items() if value is not None}
+    return out
+
+
 def _some(cells: LabelledCells, key: str, n: int, rng: np.random.Generator) -> np.ndarray:
     rows = np.flatnonzero(cells.keys == key)
     return rows if len(rows) == n else np.sort(rng.choice(rows, n, replace=False))
 
 
-def title_of(metric: str) -> str:
-    return KNOWN[metric].title if metric in KNOWN else metric
+def metric_of(name: str) -> Metric | None:
+    """What is known of a score; one of a condition has that one's name behind a comma."""
+    return ALL.get(name.partition(", ")[0])
+
+
+def title_of(name: str) -> str:
+    metric, (_, comma, condition) = metric_of(name), name.partition(", ")
+    return metric.title + comma + condition if metric else name
 
 
 def loss_of(metric: str, value: float, floor: float | None) -> float | None:
     """How far a score is from the best, less is better. That of a score that depends on the number of cells is `floor`,
     the training cells' own. None where the best is not known."""
-    if metric not in KNOWN:
+    found = metric_of(metric)
+    if found is None:
         return None
-    if not KNOWN[metric].of_size:
-        return KNOWN[metric].loss(value)
-    return None if floor is None else KNOWN[metric].beyond(value, floor)
+    if not found.of_size:
+        return found.loss(value)
+    return None if floor is None else found.beyond(value, floor)

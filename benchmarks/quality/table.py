@@ -137,7 +137,7 @@ def to_json(results: Results, settings: dict[str, Any], command: str) -> dict[st
                 name = f"{method}: {judge.title_of(metric)}, {scope.replace('_', ' ')}"
                 value = results.mean(method, scope, metric)
                 if value is not None:
-                    report.add(Row(name, round_to(value), "nats a cell" if metric == judge.TEST_NLL else ""))
+                    report.add(Row(name, round_to(value), "nats a cell" if metric == "test_nll" else ""))
         for why, keys in results.impossible(method).items():
             report.add(Row.not_measured(f"{method}: {named(keys)}", why, ""))
         for cost, of in COSTS.items():

@@ -59,7 +59,8 @@ class GeneSetConfig:
         it belongs to the run and not to the hardware; micro_batch must divide it
     weight_by: weighted draws by `mean`, the mean count, or by `variability`, the variance f (1 - f) of being expressed
     overflow: for cells with more expressed genes than n_genes: refuse, or sample (n_genes of them, uniformly)
-    share: random, weighted: where n_genes is 0, so large a part of the vocabulary's genes, rounded up; 1 takes all
+    share: random, weighted: where n_genes is 0, so large a part of the vocabulary's genes, rounded up. 1 takes all
+        genes, whatever n_genes says, so that one key undoes any preset
     """
 
     policy: Policy = "all"
@@ -89,7 +90,8 @@ class GeneSetConfig:
 
     def of(self, n_genes: int) -> GeneSetConfig:
         """With the number of genes instead of a share, in a vocabulary of so many."""
-        return self if self.n_genes or not self.share else replace(self, n_genes=math.ceil(self.share * n_genes))
+        by_share = self.share == 1 or (self.share and not self.n_genes)
+        return replace(self, n_genes=math.ceil(self.share * n_genes)) if by_share else self
 
 
 def as_whole_cells(given: GeneSetConfig) -> GeneSetConfig:

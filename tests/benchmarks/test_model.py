@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
@@ -17,6 +19,7 @@ from benchmarks.measure import failure_of
 from benchmarks.report import Report
 from benchmarks.subset_embedding import BenchSubsetEmbeddingConfig
 from benchmarks.trained import Trained, knn_accuracy
+from scldm.errors import InputError
 from scldm.model.vae import VAEConfig
 
 MODEL = cast(Any, None)  # is not asked
@@ -102,27 +105,40 @@ def test_of_one_seed_nothing_is_said_of_what_lies_between_seeds(capsys):
     assert capsys.readouterr().out.splitlines()[-1].split()[-2:] == ["n/a", "nats/cell"]
 
 
-def test_cells_that_lose_all_their_counts_are_counted(monkeypatch):
+@pytest.fixture
+def half_empty(tmp_path, monkeypatch) -> str:
+    """40 cells x 20 genes: a type is told by genes 0 to 9 or 10 to 19, and some cells have counts in one gene alone. A
+    model embeds all the genes that a file has."""
     counts = np.zeros((40, 20), np.float32)
-    counts[:, 0] = 1
-    counts[20:, 1:] = 1  # one half has counts everywhere, the other in one gene
+    counts[::2, :10], counts[1::2, 10:] = 5, 5
+    counts[30:] = 0
+    counts[30:, 0] = 1
+    obs = pd.DataFrame({"cell_type": ["a", "b"] * 20, "part": ["train"] * 20 + ["test"] * 20})
+    obs.index = obs.index.astype(str)
+    names = pd.Index([f"g{k:02}" for k in range(20)])
+    ad.AnnData(sp.csr_matrix(counts), obs=obs, var=pd.DataFrame(index=names)).write_h5ad(tmp_path / "cells.h5ad")
 
-    class Cells:
-        n_cells, n_genes, label_n, adata = 40, 20, np.array(["a", "b"] * 20), ad.AnnData(sp.csr_matrix(counts))
+    def embed(adata: ad.AnnData) -> np.ndarray:
+        out = np.zeros((adata.n_obs, 20), np.float32)
+        out[:, names.get_indexer(adata.var_names)] = adata.X.toarray()
+        return out
 
-        def __init__(self, *_: object) -> None: ...
+    monkeypatch.setattr("benchmarks.subset_embedding.scldm.load", lambda folder: SimpleNamespace(embed=embed))
+    return str(tmp_path / "cells.h5ad")
 
-        def total_of(self, columns: np.ndarray) -> np.ndarray:
-            return counts[:, columns].sum(1)
 
-        def train(self, *_: object) -> object:
-            return SimpleNamespace(model=SimpleNamespace(embed=lambda adata: adata.X.toarray().sum(1, keepdims=True)))
-
-    monkeypatch.setattr(subset_embedding, "RealCells", Cells)
-    rows = {row.name: row.value for row in subset_embedding.main(BenchSubsetEmbeddingConfig(draws=10)).rows}
-    left_out = {p: rows[f"{p} % of the genes removed: cells left out, without a count"] or 0 for p in (10, 90)}
-    assert left_out[10] == pytest.approx(0.1 * 20, abs=5)
-    assert left_out[90] == pytest.approx(0.9 * 20, abs=5)
+def test_an_embedding_that_keeps_what_is_left_keeps_its_accuracy_and_empty_cells_are_counted(half_empty: str):
+    config = BenchSubsetEmbeddingConfig(models=("m",), h5ad=half_empty, split="part", draws=10)
+    rows = {row.name: row for row in subset_embedding.main(config).rows}
+    assert rows["all genes: accuracy"].value == 0.75  # half of the cells of one gene are named wrongly
+    kept = rows["50 % of the genes removed: of that with all genes, training cells with the same genes"]
+    assert kept.value >= 0.95
+    assert kept.met
+    empty = {p: rows[f"{p} % of the genes removed: cells without a count"].value or 0 for p in (25, 75)}
+    assert empty[25] == pytest.approx(0.25 * 10, abs=2.5)
+    assert empty[75] == pytest.approx(0.75 * 10, abs=2.5)
+    with pytest.raises(InputError, match="no obs column 'fold'"):
+        subset_embedding.main(replace(config, split="fold"))
 
 
 def test_bench_vae_step():

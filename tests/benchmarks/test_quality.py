@@ -14,7 +14,7 @@ import pytest
 import scipy.sparse as sp
 
 from benchmarks.quality import methods
-from benchmarks.quality.__main__ import main, run, write_task
+from benchmarks.quality.__main__ import judged, main, run, write_task
 from benchmarks.quality.cells import (
     LabelledCells,
     Task,
@@ -25,7 +25,8 @@ from benchmarks.quality.cells import (
 )
 from benchmarks.quality.config import QualityConfig
 from benchmarks.quality.figure import draw
-from benchmarks.quality.judge import JudgeConfig, judge
+from benchmarks.quality.judge import JudgeConfig, judge, loss_of, response_of, title_of
+from benchmarks.quality.known import Known, scores_of
 from benchmarks.quality.methods import METHODS, gaussian, naive
 from benchmarks.quality.methods.flow import Latents, train_flow
 from benchmarks.quality.table import Results, number, print_tables
@@ -251,7 +252,7 @@ def test_methods_make_whole_counts_of_the_asked_combinations(name: str, unseen: 
     if name == "mlp_flow":  # its CPU time ends it; what was begun, and loading the optimiser once, may go beyond
         assert row["ended"] == row["flow_ended"] == "budget"
         assert 1.4 <= row["train_cpu_s"] <= 6
-        assert row["test_nll"] > 0
+        assert judged(held_out, Place(config_of("x", tmp_path)), name, 0)["test_cells"]["test_nll"] > 0
 
 
 def test_a_gaussian_has_mean_and_covariance_of_what_it_was_fitted_to():
@@ -295,7 +296,10 @@ def test_scvi_makes_cells_from_its_prior_and_its_latents(held_out: Task, tmp_pat
     for name in ("scvi_prior", "scvi_gaussian", "scvi_flow", "scvi_shift"):
         row, made = made_by(name, held_out, tmp_path, seconds=3.0)
         assert row["ended"] == "budget"
-        assert np.isfinite(row["test_nll"])
+        if METHODS[name].known:
+            knows = judged(held_out, Place(config_of("x", tmp_path)), name, 0)["test_cells"]
+            assert np.isfinite(knows["test_nll"])
+            assert knows["probe_f1, cell_type"] > 0.5
         assert np.median(np.asarray(made.X.sum(1))) > 0.5 * np.median(held_out.train.library_size)
 
 
@@ -303,6 +307,9 @@ def test_scvi_makes_cells_from_its_prior_and_its_latents(held_out: Task, tmp_pat
 def test_this_project_trains_within_its_time_and_gives_its_parts(held_out: Task, tmp_path: Path):
     for name in ("ours", "ours_reconstructed", "ours_from_training_latents", "ours_gaussian"):
         row, made = made_by(name, held_out, tmp_path, seconds=10.0)
+        if name == "ours":
+            knows = judged(held_out, Place(config_of("x", tmp_path)), name, 0)["test_cells"]
+            assert set(knows) > {"test_nll", "pcc_draw", "mse", "probe_f1, treatment", "knn_recall, cell_type"}
         assert row["vae_steps"] >= 20
         assert row["ldm_steps"] >= 20
         assert (UNSEEN in row["impossible"]) is (name in ("ours_from_training_latents", "ours_gaussian"))
@@ -381,3 +388,51 @@ def test_unseen_combinations_are_scored_apart(held_out: Task):
     assert set(judge(*parts, only, config)) == {"by_combination", "cells", "unseen"}
     without = held_out.test.select(np.flatnonzero(held_out.test.keys != UNSEEN))
     assert "unseen" not in judge(*parts, without, config)
+
+
+# --- responses, and what models know -------------------------------------------------------------------------------
+
+
+def cells_with_response(strength: float, seed: int) -> LabelledCells:
+    """200 cells of each type and treatment, in which it changes 40 of 80 genes by e^strength."""
+    rng, n = np.random.default_rng(seed), 200
+    base = np.random.default_rng(0).uniform(1, 5, (2, N_GENES))
+    rates = [of * np.exp(strength * treated * (np.arange(N_GENES) < 40)) for of in base for treated in (0, 1)]
+    counts = np.concatenate([rng.poisson(rate, (n, N_GENES)) for rate in rates]).astype(np.float32)
+    labels = pd.DataFrame(
+        {"cell_type": np.repeat(["B", "T"], 2 * n), "treatment": np.tile(np.repeat(["ctrl", "stim"], n), 2)}
+    )
+    return LabelledCells(sp.csr_matrix(counts), labels, tuple(f"g{k}" for k in range(N_GENES)))
+
+
+def test_the_slope_says_how_much_of_a_response_generated_cells_have(held_out: Task):
+    assert held_out.references == {"treatment": "ctrl"}
+    real = cells_with_response(0.6, 1)
+    for strength in (0.0, 0.3, 0.6):
+        made = cells_with_response(strength, 2)
+        found = response_of(cells_with_response(0.6, 3), real, made, held_out.references, 20)
+        assert found["response_slope, treatment"] == pytest.approx(strength / 0.6, abs=0.1)
+    only_b = real.select(real.rows({"cell_type": "B"}))
+    assert response_of(only_b, real.select(real.rows({"cell_type": "T"})), real, held_out.references, 20) == {}
+    assert title_of("response_slope, treatment") == "response, slope, treatment"
+    assert loss_of("response_slope, treatment", 0.8, None) == pytest.approx(0.2)
+
+
+def test_latents_are_probed_by_the_labels_of_training_cells_alone(held_out: Task):
+    true = [cells.labels["cell_type"].to_numpy() for cells in (held_out.train, held_out.test)]
+    told = [np.stack([of == label for label in ("B", "NK", "T")], 1) * 1.0 for of in true]
+    scores = scores_of(held_out, Known((told[0], told[1])))
+    assert scores["probe_f1, cell_type"] == scores["knn_recall, cell_type"] == 1
+    assert scores["probe_f1, treatment"] < 0.7
+    # test cells that lie where another type's training cells do are named wrongly, however well they lie apart
+    turned = scores_of(held_out, Known((told[0], np.roll(told[1], 1, axis=1))))
+    assert turned["probe_f1, cell_type"] == 0
+
+
+def test_means_of_combinations_know_less_than_the_true_rates_and_give_no_labels(held_out: Task, tmp_path: Path):
+    place = Place(config_of("x", tmp_path))
+    run(held_out, place, "poisson_mean", 0)
+    means = judged(held_out, place, "poisson_mean", 0)["test_cells"]
+    assert set(means) == {"test_nll", "pcc_draw", "mse_draw", "pcc_gene", "pcc_cell", "mse"}
+    run(held_out, place, "pca_gaussian", 0)
+    assert judged(held_out, place, "pca_gaussian", 0)["test_cells"]["probe_f1, cell_type"] > 0.9

@@ -14,7 +14,7 @@ import yaml
 
 from launch.config import compose, shipped
 from launch.train_ldm import TrainLDMConfig
-from launch.train_vae import TrainVAEConfig
+from launch.train_vae import TrainVAEConfig, genes_of
 from launch.training import FREE_ON_RESUME, check_has_validation, keep_data, whole_cells
 from scldm.errors import InputError, Stopped
 from scldm.files import flat
@@ -31,6 +31,16 @@ def manifest_of(genes: tuple[str, ...], **more: Any) -> Any:
     conditions = ConditionVocab({"cell_type": ("B", "T")})
     common = {"kind": "cells", "conditions": conditions, "statistics": statistics, "extra": {}}
     return SimpleNamespace(genes=GeneVocab(genes, "symbol"), **{**common, **more})
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in (shipped("configs") / "vae").glob("*.yaml")))
+def test_one_key_gives_all_genes_whatever_the_preset_says(preset: str) -> None:
+    words = [f"vae/{preset}", "data.shards=x", "run_dir=y"]
+    some, every = (compose(TrainVAEConfig, [*words, *more]) for more in ([], ["data.given.share=1"]))
+    assert genes_of(some.data, 36_130)[0] < 36_130 / 2
+    assert genes_of(every.data, 36_130) == (36_130, 36_130)
+    few = compose(TrainVAEConfig, [*words, "data.given.n_genes=100"])
+    assert genes_of(few.data, 36_130) == (100, 100)
 
 
 def test_a_run_keeps_its_vocabulary_whatever_it_is_resumed_on(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from benchmarks.quality.cells import Task
 from benchmarks.quality.config import QualityConfig
+from benchmarks.quality.known import Known
 from benchmarks.quality.methods import gaussian, mlp, naive, ours, scvi_tools
 from benchmarks.quality.work import Made, Place
 from scldm.errors import InputError
@@ -21,12 +22,14 @@ from scldm.errors import InputError
 Kind = Literal["control", "ours", "scvi", "mlp", "naive"]
 Train = Callable[[Task, int, Path, Place], dict[str, Any]]
 Draw = Callable[[Task, int, Path, Place], Made]
+Know = Callable[[Task, int, Path, Place], Known]
 
 
 @dataclass(frozen=True)
 class Method:
     """title: what it is, in one line; draw: makes its cells; model: what must be trained for it, of MODELS
 
+    known: what that model knows of test cells, in one row of each model
     shifts: it takes control cells to unseen combinations, and makes nothing else
     """
 
@@ -35,6 +38,7 @@ class Method:
     draw: Draw
     model: str = ""
     shifts: bool = False
+    known: Know | None = None
 
 
 MODELS: Mapping[str, Train] = {
@@ -46,7 +50,7 @@ MODELS: Mapping[str, Train] = {
 
 METHODS: Mapping[str, Method] = {
     "training_cells": Method("training cells: the floor, and a model that copies", "control", naive.training_cells),
-    "ours": Method(ours.TITLE, "ours", ours.generated, "ours"),
+    "ours": Method(ours.TITLE, "ours", ours.generated, "ours", known=ours.known),
     "ours_gaussian": Method(
         "ours, a Gaussian per combination instead of the flow", "ours", ours.gaussian_latents, "ours"
     ),
@@ -54,13 +58,23 @@ METHODS: Mapping[str, Method] = {
         "ours, decoded from training cells' latents", "control", ours.from_training_latents, "ours"
     ),
     "ours_reconstructed": Method("ours, test cells encoded and decoded", "control", ours.reconstructed, "ours"),
-    "scvi_prior": Method("scVI with the conditions, from its prior", "scvi", scvi_tools.prior, "scvi_conditions"),
+    "scvi_prior": Method(
+        "scVI with the conditions, from its prior",
+        "scvi",
+        scvi_tools.prior,
+        "scvi_conditions",
+        known=scvi_tools.known_with_conditions,
+    ),
     "scvi_gaussian": Method("scVI, a Gaussian per combination in its latents", "scvi", scvi_tools.gaussian, "scvi"),
-    "scvi_flow": Method("scVI, a conditional flow on its latents", "scvi", scvi_tools.flow, "scvi"),
-    "mlp_flow": Method("an MLP autoencoder, a conditional flow on its latents", "mlp", mlp.flow, "mlp"),
-    "pca_gaussian": Method("PCA, a Gaussian per combination, Poisson", "naive", gaussian.pca),
+    "scvi_flow": Method(
+        "scVI, a conditional flow on its latents", "scvi", scvi_tools.flow, "scvi", known=scvi_tools.known
+    ),
+    "mlp_flow": Method(
+        "an MLP autoencoder, a conditional flow on its latents", "mlp", mlp.flow, "mlp", known=mlp.known
+    ),
+    "pca_gaussian": Method("PCA, a Gaussian per combination, Poisson", "naive", gaussian.pca, known=gaussian.known),
     "independent_genes": Method("each gene from another training cell", "naive", naive.independent_genes),
-    "poisson_mean": Method("Poisson at each gene's mean", "naive", naive.poisson_mean),
+    "poisson_mean": Method("Poisson at each gene's mean", "naive", naive.poisson_mean, known=naive.known_by_means),
     "ours_transformed": Method(
         "ours, control cells + the labels' shift in latents", "ours", ours.transformed, "ours", shifts=True
     ),

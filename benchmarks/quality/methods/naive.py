@@ -11,10 +11,12 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from benchmarks.quality.cells import Task, matching
+from benchmarks.quality.cells import LabelledCells, Task, matching
+from benchmarks.quality.known import Known, reconstruction
 from benchmarks.quality.work import Made, Place, labels_frame
 from scldm.errors import InputError
 from scldm.evaluate import baselines as draws
+from scldm.evaluate.reconstruction import fit_mean_profile
 from scldm.evaluate.space import TARGET_SUM, log_normalise
 
 UNSEEN = "not possible: no training cell has this combination"
@@ -32,6 +34,16 @@ def independent_genes(task: Task, seed: int, model: Path, place: Place) -> Made:
 
 def poisson_mean(task: Task, seed: int, model: Path, place: Place) -> Made:
     return _drawn(task, draws.poisson_mean, seen_numbers(task), seed)
+
+
+def known_by_means(task: Task, seed: int, model: Path, place: Place) -> Known:
+    """The mean profile of a cell's combination with a dispersion for each gene: what is known without a network."""
+    profile = fit_mean_profile(task.train.counts, task.train.keys.astype(str), seed)
+
+    def expected(cells: LabelledCells) -> tuple[np.ndarray, np.ndarray]:
+        return profile.mean_BG(cells.library_size, cells.keys.astype(str)), profile.theta_G
+
+    return Known(reconstruction=reconstruction(task.test, expected, seed))
 
 
 def seen_numbers(task: Task) -> dict[str, int]:

@@ -22,10 +22,14 @@ import pandas as pd
 import scipy.sparse as sp
 
 import scldm
-from benchmarks.quality.cells import SPLIT_COLUMN, LabelledCells, Task
+from benchmarks.quality.cells import SPLIT_COLUMN, Task
+from benchmarks.quality.known import Known
 from benchmarks.quality.methods.naive import control_rows, not_seen, not_shifted, seen_numbers, training_numbers
 from benchmarks.quality.work import FIRST_STAGE, Clock, Made, Place, labels_frame, say
 from launch.cli import config_of
+from launch.evaluation.of_autoencoder import scored
+from launch.evaluation.reconstructed_cells import known_genes
+from launch.evaluation.reconstructed_cells import latents as embeddings
 from scldm.errors import InputError
 from scldm.evaluate.cells import Cells
 from scldm.flow.generate import SamplerConfig
@@ -56,13 +60,10 @@ def train(task: Task, seed: int, folder: Path, place: Place) -> dict[str, Any]:
     verb("train_ldm", [*words, f"run_dir={folder}/ldm", *ldm_steps])
     verb("export", [f"vae={folder}/vae", f"ldm={folder}/ldm", f"out={folder}/model"])
     shutil.rmtree(folder / "latents")
-    model, test = scldm.load(folder / "model"), task.test.to_anndata()
-    log_likelihood = model.reconstruct(test[model.counted(test)].copy()).obs["log_likelihood"]
     return {
         **{f"vae_{key}": value for key, value in course(folder / "vae").items()},
         **{f"ldm_{key}": value for key, value in course(folder / "ldm").items()},
         "ended": "steps cut to the CPU time" if vae_steps or ldm_steps else "as presets and words say",
-        "test_nll": -float(log_likelihood.mean()),
     }
 
 
@@ -148,6 +149,14 @@ def generated(task: Task, seed: int, folder: Path, place: Place) -> Made:
     return _as_task(task, made.X, list(made.var_names), labels)
 
 
+def known(task: Task, seed: int, folder: Path, place: Place) -> Known:
+    """As `scldm evaluate vae=` scores an autoencoder, and the latents that `scldm embed` gives."""
+    model = scldm.load(folder / "model")
+    train, test = (cells.to_cells(name) for cells, name in ((task.train, "train"), (task.test, "test")))
+    latents = [embeddings(model, of.counts, ids_G) for of, ids_G in (known_genes(model, of) for of in (train, test))]
+    return Known((latents[0], latents[1]), scored(model, train, test, seed)["scores"]["model"])
+
+
 def transformed(task: Task, seed: int, folder: Path, place: Place) -> Made:
     """Control cells of the same kind, as `scldm transform` takes them to the treatment, by the sampler `shift`."""
     assert task.control is not None
@@ -168,7 +177,7 @@ def transformed(task: Task, seed: int, folder: Path, place: Place) -> Made:
 
 def reconstructed(task: Task, seed: int, folder: Path, place: Place) -> Made:
     """Test cells, encoded, decoded and drawn."""
-    return _part(task, "reconstructed", folder, lambda make, model: make(model, _cells(task.test), seed))
+    return _part(task, "reconstructed", folder, lambda make, model: make(model, task.test.to_cells("test"), seed))
 
 
 def from_training_latents(task: Task, seed: int, folder: Path, place: Place) -> Made:
@@ -183,7 +192,7 @@ def gaussian_latents(task: Task, seed: int, folder: Path, place: Place) -> Made:
 
 def _of_training(task: Task, name: str, folder: Path, seed: int, numbers: dict[str, int]) -> Made:
     rng = np.random.default_rng([seed, 10])
-    made = _part(task, name, folder, lambda make, model: make(model, _cells(task.train), numbers, rng))
+    made = _part(task, name, folder, lambda make, model: make(model, task.train.to_cells("train"), numbers, rng))
     return replace(made, impossible=not_seen(task))
 
 
@@ -192,11 +201,6 @@ def _part(task: Task, name: str, folder: Path, call: Callable[[Any, scldm.Pretra
     make = getattr(importlib.import_module("launch.evaluation.reconstructed_cells"), name)
     made = call(make, scldm.load(folder / "model"))
     return _as_task(task, made.counts, made.genes, labels_frame(task, made.types))
-
-
-def _cells(cells: LabelledCells) -> Cells:
-    """As the project's evaluation knows cells: a type is a combination."""
-    return Cells(cells.counts, cells.keys.astype(str), cells.genes, "cells")
 
 
 def _as_task(task: Task, counts: Any, genes: Sequence[str], labels: pd.DataFrame) -> Made:

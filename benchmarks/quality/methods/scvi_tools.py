@@ -1,7 +1,7 @@
 """scVI as scvi-tools has it: default architecture, negative binomial, early stopping on the validation cells.
 
 Source: Lopez et al. 2018; Gayoso et al. 2022 (scvi-tools).
-Reading order: check_installed, training, the trained model, its draws.
+Reading order: check_installed, training, the trained model and what it knows, its draws.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import scipy.sparse as sp
 import torch
 
 from benchmarks.quality.cells import LabelledCells, Task, library_sizes
+from benchmarks.quality.known import ROWS, Known, reconstruction
 from benchmarks.quality.methods import gaussian as gaussians
 from benchmarks.quality.methods.flow import Latents
 from benchmarks.quality.methods.mlp import flow_on
@@ -113,13 +114,11 @@ def _train(task: Task, seed: int, folder: Path, seconds: float, conditioned: boo
             model.module.load_state_dict(kept.state)
         model.module.eval()
         model.save(folder / "scvi", overwrite=True, save_anndata=False)
-        trained = Trained(task, model, conditioned)
         return {
             "epochs": kept.n_epochs,
             "best_epoch": kept.epoch,
             "validation_loss": kept.best if math.isfinite(kept.best) else None,
             "ended": kept.ended,
-            "test_nll": trained.nll(task.test),
         }
 
 
@@ -163,8 +162,8 @@ class Trained:
     def encode(self, cells: LabelledCells) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of the cells' posteriors, (n, 10)."""
         means, stds = [], []
-        for start in range(0, len(cells), gaussians.ROWS):
-            few = cells.select(np.arange(start, min(start + gaussians.ROWS, len(cells))))
+        for start in range(0, len(cells), ROWS):
+            few = cells.select(np.arange(start, min(start + ROWS, len(cells))))
             x = torch.from_numpy(few.counts.toarray()).float()
             found = self.module.inference(
                 x, torch.zeros(len(few), 1, dtype=torch.long), cat_covs=self._covariates(few.labels)
@@ -189,24 +188,31 @@ class Trained:
     ) -> sp.csr_matrix:
         """Negative binomial draws, CSR."""
         parts = []
-        for start in range(0, len(values), gaussians.ROWS):
-            few = slice(start, start + gaussians.ROWS)
+        for start in range(0, len(values), ROWS):
+            few = slice(start, start + ROWS)
             mu, theta = self.decode(values[few], sizes[few], labels.iloc[few])
             parts.append(sp.csr_matrix(gaussians.negative_binomial(mu, theta, rng)))
         return sp.csr_matrix(sp.vstack(parts))
 
-    def nll(self, cells: LabelledCells) -> float:
-        """Mean over the cells of their negative log-likelihood at the mean of their own latent, nats."""
-        from scldm.likelihood import nb_log_prob
+    def expected(self, cells: LabelledCells) -> tuple[np.ndarray, np.ndarray]:
+        """Means and inverse dispersions of the cells, decoded from the mean of their own latent."""
+        return self.decode(self.encode(cells)[0], cells.library_size, cells.labels)
 
-        values, _ = self.encode(cells)
-        total = 0.0
-        for start in range(0, len(cells), gaussians.ROWS):
-            few = slice(start, start + gaussians.ROWS)
-            mu, theta = self.decode(values[few], cells.library_size[few], cells.labels.iloc[few])
-            x = torch.from_numpy(cells.counts[few].toarray()).double()
-            total -= float(nb_log_prob(x, torch.from_numpy(mu), torch.from_numpy(theta)).sum())
-        return total / len(cells)
+
+def known(task: Task, seed: int, folder: Path, place: Place) -> Known:
+    """Without covariates."""
+    return _known(task, seed, folder, conditioned=False)
+
+
+def known_with_conditions(task: Task, seed: int, folder: Path, place: Place) -> Known:
+    """The true conditions are given to the decoder, so that its latents need not hold them."""
+    return _known(task, seed, folder, conditioned=True)
+
+
+def _known(task: Task, seed: int, folder: Path, conditioned: bool) -> Known:
+    model = Trained.load(task, folder, conditioned)
+    latents = model.encode(task.train)[0], model.encode(task.test)[0]
+    return Known(latents, reconstruction(task.test, model.expected, seed))
 
 
 # --- draws ---------------------------------------------------------------------------------------------------------
