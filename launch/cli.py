@@ -6,14 +6,16 @@ imported only when called, so that `scldm embed` needs neither deepspeed nor til
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from launch.config import compose, help_text
+from launch.config import check_presets, compose, help_text
 from launch.failure import note_failure
 from scldm.errors import REFUSED, InputError
+from scldm.version import VERSION
 
 # verb -> (module, what it does, in one line)
 VERBS = {
@@ -38,6 +40,17 @@ VERBS = {
     "submit": ("launch.cluster.submit", "run a verb, or the whole path, as Slurm jobs on many nodes"),
     "status": ("launch.cluster.status", "how far a run is: state, step, cells/s, time left, last checkpoint, errors"),
     "logs": ("launch.cluster.logs", "follow the log of a run that was submitted"),
+    "completion": ("launch.completion", "print a script that completes verbs, presets and keys in bash or zsh"),
+}
+
+# verb -> the groups of presets that are for it; the others take a path to a YAML file alone
+PRESETS = {
+    "shards write": ("data",),
+    "train vae": ("vae", "hardware"),
+    "train ldm": ("ldm", "hardware"),
+    "plan": ("vae", "ldm", "hardware"),
+    "generate": ("sampler",),
+    "transform": ("sampler",),
 }
 
 EXTRAS_HINT = "scldm's extras data, train and evaluate bring what its verbs need"
@@ -46,6 +59,11 @@ EXTRAS_HINT = "scldm's extras data, train and evaluate bring what its verbs need
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code: 0, or 2 for an InputError."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["--version"]:
+        print(f"scldm {VERSION}")
+        return 0
+    if words[:1] == ["help"]:  # as git and others have it
+        words = [*words[1:], "--help"]
     try:
         verb, rest = find_verb(words)
     except InputError as error:
@@ -66,20 +84,31 @@ def find_verb(words: Sequence[str]) -> tuple[str | None, list[str]]:
         if verb in VERBS:
             return verb, list(words[length:])
     begun = [verb for verb in VERBS if verb.split()[0] == words[0]]
-    raise InputError(f"unknown verb {' '.join(words[: 2 if begun else 1])!r}; there are: {', '.join(begun or VERBS)}")
+    given = " ".join(words[: 2 if begun else 1])
+    near = difflib.get_close_matches(" ".join(words[:2]), begun or VERBS, n=1, cutoff=0.8)
+    near = near or difflib.get_close_matches(words[0], [] if begun else VERBS, n=1)
+    guess = f"did you mean {near[0]}? " if near else ""
+    raise InputError(f"unknown verb {given!r}; {guess}there are: {', '.join(begun or VERBS)}")
 
 
 def run_verb(verb: str, words: Sequence[str]) -> int:
     """Run one verb with the rest of its command line. Modules run by torchrun or srun enter here."""
-    return run(f"scldm {verb}", VERBS[verb][0], words)
+    return run(f"scldm {verb}", VERBS[verb][0], words, None if verb == "submit" else PRESETS.get(verb, ()))
 
 
-def run(command: str, module_name: str, words: Sequence[str]) -> int:
-    """Run a module such as a verb's. `command` is how a user calls it, in its help and in messages."""
+def run(command: str, module_name: str, words: Sequence[str], presets: Sequence[str] | None = None) -> int:
+    """Run a module such as a verb's. `command` is how a user calls it, in its help and in messages.
+
+    presets: the groups that are for it; None where its words say that
+    """
+    wants_help = "--help" in words or "-h" in words
     try:
+        if not wants_help:  # before what takes seconds to import
+            check_presets(command, words, presets)
         module = importlib.import_module(module_name)
-        if "--help" in words or "-h" in words:
-            print(help_text(command, module.PURPOSE, module.CONFIG, module.EXAMPLE, getattr(module, "USAGE", "")))
+        if wants_help:
+            usage, first = getattr(module, "USAGE", ""), getattr(module, "FIRST", ())
+            print(help_text(command, module.PURPOSE, module.CONFIG, module.EXAMPLE, usage, presets or (), first))
             return 0
         module.main(config_of(module, words))
     except InputError as error:
@@ -106,7 +135,8 @@ def config_of(module: Any, words: Sequence[str]) -> Any:
 
 def overview() -> str:
     width = max(map(len, VERBS)) + 2
-    lines = ["usage: scldm VERB [PRESET ...] [key=value ...]", "", "verbs (scldm VERB --help tells more):"]
+    lines = ["usage: scldm VERB [PRESET ...] [key=value ...]", "       scldm help VERB | scldm --version"]
+    lines += ["", "verbs (scldm help VERB tells more):"]
     lines += [f"  {verb:<{width}}{text}" for verb, (_, text) in VERBS.items()]
     return "\n".join(lines)
 

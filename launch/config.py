@@ -2,7 +2,8 @@
 
 A command is `scldm VERB [PRESET ...] [key=value ...]`: the dataclass gives the schema and the defaults, each preset
 (`vae/tiny`, or a path to a YAML file) is merged over it from left to right, then each `key=value`. `--some-key value`
-is another spelling of `some_key=value`, and `--some-flag` of `some_flag=true`. Anything else is an error with its key.
+is another spelling of `some_key=value`, and `--some-flag` of `some_flag=true`; `--key a --key b` of a list is
+`key=a,b`. Anything else is an error with its key.
 
 Reading order: presets, parse, help.
 """
@@ -12,9 +13,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import itertools
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,6 +57,38 @@ def preset_path(name: str) -> Path:
     return path
 
 
+def preset_names(groups: Sequence[str]) -> list[str]:
+    """The shipped presets of some groups, as `vae/tiny`."""
+    root = shipped("configs")
+    return sorted(f"{path.parent.name}/{path.stem}" for group in groups for path in (root / group).glob("*.yaml"))
+
+
+def about_preset(name: str) -> str:
+    """The first sentence of the preset's file."""
+    lines = preset_path(name).read_text().splitlines()
+    comment = itertools.takewhile(lambda line: re.match("# \\S", line), lines)  # its commands are set in
+    text = " ".join(line.lstrip("# ") for line in comment)
+    return re.split(r"(?<=[^.\d])[.;](?=\s|$)", text, maxsplit=1)[0].strip()
+
+
+def check_presets(command: str, words: Sequence[str], groups: Sequence[str] | None) -> None:
+    """Raises: InputError for a preset that there is not, or that is for another command. It reads the words alone, so
+    that it takes no time.
+
+    groups: those that are for the command; None where it can't be said
+    """
+    folders = {path.name for path in shipped("configs").iterdir() if path.is_dir()}
+    for word in words:
+        group, slash, _ = word.partition("/")
+        if not slash or "=" in word or group not in folders or word.endswith((".yaml", ".yml")):
+            continue
+        preset_path(word)
+        if groups is not None and group not in groups:
+            raise InputError(
+                f"preset {word!r} is not for {command}; it takes {', '.join(preset_names(groups)) or 'none'}"
+            )
+
+
 def load_preset(name: str) -> DictConfig:
     """A preset as it stands in its file. Raises: InputError where that is not a YAML mapping."""
     path = preset_path(name)
@@ -75,7 +109,7 @@ def compose(schema: type[Config], argv: Sequence[str]) -> Config:
 
     Raises: InputError with the dotted key for anything unknown, of the wrong type, or missing.
     """
-    words = [word for word, _ in with_options_read(schema, argv)]
+    words = _added_up(schema, with_options_read(schema, argv))
     config = OmegaConf.structured(schema)
     while nested := [key for key in OmegaConf.missing_keys(config) if dataclasses.is_dataclass(_kind(schema, key))]:
         for key in nested:  # a nested config without a default: its own required keys are what is missing
@@ -110,6 +144,22 @@ def with_options_read(schema: type, argv: Sequence[str], only_known: bool = Fals
                 raise InputError(f"{word} needs a value")
             value = words.pop(0)
         yield f"{key}={value}", True
+
+
+def _added_up(schema: type, words: Iterable[tuple[str, bool]]) -> list[str]:
+    """The words of `with_options_read` alone; an option of a list that is given again adds to it."""
+    out: list[str] = []
+    at: dict[str, int] = {}
+    for word, is_option in words:
+        key, _, value = word.partition("=")
+        is_list = is_option and typing.get_origin(_kind(schema, key)) in (tuple, list) and not value.startswith("[")
+        if is_list and key in at:
+            out[at[key]] += f",{value}"
+            continue
+        if is_list:
+            at[key] = len(out)
+        out.append(word)
+    return out
 
 
 def _kind(schema: type, dotted_key: str) -> Any:
@@ -231,24 +281,49 @@ def _type_name(kind: Any) -> str:
     return str(kind).replace("typing.", "") if typing.get_origin(kind) else getattr(kind, "__name__", str(kind))
 
 
-def help_text(command: str, purpose: str, schema: type, example: str, usage: str = "") -> str:
-    """What `COMMAND --help` prints: purpose, example, presets, every key with type, default and meaning."""
-    root = shipped("configs")
-    presets = "  ".join(sorted(str(p.relative_to(root).with_suffix("")) for p in root.glob("*/*.yaml")))
+MOST_FIRST = 10  # keys that a help shows before the others
+
+
+def help_text(
+    command: str,
+    purpose: str,
+    schema: type,
+    example: str,
+    usage: str = "",
+    groups: Sequence[str] = (),
+    first: Sequence[str] = (),
+) -> str:
+    """What `COMMAND --help` prints: purpose, example, presets, every key with type, default and meaning.
+
+    groups: of the presets that are for the command
+    first: the keys that matter most, before all others
+    """
+    takes = " [PRESET ...]" if groups else ""
     lines = [
-        f"usage: {usage or f'{command} [PRESET ...] [key=value ...]'}",
+        f"usage: {usage or f'{command}{takes} [key=value ...]'}",
         "",
         purpose.strip(),
         "",
         "example:",
         *(f"  {line}" for line in example.strip().splitlines()),
         "",
-        f"presets, merged from left to right (or a path to a .yaml file): {presets}",
-        "",
-        "keys (--some-key VALUE is another spelling of some_key=VALUE):",
     ]
-    for key, kind, default, text in flatten(schema):
-        lines.append(f"  {key}  [{kind}; {default}]")
-        if text:
-            lines.append(f"      {text}")
+    if groups:
+        names = preset_names(groups)
+        lines += ["presets, merged from left to right (or a path to a .yaml file):"]
+        lines += [f"  {name:<{max(map(len, names))}}  {about_preset(name)}" for name in names]
+        lines += [""]
+    rows = {row[0]: row for row in flatten(schema)}
+    spelling = "--some-key VALUE is another spelling of some_key=VALUE"
+    lines += [f"keys that matter most ({spelling}):" if first else f"keys ({spelling}):"]
+    for name in first:
+        lines += _about_key(rows.pop(name))
+    lines += ["", "all other keys:"] if first else []
+    for row in rows.values():
+        lines += _about_key(row)
     return "\n".join(lines)
+
+
+def _about_key(row: tuple[str, str, str, str]) -> list[str]:
+    key, kind, default, text = row
+    return [f"  {key}  [{kind}; {default}]", *([f"      {text}"] if text else [])]

@@ -36,7 +36,7 @@ def main(config: EmbedConfig) -> Path:
     """Write the file; returns its path."""
     model, adata = model_and_cells(config)
     adata.obsm["X_scldm"] = model.embed(adata, layer=config.layer or None, pool=config.pool)
-    adata.uns["scldm_embed"] = {**model.made_by, "pool": config.pool}
+    adata.uns["scldm_embed"] = model.record("embed", pool=config.pool)
     write_whole(adata, Path(config.out))
     n, width = adata.obsm["X_scldm"].shape
     print(f'{n:,} cells, obsm["X_scldm"] of width {width}: {config.out}')

@@ -26,6 +26,10 @@ scldm evaluate embedding=embedded.h5ad label=cell_type held_out_by=donor
 
 
 CONFIG = EvaluateVerbConfig
+FIRST = (
+    *("generated", "shards", "real", "out", "conditions"),
+    *("model", "vae", "embedding", "label", "control"),
+)
 
 
 def main(config: EvaluateVerbConfig) -> dict:

@@ -13,6 +13,7 @@ from scldm.environment import describe
 from scldm.errors import InputError
 from scldm.library_size import LibrarySizeModel
 from scldm.model_folder import save_pretrained
+from scldm.train.tracking import read_metrics
 from scldm.vocab import ConditionVocab, GeneVocab
 
 PURPOSE = "Write the EMA weights of trained runs as a model folder, which scldm.load reads without the training stack."
@@ -53,7 +54,10 @@ def main(config: ExportConfig) -> Path:
     origin = {"vae": vae_origin, "ldm": ldm_origin, "exported": describe()}
     genes = GeneVocab.load(data / "genes.json")
     conditions = ConditionVocab.load(data / "conditions.json")
-    save_pretrained(out, vae, dit, genes, conditions, LibrarySizeModel.load(data / "library_sizes.json"), origin)
+    runs = {"vae": config.vae, **({"ldm": config.ldm} if config.ldm else {})}
+    history = {stage: read_metrics(run) for stage, run in runs.items()}
+    sizes = LibrarySizeModel.load(data / "library_sizes.json")
+    save_pretrained(out, vae, dit, genes, conditions, sizes, origin, history)
     print(f"model: {out}")
     return out
 

@@ -10,7 +10,7 @@ import json
 import sys
 import warnings
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import h5py
@@ -79,6 +79,10 @@ class GenerateConfig:
 
 
 CONFIG = GenerateConfig
+FIRST = (
+    *("model", "out", "conditions", "like", "by"),
+    *("n", "genes", "seed", "sampler.n_steps", "sampler.guidance_scale"),
+)
 
 
 def main(config: GenerateConfig) -> Path:
@@ -136,16 +140,13 @@ def main(config: GenerateConfig) -> Path:
 def made_by(config: GenerateConfig, model: Pretrained, wanted: Wanted, genes: list[str]) -> dict[str, str | int]:
     """All that decides what the cells are: uns["scldm"] of the file."""
     settings = {
-        "kind": config.kind,
-        "sampler": asdict(config.sampler),
         "draws": DRAWS_VERSION,
         "threads": config.threads,
         "device": kind_of(config.device),
     }
     return {
-        **model.made_by,
+        **model.record("generate", seed=config.seed, sampler=config.sampler, kind=config.kind),
         "attention": model.attention_on(device_of(config.device)).way,
-        "seed": config.seed,
         "config": json.dumps(settings),
         "conditions_hash": wanted.hash,
         "genes_hash": hashlib.sha256("\n".join(genes).encode()).hexdigest(),

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,7 @@ evaluation, report.
 Without h5ad, the cells are 700 PBMCs x 765 genes that scanpy carries. Run again, it goes on where it stopped."""
 EXAMPLE = """
 bash launch/quickstart.sh
-bash launch/quickstart.sh --h5ad cells.h5ad --condition cell_type
+bash launch/quickstart.sh --h5ad cells.h5ad --condition cell_type --condition treatment
 """
 NOTE = "quickstart.json"
 MOST_THREADS = 4  # beyond it steps this small are no faster; half the cores, as threads that wait for one are slow
@@ -51,7 +51,7 @@ class QuickstartConfig:
     """What to run it on.
 
     h5ad: file with raw counts; empty takes the built-in cells
-    condition: obs column whose labels are the condition, such as cell_type
+    condition: obs columns whose labels are conditions, such as cell_type; several with a comma, or one after another
     layer: where the counts are, as X, layers/counts or raw/X; empty finds out
     top_genes: of a file with more genes, only so many most variable ones are kept; 0 keeps all
     out: folder of everything that it makes
@@ -60,7 +60,7 @@ class QuickstartConfig:
     """
 
     h5ad: str = ""
-    condition: str = ""
+    condition: tuple[str, ...] = ()
     layer: str = ""
     top_genes: int = 2_000
     out: str = "runs/quickstart"
@@ -80,9 +80,9 @@ def main(config: QuickstartConfig) -> None:
     out = Path(config.out)
     note = open_folder(config, out)
     began = time.monotonic()
-    cells, condition = note["cells"], note["condition"]
+    cells, conditions = note["cells"], note["condition"]
     if not cells:
-        cells, condition = str(out / "input.h5ad"), "cell_type"
+        cells, conditions = str(out / "input.h5ad"), ["cell_type"]
     tracking = TrackingConfig(uri=f"sqlite:///{(out / 'mlflow.db').resolve()}", experiment="quickstart")
     with Tracker(out, tracking, stage="quickstart", params=note) as parent:
         own = {"uri": tracking.uri, "experiment": tracking.experiment, "parent_run_id": parent.run_id()}
@@ -97,7 +97,7 @@ def main(config: QuickstartConfig) -> None:
         # small blocks, so that a few hundred cells still are many blocks to shuffle
         todo.verb("shards", "shards_write", [
             f"source.paths={out}/soma", f"out={out}/shards", "block_cells=64", "shard_cells=1024",
-            f"conditions={json.dumps([condition])}", f"split.stratify={json.dumps([condition])}",
+            f"conditions={json.dumps(conditions)}", f"split.stratify={json.dumps(conditions)}",
             "split.validation=0.2", "split.test=0.2",
             f"filter.n_top_genes={note['top_genes']}",
         ])  # fmt: skip
@@ -107,7 +107,7 @@ def main(config: QuickstartConfig) -> None:
         ], ranks=config.ranks)  # fmt: skip
         # what the autoencoder is worth, before a second stage is trained on it
         todo.verb("reconstruction", "evaluate", [
-            f"vae={out}/vae", f"shards={out}/shards", f"conditions={json.dumps([condition])}",
+            f"vae={out}/vae", f"shards={out}/shards", f"conditions={json.dumps(conditions)}",
             f"out={out}/reconstruction",
         ])  # fmt: skip
         todo.verb("latents", "encode", [
@@ -117,12 +117,14 @@ def main(config: QuickstartConfig) -> None:
             "ldm/tiny", "hardware/cpu", *threads, f"data.shards={out}/latents", f"run_dir={out}/ldm", *track,
         ], ranks=config.ranks)  # fmt: skip
         todo.verb("model", "export", [f"vae={out}/vae", f"ldm={out}/ldm", f"out={out}/model"])
-        todo.call("wanted", "as many cells per label as the test split holds", lambda: write_wanted(out, condition))
+        todo.call(
+            "wanted", "as many cells of each combination as the test split holds", lambda: write_wanted(out, conditions)
+        )
         todo.verb("generated", "generate", [
             f"model={out}/model", f"conditions={out}/wanted.csv", f"out={out}/generated.h5ad",
         ])  # fmt: skip
         todo.verb("evaluation", "evaluate", [
-            f"generated={out}/generated.h5ad", f"shards={out}/shards", f"conditions={json.dumps([condition])}",
+            f"generated={out}/generated.h5ad", f"shards={out}/shards", f"conditions={json.dumps(conditions)}",
             f"model={out}/model", f"vae={out}/vae", f"ldm={out}/ldm", f"out={out}", *track,
         ])  # fmt: skip
     say_where(out, todo, time.monotonic() - began)
@@ -175,11 +177,12 @@ def open_folder(config: QuickstartConfig, out: Path) -> dict:
     if config.h5ad and not Path(config.h5ad).is_file():
         raise InputError(f"h5ad={config.h5ad}: no such file")
     if bool(config.h5ad) != bool(config.condition):
-        raise InputError("h5ad and condition go together: the file, and the obs column that cells are generated for")
+        raise InputError("h5ad and condition go together: the file, and the obs columns that cells are generated for")
     if config.h5ad:
         check_cells(config)
     cells = str(Path(config.h5ad).resolve()) if config.h5ad else ""
-    settings = {"cells": cells, "condition": config.condition, "layer": config.layer, "top_genes": config.top_genes}
+    settings = {"cells": cells, "condition": list(config.condition), "layer": config.layer}
+    settings |= {"top_genes": config.top_genes}
     path = out / NOTE
     if config.fresh and path.is_file():
         for name in MADE:
@@ -213,21 +216,22 @@ def check_cells(config: QuickstartConfig) -> None:
             columns = [str(c) for c in obs.attrs.get("column-order", ())] if isinstance(obs, h5py.Group) else []
     except (OSError, KeyError) as error:
         raise InputError(f"h5ad={config.h5ad}: not a readable h5ad file: {error}") from None
-    ShardsWriteConfig(out="", conditions=(config.condition,))  # refuses a name that can't be a file's
-    if config.condition not in columns:
-        raise InputError(
-            f"condition={config.condition}: obs of {config.h5ad} has no such column; it has {', '.join(columns)}"
-        )
+    ShardsWriteConfig(out="", conditions=config.condition)  # refuses a name that can't be a file's
+    for name in config.condition:
+        if name not in columns:
+            raise InputError(f"condition={name}: obs of {config.h5ad} has no such column; it has {', '.join(columns)}")
 
 
-def write_wanted(out: Path, condition: str) -> None:
-    """A table of conditions: each label with the number of test cells that have it."""
+def write_wanted(out: Path, conditions: Sequence[str]) -> None:
+    """A table of conditions: each combination with the number of test cells that have it."""
     manifest = read_manifest(str(out / "shards"))
     test = manifest.splits[manifest.split_number("test")]
-    ids = np.load(out / "shards" / "index" / f"cells.condition.{condition}.npy")[test.first_cell :][: test.n_cells]
-    labels = manifest.conditions.decode(condition, ids.tolist())
+    labels = {}
+    for name in conditions:
+        ids = np.load(out / "shards" / "index" / f"cells.condition.{name}.npy")[test.first_cell :][: test.n_cells]
+        labels[name] = manifest.conditions.decode(name, ids.tolist())
     aside = out / "wanted.csv.partial"
-    pd.Series(labels, name=condition).value_counts().rename("n_cells").to_csv(aside)
+    pd.DataFrame(labels).value_counts().rename("n_cells").to_csv(aside)
     os.replace(aside, out / "wanted.csv")
 
 

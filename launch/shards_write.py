@@ -16,6 +16,10 @@ EXAMPLE = """scldm shards write out=shards source.paths=cells.h5ad conditions=ce
 scldm shards write data/census source.census_version=2025-01-30 out=census-human \\
   source.obs_filter="tissue_general == 'lung'" workers=8 memory=64GiB"""
 CONFIG = ShardsWriteConfig
+FIRST = (
+    *("source.paths", "out", "conditions", "split.validation", "split.test"),
+    *("split.by", "source.layer", "filter.n_top_genes", "workers", "seed"),
+)
 
 
 def main(config: ShardsWriteConfig) -> None:

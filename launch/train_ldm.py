@@ -92,6 +92,10 @@ class TrainLDMConfig:
 
 
 CONFIG = TrainLDMConfig
+FIRST = (
+    *("run_dir", "data.shards", "train.steps", "train.global_batch", "hardware.micro_batch"),
+    *("optim.lr", "model.continuous", "init_from", "tracking.uri", "train.seed"),
+)
 
 
 def main(config: TrainLDMConfig) -> dict[str, float]:

@@ -61,6 +61,10 @@ class TrainVAEConfig:
 
 
 CONFIG = TrainVAEConfig
+FIRST = (
+    *("run_dir", "data.shards", "train.steps", "train.global_batch", "hardware.micro_batch"),
+    *("optim.lr", "data.given.share", "init_from", "tracking.uri", "train.seed"),
+)
 
 
 def main(config: TrainVAEConfig) -> dict[str, float]:

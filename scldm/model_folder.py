@@ -3,6 +3,8 @@
 model.safetensors   vae/NAME and ldm/NAME: EMA of the weights, and buffers
 config.json         shapes of both networks, sampler, format version, where the weights come from
 genes.json  conditions.json  library_sizes.json
+history.json        stage -> rows of its metrics; where they are known
+gene_columns.json   name -> a text for each gene, such as symbols; where there are any
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from scldm.model.vae import VAE
 from scldm.vocab import ConditionVocab, GeneVocab
 
 FORMAT_VERSION = 4
+HISTORY, GENE_COLUMNS = "history.json", "gene_columns.json"
 
 
 def save_pretrained(
@@ -32,6 +36,8 @@ def save_pretrained(
     conditions: ConditionVocab,
     library_sizes: LibrarySizeModel,
     origin: dict[str, Any],
+    history: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    gene_columns: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Write a model folder, whole or not at all.
 
@@ -56,6 +62,9 @@ def save_pretrained(
     genes.save(aside / "genes.json")
     conditions.save(aside / "conditions.json")
     library_sizes.save(aside / "library_sizes.json")
+    for name, table in ((HISTORY, history), (GENE_COLUMNS, gene_columns)):
+        if table:
+            (aside / name).write_text(json.dumps(table))
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

@@ -1,16 +1,16 @@
 """A trained model as a scientist uses it: load, embed, generate. Needs neither deepspeed, mlflow nor tiledbsoma.
 
-Reading order: load, Made, Pretrained.
+Reading order: load, Pretrained: embed, reconstruct, transform, generate, and how good that is.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, cast
 
 import anndata as ad
 import numpy as np
@@ -20,29 +20,30 @@ import torch
 from torch import Tensor
 
 from scldm import draws
+from scldm.arguments import mapping_of, names_of, one_of
 from scldm.batch import GeneCounts
 from scldm.errors import InputError, read_json
-from scldm.flow.generate import SamplerConfig, generate_latents, guided
+from scldm.flow.generate import SamplerConfig, guided
 from scldm.flow.shift import way
 from scldm.flow.transform import blend, from_noise, to_noise
 from scldm.library_size import LibrarySizeModel
 from scldm.model.all_genes import encoder_of
-from scldm.model.attention import Choice
 from scldm.model.dit import DiT, DiTConfig
-from scldm.model.vae import VAE, Predicted, VAEConfig, chosen
-from scldm.model_folder import FORMAT_VERSION
+from scldm.model.vae import VAE, VAEConfig
+from scldm.model_folder import FORMAT_VERSION, GENE_COLUMNS, HISTORY, save_pretrained
+from scldm.networks import BATCH_CELLS, Kind, Networks, Precision, usable, written
 from scldm.progress import Progress
 from scldm.request import labels as asked
-from scldm.request.wanted import Wanted, distinct
+from scldm.request.cells import Asked, table_of
+from scldm.shown import as_html, as_text
 from scldm.vocab import ConditionVocab, GeneVocab
 from scldm.weights import put_in, read_weights, weights_hash
 
-NOT_GIVEN = "not given"
+if TYPE_CHECKING:
+    from scldm.comparison import Evaluation
+
 MAX_COUNT = 2**31 - 1  # of int32, as cells are given to the encoder and written
-Kind = Literal["counts", "means"]
-Precision = Literal["float32", "bfloat16"]
-# a batch decodes its cells for all genes: 64 cells x 60,000 genes x width 512 x 4 B = 8 GB
-BATCH_CELLS = 64
+Pool = Literal["flat", "mean"]
 
 
 def load(
@@ -66,8 +67,7 @@ def load(
     usable(device)
     if batch < 1:
         raise InputError(f"batch={batch} must be at least 1")
-    if precision not in get_args(Precision):
-        raise InputError(f"precision={precision} must be one of {', '.join(get_args(Precision))}")
+    one_of("precision", precision, Precision)
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is not a model folder: it has no config.json; `scldm export` writes one")
     config = read_json(folder / "config.json")
@@ -90,78 +90,58 @@ def load(
         dit = dit.eval().requires_grad_(False)
     sizes = LibrarySizeModel.load(folder / "library_sizes.json")
     vae = vae.eval().requires_grad_(False)
-    model = Pretrained(vae, dit, genes, conditions, sizes, config["origin"], weights_hash(tensors), batch, precision)
+    model = Pretrained(
+        vae, dit, genes, conditions, sizes, config["origin"], weights_hash(tensors), batch, precision,
+        _gene_columns(folder, genes), _history(folder),
+    )  # fmt: skip
     return model.to(device)
 
 
-def usable(device: str | torch.device) -> None:
-    """Raises: InputError for a device that torch does not know, or that is not there."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
-        raise InputError(f"device={device}: {str(error).splitlines()[0]}") from None
+def _gene_columns(folder: Path, genes: GeneVocab) -> pd.DataFrame:
+    """Raises: InputError where the file is not one text a gene in each column."""
+    path = folder / GENE_COLUMNS
+    columns = read_json(path) if path.is_file() else {}
+    values = columns.values() if isinstance(columns, dict) else [None]
+    if not all(isinstance(of, list) and len(of) == genes.n_genes and {type(v) for v in of} <= {str} for of in values):
+        raise InputError(f"{path} is damaged: each of its columns must hold a text for each of {genes.n_genes} genes")
+    return pd.DataFrame(columns, index=pd.Index(genes.ids)) if columns else pd.DataFrame()
 
 
-class Made(NamedTuple):
-    """matrix: (n, genes) int32 counts or float32 means; n_evaluations_n: of the network for each cell, int32"""
+def _history(folder: Path) -> dict[str, pd.DataFrame]:
+    """Raises: InputError where the file holds no rows by stage."""
+    path = folder / HISTORY
+    rows = read_json(path) if path.is_file() else {}
+    if not isinstance(rows, dict) or not all(
+        isinstance(of, list) and all(isinstance(row, dict) for row in of) for of in rows.values()
+    ):
+        raise InputError(f"{path} is damaged: it must hold a list of rows for each stage")
+    return {stage: pd.DataFrame(of) for stage, of in rows.items()}
 
-    matrix: sp.csr_matrix
-    n_evaluations_n: np.ndarray
 
+@dataclass(frozen=True, eq=False, repr=False)
+class Pretrained(Networks):
+    """A trained model, which takes and gives AnnData."""
 
-@dataclass(frozen=True)
-class Pretrained:
-    """Autoencoder, diffusion transformer and what they need to know of genes, conditions and library sizes; batch and
-    precision as for `load`."""
+    def __repr__(self) -> str:
+        return as_text(self)
 
-    vae: VAE
-    dit: DiT | None
-    genes: GeneVocab
-    conditions: ConditionVocab
-    library_sizes: LibrarySizeModel
-    origin: dict[str, Any]
-    hash: str
-    batch: int = BATCH_CELLS
-    precision: Precision = "float32"
+    def _repr_html_(self) -> str:
+        return as_html(self)
 
-    @property
-    def made_by(self) -> dict[str, str | int]:
-        """What of the model decides its numbers: of uns["scldm"] of a file."""
-        return {"model": self.hash, "batch": self.batch, "precision": self.precision, "attention": self.attention.way}
-
-    @property
-    def device(self) -> torch.device:
-        return self.vae.latent_queries.device
-
-    @property
-    def attention(self) -> Choice:
-        """How the autoencoder's attention is computed here, and why."""
-        return self.attention_on(self.device)
-
-    def attention_on(self, device: str | torch.device) -> Choice:
-        return chosen(self.vae.config, torch.device(device), getattr(torch, self.precision))
-
-    def to(self, device: str | torch.device) -> Pretrained:
-        """The same model on another device; its networks are moved, not copied."""
-        return replace(self, vae=self.vae.to(device), dit=self.dit and self.dit.to(device))
-
-    def _computing(self) -> torch.autocast:
-        """Within, the networks compute in `precision`."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
-
-    def _here(self, numbers: np.ndarray) -> Tensor:
-        """Numbers of our own on the model's device; the host does not wait for what the device does before."""
-        return torch.from_numpy(numbers).to(self.device, non_blocking=True)
-
-    def _batches(self, n: int) -> Iterator[slice]:
-        for start in range(0, n, self.batch):
-            yield slice(start, min(start + self.batch, n))
+    def save(self, folder: str | Path) -> None:
+        """Write the model as a folder that `scldm.load` reads; a model that is there is replaced."""
+        folder = Path(folder)
+        if folder.exists() and not (folder / "config.json").is_file() and any(folder.iterdir()):
+            raise InputError(f"folder={folder} is not empty and not a model folder; choose another")
+        rows = {stage: json.loads(str(table.to_json(orient="records"))) for stage, table in self.history.items()}
+        columns = {str(name): list(column) for name, column in self.gene_columns.items()}
+        save_pretrained(
+            folder, self.vae, self.dit, self.genes, self.conditions, self.library_sizes, self.origin, rows, columns
+        )
 
     # --- embed ---
 
-    def embed(
-        self, adata: ad.AnnData, *, layer: str | None = None, pool: Literal["flat", "mean"] = "flat"
-    ) -> np.ndarray:
+    def embed(self, adata: ad.AnnData, *, layer: str | None = None, pool: Pool = "flat") -> np.ndarray:
         """Posterior means of the cells' latent tokens, float32: (n, L * Z), tokens in order, or their mean (n, Z).
 
         adata: raw counts in `X`, in `layers[layer]`, or in `raw.X` for layer `raw`. Genes are matched by `var_names`;
@@ -169,6 +149,7 @@ class Pretrained:
 
         Raises: InputError for counts that are none, or no gene in common.
         """
+        one_of("pool", pool, Pool)
         counts, gene_ids = self._given(adata, layer)
         encode = encoder_of(self.vae, gene_ids, counts.getnnz(0) / adata.n_obs)
         out = []
@@ -185,6 +166,7 @@ class Pretrained:
     ) -> ad.AnnData:
         """Expected counts of the cells from their own latents, and how likely their counts are: the same cells with
         expected counts in `X`, float32, and obs["log_likelihood"], in nats over the file's genes that the model knows.
+        obsm stays; so do var and layers, unless a gene is asked for that the file lacks.
 
         adata: raw counts, as for `embed`; a cell's library size is its total over those genes
         genes: which genes to write, in this order, any of the model's; the default is those of the file
@@ -209,8 +191,19 @@ class Pretrained:
                 bar.advance(len(size_B))
         obs = pd.DataFrame(adata.obs, copy=True)
         obs["log_likelihood"] = np.concatenate(log_likelihood)
-        var = pd.DataFrame(index=pd.Index([self.genes.ids[k - 1] for k in asked_ids.tolist()]))
-        return ad.AnnData(np.concatenate(expected), obs=obs, var=var, uns={"scldm": self.made_by})
+        var, at = self._var_of(adata, asked_ids.cpu().numpy() - 1)
+        layers = {} if at is None else {name: matrix[:, at] for name, matrix in adata.layers.items()}
+        uns = {"scldm": self.record("reconstruct")}
+        made = ad.AnnData(np.concatenate(expected), obs=obs, var=var, layers=layers, uns=uns)
+        for name, of in adata.obsm.items():
+            made.obsm[name] = of
+        return made
+
+    def _var_of(self, adata: ad.AnnData, columns: np.ndarray) -> tuple[pd.DataFrame, np.ndarray | None]:
+        """Rows of var of the user's own cells for these of the model's genes, and where they stand there; what the
+        model knows of the genes, and None, where one is not there."""
+        at = adata.var_names.get_indexer(pd.Index([self.genes.ids[k] for k in columns]))
+        return (self.var(columns), None) if (at < 0).any() else (pd.DataFrame(adata.var).iloc[at].copy(), at)
 
     def counted(self, adata: ad.AnnData, layer: str | None = None) -> np.ndarray:
         """Which cells have a count in any gene that the model knows, bool (n,): the others are refused by `embed`,
@@ -287,13 +280,17 @@ class Pretrained:
         genes: which genes to write, in this order, any of the model's; the default is those of the file
         kind: counts, integers that are drawn, or means, expected counts, float32
 
-        Returns the cells with obs `scldm_alpha` and `scldm_source`, the cell's name in `adata`. What a reader should
-        know of the conditions is printed.
+        Returns the cells with obs `scldm_alpha` and `scldm_source`, the cell's name in `adata`. obsm and, unless the
+        file lacks a gene that is asked for, var are those of `adata`. layers are not: they hold counts of the cells
+        before. What a reader should know of the conditions is printed.
         Raises: InputError as `embed`, for unknown conditions and labels, and for SDE samplers.
         """
-        sampler, dit = sampler or SamplerConfig(), self._dit()
+        sampler, dit = _sampler(sampler), self._dit()
+        one_of("kind", kind, Kind)
+        to = mapping_of("to", to, '{"treatment": "stim"}')
         obs = pd.DataFrame(adata.obs)
-        by = [name for name in self.conditions.names if name in obs] if by is None else list(by)
+        own = tuple(name for name in self.conditions.names if name in obs)
+        by = own if by is None else names_of("by", by, "columns of obs", '["cell_type", "treatment"]')
         moves = asked.own_and_other(dit, self.conditions, obs, by, to, sampler)
         for of in (moves.own, moves.by_flow):
             asked.check_sampler(dit, of, sampler, self.origin)
@@ -331,28 +328,36 @@ class Pretrained:
                         v.n_evaluations_B.sum() if isinstance(v.n_evaluations_B, Tensor) else v.n_evaluations_B
                     )
         matrix = sp.csr_matrix(sp.vstack([block for part in parts for block in part]))
-        config = json.dumps({"to": dict(to), "sampler": asdict(sampler)})
-        uns = {**self.made_by, "seed": seed, "config": config, "n_evaluations": int(n_evaluations)}
+        uns = self.record("transform", seed=seed, sampler=sampler, to=json.dumps(to), n_evaluations=int(n_evaluations))
         moved = pd.concat([asked.moved_obs(dit, self.conditions, obs, to, alpha, len(alphas) > 1) for alpha in alphas])
-        return ad.AnnData(matrix, obs=moved, var=self.var(asked_ids.cpu().numpy() - 1), uns={"scldm": uns})
+        made = ad.AnnData(matrix, obs=moved, uns={"scldm": uns})
+        made.var = self._var_of(adata, asked_ids.cpu().numpy() - 1)[0]
+        rows = np.tile(np.arange(adata.n_obs), len(alphas))
+        for name, of in adata.obsm.items():
+            made.obsm[name] = of.iloc[rows].set_axis(made.obs_names) if isinstance(of, pd.DataFrame) else of[rows]
+        return made
 
     # --- generate ---
 
     def generate(
         self,
-        conditions: pd.DataFrame,
+        conditions: Asked = None,
         *,
-        seed: int,
+        n: int | None = None,
+        seed: int = 0,
         sampler: SamplerConfig | None = None,
         genes: Sequence[str] | None = None,
         kind: Kind = "counts",
     ) -> ad.AnnData:
-        """New cells, one per row of `conditions`, in CSR, the conditions as categorical obs. For as many as fit into
-        memory; `scldm generate` writes any number.
+        """New cells in CSR, the conditions as categorical obs. For as many as fit into memory; `scldm generate` writes
+        any number.
 
-        conditions: one column per condition to be given, in which every label is one that the model was trained on; a
-            condition without a column is not given. A column `library_size` sets the cells' expected total counts;
-            without it they are drawn from what was fitted on the training cells of the same conditions
+        conditions: a DataFrame with one row per cell and one column per condition to be given; a mapping, as
+            {"cell_type": "CD19+ B"}, of which n cells are made; an AnnData, of which every cell's conditions are taken
+            from obs; or nothing, for n cells of no condition. Every label must be one that the model was trained on; a
+            condition that is not named is not given. A column `library_size` of a DataFrame sets the cells' expected
+            total counts; else they are drawn from what was fitted on the training cells of the same conditions
+        n: how many cells, where `conditions` does not say so
         seed: of all draws; a cell's depend on it and on the cell's row number, not on the other cells (within its
             tolerance with sampler.method=adaptive, whose steps are those of a batch)
         genes: which genes to write, in this order; the default is all of the model's
@@ -360,8 +365,9 @@ class Pretrained:
 
         Raises: InputError for a condition or label that the model does not know, or library sizes never fitted.
         """
-        sampler = sampler or SamplerConfig()
-        wanted = self.check_conditions(conditions, seed, sampler)
+        sampler, dit = _sampler(sampler), self._dit()
+        one_of("kind", kind, Kind)
+        wanted = self.check_conditions(table_of(conditions, n, list(dit.n_labels)), seed, sampler)
         for note in wanted.notes:
             print(note, file=sys.stderr)
         columns = self.columns(genes)
@@ -369,136 +375,94 @@ class Pretrained:
         with Progress("generate", wanted.n_cells, "cells") as bar:
             matrix, n_evaluations_n = self.make(wanted, every, columns, sampler, kind, bar.advance)
         obs = self.obs(wanted, wanted.library_size(every))
-        uns = {
-            **self.made_by,
-            "seed": seed,
-            "sampler": asdict(sampler),
-            "n_evaluations": int(n_evaluations_n.sum()),
-        }
+        uns = self.record("generate", seed=seed, sampler=sampler, kind=kind, n_evaluations=int(n_evaluations_n.sum()))
         return ad.AnnData(matrix, obs=obs, var=self.var(columns), uns={"scldm": uns})
 
-    def check_conditions(self, conditions: pd.DataFrame, seed: int, sampler: SamplerConfig | None = None) -> Wanted:
-        """The cells to make, or the error that generation would meet; arguments as for `generate`."""
-        dit = self._dit()
-        if not 0 <= seed < 2**63:
-            raise InputError(f"seed={seed} must be at least 0 and below 2^63")
-        if len(conditions) == 0:
-            raise InputError("there are no cells to generate: the table of conditions is empty")
-        combination_n, labels = distinct(conditions.drop(columns="library_size", errors="ignore"))
-        ids, labels = asked.encode_labels(dit, self.conditions, labels)
-        sampler = sampler or SamplerConfig()
-        base = asked.base_of(dit, ids, sampler)
-        asked.check_sampler(dit, base, sampler, self.origin)
-        notes = asked.without_token(dit, base, labels)
-        notes += asked.of_other_labels(dit, self.conditions, base, ids, labels, asked.DRAWN)
-        if "library_size" in conditions:
-            sizes = np.array(pd.to_numeric(conditions["library_size"], errors="coerce"), dtype=np.float64)
-            if not (np.isfinite(sizes).all() and (sizes > 0).all()):
-                raise InputError("column library_size must hold positive numbers")
-            return Wanted(seed, combination_n, labels, ids, base, sizes, notes=notes)
-        log_mean_n, log_std_n, backed_off = self.library_sizes.of(labels)
-        return Wanted(seed, combination_n, labels, ids, base, None, log_mean_n, log_std_n, (*notes, *backed_off))
+    # --- how good it is ---
 
-    @torch.no_grad()
-    def make(
+    def evaluate(
         self,
-        wanted: Wanted,
-        rows: range,
-        columns: np.ndarray,
-        sampler: SamplerConfig,
-        kind: Kind,
-        tick: Callable[[int], None],
-    ) -> Made:
-        """Some of the cells, (rows, columns).
+        generated: ad.AnnData,
+        real: ad.AnnData,
+        *,
+        conditions: Sequence[str] | None = None,
+        split: str = "scldm_split",
+        layer: str | None = None,
+        control: Mapping[str, str] | None = None,
+        protocol: Literal["scldm", "cfgen"] = "scldm",
+        seed: int = 0,
+    ) -> Evaluation:
+        """Generated cells against the real test cells: the tables and figures of `scldm evaluate`.
 
-        Batches begin at multiples of `batch` and are filled up: a float sum depends on the shape of its batch, so a
-        cell's numbers are the same bit for bit whatever rows are asked for with it, by whichever rank; with as many
-        threads of torch, which share a sum's terms, and on the same kind of device. So they are whatever genes are
-        asked for: the decoder scores every gene, as a share is one of all; counts are drawn of the asked ones alone.
+        generated: counts in X and the conditions in obs, as `generate` gives them
+        real: raw counts in X or `layers[layer]`, the conditions in obs, and the column `split`, which says train,
+            validation or test of every cell; others are left out. `scldm.fit` has written it
+        conditions: by which cells are told apart; the default is all of the model's
+        control: condition -> the label that its responses start from; a usual name, such as control, is found
+        protocol: how cells are compared: scldm, or cfgen, as the published tables are
 
-        columns: of the model's genes, as `columns` gives them
-        tick: called with the number of cells that were made
+        Raises: InputError for cells that can't be compared. Needs the extra `evaluate`.
         """
-        columns_Q = self._here(columns.copy())
-        parts, n_evaluations = [], []
-        for first in range(rows.start // self.batch * self.batch, rows.stop, self.batch):
-            batch = range(first, first + self.batch)
-            numbers_B = torch.arange(batch.start, batch.stop, device=self.device)
-            of_batch = {name: torch.from_numpy(ids) for name, ids in wanted.ids_of(batch).items()}
-            of_base = of_batch
-            if wanted.base_ids is not wanted.ids:
-                of_base = {name: torch.from_numpy(ids) for name, ids in wanted.base_ids_of(batch).items()}
-            with self._computing():
-                drawn = generate_latents(self._dit(), of_batch, numbers_B, wanted.seed, sampler, of_base)
-            size_B = self._here(wanted.library_size(batch).astype(np.float32))
-            own = slice(max(rows.start - first, 0), rows.stop - first)
-            parts.append(self.decoded(drawn.latent_BLZ, columns_Q, size_B, numbers_B, wanted.seed, kind)[own])
-            n_evaluations.append(drawn.n_evaluations_B[own].int().cpu().numpy())
-            tick(parts[-1].shape[0])
-        return Made(sp.csr_matrix(sp.vstack(parts)), np.concatenate(n_evaluations))
+        try:
+            from scldm.comparison import evaluation  # takes seconds to import
+        except ModuleNotFoundError as error:
+            raise InputError(
+                f"evaluate needs the package {str(error.name).partition('.')[0]}; the extra evaluate brings it"
+            ) from error
+        names = self.conditions.names if self.dit is None else tuple(self.dit.n_labels)
+        if conditions is not None:
+            names = names_of("conditions", conditions, "conditions", '["cell_type"]')
+        control = mapping_of("control", control or {}, '{"treatment": "control"}')
+        return evaluation(generated, real, names, split, layer, control, protocol, seed, self)
 
-    @torch.no_grad()
-    def decoded(
-        self, latent_BLZ: Tensor, columns_Q: Tensor, library_size_B: Tensor, numbers_B: Tensor, seed: int, kind: Kind
-    ) -> sp.csr_matrix:
-        """Generated latents as what is written of them, (B, Q)."""
-        all_genes_G = torch.arange(1, self.genes.n_genes + 1, device=self.device)
-        with self._computing():
-            predicted = self.vae.decode(self.vae.normalised(latent_BLZ), all_genes_G).take(columns_Q)
-        return written(predicted, kind, library_size_B, draws.keys(seed, "counts", numbers_B, all_genes_G[columns_Q]))
+    def log_fold_changes(
+        self,
+        condition: str,
+        a: str,
+        b: str,
+        *,
+        by: Sequence[str] = (),
+        n: int = 500,
+        seed: int = 0,
+        sampler: SamplerConfig | None = None,
+        genes: Sequence[str] | None = None,
+    ) -> pd.DataFrame:
+        """How genes change from label a of a condition to label b, from generated cells: one row for each gene, or for
+        each combination of the labels of `by` and gene.
 
-    def nonzeros_a_cell(self, wanted: Wanted, columns: np.ndarray, kind: Kind) -> float:
-        """How many values a cell has to be stored: those of one cell at the mean latent, of average library size."""
-        if kind == "means":
-            return len(columns)
-        sizes = wanted.library_size(range(min(wanted.n_cells, 1000)))
-        latent_1LZ, columns_Q = self._dit().latent_mean_LZ[None], torch.from_numpy(columns.copy()).to(self.device)
-        size_1, number_1 = latent_1LZ.new_tensor([sizes.mean()]), columns_Q.new_zeros(1)
-        return float(self.decoded(latent_1LZ, columns_Q, size_1, number_1, 0, kind).nnz)
+        by: other conditions: changes for each combination of their labels that a training cell had
+        n: generated cells of each label, and combination
 
-    def columns(self, genes: Sequence[str] | None) -> np.ndarray:
-        """Where the asked genes stand among the model's. Raises: InputError for one that is unknown or asked twice."""
-        if genes is None:
-            return np.arange(self.genes.n_genes)
-        index = self.genes.lookup(genes)
-        if (index == 0).any():
-            raise InputError(f"gene {genes[int(np.argmin(index))]!r} is not among the model's {self.genes.n_genes}")
-        if len(set(genes)) < len(genes):
-            raise InputError(f"gene {next(g for g in genes if list(genes).count(g) > 1)!r} stands twice in genes")
-        return index - 1
+        Columns: those of `by`, gene, log2_fold_change of the means of counts per 10,000, each plus 1, and z of the
+        rank-sum test between the two sets. z grows with n: it says how sure the change of the model is, not how true.
+        `attrs["scldm"]` keeps seed and sampler.
+        Raises: InputError as `generate`.
+        """
+        from scldm.comparison import gene_changes
 
-    def var(self, columns: np.ndarray) -> pd.DataFrame:
-        return pd.DataFrame(index=pd.Index([self.genes.ids[k] for k in columns]))
-
-    def obs(self, wanted: Wanted, library_size_n: np.ndarray) -> pd.DataFrame:
-        """Conditions as categories, of which one is "not given", continuous ones as numbers; and the library sizes."""
-        obs = pd.DataFrame(index=pd.Index([f"generated-{k}" for k in range(wanted.n_cells)]))
-        for name, ids in wanted.ids.items():
-            if name in self._dit().config.continuous:
-                obs[name] = ids[wanted.combination_n]
-                continue
-            labels = self.conditions.labels[name]
-            known = list(dict.fromkeys([*labels, *([] if name in wanted.labels else [NOT_GIVEN])]))
-            codes = ids if name in wanted.labels else np.full(len(ids), known.index(NOT_GIVEN))
-            obs[name] = pd.Categorical.from_codes(codes[wanted.combination_n], categories=known)  # pyright: ignore[reportArgumentType]  # its stubs know lists alone
-        obs["library_size"] = library_size_n
-        return obs
-
-    def _dit(self) -> DiT:
-        if self.dit is None:
-            raise InputError("this model folder holds an autoencoder alone: it embeds, but does not generate")
-        return self.dit
+        by, dit = names_of("by", by, "conditions", '["cell_type"]'), self._dit()
+        for name in (condition, *by):
+            if name not in dit.n_labels:
+                raise InputError(f"condition {name!r} is unknown; the model knows {', '.join(dit.n_labels) or 'none'}")
+        if condition in by:
+            raise InputError(f"by names {condition!r}, which is the condition that changes; leave it out")
+        if n < 2:
+            raise InputError(f"n={n} must be at least 2")
+        columns = [list(dit.n_labels).index(name) for name in by]
+        trained = dit.combinations.labels_KC[:, columns].unique(dim=0).tolist() if by else [[]]
+        tables = []
+        for ids in trained:
+            own = {name: self.conditions.labels[name][k] for name, k in zip(by, ids, strict=True)}
+            asked_of = pd.DataFrame([{**own, condition: label} for label in (a, b) for _ in range(n)])
+            cells = self.generate(asked_of, seed=seed, sampler=sampler, genes=genes)
+            table = gene_changes(cast(sp.csr_matrix, cells.X), cells.var_names, n)
+            tables.append(table.assign(**own)[[*by, *table.columns]])
+        found = pd.concat(tables, ignore_index=True)
+        found.attrs["scldm"] = self.record("log_fold_changes", seed=seed, sampler=_sampler(sampler), n=n)
+        return found
 
 
-def written(predicted: Predicted, kind: Kind, size_B: Tensor, keys_BQ: Tensor) -> sp.csr_matrix:
-    """What is written of a batch, (B, Q): int32 counts, or float32 means.
-
-    Raises: InputError for cells of which the decoder says what is not a number.
-    """
-    if broken := int(predicted.value_BQ.isnan().any(1).sum()):
-        raise InputError(
-            f"{broken} of {len(size_B)} cells of a batch have no expected counts (NaN): weights of the model are not "
-            "finite, or the sampler's steps went beyond all bounds; try more of them (sampler.n_steps)"
-        )
-    made_BQ = predicted.expected(size_B).float() if kind == "means" else predicted.sample(size_B, keys_BQ)
-    return sp.csr_matrix(made_BQ.cpu().numpy())
+def _sampler(sampler: SamplerConfig | None) -> SamplerConfig:
+    if sampler is not None and not isinstance(sampler, SamplerConfig):
+        raise InputError(f"sampler={sampler!r} must be a scldm.SamplerConfig, as scldm.SamplerConfig(n_steps=20)")
+    return sampler or SamplerConfig()

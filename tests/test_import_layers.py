@@ -17,7 +17,9 @@ OURS = ("benchmarks", "data_pipeline", "launch", "scldm")
 
 # errors, files, progress and environment know nothing and may be imported by all; draws is numbers, nothing else
 EVERYWHERE = {"scldm.errors", "scldm.files", "scldm.progress", "scldm.environment", "scldm.draws"}
+EVERYWHERE |= {"scldm.version"}
 LEAVES = EVERYWHERE | {
+    "scldm.arguments",
     "scldm.batch",
     "scldm.vocab",
     "scldm.likelihood",
@@ -48,8 +50,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scldm.train": LEAVES | {"scldm.flow", "scldm.model"},
     "scldm.model_folder": LEAVES | {"scldm.model"},
     "scldm.request": LEAVES | {"scldm.flow", "scldm.model"},
-    "scldm.pretrained": LEAVES | {"scldm.flow", "scldm.model", "scldm.model_folder", "scldm.request"},
-    "scldm": {"scldm.pretrained"},  # scldm/__init__.py
+    "scldm.networks": LEAVES | {"scldm.flow", "scldm.model", "scldm.request"},
+    "scldm.shown": {"scldm.networks"},
+    "scldm.comparison": LEAVES | {"scldm.networks"},
+    "scldm.pretrained": LEAVES
+    | {"scldm.comparison", "scldm.flow", "scldm.model", "scldm.model_folder", "scldm.networks", "scldm.request"}
+    | {"scldm.shown"},
+    # what trains an AnnData is what the verbs run: the one place of the library that knows them, and when called alone
+    "scldm.fitting": {"scldm.pretrained", "data_pipeline", *LEAVES, *LAUNCH, "launch"},
+    "scldm": {"scldm.fitting", "scldm.flow", "scldm.pretrained"},  # scldm/__init__.py, when a name is first used
     "data_pipeline.files": set(),
     "data_pipeline.format": FOR_DATA | {"data_pipeline.files"},
     "data_pipeline.convert": FOR_DATA | {"data_pipeline.files", "data_pipeline.format"},

@@ -23,7 +23,7 @@ print([name for name in {UNWANTED} if importlib.util.find_spec(name)])
 import scldm
 for module in pkgutil.walk_packages(scldm.__path__, "scldm."):
     # these need packages of the extras `evaluate` and `test`, or know DeepSpeed
-    if not module.name.startswith(("scldm.evaluate", "scldm.kernels.")):
+    if not module.name.startswith(("scldm.comparison", "scldm.evaluate", "scldm.kernels.")):
         importlib.import_module(module.name)
 import torch
 print(platform.python_version(), torch.__version__)

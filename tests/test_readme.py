@@ -23,13 +23,10 @@ from scldm.errors import LOST, REFUSED, REQUEUE, STOPPED, InputError
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 PLAIN = {"git", "cd", "export", "deactivate"}  # commands that name nothing of ours
-# group of presets -> the verbs that they are for
+# group of presets -> the verbs that they are for; `plan` takes those of a run, with keys of its own
 VERBS_OF = {
-    "data": ["shards write"],
-    "vae": ["train vae"],
-    "ldm": ["train ldm"],
-    "hardware": ["train vae", "train ldm"],
-    "sampler": ["generate", "transform"],
+    group: [verb for verb, groups in cli.PRESETS.items() if group in groups and verb != "plan"]
+    for group in sorted({group for groups in cli.PRESETS.values() for group in groups})
 }
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from scldm.version import VERSION
+
 ROOT = Path(__file__).resolve().parent.parent
 
 pytestmark = pytest.mark.slow
@@ -39,7 +41,8 @@ def test_presets_and_scripts_travel_inside_launch_and_tests_do_not(installed: Pa
         ours = {f"launch/{p.relative_to(ROOT)}" for p in (ROOT / folder).rglob("*") if p.is_file()}
         assert ours == {name for name in names if name.startswith(f"launch/{folder}/")}
         assert ours
-    assert {name.split("/")[0] for name in names} == {"data_pipeline", "launch", "scldm", "scldm-0.1.0.dist-info"}
+    assert {name.split("/")[0] for name in names} == {"data_pipeline", "launch", "scldm", f"scldm-{VERSION}.dist-info"}
+    assert "scldm/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-import scldm
 from data_pipeline.format.schema import read_manifest
 from launch.evaluation.cells import cells_of_shards
 from launch.evaluation.reconstructed_cells import decoded, encoded, known_genes
@@ -43,7 +42,7 @@ from scldm.evaluate.reconstruction import (
 from scldm.evaluate.sample import Sample
 from scldm.files import write_json
 from scldm.library_size import LibrarySizeModel
-from scldm.pretrained import BATCH_CELLS, Precision, Pretrained, usable
+from scldm.pretrained import BATCH_CELLS, Precision, Pretrained, load, usable
 from scldm.progress import Progress
 from scldm.vocab import ConditionVocab, GeneVocab
 
@@ -127,7 +126,7 @@ def autoencoder(
     Raises: InputError for a folder that is neither.
     """
     if (folder / "model.safetensors").is_file():
-        model = scldm.load(folder, device, batch=batch, precision=precision)
+        model = load(folder, device, batch=batch, precision=precision)
         origin = model.origin.get("vae", {})
     else:
         usable(device)

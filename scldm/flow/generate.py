@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from scldm import draws
+from scldm.arguments import one_of
 from scldm.errors import InputError
 from scldm.flow import solver
 from scldm.flow.guidance import GuidanceKind, GuidedField, VelocityField
@@ -55,6 +56,8 @@ class SamplerConfig:
         return self.guidance_from, self.guidance_to
 
     def __post_init__(self) -> None:
+        one_of("sampler.method", self.method, Method)
+        one_of("sampler.guidance", self.guidance, GuidanceKind)
         if self.n_steps < 1:
             raise InputError(f"sampler.n_steps={self.n_steps} must be at least 1")
         if self.guidance_scale < 0:

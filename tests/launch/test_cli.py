@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import shlex
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+import scldm
 from launch import cli
+from launch.completion import script
 from launch.config import flatten
 from scldm.errors import InputError
 
@@ -67,6 +70,14 @@ def test_a_verb_runs_with_its_config(a_verb: list[TryConfig]) -> None:
         (["nothing"], "scldm: error: unknown verb 'nothing'; there are: "),
         (["try"], "scldm: error: unknown verb 'try'; there are: try it"),
         (["train", "gan"], "scldm: error: unknown verb 'train gan'; there are: train vae, train ldm"),
+        (["train", "vea"], "scldm: error: unknown verb 'train vea'; did you mean train vae? there are: train vae,"),
+        (["genrate"], "scldm: error: unknown verb 'genrate'; did you mean generate? there are: "),
+        (["trainvae"], "scldm: error: unknown verb 'trainvae'; did you mean train vae? there are: "),
+        (["embed", "vae/tiny"], "scldm embed: error: preset 'vae/tiny' is not for scldm embed; it takes none"),
+        (
+            ["train", "ldm", "vae/tiny"],
+            "scldm train ldm: error: preset 'vae/tiny' is not for scldm train ldm; it takes",
+        ),
     ],
 )
 def test_a_mistake_exits_2_with_one_line(a_verb, capsys: pytest.CaptureFixture, words: list[str], said: str) -> None:
@@ -88,7 +99,65 @@ def test_help_runs_nothing(a_verb: list[TryConfig], capsys: pytest.CaptureFixtur
     assert "mode  [str; pass]\n      what to do" in capsys.readouterr().out
     assert cli.main([]) == cli.main(["--help"]) == 0
     assert capsys.readouterr().out.count("train vae") == 2
+    assert cli.main(["help", "try", "it"]) == cli.main(["help"]) == 0
+    out = capsys.readouterr().out
+    assert "usage: scldm try it [key=value ...]" in out
+    assert "verbs (scldm help VERB" in out
     assert a_verb == []
+
+
+def test_the_version_is_that_of_the_library(capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"scldm {scldm.__version__}\n"
+
+
+def test_what_the_words_alone_say_is_refused_before_torch_is_imported() -> None:
+    code = "import sys; from launch.cli import main; code = main(sys.argv[1:]); print(code, 'torch' in sys.modules)"
+    for words in (["trian"], ["train", "vae", "vae/tinny"], ["embed", "vae/tiny"], ["--version"]):
+        done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == f"{0 if words == ['--version'] else 2} False", done.stderr
+
+
+def test_the_keys_that_matter_most_are_ten_at_most() -> None:
+    for module_name, _ in cli.VERBS.values():
+        first = getattr(importlib.import_module(module_name), "FIRST", ())
+        assert len(first) == len(set(first)) <= 10, module_name
+
+
+def test_presets_are_listed_where_they_are_for(capsys: pytest.CaptureFixture) -> None:
+    assert cli.run_verb("train vae", ["--help"]) == cli.run_verb("embed", ["--help"]) == 0
+    train, embed = capsys.readouterr().out.split("usage: ")[1:]
+    assert re.search(r"^  vae/tiny +A small autoencoder for a CPU", train, re.MULTILINE)
+    assert "ldm/tiny" not in train
+    assert "presets" not in embed
+
+
+@pytest.mark.parametrize(
+    "words, found",
+    [
+        (["tr"], ["train", "transform"]),
+        (["train", ""], ["vae", "ldm"]),
+        (["train", "vae", "vae/t"], ["vae/tiny"]),
+        (["train", "vae", "vae/tiny", "train.ste"], ["train.steps="]),
+        (["generate", "ldm/"], []),
+        (["completion", "z"], ["zsh"]),
+    ],
+)
+def test_bash_completes(completion: Path, words: list[str], found: list[str]) -> None:
+    code = 'source "$1"; shift; COMP_WORDS=(scldm "$@"); COMP_CWORD=$#; _scldm; echo "${COMPREPLY[@]}"'
+    done = subprocess.run(["bash", "-c", code, "-", str(completion), *words], capture_output=True, text=True)
+    assert (done.stdout.split(), done.stderr) == (found, "")
+
+
+@pytest.fixture(scope="module")
+def completion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("completion") / "scldm.bash"
+    path.write_text(script("bash"))
+    return path
+
+
+def test_zsh_runs_the_same_function() -> None:
+    assert script("zsh") == "autoload -U +X bashcompinit && bashcompinit\n" + script("bash")
 
 
 @pytest.mark.parametrize("verb", list(cli.VERBS))

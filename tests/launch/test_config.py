@@ -75,7 +75,7 @@ def test_a_nested_config_without_a_default_asks_for_its_own_keys() -> None:
 def presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two presets of group `vae` and one of `hardware` in place of the shipped ones."""
     for name, text in {
-        "vae/tiny": "steps: 10\noptim: {lr: 0.5}\n",
+        "vae/tiny": "# A small one of 3.5 million: for\n# a CPU. Open.\n#   scldm try\nsteps: 10\noptim: {lr: 0.5}\n",
         "vae/other": "steps: 20\n",
         "hardware/cpu": "optim:\n  kind: sgd\n",
     }.items():
@@ -197,13 +197,52 @@ def test_a_config_written_as_yaml_is_a_preset_that_gives_it_back(tmp_path: Path)
 
 def test_help_shows_every_key_with_type_default_and_meaning(presets: Path) -> None:
     assert flatten(Config)[0] == ("out", "str", "required", "folder that is written")
-    text = help_text("try", "Tries.", Config, "scldm try out=a")
+    text = help_text("try", "Tries.", Config, "scldm try out=a", groups=("hardware", "vae"), first=("steps",))
+    assert text.index("  steps  [") < text.index("all other keys:") < text.index("  out  [")
+    assert text.count("  steps  [") == 1
+    assert "usage: try [PRESET" in text
+    assert "presets" not in help_text("try", "Tries.", Config, "scldm try out=a")
     for part in (
         "steps  [int; 50000]\n      optimizer steps",
         "optim.kind  [adamw|sgd; adamw]\n      which optimizer",
         "optim.betas  [tuple[float, float]; (0.9, 0.95)]",
-        "hardware/cpu  vae/other  vae/tiny",
+        "  hardware/cpu  \n  vae/other     \n  vae/tiny      A small one of 3.5 million: for a CPU\n",
         "Tries.",
         "  scldm try out=a",
     ):
         assert part in text
+
+
+@pytest.mark.parametrize(
+    "words, by",
+    [
+        (["--by", "a", "--by", "b"], ("a", "b")),
+        (["--by=a", "--by", "b,c"], ("a", "b", "c")),
+        (["--by", "a", "by=b"], ("b",)),  # key=value assigns
+        (["by=b", "--by", "a"], ("a",)),
+    ],
+)
+def test_an_option_of_a_list_given_again_adds_to_it(words: list[str], by: tuple[str, ...]) -> None:
+    assert compose(Config, ["out=a", *words]).by == by
+
+
+def test_an_option_of_no_list_given_again_is_the_last() -> None:
+    assert compose(Config, ["out=a", "--steps", "3", "--steps", "4"]).steps == 4
+
+
+@pytest.mark.parametrize(
+    "words, groups, said",
+    [
+        (["vae/tinny", "out=a/b"], ["vae"], "preset 'vae/tinny' is unknown"),
+        (["vae/tiny"], ["hardware"], "preset 'vae/tiny' is not for try; it takes hardware/cpu"),
+        (["vae/tiny"], [], "preset 'vae/tiny' is not for try; it takes none"),
+        (["vae/tiny", "own/file.yaml", "out=vae/none", "runs/vae", "--out", "runs/a"], ["vae"], ""),
+        (["train", "vae", "vae/tiny"], None, ""),
+    ],
+)
+def test_presets_are_checked_by_the_words_alone(presets: Path, words: list[str], groups, said: str) -> None:
+    if not said:
+        launch_config.check_presets("try", words, groups)
+        return
+    with pytest.raises(InputError, match=said):
+        launch_config.check_presets("try", words, groups)

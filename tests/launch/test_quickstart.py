@@ -175,9 +175,11 @@ def test_the_built_in_cells_go_from_counts_to_a_report(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_users_own_file_goes_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
-    """Every stage for real, on two ranks, for 20 steps of each training. Counts lie in a layer beside other numbers."""
+    """Every stage for real, on two ranks, for 20 steps of each training. Counts lie in a layer beside other numbers.
+    There are two conditions, and scores for each combination of them."""
 
     def in_a_layer(adata: Any) -> None:
+        adata.obs["side"] = np.where(np.arange(adata.n_obs) % 2, "left", "right")
         adata.layers["counts"] = adata.X.copy()
         adata.X = sp.csr_matrix(np.log1p(adata.X.toarray()))
 
@@ -187,9 +189,10 @@ def test_a_users_own_file_goes_the_same_way(tmp_path: Path, monkeypatch: pytest.
         real_run(stage, command + ["train.steps=20"] * (stage in ("vae", "ldm")))
 
     monkeypatch.setattr(quickstart, "run", few_steps)
-    path = write_cells(tmp_path / "cells.h5ad", in_a_layer, n=300)
+    path = write_cells(tmp_path / "cells.h5ad", in_a_layer, n=700)
     out = tmp_path / "out"
-    words = ["quickstart", "--h5ad", str(path), "--condition", "type", "--out", str(out), "--top-genes", "30"]
+    words = ["quickstart", "--h5ad", str(path), "--condition", "type", "--condition", "side", "--out", str(out)]
+    words += ["--top-genes", "30"]
     assert main([*words, "--ranks", "2"]) == 0, capfd.readouterr().err
     assert (out / "vae" / "deepspeed.json").read_text() != "{}", "two ranks train under DeepSpeed"
     parts = list((out / "vae" / "checkpoints").glob("step-*/part-1-of-2.safetensors"))
@@ -198,7 +201,14 @@ def test_a_users_own_file_goes_the_same_way(tmp_path: Path, monkeypatch: pytest.
     made: Any = ad.read_h5ad(out / "generated.h5ad")
     assert made.shape[1] == 30
     assert set(made.var_names) < set(ad.read_h5ad(path).var_names)
-    assert json.loads((out / "evaluation.json").read_text())["cells"]["generated"] == made.n_obs
+    evaluation = json.loads((out / "evaluation.json").read_text())
+    assert evaluation["cells"]["generated"] == made.n_obs
+    assert evaluation["conditions"] == ["type", "side"]
+    assert set(evaluation["scored_combinations"]) == {f"{t} · {s}" for t in "abc" for s in ("left", "right")}
+    counts = made.obs.groupby(["type", "side"], observed=True).size()
+    assert {f"{t} · {s}": n for (t, s), n in counts.items()} == {
+        name: of["test"] for name, of in evaluation["cells"]["by_combination"].items()
+    }
     assert (out / "report.html").is_file()
 
     # other settings are another run, until it is told to start over
@@ -232,6 +242,8 @@ def two_that_differ(adata: Any) -> None:
     "change, words, said",
     [
         (None, ["--condition", "typ"], "obs of .* has no such column; it has .*type"),
+        (None, ["--condition", "type", "--condition", "sid"], "condition=sid: obs of .* has no such column"),
+        (None, ["--condition", "type,sid"], "condition=sid: obs of .* has no such column"),
         (None, [], "h5ad and condition go together"),
         (None, ["--condition", "type", "--presets", "x"], "unknown key 'presets'"),
         (normalised, ["--condition", "type"], "X"),
@@ -253,7 +265,7 @@ def test_a_folder_of_something_else_or_of_another_run_is_left_alone(tmp_path: Pa
         assert main(["quickstart", "--out", str(tmp_path), *words]) == 2
         assert "not empty and not a quickstart's folder" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
-    note = {"cells": "/other.h5ad", "condition": "type", "layer": "", "top_genes": 2000, "stages": {}}
+    note = {"cells": "/other.h5ad", "condition": ["type"], "layer": "", "top_genes": 2000, "stages": {}}
     (tmp_path / "quickstart.json").write_text(json.dumps(note))
     assert main(["quickstart", "--out", str(tmp_path)]) == 2
     assert "holds another run: cells was '/other.h5ad', now ''" in capsys.readouterr().err

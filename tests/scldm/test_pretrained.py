@@ -148,13 +148,20 @@ def test_bfloat16_is_near_and_is_written_down(model: Pretrained) -> None:
     assert made.X.dtype == np.float32
     assert 1e-4 < np.abs(made.X / expected.X - 1).max() < 0.05
     np.testing.assert_allclose(made.obs["log_likelihood"], expected.obs["log_likelihood"], rtol=1e-2)
-    kept = {"model": model.hash, "batch": 32, "precision": "bfloat16", "attention": "factorised"}
+    kept = {
+        "version": scldm.__version__,
+        "verb": "reconstruct",
+        "model": model.hash,
+        "batch": 32,
+        "precision": "bfloat16",
+        "attention": "factorised",
+    }
     assert made.uns["scldm"] == kept
 
 
 @pytest.mark.parametrize(
     "more, said",
-    [({"batch": 0}, "batch=0 must be at least 1"), ({"precision": "bf16"}, "precision=bf16 must be one of")],
+    [({"batch": 0}, "batch=0 must be at least 1"), ({"precision": "bf16"}, "precision='bf16' must be one of")],
 )
 def test_a_batch_or_precision_that_is_none_is_refused(folder: Path, more: dict, said: str) -> None:
     with pytest.raises(InputError, match=said):

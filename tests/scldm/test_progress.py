@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from scldm import progress
@@ -57,3 +59,47 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert "encode" in shown
     assert "3/3" in shown
     assert "done so far" in shown
+
+
+class Notebook:
+    """Stands for IPython within a kernel; what a browser would show, drawing by drawing."""
+
+    def __init__(self) -> None:
+        self.drawn: list[str] = []
+        self.kernel = self
+        self.display = self.update = self.draw
+
+    def get_ipython(self) -> Notebook:
+        return self
+
+    def HTML(self, text: str) -> str:
+        return text
+
+    def draw(self, text: str, display_id: bool = False) -> Notebook:
+        self.drawn.append(text)
+        return self
+
+
+def test_a_notebook_gets_a_bar(clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    notebook = Notebook()
+    monkeypatch.setitem(sys.modules, "IPython", notebook)
+    monkeypatch.setitem(sys.modules, "IPython.display", notebook)
+    with Progress("encode", total=400, unit="cells") as bar:
+        for _ in range(4):
+            clock.now += 0.2
+            bar.advance(100, "<b>")
+    first, *_, last = notebook.drawn
+    assert first == '<progress value="0" max="400"></progress> encode: 0 of 400 cells, 0/s, 0 s left'
+    assert '<progress value="400" max="400"></progress> encode: 400 of 400 cells' in last
+    assert last.endswith("&lt;b&gt;")
+    assert len(notebook.drawn) == 4  # the first, two of four in time, and the last
+    assert capsys.readouterr().err == ""
+
+
+def test_ipython_in_a_terminal_is_no_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = Notebook()
+    del notebook.kernel
+    monkeypatch.setitem(sys.modules, "IPython", notebook)
+    assert not progress.in_notebook()
+    monkeypatch.delitem(sys.modules, "IPython")
+    assert not progress.in_notebook()

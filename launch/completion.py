@@ -1,0 +1,86 @@
+"""`scldm completion`: a script that completes verbs, presets and keys in a shell."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from launch.cli import PRESETS, VERBS, run_verb
+from launch.config import compose, flatten, preset_names
+from scldm.arguments import one_of
+
+PURPOSE = """Print a script that completes verbs, presets and keys in bash or zsh, with those of this version. A verb
+whose packages are missing here has no keys. Write it into a file once, and let ~/.bashrc or ~/.zshrc `source` that."""
+USAGE = "scldm completion bash|zsh"
+EXAMPLE = """
+scldm completion bash
+scldm completion zsh
+"""
+Shell = Literal["bash", "zsh"]
+# bash breaks words at = and does not see that `key=` needs no blank after it
+SCRIPT = """{head}_scldm() {{
+    local word="${{COMP_WORDS[COMP_CWORD]}}" line="${{COMP_WORDS[*]:1:COMP_CWORD-1}}" words
+    case "$line " in
+{cases}
+        *) words="{verbs}" ;;
+    esac
+    COMPREPLY=($(compgen -W "$words" -- "$word"))
+    if [[ ${{#COMPREPLY[@]}} == 1 && ${{COMPREPLY[0]}} == *= ]]; then compopt -o nospace 2>/dev/null; fi
+    if [[ ${{#COMPREPLY[@]}} == 0 ]]; then COMPREPLY=($(compgen -f -- "$word")); fi
+}}
+complete -F _scldm scldm
+"""
+
+
+@dataclass(frozen=True)
+class CompletionConfig:
+    """For which shell.
+
+    shell: bash or zsh
+    """
+
+    shell: Shell
+
+
+CONFIG = CompletionConfig
+
+
+def read(words: Sequence[str]) -> CompletionConfig:
+    """The shell is the first word."""
+    config = compose(CompletionConfig, [f"shell={word}" if "=" not in word else word for word in words])
+    one_of("shell", config.shell, Shell)
+    return config
+
+
+def main(config: CompletionConfig) -> None:
+    print(script(config.shell))
+
+
+def script(shell: Shell) -> str:
+    """The script; both shells run the same function."""
+    head = "autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else ""
+    cases = [f'        "{verb} "*) words="{" ".join(words_of(verb))}" ;;' for verb in VERBS]
+    begun = sorted({verb.split()[0] for verb in VERBS if " " in verb})
+    for first in begun:
+        seconds = " ".join(verb.split()[1] for verb in VERBS if verb.startswith(f"{first} "))
+        cases.append(f'        "{first} "*) words="{seconds}" ;;')
+    verbs = " ".join(dict.fromkeys(verb.split()[0] for verb in VERBS))
+    return SCRIPT.format(head=head, cases="\n".join(cases), verbs=verbs).rstrip()
+
+
+def words_of(verb: str) -> list[str]:
+    """What may follow a verb: its presets and keys."""
+    if verb == "completion":
+        return ["bash", "zsh"]
+    try:
+        keys = [f"{key}=" for key, *_ in flatten(importlib.import_module(VERBS[verb][0]).CONFIG)]
+    except ModuleNotFoundError:
+        keys = []
+    return [*preset_names(PRESETS.get(verb, ())), *keys, "--help"]
+
+
+if __name__ == "__main__":
+    sys.exit(run_verb("completion", sys.argv[1:]))

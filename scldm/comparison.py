@@ -1,0 +1,174 @@
+"""What `model.evaluate` and `model.log_fold_changes` find: cells in AnnData compared, as tables and figures.
+
+Reading order: evaluation, Evaluation, gene_changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from scldm.environment import describe
+from scldm.errors import InputError
+from scldm.evaluate.cells import Cells
+from scldm.evaluate.changes import Blocks, Pair
+from scldm.evaluate.compare import EvaluateConfig, compare
+from scldm.evaluate.curves import curves_of
+from scldm.evaluate.figures import FIGURES, has, score_sections
+from scldm.evaluate.figures.looks import style
+from scldm.evaluate.figures.scores import all_baselines_of
+from scldm.evaluate.intervals import WIDTH
+from scldm.evaluate.metrics import METRICS
+from scldm.evaluate.protocols import PROTOCOLS
+from scldm.evaluate.report import write_report
+from scldm.evaluate.sample import SPLITS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from scldm.networks import Networks
+
+
+def evaluation(
+    generated: ad.AnnData,
+    real: ad.AnnData,
+    conditions: Sequence[str],
+    split: str,
+    layer: str | None,
+    control: Mapping[str, str],
+    protocol: str,
+    seed: int,
+    model: Networks,
+) -> Evaluation:
+    """Arguments as for `Pretrained.evaluate`; model: whose loss curves and hash are kept."""
+    if protocol not in PROTOCOLS:
+        raise InputError(f"protocol={protocol!r} must be one of {', '.join(map(repr, PROTOCOLS))}")
+    of_cell = _labels(real, split, "real", "split")
+    for name in SPLITS:
+        if not (of_cell == name).any():
+            raise InputError(
+                f"real: obs column split={split!r} marks no {name} cells; it must say {', '.join(SPLITS)}, and says "
+                f"{', '.join(map(repr, sorted(set(of_cell))[:5]))}"
+            )
+    parts = [_cells(real, np.flatnonzero(of_cell == name), conditions, layer, f"real ({name})") for name in SPLITS]
+    made = _cells(generated, np.arange(generated.n_obs), conditions, None, "generated")
+    found = compare(parts[0], parts[1], parts[2], made, EvaluateConfig(seed=seed), protocol, control)
+    rows = {stage: table.to_dict("records") for stage, table in model.history.items()}
+    found["curves"] = {
+        stage: curves_of({str(k): v for k, v in row.items()} for row in of) for stage, of in rows.items()
+    }
+    here = describe()
+    found["made_with"] = {
+        "created": here["time"].replace("T", " ").removesuffix("+00:00") + " UTC",
+        "command": here["command"],
+        "commit": here["git"],
+        "python": here["python"],
+        "conditions": ", ".join(conditions),
+        "protocol": protocol,
+        "model": model.hash,
+        "versions": dict(sorted(here["versions"].items())),
+    }
+    return Evaluation(found)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Evaluation:
+    """What was found of generated cells.
+
+    numbers: all of it, as evaluation.json holds it
+    """
+
+    numbers: dict[str, Any]
+
+    @property
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """By name: `per_combination` and `pooled`, a row for each score, with the reach of its 95 % interval, the floor
+        and every baseline; `memorisation`; `response to NAME` for each condition that has one."""
+        found = self.numbers
+        titles = {key: title for key, (title, _) in all_baselines_of(found).items()}
+        tables = {
+            section: pd.DataFrame(
+                {
+                    METRICS[name].title: {
+                        "generated": row["score"],
+                        "± 95 %": None if row["error"] is None else WIDTH * row["error"],
+                        "floor": row["floor"]["mean"],
+                        **{titles[key]: of["mean"] for key, of in row["baselines"].items()},
+                    }
+                    for name, row in found[section].items()
+                }
+            ).T
+            for section in score_sections(found)
+        }
+        tables["memorisation"] = pd.DataFrame(found["memorisation"]).T
+        for condition, response in found["response"].items():
+            if response["pooled"]:
+                tables[f"response to {condition}"] = pd.DataFrame(response["pooled"]).T
+        return tables
+
+    @property
+    def verdict(self) -> str:
+        return f"{self.numbers['verdict']['says']} {self.numbers['verdict']['next']}"
+
+    @property
+    def figures(self) -> list[str]:
+        """The figures that there are."""
+        return [name for name in FIGURES if has(self.numbers, name)]
+
+    def figure(self, name: str) -> Figure:
+        """Raises: InputError for a figure that there is not."""
+        if name not in self.figures:
+            raise InputError(f"figure {name!r} is not there; there are {', '.join(self.figures)}")
+        with style():
+            return FIGURES[name](self.numbers)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write report.html and its figures; returns the page."""
+        return write_report(self.numbers, Path(folder))[0]
+
+    def __repr__(self) -> str:
+        tables = (f"{name}\n{table.to_string(float_format='{:.3g}'.format)}" for name, table in self.tables.items())
+        return "\n\n".join([self.verdict, *tables])
+
+    def _repr_html_(self) -> str:
+        said = pd.Series([self.verdict]).to_frame("verdict").to_html(index=False)
+        tables = (
+            table.rename_axis(columns=name).to_html(float_format="{:.3g}".format) for name, table in self.tables.items()
+        )
+        return "".join([said, *tables])
+
+
+def gene_changes(counts: sp.csr_matrix, genes: pd.Index, n: int) -> pd.DataFrame:
+    """How each gene differs between the first n cells and those after them: gene, log2_fold_change, z."""
+    rng = np.random.default_rng(0)
+    control, treated = (Blocks.of_counts(sp.csr_matrix(part), rng) for part in (counts[:n], counts[n:]))
+    pair = Pair(treated, control)
+    return pd.DataFrame({"gene": genes.astype(str), "log2_fold_change": pair.change, "z": pair.z})
+
+
+def _cells(adata: ad.AnnData, rows: np.ndarray, conditions: Sequence[str], layer: str | None, name: str) -> Cells:
+    if layer is not None and layer not in adata.layers:
+        raise InputError(f"layer={layer!r} is not there; real has {', '.join(map(repr, adata.layers)) or 'none'}")
+    matrix = adata.X if layer is None else adata.layers[layer]
+    if matrix is None:
+        raise InputError(f"{name}: X is empty; layer names where the counts are")
+    labels = {of: _labels(adata, of, name, "condition")[rows] for of in conditions}
+    return Cells.of_labels(sp.csr_matrix(matrix[rows]), labels, tuple(map(str, adata.var_names)), name)
+
+
+def _labels(adata: ad.AnnData, column: str, name: str, key: str) -> np.ndarray:
+    """A column of obs as texts."""
+    if column not in adata.obs:
+        there = ", ".join(map(str, adata.obs.columns)) or "none"
+        raise InputError(f"{name}: obs has no column {key}={column!r}; it has {there}")
+    values = pd.Series(adata.obs[column])
+    if n := int(np.asarray(values.isna()).sum()):
+        raise InputError(f"{name}: obs column {column!r} has no value in {n:,} cells; leave them out or label them")
+    return values.astype(str).to_numpy(str)

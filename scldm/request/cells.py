@@ -1,0 +1,44 @@
+"""Which cells a user of the Python API asks for, in any of the ways to say so, as a table of one row per cell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import anndata as ad
+import pandas as pd
+
+from scldm.arguments import mapping_of
+from scldm.errors import InputError
+
+Asked = pd.DataFrame | Mapping[str, str | float] | ad.AnnData | None
+
+
+def table_of(conditions: Asked, n: int | None, names: Sequence[str]) -> pd.DataFrame:
+    """names: the model's conditions
+
+    Raises: InputError where it is not said, or said twice, how many cells, and for what says no conditions.
+    """
+    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+        raise InputError(f"n={n!r} must be a whole number, at least 1")
+    if isinstance(conditions, pd.DataFrame | ad.AnnData):
+        if n is not None:
+            raise InputError(f"n={n} can't be given with a table of cells: it has {len(conditions)} rows, one for each")
+        if isinstance(conditions, pd.DataFrame):
+            return conditions
+        obs = pd.DataFrame(conditions.obs)
+        found = [name for name in names if name in obs]
+        if names and not found:
+            raise InputError(
+                f"conditions: obs has none of the model's conditions {', '.join(names)}; it has "
+                f"{', '.join(map(str, obs.columns)) or 'none'}"
+            )
+        return pd.DataFrame(obs[found]).reset_index(drop=True)
+    asked = {} if conditions is None else mapping_of("conditions", conditions, '{"cell_type": "CD19+ B"}')
+    if n is None:
+        raise InputError(f"conditions={asked} does not say how many cells; give n, as n=500")
+    for name, label in asked.items():
+        if not isinstance(label, str | int | float):
+            raise InputError(
+                f"conditions: {name}={label!r} must be one label; for several, give a DataFrame with a row per cell"
+            )
+    return pd.DataFrame(asked, index=pd.RangeIndex(n))
