@@ -49,6 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scldm.model_folder": LEAVES | {"scldm.model"},
     "scldm.request": LEAVES | {"scldm.flow", "scldm.model"},
     "scldm.pretrained": LEAVES | {"scldm.flow", "scldm.model", "scldm.model_folder", "scldm.request"},
+    "scldm.examples": set(),
     "scldm": {"scldm.pretrained"},  # scldm/__init__.py
     "data_pipeline.files": set(),
     "data_pipeline.format": FOR_DATA | {"data_pipeline.files"},
