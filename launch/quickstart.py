@@ -261,26 +261,10 @@ def say_where(out: Path, todo: Stages, seconds: float) -> None:
 
 
 def write_builtin_cells(path: Path) -> None:
-    """700 PBMCs x 765 genes (10x Genomics, subset in scanpy) with their raw counts.
+    from scldm.examples import pbmc
 
-    scanpy carries log1p of counts scaled to 10,000 per cell, rounded to three decimals, and the totals: the counts can
-    be had back, since expm1(value) * total / 10,000 lies within 0.1 of an integer for each of the 174,400 nonzeros.
-    """
-    import anndata as ad
-    import scanpy as sc
-    import scipy.sparse as sp
-
-    source = sc.datasets.pbmc68k_reduced()
-    scaled = sp.csr_matrix(source.raw.X)
-    totals = np.repeat(source.obs["n_counts"].to_numpy(), np.diff(scaled.indptr))
-    counts = np.expm1(scaled.data.astype(np.float64)) * totals / 10_000
-    assert len(counts) == 174_400, "scanpy's file is not the one known"
-    assert np.abs(counts - counts.round()).max() < 0.1, "scanpy's file does not hold scaled counts"
-    matrix = sp.csr_matrix((counts.round().astype(np.int32), scaled.indices, scaled.indptr), shape=scaled.shape)
-    obs = pd.DataFrame({"cell_type": source.obs["bulk_labels"].astype(str)}, index=source.obs_names)
-    adata = ad.AnnData(matrix, obs=obs, var=pd.DataFrame(index=source.raw.var_names))
     aside = path.with_name(path.name + ".partial")
-    adata.write_h5ad(aside)
+    pbmc().write_h5ad(aside)
     os.replace(aside, path)
 
 

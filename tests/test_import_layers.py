@@ -58,6 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"scldm.shown"},
     # what trains an AnnData is what the verbs run: the one place of the library that knows them, and when called alone
     "scldm.fitting": {"scldm.pretrained", "data_pipeline", *LEAVES, *LAUNCH, "launch"},
+    "scldm.examples": set(),
     "scldm": {"scldm.fitting", "scldm.flow", "scldm.pretrained"},  # scldm/__init__.py, when a name is first used
     "data_pipeline.files": set(),
     "data_pipeline.format": FOR_DATA | {"data_pipeline.files"},

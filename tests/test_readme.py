@@ -22,6 +22,7 @@ from scldm.errors import LOST, REFUSED, REQUEUE, STOPPED, InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "data_pipeline/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PLAIN = {"git", "cd", "export", "deactivate"}  # commands that name nothing of ours
 # group of presets -> the verbs that they are for; `plan` takes those of a run, with keys of its own
 VERBS_OF = {
@@ -53,6 +54,8 @@ def problem(words: list[str]) -> str:
     while words and re.fullmatch(r"\w+=\S*", words[0]):
         words = words[1:]  # environment variables before the command
     program, rest = (words[0], words[1:]) if words else ("", [])
+    if program == "torchrun" and "--no-python" in rest:
+        return problem(rest[rest.index("--no-python") + 1 :])
     if program == "scldm":
         return problem_of_verb(rest)
     if rest and rest[0] == "launch/quickstart.sh":
@@ -114,8 +117,8 @@ def problem_of_install(words: list[str]) -> str:
     return ""
 
 
-@pytest.mark.parametrize("page", [README, ROOT / "data_pipeline" / "README.md"], ids=lambda page: page.parent.name)
-def test_every_command_of_the_readme_resolves(page: Path) -> None:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_of_a_page_resolves(page: Path) -> None:
     wrong = {shlex.join(words): why for words in commands(page.read_text()) if (why := problem(words))}
     assert wrong == {}
 
@@ -129,6 +132,7 @@ def test_every_command_of_the_readme_resolves(page: Path) -> None:
         ("scldm train vae vae/none", "preset 'vae/none' is unknown"),
         ("scldm train vae \\\n  no.such=1", "unknown key"),
         ("cd x && torchrun --nproc-per-node 2 -m launch.none vae/tiny", "no module launch.none"),
+        ("torchrun --standalone --no-python scldm train vae no.such=1", "unknown key"),
         ("python -m benchmarks.mcab no.such=1", "unknown key"),
         ("srun --ntasks 2 python -m launch.train_vae vae/none", "preset 'vae/none' is unknown"),
         ('pip install -e ".[gpu]"', "no extra gpu"),
@@ -155,8 +159,8 @@ def test_the_python_of_the_readme_names_what_exists() -> None:
                     assert hasattr(scldm.Pretrained, node.attr), f"model.{node.attr}"
 
 
-def test_the_readme_lists_the_exit_codes() -> None:
-    told = [int(code) for code in re.findall(r"^\| (\d+) \|", README.read_text(), re.MULTILINE)]
+def test_a_page_lists_the_exit_codes() -> None:
+    told = [int(code) for code in re.findall(r"^\| (\d+) \|", (ROOT / "docs/runs.md").read_text(), re.MULTILINE)]
     assert told == [0, 1, REFUSED, REQUEUE, STOPPED, LOST]
 
 
@@ -164,7 +168,7 @@ def test_the_readme_lists_the_exit_codes() -> None:
 
 
 def map_of(text: str) -> list[str]:
-    """The files and folders that the README's map names: `path  what it is`, indented under its folder."""
+    """The files and folders that a map names: `path  what it is`, indented under its folder."""
     section = re.search(r"^#+ [^\n]*\bmap\b[^\n]*\n(.*?)(?=^#+ |\Z)", text, re.DOTALL | re.MULTILINE | re.IGNORECASE)
     found: list[str] = []
     folders: list[tuple[int, str]] = []
@@ -186,7 +190,7 @@ def map_of(text: str) -> list[str]:
 
 
 def test_every_file_of_the_map_exists() -> None:
-    named = map_of(README.read_text())
+    named = map_of((ROOT / "ARCHITECTURE.md").read_text())
     assert len(named) > 10
     assert [path for path in named if not (ROOT / path).exists()] == []
 
@@ -199,9 +203,10 @@ def test_the_map_is_read_in_both_ways_of_writing() -> None:
     assert map_of(text) == [*expected, "a/b.py"]
 
 
-def test_every_link_of_the_readme_to_a_file_leads_somewhere() -> None:
-    links = [link for link in re.findall(r"\]\(([^)#\s]+)", README.read_text()) if "://" not in link]
-    assert [link for link in links if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)", page.read_text()) if "://" not in link]
+    assert [link for link in links if not (page.parent / link).exists()] == []
 
 
 def test_every_module_named_in_slurm_exists() -> None:

@@ -1,0 +1,54 @@
+"""The pages build without a warning, tutorials are executed, and the recipes of containers pass their linter."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.ipynb"))
+
+
+@pytest.mark.slow
+def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "docs", str(tmp_path)]
+    command += ["-D", f"nb_execution_cache_path={tmp_path / 'cache'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3_000:] + done.stderr[-3_000:]
+    for page in (ROOT / "docs").glob("*.md"):
+        assert (tmp_path / f"{page.stem}.html").is_file()
+    for tutorial in TUTORIALS:
+        html = (tmp_path / "tutorials" / f"{tutorial.stem}.html").read_text()
+        assert html.count("<img") >= 2, f"{tutorial.name} has no figures"
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+def test_tutorials_are_kept_without_their_output(path: Path) -> None:
+    cells = json.loads(path.read_text())["cells"]
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+
+
+def test_there_are_two_tutorials() -> None:
+    assert len(TUTORIALS) == 2
+
+
+def test_hadolint_passes_the_container_recipe() -> None:
+    hadolint = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run([hadolint, "--no-color", ROOT / "container" / "Dockerfile"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_container_recipes_copy_what_exists() -> None:
+    """Of both: every folder of the wheel, and every file that its build reads."""
+    wanted = {"pyproject.toml", "README.md", "LICENSE", "constraints.txt"}
+    wanted |= {"configs", "data_pipeline", "launch", "scldm", "slurm"}
+    docker, apptainer = ((ROOT / "container" / name).read_text() for name in ("Dockerfile", "scldm.def"))
+    copied = {word for line in docker.splitlines() if line.startswith("COPY ") for word in line.split()[1:-1]}
+    assert wanted <= copied
+    section = apptainer.split("%files")[1].split("%post")[0]
+    assert {line.split()[0] for line in section.splitlines() if line.strip()} == wanted
+    assert all((ROOT / name).exists() for name in wanted)
