@@ -40,7 +40,7 @@ NOTE = "fit.json"
 SPLIT = "scldm_split"  # the obs column that says which cells were trained on
 MOST_THREADS = 4  # beyond it steps of the small presets are no faster
 SMALL = 10_000  # cells; of fewer, blocks are small too, so that there are many to shuffle
-# training cells up to which a preset is taken: the table of README.md
+# training cells up to which a preset is taken: the table of docs/presets.md
 PRESETS = (
     (SMALL, "vae/tiny", "ldm/tiny"),
     (100_000, "vae/dentate_gyrus", "ldm/base"),

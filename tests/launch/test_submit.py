@@ -220,9 +220,10 @@ def test_a_run_has_one_job(fake: Path, tmp_path: Path, capsys) -> None:
 
 
 def submissions() -> list[str]:
-    """The command lines of submit that the README and `scldm submit --help` give."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text().replace("\\\n", " ")
-    lines = [*readme.splitlines(), *submit.EXAMPLE.splitlines()]
+    """The command lines of submit that README, docs and `scldm submit --help` give."""
+    root = Path(__file__).parents[2]
+    pages = [(root / name).read_text().replace("\\\n", " ") for name in ("README.md", "docs/many-nodes.md")]
+    lines = [line for text in (*pages, submit.EXAMPLE) for line in text.splitlines()]
     return list(dict.fromkeys(line for line in lines if line.startswith("scldm submit ")))
 
 

@@ -228,11 +228,11 @@ def test_one_of_many_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_presets_follow_from_the_number_of_cells() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "presets.md").read_text()
     for most, first, second in fitting.PRESETS:
         assert fitting._presets(most, on_gpu=True) == [first, second]
         assert fitting._presets(most, on_gpu=False) == ["vae/tiny", "ldm/tiny"]
-        (row,) = [line for line in readme.splitlines() if line.startswith("|") and f"`{first}`" in line]
+        (row,) = [line for line in page.splitlines() if line.startswith("|") and f"`{first}`" in line]
         assert f"`{second}`" in row
     assert fitting._presets(10_001, on_gpu=True) == ["vae/dentate_gyrus", "ldm/base"]
     assert fitting.PRESETS[-1][0] == sys.maxsize
