@@ -1,8 +1,8 @@
 """`python -m benchmarks.kernels_compiled`: what the fused kernels take of a GPU, without one.
 
 A training step of each preset is traced on tensors without memory. Each kernel that it launches is compiled for the
-GPU, with the constants of that launch, instead of run. Rows, one set for each preset, precision and GPU: the most shared
-memory, spills and registers of its kernels, against what is allowed, each with the kernel that takes it.
+GPU, with the constants of that launch, instead of run. Rows, one set for each preset, precision and GPU: the most
+shared memory, spills and registers of its kernels, against what is allowed, each with the kernel that takes it.
 
 Reading order: the config, main, shape_of, traced, Compiler, resources.
 """
