@@ -1,8 +1,8 @@
 """`python -m benchmarks.kernels_compiled`: what the fused kernels take of a GPU, without one.
 
 A training step of each preset is traced on tensors without memory. Each kernel that it launches is compiled for the
-GPU, with the constants of that launch, instead of run. Rows: shared memory and spills against what is allowed,
-registers, warps, and how many of its blocks a multiprocessor holds.
+GPU, with the constants of that launch, instead of run. Rows, one set for each preset, precision and GPU: the most
+shared memory, spills and registers of its kernels, against what is allowed, each with the kernel that takes it.
 
 Reading order: the config, main, shape_of, traced, Compiler, resources.
 """
@@ -70,27 +70,41 @@ class KernelsCompiledConfig:
 def main(config: KernelsCompiledConfig) -> Report:
     command = shlex.join(["python", "-m", "benchmarks.kernels_compiled", *sys.argv[1:]])
     settings = {"triton": triton.__version__, "torch": torch.__version__, "genes": N_GENES}
-    report = Report("kernels compiled", settings, command=command)
+    report = Report("kernels_compiled", settings, command=command)
+    names: set[str] = set()
     for architecture in config.architectures:
         for preset in config.presets:
             for precision in config.precisions:
-                print(f"{preset}, {precision}, sm_{architecture}", file=sys.stderr)
-                for launch in traced(*shape_of(preset), PRECISIONS[precision], architecture):
-                    rows_of(launch, f"{preset}, {precision}, sm_{architecture}", architecture, report)
+                where = f"{preset}, {precision}, sm_{architecture}"
+                print(where, file=sys.stderr)
+                launches = traced(*shape_of(preset), PRECISIONS[precision], architecture)
+                names |= {launch.name for launch in launches}
+                for row in rows_of(launches, where, architecture):
+                    report.add(row)
+    report.settings["kernels"] = sorted(names)
     report.print(False, config.save)
     return report
 
 
-def rows_of(launch: Compiled, where: str, architecture: int, report: Report) -> None:
-    name, (limit, whole) = f"{where}, {launch.name}", SHARED[architecture]
-    threads = 32 * launch.warps
-    blocks = min(whole // (launch.shared + RESERVED), REGISTERS // (launch.registers * threads), THREADS // threads)
-    report.add(Row.at_most(f"{name}: shared memory", launch.shared, "B", limit))
-    report.add(Row.at_most(f"{name}: spilled by a thread", launch.spilled, "B", SPILLS))
-    report.add(Row(f"{name}: registers of a thread", launch.registers, ""))
-    report.add(Row(f"{name}: warps", launch.warps, ""))
-    report.add(Row.at_least(f"{name}: blocks on a multiprocessor", blocks, "", 1))
-    report.add(Row(f"{name}: programs", launch.programs, ""))
+def rows_of(launches: list[Compiled], where: str, architecture: int) -> list[Row]:
+    """The most that any kernel of a step takes."""
+    limit, whole = SHARED[architecture]
+
+    def blocks(launch: Compiled) -> int:
+        threads = 32 * launch.warps
+        return min(whole // (launch.shared + RESERVED), REGISTERS // (launch.registers * threads), THREADS // threads)
+
+    shared = max(launches, key=lambda launch: launch.shared)
+    spilled = max(launches, key=lambda launch: launch.spilled)
+    registers = max(launches, key=lambda launch: launch.registers)
+    fewest = min(launches, key=blocks)
+    return [
+        Row(f"{where}: kernels compiled", len(launches), ""),
+        Row.at_most(f"{where}: shared memory, {shared.name}", shared.shared, "B", limit),
+        Row.at_most(f"{where}: spilled by a thread, {spilled.name}", spilled.spilled, "B", SPILLS),
+        Row(f"{where}: registers of a thread, {registers.name}", registers.registers, ""),
+        Row.at_least(f"{where}: blocks on a multiprocessor, {fewest.name}", blocks(fewest), "", 1),
+    ]
 
 
 def shape_of(preset: str) -> tuple[VAEConfig, int, int]:

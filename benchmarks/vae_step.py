@@ -1,6 +1,6 @@
 """A training step of the autoencoder by each way of computing attention, on the same inputs.
 
-Reading order: BenchVAEStepConfig, main, calls_of, targets.
+Reading order: BenchVAEStepConfig, main, calls_of, PublishedToken, targets.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
+from torch import Tensor, nn
 
 from benchmarks.measure import Cost, failure_of, measure_in_turn
 from benchmarks.report import Report, Row, run_benchmark
@@ -31,12 +32,14 @@ from benchmarks.ways import (
 from scldm.batch import GeneCounts
 from scldm.model.flops import vae_flops
 from scldm.model.vae import VAE, VAEConfig, chosen
+from scldm.train.optim import OptimConfig, make_optimizer
 
 PURPOSE = """Measure a training step of the autoencoder (forward, backward, AdamW) and its forward pass alone, by the
-formula, by torch's attention kernels (compiled too, if asked), factorised and in fused kernels: time, peak memory,
-FLOPs. On a CPU, seconds of CPU time."""
+formula, by torch's attention kernels (compiled too, if asked), factorised and in fused kernels, beside the network of
+the published code: time, peak memory, FLOPs. On a CPU, seconds of CPU time."""
 EXAMPLE = """
 python -m benchmarks.vae_step cells=16
+python -m benchmarks.vae_step own_sets=true
 python -m benchmarks.vae_step preset=20m cells=1 n_genes=36130 n_given=8192 n_asked=36130 model.gene_chunk=4096
 python -m benchmarks.vae_step preset=dentate_gyrus cells=128 n_genes=17002 n_given=4096 n_asked=4096 precision=bf16
 """
@@ -48,8 +51,9 @@ class BenchVAEStepConfig:
 
     cells: of a step
     n_genes: of the vocabulary
-    n_given: genes that all cells share, given to the encoder
+    n_given: genes given to the encoder
     n_asked: genes asked of the decoder: of the given ones, or those and more
+    own_sets: draw these genes for each cell, as the paper does; false lets the cells share them
     preset: name of a shape in configs/vae; empty takes `model`
     gene_chunk: genes that the decoder takes at once, made again in backward; 0 takes all
     compile: torch.compile torch's kernels too, the strongest rival; minutes on a CPU
@@ -64,6 +68,7 @@ class BenchVAEStepConfig:
     n_genes: int = 20_000
     n_given: int = 2_048
     n_asked: int = 2_048
+    own_sets: bool = False
     preset: str = ""
     model: VAEConfig = field(default_factory=lambda: VAEConfig(width=256, n_latents=64, n_layers=2))
     gene_chunk: int = 0
@@ -76,6 +81,8 @@ class BenchVAEStepConfig:
 
 
 CONFIG = BenchVAEStepConfig
+# the network of the published code: of a token embedding times log1p(count), no linear ways, padding attended
+PUBLISHED = Way("published", "sdpa")
 # what issue 6 asks of a GPU, in bf16
 GPU_TARGETS = {
     f"{PLAIN.name} / fused, time, 8,000 given and 36,130 asked, GPU": ">= 5",
@@ -94,12 +101,13 @@ def main(config: BenchVAEStepConfig) -> Report:
     config = replace(config, model=chunked)
     settings = {"cells": config.cells, "given": config.n_given, "asked": config.n_asked, "precision": config.precision}
     settings |= {"width": shape.width, "latents": shape.n_latents, "layers": shape.n_layers, "threads": config.threads}
-    report = Report("vae_step", {**settings, "gene_chunk": config.gene_chunk})
+    report = Report("vae_step", {**settings, "gene_chunk": config.gene_chunk, "own_sets": config.own_sets})
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     most = peak_flops(device, dtype)
     report.add(Row("large matrix product", most / 1e9, "GFLOP/s"))
     flops = sum(vae_flops(shape, config.cells, config.n_given, config.n_asked).values())
-    measured = [way for way in ways(config.compile) if not unable(way, device)]
+    every = [*ways(config.compile), PUBLISHED]
+    measured = [way for way in every if not unable(way, device)]
     calls = {way.name: calls_of(config, way, device) for way in measured}
     failed = {}
     for name, (forward, step) in list(calls.items()):
@@ -109,7 +117,7 @@ def main(config: BenchVAEStepConfig) -> Report:
             del calls[name], forward, step  # with what they hold of the GPU's memory
     forwards = measure_in_turn({name: forward for name, (forward, _) in calls.items()}, config.repeats, device)
     steps = measure_in_turn({name: step for name, (_, step) in calls.items()}, config.repeats, device)
-    for way in ways(config.compile):
+    for way in every:
         if why := unable(way, device) or failed.get(way.name):
             report.add(Row.not_measured(way.name, why, "ms"))
             continue
@@ -120,7 +128,7 @@ def main(config: BenchVAEStepConfig) -> Report:
         report.add(Row(f"{way.name}: FLOPs of the formula by time", speed / 1e9, "GFLOP/s"))
         report.add(Row(f"{way.name}: share of the matrix product's FLOP/s", speed / most, "x"))
     auto = chosen(replace(shape, attention="auto"), device, dtype).way
-    fastest = min(cost.seconds for cost in steps.values())
+    fastest = min(cost.seconds for name, cost in steps.items() if name != PUBLISHED.name)
     report.add(Row.at_most(f"auto, here {auto}, / the fastest way, time", steps[auto].seconds / fastest, "x", 1.05))
     targets(report, config, steps, device)
     report.print(config.json, config.save)
@@ -132,14 +140,23 @@ def calls_of(
 ) -> tuple[Callable[[], None], Callable[[], None]]:
     """A forward pass, and a whole step, on counts and weights that are the same for every way."""
     torch.manual_seed(0)
+    shape, most = replace(config.model, attention=way.kind), max(config.n_given, config.n_asked)
+    if way is PUBLISHED:
+        shape = replace(shape, token="linear", direct=False)
     with device:
-        vae = VAE(replace(config.model, attention=way.kind), config.n_genes)
-        ids = torch.randperm(config.n_genes)[: max(config.n_given, config.n_asked)] + 1
-        counts = torch.poisson(0.5 * torch.rand(config.cells, len(ids))).int()
-    given = GeneCounts(ids[: config.n_given], counts[:, : config.n_given], padded=False)
-    asked = GeneCounts(ids[: config.n_asked], counts[:, : config.n_asked])
+        vae = VAE(shape, config.n_genes)
+        if way is PUBLISHED:
+            vae.token = PublishedToken()
+        sets = torch.stack([torch.randperm(config.n_genes)[:most] + 1 for _ in range(config.cells)])
+        counts = torch.poisson(0.5 * torch.rand(config.cells, most)).int()
+    ids = sets if config.own_sets else sets[0]
+    given = GeneCounts(ids[..., : config.n_given], counts[:, : config.n_given], padded=False)
+    asked = given
+    if config.n_asked != config.n_given:
+        asked = GeneCounts(ids[..., : config.n_asked], counts[:, : config.n_asked])
     library_size_B = asked.counts_BS.sum(1).float()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-4)
+    # the published code takes torch's as it comes
+    optimizer = torch.optim.AdamW(vae.parameters()) if way is PUBLISHED else make_optimizer(OptimConfig(), vae)
     run = as_way(way, vae, device)
     autocast = torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext()
 
@@ -155,6 +172,13 @@ def calls_of(
             run(given, asked.gene_ids)
 
     return forward, step
+
+
+class PublishedToken(nn.Module):
+    """A gene's embedding times log1p of its count, as the published code has it."""
+
+    def forward(self, embedded: Tensor, counts_BS: Tensor) -> Tensor:
+        return embedded * torch.log1p(counts_BS.to(embedded.dtype))[..., None]
 
 
 def targets(report: Report, config: BenchVAEStepConfig, steps: dict[str, Cost], device: torch.device) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from scldm.batch import GeneCounts
 from scldm.model import factorised
+from scldm.model.gene_rows import rows_of
 from scldm.model.vae import VAE, Posterior
 
 PREVALENT = 0.2  # share of cells; a gene expressed in more of them is summed in each cell by itself
@@ -72,8 +73,8 @@ class AllGenesEncoder:
         x_BMD = x_BMD + mcab.mlp(mcab.norm_mlp(x_BMD))
         if any(unsafe):
             again = torch.tensor(unsafe, device=counts_BS.device)
-            given, read = GeneCounts(self.gene_ids_S, counts_BS[again]), factorised.read_genes
-            x_BMD[again] = factorised.pool(mcab, vae.latent_queries, vae.token, vae.gene_embedding, given, read)
+            given, rows = GeneCounts(self.gene_ids_S, counts_BS[again]), rows_of(self.gene_ids_S, vae.gene_embedding)
+            x_BMD[again] = factorised.pool(mcab, vae.latent_queries, vae.token, rows, given, factorised.read_genes)
         if vae.config.direct:
             x_BMD += vae.direct_in(GeneCounts(self.gene_ids_S, counts_BS))[:, None]
         return x_BMD

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from scldm.batch import GeneCounts
 from scldm.likelihood import at_least_float32
 from scldm.model.blocks import SwiGLU
+from scldm.model.gene_rows import GeneRows
 from scldm.model.mcab import MCAB
 from scldm.model.token import GeneToken
 
@@ -34,9 +35,13 @@ from scldm.model.token import GeneToken
 # that and tiles of 2^17, 2^18, 2^19, forward + backward: pooling in 61, 57, 55 ms, reading out in 191, 164, 161
 TILE_CPU = 1 << 18
 GENES = 64  # of those, in the decoder: 64 x 2 x 688 (width 256) x 4 B = 352 kB of the genes' table
-# a GPU reads a tile from its memory anyway, and pays for launches: a tile is this share of it. Two are held, 0.6 GB of
-# 80 GB. By 32 cells of width 256 each of them has 3,500 genes in bf16: 3 tiles of 8,192 genes, and not 128
-TILE_SHARE = 1 / 256
+# a GPU reads a tile from its memory anyway, and pays for launches: a tile is this share of it. Two are held, 2.5 GB of
+# 80 GB. By 32 cells of width 256 each of them has 7,100 genes in float32: 2 tiles of 8,192 genes, and not 128
+TILE_SHARE = 1 / 64
+# numbers of hidden layers that backward finds again rather than makes again, on a CPU (268 MB of float32), and on a GPU
+# in tiles: a 16th of its memory
+KEPT_CPU = 1 << 26
+KEPT_TILES = 4
 # the score of a gene that is not there: exp(MASKED / sigma) is 0, and MASKED * 0 is, unlike -inf * 0
 MASKED = -1e30
 # what a multiply-accumulate by latents costs beside one by gene: measured, 0.5 as many take 0.67 of the time, 1.4 times
@@ -51,9 +56,9 @@ def pool(
     mcab: MCAB,
     queries_MD: Tensor,
     token: GeneToken,
-    embedding: nn.Embedding,
+    rows: GeneRows,
     given: GeneCounts,
-    read: Callable[[MCAB, Tensor, GeneToken, nn.Embedding, GeneCounts, torch.dtype], Tensor],
+    read: Callable[[MCAB, Tensor, GeneToken, GeneRows, GeneCounts, torch.dtype], Tensor],
 ) -> Tensor:
     """`mcab(queries, tokens of the given genes, given.mask)`, (B, M, D).
 
@@ -61,13 +66,14 @@ def pool(
     the gene alone is computed once for all cells that share a set, and for sets per cell once per gene of the
     vocabulary where the cells hold more genes.
 
+    rows: embeddings of the given genes
     read: how the queries read the genes: `read_genes`, or that of `fused`
     """
     query_MD = mcab.query(queries_MD)
     q_MD = mcab.norm_query(query_MD).to(queries_MD.dtype)
     dtype, kind = compute_dtype(queries_MD), queries_MD.device.type
     with torch.autocast(kind, enabled=False):
-        read_BMD = read(mcab, q_MD, token, embedding, given, dtype)
+        read_BMD = read(mcab, q_MD, token, rows, given, dtype)
     read_BMD = query_MD + mcab.out(read_BMD)
     return read_BMD + mcab.mlp(mcab.norm_mlp(read_BMD))
 
@@ -79,31 +85,29 @@ def compute_dtype(parameter: Tensor) -> torch.dtype:
 
 
 def read_genes(
-    mcab: MCAB, q_MD: Tensor, token: GeneToken, embedding: nn.Embedding, given: GeneCounts, dtype: torch.dtype
+    mcab: MCAB, q_MD: Tensor, token: GeneToken, rows: GeneRows, given: GeneCounts, dtype: torch.dtype
 ) -> Tensor:
     """What the latent queries read from the genes, heads side by side, before the output projection; (B, M, D)."""
-    N, (M, D), S = mcab.n_heads, q_MD.shape, given.gene_ids.shape[-1]
-    ids, wide = given.gene_ids, q_MD.dtype
+    N, (M, D), S = mcab.n_heads, q_MD.shape, rows.shape[-1]
+    n_sets, wide = rows.shape.numel() // S, q_MD.dtype
     phi_BSK = token.phi(given.counts_BS)
     K = phi_BSK.shape[-1]
-    by_vocabulary = ids.ndim == 2 and ids.numel() > embedding.num_embeddings
-    rows_TD = embedding.weight if by_vocabulary else embedding(ids.flatten())
-    of = tables(mcab, q_MD, token, rows_TD, dtype)
-    if by_vocabulary:
-        table = torch.cat((of.A_RT.T, of.values_TD.to(wide), of.ue_TK, of.ee_T[:, None]), dim=1)
-        A_BSR, values, ue, ee = F.embedding(ids, table).split((N * M, D, K, 1), dim=-1)
-        A, values, ee = A_BSR.permute(2, 0, 1), values.to(dtype), ee[..., 0]
-    else:
-        n_sets = ids.numel() // S
-        A, values = of.A_RT.view(-1, n_sets, S), of.values_TD.view(n_sets, S, D)
-        ue, ee = of.ue_TK.view(n_sets, S, K), of.ee_T.view(n_sets, S)
+    of = tables(mcab, q_MD, token, rows.table_TD, dtype)
+    A_RT, values, ue, ee = of.A_RT, of.values_TD, of.ue_TK, of.ee_T
+    if rows.row is not None:
+        A_RT = A_RT.gather(1, rows.row.flatten().expand(N * M, -1))
+        table = torch.cat((values.to(wide), ue, ee[:, None]), dim=1)
+        values, ue, ee = F.embedding(rows.row, table).split((D, K, 1), dim=-1)
+        values = values.to(dtype)
+    ue, ee = ue.reshape(n_sets, S, K), ee.reshape(n_sets, S)
     r_BS = of.scale(phi_BSK, ue, ee)
-    mask = given.mask.view(-1, S)
-    A = A.masked_fill(~mask, MASKED).reshape(N, M, -1, S)
-    values, a_KNH = values.unflatten(-1, (N, D // N)), of.a_KD.unflatten(-1, (N, D // N))
-    out_NMBH = apply(_Pool, phi_BSK, r_BS, of.alpha_NMK, A, values, a_KNH)
+    A, mask = A_RT.view(-1, n_sets, S), given.mask.view(-1, S)
+    if given.padded:
+        A = A.masked_fill(~mask, MASKED)
+    values, a_KNH = values.reshape(n_sets, S, N, D // N), of.a_KD.unflatten(-1, (N, D // N))
+    out_NMBH = apply(_Pool, phi_BSK, r_BS, of.alpha_NMK, A.view(N, M, n_sets, S), values, a_KNH)
     read_BMD = out_NMBH.permute(2, 1, 0, 3).flatten(2) + of.offset_D
-    return read_BMD * mask.any(1)[:, None, None]  # attention over no gene at all is 0
+    return read_BMD * mask.any(1)[:, None, None] if given.padded else read_BMD  # attention over no gene at all is 0
 
 
 @dataclass(frozen=True)
@@ -135,19 +139,21 @@ def tables(mcab: MCAB, q_MD: Tensor, token: GeneToken, rows_TD: Tensor, dtype: t
     """What depends on the gene alone. rows_TD: embeddings; dtype: of the large products but the scores'."""
     N, (M, D), wide = mcab.n_heads, q_MD.shape, q_MD.dtype
     u_KD = token.count - token.count.mean(1, keepdim=True)
+    mean_DK = u_KD.T / D
     key_NHD = (mcab.key.weight * mcab.norm_key.weight).view(N, D // N, D)
     q_NMD = q_MD.view(M, N, D // N).transpose(0, 1) @ key_NHD * (D // N) ** -0.5
     value_DD = mcab.value.weight * mcab.norm_value.weight
-    e_TD = F.linear(rows_TD.to(dtype), token.gene.weight.to(dtype), token.gene.bias.to(dtype)).to(wide)
-    e_TD = e_TD - e_TD.mean(1, keepdim=True)
+    # centred in the weights: they are fewer than the genes' numbers
+    weight_DD, bias_D = token.gene.weight - token.gene.weight.mean(0), token.gene.bias - token.gene.bias.mean()
+    e_TD = F.linear(rows_TD.to(dtype), weight_DD.to(dtype), bias_D.to(dtype)).to(wide)
     return Tables(
         alpha_NMK=q_NMD @ u_KD.T,
         A_RT=q_NMD.flatten(0, 1) @ e_TD.T,
         a_KD=u_KD @ value_DD.T,
         values_TD=F.linear(e_TD.to(dtype), value_DD.to(dtype)),
         offset_D=F.linear(mcab.norm_value.bias, mcab.value.weight, mcab.value.bias),
-        uu_KK=u_KD @ u_KD.T / D,
-        ue_TK=e_TD @ u_KD.T / D,
+        uu_KK=u_KD @ mean_DK,
+        ue_TK=e_TD @ mean_DK,
         ee_T=e_TD.square().mean(1),
         eps=mcab.norm_key.eps,
     )
@@ -189,14 +195,14 @@ class _Pool(torch.autograd.Function):
         phi_BSK, r_BS, alpha_NMK, A, values, a_KNH = inputs
         (N, M, K), (B, S) = alpha_NMK.shape, r_BS.shape
         out, w_phi = r_BS.new_empty(N, M, B, a_KNH.shape[-1]), r_BS.new_empty(N, M, B, K)
-        space = _Space(B, M * S, r_BS)
+        space = _Space(B, M * S, r_BS, N if len(values) == 1 else 1)
         for n, b in space.tiles(N):
-            phi, r = phi_BSK[b], r_BS[b]
-            score, w = space.two(M, *r.shape)
-            _scores(alpha_NMK[n], phi, _of(A[n], 1, b), out=score).mul_(r)
+            phi, r, alpha_nMK = phi_BSK[b], r_BS[b], alpha_NMK[n]
+            score, w = space.two(*alpha_nMK.shape[:2], *r.shape)
+            _scores(alpha_nMK, phi, _of(A[n], 2, b), out=score).mul_(r)
             torch.softmax(score, -1, out=w).mul_(r)
             out[n, :, b] = _times(w, _of(values[:, :, n], 0, b))
-            w_phi[n, :, b] = _times(w, phi)
+            w_phi[n, :, b] = _times_each(w, phi)
         out += torch.einsum("nmbk,knh->nmbh", w_phi, a_KNH)
         ctx.save_for_backward(*inputs, out, w_phi)
         return out
@@ -206,35 +212,40 @@ class _Pool(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (d_out,) = grad_outputs
         phi_BSK, r_BS, alpha_NMK, A, values, a_KNH, out, w_phi = ctx.saved_tensors
-        (N, M, K), (B, S) = alpha_NMK.shape, r_BS.shape
+        (N, M, K), (B, S), shared = alpha_NMK.shape, r_BS.shape, len(values) == 1
         delta, d_w_phi = (d_out * out).sum(-1), torch.einsum("nmbh,knh->nmbk", d_out, a_KNH)
         d_a = torch.einsum("nmbh,nmbk->knh", d_out, w_phi)
         d_r, d_alpha, d_A = torch.zeros_like(r_BS), torch.zeros_like(alpha_NMK), torch.zeros_like(A)
-        d_values = torch.zeros_like(values, dtype=r_BS.dtype)
-        ones = r_BS.new_ones(M)
-        space = _Space(B, M * S, r_BS)
+        make = torch.zeros_like if shared else torch.empty_like  # summed over the cells that share them
+        d_values = make(values, dtype=r_BS.dtype)
+        space = _Space(B, M * S, r_BS, N if shared else 1)
         for n, b in space.tiles(N):
-            phi, r, A_b, values_b = phi_BSK[b], r_BS[b], _of(A[n], 1, b), _of(values[:, :, n], 0, b)
-            w, p = space.two(M, *r.shape)
-            torch.softmax(_scores(alpha_NMK[n], phi, A_b, out=w).mul_(r), -1, out=p)
+            phi, r, alpha_nMK = phi_BSK[b], r_BS[b], alpha_NMK[n]
+            A_b, values_b = _of(A[n], 2, b), _of(values[:, :, n], 0, b)
+            w, p = space.two(*alpha_nMK.shape[:2], *r.shape)
+            torch.softmax(_scores(alpha_nMK, phi, A_b, out=w).mul_(r), -1, out=p)
             torch.mul(p, r, out=w)
-            _add_transposed(_of(d_values[:, :, n], 0, b), w, d_out[n, :, b], values.dtype)
-            d_w = _times(d_out[n, :, b], values_b.transpose(1, 2))
-            d_w += (d_w_phi[n, :, b].transpose(0, 1) @ phi.transpose(1, 2)).transpose(0, 1)
+            of_values = _of(d_values[:, :, n], 0, b)
+            product = _transposed(w, d_out[n, :, b], values.dtype, shared)
+            of_values.add_(product) if shared else of_values.copy_(product)
+            d_w = _times(d_out[n, :, b], values_b.transpose(1, 3))
+            d_w += _times_each(d_w_phi[n, :, b], phi.transpose(1, 2))
             d_score = w.mul_(d_w)  # p r d_w, from which p delta is taken
-            d_r_direct = ones @ d_score.view(M, -1)
+            ones = r.new_ones(len(alpha_nMK) * M)
+            d_r_direct = ones @ d_score.view(len(ones), -1)
             d_t = d_score.addcmul_(p, delta[n, :, b, None], value=-1).mul_(r)  # of A + alpha phi
-            _of(d_A[n], 1, b).add_(d_t.sum(1, keepdim=True) if len(values) == 1 else d_t)
-            d_alpha[n] += d_t.view(M, -1) @ phi.reshape(-1, K)
-            by_alpha = (d_t.view(M, -1).T @ alpha_NMK[n]).view_as(phi).mul_(phi).sum(-1)
-            by_A = ones @ d_t.mul_(A_b).view(M, -1)
+            _of(d_A[n], 2, b).add_(d_t.sum(2, keepdim=True) if shared else d_t)
+            d_alpha[n] += (d_t.view(len(ones), -1) @ phi.reshape(-1, K)).view_as(alpha_nMK)
+            by_alpha = (d_t.view(len(ones), -1).T @ alpha_nMK.flatten(0, 1)).view_as(phi).mul_(phi).sum(-1)
+            by_A = ones @ d_t.mul_(A_b).view(len(ones), -1)
             d_r[b] += (d_r_direct + by_A).view_as(r).add_(by_alpha).div_(r)
         return None, d_r, d_alpha, d_A, d_values.to(values.dtype), d_a
 
 
-def _scores(alpha_MK: Tensor, phi_bSK: Tensor, A: Tensor, out: Tensor) -> Tensor:
-    """A + alpha phi, (M, b, S), before it is scaled; A (M, 1 or b, S)."""
-    torch.mm(alpha_MK, phi_bSK.reshape(-1, phi_bSK.shape[-1]).T, out=out.view(len(out), -1))
+def _scores(alpha_nMK: Tensor, phi_bSK: Tensor, A: Tensor, out: Tensor) -> Tensor:
+    """A + alpha phi, (n, M, b, S), before it is scaled; A (n, M, 1 or b, S)."""
+    alpha = alpha_nMK.flatten(0, 1)
+    torch.mm(alpha, phi_bSK.reshape(-1, phi_bSK.shape[-1]).T, out=out.view(len(alpha), -1))
     return out.add_(A)
 
 
@@ -249,6 +260,11 @@ def tile_numbers(like: Tensor) -> int:
     return int(TILE_SHARE * memory) // like.element_size()
 
 
+def kept_numbers(like: Tensor) -> int:
+    """Numbers of hidden layers that are kept for backward: a few tiles' worth."""
+    return KEPT_TILES * tile_numbers(like) if on_gpu(like) else KEPT_CPU
+
+
 def on_gpu(like: Tensor) -> bool:
     return like.device.type == "cuda" or planned_memory > 0
 
@@ -256,21 +272,24 @@ def on_gpu(like: Tensor) -> bool:
 class _Space:
     """Tiles of as many cells (or rows) as fill them, and memory for two, made once: fresh memory costs a page fault for
     every 4 kB, more than what is then done with it.
+
+    n_outer: of the outer, such as heads, a tile takes as many as fill it with all cells, and at most so many
     """
 
-    def __init__(self, n: int, numbers_each: int, like: Tensor) -> None:
-        self.n, self.step = n, min(n, max(1, tile_numbers(like) // max(1, numbers_each)))
-        self.memory = like.new_empty(2, self.step * numbers_each)
+    def __init__(self, n: int, numbers_each: int, like: Tensor, n_outer: int = 1) -> None:
+        fits = tile_numbers(like) // max(1, numbers_each)
+        self.n, self.step, self.outer = n, min(n, max(1, fits)), min(n_outer, max(1, fits // max(1, n)))
+        self.memory = like.new_empty(2, self.outer * self.step * numbers_each)
 
     def slices(self) -> Iterator[slice]:
         for start in range(0, self.n, max(1, self.step)):
             yield slice(start, min(start + self.step, self.n))
 
-    def tiles(self, n_outer: int) -> Iterator[tuple[int, slice]]:
-        """For each of the outer, such as heads, all slices."""
-        for outer in range(n_outer):
+    def tiles(self, n_outer: int) -> Iterator[tuple[slice, slice]]:
+        """For some of the outer after others, all slices."""
+        for outer in range(0, n_outer, self.outer):
             for part in self.slices():
-                yield outer, part
+                yield slice(outer, min(outer + self.outer, n_outer)), part
 
     def two(self, *shape: int) -> tuple[Tensor, Tensor]:
         n = math.prod(shape)
@@ -279,49 +298,65 @@ class _Space:
 
 def _of(x: Tensor, dim: int, cells: slice) -> Tensor:
     """The cells' part, or the whole where the cells share it."""
-    return x if x.shape[dim] == 1 else x[cells] if dim == 0 else x[:, cells]
+    return x if x.shape[dim] == 1 else x[cells] if dim == 0 else x[:, :, cells]
 
 
 def _times(x: Tensor, y: Tensor) -> Tensor:
-    """(M, b, K) x (1 or b, K, J) -> (M, b, J), multiplied in the precision of y, returned in that of x."""
+    """(n, M, b, K) x (1 or b, K, n, J) -> (n, M, b, J), multiplied in the precision of y, returned in that of x; n is 1
+    where each cell has its own."""
     left = x.to(y.dtype)
-    product = left @ y[0] if len(y) == 1 else (left.transpose(0, 1) @ y).transpose(0, 1).contiguous()
-    return product.to(x.dtype)
+    if len(y) == 1:
+        return (left.flatten(1, 2) @ y[0].transpose(0, 1)).view(*x.shape[:3], -1).to(x.dtype)
+    return _times_each(left, y[:, :, 0]).to(x.dtype)
 
 
-def _add_transposed(out: Tensor, w: Tensor, d: Tensor, dtype: torch.dtype) -> None:
-    """out (1 or b, S, H) += w (M, b, S)^T d (M, b, H), summed over the cells where they share it."""
+def _times_each(x: Tensor, y_bKJ: Tensor) -> Tensor:
+    """(n, M, b, K) x (b, K, J) -> (n, M, b, J), for each cell."""
+    product = x.flatten(0, 1).transpose(0, 1) @ y_bKJ
+    return product.transpose(0, 1).unflatten(0, x.shape[:2])
+
+
+def _transposed(w: Tensor, d: Tensor, dtype: torch.dtype, shared: bool) -> Tensor:
+    """w (n, M, b, S)^T d (n, M, b, H): for each cell, (b, S, n, H) with n = 1, or summed over them, (1, S, n, H)."""
     w, d = w.to(dtype), d.to(dtype)
-    if len(out) == 1:
-        out[0] += w.flatten(0, 1).T @ d.flatten(0, 1)
-    else:
-        out += w.permute(1, 2, 0) @ d.transpose(0, 1)
+    if shared:
+        return (w.flatten(1, 2).transpose(1, 2) @ d.flatten(1, 2)).transpose(0, 1)[None]
+    return (w[0].permute(1, 2, 0) @ d[0].transpose(0, 1))[:, :, None]
 
 
 # --- latent tokens -> genes ----------------------------------------------------------------------------------------
 
 
-def unpool(mcab: MCAB, head: nn.Linear, embedded: Tensor, x_BLD: Tensor) -> Tensor:
+def unpool(mcab: MCAB, head: nn.Linear, rows: GeneRows, x_BLD: Tensor) -> Tensor:
     """`head(mcab(embedded, x))`, (B, Q, K): the numbers that the decoder says of each asked gene.
 
-    embedded: embeddings of the asked genes, (Q, D) shared by the cells or (B, Q, D)
+    rows: embeddings of the asked genes
     head: D -> K, without a bias
     """
-    dtype, kind, wide = compute_dtype(head.weight), x_BLD.device.type, head.weight.dtype
-    query = mcab.query(embedded)
+    dtype, kind, wide, N = compute_dtype(head.weight), x_BLD.device.type, head.weight.dtype, mcab.n_heads
+    query = mcab.query(rows.table_TD)
+    if rows.per_cell:
+        query = F.embedding(rows.row, query) if rows.row is not None else query.view(*rows.shape, -1)
     q = mcab.norm_query(query)
     k_BLD, v_BLD = mcab.key(mcab.norm_key(x_BLD)), mcab.value(mcab.norm_value(x_BLD))
-    p_BNLQ = _weights(q, k_BLD, mcab.n_heads)
-    if embedded.ndim == 2 and pays_by_latents(p_BNLQ.shape, x_BLD.shape[-1], mcab.mlp.value.out_features):
+    p_BNLQ = _weights(q, k_BLD, N)
+    p_BRQ = p_BNLQ.flatten(1, 2)
+    if not rows.per_cell and pays_by_latents(p_BNLQ.shape, x_BLD.shape[-1], mcab.mlp.value.out_features):
         with torch.autocast(kind, enabled=False):
-            U_BRD = heads_out(mcab, v_BLD.to(wide))
-            return _by_latents(mcab, head, query.to(wide), p_BNLQ.flatten(1, 2).to(wide), U_BRD, dtype)
-    v_BNLH = v_BLD.unflatten(-1, (mcab.n_heads, -1)).transpose(1, 2)
-    read_BQD = query + mcab.out((p_BNLQ.transpose(2, 3).to(v_BNLH.dtype) @ v_BNLH).transpose(1, 2).flatten(2))
+            return _by_latents(mcab, head, query.to(wide), p_BRQ.to(wide), heads_out(mcab, v_BLD.to(wide)), dtype)
+    # a head's weights sum to 1, so that each gene gets the bias once
+    U_BRD = heads_out(mcab, v_BLD)
+    U_BRD = (U_BRD + mcab.out.bias / N).to(query.dtype)
+    read_BQD = torch.baddbmm(query, p_BRQ.transpose(1, 2).to(query.dtype), U_BRD)
     y_RD = mcab.norm_mlp(read_BQD).flatten(0, 1).to(dtype)
     with torch.autocast(kind, enabled=False):
         mlp_R = [apply(_Head, y_RD, W_FD.to(dtype), b_F.to(dtype)) for W_FD, b_F in folded(mcab.mlp, head)]
-        return head(read_BQD.to(wide)) + torch.stack(mlp_R, dim=-1).view(*read_BQD.shape[:2], -1)
+        return head(read_BQD.to(wide)) + _side_by_side(mlp_R).view(*read_BQD.shape[:2], -1)
+
+
+def _side_by_side(numbers: list[Tensor]) -> Tensor:
+    """A last axis of these; of one without a copy."""
+    return torch.stack(numbers, dim=-1) if len(numbers) > 1 else numbers[0][..., None]
 
 
 def folded(mlp: SwiGLU, head: nn.Linear) -> list[tuple[Tensor, Tensor]]:
@@ -338,7 +373,7 @@ def folded(mlp: SwiGLU, head: nn.Linear) -> list[tuple[Tensor, Tensor]]:
 def _weights(q: Tensor, k_BLD: Tensor, n_heads: int) -> Tensor:
     """Attention weights of genes over latent tokens, (B, N, L, Q), the genes last; q (Q, D) or (B, Q, D)."""
     N, (B, L, D) = n_heads, k_BLD.shape
-    q, k_BLNH = q * (D // N) ** -0.5, k_BLD.view(B, L, N, -1)
+    k_BLNH = (k_BLD * (D // N) ** -0.5).view(B, L, N, -1)
     if q.ndim == 3:
         scores_BNLQ = k_BLNH.transpose(1, 2) @ q.unflatten(-1, (N, -1)).permute(0, 2, 3, 1)
     else:  # one product over all cells
@@ -373,9 +408,9 @@ def _by_latents(
     """f_g = t_g + p_g U: LayerNorm's moments, the first product and the head are all taken of t and of U."""
     D, norm = query_QD.shape[1], mcab.norm_mlp
     t_QD = query_QD + mcab.out.bias
-    linear_BKQ = head(t_QD).T + head(U_BRD).transpose(1, 2) @ p_BRQ
+    linear_BKQ = torch.baddbmm(head(t_QD).T, head(U_BRD).transpose(1, 2), p_BRQ)
     t_QD, U_BRD = t_QD - t_QD.mean(1, keepdim=True), U_BRD - U_BRD.mean(2, keepdim=True)
-    cross_BRQ = 2 * (U_BRD @ t_QD.T) + (U_BRD @ U_BRD.transpose(1, 2)) @ p_BRQ
+    cross_BRQ = torch.baddbmm(U_BRD @ t_QD.T, U_BRD @ U_BRD.transpose(1, 2), p_BRQ, beta=2)
     variance_BQ = (t_QD.square().sum(1) + (p_BRQ * cross_BRQ).sum(1)).clamp_min(0) / D
     r_BQ = (variance_BQ + norm.eps).rsqrt()
     scaled_BRQ = (p_BRQ * r_BQ[:, None]).to(dtype)
@@ -384,7 +419,7 @@ def _by_latents(
         scaled_FD, b_F = (W_FD * norm.weight).to(dtype), F.linear(norm.bias, W_FD, b_F).to(dtype)
         T_QF, B_BRF = F.linear(t_QD.to(dtype), scaled_FD), F.linear(U_BRD.to(dtype), scaled_FD)
         mlp_BQ.append(apply(_HeadByLatents, scaled_BRQ, r_BQ, T_QF, B_BRF, b_F))
-    return linear_BKQ.transpose(1, 2) + torch.stack(mlp_BQ, dim=-1)
+    return linear_BKQ.transpose(1, 2) + _side_by_side(mlp_BQ)
 
 
 class _HeadByLatents(torch.autograd.Function):
@@ -401,7 +436,7 @@ class _HeadByLatents(torch.autograd.Function):
         for b, q, hidden, _ in _cell_gene_tiles(r_BQ, T_QF):
             r = r_BQ[b, q, None].to(T_QF.dtype)
             torch.baddbmm(b_F, p_BRQ[b, :, q].transpose(1, 2), B_BRF[b], out=hidden).addcmul_(T_QF[q], r)
-            out_BQ[b, q] = _gated_sum(hidden)
+            out_BQ[b, q] = _gated_sum(hidden, hidden)
         return out_BQ
 
     @staticmethod
@@ -426,43 +461,53 @@ class _HeadByLatents(torch.autograd.Function):
 class _Head(torch.autograd.Function):
     """sum of value * silu(gate) with (value, gate) = W y + b: (rows,), at least in float32.
 
+    Tiles of the hidden layer that `kept_numbers` have room for are kept for backward; the others are made again.
     y (rows, D); W (2F, D); b (2F,)
     """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:
         y_RD, W_FD, b_F = inputs
-        ctx.save_for_backward(*inputs)
         out_R = y_RD.new_empty(len(y_RD), dtype=torch.promote_types(y_RD.dtype, torch.float32))
         space = _Space(len(y_RD), len(b_F), y_RD)
+        n_kept = kept_numbers(y_RD) // len(b_F) if any(ctx.needs_input_grad) else 0
+        kept_KF = y_RD.new_empty(min(n_kept, len(y_RD)), len(b_F))
         for rows in space.slices():
-            hidden, _ = space.two(rows.stop - rows.start, len(b_F))
-            out_R[rows] = _gated_sum(torch.addmm(b_F, y_RD[rows], W_FD.T, out=hidden))
+            hidden, other = space.two(rows.stop - rows.start, len(b_F))
+            if rows.stop <= len(kept_KF):
+                hidden = torch.addmm(b_F, y_RD[rows], W_FD.T, out=kept_KF[rows])
+                out_R[rows] = _gated_sum(hidden, other)
+            else:
+                out_R[rows] = _gated_sum(torch.addmm(b_F, y_RD[rows], W_FD.T, out=hidden), hidden)
+        ctx.save_for_backward(*inputs, kept_KF)
         return out_R
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (d_out,) = grad_outputs
-        y_RD, W_FD, b_F = ctx.saved_tensors
+        y_RD, W_FD, b_F, kept_KF = ctx.saved_tensors
         d_y = torch.empty_like(y_RD)
         d_W, d_b = (torch.zeros_like(x, dtype=d_out.dtype) for x in (W_FD, b_F))
         space = _Space(len(y_RD), len(b_F), y_RD)
         for rows in space.slices():
             hidden, other = space.two(rows.stop - rows.start, len(b_F))
-            torch.addmm(b_F, y_RD[rows], W_FD.T, out=hidden)
+            if rows.stop <= len(kept_KF):
+                hidden = kept_KF[rows]
+            else:
+                torch.addmm(b_F, y_RD[rows], W_FD.T, out=hidden)
             d_hidden = _gated_sum_backward(hidden, d_out[rows], other)
-            d_y[rows] = d_hidden @ W_FD
-            d_W += d_hidden.T @ y_RD[rows]
+            torch.mm(d_hidden, W_FD, out=d_y[rows])
+            _add_product(d_W, d_hidden.T, y_RD[rows])
             d_b += d_hidden.sum(0)
         return d_y, d_W.to(W_FD.dtype), d_b.to(b_F.dtype)
 
 
-def _gated_sum(hidden: Tensor) -> Tensor:
-    """sum of value * silu(gate) over the last axis, which holds both; overwrites it."""
+def _gated_sum(hidden: Tensor, other: Tensor) -> Tensor:
+    """sum of value * silu(gate) over the last axis, which holds both; `other` is memory of its shape, or it itself."""
     value, gate = hidden.chunk(2, dim=-1)
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    return F.silu(gate, inplace=True).mul_(value).sum(-1, dtype=wide)
+    active = torch.ops.aten.silu.out(gate, out=other.chunk(2, dim=-1)[1])
+    return active.mul_(value).sum(-1, dtype=torch.promote_types(hidden.dtype, torch.float32))
 
 
 def _gated_sum_backward(hidden: Tensor, d_out: Tensor, other: Tensor) -> Tensor:
@@ -474,6 +519,14 @@ def _gated_sum_backward(hidden: Tensor, d_out: Tensor, other: Tensor) -> Tensor:
     torch.ops.aten.silu_backward.grad_input(value.mul_(d_out), gate, grad_input=gate)
     torch.mul(active, d_out, out=value)
     return hidden
+
+
+def _add_product(out: Tensor, x: Tensor, y: Tensor) -> None:
+    """out += x y; without memory of its own where they are of one precision."""
+    if out.dtype == x.dtype:
+        out.addmm_(x, y)
+    else:
+        out += x @ y
 
 
 def _cell_gene_tiles(r_BQ: Tensor, T_QF: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:

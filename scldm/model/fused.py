@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from scldm import kernels
 from scldm.batch import GeneCounts
 from scldm.model.factorised import compute_dtype, folded, heads_out, tables
+from scldm.model.gene_rows import GeneRows
 from scldm.model.mcab import MCAB
 from scldm.model.token import GeneToken
 
 
 def read_genes(
-    mcab: MCAB, q_MD: Tensor, token: GeneToken, embedding: nn.Embedding, given: GeneCounts, dtype: torch.dtype
+    mcab: MCAB, q_MD: Tensor, token: GeneToken, rows: GeneRows, given: GeneCounts, dtype: torch.dtype
 ) -> Tensor:
     """`factorised.read_genes`: what the latent queries read from the genes, (B, M, D).
 
@@ -28,21 +29,22 @@ def read_genes(
     from scldm.kernels.pool import pool
 
     N, (M, D) = mcab.n_heads, q_MD.shape
-    row, rows_TD = _rows(given.gene_ids, embedding)
-    of = tables(mcab, q_MD, token, rows_TD, dtype)
+    of = tables(mcab, q_MD, token, rows.table_TD, dtype)
     x_BS = token.position(given.counts_BS)
     A_TNM, values_TNH, a_KNH = of.A_RT.T.view(-1, N, M), of.values_TD.view(-1, N, D // N), of.a_KD.view(-1, N, D // N)
-    row = row.masked_fill(~given.mask, -1)
+    row = rows.index.masked_fill(~given.mask, -1) if given.padded else rows.index
     r_BS = one_over_deviation(x_BS, row, of.uu_KK, of.ue_TK, of.ee_T, of.eps, token.kind)
     read_BNMH = pool(x_BS, r_BS, row, of.alpha_NMK, A_TNM, values_TNH, a_KNH, token.kind)
     read_BMD = read_BNMH.transpose(1, 2).flatten(2) + of.offset_D
+    if not given.padded:
+        return read_BMD
     return read_BMD * given.mask.view(-1, given.mask.shape[-1]).any(1)[:, None, None]
 
 
-def unpool(mcab: MCAB, head: nn.Linear, embedding: nn.Embedding, asked_ids: Tensor, x_BLD: Tensor) -> Tensor:
-    """`head(mcab(embedding(asked), x))`, (B, Q, K): the numbers that the decoder says of each asked gene.
+def unpool(mcab: MCAB, head: nn.Linear, rows: GeneRows, x_BLD: Tensor) -> Tensor:
+    """`factorised.unpool`: the numbers that the decoder says of each asked gene, (B, Q, K).
 
-    asked_ids: (Q,) shared by the cells or (B, Q)
+    rows: embeddings of the asked genes
     head: D -> K, without a bias
 
     Raises: InputError where fused kernels can't run.
@@ -52,8 +54,7 @@ def unpool(mcab: MCAB, head: nn.Linear, embedding: nn.Embedding, asked_ids: Tens
 
     N, D, wide, norm = mcab.n_heads, x_BLD.shape[-1], head.weight.dtype, mcab.norm_mlp
     dtype = compute_dtype(head.weight)
-    row, rows_TD = _rows(asked_ids, embedding)
-    query_TD = mcab.query(rows_TD)
+    row, query_TD = rows.index, mcab.query(rows.table_TD)
     q_TD = mcab.norm_query(query_TD) * (D // N) ** -0.5
     k_BLD, v_BLD = mcab.key(mcab.norm_key(x_BLD)), mcab.value(mcab.norm_value(x_BLD))
     with torch.autocast(x_BLD.device.type, enabled=False):
@@ -68,15 +69,6 @@ def unpool(mcab: MCAB, head: nn.Linear, embedding: nn.Embedding, asked_ids: Tens
             of_weights = (q_TD.to(dtype), k_BRD, t_TD, U_BRD, line_T, line_BR)
             numbers.append(unpool_kernel(*of_weights, T_TF, B_BRF, b_F, row, N, norm.eps))
     return torch.stack(numbers, dim=-1)
-
-
-def _rows(gene_ids: Tensor, embedding: nn.Embedding) -> tuple[Tensor, Tensor]:
-    """Which row of a table each gene has, and the embeddings that the table is made of, (T, D): those of the genes, or
-    of the whole vocabulary where sets per cell hold more.
-    """
-    if gene_ids.ndim == 2 and gene_ids.numel() > embedding.num_embeddings:
-        return gene_ids, embedding.weight
-    return torch.arange(gene_ids.numel(), device=gene_ids.device).view(gene_ids.shape), embedding(gene_ids.flatten())
 
 
 def _by_head(k_BLD: Tensor, n_heads: int) -> Tensor:

@@ -33,6 +33,7 @@ from scldm.likelihood import (
 from scldm.model import factorised, fused
 from scldm.model.attention import AttentionKind, Choice, fastest
 from scldm.model.blocks import TransformerBlock, Within
+from scldm.model.gene_rows import by_vocabulary, rows_of
 from scldm.model.mcab import MCAB
 from scldm.model.token import GeneToken
 
@@ -304,36 +305,53 @@ class VAE(nn.Module):
     def forward(
         self, given: GeneCounts, asked_ids: Tensor, noise_BLZ: Tensor | None = None
     ) -> tuple[Posterior, Predicted]:
-        posterior = self.encode(given)
-        return posterior, self.decode(posterior.sample(noise_BLZ), asked_ids)
+        embedded = self._embedded(given.gene_ids)
+        posterior = self.encode(given, embedded)
+        latent_BLZ = posterior.sample(noise_BLZ)
+        return posterior, self.decode(latent_BLZ, asked_ids, embedded=embedded if asked_ids is given.gene_ids else None)
 
-    def encode(self, given: GeneCounts) -> Posterior:
-        """Eq. 8: the posterior over L latent tokens of Z numbers; the order of the genes and padding change nothing."""
-        return self.posterior(self.reads_genes(self._pooled, given))
+    def _embedded(self, gene_ids: Tensor) -> Tensor | None:
+        """Embeddings of these genes, looked up once for all who ask: a lookup's gradient is as large as the table. None
+        where everyone takes the table itself."""
+        if self.attention.way in ("factorised", "fused") and by_vocabulary(gene_ids, self.gene_embedding):
+            return None
+        return self.gene_embedding(gene_ids)
 
-    def _pooled(self, given: GeneCounts) -> Tensor:
-        x_BLD = self._attended(given)
-        return x_BLD + self.direct_in(given)[:, None] if self.config.direct else x_BLD
+    def encode(self, given: GeneCounts, embedded: Tensor | None = None) -> Posterior:
+        """Eq. 8: the posterior over L latent tokens of Z numbers; the order of the genes and padding change nothing.
 
-    def direct_in(self, given: GeneCounts) -> Tensor:
+        embedded: embeddings of the given genes, if the caller has them
+        """
+        embedded = self._embedded(given.gene_ids) if embedded is None else embedded
+        return self.posterior(self.reads_genes(self._pooled, given, embedded))
+
+    def _pooled(self, given: GeneCounts, embedded: Tensor | None) -> Tensor:
+        x_BLD = self._attended(given, embedded)
+        return x_BLD + self.direct_in(given, embedded)[:, None] if self.config.direct else x_BLD
+
+    def direct_in(self, given: GeneCounts, embedded: Tensor | None = None) -> Tensor:
         """What every latent token gets of the cell's genes beside what it attends to, (B, D)."""
         table_GD, wide = self.gene_embedding.weight, self.gene_embedding.weight.dtype
+        if embedded is None and given.gene_ids.ndim == 1:
+            embedded = self.gene_embedding(given.gene_ids)
         c_BS = torch.log1p(given.counts_BS.to(wide)) * given.mask
         total_B1 = c_BS.sum(1, keepdim=True)
         c_BS = c_BS / total_B1.where(total_B1 > 0, 1)  # shares; none in a cell without counts
         with torch.autocast(c_BS.device.type, enabled=False):  # a sum over thousands of genes
-            if given.gene_ids.ndim == 1:
-                mean_BD = c_BS @ self.gene_embedding(given.gene_ids)
+            if embedded is not None:
+                mean_BD = c_BS @ embedded if embedded.ndim == 2 else (c_BS[:, None] @ embedded)[:, 0]
             else:
                 mean_BD = F.embedding_bag(given.gene_ids, table_GD, per_sample_weights=c_BS, mode="sum", padding_idx=0)
         return self.genes_in(self.norm_genes(mean_BD))
 
-    def _attended(self, given: GeneCounts) -> Tensor:
+    def _attended(self, given: GeneCounts, embedded: Tensor | None) -> Tensor:
         way = self.attention.way
         if way in ("factorised", "fused"):
             read = fused.read_genes if way == "fused" else factorised.read_genes
-            return factorised.pool(self.pool, self.latent_queries, self.token, self.gene_embedding, given, read)
-        tokens_BSD = self.token(self.gene_embedding(given.gene_ids), given.counts_BS)
+            rows = rows_of(given.gene_ids, self.gene_embedding, embedded)
+            return factorised.pool(self.pool, self.latent_queries, self.token, rows, given, read)
+        assert embedded is not None
+        tokens_BSD = self.token(embedded, given.counts_BS)
         return self.pool(self.latent_queries, tokens_BSD, given.mask if given.padded else None)
 
     def posterior(self, x_BLD: Tensor) -> Posterior:
@@ -352,15 +370,21 @@ class VAE(nn.Module):
         """
         return F.layer_norm(latent_BLZ, latent_BLZ.shape[-1:]) if self.config.kl_weight == 0 else latent_BLZ
 
-    def decode(self, latent_BLZ: Tensor, asked_ids: Tensor, among_ids: Tensor | None = None) -> Predicted:
+    def decode(
+        self,
+        latent_BLZ: Tensor,
+        asked_ids: Tensor,
+        among_ids: Tensor | None = None,
+        embedded: Tensor | None = None,
+    ) -> Predicted:
         """Eq. 10: the asked genes' embeddings read the latent tokens; a gene's share is a softmax over genes.
-
 
         asked_ids: (Q,) shared by the cells, or (B, Q); 0 is padding
         among_ids: (G,) the genes that the library size is for, and the softmax runs over; None takes the asked ones
+        embedded: embeddings of the asked genes, if the caller has them
         """
         x_BLD = self._through(self.decoder, self.from_latent(latent_BLZ))
-        out_BQK = self._read_out(x_BLD, asked_ids)
+        out_BQK = self._read_out(x_BLD, asked_ids, embedded)
         value_BQ = out_BQK[..., 0]
         if self.config.likelihood == "gaussian":
             return Predicted("gaussian", value_BQ, self._of_genes(self.log_std, asked_ids).exp())
@@ -400,48 +424,50 @@ class VAE(nn.Module):
                 x_BLD = block(x_BLD)
         return x_BLD
 
-    def _read_out(self, x_BLD: Tensor, asked_ids: Tensor) -> Tensor:
+    def _read_out(self, x_BLD: Tensor, asked_ids: Tensor, embedded: Tensor | None = None) -> Tensor:
         """The head's numbers of every asked gene, (B, Q, K), at least in float32."""
         chunks = asked_ids.split(self.config.gene_chunk or max(asked_ids.shape[-1], 1), dim=-1)
         cell_BD = self._cell(x_BLD) if self.config.direct else None
-        if self.config.recompute and torch.is_grad_enabled():
-            parts = [
-                checkpoint(self.reads_latents, self._read_out_chunk, x_BLD, cell_BD, ids, use_reentrant=False)
-                for ids in chunks
-            ]
-        else:
-            parts = [self.reads_latents(self._read_out_chunk, x_BLD, cell_BD, ids) for ids in chunks]
+        parts = []
+        for ids in chunks:
+            of_chunk = embedded if len(chunks) == 1 else None
+            if self.config.recompute and torch.is_grad_enabled():
+                read = (self._read_out_chunk, x_BLD, cell_BD, ids, of_chunk)
+                parts.append(checkpoint(self.reads_latents, *read, use_reentrant=False))
+            else:
+                parts.append(self.reads_latents(self._read_out_chunk, x_BLD, cell_BD, ids, of_chunk))
         return torch.cat(parts, dim=1)
 
-    def _read_out_chunk(self, x_BLD: Tensor, cell_BD: Tensor | None, asked_ids: Tensor) -> Tensor:
-        out_BQK = self._attended_out(x_BLD, asked_ids)
+    def _read_out_chunk(
+        self, x_BLD: Tensor, cell_BD: Tensor | None, asked_ids: Tensor, embedded: Tensor | None
+    ) -> Tensor:
+        embedded = self._embedded(asked_ids) if embedded is None else embedded
+        out_BQK = self._attended_out(x_BLD, asked_ids, embedded)
         if cell_BD is None:
             return out_BQK
-        return torch.cat((out_BQK[..., :1] + self.direct_out(cell_BD, asked_ids)[..., None], out_BQK[..., 1:]), dim=-1)
+        direct_BQ1 = self.direct_out(cell_BD, asked_ids, embedded)[..., None]
+        return torch.cat((out_BQK[..., :1] + direct_BQ1, out_BQK[..., 1:]), dim=-1)
 
     def _cell(self, x_BLD: Tensor) -> Tensor:
         """What genes' embeddings are multiplied with, (B, D), in full precision: it is a logit's own."""
         with torch.autocast(x_BLD.device.type, enabled=False):
             return self.cell_out(self.norm_cell(x_BLD.to(self.cell_out.weight.dtype).mean(1)))
 
-    def direct_out(self, cell_BD: Tensor, asked_ids: Tensor) -> Tensor:
+    def direct_out(self, cell_BD: Tensor, asked_ids: Tensor, embedded: Tensor | None) -> Tensor:
         """What an asked gene's logit gets of the cell beside what the gene attends to, (B, Q)."""
         table_GD = self.gene_embedding.weight
         with torch.autocast(cell_BD.device.type, enabled=False):
             cell_BD = cell_BD.to(table_GD.dtype)
-            if asked_ids.ndim == 1:
-                return cell_BD @ self.gene_embedding(asked_ids).T
-            if asked_ids.numel() > len(table_GD):  # once for each gene of the vocabulary, as for all of each cell
+            if embedded is None:  # once for each gene of the vocabulary, as for all of each cell
                 return (cell_BD @ table_GD.T).gather(1, asked_ids)
-            return (self.gene_embedding(asked_ids) @ cell_BD[..., None])[..., 0]
+            return cell_BD @ embedded.T if embedded.ndim == 2 else (embedded @ cell_BD[..., None])[..., 0]
 
-    def _attended_out(self, x_BLD: Tensor, asked_ids: Tensor) -> Tensor:
+    def _attended_out(self, x_BLD: Tensor, asked_ids: Tensor, embedded: Tensor | None) -> Tensor:
         way = self.attention.way
-        if way == "fused":
-            return at_least_float32(fused.unpool(self.unpool, self.head, self.gene_embedding, asked_ids, x_BLD))
-        embedded = self.gene_embedding(asked_ids)
-        if way == "factorised":
-            return at_least_float32(factorised.unpool(self.unpool, self.head, embedded, x_BLD))
+        if way in ("factorised", "fused"):
+            unpool = fused.unpool if way == "fused" else factorised.unpool
+            rows = rows_of(asked_ids, self.gene_embedding, embedded)
+            return at_least_float32(unpool(self.unpool, self.head, rows, x_BLD))
         return at_least_float32(self.head(self.unpool(embedded, x_BLD)))
 
     def _log_share(self, ids: Tensor) -> Tensor:
