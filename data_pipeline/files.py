@@ -88,6 +88,13 @@ def sha256_of(file: IO[bytes], piece: int = 1 << 20) -> tuple[int, str]:
     return n, digest.hexdigest()
 
 
+def of_bytes(n: float) -> str:
+    """`2.5 GB`, `340 kB`: three digits in the unit that shows them."""
+    unit = next((k for k in (4, 3, 2, 1) if n >= 999.5 * 1000 ** (k - 1)), 0)
+    number = n / 1000**unit
+    return f"{number:,.0f} {' kMGT'[unit].strip()}B" if number >= 99.95 else f"{number:.3g} {' kMGT'[unit].strip()}B"
+
+
 def parse_bytes(text: str, key: str) -> int:
     """`2GiB`, `500 MB`, `1000000` as bytes. Raises: InputError for anything else."""
     units = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}

@@ -29,7 +29,7 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata.io import read_elem, sparse_dataset, write_elem
 
-from data_pipeline.files import disk_explained, locked
+from data_pipeline.files import disk_explained, locked, of_bytes
 from scldm.errors import InputError, read_json
 from scldm.files import written_aside
 from scldm.progress import Progress
@@ -108,8 +108,8 @@ class CellWriter:
         if needed > free:
             still = "" if n_missing == self.n_cells else f", {n_missing:,} of them still to be made"
             raise InputError(
-                f"out={self.out}: about {needed / 1e9:,.1f} GB are needed for {self.n_cells:,} cells{still}; "
-                f"{self._folder} has {free / 1e9:,.1f} GB free; ask for fewer cells or genes, or another out"
+                f"out={self.out}: about {of_bytes(needed)} are needed for {self.n_cells:,} cells{still}; "
+                f"{self._folder} has {of_bytes(free)} free; ask for fewer cells or genes, or another out"
             )
 
     @contextmanager
@@ -213,6 +213,17 @@ class CellWriter:
                 return what(file)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise InputError(f"{path} is damaged ({error}); remove it and run the same command again") from None
+
+
+def require_room(out: str | Path, n_cells: int) -> None:
+    """Raises: InputError for more cells than could be written at all, before there is an array of them."""
+    folder = next(parent for parent in Path(out).absolute().parents if parent.exists())
+    needed, free = n_cells * OBS_BYTES, shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(
+            f"out={out}: at least {of_bytes(needed)} are needed for {n_cells:,} cells; {folder} has {of_bytes(free)} "
+            "free; ask for fewer cells, or another out"
+        )
 
 
 # --- the formats ---------------------------------------------------------------------------------------------------
@@ -351,16 +362,14 @@ def _sync_folder(path: Path) -> None:
 # --- read back -------------------------------------------------------------------------------------------------------
 
 
-def read_cells(path: str) -> ad.AnnData:
-    """All cells of a .zarr or .soma folder, in memory.
+def read_soma(path: str) -> ad.AnnData:
+    """All cells of a .soma folder, in memory.
 
     Raises: InputError for what is none.
     """
     if not Path(path).is_dir():
         raise InputError(f"{path}: no such folder")
     try:
-        if path.rstrip("/").endswith(".zarr"):
-            return ad.read_zarr(path)
         import tiledbsoma
         import tiledbsoma.io
 
@@ -368,6 +377,8 @@ def read_cells(path: str) -> ad.AnnData:
 
         with tiledbsoma.Experiment.open(path, context=context()) as experiment:
             return tiledbsoma.io.to_anndata(experiment, MEASUREMENT, X_layer_name=LAYER)
-    except Exception as error:  # each library has its own for what is none of its folders
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # tiledbsoma has several for what is none of its folders
         told = (str(error).splitlines() or [repr(error)])[0]
         raise InputError(f"{path}: can't be read: {told}") from None

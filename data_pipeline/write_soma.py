@@ -26,8 +26,8 @@ import tiledbsoma.io
 from data_pipeline.convert.narrow import FAULTS, Rows, fault_of
 from data_pipeline.convert.open import open_matrix, open_sources
 from data_pipeline.convert.source import SourceConfig
-from data_pipeline.convert.source_h5ad import open_file, read_frame, reading
 from data_pipeline.files import aside, disk_explained
+from scldm.cells_file import open_cells, read_frame, reading
 from scldm.errors import InputError
 from scldm.progress import Progress
 
@@ -61,7 +61,7 @@ def write_soma(config: SomaWriteConfig) -> str:
     """
     source = SourceConfig(kind="h5ad", paths=(config.h5ad,), layer=config.layer, gene_column=config.gene_column)
     opened = open_sources(source, (), "")[0]
-    with open_file(config.h5ad) as file, reading(config.h5ad):
+    with open_cells(config.h5ad) as file, reading(config.h5ad):
         obs = read_frame(file["obs"])
         var = read_frame(file["raw/var" if opened.spec.layer == "raw/X" else "var"])
     var["feature_id"] = list(opened.genes.ids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from launch.cli import run_verb
 from launch.own_cells import OwnCellsConfig, model_and_cells, write_whole
@@ -35,8 +35,9 @@ CONFIG = EmbedConfig
 def main(config: EmbedConfig) -> Path:
     """Write the file; returns its path."""
     model, adata = model_and_cells(config)
+    match = model.matched(adata, config.layer or None)
     adata.obsm["X_scldm"] = model.embed(adata, layer=config.layer or None, pool=config.pool)
-    adata.uns["scldm_embed"] = model.record("embed", pool=config.pool)
+    adata.uns["scldm_embed"] = model.record("embed", pool=config.pool, **dict[str, Any](match.to_json()))
     write_whole(adata, Path(config.out))
     n, width = adata.obsm["X_scldm"].shape
     print(f'{n:,} cells, obsm["X_scldm"] of width {width}: {config.out}')

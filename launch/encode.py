@@ -32,7 +32,7 @@ PURPOSE = """Encode every cell of a shard set once: posterior means as a latent 
 Runs on any number of ranks, each with its own shards; run again after an interruption, it goes on."""
 EXAMPLE = """
 scldm encode vae=runs/vae shards=shards out=latents
-torchrun --standalone --nproc-per-node 8 -m launch.encode vae=runs/vae shards=shards out=latents
+torchrun --standalone --no-python --nproc-per-node 8 scldm encode vae=runs/vae shards=shards out=latents
 """
 LONGEST_WAIT_S = 7 * 86_400  # for the slowest rank's last shard: 65,536 cells of 10 a second take two hours
 

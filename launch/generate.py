@@ -13,15 +13,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pandas as pd
 import torch
-from anndata.io import read_elem
 
 import scldm
-from data_pipeline.write_cells import N_EVALUATIONS, CellWriter
+from data_pipeline.write_cells import FORMATS, N_EVALUATIONS, CellWriter, require_room
 from launch.cli import run_verb
+from scldm.cells_file import check_out, read_obs
 from scldm.count_draws import DRAWS_VERSION
 from scldm.environment import cpu_maker
 from scldm.errors import InputError
@@ -39,7 +38,7 @@ EXAMPLE = """
 scldm generate model=model conditions=wanted.csv out=generated.h5ad
 scldm generate model=model like=cells.h5ad by=cell_type,donor out=generated.zarr seed=1
 scldm generate model=model n=1000 genes=CD3E,MS4A1 kind=means out=generated.h5ad
-torchrun --standalone --nproc-per-node 8 -m launch.generate model=model n=1000000 out=generated.soma
+torchrun --standalone --no-python --nproc-per-node 8 scldm generate model=model n=1000000 out=generated.soma
 """
 
 
@@ -50,7 +49,7 @@ class GenerateConfig:
     model: model folder that `scldm export` wrote
     out: what to write: a path that ends in .h5ad, .zarr or .soma (a SOMA experiment)
     conditions: CSV with a column per condition and, if there is one, a column n_cells (else one cell per row)
-    like: h5ad file whose cells' labels are taken, one new cell for each
+    like: h5ad or zarr file whose cells' labels are taken, one new cell for each
     by: columns of `like` that are conditions of the model; also library_size, if it has one
     n: number of cells without any condition
     genes: genes to write, in this order; none writes all
@@ -90,6 +89,7 @@ def main(config: GenerateConfig) -> Path:
     if config.threads < 1:
         raise InputError(f"threads={config.threads} must be at least 1")
     torch.set_num_threads(config.threads)
+    check_out(config.out, tuple(FORMATS), like=config.like, conditions=config.conditions)
     table = wanted_cells(config)
     model = scldm.load(config.model, batch=config.batch, precision=config.precision)
     wanted = model.check_conditions(table, config.seed, config.sampler)
@@ -180,26 +180,24 @@ def wanted_cells(config: GenerateConfig) -> pd.DataFrame:
     if config.n is not None:
         if config.n < 1:
             raise InputError(f"n={config.n} must be at least 1")
+        require_room(config.out, config.n)
         return pd.DataFrame(index=pd.RangeIndex(config.n))
     path = Path(config.conditions or config.like)
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"{ways[0]}={path}: no such file")
     if config.conditions:
         table = read_table(path)
         if "n_cells" not in table:
             return numeric_library_size(table)
-        numbers = table["n_cells"].astype(str)
+        numbers = table["n_cells"].astype(str).str.strip()
         if not numbers.str.fullmatch(r"\d{1,18}").all():
             raise InputError(f"{path}: column n_cells must hold whole numbers, 0 or more")
+        require_room(config.out, sum(map(int, numbers)))
         rows = np.repeat(np.arange(len(table)), numbers.astype(int))
         return numeric_library_size(table.drop(columns="n_cells").iloc[rows].reset_index(drop=True))
     if not config.by:
         raise InputError("like needs by: the columns of its obs that are conditions of the model, as by=cell_type")
-    obs = read_obs(path)
-    missing = [name for name in config.by if name not in obs]
-    if missing:
-        raise InputError(f"{path}: obs has no column {missing[0]!r}; it has {', '.join(map(str, obs.columns))}")
-    return numeric_library_size(pd.DataFrame({name: obs[name].array for name in config.by}))
+    return numeric_library_size(read_obs(path, config.by))
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -210,17 +208,6 @@ def read_table(path: Path) -> pd.DataFrame:
             return pd.read_csv(path, dtype="category", keep_default_na=False, index_col=False)
     except (ValueError, OSError, pd.errors.ParserWarning) as error:  # ParserError and EmptyDataError are ValueErrors
         raise InputError(f"conditions={path}: not a readable CSV file: {' '.join(str(error).split())}") from None
-
-
-def read_obs(path: Path) -> pd.DataFrame:
-    """The obs of an h5ad file, without its counts. Raises: InputError for a file that is none."""
-    try:
-        with h5py.File(path, "r") as file:
-            obs = read_elem(file["obs"])  # pyright: ignore[reportArgumentType]  # h5py's stubs make a union of every node
-    except (OSError, KeyError) as error:
-        raise InputError(f"{path}: not a readable h5ad file: {error}") from None
-    assert isinstance(obs, pd.DataFrame)
-    return obs
 
 
 def numeric_library_size(table: pd.DataFrame) -> pd.DataFrame:

@@ -11,8 +11,9 @@ import anndata as ad
 import torch
 
 import scldm
-from scldm.errors import InputError
+from scldm.cells_file import check_out, check_storable, read_cells
 from scldm.pretrained import BATCH_CELLS, Precision
+from scldm.vocab import MIN_GENE_SHARE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +21,14 @@ class OwnCellsConfig:
     """Which cells, and the model that they meet.
 
     model: model folder that `scldm export` wrote
-    h5ad: file with raw counts
+    h5ad: h5ad or zarr file with raw counts
     out: h5ad file to write
     layer: layer that holds the counts; empty is X
     drop_empty: leave out cells without a count in any gene that the model knows; else they are refused
     device: torch device; empty is a GPU where there is one
     batch: cells that go through the networks at once; another number differs in the last bits
     precision: float32, or bfloat16: for GPUs; expected counts are off by 0.6 %
+    min_gene_share: of the model's genes that the file must have; with fewer it is refused
     """
 
     model: str
@@ -37,6 +39,7 @@ class OwnCellsConfig:
     device: str = ""
     batch: int = BATCH_CELLS
     precision: Precision = "float32"
+    min_gene_share: float = MIN_GENE_SHARE
 
 
 def model_and_cells(config: OwnCellsConfig) -> tuple[scldm.Pretrained, ad.AnnData]:
@@ -44,14 +47,13 @@ def model_and_cells(config: OwnCellsConfig) -> tuple[scldm.Pretrained, ad.AnnDat
 
     Raises: InputError for what is not there or not readable.
     """
-    if not Path(config.h5ad).is_file():
-        raise InputError(f"h5ad={config.h5ad}: no such file")
+    check_out(config.out, (".h5ad",), h5ad=config.h5ad)
+    adata = read_cells(config.h5ad)
+    check_storable(adata, f"h5ad={config.h5ad}")
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = scldm.load(config.model, device, batch=config.batch, precision=config.precision)
-    try:
-        adata = ad.read_h5ad(config.h5ad)
-    except (OSError, KeyError) as error:
-        raise InputError(f"h5ad={config.h5ad}: not a readable h5ad file: {error}") from None
+    model = scldm.load(
+        config.model, device, batch=config.batch, precision=config.precision, min_gene_share=config.min_gene_share
+    )
     if config.drop_empty and not (counted_n := model.counted(adata, config.layer or None)).all():
         n = adata.n_obs
         adata = adata[counted_n].copy()

@@ -25,9 +25,10 @@ from data_pipeline.convert.plan import ShardsWriteConfig
 from data_pipeline.format.schema import read_manifest
 from launch.cli import run_verb
 from launch.evaluation.of_generated import show
+from scldm.cells_file import column_names, frame_of, open_cells, reading
 from scldm.errors import InputError
 from scldm.files import write_json
-from scldm.train.tracking import Tracker, TrackingConfig
+from scldm.train.tracking import Tracker, TrackingConfig, database_uri
 
 PURPOSE = """The whole path on one small set of real cells, on a CPU: shards, both trainings, generation,
 evaluation, report.
@@ -83,7 +84,7 @@ def main(config: QuickstartConfig) -> None:
     cells, conditions = note["cells"], note["condition"]
     if not cells:
         cells, conditions = str(out / "input.h5ad"), ["cell_type"]
-    tracking = TrackingConfig(uri=f"sqlite:///{(out / 'mlflow.db').resolve()}", experiment="quickstart")
+    tracking = TrackingConfig(uri=database_uri((out / "mlflow.db").resolve()), experiment="quickstart")
     with Tracker(out, tracking, stage="quickstart", params=note) as parent:
         own = {"uri": tracking.uri, "experiment": tracking.experiment, "parent_run_id": parent.run_id()}
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -141,11 +142,12 @@ class Stages:
 
     def verb(self, stage: str, module: str, arguments: Iterable[str], ranks: int = 1) -> None:
         """A verb as a command of its own, on one process or under torchrun."""
-        launcher = ["-m"]
+        # -P: a launch.py in the user's folder is not ours
+        command = [sys.executable, "-P", "-m", f"launch.{module}", *arguments]
         if ranks > 1:
-            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-        command = [sys.executable, *launcher, f"launch.{module}", *arguments]
-        shown = shlex.join(["python", *command[1:]])
+            torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--no-python"]
+            command = [*torchrun, f"--nproc-per-node={ranks}", *command]
+        shown = shlex.join("python" if word == sys.executable else word for word in command)
         self.call(stage, shown, lambda: run(stage, command))
 
     def call(self, stage: str, shown: str, work) -> None:
@@ -205,17 +207,11 @@ def open_folder(config: QuickstartConfig, out: Path) -> dict:
 
 def check_cells(config: QuickstartConfig) -> None:
     """Raises: InputError for a file without usable counts or without the condition, before anything is made."""
-    import h5py
-
     from data_pipeline.convert.source_h5ad import find_counts
 
-    try:
-        with h5py.File(config.h5ad) as file:
-            find_counts(file, config.layer)
-            obs = file["obs"]
-            columns = [str(c) for c in obs.attrs.get("column-order", ())] if isinstance(obs, h5py.Group) else []
-    except (OSError, KeyError) as error:
-        raise InputError(f"h5ad={config.h5ad}: not a readable h5ad file: {error}") from None
+    with open_cells(config.h5ad) as file, reading(config.h5ad):
+        find_counts(file, config.layer)
+        columns = column_names(frame_of(file, "obs", config.h5ad))
     ShardsWriteConfig(out="", conditions=config.condition)  # refuses a name that can't be a file's
     for name in config.condition:
         if name not in columns:
@@ -254,7 +250,7 @@ def say_where(out: Path, todo: Stages, seconds: float) -> None:
     }
     for name, meaning in what.items():
         print(f"  {out / name!s:<36} {meaning}")
-    print(f"  {'mlflow ui --backend-store-uri sqlite:///' + str(out / 'mlflow.db')}")
+    print(f"  mlflow ui --backend-store-uri {shlex.quote(database_uri(out / 'mlflow.db'))}")
 
 
 # --- the built-in cells --------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import sys
 
 from data_pipeline.convert.plan import ShardsWriteConfig
 from data_pipeline.convert.write_shards import write_shards
+from data_pipeline.files import of_bytes
 from launch.cli import run_verb
 
 PURPOSE = """Turn an atlas (h5ad files, a SOMA experiment, the Census) into shuffled training shards with splits.
@@ -29,9 +30,15 @@ def main(config: ShardsWriteConfig) -> None:
         size = sum(s.bytes for s in manifest.shards)
         layers = sorted({f"{s['uri'] or 'Census'}: {s['layer']}" for s in manifest.sources})
         print(f"counts from {'; '.join(layers[:3])}{' and others' if len(layers) > 3 else ''}")
+        lost = manifest.report.get("genes", {})
+        for uri, n in lost.get("not_in_vocabulary", {}).items():
+            nameless = lost.get("without_name", {}).get(uri, 0)
+            print(
+                f"{uri}: {n:,} of its genes are not in the set" + (f", {nameless:,} have no name" if nameless else "")
+            )
         print(
             f"{config.out}: {manifest.n_cells:,} cells ({splits}) x {manifest.genes.n_genes:,} genes, "
-            f"{len(manifest.shards)} shards, {size / 1e6:,.1f} MB, {size / manifest.n_cells:,.0f} bytes a cell"
+            f"{len(manifest.shards)} shards, {of_bytes(size)}, {size / manifest.n_cells:,.0f} bytes a cell"
         )
 
 

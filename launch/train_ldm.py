@@ -44,7 +44,7 @@ PURPOSE = """Train the diffusion transformer on latents that `scldm encode` wrot
 encoded as they come, each time from a fresh gene set. Run again with the same run_dir, it resumes."""
 EXAMPLE = """
 scldm train ldm ldm/tiny hardware/cpu data.shards=latents run_dir=runs/ldm
-torchrun --standalone --nproc-per-node 8 -m launch.train_ldm ldm/base data.shards=latents run_dir=runs/ldm
+torchrun --standalone --no-python --nproc-per-node 8 scldm train ldm ldm/base data.shards=latents run_dir=runs/ldm
 scldm train ldm ldm/tiny hardware/cpu vae=runs/vae data.shards=shards given.policy=random given.share=0.5 \
   run_dir=runs/ldm
 """

@@ -30,7 +30,7 @@ PURPOSE = """Train the autoencoder on a shard set. Run again with the same run_d
 At its end the best checkpoint is judged on validation cells, beside mean profiles: gate.json, and one line."""
 EXAMPLE = """
 scldm train vae vae/tiny hardware/cpu data.shards=shards run_dir=runs/vae
-torchrun --standalone --nproc-per-node 8 -m launch.train_vae vae/dentate_gyrus data.shards=shards run_dir=runs/vae
+torchrun --standalone --no-python --nproc-per-node 8 scldm train vae vae/20m data.shards=shards run_dir=runs/vae
 """
 
 

@@ -49,8 +49,6 @@ CONFIG = TransformConfig
 def main(config: TransformConfig) -> Path:
     """Write the file; returns its path."""
     out = Path(config.out)
-    if out.suffix != ".h5ad":
-        raise InputError(f"out={config.out} must end in .h5ad")
     to: dict[str, str] = {}
     for part in config.to:
         name, _, label = part.partition("=")

@@ -27,8 +27,9 @@ from scldm.model.vae import VAE, Predicted, chosen
 from scldm.request import labels as asked
 from scldm.request.wanted import Wanted, distinct
 from scldm.version import VERSION
-from scldm.vocab import ConditionVocab, GeneVocab
+from scldm.vocab import MIN_GENE_SHARE, ConditionVocab, GeneVocab
 
+MAX_LIBRARY_SIZE = 1e8  # a thousand times a large cell's; above, a gene's count may not fit its 32 bits
 NOT_GIVEN = "not given"
 Kind = Literal["counts", "means"]
 Precision = Literal["float32", "bfloat16"]
@@ -53,8 +54,8 @@ class Made(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)  # a model is itself: as it is, it can be a key
 class Networks:
-    """Autoencoder, diffusion transformer and what they need to know of genes, conditions and library sizes; batch and
-    precision as for `load`.
+    """Autoencoder, diffusion transformer and what they need to know of genes, conditions and library sizes; batch,
+    precision and min_gene_share as for `load`.
 
     origin: where the weights come from
     hash: of the weights
@@ -73,6 +74,7 @@ class Networks:
     precision: Precision = "float32"
     gene_columns: pd.DataFrame = field(default_factory=pd.DataFrame)
     history: dict[str, pd.DataFrame] = field(default_factory=dict)
+    min_gene_share: float = MIN_GENE_SHARE
 
     @property
     def made_by(self) -> dict[str, str | int]:
@@ -137,8 +139,12 @@ class Networks:
         notes += asked.of_other_labels(dit, self.conditions, base, ids, labels, asked.DRAWN)
         if "library_size" in conditions:
             sizes = np.array(pd.to_numeric(conditions["library_size"], errors="coerce"), dtype=np.float64)
-            if not (np.isfinite(sizes).all() and (sizes > 0).all()):
-                raise InputError("column library_size must hold positive numbers")
+            if not (ok := (sizes > 0) & (sizes <= MAX_LIBRARY_SIZE)).all():
+                at = int(np.argmin(ok))
+                raise InputError(
+                    f"column library_size, row {at}: {conditions['library_size'].iloc[at]} must be a number above 0 "
+                    f"and at most {MAX_LIBRARY_SIZE:,.0f}"
+                )
             return Wanted(seed, combination_n, labels, ids, base, sizes, notes=notes)
         log_mean_n, log_std_n, backed_off = self.library_sizes.of(labels)
         return Wanted(seed, combination_n, labels, ids, base, None, log_mean_n, log_std_n, (*notes, *backed_off))

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import anndata as ad
 import numpy as np
@@ -22,6 +23,7 @@ from torch import Tensor
 from scldm import draws
 from scldm.arguments import mapping_of, names_of, one_of
 from scldm.batch import GeneCounts
+from scldm.cells_file import storable
 from scldm.errors import InputError, read_json
 from scldm.flow.generate import SamplerConfig, guided
 from scldm.flow.shift import way
@@ -36,12 +38,13 @@ from scldm.progress import Progress
 from scldm.request import labels as asked
 from scldm.request.cells import Asked, table_of
 from scldm.shown import as_html, as_text
-from scldm.vocab import ConditionVocab, GeneVocab
+from scldm.vocab import MIN_GENE_SHARE, ConditionVocab, GeneMatch, GeneVocab
 from scldm.weights import put_in, read_weights, weights_hash
 
 if TYPE_CHECKING:
     from scldm.comparison import Evaluation
 
+FILE_ROWS = 4096  # of a file, read at once: 4,096 cells x 60,000 genes x 4 B = 1 GB where it is dense
 MAX_COUNT = 2**31 - 1  # of int32, as cells are given to the encoder and written
 Pool = Literal["flat", "mean"]
 
@@ -52,6 +55,7 @@ def load(
     *,
     batch: int = BATCH_CELLS,
     precision: Precision = "float32",
+    min_gene_share: float = MIN_GENE_SHARE,
 ) -> Pretrained:
     """The model in a folder that `scldm export` wrote.
 
@@ -60,6 +64,8 @@ def load(
     precision: of the networks' matrix products. bfloat16, for GPUs, differs: it keeps 8 bits of a number,
         so that expected counts are off by 0.6 % (median; 1 % of them by 3 % or more; cells of Kang et al.). What is
         between the products, the flow's state and the draws are float32
+    min_gene_share: of the model's genes that cells must have to be embedded, reconstructed or transformed, 0 to 1;
+        cells with fewer are refused, since most often their genes are named otherwise
 
     Raises: InputError for a folder that is not one, is damaged, or of an unknown version.
     """
@@ -68,6 +74,8 @@ def load(
     if batch < 1:
         raise InputError(f"batch={batch} must be at least 1")
     one_of("precision", precision, Precision)
+    if not 0 <= min_gene_share <= 1:
+        raise InputError(f"min_gene_share={min_gene_share} must be from 0 to 1")
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is not a model folder: it has no config.json; `scldm export` writes one")
     config = read_json(folder / "config.json")
@@ -92,7 +100,7 @@ def load(
     vae = vae.eval().requires_grad_(False)
     model = Pretrained(
         vae, dit, genes, conditions, sizes, config["origin"], weights_hash(tensors), batch, precision,
-        _gene_columns(folder, genes), _history(folder),
+        _gene_columns(folder, genes), _history(folder), min_gene_share,
     )  # fmt: skip
     return model.to(device)
 
@@ -116,6 +124,14 @@ def _history(folder: Path) -> dict[str, pd.DataFrame]:
     ):
         raise InputError(f"{path} is damaged: it must hold a list of rows for each stage")
     return {stage: pd.DataFrame(of) for stage, of in rows.items()}
+
+
+class Given(NamedTuple):
+    """counts: (n, genes that the model knows) int32; ids: indices of those genes; match: which they are"""
+
+    counts: sp.csr_matrix
+    ids: Tensor
+    match: GeneMatch
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -150,7 +166,8 @@ class Pretrained(Networks):
         Raises: InputError for counts that are none, or no gene in common.
         """
         one_of("pool", pool, Pool)
-        counts, gene_ids = self._given(adata, layer)
+        counts, gene_ids, match = self._given(adata, layer)
+        print(match, file=sys.stderr)
         encode = encoder_of(self.vae, gene_ids, counts.getnnz(0) / adata.n_obs)
         out = []
         with Progress("embed", adata.n_obs, "cells") as bar, torch.no_grad(), self._computing():
@@ -175,8 +192,9 @@ class Pretrained(Networks):
         """
         if "log_likelihood" in adata.obs:
             raise InputError("obs has a column 'log_likelihood' already, which would be lost; rename or remove it")
-        counts, given_ids = self._given(adata, layer)
+        counts, given_ids, match = self._given(adata, layer)
         asked_ids = given_ids if genes is None else self._here(self.columns(genes) + 1)
+        print(match, file=sys.stderr)
         encode = encoder_of(self.vae, given_ids, counts.getnnz(0) / adata.n_obs)
         expected, log_likelihood = [], []
         with Progress("reconstruct", adata.n_obs, "cells") as bar, torch.no_grad(), self._computing():
@@ -189,11 +207,11 @@ class Pretrained(Networks):
                 asked = whole if genes is None else self.vae.decode(latent_BLZ, asked_ids, among_ids=given_ids)
                 expected.append(asked.expected(size_B).float().cpu().numpy())
                 bar.advance(len(size_B))
-        obs = pd.DataFrame(adata.obs, copy=True)
+        obs = storable(pd.DataFrame(adata.obs))
         obs["log_likelihood"] = np.concatenate(log_likelihood)
         var, at = self._var_of(adata, asked_ids.cpu().numpy() - 1)
         layers = {} if at is None else {name: matrix[:, at] for name, matrix in adata.layers.items()}
-        uns = {"scldm": self.record("reconstruct")}
+        uns = {"scldm": self.record("reconstruct", **dict[str, Any](match.to_json()))}
         made = ad.AnnData(np.concatenate(expected), obs=obs, var=var, layers=layers, uns=uns)
         for name, of in adata.obsm.items():
             made.obsm[name] = of
@@ -203,15 +221,19 @@ class Pretrained(Networks):
         """Rows of var of the user's own cells for these of the model's genes, and where they stand there; what the
         model knows of the genes, and None, where one is not there."""
         at = adata.var_names.get_indexer(pd.Index([self.genes.ids[k] for k in columns]))
-        return (self.var(columns), None) if (at < 0).any() else (pd.DataFrame(adata.var).iloc[at].copy(), at)
+        return (self.var(columns), None) if (at < 0).any() else (storable(pd.DataFrame(adata.var)).iloc[at], at)
+
+    def matched(self, adata: ad.AnnData, layer: str | None = None) -> GeneMatch:
+        """How many of the model's genes the cells have. Arguments and errors as for `embed`."""
+        of = adata.raw if layer in ("raw", "raw/X") and adata.raw is not None else adata
+        return self.genes.match(list(map(str, of.var_names)), "the cells", self.min_gene_share)
 
     def counted(self, adata: ad.AnnData, layer: str | None = None) -> np.ndarray:
         """Which cells have a count in any gene that the model knows, bool (n,): the others are refused by `embed`,
         `reconstruct` and `transform`. Arguments and errors as for `embed`."""
-        return self._given(adata, layer, empty_too=True)[0].getnnz(1) > 0
+        return self._given(adata, layer, empty_too=True).counts.getnnz(1) > 0
 
-    def _given(self, adata: ad.AnnData, layer: str | None, empty_too: bool = False) -> tuple[sp.csr_matrix, Tensor]:
-        """Counts of the genes that the model knows, and their indices."""
+    def _given(self, adata: ad.AnnData, layer: str | None, empty_too: bool = False) -> Given:
         run = self.origin.get("vae", {}).get("config", {})
         policy = run.get("data", {}).get("given", {}).get("policy")
         if policy in ("expressed", "expressed_plus_zeros"):
@@ -219,26 +241,21 @@ class Pretrained(Networks):
                 f"this autoencoder was trained with data.given.policy={policy} and is given all genes of a file here, "
                 f"which is another function; `scldm encode` with genes.policy={policy} encodes cells as it was trained"
             )
-        if layer in ("raw", "raw/X") and adata.raw is not None:
-            adata, layer = adata.raw.to_adata(), None
-        if layer is not None and layer not in adata.layers:
+        from_raw = layer in ("raw", "raw/X") and adata.raw is not None
+        if layer is not None and not from_raw and layer not in adata.layers:
             there = [*(["raw"] if adata.raw is not None else []), *adata.layers]
             raise InputError(f"layer {layer!r} is not there; there are X{''.join(f', {name}' for name in there)}")
         if adata.n_obs == 0:
             raise InputError("there are no cells to embed")
-        if not adata.var_names.is_unique:
-            twice = adata.var_names[adata.var_names.duplicated()][0]
-            raise InputError(f"gene {twice!r} stands twice in var_names; they must be unique")
-        index = self.genes.lookup(adata.var_names)
-        if not index.any():
-            raise InputError(
-                f"none of the {adata.n_vars} genes (such as {adata.var_names[0]!r}) is among the model's "
-                f"{self.genes.n_genes} (such as {self.genes.ids[0]!r}); they are {self.genes.namespace} ids"
-            )
-        matrix = adata.layers[layer] if layer is not None else adata.X
+        matrix = adata.raw.X if from_raw else adata.X if layer is None else adata.layers[layer]
         if matrix is None:
             raise InputError("X is empty; name the layer that holds the counts")
-        counts = sp.csr_matrix(matrix)[:, index > 0]
+        names = list(map(str, adata.raw.var_names if from_raw else adata.var_names))
+        if len(set(names)) < len(names):
+            twice = next(name for name, n in Counter(names).items() if n > 1)
+            raise InputError(f"gene {twice!r} stands twice in var_names; they must be unique")
+        found = self.genes.match(names, "the cells", self.min_gene_share)
+        counts: Any = _columns(matrix, found.index_n > 0)
         counts.eliminate_zeros()
         wrong = counts.data[~((counts.data >= 0) & (counts.data <= MAX_COUNT) & (counts.data == np.rint(counts.data)))]
         if len(wrong):
@@ -249,7 +266,7 @@ class Pretrained(Networks):
                 f"{empty} of {adata.n_obs} cells have no count in any gene that the model knows; drop_empty=true "
                 "leaves them out, in Python adata[model.counted(adata)]"
             )
-        return counts.astype(np.int32), self._here(index[index > 0])
+        return Given(counts.astype(np.int32), self._here(found.index_n[found.index_n > 0]), found)
 
     # --- transform ---
 
@@ -288,7 +305,7 @@ class Pretrained(Networks):
         sampler, dit = _sampler(sampler), self._dit()
         one_of("kind", kind, Kind)
         to = mapping_of("to", to, '{"treatment": "stim"}')
-        obs = pd.DataFrame(adata.obs)
+        obs = storable(pd.DataFrame(adata.obs))
         own = tuple(name for name in self.conditions.names if name in obs)
         by = own if by is None else names_of("by", by, "columns of obs", '["cell_type", "treatment"]')
         moves = asked.own_and_other(dit, self.conditions, obs, by, to, sampler)
@@ -296,9 +313,9 @@ class Pretrained(Networks):
             asked.check_sampler(dit, of, sampler, self.origin)
         if not alphas or not all(0 <= alpha <= 1 for alpha in alphas):
             raise InputError(f"alphas={', '.join(map(str, alphas))} must be numbers from 0 to 1, at least one")
-        counts, given_ids = self._given(adata, layer)
+        counts, given_ids, match = self._given(adata, layer)
         asked_ids = given_ids if genes is None else self._here(self.columns(genes) + 1)
-        for note in moves.notes:
+        for note in (match, *moves.notes):
             print(note, file=sys.stderr)
         encode = encoder_of(self.vae, given_ids, counts.getnnz(0) / adata.n_obs)
         n_evaluations = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -328,7 +345,8 @@ class Pretrained(Networks):
                         v.n_evaluations_B.sum() if isinstance(v.n_evaluations_B, Tensor) else v.n_evaluations_B
                     )
         matrix = sp.csr_matrix(sp.vstack([block for part in parts for block in part]))
-        uns = self.record("transform", seed=seed, sampler=sampler, to=json.dumps(to), n_evaluations=int(n_evaluations))
+        more: dict[str, Any] = {"to": json.dumps(to), "n_evaluations": int(n_evaluations), **match.to_json()}
+        uns = self.record("transform", seed=seed, sampler=sampler, **more)
         moved = pd.concat([asked.moved_obs(dit, self.conditions, obs, to, alpha, len(alphas) > 1) for alpha in alphas])
         made = ad.AnnData(matrix, obs=moved, uns={"scldm": uns})
         made.var = self._var_of(adata, asked_ids.cpu().numpy() - 1)[0]
@@ -466,3 +484,15 @@ def _sampler(sampler: SamplerConfig | None) -> SamplerConfig:
     if sampler is not None and not isinstance(sampler, SamplerConfig):
         raise InputError(f"sampler={sampler!r} must be a scldm.SamplerConfig, as scldm.SamplerConfig(n_steps=20)")
     return sampler or SamplerConfig()
+
+
+def _columns(matrix: Any, keep: np.ndarray) -> sp.csr_matrix:
+    """Some columns in memory, of a matrix that may lie in a file (anndata's backed="r"), by rows, or be lazy."""
+    if hasattr(matrix, "compute"):
+        matrix = matrix.compute()
+    if sp.issparse(matrix) or isinstance(matrix, np.ndarray):
+        return sp.csr_matrix(matrix)[:, keep]
+    if getattr(matrix, "format", "") == "csc":  # of which a few rows cost as much as all
+        return sp.csr_matrix(matrix.to_memory())[:, keep]
+    starts = range(0, matrix.shape[0], FILE_ROWS)
+    return sp.csr_matrix(sp.vstack([sp.csr_matrix(matrix[a : a + FILE_ROWS])[:, keep] for a in starts]))

@@ -1,6 +1,6 @@
 """Vocabularies: which gene is index 17, which label of a condition is id 3. JSON on disk; stdlib and numpy only.
 
-Reading order: GeneVocab, ConditionVocab.
+Reading order: ids of genes, GeneVocab and GeneMatch, ConditionVocab.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +22,43 @@ from scldm.errors import InputError, read_json
 
 Namespace = Literal["ensembl", "symbol"]
 PADDING = 0
+FEW_LABELS = 10  # so many are all listed where one is unknown
+ENSEMBL = re.compile(r"(ENS[A-Z]*G)(\d{6,})(\.\d+)?")  # ENSG00000139618.19, ENSMUSG00000041147
+MIN_GENE_SHARE = 0.1  # of a model's genes that a file must have: with fewer, most likely the ids are of another kind
+
+
+def namespace_of(ids: Sequence[str]) -> Namespace:
+    """`ensembl` where most ids look like ENSG00000139618 or ENSMUSG00000041147, else `symbol`."""
+    return "ensembl" if sum(bool(ENSEMBL.fullmatch(g)) for g in ids) * 2 > len(ids) else "symbol"
+
+
+def without_version(gene: str) -> str:
+    """ENSG00000139618.19 is ENSG00000139618 in another release; every other id is itself."""
+    found = ENSEMBL.fullmatch(gene)
+    return f"{found[1]}{found[2]}" if found else gene
+
+
+def unversioned(ids: Sequence[str]) -> tuple[str, ...]:
+    """Ids without versions; as they are where two would then be one."""
+    bare = tuple(map(without_version, ids))
+    return bare if len(set(bare)) == len(set(ids)) else tuple(ids)
+
+
+def why_few(theirs: Sequence[str], ours: Sequence[str]) -> str:
+    """A guess why ids of genes don't meet, to end a message with; empty where there is none."""
+    kinds = namespace_of(theirs), namespace_of(ours)
+    if kinds[0] != kinds[1]:
+        named = {"ensembl": "Ensembl ids", "symbol": "symbols"}
+        return f"; {named[kinds[0]]} here, {named[kinds[1]]} there"
+    if kinds[0] == "ensembl":
+        prefix, own = (
+            Counter(m[1] for g in ids if (m := ENSEMBL.fullmatch(g))).most_common(1)[0][0] for ids in (theirs, ours)
+        )
+        return f"; ids of another species: {prefix}... here, {own}... there" if prefix != own else ""
+    exact, folded = len(set(theirs) & set(ours)), len({g.upper() for g in theirs} & {g.upper() for g in ours})
+    if folded > 2 * exact:
+        return f"; {folded:,} match but for upper and lower case, in which symbols of mouse and human differ"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -50,11 +89,37 @@ class GeneVocab:
 
     @cached_property
     def index_of(self) -> dict[str, int]:
-        return {gene: k + 1 for k, gene in enumerate(self.ids)}
+        """Of every id, and of those without their version that stand for one gene."""
+        times = Counter(map(without_version, self.ids))
+        bare = {b: k + 1 for k, gene in enumerate(self.ids) if times[b := without_version(gene)] == 1}
+        return bare | {gene: k + 1 for k, gene in enumerate(self.ids)}
 
     def lookup(self, ids: Iterable[str]) -> np.ndarray:
-        """Vocabulary indices of gene ids, int64; 0 where the vocabulary lacks the gene."""
-        return np.fromiter((self.index_of.get(g, PADDING) for g in ids), dtype=np.int64)
+        """Vocabulary indices of gene ids, int64, whatever the version of an Ensembl id; 0 where the vocabulary lacks
+        the gene."""
+        index = self.index_of
+        return np.fromiter((index.get(g, 0) or index.get(without_version(g), PADDING) for g in ids), dtype=np.int64)
+
+    def match(self, ids: Sequence[str], what: str, min_share: float) -> GeneMatch:
+        """The genes of a file among these.
+
+        what: how messages call the file
+        min_share: of these genes that the file must have; fewer, and no gene at all, are refused
+        Raises: InputError for that, with a guess at the cause, and where two of the file's ids are one gene.
+        """
+        index = self.lookup(ids)
+        found = GeneMatch(index, len(set(index.tolist()) - {PADDING}), self.n_genes)
+        if not found.n_matched or found.n_matched < min_share * self.n_genes:
+            named = f"they are named like {ids[0]!r}, the model's like {self.ids[0]!r}"
+            raise InputError(
+                f"{what}: {found}, and at least {100 * min_share:.3g} % are needed (min_gene_share={min_share:g}); "
+                f"{named}{why_few(ids, self.ids)}"
+            )
+        times = Counter(index[index != PADDING].tolist())
+        if twice := next((k for k, n in times.items() if n > 1), 0):
+            both = [g for g, k in zip(ids, index) if k == twice]
+            raise InputError(f"{what}: {both[0]!r} and {both[1]!r} are one gene; keep one of them, or add them up")
+        return found
 
     @cached_property
     def hash(self) -> str:
@@ -81,6 +146,22 @@ class GeneVocab:
     @classmethod
     def load(cls, path: Path) -> GeneVocab:
         return cls.from_json(read_json(path), str(path))
+
+
+@dataclass(frozen=True)
+class GeneMatch:
+    """Which genes of a vocabulary a file has: index_n of each of the file's genes, PADDING where there is none."""
+
+    index_n: np.ndarray
+    n_matched: int
+    n_genes: int
+
+    def __str__(self) -> str:
+        return f"{self.n_matched:,} of {self.n_genes:,} genes matched ({100 * self.n_matched / self.n_genes:.0f} %)"
+
+    def to_json(self) -> dict[str, int]:
+        """What is kept of it beside results."""
+        return {"genes_matched": self.n_matched, "genes_of_model": self.n_genes, "genes_of_file": len(self.index_n)}
 
 
 @dataclass(frozen=True)
@@ -113,9 +194,12 @@ class ConditionVocab:
         index = self.index_of[name]
         for value in values:
             if value not in index:
-                near = difflib.get_close_matches(str(value), self.labels[name], n=3, cutoff=0.3)
-                told = ", ".join(map(repr, near or self.labels[name][:5]))
-                raise InputError(f"condition {name!r} has no label {value!r}; nearest of its {len(index)}: {told}")
+                if len(index) <= FEW_LABELS:
+                    told = f"it has {', '.join(map(repr, index))}"
+                else:
+                    near = difflib.get_close_matches(str(value), self.labels[name], n=3, cutoff=0.3)
+                    told = f"nearest of its {len(index)}: {', '.join(map(repr, near or self.labels[name][:5]))}"
+                raise InputError(f"condition {name!r} has no label {value!r}; {told}")
         return np.fromiter((index[v] for v in values), dtype=np.int64, count=len(values))
 
     def decode(self, name: str, ids: Iterable[int]) -> list[str]:

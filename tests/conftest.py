@@ -11,6 +11,9 @@ from typing import Any
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
     os.environ[variable] = os.environ.get("SCLDM_TEST_THREADS", "1")  # tests/run.sh --as
 os.environ["MPLBACKEND"] = "Agg"
+# children take no module from their current folder (python -P): this checkout is theirs, whichever is installed
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (ROOT, os.environ.get("PYTHONPATH")) if p)
 # tests run ranks and read figures as on a machine without GPUs: those that there are are hidden, from processes too;
 # SCLDM_TEST_GPU=1 is for the tests of kernels and attention alone, which then run on one
 if os.environ.get("SCLDM_TEST_GPU") != "1":

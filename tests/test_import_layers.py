@@ -22,6 +22,8 @@ LEAVES = EVERYWHERE | {
     "scldm.arguments",
     "scldm.batch",
     "scldm.vocab",
+    "scldm.label_text",
+    "scldm.cells_file",
     "scldm.likelihood",
     "scldm.count_basis",
     "scldm.count_draws",
@@ -32,7 +34,7 @@ LEAVES = EVERYWHERE | {
     "scldm.kernels",
     "scldm.parallel",
 }
-FOR_DATA = {"scldm.batch", "scldm.micro_batches", "scldm.vocab"}
+FOR_DATA = {"scldm.batch", "scldm.cells_file", "scldm.label_text", "scldm.micro_batches", "scldm.vocab"}
 BESIDE_VERBS = {"launch.cli", "launch.config", "launch.failure", "launch.own_cells", "launch.staged"}
 BESIDE_VERBS |= {"launch.checkpoints", "launch.trained", "launch.training"}
 LAUNCH = BESIDE_VERBS | {"launch.cluster", "launch.evaluation"}
@@ -42,7 +44,7 @@ ABOVE_VERBS = {"launch.plan", "launch.quickstart"}
 # room -> the rooms of ours that it may import besides itself and EVERYWHERE
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES - EVERYWHERE},
-    "scldm.evaluate": {"scldm.likelihood"},
+    "scldm.evaluate": {"scldm.likelihood", "scldm.vocab"},
     "scldm.kernels": {"scldm.count_basis"},
     "scldm.parallel": {"scldm.micro_batches"},
     "scldm.model": LEAVES - {"scldm.parallel"},
@@ -64,9 +66,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data_pipeline.format": FOR_DATA | {"data_pipeline.files"},
     "data_pipeline.convert": FOR_DATA | {"data_pipeline.files", "data_pipeline.format"},
     "data_pipeline.stream": FOR_DATA | {"data_pipeline.convert", "data_pipeline.files", "data_pipeline.format"},
-    "data_pipeline.write_cells": {"data_pipeline.convert", "data_pipeline.files"},
+    "data_pipeline.write_cells": {"data_pipeline.convert", "data_pipeline.files", "scldm.cells_file"},
     "data_pipeline.write_latents": {"data_pipeline.files", "data_pipeline.format", "data_pipeline.stream"},
-    "data_pipeline.write_soma": {"data_pipeline.convert", "data_pipeline.files"},
+    "data_pipeline.write_soma": {"data_pipeline.convert", "data_pipeline.files", "scldm.cells_file"},
     "launch.config": set(),
     "launch.failure": set(),
     **dict.fromkeys(BESIDE_VERBS - {"launch.config", "launch.failure"}, ANYTHING | BESIDE_VERBS),

@@ -8,10 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from launch import cli
+from launch.cli import VERBS
 from tests.data_pipeline.small_sets import known_cells, write_set
 from tests.packages import hide
 
@@ -57,6 +60,78 @@ def test_training_without_deepspeed_mlflow_and_tiledbsoma(tmp_path: Path) -> Non
     """As if they were not installed, under this Python."""
     path = os.pathsep.join([hide(tmp_path / "site", hidden=UNWANTED), str(ROOT)])
     check(sys.executable, tmp_path, os.environ | {"PYTHONPATH": path})
+
+
+MODULES = {"scikit-learn": "sklearn", "pot": "ot", "umap-learn": "umap", "scikit-misc": "skmisc"}
+# extra -> the verbs and rooms that run with it and nothing else; "" is scldm alone
+CLAIMS = {
+    "": [
+        *("generate", "transform", "embed", "reconstruct", "submit", "status", "logs", "shards info"),
+        *("checkpoint inspect", "checkpoint verify", "checkpoint convert"),
+    ],
+    "shards": ["train vae", "encode", "train ldm", "plan", "export"],
+    "data": ["soma write", "shards write", "shards verify"],
+    "evaluate": ["evaluate", "launch.evaluation", "scldm.evaluate"],
+    "data,train,evaluate": ["quickstart"],
+}
+IMPORT = """
+import importlib, pkgutil
+for name in {names}:
+    module = importlib.import_module(name)
+    for inner in pkgutil.iter_modules(getattr(module, "__path__", []), name + "."):
+        if not inner.name.endswith(".cell_eval"):  # an extra of its own
+            importlib.import_module(inner.name)
+"""
+
+
+def brought(extra: str) -> set[str]:
+    """The modules that an extra brings, with those of the extras that it names."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    found = set[str]()
+    for requirement in extras[extra]:
+        name = re.split(r"[^\w.-]", requirement)[0].lower()
+        inner = re.findall(r"\[(.+)\]", requirement) if name == "scldm" else []
+        found |= brought_by(inner[0]) if inner else {MODULES.get(name, name.replace("-", "_"))}
+    return found
+
+
+def brought_by(extras: str) -> set[str]:
+    return set().union(*(brought(extra) for extra in extras.split(",") if extra))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", CLAIMS)
+def test_each_verb_needs_the_extra_that_claims_it_and_no_other(extra: str, tmp_path: Path) -> None:
+    hidden = brought_by("all") - brought_by(extra) - {"fsspec"}  # torch brings that
+    names = [VERBS[verb][0] if verb in VERBS else verb for verb in CLAIMS[extra]]
+    path = os.pathsep.join([hide(tmp_path, hidden=hidden), str(ROOT)])
+    words = [sys.executable, "-c", IMPORT.format(names=names)]
+    done = subprocess.run(words, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2_000:]
+
+
+def test_every_verb_is_claimed() -> None:
+    assert sorted(v for verbs in CLAIMS.values() for v in verbs if v in VERBS) == sorted(VERBS)
+
+
+@pytest.mark.parametrize(
+    "package, said",
+    [
+        ("tiledbsoma", """the package tiledbsoma is missing; scldm's extra 'data' brings it: pip install -c """
+         """constraints.txt -e ".[data]", in scldm's folder"""),
+        ("sklearn", "scldm's extra 'evaluate' brings it"),
+        ("numba", "scldm's extra 'shards' brings it"),
+        ("anndata", "scldm needs it: pip install -c constraints.txt -e ., in"),
+        ("nobody_has_it", "pip install nobody-has-it may bring it"),
+    ],
+)  # fmt: skip
+def test_a_missing_package_is_named_with_what_brings_it(package, said, capsys, monkeypatch) -> None:
+    def gone(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+    monkeypatch.setattr("importlib.import_module", gone)
+    assert cli.main(["embed"]) == 2
+    assert said in capsys.readouterr().err
 
 
 def python_3_12() -> str | None:

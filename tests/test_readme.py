@@ -62,6 +62,8 @@ def problem(words: list[str]) -> str:
         return problem_of_verb(["quickstart", *rest[1:]])
     if program in ("bash", "source", ".") and rest:
         return "" if (ROOT / rest[0]).is_file() or ".venv/" in rest[0] else f"no file {rest[0]}"
+    if program in ("torchrun", "srun") and "scldm" in rest:  # --no-python: a user's own launch.py is no way to ours
+        return problem_of_verb(rest[rest.index("scldm") + 1 :])
     if "-m" in rest and program in ("python", "python3", "torchrun", "srun"):
         module, *arguments = rest[rest.index("-m") + 1 :]
         if module == "pip":
@@ -133,6 +135,8 @@ def test_every_command_of_a_page_resolves(page: Path) -> None:
         ("scldm train vae \\\n  no.such=1", "unknown key"),
         ("cd x && torchrun --nproc-per-node 2 -m launch.none vae/tiny", "no module launch.none"),
         ("torchrun --standalone --no-python scldm train vae no.such=1", "unknown key"),
+        ("torchrun --no-python --nproc-per-node 2 scldm train gan", "unknown verb 'train gan'"),
+        ("srun --ntasks 2 scldm train vae vae/none", "preset 'vae/none' is unknown"),
         ("python -m benchmarks.mcab no.such=1", "unknown key"),
         ("srun --ntasks 2 python -m launch.train_vae vae/none", "preset 'vae/none' is unknown"),
         ('pip install -e ".[gpu]"', "no extra gpu"),

@@ -1,48 +1,55 @@
 """Genes of several sources as one vocabulary: joined by name, in one namespace; what has no place is counted.
 
-Reading order: namespace_of, SourceGenes, JoinedGenes, join_genes, choose.
+Reading order: gene_names, SourceGenes, JoinedGenes, join_genes, choose.
 """
 
 from __future__ import annotations
 
 import csv
-import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 
 from scldm.errors import InputError
-from scldm.vocab import GeneVocab, Namespace
+from scldm.label_text import texts
+from scldm.vocab import MIN_GENE_SHARE, GeneVocab, Namespace, why_few, without_version
 
 Join = Literal["union", "intersection"]
-ENSEMBL = re.compile(r"ENS[A-Z]*G\d{6,}(\.\d+)?")
 
 
-def namespace_of(ids: Sequence[str]) -> Namespace:
-    """`ensembl` where most ids look like ENSG00000139618 or ENSMUSG00000041147, else `symbol`."""
-    return "ensembl" if sum(bool(ENSEMBL.fullmatch(g)) for g in ids) * 2 > len(ids) else "symbol"
+def gene_names(names: Iterable[object]) -> tuple[str, ...]:
+    """Ids of genes as they are joined: without a version; of a gene without a name, an empty text."""
+    values = pd.Series(list(names), dtype=object)
+    return tuple("" if gone else without_version(text.strip()) for text, gone in zip(texts(values), values.isna()))
 
 
 @dataclass(frozen=True)
 class SourceGenes:
-    """The gene ids of a source's columns, in their order."""
+    """The gene ids of a source's columns, in their order, as `gene_names` gives them; an empty one is dropped."""
 
     uri: str
     ids: tuple[str, ...]
     namespace: Namespace
 
     def __post_init__(self) -> None:
-        twice = [g for g, n in Counter(self.ids).items() if n > 1]
+        twice = [g for g, n in Counter(self.ids).items() if n > 1 and g]
         if twice:
             some = ", ".join(map(repr, twice[:3]))
             raise InputError(
-                f"{self.uri}: {len(twice)} gene ids stand more than once, such as {some}; "
-                "name a column of var with unique ids as source.gene_column, or make them unique"
+                f"{self.uri}: {len(twice)} gene ids stand more than once, such as {some} (Ensembl ids without their "
+                "version); name a column of var with unique ids as source.gene_column, or make them unique"
             )
+        if broken := [g for g in self.ids if g.splitlines() not in ([g], [])]:
+            raise InputError(
+                f"{self.uri}: {len(broken)} gene ids hold a line break, such as {broken[0]!r}; rename them"
+            )
+        if not any(self.ids):
+            raise InputError(f"{self.uri}: no gene has a name; source.gene_column names a column of var with ids")
 
 
 @dataclass(frozen=True)
@@ -54,12 +61,19 @@ class JoinedGenes:
     report: dict[str, Any]
 
 
-def join_genes(sources: Sequence[SourceGenes], how: Join, namespace: Namespace | None, table: str) -> JoinedGenes:
+def join_genes(
+    sources: Sequence[SourceGenes],
+    how: Join,
+    namespace: Namespace | None,
+    table: str,
+    min_share: float = MIN_GENE_SHARE,
+) -> JoinedGenes:
     """One source keeps its gene names; several are joined by them, the first one's order first.
 
     namespace: of the vocabulary; None takes the sources' own, which must then agree
     table: CSV with the columns `ensembl` and `symbol`, needed where a source has another namespace
-    Raises: InputError where namespaces differ and there is no table, or where no gene is left.
+    min_share: of the smallest source's genes that the others must have, where only those of all are taken
+    Raises: InputError where namespaces differ and there is no table, or where no gene or too few are left.
     """
     namespace = namespace or sources[0].namespace
     strange = [s for s in sources if s.namespace != namespace]
@@ -72,7 +86,7 @@ def join_genes(sources: Sequence[SourceGenes], how: Join, namespace: Namespace |
     names, ambiguous, unknown = [], {}, {}
     for s in sources:
         if s.namespace == namespace:
-            names.append(list(s.ids))
+            names.append([g or None for g in s.ids])
             continue
         new: list[str | None] = [translation.get(g) for g in s.ids]
         times = Counter(g for g in new if g is not None)
@@ -84,9 +98,13 @@ def join_genes(sources: Sequence[SourceGenes], how: Join, namespace: Namespace |
     else:
         in_all = set(names[0]).intersection(*names[1:])
         ids = [g for g in names[0] if g is not None and g in in_all]
-    if not ids:
+    named, fewest = min((sum(g is not None for g in of), k) for k, of in enumerate(names))
+    if not ids or len(ids) < min_share * named:
+        other = 1 if fewest == 0 and len(sources) > 1 else 0
+        why = why_few([g for g in sources[fewest].ids if g], [g for g in sources[other].ids if g])
         raise InputError(
-            f"no gene is in all {len(sources)} sources (source.join=intersection); are their ids of one kind?"
+            f"{len(ids):,} of {named:,} genes of {sources[fewest].uri} are in all {len(sources)} sources "
+            f"(source.join=intersection), less than source.min_gene_share={min_share:g}{why}"
         )
     place = {g: k for k, g in enumerate(ids)}
     column_of = tuple(
@@ -95,6 +113,7 @@ def join_genes(sources: Sequence[SourceGenes], how: Join, namespace: Namespace |
     report = {
         "join": how if len(sources) > 1 else "",
         "not_in_vocabulary": {s.uri: int((c < 0).sum()) for s, c in zip(sources, column_of) if (c < 0).any()},
+        "without_name": {s.uri: n for s in sources if (n := s.ids.count(""))},
         "not_in_table": unknown,
         "ambiguous_in_table": ambiguous,
     }
@@ -105,13 +124,13 @@ def _read_table(path: Path, to: Namespace) -> dict[str, str]:
     """Gene id of the other namespace -> id of this one; ids that the table gives twice are left out."""
     if not path.is_file():
         raise InputError(f"source.gene_table: {path}: no such file")
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:  # Excel begins a table with a byte order mark
         reader = csv.DictReader(file)
         if not {"ensembl", "symbol"} <= set(reader.fieldnames or ()):
             raise InputError(
                 f"source.gene_table: {path}: needs the columns ensembl and symbol, has {reader.fieldnames}"
             )
-        rows = [(row["ensembl"], row["symbol"]) for row in reader if row["ensembl"] and row["symbol"]]
+        rows = [(without_version(row["ensembl"]), row["symbol"]) for row in reader if row["ensembl"] and row["symbol"]]
     pairs = {(s, e) if to == "ensembl" else (e, s) for e, s in rows}
     times = Counter(old for old, _ in pairs)
     return {old: new for old, new in pairs if times[old] == 1}
@@ -135,6 +154,7 @@ def in_list(vocab: GeneVocab, path: Path) -> tuple[np.ndarray, int]:
     """Which genes of a vocabulary a file names (one id a line), and how many of its ids the vocabulary lacks."""
     if not path.is_file():
         raise InputError(f"filter.gene_list: {path}: no such file")
-    wanted = {line.strip() for line in path.read_text().splitlines() if line.strip()}
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    wanted = {without_version(line.strip()) for line in lines if line.strip()}
     keep = np.fromiter((g in wanted for g in vocab.ids), bool, vocab.n_genes)
     return keep, len(wanted) - int(keep.sum())

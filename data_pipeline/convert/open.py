@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_pipeline.convert.source import Matrix, OpenSource, SourceConfig, SourceSpec
+from scldm.cells_file import is_cells_file
 from scldm.errors import InputError
 
 
@@ -39,7 +40,7 @@ def resolve(config: SourceConfig) -> tuple[Literal["h5ad", "soma", "census"], li
     """The kind of the sources and their URIs, sorted, each source once; the Census on the net has the URI ''."""
     uris: list[str] = []
     for path in config.paths:
-        if glob.has_magic(path):
+        if glob.has_magic(path) and not os.path.exists(path):  # `cells [v2].h5ad` is a name before it is a pattern
             found = glob.glob(path)
             if not found:
                 raise InputError(f"source.paths: {path}: no file matches")
@@ -47,17 +48,19 @@ def resolve(config: SourceConfig) -> tuple[Literal["h5ad", "soma", "census"], li
         else:
             uris.append(path.rstrip("/"))
     uris = list({_identity(uri): uri for uri in sorted(set(uris), reverse=True)}.values())[::-1]
-    endings = {u.endswith((".h5ad", ".h5")) for u in uris}
+    endings = {is_cells_file(u) for u in uris}
     kind = config.kind
     if kind == "auto" and not uris:
         if not config.census_version:
-            raise InputError("source.paths must be given: h5ad files or a SOMA URI; or source.census_version")
+            raise InputError("source.paths must be given: h5ad or zarr files, or a SOMA URI; or source.census_version")
         kind = "census"
     if len(endings) == 2:
-        raise InputError("source.paths: h5ad files and SOMA URIs can't be mixed; write the h5ad files as SOMA first")
+        raise InputError(
+            "source.paths: AnnData files and SOMA URIs can't be mixed; `scldm soma write` writes files as SOMA"
+        )
     if kind == "h5ad" or (kind == "auto" and endings == {True}):
         for uri in uris:
-            if not Path(uri).is_file():
+            if not Path(uri).exists():
                 raise InputError(f"source.paths: {uri}: no such file")
         if not uris:
             raise InputError("source.paths must name h5ad files")

@@ -296,7 +296,13 @@ def _draft_plan(config: ShardsWriteConfig, settings: dict[str, Any], folder: Pat
     if len(sources) > 1 << 16:
         raise InputError(f"{len(sources)} sources; a shard set names at most 65,536")
     namespace = None if config.source.namespace == "auto" else config.source.namespace
-    joined = join_genes([s.genes for s in sources], config.source.join, namespace, config.source.gene_table)
+    joined = join_genes(
+        [s.genes for s in sources],
+        config.source.join,
+        namespace,
+        config.source.gene_table,
+        config.source.min_gene_share,
+    )
     joined = _choose_genes(config, joined, [s.keep_gene for s in sources])
 
     counts = [len(s.rows) for s in sources]

@@ -3,7 +3,7 @@
 A source is opened twice (open.py). The plan opens it once, for its genes and for the rows that the filters choose, with
 their obs columns (`OpenSource`). Every worker opens it for its counts, in bounded chunks of those rows (`Matrix`).
 
-Reading order: SourceConfig, SourceSpec, OpenSource, Matrix, as_labels, spans.
+Reading order: SourceConfig, SourceSpec, OpenSource, Matrix, spans.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ import pandas as pd
 
 from data_pipeline.convert.genes import Join, SourceGenes
 from data_pipeline.convert.narrow import Rows
-from scldm.errors import InputError
+from scldm.vocab import MIN_GENE_SHARE
 
 Kind = Literal["auto", "h5ad", "soma", "census"]
 
@@ -27,8 +28,8 @@ Kind = Literal["auto", "h5ad", "soma", "census"]
 class SourceConfig:
     """What to read.
 
-    kind: auto tells h5ad files by their ending, and looks into anything else
-    paths: h5ad files or globs of them; or the URI of a SOMA experiment or of a Census
+    kind: h5ad stands for AnnData files, h5ad or zarr; auto looks at what lies there
+    paths: h5ad or zarr files or globs of them; or the URI of a SOMA experiment or of a Census
     census_version: of the Census on the net, such as 2025-01-30, where no path is given
     organism: which experiment of a Census
     measurement: of a SOMA experiment
@@ -39,6 +40,7 @@ class SourceConfig:
     gene_column: column of var with the gene ids; empty: h5ad, its index; SOMA, feature_id or the obs index
     namespace: of the gene vocabulary; auto takes the sources' own, any other must be theirs or needs gene_table
     join: several sources' genes: all, or those that every source has
+    min_gene_share: of the smallest source's genes that the others must have, where only those of all are taken
     gene_table: CSV with the columns ensembl and symbol, for sources that name genes otherwise than the vocabulary
     """
 
@@ -54,6 +56,7 @@ class SourceConfig:
     gene_column: str = ""
     namespace: Literal["auto", "ensembl", "symbol"] = "auto"
     join: Join = "intersection"
+    min_gene_share: float = MIN_GENE_SHARE
     gene_table: str = ""
 
 
@@ -86,8 +89,14 @@ class SourceSpec:
         """Whether the file is there and is another than it was."""
         if self.kind != "h5ad" or not os.path.exists(self.uri):
             return False
-        now = os.stat(self.uri)
-        return (now.st_size, now.st_mtime_ns) != (self.size, self.modified_ns)
+        return size_and_time(self.uri) != (self.size, self.modified_ns)
+
+
+def size_and_time(path: str) -> tuple[int, int]:
+    """Bytes, and when they were last changed in ns, of a file or of all files of a zarr store."""
+    inside = [p for p in Path(path).rglob("*") if p.is_file()] if os.path.isdir(path) else [path]
+    stats = [os.stat(p) for p in inside]
+    return sum(s.st_size for s in stats), max(s.st_mtime_ns for s in stats)
 
 
 @dataclass(frozen=True)
@@ -119,41 +128,6 @@ class Matrix(Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-def as_labels(column: pd.Series, where: str, missing: str) -> pd.Series:
-    """A column of obs as strings. A number is the same label however it is stored: 1.0 and 1 are `1`, 0.1 is `0.1` in
-    any precision, whatever else the column holds.
-
-    Raises: InputError for a missing value where no label for it is named, and for an infinite one.
-    """
-    absent = column.isna()
-    if pd.api.types.is_float_dtype(column.dtype) and np.isinf(column.to_numpy(np.float64, na_value=np.nan)).any():
-        raise InputError(f"{where}: column {column.name!r} has an infinite value: no label")
-    if isinstance(column.dtype, pd.CategoricalDtype):
-        categories = _texts(pd.Series(column.cat.categories))
-        labels = pd.Series(np.append(categories.to_numpy(object), missing)[column.cat.codes], index=column.index)
-    else:
-        labels = _texts(column)
-    absent |= labels.isin(["", "nan"]) if labels.dtype == object else False
-    if absent.any():
-        if not missing:
-            at = int(np.flatnonzero(absent)[0])
-            raise InputError(
-                f"{where}: column {column.name!r} has no value in {int(absent.sum())} cells, first at position {at}; "
-                "missing=LABEL gives them one"
-            )
-        labels[absent] = missing
-    return labels
-
-
-def _texts(values: pd.Series) -> pd.Series:
-    if not pd.api.types.is_float_dtype(values.dtype):
-        return values.astype(object).map(lambda v: str(v)).astype(object)
-    numbers = values.to_numpy(str(values.dtype).lower(), na_value=np.nan)  # pandas' Float32 is float32
-    codes, known = pd.factorize(numbers)
-    texts = [str(int(v)) if v == np.floor(v) else str(v) for v in known]
-    return pd.Series(np.append(np.array(texts, object), "nan")[codes], index=values.index, name=values.name)
 
 
 def spans(rows: np.ndarray, start: np.ndarray, end: np.ndarray, budget: float, gap: float) -> Iterator[tuple[int, int]]:

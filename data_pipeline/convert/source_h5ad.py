@@ -1,57 +1,42 @@
-"""h5ad files: which of X, layers and raw holds counts, obs and var, and rows in bounded memory, never the whole matrix.
+"""AnnData files, h5ad and zarr: which of X, layers and raw holds counts, obs and var, and rows in bounded memory, never
+the whole matrix.
 
-Reading order: open_file, Candidate and find_counts, open_h5ad_source, H5adMatrix (CSR, dense, CSC).
+Reading order: Candidate and find_counts, open_h5ad_source, H5adMatrix (CSR, dense, CSC).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pandas as pd
-from anndata.io import read_elem
 from numba import njit
 
-from data_pipeline.convert.genes import SourceGenes, namespace_of
+from data_pipeline.convert.genes import SourceGenes, gene_names
 from data_pipeline.convert.narrow import FAULTS, Rows, coo_to_rows, fault_of
-from data_pipeline.convert.source import OpenSource, SourceConfig, SourceSpec, as_labels, spans
+from data_pipeline.convert.row_filter import matches, where_true
+from data_pipeline.convert.source import OpenSource, SourceConfig, SourceSpec, size_and_time, spans
+from scldm.cells_file import (
+    column_names,
+    frame_of,
+    is_array,
+    open_cells,
+    read_column,
+    read_frame,
+    read_names,
+    reading,
+)
 from scldm.errors import InputError
 from scldm.files import written_aside
+from scldm.label_text import as_labels
+from scldm.vocab import namespace_of
 
 CHUNK_BYTES = 24 << 20  # larger chunks are no faster: they leave the caches
 PROBE = 200_000  # values looked at, in each of three places, to tell counts from anything else
 FEW = 0.05  # share of wrong values below which a matrix is counts with faults, not something else
-
-
-@contextmanager
-def reading(path: str) -> Iterator[None]:
-    """Turns what HDF5 says about a damaged file into one line."""
-    try:
-        yield
-    except (OSError, KeyError, RuntimeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: can't be read: damaged or truncated ({str(error).splitlines()[0]})") from None
-
-
-def open_file(path: str) -> Any:
-    """An h5py.File; its stubs make a union of every node, on which no access is sound, hence Any.
-
-    Raises: InputError for what is no readable h5ad file.
-    """
-    try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        text = str(error)
-        if not Path(path).is_file():
-            raise InputError(f"{path}: no such file") from None
-        why = "truncated" if "truncated" in text else "not an HDF5 file, damaged, or not permitted to be read"
-        raise InputError(f"{path}: can't be opened: {why}") from None
 
 
 # --- where the counts are ------------------------------------------------------------------------------------------
@@ -92,28 +77,27 @@ class Candidate:
 
 
 def matrix_shape(node: Any) -> tuple[int, int]:
-    shape = node.shape if isinstance(node, h5py.Dataset) else node.attrs.get("shape", node.attrs.get("h5sparse_shape"))
+    shape = node.shape if is_array(node) else node.attrs.get("shape", node.attrs.get("h5sparse_shape"))
     if shape is None or len(shape) != 2:
-        raise InputError(f"{node.file.filename}: {node.name}: not a matrix")
+        raise InputError(f"{node.name}: not a matrix")
     return int(shape[0]), int(shape[1])
 
 
 def _is_matrix(node: Any) -> bool:
-    if isinstance(node, h5py.Dataset):
-        return node.ndim == 2
-    return isinstance(node, h5py.Group) and {"data", "indices", "indptr"} <= set(node)
+    return node.ndim == 2 if is_array(node) else {"data", "indices", "indptr"} <= set(node)
 
 
 def _probe(node: Any) -> tuple[int, np.ndarray, np.ndarray]:
     """How many values a matrix stores; those at its beginning, middle and end; and where they are stored."""
-    if isinstance(node, h5py.Dataset):
+    if is_array(node):
         n_rows = max(1, PROBE // max(node.shape[1], 1))
         starts = {0, max(0, (node.shape[0] - n_rows) // 2), max(0, node.shape[0] - n_rows)}
         parts = [(s * node.shape[1], node[s : s + n_rows].ravel()) for s in sorted(starts)]
         return int(np.prod(node.shape)), *_joined(parts)
     data = node["data"]
-    starts = {0, max(0, (len(data) - PROBE) // 2), max(0, len(data) - PROBE)}
-    return len(data), *_joined([(s, data[s : s + PROBE]) for s in sorted(starts)])
+    n = data.shape[0]
+    starts = {0, max(0, (n - PROBE) // 2), max(0, n - PROBE)}
+    return n, *_joined([(s, data[s : s + PROBE]) for s in sorted(starts)])
 
 
 def _joined(parts: list[tuple[int, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
@@ -136,7 +120,7 @@ def look_at(file: Any, name: str) -> Candidate:
     return Candidate(
         name, matrix_shape(node), str(values.dtype), n_stored, low, high, integral, finite,
         first, len(wrong) / max(len(values), 1),
-        float((values != 0).mean()) if isinstance(node, h5py.Dataset) and len(values) else 1.0,
+        float((values != 0).mean()) if is_array(node) and len(values) else 1.0,
     )  # fmt: skip
 
 
@@ -155,9 +139,10 @@ def _place(file: Any, name: str, at: int) -> str:
 
 def name_at(frame: Any, k: int) -> str:
     """The k-th name of obs or var; its number where a broken file has none."""
-    names: Any = frame[frame.attrs["_index"]] if isinstance(frame, h5py.Group) and "_index" in frame.attrs else ()
-    name = names[k] if 0 <= k < len(names) else k
-    return name.decode() if isinstance(name, bytes) else str(name)
+    try:
+        return str(read_names(frame)[k])
+    except (AttributeError, IndexError, KeyError, TypeError):
+        return str(k)
 
 
 def find_counts(file: Any, layer: str = "") -> str:
@@ -169,7 +154,7 @@ def find_counts(file: Any, layer: str = "") -> str:
     path = file.filename
     if layer:
         name = {"raw": "raw/X", "raw/X": "raw/X", "X": "X"}.get(layer, f"layers/{layer.removeprefix('layers/')}")
-        if name not in file or not _is_matrix(file[name]):
+        if not _has_matrix(file, name):
             there = ", ".join(_matrices(file)) or "none"
             raise InputError(f"{path}: source.layer={layer!r} is not in the file; it has {there}")
         candidate = look_at(file, name)
@@ -178,7 +163,7 @@ def find_counts(file: Any, layer: str = "") -> str:
                 f"{path}: source.layer={layer!r} does not hold counts: {candidate}: {candidate.first_wrong}"
             )
         return name
-    seen = [look_at(file, n) for n in ("X", "layers/counts", "raw/X") if n in file and _is_matrix(file[n])]
+    seen = [look_at(file, n) for n in ("X", "layers/counts", "raw/X") if _has_matrix(file, n)]
     counts = [c for c in seen if c.holds_counts]
     others = [n for n in _matrices(file) if n not in {c.name for c in seen}]
     more = f"; also there: {', '.join(others)}" if others else ""
@@ -198,7 +183,12 @@ def find_counts(file: Any, layer: str = "") -> str:
 
 def _matrices(file: Any) -> list[str]:
     names = ["X", *(f"layers/{n}" for n in file.get("layers", ())), "raw/X"]
-    return [n for n in names if n in file and _is_matrix(file[n])]
+    return [n for n in names if _has_matrix(file, n)]
+
+
+def _has_matrix(file: Any, name: str) -> bool:
+    folder = name.rpartition("/")[0]  # "raw" is an array where it says that there is none
+    return (not folder or (folder in file and not is_array(file[folder]))) and name in file and _is_matrix(file[name])
 
 
 def _same(file: Any, a: Candidate, b: Candidate) -> bool:
@@ -212,11 +202,9 @@ def _same(file: Any, a: Candidate, b: Candidate) -> bool:
 
 def open_h5ad_source(path: str, config: SourceConfig, columns: tuple[str, ...], missing: str) -> OpenSource:
     """Raises: InputError for a file that is damaged, or lacks what is asked of it."""
-    with open_file(path) as file, reading(path):
-        if "obs" not in file or "var" not in file:
-            raise InputError(f"{path}: not an h5ad file: it has no obs and var")
-        if isinstance(file["obs"], h5py.Dataset):
-            raise InputError(f"{path}: its layout is that of anndata before 0.7; read and write it with a newer one")
+    with open_cells(path) as file, reading(path):
+        obs_group = frame_of(file, "obs", path)
+        frame_of(file, "var", path)
         layer = find_counts(file, config.layer)
         n_rows, n_columns = matrix_shape(file[layer])
         var = read_frame(file["raw/var" if layer == "raw/X" else "var"])
@@ -224,9 +212,8 @@ def open_h5ad_source(path: str, config: SourceConfig, columns: tuple[str, ...], 
             raise InputError(
                 f"{path}: var has no column {config.gene_column!r}; it has {', '.join(var.columns) or 'none'}"
             )
-        ids = tuple(map(str, var[config.gene_column] if config.gene_column else var.index))
-        obs_group = file["obs"]
-        barcodes = pd.Index(read_elem(obs_group[obs_group.attrs["_index"]])).astype(str)
+        ids = gene_names(var[config.gene_column] if config.gene_column else var.index)
+        barcodes = read_names(obs_group)
         if (len(barcodes), len(ids)) != (n_rows, n_columns):
             raise InputError(
                 f"{path}: {layer} is {n_rows} x {n_columns}, obs and var have {len(barcodes)} and {len(ids)}"
@@ -239,12 +226,12 @@ def open_h5ad_source(path: str, config: SourceConfig, columns: tuple[str, ...], 
                 raise InputError(f"{path}: obs has no column {column!r}; it has {_names(obs_group)}")
         chosen = np.ones(n_rows, bool)
         if config.obs_filter:
-            chosen = _matches(read_frame(obs_group), config.obs_filter, path, "source.obs_filter")
+            chosen = matches(read_frame(obs_group), config.obs_filter, path, "source.obs_filter")
         if config.primary_data_only:
             if "is_primary_data" not in obs_group:
                 raise InputError(f"{path}: source.primary_data_only: obs has no column is_primary_data")
             primary = read_column(obs_group, "is_primary_data")
-            chosen &= _where_true(primary, f"{path}: source.primary_data_only: is_primary_data")
+            chosen &= where_true(primary, f"{path}: source.primary_data_only: is_primary_data")
         rows = np.flatnonzero(chosen).astype(np.int64)
         obs = pd.DataFrame(index=range(len(rows)))
         for column in columns:
@@ -252,74 +239,26 @@ def open_h5ad_source(path: str, config: SourceConfig, columns: tuple[str, ...], 
             obs[column] = as_labels(values, path, missing)
         keep_gene = np.ones(n_columns, bool)
         if config.var_filter:
-            keep_gene = _matches(var, config.var_filter, path, "source.var_filter")
+            keep_gene = matches(var, config.var_filter, path, "source.var_filter")
         candidate = look_at(file, layer)
         mean_nonzeros = candidate.n_stored * candidate.nonzero / max(n_rows, 1)
-    file = Path(path).stat()
-    spec = SourceSpec("h5ad", path, layer, n_rows, n_columns, mean_nonzeros, file.st_size, file.st_mtime_ns)
+    spec = SourceSpec("h5ad", path, layer, n_rows, n_columns, mean_nonzeros, *size_and_time(path))
     report = {"cells_not_selected": n_rows - len(rows), "genes_not_selected": int((~keep_gene).sum())}
     return OpenSource(spec, SourceGenes(path, ids, namespace_of(ids)), keep_gene, rows, obs, report)
 
 
-def read_frame(group: Any) -> pd.DataFrame:
-    """obs or var."""
-    frame = read_elem(group)
-    assert isinstance(frame, pd.DataFrame)
-    return frame
-
-
-def read_column(group: Any, name: str) -> pd.Series:
-    """One column of obs. Files of anndata 0.7 keep a categorical's labels beside its codes, which alone are numbers."""
-    node: Any = group[name]
-    if isinstance(node, h5py.Dataset) and "categories" in node.attrs:
-        stored: Any = node.file[node.attrs["categories"]]
-        labels = pd.Index(stored.asstr()[:] if h5py.check_string_dtype(stored.dtype) else stored[:])
-        return pd.Series(pd.Categorical.from_codes(node[:], labels), name=name)
-    return pd.Series(read_elem(node), name=name)
-
-
 def _names(obs_group: Any) -> str:
-    names = [str(n) for n in obs_group.attrs.get("column-order", list(obs_group))]
+    names = column_names(obs_group)
     return ", ".join(names[:30]) + (", ..." if len(names) > 30 else "") or "none"
-
-
-def _matches(frame: pd.DataFrame, expression: str, path: str, key: str) -> np.ndarray:
-    """Rows of a table that an expression chooses."""
-    try:
-        result = frame.eval(expression.replace("&&", " and ").replace("||", " or "))
-        if np.ndim(result) > 1:
-            raise ValueError("an assignment; == compares")
-    except Exception as error:  # pandas raises whatever its parser, its types or numexpr raise
-        raise InputError(f"{path}: {key}={expression!r} can't be applied: {str(error).splitlines()[0]}") from None
-    return _where_true(
-        pd.Series(result, range(len(frame))) if np.isscalar(result) else result, f"{path}: {key}={expression!r}"
-    )
-
-
-def _where_true(values: Any, what: str) -> np.ndarray:
-    """Which of some booleans are true; missing ones are not.
-
-    Raises: InputError for anything but booleans: text and most numbers would all count as true.
-    """
-    column = pd.Series(values)
-    if isinstance(column.dtype, pd.CategoricalDtype):
-        column = column.astype(object)
-    if pd.api.types.infer_dtype(column) != "boolean":
-        present = column.dropna()
-        raise InputError(
-            f"{what} gives {present.tolist()[0] if len(present) else 'no value'!r}, not true or false; compare it with "
-            'something, as in "n_genes > 500"'
-        )
-    return column.astype("boolean").to_numpy(bool, na_value=False)
 
 
 def matrix_format(node: Any) -> str:
     """csr, csc or dense. Raises: InputError for any other."""
-    if isinstance(node, h5py.Dataset):
+    if is_array(node):
         return "dense"
     encoding = str(node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "")))
     if encoding.removesuffix("_matrix") not in ("csr", "csc"):
-        raise InputError(f"{node.file.filename}: {node.name} is stored as {encoding!r}; csr, csc and dense can be read")
+        raise InputError(f"{node.name} is stored as {encoding!r}; csr, csc and dense can be read")
     return encoding.removesuffix("_matrix")
 
 
@@ -334,14 +273,14 @@ class H5adMatrix:
 
     def __init__(self, spec: SourceSpec, transposed: Path | None = None) -> None:
         self.spec = spec
-        self.file = open_file(spec.uri)
+        self.file = open_cells(spec.uri)
         with reading(spec.uri):
             self.node = self.file[spec.layer]
             self.format = matrix_format(self.node)
             if self.format != "dense":
                 self.indptr = self.node["indptr"][:].astype(np.int64)
                 n = {"csr": spec.n_rows, "csc": spec.n_columns}[self.format]
-                stored = min(len(self.node["data"]), len(self.node["indices"]))
+                stored = min(self.node[name].shape[0] for name in ("data", "indices"))
                 if len(self.indptr) != n + 1 or self.indptr[-1] != stored or (np.diff(self.indptr) < 0).any():
                     raise InputError(
                         f"{spec.uri}: {spec.layer}: indptr, indices and data don't fit each other: damaged"
@@ -464,7 +403,7 @@ def column_groups(node: Any, indptr: np.ndarray, chunk_bytes: int) -> list[tuple
 
 def groups_to_transpose(spec: SourceSpec, chunk_bytes: int) -> list[tuple[int, int]]:
     """The column groups of a CSC matrix; none for any other. Transposing one takes about three times chunk_bytes."""
-    with open_file(spec.uri) as file, reading(spec.uri):
+    with open_cells(spec.uri) as file, reading(spec.uri):
         node = file[spec.layer]
         return (
             column_groups(node, node["indptr"][:].astype(np.int64), chunk_bytes) if matrix_format(node) == "csc" else []
@@ -473,7 +412,7 @@ def groups_to_transpose(spec: SourceSpec, chunk_bytes: int) -> list[tuple[int, i
 
 def transpose_csc(spec: SourceSpec, group: tuple[int, int], folder: Path, number: int) -> None:
     """One group of columns as CSR: folder/NNNNN.{columns,values,indptr}.npy, the last one written last."""
-    with open_file(spec.uri) as file, reading(spec.uri):
+    with open_cells(spec.uri) as file, reading(spec.uri):
         node = file[spec.layer]
         indptr = node["indptr"][group[0] : group[1] + 1].astype(np.int64)
         where, values = node["indices"][indptr[0] : indptr[-1]], node["data"][indptr[0] : indptr[-1]]

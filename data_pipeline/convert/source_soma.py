@@ -16,10 +16,12 @@ import numpy as np
 import pandas as pd
 import tiledbsoma
 
-from data_pipeline.convert.genes import SourceGenes, namespace_of
+from data_pipeline.convert.genes import SourceGenes, gene_names
 from data_pipeline.convert.narrow import Coordinates, RowBuffers, Rows, coo_to_rows
-from data_pipeline.convert.source import OpenSource, SourceConfig, SourceSpec, as_labels, spans
+from data_pipeline.convert.source import OpenSource, SourceConfig, SourceSpec, spans
 from scldm.errors import InputError
+from scldm.label_text import as_labels
+from scldm.vocab import namespace_of
 
 TILEDB: dict[str, Any] = {
     # a read hands its result over in tables of this size; the default of 1 GiB a column would break any memory bound
@@ -150,7 +152,7 @@ def open_soma_source(uri: str, kind: str, config: SourceConfig, columns: tuple[s
         for column in columns:
             obs[column] = as_labels(pd.Series(table[column]), name, missing)
         n_obs, mean_nonzeros = experiment.obs.count, _mean_nonzeros(matrix, rows)
-    ids = tuple(map(str, var[gene_column]))
+    ids = gene_names(var[gene_column])
     spec = SourceSpec(
         kind, uri, layer, n_rows, n_columns, mean_nonzeros, measurement=config.measurement,
         organism=config.organism if kind == "census" else "", census_version=version,

@@ -370,7 +370,9 @@ def _compare_with_sources(
         sources = open_sources(config, names, manifest.query["missing"])
         if [s.spec.uri for s in sources] != [s["uri"] for s in manifest.sources]:
             return [], ["not compared with its sources: there are others now"], 0
-        joined = join_genes([s.genes for s in sources], config.join, namespace, config.gene_table)
+        joined = join_genes(
+            [s.genes for s in sources], config.join, namespace, config.gene_table, config.min_gene_share
+        )
     except InputError as error:
         return [], [f"not compared with its sources: {error}"], 0
     place = manifest.genes.lookup(joined.vocab.ids) - 1

@@ -33,7 +33,7 @@ from data_pipeline.convert.plan import Plan, ShardsWriteConfig, differences, mak
 from data_pipeline.convert.source import SourceSpec
 from data_pipeline.convert.stages import STAGES, Layout, Worker, deliver, delivered_bytes, local_folder
 from data_pipeline.convert.variable_genes import CELLS, clip_values, top_genes
-from data_pipeline.files import disk_explained, file_system, locked, store_explained
+from data_pipeline.files import disk_explained, file_system, locked, of_bytes, store_explained
 from data_pipeline.format.schema import (
     BLOCK_INDEX_PATH,
     CELL_COLUMNS,
@@ -194,8 +194,8 @@ def _say_what_it_takes(plan: Plan, work: Path) -> None:
     need, free = int(DISK_BYTES_PER_COUNT * stored + csc) - taken, shutil.disk_usage(work).free
     if need > free and not (work / "layout.json").exists():
         raise InputError(
-            f"{work}: no space left: about {need / 1e9:.1f} GB are needed for unfinished work, {free / 1e9:.1f} GB are "
-            "free; work=FOLDER names another place"
+            f"{work}: no space left: about {of_bytes(need)} are needed for unfinished work, {of_bytes(free)} are free; "
+            "work=FOLDER names another place"
         )
 
 

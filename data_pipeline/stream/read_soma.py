@@ -62,7 +62,7 @@ class DirectCells(ShardSet):
         expected_gb = sum(4 * s.spec.mean_nonzeros * len(s.rows) for s in sources) / 1e9
         if expected_gb > config.limit_gb:
             raise InputError(
-                f"the query's {sum(len(s.rows) for s in sources):,} cells would take about {expected_gb:.1f} GB, more "
+                f"the query's {sum(len(s.rows) for s in sources):,} cells would take about {expected_gb:.3g} GB, more "
                 f"than limit_gb={config.limit_gb}; convert it once with scldm shards write and train from the shards"
             )
         self.temporary = Path(tempfile.mkdtemp(prefix="scldm-direct-", dir=config.folder or None))

@@ -173,7 +173,7 @@ class JobSteps:
         # a rank that dies or fails must not end the others, which would be blamed for it; all end within its time
         wait_s = int(self.settings["SCLDM_PREFLIGHT_S"]) + 5
         command = [*self.ranks(), "--kill-on-bad-exit=0", f"--wait={wait_s}"]
-        command += [self.python, "-m", "launch.cluster.preflight", *self.words]
+        command += [self.python, "-P", "-m", "launch.cluster.preflight", *self.words]
         code = self.step("TERM", command, TORCH_CPP_LOG_LEVEL="ERROR")
         if self.told_to_stop(code):
             self.requeue("a signal during preflight")
@@ -199,7 +199,7 @@ class JobSteps:
             if self.stopping:
                 self.requeue("a signal before shards were staged")
             self.fail(f"staging: the step that removes what is staged did not start on all of {len(self.hosts)} nodes")
-        command = [*self.each_node(), *self.container(), self.python, "-m", "launch.cluster.copy_shards"]
+        command = [*self.each_node(), *self.container(), self.python, "-P", "-m", "launch.cluster.copy_shards"]
         code = self.step("TERM", [*command, f"source={source}", f"out={staged}", f"running={running}"])
         if self.told_to_stop(code):
             self.requeue("a signal while shards were staged")
@@ -214,7 +214,7 @@ class JobSteps:
             first, n = int(self.settings.get("SLURM_ARRAY_TASK_MIN", 0)), self.settings.get("SLURM_ARRAY_TASK_COUNT", 1)
             words.append(f"task={int(self.settings['SLURM_ARRAY_TASK_ID']) - first}/{n}")
         self.failure.unlink(missing_ok=True)
-        code = self.step(self.soft, [*self.ranks(), self.python, "-m", "launch.cli", *words])
+        code = self.step(self.soft, [*self.ranks(), self.python, "-P", "-m", "launch.cli", *words])
         told = self.told_to_stop(code)
         if failed := self.failed(code):
             self.fail(f"exit code {failed[0]}{': ' if failed[1] else ''}{failed[1]}", failed[0])

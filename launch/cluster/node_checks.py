@@ -123,7 +123,7 @@ def folder_troubles(config: Any, notes: Path, node: str) -> list[str]:
     if not os.access(disk, os.W_OK):
         found.append(f"{disk} can't be written")
     elif free < need:
-        found.append(f"{disk}: {free / 1e9:.1f} GB are free, {need / 1e9:.1f} GB are needed")
+        found.append(f"{disk}: {free / 1e9:.3g} GB are free, {need / 1e9:.3g} GB are needed")
     return found
 
 

@@ -7,22 +7,25 @@ Reading order: shards, files.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from anndata.io import read_elem
 
-from data_pipeline.convert.source import as_labels
-from data_pipeline.convert.source_h5ad import find_counts, open_file, reading
+from data_pipeline.convert.source_h5ad import find_counts
 from data_pipeline.format.block import BlockBuffers, decode_block
 from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.format.schema import column_dtype, count_dtype, vocab_tag
-from data_pipeline.write_cells import read_cells
+from data_pipeline.write_cells import read_soma
+from scldm.cells_file import column_names, frame_of, open_cells, read_column, read_names, reading
 from scldm.errors import InputError
 from scldm.evaluate.baselines import rows_per_type
 from scldm.evaluate.cells import Cells, combination_names
 from scldm.evaluate.sample import SPLITS, Sample, rows_of_blocks
+from scldm.label_text import as_labels
+from scldm.vocab import unversioned
 
 # --- shards --------------------------------------------------------------------------------------------------------
 
@@ -138,7 +141,9 @@ def _split(
         parts.append(sp.csr_matrix(csr, shape=(len(block.indptr) - 1, genes.n_genes))[of_block])
     drawn_of = n_chosen if len(rows) < n_chosen else 0
     own = {condition: column[of_n[rows]] for condition, column in labels.items()}
-    return Cells.of_labels(sp.csr_matrix(sp.vstack(parts)), own, genes.ids, f"{shards.url} ({split})", drawn_of)
+    return Cells.of_labels(
+        sp.csr_matrix(sp.vstack(parts)), own, unversioned(genes.ids), f"{shards.url} ({split})", drawn_of
+    )
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -154,7 +159,8 @@ def cells_of_h5ad(
 
     Raises: InputError where they can't be read or told apart.
     """
-    counts, obs, genes = _read(path, layer)
+    counts, obs, genes = _read(path, layer, [*conditions, split])
+    genes = unversioned(genes)
     labels, splits = _columns(obs, conditions, path), _labels(obs, split, path, "split")
     types = combination_names(labels, len(obs))
     found = sorted(set(splits))
@@ -187,12 +193,12 @@ def generated_cells(path: str, conditions: Sequence[str]) -> Cells:
 
     Raises: InputError where they can't be read, or don't say their conditions.
     """
-    if path.rstrip("/").endswith((".zarr", ".soma")):
-        adata = read_cells(path)
+    if path.rstrip("/").endswith(".soma"):
+        adata = read_soma(path)
         counts, obs, genes = sp.csr_matrix(adata.X), pd.DataFrame(adata.obs), tuple(map(str, adata.var_names))
     else:
-        counts, obs, genes = _read(path, "")
-    return Cells.of_labels(counts, _columns(obs, conditions, path), genes, path)
+        counts, obs, genes = _read(path, "", conditions)
+    return Cells.of_labels(counts, _columns(obs, conditions, path), unversioned(genes), path)
 
 
 def obs_columns(path: str) -> set[str]:
@@ -200,26 +206,25 @@ def obs_columns(path: str) -> set[str]:
 
     Raises: InputError where they can't be read.
     """
-    if path.rstrip("/").endswith((".zarr", ".soma")):
-        return set(map(str, read_cells(path).obs.columns))
-    with open_file(path) as file, reading(path):
-        obs = read_elem(file["obs"])  # pyright: ignore[reportArgumentType]
-    assert isinstance(obs, pd.DataFrame)
-    return set(map(str, obs.columns))
+    if path.rstrip("/").endswith(".soma"):
+        return set(map(str, read_soma(path).obs.columns))
+    with open_cells(path) as file, reading(path):
+        return set(column_names(frame_of(file, "obs", path)))
 
 
-def _read(path: str, layer: str) -> tuple[sp.csr_matrix, pd.DataFrame, tuple[str, ...]]:
-    """Counts, obs and gene ids of a file."""
-    with open_file(path) as file, reading(path):
+def _read(path: str, layer: str, columns: Sequence[str]) -> tuple[sp.csr_matrix, pd.DataFrame, tuple[str, ...]]:
+    """Counts, some columns of obs (those that are there) and gene ids of a file."""
+    with open_cells(path) as file, reading(path):
         try:
             name = find_counts(file, layer)
         except InputError as error:
             raise InputError(str(error).replace("source.layer", "layer")) from None
-        parts = [file[part] for part in (name, "obs", "raw/var" if name == "raw/X" else "var")]
-        counts, obs, var = (read_elem(part) for part in parts)  # pyright: ignore[reportArgumentType]
-    assert isinstance(obs, pd.DataFrame)
-    assert isinstance(var, pd.DataFrame)
-    return sp.csr_matrix(counts), obs, tuple(map(str, var.index))
+        group = frame_of(file, "obs", path)
+        there = {str(k): read_column(group, k).array for k in columns if k in group}
+        obs = pd.DataFrame(there, index=read_names(group))
+        genes = read_names(file["raw/var" if name == "raw/X" else "var"])
+        counts: Any = read_elem(file[name])
+    return sp.csr_matrix(counts), obs, tuple(genes)
 
 
 def _columns(obs: pd.DataFrame, conditions: Sequence[str], path: str) -> dict[str, np.ndarray]:

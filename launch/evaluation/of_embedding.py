@@ -21,12 +21,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from data_pipeline.convert.source import as_labels
-from data_pipeline.convert.source_h5ad import find_counts, open_file, reading
+from data_pipeline.convert.source_h5ad import find_counts
+from scldm.cells_file import frame_of, open_cells, read_frame, read_names, reading
 from scldm.environment import describe
 from scldm.errors import InputError
 from scldm.evaluate.representation import MAX_CELLS, N_COMPONENTS, SCORES, probe
 from scldm.files import write_json
+from scldm.label_text import as_labels
 
 KEY = "X_scldm"  # where `scldm embed` writes
 CLASSIFIERS = {"linear": "linear probe", "knn": "15 nearest neighbours"}
@@ -91,13 +92,12 @@ def embedded(path: str, key: str) -> tuple[np.ndarray, pd.DataFrame]:
 
     Raises: InputError where there is none of that name.
     """
-    with open_file(path) as file, reading(path):
+    with open_cells(path) as file, reading(path):
         there = list(file["obsm"]) if "obsm" in file else []
         if key not in there:
             raise InputError(f"{path}: obsm has no key={key}; it has {', '.join(there) or 'none'}")
         found: Any = read_elem(file[f"obsm/{key}"])
-        obs = read_elem(file["obs"])
-    assert isinstance(obs, pd.DataFrame)
+        obs = read_frame(frame_of(file, "obs", path))
     matrix = found.toarray() if sp.issparse(found) else np.asarray(found, np.float64)
     if matrix.ndim != 2:
         raise InputError(f"{path}: obsm[{key!r}] has {matrix.ndim} dimensions; it must be a matrix (cells, width)")
@@ -124,7 +124,7 @@ def counts_of(path: str, layer: str, names: pd.Index, embedding: str) -> sp.csr_
 
     Raises: InputError where there are no counts, or not of all these cells.
     """
-    with open_file(path) as file, reading(path):
+    with open_cells(path) as file, reading(path):
         try:
             name = find_counts(file, layer)
         except InputError as error:
@@ -132,14 +132,14 @@ def counts_of(path: str, layer: str, names: pd.Index, embedding: str) -> sp.csr_
             more = "" if embedding else "; the baseline, PCA, needs them: real=FILE gives them for the same cells"
             raise InputError(text + more) from None
         counts: Any = read_elem(file[name])
-        obs: Any = read_elem(file["obs"])
+        there = read_names(frame_of(file, "obs", path))
     counts = sp.csr_matrix(counts)
     if not embedding:
         return counts
-    for index, of in ((obs.index, path), (names, embedding)):
+    for index, of in ((there, path), (names, embedding)):
         if not index.is_unique:
             raise InputError(f"{of}: cells have no names of their own; {index[index.duplicated()][0]!r} stands twice")
-    rows = obs.index.get_indexer(names)
+    rows = there.get_indexer(names.astype(str))
     if n := int((rows < 0).sum()):
         first = names[np.flatnonzero(rows < 0)[0]]
         raise InputError(f"{path} lacks {n:,} of the {len(names):,} cells of {embedding}, such as {first!r}")

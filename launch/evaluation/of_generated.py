@@ -239,6 +239,9 @@ def show(evaluation: dict, report: Path) -> None:
         console.print(line, soft_wrap=True)
     for figure, text in tiles(evaluation):
         console.print(f"{figure:>9}  {text}", soft_wrap=True)
+    n = evaluation["protocol"]["n_genes"]
+    fewer = min(n["real"], n["generated"])
+    console.print(f"{n['common']:,} of {fewer:,} genes matched ({100 * n['common'] / fewer:.0f} %)")
     console.print(f"{evaluation['verdict']['says']} {evaluation['verdict']['next']}", soft_wrap=True)
     console.print(f"report: {report}", soft_wrap=True)
 

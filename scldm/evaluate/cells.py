@@ -12,6 +12,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from scldm.errors import InputError
+from scldm.vocab import MIN_GENE_SHARE, why_few
 
 NO_TYPE = ""  # of all cells where no condition tells them apart; no label is empty
 BETWEEN = " · "  # the labels of a combination, in a table
@@ -118,17 +119,19 @@ class Cells:
 # --- genes ---------------------------------------------------------------------------------------------------------
 
 
-def common_genes(real: Cells, generated: Cells) -> tuple[str, ...]:
+def common_genes(real: Cells, generated: Cells, min_share: float = MIN_GENE_SHARE) -> tuple[str, ...]:
     """The genes of both, in the real cells' order.
 
-    Raises: InputError where there are none.
+    min_share: of the genes of the one that has fewer
+    Raises: InputError where there are none, or fewer, with a guess at the cause.
     """
-    theirs = set(generated.genes)
+    theirs, fewer = set(generated.genes), min(len(real.genes), len(generated.genes))
     common = tuple(g for g in real.genes if g in theirs)
-    if not common:
+    if not common or len(common) < min_share * fewer:
         raise InputError(
-            f"{generated.name} and {real.name} have no gene in common: {', '.join(generated.genes[:3])} ... against "
-            f"{', '.join(real.genes[:3])} ...; both must name genes alike (Ensembl ids, or symbols)"
+            f"{generated.name} and {real.name}: {len(common):,} of {fewer:,} genes matched, less than "
+            f"evaluate.min_gene_share={min_share:g}: {', '.join(generated.genes[:3])} ... against "
+            f"{', '.join(real.genes[:3])} ...{why_few(generated.genes, real.genes)}"
         )
     return common
 

@@ -38,6 +38,7 @@ from scldm.evaluate.scores import CHEAP, Levels, Scores, errors_of, score_sets, 
 from scldm.evaluate.space import Profile, Space, log_normalise
 from scldm.evaluate.verdict import summary, verdict
 from scldm.progress import Progress
+from scldm.vocab import MIN_GENE_SHARE
 
 LEAST = {
     "n_draws": 2,
@@ -68,6 +69,7 @@ class EvaluateConfig:
         3 draws
     max_real_cells: of each split at most so many cells are taken, a seeded draw that has the combinations in the shares
         at which they are compared: 100,000 cells of 3,000 expressed genes take 2.4 GB
+    min_gene_share: of the genes of real or generated cells, whichever are fewer, that both must have
     """
 
     seed: int = 0
@@ -78,12 +80,15 @@ class EvaluateConfig:
     max_group_cells: int = 500
     max_drawn_cells: int = 200_000
     max_real_cells: int = 100_000
+    min_gene_share: float = MIN_GENE_SHARE
     intervals: IntervalConfig = field(default_factory=IntervalConfig)
 
     def __post_init__(self) -> None:
         for key, least in LEAST.items():
             if getattr(self, key) < least:
                 raise InputError(f"evaluate.{key}={getattr(self, key)} must be at least {least}")
+        if not 0 <= self.min_gene_share <= 1:
+            raise InputError(f"evaluate.min_gene_share={self.min_gene_share} must be from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,7 @@ def compare(
         )
     n_genes = {"real": len(train.genes), "generated": len(generated.genes)}
     drawn_of = {split: of.drawn_of for split, of in zip(SPLITS, (train, validation, test)) if of.drawn_of}
-    genes = common_genes(train, generated)
+    genes = common_genes(train, generated, config.min_gene_share)
     train, validation, test, generated = (with_genes(cells, genes) for cells in (train, validation, test, generated))
     sides = _Sides.of(train, test, generated, config)
     space = chosen.fit(validation.counts, test.counts, config.seed)

@@ -6,6 +6,7 @@ Reading order: SamplerConfig, Drawn, generate_latents, guided and solve_ode.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -60,21 +61,21 @@ class SamplerConfig:
         one_of("sampler.guidance", self.guidance, GuidanceKind)
         if self.n_steps < 1:
             raise InputError(f"sampler.n_steps={self.n_steps} must be at least 1")
-        if self.guidance_scale < 0:
-            raise InputError(f"sampler.guidance_scale={self.guidance_scale} must not be negative")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise InputError(f"sampler.guidance_scale={self.guidance_scale} must be a number, not negative")
         if self.guidance_weights and self.guidance != "additive":
             raise InputError(
                 f"sampler.guidance_weights belong to sampler.guidance=additive; {self.guidance} has one scale"
             )
         for name, weight in self.guidance_weights.items():
-            if weight < 0:
-                raise InputError(f"sampler.guidance_weights.{name}={weight} must not be negative")
+            if not 0 <= weight < math.inf:
+                raise InputError(f"sampler.guidance_weights.{name}={weight} must be a number, not negative")
         low, high = self.guidance_from, self.guidance_to
         if not 0 <= low < high <= 1:
             raise InputError(f"sampler.guidance_from={low} and sampler.guidance_to={high} must be 0 <= from < to <= 1")
         if not 0 < self.tolerance < 1:
             raise InputError(f"sampler.tolerance={self.tolerance} must be above 0 and below 1")
-        if not self.diffusion > 0:
+        if not 0 < self.diffusion < math.inf:
             raise InputError(f"sampler.diffusion={self.diffusion} must be above 0; method heun samples without noise")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -73,13 +74,19 @@ class World:
 
 
 def address_from_environment() -> tuple[int, int, int]:
-    """(rank, number of ranks, rank on this host), as torchrun or srun set them; (0, 1, 0) under neither."""
+    """(rank, number of ranks, rank on this host), as torchrun or srun set them; (0, 1, 0) under neither.
+
+    A shell inside an allocation has SLURM_NTASKS too, and nobody starts its other tasks: srun alone sets
+    SLURM_STEP_NUM_TASKS, which counts the processes that it did start.
+    """
     for rank, size, local in (
         ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
     ):
         if all(name in os.environ for name in (rank, size, local)):
             return int(os.environ[rank]), int(os.environ[size]), int(os.environ[local])
+    if (n := int(os.environ.get("SLURM_NTASKS") or 1)) > 1:
+        print(f"scldm: one process, though {n} tasks are allotted: srun before the command starts all", file=sys.stderr)
     return 0, 1, 0
 
 

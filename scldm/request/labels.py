@@ -16,6 +16,7 @@ from scldm.errors import InputError
 from scldm.flow.generate import SamplerConfig
 from scldm.flow.guidance import GuidedField
 from scldm.flow.shift import nearest_trained, stays
+from scldm.label_text import texts
 from scldm.model.conditions import FeatureEmbedding, ValueEmbedding
 from scldm.model.dit import DiT
 from scldm.request.wanted import distinct
@@ -142,7 +143,7 @@ def moved_obs(
     """The cells' obs where they were taken, with MOVED_COLUMNS; a name says how far where there are several."""
     moved = obs.copy()
     for name, label in to.items():
-        labels = [label] * len(obs) if alpha else list(obs[name].astype(str))
+        labels = [label] * len(obs) if alpha else list(texts(pd.Series(obs[name])))
         if name in dit.config.continuous:
             moved[name] = [float(value) for value in labels]
         else:

@@ -14,6 +14,7 @@ import torch
 
 from scldm import draws
 from scldm.errors import InputError
+from scldm.label_text import texts
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,14 @@ def distinct(conditions: pd.DataFrame) -> tuple[np.ndarray, pd.DataFrame]:
     Raises: InputError for a row without a label.
     """
     code_n = np.zeros(len(conditions), np.int64)
-    for name in conditions.columns:
-        absent = conditions[name].isna().to_numpy()
-        if absent.any():
-            raise InputError(f"column {name}, row {absent.argmax()}: no label is given")
-        of_column, labels = pd.factorize(conditions[name])
-        code_n = pd.factorize(code_n * len(labels) + of_column)[0]
+    columns: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for name in map(str, conditions.columns):
+        value_n, values = pd.factorize(conditions[name])
+        if (value_n < 0).any():
+            raise InputError(f"column {name}, row {(value_n < 0).argmax()}: no label is given")
+        label_of, labels = pd.factorize(texts(pd.Series(values)))  # 1 and 1.0 are one label
+        columns[name] = label_of[value_n], np.asarray(labels, object)
+        code_n = pd.factorize(code_n * len(labels) + columns[name][0])[0]
     _, first, code_n = np.unique(code_n, return_index=True, return_inverse=True)
-    return code_n.astype(np.int32), conditions.iloc[first].astype(str).reset_index(drop=True)
+    of_rows = {name: labels[label_n[first]] for name, (label_n, labels) in columns.items()}
+    return code_n.astype(np.int32), pd.DataFrame(of_rows, index=range(len(first)), dtype=object)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from scldm.errors import InputError
 from scldm.model.dit import DiT
 from scldm.model.vae import VAE
-from scldm.vocab import ConditionVocab, GeneVocab
+from scldm.vocab import ConditionVocab, GeneVocab, unversioned
 
 PER_GENE = tuple(
     f"{name}.weight" for name in ("gene_embedding", "log_share", "log_theta", "log_std", "log_odds_dropout")
@@ -58,7 +58,7 @@ def vae_from(vae: VAE, genes: GeneVocab, trained: VAE, trained_genes: GeneVocab)
         raise InputError(
             f"init_from: its genes are {trained_genes.namespace} ids, those of data.shards {genes.namespace}"
         )
-    joined, rows = _join("genes", genes.ids, trained_genes.ids)
+    joined, rows = _join("genes", unversioned(genes.ids), unversioned(trained_genes.ids))
     if not joined.known:
         raise InputError(
             f"init_from: none of the {genes.n_genes} genes of data.shards (such as {genes.ids[0]!r}) is among its "

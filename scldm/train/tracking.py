@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from scldm.files import flat, write_json, written_aside
 
@@ -174,7 +174,7 @@ class _Forwarder(threading.Thread):
         super().__init__(name="mlflow", daemon=True)  # never keeps a finished program alive
         self.run_dir, self.cfg, self.params, self.tags = run_dir, cfg, params, tags
         self.run_name = cfg.run_name or stage or run_dir.name
-        database = f"sqlite:///{(run_dir / 'mlflow.db').resolve()}"
+        database = database_uri((run_dir / "mlflow.db").resolve())
         self.uri = cfg.uri or os.environ.get("MLFLOW_TRACKING_URI") or database
         self.artifacts: list[tuple[Path, str]] = []
         self.begun = threading.Event()  # the run id is known, or the first try failed
@@ -349,10 +349,15 @@ class _Forwarder(threading.Thread):
         write_json(self.run_dir / STATE, state)
 
 
+def database_uri(database: Path) -> str:
+    """The URI of a SQLite file; what would mean something else there is quoted, as SQLAlchemy reads it since 2.1."""
+    return f"sqlite:///{quote(str(database)) if set('%?#') & set(str(database)) else database}"
+
+
 def _database_of(uri: str) -> Path | None:
     """The file of a SQLite store; none of another, or where the URI says more than a path."""
     path = uri.removeprefix("sqlite:///")
-    return None if path == uri or "?" in path or path in ("", ":memory:") else Path(path).resolve()
+    return None if path == uri or "?" in path or path in ("", ":memory:") else Path(unquote(path)).resolve()
 
 
 def _create_database(path: Path) -> None:

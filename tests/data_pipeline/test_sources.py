@@ -14,16 +14,21 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from data_pipeline.convert.genes import SourceGenes, join_genes
+from data_pipeline.convert.genes import SourceGenes, gene_names, in_list, join_genes
 from data_pipeline.convert.open import open_matrix, open_sources
 from data_pipeline.convert.plan import make_plan
-from data_pipeline.convert.source import SourceConfig, as_labels, spans
-from data_pipeline.convert.source_h5ad import find_counts, open_file
+from data_pipeline.convert.row_filter import matches
+from data_pipeline.convert.source import SourceConfig, spans
+from data_pipeline.convert.source_h5ad import find_counts
 from data_pipeline.convert.source_soma import SomaMatrix
 from data_pipeline.convert.splits import SplitConfig, draw_splits, keys
 from data_pipeline.convert.write_shards import write_shards
 from data_pipeline.write_soma import SomaWriteConfig, write_soma
+from scldm.cells_file import open_cells
 from scldm.errors import InputError
+from scldm.label_text import as_labels, texts
+from scldm.request.wanted import distinct
+from scldm.vocab import GeneVocab
 from tests.data_pipeline.atlases import FilterConfig, atlas, config, counts, read_set, row_counts
 
 # --- counts --------------------------------------------------------------------------------------------------------
@@ -41,7 +46,7 @@ def layered(tmp_path, x=None, counts_layer=None, raw=None, other=None):
                 adata.layers[put] = value(whole)
     adata.X = x(whole) if x else None
     adata.write_h5ad(tmp_path / "a.h5ad")
-    return open_file(str(tmp_path / "a.h5ad"))
+    return open_cells(str(tmp_path / "a.h5ad"))
 
 
 def same(m):
@@ -104,7 +109,7 @@ def test_one_bad_value_among_counts_is_named(tmp_path, value, fault, storage):
     adata.X = {"csr": sp.csr_matrix, "csc": sp.csc_matrix, "dense": np.array}[storage](x)
     adata.write_h5ad(tmp_path / "a.h5ad")
     first = "cell cell7 (row 7), gene GENE3: "
-    with open_file(str(tmp_path / "a.h5ad")) as file:
+    with open_cells(str(tmp_path / "a.h5ad")) as file:
         with pytest.raises(InputError, match=re.escape(first + fault)):
             find_counts(file)
         with pytest.raises(InputError, match=re.escape(first + fault)):
@@ -213,6 +218,59 @@ def test_filters_take_what_is_true(tmp_path):
             open_sources(replace(source, **settings), (), "")
 
 
+FILTERS = {
+    "kind == 'a'": [0, 3], "kind != 'a'": [2], "not (kind == 'a')": [2], "kind in ['a']": [0, 3],
+    "kind not in ['a']": [2], "age > 2": [0, 3], "age != 3": [1, 3], "not (age > 2)": [1],
+    "age != 3 or kind == 'a'": [0, 1, 3], "age > 2 and kind == 'a'": [0, 3], "n != 1": [2, 3], "flag != True": [2],
+}  # fmt: skip
+
+
+def test_a_filter_means_the_same_where_values_are_missing(tmp_path):
+    """What is missing is neither equal nor unequal: h5ad chooses the rows that TileDB does."""
+    adata = atlas(4, 30)
+    adata.obs["flag"] = pd.array([True, None, False, True], "boolean")
+    adata.obs["kind"] = pd.Categorical(["a", None, "b", "a"])
+    adata.obs["age"] = [3.0, 0.0, np.nan, 5.0]
+    adata.obs["n"] = pd.array([1, None, 2, 3], "Int64")
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    write_soma(SomaWriteConfig(h5ad=str(tmp_path / "a.h5ad"), out=str(tmp_path / "soma")))
+    for expression, rows in FILTERS.items():
+        for path in ("a.h5ad", "soma"):
+            source = SourceConfig(paths=(str(tmp_path / path),), obs_filter=expression)
+            assert open_sources(source, (), "")[0].rows.tolist() == rows, (expression, path)
+
+
+@pytest.mark.parametrize(
+    "expression, said",
+    [
+        ("__import__('os').system('true')", r"is none of: comparisons of columns, in, and, or, not"),
+        ("cell_type.str.len() > 1", r"'cell_type.str.len\(\)' is none of"),
+        ("@config", "can't be applied"),
+        ("donor == 3", "it compares numbers with text"),
+        ("tissue == 'x'", "there is no column 'tissue'; there are cell_type, donor, batch"),
+        ("cell_type in 'B'", "`in` needs a column and a list"),
+        ("1 == 1", "a comparison needs a column"),
+        (f"{'(' * 500}donor{')' * 500} == 'd1'", "can't be applied"),
+    ],
+)
+def test_a_filter_is_comparisons_and_nothing_else(expression, said):
+    with pytest.raises(InputError, match=said):
+        matches(pd.DataFrame(atlas(4, 3).obs), expression, "x", "key")
+
+
+def test_filters_of_quoted_names_lists_and_chains():
+    frame = pd.DataFrame({"my column": [1, 2, 3], "b": ["x", "y", "z"]})
+    for expression, rows in (
+        ("`my column` > 1 and b.isin(['x', 'z'])", [False, False, True]),
+        ("1 < `my column` <= 3", [False, True, True]),
+        ("~(b == 'x') & (`my column` != 3)", [False, True, False]),
+        ("b == 'x' || b == 'y'", [True, True, False]),
+        ("b == '`my column` && ||' or b == 'z'", [False, False, True]),
+        ("`my column` > -1 && b > 'x'", [False, True, True]),
+    ):
+        assert matches(frame, expression, "x", "key").tolist() == rows
+
+
 def test_labels():
     """Whole numbers are one label however they are stored; a missing value is refused or named."""
     assert as_labels(pd.Series([1.0, 2.0]), "x", "").tolist() == ["1", "2"]
@@ -232,6 +290,17 @@ def test_labels():
             as_labels(column, "x", "")
         assert as_labels(column, "x", "none").tolist() == ["a", "none", "b"]
     assert as_labels(pd.Series([1.0, np.nan], name="c"), "x", "none").tolist() == ["1", "none"]
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8", "Float32", "object", "category", "string"])
+def test_labels_that_are_asked_for_are_those_that_were_kept(dtype):
+    """A dose that a set keeps as `10` is asked for as `10`, in generate, transform and in Python."""
+    values = ["0", "0.1", "1", "10"] if dtype == "string" else [0.0, 0.1, 1.0, 10.0]
+    dose = pd.Series(values, dtype=dtype, name="dose")
+    assert as_labels(dose, "x", "").tolist() == texts(dose).tolist() == ["0", "0.1", "1", "10"]
+    assert distinct(pd.DataFrame({"dose": dose}))[1]["dose"].tolist() == ["0", "0.1", "1", "10"]
+    mixed = pd.DataFrame({"dose": pd.Series([1, 1.0, "1", b"1"], dtype=object)})
+    assert distinct(mixed)[0].tolist() == [0, 0, 0, 0]
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -357,6 +426,67 @@ def test_namespaces_need_a_table(tmp_path):
     assert back.vocab.ids == ("A", "B", "C", "D")
     assert back.report["ambiguous_in_table"] == {"e.h5ad": 2}
     assert [c.tolist() for c in back.column_of] == [[0, 1, -1, -1, -1], [0, 1, 2, 3]]
+
+
+def test_versions_of_ensembl_ids_are_one_gene(tmp_path):
+    ids = [f"ENSG{k:011d}" for k in range(30)]
+    for name, versions in (
+        ("a", [f"{g}.{k % 9}" for k, g in enumerate(ids)]),
+        ("b", [f"{g}.12" for g in ids]),
+        ("c", ids),
+    ):
+        adata = atlas(20, 30)
+        adata.var_names = versions
+        adata.write_h5ad(tmp_path / f"{name}.h5ad")
+    for join in ("intersection", "union"):
+        paths = (tmp_path / f"{name}.h5ad" for name in "abc")
+        manifest = write_shards(config(tmp_path / join, *paths, source={"join": join}))
+        assert manifest is not None
+        assert list(manifest.genes.ids) == ids
+    with pytest.raises(
+        InputError, match=r"1 gene ids stand more than once, such as 'ENSG00000000000' \(Ensembl ids wi"
+    ):
+        SourceGenes("x.h5ad", gene_names(["ENSG00000000000.1", "ENSG00000000000.2", "ENSG00000000001.2"]), "ensembl")
+
+
+def test_genes_without_a_name_are_dropped_and_counted(tmp_path):
+    adata = atlas(20, 30)
+    adata.var["symbol"] = [None, "", " ", *adata.var_names[3:]]
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    manifest = write_shards(config(tmp_path / "set", tmp_path / "a.h5ad", source={"gene_column": "symbol"}))
+    assert manifest is not None
+    assert list(manifest.genes.ids) == list(adata.var_names[3:])
+    assert manifest.report["genes"]["without_name"] == {str(tmp_path / "a.h5ad"): 3}
+    for (_, row), cell in read_set(str(tmp_path / "set"))[1].items():
+        assert cell["counts"] == {g: n for g, n in row_counts(adata, row).items() if g in set(manifest.genes.ids)}
+    with pytest.raises(InputError, match=r"a.h5ad: 1 gene ids hold a line break, such as 'A\\nB'"):
+        SourceGenes("a.h5ad", gene_names(["A\nB", "C"]), "symbol")
+    with pytest.raises(InputError, match="a.h5ad: no gene has a name; source.gene_column names"):
+        SourceGenes("a.h5ad", gene_names([None, ""]), "symbol")
+
+
+def test_sources_that_share_few_genes_are_refused_with_a_guess():
+    human, mouse = (
+        SourceGenes(k, tuple(f(f"Gene{n}") for n in range(20)), "symbol") for k, f in (("h", str.upper), ("m", str))
+    )
+    said = r"0 of 20 genes of h are in all 2 .*less than source.min_gene_share=0.1; 20 match but for upper and lower"
+    with pytest.raises(InputError, match=said):
+        join_genes([human, mouse], "intersection", None, "")
+    few = SourceGenes("f", (*human.ids[:1], *(f"X{k}" for k in range(19))), "symbol")
+    with pytest.raises(InputError, match="1 of 20 genes of h are in all 2"):
+        join_genes([human, few], "intersection", None, "")
+    assert join_genes([human, few], "intersection", None, "", 0.05).vocab.ids == human.ids[:1]
+
+
+def test_a_byte_order_mark_begins_no_name(tmp_path):
+    """As Excel writes tables."""
+    (tmp_path / "list.txt").write_bytes("\ufeffG1\r\nENSG00000000001.3\r\n".encode())
+    vocab = GeneVocab(("G1", "ENSG00000000001", "G3"), "symbol")
+    keep, n_unknown = in_list(vocab, tmp_path / "list.txt")
+    assert (keep.tolist(), n_unknown) == ([True, True, False], 0)
+    (tmp_path / "table.csv").write_bytes("\ufeffensembl,symbol\nENSG00000000001.2,A\n".encode())
+    ensembl, symbol = SourceGenes("e", ("ENSG00000000001",), "ensembl"), SourceGenes("s", ("A",), "symbol")
+    assert join_genes([ensembl, symbol], "union", None, str(tmp_path / "table.csv")).vocab.ids == ("ENSG00000000001",)
 
 
 def test_a_file_under_several_names_is_read_once(tmp_path, monkeypatch):

@@ -182,7 +182,7 @@ def test_a_full_disk_is_one_line_before_and_during(tmp_path: Path, monkeypatch: 
     of = writer(tmp_path / "new" / "cells.h5ad")
     of.require_space(100)
     free = shutil.disk_usage(tmp_path).free
-    with pytest.raises(InputError, match="GB are needed for 47 cells; .* GB free"):
+    with pytest.raises(InputError, match=r"[kMGT]B are needed for 47 cells; .* [kMGT]B free"):
         of.require_space(1.01 * free / N)
     assert not (tmp_path / "new").exists()
     begin(of)

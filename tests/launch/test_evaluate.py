@@ -220,9 +220,12 @@ def test_generated_cells_are_read_in_every_format_that_generate_writes(tmp_path,
         generated_cells(str(out), ["tissue"])
 
 
-@pytest.mark.parametrize("suffix", ["zarr", "soma"])
-def test_a_folder_that_holds_no_generated_cells_is_refused(tmp_path, suffix):
-    for said in ("no such folder", "can't be read"):
+@pytest.mark.parametrize(
+    "suffix, none, empty",
+    [("zarr", "no such file", "a folder, and no zarr store"), ("soma", "no such folder", "can't be read")],
+)
+def test_a_folder_that_holds_no_generated_cells_is_refused(tmp_path, suffix, none, empty):
+    for said in (none, empty):
         with pytest.raises(InputError, match=rf"generated.{suffix}: {said}"):
             generated_cells(f"{tmp_path}/generated.{suffix}", [])
         (tmp_path / f"generated.{suffix}").mkdir(exist_ok=True)

@@ -235,7 +235,7 @@ def test_what_can_not_be_made_is_said_before_a_device_is_used(
     (tmp_path / "zero.csv").write_text("type,n_cells\nT cell,0\n")
     out = f"out={tmp_path}/x.h5ad"
     for words, said in (
-        ([f"conditions={tmp_path}/typo.csv", out], "condition 'type' has no label 'T-cell'; nearest"),
+        ([f"conditions={tmp_path}/typo.csv", out], "condition 'type' has no label 'T-cell'; it has 'T cell'"),
         ([f"conditions={tmp_path}/column.csv", out], "condition 'celltype' is unknown; the model knows type, donor"),
         ([f"conditions={tmp_path}/zero.csv", out], "there are no cells to generate"),
         (["n=0", out], "n=0 must be at least 1"),
@@ -251,7 +251,7 @@ def test_what_can_not_be_made_is_said_before_a_device_is_used(
         assert said in told[0], told
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 1000))
     assert main(["generate", f"model={model}", "n=50", out]) == 2
-    assert "0.0 GB free; ask for fewer cells or genes" in capsys.readouterr().err
+    assert "1 kB free; ask for fewer cells" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["column.csv", "nk.csv", "typo.csv", "zero.csv"]
     # what can be made uses one: first the world of ranks, then the model is moved
     monkeypatch.undo()

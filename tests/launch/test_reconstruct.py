@@ -73,8 +73,8 @@ def test_expected_counts_and_log_likelihoods(folder, tmp_path):
 
 @pytest.mark.parametrize("verb", ["reconstruct", "embed"])
 def test_cells_without_a_count_are_left_out_where_that_is_asked_for(folder, tmp_path, capsys, verb) -> None:
-    adata = cells(["G1", "G2", "unknown"])
-    adata.X[3, :2] = 0
+    adata = cells(["G1", "G2", "G3", "G4", "unknown"])
+    adata.X[3, :4] = 0
     adata.write_h5ad(tmp_path / "cells.h5ad")
     words = [f"model={folder}", f"h5ad={tmp_path}/cells.h5ad", f"out={tmp_path}/out.h5ad"]
     assert run_verb(verb, words) == 2
@@ -89,10 +89,10 @@ def test_cells_without_a_count_are_left_out_where_that_is_asked_for(folder, tmp_
 
 @pytest.mark.parametrize(
     "change, said",
-    [({"genes": "[G1,nonsense]"}, "gene 'nonsense'"), ({"h5ad": "missing.h5ad"}, "h5ad=missing.h5ad: no such file")],
+    [({"genes": "[G1,nonsense]"}, "gene 'nonsense'"), ({"h5ad": "missing.h5ad"}, "missing.h5ad: no such file")],
 )
 def test_mistakes_are_one_line(folder, tmp_path, capsys, change, said):
-    cells(["G1", "G2"]).write_h5ad(tmp_path / "cells.h5ad")
+    cells(["G1", "G2", "G3"]).write_h5ad(tmp_path / "cells.h5ad")
     given = {"model": str(folder), "h5ad": f"{tmp_path}/cells.h5ad", "out": f"{tmp_path}/out.h5ad"} | change
     assert run_verb("reconstruct", [f"{key}={value}" for key, value in given.items()]) == 2
     assert said in capsys.readouterr().err

@@ -327,7 +327,7 @@ def run_words(made: Path, stage: str, *more: str) -> list[str]:
         ),
         (
             lambda at: ["generate", f"model={at}/model", f"like={at}/wanted.csv", "by=type", f"out={at}/new.h5ad"],
-            "not a readable h5ad file",
+            "wanted.csv: a table, no AnnData file",
         ),
         (
             lambda at: ["generate", f"model={at}/model", f"conditions={at}/cells.h5ad", f"out={at}/new.h5ad"],
@@ -335,7 +335,7 @@ def run_words(made: Path, stage: str, *more: str) -> list[str]:
         ),
         (
             lambda at: ["embed", f"model={at}/model", f"h5ad={at}/wanted.csv", f"out={at}/new.h5ad"],
-            "not a readable h5ad",
+            "wanted.csv: a table, no AnnData file",
         ),
         (lambda at: ["embed", f"model={at}/model", f"h5ad={at}/no.h5ad", f"out={at}/new.h5ad"], "no such file"),
         (
@@ -364,11 +364,11 @@ def test_a_world_size_that_the_batch_can_not_serve_is_refused_with_the_nearest(m
 @pytest.mark.parametrize(
     "table, said",
     [
-        ("type\nT cells\n", "condition 'type' has no label 'T cells'; nearest of its 3: 'T cell'"),
+        ("type\nT cells\n", "condition 'type' has no label 'T cells'; it has "),
         ("cell_type\nT cell\n", "condition 'cell_type' is unknown; the model knows type"),
         ("type,n_cells\nT cell,-1\n", "column n_cells must hold whole numbers"),
         ("type,n_cells\nT cell,0\n", "the table of conditions is empty"),
-        ("type,library_size\nT cell,many\n", "column library_size must hold positive numbers"),
+        ("type,library_size\nT cell,many\n", "column library_size, row 0: "),
         ("", "not a readable CSV file"),
         ("type\nT cell,3,4\na,b\n", "csv"),
     ],

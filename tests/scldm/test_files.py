@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.files import of_bytes
 from scldm.files import written_aside
 
 
@@ -27,3 +28,16 @@ def test_a_file_that_replaces_none_leaves_what_another_made_meanwhile(
         file.write(b"second")
     assert path.read_bytes() == b"first"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_bytes_are_said_in_the_unit_that_shows_them() -> None:
+    said = {
+        0: "0 B",
+        340: "340 B",
+        1000: "1 kB",
+        2_540_000: "2.54 MB",
+        999_600: "1 MB",
+        1e14: "100 TB",
+        5e15: "5,000 TB",
+    }
+    assert {n: of_bytes(n) for n in said} == said

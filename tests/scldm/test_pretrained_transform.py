@@ -138,7 +138,7 @@ def test_transformed_counts_are_drawn_by_cell(model: Pretrained) -> None:
     [
         ({}, {}, "to names no condition"),
         ({"typ": "NK"}, {}, "condition 'typ' is unknown; the model knows type, donor"),
-        ({"type": "NKT"}, {}, "condition 'type' has no label 'NKT'; nearest of its 3"),
+        ({"type": "NKT"}, {}, "condition 'type' has no label 'NKT'; it has 'T cell', 'B cell', 'NK'"),
         ({"donor": "d1"}, {}, "obs has no column 'donor'; it has type, batch"),
         ({"type": "NK"}, {"by": ["batch"]}, "condition 'batch' is unknown"),
         ({"type": "NK"}, {"by": []}, "by must name 'type' too"),

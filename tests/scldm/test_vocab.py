@@ -53,8 +53,12 @@ def test_labels_and_ids() -> None:
 
 
 def test_what_the_model_never_saw_is_named_with_the_nearest() -> None:
-    with pytest.raises(InputError, match="condition 'cell_type' has no label 'B cells'; nearest of its 3: 'B cell'"):
+    every = "'B cells'; it has 'B cell', 'NK cell', 'T cell'"
+    with pytest.raises(InputError, match=f"condition 'cell_type' has no label {every}"):
         CONDITIONS.encode("cell_type", ["T cell", "B cells"])
+    many = ConditionVocab({"gene": tuple(f"GENE{k}" for k in range(40))})
+    with pytest.raises(InputError, match="has no label 'GENE40'; nearest of its 40: 'GENE"):
+        many.encode("gene", ["GENE40"])
     with pytest.raises(InputError, match="condition 'tissue' is unknown; the model knows cell_type, donor"):
         CONDITIONS.encode("tissue", ["lung"])
 
@@ -62,3 +66,38 @@ def test_what_the_model_never_saw_is_named_with_the_nearest() -> None:
 def test_conditions_come_back_from_disk(tmp_path: Path) -> None:
     CONDITIONS.save(tmp_path / "conditions.json")
     assert ConditionVocab.load(tmp_path / "conditions.json") == CONDITIONS
+
+
+def test_an_ensembl_id_is_one_gene_whatever_its_version() -> None:
+    bare, versioned = (GeneVocab(tuple(f"ENSG{k:011d}{v}" for k in range(4)), "ensembl") for v in ("", ".3"))
+    for vocab in (bare, versioned):
+        for version in ("", ".3", ".12"):
+            assert vocab.lookup([f"ENSG{k:011d}{version}" for k in (2, 0, 9)]).tolist() == [3, 1, 0]
+    both = GeneVocab(("ENSG00000000001.1", "ENSG00000000001.2"), "ensembl")  # of sets that were written before
+    assert both.lookup(["ENSG00000000001.2", "ENSG00000000001.3"]).tolist() == [2, 0]
+    # a gene of the Y chromosome beside its twin of the X, a symbol with a point
+    assert bare.lookup(["ENSG00000000002.5_PAR_Y"]).tolist() == [0]
+    assert GeneVocab(("RP11-34P13.7",), "symbol").lookup(["RP11-34P13.7", "RP11-34P13.8"]).tolist() == [1, 0]
+
+
+def test_how_many_genes_match_is_said_and_too_few_are_refused_with_a_guess() -> None:
+    ids = tuple(f"ENSG{k:011d}" for k in range(20))
+    vocab = GeneVocab(ids, "ensembl")
+    found = vocab.match([*ids[:8], "x"], "a.h5ad", 0.1)
+    assert str(found) == "8 of 20 genes matched (40 %)"
+    assert found.to_json() == {"genes_matched": 8, "genes_of_model": 20, "genes_of_file": 9}
+    assert vocab.match(ids[:1], "a.h5ad", 0.05).n_matched == 1
+    mouse = GeneVocab(tuple(f"Gene{k}" for k in range(20)), "symbol")
+    for of, given, said in (
+        (vocab, ids[:1], r"a.h5ad: 1 of 20 genes matched \(5 %\), and at least 10 % are needed \(min_gene_share=0.1\)"),
+        (vocab, ["CD4"], "0 of 20 .*; they are named like 'CD4'.*; symbols here, Ensembl ids there"),
+        (
+            vocab,
+            [g.replace("ENSG", "ENSMUSG") for g in ids],
+            r"; ids of another species: ENSMUSG... here, ENSG... there",
+        ),
+        (mouse, [g.upper() for g in mouse.ids], "; 20 match but for upper and lower case"),
+        (vocab, [*ids, f"{ids[3]}.2"], "a.h5ad: 'ENSG00000000003' and 'ENSG00000000003.2' are one gene"),
+    ):
+        with pytest.raises(InputError, match=said):
+            of.match(given, "a.h5ad", 0.1)

@@ -233,6 +233,8 @@ def test_a_model_without_conditions_is_sampled_all_the_same() -> None:
     [
         ({"n_steps": 0}, "sampler.n_steps=0"),
         ({"guidance_scale": -1.0}, "sampler.guidance_scale=-1"),
+        ({"guidance_scale": float("nan")}, "sampler.guidance_scale=nan must be a number"),
+        ({"guidance_scale": float("inf")}, "sampler.guidance_scale=inf must be a number"),
         ({"guidance_weights": {"type": 1.0}}, "belong to sampler.guidance=additive; shift has one scale"),
         ({"guidance": "additive", "guidance_weights": {"type": -1.0}}, "sampler.guidance_weights.type=-1"),
         ({"guidance_from": 0.7, "guidance_to": 0.3}, "sampler.guidance_from=0.7 and sampler.guidance_to=0.3"),

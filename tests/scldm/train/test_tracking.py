@@ -282,3 +282,13 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize("name", ["plain", "a b", "a?x=1", "pct%20x", "100%", "a#b"])
+def test_a_run_folders_name_is_no_part_of_a_uri(name: str, tmp_path: Path) -> None:
+    from sqlalchemy import make_url
+
+    database = tmp_path / name / "mlflow.db"
+    uri = tracking.database_uri(database)
+    assert make_url(uri).database == str(database)
+    assert tracking._database_of(uri) == database

@@ -1,0 +1,55 @@
+"""Values of a column as labels: the one place that says which text a number, a category or a missing value is.
+
+Reading order: texts, as_labels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from scldm.errors import InputError
+
+
+def texts(values: pd.Series) -> pd.Series:
+    """Every value as the text of its label, object. A number is the same label however it is stored: 1.0 and 1 are
+    `1`, 0.1 is `0.1` in any precision, whatever else the column holds. What a missing value becomes says nothing."""
+    if isinstance(values.dtype, pd.CategoricalDtype):
+        categories = texts(pd.Series(values.cat.categories))
+        known = np.append(categories.to_numpy(object), "nan")
+        return pd.Series(known[values.cat.codes], index=values.index, name=values.name, dtype=object)
+    if pd.api.types.is_float_dtype(values.dtype):
+        numbers = values.to_numpy(str(values.dtype).lower(), na_value=np.nan)  # pandas' Float32 is float32
+        codes, known = pd.factorize(numbers)
+        named = np.array([*map(_text, known), "nan"], object)
+        return pd.Series(named[codes], index=values.index, name=values.name, dtype=object)
+    return values.astype(object).map(_text).astype(object)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bytes):  # text of fixed length in older files
+        return value.decode()
+    if isinstance(value, (float, np.floating)) and np.isfinite(value) and value == np.floor(value):
+        return str(int(value))
+    return str(value)
+
+
+def as_labels(column: pd.Series, where: str, missing: str) -> pd.Series:
+    """A column of obs as strings, by `texts`; no value, an empty text and `nan` are missing.
+
+    missing: the label of missing values; empty refuses them
+    Raises: InputError for a missing value where no label for it is named, and for an infinite one.
+    """
+    if pd.api.types.is_float_dtype(column.dtype) and np.isinf(column.to_numpy(np.float64, na_value=np.nan)).any():
+        raise InputError(f"{where}: column {column.name!r} has an infinite value: no label")
+    labels = texts(column)
+    absent = column.isna() | labels.isin(["", "nan"])
+    if absent.any():
+        if not missing:
+            at = int(np.flatnonzero(absent)[0])
+            raise InputError(
+                f"{where}: column {column.name!r} has no value in {int(absent.sum())} cells, first at position {at}; "
+                "missing=LABEL gives them one"
+            )
+        labels[absent] = missing
+    return labels
