@@ -192,7 +192,7 @@ class LatentWriter:
         manifest = replace(
             source, kind="latents", shards=tuple(shards), index=tuple(files), codec="none", codec_level=0, extra=extra
         )
-        self._write(self.out / schema.MANIFEST, json.dumps(manifest.to_json()).encode())
+        self._write(self.out / schema.MANIFEST, manifest.file())
         self.finished = True
         shutil.rmtree(self.parts, ignore_errors=True)
 
