@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -43,8 +44,7 @@ def _typed(kind: Any, value: Any, where: str, key: str) -> Any:
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
 
     def wrong(right: str) -> InputError:
-        told = repr(value) if not isinstance(value, (dict, list, str)) or len(repr(value)) < 60 else type(value).__name__
-        return InputError(f"{where}: {key or 'it'} is {told[:60]}, must be {right}")
+        return InputError(f"{where}: {key or 'it'} is {reprlib.repr(value)}, must be {right}")
 
     if kind is Any:
         return value
@@ -85,9 +85,9 @@ def _typed(kind: Any, value: Any, where: str, key: str) -> Any:
         raise TypeError(f"typed: {kind} is no type of JSON")
     if type(value) is not kind:
         raise wrong({bool: "true or false", int: "a whole number", str: "text"}[kind])
-    if kind is int and not -LARGEST <= value < LARGEST:
+    if isinstance(value, int) and not -LARGEST <= value < LARGEST:
         raise wrong("a number of 64 bits")
-    if kind is str and not _is_text(value):
+    if isinstance(value, str) and not _is_text(value):
         raise wrong("text of Unicode characters")
     return value
 
@@ -125,7 +125,7 @@ def _is_text(value: str) -> bool:
 # --- a hash of its own ---------------------------------------------------------------------------------------------
 
 
-def hash_of(document: Mapping[str, Any]) -> str:
+def hash_of(document: Any) -> str:
     """SHA-256 of a document as sorted JSON."""
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 

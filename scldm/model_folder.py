@@ -83,12 +83,13 @@ def check_replaceable(folder: Path) -> None:
     """Raises: InputError for a folder that holds anything but a model folder's files."""
     if not folder.exists():
         return
-    found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else [folder.name]
-    if found and CONFIG in found and not (others := sorted(set(found) - set(FILES))):
+    found = {entry.name for entry in folder.iterdir()} if folder.is_dir() else {folder.name}
+    if found and CONFIG not in found:
+        raise InputError(f"{folder} is not empty and not a model folder; choose another out")
+    if others := sorted(found - set(FILES)):
+        raise InputError(f"{folder} holds {others[0]}, which is none of a model's files; choose another out")
+    if found:
         read_config(folder)  # ours, and not another program's config.json
-    elif found:
-        what = f"holds {others[0]}, which is none of its files" if CONFIG in found else "is not a model folder"
-        raise InputError(f"{folder} is not empty and {what}; choose another out")
 
 
 def save_pretrained(

@@ -42,6 +42,8 @@ def network_of(make: Callable[[], Network], n_layers: int, tensors: Mapping[str,
     try:
         with torch.device("meta"):
             expected = make().state_dict()
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
     except (RuntimeError, OverflowError) as error:  # of sizes whose product is beyond 64 bits
         raise InputError(f"{where}: no network can be of this shape: {str(error).splitlines()[0]}") from None
     for name in sorted(expected.keys() | tensors.keys()):

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("benchmarks", "data_pipeline", "launch", "scldm")
 
-# errors, files, given_json, progress and environment know errors alone and may be imported by all; draws is numbers alone
+# these know errors alone, and may be imported by all
 EVERYWHERE = {f"scldm.{name}" for name in ("errors", "files", "given_json", "progress", "environment", "draws")}
 LEAVES = EVERYWHERE | {
     "scldm.batch",

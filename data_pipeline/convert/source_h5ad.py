@@ -19,6 +19,7 @@ from numba import njit
 
 from data_pipeline.convert.genes import SourceGenes, namespace_of
 from data_pipeline.convert.narrow import FAULTS, Rows, coo_to_rows, fault_of
+from data_pipeline.convert.row_filter import matches, where_true
 from data_pipeline.convert.source import OpenSource, SourceConfig, SourceSpec, as_labels, spans
 from scldm.errors import InputError
 from scldm.files import written_aside
@@ -239,12 +240,12 @@ def open_h5ad_source(path: str, config: SourceConfig, columns: tuple[str, ...], 
                 raise InputError(f"{path}: obs has no column {column!r}; it has {_names(obs_group)}")
         chosen = np.ones(n_rows, bool)
         if config.obs_filter:
-            chosen = _matches(read_frame(obs_group), config.obs_filter, path, "source.obs_filter")
+            chosen = matches(read_frame(obs_group), config.obs_filter, path, "source.obs_filter")
         if config.primary_data_only:
             if "is_primary_data" not in obs_group:
                 raise InputError(f"{path}: source.primary_data_only: obs has no column is_primary_data")
             primary = read_column(obs_group, "is_primary_data")
-            chosen &= _where_true(primary, f"{path}: source.primary_data_only: is_primary_data")
+            chosen &= where_true(primary, f"{path}: source.primary_data_only: is_primary_data")
         rows = np.flatnonzero(chosen).astype(np.int64)
         obs = pd.DataFrame(index=range(len(rows)))
         for column in columns:
@@ -252,7 +253,7 @@ def open_h5ad_source(path: str, config: SourceConfig, columns: tuple[str, ...], 
             obs[column] = as_labels(values, path, missing)
         keep_gene = np.ones(n_columns, bool)
         if config.var_filter:
-            keep_gene = _matches(var, config.var_filter, path, "source.var_filter")
+            keep_gene = matches(var, config.var_filter, path, "source.var_filter")
         candidate = look_at(file, layer)
         mean_nonzeros = candidate.n_stored * candidate.nonzero / max(n_rows, 1)
     file = Path(path).stat()
@@ -281,36 +282,6 @@ def read_column(group: Any, name: str) -> pd.Series:
 def _names(obs_group: Any) -> str:
     names = [str(n) for n in obs_group.attrs.get("column-order", list(obs_group))]
     return ", ".join(names[:30]) + (", ..." if len(names) > 30 else "") or "none"
-
-
-def _matches(frame: pd.DataFrame, expression: str, path: str, key: str) -> np.ndarray:
-    """Rows of a table that an expression chooses."""
-    try:
-        result = frame.eval(expression.replace("&&", " and ").replace("||", " or "))
-        if np.ndim(result) > 1:
-            raise ValueError("an assignment; == compares")
-    except Exception as error:  # pandas raises whatever its parser, its types or numexpr raise
-        raise InputError(f"{path}: {key}={expression!r} can't be applied: {str(error).splitlines()[0]}") from None
-    return _where_true(
-        pd.Series(result, range(len(frame))) if np.isscalar(result) else result, f"{path}: {key}={expression!r}"
-    )
-
-
-def _where_true(values: Any, what: str) -> np.ndarray:
-    """Which of some booleans are true; missing ones are not.
-
-    Raises: InputError for anything but booleans: text and most numbers would all count as true.
-    """
-    column = pd.Series(values)
-    if isinstance(column.dtype, pd.CategoricalDtype):
-        column = column.astype(object)
-    if pd.api.types.infer_dtype(column) != "boolean":
-        present = column.dropna()
-        raise InputError(
-            f"{what} gives {present.tolist()[0] if len(present) else 'no value'!r}, not true or false; compare it with "
-            'something, as in "n_genes > 500"'
-        )
-    return column.astype("boolean").to_numpy(bool, na_value=False)
 
 
 def matrix_format(node: Any) -> str:

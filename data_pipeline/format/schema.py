@@ -232,7 +232,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, obj: Any, where: str = MANIFEST) -> Manifest:
-        """Raises: InputError for another format or version, a value that can't be, a wrong hash, parts that do not fit."""
+        """Raises: InputError for another format or version, a wrong hash, values that can't be or don't fit."""
         if not isinstance(obj, dict) or obj.get("format") != FORMAT:
             raise InputError(f"{where}: not the manifest of a shard set (format {FORMAT!r} expected)")
         version = obj.get("version")
@@ -293,8 +293,8 @@ def misfits(m: Manifest) -> Iterator[str]:
             yield f"split {split.name}: its shards don't add up to its {split.n_cells} cells in {split.n_blocks} blocks"
         if split.n_cells and (split.first_cell, split.first_block) != (cell, block):
             yield (
-                f"split {split.name}: first_cell={split.first_cell}, first_block={split.first_block}; the splits before "
-                f"it end at cell {cell}, block {block}"
+                f"split {split.name}: first_cell={split.first_cell}, first_block={split.first_block}; the splits "
+                f"before it end at cell {cell}, block {block}"
             )
         for k, shard in enumerate(mine):
             if shard.path != shard_name(split.name, k):
@@ -320,7 +320,8 @@ def misfits(m: Manifest) -> Iterator[str]:
 
 def _misfits_of_statistics(m: Manifest) -> Iterator[str]:
     of = m.statistics
-    for what, table in [("combinations", of.combinations), *((f"library_sizes by {e.by}", e) for e in of.library_sizes)]:
+    tables = [(f"library_sizes by {', '.join(entry.by) or 'nothing'}", entry) for entry in of.library_sizes]
+    for what, table in [("combinations", of.combinations), *tables]:
         if not set(table.by) <= set(m.conditions.names) or len(set(table.by)) < len(table.by):
             yield f"statistics.{what}: {', '.join(table.by)} are not conditions of the set"
             continue
@@ -329,9 +330,9 @@ def _misfits_of_statistics(m: Manifest) -> Iterator[str]:
             yield f"statistics.{what}: ids that are no labels"
         if len(table.n) != len(table.ids):
             yield f"statistics.{what}: {len(table.n)} numbers of cells for {len(table.ids)} combinations"
-    for entry in of.library_sizes:
+    for what, entry in tables:
         if not len(entry.n) == len(entry.log_mean) == len(entry.log_std) or min(entry.log_std, default=0.0) < 0:
-            yield f"statistics.library_sizes by {entry.by}: each combination has one log_mean and one log_std, not negative"
+            yield f"statistics.{what}: each combination has one log_mean, and one log_std of at least 0"
     by_split = [0] * len(m.splits)
     for row in of.combinations.n:
         if len(row) != len(m.splits):

@@ -61,7 +61,7 @@ def truncate(path: Path) -> None:
         ("config.json", truncate, "config.json is damaged"),
         ("config.json", Path.unlink, "is not a model folder: it has no config.json"),
         ("config.json", lambda p: p.write_text('{"format_version": 99}'), "format version 99; this scldm reads 4"),
-        ("config.json", lambda p: p.write_text(p.read_text().replace('"width": 16', '"width": 32')), "its SHA-256 is not"),
+        ("config.json", lambda p: p.write_text(p.read_text().replace('"width": 16', '"width": 32')), "its SHA-256"),
         ("genes.json", truncate, "genes.json is damaged"),
         ("genes.json", lambda p: p.write_text(p.read_text().replace("ENSG00001", "ENSG1")), "hash"),
         ("conditions.json", lambda p: p.write_text('{"type": ["a"], "donor": ["b"]}'), "belong together"),
@@ -166,7 +166,7 @@ def test_only_a_model_folder_is_replaced_and_nothing_beside_it(folder: Path, tmp
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "model.old", "model.partial"]
     assert all((tmp_path / name / "thesis.txt").is_file() for name in ("model.old", "model.partial"))
     (copy / "notes.md").write_text("mine")
-    with pytest.raises(InputError, match="holds notes.md, which is none of its files"):
+    with pytest.raises(InputError, match="holds notes.md, which is none of a model's files"):
         save_pretrained(copy, networks()[0], None, GENES, CONDITIONS, library_sizes(), {})
     assert (copy / "notes.md").read_text() == "mine"
 
