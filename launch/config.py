@@ -94,10 +94,13 @@ def compose(schema: type[Config], argv: Sequence[str]) -> Config:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise InputError(f"{missing[0]} must be given, as {missing[0]}=VALUE")
-    for key, text in _texts(OmegaConf.to_container(config, resolve=True)):
-        if (without := public(key, text)) != text:
-            config = _merge(config, _at(key, without), key)
-    return typing.cast(Config, OmegaConf.to_object(config))
+    try:
+        for key, text in _texts(OmegaConf.to_container(config, resolve=True)):
+            if (without := public(key, text)) != text:
+                config = _merge(config, _at(key, without), key)
+        return typing.cast(Config, OmegaConf.to_object(config))
+    except OmegaConfBaseException as error:  # text with `${`, where a number is wanted
+        raise InputError(f"{error.full_key}: {str(error).splitlines()[0].partition(': ')[2]}") from None
 
 
 def with_options_read(schema: type, argv: Sequence[str], only_known: bool = False) -> Iterator[tuple[str, bool]]:

@@ -77,8 +77,10 @@ def _typed(kind: Any, value: Any, where: str, key: str) -> Any:
         if not isinstance(value, dict):
             raise wrong("a mapping")
         return {name: _typed(inner[1], item, where, _dotted(key, name)) for name, item in value.items()}
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not (abs(value) < LARGEST if isinstance(value, int) else math.isfinite(value)):
+    if kind is float:
+        if type(value) not in (int, float) or not (
+            abs(value) < LARGEST if type(value) is int else math.isfinite(value)
+        ):
             raise wrong("a finite number")
         return float(value)
     if kind not in (bool, int, str):

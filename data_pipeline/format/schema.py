@@ -346,7 +346,11 @@ def _misfits_of_statistics(m: Manifest) -> Iterator[str]:
 
 
 def _misfits_of_latents(m: Manifest) -> Iterator[str]:
-    of = typed(OfLatents, m.extra, "extra")
+    try:
+        of = typed(OfLatents, m.extra, "extra")
+    except InputError as error:
+        yield str(error)
+        return
     (tokens, width), n_train = of.shape, m.splits[0].n_cells
     for name, moments in (("mean", of.mean), ("std", of.std)):
         if n_train and (len(moments) != tokens or any(len(row) != width for row in moments)):

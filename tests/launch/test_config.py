@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import yaml
 
 from launch import config as launch_config
 from launch.config import compose, flatten, help_text, to_yaml
@@ -100,7 +101,25 @@ def test_dashes_are_another_spelling() -> None:
     assert config == Config("a", seed=7, by=("x", "y"), fresh=True, optim=Optim(lr=0.25))
 
 
-@pytest.mark.parametrize("text", ["1.10", "yes", "007", "2025-01-30", "a: b", "{a", "[a]", "x == 'B cell'", "", "5e4"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1.10",
+        "yes",
+        "007",
+        "2025-01-30",
+        "a: b",
+        "{a",
+        "[a]",
+        "x == 'B cell'",
+        "",
+        "5e4",
+        "a${b}c",
+        "${out}",
+        "${",
+        "\\${a}",
+    ],
+)
 def test_text_stays_as_typed(text: str) -> None:
     config = compose(Config, [f"out={text}", f"label={text}", f"where={text}", f"by=k,{text}"])
     assert (config.out, config.label, config.where, config.by) == (text, text, Path(text), ("k", text))
@@ -185,6 +204,21 @@ def test_a_broken_preset_is_named(tmp_path: Path, content: bytes, said: str) -> 
     assert said in str(error.value)
     assert "mine.yaml" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_nothing_of_a_value_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A preset of others could print what is in the environment."""
+    monkeypatch.setenv("SECRET", "geheim")
+    texts = ("${oc.env:SECRET}", "a${b}c", "${", "}${steps}", "${oc.env:SECRET", "\\\\${steps}\\")
+    for text in texts:
+        lines = {"label": text, "by": [text], "only": {"k": [text]}, "files": {text: text}}
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump(lines))
+        config = compose(Config, [str(tmp_path / "mine.yaml"), f"out={text}"])
+        assert (config.label, config.by, config.only, config.files) == (text, (text,), {"k": [text]}, {text: text})
+        (tmp_path / "again.yaml").write_text(to_yaml(config))
+        assert compose(Config, [str(tmp_path / "again.yaml")]) == config
+        with pytest.raises(InputError, match=r"^steps: Value .* could not be converted to Integer|^steps=.*can't be read"):
+            compose(Config, ["out=a", f"steps={text}"])
 
 
 def test_a_config_written_as_yaml_is_a_preset_that_gives_it_back(tmp_path: Path) -> None:
