@@ -91,10 +91,10 @@ def compose(schema: type[Config], argv: Sequence[str]) -> Config:
         config = _merge(config, load_preset(name), f"preset {name}")
     for override in [word for word in words if "=" in word]:
         config = _merge(config, _nested(schema, override), override)
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise InputError(f"{missing[0]} must be given, as {missing[0]}=VALUE")
     try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise InputError(f"{missing[0]} must be given, as {missing[0]}=VALUE")
         for key, text in _texts(OmegaConf.to_container(config, resolve=True)):
             if (without := public(key, text)) != text:
                 config = _merge(config, _at(key, without), key)
@@ -129,11 +129,14 @@ def _kind(schema: type, dotted_key: str) -> Any:
     """The type of a key; None for one that the schema does not spell out."""
     kind: Any = schema
     for name in dotted_key.split("."):
-        if dataclasses.is_dataclass(kind):
-            kind = typing.get_type_hints(kind).get(name)
-        else:  # of a mapping, any key
-            kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else None
+        kind = _within(kind, name)
     return kind
+
+
+def _within(kind: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return typing.get_type_hints(kind).get(name)
+    return typing.get_args(kind)[1] if typing.get_origin(kind) is dict else None  # of a mapping, any key
 
 
 def _is_text(kind: Any) -> bool:
@@ -201,7 +204,11 @@ def _yaml_text(text: str, override: str) -> Any:
 
 def _merge(config: DictConfig, other: Any, where: str) -> DictConfig:
     try:
-        return typing.cast(DictConfig, OmegaConf.merge(config, _as_it_stands(other)))
+        plain = _as_it_stands(other, OmegaConf.get_type(config))
+    except InputError as error:
+        raise InputError(str(error) if where in str(error) else f"{where}: {error}") from None
+    try:
+        return typing.cast(DictConfig, OmegaConf.merge(config, plain))
     except (OmegaConfBaseException, TypeError) as error:
         key = getattr(error, "full_key", "") or where.partition("=")[0]
         if type(error).__name__ == "ConfigKeyError":
@@ -210,13 +217,19 @@ def _merge(config: DictConfig, other: Any, where: str) -> DictConfig:
         raise InputError(f"{where}: {at}{str(error).splitlines()[0]}") from None
 
 
-def _as_it_stands(value: Any) -> Any:
-    """Plain values, with every `${` escaped as OmegaConf wants it."""
+def _as_it_stands(value: Any, kind: Any = None, key: str = "") -> Any:
+    """Plain values, with every `${` escaped as OmegaConf wants it.
+
+    kind: the type that the schema has there
+    Raises: InputError for text in place of a group of keys, in which OmegaConf would look things up all the same.
+    """
+    if isinstance(value, str):
+        if dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict:
+            raise InputError(f"{key}={value!r} must be a group of keys, as {key}.KEY=VALUE")
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     if isinstance(value, dict):
-        return {key: _as_it_stands(of) for key, of in value.items()}
-    if isinstance(value, list):
-        return [_as_it_stands(of) for of in value]
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+        return {name: _as_it_stands(of, _within(kind, name), f"{key}.{name}".strip(".")) for name, of in value.items()}
+    return [_as_it_stands(of, None, key) for of in value] if isinstance(value, list) else value
 
 
 def _nearest(config: DictConfig, key: str) -> str:
@@ -224,19 +237,6 @@ def _nearest(config: DictConfig, key: str) -> str:
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
     near = near or [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
     return f"; did you mean {', '.join(near)}?" if near else "; --help lists the keys"
-
-
-def to_yaml(config: object) -> str:
-    """The resolved config as YAML, as kept in a run folder; `compose` reads it as a preset."""
-    values = OmegaConf.to_container(OmegaConf.structured(config))
-    return OmegaConf.to_yaml(OmegaConf.create(_plain(values)))
-
-
-def _plain(values: Any) -> Any:
-    """With every Path as its text."""
-    if isinstance(values, dict):
-        return {key: _plain(value) for key, value in values.items()}
-    return str(values) if isinstance(values, Path) else values
 
 
 # --- passwords -----------------------------------------------------------------------------------------------------

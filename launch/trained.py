@@ -21,7 +21,7 @@ from scldm.train.run_folder import read_config
 from scldm.vocab import ConditionVocab, GeneVocab
 from scldm.weights import network_of, weights_hash
 
-Kind = TypeVar("Kind", VAEConfig, DiTConfig)
+Kind = TypeVar("Kind", VAEConfig, DiTConfig, GeneSetConfig)
 
 
 def trained_vae(run_dir: Path, which: Literal["best", "latest"]) -> tuple[VAE, dict[str, Any]]:
@@ -29,7 +29,7 @@ def trained_vae(run_dir: Path, which: Literal["best", "latest"]) -> tuple[VAE, d
     run = read_config(run_dir)
     if (run_dir / "latents.json").is_file():
         raise InputError(f"vae={run_dir} is a run of `scldm train ldm`, not of `scldm train vae`")
-    of, n_genes = _model(VAEConfig, run, run_dir).portable, GeneVocab.load(run_dir / "genes.json").n_genes
+    of, n_genes = _part_of(VAEConfig, run, run_dir, "model").portable, GeneVocab.load(run_dir / "genes.json").n_genes
     tensors, step, target = read_ema(run_dir, which)
     vae = network_of(lambda: VAE(of, n_genes), of.n_layers, tensors, str(target))
     origin = {"run": str(run_dir), "step": step, "hash": weights_hash(vae.state_dict()), "config": run}
@@ -54,14 +54,17 @@ def trained_dit(run_dir: Path, vae: VAE, which: Literal["best", "latest"]) -> tu
     conditions = ConditionVocab.load(run_dir / "conditions.json")
     n_labels = {name: conditions.n_labels(name) for name in conditions.names}
     shape = (vae.config.n_latents, vae.config.latent_width)
-    of, (tensors, step, target) = _model(DiTConfig, run, run_dir).portable, read_ema(run_dir, which)
+    of, (tensors, step, target) = _part_of(DiTConfig, run, run_dir, "model").portable, read_ema(run_dir, which)
     dit = network_of(lambda: DiT.of_tensors(of, *shape, n_labels, tensors), of.n_layers, tensors, str(target))
     return dit.eval(), {"run": str(run_dir), "step": step, "hash": weights_hash(dit.state_dict()), "config": run}
 
 
-def _model(kind: type[Kind], run: Any, run_dir: Path) -> Kind:
+def _part_of(kind: type[Kind], run: Any, run_dir: Path, key: str) -> Kind:
+    """A part of the config of a run."""
     where = str(run_dir / "config.json")
-    return typed(kind, typed(dict[str, Any], run, where).get("model"), f"{where}: model")
+    for name in key.split("."):
+        run = typed(dict[str, Any], run, where).get(name)
+    return typed(kind, run, f"{where}: {key}")
 
 
 def check_given(given: GeneSetConfig, vae_run: Path, key: str, world: World) -> None:
@@ -70,7 +73,7 @@ def check_given(given: GeneSetConfig, vae_run: Path, key: str, world: World) -> 
     Raises: InputError where cells would be given to the autoencoder otherwise than it was trained: it is another
     function of all genes (or of a random choice of them, zeros included) than of a set made of what the cell expresses.
     """
-    trained = GeneSetConfig(**read_config(vae_run)["data"]["given"])
+    trained = _part_of(GeneSetConfig, read_config(vae_run), vae_run, "data.given")
     right = as_whole_cells(trained)
     padded = "expressed_plus_zeros"  # whose n_genes says how many zeros a cell has
     same = given.policy == trained.policy and (given.policy != padded or given.n_genes == trained.n_genes)
