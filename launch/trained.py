@@ -31,7 +31,7 @@ def trained_vae(run_dir: Path, which: Literal["best", "latest"]) -> tuple[VAE, d
         raise InputError(f"vae={run_dir} is a run of `scldm train ldm`, not of `scldm train vae`")
     of, n_genes = _part_of(VAEConfig, run, run_dir, "model").portable, GeneVocab.load(run_dir / "genes.json").n_genes
     tensors, step, target = read_ema(run_dir, which)
-    vae = network_of(lambda: VAE(of, n_genes), of.n_layers, tensors, str(target))
+    vae = network_of(lambda: VAE(of, n_genes), tensors, str(target))
     origin = {"run": str(run_dir), "step": step, "hash": weights_hash(vae.state_dict()), "config": run}
     return vae.eval().requires_grad_(False), origin
 
@@ -55,7 +55,7 @@ def trained_dit(run_dir: Path, vae: VAE, which: Literal["best", "latest"]) -> tu
     n_labels = {name: conditions.n_labels(name) for name in conditions.names}
     shape = (vae.config.n_latents, vae.config.latent_width)
     of, (tensors, step, target) = _part_of(DiTConfig, run, run_dir, "model").portable, read_ema(run_dir, which)
-    dit = network_of(lambda: DiT.of_tensors(of, *shape, n_labels, tensors), of.n_layers, tensors, str(target))
+    dit = network_of(lambda: DiT.of_tensors(of, *shape, n_labels, tensors), tensors, str(target))
     return dit.eval(), {"run": str(run_dir), "step": step, "hash": weights_hash(dit.state_dict()), "config": run}
 
 

@@ -65,18 +65,22 @@ def read_config(folder: Path) -> Stored:
     return typed(Stored, document, str(path))
 
 
-def check_files(folder: Path, stored: Stored, tensors: Mapping[str, Tensor]) -> None:
-    """Raises: InputError where weights or vocabularies are not those that were exported."""
+def check_files(folder: Path, stored: Stored, own: Mapping[str, Mapping[str, Tensor]], weights: str) -> None:
+    """Raises: InputError where weights or vocabularies are not those that were exported.
+
+    own: each network's tensors; weights: the hash of all
+    """
     for name, sha256 in stored.files.items():
         if name not in VOCABULARIES or _sha256(folder / name) != sha256:
             raise InputError(f"{folder / name}: its SHA-256 is not that of config.json: damaged or changed")
-    if stored.weights and weights_hash(tensors) != stored.weights:
-        raise InputError(f"{folder / 'model.safetensors'}: its weights are not those that were exported: damaged")
-    for net in ("vae", "ldm"):  # what the run's own weights were
-        origin = stored.origin.get(net)
-        own = {key.removeprefix(f"{net}/"): value for key, value in tensors.items() if key.startswith(f"{net}/")}
-        if isinstance(origin, dict) and "hash" in origin and origin["hash"] != weights_hash(own):
-            raise InputError(f"{folder / 'model.safetensors'}: its {net} is not that of its origin: damaged")
+    path = folder / "model.safetensors"
+    if stored.weights and stored.weights != weights:
+        raise InputError(f"{path}: its weights are not those that were exported: damaged or changed")
+    if not stored.weights:  # of an earlier scldm: what the runs' own weights were
+        for net, tensors in own.items():
+            origin = stored.origin.get(net)
+            if isinstance(origin, dict) and "hash" in origin and origin["hash"] != weights_hash(tensors):
+                raise InputError(f"{path}: its {net} is not that of its origin: damaged or changed")
 
 
 def check_replaceable(folder: Path) -> None:

@@ -82,20 +82,18 @@ def load(
             raise InputError(f"{path}: {key} belongs to no network that config.json names")
         own[net][name] = value
     of = stored.vae.portable
-    vae = network_of(lambda: VAE(of, genes.n_genes), of.n_layers, own["vae"], str(path)).eval().requires_grad_(False)
+    vae = network_of(lambda: VAE(of, genes.n_genes), own["vae"], str(path)).eval().requires_grad_(False)
     dit = None
     if stored.ldm is not None:
         if unknown := sorted(set(stored.conditions) - set(conditions.names)):
             raise InputError(f"{folder}: config.json names the condition {unknown[0]!r}, conditions.json does not")
         n_labels = {name: conditions.n_labels(name) for name in stored.conditions}
         shape, of_ldm = (of.n_latents, of.latent_width), stored.ldm.portable
-        dit = network_of(
-            lambda: DiT.of_tensors(of_ldm, *shape, n_labels, own["ldm"]), of_ldm.n_layers, own["ldm"], str(path)
-        )
+        dit = network_of(lambda: DiT.of_tensors(of_ldm, *shape, n_labels, own["ldm"]), own["ldm"], str(path))
         dit = dit.eval().requires_grad_(False)
     sizes = LibrarySizeModel.load(folder / "library_sizes.json")
-    check_files(folder, stored, tensors)
-    model = Pretrained(vae, dit, genes, conditions, sizes, stored.origin, weights_hash(tensors), batch, precision)
+    check_files(folder, stored, own, weights := weights_hash(tensors))
+    model = Pretrained(vae, dit, genes, conditions, sizes, stored.origin, weights, batch, precision)
     return model.to(device)
 
 

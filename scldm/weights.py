@@ -6,18 +6,22 @@ Reading order: read_weights, network_of, weights_hash.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from scldm.errors import InputError
 
 Network = TypeVar("Network", bound=torch.nn.Module)
+MAKE = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)  # what layers are made of
+SLACK = 100_000  # numbers: what is made and not kept
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -30,22 +34,21 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} is damaged ({error}); export the model again") from None
 
 
-def network_of(make: Callable[[], Network], n_layers: int, tensors: Mapping[str, Tensor], where: str) -> Network:
-    """What `make` makes, with these tensors in it. No memory is taken before it is known that they are its own.
+def network_of(make: Callable[[], Network], tensors: Mapping[str, Tensor], where: str) -> Network:
+    """What `make` makes, with these tensors in it. It may take little more memory than they do.
 
-    n_layers: of its config
     where: the file of the tensors
     Raises: InputError where they are another network's, or a number of them is not finite.
     """
-    if n_layers > len(tensors):
-        raise InputError(f"{where}: {len(tensors)} tensors are no network of n_layers={n_layers}")
+    for name, value in tensors.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise InputError(f"{where}: {name} has numbers that are not finite: the training failed, or it is damaged")
     try:
-        with torch.device("meta"):
-            expected = make().state_dict()
+        with _Room(2 * sum(value.numel() for value in tensors.values()) + SLACK):
+            network = make()
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    except (RuntimeError, OverflowError) as error:  # of sizes whose product is beyond 64 bits
-        raise InputError(f"{where}: no network can be of this shape: {str(error).splitlines()[0]}") from None
+    expected = network.state_dict()
     for name in sorted(expected.keys() | tensors.keys()):
         ours, theirs = (_kind(of.get(name)) for of in (expected, tensors))
         if ours != theirs:
@@ -53,12 +56,32 @@ def network_of(make: Callable[[], Network], n_layers: int, tensors: Mapping[str,
                 f"{where}: weights, config and vocabularies do not belong together: {name} is {theirs}, the network "
                 f"has {ours}"
             )
-    for name, value in tensors.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise InputError(f"{where}: {name} has numbers that are not finite: the training failed, or it is damaged")
-    network = make()
     network.load_state_dict(dict(tensors))
     return network
+
+
+class _Room(TorchFunctionMode):
+    """Within, tensors of at most so many numbers in all are made. A config of others may ask for any width and depth.
+
+    Raises: InputError before the first one that goes beyond.
+    """
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self.numbers = self.left = numbers
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in MAKE:
+            size = kwargs.get("size", args)
+            size = size if size and isinstance(size[0], int) else size[0]
+            self.left -= math.prod(size)
+            if self.left < 0:
+                raise InputError(
+                    "weights and config do not belong together: a network of this config has more numbers than the "
+                    f"weights ({(self.numbers - SLACK) // 2:,})"
+                )
+        return func(*args, **kwargs)
 
 
 def _kind(tensor: Tensor | None) -> str:

@@ -35,7 +35,7 @@ def test_the_ema_comes_back(run: Path) -> None:
     assert finished.loader.read == []
     found, step, target = checkpoint.read_ema(run, "latest")
     assert (step, target) == (12, latest(run))
-    module = network_of(make_vae, 1, found, str(target))
+    module = network_of(make_vae, found, str(target))
     _, tensors = stored(run)
     live = dict(finished.engine.module.named_parameters())
     for name, parameter in module.named_parameters():
@@ -132,7 +132,7 @@ def test_a_checkpoint_of_another_network_is_refused(run: Path) -> None:
     wider = VAE(VAEConfig(32, 2, 4, 1, 2, 1, 0.01), N_GENES)
     for module in (make_dit(), wider):
         with pytest.raises(InputError, match="step-00000012: weights, config and vocabularies do not belong together"):
-            network_of(lambda module=module: module, 1, *checkpoint.read_ema(run, "latest")[::2])
+            network_of(lambda module=module: module, *checkpoint.read_ema(run, "latest")[::2])
     with pytest.raises(InputError, match="another model"):
         small_run("ldm", run)
 
