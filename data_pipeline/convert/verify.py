@@ -150,7 +150,11 @@ def _read_index(url: str, manifest: Manifest) -> tuple[dict[str, np.ndarray] | N
         elif hashlib.sha256(data).hexdigest() != entries[path].sha256:
             faults.append(Fault(path, "its SHA-256 is not the manifest's: changed or damaged"))
         else:
-            array = np.load(io.BytesIO(data))
+            try:
+                array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+            except (ValueError, OverflowError, MemoryError) as error:
+                faults.append(Fault(path, f"not a .npy file as the format has it: {error}"))
+                continue
             if (array.dtype, array.shape) != kind:
                 faults.append(Fault(path, f"{array.dtype} {array.shape}, must be {kind[0]} {kind[1]}"))
             arrays[path.removeprefix("index/").removesuffix(".npy")] = array

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import anndata
@@ -98,13 +99,33 @@ def rewrite(folder: Path, name: str, change) -> None:
     change(array)
     buffer = io.BytesIO()
     np.save(buffer, array)
-    (folder / f"index/{name}.npy").write_bytes(buffer.getvalue())
+    replace_index(folder, name, buffer.getvalue())
+
+
+def replace_index(folder: Path, name: str, data: bytes) -> None:
+    (folder / f"index/{name}.npy").write_bytes(data)
 
     def note(manifest):
         entry = next(e for e in manifest["index"] if e["path"] == f"index/{name}.npy")
-        entry["sha256"] = hashlib.sha256(buffer.getvalue()).hexdigest()
+        entry["sha256"], entry["bytes"] = hashlib.sha256(data).hexdigest(), len(data)
 
     sealed_again(folder, note)
+
+
+def test_an_index_file_of_others_runs_nothing_and_takes_no_memory(copy):
+    """Of objects, of a shape that no file has, an archive: all with the right hashes."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{"a": 1}], object), allow_pickle=True)
+    whole = (copy / "index/cells.row.npy").read_bytes()
+    archive = io.BytesIO()
+    np.savez(archive, a=np.arange(3))
+    for data in (buffer.getvalue(), whole.replace(b"(500,)", b"(1<<9)"), archive.getvalue(), b"", whole[:20]):
+        replace_index(copy, "cells.row", data)
+        assert any(f.startswith("index/cells.row.npy: not a .npy file") for f in faults(copy))
+        with closing(ShardSet(str(copy))) as shards, pytest.raises(InputError, match="cells.row.npy: not a .npy file"):
+            shards.cell_column("row")
+    replace_index(copy, "cells.row", whole.replace(b"(500,), }    ", b"(500000000,)}"))
+    assert any("index/cells.row.npy: " in f for f in faults(copy))
 
 
 def test_an_index_that_lies_is_found(copy):
