@@ -25,7 +25,7 @@ from data_pipeline.format.schema import CELL_COLUMNS, GENE_COLUMNS, vocab_tag
 from data_pipeline.write_latents import LatentWriter
 from scldm.errors import InputError
 from scldm.model_folder import save_pretrained
-from scldm.train.checkpoint import Checkpoint, averaged
+from scldm.train.checkpoint import Checkpoint, read_ema
 from scldm.weights import weights_hash
 from tests.data_pipeline.small_sets import known_cells, write_set
 from tests.mutations import check_every_harm, check_nothing_else_is_raised
@@ -71,7 +71,7 @@ def read_model(folder: Path) -> Any:
 
 
 def read_checkpoint(run: Path) -> Any:
-    tensors, step, target = averaged(run, "latest")
+    tensors, step, target = read_ema(run, "latest")
     return weights_hash(tensors), step, Checkpoint(target).state
 
 
@@ -142,4 +142,4 @@ def test_a_pointer_names_a_checkpoint_beside_it(sound: dict[str, Path], tmp_path
     for which in ("best", "latest"):
         (folder / "checkpoints" / which).write_text(text)
         with pytest.raises(InputError, match=f"checkpoints/{which} is damaged: it holds "):
-            averaged(folder, which)
+            read_ema(folder, which)

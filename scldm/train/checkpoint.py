@@ -12,7 +12,7 @@
 A part holds what one rank held, flat, in float32 (weights are the masters); all parts hold every number once. Any
 engine reads the ranges that it holds itself out of the parts that have them.
 
-Reading order: Checkpoint, load, load_ema, resume, pointers, retain. Writing is in saver.py.
+Reading order: Held, Checkpoint, load, read_ema, resume, pointers, retain. Writing is in saver.py.
 """
 
 from __future__ import annotations
