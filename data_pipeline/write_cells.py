@@ -31,7 +31,7 @@ from anndata.io import read_elem, sparse_dataset, write_elem
 
 from data_pipeline.files import disk_explained, locked, of_bytes
 from scldm.errors import InputError, read_json
-from scldm.files import written_aside
+from scldm.files import left_aside, remove_marked, written_aside
 from scldm.progress import Progress
 
 PART_CELLS = 512  # 2,000 genes a cell of 8 B: 8 MB
@@ -123,7 +123,7 @@ class CellWriter:
                 self.parts.mkdir(parents=True, exist_ok=True)
                 busy = f"{self.parts}: another process is making these cells; wait for it, or end it"
                 stack.enter_context(locked(self.parts / "lock", busy))
-                for left in self.parts.glob(".*"):  # by a killed process
+                for left in left_aside(self.parts):
                     left.unlink()
                 with written_aside(self.parts / "made_by.json") as file:
                     file.write(json.dumps(self.made_by, indent=1).encode())
@@ -177,7 +177,7 @@ class CellWriter:
         self.remove_parts()
 
     def remove_parts(self) -> None:
-        shutil.rmtree(self.parts, ignore_errors=True)
+        remove_marked(self.parts, "made_by.json")
 
     @property
     def _n_parts(self) -> int:

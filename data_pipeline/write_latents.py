@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import shutil
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -36,7 +35,7 @@ from data_pipeline.format.read_shards import BlockSource
 from data_pipeline.format.schema import FileEntry, ShardEntry
 from data_pipeline.stream.gene_sets import GeneSetConfig
 from scldm.errors import InputError, read_json
-from scldm.files import written_aside
+from scldm.files import left_aside, remove_marked, written_aside
 
 # --- the block -----------------------------------------------------------------------------------------------------
 
@@ -89,7 +88,7 @@ class LatentWriter:
         Raises: InputError where a folder is refused, or another command writes these latents.
         """
         if self.finished:
-            shutil.rmtree(self.parts, ignore_errors=True)  # a kill may have left them
+            remove_marked(self.parts, "set.json")  # a kill may have left them
             yield
             return
         with disk_explained(str(self.out)):
@@ -97,7 +96,7 @@ class LatentWriter:
                 folder.mkdir(parents=True, exist_ok=True)
         busy = f"{self.out}: another process is writing these latents; wait for it, or end it"
         with locked(self.parts / "lock", busy):
-            for left in [*self.parts.glob(".*"), *(self.out / "shards").glob(".*")]:
+            for left in [*left_aside(self.parts), *left_aside(self.out / "shards")]:
                 left.unlink()
             self._write(self.parts / "set.json", json.dumps(self.identity).encode())
             yield
@@ -192,9 +191,9 @@ class LatentWriter:
         manifest = replace(
             source, kind="latents", shards=tuple(shards), index=tuple(files), codec="none", codec_level=0, extra=extra
         )
-        self._write(self.out / schema.MANIFEST, json.dumps(manifest.to_json()).encode())
+        self._write(self.out / schema.MANIFEST, manifest.file())
         self.finished = True
-        shutil.rmtree(self.parts, ignore_errors=True)
+        remove_marked(self.parts, "set.json")
 
     def _moments(self, notes: list[dict[str, Any]]) -> dict[str, Any]:
         """Mean and standard deviation over the training cells, float64 (L, Z)."""

@@ -66,8 +66,8 @@ def summary(checkpoint: Checkpoint, parameters: bool) -> dict[str, Any]:
         "loader": state["loader"],
         "n_parameters": sum(math.prod(shape) for shape in shapes.values()),
         "n_ranks": len(state["parts"]),
-        "bytes": sum(entry["bytes"] for entry in checkpoint.files.values()),
-        "files": {name: f"{entry['bytes']:,} bytes" for name, entry in checkpoint.files.items()},
+        "bytes": sum(entry.bytes for entry in checkpoint.files.values()),
+        "files": {name: f"{entry.bytes:,} bytes" for name, entry in checkpoint.files.items()},
     }
     if "config.json" in state["files"]:
         told["hardware"] = read_json(checkpoint.folder / "config.json")["hardware"]

@@ -51,7 +51,7 @@ def main(config: CheckpointVerifyConfig) -> None:
             damaged.append(target.name)
             print(f"{target.name}: DAMAGED: {error}")
         else:
-            print(f"{target.name}: whole, {sum(entry['bytes'] for entry in checkpoint.files.values()):,} bytes")
+            print(f"{target.name}: whole, {sum(entry.bytes for entry in checkpoint.files.values()):,} bytes")
     if damaged:
         raise InputError(f"{len(damaged)} of {len(targets)} checkpoints are damaged: {', '.join(damaged)}")
 

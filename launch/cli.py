@@ -16,6 +16,7 @@ from typing import Any
 
 from launch.config import check_presets, compose, help_text
 from launch.failure import note_failure
+from scldm.environment import without_passwords
 from scldm.errors import REFUSED, InputError
 from scldm.version import VERSION
 
@@ -126,13 +127,14 @@ def run(command: str, module_name: str, words: Sequence[str], presets: Sequence[
     except Exception as error:
         package = ((error.name or "") if isinstance(error, ModuleNotFoundError) else "").split(".")[0]
         if package in ("", "benchmarks", "data_pipeline", "launch", "scldm"):
-            note_failure(1, f"{type(error).__name__}: {error}", error.__traceback__)
+            note_failure(1, without_passwords(f"{type(error).__name__}: {error}"), error.__traceback__)
             raise
         return refuse(command, f"the package {package} is missing; {install_hint(package)}")
     return 0
 
 
 def refuse(command: str, why: str, code: int = REFUSED) -> int:
+    why = without_passwords(why)
     print(f"{command}: error: {why}", file=sys.stderr)
     note_failure(code, why)
     return code

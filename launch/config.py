@@ -4,8 +4,9 @@ A command is `scldm VERB [PRESET ...] [key=value ...]`: the dataclass gives the 
 (`vae/tiny`, or a path to a YAML file) is merged over it from left to right, then each `key=value`. `--some-key value`
 is another spelling of `some_key=value`, and `--some-flag` of `some_flag=true`; `--key a --key b` of a list is
 `key=a,b`. Anything else is an error with its key.
+Values are text as it stands: `${...}` means nothing in them. Configs are kept in files, and hold no password.
 
-Reading order: presets, parse, help.
+Reading order: presets, parse, passwords, help.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import io
 import itertools
+import os
 import re
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,9 +28,13 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from scldm.environment import without_passwords
 from scldm.errors import InputError
+from scldm.files import flat
 
 Config = TypeVar("Config")
+DOLLAR = "\ue000{"  # stands for `${` while OmegaConf reads YAML: a character of nobody's text
+KEEPS_PASSWORD = {"tracking.uri": "MLFLOW_TRACKING_URI"}  # key -> the variable that a URL's password is moved to
 
 
 # --- presets -------------------------------------------------------------------------------------------------------
@@ -89,14 +96,14 @@ def check_presets(command: str, words: Sequence[str], groups: Sequence[str] | No
             )
 
 
-def load_preset(name: str) -> DictConfig:
+def load_preset(name: str) -> dict[str, Any]:
     """A preset as it stands in its file. Raises: InputError where that is not a YAML mapping."""
     path = preset_path(name)
     try:
-        preset = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:  # OmegaConf reads by way of yaml
+        preset = _read(lambda text: OmegaConf.load(io.StringIO(text)), path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, RecursionError) as error:
         raise InputError(f"preset {name!r}: {path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(preset, DictConfig):
+    if not isinstance(preset, dict):
         raise InputError(f"preset {name!r}: {path} must hold `key: value` lines")
     return preset
 
@@ -118,10 +125,16 @@ def compose(schema: type[Config], argv: Sequence[str]) -> Config:
         config = _merge(config, load_preset(name), f"preset {name}")
     for override in [word for word in words if "=" in word]:
         config = _merge(config, _nested(schema, override), override)
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise InputError(f"{missing[0]} must be given, as {missing[0]}=VALUE")
-    return typing.cast(Config, OmegaConf.to_object(config))
+    try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise InputError(f"{missing[0]} must be given, as {missing[0]}=VALUE")
+        for key, text in _texts(OmegaConf.to_container(config, resolve=True)):
+            if (without := public(key, text)) != text:
+                config = _merge(config, _at(key, without), key)
+        return typing.cast(Config, OmegaConf.to_object(config))
+    except OmegaConfBaseException as error:  # text with `${`, where a number is wanted
+        raise InputError(f"{error.full_key}: {str(error).splitlines()[0].partition(': ')[2]}") from None
 
 
 def with_options_read(schema: type, argv: Sequence[str], only_known: bool = False) -> Iterator[tuple[str, bool]]:
@@ -166,11 +179,14 @@ def _kind(schema: type, dotted_key: str) -> Any:
     """The type of a key; None for one that the schema does not spell out."""
     kind: Any = schema
     for name in dotted_key.split("."):
-        if dataclasses.is_dataclass(kind):
-            kind = typing.get_type_hints(kind).get(name)
-        else:  # of a mapping, any key
-            kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else None
+        kind = _within(kind, name)
     return kind
+
+
+def _within(kind: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return typing.get_type_hints(kind).get(name)
+    return typing.get_args(kind)[1] if typing.get_origin(kind) is dict else None  # of a mapping, any key
 
 
 def _is_text(kind: Any) -> bool:
@@ -207,28 +223,63 @@ def _at(dotted_key: str, value: Any) -> dict[str, Any]:
 
 def _yaml(text: str, override: str) -> Any:
     try:
-        return OmegaConf.from_dotlist([f"value={text}"])["value"]
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        return _read(lambda text: OmegaConf.from_dotlist([f"value={text}"]), text)["value"]
+    except (yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise InputError(f"{override}: {text!r} can't be read: {' '.join(str(error).split())}") from None
+
+
+def _read(read: Callable[[str], Any], text: str) -> Any:
+    """The plain values that OmegaConf reads from YAML text, of which `${` is no more than two characters.
+
+    It would parse what follows; a preset of others could print what is in the environment.
+    """
+
+    def restored(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {restored(key): restored(of) for key, of in value.items()}
+        if isinstance(value, list):
+            return [restored(of) for of in value]
+        return value.replace(DOLLAR, "${") if isinstance(value, str) else value
+
+    return restored(OmegaConf.to_container(read(text.replace("${", DOLLAR)), resolve=False))
 
 
 def _yaml_text(text: str, override: str) -> Any:
     """YAML in which every value is text as it stands there."""
     try:
         return yaml.load(text, Loader=yaml.BaseLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{override}: {text!r} can't be read: {' '.join(str(error).split())}") from None
 
 
 def _merge(config: DictConfig, other: Any, where: str) -> DictConfig:
     try:
-        return typing.cast(DictConfig, OmegaConf.merge(config, other))
+        plain = _as_it_stands(other, OmegaConf.get_type(config))
+    except InputError as error:
+        raise InputError(str(error) if where in str(error) else f"{where}: {error}") from None
+    try:
+        return typing.cast(DictConfig, OmegaConf.merge(config, plain))
     except (OmegaConfBaseException, TypeError) as error:
         key = getattr(error, "full_key", "") or where.partition("=")[0]
         if type(error).__name__ == "ConfigKeyError":
             raise InputError(f"{where}: unknown key {key!r}{_nearest(config, key)}") from None
         at = "" if where.startswith(f"{key}=") else f"{key}: "
         raise InputError(f"{where}: {at}{str(error).splitlines()[0]}") from None
+
+
+def _as_it_stands(value: Any, kind: Any = None, key: str = "") -> Any:
+    """Plain values, with every `${` escaped as OmegaConf wants it.
+
+    kind: the type that the schema has there
+    Raises: InputError for text in place of a group of keys, in which OmegaConf would look things up all the same.
+    """
+    if isinstance(value, str):
+        if dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict:
+            raise InputError(f"{key}={value!r} must be a group of keys, as {key}.KEY=VALUE")
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    if isinstance(value, dict):
+        return {name: _as_it_stands(of, _within(kind, name), f"{key}.{name}".strip(".")) for name, of in value.items()}
+    return [_as_it_stands(of, None, key) for of in value] if isinstance(value, list) else value
 
 
 def _nearest(config: DictConfig, key: str) -> str:
@@ -238,17 +289,42 @@ def _nearest(config: DictConfig, key: str) -> str:
     return f"; did you mean {', '.join(near)}?" if near else "; --help lists the keys"
 
 
-def to_yaml(config: object) -> str:
-    """The resolved config as YAML, as kept in a run folder; `compose` reads it as a preset."""
-    values = OmegaConf.to_container(OmegaConf.structured(config))
-    return OmegaConf.to_yaml(OmegaConf.create(_plain(values)))
+# --- passwords -----------------------------------------------------------------------------------------------------
 
 
-def _plain(values: Any) -> Any:
-    """With every Path as its text."""
-    if isinstance(values, dict):
-        return {key: _plain(value) for key, value in values.items()}
-    return str(values) if isinstance(values, Path) else values
+def public(key: str, text: str) -> str:
+    """A value as the config may keep it: a URL's password goes to the environment, for this process and its children.
+
+    Raises: InputError for a key whose password has no place there.
+    """
+    without = without_passwords(text)
+    if without != text:
+        if key not in KEEPS_PASSWORD:
+            raise InputError(
+                f"{key}={without}: a password in it would be kept in files; give it where its client looks for it: in "
+                "an environment variable, or a file of your own"
+            )
+        os.environ[KEEPS_PASSWORD[key]] = text
+    return without
+
+
+def public_words(words: Sequence[str]) -> list[str]:
+    """The words of a command line, likewise."""
+    out = []
+    for before, word in zip(["", *words], words):
+        key, equals, text = ("", "", word) if re.match(r"[\w+.-]+://", word) else word.partition("=")
+        if not equals:
+            key, text = before, word
+        out.append(f"{key}{equals}{public(key.lstrip('-'), text)}" if equals else public(key.lstrip("-"), text))
+    return out
+
+
+def _texts(values: Any) -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of all text; that of a list has the list's key."""
+    for key, value in flat(values):
+        yield from (
+            (key, str(of)) for of in (value if isinstance(value, list) else [value]) if isinstance(of, str | Path)
+        )
 
 
 # --- help ----------------------------------------------------------------------------------------------------------

@@ -10,9 +10,8 @@ from typing import Literal
 from launch.cli import run_verb
 from launch.trained import trained_dit, trained_vae
 from scldm.environment import describe
-from scldm.errors import InputError
 from scldm.library_size import LibrarySizeModel
-from scldm.model_folder import save_pretrained
+from scldm.model_folder import check_replaceable, save_pretrained
 from scldm.train.tracking import read_metrics
 from scldm.vocab import ConditionVocab, GeneVocab
 
@@ -44,8 +43,7 @@ CONFIG = ExportConfig
 def main(config: ExportConfig) -> Path:
     """Write the folder; returns it. Raises: InputError where the two runs do not belong together."""
     out = Path(config.out)
-    if out.exists() and not (out / "config.json").is_file() and any(out.iterdir()):
-        raise InputError(f"{out} is not empty and not a model folder; choose another out")
+    check_replaceable(out)
     vae, vae_origin = trained_vae(Path(config.vae), config.which)
     dit, ldm_origin, data = None, None, Path(config.vae)
     if config.ldm:

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from data_pipeline.format.schema import Manifest
+from data_pipeline.format.schema import Manifest, OfLatents
 from data_pipeline.stream.gene_sets import OF_THE_CELL, GeneSetConfig, as_whole_cells
 from scldm.errors import InputError, read_json
+from scldm.given_json import typed
 from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE, VAEConfig
 from scldm.parallel.dist import World
-from scldm.train.checkpoint import load_ema, read_ema
+from scldm.train.checkpoint import read_ema
 from scldm.train.run_folder import read_config
 from scldm.vocab import ConditionVocab, GeneVocab
-from scldm.weights import weights_hash
+from scldm.weights import network_of, weights_hash
+
+Kind = TypeVar("Kind", VAEConfig, DiTConfig, GeneSetConfig)
 
 
 def trained_vae(run_dir: Path, which: Literal["best", "latest"]) -> tuple[VAE, dict[str, Any]]:
@@ -26,8 +29,9 @@ def trained_vae(run_dir: Path, which: Literal["best", "latest"]) -> tuple[VAE, d
     run = read_config(run_dir)
     if (run_dir / "latents.json").is_file():
         raise InputError(f"vae={run_dir} is a run of `scldm train ldm`, not of `scldm train vae`")
-    vae = VAE(VAEConfig(**run["model"]).portable, GeneVocab.load(run_dir / "genes.json").n_genes)
-    step = load_ema(vae, run_dir, which)
+    of, n_genes = _part_of(VAEConfig, run, run_dir, "model").portable, GeneVocab.load(run_dir / "genes.json").n_genes
+    tensors, step, target = read_ema(run_dir, which)
+    vae = network_of(lambda: VAE(of, n_genes), tensors, str(target))
     origin = {"run": str(run_dir), "step": step, "hash": weights_hash(vae.state_dict()), "config": run}
     return vae.eval().requires_grad_(False), origin
 
@@ -40,18 +44,27 @@ def trained_dit(run_dir: Path, vae: VAE, which: Literal["best", "latest"]) -> tu
     run = read_config(run_dir)
     if not (run_dir / "latents.json").is_file():
         raise InputError(f"ldm={run_dir} is not a run of `scldm train ldm`")
-    latents = read_json(run_dir / "latents.json")
-    if latents["vae"] != weights_hash(vae.state_dict()):
+    path = run_dir / "latents.json"
+    latents = typed(OfLatents, read_json(path), str(path))
+    if latents.vae != weights_hash(vae.state_dict()):
         raise InputError(
-            f"{run_dir} was trained on the latents of another autoencoder (weights {latents['vae'][:12]}, "
+            f"{run_dir} was trained on the latents of another autoencoder (weights {latents.vae[:12]}, "
             f"this one {weights_hash(vae.state_dict())[:12]}); name the run and checkpoint that encoded them"
         )
     conditions = ConditionVocab.load(run_dir / "conditions.json")
     n_labels = {name: conditions.n_labels(name) for name in conditions.names}
     shape = (vae.config.n_latents, vae.config.latent_width)
-    dit = DiT.of_tensors(DiTConfig(**run["model"]).portable, *shape, n_labels, read_ema(run_dir, which)[0])
-    step = load_ema(dit, run_dir, which)
+    of, (tensors, step, target) = _part_of(DiTConfig, run, run_dir, "model").portable, read_ema(run_dir, which)
+    dit = network_of(lambda: DiT.of_tensors(of, *shape, n_labels, tensors), tensors, str(target))
     return dit.eval(), {"run": str(run_dir), "step": step, "hash": weights_hash(dit.state_dict()), "config": run}
+
+
+def _part_of(kind: type[Kind], run: Any, run_dir: Path, key: str) -> Kind:
+    """A part of the config of a run."""
+    where = str(run_dir / "config.json")
+    for name in key.split("."):
+        run = typed(dict[str, Any], run, where).get(name)
+    return typed(kind, run, f"{where}: {key}")
 
 
 def check_given(given: GeneSetConfig, vae_run: Path, key: str, world: World) -> None:
@@ -60,7 +73,7 @@ def check_given(given: GeneSetConfig, vae_run: Path, key: str, world: World) -> 
     Raises: InputError where cells would be given to the autoencoder otherwise than it was trained: it is another
     function of all genes (or of a random choice of them, zeros included) than of a set made of what the cell expresses.
     """
-    trained = GeneSetConfig(**read_config(vae_run)["data"]["given"])
+    trained = _part_of(GeneSetConfig, read_config(vae_run), vae_run, "data.given")
     right = as_whole_cells(trained)
     padded = "expressed_plus_zeros"  # whose n_genes says how many zeros a cell has
     same = given.policy == trained.policy and (given.policy != padded or given.n_genes == trained.n_genes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -22,7 +23,7 @@ def describe() -> dict[str, Any]:
     """Versions, git commit, host and command line; JSON types. Imports none of the packages that it names."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.argv),
+        "command": without_passwords(shlex.join(sys.argv)),
         "host": platform.node(),
         "platform": platform.platform(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -31,6 +32,16 @@ def describe() -> dict[str, Any]:
         "git": git_commit(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
+
+
+# of URLs: `user:password@`, and what signs a query
+_USER = re.compile(r"(?<=://)[^\s/@'\"]*:[^\s/@'\"]*@")
+_SIGNED = re.compile(r"(?<=[?&])([\w-]*(?:password|passwd|secret|token|signature)|sig)=[^\s&'\"]+", re.IGNORECASE)
+
+
+def without_passwords(text: str) -> str:
+    """Text as it may stand in files and messages: without who logs in, and by what, in the URLs of it."""
+    return _SIGNED.sub(r"\1=...", _USER.sub("", text)) if "://" in text else text
 
 
 def cpu_maker() -> str:

@@ -49,5 +49,5 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError; lists in lists in lists
         raise InputError(f"{path} is damaged: not JSON ({error})") from None

@@ -1,6 +1,6 @@
 """Files that are whole or not there, whatever goes down while they are written; and nested mappings as dotted keys.
 
-Reading order: written_aside, write_json, sync_folder, outlived, flat.
+Reading order: written_aside, left_aside, remove_marked, folder_aside, write_json, sync_folder, outlived, flat.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import shutil
 import sys
 import uuid
 from collections.abc import Iterator, Mapping
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 PARTIAL = ".partial"  # ends the name of what was never finished
+ASIDE = re.compile(rf"\..+\.[0-9a-f]{{12}}{re.escape(PARTIAL)}")
 
 
 @contextmanager
@@ -46,6 +49,49 @@ def _link(part: Path, path: Path) -> None:
     except OSError:  # there is one, or the file system has no links
         if not path.exists():
             os.replace(part, path)
+
+
+def left_aside(folder: Path) -> list[Path]:
+    """Files that a killed `written_aside` left in a folder; others that end alike are somebody's."""
+    return [path for path in folder.iterdir() if ASIDE.fullmatch(path.name) and not path.is_dir()]
+
+
+def remove_marked(folder: Path, mark: str) -> None:
+    """Remove a folder of ours, as far as it can be: one with this file in it, which goes last. Others stay."""
+    if not (folder / mark).is_file():
+        return
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != mark:
+            path.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def folder_aside(path: Path) -> Iterator[Path]:
+    """A folder to fill, which gets its name when the block ends without an error, in place of one that has it.
+
+    Its own name beside the path is nobody else's, and nothing but what this made, or replaced, is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    part, old = beside.with_name(f"{beside.name}{PARTIAL}"), beside.with_name(f"{beside.name}.old")
+    part.mkdir()
+    try:
+        yield part
+        if path.exists():
+            os.replace(path, old)
+        try:
+            os.replace(part, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
+        sync_folder(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:

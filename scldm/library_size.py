@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from scldm.errors import InputError, read_json
+from scldm.given_json import Count, typed
 
 FEW_CELLS = 10  # below, a standard deviation says little
 
@@ -161,13 +162,28 @@ class LibrarySizeModel:
 
     @classmethod
     def load(cls, path: Path) -> LibrarySizeModel:
-        obj = read_json(path)
-        names = tuple(obj["names"])
+        stored = typed(_Stored, read_json(path), str(path))
         fitted: dict[tuple[str, ...], dict[tuple[str, ...], LogNormal]] = {}
-        for row in obj["fitted"]:
-            of_labels = LogNormal(row["n_cells"], row["log_mean"], row["log_std"])
-            fitted.setdefault(tuple(row["by"]), {})[tuple(row["labels"])] = of_labels
-        return cls(names, fitted)
+        for row in stored.fitted:
+            if not set(row.by) <= set(stored.names) or len(row.by) != len(row.labels) or row.log_std < 0:
+                raise InputError(f"{path}: no library sizes can be by {row.by} of {row.labels} (std {row.log_std})")
+            fitted.setdefault(row.by, {})[row.labels] = LogNormal(row.n_cells, row.log_mean, row.log_std)
+        return cls(stored.names, fitted)
+
+
+@dataclass(frozen=True)
+class _StoredRow:
+    by: tuple[str, ...]
+    labels: tuple[str, ...]
+    n_cells: Count
+    log_mean: float
+    log_std: float
+
+
+@dataclass(frozen=True)
+class _Stored:
+    names: tuple[str, ...]
+    fitted: tuple[_StoredRow, ...]
 
 
 def _pool(parts: list[LogNormal]) -> LogNormal:

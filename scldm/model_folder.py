@@ -1,31 +1,103 @@
 """A trained model on the disk, as `scldm export` writes it and `scldm.load` reads it.
 
 model.safetensors   vae/NAME and ldm/NAME: EMA of the weights, and buffers
-config.json         shapes of both networks, sampler, format version, where the weights come from
+config.json         shapes of both networks, format version, where the weights come from, hashes of all that is here
 genes.json  conditions.json  library_sizes.json
 history.json        stage -> rows of its metrics; where they are known
 gene_columns.json   name -> a text for each gene, such as symbols; where there are any
+
+Reading order: Stored, read_config, check_files, check_replaceable, save_pretrained.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
+from scldm.errors import InputError, read_json
+from scldm.files import folder_aside
+from scldm.given_json import sealed, typed, unsealed
 from scldm.library_size import LibrarySizeModel
-from scldm.model.dit import DiT
-from scldm.model.vae import VAE
+from scldm.model.dit import DiT, DiTConfig
+from scldm.model.vae import VAE, VAEConfig
 from scldm.vocab import ConditionVocab, GeneVocab
+from scldm.weights import weights_hash
 
 FORMAT_VERSION = 4
+CONFIG = "config.json"
 HISTORY, GENE_COLUMNS = "history.json", "gene_columns.json"
+VOCABULARIES = ("genes.json", "conditions.json", "library_sizes.json")
+TABLES = (*VOCABULARIES, HISTORY, GENE_COLUMNS)  # the last two where they are known
+FILES = ("model.safetensors", CONFIG, *TABLES)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What config.json holds, with a SHA-256 of it.
+
+    ldm: none for an autoencoder alone
+    conditions: of the diffusion transformer, in its order
+    origin: where the weights come from
+    weights: hash of all weights. Like `files` it is not there in folders of an earlier scldm, which have no hashes
+    files: SHA-256 of the other files but the weights
+    """
+
+    format_version: int
+    vae: VAEConfig
+    ldm: DiTConfig | None
+    conditions: tuple[str, ...]
+    origin: dict[str, Any]
+    weights: str = ""
+    files: dict[str, str] = field(default_factory=dict)
+
+
+def read_config(folder: Path) -> Stored:
+    """Raises: InputError for a folder that is no model's, of another version, or whose config was changed."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise InputError(f"{folder} is not a model folder: it has no config.json; `scldm export` writes one")
+    document = unsealed(read_json(path), str(path))
+    if (version := document.get("format_version")) != FORMAT_VERSION:
+        raise InputError(f"{folder}: format version {version!r}; this scldm reads {FORMAT_VERSION}")
+    return typed(Stored, document, str(path))
+
+
+def check_files(folder: Path, stored: Stored, own: Mapping[str, Mapping[str, Tensor]], weights: str) -> None:
+    """Raises: InputError where weights or vocabularies are not those that were exported.
+
+    own: each network's tensors; weights: the hash of all
+    """
+    for name, sha256 in stored.files.items():
+        if name not in TABLES or _sha256(folder / name) != sha256:
+            raise InputError(f"{folder / name}: its SHA-256 is not that of config.json: damaged or changed")
+    path = folder / "model.safetensors"
+    if stored.weights and stored.weights != weights:
+        raise InputError(f"{path}: its weights are not those that were exported: damaged or changed")
+    if not stored.weights:  # of an earlier scldm: what the runs' own weights were
+        for net, tensors in own.items():
+            origin = stored.origin.get(net)
+            if isinstance(origin, dict) and "hash" in origin and origin["hash"] != weights_hash(tensors):
+                raise InputError(f"{path}: its {net} is not that of its origin: damaged or changed")
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises: InputError for a folder that holds anything but a model folder's files."""
+    if not folder.exists():
+        return
+    found = {entry.name for entry in folder.iterdir()} if folder.is_dir() else {folder.name}
+    if found and CONFIG not in found:
+        raise InputError(f"{folder} is not empty and not a model folder; choose another out")
+    if others := sorted(found - set(FILES)):
+        raise InputError(f"{folder} holds {others[0]}, which is none of a model's files; choose another out")
+    if found:
+        read_config(folder)  # ours, and not another program's config.json
 
 
 def save_pretrained(
@@ -39,35 +111,35 @@ def save_pretrained(
     history: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     gene_columns: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """Write a model folder, whole or not at all.
+    """Write a model folder, whole or not at all. One that is there is replaced.
 
     dit: None for an autoencoder alone, which embeds but does not generate
     origin: JSON of where the weights come from
+    Raises: InputError where the folder holds other files.
     """
     folder = folder.resolve()
-    aside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    check_replaceable(folder)
     networks = {"vae": vae} if dit is None else {"vae": vae, "ldm": dit}
     tensors = {f"{net}/{k}": v.contiguous() for net, m in networks.items() for k, v in m.state_dict().items()}
-    save_file(tensors, aside / "model.safetensors")
-    config = {
-        "format_version": FORMAT_VERSION,
-        "vae": asdict(vae.config),
-        "ldm": None if dit is None else asdict(dit.config),
-        "conditions": list(conditions.names) if dit is None else list(dit.n_labels),
-        "origin": origin,
-    }
-    (aside / "config.json").write_text(json.dumps(config, indent=1))
-    genes.save(aside / "genes.json")
-    conditions.save(aside / "conditions.json")
-    library_sizes.save(aside / "library_sizes.json")
-    for name, table in ((HISTORY, history), (GENE_COLUMNS, gene_columns)):
-        if table:
-            (aside / name).write_text(json.dumps(table))
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(aside, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with folder_aside(folder) as aside:
+        save_file(tensors, aside / "model.safetensors")
+        genes.save(aside / "genes.json")
+        conditions.save(aside / "conditions.json")
+        library_sizes.save(aside / "library_sizes.json")
+        for name, table in ((HISTORY, history), (GENE_COLUMNS, gene_columns)):
+            if table:
+                (aside / name).write_text(json.dumps(table))
+        config = {
+            "format_version": FORMAT_VERSION,
+            "vae": asdict(vae.config),
+            "ldm": None if dit is None else asdict(dit.config),
+            "conditions": list(conditions.names) if dit is None else list(dit.n_labels),
+            "origin": json.loads(json.dumps(origin)),
+            "weights": weights_hash(tensors),
+            "files": {name: _sha256(aside / name) for name in TABLES if (aside / name).is_file()},
+        }
+        (aside / CONFIG).write_text(json.dumps(sealed(config), indent=1))
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

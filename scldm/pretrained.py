@@ -30,16 +30,16 @@ from scldm.flow.shift import way
 from scldm.flow.transform import blend, from_noise, to_noise
 from scldm.library_size import LibrarySizeModel
 from scldm.model.all_genes import encoder_of
-from scldm.model.dit import DiT, DiTConfig
-from scldm.model.vae import VAE, VAEConfig
-from scldm.model_folder import FORMAT_VERSION, GENE_COLUMNS, HISTORY, save_pretrained
+from scldm.model.dit import DiT
+from scldm.model.vae import VAE
+from scldm.model_folder import GENE_COLUMNS, HISTORY, check_files, read_config, save_pretrained
 from scldm.networks import BATCH_CELLS, Kind, Networks, Precision, usable, written
 from scldm.progress import Progress
 from scldm.request import labels as asked
 from scldm.request.cells import Asked, table_of
 from scldm.shown import as_html, as_text
 from scldm.vocab import MIN_GENE_SHARE, ConditionVocab, GeneMatch, GeneVocab
-from scldm.weights import put_in, read_weights, weights_hash
+from scldm.weights import network_of, read_weights, weights_hash
 
 if TYPE_CHECKING:
     from scldm.comparison import Evaluation
@@ -76,30 +76,31 @@ def load(
     one_of("precision", precision, Precision)
     if not 0 <= min_gene_share <= 1:
         raise InputError(f"min_gene_share={min_gene_share} must be from 0 to 1")
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is not a model folder: it has no config.json; `scldm export` writes one")
-    config = read_json(folder / "config.json")
-    if config.get("format_version") != FORMAT_VERSION:
-        raise InputError(
-            f"{folder}: format version {config.get('format_version')!r}; this scldm reads {FORMAT_VERSION}"
-        )
+    stored = read_config(folder)
     genes = GeneVocab.load(folder / "genes.json")
     conditions = ConditionVocab.load(folder / "conditions.json")
-    tensors = read_weights(folder / "model.safetensors")
-    vae = VAE(VAEConfig(**config["vae"]).portable, genes.n_genes)
-    put_in(vae, tensors, "vae", folder)
+    path = folder / "model.safetensors"
+    tensors = read_weights(path)
+    own: dict[str, dict[str, Tensor]] = {"vae": {}, "ldm": {}}
+    for key, value in tensors.items():
+        net, _, name = key.partition("/")
+        if net not in own or (net == "ldm" and stored.ldm is None):
+            raise InputError(f"{path}: {key} belongs to no network that config.json names")
+        own[net][name] = value
+    of = stored.vae.portable
+    vae = network_of(lambda: VAE(of, genes.n_genes), own["vae"], str(path)).eval().requires_grad_(False)
     dit = None
-    if config["ldm"] is not None:
-        n_labels = {name: conditions.n_labels(name) for name in config["conditions"]}
-        own = {key.removeprefix("ldm/"): value for key, value in tensors.items() if key.startswith("ldm/")}
-        shape = vae.config.n_latents, vae.config.latent_width
-        dit = DiT.of_tensors(DiTConfig(**config["ldm"]).portable, *shape, n_labels, own)
-        put_in(dit, tensors, "ldm", folder)
+    if stored.ldm is not None:
+        if unknown := sorted(set(stored.conditions) - set(conditions.names)):
+            raise InputError(f"{folder}: config.json names the condition {unknown[0]!r}, conditions.json does not")
+        n_labels = {name: conditions.n_labels(name) for name in stored.conditions}
+        shape, of_ldm = (of.n_latents, of.latent_width), stored.ldm.portable
+        dit = network_of(lambda: DiT.of_tensors(of_ldm, *shape, n_labels, own["ldm"]), own["ldm"], str(path))
         dit = dit.eval().requires_grad_(False)
     sizes = LibrarySizeModel.load(folder / "library_sizes.json")
-    vae = vae.eval().requires_grad_(False)
+    check_files(folder, stored, own, weights := weights_hash(tensors))
     model = Pretrained(
-        vae, dit, genes, conditions, sizes, config["origin"], weights_hash(tensors), batch, precision,
+        vae, dit, genes, conditions, sizes, stored.origin, weights, batch, precision,
         _gene_columns(folder, genes), _history(folder), min_gene_share,
     )  # fmt: skip
     return model.to(device)

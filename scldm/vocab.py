@@ -14,11 +14,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from scldm.errors import InputError, read_json
+from scldm.given_json import typed
 
 Namespace = Literal["ensembl", "symbol"]
 PADDING = 0
@@ -59,6 +60,13 @@ def why_few(theirs: Sequence[str], ours: Sequence[str]) -> str:
     if folded > 2 * exact:
         return f"; {folded:,} match but for upper and lower case, in which symbols of mouse and human differ"
     return ""
+
+
+@dataclass(frozen=True)
+class _StoredGenes:
+    ids: tuple[str, ...]
+    namespace: Namespace
+    hash: str
 
 
 @dataclass(frozen=True)
@@ -131,13 +139,15 @@ class GeneVocab:
         return {"namespace": self.namespace, "ids": list(self.ids), "hash": self.hash}
 
     @classmethod
-    def from_json(cls, obj: dict, where: str = "gene vocabulary") -> GeneVocab:
-        """Raises: InputError where the stored hash is not that of the stored genes."""
-        vocab = cls(tuple(obj["ids"]), obj["namespace"])
-        if obj.get("hash") != vocab.hash:
-            raise InputError(
-                f"{where}: hash {obj.get('hash')!r} does not match its {vocab.n_genes} genes ({vocab.hash})"
-            )
+    def from_json(cls, obj: Any, where: str = "gene vocabulary") -> GeneVocab:
+        """Raises: InputError for anything else, and where the stored hash is not that of the stored genes."""
+        stored = typed(_StoredGenes, obj, where)
+        try:
+            vocab = cls(stored.ids, stored.namespace)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        if stored.hash != vocab.hash:
+            raise InputError(f"{where}: hash {stored.hash!r} does not match its {vocab.n_genes} genes ({vocab.hash})")
         return vocab
 
     def save(self, path: Path) -> None:
@@ -209,12 +219,17 @@ class ConditionVocab:
         return {name: list(labels) for name, labels in self.labels.items()}
 
     @classmethod
-    def from_json(cls, obj: dict) -> ConditionVocab:
-        return cls({name: tuple(labels) for name, labels in obj.items()})
+    def from_json(cls, obj: Any, where: str = "condition vocabulary") -> ConditionVocab:
+        """Raises: InputError for anything else, and for a label that stands twice."""
+        vocab = cls(typed(dict[str, tuple[str, ...]], obj, where))
+        for name, labels in vocab.labels.items():
+            if len(set(labels)) < len(labels):
+                raise InputError(f"{where}: {name}: a label stands twice")
+        return vocab
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(self.to_json()))
 
     @classmethod
     def load(cls, path: Path) -> ConditionVocab:
-        return cls.from_json(read_json(path))
+        return cls.from_json(read_json(path), str(path))

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import tarfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import fsspec
@@ -24,23 +25,22 @@ from data_pipeline.convert.splits import keys
 from data_pipeline.files import file_system, sha256_of
 from data_pipeline.format.block import Block, BlockBuffers, decode_block
 from data_pipeline.format.schema import (
-    BLOCK_INDEX,
     BLOCK_INDEX_PATH,
-    CELL_COLUMNS,
-    GENE_COLUMNS,
     Manifest,
     ShardEntry,
-    cell_column_path,
     column_dtype,
-    condition_dtype,
     count_dtype,
     gene_column_path,
+    index_kinds,
+    manifest_text,
     member_name,
+    misfits_of_index,
     read_manifest,
     vocab_tag,
 )
 from data_pipeline.format.statistics import compute_statistics
 from scldm.errors import InputError
+from scldm.given_json import SEAL, typed
 from scldm.progress import Progress
 
 
@@ -76,13 +76,17 @@ def verify_shards(url: str, sample: int = 256) -> Verdict:
     sample: cells to compare with the sources, where those are reachable
     Raises: InputError where there is no set.
     """
-    manifest = read_manifest(url)
+    manifest, is_sealed = read_manifest(url), SEAL in json.loads(manifest_text(url))
     if manifest.kind != "cells":
         raise InputError(f"{url}: holds {manifest.kind}; shards verify checks sets of cells")
-    faults = list(_check_manifest(manifest))
     strays, notes = _check_strays(url, manifest)
     index, more = _read_index(url, manifest)
-    faults += [*strays, *more]
+    faults = [*strays, *more]
+    if not is_sealed:
+        notes.append(
+            "manifest.json has no SHA-256 of its own, as sets of an earlier scldm: what it says of sources, query and "
+            "tools was not checked"
+        )
     if index is None:  # without it nothing more can be said than whether the tars are whole
         faults += [f for shard in manifest.shards for f in _check_bytes(url, shard)]
         notes.append("the index is damaged: blocks and statistics were not checked")
@@ -114,20 +118,6 @@ class Seen:
 # --- manifest and index --------------------------------------------------------------------------------------------
 
 
-def _check_manifest(manifest: Manifest) -> Iterator[Fault]:
-    cell = block = 0
-    for number, split in enumerate(manifest.splits):
-        mine = [s for s in manifest.shards if s.split == number]
-        if (split.n_cells, split.n_blocks) != (sum(s.n_cells for s in mine), sum(s.n_blocks for s in mine)):
-            yield Fault("manifest.json", f"split {split.name}: its shards don't add up to its {split.n_cells} cells")
-    for shard in manifest.shards:
-        if (shard.first_cell, shard.first_block) != (cell, block):
-            yield Fault("manifest.json", f"{shard.path}: does not begin where the one before it ends")
-        cell, block = shard.first_cell + shard.n_cells, shard.first_block + shard.n_blocks
-    if cell != manifest.n_cells:
-        yield Fault("manifest.json", f"its shards hold {cell} cells, it says {manifest.n_cells}")
-
-
 def _check_strays(url: str, manifest: Manifest) -> tuple[list[Fault], list[str]]:
     """Files that the manifest doesn't list: a tar is a fault, since readers without the manifest take all tars."""
     fs, root = file_system(url)
@@ -149,16 +139,8 @@ def _check_strays(url: str, manifest: Manifest) -> tuple[list[Fault], list[str]]
 def _read_index(url: str, manifest: Manifest) -> tuple[dict[str, np.ndarray] | None, list[Fault]]:
     """The index's arrays by name; None where one of them can't be trusted."""
     faults, arrays = [], {}
-    expected = {BLOCK_INDEX_PATH: BLOCK_INDEX}
-    expected |= {cell_column_path(name): np.dtype(dtype) for name, dtype in CELL_COLUMNS.items()}
-    expected |= {gene_column_path(name): np.dtype(dtype) for name, dtype in GENE_COLUMNS.items()}
-    for name in manifest.conditions.names:
-        expected[cell_column_path(f"condition.{name}")] = condition_dtype(manifest.conditions.n_labels(name))
     entries = {entry.path: entry for entry in manifest.index}
-    for path, dtype in expected.items():
-        if path not in entries:
-            faults.append(Fault("manifest.json", f"does not list {path}"))
-            continue
+    for path, kind in index_kinds(manifest).items():
         data = _read_whole(url, path)
         if data is None:
             faults.append(Fault(path, "missing"))
@@ -168,12 +150,16 @@ def _read_index(url: str, manifest: Manifest) -> tuple[dict[str, np.ndarray] | N
         elif hashlib.sha256(data).hexdigest() != entries[path].sha256:
             faults.append(Fault(path, "its SHA-256 is not the manifest's: changed or damaged"))
         else:
-            array = np.load(io.BytesIO(data))
-            n = {"index/blocks.npy": sum(s.n_blocks for s in manifest.shards)}.get(path, manifest.n_cells)
-            n = manifest.genes.n_genes if path.startswith("index/genes.") else n
-            if array.dtype != dtype or array.shape != (n,):
-                faults.append(Fault(path, f"{array.dtype} {array.shape}, must be {dtype} ({n},)"))
+            try:
+                array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+            except (ValueError, OverflowError, MemoryError) as error:
+                faults.append(Fault(path, f"not a .npy file as the format has it: {error}"))
+                continue
+            if (array.dtype, array.shape) != kind:
+                faults.append(Fault(path, f"{array.dtype} {array.shape}, must be {kind[0]} {kind[1]}"))
             arrays[path.removeprefix("index/").removesuffix(".npy")] = array
+    if not faults:
+        faults += [Fault(BLOCK_INDEX_PATH, wrong) for wrong in misfits_of_index(manifest, arrays["blocks"])]
     return (None if faults else arrays), faults
 
 
@@ -219,8 +205,6 @@ def _check_shard(
     buffers = BlockBuffers(column_dtype(manifest.genes.n_genes), count_dtype(manifest.statistics.largest_count))
     tag = vocab_tag(manifest.genes)
     numbers = np.flatnonzero(index["blocks"]["shard"] == number)
-    if len(numbers) != shard.n_blocks:
-        yield Fault(BLOCK_INDEX_PATH, f"{len(numbers)} blocks of {shard.path}, the manifest says {shard.n_blocks}")
     try:
         with _open(url, shard.path) as file:
 
@@ -361,14 +345,14 @@ def _compare_with_sources(
     url: str, manifest: Manifest, index: dict[str, np.ndarray], sample: int
 ) -> tuple[list[Fault], list[str], int]:
     """A sample of cells, gene by gene and label by label, with what the sources hold now."""
-    query = manifest.query["source"]
-    release = next((s["census_version"] for s in manifest.sources), "") or query["census_version"]
-    config = SourceConfig(**{**query, "paths": tuple(query["paths"]), "census_version": release})
-    names = manifest.conditions.names
-    namespace = None if config.namespace == "auto" else config.namespace
+    names, query = manifest.conditions.names, manifest.query
     try:
-        sources = open_sources(config, names, manifest.query["missing"])
-        if [s.spec.uri for s in sources] != [s["uri"] for s in manifest.sources]:
+        config = typed(SourceConfig, query.get("source"), "manifest.json: query.source")
+        release = next((s.get("census_version", "") for s in manifest.sources), "") or config.census_version
+        config = replace(config, census_version=typed(str, release, "manifest.json: census_version"))
+        namespace = None if config.namespace == "auto" else config.namespace
+        sources = open_sources(config, names, typed(str, query.get("missing"), "manifest.json: query.missing"))
+        if [s.spec.uri for s in sources] != [s.get("uri") for s in manifest.sources]:
             return [], ["not compared with its sources: there are others now"], 0
         joined = join_genes(
             [s.genes for s in sources], config.join, namespace, config.gene_table, config.min_gene_share

@@ -464,6 +464,6 @@ def finish_set(config: ShardsWriteConfig, plan: Plan, layout: Layout, work: Path
     )
     local = folder / MANIFEST
     with written_aside(local) as file:
-        file.write(json.dumps(manifest.to_json(), indent=1).encode())
+        file.write(manifest.file())
     deliver(local, config.out, MANIFEST)
     return manifest

@@ -60,7 +60,7 @@ class LatentSlots:
         self.n_slots, self.shape = n_slots, tuple(manifest.extra["shape"])
         self.names, self.scratch = manifest.conditions.names, threading.local()
         self.n_labels = [manifest.conditions.n_labels(name) for name in self.names]
-        cells = manifest.block_cells
+        cells = min(manifest.block_cells, manifest.n_cells)
         self.latent = np.empty((n_slots, cells, *self.shape), np.float32)
         self.about = np.zeros((n_slots, cells, 3 + len(self.names)), np.int64)
         self.identity, self.total_counts, self.labels = self.about[..., :2], self.about[..., 2], self.about[..., 3:]

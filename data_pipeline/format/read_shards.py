@@ -11,9 +11,7 @@ Reading order: BlockSource (what a loader needs), ShardSet, open files, the cach
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import os
 import sys
 import threading
@@ -33,6 +31,7 @@ from data_pipeline.format import schema
 from data_pipeline.format.schema import Manifest
 from scldm.errors import InputError
 from scldm.files import written_aside
+from scldm.given_json import hash_of
 
 OPEN_FILES = 128
 ATTEMPTS = 5
@@ -91,6 +90,10 @@ class ShardSet:
         self.columns: dict[str, np.ndarray] = {}  # those that were checked
         self.blocks = np.array(self._load(schema.BLOCK_INDEX_PATH))  # in memory: it is looked up for every cell
         self._check_index()
+        if self.manifest.kind == "latents" and self.local and self.manifest.shards:
+            shard = self.manifest.shards[0]  # latents of this shape are there, before a loader makes room for many
+            with self.files.open(f"{self.root}/{shard.path}", expected_bytes=shard.bytes):
+                pass
         if not self.local and cache_bytes:
             path = self.cache_root / "blocks.bin"
             with _cache_explained(cache_folder):
@@ -108,16 +111,8 @@ class ShardSet:
     def _check_index(self) -> None:
         """The block index fits the manifest, and every shard is there by name; sizes are checked when one is opened."""
         m = self.manifest
-        if self.blocks.dtype != schema.BLOCK_INDEX:
-            raise InputError(
-                f"{self.url}/{schema.BLOCK_INDEX_PATH}: its fields are not those of format {schema.VERSION}"
-            )
-        n_cells, n_blocks = int(self.blocks["n_cells"].sum(dtype=np.int64)), sum(s.n_blocks for s in m.shards)
-        if (n_cells, len(self.blocks)) != (m.n_cells, n_blocks):
-            raise InputError(
-                f"{self.url}/{schema.BLOCK_INDEX_PATH}: {len(self.blocks)} blocks of {n_cells} cells, "
-                f"the manifest says {n_blocks} of {m.n_cells}"
-            )
+        for wrong in schema.misfits_of_index(m, self.blocks):
+            raise InputError(f"{self.url}/{schema.BLOCK_INDEX_PATH}: {wrong}")
         if "http" in self.fs.protocol:
             return  # a web server lists no folder: a shard that is missing is named when it is read
         folder = f"{self.root}/shards"
@@ -157,10 +152,11 @@ class ShardSet:
         if not self.local:
             return np.frombuffer(self._fetch_remote(block), np.uint8)
         record, shard = self.blocks[block], self._shard(block)
-        data = np.empty(int(record["length"]), np.uint8) if into is None else into
-        assert len(data) == record["length"]
         try:
             with self.files.open(f"{self.root}/{shard.path}", expected_bytes=shard.bytes) as fd:
+                # within the file, whose size is known by now
+                data = np.empty(int(record["length"]), np.uint8) if into is None else into
+                assert len(data) == record["length"]
                 n_read = _read_into(data.data, fd, int(record["offset"]))
         except FileNotFoundError:
             raise InputError(f"{self.root}/{shard.path}: the shard is missing") from None
@@ -257,7 +253,10 @@ class ShardSet:
                 fault = _index_fault(local, entry)
         if fault:
             raise InputError(f"{self.url}/{path}: {fault}")
-        return _map(local)
+        values, kind = _map(local), schema.index_kinds(self.manifest)[path]
+        if (values.dtype, values.shape) != kind:
+            raise InputError(f"{self.url}/{path}: {values.dtype} {values.shape}, must be {kind[0]} {kind[1]}")
+        return values
 
 
 def _index_fault(file: Path | IO[bytes], entry: schema.FileEntry) -> str:
@@ -273,18 +272,21 @@ def _index_fault(file: Path | IO[bytes], entry: schema.FileEntry) -> str:
 
 
 def _map(path: Path) -> np.ndarray:
-    """A .npy file, memory-mapped (an empty array can't be)."""
-    with open(path, "rb") as file:
-        head = io.BytesIO(file.read(1 << 16))
-    version = np.lib.format.read_magic(head)
-    assert version == (1, 0), version
-    shape, _, _ = np.lib.format.read_array_header_1_0(head)
-    return np.load(path, mmap_mode="r" if np.prod(shape) else None)
+    """A .npy file, memory-mapped (an empty array can't be). Raises: InputError for a file that is none."""
+    try:
+        with open(path, "rb") as file:
+            head = io.BytesIO(file.read(1 << 16))
+        if np.lib.format.read_magic(head) != (1, 0):
+            raise ValueError("not of version 1.0")
+        shape, _, _ = np.lib.format.read_array_header_1_0(head)
+        return np.load(path, mmap_mode="r" if np.prod(shape) else None)
+    except (ValueError, OverflowError) as error:  # of objects, whose reading would run code, too
+        raise InputError(f"{path}: not a .npy file as the format has it: {error}") from None
 
 
 def manifest_hash(manifest: Manifest) -> str:
     """SHA-256 over all that a manifest says, hence (it holds the shards' SHA-256) over the whole set."""
-    return hashlib.sha256(json.dumps(manifest.to_json(), sort_keys=True).encode()).hexdigest()
+    return hash_of(manifest.to_json())
 
 
 # --- open files ----------------------------------------------------------------------------------------------------

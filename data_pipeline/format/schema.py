@@ -1,7 +1,8 @@
 """The shard set's schema: names, dtypes, versions, and the manifest that says what a set is.
 
 README.md beside this file is the specification; this module is the part of it that Python code imports. Reading order:
-constants, dtypes that follow from a vocabulary, the block index, manifest, opening a set.
+constants, dtypes that follow from a vocabulary, the block index, manifest, whether its parts fit each other, opening a
+set.
 """
 
 from __future__ import annotations
@@ -9,24 +10,26 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 
 from data_pipeline.files import disk_explained, file_system, store_explained
 from scldm.errors import InputError
+from scldm.given_json import Count, sealed, typed, unsealed
 from scldm.vocab import ConditionVocab, GeneVocab
 
 FORMAT = "scldm-shards"
 VERSION = 3
-KINDS = ("cells", "latents")
 BLOCK_CELLS = 256
 MANIFEST = "manifest.json"
 SPLIT_NAME = re.compile(r"[A-Za-z0-9_]+")
 
+Setkind = Literal["cells", "latents"]
 Codec = Literal["none", "lz4", "zstd"]
-CODECS: tuple[Codec, ...] = ("none", "lz4", "zstd")  # a block's header stores the position in this tuple
+CODECS: tuple[Codec, ...] = get_args(Codec)  # a block's header stores the position in this tuple
 
 # One row per block, in block order. `shard` is the position in the manifest's shards, `offset` and `length` give the
 # block's bytes within that tar, `first_cell` is the position of its first cell in every index/cells.*.npy.
@@ -95,10 +98,10 @@ class SplitEntry:
     """One split: its cells are `first_cell ... first_cell + n_cells` in set order, its blocks likewise."""
 
     name: str
-    n_cells: int
-    first_cell: int
-    n_blocks: int
-    first_block: int
+    n_cells: Count
+    first_cell: Count
+    n_blocks: Count
+    first_block: Count
 
 
 @dataclass(frozen=True)
@@ -106,12 +109,12 @@ class ShardEntry:
     """One tar: its path within the set, whose split's it is, and what it must contain."""
 
     path: str
-    split: int
-    n_cells: int
-    first_cell: int
-    n_blocks: int
-    first_block: int
-    bytes: int
+    split: Annotated[int, range(256)]
+    n_cells: Count
+    first_cell: Count
+    n_blocks: Count
+    first_block: Count
+    bytes: Count
     sha256: str
 
 
@@ -120,7 +123,7 @@ class FileEntry:
     """One index file."""
 
     path: str
-    bytes: int
+    bytes: Count
     sha256: str
 
 
@@ -135,8 +138,8 @@ class LibrarySizes:
     """
 
     by: tuple[str, ...]
-    ids: tuple[tuple[int, ...], ...]
-    n: tuple[int, ...]
+    ids: tuple[tuple[Count, ...], ...]
+    n: tuple[Count, ...]
     log_mean: tuple[float, ...]
     log_std: tuple[float, ...]
 
@@ -146,8 +149,8 @@ class CombinationCounts:
     """Cells of every combination of all conditions that occurs, by split: n[k][s] of combination k in split s."""
 
     by: tuple[str, ...]
-    ids: tuple[tuple[int, ...], ...]
-    n: tuple[tuple[int, ...], ...]
+    ids: tuple[tuple[Count, ...], ...]
+    n: tuple[tuple[Count, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -165,9 +168,9 @@ class Statistics:
 
     library_sizes: tuple[LibrarySizes, ...]
     combinations: CombinationCounts
-    n_expressed_largest: int
-    n_nonzeros: int
-    largest_count: int
+    n_expressed_largest: Count
+    n_nonzeros: Count
+    largest_count: Count
 
 
 @dataclass(frozen=True)
@@ -193,15 +196,15 @@ class Manifest:
     extra: what a kind adds (the latents' shape, the model they come from)
     """
 
-    kind: str
-    n_cells: int
+    kind: Setkind
+    n_cells: Count
     genes: GeneVocab
     conditions: ConditionVocab
     splits: tuple[SplitEntry, ...]
     split_rule: dict[str, Any]
     shards: tuple[ShardEntry, ...]
     index: tuple[FileEntry, ...]
-    block_cells: int
+    block_cells: Annotated[int, range(1, 1 << 16)]
     codec: Codec
     codec_level: int
     seed: int
@@ -223,35 +226,25 @@ class Manifest:
         obj = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
         return {"format": FORMAT, "version": VERSION, **obj}
 
+    def file(self) -> bytes:
+        """What the set's manifest.json holds."""
+        return json.dumps(sealed(self.to_json()), indent=1).encode()
+
     @classmethod
-    def from_json(cls, obj: dict[str, Any], where: str = MANIFEST) -> Manifest:
-        """Raises: InputError for another format, an unknown version, kind or codec, a missing key, a wrong hash."""
+    def from_json(cls, obj: Any, where: str = MANIFEST) -> Manifest:
+        """Raises: InputError for another format or version, a wrong hash, values that can't be or don't fit."""
         if not isinstance(obj, dict) or obj.get("format") != FORMAT:
             raise InputError(f"{where}: not the manifest of a shard set (format {FORMAT!r} expected)")
-        if obj.get("version") != VERSION:
-            version = obj.get("version")
+        version = obj.get("version")
+        if version != VERSION or type(version) is not int:
             if isinstance(version, int) and version < VERSION:
                 raise InputError(f"{where}: format version {version}; this scldm reads {VERSION}: write the set again")
             raise InputError(f"{where}: format version {version!r} is unknown; this scldm reads version {VERSION}")
-        try:
-            given = {f.name: obj[f.name] for f in dataclasses.fields(cls)}
-            if given["kind"] not in KINDS:
-                raise InputError(f"{where}: kind {given['kind']!r} is unknown; there are {', '.join(KINDS)}")
-            if given["codec"] not in CODECS:
-                raise InputError(f"{where}: codec {given['codec']!r} is unknown; there are {', '.join(CODECS)}")
-            given["genes"] = GeneVocab.from_json(given["genes"], where)
-            given["conditions"] = ConditionVocab.from_json(given["conditions"])
-            given["splits"] = tuple(SplitEntry(**e) for e in given["splits"])
-            given["shards"] = tuple(ShardEntry(**e) for e in given["shards"])
-            given["index"] = tuple(FileEntry(**e) for e in given["index"])
-            given["sources"] = tuple(given["sources"])
-            statistics = dict(given["statistics"])
-            statistics["library_sizes"] = tuple(LibrarySizes(**_tuples(e)) for e in statistics["library_sizes"])
-            statistics["combinations"] = CombinationCounts(**_tuples(statistics["combinations"]))
-            given["statistics"] = Statistics(**statistics)
-            return cls(**given)
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{where}: not a whole manifest: {error}") from None
+        stated = unsealed(obj, where)
+        manifest = typed(cls, {key: of for key, of in stated.items() if key not in ("format", "version")}, where)
+        for wrong in misfits(manifest):
+            raise InputError(f"{where}: {wrong}")
+        return manifest
 
 
 def _plain(value: Any) -> Any:
@@ -265,13 +258,147 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _tuples(entry: dict[str, Any]) -> dict[str, Any]:
-    """An entry with its lists, and the lists within them, as tuples."""
+# --- whether the parts fit each other ------------------------------------------------------------------------------
 
-    def freeze(value: Any) -> Any:
-        return tuple(freeze(v) for v in value) if isinstance(value, list) else value
 
-    return {key: freeze(value) for key, value in entry.items()}
+@dataclass(frozen=True)
+class OfLatents:
+    """What `extra` holds for a set of kind latents. mean and std, each (L, Z), are there where it has training cells.
+
+    cells: hash of the set of cells; vae: of the autoencoder's weights
+    shape: (L, Z)
+    genes: gene set that the encoder was given
+    """
+
+    cells: str
+    vae: str
+    shape: tuple[Annotated[int, range(1, 1 << 32)], Annotated[int, range(1, 1 << 32)]]
+    genes: dict[str, Any]
+    mean: tuple[tuple[float, ...], ...] = ()
+    std: tuple[tuple[float, ...], ...] = ()
+
+
+def misfits(m: Manifest) -> Iterator[str]:
+    """What a manifest says that can't be, one sentence each; readers act on all of it."""
+    names = [split.name for split in m.splits]
+    if not names or len(set(names)) < len(names) or not all(map(SPLIT_NAME.fullmatch, names)):
+        yield f"splits {', '.join(names) or 'none'}: each needs a name of its own of letters, digits and _"
+        return
+    if wrong := [name for name in m.conditions.names if "/" in name or "\0" in name]:
+        yield f"conditions: {wrong[0]!r} can't be part of a file name"
+    cell = block = 0
+    for number, split in enumerate(m.splits):
+        mine = [shard for shard in m.shards if shard.split == number]
+        if (split.n_cells, split.n_blocks) != (sum(s.n_cells for s in mine), sum(s.n_blocks for s in mine)):
+            yield f"split {split.name}: its shards don't add up to its {split.n_cells} cells in {split.n_blocks} blocks"
+        if split.n_cells and (split.first_cell, split.first_block) != (cell, block):
+            yield (
+                f"split {split.name}: first_cell={split.first_cell}, first_block={split.first_block}; the splits "
+                f"before it end at cell {cell}, block {block}"
+            )
+        for k, shard in enumerate(mine):
+            if shard.path != shard_name(split.name, k):
+                yield f"shards: {shard.path!r} must be {shard_name(split.name, k)}"
+            if (shard.first_cell, shard.first_block) != (cell, block):
+                yield f"{shard.path}: does not begin where the one before it ends"
+            if shard.n_blocks != -(-shard.n_cells // m.block_cells):
+                yield f"{shard.path}: {shard.n_cells} cells are not {shard.n_blocks} blocks of {m.block_cells}"
+            cell, block = cell + shard.n_cells, block + shard.n_blocks
+    if [shard.split for shard in m.shards] != sorted(shard.split for shard in m.shards if shard.split < len(names)):
+        yield "shards: not split by split"
+    if cell != m.n_cells:
+        yield f"its shards hold {cell} cells, it says {m.n_cells}"
+    paths = [entry.path for entry in m.index]
+    expected = index_kinds(m)
+    if sorted(paths) != sorted(expected):
+        missing, more = sorted(set(expected) - set(paths)), sorted(set(paths) - set(expected))
+        yield f"index: {missing[0]} is not listed" if missing else f"index: {(more or paths)[0]} can't be in it"
+    yield from _misfits_of_statistics(m)
+    if m.kind == "latents":
+        yield from _misfits_of_latents(m)
+
+
+def _misfits_of_statistics(m: Manifest) -> Iterator[str]:
+    of = m.statistics
+    tables = [(f"library_sizes by {', '.join(entry.by) or 'nothing'}", entry) for entry in of.library_sizes]
+    for what, table in [("combinations", of.combinations), *tables]:
+        if not set(table.by) <= set(m.conditions.names) or len(set(table.by)) < len(table.by):
+            yield f"statistics.{what}: {', '.join(table.by)} are not conditions of the set"
+            continue
+        n_labels = [m.conditions.n_labels(name) for name in table.by]
+        if any(len(ids) != len(n_labels) or any(k >= n for k, n in zip(ids, n_labels)) for ids in table.ids):
+            yield f"statistics.{what}: ids that are no labels"
+        if len(table.n) != len(table.ids):
+            yield f"statistics.{what}: {len(table.n)} numbers of cells for {len(table.ids)} combinations"
+    for what, entry in tables:
+        if not len(entry.n) == len(entry.log_mean) == len(entry.log_std) or min(entry.log_std, default=0.0) < 0:
+            yield f"statistics.{what}: each combination has one log_mean, and one log_std of at least 0"
+    by_split = [0] * len(m.splits)
+    for row in of.combinations.n:
+        if len(row) != len(m.splits):
+            yield f"statistics.combinations: {len(row)} numbers for {len(m.splits)} splits"
+            return
+        by_split = [have + more for have, more in zip(by_split, row)]
+    if by_split != [split.n_cells for split in m.splits]:
+        yield "statistics.combinations: do not add up to the cells of the splits"
+    if of.n_expressed_largest > m.genes.n_genes:
+        yield f"statistics.n_expressed_largest={of.n_expressed_largest} of {m.genes.n_genes} genes"
+
+
+def _misfits_of_latents(m: Manifest) -> Iterator[str]:
+    try:
+        of = typed(OfLatents, m.extra, "extra")
+    except InputError as error:
+        yield str(error)
+        return
+    (tokens, width), n_train = of.shape, m.splits[0].n_cells
+    for name, moments in (("mean", of.mean), ("std", of.std)):
+        if n_train and (len(moments) != tokens or any(len(row) != width for row in moments)):
+            yield f"extra.{name}: must be {tokens} x {width} numbers"
+    if any(value < 0 for row in of.std for value in row):
+        yield "extra.std: must not be negative"
+    for shard in m.shards:
+        if shard.bytes < 4 * tokens * width * shard.n_cells:
+            yield f"{shard.path}: {shard.bytes} bytes are too few for {shard.n_cells} latents of {tokens} x {width}"
+            return
+
+
+def index_kinds(m: Manifest) -> dict[str, tuple[np.dtype, tuple[int]]]:
+    """Every file under index/, with the dtype and shape of its array."""
+    labels = {name: condition_dtype(m.conditions.n_labels(name)) for name in m.conditions.names}
+    cells = {**CELL_COLUMNS, **{f"condition.{name}": dtype for name, dtype in labels.items()}}
+    return {
+        BLOCK_INDEX_PATH: (BLOCK_INDEX, (sum(s.n_blocks for s in m.shards),)),
+        **{cell_column_path(name): (np.dtype(dtype), (m.n_cells,)) for name, dtype in cells.items()},
+        **{gene_column_path(name): (np.dtype(dtype), (m.genes.n_genes,)) for name, dtype in GENE_COLUMNS.items()},
+    }
+
+
+def misfits_of_index(m: Manifest, blocks: np.ndarray) -> Iterator[str]:
+    """What the block index says that can't be, or that the manifest contradicts."""
+    n_cells, n_blocks = int(blocks["n_cells"].sum(dtype=np.int64)), sum(s.n_blocks for s in m.shards)
+    if (n_cells, len(blocks)) != (m.n_cells, n_blocks):
+        yield f"{len(blocks)} blocks of {n_cells} cells, the manifest says {n_blocks} of {m.n_cells}"
+        return
+    shard_of = np.repeat(np.arange(len(m.shards)), [s.n_blocks for s in m.shards])
+    before = np.cumsum(blocks["n_cells"], dtype=np.int64) - blocks["n_cells"]
+    first_of_shard = np.array([s.first_cell for s in m.shards], np.int64)[shard_of]
+    in_shard = np.array([s.n_cells for s in m.shards], np.int64)[shard_of]
+    size = np.array([s.bytes for s in m.shards], np.uint64)[shard_of]
+    right = {
+        "shard": shard_of,
+        "split": np.array([s.split for s in m.shards], np.int64)[shard_of],
+        "first_cell": before,
+        "n_cells": np.minimum(m.block_cells, first_of_shard + in_shard - before),
+    }
+    for name, values in right.items():
+        if (wrong := blocks[name] != values).any():
+            at = int(np.argmax(wrong))
+            yield f"block {at}: {name}={blocks[name][at]}, the manifest says {values[at]}"
+    beyond = (blocks["offset"] > size) | (blocks["length"] > size - np.minimum(blocks["offset"], size))
+    if beyond.any():
+        at = int(np.argmax(beyond))
+        yield f"block {at}: {blocks['length'][at]} bytes at {blocks['offset'][at]} are beyond its shard's {size[at]}"
 
 
 # --- opening a set -------------------------------------------------------------------------------------------------
@@ -303,6 +430,6 @@ def parsed_manifest(url: str, text: bytes) -> Manifest:
     path = f"{url.rstrip('/')}/{MANIFEST}"
     try:
         obj = json.loads(text)
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError; lists in lists in lists
         raise InputError(f"{path}: not JSON: {error}") from None
     return Manifest.from_json(obj, path)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from data_pipeline.files import disk_explained
 from data_pipeline.format.schema import MANIFEST, read_manifest
 from launch.config import compose
 from scldm.errors import REFUSED, InputError
-from scldm.files import written_aside
+from scldm.files import remove_marked, written_aside
 
 PIECE = 16 << 20
 MARK = ".scldm-staged"  # made first and removed last: whoever finds it may remove the folder
@@ -53,8 +52,8 @@ def main(config: StageConfig) -> Path:
         raise InputError(f"running={config.running!r} does not name this job, whose folder is {out.name}")
     for left in out.parent.glob("scldm-*"):
         job = re.fullmatch(r"scldm-(\d+)", left.name)
-        if job and job[1] not in running and (left / MARK).is_file():
-            remove(left)
+        if job and job[1] not in running:
+            remove_marked(left, MARK)
     manifest = read_manifest(config.source)
     n_copied = 0
     with disk_explained(str(out)):
@@ -69,16 +68,6 @@ def main(config: StageConfig) -> Path:
         f"{os.uname().nodename}: staged {config.source} ({n_copied / 1e9:.3f} GB copied) in {seconds:.1f} s", flush=True
     )
     return out
-
-
-def remove(left: Path) -> None:
-    """Remove a folder that was staged, as far as it can be; its mark goes last."""
-    for path in left.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.name != MARK:
-            path.unlink(missing_ok=True)
-    shutil.rmtree(left, ignore_errors=True)
 
 
 def copy(source: Path, target: Path, entry: Any) -> int:

@@ -43,6 +43,7 @@ from typing import NoReturn
 from launch.cluster import commands as slurm
 from launch.cluster.notes import BAD_NODES, CAME, REPORT, note_nodes
 from launch.cluster.site import PASSED_ON
+from scldm.environment import without_passwords
 from scldm.errors import LOST, REFUSED, REQUEUE, STOPPED, InputError, read_json
 
 # of the shell that submitted, were they to come along: ranks are Slurm's here
@@ -144,7 +145,7 @@ class JobSteps:
         last = [row[3] for row in rows if row[:2] == ["start", self.id]][-1:]
         self.note_progress("start", self.then)
         where = f"at {self.then}, on {self.settings['SLURM_JOB_NODELIST']}"
-        self.note("RUNNING", f"{' '.join(self.words)} (start {self.restart + 1}, {where})")
+        self.note("RUNNING", f"{without_passwords(' '.join(self.words))} (start {self.restart + 1}, {where})")
         if self.restart > self.max_requeues:
             self.fail(f"requeued {self.restart} times; SCLDM_MAX_REQUEUES={self.max_requeues}")
         if self.restart > 1 and last == [self.then]:

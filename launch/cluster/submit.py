@@ -17,7 +17,7 @@ from launch.cluster.job import Job, SubmitConfig, job_of, ranks_per_node, script
 from launch.cluster.notes import bad_nodes
 from launch.cluster.pipeline import jobs_of_pipeline, jobs_of_shards
 from launch.cluster.site import read_site, site_path
-from launch.config import compose, with_options_read
+from launch.config import compose, public_words, with_options_read
 from scldm.errors import InputError, read_json
 from scldm.files import write_json
 
@@ -49,7 +49,10 @@ class Submission(NamedTuple):
 
 def read(words: Sequence[str]) -> Submission:
     """Take a command line apart. Raises: InputError, also for what the verb itself would refuse."""
-    words = list(words)
+    for word in words:  # they stand in the lines of a shell script
+        if not word.isprintable():
+            raise InputError(f"{word!r}: a job's words can't hold line breaks or other control characters")
+    words = public_words(words)
     end = words.index("--") if "--" in words else len(words)
     told = list(with_options_read(SubmitConfig, words[:end], only_known=True))
     options = compose(SubmitConfig, [word for word, is_option in told if is_option])

@@ -155,19 +155,27 @@ class DiT(nn.Module):
     def of_tensors(
         cls, config: DiTConfig, n_latents: int, latent_width: int, n_labels: dict[str, int], tensors: dict[str, Tensor]
     ) -> DiT:
-        """A network that these tensors, of a `state_dict`, fit into; the weights are not put in yet."""
+        """A network that these tensors, of a `state_dict`, fit into; the weights are not put in yet.
+
+        Raises: InputError where what they say of conditions is not what `config` and `n_labels` say.
+        """
         tables = {}
         for table in ("values_K", "features_KF"):
             keys = {name: f"condition.{k}.{table}" for k, name in enumerate(n_labels)}
             tables[table] = {name: tensors[key] for name, key in keys.items() if key in tensors}
+        for name in config.continuous.keys() - tables["values_K"].keys():
+            raise InputError(f"model.continuous.{name}: no values of its labels are among the weights")
+        for name, table in [*tables["values_K"].items(), *tables["features_KF"].items()]:
+            if len(table.shape) != (1 if name in config.continuous else 2) or len(table) != n_labels[name]:
+                raise InputError(f"condition {name!r}: a table {tuple(table.shape)} for {n_labels[name]} labels")
+        labels_KC = tensors.get("combinations.labels_KC")
+        if labels_KC is not None:
+            n_C = torch.tensor(list(n_labels.values()), device=labels_KC.device)
+            if labels_KC.shape[1:] != n_C.shape or not ((labels_KC >= 0) & (labels_KC < n_C)).all():
+                raise InputError(f"combinations.labels_KC {tuple(labels_KC.shape)} are not labels of {list(n_labels)}")
+        values, features = tables["values_K"], tables["features_KF"]
         return cls(
-            config,
-            n_latents,
-            latent_width,
-            n_labels,
-            values=tables["values_K"],
-            features=tables["features_KF"],
-            combinations_KC=tensors.get("combinations.labels_KC"),
+            config, n_latents, latent_width, n_labels, values=values, features=features, combinations_KC=labels_KC
         )
 
     @torch.no_grad()

@@ -12,30 +12,32 @@
 A part holds what one rank held, flat, in float32 (weights are the masters); all parts hold every number once. Any
 engine reads the ranges that it holds itself out of the parts that have them.
 
-Reading order: Checkpoint, load, load_ema, resume, pointers, retain. Writing is in saver.py.
+Reading order: Held, Checkpoint, load, read_ema, resume, pointers, retain. Writing is in saver.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from scldm.errors import InputError, read_json
-from scldm.files import PARTIAL, written_aside
+from scldm.files import PARTIAL, left_aside, written_aside
+from scldm.given_json import Count, hash_of, typed
 from scldm.parallel.dist import World
 from scldm.parallel.engine import Engine
 from scldm.train.ema import EMA
@@ -44,6 +46,9 @@ FORMAT = 4
 STATE = "state.json"
 BROKEN = ".broken"
 SEEN_S = 20.0  # in which what another host wrote is to be seen on this one; network file systems cache what was
+STEP = re.compile(r"step-\d{8,}")
+UNFINISHED = re.compile(rf"{STEP.pattern}(\.before)?{re.escape(PARTIAL)}")
+FILE_NAME = re.compile(r"\w[\w.-]*")
 KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")
 # of the run folder, copied into every checkpoint, which can so be used without it
 BESIDE = ("config.json", "genes.json", "conditions.json", "library_sizes.json", "latents.json")
@@ -62,6 +67,28 @@ class Short(Missing):
     """A checkpoint of which this host does not see all bytes: where that stays so, they are lost."""
 
 
+@dataclass(frozen=True)
+class File:
+    sha256: str
+    bytes: Count
+
+
+@dataclass(frozen=True)
+class Part(File):
+    ranges: dict[str, tuple[Count, Count]]
+
+
+@dataclass(frozen=True)
+class Held:
+    """What state.json says of the tensors. The rest of it is the loop's."""
+
+    step: Count
+    n_updates: Count
+    shapes: dict[str, tuple[Count, ...]]
+    parts: dict[str, Part]
+    files: dict[str, File]
+
+
 class Checkpoint:
     """One step's folder, opened for reading. Tensors are on the CPU.
 
@@ -75,15 +102,34 @@ class Checkpoint:
             stored = read_json(folder / STATE)
         except InputError as error:
             raise Damaged(str(error)) from None
-        version = stored.get("state", {}).get("format") if isinstance(stored, dict) else None
-        if not isinstance(stored, dict) or stored.get("sha256") != state_hash(stored.get("state")):
+        state = stored.get("state") if isinstance(stored, dict) else None
+        if not isinstance(state, dict) or stored.get("sha256") != hash_of(state):
             raise Damaged(f"{folder / STATE} is damaged: it is not what its SHA-256 says")
+        version = state.get("format")
         if version != FORMAT:
             raise InputError(f"{folder} has checkpoint format {version}; this version of scldm reads {FORMAT}")
-        self.folder, self.state = folder, stored["state"]
-        self.step: int = self.state["step"]
-        self.shapes: dict[str, list[int]] = self.state["shapes"]
-        self.files: dict[str, dict[str, Any]] = {**self.state["parts"], **self.state["files"]}
+        self.folder, self.state = folder, state
+        try:
+            own = {field.name: self.state[field.name] for field in fields(Held) if field.name in self.state}
+            self.held = typed(Held, own, str(folder / STATE))
+        except InputError as error:
+            raise Damaged(str(error)) from None
+        self._check_held()
+        self.step, self.shapes = self.held.step, {name: list(shape) for name, shape in self.held.shapes.items()}
+        self.files: dict[str, File] = {**self.held.parts, **self.held.files}
+
+    def _check_held(self) -> None:
+        """Raises: Damaged for what can't be, before anything is read or made room for."""
+        held, where = self.held, self.folder / STATE
+        if wrong := [name for name in (*held.parts, *held.files) if not FILE_NAME.fullmatch(name)]:
+            raise Damaged(f"{where}: {wrong[0]!r} is no name of a file in the checkpoint")
+        numbers = {name: math.prod(shape) for name, shape in held.shapes.items()}
+        for part, entry in held.parts.items():
+            for name, (start, stop) in entry.ranges.items():
+                if not start <= stop <= numbers.get(name, -1):
+                    raise Damaged(f"{where}: {part} has numbers {start} to {stop} of {name}, which has no such")
+        if (size := 4 * len(KINDS) * sum(numbers.values())) > (n_bytes := sum(p.bytes for p in held.parts.values())):
+            raise Damaged(f"{where}: parameters of {size} bytes, its parts have {n_bytes}")
 
     def check(self, names: Iterable[str] | None = None) -> None:
         """Read these of its files, or all, and compare. Raises: Damaged, with the file."""
@@ -91,10 +137,10 @@ class Checkpoint:
             path, expected = self.folder / name, self.files[name]
             if not path.is_file():
                 raise Missing(f"{path} is missing")
-            if (size := path.stat().st_size) != expected["bytes"]:
-                kind = Short if size < expected["bytes"] else Damaged
-                raise kind(f"{path} is damaged: it has {size} bytes of {expected['bytes']}")
-            if _sha256(path) != expected["sha256"]:
+            if (size := path.stat().st_size) != expected.bytes:
+                kind = Short if size < expected.bytes else Damaged
+                raise kind(f"{path} is damaged: it has {size} bytes of {expected.bytes}")
+            if _sha256(path) != expected.sha256:
                 raise Damaged(f"{path} is damaged: its SHA-256 is not the one noted in {STATE}")
 
     def read(self, kind: str, name: str, start: int = 0, stop: int | None = None) -> Tensor:
@@ -104,9 +150,11 @@ class Checkpoint:
         for part, first, last in self._where.get(name, ()):
             low, high = max(start, first), min(stop, last)
             if low < high:
-                out[low - start : high - start] = self._opened(part).get_slice(f"{kind}/{name}")[
-                    low - first : high - first
-                ]
+                try:
+                    found = self._opened(part).get_slice(f"{kind}/{name}")[low - first : high - first]
+                    out[low - start : high - start] = found
+                except (SafetensorError, RuntimeError) as error:
+                    raise Damaged(f"{self.folder / part}: {kind}/{name}: {error}") from None
                 n_read += high - low
         if n_read != stop - start:
             raise Damaged(f"{self.folder} holds {n_read} of {stop - start} numbers of {kind}/{name}")
@@ -128,7 +176,7 @@ class Checkpoint:
         return self.read(kind, name).view(self.shapes[name])
 
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
-        for part in self.state["parts"]:
+        for part in self.held.parts:
             file = self._opened(part)
             for key in file.keys():  # noqa: SIM118 - it is no mapping
                 kind, _, name = key.partition("/")
@@ -143,8 +191,8 @@ class Checkpoint:
     def _where(self) -> dict[str, list[tuple[str, int, int]]]:
         """Parameter name -> the parts that have something of it, and which numbers."""
         where: dict[str, list[tuple[str, int, int]]] = {}
-        for part, entry in self.state["parts"].items():
-            for name, (start, stop) in entry["ranges"].items():
+        for part, entry in self.held.parts.items():
+            for name, (start, stop) in entry.ranges.items():
                 where.setdefault(name, []).append((part, start, stop))
         return where
 
@@ -179,37 +227,21 @@ def load(checkpoint: Checkpoint, engine: Engine, ema: EMA) -> None:
                 value.copy_(checkpoint.read(kind, piece.name, piece.start, piece.stop))
         stored = dict(checkpoint.buffers())
         for name, buffer in engine.module.named_buffers():
+            if name not in stored or stored[name].shape != buffer.shape:
+                raise InputError(f"{checkpoint.folder}: buffer {name}: it is a checkpoint of another model")
             buffer.copy_(stored[name])
     engine.publish()
-    engine.set_steps(checkpoint.state["n_updates"])
-    ema.n_updates = checkpoint.state["n_updates"]
-
-
-def load_ema(module: nn.Module, run_dir: Path, which: Which) -> int:
-    """Put the EMA of one of a run's checkpoints into a network of the run's config; returns the step.
-
-    which: `best` by the validation metric, or `latest`
-
-    Raises: InputError where the run has no such checkpoint, or it is damaged, or of another network.
-    """
-    found, step, target = read_ema(run_dir, which)
-    expected = module.state_dict()
-    wrong = sorted(
-        name
-        for name in expected.keys() | found.keys()
-        if name not in expected or name not in found or expected[name].shape != found[name].shape
-    )
-    if wrong:
-        raise InputError(
-            f"{target}: {wrong[0]} is not as the network has it: it is a checkpoint of another model, or of another "
-            "version of scldm"
-        )
-    module.load_state_dict(found)
-    return step
+    engine.set_steps(checkpoint.held.n_updates)
+    ema.n_updates = checkpoint.held.n_updates
 
 
 def read_ema(run_dir: Path, which: Which) -> tuple[dict[str, Tensor], int, Path]:
-    """EMA of the weights, and buffers, of a checkpoint by name, its step and its folder."""
+    """EMA of the weights, and buffers, of one of a run's checkpoints, its step and its folder.
+
+    which: `best` by the validation metric, or `latest`
+
+    Raises: InputError where the run has no such checkpoint, or it is damaged.
+    """
     target = pointed(run_dir / "checkpoints" / which)
     if target is None:
         raise InputError(f"{run_dir} has no {which} checkpoint yet; train it first")
@@ -227,7 +259,7 @@ def resume(folder: Path, engine: Engine, ema: EMA, world: World) -> dict[str, An
     Raises: InputError where none is whole: to begin again over what was trained is for the user to decide.
     """
     if world.is_first:
-        for left in folder.glob(f"*{PARTIAL}"):
+        for left in [*unfinished(folder), *(left_aside(folder) if folder.is_dir() else ())]:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
     names = world.gather([target.name for target in candidates(folder)])[0]
     for name in names:
@@ -284,7 +316,12 @@ def candidates(folder: Path) -> list[Path]:
 
 def steps_in(folder: Path) -> list[Path]:
     """All checkpoints, the first step first. Those after `latest` are of a run that went on from before them."""
-    return sorted(folder.glob("step-*[0-9]"))
+    return sorted(path for path in folder.glob("step-*") if STEP.fullmatch(path.name))
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """What a save or a removal that was cut short left."""
+    return [path for path in folder.glob("step-*") if UNFINISHED.fullmatch(path.name)]
 
 
 # --- the folder of all checkpoints ---------------------------------------------------------------------------------
@@ -297,8 +334,17 @@ def point(pointer: Path, target: Path) -> None:
 
 
 def pointed(pointer: Path) -> Path | None:
-    """The checkpoint that `latest` or `best` names; None where there is none yet."""
-    return pointer.parent / pointer.read_text().strip() if pointer.is_file() else None
+    """The checkpoint that `latest` or `best` names; None where there is none yet.
+
+    Raises: InputError for a file that holds anything else.
+    """
+    if not pointer.is_file():
+        return None
+    with pointer.open("rb") as file:
+        name = file.read(100).decode(errors="replace").strip()
+    if not STEP.fullmatch(name):
+        raise InputError(f"{pointer} is damaged: it holds {name!r}, must be a checkpoint's name, such as step-00001500")
+    return pointer.parent / name
 
 
 def retain(folder: Path, keep: int, keep_every: int = 0) -> list[OSError]:
@@ -309,7 +355,7 @@ def retain(folder: Path, keep: int, keep_every: int = 0) -> list[OSError]:
     """
     latest, failures = pointed(folder / "latest"), list[OSError]()
     usable = [target for target in steps_in(folder) if latest is None or target.name <= latest.name]
-    for old in [*folder.glob(f"step-*{PARTIAL}"), *usable[:-keep]]:
+    for old in [*unfinished(folder), *usable[:-keep]]:
         kept = old in (latest, pointed(folder / "best"))
         if keep_every and old in usable:
             kept = kept or int(old.name.removeprefix("step-")) % keep_every == 0
@@ -333,10 +379,6 @@ def _replace_folder(source: Path, target: Path) -> None:
     if source.exists():
         shutil.rmtree(target, ignore_errors=True)
         os.replace(source, target)
-
-
-def state_hash(state: Any) -> str:
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

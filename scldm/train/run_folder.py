@@ -27,9 +27,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from scldm.environment import describe
+from scldm.environment import describe, without_passwords
 from scldm.errors import Busy, InputError, Stopped, read_json
-from scldm.files import PARTIAL, flat, outlived, write_json
+from scldm.files import ASIDE, flat, left_aside, outlived, write_json
 
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
@@ -67,12 +67,13 @@ def open_run_folder(
             more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
             raise InputError(f"{run_dir} holds another run: {'; '.join(wrong[:4])}{more}; choose another run_dir")
         if changed:
-            print(f"scldm: {run_dir} goes on with: {'; '.join(changed.values())}", file=sys.stderr, flush=True)
+            told = without_passwords("; ".join(changed.values()))  # an earlier scldm kept one
+            print(f"scldm: {run_dir} goes on with: {told}", file=sys.stderr, flush=True)
     elif run_dir.is_dir() and any(not _may_lie_there(entry) for entry in run_dir.iterdir()):
         raise InputError(f"{run_dir} is not empty and not a run folder; choose another run_dir")
     run_dir.mkdir(parents=True, exist_ok=True)
     with locked(run_dir):
-        for left in run_dir.glob(f"*{PARTIAL}"):
+        for left in left_aside(run_dir):
             left.unlink()
         if not path.is_file() or read_json(path) != config:
             write_json(path, config)
@@ -82,7 +83,7 @@ def open_run_folder(
 
 def _may_lie_there(entry: Path) -> bool:
     """Before the first start: what Slurm's side made, or what a start left that died before its config was whole."""
-    return entry.name in (NOTES, LOCK, OWNER) or entry.name.endswith(PARTIAL)
+    return entry.name in (NOTES, LOCK, OWNER) or bool(ASIDE.fullmatch(entry.name))
 
 
 def started_at(run_dir: Path) -> float:

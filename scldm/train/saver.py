@@ -30,10 +30,11 @@ from torch import Tensor
 
 from scldm.errors import InputError
 from scldm.files import PARTIAL, sync_folder, written_aside
+from scldm.given_json import hash_of
 from scldm.parallel.dist import World
 from scldm.parallel.engine import Engine
 from scldm.train import checkpoint
-from scldm.train.checkpoint import BESIDE, FORMAT, STATE, state_hash
+from scldm.train.checkpoint import BESIDE, FORMAT, STATE
 from scldm.train.ema import EMA
 
 CHUNK = 8 << 20  # bytes hashed and written in turn
@@ -232,7 +233,7 @@ def commit(target: Path, n_parts: int, state: dict[str, Any], run_dir: Path) -> 
             files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     state = json.loads(json.dumps({"format": FORMAT, **state, "parts": parts, "files": files}, allow_nan=False))
     with written_aside(aside / STATE) as file:
-        file.write(json.dumps({"sha256": state_hash(state), "state": state}).encode())
+        file.write(json.dumps({"sha256": hash_of(state), "state": state}).encode())
     before = target.with_suffix(f".before{PARTIAL}")
     if target.exists():  # of a run that went on from an earlier step
         os.replace(target, before)

@@ -28,8 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote
 
+from scldm.environment import without_passwords
 from scldm.files import flat, write_json, written_aside
 
 METRICS = "metrics.jsonl"
@@ -59,7 +60,8 @@ class TrackingConfig:
     """Where the metrics of a run go besides its own metrics.jsonl.
 
     enabled: forward to MLflow
-    uri: tracking server or database; empty means $MLFLOW_TRACKING_URI, else mlflow.db in the run folder
+    uri: tracking server or database; empty means $MLFLOW_TRACKING_URI, else mlflow.db in the run folder. A password in
+        it is moved to that variable, and stands in no file of the run
     experiment: name of the MLflow experiment
     run_name: name of the MLflow run; empty means the stage's
     parent_run_id: MLflow run that this one is nested in; empty for none
@@ -175,7 +177,10 @@ class _Forwarder(threading.Thread):
         self.run_dir, self.cfg, self.params, self.tags = run_dir, cfg, params, tags
         self.run_name = cfg.run_name or stage or run_dir.name
         database = database_uri((run_dir / "mlflow.db").resolve())
-        self.uri = cfg.uri or os.environ.get("MLFLOW_TRACKING_URI") or database
+        given = os.environ.get("MLFLOW_TRACKING_URI", "")
+        # a password is in the environment alone: of the same server, its URI is the one with it
+        self.uri = given if given and cfg.uri in ("", without_passwords(given)) else cfg.uri or database
+        self.place = without_passwords(self.uri)
         self.artifacts: list[tuple[Path, str]] = []
         self.begun = threading.Event()  # the run id is known, or the first try failed
         self.closing = threading.Event()
@@ -191,9 +196,7 @@ class _Forwarder(threading.Thread):
         self.closing.set()
         self.join(self.cfg.close_s if status == "FINISHED" else min(self.cfg.close_s, HURRY_S))
         if self.is_alive() or self.last_error:
-            _say(
-                f"not everything reached {_public(self.uri)}; the rest is in {self.run_dir / METRICS}, sent on a resume"
-            )
+            _say(f"not everything reached {self.place}; the rest is in {self.run_dir / METRICS}, sent on a resume")
 
     def run(self) -> None:
         warned = False
@@ -207,10 +210,10 @@ class _Forwarder(threading.Thread):
                     self.client = None  # the store was emptied under us: begin again there
                 if not warned:
                     warned = True
-                    _say(f"MLflow at {_public(self.uri)} failed ({self.last_error}); {METRICS} goes on, sent later")
+                    _say(f"MLflow at {self.place} failed ({self.last_error}); {METRICS} goes on, sent later")
             else:
                 if self.failures:
-                    _say(f"MLflow at {_public(self.uri)} answers again; all rows are sent")
+                    _say(f"MLflow at {self.place} answers again; all rows are sent")
                 self.failures, self.last_error = 0, ""
             self.begun.set()
             if last:
@@ -247,7 +250,7 @@ class _Forwarder(threading.Thread):
         client = MlflowClient(tracking_uri=self.uri)
         state = self._load_state()
         run = None
-        if state and state["uri"] == _public(self.uri):
+        if state and state["uri"] == self.place:
             try:
                 run = client.get_run(state["run_id"])
             except MlflowException as error:
@@ -335,7 +338,7 @@ class _Forwarder(threading.Thread):
                 yield metrics, end
 
     def _one_line(self, error: Exception) -> str:
-        text = " ".join(str(error).replace(self.uri, _public(self.uri)).split())
+        text = " ".join(str(error).replace(self.uri, self.place).split())
         return text[:200] or type(error).__name__
 
     def _load_state(self) -> dict[str, Any]:
@@ -345,7 +348,7 @@ class _Forwarder(threading.Thread):
             return {}
 
     def _save_state(self) -> None:
-        state = {"uri": _public(self.uri), "run_id": self.run_id, "sent_bytes": self.sent_bytes}
+        state = {"uri": self.place, "run_id": self.run_id, "sent_bytes": self.sent_bytes}
         write_json(self.run_dir / STATE, state)
 
 
@@ -423,12 +426,6 @@ def _texts(params: Mapping[str, Any]) -> dict[str, str]:
 def _number(value: Any) -> float | int | None:
     number = value if isinstance(value, int) else float(value)
     return number if math.isfinite(number) else None
-
-
-def _public(uri: str) -> str:
-    """The URI without a password in it, as it may stand in files and messages."""
-    parts = urlsplit(uri)
-    return uri if parts.password is None else uri.replace(parts.netloc, parts.netloc.rpartition("@")[2])
 
 
 def _say(text: str) -> None:

@@ -116,7 +116,9 @@ def write_set(folder: Path, cells: Known, codec: schema.Codec = "zstd", block_ce
         "cells", len(cells.counts), cells.genes, cells.conditions, tuple(splits), {}, tuple(shards), tuple(index),
         block_cells, codec, 1, 0, ({},), {}, {}, {}, statistics,
     )  # fmt: skip
-    (folder / schema.MANIFEST).write_text(json.dumps(manifest.to_json()))
+    document = manifest.to_json()
+    document["sha256"] = _sha(json.dumps(document, sort_keys=True).encode())
+    (folder / schema.MANIFEST).write_text(json.dumps(document))
     return folder
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import anndata
@@ -16,6 +17,7 @@ import pytest
 from data_pipeline.convert.verify import verify_shards
 from data_pipeline.convert.write_shards import write_shards
 from data_pipeline.format.describe import describe_html, describe_text
+from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.format.schema import read_manifest
 from data_pipeline.format.statistics import compute_statistics
 from launch.cli import main
@@ -82,17 +84,48 @@ def test_what_is_missing_or_cut_is_named(copy):
     assert "shards/test-000000.tar: missing" in found
 
 
+def sealed_again(folder: Path, change) -> None:
+    """Change the manifest and make its hash agree, as a program with a bug would, or one that means ill."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    del manifest["sha256"]
+    manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 def rewrite(folder: Path, name: str, change) -> None:
     """Change an index file and make the manifest agree, as a program with a bug would."""
     array = np.load(folder / f"index/{name}.npy")
     change(array)
     buffer = io.BytesIO()
     np.save(buffer, array)
-    (folder / f"index/{name}.npy").write_bytes(buffer.getvalue())
-    manifest = json.loads((folder / "manifest.json").read_text())
-    entry = next(e for e in manifest["index"] if e["path"] == f"index/{name}.npy")
-    entry["sha256"] = hashlib.sha256(buffer.getvalue()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    replace_index(folder, name, buffer.getvalue())
+
+
+def replace_index(folder: Path, name: str, data: bytes) -> None:
+    (folder / f"index/{name}.npy").write_bytes(data)
+
+    def note(manifest):
+        entry = next(e for e in manifest["index"] if e["path"] == f"index/{name}.npy")
+        entry["sha256"], entry["bytes"] = hashlib.sha256(data).hexdigest(), len(data)
+
+    sealed_again(folder, note)
+
+
+def test_an_index_file_of_others_runs_nothing_and_takes_no_memory(copy):
+    """Of objects, of a shape that no file has, an archive: all with the right hashes."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{"a": 1}], object), allow_pickle=True)
+    whole = (copy / "index/cells.row.npy").read_bytes()
+    archive = io.BytesIO()
+    np.savez(archive, a=np.arange(3))
+    for data in (buffer.getvalue(), whole.replace(b"(500,)", b"(1<<9)"), archive.getvalue(), b"", whole[:20]):
+        replace_index(copy, "cells.row", data)
+        assert any(f.startswith("index/cells.row.npy: not a .npy file") for f in faults(copy))
+        with closing(ShardSet(str(copy))) as shards, pytest.raises(InputError, match="cells.row.npy: not a .npy file"):
+            shards.cell_column("row")
+    replace_index(copy, "cells.row", whole.replace(b"(500,), }    ", b"(500000000,)}"))
+    assert any("index/cells.row.npy: " in f for f in faults(copy))
 
 
 def test_an_index_that_lies_is_found(copy):
@@ -113,16 +146,65 @@ def test_an_index_that_lies_is_found(copy):
 
 
 def test_statistics_that_lie_are_found(copy):
-    manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["statistics"]["library_sizes"][0]["log_mean"][0] += 0.01
-    manifest["statistics"]["largest_count"] = 69_999
-    manifest["statistics"]["combinations"]["n"][0][0] += 1
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    def lie(manifest):
+        statistics = manifest["statistics"]
+        statistics["library_sizes"][0]["log_mean"][0] += 0.01
+        statistics["largest_count"] = 69_999
+        statistics["combinations"]["n"][0][0] += 1
+        statistics["combinations"]["n"][1][0] -= 1
+
+    sealed_again(copy, lie)
     assert [f.split(" is not")[0].split(" by ")[0] for f in faults(copy)] == [
         "manifest.json: statistics.combinations",
         "manifest.json: statistics.largest_count",
         "manifest.json: statistics.library_sizes",
     ]
+
+
+def test_splits_that_are_other_cells_are_refused(copy):
+    """Readers take a split's cells by its bounds: with others, validation would read training cells."""
+
+    def shift(key):
+        def change(manifest):
+            manifest["splits"][1][key] -= 1
+
+        return change
+
+    for key in ("first_cell", "first_block", "n_cells", "n_blocks"):
+        before = (copy / "manifest.json").read_text()
+        sealed_again(copy, shift(key))
+        with pytest.raises(InputError, match=r"manifest.json: split \w+: "):
+            verify_shards(str(copy))
+        with pytest.raises(InputError, match=r"manifest.json: split \w+: "):
+            ShardSet(str(copy))
+        (copy / "manifest.json").write_text(before)
+
+
+def test_swapped_labels_are_found(copy):
+    """By the manifest's hash; with a hash that fits them, by the sources."""
+
+    def swap(manifest):
+        labels = manifest["conditions"]["cell_type"]
+        labels[0], labels[1] = labels[1], labels[0]
+
+    manifest = json.loads((copy / "manifest.json").read_text())
+    swap(manifest)
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="manifest.json: its SHA-256 is not that of what it says"):
+        verify_shards(str(copy))
+    sealed_again(copy, lambda manifest: None)
+    assert all("the labels of cell" in fault for fault in faults(copy))
+    assert faults(copy)
+
+
+def test_a_manifest_without_a_hash_is_read_and_said(copy):
+    """Sets of an earlier scldm have none."""
+    manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["sha256"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    verdict = verify_shards(str(copy))
+    assert verdict.faults == ()
+    assert "manifest.json has no SHA-256 of its own" in verdict.notes[0]
 
 
 def test_a_source_that_says_otherwise_is_found(tmp_path):

@@ -145,7 +145,7 @@ def test_a_join_that_was_killed_is_done_again(tmp_path: Path, suffix: str, monke
     out = tmp_path / f"cells{suffix}"
     of = writer(out)
     begin(of)
-    (of.parts / ".000002.npz.half").write_bytes(b"half a part")
+    (of.parts / ".000002.npz.0123456789ab.partial").write_bytes(b"half a part")
     write(of, [0, 1, 2, 3, 4])
 
     def killed(_: Path) -> None:
@@ -231,19 +231,19 @@ def test_a_part_holds_whole_batches(tmp_path: Path) -> None:
 def test_a_second_command_waits_for_nothing_and_harms_nothing(tmp_path: Path) -> None:
     first, second = writer(tmp_path / "cells.h5ad"), writer(tmp_path / "cells.h5ad")
     with first.begun():
-        (first.parts / ".000001.npz.half").write_bytes(b"just being written")
+        (first.parts / ".000001.npz.0123456789ab.partial").write_bytes(b"just being written")
         with pytest.raises(InputError, match="another process is making these cells"), second.begun():
             pass
-        assert (first.parts / ".000001.npz.half").exists()
+        assert (first.parts / ".000001.npz.0123456789ab.partial").exists()
     with second.begun():
-        assert not (first.parts / ".000001.npz.half").exists()
+        assert not (first.parts / ".000001.npz.0123456789ab.partial").exists()
 
 
 def test_a_command_killed_before_it_said_what_it_makes_is_begun_again(tmp_path: Path) -> None:
     parts = writer(tmp_path / "cells.h5ad").parts
     parts.mkdir()
     (parts / "lock").touch()
-    (parts / ".made_by.json.half").touch()
+    (parts / ".made_by.json.0123456789ab.partial").touch()
     begin(writer(tmp_path / "cells.h5ad"))
     assert sorted(p.name for p in parts.iterdir()) == ["lock", "made_by.json"]
 

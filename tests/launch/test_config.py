@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import yaml
 
 from launch import config as launch_config
-from launch.config import compose, flatten, help_text, to_yaml
+from launch.config import compose, flatten, help_text
 from scldm.errors import InputError
 
 
@@ -100,7 +101,25 @@ def test_dashes_are_another_spelling() -> None:
     assert config == Config("a", seed=7, by=("x", "y"), fresh=True, optim=Optim(lr=0.25))
 
 
-@pytest.mark.parametrize("text", ["1.10", "yes", "007", "2025-01-30", "a: b", "{a", "[a]", "x == 'B cell'", "", "5e4"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1.10",
+        "yes",
+        "007",
+        "2025-01-30",
+        "a: b",
+        "{a",
+        "[a]",
+        "x == 'B cell'",
+        "",
+        "5e4",
+        "a${b}c",
+        "${out}",
+        "${",
+        "\\${a}",
+    ],
+)
 def test_text_stays_as_typed(text: str) -> None:
     config = compose(Config, [f"out={text}", f"label={text}", f"where={text}", f"by=k,{text}"])
     assert (config.out, config.label, config.where, config.by) == (text, text, Path(text), ("k", text))
@@ -187,12 +206,23 @@ def test_a_broken_preset_is_named(tmp_path: Path, content: bytes, said: str) -> 
     assert "\n" not in str(error.value)
 
 
-def test_a_config_written_as_yaml_is_a_preset_that_gives_it_back(tmp_path: Path) -> None:
-    config = Config("a: b", steps=7, by=("1.10", "yes"), where=Path("x/y"), optim=Optim(lr=1e-5, betas=(0.5, 0.6)))
-    text = to_yaml(config)
-    assert "!!python" not in text
-    (tmp_path / "config.yaml").write_text(text)
-    assert compose(Config, [str(tmp_path / "config.yaml")]) == config
+def test_nothing_of_a_value_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A preset of others could print what is in the environment."""
+    monkeypatch.setenv("SECRET", "geheim")
+    texts = ("${oc.env:SECRET}", "a${b}c", "${", "}${steps}", "${oc.env:SECRET", "\\\\${steps}\\")
+    for text in texts:
+        lines = {"label": text, "by": [text], "only": {"k": [text]}, "files": {text: text}}
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump(lines))
+        config = compose(Config, [str(tmp_path / "mine.yaml"), f"out={text}"])
+        assert (config.label, config.by, config.only, config.files) == (text, (text,), {"k": [text]}, {text: text})
+        with pytest.raises(
+            InputError, match=r"^steps: Value .* could not be converted to Integer|^steps=.*can't be read"
+        ):
+            compose(Config, ["out=a", f"steps={text}"])
+        for key in ("optim", "only"):
+            with pytest.raises(InputError, match=rf"^{key}=.*(must be a group of keys|can't be read)") as refusal:
+                compose(Config, ["out=a", f"{key}={text}"])
+            assert "geheim" not in str(refusal.value)
 
 
 def test_help_shows_every_key_with_type_default_and_meaning(presets: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import resource
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,6 +25,7 @@ from scldm.errors import InputError
 from scldm.model.vae import VAE
 from scldm.model_folder import save_pretrained
 from scldm.pretrained import Pretrained
+from scldm.weights import weights_hash
 from tests.rounding import assert_rounded, error_of
 from tests.scldm.small_model import CONDITIONS, GENES, G, L, Z, cells, library_sizes, networks
 
@@ -57,7 +61,7 @@ def truncate(path: Path) -> None:
         ("config.json", truncate, "config.json is damaged"),
         ("config.json", Path.unlink, "is not a model folder: it has no config.json"),
         ("config.json", lambda p: p.write_text('{"format_version": 99}'), "format version 99; this scldm reads 4"),
-        ("config.json", lambda p: p.write_text(p.read_text().replace('"width": 16', '"width": 32')), "belong together"),
+        ("config.json", lambda p: p.write_text(p.read_text().replace('"width": 16', '"width": 32')), "its SHA-256"),
         ("genes.json", truncate, "genes.json is damaged"),
         ("genes.json", lambda p: p.write_text(p.read_text().replace("ENSG00001", "ENSG1")), "hash"),
         ("conditions.json", lambda p: p.write_text('{"type": ["a"], "donor": ["b"]}'), "belong together"),
@@ -74,6 +78,98 @@ def test_a_damaged_folder_is_refused_by_name(folder: Path, tmp_path: Path, name:
         scldm.load(copy)
     assert str(copy) in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def sealed_again(path: Path, change) -> None:
+    """Change a config and make its hash agree, as one that means ill would."""
+    config = json.loads(path.read_text())
+    change(config)
+    del config["sha256"]
+    config["sha256"] = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "net, key, value, said",
+    [
+        ("vae", "width", 1 << 20, "a network of this config has more numbers than the weights"),
+        ("vae", "n_latents", 1 << 60, "a network of this config has more numbers than the weights"),
+        ("vae", "n_layers", 10**7, "a network of this config has more numbers than the weights"),
+        ("ldm", "n_layers", 10**7, "a network of this config has more numbers than the weights"),
+        ("vae", "n_layers", 2, "belong together: decoder.1.* is missing, the network has float32"),
+        ("vae", "width", "16", "vae.width is '16', must be a whole number"),
+        ("vae", "width", True, "vae.width is True, must be a whole number"),
+        ("vae", "kl_weight", float("nan"), "vae.kl_weight is nan, must be a finite number"),
+        ("vae", "token", "tokens", "vae.token is 'tokens', must be one of bins, linear"),
+        ("ldm", "continuous", {"type": "log"}, "model.continuous.type: no values"),
+        ("vae", "depth", 2, "key 'vae.depth' is unknown"),
+    ],
+)
+def test_a_config_of_others_is_refused_before_anything_is_made(
+    folder: Path, tmp_path: Path, net: str, key: str, value: Any, said: str
+) -> None:
+    """A width of 2^20 took 3.3 GB, and ten million layers were built for ever."""
+    copy = Path(shutil.copytree(folder, tmp_path / "model"))
+    sealed_again(copy / "config.json", lambda config: config[net].__setitem__(key, value))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match=said) as refusal:
+        scldm.load(copy)
+    assert str(copy) in str(refusal.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
+
+
+def test_every_flipped_bit_of_the_weights_is_seen(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "model"))
+    path = copy / "model.safetensors"
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    n_header = int.from_bytes(whole[:8], "little")
+    for at in rng.integers(8 + n_header, len(whole), 12):
+        harmed = bytearray(whole)
+        harmed[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(harmed)
+        with pytest.raises(InputError, match=r"model.safetensors: (its weights are not those|.* not finite)"):
+            scldm.load(copy)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    """Exported as they were: the hash is theirs. A NaN drew integer counts all the same."""
+    vae, dit = networks()
+    dit.to_velocity.weight.data[0, 0] = torch.nan
+    save_pretrained(tmp_path / "model", vae, dit, GENES, CONDITIONS, library_sizes(), {})
+    with pytest.raises(InputError, match=r"model.safetensors: to_velocity.weight has numbers that are not finite"):
+        scldm.load(tmp_path / "model")
+
+
+def test_the_hash_that_was_exported_is_checked_in_a_folder_without_hashes_of_its_own(tmp_path: Path) -> None:
+    """As an earlier scldm wrote it: the weights' hashes stand in `origin` alone."""
+    vae, dit = networks()
+    origin = {net: {"hash": weights_hash(of.state_dict())} for net, of in (("vae", vae), ("ldm", dit))}
+    save_pretrained(tmp_path / "model", vae, dit, GENES, CONDITIONS, library_sizes(), origin)
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    for key in ("sha256", "weights", "files"):
+        del config[key]
+    path.write_text(json.dumps(config))
+    scldm.load(tmp_path / "model")
+    config["origin"]["ldm"]["hash"] = config["origin"]["vae"]["hash"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(InputError, match="its ldm is not that of its origin"):
+        scldm.load(tmp_path / "model")
+
+
+def test_only_a_model_folder_is_replaced_and_nothing_beside_it(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "model"))
+    for name in ("model.old", "model.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("mine")
+    save_pretrained(copy, networks()[0], None, GENES, CONDITIONS, library_sizes(), {"from": "again"})
+    assert scldm.load(copy).origin == {"from": "again"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "model.old", "model.partial"]
+    assert all((tmp_path / name / "thesis.txt").is_file() for name in ("model.old", "model.partial"))
+    (copy / "notes.md").write_text("mine")
+    with pytest.raises(InputError, match="holds notes.md, which is none of a model's files"):
+        save_pretrained(copy, networks()[0], None, GENES, CONDITIONS, library_sizes(), {})
+    assert (copy / "notes.md").read_text() == "mine"
 
 
 def test_an_autoencoder_alone_embeds_and_says_that_it_does_not_generate(tmp_path: Path) -> None:

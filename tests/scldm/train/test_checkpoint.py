@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from scldm.errors import InputError
+from scldm.given_json import hash_of
 from scldm.model.vae import VAE, VAEConfig
 from scldm.train import checkpoint
 from scldm.train.optim import OptimConfig
+from scldm.weights import network_of
 from tests.scldm.train.small_runs import N_GENES, make_dit, make_vae, small_run, stored
 
 
@@ -31,8 +33,9 @@ def latest(run: Path) -> Path:
 def test_the_ema_comes_back(run: Path) -> None:
     finished = small_run("vae", run, steps=12, validate_every=4, save_every=12)  # loads, and has nothing to do
     assert finished.loader.read == []
-    module = make_vae()
-    assert checkpoint.load_ema(module, run, "latest") == 12
+    found, step, target = checkpoint.read_ema(run, "latest")
+    assert (step, target) == (12, latest(run))
+    module = network_of(make_vae, found, str(target))
     _, tensors = stored(run)
     live = dict(finished.engine.module.named_parameters())
     for name, parameter in module.named_parameters():
@@ -86,7 +89,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over_by_name_for_the_one_befor
     whole = stored(run)
     harm(latest(run))
     with pytest.raises(InputError, match=said) as refusal:
-        checkpoint.load_ema(make_vae(), run, "latest")
+        checkpoint.read_ema(run, "latest")
     assert "\n" not in str(refusal.value)
     capsys.readouterr()
     again = small_run("vae", run, steps=12, validate_every=4, save_every=12)
@@ -119,7 +122,7 @@ def test_a_damaged_checkpoint_does_not_count_as_one_that_is_kept(run: Path) -> N
 def test_a_checkpoint_of_a_later_version_is_refused_and_left_alone(run: Path) -> None:
     path = latest(run) / "state.json"
     state = {**json.loads(path.read_text())["state"], "format": 99}
-    path.write_text(json.dumps({"sha256": checkpoint.state_hash(state), "state": state}))
+    path.write_text(json.dumps({"sha256": hash_of(state), "state": state}))
     with pytest.raises(InputError, match=r"checkpoint format 99; this version of scldm reads 4"):
         small_run("vae", run, steps=12)
     assert path.is_file()
@@ -127,16 +130,17 @@ def test_a_checkpoint_of_a_later_version_is_refused_and_left_alone(run: Path) ->
 
 def test_a_checkpoint_of_another_network_is_refused(run: Path) -> None:
     wider = VAE(VAEConfig(32, 2, 4, 1, 2, 1, 0.01), N_GENES)
+    found, _, target = checkpoint.read_ema(run, "latest")
     for module in (make_dit(), wider):
-        with pytest.raises(InputError, match="another model"):
-            checkpoint.load_ema(module, run, "latest")
+        with pytest.raises(InputError, match="step-00000012: weights, config and vocabularies do not belong together"):
+            network_of(lambda module=module: module, found, str(target))
     with pytest.raises(InputError, match="another model"):
         small_run("ldm", run)
 
 
 def test_a_run_without_a_checkpoint_says_so(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no best checkpoint yet; train it first"):
-        checkpoint.load_ema(make_vae(), tmp_path, "best")
+        checkpoint.read_ema(tmp_path, "best")
 
 
 def test_a_folder_that_was_never_renamed_is_never_loaded(run: Path) -> None:
@@ -157,7 +161,7 @@ def test_the_best_and_the_last_are_kept(tmp_path: Path) -> None:
     assert int(best.name[5:]) <= 8
     kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert kept == sorted(["best", "latest", best.name, "step-00000011", "step-00000012"])
-    checkpoint.load_ema(make_vae(), tmp_path, "best")
+    checkpoint.read_ema(tmp_path, "best")
 
 
 def test_checkpoints_after_the_latest_do_not_count_as_kept(tmp_path: Path) -> None:

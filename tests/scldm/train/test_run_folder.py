@@ -81,9 +81,16 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_start_that_died_before_its_first_file_was_whole_can_start_again(tmp_path: Path) -> None:
-    (tmp_path / "config.json.partial").write_text('{"run')
+    (tmp_path / ".config.json.0123456789ab.partial").write_text('{"run')
     opened(tmp_path, CONFIG, FREE)
     assert [p.name for p in tmp_path.glob("*.partial")] == []
+
+
+def test_a_file_that_only_ends_as_ours_do_is_left(tmp_path: Path) -> None:
+    opened(tmp_path, CONFIG, FREE)
+    (tmp_path / "notes.partial").write_text("mine")
+    opened(tmp_path, CONFIG, FREE)
+    assert (tmp_path / "notes.partial").read_text() == "mine"
 
 
 def test_a_damaged_config_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,150 @@
+"""JSON that somebody else may have written: read as the dataclass it stands for, or refused by its dotted key.
+
+Reading order: Count, typed, sealed and unsealed (a document with a hash of its own).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import reprlib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from scldm.errors import InputError
+
+Kind = TypeVar("Kind")
+LARGEST = 2**63  # numbers go into int64
+Count = Annotated[int, range(LARGEST)]
+SEAL = "sha256"
+
+
+# --- types ---------------------------------------------------------------------------------------------------------
+
+
+def typed(kind: type[Kind], value: Any, where: str) -> Kind:
+    """`value` as a `kind`: a dataclass (every key known, every field that has no default given), or a type of a field.
+
+    Nothing is converted, but lists to tuples and whole numbers to floats. Numbers are finite. `Annotated[int, range]`
+    bounds a number. A field of a class with a `from_json` is left to that.
+
+    where: the file
+    Raises: InputError with the file and the dotted key.
+    """
+    if dataclasses.is_dataclass(kind):  # also for a from_json that has called this
+        return _typed_fields(kind, value, where, "")
+    return _typed(kind, value, where, "")
+
+
+def _typed(kind: Any, value: Any, where: str, key: str) -> Any:
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+
+    def wrong(right: str) -> InputError:
+        return InputError(f"{where}: {key or 'it'} is {reprlib.repr(value)}, must be {right}")
+
+    if kind is Any:
+        return value
+    if origin is Annotated:
+        number = _typed(inner[0], value, where, key)
+        if number not in inner[1]:
+            raise wrong(f"from {inner[1].start} to {inner[1].stop - 1}")
+        return number
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in inner:
+            return None
+        (kind,) = (one for one in inner if one is not type(None))
+        return _typed(kind, value, where, key)
+    if origin is Literal:
+        if not any(value == one and type(value) is type(one) for one in inner):
+            raise wrong(f"one of {', '.join(map(str, inner))}")
+        return value
+    if hasattr(kind, "from_json"):
+        return kind.from_json(value, f"{where}: {key}" if key else where)
+    if dataclasses.is_dataclass(kind):
+        return _typed_fields(kind, value, where, key)
+    if origin in (list, tuple):
+        if not isinstance(value, list):
+            raise wrong("a list")
+        of = [inner[0]] * len(value) if origin is list or inner[1:] == (...,) else list(inner)
+        if len(value) != len(of):
+            raise wrong(f"a list of {len(of)}")
+        return origin(_typed(one, item, where, f"{key}[{k}]") for k, (one, item) in enumerate(zip(of, value)))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise wrong("a mapping")
+        return {name: _typed(inner[1], item, where, _dotted(key, name)) for name, item in value.items()}
+    if kind is float:
+        if type(value) not in (int, float) or not (
+            abs(value) < LARGEST if type(value) is int else math.isfinite(value)
+        ):
+            raise wrong("a finite number")
+        return float(value)
+    if kind not in (bool, int, str):
+        raise TypeError(f"typed: {kind} is no type of JSON")
+    if type(value) is not kind:
+        raise wrong({bool: "true or false", int: "a whole number", str: "text"}[kind])
+    if isinstance(value, int) and not -LARGEST <= value < LARGEST:
+        raise wrong("a number of 64 bits")
+    if isinstance(value, str) and not _is_text(value):
+        raise wrong("text of Unicode characters")
+    return value
+
+
+def _typed_fields(kind: Any, value: Any, where: str, key: str) -> Any:
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: {key or 'it'} is a {type(value).__name__}, must be a mapping")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    if unknown := sorted(value.keys() - fields.keys()):
+        raise InputError(f"{where}: key {_dotted(key, unknown[0])!r} is unknown")
+    given, hints = {}, typing.get_type_hints(kind, include_extras=True)
+    for name, field in fields.items():
+        if name in value:
+            given[name] = _typed(hints[name], value[name], where, _dotted(key, name))
+        elif field.default is field.default_factory is dataclasses.MISSING:
+            raise InputError(f"{where}: key {_dotted(key, name)!r} is missing")
+    try:
+        return kind(**given)
+    except InputError as error:  # of its __post_init__, which knows of no file
+        raise InputError(f"{where}: {error}") from None
+
+
+def _dotted(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+        return False
+    return True
+
+
+# --- a hash of its own ---------------------------------------------------------------------------------------------
+
+
+def hash_of(document: Any) -> str:
+    """SHA-256 of a document as sorted JSON."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The document with the SHA-256 of all that it says."""
+    return {**document, SEAL: hash_of(document)}
+
+
+def unsealed(document: Any, where: str) -> dict[str, Any]:
+    """The document without its hash. One without a hash is of an earlier scldm, and is taken as it is.
+
+    Raises: InputError where it does not say what was sealed.
+    """
+    if not isinstance(document, dict):
+        raise InputError(f"{where}: must be a mapping")
+    rest = {key: value for key, value in document.items() if key != SEAL}
+    if SEAL in document and document[SEAL] != hash_of(rest):
+        raise InputError(f"{where}: its SHA-256 is not that of what it says: damaged or changed")
+    return rest

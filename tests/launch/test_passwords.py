@@ -1,0 +1,121 @@
+"""A password in `tracking.uri` reaches the server, and no file: not of the run, the job, the model, nor of MLflow."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.cli import main
+from launch.config import compose, public_words
+from launch.train_vae import CONFIG
+from scldm.environment import describe, without_passwords
+from scldm.errors import InputError
+from scldm.train.tracking import _Forwarder
+from tests.launch.fake_slurm import train
+from tests.launch.test_verbs import VAE, write_cells
+
+WORD = "geheim"
+SERVER = f"https://ann:{WORD}@mlflow.lab:5000/x"
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # and as it was afterwards
+
+
+def holding(folder: Path) -> list[str]:
+    """Files below a folder that hold the password."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return [str(path.relative_to(folder)) for path in files if WORD.encode() in path.read_bytes()]
+
+
+@pytest.mark.parametrize(
+    "text, without",
+    [
+        (SERVER, "https://mlflow.lab:5000/x"),
+        (f"postgresql+psycopg://ann:{WORD}@db/x", "postgresql+psycopg://db/x"),
+        (f"postgresql://db/x?user=ann&password={WORD}", "postgresql://db/x?user=ann&password=..."),
+        (f"https://blob/x?sv=1&sig={WORD}&se=2", "https://blob/x?sv=1&sig=...&se=2"),
+        (f"scldm train 'tracking.uri={SERVER}' a=b@c", "scldm train 'tracking.uri=https://mlflow.lab:5000/x' a=b@c"),
+        ("https://mlflow.lab:5000/a:b@c", "https://mlflow.lab:5000/a:b@c"),
+        ("s3://bucket/a?b=c", "s3://bucket/a?b=c"),
+        ("donor:1@2", "donor:1@2"),
+    ],
+)
+def test_what_is_taken_out(text: str, without: str) -> None:
+    assert without_passwords(text) == without
+
+
+def test_the_config_has_none_and_the_tracker_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    preset = tmp_path / "mine.yaml"
+    preset.write_text(f"tracking: {{uri: '{SERVER}'}}\n")
+    for words in ([f"tracking.uri={SERVER}"], ["--tracking.uri", SERVER], [str(preset)]):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+        config = compose(CONFIG, [*words, "data.shards=a", "run_dir=b"])
+        assert WORD not in repr(config)
+        assert os.environ["MLFLOW_TRACKING_URI"] == SERVER
+        forwarder = _Forwarder(tmp_path, config.tracking, "train vae", {}, {})  # which is not started
+        assert (forwarder.uri, forwarder.place) == (SERVER, "https://mlflow.lab:5000/x")
+    monkeypatch.setattr(sys, "argv", ["scldm", "train", "vae", f"tracking.uri={SERVER}"])
+    assert describe()["command"] == "scldm train vae tracking.uri=https://mlflow.lab:5000/x"
+
+
+def test_a_password_with_no_place_outside_the_config_is_refused(capsys: pytest.CaptureFixture) -> None:
+    words = ["train", "vae", f"data.shards=https://ann:{WORD}@host/set", "run_dir=b"]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "data.shards=https://host/set: a password in it would be kept in files" in said
+    assert WORD not in said
+    with pytest.raises(InputError, match="data.shards"):
+        public_words(words)
+    assert main(["train", "vae", f"tracking.url={SERVER}"]) == 2  # a mistake is told without it
+    assert WORD not in capsys.readouterr().err
+
+
+def test_a_job_gets_it_from_the_environment_it_was_submitted_in(fake: Path, tmp_path: Path, capsys) -> None:
+    for words in ([f"tracking.uri={SERVER}"], ["--tracking.uri", SERVER]):
+        assert main(["submit", *train(tmp_path), *words]) == 0
+        assert holding(tmp_path) == []
+        assert "https://mlflow.lab:5000/x" in next(tmp_path.rglob("job.sbatch")).read_text()
+        assert os.environ.pop("MLFLOW_TRACKING_URI") == SERVER
+    assert WORD not in "".join(capsys.readouterr())
+
+
+def test_a_word_with_a_line_break_is_no_line_of_a_job(fake: Path, tmp_path: Path, capsys) -> None:
+    for word in ("init_from=a\ntouch owned", "init_from=a\rb", "init_from=a\x00b"):
+        assert main(["submit", *train(tmp_path), word]) == 2
+        assert "can't hold line breaks" in capsys.readouterr().err
+    assert main(["submit", *train(tmp_path), "--", "--comment=a\n#SBATCH -p x"]) == 2
+    assert not (tmp_path / "my runs").exists()
+
+
+@pytest.mark.slow
+def test_no_file_of_a_run_and_nothing_in_mlflow_holds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """The store is SQLite by a URI, whose query may say anything; from cells to an exported model, and on a resume."""
+    database = tmp_path / "store" / "mlflow.db"
+    database.parent.mkdir()
+    uri = f"sqlite:///file:{database}?uri=true&password={WORD}"
+    write_cells(tmp_path / "cells.h5ad")
+    words = ["shards", "write", f"source.paths={tmp_path}/cells.h5ad", f"out={tmp_path}/shards", "split.validation=0.2"]
+    assert main([*words, "block_cells=32", "shard_cells=128"]) == 0
+    small = [*VAE, "tracking.enabled=true", "train.validate_every=2", "tracking.close_s=120"]
+    for steps in (2, 4):
+        words = ["train", "vae", f"data.shards={tmp_path}/shards", f"run_dir={tmp_path}/run", *small]
+        words += [f"train.steps={steps}", f"tracking.uri={uri}"]
+        monkeypatch.setattr(sys, "argv", ["scldm", *words])
+        monkeypatch.setattr("launch.training.FREE_ON_RESUME", ("train",))
+        assert main(words) == 0
+    assert main(["export", f"vae={tmp_path}/run", f"out={tmp_path}/model"]) == 0
+    with sqlite3.connect(database) as store:
+        rows = dict(store.execute("select key, value from params"))
+        metrics = {key for (key,) in store.execute("select distinct key from metrics")}
+    assert rows["tracking.uri"] == without_passwords(uri)
+    assert "train/loss" in metrics
+    assert holding(tmp_path) == []
+    assert WORD not in "".join(capfd.readouterr())

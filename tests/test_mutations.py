@@ -1,0 +1,145 @@
+"""No harmed file is read as if it were sound: every format, by bytes and by JSON values.
+
+A harm is refused by an InputError that names the file, or changes nothing that is read. Where even the hashes agree
+with the harm, as somebody who means ill would have it, nothing but an InputError is raised.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import scldm
+from data_pipeline.format.block import decode_block
+from data_pipeline.format.latent_block import LatentSlots
+from data_pipeline.format.read_shards import ShardSet
+from data_pipeline.format.schema import CELL_COLUMNS, GENE_COLUMNS, vocab_tag
+from data_pipeline.write_latents import LatentWriter
+from scldm.errors import InputError
+from scldm.model_folder import save_pretrained
+from scldm.train.checkpoint import Checkpoint, read_ema
+from scldm.weights import weights_hash
+from tests.data_pipeline.small_sets import known_cells, write_set
+from tests.mutations import check_every_harm, check_nothing_else_is_raised
+from tests.scldm.small_model import CONDITIONS, GENES, library_sizes, networks
+from tests.scldm.train.small_runs import small_run
+
+FEW, MANY = 40, 4_000
+
+
+def digest(*arrays: np.ndarray) -> str:
+    return hashlib.sha256(b"".join(str(a.dtype).encode() + a.tobytes() for a in arrays)).hexdigest()
+
+
+def read_cells(folder: Path) -> Any:
+    """All that readers take of a set."""
+    with closing(ShardSet(str(folder))) as shards:
+        m = shards.manifest
+        found = [shards.cell_column(name) for name in (*CELL_COLUMNS, *(f"condition.{n}" for n in m.conditions.names))]
+        found += [shards.gene_column(name) for name in GENE_COLUMNS]
+        for block in range(len(shards.blocks)):
+            of = decode_block(shards.fetch(block).tobytes(), vocab_tag=vocab_tag(m.genes), where=shards.where(block))
+            found += [of.indptr, of.columns, of.counts, of.sources, of.rows, *of.conditions]
+        return m.to_json(), digest(*found)
+
+
+def read_latents(folder: Path) -> Any:
+    with closing(ShardSet(str(folder))) as shards:
+        slots, found = LatentSlots(shards.manifest, 1), []
+        for block in range(len(shards.blocks)):
+            slots.fill(0, shards.fetch(block), shards.where(block))
+            n = int(slots.n_cells[0])
+            found += [slots.latent[0, :n].copy(), slots.about[0, :n].copy()]
+        return shards.manifest.to_json(), digest(*found)
+
+
+def read_model(folder: Path) -> Any:
+    model = scldm.load(folder)
+    assert model.dit is not None
+    weights = [weights_hash(net.state_dict()) for net in (model.vae, model.dit)]
+    configs = asdict(model.vae.config), asdict(model.dit.config)
+    sizes = model.library_sizes.to_json()
+    return weights, configs, model.genes.to_json(), model.conditions.to_json(), sizes, model.origin, model.hash
+
+
+def read_checkpoint(run: Path) -> Any:
+    tensors, step, target = read_ema(run, "latest")
+    return weights_hash(tensors), step, Checkpoint(target).state
+
+
+def small(folder: Path) -> Path:
+    return write_set(folder, known_cells(60, 20, 60), "none", block_cells=16)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One of each kind, small, since every harm is followed by reading it all."""
+    at = tmp_path_factory.mktemp("sound")
+    cells = ShardSet(str(small(at / "cells")))
+    writer = LatentWriter(at / "latents", cells, "of a vae", (2, 3))
+    with writer.begun():
+        for shard in writer.missing_shards():
+            entry = cells.manifest.shards[shard]
+            latents = np.random.default_rng(shard).normal(size=(entry.n_cells, 2, 3)).astype(np.float32)
+            writer.write_shard(shard, latents)
+        writer.finish()
+    cells.close()
+    vae, dit = networks()
+    save_pretrained(at / "model", vae, dit, GENES, CONDITIONS, library_sizes(), {"from": "a test"})
+    small_run("vae", at / "run", steps=2, validate_every=2, save_every=2)
+    return {name: at / name for name in ("cells", "latents", "model", "run")}
+
+
+READ: dict[str, Callable[[Path], Any]] = {
+    "cells": read_cells, "latents": read_latents, "model": read_model, "run": read_checkpoint,
+}  # fmt: skip
+STEP = "checkpoints/step-00000002"
+FILES = [
+    *(("cells", path) for path in ("manifest.json", "index/blocks.npy", "index/cells.row.npy")),
+    *(("cells", path) for path in ("index/cells.condition.type.npy", "shards/train-000000.tar")),
+    *(("latents", path) for path in ("manifest.json", "index/blocks.npy", "shards/train-000000.tar")),
+    *(("model", path) for path in ("config.json", "model.safetensors", "genes.json", "conditions.json")),
+    ("model", "library_sizes.json"),
+    *(("run", path) for path in (f"{STEP}/state.json", f"{STEP}/part-0-of-1.safetensors", "checkpoints/latest")),
+]
+
+
+@pytest.mark.parametrize("n", [FEW, pytest.param(MANY, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("kind, path", FILES)
+def test_no_harm_is_read_as_sound(sound: dict[str, Path], tmp_path: Path, kind: str, path: str, n: int) -> None:
+    folder = Path(shutil.copytree(sound[kind], tmp_path / kind))
+    assert check_every_harm(folder / path, lambda: READ[kind](folder), n) > n // 4
+
+
+@pytest.mark.parametrize("n", [3 * FEW, pytest.param(MANY, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "kind, path, within",
+    [
+        ("cells", "manifest.json", ""),
+        ("latents", "manifest.json", ""),
+        ("model", "config.json", ""),
+        ("run", f"{STEP}/state.json", "state"),
+    ],
+)
+def test_a_harm_whose_hash_agrees_is_taken_or_refused(
+    sound: dict[str, Path], tmp_path: Path, kind: str, path: str, within: str, n: int
+) -> None:
+    folder = Path(shutil.copytree(sound[kind], tmp_path / kind))
+    assert check_nothing_else_is_raised(folder / path, lambda: READ[kind](folder), within, n) > n // 4
+
+
+@pytest.mark.parametrize("text", ["../../model", "/etc", "step-1", "step-00000002/../..", "", "step-00000002\nx"])
+def test_a_pointer_names_a_checkpoint_beside_it(sound: dict[str, Path], tmp_path: Path, text: str) -> None:
+    folder = Path(shutil.copytree(sound["run"], tmp_path / "run"))
+    for which in ("best", "latest"):
+        (folder / "checkpoints" / which).write_text(text)
+        with pytest.raises(InputError, match=f"checkpoints/{which} is damaged: it holds "):
+            read_ema(folder, which)
