@@ -17,6 +17,7 @@ from torch import Tensor
 
 from launch.checkpoints import found_checkpoint
 from launch.cli import run_verb
+from scldm.checked import Checked, checked
 from scldm.errors import InputError
 from scldm.train.checkpoint import KINDS, PARTIAL, Checkpoint
 from scldm.train.saver import commit, write_part
@@ -32,7 +33,7 @@ scldm checkpoint convert at=runs/vae to=checkpoint parts=1 out=archive/step-0000
 
 
 @dataclass(frozen=True)
-class CheckpointConvertConfig:
+class CheckpointConvertConfig(Checked):
     """Which checkpoint, and what to make of it.
 
     at: folder of a run, or of one checkpoint
@@ -48,11 +49,7 @@ class CheckpointConvertConfig:
     which: str = "latest"
     to: Literal["safetensors", "torch", "checkpoint"] = "safetensors"
     weights: Literal["ema", "raw"] = "ema"
-    parts: int = 1
-
-    def __post_init__(self) -> None:
-        if self.parts < 1:
-            raise InputError(f"parts={self.parts} must be at least 1")
+    parts: int = checked(1, at_least=1)
 
 
 CONFIG = CheckpointConvertConfig

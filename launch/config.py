@@ -23,6 +23,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from scldm.checked import check_ranges
 from scldm.errors import InputError
 
 Config = TypeVar("Config")
@@ -73,7 +74,7 @@ def load_preset(name: str) -> DictConfig:
 def compose(schema: type[Config], argv: Sequence[str]) -> Config:
     """The config of a command line: schema <- each preset in order <- each key=value, as a frozen dataclass.
 
-    Raises: InputError with the dotted key for anything unknown, of the wrong type, or missing.
+    Raises: InputError with the dotted key for anything unknown, of the wrong type, out of range, or missing.
     """
     words = [word for word, _ in with_options_read(schema, argv)]
     config = OmegaConf.structured(schema)
@@ -87,6 +88,7 @@ def compose(schema: type[Config], argv: Sequence[str]) -> Config:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise InputError(f"{missing[0]} must be given, as {missing[0]}=VALUE")
+    check_ranges(config, schema)  # before the parts are made, which know no more than their own keys
     return typing.cast(Config, OmegaConf.to_object(config))
 
 

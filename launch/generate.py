@@ -22,6 +22,7 @@ from anndata.io import read_elem
 import scldm
 from data_pipeline.write_cells import N_EVALUATIONS, CellWriter
 from launch.cli import run_verb
+from scldm.checked import SEEDS, Checked, checked
 from scldm.count_draws import DRAWS_VERSION
 from scldm.environment import cpu_maker
 from scldm.errors import InputError
@@ -44,7 +45,7 @@ torchrun --standalone --nproc-per-node 8 -m launch.generate model=model n=100000
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(Checked):
     """Which cells to make. Exactly one of conditions, like and n says how many of what.
 
     model: model folder that `scldm export` wrote
@@ -67,14 +68,14 @@ class GenerateConfig:
     conditions: str = ""
     like: str = ""
     by: tuple[str, ...] = ()
-    n: int | None = None
+    n: int | None = checked(None, at_least=1)
     genes: tuple[str, ...] = ()
     kind: Kind = "counts"
-    seed: int = 0
+    seed: int = checked(0, at_least=0, below=SEEDS)
     device: str = ""
-    batch: int = BATCH_CELLS
+    batch: int = checked(BATCH_CELLS, at_least=1)
     precision: Precision = "float32"
-    threads: int = 1
+    threads: int = checked(1, at_least=1)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
 
@@ -83,8 +84,6 @@ CONFIG = GenerateConfig
 
 def main(config: GenerateConfig) -> Path:
     """Write this rank's cells, and on the first rank the file when all are there; returns its path."""
-    if config.threads < 1:
-        raise InputError(f"threads={config.threads} must be at least 1")
     torch.set_num_threads(config.threads)
     table = wanted_cells(config)
     model = scldm.load(config.model, batch=config.batch, precision=config.precision)
@@ -177,8 +176,6 @@ def wanted_cells(config: GenerateConfig) -> pd.DataFrame:
     if config.by and not config.like:
         raise InputError(f"by={','.join(config.by)} names columns of like, which is not given")
     if config.n is not None:
-        if config.n < 1:
-            raise InputError(f"n={config.n} must be at least 1")
         return pd.DataFrame(index=pd.RangeIndex(config.n))
     path = Path(config.conditions or config.like)
     if not path.is_file():

@@ -11,12 +11,13 @@ import anndata as ad
 import torch
 
 import scldm
+from scldm.checked import Checked, checked
 from scldm.errors import InputError
 from scldm.pretrained import BATCH_CELLS, Precision
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnCellsConfig:
+class OwnCellsConfig(Checked):
     """Which cells, and the model that they meet.
 
     model: model folder that `scldm export` wrote
@@ -35,7 +36,7 @@ class OwnCellsConfig:
     layer: str = ""
     drop_empty: bool = False
     device: str = ""
-    batch: int = BATCH_CELLS
+    batch: int = checked(BATCH_CELLS, at_least=1)
     precision: Precision = "float32"
 
 

@@ -25,6 +25,7 @@ from data_pipeline.convert.plan import ShardsWriteConfig
 from data_pipeline.format.schema import read_manifest
 from launch.cli import run_verb
 from launch.evaluation.of_generated import show
+from scldm.checked import Checked, checked
 from scldm.errors import InputError
 from scldm.files import write_json
 from scldm.train.tracking import Tracker, TrackingConfig
@@ -47,7 +48,7 @@ MADE = (
 
 
 @dataclass(frozen=True)
-class QuickstartConfig:
+class QuickstartConfig(Checked):
     """What to run it on.
 
     h5ad: file with raw counts; empty takes the built-in cells
@@ -62,14 +63,10 @@ class QuickstartConfig:
     h5ad: str = ""
     condition: str = ""
     layer: str = ""
-    top_genes: int = 2_000
+    top_genes: int = checked(2_000, at_least=0)
     out: str = "runs/quickstart"
-    ranks: int = 1
+    ranks: int = checked(1, at_least=1)
     fresh: bool = False
-
-    def __post_init__(self) -> None:
-        if self.ranks < 1:
-            raise InputError(f"ranks={self.ranks} must be at least 1")
 
 
 CONFIG = QuickstartConfig

@@ -29,6 +29,7 @@ from data_pipeline.convert.source import SourceConfig, SourceSpec
 from data_pipeline.convert.splits import SplitConfig, draw_splits
 from data_pipeline.files import aside, parse_bytes
 from data_pipeline.format.schema import BLOCK_CELLS, SPLIT_NAME, VERSION, Codec, condition_dtype
+from scldm.checked import SEEDS, Checked, checked
 from scldm.errors import InputError
 from scldm.vocab import ConditionVocab, GeneVocab
 
@@ -38,7 +39,7 @@ LEAST_BYTES = 64 << 20  # what it needs beyond that
 
 
 @dataclass(frozen=True)
-class FilterConfig:
+class FilterConfig(Checked):
     """Which cells and genes of the sources are worth keeping.
 
     min_genes: genes with a count that a cell must have, over all genes of its source; 0 refuses cells without counts
@@ -47,14 +48,14 @@ class FilterConfig:
     n_top_genes: keep this many most variable genes (seurat_v3, over the training cells); 0 keeps all
     """
 
-    min_genes: int = 0
-    min_cells: int = 0
+    min_genes: int = checked(0, at_least=0)
+    min_cells: int = checked(0, at_least=0)
     gene_list: str = ""
-    n_top_genes: int = 0
+    n_top_genes: int = checked(0, at_least=0)
 
 
 @dataclass(frozen=True)
-class ShardsWriteConfig:
+class ShardsWriteConfig(Checked):
     """Write a shard set.
 
     out: folder or fsspec URL of the set
@@ -77,30 +78,25 @@ class ShardsWriteConfig:
     source: SourceConfig = field(default_factory=SourceConfig)
     conditions: tuple[str, ...] = ()
     missing: str = ""
-    max_labels: int = 20_000
+    max_labels: int = checked(20_000, at_least=1)
     filter: FilterConfig = field(default_factory=FilterConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
     codec: Codec = "zstd"
-    codec_level: int = 1
-    block_cells: int = BLOCK_CELLS
-    shard_cells: int = 1 << 16
-    seed: int = 0
+    codec_level: int = checked(1, at_least=1, at_most=22)
+    block_cells: int = checked(BLOCK_CELLS, at_least=1, at_most=65_535)
+    shard_cells: int = checked(1 << 16, at_least=1)
+    seed: int = checked(0, at_least=0, below=SEEDS)
     memory: str = "2GiB"
-    workers: int = 1
+    workers: int = checked(1, at_least=1)
     task: str = ""
     finish: bool = False
     work: str = ""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         parse_bytes(self.memory, "memory")
-        if self.workers < 1:
-            raise InputError(f"workers={self.workers} must be at least 1")
-        if not 1 <= self.block_cells <= 65_535:
-            raise InputError(f"block_cells={self.block_cells} must be from 1 to 65535")
-        if self.shard_cells < self.block_cells or self.shard_cells % self.block_cells:
+        if self.shard_cells % self.block_cells:
             raise InputError(f"shard_cells={self.shard_cells} must be a multiple of block_cells={self.block_cells}")
-        if not 1 <= self.codec_level <= 22:
-            raise InputError(f"codec_level={self.codec_level} must be from 1 to 22")
         for name in self.conditions:
             if not SPLIT_NAME.fullmatch(name.replace("-", "_").replace(" ", "_").replace(".", "_")):
                 raise InputError(f"conditions: {name!r} can't be part of a file name")

@@ -15,6 +15,7 @@ import numpy as np
 import scipy.sparse as sp
 from scipy.spatial.distance import pdist
 
+from scldm.checked import Checked, checked
 from scldm.errors import InputError
 from scldm.evaluate import baselines, markers
 from scldm.evaluate.cells import (
@@ -39,21 +40,12 @@ from scldm.evaluate.space import Profile, Space, log_normalise
 from scldm.evaluate.verdict import summary, verdict
 from scldm.progress import Progress
 
-LEAST = {
-    "n_draws": 2,
-    "min_cells": 8,  # a half of them still has a covariance
-    "max_combinations": 0,
-    "max_cells": 100,
-    "max_group_cells": 20,
-    "max_drawn_cells": 1_000,
-    "max_real_cells": 1_000,
-}
 COINCIDE = 0.3  # at half of all pairs a group has no width; its halves reach that sooner
 N_EXPENSIVE = 3  # draws of floor and baselines for which the forest is grown
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Checked):
     """How generated cells are judged.
 
     seed: of every random draw: floor, baselines, subsamples, UMAP
@@ -70,20 +62,15 @@ class EvaluateConfig:
         at which they are compared: 100,000 cells of 3,000 expressed genes take 2.4 GB
     """
 
-    seed: int = 0
-    n_draws: int = 10
-    min_cells: int = 20
-    max_combinations: int = 100
-    max_cells: int = 2_000
-    max_group_cells: int = 500
-    max_drawn_cells: int = 200_000
-    max_real_cells: int = 100_000
+    seed: int = checked(0, at_least=0, below=1 << 31)  # scikit-learn's lie below 2^32, and parts add to it
+    n_draws: int = checked(10, at_least=2)
+    min_cells: int = checked(20, at_least=8)  # a half of them still has a covariance
+    max_combinations: int = checked(100, at_least=0)
+    max_cells: int = checked(2_000, at_least=100)
+    max_group_cells: int = checked(500, at_least=20)
+    max_drawn_cells: int = checked(200_000, at_least=1_000)
+    max_real_cells: int = checked(100_000, at_least=1_000)
     intervals: IntervalConfig = field(default_factory=IntervalConfig)
-
-    def __post_init__(self) -> None:
-        for key, least in LEAST.items():
-            if getattr(self, key) < least:
-                raise InputError(f"evaluate.{key}={getattr(self, key)} must be at least {least}")
 
 
 @dataclass(frozen=True)
