@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 import scldm
 from scldm.checked import Checked, checked
 from scldm.errors import InputError
+from scldm.files import made_aside
 from scldm.pretrained import BATCH_CELLS, Precision
 
 
@@ -65,7 +65,5 @@ def model_and_cells(config: OwnCellsConfig) -> tuple[scldm.Pretrained, ad.AnnDat
 
 def write_whole(adata: ad.AnnData, path: Path) -> None:
     """Write an h5ad file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    adata.write_h5ad(aside, compression="gzip")
-    os.replace(aside, path)
+    with made_aside(path) as part:
+        adata.write_h5ad(part, compression="gzip")

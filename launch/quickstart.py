@@ -27,7 +27,7 @@ from launch.cli import run_verb
 from launch.evaluation.of_generated import show
 from scldm.checked import Checked, checked
 from scldm.errors import InputError
-from scldm.files import write_json
+from scldm.files import made_aside, write_json, written_aside
 from scldm.train.tracking import Tracker, TrackingConfig
 
 PURPOSE = """The whole path on one small set of real cells, on a CPU: shards, both trainings, generation,
@@ -223,9 +223,8 @@ def write_wanted(out: Path, condition: str) -> None:
     test = manifest.splits[manifest.split_number("test")]
     ids = np.load(out / "shards" / "index" / f"cells.condition.{condition}.npy")[test.first_cell :][: test.n_cells]
     labels = manifest.conditions.decode(condition, ids.tolist())
-    aside = out / "wanted.csv.partial"
-    pd.Series(labels, name=condition).value_counts().rename("n_cells").to_csv(aside)
-    os.replace(aside, out / "wanted.csv")
+    with written_aside(out / "wanted.csv") as file:
+        pd.Series(labels, name=condition).value_counts().rename("n_cells").to_csv(file)
 
 
 def say_where(out: Path, todo: Stages, seconds: float) -> None:
@@ -272,9 +271,8 @@ def write_builtin_cells(path: Path) -> None:
     matrix = sp.csr_matrix((counts.round().astype(np.int32), scaled.indices, scaled.indptr), shape=scaled.shape)
     obs = pd.DataFrame({"cell_type": source.obs["bulk_labels"].astype(str)}, index=source.obs_names)
     adata = ad.AnnData(matrix, obs=obs, var=pd.DataFrame(index=source.raw.var_names))
-    aside = path.with_name(path.name + ".partial")
-    adata.write_h5ad(aside)
-    os.replace(aside, path)
+    with made_aside(path) as part:
+        adata.write_h5ad(part)
 
 
 if __name__ == "__main__":

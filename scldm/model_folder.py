@@ -7,15 +7,13 @@ genes.json  conditions.json  library_sizes.json
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
+from scldm.files import made_aside, write_json
 from scldm.library_size import LibrarySizeModel
 from scldm.model.dit import DiT
 from scldm.model.vae import VAE
@@ -38,13 +36,8 @@ def save_pretrained(
     dit: None for an autoencoder alone, which embeds but does not generate
     origin: JSON of where the weights come from
     """
-    folder = folder.resolve()
-    aside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     networks = {"vae": vae} if dit is None else {"vae": vae, "ldm": dit}
     tensors = {f"{net}/{k}": v.contiguous() for net, m in networks.items() for k, v in m.state_dict().items()}
-    save_file(tensors, aside / "model.safetensors")
     config = {
         "format_version": FORMAT_VERSION,
         "vae": asdict(vae.config),
@@ -52,13 +45,10 @@ def save_pretrained(
         "conditions": list(conditions.names) if dit is None else list(dit.n_labels),
         "origin": origin,
     }
-    (aside / "config.json").write_text(json.dumps(config, indent=1))
-    genes.save(aside / "genes.json")
-    conditions.save(aside / "conditions.json")
-    library_sizes.save(aside / "library_sizes.json")
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(aside, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with made_aside(folder.resolve()) as part:
+        part.mkdir()
+        save_file(tensors, part / "model.safetensors")
+        write_json(part / "config.json", config)
+        genes.save(part / "genes.json")
+        conditions.save(part / "conditions.json")
+        library_sizes.save(part / "library_sizes.json")

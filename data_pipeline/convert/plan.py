@@ -9,10 +9,8 @@ Reading order: ShardsWriteConfig, settings and their differences, Plan, make_pla
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,10 +25,10 @@ from data_pipeline.convert.open import csc_groups, open_sources
 from data_pipeline.convert.shuffle import set_positions
 from data_pipeline.convert.source import SourceConfig, SourceSpec
 from data_pipeline.convert.splits import SplitConfig, draw_splits
-from data_pipeline.files import aside, parse_bytes
 from data_pipeline.format.schema import BLOCK_CELLS, SPLIT_NAME, VERSION, Codec, condition_dtype
 from scldm.checked import SEEDS, Checked, checked
 from scldm.errors import InputError
+from scldm.files import made_aside, sha256_of
 from scldm.vocab import ConditionVocab, GeneVocab
 
 UNIT_CELLS = 1 << 15  # cells that one process reads and scatters before it notes that they are done
@@ -126,6 +124,19 @@ class ShardsWriteConfig(Checked):
         return left
 
 
+def parse_bytes(text: str, key: str) -> int:
+    """`2GiB`, `500 MB`, `1000000` as bytes. Raises: InputError for anything else."""
+    units = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+    units |= {u + "ib": n for u, n in units.items() if len(u) == 1 and u != "b"}
+    units |= {u + "b": 1000**k for k, u in enumerate("kmgt", 1)}
+    number = text.strip().lower().rstrip("bikmgt ")
+    unit = text.strip().lower()[len(number) :].strip()
+    try:
+        return int(float(number) * units[unit])
+    except (ValueError, KeyError):
+        raise InputError(f"{key}={text!r} is no amount of memory; write 2GiB or 500MB") from None
+
+
 # --- settings ------------------------------------------------------------------------------------------------------
 
 VOLATILE = ("out", "memory", "workers", "task", "finish", "work")  # what the bytes of a set don't depend on
@@ -144,7 +155,7 @@ def settings_of(config: ShardsWriteConfig) -> dict[str, Any]:
         if path:
             if not Path(path).is_file():
                 raise InputError(f"{key}: {path}: no such file")
-            digests[key] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            _, digests[key] = sha256_of(Path(path))
     return json.loads(json.dumps({**settings, "sha256": digests}))
 
 
@@ -263,16 +274,8 @@ def make_plan(config: ShardsWriteConfig, folder: Path) -> Plan:
     """
     settings = settings_of(config)
     if not folder.is_dir():
-        draft = aside(folder)
-        try:
+        with made_aside(folder, replaces=False) as draft:  # another task may be faster
             _draft_plan(config, settings, draft)
-            try:
-                draft.rename(folder)
-            except OSError:  # another task was faster
-                if not folder.is_dir():
-                    raise
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
     plan = Plan.load(folder)
     differ = differences({**plan.settings, "tools": plan.tools}, {**settings, "tools": tool_versions()})
     if differ:

@@ -33,7 +33,6 @@ from data_pipeline.convert.plan import Plan, ShardsWriteConfig, differences, mak
 from data_pipeline.convert.source import SourceSpec
 from data_pipeline.convert.stages import STAGES, Layout, Worker, deliver, delivered_bytes, local_folder
 from data_pipeline.convert.variable_genes import CELLS, clip_values, top_genes
-from data_pipeline.files import disk_explained, file_system, locked, store_explained
 from data_pipeline.format.schema import (
     BLOCK_INDEX_PATH,
     CELL_COLUMNS,
@@ -49,8 +48,9 @@ from data_pipeline.format.schema import (
     shard_name,
 )
 from data_pipeline.format.statistics import compute_statistics
+from data_pipeline.stores import file_system, store_explained
 from scldm.errors import InputError
-from scldm.files import written_aside
+from scldm.files import disk_explained, locked, written_aside
 from scldm.progress import Progress
 
 DISK_BYTES_PER_COUNT = 2.1  # of the runs, before they have become tars

@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data_pipeline.files import disk_explained, file_system, store_explained
+from data_pipeline.stores import file_system, store_explained
 from scldm.errors import InputError
+from scldm.files import disk_explained
 from scldm.vocab import ConditionVocab, GeneVocab
 
 FORMAT = "scldm-shards"

@@ -35,7 +35,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from scldm.errors import InputError, read_json
-from scldm.files import PARTIAL, written_aside
+from scldm.files import PARTIAL, put_in_place, sha256_of, written_aside
 from scldm.parallel.dist import World
 from scldm.parallel.engine import Engine
 from scldm.train.ema import EMA
@@ -94,7 +94,7 @@ class Checkpoint:
             if (size := path.stat().st_size) != expected["bytes"]:
                 kind = Short if size < expected["bytes"] else Damaged
                 raise kind(f"{path} is damaged: it has {size} bytes of {expected['bytes']}")
-            if _sha256(path) != expected["sha256"]:
+            if sha256_of(path)[1] != expected["sha256"]:
                 raise Damaged(f"{path} is damaged: its SHA-256 is not the one noted in {STATE}")
 
     def read(self, kind: str, name: str, start: int = 0, stop: int | None = None) -> Tensor:
@@ -245,7 +245,7 @@ def resume(folder: Path, engine: Engine, ema: EMA, world: World) -> dict[str, An
             told = next((told for told, harmed in problems if harmed), problems[0][0])
             print(f"scldm: {name} is passed over: {told}", file=sys.stderr, flush=True)
             if any(harmed for _, harmed in problems):
-                _replace_folder(folder / name, (folder / name).with_suffix(BROKEN))
+                _rename(folder / name, (folder / name).with_suffix(BROKEN))
     if names:
         raise InputError(
             f"no whole checkpoint is left in {folder}: {', '.join(names)} can't be used (the damaged ones are now "
@@ -325,20 +325,14 @@ def remove(target: Path) -> None:
     """Take a checkpoint away at once: cut short, this leaves nothing that looks like one."""
     aside = target.with_suffix(PARTIAL)
     if target != aside:
-        _replace_folder(target, aside)
+        _rename(target, aside)
     shutil.rmtree(aside)
 
 
-def _replace_folder(source: Path, target: Path) -> None:
+def _rename(source: Path, target: Path) -> None:
     if source.exists():
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(source, target)
+        put_in_place(source, target)
 
 
 def state_hash(state: Any) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
