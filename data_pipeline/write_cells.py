@@ -29,6 +29,7 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata.io import read_elem, sparse_dataset, write_elem
 
+from data_pipeline.read_cells import LAYER, MEASUREMENT
 from scldm.errors import InputError, read_json
 from scldm.files import disk_explained, locked, made_aside, written_aside
 from scldm.progress import Progress
@@ -38,7 +39,6 @@ JOIN_VALUES = 1 << 21  # parts are appended together up to so many values: 16 MB
 CHUNK_VALUES = 1 << 16
 CHUNK_ROWS = 1 << 13  # of obs in zarr, which holds several times the names of a chunk
 OBS_BYTES = 100  # of a cell's obs in the file
-MEASUREMENT, LAYER = "RNA", "data"  # what tiledbsoma.io reads and writes unless told otherwise
 UNS = "scldm"
 N_EVALUATIONS = "n_evaluations"  # of the network
 COSTS = (N_EVALUATIONS,)  # in uns beside what decides what the cells are
@@ -315,28 +315,3 @@ def _short(value: Any) -> str:
 def _files(path: Path) -> list[Path]:
     """A file itself, or all that are in a folder; none where it is not there."""
     return [path] if path.is_file() else [inside for inside in path.rglob("*") if inside.is_file()]
-
-
-# --- read back -------------------------------------------------------------------------------------------------------
-
-
-def read_cells(path: str) -> ad.AnnData:
-    """All cells of a .zarr or .soma folder, in memory.
-
-    Raises: InputError for what is none.
-    """
-    if not Path(path).is_dir():
-        raise InputError(f"{path}: no such folder")
-    try:
-        if path.rstrip("/").endswith(".zarr"):
-            return ad.read_zarr(path)
-        import tiledbsoma
-        import tiledbsoma.io
-
-        from data_pipeline.convert.source_soma import context
-
-        with tiledbsoma.Experiment.open(path, context=context()) as experiment:
-            return tiledbsoma.io.to_anndata(experiment, MEASUREMENT, X_layer_name=LAYER)
-    except Exception as error:  # each library has its own for what is none of its folders
-        told = (str(error).splitlines() or [repr(error)])[0]
-        raise InputError(f"{path}: can't be read: {told}") from None
