@@ -111,12 +111,7 @@ def compare(
     Raises: InputError for cells that can't be compared.
     """
     chosen = PROTOCOLS[protocol]
-    if chosen.fitted_on == "validation" and len(validation) <= chosen.n_components:
-        raise InputError(
-            f"{validation.name}: {len(validation)} validation cells, and at least {chosen.n_components + 1} are "
-            f"needed: {chosen.n_components} principal components are fitted on them, because cells that were trained "
-            "on or are judged would bend the scale; put more cells into that split"
-        )
+    _refuse_too_few(validation, chosen)
     n_genes = {"real": len(train.genes), "generated": len(generated.genes)}
     drawn_of = {split: of.drawn_of for split, of in zip(SPLITS, (train, validation, test)) if of.drawn_of}
     genes = common_genes(train, generated)
@@ -144,12 +139,7 @@ def compare(
     out: dict[str, Any] = {
         "config": asdict(config),
         "conditions": list(test.labels),
-        "protocol": {
-            **{key: getattr(chosen, key) for key in ("name", "title", "meaning")},
-            "main": list(chosen.main),
-            **{k: v for k, v in space.describe().items() if k != "n_genes"},
-            "n_genes": {"judged": space.describe()["n_genes"], "common": len(genes), **n_genes},
-        },
+        "protocol": _protocol(chosen, space, {"common": len(genes), **n_genes}),
         "cells": {
             "train": len(train),
             "validation": len(validation),
@@ -175,6 +165,26 @@ def compare(
     out["summary"] = summary(out)
     out["verdict"] = verdict(out)
     return out
+
+
+def _refuse_too_few(validation: Cells, chosen: Protocol) -> None:
+    if chosen.fitted_on == "validation" and len(validation) <= chosen.n_components:
+        raise InputError(
+            f"{validation.name}: {len(validation)} validation cells, and at least {chosen.n_components + 1} are "
+            f"needed: {chosen.n_components} principal components are fitted on them, because cells that were trained "
+            "on or are judged would bend the scale; put more cells into that split"
+        )
+
+
+def _protocol(chosen: Protocol, space: Space, n_genes: Mapping[str, int]) -> dict[str, Any]:
+    """How cells were compared, and on how many genes of how many."""
+    described = space.describe()
+    return {
+        **{key: getattr(chosen, key) for key in ("name", "title", "meaning")},
+        "main": list(chosen.main),
+        **{k: v for k, v in described.items() if k != "n_genes"},
+        "n_genes": {"judged": described["n_genes"], **n_genes},
+    }
 
 
 def known_controls(test: Cells, given: Mapping[str, str]) -> dict[str, str]:
