@@ -28,6 +28,7 @@ from typing import IO, Any
 from benchmarks.gpu_wheels import missing
 from benchmarks.report import commit
 from scldm.errors import REFUSED
+from scldm.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 540  # nine minutes in all
@@ -133,9 +134,7 @@ class Run:
         return self.ends_at - time.monotonic()
 
     def write(self) -> None:
-        aside = self.out / "gpu.json.partial"
-        aside.write_text(json.dumps({**self.head, "steps": self.found}, indent=1) + "\n")
-        os.replace(aside, self.out / "gpu.json")
+        write_json(self.out / "gpu.json", {**self.head, "steps": self.found})
 
 
 def main(argv: Sequence[str] | None = None, steps: Sequence[Step] = STEPS) -> int:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import resource
-import shutil
 import subprocess
 import sys
 import time
@@ -31,6 +30,7 @@ from data_pipeline.stream.gene_sets import GeneSetConfig
 from data_pipeline.stream.loader import CellLoader, LoaderConfig
 from data_pipeline.stream.order import Balance, Units, rank_slice
 from scldm.errors import InputError
+from scldm.files import made_aside
 from scldm.vocab import ConditionVocab, GeneVocab
 
 
@@ -211,10 +211,8 @@ def balance_task(config: BenchLoaderConfig) -> dict[str, Any]:
 def scale(config: BenchLoaderConfig, report: Report) -> None:
     folder = Path(config.folder) / f"index-{config.scale_cells}"
     if not folder.exists():
-        part = folder.with_name("part")
-        shutil.rmtree(part, ignore_errors=True)
-        write_index(part, config.scale_cells)
-        part.rename(folder)
+        with made_aside(folder) as part:
+            write_index(part, config.scale_cells)
     found = in_a_process("scale", config)
     name = f"{config.scale_cells:,} cells"
     for world, seconds in found["start"].items():

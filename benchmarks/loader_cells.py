@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from data_pipeline.format import schema
 from data_pipeline.stream.gene_sets import GeneSetConfig
 from data_pipeline.stream.loader import CellLoader, LoaderConfig
 from scldm.errors import InputError
+from scldm.files import made_aside
 
 PARTS = ("speed", "costs", "memory", "resume", "mixing", "scale")
 CONTROLS = ("mmap", "soma", "scdataset", "webdataset")
@@ -70,9 +70,8 @@ def prepare(config: BenchLoaderConfig, folder: Path) -> None:
 
     def once(name: str, write: Callable[[Path], Any]) -> None:
         if not (folder / name).exists():
-            shutil.rmtree(folder / "part", ignore_errors=True)
-            write(folder / "part")
-            (folder / "part").rename(folder / name)
+            with made_aside(folder / name) as part:
+                write(part)
 
     once("atlas.h5ad", lambda path: bench_shards.write_h5ad(path, atlas))
     for codec in schema.CODECS:

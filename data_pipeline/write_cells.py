@@ -29,9 +29,9 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata.io import read_elem, sparse_dataset, write_elem
 
-from data_pipeline.files import disk_explained, locked, of_bytes
+from data_pipeline.read_cells import LAYER, MEASUREMENT
 from scldm.errors import InputError, read_json
-from scldm.files import left_aside, remove_marked, written_aside
+from scldm.files import disk_explained, left_aside, locked, made_aside, of_bytes, remove, remove_marked, written_aside
 from scldm.progress import Progress
 
 PART_CELLS = 512  # 2,000 genes a cell of 8 B: 8 MB
@@ -39,7 +39,6 @@ JOIN_VALUES = 1 << 21  # parts are appended together up to so many values: 16 MB
 CHUNK_VALUES = 1 << 16
 CHUNK_ROWS = 1 << 13  # of obs in zarr, which holds several times the names of a chunk
 OBS_BYTES = 100  # of a cell's obs in the file
-MEASUREMENT, LAYER = "RNA", "data"  # what tiledbsoma.io reads and writes unless told otherwise
 UNS = "scldm"
 N_EVALUATIONS = "n_evaluations"  # of the network
 COSTS = (N_EVALUATIONS,)  # in uns beside what decides what the cells are
@@ -124,7 +123,7 @@ class CellWriter:
                 busy = f"{self.parts}: another process is making these cells; wait for it, or end it"
                 stack.enter_context(locked(self.parts / "lock", busy))
                 for left in left_aside(self.parts):
-                    left.unlink()
+                    remove(left)
                 with written_aside(self.parts / "made_by.json") as file:
                     file.write(json.dumps(self.made_by, indent=1).encode())
             yield
@@ -145,8 +144,6 @@ class CellWriter:
                 data=matrix.data.astype(self.dtype),
                 **arrays,  # pyright: ignore[reportArgumentType]  # numpy's stubs take them for allow_pickle
             )
-            file.flush()
-            os.fsync(file.fileno())
 
     def column(self, name: str) -> np.ndarray:
         """A column that came with the parts, of all cells."""
@@ -161,18 +158,15 @@ class CellWriter:
         assert set(cost) <= set(COSTS), cost
         # an AnnData of these obs would hold a copy and a table of their names
         rest = ad.AnnData(var=pd.DataFrame(index=pd.Index(self.genes)), uns={UNS: {**self.made_by, **cost}})
-        with disk_explained(str(self.out)):
-            _remove(joined := self._joining)
-            with (
-                Progress("write", self.n_cells, "cells") as bar,
-                FORMATS[self.out.suffix](joined, obs, rest, self.dtype) as append,
-            ):
-                for matrix in self._joined():
-                    append(matrix)
-                    bar.advance(len(matrix.indptr) - 1)
-            _sync(joined)
-            os.replace(joined, self.out)
-            _sync_folder(self.out.parent)
+        with (
+            disk_explained(str(self.out)),
+            made_aside(self.out, at=self._joining) as joined,
+            Progress("write", self.n_cells, "cells") as bar,
+            FORMATS[self.out.suffix](joined, obs, rest, self.dtype) as append,
+        ):
+            for matrix in self._joined():
+                append(matrix)
+                bar.advance(len(matrix.indptr) - 1)
         self.finished = True
         self.remove_parts()
 
@@ -329,56 +323,6 @@ def _short(value: Any) -> str:
     return str(value) if len(str(value)) <= 40 else f"{str(value)[:12]}..."
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
-
-
 def _files(path: Path) -> list[Path]:
     """A file itself, or all that are in a folder; none where it is not there."""
     return [path] if path.is_file() else [inside for inside in path.rglob("*") if inside.is_file()]
-
-
-def _sync(path: Path) -> None:
-    """Until it is on the disk: a file, or every file of a folder."""
-    if path.is_dir():
-        for inside in path.iterdir():
-            _sync(inside)
-        _sync_folder(path)
-        return
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    at = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(at)
-    finally:
-        os.close(at)
-
-
-# --- read back -------------------------------------------------------------------------------------------------------
-
-
-def read_soma(path: str) -> ad.AnnData:
-    """All cells of a .soma folder, in memory.
-
-    Raises: InputError for what is none.
-    """
-    if not Path(path).is_dir():
-        raise InputError(f"{path}: no such folder")
-    try:
-        import tiledbsoma
-        import tiledbsoma.io
-
-        from data_pipeline.convert.source_soma import context
-
-        with tiledbsoma.Experiment.open(path, context=context()) as experiment:
-            return tiledbsoma.io.to_anndata(experiment, MEASUREMENT, X_layer_name=LAYER)
-    except ModuleNotFoundError:
-        raise
-    except Exception as error:  # tiledbsoma has several for what is none of its folders
-        told = (str(error).splitlines() or [repr(error)])[0]
-        raise InputError(f"{path}: can't be read: {told}") from None

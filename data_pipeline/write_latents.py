@@ -28,14 +28,13 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.files import disk_explained, locked, sha256_of
 from data_pipeline.format import schema
 from data_pipeline.format.latent_block import encode_latent_block
 from data_pipeline.format.read_shards import BlockSource
 from data_pipeline.format.schema import FileEntry, ShardEntry
 from data_pipeline.stream.gene_sets import GeneSetConfig
 from scldm.errors import InputError, read_json
-from scldm.files import left_aside, remove_marked, written_aside
+from scldm.files import disk_explained, left_aside, locked, remove, remove_marked, sha256_of, written_aside
 
 # --- the block -----------------------------------------------------------------------------------------------------
 
@@ -97,7 +96,7 @@ class LatentWriter:
         busy = f"{self.out}: another process is writing these latents; wait for it, or end it"
         with locked(self.parts / "lock", busy):
             for left in [*left_aside(self.parts), *left_aside(self.out / "shards")]:
-                left.unlink()
+                remove(left)
             self._write(self.parts / "set.json", json.dumps(self.identity).encode())
             yield
 
@@ -152,8 +151,7 @@ class LatentWriter:
                 blocks.append({"length": len(data), "crc32": zlib.crc32(data)})
             assert not len(held), f"shard {shard}: more latents than its {entry.n_cells} cells"
             assert next(pieces, None) is None, f"shard {shard}: more latents than its {entry.n_cells} cells"
-        with path.open("rb") as file:
-            size, sha = sha256_of(file)
+        size, sha = sha256_of(path)
         sums = {"sum": total.tolist(), "sum_of_squares": total_of_squares.tolist()}
         self._write(self._note(shard), json.dumps({"blocks": blocks, "bytes": size, "sha256": sha, **sums}).encode())
 

@@ -11,7 +11,6 @@ Reading order: SomaWriteConfig, write_soma (from an h5ad file), write_census (fr
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +25,9 @@ import tiledbsoma.io
 from data_pipeline.convert.narrow import FAULTS, Rows, fault_of
 from data_pipeline.convert.open import open_matrix, open_sources
 from data_pipeline.convert.source import SourceConfig
-from data_pipeline.files import aside, disk_explained
 from scldm.cells_file import open_cells, read_frame, reading
 from scldm.errors import InputError
+from scldm.files import disk_explained, made_aside
 from scldm.progress import Progress
 
 MEASUREMENT, LAYER = "RNA", "raw"
@@ -90,14 +89,8 @@ def write_census(out: str, obs: pd.DataFrame, var: pd.DataFrame, chunks: Iterabl
     if "feature_name" not in var:
         var["feature_name"] = list(map(str, var.index))
     target = Path(out)
-    draft = aside(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with disk_explained(str(target.parent)):
-            _write(str(draft), obs, var, chunks, organism)
-            draft.replace(target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    with disk_explained(str(target.parent)), made_aside(target, replaces=False) as draft:
+        _write(str(draft), obs, var, chunks, organism)
 
 
 def _write(uri: str, obs: pd.DataFrame, var: pd.DataFrame, chunks: Iterable[Rows], organism: str) -> None:

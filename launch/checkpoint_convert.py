@@ -5,7 +5,6 @@ Resuming needs none of it: training reads any checkpoint at any number of ranks 
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,10 @@ from torch import Tensor
 
 from launch.checkpoints import found_checkpoint
 from launch.cli import run_verb
+from scldm.checked import Checked, checked
 from scldm.errors import InputError
-from scldm.train.checkpoint import KINDS, PARTIAL, Checkpoint
+from scldm.files import PARTIAL, made_aside
+from scldm.train.checkpoint import KINDS, Checkpoint
 from scldm.train.saver import commit, write_part
 
 PURPOSE = """Write a checkpoint as one file of plain weights, for any tool (safetensors, or a state_dict for torch.load)
@@ -32,7 +33,7 @@ scldm checkpoint convert at=runs/vae to=checkpoint parts=1 out=archive/step-0000
 
 
 @dataclass(frozen=True)
-class CheckpointConvertConfig:
+class CheckpointConvertConfig(Checked):
     """Which checkpoint, and what to make of it.
 
     at: folder of a run, or of one checkpoint
@@ -48,11 +49,7 @@ class CheckpointConvertConfig:
     which: str = "latest"
     to: Literal["safetensors", "torch", "checkpoint"] = "safetensors"
     weights: Literal["ema", "raw"] = "ema"
-    parts: int = 1
-
-    def __post_init__(self) -> None:
-        if self.parts < 1:
-            raise InputError(f"parts={self.parts} must be at least 1")
+    parts: int = checked(1, at_least=1)
 
 
 CONFIG = CheckpointConvertConfig
@@ -69,13 +66,11 @@ def main(config: CheckpointConvertConfig) -> Path:
     else:
         kind = "ema" if config.weights == "ema" else "weight"
         tensors = {name: checkpoint.whole(kind, name) for name in checkpoint.shapes} | dict(checkpoint.buffers())
-        aside = out.with_name(out.name + PARTIAL)
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        if config.to == "safetensors":
-            save_file(tensors, aside, {"step": str(checkpoint.step), "weights": config.weights})
-        else:
-            torch.save(tensors, aside)
-        os.replace(aside, out)
+        with made_aside(out) as part:
+            if config.to == "safetensors":
+                save_file(tensors, part, {"step": str(checkpoint.step), "weights": config.weights})
+            else:
+                torch.save(tensors, part)
     print(f"{checkpoint.folder.name} -> {out}")
     return out
 

@@ -28,6 +28,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from scldm.checked import check_ranges
 from scldm.environment import without_passwords
 from scldm.errors import InputError
 from scldm.files import flat
@@ -114,7 +115,7 @@ def load_preset(name: str) -> dict[str, Any]:
 def compose(schema: type[Config], argv: Sequence[str]) -> Config:
     """The config of a command line: schema <- each preset in order <- each key=value, as a frozen dataclass.
 
-    Raises: InputError with the dotted key for anything unknown, of the wrong type, or missing.
+    Raises: InputError with the dotted key for anything unknown, of the wrong type, out of range, or missing.
     """
     words = _added_up(schema, with_options_read(schema, argv))
     config = OmegaConf.structured(schema)
@@ -132,6 +133,7 @@ def compose(schema: type[Config], argv: Sequence[str]) -> Config:
         for key, text in _texts(OmegaConf.to_container(config, resolve=True)):
             if (without := public(key, text)) != text:
                 config = _merge(config, _at(key, without), key)
+        check_ranges(config, schema)  # before the parts are made, which know no more than their own keys
         return typing.cast(Config, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:  # text with `${`, where a number is wanted
         raise InputError(f"{error.full_key}: {str(error).splitlines()[0].partition(': ')[2]}") from None

@@ -21,6 +21,7 @@ from launch.evaluation.gate import GATE, gate_of, warn
 from launch.staged import at_hand
 from launch.trained import check_given, check_same_genes, trained_vae
 from scldm.batch import GeneCounts
+from scldm.checked import Checked, checked
 from scldm.errors import InputError
 from scldm.files import write_json
 from scldm.model.all_genes import encoder_of
@@ -38,7 +39,7 @@ LONGEST_WAIT_S = 7 * 86_400  # for the slowest rank's last shard: 65,536 cells o
 
 
 @dataclass(frozen=True)
-class EncodeConfig:
+class EncodeConfig(Checked):
     """What to encode with what.
 
     vae: run folder of the autoencoder
@@ -57,12 +58,13 @@ class EncodeConfig:
     out: str
     which: Literal["best", "latest"] = "best"
     genes: GeneSetConfig = field(default_factory=GeneSetConfig)
-    batch: int = 64
-    threads: int = 1
+    batch: int = checked(64, at_least=1)
+    threads: int = checked(1, at_least=1)
     cache_folder: str = ""
-    cache_gb: float = 50.0
+    cache_gb: float = checked(50.0, at_least=0)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.genes.check("genes")
 
 
@@ -71,8 +73,6 @@ CONFIG = EncodeConfig
 
 def main(config: EncodeConfig) -> Path:
     """Write this rank's shards, and on the first rank the manifest when all are there; returns the folder."""
-    if config.batch < 1:
-        raise InputError(f"batch={config.batch} must be at least 1")
     config = at_hand(config)
     world = world_of_environment()
     torch.set_num_threads(config.threads)

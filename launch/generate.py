@@ -21,6 +21,7 @@ import scldm
 from data_pipeline.write_cells import FORMATS, N_EVALUATIONS, CellWriter, require_room
 from launch.cli import run_verb
 from scldm.cells_file import check_out, read_obs
+from scldm.checked import SEEDS, Checked, checked
 from scldm.count_draws import DRAWS_VERSION
 from scldm.environment import cpu_maker
 from scldm.errors import InputError
@@ -43,7 +44,7 @@ torchrun --standalone --no-python --nproc-per-node 8 scldm generate model=model 
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(Checked):
     """Which cells to make. Exactly one of conditions, like and n says how many of what.
 
     model: model folder that `scldm export` wrote
@@ -66,14 +67,14 @@ class GenerateConfig:
     conditions: str = ""
     like: str = ""
     by: tuple[str, ...] = ()
-    n: int | None = None
+    n: int | None = checked(None, at_least=1)
     genes: tuple[str, ...] = ()
     kind: Kind = "counts"
-    seed: int = 0
+    seed: int = checked(0, at_least=0, below=SEEDS)
     device: str = ""
-    batch: int = BATCH_CELLS
+    batch: int = checked(BATCH_CELLS, at_least=1)
     precision: Precision = "float32"
-    threads: int = 1
+    threads: int = checked(1, at_least=1)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
 
@@ -86,8 +87,6 @@ FIRST = (
 
 def main(config: GenerateConfig) -> Path:
     """Write this rank's cells, and on the first rank the file when all are there; returns its path."""
-    if config.threads < 1:
-        raise InputError(f"threads={config.threads} must be at least 1")
     torch.set_num_threads(config.threads)
     check_out(config.out, tuple(FORMATS), like=config.like, conditions=config.conditions)
     table = wanted_cells(config)
@@ -178,8 +177,6 @@ def wanted_cells(config: GenerateConfig) -> pd.DataFrame:
     if config.by and not config.like:
         raise InputError(f"by={','.join(config.by)} names columns of like, which is not given")
     if config.n is not None:
-        if config.n < 1:
-            raise InputError(f"n={config.n} must be at least 1")
         require_room(config.out, config.n)
         return pd.DataFrame(index=pd.RangeIndex(config.n))
     path = Path(config.conditions or config.like)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,14 @@ import torch
 
 import scldm
 from scldm.cells_file import check_out, check_storable, read_cells
+from scldm.checked import Checked, checked
+from scldm.files import made_aside
 from scldm.pretrained import BATCH_CELLS, Precision
 from scldm.vocab import MIN_GENE_SHARE
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnCellsConfig:
+class OwnCellsConfig(Checked):
     """Which cells, and the model that they meet.
 
     model: model folder that `scldm export` wrote
@@ -37,9 +38,9 @@ class OwnCellsConfig:
     layer: str = ""
     drop_empty: bool = False
     device: str = ""
-    batch: int = BATCH_CELLS
+    batch: int = checked(BATCH_CELLS, at_least=1)
     precision: Precision = "float32"
-    min_gene_share: float = MIN_GENE_SHARE
+    min_gene_share: float = checked(MIN_GENE_SHARE, at_least=0, at_most=1)
 
 
 def model_and_cells(config: OwnCellsConfig) -> tuple[scldm.Pretrained, ad.AnnData]:
@@ -66,7 +67,5 @@ def model_and_cells(config: OwnCellsConfig) -> tuple[scldm.Pretrained, ad.AnnDat
 
 def write_whole(adata: ad.AnnData, path: Path) -> None:
     """Write an h5ad file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    adata.write_h5ad(aside, compression="gzip")
-    os.replace(aside, path)
+    with made_aside(path) as part:
+        adata.write_h5ad(part, compression="gzip")

@@ -22,6 +22,7 @@ from launch.cli import run_verb
 from launch.config import compose
 from launch.train_ldm import TrainLDMConfig
 from launch.train_vae import TrainVAEConfig, genes_of
+from scldm.checked import Checked, checked
 from scldm.errors import InputError
 from scldm.model.dit import DiTConfig
 from scldm.model.flops import vae_flops
@@ -88,32 +89,24 @@ class PlannedHardware(HardwareConfig):
         nodes with 400 Gb/s in all (NVIDIA/nccl issue 527)
     """
 
-    nodes: int = 1
-    gpus_per_node: int = 8
+    nodes: int = checked(1, at_least=1)
+    gpus_per_node: int = checked(8, at_least=1)
     gpu: str = "H100"
-    memory_gb: float = 80.0
-    context_gb: float = 3.0
-    mfu: float = 0.35
-    launch_us: float = 5.0
-    memory_tb_s: float = 0.0
-    loader_cells_s: float = 85_000.0
-    host_copy_gb_s: float = 25.0
-    node_link_gb_s: float = 370.0
-    network_gb_s: float = 376.0
+    memory_gb: float = checked(80.0, above=0)
+    context_gb: float = checked(3.0, at_least=0)
+    mfu: float = checked(0.35, above=0, at_most=1)
+    launch_us: float = checked(5.0, at_least=0)
+    memory_tb_s: float = checked(0.0, at_least=0)
+    loader_cells_s: float = checked(85_000.0, above=0)
+    host_copy_gb_s: float = checked(25.0, above=0)
+    node_link_gb_s: float = checked(370.0, above=0)
+    network_gb_s: float = checked(376.0, above=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive = ("nodes", "gpus_per_node", "memory_gb", "mfu", "loader_cells_s", "host_copy_gb_s")
-        for name in (*positive, "node_link_gb_s", "network_gb_s"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"hardware.{name}={getattr(self, name)} must be positive")
         if not self.peak_tflops and self.gpu not in PEAK_TFLOPS:
             raise InputError(
                 f"hardware.gpu={self.gpu}: known are {', '.join(PEAK_TFLOPS)}; or give hardware.peak_tflops"
-            )
-        if self.launch_us < 0 or self.memory_tb_s < 0:
-            raise InputError(
-                f"hardware.launch_us={self.launch_us} and memory_tb_s={self.memory_tb_s} must not be negative"
             )
         if not self.memory_tb_s and self.gpu not in MEMORY_TB_S:
             raise InputError(
@@ -143,7 +136,7 @@ class PlannedHardware(HardwareConfig):
 
 
 @dataclass(frozen=True)
-class Planned:
+class Planned(Checked):
     """A training config, with what is not known before there are data.
 
     run_dir: taken as training takes it; nothing is written
@@ -157,11 +150,11 @@ class Planned:
     """
 
     run_dir: str = ""
-    n_genes: int = 0
-    n_latents: int = 0
-    latent_width: int = 0
-    n_cells: int = 0
-    expressed: int = 2_000
+    n_genes: int = checked(0, at_least=0)
+    n_latents: int = checked(0, at_least=0)
+    latent_width: int = checked(0, at_least=0)
+    n_cells: int = checked(0, at_least=0)
+    expressed: int = checked(2_000, at_least=1)
     hardware: PlannedHardware = field(default_factory=PlannedHardware)
     compare: bool = True
     json: bool = False

@@ -26,8 +26,9 @@ from data_pipeline.format.schema import read_manifest
 from launch.cli import run_verb
 from launch.evaluation.of_generated import show
 from scldm.cells_file import column_names, frame_of, open_cells, reading
+from scldm.checked import Checked, checked
 from scldm.errors import InputError
-from scldm.files import write_json
+from scldm.files import made_aside, write_json, written_aside
 from scldm.train.tracking import Tracker, TrackingConfig, database_uri
 
 PURPOSE = """The whole path on one small set of real cells, on a CPU: shards, both trainings, generation,
@@ -48,7 +49,7 @@ MADE = (
 
 
 @dataclass(frozen=True)
-class QuickstartConfig:
+class QuickstartConfig(Checked):
     """What to run it on.
 
     h5ad: file with raw counts; empty takes the built-in cells
@@ -63,14 +64,10 @@ class QuickstartConfig:
     h5ad: str = ""
     condition: tuple[str, ...] = ()
     layer: str = ""
-    top_genes: int = 2_000
+    top_genes: int = checked(2_000, at_least=0)
     out: str = "runs/quickstart"
-    ranks: int = 1
+    ranks: int = checked(1, at_least=1)
     fresh: bool = False
-
-    def __post_init__(self) -> None:
-        if self.ranks < 1:
-            raise InputError(f"ranks={self.ranks} must be at least 1")
 
 
 CONFIG = QuickstartConfig
@@ -226,9 +223,8 @@ def write_wanted(out: Path, conditions: Sequence[str]) -> None:
     for name in conditions:
         ids = np.load(out / "shards" / "index" / f"cells.condition.{name}.npy")[test.first_cell :][: test.n_cells]
         labels[name] = manifest.conditions.decode(name, ids.tolist())
-    aside = out / "wanted.csv.partial"
-    pd.DataFrame(labels).value_counts().rename("n_cells").to_csv(aside)
-    os.replace(aside, out / "wanted.csv")
+    with written_aside(out / "wanted.csv") as file:
+        pd.DataFrame(labels).value_counts().rename("n_cells").to_csv(file)
 
 
 def say_where(out: Path, todo: Stages, seconds: float) -> None:
@@ -259,9 +255,8 @@ def say_where(out: Path, todo: Stages, seconds: float) -> None:
 def write_builtin_cells(path: Path) -> None:
     from scldm.examples import pbmc
 
-    aside = path.with_name(path.name + ".partial")
-    pbmc().write_h5ad(aside)
-    os.replace(aside, path)
+    with made_aside(path) as part:
+        pbmc().write_h5ad(part)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.files import disk_explained
-from data_pipeline.format.describe import describe_html, describe_text
+from data_pipeline.format.describe import describe_text
+from data_pipeline.format.page import describe_html
 from data_pipeline.format.schema import read_manifest
 from launch.cli import run_verb
-from scldm.files import written_aside
+from scldm.files import disk_explained, written_aside
 
 PURPOSE = "Print what a shard set holds: splits, conditions, sources, sizes; or draw it as a page with figures."
 EXAMPLE = """scldm shards info path=shards

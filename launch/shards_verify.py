@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from data_pipeline.convert.verify import verify_shards
 from launch.cli import run_verb
+from scldm.checked import Checked, checked
 from scldm.errors import InputError
 
 PURPOSE = """Read every byte of a shard set: hashes, counts, order, statistics; and some cells against their sources.
@@ -15,7 +16,7 @@ EXAMPLE = "scldm shards verify path=shards"
 
 
 @dataclass(frozen=True)
-class ShardsVerifyConfig:
+class ShardsVerifyConfig(Checked):
     """Check a shard set.
 
     path: its folder or fsspec URL
@@ -23,7 +24,7 @@ class ShardsVerifyConfig:
     """
 
     path: str
-    sample: int = 256
+    sample: int = checked(256, at_least=0)
 
 
 CONFIG = ShardsVerifyConfig

@@ -6,8 +6,8 @@ import sys
 
 from data_pipeline.convert.plan import ShardsWriteConfig
 from data_pipeline.convert.write_shards import write_shards
-from data_pipeline.files import of_bytes
 from launch.cli import run_verb
+from scldm.files import of_bytes
 
 PURPOSE = """Turn an atlas (h5ad files, a SOMA experiment, the Census) into shuffled training shards with splits.
 Run again after an interruption, it goes on. As an array job, give each task --task i/n; the array does one stage of the

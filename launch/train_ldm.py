@@ -26,6 +26,7 @@ from launch.staged import at_hand
 from launch.trained import check_given, check_same_genes, trained_vae
 from launch.training import Parts, check_has_validation, check_waits, has_started, run_training, start_of, whole_cells
 from scldm.batch import GeneCounts
+from scldm.checked import Checked
 from scldm.errors import InputError
 from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE, Posterior
@@ -54,7 +55,7 @@ MOMENT_CELLS = 4_096  # training cells whose latents give the moments, where the
 
 
 @dataclass(frozen=True)
-class TrainLDMConfig:
+class TrainLDMConfig(Checked):
     """Stage 2. The conditions are those of the latent set.
 
     run_dir: folder of the run
@@ -83,6 +84,7 @@ class TrainLDMConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.given.check("given")
         if self.given.policy != "all" and not self.vae:
             raise InputError(

@@ -15,6 +15,7 @@ from launch.cli import run_verb
 from launch.evaluation.gate import judge_run
 from launch.staged import at_hand
 from launch.training import Parts, check_has_validation, check_waits, run_training, start_of, whole_cells
+from scldm.checked import Checked
 from scldm.kernels import check_available
 from scldm.model.vae import VAE, VAEConfig, chosen
 from scldm.parallel.dist import World
@@ -35,7 +36,7 @@ torchrun --standalone --no-python --nproc-per-node 8 scldm train vae vae/20m dat
 
 
 @dataclass(frozen=True)
-class TrainVAEConfig:
+class TrainVAEConfig(Checked):
     """Stage 1.
 
     run_dir: folder of the run
@@ -57,6 +58,7 @@ class TrainVAEConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_waits(self)
 
 

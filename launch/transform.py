@@ -8,6 +8,7 @@ from pathlib import Path
 
 from launch.cli import run_verb
 from launch.own_cells import OwnCellsConfig, model_and_cells, write_whole
+from scldm.checked import SEEDS, checked
 from scldm.errors import InputError
 from scldm.flow.generate import SamplerConfig
 from scldm.pretrained import Kind
@@ -36,10 +37,10 @@ class TransformConfig(OwnCellsConfig):
 
     to: tuple[str, ...]
     by: tuple[str, ...] = ()
-    alphas: tuple[float, ...] = (1.0,)
+    alphas: tuple[float, ...] = checked((1.0,), at_least=0, at_most=1)
     genes: tuple[str, ...] = ()
     kind: Kind = "counts"
-    seed: int = 0
+    seed: int = checked(0, at_least=0, below=SEEDS)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
 

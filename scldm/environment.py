@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    *("scldm", "torch", "deepspeed", "mlflow", "tiledbsoma", "cellxgene-census", "webdataset", "anndata", "scanpy"),
+    *("scldm", "torch", "deepspeed", "mlflow", "tiledbsoma", "cellxgene-census", "anndata", "scanpy"),
     *("numpy", "scipy", "pandas", "omegaconf", "safetensors"),
 )
 

@@ -1,11 +1,14 @@
-"""Files that are whole or not there, whatever goes down while they are written; and nested mappings as dotted keys.
+"""Local files: whole or not there, whatever goes down while they are written; locked, hashed, what a disk refuses as a
+sentence; and nested mappings as dotted keys. What is at a URL is data_pipeline/stores.py.
 
-Reading order: written_aside, left_aside, remove_marked, folder_aside, write_json, sync_folder, outlived, flat.
+Reading order: written_aside, made_aside, put_in_place, left_aside, remove_marked, write_json, sync, sha256_of,
+of_bytes, locked, disk_explained, outlived, flat.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -17,8 +20,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from scldm.errors import InputError
+
 PARTIAL = ".partial"  # ends the name of what was never finished
-ASIDE = re.compile(rf"\..+\.[0-9a-f]{{12}}{re.escape(PARTIAL)}")
+ASIDE = re.compile(rf"\.(.+)\.[0-9a-f]{{12}}{re.escape(PARTIAL)}")  # no name that anybody else would give
+
+# --- whole or not there --------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -27,33 +34,73 @@ def written_aside(path: Path, replaces: bool = True) -> Iterator[IO[bytes]]:
 
     replaces: else a file that has this name by then is left, and this one dropped
     """
-    # a name that nobody else writes to: tasks on several hosts may have the same process id
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL}")
+    part = _unique(path)
     try:
         with part.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())  # else a machine that goes down may leave a name without its bytes
         if replaces:
-            os.replace(part, path)
+            put_in_place(part, path)
         else:
             _link(part, path)
-        sync_folder(path.parent)
+            sync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
 
-def _link(part: Path, path: Path) -> None:
+@contextmanager
+def made_aside(path: Path, replaces: bool = True, at: Path | None = None) -> Iterator[Path]:
+    """A path where a library writes a file or a folder, which gets its name as in `written_aside`. Its files get the
+    mode that any new file has there: some libraries keep theirs from colleagues.
+
+    replaces: what has the name. Then one process writes at a time, and removes what a killed one left. Else any number
+        may, and a folder that has this name by then is left
+    at: where it is made, on the same disk; what lies there is removed. Else beside its name, under one of its own
+    """
+    part = at or _unique(path)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in [part, *(left_aside(path.parent, path.name) if replaces else ())]:
+        remove(left)
     try:
-        os.link(part, path)  # of two at once, one
-    except OSError:  # there is one, or the file system has no links
-        if not path.exists():
-            os.replace(part, path)
+        yield part
+        _open_to_others(part)
+        sync(part)
+        if replaces:
+            put_in_place(part, path)
+        else:
+            _put_first(part, path)
+    finally:
+        remove(part)
 
 
-def left_aside(folder: Path) -> list[Path]:
-    """Files that a killed `written_aside` left in a folder; others that end alike are somebody's."""
-    return [path for path in folder.iterdir() if ASIDE.fullmatch(path.name) and not path.is_dir()]
+def put_in_place(part: Path, path: Path) -> None:
+    """Give what is durable its name, durably. Of a folder that has it, there is a moment without either.
+
+    Raises: OSError for a file whose name a folder has: nobody wants that folder gone.
+    """
+    if not (part.is_dir() and path.is_dir()):
+        os.replace(part, path)
+        sync_folder(path.parent)
+        return
+    name = f"{path.name}.before"
+    before = _unique(path.with_name(name))
+    os.replace(path, before)
+    try:
+        os.replace(part, path)
+    except OSError:
+        os.replace(before, path)
+        raise
+    sync_folder(path.parent)
+    for left in left_aside(path.parent, name):
+        shutil.rmtree(left, ignore_errors=True)  # the next one removes what is left
+
+
+def left_aside(folder: Path, name: str | None = None) -> list[Path]:
+    """What killed processes left in a folder while they wrote `name`, or anything. Names of nobody else look so."""
+    found = ((path, ASIDE.fullmatch(path.name)) for path in folder.iterdir())
+    return [path for path, match in found if match and name in (None, match[1])]
 
 
 def remove_marked(folder: Path, mark: str) -> None:
@@ -68,36 +115,29 @@ def remove_marked(folder: Path, mark: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
-def folder_aside(path: Path) -> Iterator[Path]:
-    """A folder to fill, which gets its name when the block ends without an error, in place of one that has it.
-
-    Its own name beside the path is nobody else's, and nothing but what this made, or replaced, is removed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
-    part, old = beside.with_name(f"{beside.name}{PARTIAL}"), beside.with_name(f"{beside.name}.old")
-    part.mkdir()
-    try:
-        yield part
-        if path.exists():
-            os.replace(path, old)
-        try:
-            os.replace(part, path)
-        except OSError:
-            if old.exists():
-                os.replace(old, path)
-            raise
-        sync_folder(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all."""
     with written_aside(path) as file:
         file.write(json.dumps(value, indent=1).encode())
+
+
+def remove(path: Path) -> None:
+    """A file or folder, which need not be there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Make a file durable, or a folder with all that is in it."""
+    if path.is_dir():
+        for inside in path.iterdir():
+            sync(inside)
+        sync_folder(path)
+        return
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
@@ -110,6 +150,97 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def _unique(path: Path) -> Path:
+    """A name beside a path that nobody else writes to: tasks on several hosts may have the same process id."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL}")
+
+
+def _link(part: Path, path: Path) -> None:
+    try:
+        os.link(part, path)  # of two at once, one
+    except OSError:  # there is one, or the file system has no links
+        if not path.exists():
+            os.replace(part, path)
+
+
+def _put_first(part: Path, path: Path) -> None:
+    try:
+        os.replace(part, path)
+    except OSError:  # another was faster: a folder that holds something can't be replaced
+        if not path.is_dir():
+            raise
+    sync_folder(path.parent)
+
+
+def _open_to_others(part: Path) -> None:
+    """Give a file, or all in a folder, the mode of a new one: only the system knows it, as umask or rules of a disk."""
+    new = _unique(part)
+    new.touch()
+    mode = new.stat().st_mode & 0o777
+    new.unlink()
+    for file in [part] if part.is_file() else [of for of in part.rglob("*") if of.is_file()]:
+        file.chmod(mode)
+
+
+# --- hashed, locked, refused ---------------------------------------------------------------------------------------
+
+
+def sha256_of(file: Path | IO[bytes], piece: int = 1 << 20) -> tuple[int, str]:
+    """Bytes and SHA-256 of a file; of an open one, from where it stands."""
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            return sha256_of(opened, piece)
+    digest, n = hashlib.sha256(), 0
+    while data := file.read(piece):
+        digest.update(data)
+        n += len(data)
+    return n, digest.hexdigest()
+
+
+def of_bytes(n: float) -> str:
+    """`2.5 GB`, `340 kB`: three digits in the unit that shows them."""
+    unit = next((k for k in (4, 3, 2, 1) if n >= 999.5 * 1000 ** (k - 1)), 0)
+    number = n / 1000**unit
+    return f"{number:,.0f} {' kMGT'[unit].strip()}B" if number >= 99.95 else f"{number:.3g} {' kMGT'[unit].strip()}B"
+
+
+@contextmanager
+def locked(path: Path, refusal: str, *, shared: bool = False) -> Iterator[None]:
+    """Within, no other process holds this lock, or none but those that share it; it ends with the process.
+
+    Raises: InputError(refusal) where another holds it.
+    """
+    import fcntl  # which Windows lacks, where a model can be loaded
+
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(refusal) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+# of a path that can't be read or written as things stand; any other error of the system is no matter of the user's
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+
+
+@contextmanager
+def disk_explained(folder: str) -> Iterator[None]:
+    """Raises: InputError where something inside failed for want of space, or because a path can't be used."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise InputError(
+                f"{folder}: no space left ({error.strerror}); make room, then run the same command again"
+            ) from None
+        if error.errno in REFUSED:
+            raise InputError(f"{error.filename or folder}: {error.strerror}") from None
+        raise
 
 
 _told: set[Path] = set()

@@ -27,7 +27,7 @@ import torch
 
 from scldm.arguments import names_of
 from scldm.errors import InputError, read_json
-from scldm.files import flat, write_json
+from scldm.files import flat, made_aside, write_json
 from scldm.parallel.dist import address_from_environment
 from scldm.pretrained import Pretrained, load
 
@@ -322,9 +322,8 @@ def _write_cells(adata: ad.AnnData, config: ShardsWriteConfig, path: Path) -> No
             "var": pd.DataFrame(index=adata.raw.var_names),
         }
         slim.raw = ad.AnnData(adata.raw.X, **index)
-    aside = path.with_suffix(".partial")
-    slim.write_h5ad(aside)
-    os.replace(aside, path)
+    with made_aside(path) as part:
+        slim.write_h5ad(part)
 
 
 def _digest(adata: ad.AnnData | str | os.PathLike[str], path: Path | None, used: str) -> str:

@@ -11,7 +11,6 @@ Reading order: Stored, read_config, check_files, check_replaceable, save_pretrai
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scldm.errors import InputError, read_json
-from scldm.files import folder_aside
+from scldm.files import made_aside, sha256_of, write_json
 from scldm.given_json import sealed, typed, unsealed
 from scldm.library_size import LibrarySizeModel
 from scldm.model.dit import DiT, DiTConfig
@@ -75,7 +74,7 @@ def check_files(folder: Path, stored: Stored, own: Mapping[str, Mapping[str, Ten
     own: each network's tensors; weights: the hash of all
     """
     for name, sha256 in stored.files.items():
-        if name not in TABLES or _sha256(folder / name) != sha256:
+        if name not in TABLES or sha256_of(folder / name)[1] != sha256:
             raise InputError(f"{folder / name}: its SHA-256 is not that of config.json: damaged or changed")
     path = folder / "model.safetensors"
     if stored.weights and stored.weights != weights:
@@ -121,14 +120,15 @@ def save_pretrained(
     check_replaceable(folder)
     networks = {"vae": vae} if dit is None else {"vae": vae, "ldm": dit}
     tensors = {f"{net}/{k}": v.contiguous() for net, m in networks.items() for k, v in m.state_dict().items()}
-    with folder_aside(folder) as aside:
-        save_file(tensors, aside / "model.safetensors")
-        genes.save(aside / "genes.json")
-        conditions.save(aside / "conditions.json")
-        library_sizes.save(aside / "library_sizes.json")
+    with made_aside(folder) as part:
+        part.mkdir()
+        save_file(tensors, part / "model.safetensors")
+        genes.save(part / "genes.json")
+        conditions.save(part / "conditions.json")
+        library_sizes.save(part / "library_sizes.json")
         for name, table in ((HISTORY, history), (GENE_COLUMNS, gene_columns)):
             if table:
-                (aside / name).write_text(json.dumps(table))
+                write_json(part / name, table)
         config = {
             "format_version": FORMAT_VERSION,
             "vae": asdict(vae.config),
@@ -136,10 +136,6 @@ def save_pretrained(
             "conditions": list(conditions.names) if dit is None else list(dit.n_labels),
             "origin": json.loads(json.dumps(origin)),
             "weights": weights_hash(tensors),
-            "files": {name: _sha256(aside / name) for name in TABLES if (aside / name).is_file()},
+            "files": {name: sha256_of(part / name)[1] for name in TABLES if (part / name).is_file()},
         }
-        (aside / CONFIG).write_text(json.dumps(sealed(config), indent=1))
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+        write_json(part / CONFIG, sealed(config))

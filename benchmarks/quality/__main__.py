@@ -28,7 +28,7 @@ from benchmarks.quality.table import Results, print_tables, to_json
 from benchmarks.quality.work import Place, run_row, say, settings_note, trained_once
 from launch.config import compose, help_text
 from scldm.errors import REFUSED, InputError, read_json
-from scldm.files import write_json
+from scldm.files import made_aside, write_json
 
 PURPOSE = """Train this project and other methods on the same cells with the same CPU time, generate cells of every
 combination of the conditions, and score them against test cells. Run again with the same folder, it makes what is
@@ -89,9 +89,8 @@ def write_task(task: Task, path: Path) -> None:
         part.obs[SPLIT_COLUMN] = name
         parts.append(part)
     both = ad.concat(parts, index_unique="-", keys=SPLITS)
-    aside = path.with_name(path.name + ".partial")
-    both.write_h5ad(aside)
-    aside.replace(path)
+    with made_aside(path) as part:
+        both.write_h5ad(part)
 
 
 def run(task: Task, place: Place, name: str, seed: int) -> dict[str, Any]:

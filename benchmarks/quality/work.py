@@ -7,7 +7,6 @@ Reading order: Clock, Made, Place, trained_once, run_row.
 from __future__ import annotations
 
 import json
-import os
 import resource
 import shutil
 import sys
@@ -24,7 +23,7 @@ import scipy.sparse as sp
 from benchmarks.quality.cells import LabelledCells, Task
 from benchmarks.quality.config import QualityConfig
 from scldm.errors import read_json
-from scldm.files import write_json
+from scldm.files import made_aside, write_json
 
 FIRST_STAGE = 0.7  # share of the CPU time that an autoencoder may take where a flow is trained after it
 
@@ -151,9 +150,8 @@ def write_cells(made: Made, task: Task, path: Path) -> None:
     """The cells as h5ad, whole or not at all."""
     adata = LabelledCells(made.counts, made.labels, task.genes).to_anndata()
     adata.X = sp.csr_matrix(adata.X, dtype=np.int32)
-    aside = path.with_name(path.name + ".partial")
-    adata.write_h5ad(aside, compression="gzip")
-    os.replace(aside, path)
+    with made_aside(path) as part:
+        adata.write_h5ad(part, compression="gzip")
 
 
 def settings_note(place: Place, settings: dict[str, Any]) -> list[str]:

@@ -9,10 +9,8 @@ Reading order: ShardsWriteConfig, settings and their differences, Plan, make_pla
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,9 +25,10 @@ from data_pipeline.convert.open import csc_groups, open_sources
 from data_pipeline.convert.shuffle import set_positions
 from data_pipeline.convert.source import SourceConfig, SourceSpec
 from data_pipeline.convert.splits import SplitConfig, draw_splits
-from data_pipeline.files import aside, parse_bytes
 from data_pipeline.format.schema import BLOCK_CELLS, SPLIT_NAME, VERSION, Codec, condition_dtype
+from scldm.checked import SEEDS, Checked, checked
 from scldm.errors import InputError
+from scldm.files import made_aside, sha256_of
 from scldm.vocab import ConditionVocab, GeneVocab
 
 UNIT_CELLS = 1 << 15  # cells that one process reads and scatters before it notes that they are done
@@ -38,7 +37,7 @@ LEAST_BYTES = 64 << 20  # what it needs beyond that
 
 
 @dataclass(frozen=True)
-class FilterConfig:
+class FilterConfig(Checked):
     """Which cells and genes of the sources are worth keeping.
 
     min_genes: genes with a count that a cell must have, over all genes of its source; 0 refuses cells without counts
@@ -47,14 +46,14 @@ class FilterConfig:
     n_top_genes: keep this many most variable genes (seurat_v3, over the training cells); 0 keeps all
     """
 
-    min_genes: int = 0
-    min_cells: int = 0
+    min_genes: int = checked(0, at_least=0)
+    min_cells: int = checked(0, at_least=0)
     gene_list: str = ""
-    n_top_genes: int = 0
+    n_top_genes: int = checked(0, at_least=0)
 
 
 @dataclass(frozen=True)
-class ShardsWriteConfig:
+class ShardsWriteConfig(Checked):
     """Write a shard set.
 
     out: folder or fsspec URL of the set
@@ -77,30 +76,25 @@ class ShardsWriteConfig:
     source: SourceConfig = field(default_factory=SourceConfig)
     conditions: tuple[str, ...] = ()
     missing: str = ""
-    max_labels: int = 20_000
+    max_labels: int = checked(20_000, at_least=1)
     filter: FilterConfig = field(default_factory=FilterConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
     codec: Codec = "zstd"
-    codec_level: int = 1
-    block_cells: int = BLOCK_CELLS
-    shard_cells: int = 1 << 16
-    seed: int = 0
+    codec_level: int = checked(1, at_least=1, at_most=22)
+    block_cells: int = checked(BLOCK_CELLS, at_least=1, at_most=65_535)
+    shard_cells: int = checked(1 << 16, at_least=1)
+    seed: int = checked(0, at_least=0, below=SEEDS)
     memory: str = "2GiB"
-    workers: int = 1
+    workers: int = checked(1, at_least=1)
     task: str = ""
     finish: bool = False
     work: str = ""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         parse_bytes(self.memory, "memory")
-        if self.workers < 1:
-            raise InputError(f"workers={self.workers} must be at least 1")
-        if not 1 <= self.block_cells <= 65_535:
-            raise InputError(f"block_cells={self.block_cells} must be from 1 to 65535")
-        if self.shard_cells < self.block_cells or self.shard_cells % self.block_cells:
+        if self.shard_cells % self.block_cells:
             raise InputError(f"shard_cells={self.shard_cells} must be a multiple of block_cells={self.block_cells}")
-        if not 1 <= self.codec_level <= 22:
-            raise InputError(f"codec_level={self.codec_level} must be from 1 to 22")
         for name in self.conditions:
             if not SPLIT_NAME.fullmatch(name.replace("-", "_").replace(" ", "_").replace(".", "_")):
                 raise InputError(f"conditions: {name!r} can't be part of a file name")
@@ -130,6 +124,19 @@ class ShardsWriteConfig:
         return left
 
 
+def parse_bytes(text: str, key: str) -> int:
+    """`2GiB`, `500 MB`, `1000000` as bytes. Raises: InputError for anything else."""
+    units = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+    units |= {u + "ib": n for u, n in units.items() if len(u) == 1 and u != "b"}
+    units |= {u + "b": 1000**k for k, u in enumerate("kmgt", 1)}
+    number = text.strip().lower().rstrip("bikmgt ")
+    unit = text.strip().lower()[len(number) :].strip()
+    try:
+        return int(float(number) * units[unit])
+    except (ValueError, KeyError):
+        raise InputError(f"{key}={text!r} is no amount of memory; write 2GiB or 500MB") from None
+
+
 # --- settings ------------------------------------------------------------------------------------------------------
 
 VOLATILE = ("out", "memory", "workers", "task", "finish", "work")  # what the bytes of a set don't depend on
@@ -148,7 +155,7 @@ def settings_of(config: ShardsWriteConfig) -> dict[str, Any]:
         if path:
             if not Path(path).is_file():
                 raise InputError(f"{key}: {path}: no such file")
-            digests[key] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            _, digests[key] = sha256_of(Path(path))
     return json.loads(json.dumps({**settings, "sha256": digests}))
 
 
@@ -267,16 +274,8 @@ def make_plan(config: ShardsWriteConfig, folder: Path) -> Plan:
     """
     settings = settings_of(config)
     if not folder.is_dir():
-        draft = aside(folder)
-        try:
+        with made_aside(folder, replaces=False) as draft:  # another task may be faster
             _draft_plan(config, settings, draft)
-            try:
-                draft.rename(folder)
-            except OSError:  # another task was faster
-                if not folder.is_dir():
-                    raise
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
     plan = Plan.load(folder)
     differ = differences({**plan.settings, "tools": plan.tools}, {**settings, "tools": tool_versions()})
     if differ:

@@ -16,13 +16,14 @@ import numpy as np
 import pandas as pd
 
 from data_pipeline.format.schema import SPLIT_NAME
+from scldm.checked import Checked, checked
 from scldm.errors import InputError
 
 BASE = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
-class SplitConfig:
+class SplitConfig(Checked):
     """How cells are dealt to train, validation, test. A split that is named cells below draws none by its fraction.
 
     validation: fraction of the cells; what neither split takes is training
@@ -35,8 +36,8 @@ class SplitConfig:
         name the split of each row (any name), else it is test
     """
 
-    validation: float = 0.1
-    test: float = 0.1
+    validation: float = checked(0.1, at_least=0, below=1)
+    test: float = checked(0.1, at_least=0, below=1)
     stratify: tuple[str, ...] = ()
     by: str = ""
     validation_values: tuple[str, ...] = ()
@@ -44,7 +45,8 @@ class SplitConfig:
     held_out: str = ""
 
     def __post_init__(self) -> None:
-        if min(self.validation, self.test) < 0 or self.validation + self.test >= 1:
+        super().__post_init__()
+        if self.validation + self.test >= 1:
             raise InputError(
                 f"split.validation={self.validation} and split.test={self.test} must be fractions with a sum below 1"
             )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -30,11 +31,11 @@ from data_pipeline.convert.plan import Plan
 from data_pipeline.convert.shuffle import Arena, RunWriter, read_range
 from data_pipeline.convert.source import Matrix
 from data_pipeline.convert.variable_genes import add_moments
-from data_pipeline.files import disk_explained, file_system, store_explained
 from data_pipeline.format.block import encode_block
 from data_pipeline.format.schema import BLOCK_INDEX, ShardEntry, member_name, vocab_tag
+from data_pipeline.stores import file_system, store_explained
 from scldm.errors import InputError
-from scldm.files import written_aside
+from scldm.files import disk_explained, made_aside, put_in_place, written_aside
 from scldm.vocab import GeneVocab
 
 STAGES = ("transpose", "scan", "clip", "scatter", "gather")
@@ -313,17 +314,21 @@ def local_folder(out: str) -> Path | None:
 
 def deliver(local: Path, out: str, relative: str) -> None:
     """Move a whole file to its place in the set."""
-    fs, root = file_system(out)
-    target = f"{root.rstrip('/')}/{relative}"
     folder = local_folder(out)
-    with store_explained(out):
-        fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-        if folder is not None and local.stat().st_dev == (folder / relative).parent.stat().st_dev:
-            local.replace(folder / relative)
+    if folder is None:
+        fs, root = file_system(out)
+        target = f"{root.rstrip('/')}/{relative}"
+        with store_explained(out):
+            fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+            fs.put_file(str(local), target)
+    else:
+        place = folder / relative
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if local.stat().st_dev == place.parent.stat().st_dev:
+            put_in_place(local, place)
             return
-        fs.put_file(str(local), f"{target}.part" if folder is not None else target)
-    if folder is not None:
-        Path(f"{target}.part").replace(target)
+        with made_aside(place) as part:
+            shutil.copyfile(local, part)
     local.unlink()
 
 

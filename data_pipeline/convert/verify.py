@@ -22,7 +22,6 @@ from data_pipeline.convert.narrow import GeneSums, check_columns, narrow_rows
 from data_pipeline.convert.open import open_matrix, open_sources
 from data_pipeline.convert.source import SourceConfig
 from data_pipeline.convert.splits import keys
-from data_pipeline.files import file_system, sha256_of
 from data_pipeline.format.block import Block, BlockBuffers, decode_block
 from data_pipeline.format.schema import (
     BLOCK_INDEX_PATH,
@@ -39,7 +38,9 @@ from data_pipeline.format.schema import (
     vocab_tag,
 )
 from data_pipeline.format.statistics import compute_statistics
+from data_pipeline.stores import file_system
 from scldm.errors import InputError
+from scldm.files import sha256_of
 from scldm.given_json import SEAL, typed
 from scldm.progress import Progress
 

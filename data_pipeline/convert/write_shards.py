@@ -33,7 +33,6 @@ from data_pipeline.convert.plan import Plan, ShardsWriteConfig, differences, mak
 from data_pipeline.convert.source import SourceSpec
 from data_pipeline.convert.stages import STAGES, Layout, Worker, deliver, delivered_bytes, local_folder
 from data_pipeline.convert.variable_genes import CELLS, clip_values, top_genes
-from data_pipeline.files import disk_explained, file_system, locked, of_bytes, store_explained
 from data_pipeline.format.schema import (
     BLOCK_INDEX_PATH,
     CELL_COLUMNS,
@@ -49,8 +48,9 @@ from data_pipeline.format.schema import (
     shard_name,
 )
 from data_pipeline.format.statistics import compute_statistics
+from data_pipeline.stores import file_system, store_explained
 from scldm.errors import InputError
-from scldm.files import written_aside
+from scldm.files import disk_explained, locked, of_bytes, written_aside
 from scldm.progress import Progress
 
 DISK_BYTES_PER_COUNT = 2.1  # of the runs, before they have become tars
@@ -387,35 +387,18 @@ def make_layout(plan: Plan, work: Path) -> Layout:
 
 def finish_set(config: ShardsWriteConfig, plan: Plan, layout: Layout, work: Path) -> Manifest:
     """Index and manifest, the manifest last."""
-    folder = work / "index"
-    folder.mkdir(exist_ok=True)
-    files: list[FileEntry] = []
-
-    def write(path: str, array: np.ndarray) -> None:
-        buffer = io.BytesIO()
-        np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0))
-        local = folder / Path(path).name
-        with written_aside(local) as file:
-            file.write(buffer.getbuffer())
-        files.append(FileEntry(path, len(buffer.getbuffer()), hashlib.sha256(buffer.getbuffer()).hexdigest()))
-        deliver(local, config.out, path)
-
+    shards, blocks = _gathered(layout, work)
+    index = _Index(config.out, work / "index")
+    index.write(BLOCK_INDEX_PATH, blocks)
     cell = np.asarray(plan.cell_at)[layout.kept]
     columns: dict[str, np.ndarray] = {"source": plan.source[cell], "row": np.asarray(plan.row)[cell]}
     for name in ("total_counts", "n_expressed"):
         columns[name] = np.concatenate(list(_scattered(plan, work, name)))[cell]
-    conditions = {name: np.asarray(ids)[cell] for name, ids in zip(plan.conditions.names, plan.condition_ids)}
-    blocks = []
-    shards = []
-    for number, shard in enumerate(layout.shards):
-        with np.load(work / "gather" / f"{number:05d}.npz") as done:
-            blocks.append(done["blocks"])
-            shards.append(dataclasses.replace(shard, bytes=int(done["bytes"]), sha256=done["sha256"].tobytes().hex()))
-    write(BLOCK_INDEX_PATH, np.concatenate(blocks))
     for name, dtype in CELL_COLUMNS.items():
-        write(cell_column_path(name), columns[name].astype(dtype))
+        index.write(cell_column_path(name), columns[name].astype(dtype))
+    conditions = {name: np.asarray(ids)[cell] for name, ids in zip(plan.conditions.names, plan.condition_ids)}
     for name, ids in conditions.items():
-        write(cell_column_path(f"condition.{name}"), ids)
+        index.write(cell_column_path(f"condition.{name}"), ids)
 
     split = np.asarray(plan.split)[cell]
     n_train = int((split == 0).sum())
@@ -423,31 +406,18 @@ def finish_set(config: ShardsWriteConfig, plan: Plan, layout: Layout, work: Path
     gene_cells = sum(_scattered(plan, work, "gene_cells"), np.zeros((), np.int64))
     gene_columns = {"mean": gene_total / n_train, "fraction_expressed": gene_cells / n_train}
     for name, dtype in GENE_COLUMNS.items():
-        write(gene_column_path(name), gene_columns[name].astype(dtype))
+        index.write(gene_column_path(name), gene_columns[name].astype(dtype))
 
     largest = max(int(n) for n in _scattered(plan, work, "largest_count"))
-    genes = json.loads((work / "genes.json").read_text())
-    too_few = sum(int(n) for n in _scattered(plan, work, "too_few_genes"))
-    report = dict(plan.report)
-    report["genes"] = {**report.get("genes", {}), **genes["dropped"]}
-    report["cells_with_too_few_genes"] = too_few
-    report["cells_without_counts_of_the_chosen_genes"] = plan.n_cells - len(cell) - too_few
-    splits = []
-    for number, name in enumerate(plan.splits):
-        mine = [s for s in shards if s.split == number]
-        n_cells, n_blocks = sum(s.n_cells for s in mine), sum(s.n_blocks for s in mine)
-        splits.append(
-            SplitEntry(name, n_cells, mine[0].first_cell if mine else 0, n_blocks, mine[0].first_block if mine else 0)
-        )
     manifest = Manifest(
         kind="cells",
         n_cells=len(cell),
         genes=Worker(work, config.out, 0, lambda n: None).chosen[0],
         conditions=plan.conditions,
-        splits=tuple(splits),
+        splits=tuple(_split_entry(name, [s for s in shards if s.split == k]) for k, name in enumerate(plan.splits)),
         split_rule=plan.split_rule,
         shards=tuple(shards),
-        index=tuple(files),
+        index=tuple(index.files),
         block_cells=plan.settings["block_cells"],
         codec=plan.settings["codec"],
         codec_level=plan.settings["codec_level"],
@@ -456,14 +426,60 @@ def finish_set(config: ShardsWriteConfig, plan: Plan, layout: Layout, work: Path
             {**s.to_json(), "n_cells": int((columns["source"] == k).sum())} for k, s in enumerate(plan.sources)
         ),
         query=plan.settings,
-        report=report,
+        report=_report(plan, work, len(cell)),
         tools=plan.tools,
         statistics=compute_statistics(
-            split, len(splits), conditions, columns["total_counts"], columns["n_expressed"], largest
+            split, len(plan.splits), conditions, columns["total_counts"], columns["n_expressed"], largest
         ),
     )
-    local = folder / MANIFEST
-    with written_aside(local) as file:
-        file.write(manifest.file())
-    deliver(local, config.out, MANIFEST)
+    index.deliver(MANIFEST, manifest.file())
     return manifest
+
+
+class _Index:
+    """Files of the set beside its tars; `files` are those that the manifest names."""
+
+    def __init__(self, out: str, folder: Path) -> None:
+        self.out, self.folder, self.files = out, folder, list[FileEntry]()
+        folder.mkdir(exist_ok=True)
+
+    def write(self, path: str, array: np.ndarray) -> None:
+        buffer = io.BytesIO()
+        np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0))
+        data = buffer.getbuffer()
+        self.files.append(FileEntry(path, len(data), hashlib.sha256(data).hexdigest()))
+        self.deliver(path, data)
+
+    def deliver(self, path: str, data: bytes | memoryview) -> None:
+        local = self.folder / Path(path).name
+        with written_aside(local) as file:
+            file.write(data)
+        deliver(local, self.out, path)
+
+
+def _gathered(layout: Layout, work: Path) -> tuple[list[ShardEntry], np.ndarray]:
+    """The tars as they were written, and the records of all blocks."""
+    shards, blocks = [], []
+    for number, shard in enumerate(layout.shards):
+        with np.load(work / "gather" / f"{number:05d}.npz") as done:
+            blocks.append(done["blocks"])
+            shards.append(dataclasses.replace(shard, bytes=int(done["bytes"]), sha256=done["sha256"].tobytes().hex()))
+    return shards, np.concatenate(blocks)
+
+
+def _split_entry(name: str, shards: list[ShardEntry]) -> SplitEntry:
+    n_cells, n_blocks = sum(s.n_cells for s in shards), sum(s.n_blocks for s in shards)
+    first_cell, first_block = (shards[0].first_cell, shards[0].first_block) if shards else (0, 0)
+    return SplitEntry(name, n_cells, first_cell, n_blocks, first_block)
+
+
+def _report(plan: Plan, work: Path, n_cells: int) -> dict[str, Any]:
+    """What was left out and why, with what was found since the plan was made."""
+    genes = json.loads((work / "genes.json").read_text())
+    too_few = sum(int(n) for n in _scattered(plan, work, "too_few_genes"))
+    return {
+        **plan.report,
+        "genes": {**plan.report.get("genes", {}), **genes["dropped"]},
+        "cells_with_too_few_genes": too_few,
+        "cells_without_counts_of_the_chosen_genes": plan.n_cells - n_cells - too_few,
+    }

@@ -26,11 +26,10 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from isal.isal_zlib import crc32  # zlib's, ten times as fast
 
-from data_pipeline.files import sha256_of
 from data_pipeline.format import schema
 from data_pipeline.format.schema import Manifest
 from scldm.errors import InputError
-from scldm.files import written_aside
+from scldm.files import sha256_of, written_aside
 from scldm.given_json import hash_of
 
 OPEN_FILES = 128
@@ -262,8 +261,7 @@ class ShardSet:
 def _index_fault(file: Path | IO[bytes], entry: schema.FileEntry) -> str:
     """What is wrong with an index file, or nothing."""
     try:
-        with file.open("rb") if isinstance(file, Path) else file as opened:
-            n_bytes, sha256 = sha256_of(opened)
+        n_bytes, sha256 = sha256_of(file)
     except FileNotFoundError:
         return "is missing"
     if n_bytes != entry.bytes:

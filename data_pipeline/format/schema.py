@@ -16,8 +16,9 @@ from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 
-from data_pipeline.files import disk_explained, file_system, store_explained
+from data_pipeline.stores import file_system, store_explained
 from scldm.errors import InputError
+from scldm.files import disk_explained
 from scldm.given_json import Count, sealed, typed, unsealed
 from scldm.vocab import ConditionVocab, GeneVocab
 

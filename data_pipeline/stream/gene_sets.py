@@ -32,6 +32,7 @@ import numpy as np
 from numba import njit
 
 from data_pipeline.stream.philox import four_words, random_words
+from scldm.checked import Checked, checked
 from scldm.errors import InputError
 
 Policy = Literal["all", "random", "expressed", "expressed_plus_zeros", "weighted", "same"]
@@ -49,7 +50,7 @@ WIDTH_STEP = 64  # a micro-batch's padded width is rounded up to it, so that a c
 
 
 @dataclass(frozen=True)
-class GeneSetConfig:
+class GeneSetConfig(Checked):
     """Which genes of a cell are taken.
 
     policy: all, random, expressed, expressed_plus_zeros, weighted; for the decoder also same (the encoder's set)
@@ -64,11 +65,11 @@ class GeneSetConfig:
     """
 
     policy: Policy = "all"
-    n_genes: int = 0
-    gene_set_group: int = 1
+    n_genes: int = checked(0, at_least=0)
+    gene_set_group: int = checked(1, at_least=1)
     weight_by: Literal["mean", "variability"] = "mean"
     overflow: Literal["refuse", "sample"] = "refuse"
-    share: float = 0.0
+    share: float = checked(0.0, at_least=0, at_most=1)
 
     def check(self, key: str) -> None:
         """key: where this stands in a run's config.
@@ -85,8 +86,6 @@ class GeneSetConfig:
                     f"{key}.{name}={value} has no effect with {key}.policy={self.policy}{without}; it is read by "
                     f"{readers}; else leave it at {default}"
                 )
-        if not 0 <= self.share <= 1:
-            raise InputError(f"{key}.share={self.share} must lie in 0 ... 1")
 
     def of(self, n_genes: int) -> GeneSetConfig:
         """With the number of genes instead of a share, in a vocabulary of so many."""
@@ -136,10 +135,6 @@ class GeneSets:
             raise InputError(
                 f"{key}.n_genes={config.n_genes} must lie in 1 ... {n_genes}, the genes of the vocabulary"
                 + (f"; {key}.share takes a part of them" if config.policy in DRAWN else "")
-            )
-        if config.n_genes < 0 or config.gene_set_group < 1:
-            raise InputError(
-                f"{key}: n_genes={config.n_genes} and gene_set_group={config.gene_set_group} can't be negative"
             )
         if policy in DRAWN and config.gene_set_group > 1 and config.gene_set_group % micro_batch:
             down = config.gene_set_group // micro_batch * micro_batch

@@ -39,6 +39,7 @@ from data_pipeline.stream.order import (
     reads_of_a_block,
 )
 from scldm.batch import CellBatch, CompactCellBatch, LatentBatch
+from scldm.checked import SEEDS, Checked, checked
 from scldm.errors import InputError
 from scldm.vocab import ConditionVocab, GeneVocab
 
@@ -46,7 +47,7 @@ Batch = TypeVar("Batch", covariant=True)
 
 
 @dataclass(frozen=True)
-class StreamConfig:
+class StreamConfig(Checked):
     """Where the cells come from, and in which order.
 
     shards: folder or fsspec URL of a shard set
@@ -69,17 +70,17 @@ class StreamConfig:
     """
 
     shards: str = "???"
-    seed: int = 0
-    lanes: int = 32
-    window_blocks: int = 2
+    seed: int = checked(0, at_least=0, below=SEEDS)
+    lanes: int = checked(32, at_least=1)
+    window_blocks: int = checked(2, at_least=1)
     select: dict[str, list[str]] = field(default_factory=dict)
     balance: list[str] = field(default_factory=list)
-    balance_max_repeats: int = 10
-    prefetch: int = 2
-    read_threads: int = 2
-    read_ahead: int = 16
+    balance_max_repeats: int = checked(10, at_least=1, at_most=MOST_REPEATS)
+    prefetch: int = checked(2, at_least=0)
+    read_threads: int = checked(2, at_least=1)
+    read_ahead: int = checked(16, at_least=0)
     cache_folder: str = ""
-    cache_gb: float = 50.0
+    cache_gb: float = checked(50.0, at_least=0)
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class LoaderConfig(StreamConfig):
     form: Literal["auto", "dense", "compact"] = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.given.check("data.given")
         self.asked.check("data.asked")
 
@@ -142,11 +144,6 @@ class _Loader(ABC, Generic[Batch]):
                 raise InputError(f"{config.shards}: a set of {self.manifest.kind}, not of {self.kind}")
             self.vocab: GeneVocab = self.manifest.genes
             self.conditions: ConditionVocab = self.manifest.conditions
-            for name in ("prefetch", "read_ahead", "cache_gb"):
-                if getattr(config, name) < 0:
-                    raise InputError(f"{name}={getattr(config, name)} can't be negative")
-            if config.read_threads < 1:
-                raise InputError(f"read_threads={config.read_threads} must be at least 1")
             self.units = chosen_units(self.cells, split, config.select)
             self.population = balanced(self.cells, self.units, config) if config.balance else EveryCell(self.units)
             self.order = Order(self.population, config.seed, config.lanes, global_batch, config.window_blocks)
@@ -402,8 +399,6 @@ def chosen_units(cells: BlockSource, split: str, select: dict[str, list[str]]) -
 
 def balanced(cells: BlockSource, units: Units, config: StreamConfig) -> Balance:
     """The cells drawn so that every combination of the conditions in `balance` comes equally often."""
-    if not 1 <= config.balance_max_repeats <= MOST_REPEATS:
-        raise InputError(f"balance_max_repeats={config.balance_max_repeats} must lie in 1 ... {MOST_REPEATS}")
     conditions = cells.manifest.conditions
     at = np.repeat(cells.blocks["first_cell"][units.block].astype(np.int64), np.diff(units.start))
     at += units.cell_rows()

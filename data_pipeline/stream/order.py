@@ -24,6 +24,7 @@ import numpy as np
 from numba import njit
 
 from data_pipeline.stream.philox import random_words
+from scldm.checked import SEEDS
 from scldm.errors import InputError
 from scldm.micro_batches import accumulation
 
@@ -277,11 +278,8 @@ class Order:
     window: int
 
     def __post_init__(self) -> None:
-        for name in ("lanes", "global_batch", "window"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
-        if not 0 <= self.seed < 1 << 63:
-            raise InputError(f"seed={self.seed} must lie in 0 ... 2^63 - 1")
+        assert min(self.lanes, self.global_batch, self.window) >= 1, self
+        assert 0 <= self.seed < SEEDS, self.seed
         if not self.population.n_cells:
             raise InputError("no cell to draw from: the split is empty, or the selection chose none")
 

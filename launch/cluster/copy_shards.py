@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.files import disk_explained
 from data_pipeline.format.schema import MANIFEST, read_manifest
 from launch.config import compose
 from scldm.errors import REFUSED, InputError
-from scldm.files import remove_marked, written_aside
+from scldm.files import disk_explained, remove_marked, sha256_of, written_aside
 
 PIECE = 16 << 20
 MARK = ".scldm-staged"  # made first and removed last: whoever finds it may remove the folder
@@ -72,7 +71,7 @@ def main(config: StageConfig) -> Path:
 
 def copy(source: Path, target: Path, entry: Any) -> int:
     """Copy one file, checking it on the way; returns the bytes copied, 0 where it is there already."""
-    if target.is_file() and _sha256(target) == entry.sha256:
+    if target.is_file() and sha256_of(target)[1] == entry.sha256:
         return 0
     target.parent.mkdir(parents=True, exist_ok=True)
     digest, n = hashlib.sha256(), 0
@@ -84,11 +83,6 @@ def copy(source: Path, target: Path, entry: Any) -> int:
         if digest.hexdigest() != entry.sha256:
             raise InputError(f"{source} is not as the manifest says: its SHA-256 is {digest.hexdigest()[:12]}...")
     return n
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def run(words: Sequence[str]) -> int:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from launch.cli import VERBS, config_of, find_verb
 from launch.cluster.site import exports, for_nodes
 from launch.config import shipped
+from scldm.checked import Checked, checked
 from scldm.errors import InputError
 
 # a verb whose ranks share its work: one per GPU on every node; and those that want one GPU. The others want none
@@ -29,7 +30,7 @@ BEGIN, SETTINGS, THE_JOB = "# --- begin ---", "# --- settings", "# --- the job -
 
 
 @dataclass(frozen=True)
-class SubmitConfig:
+class SubmitConfig(Checked):
     """How a job runs; given as --option value. All other words are the verb's.
 
     nodes: nodes, or MIN-MAX: as many as are free, and fewer where one is lost
@@ -43,25 +44,19 @@ class SubmitConfig:
     """
 
     nodes: str = "1"
-    tasks: int = 1
-    warn_s: int = 300
-    max_requeues: int = 50
+    tasks: int = checked(1, at_least=1)
+    warn_s: int = checked(300, at_least=1, at_most=65_535)
+    max_requeues: int = checked(50, at_least=0)
     preflight: bool = True
-    preflight_s: int = 55
+    preflight_s: int = checked(55, at_least=20, at_most=3_600)
     stage: bool = False
     dry_run: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", self.nodes)
         if not match or not 1 <= int(match[1]) <= int(match[2] or match[1]):
             raise InputError(f"--nodes {self.nodes}: give a number of nodes, or MIN-MAX as 2-8")
-        if not 1 <= self.warn_s <= 65_535:
-            raise InputError(f"--warn-s {self.warn_s} must be from 1 to 65535")
-        if not 20 <= self.preflight_s <= 3_600:
-            raise InputError(f"--preflight-s {self.preflight_s} must be from 20 to 3600")
-        for name in ("tasks", "max_requeues"):
-            if getattr(self, name) < (name == "tasks"):
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} is too few")
 
     @property
     def least(self) -> int:

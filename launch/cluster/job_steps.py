@@ -45,6 +45,7 @@ from launch.cluster.notes import BAD_NODES, CAME, REPORT, note_nodes
 from launch.cluster.site import PASSED_ON
 from scldm.environment import without_passwords
 from scldm.errors import LOST, REFUSED, REQUEUE, STOPPED, InputError, read_json
+from scldm.files import written_aside
 
 # of the shell that submitted, were they to come along: ranks are Slurm's here
 NOT_FOR_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_DISTRIBUTION", "SCLDM_STAGED")
@@ -430,9 +431,8 @@ class JobSteps:
     def note(self, state: str, reason: str) -> None:
         """What `scldm status` shows."""
         reason, now = " ".join(reason.split()), time.strftime("%Y-%m-%d %H:%M:%S")
-        aside = self.notes / f".state{self.part}"
-        aside.write_text(f"{state}\t{self.id}\t{int(time.time())}\t{self.restart}\t{reason}\n")
-        aside.replace(self.notes / f"state{self.part}")
+        with written_aside(self.notes / f"state{self.part}") as file:
+            file.write(f"{state}\t{self.id}\t{int(time.time())}\t{self.restart}\t{reason}\n".encode())
         self.say(f"{state}{': ' if reason else ''}{reason}", now)
 
     def say(self, what: str, now: str = "") -> None:

@@ -18,7 +18,7 @@ from data_pipeline.convert.source_h5ad import find_counts
 from data_pipeline.format.block import BlockBuffers, decode_block
 from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.format.schema import column_dtype, count_dtype, vocab_tag
-from data_pipeline.write_cells import read_soma
+from data_pipeline.read_cells import read_soma
 from scldm.cells_file import column_names, frame_of, open_cells, read_column, read_names, reading
 from scldm.errors import InputError
 from scldm.evaluate.baselines import rows_per_type

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
+from scldm.checked import Checked, checked
 from scldm.errors import InputError
 from scldm.evaluate.compare import EvaluateConfig
 from scldm.pretrained import BATCH_CELLS, Precision
@@ -16,7 +17,7 @@ from scldm.train.tracking import TrackingConfig
 
 
 @dataclass(frozen=True)
-class EvaluateVerbConfig:
+class EvaluateVerbConfig(Checked):
     """What `scldm evaluate` takes.
 
     generated: the generated cells' counts, as `scldm generate` writes them: .h5ad, .zarr or .soma
@@ -56,7 +57,7 @@ class EvaluateVerbConfig:
     control: dict[str, str] = field(default_factory=dict)
     shards: str = ""
     cache_folder: str = ""
-    cache_gb: float = 50.0
+    cache_gb: float = checked(50.0, at_least=0)
     real: str = ""
     split: str = "split"
     layer: str = ""
@@ -69,7 +70,7 @@ class EvaluateVerbConfig:
     label: str = ""
     held_out_by: str = ""
     device: str = ""
-    batch: int = BATCH_CELLS
+    batch: int = checked(BATCH_CELLS, at_least=1)
     precision: Precision = "float32"
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

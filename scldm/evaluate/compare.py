@@ -15,6 +15,7 @@ import numpy as np
 import scipy.sparse as sp
 from scipy.spatial.distance import pdist
 
+from scldm.checked import Checked, checked
 from scldm.errors import InputError
 from scldm.evaluate import baselines, markers
 from scldm.evaluate.cells import (
@@ -40,21 +41,12 @@ from scldm.evaluate.verdict import summary, verdict
 from scldm.progress import Progress
 from scldm.vocab import MIN_GENE_SHARE
 
-LEAST = {
-    "n_draws": 2,
-    "min_cells": 8,  # a half of them still has a covariance
-    "max_combinations": 0,
-    "max_cells": 100,
-    "max_group_cells": 20,
-    "max_drawn_cells": 1_000,
-    "max_real_cells": 1_000,
-}
 COINCIDE = 0.3  # at half of all pairs a group has no width; its halves reach that sooner
 N_EXPENSIVE = 3  # draws of floor and baselines for which the forest is grown
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Checked):
     """How generated cells are judged.
 
     seed: of every random draw: floor, baselines, subsamples, UMAP
@@ -72,23 +64,16 @@ class EvaluateConfig:
     min_gene_share: of the genes of real or generated cells, whichever are fewer, that both must have
     """
 
-    seed: int = 0
-    n_draws: int = 10
-    min_cells: int = 20
-    max_combinations: int = 100
-    max_cells: int = 2_000
-    max_group_cells: int = 500
-    max_drawn_cells: int = 200_000
-    max_real_cells: int = 100_000
-    min_gene_share: float = MIN_GENE_SHARE
+    seed: int = checked(0, at_least=0, below=1 << 31)  # scikit-learn's lie below 2^32, and parts add to it
+    n_draws: int = checked(10, at_least=2)
+    min_cells: int = checked(20, at_least=8)  # a half of them still has a covariance
+    max_combinations: int = checked(100, at_least=0)
+    max_cells: int = checked(2_000, at_least=100)
+    max_group_cells: int = checked(500, at_least=20)
+    max_drawn_cells: int = checked(200_000, at_least=1_000)
+    max_real_cells: int = checked(100_000, at_least=1_000)
+    min_gene_share: float = checked(MIN_GENE_SHARE, at_least=0, at_most=1)
     intervals: IntervalConfig = field(default_factory=IntervalConfig)
-
-    def __post_init__(self) -> None:
-        for key, least in LEAST.items():
-            if getattr(self, key) < least:
-                raise InputError(f"evaluate.{key}={getattr(self, key)} must be at least {least}")
-        if not 0 <= self.min_gene_share <= 1:
-            raise InputError(f"evaluate.min_gene_share={self.min_gene_share} must be from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -129,12 +114,7 @@ def compare(
     Raises: InputError for cells that can't be compared.
     """
     chosen = PROTOCOLS[protocol]
-    if chosen.fitted_on == "validation" and len(validation) <= chosen.n_components:
-        raise InputError(
-            f"{validation.name}: {len(validation)} validation cells, and at least {chosen.n_components + 1} are "
-            f"needed: {chosen.n_components} principal components are fitted on them, because cells that were trained "
-            "on or are judged would bend the scale; put more cells into that split"
-        )
+    _refuse_too_few(validation, chosen)
     n_genes = {"real": len(train.genes), "generated": len(generated.genes)}
     drawn_of = {split: of.drawn_of for split, of in zip(SPLITS, (train, validation, test)) if of.drawn_of}
     genes = common_genes(train, generated, config.min_gene_share)
@@ -162,12 +142,7 @@ def compare(
     out: dict[str, Any] = {
         "config": asdict(config),
         "conditions": list(test.labels),
-        "protocol": {
-            **{key: getattr(chosen, key) for key in ("name", "title", "meaning")},
-            "main": list(chosen.main),
-            **{k: v for k, v in space.describe().items() if k != "n_genes"},
-            "n_genes": {"judged": space.describe()["n_genes"], "common": len(genes), **n_genes},
-        },
+        "protocol": _protocol(chosen, space, {"common": len(genes), **n_genes}),
         "cells": {
             "train": len(train),
             "validation": len(validation),
@@ -193,6 +168,26 @@ def compare(
     out["summary"] = summary(out)
     out["verdict"] = verdict(out)
     return out
+
+
+def _refuse_too_few(validation: Cells, chosen: Protocol) -> None:
+    if chosen.fitted_on == "validation" and len(validation) <= chosen.n_components:
+        raise InputError(
+            f"{validation.name}: {len(validation)} validation cells, and at least {chosen.n_components + 1} are "
+            f"needed: {chosen.n_components} principal components are fitted on them, because cells that were trained "
+            "on or are judged would bend the scale; put more cells into that split"
+        )
+
+
+def _protocol(chosen: Protocol, space: Space, n_genes: Mapping[str, int]) -> dict[str, Any]:
+    """How cells were compared, and on how many genes of how many."""
+    described = space.describe()
+    return {
+        **{key: getattr(chosen, key) for key in ("name", "title", "meaning")},
+        "main": list(chosen.main),
+        **{k: v for k, v in described.items() if k != "n_genes"},
+        "n_genes": {"judged": described["n_genes"], **n_genes},
+    }
 
 
 def known_controls(test: Cells, given: Mapping[str, str]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scldm.errors import InputError
+from scldm.checked import Checked, checked
 from scldm.evaluate.metrics import METRICS, compared_cells, measures_of
 from scldm.evaluate.space import Profile
 
@@ -24,20 +24,15 @@ WIDTH = 1.96  # standard errors on either side of a 95 % interval
 
 
 @dataclass(frozen=True)
-class IntervalConfig:
+class IntervalConfig(Checked):
     """n_parts: parts drawn; 20 give a standard error that is itself 16 % off (1 / sqrt(2 * 19))
     n_parts_expensive: parts for the classifier; 8 give one that is 27 % off
     max_part: cells of a part at most, for scores that take all cells
     """
 
-    n_parts: int = 20
-    n_parts_expensive: int = 8
-    max_part: int = 10_000
-
-    def __post_init__(self) -> None:
-        for key, least in (("n_parts", 2), ("n_parts_expensive", 2), ("max_part", 100)):
-            if getattr(self, key) < least:
-                raise InputError(f"evaluate.intervals.{key}={getattr(self, key)} must be at least {least}")
+    n_parts: int = checked(20, at_least=2)
+    n_parts_expensive: int = checked(8, at_least=2)
+    max_part: int = checked(10_000, at_least=100)
 
 
 # --- draw a part ---------------------------------------------------------------------------------------------------

@@ -6,8 +6,7 @@ Reading order: SamplerConfig, Drawn, generate_latents, guided and solve_ode.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from scldm import draws
 from scldm.arguments import one_of
+from scldm.checked import Checked, checked
 from scldm.errors import InputError
 from scldm.flow import solver
 from scldm.flow.guidance import GuidanceKind, GuidedField, VelocityField
@@ -24,7 +24,7 @@ from scldm.model.dit import DiT
 
 
 @dataclass(frozen=True)
-class SamplerConfig:
+class SamplerConfig(Checked):
     """How latents are drawn.
 
     method: ODE by euler (one network evaluation a step), heun (two) or adaptive (as many as the tolerance asks for);
@@ -43,40 +43,30 @@ class SamplerConfig:
     """
 
     method: Method = "heun"
-    n_steps: int = 50
+    n_steps: int = checked(50, at_least=1)
     guidance: GuidanceKind = "shift"
-    guidance_scale: float = 1.0
-    guidance_weights: dict[str, float] = field(default_factory=dict)
-    guidance_from: float = 0.0
-    guidance_to: float = 1.0
-    tolerance: float = 1e-5
-    diffusion: float = 1.0
+    guidance_scale: float = checked(1.0, at_least=0)
+    guidance_weights: dict[str, float] = checked(factory=dict, at_least=0)
+    guidance_from: float = checked(0.0, at_least=0, below=1)
+    guidance_to: float = checked(1.0, above=0, at_most=1)
+    tolerance: float = checked(1e-5, above=0, below=1)
+    diffusion: float = checked(1.0, above=0)
 
     @property
     def guidance_interval(self) -> tuple[float, float]:
         return self.guidance_from, self.guidance_to
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         one_of("sampler.method", self.method, Method)
         one_of("sampler.guidance", self.guidance, GuidanceKind)
-        if self.n_steps < 1:
-            raise InputError(f"sampler.n_steps={self.n_steps} must be at least 1")
-        if not 0 <= self.guidance_scale < math.inf:
-            raise InputError(f"sampler.guidance_scale={self.guidance_scale} must be a number, not negative")
         if self.guidance_weights and self.guidance != "additive":
             raise InputError(
                 f"sampler.guidance_weights belong to sampler.guidance=additive; {self.guidance} has one scale"
             )
-        for name, weight in self.guidance_weights.items():
-            if not 0 <= weight < math.inf:
-                raise InputError(f"sampler.guidance_weights.{name}={weight} must be a number, not negative")
         low, high = self.guidance_from, self.guidance_to
-        if not 0 <= low < high <= 1:
+        if low >= high:
             raise InputError(f"sampler.guidance_from={low} and sampler.guidance_to={high} must be 0 <= from < to <= 1")
-        if not 0 < self.tolerance < 1:
-            raise InputError(f"sampler.tolerance={self.tolerance} must be above 0 and below 1")
-        if not 0 < self.diffusion < math.inf:
-            raise InputError(f"sampler.diffusion={self.diffusion} must be above 0; method heun samples without noise")
 
 
 class Drawn(NamedTuple):

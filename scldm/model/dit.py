@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from scldm.checked import Checked, checked
 from scldm.errors import InputError
 from scldm.model.attention import AttentionKind, SelfAttention
 from scldm.model.blocks import SwiGLU
@@ -25,7 +26,7 @@ TIME_FEATURES = 256
 
 
 @dataclass(frozen=True)
-class DiTConfig:
+class DiTConfig(Checked):
     """Shape of the diffusion transformer.
 
     width: model width D
@@ -41,9 +42,9 @@ class DiTConfig:
     recompute: keep a transformer block's input only, and compute the rest again in backward
     """
 
-    width: int = 256
-    n_layers: int = 8
-    n_heads: int = 8
+    width: int = checked(256, at_least=1)
+    n_layers: int = checked(8, at_least=1)
+    n_heads: int = checked(8, at_least=1)
     continuous: dict[str, str] = field(default_factory=dict, hash=False)  # a dict has no hash
     combination_tokens: bool = False
     condition_means: bool = False
@@ -57,9 +58,7 @@ class DiTConfig:
         return replace(self, compile=False)
 
     def __post_init__(self) -> None:
-        for name in ("width", "n_layers", "n_heads"):
-            if getattr(self, name) < 1:
-                raise InputError(f"model.{name}={getattr(self, name)} must be at least 1")
+        super().__post_init__()
         if self.width % self.n_heads:
             raise InputError(f"model.n_heads={self.n_heads} does not divide model.width={self.width}")
         for name, scale in self.continuous.items():

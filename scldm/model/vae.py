@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scldm import count_draws
 from scldm.batch import GeneCounts
+from scldm.checked import Checked, checked
 from scldm.count_basis import TokenKind
 from scldm.errors import InputError
 from scldm.kernels import check_available, check_head, check_shape
@@ -42,7 +43,7 @@ LR_SCALE = "lr_scale"  # the attribute by which a parameter asks the optimizer f
 
 
 @dataclass(frozen=True)
-class VAEConfig:
+class VAEConfig(Checked):
     """Shape of the autoencoder.
 
     width: model width D
@@ -66,20 +67,20 @@ class VAEConfig:
     gene_chunk: genes that the decoder takes at once; 0 takes all
     """
 
-    width: int = 128
-    n_latents: int = 128
-    latent_width: int = 16
-    n_layers: int = 2
-    n_heads: int = 4
-    decoder_cross_heads: int = 1
-    kl_weight: float = 0.0
+    width: int = checked(128, at_least=1)
+    n_latents: int = checked(128, at_least=1)
+    latent_width: int = checked(16, at_least=1)
+    n_layers: int = checked(2, at_least=0)
+    n_heads: int = checked(4, at_least=1)
+    decoder_cross_heads: int = checked(1, at_least=1)
+    kl_weight: float = checked(0.0, at_least=0)
     likelihood: LikelihoodKind = "nb"
     token: TokenKind = "bins"
     direct: bool = True
     attention: AttentionKind = "auto"
     compile: bool = False
     recompute: bool = False
-    gene_chunk: int = 0
+    gene_chunk: int = checked(0, at_least=0)
 
     @property
     def portable(self) -> VAEConfig:
@@ -87,18 +88,12 @@ class VAEConfig:
         return replace(self, attention="auto", compile=False)
 
     def __post_init__(self) -> None:
-        for name in ("width", "n_latents", "latent_width", "n_heads", "decoder_cross_heads"):
-            if getattr(self, name) < 1:
-                raise InputError(f"model.{name}={getattr(self, name)} must be at least 1")
+        super().__post_init__()
         for name in ("n_heads", "decoder_cross_heads"):
             if self.width % getattr(self, name):
                 raise InputError(f"model.{name}={getattr(self, name)} does not divide model.width={self.width}")
-        if self.gene_chunk < 0:
-            raise InputError(f"model.gene_chunk={self.gene_chunk} must not be negative")
         if self.attention == "fused":
             self.check_kernels()
-        if not self.kl_weight >= 0:
-            raise InputError(f"model.kl_weight={self.kl_weight} must not be negative")
 
     def check_kernels(self) -> None:
         """Raises: InputError for a shape that fused kernels don't take."""

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from scldm.checked import Checked, checked
 from scldm.errors import InputError
 from scldm.micro_batches import accumulation
 from scldm.parallel.deepspeed_json import deepspeed_json
@@ -33,7 +34,7 @@ OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
-class HardwareConfig:
+class HardwareConfig(Checked):
     """How the work is laid on the machine: speed and memory, never the result.
 
     engine: deepspeed; plain, which is torch alone and one process; or auto: plain for one process on a CPU, where it
@@ -51,20 +52,13 @@ class HardwareConfig:
     """
 
     engine: Literal["auto", "deepspeed", "plain"] = "auto"
-    micro_batch: int = 128
-    zero_stage: int = 2
+    micro_batch: int = checked(128, at_least=1)
+    zero_stage: int = checked(2, at_least=1, at_most=3)
     offload_optimizer: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
-    threads: int = 1
-    peak_tflops: float = 0.0
-    collective_timeout_s: int = 1_800
-
-    def __post_init__(self) -> None:
-        if self.zero_stage not in (1, 2, 3):
-            raise InputError(f"hardware.zero_stage={self.zero_stage}: it must be 1, 2 or 3")
-        for name in ("micro_batch", "threads", "collective_timeout_s"):
-            if getattr(self, name) < 1:
-                raise InputError(f"hardware.{name}={getattr(self, name)} must be at least 1")
+    threads: int = checked(1, at_least=1)
+    peak_tflops: float = checked(0.0, at_least=0)
+    collective_timeout_s: int = checked(1_800, at_least=1)
 
     def accumulation(self, global_batch: int, n_ranks: int) -> int:
         """Micro-batches per rank and optimizer step.

@@ -18,11 +18,9 @@ Reading order: Held, Checkpoint, load, read_ema, resume, pointers, retain. Writi
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -36,7 +34,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from scldm.errors import InputError, read_json
-from scldm.files import PARTIAL, left_aside, written_aside
+from scldm.files import PARTIAL, left_aside, put_in_place, sha256_of, written_aside
+from scldm.files import remove as remove_path
 from scldm.given_json import Count, hash_of, typed
 from scldm.parallel.dist import World
 from scldm.parallel.engine import Engine
@@ -47,7 +46,7 @@ STATE = "state.json"
 BROKEN = ".broken"
 SEEN_S = 20.0  # in which what another host wrote is to be seen on this one; network file systems cache what was
 STEP = re.compile(r"step-\d{8,}")
-UNFINISHED = re.compile(rf"{STEP.pattern}(\.before)?{re.escape(PARTIAL)}")
+UNFINISHED = re.compile(rf"{STEP.pattern}{re.escape(PARTIAL)}")
 FILE_NAME = re.compile(r"\w[\w.-]*")
 KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")
 # of the run folder, copied into every checkpoint, which can so be used without it
@@ -140,7 +139,7 @@ class Checkpoint:
             if (size := path.stat().st_size) != expected.bytes:
                 kind = Short if size < expected.bytes else Damaged
                 raise kind(f"{path} is damaged: it has {size} bytes of {expected.bytes}")
-            if _sha256(path) != expected.sha256:
+            if sha256_of(path)[1] != expected.sha256:
                 raise Damaged(f"{path} is damaged: its SHA-256 is not the one noted in {STATE}")
 
     def read(self, kind: str, name: str, start: int = 0, stop: int | None = None) -> Tensor:
@@ -259,8 +258,8 @@ def resume(folder: Path, engine: Engine, ema: EMA, world: World) -> dict[str, An
     Raises: InputError where none is whole: to begin again over what was trained is for the user to decide.
     """
     if world.is_first:
-        for left in [*unfinished(folder), *(left_aside(folder) if folder.is_dir() else ())]:
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        for left in unfinished(folder):
+            remove_path(left)
     names = world.gather([target.name for target in candidates(folder)])[0]
     for name in names:
         problems = [found for found in world.gather(_problem(folder / name, world)) if found[0]]
@@ -277,7 +276,7 @@ def resume(folder: Path, engine: Engine, ema: EMA, world: World) -> dict[str, An
             told = next((told for told, harmed in problems if harmed), problems[0][0])
             print(f"scldm: {name} is passed over: {told}", file=sys.stderr, flush=True)
             if any(harmed for _, harmed in problems):
-                _replace_folder(folder / name, (folder / name).with_suffix(BROKEN))
+                _rename(folder / name, (folder / name).with_suffix(BROKEN))
     if names:
         raise InputError(
             f"no whole checkpoint is left in {folder}: {', '.join(names)} can't be used (the damaged ones are now "
@@ -321,7 +320,9 @@ def steps_in(folder: Path) -> list[Path]:
 
 def unfinished(folder: Path) -> list[Path]:
     """What a save or a removal that was cut short left."""
-    return [path for path in folder.glob("step-*") if UNFINISHED.fullmatch(path.name)]
+    if not folder.is_dir():
+        return []
+    return [path for path in folder.glob("step-*") if UNFINISHED.fullmatch(path.name)] + left_aside(folder)
 
 
 # --- the folder of all checkpoints ---------------------------------------------------------------------------------
@@ -371,16 +372,10 @@ def remove(target: Path) -> None:
     """Take a checkpoint away at once: cut short, this leaves nothing that looks like one."""
     aside = target.with_suffix(PARTIAL)
     if target != aside:
-        _replace_folder(target, aside)
-    shutil.rmtree(aside)
+        _rename(target, aside)
+    remove_path(aside)
 
 
-def _replace_folder(source: Path, target: Path) -> None:
+def _rename(source: Path, target: Path) -> None:
     if source.exists():
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(source, target)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        put_in_place(source, target)

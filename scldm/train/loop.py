@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from scldm.checked import SEEDS, Checked, checked
 from scldm.errors import InputError
 from scldm.parallel.dist import World
 from scldm.parallel.engine import Engine
@@ -33,7 +34,7 @@ from scldm.train.tracking import Tracker
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Checked):
     """The course of a training run.
 
     steps: optimizer steps
@@ -54,32 +55,25 @@ class TrainConfig:
     stop_signals: save at a step that all ranks agree on, then exit with code 85
     """
 
-    steps: int = 100_000
-    global_batch: int = 1_024
-    seed: int = 0
-    ema_decay: float = 0.9999
-    log_every: int = 50
+    steps: int = checked(100_000, at_least=1)
+    global_batch: int = checked(1_024, at_least=1)
+    seed: int = checked(0, at_least=0, below=SEEDS)
+    ema_decay: float = checked(0.9999, at_least=0, below=1)
+    log_every: int = checked(50, at_least=1)
     rank_logs: bool = False
-    validate_every: int = 1_000
-    save_every: int = 1_000
-    keep: int = 2
-    keep_every: int = 0
-    patience: int = 0
-    max_skipped: int = 3
-    hang_s: float = 900.0
+    validate_every: int = checked(1_000, at_least=1)
+    save_every: int = checked(1_000, at_least=1)
+    keep: int = checked(2, at_least=1)
+    keep_every: int = checked(0, at_least=0)
+    patience: int = checked(0, at_least=0)
+    max_skipped: int = checked(3, at_least=0)
+    hang_s: float = checked(900.0, at_least=0)
     stop_signals: tuple[str, ...] = ("SIGTERM", "SIGUSR1")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch", "log_every", "validate_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise InputError(f"train.{name}={getattr(self, name)} must be at least 1")
-        for name in ("keep_every", "patience", "max_skipped", "hang_s"):
-            if getattr(self, name) < 0:
-                raise InputError(f"train.{name}={getattr(self, name)} can't be negative")
+        super().__post_init__()
         for name in self.stop_signals:
             signal_named(name)
-        if not 0 <= self.ema_decay < 1:
-            raise InputError(f"train.ema_decay={self.ema_decay} must be at least 0 and below 1")
 
 
 class Loader(Protocol):

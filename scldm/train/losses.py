@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from scldm import draws
 from scldm.batch import CellBatch, GeneCounts, LatentBatch
-from scldm.errors import InputError
+from scldm.checked import Checked, checked
 from scldm.flow.loss import drop_conditions, velocity_loss_B
 from scldm.model.dit import DiT
 from scldm.model.vae import VAE, Posterior
@@ -81,7 +81,7 @@ class VAEStage:
 
 
 @dataclass(frozen=True)
-class GuidanceConfig:
+class GuidanceConfig(Checked):
     """How conditions are hidden in training, for classifier-free guidance.
 
     drop_all: probability that a cell shows none of its conditions
@@ -90,18 +90,13 @@ class GuidanceConfig:
         model knows how to do without, as for combinations that it has none of
     """
 
-    drop_all: float = 0.1
-    drop_each: float = 0.1
-    drop_token: float = 0.5
-
-    def __post_init__(self) -> None:
-        for name in ("drop_all", "drop_each", "drop_token"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"guidance.{name}={getattr(self, name)} must be at least 0 and below 1")
+    drop_all: float = checked(0.1, at_least=0, below=1)
+    drop_each: float = checked(0.1, at_least=0, below=1)
+    drop_token: float = checked(0.5, at_least=0, below=1)
 
 
 @dataclass(frozen=True)
-class FlowConfig:
+class FlowConfig(Checked):
     """At which flow times, from 0 (cell) to 1 (noise), the velocity is learnt.
 
     time: uniform, or logit_normal, which puts more weight on times between (Esser et al. 2024)
@@ -110,12 +105,8 @@ class FlowConfig:
     """
 
     time: Literal["uniform", "logit_normal"] = "uniform"
-    time_mean: float = 0.0
-    time_std: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.time_std > 0:
-            raise InputError(f"flow.time_std={self.time_std} must be above 0")
+    time_mean: float = checked(0.0)
+    time_std: float = checked(1.0, above=0)
 
     @property
     def n_draws(self) -> int:

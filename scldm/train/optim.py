@@ -9,11 +9,12 @@ from typing import Literal
 import torch
 from torch import nn
 
+from scldm.checked import Checked, checked
 from scldm.errors import InputError
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(Checked):
     """AdamW and its schedule.
 
     lr: peak learning rate
@@ -25,23 +26,17 @@ class OptimConfig:
     decay: share of the steps over which `hold` falls
     """
 
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    clip: float = 10.0
-    warmup: float = 0.1
+    lr: float = checked(1e-3, above=0)
+    betas: tuple[float, float] = checked((0.9, 0.95), at_least=0, below=1)
+    weight_decay: float = checked(0.0, at_least=0)
+    clip: float = checked(10.0, above=0)
+    warmup: float = checked(0.1, at_least=0, at_most=1)
     schedule: Literal["hold", "cosine"] = "hold"
-    decay: float = 0.1
+    decay: float = checked(0.1, at_least=0, at_most=1)
 
     def __post_init__(self) -> None:
-        for name in ("lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"optim.{name}={getattr(self, name)} must be positive")
-        if not self.weight_decay >= 0:
-            raise InputError(f"optim.weight_decay={self.weight_decay} must not be negative")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise InputError(f"optim.betas={self.betas} must be at least 0 and below 1")
-        if not (0 <= self.warmup <= 1 and 0 <= self.decay <= 1 and self.warmup + self.decay <= 1):
+        super().__post_init__()
+        if self.warmup + self.decay > 1:
             raise InputError(
                 f"optim.warmup={self.warmup} and optim.decay={self.decay} must be shares that add up to at most 1"
             )

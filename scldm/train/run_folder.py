@@ -29,7 +29,7 @@ from typing import Any
 
 from scldm.environment import describe, without_passwords
 from scldm.errors import Busy, InputError, Stopped, read_json
-from scldm.files import ASIDE, flat, left_aside, outlived, write_json
+from scldm.files import ASIDE, flat, left_aside, outlived, remove, write_json
 
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
@@ -74,7 +74,7 @@ def open_run_folder(
     run_dir.mkdir(parents=True, exist_ok=True)
     with locked(run_dir):
         for left in left_aside(run_dir):
-            left.unlink()
+            remove(left)
         if not path.is_file() or read_json(path) != config:
             write_json(path, config)
         write_json(run_dir / ENVIRONMENT, [*_starts(run_dir), {**describe(), **(notes or {})}])

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from scldm.errors import InputError
-from scldm.files import PARTIAL, sync_folder, written_aside
+from scldm.files import PARTIAL, put_in_place, written_aside
 from scldm.given_json import hash_of
 from scldm.parallel.dist import World
 from scldm.parallel.engine import Engine
@@ -234,9 +234,4 @@ def commit(target: Path, n_parts: int, state: dict[str, Any], run_dir: Path) -> 
     state = json.loads(json.dumps({"format": FORMAT, **state, "parts": parts, "files": files}, allow_nan=False))
     with written_aside(aside / STATE) as file:
         file.write(json.dumps({"sha256": hash_of(state), "state": state}).encode())
-    before = target.with_suffix(f".before{PARTIAL}")
-    if target.exists():  # of a run that went on from an earlier step
-        os.replace(target, before)
-    os.replace(aside, target)
-    sync_folder(target.parent)
-    shutil.rmtree(before, ignore_errors=True)
+    put_in_place(aside, target)  # which may be there, of a run that went on from an earlier step

@@ -30,6 +30,7 @@ from types import TracebackType
 from typing import Any, Literal
 from urllib.parse import quote, unquote
 
+from scldm.checked import Checked, checked
 from scldm.environment import without_passwords
 from scldm.files import flat, write_json, written_aside
 
@@ -56,7 +57,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 @dataclass(frozen=True)
-class TrackingConfig:
+class TrackingConfig(Checked):
     """Where the metrics of a run go besides its own metrics.jsonl.
 
     enabled: forward to MLflow
@@ -74,8 +75,8 @@ class TrackingConfig:
     experiment: str = "scldm"
     run_name: str = ""
     parent_run_id: str = ""
-    every_s: float = 5.0
-    close_s: float = 30.0
+    every_s: float = checked(5.0, above=0)
+    close_s: float = checked(30.0, at_least=0)
 
 
 class Tracker:

@@ -15,6 +15,7 @@ import scipy.sparse as sp
 
 from data_pipeline import write_cells
 from data_pipeline.write_cells import FORMATS, CellWriter
+from scldm import files
 from scldm.errors import InputError
 
 N, GENES = 47, tuple(f"g{k}" for k in range(9))
@@ -152,10 +153,11 @@ def test_a_join_that_was_killed_is_done_again(tmp_path: Path, suffix: str, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(write_cells, "_sync", killed)
+        patch.setattr(files, "sync", killed)
         with pytest.raises(KeyboardInterrupt):
             of.join(obs, COST)
     assert not out.exists()
+    (of.parts / f"joined{suffix}").write_bytes(b"what kill -9 leaves")
     again = writer(out)
     begin(again)
     assert not list(again.parts.glob(".*"))

@@ -64,6 +64,9 @@ def test_convert_writes_what_other_tools_read(run: Path, tmp_path: Path) -> None
         words = ["checkpoint", "convert", f"at={run}", f"weights={weights}"]
         assert scldm([*words, f"out={tmp_path}/a/plain.safetensors"]) == 0
         assert scldm([*words, "to=torch", f"out={tmp_path}/a/plain.pt"]) == 0
+        (tmp_path / "new").touch()
+        mode = (tmp_path / "new").stat().st_mode  # colleagues can read what they can read of any new file
+        assert all(path.stat().st_mode == mode for path in (tmp_path / "a").iterdir())
         for found in (
             load_file(tmp_path / "a" / "plain.safetensors"),
             torch.load(tmp_path / "a" / "plain.pt", weights_only=True),

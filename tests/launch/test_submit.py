@@ -142,7 +142,7 @@ def test_nodes_that_a_preflight_named_are_left_out(fake: Path, tmp_path: Path, c
         ("", ["--", "-p", "none"], "partition 'none' is unknown"),
         ("", ["--", "-pnone"], "partition 'none' is unknown"),
         ("", ["train.stop_signals=[SIGHUP]"], "train.stop_signals=SIGHUP: a job is told to stop by SIGUSR1"),
-        ("", ["--preflight-s", "5"], "--preflight-s 5 must be from 20 to 3600"),
+        ("", ["--preflight-s", "5"], "preflight_s=5 must be from 20 to 3600"),
         ("SCLDM_GPUS_PER_NODE=16", [], "SCLDM_GPUS_PER_NODE=16: a node of partition low has 8 GPUs"),
         ("", ["--", "--partition=cpu"], "SCLDM_GPUS_PER_NODE=8: a node of partition cpu has 0 GPUs"),
         ("", ["--nodes", "7"], "--nodes 7: partition low has 6 nodes"),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import resource
 import shutil
+import stat
 import subprocess
 import sys
 from dataclasses import replace
@@ -170,6 +172,19 @@ def test_only_a_model_folder_is_replaced_and_nothing_beside_it(folder: Path, tmp
     with pytest.raises(InputError, match="holds notes.md, which is none of a model's files"):
         save_pretrained(copy, networks()[0], None, GENES, CONDITIONS, library_sizes(), {})
     assert (copy / "notes.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027], ids=oct)
+def test_colleagues_can_read_a_model_as_far_as_umask_lets_them(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        save_pretrained(tmp_path / "model", networks()[0], None, GENES, CONDITIONS, library_sizes(), {})
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "model").iterdir()}
+    assert modes.pop("model.safetensors") == 0o666 & ~umask
+    assert set(modes.values()) == {0o666 & ~umask}
+    assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == 0o777 & ~umask
 
 
 def test_an_autoencoder_alone_embeds_and_says_that_it_does_not_generate(tmp_path: Path) -> None:

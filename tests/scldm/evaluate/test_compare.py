@@ -210,7 +210,7 @@ def test_groups_as_small_as_allowed_are_scored(sets):
     few = {**sets, "test": cells("test", 2, {"A": 8, "B": 30, "C": 6})}
     found = compare(**few, config=replace(CONFIG, min_cells=8))
     assert set(found["by_combination"]) == {"A", "B"}
-    with pytest.raises(InputError, match="evaluate.min_cells=7 must be at least 8"):
+    with pytest.raises(InputError, match="min_cells=7 must be at least 8"):
         EvaluateConfig(min_cells=7)
 
 

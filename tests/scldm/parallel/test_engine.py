@@ -184,7 +184,7 @@ def test_batches_that_do_not_fit_are_refused_with_ones_that_do(micro_batch, glob
 def test_accumulation_and_what_else_can_not_be() -> None:
     assert HardwareConfig(micro_batch=4).accumulation(32, 2) == 4
     mistakes: dict[str, dict[str, Any]] = {
-        "zero_stage=0: it must be 1, 2 or 3": {"zero_stage": 0},
+        "zero_stage=0 must be from 1 to 3": {"zero_stage": 0},
         "micro_batch=0": {"micro_batch": 0},
         "threads=0": {"threads": 0},
     }

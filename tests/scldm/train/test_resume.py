@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,7 @@ def test_a_save_cut_short_costs_only_what_came_after_the_last_whole_one(
     it fails in the background, training ends by it; test_kills.py kills the process instead."""
     checkpoints = tmp_path / "checkpoints"
     name = {"os.replace": "replace", "best": "point", "latest": "point"}.get(at, at)
-    holder = {"os.replace": saver.os, "write_part": saver, "written_aside": saver}.get(at, checkpoint)
+    holder = {"os.replace": os, "write_part": saver, "written_aside": saver}.get(at, checkpoint)
     real = getattr(holder, name)
 
     def cut_short(*args, **kwargs):

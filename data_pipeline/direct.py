@@ -22,11 +22,12 @@ from data_pipeline.convert.source import SourceConfig
 from data_pipeline.convert.splits import SplitConfig
 from data_pipeline.convert.write_shards import write_shards
 from data_pipeline.format.read_shards import ShardSet
+from scldm.checked import SEEDS, Checked, checked
 from scldm.errors import InputError
 
 
 @dataclass(frozen=True)
-class DirectConfig:
+class DirectConfig(Checked):
     """A query that is read without a shard set being kept. Every process that trains on it reads it for itself.
 
     source: what to read
@@ -44,8 +45,8 @@ class DirectConfig:
     missing: str = ""
     filter: FilterConfig = field(default_factory=FilterConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
-    seed: int = 0
-    limit_gb: float = 4.0
+    seed: int = checked(0, at_least=0, below=SEEDS)
+    limit_gb: float = checked(4.0, above=0)
     folder: str = ""
 
 

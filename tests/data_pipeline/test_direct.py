@@ -13,10 +13,10 @@ import pytest
 import data_pipeline
 from data_pipeline.convert.source import SourceConfig
 from data_pipeline.convert.write_shards import write_shards
+from data_pipeline.direct import DirectCells, DirectConfig
 from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.stream.gene_sets import GeneSetConfig
 from data_pipeline.stream.loader import CellLoader, LoaderConfig
-from data_pipeline.stream.read_soma import DirectCells, DirectConfig
 from data_pipeline.write_soma import SomaWriteConfig, write_soma
 from launch import cli
 from scldm.errors import InputError
