@@ -19,13 +19,14 @@ import pandas as pd
 
 from data_pipeline.convert.genes import Join, SourceGenes
 from data_pipeline.convert.narrow import Rows
+from scldm.checked import Checked, checked
 from scldm.vocab import MIN_GENE_SHARE
 
 Kind = Literal["auto", "h5ad", "soma", "census"]
 
 
 @dataclass(frozen=True)
-class SourceConfig:
+class SourceConfig(Checked):
     """What to read.
 
     kind: h5ad stands for AnnData files, h5ad or zarr; auto looks at what lies there
@@ -56,7 +57,7 @@ class SourceConfig:
     gene_column: str = ""
     namespace: Literal["auto", "ensembl", "symbol"] = "auto"
     join: Join = "intersection"
-    min_gene_share: float = MIN_GENE_SHARE
+    min_gene_share: float = checked(MIN_GENE_SHARE, at_least=0, at_most=1)
     gene_table: str = ""
 
 
