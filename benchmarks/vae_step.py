@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -146,7 +146,7 @@ def calls_of(
     with device:
         vae = VAE(shape, config.n_genes)
         if way is PUBLISHED:
-            vae.token = PublishedToken()
+            vae.token = cast("Any", PublishedToken())
         sets = torch.stack([torch.randperm(config.n_genes)[:most] + 1 for _ in range(config.cells)])
         counts = torch.poisson(0.5 * torch.rand(config.cells, most)).int()
     ids = sets if config.own_sets else sets[0]

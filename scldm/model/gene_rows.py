@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 
-class GeneRows(NamedTuple):
+@dataclass(frozen=True)
+class GeneRows:
     """table_TD: embeddings
     row: index into the table, (S,) or (B, S); None where it counts up: the table holds each given gene in its order
     shape: of the set, (S,) or (B, S)
@@ -39,5 +40,5 @@ def rows_of(gene_ids: Tensor, embedding: nn.Embedding, embedded: Tensor | None =
     """embedded: embeddings of these genes, (S, D) or (B, S, D), if the caller has them."""
     if by_vocabulary(gene_ids, embedding):
         return GeneRows(embedding.weight, gene_ids, gene_ids.shape)
-    embedded = embedding(gene_ids) if embedded is None else embedded
-    return GeneRows(embedded.flatten(0, -2), None, gene_ids.shape)
+    table = embedding(gene_ids) if embedded is None else embedded
+    return GeneRows(table.flatten(0, -2), None, gene_ids.shape)
