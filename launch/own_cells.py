@@ -12,7 +12,7 @@ import torch
 
 import scldm
 from scldm.errors import InputError
-from scldm.pretrained import BATCH_CELLS, Precision
+from scldm.pretrained import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,8 @@ class OwnCellsConfig:
     layer: layer that holds the counts; empty is X
     drop_empty: leave out cells without a count in any gene that the model knows; else they are refused
     device: torch device; empty is a GPU where there is one
-    batch: cells that go through the networks at once; another number differs in the last bits
+    batch: cells that go through the networks at once; another number differs in the last bits. null takes 64 on a CPU,
+        and on a GPU what a quarter of its memory holds, at most 1,024
     precision: float32, or bfloat16: for GPUs; expected counts are off by 0.6 %
     """
 
@@ -35,7 +36,7 @@ class OwnCellsConfig:
     layer: str = ""
     drop_empty: bool = False
     device: str = ""
-    batch: int = BATCH_CELLS
+    batch: int | None = None
     precision: Precision = "float32"
 
 

@@ -6,6 +6,7 @@ Reading order: load, Made, Pretrained.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -41,21 +42,23 @@ NOT_GIVEN = "not given"
 MAX_COUNT = 2**31 - 1  # of int32, as cells are given to the encoder and written
 Kind = Literal["counts", "means"]
 Precision = Literal["float32", "bfloat16"]
-# a batch decodes its cells for all genes: 64 cells x 60,000 genes x width 512 x 4 B = 8 GB
-BATCH_CELLS = 64
+BATCH_CELLS = 64  # on a CPU
+# on a GPU a batch takes up to a quarter of its memory, beside tiles and weights: 256 cells of 36,130 genes in 80 GB
+BATCH_SHARE, MOST_CELLS = 1 / 4, 1_024
 
 
 def load(
     folder: str | Path,
     device: str | torch.device = "cpu",
     *,
-    batch: int = BATCH_CELLS,
+    batch: int | None = None,
     precision: Precision = "float32",
 ) -> Pretrained:
     """The model in a folder that `scldm export` wrote.
 
     device: torch device, such as cpu, cuda or cuda:1
-    batch: cells that go through the networks at once; another number is another order of sums, in the last bits
+    batch: cells that go through the networks at once; another number is another order of sums, in the last bits. None:
+        64 on a CPU, on a GPU what a quarter of its memory holds
     precision: of the networks' matrix products. bfloat16, for GPUs, differs: it keeps 8 bits of a number,
         so that expected counts are off by 0.6 % (median; 1 % of them by 3 % or more; cells of Kang et al.). What is
         between the products, the flow's state and the draws are float32
@@ -64,7 +67,7 @@ def load(
     """
     folder = Path(folder)
     usable(device)
-    if batch < 1:
+    if batch is not None and batch < 1:
         raise InputError(f"batch={batch} must be at least 1")
     if precision not in get_args(Precision):
         raise InputError(f"precision={precision} must be one of {', '.join(get_args(Precision))}")
@@ -90,8 +93,22 @@ def load(
         dit = dit.eval().requires_grad_(False)
     sizes = LibrarySizeModel.load(folder / "library_sizes.json")
     vae = vae.eval().requires_grad_(False)
+    batch = batch_on(device, vae) if batch is None else batch
     model = Pretrained(vae, dit, genes, conditions, sizes, config["origin"], weights_hash(tensors), batch, precision)
     return model.to(device)
+
+
+def batch_on(device: str | torch.device, vae: VAE) -> int:
+    """Cells of a batch that is to decode all genes, a power of two: GPUs of one kind take the same.
+
+    A cell has for each gene five numbers a pair of a head and a latent token (weights, and what goes into a norm's
+    variance), and of its counts and their draws 64 at most.
+    """
+    if torch.device(device).type != "cuda":
+        return BATCH_CELLS
+    pairs = vae.config.decoder_cross_heads * vae.config.n_latents
+    fits = BATCH_SHARE * torch.cuda.get_device_properties(device).total_memory / (4 * vae.n_genes * (5 * pairs + 64))
+    return min(MOST_CELLS, 1 << max(0, math.floor(math.log2(max(fits, 1)))))
 
 
 def usable(device: str | torch.device) -> None:
