@@ -140,7 +140,8 @@ def calls_of(
 ) -> tuple[Callable[[], None], Callable[[], None]]:
     """A forward pass, and a whole step, on counts and weights that are the same for every way."""
     torch.manual_seed(0)
-    shape, most = replace(config.model, attention=way.kind), max(config.n_given, config.n_asked)
+    shape = replace(config.model, attention=way.kind)
+    most = min(max(config.n_given, config.n_asked), config.n_genes)
     if way is PUBLISHED:
         shape = replace(shape, token="linear", direct=False)
     with device:

@@ -210,7 +210,10 @@ class CellWriter:
 
 
 def require_room(out: str | Path, n_cells: int) -> None:
-    """Raises: InputError for more cells than could be written at all, before there is an array of them."""
+    """Raises: InputError for more cells than could be written at all, before there is an array of them. What is written
+    already needs no room."""
+    if Path(out).exists():
+        return
     folder = next(parent for parent in Path(out).absolute().parents if parent.exists())
     needed, free = n_cells * OBS_BYTES, shutil.disk_usage(folder).free
     if needed > free:

@@ -116,7 +116,7 @@ def encoder(vae: VAE, cells: ShardSet, config: EncodeConfig, world: World) -> Ca
     encode = encoder_of(vae, every, cells.gene_column("fraction_expressed"))
 
     def of(given: GeneCounts) -> Posterior:
-        assert torch.equal(given.gene_ids, every)
+        assert given.gene_ids.shape == every.shape  # to compare the genes too, the host would wait for a GPU
         return encode(given.counts_BS)
 
     return of

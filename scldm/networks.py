@@ -6,6 +6,7 @@ Reading order: usable, Networks, written.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Self
@@ -34,7 +35,22 @@ NOT_GIVEN = "not given"
 Kind = Literal["counts", "means"]
 Precision = Literal["float32", "bfloat16"]
 # a batch decodes its cells for all genes: 64 cells x 60,000 genes x width 512 x 4 B = 8 GB
-BATCH_CELLS = 64
+BATCH_CELLS = 64  # on a CPU
+# on a GPU a batch takes up to a quarter of its memory, beside tiles and weights: 256 cells of 36,130 genes in 80 GB
+BATCH_SHARE, MOST_CELLS = 1 / 4, 1_024
+
+
+def batch_on(device: str | torch.device, vae: VAE) -> int:
+    """Cells of a batch that is to decode all genes, a power of two: GPUs of one kind take the same.
+
+    A cell has for each gene five numbers a pair of a head and a latent token (weights, and what goes into a norm's
+    variance), and of its counts and their draws 64 at most.
+    """
+    if torch.device(device).type != "cuda":
+        return BATCH_CELLS
+    pairs = vae.config.decoder_cross_heads * vae.config.n_latents
+    fits = BATCH_SHARE * torch.cuda.get_device_properties(device).total_memory / (4 * vae.n_genes * (5 * pairs + 64))
+    return min(MOST_CELLS, 1 << max(0, math.floor(math.log2(max(fits, 1)))))
 
 
 def usable(device: str | torch.device) -> None:

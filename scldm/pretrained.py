@@ -33,7 +33,7 @@ from scldm.model.all_genes import encoder_of
 from scldm.model.dit import DiT
 from scldm.model.vae import VAE
 from scldm.model_folder import GENE_COLUMNS, HISTORY, check_files, read_config, save_pretrained
-from scldm.networks import BATCH_CELLS, Kind, Networks, Precision, usable, written
+from scldm.networks import Kind, Networks, Precision, batch_on, usable, written
 from scldm.progress import Progress
 from scldm.request import labels as asked
 from scldm.request.cells import Asked, table_of
@@ -53,14 +53,15 @@ def load(
     folder: str | Path,
     device: str | torch.device = "cpu",
     *,
-    batch: int = BATCH_CELLS,
+    batch: int | None = None,
     precision: Precision = "float32",
     min_gene_share: float = MIN_GENE_SHARE,
 ) -> Pretrained:
     """The model in a folder that `scldm export` wrote.
 
     device: torch device, such as cpu, cuda or cuda:1
-    batch: cells that go through the networks at once; another number is another order of sums, in the last bits
+    batch: cells that go through the networks at once; another number is another order of sums, in the last bits. None:
+        64 on a CPU, on a GPU what a quarter of its memory holds
     precision: of the networks' matrix products. bfloat16, for GPUs, differs: it keeps 8 bits of a number,
         so that expected counts are off by 0.6 % (median; 1 % of them by 3 % or more; cells of Kang et al.). What is
         between the products, the flow's state and the draws are float32
@@ -71,7 +72,7 @@ def load(
     """
     folder = Path(folder)
     usable(device)
-    if batch < 1:
+    if batch is not None and batch < 1:
         raise InputError(f"batch={batch} must be at least 1")
     one_of("precision", precision, Precision)
     if not 0 <= min_gene_share <= 1:
@@ -99,6 +100,7 @@ def load(
         dit = dit.eval().requires_grad_(False)
     sizes = LibrarySizeModel.load(folder / "library_sizes.json")
     check_files(folder, stored, own, weights := weights_hash(tensors))
+    batch = batch_on(device, vae) if batch is None else batch
     model = Pretrained(
         vae, dit, genes, conditions, sizes, stored.origin, weights, batch, precision,
         _gene_columns(folder, genes), _history(folder), min_gene_share,

@@ -29,6 +29,7 @@ LEAVES = EVERYWHERE | {
     "scldm.count_draws",
     "scldm.library_size",
     "scldm.micro_batches",
+    "scldm.tf32",
     "scldm.weights",
     "scldm.evaluate",
     "scldm.kernels",
@@ -45,8 +46,8 @@ ABOVE_VERBS = {"launch.plan", "launch.quickstart"}
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES - EVERYWHERE},
     "scldm.evaluate": {"scldm.likelihood", "scldm.vocab"},
-    "scldm.kernels": {"scldm.count_basis"},
-    "scldm.parallel": {"scldm.micro_batches"},
+    "scldm.kernels": {"scldm.count_basis", "scldm.tf32"},
+    "scldm.parallel": {"scldm.micro_batches", "scldm.tf32"},
     "scldm.model": LEAVES - {"scldm.parallel"},
     "scldm.flow": LEAVES | {"scldm.model"},
     "scldm.train": LEAVES | {"scldm.flow", "scldm.model"},

@@ -66,7 +66,7 @@ MODULES = {"scikit-learn": "sklearn", "pot": "ot", "umap-learn": "umap", "scikit
 # extra -> the verbs and rooms that run with it and nothing else; "" is scldm alone
 CLAIMS = {
     "": [
-        *("generate", "transform", "embed", "reconstruct", "submit", "status", "logs", "shards info"),
+        *("generate", "transform", "embed", "reconstruct", "submit", "status", "logs", "shards info", "completion"),
         *("checkpoint inspect", "checkpoint verify", "checkpoint convert"),
     ],
     "shards": ["train vae", "encode", "train ldm", "plan", "export"],

@@ -54,8 +54,6 @@ def problem(words: list[str]) -> str:
     while words and re.fullmatch(r"\w+=\S*", words[0]):
         words = words[1:]  # environment variables before the command
     program, rest = (words[0], words[1:]) if words else ("", [])
-    if program == "torchrun" and "--no-python" in rest:
-        return problem(rest[rest.index("--no-python") + 1 :])
     if program == "scldm":
         return problem_of_verb(rest)
     if rest and rest[0] == "launch/quickstart.sh":

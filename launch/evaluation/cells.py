@@ -222,6 +222,7 @@ def _read(path: str, layer: str, columns: Sequence[str]) -> tuple[sp.csr_matrix,
         group = frame_of(file, "obs", path)
         there = {str(k): read_column(group, k).array for k in columns if k in group}
         obs = pd.DataFrame(there, index=read_names(group))
+        obs.attrs["columns"] = column_names(group)  # of the file, to name where one is missing
         genes = read_names(file["raw/var" if name == "raw/X" else "var"])
         counts: Any = read_elem(file[name])
     return sp.csr_matrix(counts), obs, tuple(genes)
@@ -234,7 +235,7 @@ def _columns(obs: pd.DataFrame, conditions: Sequence[str], path: str) -> dict[st
 def _labels(obs: pd.DataFrame, column: str, path: str, key: str) -> np.ndarray:
     """A column of obs as strings."""
     if column not in obs:
-        there = ", ".join(map(str, obs.columns)) or "none"
+        there = ", ".join(map(str, obs.attrs.get("columns", obs.columns))) or "none"
         raise InputError(f"{path}: obs has no column {key}={column!r}; it has {there}")
     values = pd.Series(obs[column])
     if n := int(np.asarray(values.isna()).sum()):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from scldm.checked import Checked, checked
 from scldm.errors import InputError
 from scldm.evaluate.compare import EvaluateConfig
-from scldm.pretrained import BATCH_CELLS, Precision
+from scldm.networks import BATCH_CELLS, Precision
 from scldm.train.tracking import TrackingConfig
 
 

@@ -98,7 +98,7 @@ def judge_run(config: VAERunConfig, tracker: Tracker, device: torch.device) -> N
     of: dict[str, Any] = {"step": None, "hash": None}
     try:
         from launch.evaluation.of_autoencoder import autoencoder
-        from scldm.pretrained import BATCH_CELLS
+        from scldm.networks import BATCH_CELLS
 
         model, origin = autoencoder(run, "best", str(device), BATCH_CELLS)
         of = {"step": origin["step"], "hash": origin["hash"]}

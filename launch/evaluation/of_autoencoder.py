@@ -42,7 +42,8 @@ from scldm.evaluate.reconstruction import (
 from scldm.evaluate.sample import Sample
 from scldm.files import write_json
 from scldm.library_size import LibrarySizeModel
-from scldm.pretrained import BATCH_CELLS, Precision, Pretrained, load, usable
+from scldm.networks import BATCH_CELLS, Precision, usable
+from scldm.pretrained import Pretrained, load
 from scldm.progress import Progress
 from scldm.vocab import ConditionVocab, GeneVocab
 

@@ -1,16 +1,13 @@
 """What both kernels are written with: sizes of tiles, and a matrix product of two of them.
 
-Reading order: Tile, power_of_two, launch, tf32_products, dot, dot_tf32, phi_of.
+Reading order: Tile, power_of_two, launch, dot, dot_tf32, phi_of.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
@@ -48,19 +45,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, tile: Tile, **co
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     constants |= {"GENES": tile.genes, "INTERPRETED": interpreted}
     kernel[grid](*arguments, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers, **constants)
-
-
-@contextmanager
-def tf32_products(on: bool) -> Iterator[None]:
-    """torch's float32 products on NVIDIA GPUs in TF32 where `on`: operands of 10 bits, 8 times the speed on an A100."""
-    change = on and not torch.backends.cuda.matmul.allow_tf32
-    if change:
-        torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        if change:
-            torch.backends.cuda.matmul.allow_tf32 = False
 
 
 @triton.jit

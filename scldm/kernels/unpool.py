@@ -21,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from scldm.kernels import plain
-from scldm.kernels.tile import Tile, ceil_div, dot, dot_tf32, launch, power_of_two, tf32_products
+from scldm.kernels.tile import Tile, ceil_div, dot, dot_tf32, launch, power_of_two
+from scldm.tf32 import tf32_products
 
 CHUNK = 1 << 24  # weights that backward makes at once: 64 MB of float32, and a few times that while it does
 

@@ -30,6 +30,7 @@ from scldm.model.blocks import SwiGLU
 from scldm.model.gene_rows import GeneRows
 from scldm.model.mcab import MCAB
 from scldm.model.token import GeneToken
+from scldm.tf32 import tf32_products
 
 # numbers in a tile: on a CPU 1 MB of float32, so that the passes over it stay in the cache of one core. With 2 MB of
 # that and tiles of 2^17, 2^18, 2^19, forward + backward: pooling in 61, 57, 55 ms, reading out in 191, 164, 161
@@ -72,7 +73,7 @@ def pool(
     query_MD = mcab.query(queries_MD)
     q_MD = mcab.norm_query(query_MD).to(queries_MD.dtype)
     dtype, kind = compute_dtype(queries_MD), queries_MD.device.type
-    with torch.autocast(kind, enabled=False):
+    with torch.autocast(kind, enabled=False), tf32_products(dtype == torch.bfloat16):
         read_BMD = read(mcab, q_MD, token, rows, given, dtype)
     read_BMD = query_MD + mcab.out(read_BMD)
     return read_BMD + mcab.mlp(mcab.norm_mlp(read_BMD))
@@ -342,7 +343,7 @@ def unpool(mcab: MCAB, head: nn.Linear, rows: GeneRows, x_BLD: Tensor) -> Tensor
     p_BNLQ = _weights(q, k_BLD, N)
     p_BRQ = p_BNLQ.flatten(1, 2)
     if not rows.per_cell and pays_by_latents(p_BNLQ.shape, x_BLD.shape[-1], mcab.mlp.value.out_features):
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(kind, enabled=False), tf32_products(dtype == torch.bfloat16):
             return _by_latents(mcab, head, query.to(wide), p_BRQ.to(wide), heads_out(mcab, v_BLD.to(wide)), dtype)
     # a head's weights sum to 1, so that each gene gets the bias once
     U_BRD = heads_out(mcab, v_BLD)

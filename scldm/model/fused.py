@@ -15,6 +15,7 @@ from scldm.model.factorised import compute_dtype, folded, heads_out, tables
 from scldm.model.gene_rows import GeneRows
 from scldm.model.mcab import MCAB
 from scldm.model.token import GeneToken
+from scldm.tf32 import tf32_products
 
 
 def read_genes(
@@ -57,7 +58,7 @@ def unpool(mcab: MCAB, head: nn.Linear, rows: GeneRows, x_BLD: Tensor) -> Tensor
     row, query_TD = rows.rows, mcab.query(rows.table_TD)
     q_TD = mcab.norm_query(query_TD) * (D // N) ** -0.5
     k_BLD, v_BLD = mcab.key(mcab.norm_key(x_BLD)), mcab.value(mcab.norm_value(x_BLD))
-    with torch.autocast(x_BLD.device.type, enabled=False):
+    with torch.autocast(x_BLD.device.type, enabled=False), tf32_products(dtype == torch.bfloat16):
         k_BRD = _by_head(k_BLD.to(dtype), N)
         U_BRD, t_TD = heads_out(mcab, v_BLD.to(wide)), query_TD.to(wide) + mcab.out.bias
         line_KT, line_KBR = head(t_TD).T, head(U_BRD).permute(2, 0, 1)

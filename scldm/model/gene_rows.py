@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 
-class GeneRows(NamedTuple):
+@dataclass(frozen=True)
+class GeneRows:
     """table_TD: embeddings
     row: index into the table, (S,) or (B, S); None where it counts up: the table holds each given gene in its order
     shape: of the set, (S,) or (B, S)

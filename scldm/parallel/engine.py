@@ -26,6 +26,7 @@ from scldm.errors import InputError
 from scldm.micro_batches import accumulation
 from scldm.parallel.deepspeed_json import deepspeed_json
 from scldm.parallel.dist import World, wait_at_most
+from scldm.tf32 import tf32_products
 
 # the version whose private names stand below; 0.19.0 lacks one of them. pyproject.toml and constraints.txt say the same
 DEEPSPEED = "0.19.8"
@@ -43,8 +44,9 @@ class HardwareConfig(Checked):
     zero_stage: what DeepSpeed shards over the ranks: 1 optimizer states and EMA, 2 gradients too, 3 weights too;
         as 3 gathers them around every layer, model.compile gains nothing there
     offload_optimizer: keep master weights, moments and EMA in the host's memory, and step there
-    precision: fp32, or bf16 (autocast; master weights stay float32). TF32 is switched on nowhere: torch's products of
-        float32 stay such on every GPU. Only a kernel of model.attention=fused may take it, in bf16 alone
+    precision: fp32, or bf16 (autocast; master weights stay float32). On an NVIDIA GPU bf16 has TF32 beside it: float32
+        products of backward take it, and forward those of what depends on the gene or the latent token alone. fp32
+        takes TF32 nowhere
     threads: CPU threads per rank for torch
     peak_tflops: of a rank's device at the precision, dense, for MFU; 0 takes that of a GPU known by its name
     collective_timeout_s: longest wait of a rank for the others within one exchange, in seconds; a minute more than
@@ -131,6 +133,7 @@ class PlainEngine:
         self.clip = clip
         self.model: Any = _Autocast(self.module, hardware.precision, world.device)
         self.bare: Any = self.model
+        self.is_bf16 = hardware.precision == "bf16"
         self.shapes = {name: parameter.shape for name, parameter in self.module.named_parameters()}
         self.pieces = [
             Piece(name, 0, p.numel(), p.detach().view(-1), _flat_moments(self.optimizer, p))
@@ -138,7 +141,8 @@ class PlainEngine:
         ]
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        with tf32_products(self.is_bf16):
+            loss.backward()
 
     def step(self, lr: float) -> float:
         _set_lr(self.optimizer, lr)
@@ -195,7 +199,7 @@ class DeepSpeedEngine:
         backend = "nccl" if world.device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=hardware.collective_timeout_s)
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
-        self.world, self.stage = world, hardware.zero_stage
+        self.world, self.stage, self.is_bf16 = world, hardware.zero_stage, hardware.precision == "bf16"
         self.accumulation = hardware.accumulation(global_batch, world.size)
         self.json = deepspeed_json(
             hardware.micro_batch,
@@ -225,7 +229,8 @@ class DeepSpeedEngine:
 
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed divides by the number of ranks and of micro-batches; the shares that we are given are to be added
-        self.engine.backward(loss * (self.world.size * self.accumulation))
+        with tf32_products(self.is_bf16):
+            self.engine.backward(loss * (self.world.size * self.accumulation))
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
 

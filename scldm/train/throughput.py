@@ -19,7 +19,7 @@ import torch
 from scldm.files import outlived
 from scldm.parallel.dist import World
 
-# dense TFLOP/s of matrix products, without sparsity; fp32 is not TF32's, which nothing here switches on.
+# dense TFLOP/s of matrix products, without sparsity; fp32 is not TF32's, which only bf16 has beside it.
 # Source: NVIDIA's data sheets of A100, H100 SXM, H200 SXM, B200 (DGX B200: 8 GPUs), L4, L40S
 PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "A100": {"fp32": 19.5, "bf16": 312.0},

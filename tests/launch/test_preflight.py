@@ -170,7 +170,7 @@ def test_a_nodes_own_disk_needs_room_also_where_nothing_is_staged(
     monkeypatch.setattr(node_checks.shutil, "disk_usage", lambda path: SimpleNamespace(free=next(free)))
     assert node_checks.folder_troubles(SimpleNamespace(), tmp_path, "n1") == []
     (told,) = node_checks.folder_troubles(SimpleNamespace(), tmp_path, "n1")
-    assert told == f"{tmp_path}/{scratch or 'temporary'}: 1.1 GB are free, 1.1 GB are needed"
+    assert told == f"{tmp_path}/{scratch or 'temporary'}: 1.07 GB are free, 1.07 GB are needed"
 
 
 def test_a_damaged_manifest_is_told_as_what_the_node_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,7 @@ def test_a_port_that_is_taken_is_no_nodes_fault(tmp_path: Path) -> None:
         env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "SCLDM_HOSTS": "n1 n2", "SCLDM_NOTES": str(tmp_path)}
         env |= {
             "SLURM_PROCID": "0",
-            "SLURM_NTASKS": "4",
+            "SLURM_STEP_NUM_TASKS": "4",
             "SLURM_LOCALID": "0",
             "SLURM_JOB_ID": "7",
             "SCLDM_PREFLIGHT_S": "55",

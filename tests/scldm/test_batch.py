@@ -102,6 +102,8 @@ def test_a_shared_set_says_whether_it_is_padded():
     full, padded = torch.arange(1, 13, dtype=torch.int16), torch.tensor([3, 0, 5], dtype=torch.int16)
     assert not compact(counts, full, full, 20).to("cpu").given.padded
     assert not compact(counts, full, full, 20).to("cpu").to("cpu").asked.padded
-    for ids in (padded, full.expand(4, -1)):
+    own = full.expand(4, -1)
+    assert not compact(counts, own, own, 20).to("cpu").given.padded
+    for ids in (padded, padded.expand(4, -1)):
         assert compact(counts, ids, ids, 20).to("cpu").given.padded
     assert GeneCounts(full.long(), torch.zeros(4, 12)).padded, "unless it is known"

@@ -79,7 +79,7 @@ def test_all_ways_to_ask_make_the_same_cells(known: Pretrained) -> None:
             "n=3 can't be given with a table of cells: it has 1",
         ),
         ({"conditions": {"kind": "T cell"}, "n": 3}, "condition 'kind' is unknown; the model knows type, donor"),
-        ({"conditions": {"type": "T sell"}, "n": 3}, "has no label 'T sell'; nearest of its 3: 'T cell'"),
+        ({"conditions": {"type": "T sell"}, "n": 3}, "has no label 'T sell'; it has 'T cell', 'B cell', 'NK'"),
         ({"conditions": ad.AnnData(obs=pd.DataFrame({"x": ["1"]}, index=["a"]))}, "obs has none of the model's cond"),
         (
             {"conditions": {"type": "T cell"}, "n": 3, "kind": "mean"},
@@ -225,7 +225,7 @@ def test_saved_it_is_the_same(known: Pretrained, tmp_path: Path) -> None:
 def test_damaged_tables_are_named(known: Pretrained, tmp_path: Path, name: str, text: str) -> None:
     known.save(tmp_path / "model")
     (tmp_path / "model" / name).write_text(text)
-    with pytest.raises(InputError, match=f"{name} is damaged"):
+    with pytest.raises(InputError, match=f"{name}: its SHA-256 is not that of config.json"):
         scldm.load(tmp_path / "model")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import anndata as ad
@@ -11,6 +12,7 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
+import launch.encode as encode_verb
 import scldm.kernels.deviation as deviation_kernels
 import scldm.kernels.pool as pool_kernels
 import scldm.kernels.unpool as unpool_kernels
@@ -129,6 +131,26 @@ def verbs(n: int = 70, n_genes: int = 3_699) -> None:
         note(name, counts)
 
 
+def encode() -> None:
+    """`scldm encode`: two batches of its 64 cells, all genes, in the precision it has."""
+    with torch.device(GPU.device):
+        vae = VAE(of_preset("20m", None), G).eval().requires_grad_(False)
+    config = encode_verb.EncodeConfig(vae="run", shards="shards", out="latents")
+    every = torch.ones(G, dtype=torch.int16)
+    batch = dataclasses.replace(cells(config.batch, False), given_ids=every, asked_ids=every)
+    shard_set: Any = SimpleNamespace(
+        manifest=SimpleNamespace(genes=SimpleNamespace(n_genes=G)), gene_column=lambda _: np.zeros(G)
+    )
+    encode_verb.shard_batches = lambda *_, **__: [batch, batch]
+    bar: Any = SimpleNamespace(advance=lambda _: None)
+    with watched() as counts:
+        made = list(
+            encode_verb.latents(encode_verb.encoder(vae, shard_set, config, GPU), shard_set, 0, config, GPU, bar)
+        )
+    assert [x.shape for x in made] == 2 * [(config.batch, 64, 16)]
+    note("encode", counts)
+
+
 def every_step() -> dict[str, Any]:
     """name -> kernels, waits, sdpa."""
     with without_storage():
@@ -137,4 +159,5 @@ def every_step() -> dict[str, Any]:
             vae_steps(32, own, precision, ("auto", "sdpa"))
         ldm_steps()
         verbs()
+        encode()
     return FOUND

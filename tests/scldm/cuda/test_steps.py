@@ -78,7 +78,9 @@ def test_torchs_attention_is_always_in_a_kernel_of_its_own(found: dict[str, Any]
     assert found["vae/20m fp32 shared set, sdpa: step"]["sdpa"] == {"efficient": 18}
 
 
-@pytest.mark.parametrize(("verb", "most"), [("embed", 1), ("reconstruct", 3), ("generate", 22), ("transform", 22)])
+@pytest.mark.parametrize(
+    ("verb", "most"), [("encode", 1), ("embed", 1), ("reconstruct", 3), ("generate", 22), ("transform", 22)]
+)
 def test_verbs_wait_a_few_times_a_batch(verb: str, most: int, found: dict[str, Any]) -> None:
     """Two batches. Where counts are drawn it is asked which elements are left, an index at a time, never by a mask;
     input is copied without waiting, and what is made is fetched."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -9,6 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from scldm.model import factorised
+from scldm.parallel.dist import World
+from scldm.parallel.engine import HardwareConfig, PlainEngine
+from scldm.tf32 import tf32_products
 from tests.scldm.model.test_attention_paths import CASES, Case, outcome, trained_like, whole_errors
 
 pytest.importorskip("triton", reason="needs the package triton, which the extra `test` brings on Linux")
@@ -65,6 +70,34 @@ def test_the_unpooling_takes_its_weights_again_in_tf32(name):
     assert max(found) < 2, found
 
 
+@pytest.mark.parametrize("name", ["shared, by latents", "shared, by gene", "per cell"])
+def test_tables_are_in_tf32_beside_bf16(name, monkeypatch):
+    """By default: 1.0 to 1.1 times the error without TF32, and at most twice the formula's in bf16."""
+    case = CASES[name]
+    if case.by_latents is not None:
+        monkeypatch.setattr(factorised, "PAYS", 1e9 if case.by_latents else 0.0)
+    found, n_cut = ratios("factorised", case, only_scoped=True)
+    assert n_cut >= 5, "scores, values and spreads of a gene's table"
+    assert max(found) < 2, found
+    monkeypatch.setattr(factorised, "tf32_products", lambda on: nullcontext())
+    without, n_cut = ratios("factorised", case, only_scoped=True)
+    assert n_cut == 0
+    assert max(x / y for x, y in zip(found, without)) < 1.2, (found, without)
+
+
+@pytest.mark.parametrize(("precision", "taken"), [("bf16", True), ("fp32", False)])
+def test_an_engines_gradients_are_in_tf32_beside_bf16_alone(precision, taken):
+    hardware, world = HardwareConfig(engine="plain", precision=precision), World(0, 1, torch.device("cpu"))
+    make_optimizer = lambda model: torch.optim.AdamW(model.parameters())  # noqa: E731
+    engine = PlainEngine(torch.nn.Linear(3, 2), make_optimizer, hardware, 1.0, world)
+    (weight, _) = engine.module.parameters()
+    with TF32(only_scoped=True) as mode:
+        loss = (torch.ones(5, 2) @ weight).sum()  # in float32, as the linear ways are
+        assert mode.n_cut == 0
+        engine.backward(loss)
+    assert (mode.n_cut > 0) == taken
+
+
 @pytest.mark.parametrize("kind", ["factorised", pytest.param("fused", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["padding", "per cell"])
 def test_tf32_for_all_float32_products_holds_beside_bf16(kind, name):
@@ -75,8 +108,6 @@ def test_tf32_for_all_float32_products_holds_beside_bf16(kind, name):
 
 
 def test_the_setting_is_left_as_it_was():
-    from scldm.kernels.tile import tf32_products
-
     assert not torch.backends.cuda.matmul.allow_tf32
 
     def fails() -> None:

@@ -37,6 +37,15 @@ def test_parameter_counts(preset):
     assert published is None or abs(found / published - 1) < 0.05
 
 
+@pytest.mark.parametrize("preset", [preset for preset in GOLDEN if preset != "tiny"])
+@pytest.mark.parametrize(("hardware", "n_ranks"), [("one_gpu", 1), ("node_8gpu", 8)])
+def test_a_gpus_micro_batch_is_a_whole_gene_set_group(preset, hardware, n_ranks):
+    """The most that a set for a group allows: a micro-batch may not cross groups."""
+    config = compose(TrainVAEConfig, [f"vae/{preset}", f"hardware/{hardware}", "data.shards=shards", "run_dir=run"])
+    assert config.data.given.gene_set_group == config.hardware.micro_batch == 128
+    assert config.hardware.accumulation(config.train.global_batch, n_ranks) == 8 // n_ranks
+
+
 # preset of configs/ldm: (latent tokens, labels of one condition, parameters, published)
 GOLDEN_LDM = {"tiny": (8, 10, 335_248, None), "base": (64, 50, 9_802_512, 9.8e6), "large": (64, 50, 57_909_520, 60e6)}
 

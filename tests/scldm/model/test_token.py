@@ -86,11 +86,13 @@ def test_the_direct_ways_are_a_mean_and_an_inner_product() -> None:
     apart = GeneCounts(ids[order], counts.gather(1, order))
     torch.testing.assert_close(vae.direct_in(apart), vae.direct_in(GeneCounts(ids, counts)))
     cell_BD = torch.randn(3, 8).double()
-    shared = vae.direct_out(cell_BD, ids)
+    shared = vae.direct_out(cell_BD, ids, vae.gene_embedding(ids))
     torch.testing.assert_close(shared[2, 4], cell_BD[2] @ table[ids[4]])
     for many in (1, 4):  # fewer genes than the vocabulary has, and more
         own = ids[order].repeat(1, many)
-        torch.testing.assert_close(vae.direct_out(cell_BD, own), shared.gather(1, order).repeat(1, many))
+        for embedded in (None, vae.gene_embedding(own)):  # of the whole vocabulary, or of these genes
+            found = vae.direct_out(cell_BD, own, embedded)
+            torch.testing.assert_close(found, shared.gather(1, order).repeat(1, many))
 
 
 def test_a_gaussian_decoder_has_no_shares_to_start_from() -> None:
