@@ -146,7 +146,7 @@ def calls_of(
     with device:
         vae = VAE(shape, config.n_genes)
         if way is PUBLISHED:
-            vae.token = PublishedToken()
+            vae.token = PublishedToken()  # pyright: ignore[reportAttributeAccessIssue]  # of its own kind
         sets = torch.stack([torch.randperm(config.n_genes)[:most] + 1 for _ in range(config.cells)])
         counts = torch.poisson(0.5 * torch.rand(config.cells, most)).int()
     ids = sets if config.own_sets else sets[0]

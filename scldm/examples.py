@@ -57,9 +57,9 @@ def perturbed(n_cells: int = 1_600, n_genes: int = 300, seed: int = 0) -> ad.Ann
             "cell_type": pd.Categorical(np.array(types)[type_n]),
             "treatment": pd.Categorical(np.array(["control", "treated"])[treated_n]),
         },
-        index=[f"cell{k}" for k in range(n_cells)],
+        index=pd.Index([f"cell{k}" for k in range(n_cells)]),
     )
     counts = sp.csr_matrix(rng.poisson(np.exp(log_rate_nG)).astype(np.int32))
-    made = ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=names))
-    made.uns["log2_effect"] = pd.DataFrame(effect_TG, index=list(types), columns=names)
+    made = ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=pd.Index(names)))
+    made.uns["log2_effect"] = pd.DataFrame(effect_TG, index=pd.Index(types), columns=pd.Index(names))
     return made

@@ -32,7 +32,7 @@ def read_genes(
     of = tables(mcab, q_MD, token, rows.table_TD, dtype)
     x_BS = token.position(given.counts_BS)
     A_TNM, values_TNH, a_KNH = of.A_RT.T.view(-1, N, M), of.values_TD.view(-1, N, D // N), of.a_KD.view(-1, N, D // N)
-    row = rows.index.masked_fill(~given.mask, -1) if given.padded else rows.index
+    row = rows.rows.masked_fill(~given.mask, -1) if given.padded else rows.rows
     r_BS = one_over_deviation(x_BS, row, of.uu_KK, of.ue_TK, of.ee_T, of.eps, token.kind)
     read_BNMH = pool(x_BS, r_BS, row, of.alpha_NMK, A_TNM, values_TNH, a_KNH, token.kind)
     read_BMD = read_BNMH.transpose(1, 2).flatten(2) + of.offset_D
@@ -54,7 +54,7 @@ def unpool(mcab: MCAB, head: nn.Linear, rows: GeneRows, x_BLD: Tensor) -> Tensor
 
     N, D, wide, norm = mcab.n_heads, x_BLD.shape[-1], head.weight.dtype, mcab.norm_mlp
     dtype = compute_dtype(head.weight)
-    row, query_TD = rows.index, mcab.query(rows.table_TD)
+    row, query_TD = rows.rows, mcab.query(rows.table_TD)
     q_TD = mcab.norm_query(query_TD) * (D // N) ** -0.5
     k_BLD, v_BLD = mcab.key(mcab.norm_key(x_BLD)), mcab.value(mcab.norm_value(x_BLD))
     with torch.autocast(x_BLD.device.type, enabled=False):

@@ -23,7 +23,7 @@ class GeneRows(NamedTuple):
         return len(self.shape) == 2
 
     @property
-    def index(self) -> Tensor:
+    def rows(self) -> Tensor:
         """`row`, also where it counts up."""
         if self.row is not None:
             return self.row
@@ -39,5 +39,5 @@ def rows_of(gene_ids: Tensor, embedding: nn.Embedding, embedded: Tensor | None =
     """embedded: embeddings of these genes, (S, D) or (B, S, D), if the caller has them."""
     if by_vocabulary(gene_ids, embedding):
         return GeneRows(embedding.weight, gene_ids, gene_ids.shape)
-    embedded = embedding(gene_ids) if embedded is None else embedded
-    return GeneRows(embedded.flatten(0, -2), None, gene_ids.shape)
+    table: Tensor = embedding(gene_ids) if embedded is None else embedded
+    return GeneRows(table.flatten(0, -2), None, gene_ids.shape)
