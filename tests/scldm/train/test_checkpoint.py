@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -147,7 +148,11 @@ def test_a_folder_that_was_never_renamed_is_never_loaded(run: Path) -> None:
     aside = latest(run).with_name("step-00000099.partial")
     aside.mkdir()
     (aside / "part-0-of-1.safetensors").write_bytes(b"half")
+    before = latest(run).with_name(".step-00000012.before.0123456789ab.partial")  # of a save over another, cut short
+    before.mkdir()
     assert small_run("vae", run, steps=12, validate_every=4, save_every=12).loader.read == []
+    assert not before.exists()
+    assert not aside.exists()
     checkpoint.retain(run / "checkpoints", 1)
     assert latest(run).is_dir()
 
@@ -177,7 +182,7 @@ def test_checkpoints_after_the_latest_do_not_count_as_kept(tmp_path: Path) -> No
 def test_what_could_not_be_removed_is_removed_at_the_next_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    real, refused = checkpoint.shutil.rmtree, list[Path]()
+    real, refused = shutil.rmtree, list[Path]()
 
     def refuse_once(path: Path, ignore_errors: bool = False) -> None:
         if path.name == "step-00000001.partial" and not ignore_errors and not refused:
@@ -185,7 +190,7 @@ def test_what_could_not_be_removed_is_removed_at_the_next_save(
             raise OSError("device busy")
         real(path, ignore_errors=ignore_errors)
 
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", refuse_once)
+    monkeypatch.setattr(shutil, "rmtree", refuse_once)
     small_run("vae", tmp_path, steps=4, validate_every=20, save_every=1, keep=1)
     assert refused
     assert "an old checkpoint can't be removed: device busy" in capsys.readouterr().err
