@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,6 @@ def write_index(folder: Path, n_cells: int) -> None:
     blocks["first_cell"] = number * schema.BLOCK_CELLS
     blocks["n_cells"] = np.minimum(schema.BLOCK_CELLS, n_cells - blocks["first_cell"].astype(np.int64))
     np.save(folder / schema.BLOCK_INDEX_PATH, blocks)
-    data = (folder / schema.BLOCK_INDEX_PATH).read_bytes()
     shards = []
     for k, first in enumerate(range(0, n_blocks, per_shard)):
         mine = blocks[first : first + per_shard]
@@ -134,16 +133,24 @@ def write_index(folder: Path, n_cells: int) -> None:
         (folder / path).touch()
         first_cell = int(mine["first_cell"][0])
         shards.append(
-            ShardEntry(path, 0, int(mine["n_cells"].sum(dtype=np.int64)), first_cell, len(mine), first, 0, "")
-        )
+            ShardEntry(
+                path, 0, int(mine["n_cells"].sum(dtype=np.int64)), first_cell, len(mine), first,
+                len(mine) * 430_080, "0" * 64,
+            )
+        )  # fmt: skip
     one = np.ones(1, np.int64)
+    statistics = compute_statistics(0 * one, 1, {}, one, one, 1)
+    statistics = replace(statistics, combinations=replace(statistics.combinations, n=((n_cells,),)))
     manifest = schema.Manifest(
         "cells", n_cells, GeneVocab(tuple(f"GENE{k}" for k in range(60_000)), "symbol"), ConditionVocab({}),
         (SplitEntry("train", n_cells, 0, n_blocks, 0),), {}, tuple(shards),
-        (FileEntry(schema.BLOCK_INDEX_PATH, len(data), hashlib.sha256(data).hexdigest()),),
-        schema.BLOCK_CELLS, "zstd", 1, 0, ({},),
-        {}, {}, {}, compute_statistics(0 * one, 1, {}, one, one, 1),
+        (), schema.BLOCK_CELLS, "zstd", 1, 0, ({},), {}, {}, {}, statistics,
     )  # fmt: skip
+    # of the index only that of blocks is there: nothing else is read before a block
+    sha256 = hashlib.sha256((folder / schema.BLOCK_INDEX_PATH).read_bytes()).hexdigest()
+    files = [FileEntry(path, 0, sha256) for path in schema.index_kinds(manifest)]
+    files[0] = replace(files[0], bytes=(folder / schema.BLOCK_INDEX_PATH).stat().st_size)
+    manifest = replace(manifest, index=tuple(files))
     (folder / schema.MANIFEST).write_text(json.dumps(manifest.to_json()))
 
 
