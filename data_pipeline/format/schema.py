@@ -264,17 +264,21 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class OfLatents:
-    """What `extra` holds for a set of kind latents. mean and std, each (L, Z), are there where it has training cells.
+    """What `extra` holds for a set of kind latents, and what a run on latents keeps of it. mean and std, each (L, Z),
+    are there where a set has training cells.
 
-    cells: hash of the set of cells; vae: of the autoencoder's weights
+    vae: hash of the autoencoder's weights
     shape: (L, Z)
     genes: gene set that the encoder was given
+    cells: hash of the set of cells; a run has none whose cells came as counts
+    encoded: how such a run had them
     """
 
-    cells: str
     vae: str
     shape: tuple[Annotated[int, range(1, 1 << 32)], Annotated[int, range(1, 1 << 32)]]
     genes: dict[str, Any]
+    cells: str = ""
+    encoded: str = ""
     mean: tuple[tuple[float, ...], ...] = ()
     std: tuple[tuple[float, ...], ...] = ()
 
@@ -352,6 +356,8 @@ def _misfits_of_latents(m: Manifest) -> Iterator[str]:
     except InputError as error:
         yield str(error)
         return
+    if not of.cells:
+        yield "extra.cells: must be the hash of the set of cells"
     (tokens, width), n_train = of.shape, m.splits[0].n_cells
     for name, moments in (("mean", of.mean), ("std", of.std)):
         if n_train and (len(moments) != tokens or any(len(row) != width for row in moments)):
