@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.format.describe import describe_text
-from data_pipeline.format.page import describe_html
 from data_pipeline.format.schema import read_manifest
 from launch.cli import run_verb
 from scldm.files import disk_explained, written_aside
@@ -36,6 +35,8 @@ def main(config: ShardsInfoConfig) -> None:
     manifest = read_manifest(config.path)
     print(describe_text(config.path, manifest))
     if config.html:
+        from data_pipeline.format.page import describe_html  # the text alone needs no jinja2
+
         with disk_explained(config.html), written_aside(Path(config.html)) as file:
             file.write(describe_html(config.path, manifest).encode())
         print(f"{config.html}: the same with figures")
