@@ -12,7 +12,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from scldm import draws, pretrained
+from scldm import draws, networks, pretrained
 from scldm.errors import InputError
 from scldm.flow.generate import SamplerConfig
 from scldm.model.dit import DiT, DiTConfig
@@ -58,7 +58,7 @@ def test_rows_are_the_same_bit_for_bit_whatever_is_asked_for_with_them(
     model: Pretrained, kind: pretrained.Kind
 ) -> None:
     """A batch of 64 rows and one of 6 sum floats in another order: 64 x 6 is filled up."""
-    n, columns = 2 * pretrained.BATCH_CELLS + 6, np.arange(G)[::-1]
+    n, columns = 2 * networks.BATCH_CELLS + 6, np.arange(G)[::-1]
     ticks: list[int] = []
     asked = model.check_conditions(wanted(n), seed=5)
     whole, n_evaluations_n = model.make(asked, range(n), columns, FEW, kind, ticks.append)
@@ -76,7 +76,7 @@ def test_rows_are_the_same_bit_for_bit_whatever_is_asked_for_with_them(
 @pytest.mark.parametrize("kind", ["counts", "means"])
 def test_ten_genes_asked_are_a_slice_of_all(model: Pretrained, kind: pretrained.Kind) -> None:
     """Bit for bit: shares are of all genes' total, and a gene's count is drawn by its own number."""
-    n, columns = 2 * pretrained.BATCH_CELLS + 6, np.random.default_rng(0).permutation(G)[:10]
+    n, columns = 2 * networks.BATCH_CELLS + 6, np.random.default_rng(0).permutation(G)[:10]
     asked = model.check_conditions(wanted(n), seed=7)
     whole, some = (model.make(asked, range(n), of, FEW, kind, lambda _: None).matrix for of in (np.arange(G), columns))
     assert some.nnz > n

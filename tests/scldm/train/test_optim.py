@@ -41,12 +41,12 @@ def test_the_shortest_runs_learn_too(schedule, warmup: float, decay: float, n_st
 @pytest.mark.parametrize(
     "wrong, said",
     [
-        ({"lr": 0.0}, "optim.lr=0.0"),
-        ({"warmup": -0.1}, "optim.warmup=-0.1"),
+        ({"lr": 0.0}, "lr=0.0"),
+        ({"warmup": -0.1}, "warmup=-0.1"),
         ({"warmup": 0.6, "decay": 0.6}, "add up to at most 1"),
-        ({"clip": 0.0}, "optim.clip=0.0"),
-        ({"betas": (0.9, 1.0)}, "optim.betas"),
-        ({"weight_decay": -1.0}, "optim.weight_decay=-1.0"),
+        ({"clip": 0.0}, "clip=0.0"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"weight_decay": -1.0}, "weight_decay=-1.0"),
     ],
 )
 def test_what_can_not_be_is_refused_by_name(wrong: dict, said: str) -> None:
