@@ -1,7 +1,10 @@
 """Sphinx builds these pages: `sphinx-build -W docs docs/_build`. Tutorials are executed."""
 
+import os
 import re
 from importlib import metadata
+
+os.environ.pop("MPLBACKEND", None)  # a kernel then shows figures in the page
 
 project = "scldm"
 author = copyright = "the scldm authors"
