@@ -72,7 +72,7 @@ def test_the_unpooling_takes_its_weights_again_in_tf32(name):
 
 @pytest.mark.parametrize("name", ["shared, by latents", "shared, by gene", "per cell"])
 def test_tables_are_in_tf32_beside_bf16(name, monkeypatch):
-    """By default: 1.0 to 1.1 times the error without TF32, and at most twice the formula's in bf16."""
+    """By default: 0.7 to 1.3 times the error without TF32, and at most twice the formula's in bf16."""
     case = CASES[name]
     if case.by_latents is not None:
         monkeypatch.setattr(factorised, "PAYS", 1e9 if case.by_latents else 0.0)
@@ -82,7 +82,7 @@ def test_tables_are_in_tf32_beside_bf16(name, monkeypatch):
     monkeypatch.setattr(factorised, "tf32_products", lambda on: nullcontext())
     without, n_cut = ratios("factorised", case, only_scoped=True)
     assert n_cut == 0
-    assert max(x / y for x, y in zip(found, without)) < 1.2, (found, without)
+    assert max(x / y for x, y in zip(found, without)) < 1.5, (found, without)
 
 
 @pytest.mark.parametrize(("precision", "taken"), [("bf16", True), ("fp32", False)])
