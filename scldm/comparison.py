@@ -29,6 +29,7 @@ from scldm.evaluate.metrics import METRICS
 from scldm.evaluate.protocols import PROTOCOLS
 from scldm.evaluate.report import write_report
 from scldm.evaluate.sample import SPLITS
+from scldm.label_text import labels_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,7 +51,7 @@ def evaluation(
     """Arguments as for `Pretrained.evaluate`; model: whose loss curves and hash are kept."""
     if protocol not in PROTOCOLS:
         raise InputError(f"protocol={protocol!r} must be one of {', '.join(map(repr, PROTOCOLS))}")
-    of_cell = _labels(real, split, "real", "split")
+    of_cell = labels_of(pd.DataFrame(real.obs), split, "real", "split")
     for name in SPLITS:
         if not (of_cell == name).any():
             raise InputError(
@@ -159,16 +160,6 @@ def _cells(adata: ad.AnnData, rows: np.ndarray, conditions: Sequence[str], layer
     matrix = adata.X if layer is None else adata.layers[layer]
     if matrix is None:
         raise InputError(f"{name}: X is empty; layer names where the counts are")
-    labels = {of: _labels(adata, of, name, "condition")[rows] for of in conditions}
+    obs = pd.DataFrame(adata.obs)
+    labels = {of: labels_of(obs, of, name, "condition")[rows] for of in conditions}
     return Cells.of_labels(sp.csr_matrix(matrix[rows]), labels, tuple(map(str, adata.var_names)), name)
-
-
-def _labels(adata: ad.AnnData, column: str, name: str, key: str) -> np.ndarray:
-    """A column of obs as texts."""
-    if column not in adata.obs:
-        there = ", ".join(map(str, adata.obs.columns)) or "none"
-        raise InputError(f"{name}: obs has no column {key}={column!r}; it has {there}")
-    values = pd.Series(adata.obs[column])
-    if n := int(np.asarray(values.isna()).sum()):
-        raise InputError(f"{name}: obs column {column!r} has no value in {n:,} cells; leave them out or label them")
-    return values.astype(str).to_numpy(str)

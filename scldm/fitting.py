@@ -26,6 +26,8 @@ import scipy.sparse as sp
 import torch
 
 from scldm.arguments import names_of
+from scldm.cells_file import frame_of, open_cells, read_frame, read_names, reading
+from scldm.checked import SEEDS
 from scldm.errors import InputError, read_json
 from scldm.files import flat, made_aside, write_json
 from scldm.parallel.dist import address_from_environment
@@ -95,7 +97,7 @@ def fit(
     words = {name: _words(name, given) for name, given in (("shards", shards or {}), ("vae", vae), ("ldm", ldm))}
     if words["shards"].presets:
         raise InputError(f"shards={shards!r} must be a mapping of keys, as shards={{'split.validation': 0.2}}")
-    if not 0 <= seed < 2**63:
+    if not 0 <= seed < SEEDS:
         raise InputError(f"seed={seed} must be at least 0 and below 2^63")
     if (n_ranks := address_from_environment()[1]) > 1:
         raise InputError(f"fit runs in one process, and this is one of {n_ranks}; `scldm train` runs on many")
@@ -300,7 +302,8 @@ def _file(path: Path | None, work: Path) -> str:
 
 
 def _n_cells(path: Path) -> int:
-    return ad.read_h5ad(path, backed="r").n_obs
+    with open_cells(path) as file, reading(path):
+        return len(read_names(frame_of(file, "obs", path)))
 
 
 def _write_cells(adata: ad.AnnData, config: ShardsWriteConfig, path: Path) -> None:
@@ -350,10 +353,15 @@ def _digest(adata: ad.AnnData | str | os.PathLike[str], path: Path | None, used:
 
 def _gene_columns(adata: ad.AnnData | str | os.PathLike[str], ids: Sequence[str]) -> pd.DataFrame:
     """The text columns of var, such as symbols beside ids, for the genes that the model has."""
-    var = adata.var if isinstance(adata, ad.AnnData) else ad.read_h5ad(adata, backed="r").var
+    if isinstance(adata, ad.AnnData):
+        var = pd.DataFrame(adata.var)
+    else:
+        path = Path(adata)
+        with open_cells(path) as file, reading(path):
+            var = read_frame(frame_of(file, "var", path))
     columns = {
         str(name): column.astype(str)
-        for name, column in pd.DataFrame(var).items()
+        for name, column in var.items()
         if isinstance(column.dtype, pd.CategoricalDtype | pd.StringDtype) or column.map(type).eq(str).all()
     }
     found = pd.DataFrame(columns, index=var.index)

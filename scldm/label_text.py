@@ -1,9 +1,11 @@
 """Values of a column as labels: the one place that says which text a number, a category or a missing value is.
 
-Reading order: texts, as_labels.
+Reading order: texts, as_labels, labels_of.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
@@ -53,3 +55,21 @@ def as_labels(column: pd.Series, where: str, missing: str) -> pd.Series:
             )
         labels[absent] = missing
     return labels
+
+
+def labels_of(
+    obs: pd.DataFrame, column: str, where: str, key: str = "", there: Iterable[object] | None = None
+) -> np.ndarray:
+    """A column that every cell must have a label in, (cells,) str.
+
+    key: of the configuration, that named the column; there: the columns to name, where obs has not all of them
+    Raises: InputError where the column is not there, or has no value in some cells.
+    """
+    named = f"{key}={column!r}" if key else repr(column)
+    if column not in obs:
+        columns = ", ".join(map(str, obs.columns if there is None else there)) or "none"
+        raise InputError(f"{where}: obs has no column {named}; it has {columns}")
+    values = pd.Series(obs[column])
+    if n := int(np.asarray(values.isna()).sum()):
+        raise InputError(f"{where}: obs column {named} has no value in {n:,} cells; leave them out or label them")
+    return as_labels(values, where, "").to_numpy(str)

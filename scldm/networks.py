@@ -1,6 +1,6 @@
 """Both trained networks, and what they know of genes, conditions and library sizes: cells in batches.
 
-Reading order: usable, Networks, written.
+Reading order: batch_on, usable, Networks, written.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from scldm import draws
 from scldm.arguments import names_of
+from scldm.checked import SEEDS
 from scldm.errors import InputError
 from scldm.flow.generate import SamplerConfig, generate_latents
 from scldm.library_size import LibrarySizeModel
@@ -142,7 +143,7 @@ class Networks:
     def check_conditions(self, conditions: pd.DataFrame, seed: int, sampler: SamplerConfig | None = None) -> Wanted:
         """The cells to make, or the error that generation would meet; arguments as for `generate`."""
         dit = self._dit()
-        if not 0 <= seed < 2**63:
+        if not 0 <= seed < SEEDS:
             raise InputError(f"seed={seed} must be at least 0 and below 2^63")
         if len(conditions) == 0:
             raise InputError("there are no cells to generate: the table of conditions is empty")

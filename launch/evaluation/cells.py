@@ -24,7 +24,7 @@ from scldm.errors import InputError
 from scldm.evaluate.baselines import rows_per_type
 from scldm.evaluate.cells import Cells, combination_names
 from scldm.evaluate.sample import SPLITS, Sample, rows_of_blocks
-from scldm.label_text import as_labels
+from scldm.label_text import labels_of
 from scldm.vocab import unversioned
 
 # --- shards --------------------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def cells_of_h5ad(
     """
     counts, obs, genes = _read(path, layer, [*conditions, split])
     genes = unversioned(genes)
-    labels, splits = _columns(obs, conditions, path), _labels(obs, split, path, "split")
+    labels, splits = _columns(obs, conditions, path), labels_of(obs, split, path, "split", obs.attrs["columns"])
     types = combination_names(labels, len(obs))
     found = sorted(set(splits))
     for name in SPLITS:
@@ -229,17 +229,5 @@ def _read(path: str, layer: str, columns: Sequence[str]) -> tuple[sp.csr_matrix,
 
 
 def _columns(obs: pd.DataFrame, conditions: Sequence[str], path: str) -> dict[str, np.ndarray]:
-    return {condition: _labels(obs, condition, path, "condition") for condition in conditions}
-
-
-def _labels(obs: pd.DataFrame, column: str, path: str, key: str) -> np.ndarray:
-    """A column of obs as strings."""
-    if column not in obs:
-        there = ", ".join(map(str, obs.attrs.get("columns", obs.columns))) or "none"
-        raise InputError(f"{path}: obs has no column {key}={column!r}; it has {there}")
-    values = pd.Series(obs[column])
-    if n := int(np.asarray(values.isna()).sum()):
-        raise InputError(
-            f"{path}: obs column {key}={column!r} has no value in {n:,} cells; leave them out or label them"
-        )
-    return as_labels(values, path, "").to_numpy(str)
+    there = obs.attrs.get("columns")
+    return {condition: labels_of(obs, condition, path, "condition", there) for condition in conditions}

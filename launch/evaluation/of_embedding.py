@@ -27,7 +27,7 @@ from scldm.environment import describe
 from scldm.errors import InputError
 from scldm.evaluate.representation import MAX_CELLS, N_COMPONENTS, SCORES, probe
 from scldm.files import write_json
-from scldm.label_text import as_labels
+from scldm.label_text import labels_of
 
 KEY = "X_scldm"  # where `scldm embed` writes
 CLASSIFIERS = {"linear": "linear probe", "knn": "15 nearest neighbours"}
@@ -60,8 +60,8 @@ def evaluate_embedding(
     Raises: InputError for what is not there, or does not belong together.
     """
     embedding_nD, obs = embedded(embedding, key or KEY)
-    labels = column(obs, label, embedding, "label")
-    groups = column(obs, held_out_by, embedding, "held_out_by") if held_out_by else None
+    labels = labels_of(obs, label, embedding, "label")
+    groups = labels_of(obs, held_out_by, embedding, "held_out_by") if held_out_by else None
     if held_out_by == label:
         raise InputError(f"held_out_by={held_out_by} is the label itself; give a column such as the donor")
     counts = counts_of(h5ad or embedding, layer, obs.index, embedding if h5ad else "")
@@ -102,19 +102,6 @@ def embedded(path: str, key: str) -> tuple[np.ndarray, pd.DataFrame]:
     if matrix.ndim != 2:
         raise InputError(f"{path}: obsm[{key!r}] has {matrix.ndim} dimensions; it must be a matrix (cells, width)")
     return matrix, obs
-
-
-def column(obs: pd.DataFrame, name: str, path: str, key: str) -> np.ndarray:
-    """A column of obs as strings, (cells,).
-
-    Raises: InputError where it is not there, or has no value in some cells.
-    """
-    if name not in obs:
-        there = ", ".join(map(str, obs.columns)) or "none"
-        raise InputError(f"{path}: obs has no column {key}={name!r}; it has {there}")
-    if n := int(np.asarray(obs[name].isna()).sum()):
-        raise InputError(f"{path}: obs column {key}={name!r} has no value in {n:,} cells; leave them out or label them")
-    return as_labels(pd.Series(obs[name]), path, "").to_numpy(str)
 
 
 def counts_of(path: str, layer: str, names: pd.Index, embedding: str) -> sp.csr_matrix:

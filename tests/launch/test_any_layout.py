@@ -20,8 +20,9 @@ import scipy.sparse as sp
 import scldm
 from launch import cli
 from launch.evaluation.cells import generated_cells
-from launch.evaluation.of_embedding import column, embedded
+from launch.evaluation.of_embedding import embedded
 from scldm.errors import InputError
+from scldm.label_text import labels_of
 from scldm.model_folder import save_pretrained
 from tests.data_pipeline.atlases import read_set
 from tests.scldm.small_model import CONDITIONS, GENES, library_sizes, networks
@@ -195,7 +196,7 @@ def test_what_is_made_of_a_file_does_not_depend_on_its_layout(layout: str, model
         assert obs["ill"].tolist() == [True, pd.NA, False] * 4
     latents, obs = embedded(str(tmp_path / "embedded.h5ad"), "X_scldm")
     assert latents.shape == (N, 12)
-    assert column(obs, "type", "x", "label").tolist() == TYPES
+    assert labels_of(obs, "type", "x", "label").tolist() == TYPES
 
 
 def test_a_file_that_was_opened_and_not_read_is_embedded_by_rows(model: Path, tmp_path: Path, monkeypatch) -> None:

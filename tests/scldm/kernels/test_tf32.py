@@ -88,8 +88,7 @@ def test_tables_are_in_tf32_beside_bf16(name, monkeypatch):
 @pytest.mark.parametrize(("precision", "taken"), [("bf16", True), ("fp32", False)])
 def test_an_engines_gradients_are_in_tf32_beside_bf16_alone(precision, taken):
     hardware, world = HardwareConfig(engine="plain", precision=precision), World(0, 1, torch.device("cpu"))
-    make_optimizer = lambda model: torch.optim.AdamW(model.parameters())  # noqa: E731
-    engine = PlainEngine(torch.nn.Linear(3, 2), make_optimizer, hardware, 1.0, world)
+    engine = PlainEngine(torch.nn.Linear(3, 2), lambda of: torch.optim.AdamW(of.parameters()), hardware, 1.0, world)
     (weight, _) = engine.module.parameters()
     with TF32(only_scoped=True) as mode:
         loss = (torch.ones(5, 2) @ weight).sum()  # in float32, as the linear ways are
