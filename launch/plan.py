@@ -1,38 +1,26 @@
 """`scldm plan`: what a training run will take, before a GPU is touched.
 
-Reading order: PlannedHardware, Planned, read, main, Plan, plan_of, remedies.
+Reading order: read, main, with_data.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from data_pipeline.format.schema import read_manifest
-from data_pipeline.stream.loader import LoaderConfig, StreamConfig
-from data_pipeline.stream.order import reads_of_a_block
 from launch.cli import run_verb
 from launch.config import compose
-from launch.train_ldm import TrainLDMConfig
-from launch.train_vae import TrainVAEConfig, genes_of
-from scldm.checked import Checked, checked
+from launch.planning.config import PlanConfig, PlanLDMConfig, PlanVAEConfig
+from launch.planning.layouts import compared, comparison
+from launch.planning.plan import Plan, plan_of
 from scldm.errors import InputError
-from scldm.model.dit import DiTConfig
-from scldm.model.flops import vae_flops
-from scldm.model.vae import VAEConfig
-from scldm.parallel.deepspeed_json import BUCKET, check_overrides
-from scldm.parallel.engine import HardwareConfig
-from scldm.train.budget import Memory, rank_memory, sent_bytes
+from scldm.parallel.deepspeed_json import check_overrides
 from scldm.train.run_folder import read_config
-from scldm.train.step_cost import StepCost, dit_step, vae_step
-from scldm.train.throughput import MEMORY_TB_S, PEAK_TFLOPS
 
 PURPOSE = """Say what training a config takes: parameters, memory of a rank at each ZeRO stage, bytes between ranks,
 FLOPs, cells/s and days, what the loader must deliver, and what makes it fit if it does not. Nothing is computed.
@@ -45,7 +33,6 @@ scldm plan vae/270m hardware/many_nodes hardware.nodes=128 n_genes=36130 n_cells
   hardware.micro_batch=8
 scldm plan ldm/base hardware/many_nodes n_latents=64 latent_width=16 n_cells=100_000_000
 """
-GB = 1e9
 # preset -> the machine that it is for, as keys of a plan
 MACHINES = {
     # 25 us: a small step of 1,267 kernels takes 39 ms (benchmarks/train-cpu.json)
@@ -56,125 +43,7 @@ MACHINES = {
     "hardware/one_gpu": ("hardware.gpus_per_node=1",),
     "hardware/many_nodes": ("hardware.nodes=4",),
 }
-# bytes of a rank's share of the parameters that a step moves once the pass is done, 4 B a number: the norm reads the
-# gradient, clipping reads and writes it, AdamW reads gradient, weight and two moments and writes three of them, the
-# the EMA reads weight and EMA and writes one: 1 + 2 + 7 + 3
-OPTIMIZER_BYTES = 4 * 13
 
-
-@dataclass(frozen=True)
-class PlannedHardware(HardwareConfig):
-    """The machine, as HardwareConfig lays work on it, and what it is.
-
-    nodes: of the job
-    gpus_per_node: ranks on each
-    gpu: one of a short table of peaks, with sources in scldm/train/throughput.py; peak_tflops goes before it
-    memory_gb: of a GPU, in 1e9 bytes
-    context_gb: what CUDA, NCCL and the allocator's gaps take of it
-    mfu: share of the peak that is reached by what computes
-    loader_cells_s: cells that the loader of a rank delivers a second, on a core of its own. The default was measured
-        with a gene set for each cell (benchmarks/README.md, "The stream"). A shared set takes half as long
-    host_copy_gb_s: at which a rank's share is copied to the host's memory for a checkpoint, in 1e9 bytes a second. 25
-        is an assumption, half of what PCIe 5 has
-    launch_us: what the host takes to launch a kernel, in microseconds: a micro-batch takes no less than that for each
-        of its kernels. 5 is an assumption, as torch takes 5 to 10 for an operation that is not compiled. It was not
-        measured here; `python -m benchmarks.gpu_profile` measures it
-    memory_tb_s: of a GPU's memory, in 1e12 bytes a second, at which the optimizer runs; 0 takes that of `gpu`, from
-        data sheets (scldm/train/throughput.py)
-    node_link_gb_s: what a GPU sends to others of its node in a ring, in 1e9 bytes a second. 370 is what NCCL reaches on
-        an H100's NVLink of 450 (NVIDIA/nccl-tests issue 212)
-    network_gb_s: what a node sends to others through all its adapters. 376 are eight of 400 Gb/s at 47 each, as NCCL
-        reaches 46 to 48 (NVIDIA/nccl-tests issue 290); Saturn Cloud's guide to NCCL tests expects 400 to 450 of such
-        nodes, and 250 to 300 of A100 nodes with 200 Gb/s adapters. Slow networks reach far less: 30 was seen on four
-        nodes with 400 Gb/s in all (NVIDIA/nccl issue 527)
-    """
-
-    nodes: int = checked(1, at_least=1)
-    gpus_per_node: int = checked(8, at_least=1)
-    gpu: str = "H100"
-    memory_gb: float = checked(80.0, above=0)
-    context_gb: float = checked(3.0, at_least=0)
-    mfu: float = checked(0.35, above=0, at_most=1)
-    launch_us: float = checked(5.0, at_least=0)
-    memory_tb_s: float = checked(0.0, at_least=0)
-    loader_cells_s: float = checked(85_000.0, above=0)
-    host_copy_gb_s: float = checked(25.0, above=0)
-    node_link_gb_s: float = checked(370.0, above=0)
-    network_gb_s: float = checked(376.0, above=0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.peak_tflops and self.gpu not in PEAK_TFLOPS:
-            raise InputError(
-                f"hardware.gpu={self.gpu}: known are {', '.join(PEAK_TFLOPS)}; or give hardware.peak_tflops"
-            )
-        if not self.memory_tb_s and self.gpu not in MEMORY_TB_S:
-            raise InputError(
-                f"hardware.gpu={self.gpu}: known are {', '.join(MEMORY_TB_S)}; or give hardware.memory_tb_s"
-            )
-
-    @property
-    def n_ranks(self) -> int:
-        return self.nodes * self.gpus_per_node
-
-    @property
-    def peak(self) -> float:
-        """FLOP/s of a GPU."""
-        return 1e12 * (self.peak_tflops or PEAK_TFLOPS[self.gpu][self.precision])
-
-    @property
-    def bandwidth(self) -> float:
-        """Bytes a second of a GPU's memory."""
-        return 1e12 * (self.memory_tb_s or MEMORY_TB_S[self.gpu])
-
-    @property
-    def ring(self) -> float:
-        """Bytes a second that each rank sends around a ring of all. A ring crosses the network of a node once, not once
-        a GPU: with as many rings as adapters, a node's whole network carries what each of its ranks sends."""
-        within = GB * self.node_link_gb_s
-        return within if self.nodes == 1 else min(within, GB * self.network_gb_s)
-
-
-@dataclass(frozen=True)
-class Planned(Checked):
-    """A training config, with what is not known before there are data.
-
-    run_dir: taken as training takes it; nothing is written
-    n_genes: vae: of the vocabulary; 0 takes those of data.shards
-    n_latents: ldm: latent tokens of a cell; 0 takes those of data.shards, or of the run in vae
-    latent_width: ldm: their width; likewise
-    n_cells: to train on; 0 takes those of data.shards
-    expressed: genes that a cell expresses, as the loader decodes 3 bytes of each
-    compare: plan other numbers of nodes, ZeRO stages and micro-batches too, and recommend one
-    json: print JSON, not the table
-    """
-
-    run_dir: str = ""
-    n_genes: int = checked(0, at_least=0)
-    n_latents: int = checked(0, at_least=0)
-    latent_width: int = checked(0, at_least=0)
-    n_cells: int = checked(0, at_least=0)
-    expressed: int = checked(2_000, at_least=1)
-    hardware: PlannedHardware = field(default_factory=PlannedHardware)
-    compare: bool = True
-    json: bool = False
-
-
-@dataclass(frozen=True)
-class PlanVAEConfig(Planned, TrainVAEConfig):
-    """What `scldm train vae` takes."""
-
-    data: LoaderConfig = field(default_factory=lambda: LoaderConfig(shards=""))
-
-
-@dataclass(frozen=True)
-class PlanLDMConfig(Planned, TrainLDMConfig):
-    """What `scldm train ldm` takes."""
-
-    data: StreamConfig = field(default_factory=lambda: StreamConfig(shards=""))
-
-
-PlanConfig = PlanVAEConfig | PlanLDMConfig
 CONFIG = PlanVAEConfig
 USAGE = "scldm plan [vae|ldm] [PRESET ...] [key=value ...]"
 
@@ -188,7 +57,8 @@ def read(words: Sequence[str]) -> PlanConfig:
     if len(stages) != 1:
         why = "the presets are of both" if stages else "no preset tells it"
         raise InputError(f"say what is trained, `scldm plan vae ...` or `scldm plan ldm ...`: {why}")
-    words = [key for word in words for key in (*MACHINES.get(word, ()), word)]  # what is given goes before it
+    machine = [key for word in words for key in MACHINES.get(word, ())]
+    words = [*machine, *words]  # what is given goes before it, wherever it stands
     return compose(PlanVAEConfig, words) if "vae" in stages else compose(PlanLDMConfig, words)
 
 
@@ -223,377 +93,6 @@ def with_data(config: PlanConfig) -> PlanConfig:
         if getattr(config, name) < 1:
             raise InputError(f"{name}={getattr(config, name)}: give it, or data.shards")
     return config
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run takes.
-
-    by_stage: ZeRO stage -> memory of a rank
-    fits: whether the configured stage does
-    remedies: changes that make it fit, the gentlest first
-    kernels: that a rank launches for the passes of a step, the optimizer's left out; None where the network is
-        compiled, as then nobody knows before
-    launch_s, compute_s: of those passes, of which the longer counts
-    optimizer_s: of clipping, AdamW and EMA, after the passes; None where the host's memory has them
-    exchange_s: between ranks; under the backward pass where DeepSpeed overlaps them
-    loader_s: in which the loader delivers a step's cells: a step takes no less; 0 for latents, which are copied
-    save_s: of a step, for what a checkpoint holds training up
-    """
-
-    config: PlanConfig
-    cost: StepCost
-    accumulation: int
-    by_stage: dict[int, Memory]
-    fits: bool
-    remedies: list[str]
-    formula_flops: float
-    sent_bytes: float
-    kernels: int | None
-    launch_s: float
-    compute_s: float
-    optimizer_s: float | None
-    exchange_s: float
-    loader_s: float
-    save_s: float
-    step_s: float
-
-    @property
-    def busy(self) -> float:
-        """Share of a step in which the GPU computes or updates weights."""
-        return (self.compute_s + (self.optimizer_s or 0.0)) / self.step_s
-
-    @property
-    def bound_by(self) -> str:
-        """What takes most of a step."""
-        parts = {
-            "computing": self.compute_s,
-            "launching kernels": self.launch_s,
-            "the exchange between ranks": self.exchange_s,
-            "the loader": self.loader_s,
-            "the optimizer": self.optimizer_s or 0.0,
-        }
-        return max(parts, key=lambda name: parts[name])
-
-    @property
-    def cells_per_s(self) -> float:
-        return self.config.train.global_batch / self.step_s
-
-    @property
-    def cells_per_gpu(self) -> float:
-        return self.cells_per_s / self.config.hardware.n_ranks
-
-    def row(self) -> dict[str, int | float]:
-        """One layout among others."""
-        hardware = self.config.hardware
-        return {
-            "nodes": hardware.nodes,
-            "ranks": hardware.n_ranks,
-            "zero_stage": hardware.zero_stage,
-            "micro_batch": hardware.micro_batch,
-            "gb": self.by_stage[hardware.zero_stage].peak / GB,
-            "cells_per_s": self.cells_per_s,
-            "cells_per_s_and_gpu": self.cells_per_gpu,
-            "busy": self.busy,
-            "days": self.days,
-            "gpu_days": self.days * hardware.n_ranks,
-        }
-
-    @property
-    def days(self) -> float:
-        return self.config.train.steps * self.step_s / 86_400
-
-    def to_json(self) -> dict[str, Any]:
-        config, cost = self.config, self.cost
-        return {
-            "ranks": config.hardware.n_ranks,
-            "accumulation": self.accumulation,
-            "cost": dataclasses.asdict(cost),
-            "memory": {stage: memory.to_json() for stage, memory in self.by_stage.items()},
-            "fits": self.fits,
-            "remedies": self.remedies,
-            "flops_per_cell": cost.flops / config.hardware.micro_batch,
-            "formula_flops_per_cell": self.formula_flops,
-            "sent_bytes_per_step": self.sent_bytes,
-            "kernels_per_step": self.kernels,
-            "launch_s": self.launch_s,
-            "optimizer_s": self.optimizer_s,
-            "exchange_s": self.exchange_s,
-            "loader_s": self.loader_s,
-            "save_s": self.save_s,
-            "step_s": self.step_s,
-            "busy": self.busy,
-            "bound_by": self.bound_by,
-            "cells_per_s": self.cells_per_s,
-            "days": self.days,
-            "epochs": config.train.steps * config.train.global_batch / config.n_cells,
-            "reads_of_a_block": self.reads,
-            "loader_bytes_per_s_and_node": self.loader_bytes / config.hardware.nodes,
-        }
-
-    @property
-    def launches(self) -> str:
-        if self.kernels is None:
-            return "launches that a compiled network has, not counted"
-        each = self.config.hardware.launch_us
-        return (
-            f"{self.launch_s * 1e3:,.1f} ms of launching {self.kernels:,} kernels in {each:g} us each if that is more"
-        )
-
-    @property
-    def optimizer(self) -> str:
-        if self.optimizer_s is None:
-            return "the optimizer in the host's memory, not counted"
-        return f"{self.optimizer_s * 1e3:,.1f} ms of the optimizer"
-
-    @property
-    def reads(self) -> float:
-        """Ranks that read a block."""
-        config = self.config
-        return reads_of_a_block(config.data.lanes, config.hardware.n_ranks, config.train.global_batch)
-
-    @property
-    def loader_bytes(self) -> float:
-        """A second, over all ranks, of counts or latents in the blocks that they read."""
-        config = self.config
-        if is_of_latents(config):
-            assert isinstance(config, PlanLDMConfig)
-            cell = 4 * config.n_latents * config.latent_width
-        else:
-            cell = 3 * config.expressed
-        return self.cells_per_s * self.reads * cell
-
-    def table(self) -> str:
-        config, hardware, cost = self.config, self.config.hardware, self.cost
-        cells, batch, n_steps, N = hardware.micro_batch, config.train.global_batch, config.train.steps, hardware.n_ranks
-        room = hardware.memory_gb - hardware.context_gb
-        names = ("weights", "gathered", "masters", "moments", "ema", "gradients", "buckets", "activations")
-        names = (*names, "validation", "peak", "host", "saved")
-        lines = [
-            f"{cost.n_parameters / 1e6:,.1f} million parameters; {N:,} ranks x {cells} cells x {self.accumulation} = "
-            f"{batch:,} cells a step",
-            f"memory of a rank in GB, of {room:g} beside what CUDA takes:",
-            "  ZeRO" + "".join(f"  {name}" for name in names),
-        ]
-        for stage, memory in self.by_stage.items():
-            numbers = memory.to_json()
-            row = "".join(f"  {numbers[name] / GB:>{len(name)}.2f}" for name in names)
-            mark = "  <- configured" if stage == hardware.zero_stage else ""
-            lines.append(f"  {stage:>4}{row}{mark}{'' if memory.peak / GB <= room else '  DOES NOT FIT'}")
-        if isinstance(config, PlanLDMConfig) and config.vae:
-            lines.append("without what encoding the cells as they come takes")
-        if config.model.attention in ("auto", "fused"):
-            lines.append("activations and FLOPs are those of attention=factorised, which fused takes no more than")
-        if not self.fits:
-            lines.append("it does not fit; it would with " + (", or with ".join(self.remedies) or "none of our knobs"))
-        formula = f" (by the formula {self.formula_flops / 1e9:,.2f} G)" if self.formula_flops else ""
-        epochs = n_steps * batch / config.n_cells
-        loader, read = self.cells_per_s / hardware.nodes, self.loader_bytes / hardware.nodes / 1e6
-        lines += [
-            f"FLOPs of a cell, forward and backward: {cost.flops / cells / 1e9:,.2f} G{formula}",
-            f"sent by a rank in a step: {self.sent_bytes / GB:,.2f} GB",
-            f"a step: {self.compute_s * 1e3:,.1f} ms of computing at {hardware.mfu:.0%} of {hardware.peak / 1e12:g} "
-            f"TFLOP/s, or {self.launches}; {self.optimizer}; {self.exchange_s * 1e3:,.1f} ms of exchange"
-            f"{' beside the pass' if overlaps(config) else ''}; the loader takes {self.loader_s * 1e3:,.1f} ms: "
-            f"{self.step_s * 1e3:,.1f} ms, bound by {self.bound_by}; a GPU is busy for {self.busy:.0%} of it",
-            f"{self.cells_per_s:,.0f} cells/s, {self.cells_per_s / N:,.0f} of a GPU; {n_steps:,} steps in "
-            f"{self.days:,.2f} days, {epochs:,.1f} epochs of {config.n_cells:,} cells",
-            f"the loader must deliver {loader:,.0f} cells/s to a node, from {read:,.1f} MB/s of counts (3 bytes each) "
-            "or latents",
-        ]
-        if self.reads > 1:
-            lines.append(
-                f"as data.lanes={config.data.lanes}, a block is read by {self.reads:.3g} ranks; data.lanes={N}: by one"
-            )
-        return "\n".join(lines)
-
-
-def plan_of(config: PlanConfig) -> Plan:
-    """Raises: InputError where ranks x micro-batch does not divide the global batch."""
-    hardware, N = config.hardware, config.hardware.n_ranks
-    accumulation = hardware.accumulation(config.train.global_batch, N)
-    cost = cost_of(config)
-    by_stage = {stage: memory_of(replace_hardware(config, zero_stage=stage)) for stage in (1, 2, 3)}
-    fits = does_fit(config)
-    sent = sent_bytes(cost, hardware.zero_stage, N, accumulation, hardware.precision == "bf16")
-    within = within_node(config)
-    exchange_s = sent * ((1 - within) / hardware.ring + within / (GB * hardware.node_link_gb_s))
-    compute_s = accumulation * cost.flops / (hardware.peak * hardware.mfu)
-    kernels = None if config.model.compile else accumulation * kernels_of(config)
-    launch_s = 1e-6 * hardware.launch_us * (kernels or 0)
-    optimizer_s = None if hardware.offload_optimizer else OPTIMIZER_BYTES * cost.n_parameters / N / hardware.bandwidth
-    pass_s = max(compute_s, launch_s)
-    trained_s = (max(pass_s, exchange_s) if overlaps(config) else pass_s + exchange_s) + (optimizer_s or 0.0)
-    loader_s = 0.0 if is_of_latents(config) else config.train.global_batch / N / hardware.loader_cells_s
-    save_s = by_stage[hardware.zero_stage].saved / GB / hardware.host_copy_gb_s / config.train.save_every
-    step_s = max(trained_s, loader_s) + save_s
-    formula = 0.0
-    if isinstance(config, PlanVAEConfig):
-        formula = 3 * sum(
-            vae_flops(config.model, hardware.micro_batch, *genes_of(config.data, config.n_genes)).values()
-        )
-    return Plan(
-        config,
-        cost,
-        accumulation,
-        by_stage,
-        fits,
-        [] if fits else [told for told, changed in remedies(config) if does_fit(changed)],
-        formula / hardware.micro_batch,
-        sent,
-        kernels,
-        launch_s,
-        compute_s,
-        optimizer_s,
-        exchange_s,
-        loader_s,
-        save_s,
-        step_s,
-    )
-
-
-# --- other ways to lay it out --------------------------------------------------------------------------------------
-
-WORTH = 0.5  # a GPU among many shall do at least so much of what it does in the best layout
-
-
-def compared(plan: Plan) -> list[Plan]:
-    """The fastest layout that fits for each number of nodes up to the configured one, halved each time: over ZeRO
-    stages, and micro-batches up to four times the configured one. The recommended one comes first."""
-    config, best = plan.config, []
-    nodes = config.hardware.nodes
-    while nodes:
-        found = [
-            plan_of(laid)
-            for micro_batch in sorted({max(1, config.hardware.micro_batch * k // 2) for k in (1, 2, 4, 8)})
-            for stage in (1, 2, 3)
-            if config.train.global_batch % (micro_batch * nodes * config.hardware.gpus_per_node) == 0
-            and does_fit(laid := laid_out(config, nodes, stage, micro_batch))
-        ]
-        # of layouts as fast as each other, the lowest stage
-        best += sorted(found, key=lambda other: (-round(other.cells_per_s, -1), other.config.hardware.zero_stage))[:1]
-        nodes //= 2
-    if not best:
-        return []
-    most = max(other.cells_per_gpu for other in best)
-    worth = [other for other in best if other.cells_per_gpu >= WORTH * most]
-    recommended = max(worth, key=lambda other: other.cells_per_s)
-    return [recommended, *(other for other in best if other is not recommended)]
-
-
-def laid_out(config: PlanConfig, nodes: int, stage: int, micro_batch: int) -> PlanConfig:
-    zero = config.deepspeed.get("zero_optimization", {})
-    kept = {key: value for key, value in zero.items() if key != "zero_hpz_partition_size" or stage == 3}
-    if zero != kept:
-        config = replace(config, deepspeed={**config.deepspeed, "zero_optimization": kept})
-    return replace_hardware(config, nodes=nodes, zero_stage=stage, micro_batch=micro_batch)
-
-
-def comparison(plan: Plan, others: Sequence[Plan]) -> list[str]:
-    """The table of other layouts, and what nodes are wasted."""
-    if not others:
-        return []
-    names = ("nodes", "GPUs", "ZeRO", "micro-batch", "GB", "cells/s", "of a GPU", "busy", "days", "GPU days")
-    lines = ["other layouts of the same training, the recommended one first:", "  " + "  ".join(names)]
-    for other in others:
-        cells = (f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" for value in other.row().values())
-        row = "  ".join(f"{cell:>{len(name)}}" for cell, name in zip(cells, names, strict=True))
-        lines.append(f"  {row}{'  <- recommended' if other is others[0] else ''}")
-    wasted = plan.cells_per_gpu / max(other.cells_per_gpu for other in others)
-    if wasted < WORTH:
-        lines.append(
-            f"{plan.config.hardware.nodes} nodes are wasted on it: a GPU does {wasted:.0%} of what it does in the best "
-            f"layout, as a step is bound by {plan.bound_by}"
-        )
-    return lines
-
-
-def is_of_latents(config: PlanConfig) -> bool:
-    """Whether cells come as latents, which are copied as they are."""
-    return isinstance(config, PlanLDMConfig) and not config.vae
-
-
-def cost_of(config: PlanConfig) -> StepCost:
-    """Of a micro-batch."""
-    n_cells, bf16 = config.hardware.micro_batch, config.hardware.precision == "bf16"
-    if isinstance(config, PlanVAEConfig):
-        genes = genes_of(config.data, config.n_genes)
-        return _vae(config.model, config.n_genes, n_cells, *genes, bf16, config.hardware.memory_gb)
-    return _dit(config.model, config.n_latents, config.latent_width, n_cells, bf16)
-
-
-def kernels_of(config: PlanConfig) -> int:
-    """Of a micro-batch. What fused kernels take the place of is counted as the plain formula has it, which is few
-    kernels too, not as tiles of `factorised`, by which memory and FLOPs are planned."""
-    if isinstance(config, PlanVAEConfig) and config.model.attention not in ("plain", "sdpa", "factorised"):
-        config = replace(config, model=replace(config.model, attention="plain"))
-    return cost_of(config).kernels
-
-
-@cache
-def _vae(
-    model: VAEConfig, n_genes: int, n_cells: int, n_given: int, n_asked: int, bf16: bool, memory_gb: float
-) -> StepCost:
-    return vae_step(model, n_genes, n_cells, n_given, n_asked, bf16=bf16, memory_gb=memory_gb)
-
-
-@cache
-def _dit(model: DiTConfig, n_latents: int, latent_width: int, n_cells: int, bf16: bool) -> StepCost:
-    return dit_step(model, n_latents, latent_width, {}, n_cells, bf16=bf16)
-
-
-def overlaps(config: PlanConfig) -> bool:
-    chosen = config.deepspeed.get("zero_optimization", {}).get("overlap_comm")
-    return config.hardware.zero_stage == 3 if chosen is None else bool(chosen)  # DeepSpeed's own default
-
-
-def within_node(config: PlanConfig) -> float:
-    """Share of what ZeRO-3 sends that stays on a node: of its three exchanges the gather for backward, where every
-    node keeps weights whole."""
-    return 1 / 3 if 1 < kept_by(config) <= config.hardware.gpus_per_node else 0.0
-
-
-def kept_by(config: PlanConfig) -> int:
-    """Ranks that hold the weights whole among them, besides what all ranks share (hierarchical partitioning); 1 if
-    there is none."""
-    kept = int(config.deepspeed.get("zero_optimization", {}).get("zero_hpz_partition_size", 1))
-    return kept if config.hardware.zero_stage == 3 else 1
-
-
-def memory_of(config: PlanConfig) -> Memory:
-    hardware = config.hardware
-    bucket = config.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", BUCKET)
-    bf16, offload = hardware.precision == "bf16", hardware.offload_optimizer
-    overlap, cost, kept = overlaps(config), cost_of(config), kept_by(config)
-    found = rank_memory(cost, hardware.zero_stage, hardware.n_ranks, bf16, offload, overlap, int(bucket))
-    return replace(found, weights=found.weights + 4 * cost.n_parameters / kept) if kept > 1 else found
-
-
-def does_fit(config: PlanConfig) -> bool:
-    return memory_of(config).peak / GB <= config.hardware.memory_gb - config.hardware.context_gb
-
-
-def replace_hardware(config: PlanConfig, **changes: Any) -> PlanConfig:
-    return replace(config, hardware=replace(config.hardware, **changes))
-
-
-def remedies(config: PlanConfig) -> Iterator[tuple[str, PlanConfig]]:
-    """Knobs that change memory and no result, each alone and then all together: what to say, and the config."""
-    hardware = config.hardware
-    recompute = replace(config, model=replace(config.model, recompute=True))
-    if not config.model.recompute:
-        yield "model.recompute=true", recompute
-    smaller = max(1, hardware.micro_batch // 2)
-    while smaller > 1 and not does_fit(replace_hardware(config, micro_batch=smaller)):
-        smaller = max(1, smaller // 2)
-    if smaller < hardware.micro_batch:
-        yield f"hardware.micro_batch={smaller}", replace_hardware(config, micro_batch=smaller)
-    for stage in range(hardware.zero_stage + 1, 4):
-        yield f"hardware.zero_stage={stage}", replace_hardware(config, zero_stage=stage)
-    if not hardware.offload_optimizer:
-        yield "hardware.offload_optimizer=true", replace_hardware(config, offload_optimizer=True)
-    every = replace_hardware(recompute, micro_batch=1, zero_stage=3, offload_optimizer=True)
-    yield "hardware.micro_batch=1 model.recompute=true hardware.zero_stage=3 hardware.offload_optimizer=true", every
 
 
 if __name__ == "__main__":

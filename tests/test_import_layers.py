@@ -38,10 +38,10 @@ LEAVES = EVERYWHERE | {
 FOR_DATA = {"scldm.batch", "scldm.cells_file", "scldm.label_text", "scldm.micro_batches", "scldm.vocab"}
 BESIDE_VERBS = {"launch.cli", "launch.config", "launch.failure", "launch.own_cells", "launch.staged"}
 BESIDE_VERBS |= {"launch.checkpoints", "launch.trained", "launch.training"}
-LAUNCH = BESIDE_VERBS | {"launch.cluster", "launch.evaluation"}
+LAUNCH = BESIDE_VERBS | {"launch.cluster", "launch.evaluation", "launch.planning"}
 ANYTHING = {"data_pipeline", "scldm"}  # every room of these
-# a verb is wiring: these two alone need the keys of other verbs
-ABOVE_VERBS = {"launch.plan", "launch.quickstart"}
+# a verb is wiring: this one alone needs the keys of other verbs
+ABOVE_VERBS = {"launch.quickstart"}
 # room -> the rooms of ours that it may import besides itself and EVERYWHERE
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES - EVERYWHERE},
@@ -77,6 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(BESIDE_VERBS - {"launch.config", "launch.failure"}, ANYTHING | BESIDE_VERBS),
     "launch.evaluation": ANYTHING | BESIDE_VERBS,
     "launch.cluster": ANYTHING | LAUNCH,
+    "launch.planning": ANYTHING | BESIDE_VERBS | {"launch"},  # the keys of a training
     "launch": ANYTHING | LAUNCH,  # a verb
     "benchmarks": ANYTHING | LAUNCH | {"launch"},
 }

@@ -13,17 +13,9 @@ from data_pipeline.stream.loader import shard_batches
 from data_pipeline.write_latents import LatentWriter
 from launch.cli import main
 from launch.config import flatten
-from launch.plan import (
-    PlanLDMConfig,
-    PlanVAEConfig,
-    cost_of,
-    does_fit,
-    memory_of,
-    plan_of,
-    read,
-    remedies,
-    with_data,
-)
+from launch.plan import read, with_data
+from launch.planning.config import PlanLDMConfig, PlanVAEConfig
+from launch.planning.plan import cost_of, does_fit, memory_of, plan_of, remedies
 from launch.train_ldm import TrainLDMConfig
 from launch.train_vae import TrainVAEConfig
 from scldm.errors import InputError
@@ -103,7 +95,8 @@ def test_a_preset_is_planned_for_the_machine_that_it_is_for() -> None:
     assert machine("hardware/one_gpu") == ("H100", 1, 1)
     assert machine("hardware/node_8gpu") == ("H100", 1, 8)
     assert machine("hardware/many_nodes") == ("H100", 4, 8)
-    assert machine("hardware/many_nodes", "hardware.nodes=16") == ("H100", 16, 8)
+    for words in (("hardware/many_nodes", "hardware.nodes=16"), ("hardware.nodes=16", "hardware/many_nodes")):
+        assert machine(*words) == ("H100", 16, 8)
     assert machine("hardware/cpu") == ("CPU", 1, 1)
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from launch.cli import VERBS
 from launch.config import compose, flatten
-from launch.plan import PlanLDMConfig
+from launch.planning.config import PlanLDMConfig
 from scldm.checked import RANGE, Checked, Range, checked
 from scldm.errors import InputError
 

@@ -1,0 +1,29 @@
+"""A column of obs as labels is one thing everywhere."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from scldm.errors import InputError
+from scldm.label_text import labels_of
+
+OBS = pd.DataFrame({"dose": [10.0, 0.1], "kind": pd.Categorical(["a", "b"]), "gap": ["x", None]})
+
+
+def test_a_number_is_the_same_label_however_it_is_stored() -> None:
+    for values in (OBS["dose"], OBS["dose"].astype("Float32"), OBS["dose"].astype("category"), ["10", "0.1"]):
+        assert labels_of(pd.DataFrame({"dose": values}), "dose", "x").tolist() == ["10", "0.1"]
+    assert labels_of(OBS, "kind", "x").dtype.kind == "U"
+
+
+@pytest.mark.parametrize(
+    "column, said",
+    [("none", "x: obs has no column split='none'; it has dose, kind, gap"), ("gap", "'gap' has no value in 1 cells")],
+)
+def test_what_is_no_label_is_refused(column: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        labels_of(OBS, column, "x", "split")
+    with pytest.raises(InputError, match="it has a, b"):
+        labels_of(OBS, "none", "x", "split", np.array(["a", "b"]))
