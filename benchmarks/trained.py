@@ -13,7 +13,6 @@ from pathlib import Path
 
 import anndata as ad
 import numpy as np
-import scipy.sparse as sp
 import torch
 
 import scldm
@@ -65,11 +64,6 @@ class RealCells:
         self.adata = ad.read_h5ad(path)[:, genes].to_memory()
         self.label_n = self.adata.obs[config.label].astype(str).to_numpy()
         self.n_genes, self.n_cells = manifest.genes.n_genes, manifest.n_cells
-
-    def total_of(self, columns: np.ndarray) -> np.ndarray:
-        """Counts of every cell in these genes, (n,)."""
-        counts = sp.csr_matrix(self.adata.X)
-        return np.asarray(counts[:, columns].sum(axis=1)).ravel()
 
     def train(self, name: str, arguments: Iterable[str]) -> Trained:
         """`vae/tiny` with these arguments, on one process, validated once, at its end."""

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.metadata
-import re
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from launch.config import check_presets, compose, help_text
 from launch.failure import note_failure
-from scldm.environment import without_passwords
+from scldm.environment import install_hint, without_passwords
 from scldm.errors import REFUSED, InputError
 from scldm.version import VERSION
 
@@ -55,16 +53,6 @@ PRESETS = {
     "generate": ("sampler",),
     "transform": ("sampler",),
 }
-
-EXTRAS = (
-    "shards",
-    "data",
-    "train",
-    "evaluate",
-    "ode",
-    "cell-eval",
-)  # of those that bring a package, the first is named
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "ot": "pot", "umap": "umap-learn", "skmisc": "scikit-misc"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,25 +126,6 @@ def refuse(command: str, why: str, code: int = REFUSED) -> int:
     print(f"{command}: error: {why}", file=sys.stderr)
     note_failure(code, why)
     return code
-
-
-def install_hint(package: str) -> str:
-    """What brings a package, as scldm's own metadata has it."""
-    name, found = DISTRIBUTIONS.get(package, package).replace("_", "-"), set[str]()
-    try:
-        requirements = importlib.metadata.requires("scldm") or []
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout that was never installed
-        requirements = []
-    for requirement in requirements:
-        wanted, _, marker = requirement.partition(";")
-        if re.split(r"[^\w.-]", wanted, maxsplit=1)[0].lower() == name:
-            found |= set(re.findall(r"extra == ['\"]([\w-]+)", marker)) or {""}
-    extra = next((e for e in EXTRAS if e in found), "")
-    if not found:
-        return f"pip install {name} may bring it"
-    what = f'".[{extra}]"' if extra else "."
-    brings = f"scldm's extra {extra!r} brings it" if extra else "scldm needs it"
-    return f"{brings}: pip install -c constraints.txt -e {what}, in scldm's folder"
 
 
 def config_of(module: Any, words: Sequence[str]) -> Any:

@@ -24,7 +24,7 @@ class OwnCellsConfig(Checked):
     model: model folder that `scldm export` wrote
     h5ad: h5ad or zarr file with raw counts
     out: h5ad file to write
-    layer: layer that holds the counts; empty is X
+    layer: where the counts are, as X, raw or a layer's name; empty looks in X, layers/counts and raw
     drop_empty: leave out cells without a count in any gene that the model knows; else they are refused
     device: torch device; empty is a GPU where there is one
     batch: cells that go through the networks at once; another number differs in the last bits. null takes 64 on a CPU,

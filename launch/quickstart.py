@@ -52,7 +52,7 @@ MADE = (
 class QuickstartConfig(Checked):
     """What to run it on.
 
-    h5ad: file with raw counts; empty takes the built-in cells
+    h5ad: h5ad or zarr file with raw counts; empty takes the built-in cells
     condition: obs columns whose labels are conditions, such as cell_type; several with a comma, or one after another
     layer: where the counts are, as X, layers/counts or raw/X; empty finds out
     top_genes: of a file with more genes, only so many most variable ones are kept; 0 keeps all
@@ -173,8 +173,6 @@ def open_folder(config: QuickstartConfig, out: Path) -> dict:
 
     Raises: InputError for an h5ad without a condition, or a folder of another run.
     """
-    if config.h5ad and not Path(config.h5ad).is_file():
-        raise InputError(f"h5ad={config.h5ad}: no such file")
     if bool(config.h5ad) != bool(config.condition):
         raise InputError("h5ad and condition go together: the file, and the obs columns that cells are generated for")
     if config.h5ad:

@@ -1,14 +1,16 @@
-"""What a user of the Python API gives, checked: one of several words, a list of names, a mapping.
+"""What a user of the Python API gives, checked: one of several words, a seed, a list of names, a mapping.
 
-Reading order: one_of, names_of, mapping_of.
+Reading order: one_of, seed_of, names_of, mapping_of.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from numbers import Integral
 from typing import Any, get_args
 
+from scldm.checked import SEEDS
 from scldm.errors import InputError
 
 
@@ -20,6 +22,13 @@ def one_of(name: str, value: Any, choices: Any) -> None:
     near = difflib.get_close_matches(str(value), map(str, known), n=1, cutoff=0.5)
     guess = f"; did you mean {near[0]!r}?" if near else ""
     raise InputError(f"{name}={value!r} must be one of {', '.join(map(repr, known))}{guess}")
+
+
+def seed_of(value: Any) -> int:
+    """Raises: InputError for what is no whole number that draws can be keyed by."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) < SEEDS:
+        raise InputError(f"seed={value!r} must be a whole number, at least 0 and below 2^63")
+    return int(value)
 
 
 def names_of(name: str, value: Iterable[str] | None, what: str, example: str) -> tuple[str, ...]:

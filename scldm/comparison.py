@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from scldm.count_matrix import count_matrix
 from scldm.environment import describe
 from scldm.errors import InputError
 from scldm.evaluate.cells import Cells
@@ -59,7 +60,7 @@ def evaluation(
                 f"{', '.join(map(repr, sorted(set(of_cell))[:5]))}"
             )
     parts = [_cells(real, np.flatnonzero(of_cell == name), conditions, layer, f"real ({name})") for name in SPLITS]
-    made = _cells(generated, np.arange(generated.n_obs), conditions, None, "generated")
+    made = _cells(generated, np.arange(generated.n_obs), conditions, "X", "generated")
     found = compare(parts[0], parts[1], parts[2], made, EvaluateConfig(seed=seed), protocol, control)
     rows = {stage: table.to_dict("records") for stage, table in model.history.items()}
     found["curves"] = {
@@ -155,11 +156,7 @@ def gene_changes(counts: sp.csr_matrix, genes: pd.Index, n: int) -> pd.DataFrame
 
 
 def _cells(adata: ad.AnnData, rows: np.ndarray, conditions: Sequence[str], layer: str | None, name: str) -> Cells:
-    if layer is not None and layer not in adata.layers:
-        raise InputError(f"layer={layer!r} is not there; real has {', '.join(map(repr, adata.layers)) or 'none'}")
-    matrix = adata.X if layer is None else adata.layers[layer]
-    if matrix is None:
-        raise InputError(f"{name}: X is empty; layer names where the counts are")
+    found = count_matrix(adata, layer, name)
     obs = pd.DataFrame(adata.obs)
     labels = {of: labels_of(obs, of, name, "condition")[rows] for of in conditions}
-    return Cells.of_labels(sp.csr_matrix(matrix[rows]), labels, tuple(map(str, adata.var_names)), name)
+    return Cells.of_labels(sp.csr_matrix(found.matrix[rows]), labels, tuple(found.genes), name)

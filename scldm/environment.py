@@ -72,3 +72,27 @@ def git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
+
+
+# of those that bring a package, the first is named
+EXTRAS = ("shards", "data", "train", "evaluate", "ode", "cell-eval")
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "ot": "pot", "umap": "umap-learn", "skmisc": "scikit-misc"}
+
+
+def install_hint(package: str) -> str:
+    """What brings a package, as scldm's own metadata has it."""
+    name, found = DISTRIBUTIONS.get(package, package).replace("_", "-"), set[str]()
+    try:
+        requirements = metadata.requires("scldm") or []
+    except metadata.PackageNotFoundError:  # run from a checkout that was never installed
+        requirements = []
+    for requirement in requirements:
+        wanted, _, marker = requirement.partition(";")
+        if re.split(r"[^\w.-]", wanted, maxsplit=1)[0].lower() == name:
+            found |= set(re.findall(r"extra == ['\"]([\w-]+)", marker)) or {""}
+    extra = next((e for e in EXTRAS if e in found), "")
+    if not found:
+        return f"pip install {name} may bring it"
+    what = f'".[{extra}]"' if extra else "."
+    brings = f"scldm's extra {extra!r} brings it" if extra else "scldm needs it"
+    return f"{brings}: pip install -c constraints.txt -e {what}, in scldm's folder"

@@ -25,11 +25,12 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
-from scldm.arguments import names_of
-from scldm.cells_file import frame_of, open_cells, read_frame, read_names, reading
-from scldm.checked import SEEDS
+from scldm.arguments import names_of, seed_of
+from scldm.cells_file import frame_of, made_storable, open_cells, read_frame, read_names, reading
+from scldm.environment import install_hint
 from scldm.errors import InputError, read_json
 from scldm.files import flat, made_aside, write_json
+from scldm.label_text import texts
 from scldm.parallel.dist import address_from_environment
 from scldm.pretrained import Pretrained, load
 
@@ -74,10 +75,10 @@ def fit(
 ) -> Pretrained:
     """Train a model on the cells: first the autoencoder, then the diffusion transformer on its latents.
 
-    It runs in this process, on the GPU if torch has one, else on the CPU. `obs["scldm_split"]` then says of every cell
-    whether it was trained on: train, validation, test, or left out by a filter.
+    It runs in this process, on the GPU if torch has one, else on the CPU. `obs["scldm_split"]` of an AnnData then says
+    of every cell whether it was trained on: train, validation, test, or left out by a filter. A file is left as it is.
 
-    adata: the cells, or the path of an h5ad file. Raw counts are found in `X`, `layers["counts"]` or `raw.X`
+    adata: the cells, or the path of an h5ad or zarr file. Raw counts are found in `X`, `layers["counts"]` or `raw.X`
     conditions: columns of obs that cells can be generated for, as ["cell_type", "treatment"]
     layer: where the counts are, where that can't be found: X, raw or a layer's name
     shards: keys of `scldm shards write`, as {"filter.n_top_genes": 2000, "split.by": "donor"}. Validation and test
@@ -97,8 +98,7 @@ def fit(
     words = {name: _words(name, given) for name, given in (("shards", shards or {}), ("vae", vae), ("ldm", ldm))}
     if words["shards"].presets:
         raise InputError(f"shards={shards!r} must be a mapping of keys, as shards={{'split.validation': 0.2}}")
-    if not 0 <= seed < SEEDS:
-        raise InputError(f"seed={seed} must be at least 0 and below 2^63")
+    seed = seed_of(seed)
     if (n_ranks := address_from_environment()[1]) > 1:
         raise InputError(f"fit runs in one process, and this is one of {n_ranks}; `scldm train` runs on many")
     if start_from is not None and not isinstance(start_from, Pretrained):
@@ -119,9 +119,8 @@ def fit(
                 said = said.replace(key, here)
             raise InputError(said) from None
         except ModuleNotFoundError as error:
-            raise InputError(
-                f"fit needs the package {str(error.name).partition('.')[0]}; the extra shards brings it"
-            ) from error
+            package = str(error.name).partition(".")[0]
+            raise InputError(f"fit needs the package {package}; {install_hint(package)}") from error
         if isinstance(adata, ad.AnnData):
             adata.obs[SPLIT] = pd.Categorical(_splits(work / "shards", adata.n_obs))
     return model
@@ -153,7 +152,7 @@ def _train(
     from data_pipeline.format.schema import read_manifest
     from data_pipeline.stream.gene_sets import as_whole_cells
     from launch import encode, export, shards_write, train_ldm, train_vae
-    from launch.config import compose
+    from launch.config import check_presets, compose
     from launch.evaluation.gate import read_gate
 
     given = words["shards"].keys
@@ -169,6 +168,7 @@ def _train(
     for name, verb in (("vae", train_vae), ("ldm", train_ldm)):  # before anything is made
         presets = words[name].presets or [f"{name}/tiny"]
         try:
+            check_presets(f"{name}=", presets, (name, "hardware"))
             compose(verb.CONFIG, [*presets, *words[name].keys, "data.shards=-", "run_dir=-"])
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
@@ -292,8 +292,8 @@ def _checked(adata: Any, conditions: tuple[str, ...]) -> Path | None:
     if not isinstance(adata, str | os.PathLike):
         raise InputError(f"adata is of type {type(adata).__name__}; it must be an AnnData, or the path of an h5ad file")
     path = Path(adata)
-    if not path.is_file():
-        raise InputError(f"adata={path}: no such file")
+    with open_cells(path) as file:  # which says what it is, if it is no such file
+        frame_of(file, "obs", path)
     return path.resolve()
 
 
@@ -314,7 +314,11 @@ def _write_cells(adata: ad.AnnData, config: ShardsWriteConfig, path: Path) -> No
     missing = [name for name in columns if name not in adata.obs]
     if missing:
         raise InputError(f"shards: adata.obs has no column {missing[0]!r}; it has {', '.join(map(str, adata.obs))}")
-    parts: dict[str, Any] = {"obs": adata.obs if config.source.obs_filter else adata.obs[columns]}
+    obs = pd.DataFrame(adata.obs if config.source.obs_filter else adata.obs[columns])
+    for name in columns:
+        column = pd.Series(obs[name])
+        obs = obs.assign(**{name: texts(column).where(column.notna()).astype("category")})
+    parts: dict[str, Any] = {"obs": obs}
     parts["var"] = adata.var if config.source.var_filter or config.source.gene_column else adata.var[[]]
     wanted = {"counts", config.source.layer.removeprefix("layers/")}
     kept = {name: matrix for name, matrix in adata.layers.items() if name in wanted}
@@ -326,22 +330,25 @@ def _write_cells(adata: ad.AnnData, config: ShardsWriteConfig, path: Path) -> No
         }
         slim.raw = ad.AnnData(adata.raw.X, **index)
     with made_aside(path) as part:
-        slim.write_h5ad(part)
+        made_storable(slim).write_h5ad(part)
 
 
 def _digest(adata: ad.AnnData | str | os.PathLike[str], path: Path | None, used: str) -> str:
     """What tells cells apart: of a file its name, size and time, of an AnnData its genes, counts and labels.
 
-    used: the words that name the columns of obs that matter
+    used: the words that name the columns of obs and var that matter
     """
     if path is not None:
-        stat = path.stat()
-        return f"{path} {stat.st_size} {stat.st_mtime_ns}"
+        from data_pipeline.convert.source import size_and_time
+
+        size, modified_ns = size_and_time(str(path))
+        return f"{path} {size} {modified_ns}"
     assert isinstance(adata, ad.AnnData)
     digest = hashlib.sha256("\n".join([*map(str, adata.var_names), *map(str, adata.obs_names)]).encode())
-    for name in adata.obs:
-        if str(name) in used and name != SPLIT:
-            digest.update("\n".join([str(name), *adata.obs[name].astype(str)]).encode())
+    for table in (adata.obs, adata.var):  # of var, those that choose or name genes
+        for name in table:
+            if str(name) in used and name != SPLIT:
+                digest.update("\n".join([str(name), *table[name].astype(str)]).encode())
     raw: list[Any] = [] if adata.raw is None else [adata.raw.X]
     matrices: list[Any] = [adata.X, *(adata.layers[name] for name in sorted(adata.layers)), *raw]
     for matrix in matrices:

@@ -1,11 +1,11 @@
 """Values of a column as labels: the one place that says which text a number, a category or a missing value is.
 
-Reading order: texts, as_labels, labels_of.
+Reading order: texts, known_label, as_labels, labels_of.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 import pandas as pd
@@ -34,6 +34,18 @@ def _text(value: object) -> str:
     if isinstance(value, (float, np.floating)) and np.isfinite(value) and value == np.floor(value):
         return str(int(value))
     return str(value)
+
+
+def known_label(label: object, known: Collection[str]) -> str:
+    """A label that somebody typed, or took from a table of text, as the known labels have it: `10.0` is their `10`."""
+    text = _text(label)
+    if text in known:
+        return text
+    try:
+        number = _text(float(text))
+    except ValueError:
+        return text
+    return number if number in known else text
 
 
 def as_labels(column: pd.Series, where: str, missing: str) -> pd.Series:

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from scldm import draws
-from scldm.arguments import names_of
-from scldm.checked import SEEDS
+from scldm.arguments import names_of, seed_of
 from scldm.errors import InputError
 from scldm.flow.generate import SamplerConfig, generate_latents
 from scldm.library_size import LibrarySizeModel
@@ -143,8 +142,7 @@ class Networks:
     def check_conditions(self, conditions: pd.DataFrame, seed: int, sampler: SamplerConfig | None = None) -> Wanted:
         """The cells to make, or the error that generation would meet; arguments as for `generate`."""
         dit = self._dit()
-        if not 0 <= seed < SEEDS:
-            raise InputError(f"seed={seed} must be at least 0 and below 2^63")
+        seed = seed_of(seed)
         if len(conditions) == 0:
             raise InputError("there are no cells to generate: the table of conditions is empty")
         combination_n, labels = distinct(conditions.drop(columns="library_size", errors="ignore"))

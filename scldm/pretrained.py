@@ -21,13 +21,16 @@ import torch
 from torch import Tensor
 
 from scldm import draws
-from scldm.arguments import mapping_of, names_of, one_of
+from scldm.arguments import mapping_of, names_of, one_of, seed_of
 from scldm.batch import GeneCounts
 from scldm.cells_file import storable
+from scldm.count_matrix import count_matrix
+from scldm.environment import install_hint
 from scldm.errors import InputError, read_json
 from scldm.flow.generate import SamplerConfig, guided
 from scldm.flow.shift import way
 from scldm.flow.transform import blend, from_noise, to_noise
+from scldm.label_text import known_label
 from scldm.library_size import LibrarySizeModel
 from scldm.model.all_genes import encoder_of
 from scldm.model.dit import DiT
@@ -163,8 +166,9 @@ class Pretrained(Networks):
     def embed(self, adata: ad.AnnData, *, layer: str | None = None, pool: Pool = "flat") -> np.ndarray:
         """Posterior means of the cells' latent tokens, float32: (n, L * Z), tokens in order, or their mean (n, Z).
 
-        adata: raw counts in `X`, in `layers[layer]`, or in `raw.X` for layer `raw`. Genes are matched by `var_names`;
-            those that the model does not know are left out, and those that the file lacks simply make the set smaller
+        adata: raw counts in X, layers["counts"] or raw.X. Genes are matched by `var_names`; those that the model does
+            not know are left out, and those that the file lacks simply make the set smaller
+        layer: where the counts are, where that can't be found: X, raw or a layer's name
 
         Raises: InputError for counts that are none, or no gene in common.
         """
@@ -228,8 +232,7 @@ class Pretrained(Networks):
 
     def matched(self, adata: ad.AnnData, layer: str | None = None) -> GeneMatch:
         """How many of the model's genes the cells have. Arguments and errors as for `embed`."""
-        of = adata.raw if layer in ("raw", "raw/X") and adata.raw is not None else adata
-        return self.genes.match(list(map(str, of.var_names)), "the cells", self.min_gene_share)
+        return self.genes.match(count_matrix(adata, layer).genes, "the cells", self.min_gene_share)
 
     def counted(self, adata: ad.AnnData, layer: str | None = None) -> np.ndarray:
         """Which cells have a count in any gene that the model knows, bool (n,): the others are refused by `embed`,
@@ -244,25 +247,19 @@ class Pretrained(Networks):
                 f"this autoencoder was trained with data.given.policy={policy} and is given all genes of a file here, "
                 f"which is another function; `scldm encode` with genes.policy={policy} encodes cells as it was trained"
             )
-        from_raw = layer in ("raw", "raw/X") and adata.raw is not None
-        if layer is not None and not from_raw and layer not in adata.layers:
-            there = [*(["raw"] if adata.raw is not None else []), *adata.layers]
-            raise InputError(f"layer {layer!r} is not there; there are X{''.join(f', {name}' for name in there)}")
         if adata.n_obs == 0:
             raise InputError("there are no cells to embed")
-        matrix = adata.raw.X if from_raw else adata.X if layer is None else adata.layers[layer]
-        if matrix is None:
-            raise InputError("X is empty; name the layer that holds the counts")
-        names = list(map(str, adata.raw.var_names if from_raw else adata.var_names))
+        found_in = count_matrix(adata, layer)
+        names = found_in.genes
         if len(set(names)) < len(names):
             twice = next(name for name, n in Counter(names).items() if n > 1)
             raise InputError(f"gene {twice!r} stands twice in var_names; they must be unique")
         found = self.genes.match(names, "the cells", self.min_gene_share)
-        counts: Any = _columns(matrix, found.index_n > 0)
+        counts: Any = _columns(found_in.matrix, found.index_n > 0)
         counts.eliminate_zeros()
         wrong = counts.data[~((counts.data >= 0) & (counts.data <= MAX_COUNT) & (counts.data == np.rint(counts.data)))]
         if len(wrong):
-            raise InputError(f"{layer or 'X'} holds {wrong[0]:g}, which is not a count; give raw counts")
+            raise InputError(f"{found_in.name} holds {wrong[0]:g}, which is not a count; give raw counts")
         empty = int((counts.getnnz(1) == 0).sum())
         if empty and not empty_too:
             raise InputError(
@@ -307,7 +304,9 @@ class Pretrained(Networks):
         """
         sampler, dit = _sampler(sampler), self._dit()
         one_of("kind", kind, Kind)
+        seed = seed_of(seed)
         to = mapping_of("to", to, '{"treatment": "stim"}')
+        to = {name: known_label(label, self.conditions.labels.get(name, ())) for name, label in to.items()}
         obs = storable(pd.DataFrame(adata.obs))
         own = tuple(name for name in self.conditions.names if name in obs)
         by = own if by is None else names_of("by", by, "columns of obs", '["cell_type", "treatment"]')
@@ -416,7 +415,7 @@ class Pretrained(Networks):
         """Generated cells against the real test cells: the tables and figures of `scldm evaluate`.
 
         generated: counts in X and the conditions in obs, as `generate` gives them
-        real: raw counts in X or `layers[layer]`, the conditions in obs, and the column `split`, which says train,
+        real: raw counts, found as for `embed`, the conditions in obs, and the column `split`, which says train,
             validation or test of every cell; others are left out. `scldm.fit` has written it
         conditions: by which cells are told apart; the default is all of the model's
         control: condition -> the label that its responses start from; a usual name, such as control, is found
@@ -427,9 +426,8 @@ class Pretrained(Networks):
         try:
             from scldm.comparison import evaluation  # takes seconds to import
         except ModuleNotFoundError as error:
-            raise InputError(
-                f"evaluate needs the package {str(error.name).partition('.')[0]}; the extra evaluate brings it"
-            ) from error
+            package = str(error.name).partition(".")[0]
+            raise InputError(f"evaluate needs the package {package}; {install_hint(package)}") from error
         names = self.conditions.names if self.dit is None else tuple(self.dit.n_labels)
         if conditions is not None:
             names = names_of("conditions", conditions, "conditions", '["cell_type"]')

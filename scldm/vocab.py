@@ -20,6 +20,7 @@ import numpy as np
 
 from scldm.errors import InputError, read_json
 from scldm.given_json import typed
+from scldm.label_text import known_label
 
 Namespace = Literal["ensembl", "symbol"]
 PADDING = 0
@@ -202,15 +203,16 @@ class ConditionVocab:
         if name not in self.labels:
             raise InputError(f"condition {name!r} is unknown; the model knows {', '.join(self.labels) or 'none'}")
         index = self.index_of[name]
+        known = {value: known_label(value, index) for value in set(values)}
         for value in values:
-            if value not in index:
+            if known[value] not in index:
                 if len(index) <= FEW_LABELS:
                     told = f"it has {', '.join(map(repr, index))}"
                 else:
                     near = difflib.get_close_matches(str(value), self.labels[name], n=3, cutoff=0.3)
                     told = f"nearest of its {len(index)}: {', '.join(map(repr, near or self.labels[name][:5]))}"
                 raise InputError(f"condition {name!r} has no label {value!r}; {told}")
-        return np.fromiter((index[v] for v in values), dtype=np.int64, count=len(values))
+        return np.fromiter((index[known[v]] for v in values), dtype=np.int64, count=len(values))
 
     def decode(self, name: str, ids: Iterable[int]) -> list[str]:
         return [self.labels[name][k] for k in ids]

@@ -24,6 +24,7 @@ LEAVES = EVERYWHERE | {
     "scldm.vocab",
     "scldm.label_text",
     "scldm.cells_file",
+    "scldm.count_matrix",
     "scldm.likelihood",
     "scldm.count_basis",
     "scldm.count_draws",
@@ -45,7 +46,8 @@ ABOVE_VERBS = {"launch.quickstart"}
 # room -> the rooms of ours that it may import besides itself and EVERYWHERE
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES - EVERYWHERE},
-    "scldm.evaluate": {"scldm.likelihood", "scldm.vocab"},
+    "scldm.evaluate": {"scldm.label_text", "scldm.likelihood", "scldm.vocab"},
+    "scldm.vocab": {"scldm.label_text"},
     "scldm.kernels": {"scldm.count_basis", "scldm.tf32"},
     "scldm.parallel": {"scldm.micro_batches", "scldm.tf32"},
     "scldm.model": LEAVES - {"scldm.parallel"},

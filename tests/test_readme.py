@@ -22,7 +22,9 @@ from scldm.errors import LOST, REFUSED, REQUEUE, STOPPED, InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "data_pipeline/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, *(ROOT / f"{name}.md" for name in ("ARCHITECTURE", "CONTRIBUTING", "benchmarks/speedrun"))]
+PAGES += [ROOT / f"{room}/README.md" for room in ("benchmarks", "data_pipeline", "slurm")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 PLAIN = {"git", "cd", "export", "deactivate"}  # commands that name nothing of ours
 # group of presets -> the verbs that they are for; `plan` takes those of a run, with keys of its own
 VERBS_OF = {

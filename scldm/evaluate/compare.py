@@ -38,6 +38,7 @@ from scldm.evaluate.sample import SPLITS
 from scldm.evaluate.scores import CHEAP, Levels, Scores, errors_of, score_sets, scored_labels, table
 from scldm.evaluate.space import Profile, Space, log_normalise
 from scldm.evaluate.verdict import summary, verdict
+from scldm.label_text import known_label
 from scldm.progress import Progress
 from scldm.vocab import MIN_GENE_SHARE
 
@@ -202,10 +203,11 @@ def known_controls(test: Cells, given: Mapping[str, str]) -> dict[str, str]:
                 f"control.{condition}={label}: the conditions are {', '.join(test.labels) or 'none'}; give one of these"
             )
         there = np.unique(test.labels[condition]).tolist()
-        if label not in there:
+        if known_label(label, there) not in there:
             raise InputError(f"control.{condition}={label}: no test cell has this label; there are {there[:10]}")
     guessed = {c: guess_control(np.unique(column).tolist()) for c, column in test.labels.items()}
-    return {c: label for c in test.labels if (label := given.get(c) or guessed[c])}
+    own = {c: known_label(label, np.unique(test.labels[c]).tolist()) for c, label in given.items()}
+    return {c: label for c in test.labels if (label := own.get(c) or guessed[c])}
 
 
 def _rng(config: EvaluateConfig) -> Callable[..., np.random.Generator]:

@@ -29,7 +29,7 @@ MOVED_COLUMNS = ("scldm_alpha", "scldm_source")  # how far a cell was taken, and
 
 def encode_labels(dit: DiT, vocab: ConditionVocab, labels: pd.DataFrame) -> tuple[dict[str, np.ndarray], pd.DataFrame]:
     """Every condition of the model as it takes it, (n,): label ids int64, of continuous ones values float32, `null`
-    where it has no column; and the labels, numbers written as the vocabulary writes them where it has them.
+    where it has no column; and the labels, numbers written as the vocabulary writes them.
 
     labels: text, one column for each condition that is given
 
@@ -47,6 +47,7 @@ def encode_labels(dit: DiT, vocab: ConditionVocab, labels: pd.DataFrame) -> tupl
             taken[name] = values
         else:
             taken[name] = vocab.encode(name, list(labels[name]))
+            written[name] = vocab.decode(name, taken[name])
             _check_trained(dit, vocab, name, taken[name])
     return taken, written
 

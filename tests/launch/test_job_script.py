@@ -485,6 +485,16 @@ def test_a_job_sent_by_hand_does_what_a_submitted_one_does(fake: Path, tmp_path:
     assert step[-1] == f"{tmp_path}/mine.yaml"
 
 
+@pytest.mark.parametrize("code, state", [(86, "STOPPED"), (1, "FAILED")])
+def test_how_a_job_sent_by_hand_ended_is_said_once(fake: Path, tmp_path: Path, code: int, state: str) -> None:
+    before_the_step(fake, f"exit {code}")
+    done = by_hand(fake, *train(tmp_path), SCLDM_PREFLIGHT="off")
+    assert done.returncode == code, done.stdout + done.stderr
+    assert (tmp_path / "run" / "slurm" / "state").read_text().startswith(f"{state}\t7\t")
+    assert "left no word" not in done.stdout
+    assert "No such file" not in done.stderr
+
+
 def test_what_is_refused_of_a_job_sent_by_hand(fake: Path, tmp_path: Path) -> None:
     done = by_hand(fake, *train(tmp_path), "train.stepz=1")
     assert (done.returncode, "unknown key 'train.stepz'" in done.stderr) == (2, True), done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from launch.train_vae import TrainVAEConfig
 from scldm.errors import InputError
 from tests.data_pipeline.small_sets import known_cells, write_set
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 DIT = ["n_cells=100_000_000", "n_latents=64", "latent_width=16", "ldm/base"]
 
 
@@ -85,6 +87,17 @@ def test_wasted_nodes_are_named_and_a_better_layout_comes_first(capsys: pytest.C
     assert first["cells_per_s_and_gpu"] >= most / 2
     for row in others:
         assert row["cells_per_s"] <= first["cells_per_s"] or row["cells_per_s_and_gpu"] < most / 2
+
+
+def test_what_a_preset_says_of_memory_is_what_plan_says() -> None:
+    said = (CONFIGS / "hardware/one_gpu.yaml").read_text()
+    found = re.findall(r"vae/(\w+) takes ([\d.]+) GB|vae/(\w+) ([\d.]+) GB", said)
+    assert len(found) == 4
+    for a, gb_a, b, gb_b in found:
+        name, gb = a or b, float(gb_a or gb_b)
+        n_genes = 17_002 if name == "dentate_gyrus" else 36_130
+        plan = plan_of(read([f"vae/{name}", "hardware/one_gpu", f"n_genes={n_genes}", "n_cells=1000000"]))
+        assert plan.by_stage[1].peak / 1e9 == pytest.approx(gb, abs=0.05), name
 
 
 def test_a_preset_is_planned_for_the_machine_that_it_is_for() -> None:

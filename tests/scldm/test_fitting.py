@@ -156,6 +156,26 @@ def test_generated_cells_are_judged(fitted: tuple[Pretrained, ad.AnnData, Path],
         model.evaluate(made, real, split="fold", layer="counts")
 
 
+@pytest.mark.slow
+def test_a_column_of_numbers_is_asked_for_as_it_is_written_anywhere() -> None:
+    """obs holds 10.0, the model's label is 10."""
+    adata = cells()
+    adata.obs["day"] = np.where(adata.obs["treatment"] == "stim", 10.0, 1.0)
+    model = scldm.fit(adata, ["day"], shards=SPLIT, vae=FEW, ldm=FEW)
+    assert model.conditions.labels == {"day": ("1", "10")}
+    made = [model.generate({"day": day}, n=3, sampler=FAST) for day in ("10", "10.0", 10, 10.0)]
+    for one in made[1:]:
+        assert list(one.obs["day"]) == list(made[0].obs["day"]) == ["10"] * 3
+        assert (one.X != made[0].X).nnz == 0
+    like = model.generate(adata, sampler=FAST)
+    found = model.evaluate(like, adata, protocol="cfgen", control={"day": "1.0"})
+    assert "response to day" in found.tables
+    moved = [model.transform(adata, {"day": day}, sampler=FAST) for day in ("10", "10.0", 10.0)]
+    assert all((one.X != moved[0].X).nnz == 0 for one in moved)
+    with pytest.raises(InputError, match=r"condition 'day' has no label '10.5'; it has '1', '10'"):
+        model.generate({"day": "10.5"}, n=3)
+
+
 # --- what is refused, before anything is trained ---
 
 
@@ -166,7 +186,7 @@ def test_generated_cells_are_judged(fitted: tuple[Pretrained, ad.AnnData, Path],
         ({"conditions": ["celltype"]}, "adata.obs has no column 'celltype'; it has cell_type, treatment"),
         ({"conditions": [1]}, "conditions: 1 is of type int; obs columns are text"),
         ({"adata": np.zeros((3, 2))}, "adata is of type ndarray; it must be an AnnData, or the path of an h5ad file"),
-        ({"adata": "nowhere.h5ad"}, "adata=nowhere.h5ad: no such file"),
+        ({"adata": "nowhere.h5ad"}, "nowhere.h5ad: no such file"),
         ({"vae": "train.steps=9"}, "vae='train.steps=9' must be a preset, as vae/tiny, or a mapping"),
         ({"vae": 9}, "vae=9 must be a preset, a mapping of keys, or a list of both"),
         ({"vae": {"train.stepps": 9}}, "train.stepps.*did you mean train.steps"),
@@ -175,7 +195,9 @@ def test_generated_cells_are_judged(fitted: tuple[Pretrained, ad.AnnData, Path],
         ({"shards": "split.test=0.2"}, "shards='split.test=0.2' must be a preset"),
         ({"shards": {"split.test": 1.5}}, "split.test=1.5"),
         ({"layer": "raw_counts"}, "adata: layer='raw_counts' is not in the file; it has X, layers/counts"),
-        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"seed": -1}, "seed=-1 must be a whole number, at least 0"),
+        ({"seed": "a"}, "seed='a' must be a whole number"),
+        ({"seed": 1.5}, "seed=1.5 must be a whole number"),
     ],
 )
 def test_what_is_refused(given: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,11 +226,15 @@ def test_a_label_is_missing() -> None:
 @pytest.mark.parametrize(
     "package, call, said",
     [
-        ("zstandard", "scldm.fit(cells(), ['cell_type'])", "fit needs the package zstandard; the extra shards brings"),
+        (
+            "zstandard",
+            "scldm.fit(cells(), ['cell_type'])",
+            "fit needs the package zstandard; scldm's extra 'shards' brings it: pip install",
+        ),
         (
             "matplotlib",
             "Pretrained.evaluate(Mock(), cells(), cells())",
-            "evaluate needs the package matplotlib; the extra",
+            "evaluate needs the package matplotlib; scldm's extra 'evaluate' brings it: pip install",
         ),
     ],
 )

@@ -335,6 +335,35 @@ def of_doubled_genes() -> Any:
     return ad.AnnData(cells().X, var=pd.DataFrame(index=pd.Index([GENES.ids[0], *GENES.ids[:-1]])))
 
 
+def in_layers(**factors: float) -> Any:
+    """The cells, with their counts times a factor in each of these matrices."""
+    counts, obs, var = cells().X, cells().obs, cells().var
+    made = ad.AnnData(counts * factors["X"], obs=obs, var=var)
+    made.layers = {n[7:]: counts * factor for n, factor in factors.items() if n.startswith("layers/")}
+    if "raw/X" in factors:
+        made.raw = ad.AnnData(counts * factors["raw/X"], obs=obs, var=var)
+    return made
+
+
+@pytest.mark.parametrize(
+    "there, layer",
+    [
+        ({"X": 0.5, "layers/counts": 1}, None),
+        ({"X": 0.5, "raw/X": 1}, None),
+        ({"X": 1, "raw/X": 1}, None),
+        ({"X": 1, "layers/a": 0.5}, "X"),
+        ({"X": 2, "layers/a": 1}, "a"),
+        ({"X": 2, "layers/a": 1}, "layers/a"),
+        ({"X": 2, "raw/X": 1}, "raw"),
+        ({"X": 2, "raw/X": 1}, "raw/X"),
+    ],
+)
+def test_counts_are_found_where_they_are(model: Pretrained, there: dict[str, float], layer: str | None) -> None:
+    found = in_layers(**there)
+    np.testing.assert_array_equal(model.embed(found, layer=layer), model.embed(cells()))
+    assert model.matched(found, layer).n_matched == model.matched(cells()).n_matched
+
+
 def with_empty_cell() -> Any:
     """Its zeros are stored, as some files do."""
     adata = cells()
@@ -358,6 +387,12 @@ def with_empty_cell() -> Any:
             "X is empty",
         ),
         (cells, "counts", "layer 'counts' is not there; there are X"),
+        (
+            lambda: in_layers(X=0.5, **{"layers/a": 1}),
+            None,
+            r"X holds \d\.5, which is not a count; give raw counts, or name",
+        ),
+        (lambda: in_layers(X=1, **{"raw/X": 2}), None, "X and raw/X hold counts and differ; name one, as layer=X"),
         (
             of_other_genes,
             None,

@@ -1,0 +1,79 @@
+"""Which matrix of an AnnData holds raw counts: X, a layer or raw.
+
+Reading order: count_matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import scipy.sparse as sp
+
+from scldm.errors import InputError
+
+LOOKED_FOR = ("X", "layers/counts", "raw/X")
+PROBE_ROWS = 100  # cells looked at, in each of three places, to tell counts from anything else
+
+
+@dataclass(frozen=True)
+class CountMatrix:
+    """name: X, layers/NAME or raw/X; matrix: (n, its genes), as the AnnData has it; genes: (its genes) names"""
+
+    name: str
+    matrix: Any
+    genes: list[str]
+
+
+def count_matrix(adata: ad.AnnData, layer: str | None = None, what: str = "the cells") -> CountMatrix:
+    """The matrix that is named, or that holds counts, by a look at some cells: whoever reads it all checks all.
+
+    layer: X, raw, raw/X, NAME or layers/NAME; none looks in X, layers/counts and raw/X
+    what: names the cells in errors
+
+    Raises: InputError for a layer that is not there, for no counts, and for counts in several that differ.
+    """
+    there = _matrices(adata)
+    if layer:
+        name = {"raw": "raw/X", "raw/X": "raw/X", "X": "X"}.get(layer, f"layers/{layer.removeprefix('layers/')}")
+        if name not in there:
+            raise InputError(f"{what}: layer {layer!r} is not there; there are {', '.join(there) or 'none'}")
+        return _found(adata, name, there)
+    looks = {name: _values(there[name]) for name in LOOKED_FOR if name in there}
+    counts = [name for name, values in looks.items() if not len(_wrong(values))]
+    if not counts:
+        held = "; ".join(f"{name} holds {_wrong(values)[0]:g}, which is not a count" for name, values in looks.items())
+        raise InputError(f"{what}: {held or 'X is empty'}; give raw counts, or name their layer (layer=NAME)")
+    first = counts[0]
+    for name in counts[1:]:
+        if there[name].shape != there[first].shape or not np.array_equal(looks[name], looks[first]):
+            raise InputError(f"{what}: {first} and {name} hold counts and differ; name one, as layer={first}")
+    return _found(adata, first, there)
+
+
+def _matrices(adata: ad.AnnData) -> dict[str, Any]:
+    there = {} if adata.X is None else {"X": adata.X}
+    there |= {f"layers/{name}": matrix for name, matrix in adata.layers.items()}
+    return there if adata.raw is None else there | {"raw/X": adata.raw.X}
+
+
+def _found(adata: ad.AnnData, name: str, there: dict[str, Any]) -> CountMatrix:
+    of = adata.raw if name == "raw/X" else adata
+    return CountMatrix(name, there[name], list(map(str, of.var_names)))
+
+
+def _values(matrix: Any) -> np.ndarray:
+    """Stored values, other than 0, of cells at the beginning, in the middle and at the end."""
+    n = matrix.shape[0]
+    starts = sorted({0, max(0, (n - PROBE_ROWS) // 2), max(0, n - PROBE_ROWS)})
+    parts = [sp.csr_matrix(matrix[start : start + PROBE_ROWS]) for start in starts]
+    for part in parts:
+        part.eliminate_zeros()
+        part.sort_indices()
+    return np.concatenate([part.data for part in parts])
+
+
+def _wrong(values: np.ndarray) -> np.ndarray:
+    return values[~((values >= 0) & (values == np.rint(values)) & np.isfinite(values))]
