@@ -490,7 +490,7 @@ def test_how_a_job_sent_by_hand_ended_is_said_once(fake: Path, tmp_path: Path, c
     before_the_step(fake, f"exit {code}")
     done = by_hand(fake, *train(tmp_path), SCLDM_PREFLIGHT="off")
     assert done.returncode == code, done.stdout + done.stderr
-    assert (tmp_path / "run" / "slurm" / "state").read_text().startswith(f"{state}\t7\t")
+    assert next(tmp_path.rglob("slurm/state")).read_text().startswith(f"{state}\t7\t")
     assert "left no word" not in done.stdout
     assert "No such file" not in done.stderr
 

@@ -229,12 +229,12 @@ def test_a_label_is_missing() -> None:
         (
             "zstandard",
             "scldm.fit(cells(), ['cell_type'])",
-            "fit needs the package zstandard; scldm's extra 'shards' brings it: pip install",
+            "fit needs the package zstandard; scldm's extra 'shards' brings it",
         ),
         (
             "matplotlib",
             "Pretrained.evaluate(Mock(), cells(), cells())",
-            "evaluate needs the package matplotlib; scldm's extra 'evaluate' brings it: pip install",
+            "evaluate needs the package matplotlib; scldm's extra 'evaluate' brings it",
         ),
     ],
 )
