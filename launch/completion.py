@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from launch.cli import PRESETS, VERBS, run_verb
-from launch.config import compose, flatten, preset_names
+from launch.cli import run_verb
+from launch.config import compose, preset_names
+from launch.keys import ANY, keys_of
+from launch.verbs import PRESETS, VERBS
 from scldm.arguments import one_of
 
-PURPOSE = """Print a script that completes verbs, presets and keys in bash or zsh, with those of this version. A verb
-whose packages are missing here has no keys. Write it into a file once, and let ~/.bashrc or ~/.zshrc `source` that."""
+PURPOSE = """Print a script that completes verbs, presets and keys in bash or zsh, with those of this version. Write it
+into a file once, and let ~/.bashrc or ~/.zshrc `source` that."""
 USAGE = "scldm completion bash|zsh"
 EXAMPLE = """
 scldm completion bash
 scldm completion zsh
 """
 Shell = Literal["bash", "zsh"]
-# bash breaks words at = and does not see that `key=` needs no blank after it
+# bash breaks words at =; no blank goes after `key=`
 SCRIPT = """{head}_scldm() {{
-    local word="${{COMP_WORDS[COMP_CWORD]}}" line="${{COMP_WORDS[*]:1:COMP_CWORD-1}}" words
+    local word="${{COMP_WORDS[COMP_CWORD]}}" line="${{COMP_WORDS[*]:1:$((COMP_CWORD - 1))}}" words
     case "$line " in
 {cases}
         *) words="{verbs}" ;;
     esac
     COMPREPLY=($(compgen -W "$words" -- "$word"))
-    if [[ ${{#COMPREPLY[@]}} == 1 && ${{COMPREPLY[0]}} == *= ]]; then compopt -o nospace 2>/dev/null; fi
     if [[ ${{#COMPREPLY[@]}} == 0 ]]; then COMPREPLY=($(compgen -f -- "$word")); fi
+    if [[ ${{#COMPREPLY[@]}} == 1 && -d ${{COMPREPLY[0]}} ]]; then COMPREPLY=("${{COMPREPLY[0]}}/")
+    elif [[ ${{#COMPREPLY[@]}} == 1 && ${{COMPREPLY[0]}} != *[=.] ]]; then COMPREPLY=("${{COMPREPLY[0]}} "); fi
 }}
-complete -F _scldm scldm
+complete -o nospace -F _scldm scldm
 """
 
 
@@ -75,10 +77,7 @@ def words_of(verb: str) -> list[str]:
     """What may follow a verb: its presets and keys."""
     if verb == "completion":
         return ["bash", "zsh"]
-    try:
-        keys = [f"{key}=" for key, *_ in flatten(importlib.import_module(VERBS[verb][0]).CONFIG)]
-    except ModuleNotFoundError:
-        keys = []
+    keys = [key.removesuffix(ANY) if key.endswith(ANY) else f"{key}=" for key in keys_of(verb) if key != ANY]
     return [*preset_names(PRESETS.get(verb, ())), *keys, "--help"]
 
 

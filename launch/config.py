@@ -264,7 +264,7 @@ def _merge(config: DictConfig, other: Any, where: str) -> DictConfig:
     except (OmegaConfBaseException, TypeError) as error:
         key = getattr(error, "full_key", "") or where.partition("=")[0]
         if type(error).__name__ == "ConfigKeyError":
-            raise InputError(f"{where}: unknown key {key!r}{_nearest(config, key)}") from None
+            raise unknown_key(where, key, [k for k, *_ in flatten(OmegaConf.get_type(config) or dict)]) from None
         at = "" if where.startswith(f"{key}=") else f"{key}: "
         raise InputError(f"{where}: {at}{str(error).splitlines()[0]}") from None
 
@@ -284,11 +284,12 @@ def _as_it_stands(value: Any, kind: Any = None, key: str = "") -> Any:
     return [_as_it_stands(of, None, key) for of in value] if isinstance(value, list) else value
 
 
-def _nearest(config: DictConfig, key: str) -> str:
-    known = [k for k, *_ in flatten(OmegaConf.get_type(config) or dict)]
+def unknown_key(where: str, key: str, known: Sequence[str]) -> InputError:
+    """The error that says so, with the nearest of the known keys."""
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
     near = near or [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
-    return f"; did you mean {', '.join(near)}?" if near else "; --help lists the keys"
+    guess = f"did you mean {', '.join(near)}?" if near else "--help lists the keys"
+    return InputError(f"{where}: unknown key {key!r}; {guess}")
 
 
 # --- passwords -----------------------------------------------------------------------------------------------------

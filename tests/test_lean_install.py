@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from launch import cli
-from launch.cli import VERBS
+from launch.verbs import VERBS
 from tests.data_pipeline.small_sets import known_cells, write_set
 from tests.packages import hide
 

@@ -16,8 +16,9 @@ from types import ModuleType
 import pytest
 
 from launch import cli
-from launch.cli import VERBS, find_verb
+from launch.cli import find_verb
 from launch.config import compose, preset_path
+from launch.verbs import PRESETS, VERBS
 from scldm.errors import LOST, REFUSED, REQUEUE, STOPPED, InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,8 +29,8 @@ PAGES += sorted((ROOT / "docs").glob("*.md"))
 PLAIN = {"git", "cd", "export", "deactivate"}  # commands that name nothing of ours
 # group of presets -> the verbs that they are for; `plan` takes those of a run, with keys of its own
 VERBS_OF = {
-    group: [verb for verb, groups in cli.PRESETS.items() if group in groups and verb != "plan"]
-    for group in sorted({group for groups in cli.PRESETS.values() for group in groups})
+    group: [verb for verb, groups in PRESETS.items() if group in groups and verb != "plan"]
+    for group in sorted({group for groups in PRESETS.values() for group in groups})
 }
 
 

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launch.cli import VERBS, config_of, find_verb
+from launch.cli import config_of, find_verb
 from launch.cluster.site import exports, for_nodes
 from launch.config import shipped
+from launch.verbs import VERBS
 from scldm.checked import Checked, checked
 from scldm.errors import InputError
 

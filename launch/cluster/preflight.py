@@ -31,10 +31,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from launch.cli import VERBS, config_of, find_verb
+from launch.cli import config_of, find_verb
 from launch.cluster.node_checks import Findings, device_of, findings_of, time_all_reduce, time_matmul
 from launch.cluster.node_judgement import ABSENT, Course, Outcomes, Report
 from launch.cluster.notes import leave_word
+from launch.verbs import VERBS
 from scldm.parallel.dist import address_from_environment
 
 JOIN = 0.5  # of the time that there is: a rank that has not given its findings by then is missing

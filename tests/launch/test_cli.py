@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -14,9 +15,10 @@ from pathlib import Path
 import pytest
 
 import scldm
-from launch import cli
+from launch import cli, keys
 from launch.completion import script
 from launch.config import flatten
+from launch.verbs import VERBS
 from scldm.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -51,7 +53,7 @@ def a_verb(monkeypatch: pytest.MonkeyPatch) -> list[TryConfig]:
     module = types.ModuleType("launch.try_it")
     vars(module).update(PURPOSE="Tries.", EXAMPLE="scldm try it mode=pass", CONFIG=TryConfig, main=main)
     monkeypatch.setitem(sys.modules, "launch.try_it", module)
-    monkeypatch.setitem(cli.VERBS, "try it", ("launch.try_it", "try"))
+    monkeypatch.setitem(VERBS, "try it", ("launch.try_it", "try"))
     return ran
 
 
@@ -119,7 +121,7 @@ def test_what_the_words_alone_say_is_refused_before_torch_is_imported() -> None:
 
 
 def test_the_keys_that_matter_most_are_ten_at_most() -> None:
-    for module_name, _ in cli.VERBS.values():
+    for module_name, _ in VERBS.values():
         first = getattr(importlib.import_module(module_name), "FIRST", ())
         assert len(first) == len(set(first)) <= 10, module_name
 
@@ -160,9 +162,9 @@ def test_zsh_runs_the_same_function() -> None:
     assert script("zsh") == "autoload -U +X bashcompinit && bashcompinit\n" + script("bash")
 
 
-@pytest.mark.parametrize("verb", list(cli.VERBS))
+@pytest.mark.parametrize("verb", list(VERBS))
 def test_every_verb_says_what_it_is(verb: str, capsys: pytest.CaptureFixture) -> None:
-    module = importlib.import_module(cli.VERBS[verb][0])
+    module = importlib.import_module(VERBS[verb][0])
     assert cli.run_verb(verb, ["--help"]) == 0
     text = capsys.readouterr().out
     for key, kind, default, meaning in flatten(module.CONFIG):
@@ -175,10 +177,48 @@ def test_every_verb_says_what_it_is(verb: str, capsys: pytest.CaptureFixture) ->
         named, rest = cli.find_verb(command[1:])
         assert named is not None
         verbs.append(named)
-        cli.config_of(importlib.import_module(cli.VERBS[named][0]), rest)
+        cli.config_of(importlib.import_module(VERBS[named][0]), rest)
     assert verb in verbs, f"{verb}: its example does not show it"
 
 
 def test_the_module_is_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "launch.cli", "nothing"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
+
+
+# --- keys, before anything is imported ---
+
+
+def test_the_keys_of_the_file_are_those_of_the_configs() -> None:
+    assert json.loads(keys.PATH.read_text()) == keys.found(), "python -m launch.keys writes them anew"
+
+
+@pytest.mark.parametrize(
+    "verb, word, said",
+    [
+        ("train vae", "train.stepz=1", "train.stepz=1: unknown key 'train.stepz'; did you mean train.steps"),
+        ("evaluate", "contrl.treatment=ctrl", "unknown key 'contrl.treatment'"),
+        ("train ldm", "model.width.x=1", "unknown key 'model.width.x'"),
+        ("plan", "nonsense=1", ""),  # it takes those of a run
+        ("evaluate", "control.treatment=ctrl", ""),
+        ("evaluate", "control={treatment: ctrl}", ""),
+        ("train vae", "train={steps: 1}", ""),
+        ("train vae", "train.steps=1", ""),
+    ],
+)
+def test_an_unknown_key_is_refused_before_anything_is_imported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str, word: str, said: str
+) -> None:
+    class Begun(Exception):
+        pass
+
+    def begin(name: str) -> None:
+        raise Begun
+
+    monkeypatch.setattr(cli, "importlib", types.SimpleNamespace(import_module=begin))
+    if not said:
+        with pytest.raises(Begun):
+            cli.run_verb(verb, [word])
+        return
+    assert cli.run_verb(verb, [word]) == 2
+    assert said in capsys.readouterr().err

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from launch.cli import VERBS
 from launch.config import compose, flatten
 from launch.planning.config import PlanLDMConfig
+from launch.verbs import VERBS
 from scldm.checked import RANGE, Checked, Range, checked
 from scldm.errors import InputError
 
