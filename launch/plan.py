@@ -42,6 +42,7 @@ MACHINES = {
     ),
     "hardware/one_gpu": ("hardware.gpus_per_node=1",),
     "hardware/many_nodes": ("hardware.nodes=4",),
+    "hardware/many_nodes_zero3": ("hardware.nodes=4",),
 }
 
 CONFIG = PlanVAEConfig

@@ -89,6 +89,7 @@ def test_wasted_nodes_are_named_and_a_better_layout_comes_first(capsys: pytest.C
         assert row["cells_per_s"] <= first["cells_per_s"] or row["cells_per_s_and_gpu"] < most / 2
 
 
+@pytest.mark.slow
 def test_what_a_preset_says_of_memory_is_what_plan_says() -> None:
     said = (CONFIGS / "hardware/one_gpu.yaml").read_text()
     found = re.findall(r"vae/(\w+) takes ([\d.]+) GB|vae/(\w+) ([\d.]+) GB", said)
@@ -98,6 +99,28 @@ def test_what_a_preset_says_of_memory_is_what_plan_says() -> None:
         n_genes = 17_002 if name == "dentate_gyrus" else 36_130
         plan = plan_of(read([f"vae/{name}", "hardware/one_gpu", f"n_genes={n_genes}", "n_cells=1000000"]))
         assert plan.by_stage[1].peak / 1e9 == pytest.approx(gb, abs=0.05), name
+
+
+@pytest.mark.slow  # a plan of a large network takes seconds
+@pytest.mark.parametrize("name, million", [("1b", 995), ("3b", 2_859)])
+def test_presets_of_billions_say_what_plan_says(name: str, million: int) -> None:
+    said = " ".join((CONFIGS / f"vae/{name}.yaml").read_text().replace("\n#", " ").split())
+    words = [f"vae/{name}", "n_genes=36130", "n_cells=1000000"]
+    ranks = plan_of(read([*words, "hardware/node_8gpu", "hardware.micro_batch=16"]))
+    assert ranks.cost.n_parameters / 1e6 == pytest.approx(million, abs=1)
+    zero1, zero3 = (f"{ranks.by_stage[stage].peak / 1e9:.1f} GB at ZeRO-{stage}" for stage in (1, 3))
+    assert zero1 in said
+    assert zero3 in said
+    alone = plan_of(read([*words, "hardware/one_gpu", "hardware.micro_batch=16"]))
+    assert alone.fits == (name == "1b")
+    if alone.fits:
+        assert f"one GPU alone takes {alone.by_stage[1].peak / 1e9:.1f} GB" in said
+    else:
+        offloaded = [*words, "hardware/one_gpu", "hardware.micro_batch=16", "hardware.offload_optimizer=true"]
+        found = plan_of(read(offloaded)).by_stage[1]
+        assert f"it takes {found.peak / 1e9:.1f} GB, and {found.host / 1e9:.0f} GB of the host" in said
+    many = read([*words, "hardware/many_nodes_zero3"]).hardware
+    assert (many.zero_stage, many.nodes) == (3, 4)
 
 
 def test_a_preset_is_planned_for_the_machine_that_it_is_for() -> None:
@@ -241,7 +264,7 @@ def test_a_plan_knows_the_sizes_of_the_data_it_is_given(tmp_path: Path, capsys: 
 
 def test_weights_that_a_node_keeps_whole_are_counted() -> None:
     """Hierarchical partitioning trades memory, an eighth of the weights a rank, for what goes between nodes."""
-    words = ["vae", "vae/70m", "hardware/many_nodes", "train.global_batch=8192", "n_genes=20000", "n_cells=1000"]
+    words = ["vae", "vae/70m", "hardware/many_nodes_zero3", "train.global_batch=8192", "n_genes=20000", "n_cells=1000"]
     kept = read(words)
     alone = read([*words, "deepspeed.zero_optimization.zero_hpz_partition_size=1"])
     more = memory_of(kept).weights - memory_of(alone).weights
