@@ -21,7 +21,7 @@ import numpy as np
 from numba import njit
 
 from data_pipeline.format.read_shards import BlockSource
-from data_pipeline.stream.order import EpochOrder, Order
+from data_pipeline.stream.order import EpochOrder, Order, RestOfEpoch
 from scldm.errors import InputError
 
 CHUNK = 64  # steps that are planned at once
@@ -77,29 +77,43 @@ class Feed(Generic[Batch]):
         read_threads: int,
     ) -> None:
         """n_blocks: different blocks in the order; low, high: this rank's positions in a global batch."""
-        self.cells, self.collate, self.order = cells, collate, order
+        self.cells, self.collate, self.n_blocks = cells, collate, n_blocks
         self.low, self.high = low, high
         self.read_ahead, self.read_threads, self.positions = read_ahead, read_threads, np.arange(low, high)
         self.cuts = [slice(k, k + micro_batch) for k in range(0, high - low, micro_batch)]
-        # all blocks of a small set, else the windows of this rank's lanes and half as many again, and those read ahead:
-        # few blocks where all of their cells are used, up to as many again as the windows where few are selected. At
-        # least those of one step: of each lane the windows that it begins and ends in, and what lies whole between
-        edge = np.arange(order.lanes + 1) * order.global_batch // order.lanes
-        windows = int(((edge[:-1] < high) & (edge[1:] > low)).sum()) * order.window
-        coming = read_ahead * (high - low) * n_blocks // order.population.n_cells
-        n_slots = windows * 3 // 2 + read_ahead + min(coming, windows)
-        n_slots = max(n_slots, min(high - low, 2 * windows + order.population.most_units(high - low)))
-        self.n_slots = n_blocks if n_blocks <= order.lanes * order.window else min(n_blocks, n_slots)
         self.pool: ThreadPoolExecutor | None = None
         self.blocks: _Blocks | None = None
         self.running: Running | None = None
+        self.n_slots = 0
+        self.follow(order)
+
+    def follow(self, order: Order, step: int = 0) -> None:
+        """Serve this order from a step on, and have room for its blocks."""
+        if self.running:
+            self.running.stop()
+        self.order = order
+        low, high, n_blocks = self.low, self.high, self.n_blocks
+        # all blocks of a small set, else the windows of this rank's lanes and half as many again, and those read ahead:
+        # few blocks where all of their cells are used, up to as many again as the windows where few are selected. At
+        # least those of one step: of each lane the windows that it begins and ends in, and what lies whole between.
+        # Where the batch was changed within an epoch, any lane may be this rank's until its end
+        edge = np.arange(order.lanes + 1) * order.global_batch // order.lanes
+        own = ((edge[:-1] < high) & (edge[1:] > low)) | (step < order.regular_from)
+        windows = int(own.sum()) * order.window
+        coming = self.read_ahead * (high - low) * n_blocks // order.population.n_cells
+        n_slots = windows * 3 // 2 + self.read_ahead + min(coming, windows)
+        n_slots = max(n_slots, min(high - low, 2 * windows + order.population.most_units(high - low)))
+        n_slots = n_blocks if n_blocks <= order.lanes * order.window else min(n_blocks, n_slots)
+        if n_slots != self.n_slots:
+            self.n_slots, self.blocks = n_slots, None
 
     def plans_from(self, step: int) -> Iterator[Plan]:
         """From a step on, without end."""
         while True:
-            epoch, t = divmod(step, self.order.steps_per_epoch)
-            n = min(CHUNK, self.order.steps_per_epoch - t)
-            yield from self._chunk(self.order.epoch(epoch), t, n)
+            epoch, t = self.order.place(step)
+            order = self.order.epoch(epoch)
+            n = min(CHUNK, order.steps - t)
+            yield from self._chunk(order, t, n)
             step += n
 
     def plans_of(self, order: EpochOrder) -> Iterator[Plan]:
@@ -107,17 +121,16 @@ class Feed(Generic[Batch]):
         for t in range(0, order.steps, CHUNK):
             yield from self._chunk(order, t, min(CHUNK, order.steps - t))
 
-    def _chunk(self, order: EpochOrder, step: int, n: int) -> Iterator[Plan]:
+    def _chunk(self, order: EpochOrder | RestOfEpoch, step: int, n: int) -> Iterator[Plan]:
         block, row = order.plan(step, n, self.low, self.high)
         for k in range(n):
-            real = min(order.global_batch, order.n_cells - (step + k) * order.global_batch)
-            yield Plan(order.epoch, step + k, block[k], row[k], real)
+            yield Plan(order.epoch, step + k, block[k], row[k], order.n_real(step + k))
 
     def start(self, plans: Iterator[Plan], prefetch: int) -> Running[list[Batch]]:
         if self.running:
             self.running.stop()  # the slots serve one stream at a time
         if self.blocks is None:
-            self.pool = ThreadPoolExecutor(self.read_threads, READER)
+            self.pool = self.pool or ThreadPoolExecutor(self.read_threads, READER)
             self.blocks = _Blocks(self.cells, self.collate.make_slots(self.cells, self.n_slots), self.pool)
         running = self.running = Running(self._batches(plans, self.blocks), prefetch)
         running.begin()

@@ -3,7 +3,7 @@
     order (which cells) -> read ahead (a few threads) -> slots (blocks, compact) -> gather (gene sets) -> CellBatch
 
 A loader's state is one integer, the global batches consumed since the start of the run, and the settings that prove
-that it is the same stream. Nothing in it depends on rank, threads or how often the run was interrupted.
+that it is the same stream; where the global batch was changed, also the epoch in which it was. Nothing in it depends on rank, threads or how often the run was interrupted.
 
 Reading order: StreamConfig, LoaderConfig, what both loaders do, CellLoader, LatentLoader, shard_batches (for encoding),
 which cells are chosen. Reading ahead is in feed.py, making a batch of what was read in collate.py.
@@ -15,7 +15,7 @@ import sys
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
@@ -34,6 +34,7 @@ from data_pipeline.stream.order import (
     EpochOrder,
     EveryCell,
     Order,
+    Regrouped,
     Units,
     rank_slice,
     reads_of_a_block,
@@ -41,6 +42,7 @@ from data_pipeline.stream.order import (
 from scldm.batch import CellBatch, CompactCellBatch, LatentBatch
 from scldm.checked import SEEDS, Checked, checked
 from scldm.errors import InputError
+from scldm.given_json import typed
 from scldm.vocab import ConditionVocab, GeneVocab
 
 Batch = TypeVar("Batch", covariant=True)
@@ -172,7 +174,7 @@ class _Loader(ABC, Generic[Batch]):
                 f"of them, with data.lanes={world_size} by one (of a new run: lanes are part of the order)",
                 file=sys.stderr,
             )
-        self.step = 0
+        self.step, self._loud = 0, rank == 0 and split == "train"
         self._running: Running | None = None
         self._closed, self._own = False, own
         self._finalizer = weakref.finalize(self, from_outside, _release, self.feed, own)
@@ -213,7 +215,7 @@ class _Loader(ABC, Generic[Batch]):
         self._stop()
         self.step = step
 
-    def state(self) -> dict[str, int | str]:
+    def state(self) -> dict[str, Any]:
         """Where the stream is, and what proves that another one is the same."""
         config = self.config
         return {
@@ -226,30 +228,53 @@ class _Loader(ABC, Generic[Batch]):
             "global_batch": self.global_batch,
             "select": repr(sorted((k, sorted(v)) for k, v in config.select.items())),
             "balance": repr((sorted(config.balance), config.balance_max_repeats if config.balance else 0)),
+            **({"regrouped": asdict(self.order.regrouped)} if self.order.regrouped else {}),
         }
 
-    def load_state(self, state: dict[str, int | str]) -> None:
-        """Goes to where another loader was.
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes to where another loader was, also one of another global batch: the cells that its epoch has left then
+        come in its order, and each once.
 
         Raises: InputError naming what differs or is missing, where the rest of the stream might not be the same.
         """
-        own = self.state()
-        for names, text in ((own.keys() - state, "lacks {}"), (state.keys() - own, "has {}, which is unknown")):
+        found, own = dict(state), self.state()
+        own.pop("regrouped", None)
+        try:
+            regrouped = typed(Regrouped, found.pop("regrouped"), "regrouped") if "regrouped" in found else None
+        except InputError as error:
+            raise InputError(f"the stream can't be resumed: {error}") from None
+        for names, text in ((own.keys() - found, "lacks {}"), (found.keys() - own, "has {}, which is unknown")):
             if names:
                 raise InputError(
                     f"the stream can't be resumed: the checkpoint's state {text.format(', '.join(sorted(names)))}"
                 )
-        for name, value in state.items():
-            if name != "step" and own[name] != value:
+        for name, value in found.items():
+            if name not in ("step", "global_batch") and own[name] != value:
                 raise InputError(
                     f"the stream can't be resumed: {name} is {own[name]!r}, the checkpoint's was {value!r}"
                 )
-        step = state["step"]
-        if not isinstance(step, int) or step < 0:
-            raise InputError(
-                f"the stream can't be resumed: the checkpoint's step={step!r} is no number of global batches"
-            )
+        for name, least in (("step", 0), ("global_batch", 1)):
+            if not isinstance(found[name], int) or found[name] < least:
+                raise InputError(
+                    f"the stream can't be resumed: the checkpoint's {name}={found[name]!r} is no number of "
+                    f"{'global batches' if name == 'step' else 'cells'}"
+                )
+        step = found["step"]
+        before = replace(self.order, global_batch=found["global_batch"], regrouped=regrouped)
+        if self.global_batch != before.global_batch:
+            regrouped = before.regroup(step)
         self.seek(step)
+        self.order = replace(self.order, regrouped=regrouped)
+        self.feed.follow(self.order, step)
+        if self.global_batch != before.global_batch and regrouped and self._loud:
+            left, until = self.n_cells - regrouped.first, self.order.regular_from
+            print(
+                f"train.global_batch was {before.global_batch} until step {step} and is {self.global_batch}: the {left:,} "
+                f"cells left of epoch {regrouped.epoch} come once each, in its order, until step {until}. Which cells "
+                "share a batch, and their gene sets, are not those of a run that began with this batch",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def close(self) -> None:
         """Stops the threads and closes the files, but those of `cells` that the loader was given. May be called again,
@@ -276,7 +301,7 @@ class CellLoader(_Loader[CellBatch | CompactCellBatch]):
     kind = "cells"
     config: LoaderConfig
 
-    def state(self) -> dict[str, int | str]:
+    def state(self) -> dict[str, Any]:
         return {**super().state(), "given": repr(self.config.given), "asked": repr(self.config.asked)}
 
     def _collator(self, micro_batch: int, loud: bool) -> Collator[CellBatch | CompactCellBatch]:

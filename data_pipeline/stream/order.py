@@ -11,12 +11,13 @@ own, so the world size can't change what a batch holds, and any position can be 
 A set of no more blocks than the windows of all lanes hold is shuffled by the cell. Everything is drawn from the raw
 words of Philox4x64-10, keyed by what is drawn; no draw depends on an earlier one.
 
-Reading order: Units (the cells before shuffling), Balance, EpochOrder, Order, rank_slice, reads_of_a_block.
+Reading order: Units (the cells before shuffling), Balance, EpochOrder, RestOfEpoch (of a run whose batch was changed),
+Order, rank_slice, reads_of_a_block.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -207,6 +208,10 @@ class EpochOrder:
     def steps(self) -> int:
         return -(-self.n_cells // self.global_batch)
 
+    def n_real(self, step: int) -> int:
+        """Cells of a global batch that are no copies."""
+        return min(self.global_batch, self.n_cells - step * self.global_batch)
+
     def plan(self, step: int, n_steps: int, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
         """Block and row within it, each (n_steps, high - low) int64, of the cells at positions low ... high of the
         epoch's global batches step ... step + n_steps. Positions beyond the epoch's last cell hold copies."""
@@ -261,6 +266,52 @@ class EpochOrder:
 
 
 @dataclass(frozen=True)
+class Regrouped:
+    """The epoch in which a run's global batch was changed: its cells keep their order, the rest of them is cut anew.
+
+    epoch, start: that epoch, and the step of the run that it began with
+    global_batch: whose order it has
+    step, first: the first step of another batch, and how many cells of the epoch came before
+    """
+
+    epoch: int
+    start: int
+    global_batch: int
+    step: int
+    first: int
+
+
+class RestOfEpoch:
+    """An epoch from a step on, in batches of another size: every cell that has not come yet, once, as EpochOrder has it.
+
+    Its positions lie in any lane, so that a rank reads blocks of all lanes until the epoch's end.
+    """
+
+    def __init__(self, order: EpochOrder, regrouped: Regrouped, global_batch: int) -> None:
+        self.order, self.epoch, self.global_batch = order, order.epoch, global_batch
+        self.first, self.begin = regrouped.first, regrouped.step - regrouped.start
+
+    @property
+    def steps(self) -> int:
+        """Of the whole epoch, those of the batch before included: no two steps of an epoch share their draws."""
+        return self.begin - (self.first - self.order.n_cells) // self.global_batch
+
+    def n_real(self, step: int) -> int:
+        return min(self.global_batch, self.order.n_cells - self.first - (step - self.begin) * self.global_batch)
+
+    def plan(self, step: int, n_steps: int, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
+        """As EpochOrder has it."""
+        assert self.begin <= step < step + n_steps <= self.steps
+        batch = self.order.global_batch
+        number = np.arange(step - self.begin, step - self.begin + n_steps)[:, None]
+        cells = self.first + number * self.global_batch + np.arange(low, high)
+        at, position = np.divmod(np.minimum(cells, self.order.n_cells - 1), batch)
+        begin, end = int(at.min()), int(at.max()) + 1
+        block, row = self.order.plan(begin, end - begin, 0, batch)
+        return block[at - begin, position], row[at - begin, position]
+
+
+@dataclass(frozen=True)
 class Order:
     """The order of a run: global batch `step`, counted from the start of the run, of an endless row of epochs.
 
@@ -269,6 +320,7 @@ class Order:
     lanes: slices of a global batch; belongs to the order, not to the world size
     global_batch: cells per optimizer step
     window: blocks shuffled together in a lane
+    regrouped: where the global batch was another one before
     """
 
     population: Population
@@ -276,6 +328,7 @@ class Order:
     lanes: int
     global_batch: int
     window: int
+    regrouped: Regrouped | None = None
 
     def __post_init__(self) -> None:
         assert min(self.lanes, self.global_batch, self.window) >= 1, self
@@ -284,20 +337,51 @@ class Order:
             raise InputError("no cell to draw from: the split is empty, or the selection chose none")
 
     @cached_property
-    def _latest(self) -> dict[int, EpochOrder]:
+    def _latest(self) -> dict[int, EpochOrder | RestOfEpoch]:
         return {}
 
     @property
     def steps_per_epoch(self) -> int:
         return -(-self.population.n_cells // self.global_batch)
 
-    def epoch(self, epoch: int) -> EpochOrder:
+    def epoch(self, epoch: int) -> EpochOrder | RestOfEpoch:
         """The order of an epoch; the latest one asked for is kept."""
         if epoch not in self._latest:
             self._latest.clear()
-            units = self.population.units(epoch)
-            self._latest[epoch] = EpochOrder(units, self.seed, epoch, self.lanes, self.global_batch, self.window)
+            units, there = self.population.units(epoch), self.regrouped
+            rest = there if there and there.epoch == epoch else None
+            batch = rest.global_batch if rest else self.global_batch
+            order = EpochOrder(units, self.seed, epoch, self.lanes, batch, self.window)
+            self._latest[epoch] = RestOfEpoch(order, rest, self.global_batch) if rest else order
         return self._latest[epoch]
+
+    def place(self, step: int) -> tuple[int, int]:
+        """Epoch, and step within it, of a step of the run."""
+        if not (there := self.regrouped):
+            return divmod(step, self.steps_per_epoch)
+        assert step >= there.step, "steps before a change of the global batch are another order's"
+        if step < self.regular_from:
+            return there.epoch, step - there.start
+        epochs, t = divmod(step - self.regular_from, self.steps_per_epoch)
+        return there.epoch + 1 + epochs, t
+
+    @property
+    def regular_from(self) -> int:
+        """The step of the run from which on every epoch is one of this global batch from its beginning."""
+        there, n_cells = self.regrouped, self.population.n_cells
+        return there.step - (there.first - n_cells) // self.global_batch if there else 0
+
+    def regroup(self, step: int) -> Regrouped | None:
+        """What another global batch from this step on goes on with; None where it is the run's first step."""
+        if not step:
+            return None
+        epoch, t = self.place(step)
+        if t == 0:  # nothing is left of the epoch before
+            return Regrouped(epoch - 1, step, self.global_batch, step, self.population.n_cells)
+        there = self.regrouped
+        if there and there.epoch == epoch:  # once more in the same epoch
+            return replace(there, step=step, first=there.first + (step - there.step) * self.global_batch)
+        return Regrouped(epoch, step - t, self.global_batch, step, t * self.global_batch)
 
 
 def rank_slice(rank: int, world_size: int, global_batch: int, micro_batch: int) -> tuple[int, int]:

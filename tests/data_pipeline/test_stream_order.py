@@ -1,5 +1,7 @@
 """The same stream for every world size and micro-batch, and resumed at any step; another one is refused by name."""
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -108,20 +110,19 @@ def test_another_stream_of_the_same_loader_does_not_disturb_its_place(folder):
 
 
 @pytest.mark.parametrize(
-    "name, changes, batch",
+    "name, changes",
     [
-        ("seed", {"seed": 2}, 96),
-        ("lanes", {"lanes": 4}, 96),
-        ("global_batch", {}, 48),
-        ("given", {"given": GeneSetConfig("random", 51, 4)}, 96),
-        ("select", {"select": {"type": ["a"]}}, 96),
-        ("balance", {"balance": ["type"]}, 96),
+        ("seed", {"seed": 2}),
+        ("lanes", {"lanes": 4}),
+        ("given", {"given": GeneSetConfig("random", 51, 4)}),
+        ("select", {"select": {"type": ["a"]}}),
+        ("balance", {"balance": ["type"]}),
     ],
 )
-def test_a_state_of_another_stream_is_refused_by_name(folder, name, changes, batch):
+def test_a_state_of_another_stream_is_refused_by_name(folder, name, changes):
     with open_loader(folder) as loader:
         state = loader.state()
-    with open_loader(folder, global_batch=batch, **changes) as other, pytest.raises(InputError, match=f"{name} is"):
+    with open_loader(folder, **changes) as other, pytest.raises(InputError, match=f"{name} is"):
         other.load_state(state)
 
 
@@ -148,6 +149,53 @@ def test_a_state_of_another_data_set_is_refused(folder, tmp_path):
         loader.load_state(state)
 
 
+def test_another_global_batch_in_mid_epoch_brings_every_cell_once_all_the_same(folder, capsys):
+    """Twice in one epoch, at any world size; from the next epoch on, what a run of that batch draws there."""
+    rows, state, place = [], None, 0
+    for batch, n_steps, world in ((96, 2, 1), (36, 3, 3), (56, None, 2)):
+        loaders = [open_loader(folder, rank=r, world=world, micro=4, global_batch=batch) for r in range(world)]
+        for loader in loaders if state else []:
+            loader.load_state(state)
+        order = loaders[0].order
+        place, n_steps = loaders[0].step, order.regular_from - loaders[0].step if n_steps is None else n_steps
+        for _ in range(n_steps):
+            got = [one for loader in loaders for (one) in next(loader)]
+            n_real = int(sum(one.weight_B.sum() for one in got))
+            assert {one.n_cells for one in got} == {n_real}
+            rows += [cell for one in got for cell, w in zip(one.cell_ids_B2.tolist(), one.weight_B) if w]
+        state = json.loads(json.dumps(loaders[0].state()))
+        if batch == 56:
+            expected = order.population.n_cells
+            assert len(rows) == len({tuple(row) for row in rows}) == expected
+            fresh = open_loader(folder, micro=4, global_batch=56)
+            fresh.seek(fresh.steps_per_epoch)
+            resumed = open_loader(folder, micro=4, global_batch=56)
+            resumed.load_state(state)  # from past the epoch in which it was changed
+            for _ in range(3):
+                there = [flat(one) for one in next(fresh)]
+                assert [flat(one) for one in next(resumed)] == there
+                assert [flat(one) for loader in loaders for one in next(loader)] == there
+            for loader in (fresh, resumed):
+                loader.close()
+        for loader in loaders:
+            loader.close()
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2
+    assert f"was 36 until step {place} and is 56: the {expected - 192 - 108} cells left of epoch 0 come once" in told[1]
+
+
+def test_another_global_batch_between_two_epochs_begins_the_next(folder):
+    with open_loader(folder, global_batch=96) as loader:
+        for _ in range(loader.steps_per_epoch):
+            next(loader)
+        state = loader.state()
+    with open_loader(folder, global_batch=48) as changed, open_loader(folder, global_batch=48) as fresh:
+        changed.load_state(state)
+        fresh.seek(fresh.steps_per_epoch)
+        for _ in range(3):
+            assert [flat(b) for b in next(changed)] == [flat(b) for b in next(fresh)]
+
+
 @pytest.mark.parametrize("name", ["step", "seed", "balance", "given"])
 def test_a_state_of_other_keys_is_refused_by_their_names(folder, name):
     with open_loader(folder) as loader:
@@ -159,7 +207,14 @@ def test_a_state_of_other_keys_is_refused_by_their_names(folder, name):
             loader.load_state({**state, name: value, "colour": 1})
 
 
-@pytest.mark.parametrize("step", [-1, 2.5, "3", None])
-def test_a_state_without_a_place_in_the_stream_is_refused(folder, step):
-    with open_loader(folder) as loader, pytest.raises(InputError, match=f"the checkpoint's step={step!r} is no number"):
-        loader.load_state({**loader.state(), "step": step})
+@pytest.mark.parametrize(
+    "key, value", [("step", -1), ("step", 2.5), ("step", "3"), ("step", None), ("global_batch", 0), ("regrouped", {})]
+)
+def test_a_state_without_a_place_in_the_stream_is_refused(folder, key, value):
+    said = (
+        "resumed: regrouped: key .epoch. is missing"
+        if value == {}
+        else f"the checkpoint's {key}={value!r} is no number"
+    )
+    with open_loader(folder) as loader, pytest.raises(InputError, match=said):
+        loader.load_state({**loader.state(), key: value})
