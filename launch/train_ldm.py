@@ -24,7 +24,16 @@ from launch.cli import run_verb
 from launch.evaluation.gate import gate_of, warn
 from launch.staged import at_hand
 from launch.trained import check_given, check_same_genes, trained_vae
-from launch.training import Parts, check_has_validation, check_waits, has_started, run_training, start_of, whole_cells
+from launch.training import (
+    Parts,
+    check_changes,
+    check_has_validation,
+    check_waits,
+    has_started,
+    run_training,
+    start_of,
+    whole_cells,
+)
 from scldm.batch import GeneCounts
 from scldm.checked import Checked
 from scldm.errors import InputError
@@ -65,6 +74,11 @@ class TrainLDMConfig(Checked):
         told the vector, so that every label of the file can be asked for, trained or not
     init_from: model folder whose diffusion transformer to start from; conditions and labels are joined by name, new
         ones get new rows
+    branch_from: RUN@STEP, as runs/vae@15000 or @latest or @best: a new run that begins with that checkpoint, its place
+        in the cells' order included. Give the parent's keys again; those of optim, train and hardware.precision may
+        differ, and of guidance and flow
+    allow_changes: keys that may differ from the run's config.json, as optim.lr,train.steps. Each change is noted in
+        history.json with its step. Those of optim, train and hardware.precision can change, and of guidance and flow
     deepspeed: any key of DeepSpeed's own configuration that does not change the result, as deepspeed.steps_per_print=10
     """
 
@@ -74,6 +88,8 @@ class TrainLDMConfig(Checked):
     given: GeneSetConfig = field(default_factory=GeneSetConfig)
     label_embeddings: dict[str, str] = field(default_factory=dict)
     init_from: str = ""
+    branch_from: str = ""
+    allow_changes: list[str] = field(default_factory=list)
     model: DiTConfig = field(default_factory=DiTConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
@@ -91,6 +107,7 @@ class TrainLDMConfig(Checked):
                 f"given.policy={self.given.policy} has no effect on latents; with vae=RUN cells are encoded"
             )
         check_waits(self)
+        check_changes(self)
 
 
 CONFIG = TrainLDMConfig

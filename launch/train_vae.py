@@ -14,7 +14,7 @@ from data_pipeline.stream.loader import CellLoader, LoaderConfig
 from launch.cli import run_verb
 from launch.evaluation.gate import judge_run
 from launch.staged import at_hand
-from launch.training import Parts, check_has_validation, check_waits, run_training, start_of, whole_cells
+from launch.training import Parts, check_changes, check_has_validation, check_waits, run_training, start_of, whole_cells
 from scldm.checked import Checked
 from scldm.kernels import check_available
 from scldm.model.vae import VAE, VAEConfig, chosen
@@ -41,6 +41,11 @@ class TrainVAEConfig(Checked):
 
     run_dir: folder of the run
     init_from: model folder whose autoencoder to start from; genes are joined by name, new ones get new rows
+    branch_from: RUN@STEP, as runs/vae@15000 or @latest or @best: a new run that begins with that checkpoint, its place
+        in the cells' order included. Give the parent's keys again; those of optim, train and hardware.precision may
+        differ
+    allow_changes: keys that may differ from the run's config.json, as optim.lr,train.steps. Each change is noted in
+        history.json with its step. Those of optim, train and hardware.precision can change
     gate: at the end, judge the best checkpoint on at most 2,000 validation cells beside mean profiles, one for each
         combination too where there are at most 200; false leaves that out
     deepspeed: any key of DeepSpeed's own configuration that does not change the result, as deepspeed.steps_per_print=10
@@ -49,6 +54,8 @@ class TrainVAEConfig(Checked):
     run_dir: str
     data: LoaderConfig
     init_from: str = ""
+    branch_from: str = ""
+    allow_changes: list[str] = field(default_factory=list)
     gate: bool = True
     model: VAEConfig = field(default_factory=VAEConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -60,6 +67,7 @@ class TrainVAEConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_waits(self)
+        check_changes(self)
 
 
 CONFIG = TrainVAEConfig

@@ -6,9 +6,10 @@ The folder also keeps what later verbs need of the data (vocabularies, library s
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -18,8 +19,8 @@ import torch
 from data_pipeline.format.schema import Manifest
 from scldm import pretrained
 from scldm.environment import describe
-from scldm.errors import InputError, Stopped
-from scldm.files import write_json
+from scldm.errors import InputError, Stopped, read_json
+from scldm.files import flat, write_json
 from scldm.library_size import LibrarySizeModel, LogNormal
 from scldm.model.attention import Choice
 from scldm.parallel.deepspeed_json import check_overrides
@@ -27,12 +28,14 @@ from scldm.parallel.dist import World, close_world, world_of_environment
 from scldm.parallel.engine import HardwareConfig, check_engine, start_engine
 from scldm.parallel.watch import SOONER_S, Watch
 from scldm.pretrained import Pretrained
+from scldm.train.branch import to_begin
+from scldm.train.history import HISTORY
 from scldm.train.init_from import Joined
 from scldm.train.loop import Loader, TrainConfig, train
 from scldm.train.losses import Stage
 from scldm.train.optim import OptimConfig, make_optimizer
 from scldm.train.requests import Requests
-from scldm.train.run_folder import open_run_folder, outcome_noted
+from scldm.train.run_folder import open_run_folder, outcome_noted, step_of
 from scldm.train.step_cost import StepCost
 from scldm.train.throughput import Meter, peak_flops
 from scldm.train.tracking import Tracker, TrackingConfig
@@ -50,6 +53,17 @@ FREE_ON_RESUME = (
     *("data.cache_folder", "data.cache_gb"),
 )
 
+# what changes the course of a run and leaves it the same: with allow_changes, or in a branch
+CAN_CHANGE = ("optim", "train", "guidance", "flow", "hardware.precision")
+WHY_NEVER = {
+    "model": "the weights have the shape and the meaning that it says",
+    **dict.fromkeys(("data", "given", "vae", "label_embeddings"), "a run is of one set of cells, in one order"),
+    "init_from": "the weights began with it",
+}
+
+# keys that say how this start goes on with a run, and nothing of the run itself: its config.json has none of them
+OF_A_START = ("branch_from", "allow_changes")
+
 
 class RunConfig(Protocol):
     """The fields that both verbs' configs have."""
@@ -58,6 +72,10 @@ class RunConfig(Protocol):
     def run_dir(self) -> str: ...
     @property
     def init_from(self) -> str: ...
+    @property
+    def branch_from(self) -> str: ...
+    @property
+    def allow_changes(self) -> list[str]: ...
     @property
     def optim(self) -> OptimConfig: ...
     @property
@@ -103,6 +121,8 @@ def run_training(
     check_engine(config.hardware, world, config.deepspeed)
     run_dir = Path(config.run_dir)
     as_dict = dataclasses.asdict(config)  # pyright: ignore[reportArgumentType]
+    for name in OF_A_START:
+        del as_dict[name]
     # what is at the end told to the scheduler and to the other ranks comes before what takes its time: the tracker
     with ExitStack() as last, ExitStack() as at_the_end:
         world.join(config.hardware.collective_timeout_s)
@@ -113,7 +133,16 @@ def run_training(
         parts = set_up(world)
         if world.is_first:
             notes = {"attention": str(parts.attention)} if parts.attention else {}
-            last.enter_context(open_run_folder(run_dir, as_dict, FREE_ON_RESUME, notes))
+            branch = to_begin(config.branch_from, run_dir)
+            if branch is not None:
+                check_data(branch.checkpoint, data_of(parts.manifest), f"branch_from={branch}")
+            allowed = tuple(config.allow_changes)
+            if branch is not None or allowed:
+                check_steps(config, branch.step if branch else step_of(run_dir))
+            opened = open_run_folder(
+                run_dir, as_dict, FREE_ON_RESUME, notes, can_change=CAN_CHANGE, allowed=allowed, branch=branch
+            )
+            last.enter_context(opened)
             for what, of in notes.items():
                 print(f"scldm: {what}: {of}", file=sys.stderr, flush=True)
             watch.on_end = at_the_end.enter_context(outcome_noted(run_dir))
@@ -130,10 +159,12 @@ def run_training(
             write_json(run_dir / "deepspeed.json", getattr(engine, "json", {}))
         peak = peak_flops(world.device, config.hardware.precision, config.hardware.peak_tflops)
         flops = parts.cost().flops / config.hardware.micro_batch if peak and parts.cost and world.is_first else 0.0
-        tags = {"git": describe()["git"]}
+        tags = {"git": describe()["git"]} | ({"branch_from": config.branch_from} if config.branch_from else {})
         tracker = last.enter_context(
             Tracker(run_dir, config.tracking, active=world.is_first, stage=name, params=as_dict, tags=tags)
         )
+        if world.is_first and (run_dir / HISTORY).is_file():
+            tracker.log_artifact(run_dir / HISTORY)
         note_cause = watch.on_end
 
         def end(reason: str, code: int) -> None:
@@ -172,14 +203,39 @@ def check_waits(config: RunConfig) -> None:
         )
 
 
+def check_changes(config: RunConfig) -> None:
+    """Raises: InputError for a key of allow_changes that there is not, or that can never change."""
+    keys = [key for key, _ in flat(dataclasses.asdict(config))]  # pyright: ignore[reportArgumentType]
+    for name in config.allow_changes:
+        within = [key for key in keys if f"{key}.".startswith(f"{name}.")]
+        if not within:
+            near = difflib.get_close_matches(name, keys, n=3, cutoff=0.5)
+            raise InputError(f"allow_changes={name}: no such key; did you mean {', '.join(near or CAN_CHANGE)}?")
+        may = (*CAN_CHANGE, *FREE_ON_RESUME)
+        if never := [key for key in within if not any(f"{key}.".startswith(f"{group}.") for group in may)]:
+            why = WHY_NEVER.get(never[0].split(".")[0], "it would be another run")
+            raise InputError(
+                f"allow_changes={name}: {never[0]} can never change in a run: {why}; choose another run_dir"
+            )
+
+
+def check_steps(config: RunConfig, step: int) -> None:
+    """Raises: InputError where the run is already beyond its end."""
+    if config.train.steps < step:
+        raise InputError(
+            f"train.steps={config.train.steps}: the run is at step {step} already; give more, or branch_from=RUN@STEP "
+            "of an earlier checkpoint"
+        )
+
+
 def start_of(config: RunConfig) -> Pretrained | None:
     """The trained model that a run starts from, if any and if it has not started yet."""
     return pretrained.load(config.init_from) if config.init_from and not has_started(config) else None
 
 
 def has_started(config: RunConfig) -> bool:
-    """Whether the run has a checkpoint, from which it goes on."""
-    return (Path(config.run_dir) / "checkpoints" / "latest").is_file()
+    """Whether the run has a checkpoint, from which it goes on: its own, or the one that it branches from."""
+    return bool(config.branch_from) or (Path(config.run_dir) / "checkpoints" / "latest").is_file()
 
 
 def keep_joined(run_dir: Path, model: str, joined: Sequence[Joined]) -> None:
@@ -198,6 +254,15 @@ def keep_data(run_dir: Path, manifest: Manifest) -> None:
 
     Raises: InputError where the folder has those of other data: its weights mean nothing with them.
     """
+    now = data_of(manifest)
+    check_data(run_dir, now, str(run_dir))
+    for name, value in now.items():
+        if not (run_dir / name).is_file():
+            write_json(run_dir / name, value)
+
+
+def data_of(manifest: Manifest) -> dict[str, Any]:
+    """File -> what it says of the data."""
     now = {
         "genes.json": manifest.genes.to_json(),
         "conditions.json": manifest.conditions.to_json(),
@@ -205,13 +270,15 @@ def keep_data(run_dir: Path, manifest: Manifest) -> None:
     }
     if manifest.kind == "latents":
         now["latents.json"] = manifest.extra
+    return json.loads(json.dumps(now))
+
+
+def check_data(folder: Path, now: Mapping[str, Any], who: str) -> None:
+    """Raises: InputError where a run's folder, or its checkpoint's, says something else of its data."""
     for name, value in now.items():
-        path, value = run_dir / name, json.loads(json.dumps(value))
-        if not path.is_file():
-            write_json(path, value)
-        elif json.loads(path.read_text()) != value:
+        if (folder / name).is_file() and read_json(folder / name) != value:
             raise InputError(
-                f"{run_dir} was trained on other data: its {name} is not that of data.shards; choose another run_dir"
+                f"{who} was trained on other data: its {name} is not that of data.shards; choose another run_dir"
             )
 
 

@@ -3,7 +3,8 @@
     order (which cells) -> read ahead (a few threads) -> slots (blocks, compact) -> gather (gene sets) -> CellBatch
 
 A loader's state is one integer, the global batches consumed since the start of the run, and the settings that prove
-that it is the same stream; where the global batch was changed, also the epoch in which it was. Nothing in it depends on rank, threads or how often the run was interrupted.
+that it is the same stream; where the global batch was changed, also the epoch in which it was. Nothing in it depends
+on rank, threads or how often the run was interrupted.
 
 Reading order: StreamConfig, LoaderConfig, what both loaders do, CellLoader, LatentLoader, shard_batches (for encoding),
 which cells are chosen. Reading ahead is in feed.py, making a batch of what was read in collate.py.
@@ -269,9 +270,9 @@ class _Loader(ABC, Generic[Batch]):
         if self.global_batch != before.global_batch and regrouped and self._loud:
             left, until = self.n_cells - regrouped.first, self.order.regular_from
             print(
-                f"train.global_batch was {before.global_batch} until step {step} and is {self.global_batch}: the {left:,} "
-                f"cells left of epoch {regrouped.epoch} come once each, in its order, until step {until}. Which cells "
-                "share a batch, and their gene sets, are not those of a run that began with this batch",
+                f"train.global_batch was {before.global_batch} until step {step} and is {self.global_batch}: the "
+                f"{left:,} cells left of epoch {regrouped.epoch} come once each, in its order, until step {until}. "
+                "Which cells share a batch, and their gene sets, are not those of a run that began with this batch",
                 file=sys.stderr,
                 flush=True,
             )

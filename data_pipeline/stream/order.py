@@ -282,7 +282,7 @@ class Regrouped:
 
 
 class RestOfEpoch:
-    """An epoch from a step on, in batches of another size: every cell that has not come yet, once, as EpochOrder has it.
+    """An epoch from a step on, in batches of another size: every cell that has not come yet, once, in its order.
 
     Its positions lie in any lane, so that a rank reads blocks of all lanes until the epoch's end.
     """

@@ -109,9 +109,11 @@ def train(
     ema, meter = EMA(engine, config.ema_decay), meter or Meter(world)
     state = RunState(config.steps, config.patience)
     if (found := checkpoint.resume(run_dir / "checkpoints", engine, ema, world)) is not None:
-        state = RunState.of_json(found, config.steps, config.patience)
+        state = RunState.of_json(found, config.steps, config.patience, config.global_batch)
         loader.load_state(found["loader"])
         meter.load_state(found["meter"])
+        if world.gather(checkpoint.pointed(run_dir / "checkpoints" / "best") is None)[0]:
+            state.best, state.stale = math.inf, 0  # of a branch whose parent's best one until then is gone
     saver = Saver(run_dir, engine, ema, world, config.keep, config.keep_every)
     supervisor = Supervisor(watch or Watch(world), requests or Requests(run_dir, (), world), saver)
 
@@ -145,9 +147,10 @@ def train(
                         limit = f"{state.skipped} steps in a row, train.max_skipped={config.max_skipped}"
                         raise InputError(f"{problem}; {limit}")
                 state.step += 1
+                state.cells_seen += config.global_batch
 
                 if state.is_due(config.log_every) and meter.n_steps:
-                    row = log_row(meter, tracker, state.step, config, {"lr": lr, "grad_norm": grad_norm}, run_dir)
+                    row = log_row(meter, tracker, state, config, {"lr": lr, "grad_norm": grad_norm}, run_dir)
                     bar.advance(0, f"loss {row['loss']:.4g}, {row['cells_per_s']:,.0f} cells/s")
                 bar.advance()
                 state.unvalidated = state.is_due(config.validate_every)
@@ -158,7 +161,7 @@ def train(
                 with meter.paused():
                     metrics = validate(stage, engine, ema, validation, config.seed, world, supervisor)
                 if metrics is not None:  # else the run was asked to stop meanwhile
-                    tracker.log(state.step, metrics, split="validation", cells_seen=state.step * config.global_batch)
+                    tracker.log(state.step, metrics, split="validation", cells_seen=state.cells_seen)
                     is_best = state.validated(metrics, stage.validation_metric)
                     end_early(state, config, optim, world)
 
@@ -174,14 +177,14 @@ def train(
 
 
 def log_row(
-    meter: Meter, tracker: Tracker, step: int, config: TrainConfig, more: dict[str, float], run_dir: Path
+    meter: Meter, tracker: Tracker, state: RunState, config: TrainConfig, more: dict[str, float], run_dir: Path
 ) -> dict[str, float]:
     """Write the training metrics since the last row; returns them. Collective."""
     row, own = meter.read()
     row |= more
     if config.rank_logs:
-        note_rank(run_dir, meter.world.rank, step, own)
-    tracker.log(step, row, cells_seen=step * config.global_batch)
+        note_rank(run_dir, meter.world.rank, state.step, own)
+    tracker.log(state.step, row, cells_seen=state.cells_seen)
     return row
 
 

@@ -1,6 +1,7 @@
-"""A run's folder: made once, and resumed only by the same command.
+"""A run's folder: made once, and resumed only by the same command, or one whose changes are allowed and noted.
 
 config.json       the resolved config, as given
+history.json      what changed the course of the run, see history.py
 environment.json  versions, commit, host, command line, how attention is computed; one entry per start
 metrics.jsonl     see tracking.py
 outcome.json      running, finished, stopped or failed; the exit code and why
@@ -21,7 +22,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +31,10 @@ from typing import Any
 from scldm.environment import describe, without_passwords
 from scldm.errors import Busy, InputError, Stopped, read_json
 from scldm.files import ASIDE, flat, left_aside, outlived, remove, write_json
+from scldm.train import history
+from scldm.train.branch import Branch, begin
+from scldm.train.checkpoint import pointed
+from scldm.train.history import HISTORY
 
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
@@ -42,32 +47,42 @@ WAIT_S = 120.0  # for a lock that another process holds
 
 @contextmanager
 def open_run_folder(
-    run_dir: Path, config: Mapping[str, Any], free: tuple[str, ...], notes: Mapping[str, str] | None = None
+    run_dir: Path,
+    config: Mapping[str, Any],
+    free: tuple[str, ...],
+    notes: Mapping[str, str] | None = None,
+    *,
+    can_change: tuple[str, ...] = (),
+    allowed: tuple[str, ...] = (),
+    branch: Branch | None = None,
 ) -> Iterator[None]:
     """Make the folder, or check that the run in it has this config; what differs and may is printed. Within, no other
     process may train in it.
 
     free: keys, or groups of keys, that a resume may change because they do not change the result
     notes: of this start, kept with its environment
+    can_change: keys, or groups, that change the course of the same run
+    allowed: those that this start may change; they are noted in the run's history, with their step
+    branch: what the run begins with; its config may differ from the parent's in what can change
 
     Raises: InputError where the folder holds another run, with the keys that differ, or another process trains in it.
     """
     path = run_dir / CONFIG
     config = json.loads(json.dumps(config))
-    if path.is_file():
-        before = dict(flat(read_json(path)))
-        now = dict(flat(config))
-        changed = {
-            key: f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)
-        }
-        wrong = [told for key, told in changed.items() if not _within(key, free)]
-        if wrong:
-            more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-            raise InputError(f"{run_dir} holds another run: {'; '.join(wrong[:4])}{more}; choose another run_dir")
-        if changed:
-            told = without_passwords("; ".join(changed.values()))  # an earlier scldm kept one
+    changed: dict[str, tuple[Any, Any]] = {}
+    if branch is not None:
+        changed = _changes(branch.config, config, (*free, "init_from"))
+        if wrong := [key for key in changed if not _within(key, can_change)]:
+            can = f"a branch may differ in {', '.join(can_change)}, and in what changes no result"
+            raise InputError(f"branch_from={branch}: {_told(changed, wrong)}; {can}")
+    elif path.is_file():
+        changed = _changes(read_json(path), config, free)
+        if wrong := [key for key in changed if not _within(key, allowed)]:
+            named = f", or name what may change: allow_changes={','.join(wrong)}"
+            hint = named if all(_within(key, can_change) for key in wrong) else ""
+            raise InputError(f"{run_dir} holds another run: {_told(changed, wrong)}; choose another run_dir{hint}")
+        if every := _changes(read_json(path), config, ()):
+            told = without_passwords(_told(every, list(every), len(every)))  # an earlier scldm kept one
             print(f"scldm: {run_dir} goes on with: {told}", file=sys.stderr, flush=True)
     elif run_dir.is_dir() and any(not _may_lie_there(entry) for entry in run_dir.iterdir()):
         raise InputError(f"{run_dir} is not empty and not a run folder; choose another run_dir")
@@ -75,15 +90,42 @@ def open_run_folder(
     with locked(run_dir):
         for left in left_aside(run_dir):
             remove(left)
+        begins = branch is not None and pointed(run_dir / "checkpoints" / "latest") is None
+        # before the config: what changed can be told from the two of them, and from nothing later
+        if branch is not None and begins:
+            history.note(run_dir, branch.step, changed, branch.run)
+        elif branch is None and changed:
+            history.note(run_dir, step_of(run_dir), changed)
         if not path.is_file() or read_json(path) != config:
             write_json(path, config)
         write_json(run_dir / ENVIRONMENT, [*_starts(run_dir), {**describe(), **(notes or {})}])
+        if branch is not None and begins:
+            begin(branch, run_dir)
+            print(f"scldm: {run_dir} {history.told(history.read(run_dir)[0])}", file=sys.stderr, flush=True)
         yield
+
+
+def step_of(run_dir: Path) -> int:
+    """The step of the checkpoint that the run goes on from."""
+    latest = pointed(run_dir / "checkpoints" / "latest")
+    return int(latest.name.removeprefix("step-")) if latest else 0
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any], free: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
+    """Key -> (before, now) of all that differs, but what is free to."""
+    was, is_ = dict(flat(before)), dict(flat(now))
+    keys = sorted(key for key in was.keys() | is_.keys() if was.get(key) != is_.get(key))
+    return {key: (was.get(key), is_.get(key)) for key in keys if not _within(key, free)}
+
+
+def _told(changed: Mapping[str, tuple[Any, Any]], keys: Sequence[str], most: int = 4) -> str:
+    more = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return "; ".join(f"{key} was {changed[key][0]!r}, now {changed[key][1]!r}" for key in keys[:most]) + more
 
 
 def _may_lie_there(entry: Path) -> bool:
     """Before the first start: what Slurm's side made, or what a start left that died before its config was whole."""
-    return entry.name in (NOTES, LOCK, OWNER) or bool(ASIDE.fullmatch(entry.name))
+    return entry.name in (NOTES, LOCK, OWNER, HISTORY) or bool(ASIDE.fullmatch(entry.name))
 
 
 def started_at(run_dir: Path) -> float:

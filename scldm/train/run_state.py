@@ -14,6 +14,7 @@ class RunState:
     steps, patience: of the config
     early_end: the step at which the run ends where patience ran out before `steps`
     step: optimizer steps made, skipped ones included
+    cells_seen: in these steps, those of an epoch's last batch as if it were full
     skipped: how many of the last steps were skipped in a row
     unvalidated: the validation that is due at this step is still to be made
     stale: validations since the best one
@@ -25,6 +26,7 @@ class RunState:
     patience: int
     early_end: int | None = None
     step: int = 0
+    cells_seen: int = 0
     skipped: int = 0
     unvalidated: bool = False
     stale: int = 0
@@ -32,11 +34,16 @@ class RunState:
     validation: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of_json(cls, found: dict[str, Any], steps: int, patience: int) -> RunState:
-        """As a checkpoint has it, with the patience of this start. More of it resumes where less ran out."""
+    def of_json(cls, found: dict[str, Any], steps: int, patience: int, global_batch: int) -> RunState:
+        """As a checkpoint has it, with the steps and the patience of this start. Another number of steps, or more
+        patience, resumes where it ran out."""
+        before = found.get("loader", {}).get("global_batch", global_batch)
+        found = {"cells_seen": found["step"] * before, **found}  # an earlier scldm did not count them
         state = cls(**{f.name: found[f.name] for f in fields(cls)})
         state.best = math.inf if state.best is None else state.best
         state.validation = {key: math.nan if value is None else value for key, value in state.validation.items()}
+        if state.steps != steps:
+            state.early_end, state.stale = None, 0
         if state.early_end is not None and not 0 < patience <= state.patience:
             state.early_end = None
             state.stale = min(state.stale, state.patience) if patience else state.stale

@@ -62,6 +62,8 @@ class SmallConfig:
     hardware: HardwareConfig = field(default_factory=lambda: HardwareConfig("deepspeed", micro_batch=4))
     deepspeed: dict[str, Any] = field(default_factory=dict)
     init_from: str = ""
+    branch_from: str = ""
+    allow_changes: list[str] = field(default_factory=list)
     tracking: TrackingConfig = field(default_factory=lambda: TrackingConfig(enabled=False))
 
 
@@ -129,7 +131,7 @@ def train(config: SmallConfig, *faults: Fault, judge: Callable[[Any, Any], None]
     def set_up(world: World) -> Parts:
         stage = VAEStage(make_vae()) if config.stage == "vae" else LDMStage(make_dit(), GuidanceConfig(0.2))
         kind, n_given = (CellsLoader, 24) if config.stage == "vae" else (LatentsLoader, 0)
-        place = (GLOBAL_BATCH, config.hardware.micro_batch, world.rank, world.size)
+        place = (config.train.global_batch, config.hardware.micro_batch, world.rank, world.size)
         loader = kind(make_cells(50, 0), *place, n_given=n_given)
         for fault in faults:
             if fault.rank == world.rank:

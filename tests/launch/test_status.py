@@ -13,6 +13,7 @@ from launch.cli import main
 from launch.cluster import commands as slurm
 from launch.cluster import logs
 from launch.cluster.status import duration
+from scldm.train import history
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +72,13 @@ def test_how_far_a_run_is(run: Path, capsys: pytest.CaptureFixture) -> None:
         "rank-10": "ValueError: no cells (0 s ago)",
     }
     assert [name for name, _ in lines][-2:] == ["rank-9", "rank-10"]
+
+
+def test_what_changed_its_course_is_shown(run: Path, capsys: pytest.CaptureFixture) -> None:
+    history.note(run, 100, {}, Path("/runs/vae"))
+    history.note(run, 200, {"optim.lr": (0.001, 0.0003)})
+    lines = [text for name, text in told(capsys, "status", str(run)) if name == "changed"]
+    assert lines == ["at step 100: branched from /runs/vae", "at step 200: optim.lr was 0.001, is 0.0003"]
 
 
 def test_a_run_without_a_job_has_a_status_too(run: Path, capsys: pytest.CaptureFixture) -> None:
