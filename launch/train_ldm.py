@@ -78,7 +78,7 @@ class TrainLDMConfig(Checked):
         in the cells' order included. Give the parent's keys again; those of optim, train and hardware.precision may
         differ, and of guidance and flow
     allow_changes: keys that may differ from the run's config.json, as optim.lr,train.steps. Each change is noted in
-        history.json with its step. Those of optim, train and hardware.precision can change, and of guidance and flow
+        changes.json with its step. Those of optim, train and hardware.precision can change, and of guidance and flow
     deepspeed: any key of DeepSpeed's own configuration that does not change the result, as deepspeed.steps_per_print=10
     """
 

@@ -29,7 +29,7 @@ from scldm.parallel.engine import HardwareConfig, check_engine, start_engine
 from scldm.parallel.watch import SOONER_S, Watch
 from scldm.pretrained import Pretrained
 from scldm.train.branch import to_begin
-from scldm.train.history import HISTORY
+from scldm.train.changes import CHANGES
 from scldm.train.init_from import Joined
 from scldm.train.loop import Loader, TrainConfig, train
 from scldm.train.losses import Stage
@@ -121,8 +121,8 @@ def run_training(
     check_engine(config.hardware, world, config.deepspeed)
     run_dir = Path(config.run_dir)
     as_dict = dataclasses.asdict(config)  # pyright: ignore[reportArgumentType]
-    for name in OF_A_START:
-        del as_dict[name]
+    for key in OF_A_START:
+        del as_dict[key]
     # what is at the end told to the scheduler and to the other ranks comes before what takes its time: the tracker
     with ExitStack() as last, ExitStack() as at_the_end:
         world.join(config.hardware.collective_timeout_s)
@@ -163,8 +163,8 @@ def run_training(
         tracker = last.enter_context(
             Tracker(run_dir, config.tracking, active=world.is_first, stage=name, params=as_dict, tags=tags)
         )
-        if world.is_first and (run_dir / HISTORY).is_file():
-            tracker.log_artifact(run_dir / HISTORY)
+        if world.is_first and (run_dir / CHANGES).is_file():
+            tracker.log_artifact(run_dir / CHANGES)
         note_cause = watch.on_end
 
         def end(reason: str, code: int) -> None:

@@ -13,7 +13,7 @@ from launch.cluster.notes import BAD_NODES, State, find_notes, nodes_in, state_o
 from launch.config import compose
 from launch.evaluation.gate import line_of
 from scldm.errors import InputError, read_json
-from scldm.train import history
+from scldm.train import changes
 from scldm.train.run_folder import read_config, started_at
 from scldm.train.throughput import seconds_per_step
 from scldm.train.tracking import read_metrics
@@ -102,7 +102,7 @@ def training(run: Path) -> list[tuple[str, str]]:
     if pointer.is_file():
         written = ago(time.time() - pointer.stat().st_mtime)
         lines.append(("checkpoint", f"step {int(pointer.read_text().strip().split('-')[1]):,}, {written}"))
-    lines += [("changed", history.told(entry)) for entry in history.read(run)]
+    lines += [("changed", changes.told(entry)) for entry in changes.read(run)]
     if found := line_of(run):
         lines.append(("autoencoder", found))
     for path in sorted((run / "errors").glob("rank-*.txt"), key=lambda p: int(p.stem.split("-")[1])):

@@ -16,7 +16,7 @@ from typing import Any
 
 from scldm.errors import InputError, read_json
 from scldm.files import PARTIAL, put_in_place, remove, sync
-from scldm.train import history
+from scldm.train import changes
 from scldm.train.checkpoint import BESIDE, Checkpoint, candidates, point, pointed
 
 CONFIG = BESIDE[0]
@@ -47,7 +47,7 @@ def to_begin(text: str, run_dir: Path) -> Branch | None:
 
     Raises: InputError where the folder holds another run, or there is no such checkpoint.
     """
-    known = next((entry for entry in history.read(run_dir) if "branched_from" in entry), None)
+    known = next((entry for entry in changes.read(run_dir) if "branched_from" in entry), None)
     place = f"{known['branched_from']}@{known['step']}" if known else ""
     has_begun = (run_dir / "checkpoints" / "latest").is_file()
     if not text:

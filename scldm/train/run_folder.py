@@ -1,7 +1,7 @@
 """A run's folder: made once, and resumed only by the same command, or one whose changes are allowed and noted.
 
 config.json       the resolved config, as given
-history.json      what changed the course of the run, see history.py
+changes.json      what changed the course of the run, see changes.py
 environment.json  versions, commit, host, command line, how attention is computed; one entry per start
 metrics.jsonl     see tracking.py
 outcome.json      running, finished, stopped or failed; the exit code and why
@@ -31,10 +31,10 @@ from typing import Any
 from scldm.environment import describe, without_passwords
 from scldm.errors import Busy, InputError, Stopped, read_json
 from scldm.files import ASIDE, flat, left_aside, outlived, remove, write_json
-from scldm.train import history
+from scldm.train import changes
 from scldm.train.branch import Branch, begin
+from scldm.train.changes import CHANGES
 from scldm.train.checkpoint import pointed
-from scldm.train.history import HISTORY
 
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
@@ -71,17 +71,17 @@ def open_run_folder(
     config = json.loads(json.dumps(config))
     changed: dict[str, tuple[Any, Any]] = {}
     if branch is not None:
-        changed = _changes(branch.config, config, (*free, "init_from"))
+        changed = _differing(branch.config, config, (*free, "init_from"))
         if wrong := [key for key in changed if not _within(key, can_change)]:
             can = f"a branch may differ in {', '.join(can_change)}, and in what changes no result"
             raise InputError(f"branch_from={branch}: {_told(changed, wrong)}; {can}")
     elif path.is_file():
-        changed = _changes(read_json(path), config, free)
+        changed = _differing(read_json(path), config, free)
         if wrong := [key for key in changed if not _within(key, allowed)]:
             named = f", or name what may change: allow_changes={','.join(wrong)}"
             hint = named if all(_within(key, can_change) for key in wrong) else ""
             raise InputError(f"{run_dir} holds another run: {_told(changed, wrong)}; choose another run_dir{hint}")
-        if every := _changes(read_json(path), config, ()):
+        if every := _differing(read_json(path), config, ()):
             told = without_passwords(_told(every, list(every), len(every)))  # an earlier scldm kept one
             print(f"scldm: {run_dir} goes on with: {told}", file=sys.stderr, flush=True)
     elif run_dir.is_dir() and any(not _may_lie_there(entry) for entry in run_dir.iterdir()):
@@ -93,15 +93,15 @@ def open_run_folder(
         begins = branch is not None and pointed(run_dir / "checkpoints" / "latest") is None
         # before the config: what changed can be told from the two of them, and from nothing later
         if branch is not None and begins:
-            history.note(run_dir, branch.step, changed, branch.run)
+            changes.note(run_dir, branch.step, changed, branch.run)
         elif branch is None and changed:
-            history.note(run_dir, step_of(run_dir), changed)
+            changes.note(run_dir, step_of(run_dir), changed)
         if not path.is_file() or read_json(path) != config:
             write_json(path, config)
         write_json(run_dir / ENVIRONMENT, [*_starts(run_dir), {**describe(), **(notes or {})}])
         if branch is not None and begins:
             begin(branch, run_dir)
-            print(f"scldm: {run_dir} {history.told(history.read(run_dir)[0])}", file=sys.stderr, flush=True)
+            print(f"scldm: {run_dir} {changes.told(changes.read(run_dir)[0])}", file=sys.stderr, flush=True)
         yield
 
 
@@ -111,7 +111,7 @@ def step_of(run_dir: Path) -> int:
     return int(latest.name.removeprefix("step-")) if latest else 0
 
 
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any], free: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any], free: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
     """Key -> (before, now) of all that differs, but what is free to."""
     was, is_ = dict(flat(before)), dict(flat(now))
     keys = sorted(key for key in was.keys() | is_.keys() if was.get(key) != is_.get(key))
@@ -125,7 +125,7 @@ def _told(changed: Mapping[str, tuple[Any, Any]], keys: Sequence[str], most: int
 
 def _may_lie_there(entry: Path) -> bool:
     """Before the first start: what Slurm's side made, or what a start left that died before its config was whole."""
-    return entry.name in (NOTES, LOCK, OWNER, HISTORY) or bool(ASIDE.fullmatch(entry.name))
+    return entry.name in (NOTES, LOCK, OWNER, CHANGES) or bool(ASIDE.fullmatch(entry.name))
 
 
 def started_at(run_dir: Path) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from launch import training
 from launch.config import compose
 from launch.train_ldm import TrainLDMConfig
 from launch.train_vae import TrainVAEConfig
@@ -38,8 +39,8 @@ def rows(run_dir: Path, after: int = 0) -> list[dict]:
     return [{key: value for key, value in row.items() if key not in OF_THE_MACHINE} for row in found]
 
 
-def history(run_dir: Path) -> list[dict]:
-    entries = json.loads((run_dir / "history.json").read_text())
+def noted(run_dir: Path) -> list[dict]:
+    entries = json.loads((run_dir / "changes.json").read_text())
     return [{key: value for key, value in entry.items() if key != "time"} for entry in entries]
 
 
@@ -65,7 +66,7 @@ def test_a_branch_without_a_change_is_its_parent_to_the_bit(
     own = {key: value for key, value in state.items() if key not in ("files", "parts")}
     assert own == {key: state_of_parent[key] for key in own}
     assert all(torch.equal(value, of_parent[key]) for key, value in tensors.items())
-    assert history(tmp_path / "new") == [{"step": step, "branched_from": str(parent[stage]), "changed": {}}]
+    assert noted(tmp_path / "new") == [{"step": step, "branched_from": str(parent[stage]), "changed": {}}]
 
 
 def test_a_branch_with_a_lower_rate_differs_from_there_on_and_alone(parent: dict[str, Path], tmp_path: Path) -> None:
@@ -78,7 +79,7 @@ def test_a_branch_with_a_lower_rate_differs_from_there_on_and_alone(parent: dict
     assert all(ours[step] != theirs[step] for step in range(12, 17))
     assert sorted(ours) == list(range(11, 19))
     changed = {"optim.lr": [0.003, 0.0003], "train.steps": [16, 18], "train.validate_every": [8, 3]}
-    assert history(new) == [{"step": 10, "branched_from": str(vae), "changed": changed}]
+    assert noted(new) == [{"step": 10, "branched_from": str(vae), "changed": changed}]
     assert {"branch_from", "allow_changes"}.isdisjoint(json.loads((new / "config.json").read_text()))
 
 
@@ -108,8 +109,12 @@ def test_the_best_checkpoint_until_then_is_the_one_to_beat(parent: dict[str, Pat
     kept, (state, _) = tmp_path / "kept", stored(tmp_path / "kept")
     assert [path.name for path in checkpoint.steps_in(kept / "checkpoints")] == [best, "step-00000016"]
     assert stored(kept, "best")[0]["validation"]["nll"] == state["best"] < state["validation"]["nll"]
+    # of its parent, step 16 is: which one was at step 10 can't be told any more
+    assert branches.find(f"{parent['vae']}@10").best is None
+    faulty.train(config(tmp_path / "anew", branch_from=f"{parent['vae']}@10", optim=worse))
+    assert checkpoint.pointed(tmp_path / "anew" / "checkpoints" / "best") is not None
     faulty.train(config(tmp_path / "first", branch_from=f"{old}@best"))
-    assert history(tmp_path / "first")[0]["step"] == 8
+    assert noted(tmp_path / "first")[0]["step"] == 8
 
 
 @pytest.mark.parametrize("at", ["_link", "point"])
@@ -129,7 +134,7 @@ def test_a_branch_that_was_cut_short_has_not_begun(
     with pytest.raises(InputError, match=r"was to branch from .*@10 and has not begun; give branch_from=.*@10"):
         faulty.train(config(tmp_path))
     faulty.train(dataclasses.replace(given, branch_from=f"{parent['vae']}@5", optim=LOW))
-    assert [entry["step"] for entry in history(tmp_path)] == [5]
+    assert [entry["step"] for entry in noted(tmp_path)] == [5]
     assert rows(tmp_path)[0]["step"] == 6
 
 
@@ -169,12 +174,19 @@ def test_a_branch_of_a_damaged_checkpoint_is_refused(parent: dict[str, Path], tm
     assert not (tmp_path / "new").exists()
 
 
-def test_a_branch_on_other_data_is_refused(parent: dict[str, Path], tmp_path: Path) -> None:
-    shutil.copytree(parent["vae"], tmp_path / "old")
-    (tmp_path / "old" / "checkpoints" / "step-00000010" / "genes.json").write_text("{}")
-    with pytest.raises(InputError, match="genes.json"):
-        faulty.train(config(tmp_path / "new", branch_from=f"{tmp_path}/old@10"))
+def test_a_branch_on_other_data_is_refused(
+    parent: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = training.data_of
+    monkeypatch.setattr(training, "data_of", lambda manifest: {**found(manifest), "genes.json": {"ids": []}})
+    with pytest.raises(InputError, match=r"@10 was trained on other data: its genes.json is not that of data.shards"):
+        faulty.train(config(tmp_path / "new", branch_from=f"{parent['vae']}@10"))
     assert not (tmp_path / "new").exists()
+
+
+def test_a_branch_does_not_begin_with_the_model_that_its_parent_began_with(tmp_path: Path) -> None:
+    given = config(tmp_path, init_from="a model that is gone", branch_from="runs/vae@10")
+    assert training.start_of(given) is None
 
 
 # --- allowed changes ------------------------------------------------------------------------------------------------
@@ -191,12 +203,12 @@ def test_an_allowed_change_is_noted_and_needs_no_second_word(parent: dict[str, P
         faulty.train(changed)
     with pytest.raises(InputError, match=r"train.steps was 16, now 20; choose .* allow_changes=train.steps"):
         faulty.train(dataclasses.replace(changed, allow_changes=["optim.lr"]))
-    assert not (tmp_path / "history.json").exists()
+    assert not (tmp_path / "changes.json").exists()
     allowed = dataclasses.replace(changed, allow_changes=["optim.lr", "train.steps"])
     with pytest.raises(Stopped):
         faulty.train(allowed, Fault("SIGTERM", 0, (12,)))
     faulty.train(changed)  # the same command without the word
-    assert history(tmp_path) == [{"step": 11, "changed": {"optim.lr": [0.003, 0.0003], "train.steps": [16, 20]}}]
+    assert noted(tmp_path) == [{"step": 11, "changed": {"optim.lr": [0.003, 0.0003], "train.steps": [16, 20]}}]
     assert [row["step"] for row in read_metrics(tmp_path, "train")] == list(range(1, 21))
     assert rows(tmp_path)[:11] == rows(parent["vae"])[:11]
     with pytest.raises(InputError, match=r"optim.lr was 0.0003, now 0.003; train.steps was 20, now 16"):
@@ -245,6 +257,7 @@ def test_mlflow_has_the_branch_and_the_change(parent: dict[str, Path], tmp_path:
     faulty.train(config(new, **given, train={"steps": 18}, allow_changes=["train.steps"]))
     client = MlflowClient(f"sqlite:///{new}/mlflow.db")
     run = client.get_run(json.loads((new / "mlflow_run.json").read_text())["run_id"])
+    assert run.info.run_name == "train vae"
     assert run.data.tags["branch_from"] == given["branch_from"]
     assert run.data.tags["resumed.train.steps"] == "18"
-    assert "history.json" in [item.path for item in client.list_artifacts(run.info.run_id)]
+    assert "changes.json" in [item.path for item in client.list_artifacts(run.info.run_id)]

@@ -13,7 +13,7 @@ from launch.cli import main
 from launch.cluster import commands as slurm
 from launch.cluster import logs
 from launch.cluster.status import duration
-from scldm.train import history
+from scldm.train import changes
 
 
 @pytest.fixture(autouse=True)
@@ -75,9 +75,11 @@ def test_how_far_a_run_is(run: Path, capsys: pytest.CaptureFixture) -> None:
 
 
 def test_what_changed_its_course_is_shown(run: Path, capsys: pytest.CaptureFixture) -> None:
-    history.note(run, 100, {}, Path("/runs/vae"))
-    history.note(run, 200, {"optim.lr": (0.001, 0.0003)})
-    lines = [text for name, text in told(capsys, "status", str(run)) if name == "changed"]
+    changes.note(run, 100, {}, Path("/runs/vae"))
+    changes.note(run, 200, {"optim.lr": (0.001, 0.0003)})
+    shown = told(capsys, "status", str(run))
+    assert shown[0][0] == "step"  # what is noted of the run is no note of a job
+    lines = [text for name, text in shown if name == "changed"]
     assert lines == ["at step 100: branched from /runs/vae", "at step 200: optim.lr was 0.001, is 0.0003"]
 
 

@@ -1,4 +1,4 @@
-"""What changed the course of a run, in `history.json` of its folder: where it branched off, and which keys changed.
+"""What changed the course of a run, in `changes.json` of its folder: where it branched off, and which keys changed.
 
     [{"step": 1500, "time": ..., "branched_from": "/runs/vae", "changed": {"optim.lr": [0.001, 0.0003]}},
      {"step": 4000, "time": ..., "changed": {"train.steps": [5000, 9000]}}]
@@ -16,12 +16,12 @@ from typing import Any
 from scldm.errors import read_json
 from scldm.files import write_json
 
-HISTORY = "history.json"
+CHANGES = "changes.json"
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
     """All changes of a run's course, in their order."""
-    path = run_dir / HISTORY
+    path = run_dir / CHANGES
     return read_json(path) if path.is_file() else []
 
 
@@ -30,7 +30,7 @@ def note(run_dir: Path, step: int, changed: Mapping[str, tuple[Any, Any]], branc
     parent = {} if branched_from is None else {"branched_from": str(branched_from)}
     time = datetime.now(UTC).isoformat(timespec="seconds")
     entry = {"step": step, "time": time, **parent, "changed": {key: list(both) for key, both in changed.items()}}
-    write_json(run_dir / HISTORY, [*([] if parent else read(run_dir)), entry])
+    write_json(run_dir / CHANGES, [*([] if parent else read(run_dir)), entry])
 
 
 def told(entry: Mapping[str, Any]) -> str:
