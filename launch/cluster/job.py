@@ -37,7 +37,8 @@ class SubmitConfig(Checked):
     nodes: nodes, or MIN-MAX: as many as are free, and fewer where one is lost
     tasks: `shards write` alone: tasks that share the work as arrays, before a closing job
     warn_s: seconds before the time limit at which the job saves, stops and goes back to the queue
-    max_requeues: how often it may go back to the queue; it never does twice without progress
+    max_failures: how often in a row it may fail without progress; each time but the last it goes back to the queue.
+        What Slurm does (preemption, a lost node, a requeue) is no failure
     preflight: check the nodes before the first rank starts
     preflight_s: seconds that this may take; a rank that is not up after half of them is missing
     stage: copy the shards to each node's own disk (the site's SCLDM_SCRATCH) first
@@ -47,7 +48,7 @@ class SubmitConfig(Checked):
     nodes: str = "1"
     tasks: int = checked(1, at_least=1)
     warn_s: int = checked(300, at_least=1, at_most=65_535)
-    max_requeues: int = checked(50, at_least=0)
+    max_failures: int = checked(3, at_least=1)
     preflight: bool = True
     preflight_s: int = checked(55, at_least=20, at_most=3_600)
     stage: bool = False
@@ -188,7 +189,8 @@ def settings(job: Job) -> dict[str, str]:
         "SCLDM_PREFLIGHT": "on" if options.preflight else "off",
         "SCLDM_PREFLIGHT_S": str(options.preflight_s),
         "SCLDM_STAGE": "on" if options.stage and job.shards else "off",
-        "SCLDM_MAX_REQUEUES": str(options.max_requeues),
+        "SCLDM_MAX_FAILURES": str(options.max_failures),
+        "SCLDM_WARN_S": str(options.warn_s),
         **({"SCLDM_MIN_NODES": str(options.least)} if options.least < options.most else {}),
     }
 

@@ -1,12 +1,13 @@
 """What a Slurm job does, from its first word to its exit code. slurm/job.sbatch runs it once, on the job's first node.
 
-    begin        note the start; end a job that only goes to and fro
+    begin        note the start
     preflight    check the nodes, and choose those to run on
     stage        copy the shards to each node's own disk
     verb         one rank per GPU
 
-The verb saves and stops on a signal. Then the job goes back to the queue by itself, and its next start resumes. It does
-not go back where nothing was done since the last time, or too often.
+The verb saves and stops on a signal. Then the job goes back to the queue by itself, and its next start resumes. What
+Slurm does (preemption, a lost node, a requeue) never ends it. Failures of its own do, some in a row without progress.
+Before anything is called a failure, Slurm is asked. Where it lets no job requeue, a new job of the same script goes on.
 
 It needs Python and Slurm's commands, but none of the verbs' packages. Its settings are SCLDM_ variables, which `scldm
 submit` writes into the script; with sbatch they are in the environment, if anywhere. Those of slurm/site.sh, and
@@ -15,7 +16,8 @@ submit` writes into the script; with sbatch they are in the environment, if anyw
     SCLDM_PREFLIGHT     off leaves out the check of the nodes before the first rank starts
     SCLDM_PREFLIGHT_S   seconds that it may take, half of them until every rank is up
     SCLDM_STAGE         on copies the shards to each node's SCLDM_SCRATCH first
-    SCLDM_MAX_REQUEUES  how often the job may go back to the queue
+    SCLDM_MAX_FAILURES  how often in a row it may fail without progress; the last time it does not go back to the queue
+    SCLDM_WARN_S        seconds before the time limit at which Slurm sends SIGUSR1
     SCLDM_STOP_SIGNAL   what tells the ranks to stop; by default the first of train.stop_signals that srun passes on
     SCLDM_MIN_NODES     the fewest nodes to run on, where preflight finds broken ones; by default all that it got
 
@@ -25,6 +27,7 @@ Reading order: main, JobSteps.
 from __future__ import annotations
 
 import glob
+import math
 import os
 import re
 import resource
@@ -37,6 +40,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import NoReturn
 
@@ -45,7 +49,7 @@ from launch.cluster.notes import BAD_NODES, CAME, REPORT, note_nodes
 from launch.cluster.site import PASSED_ON
 from scldm.environment import without_passwords
 from scldm.errors import LOST, REFUSED, REQUEUE, STOPPED, InputError, read_json
-from scldm.files import written_aside
+from scldm.files import write_json, written_aside
 
 # of the shell that submitted, were they to come along: ranks are Slurm's here
 NOT_FOR_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_DISTRIBUTION", "SCLDM_STAGED")
@@ -53,6 +57,9 @@ SIGKILLED = (128 + signal.SIGKILL, 253)  # 253: Slurm's word for just that
 CRASHED = (signal.SIGILL, signal.SIGTRAP, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV)
 # on each node: removes a folder there once the job lets go of the step's stdin, or is gone
 KEEPER = 'trap "" TERM USR1; echo here; cat >/dev/null; rm -rf "${1:?}"/* "$1"'
+
+
+LATE_S = 90  # Slurm sends the signal before the time limit up to a minute too soon
 
 
 class End(Exception):
@@ -89,6 +96,14 @@ def main(words: Sequence[str]) -> int:
         return end.code
 
 
+def seconds_until(time_of_slurm: str) -> float:
+    """From now; without end for a time that it does not know."""
+    try:
+        return (datetime.fromisoformat(time_of_slurm) - datetime.now()).total_seconds()
+    except ValueError:
+        return math.inf
+
+
 def settings_of(words: Sequence[str]) -> dict[str, str]:
     """The job's settings; of one that was sent with sbatch, also what its words say. Raises: InputError."""
     given = {key: value for key, value in os.environ.items() if value}
@@ -113,7 +128,7 @@ class JobSteps:
         # one task has the id of the whole array as its own
         self.me = f"{settings['SLURM_ARRAY_JOB_ID']}_{task}" if task else self.id
         self.restart = int(settings.get("SLURM_RESTART_COUNT", 0))
-        self.max_requeues = int(settings["SCLDM_MAX_REQUEUES"])
+        self.max_failures, self.warn_s = int(settings["SCLDM_MAX_FAILURES"]), int(settings["SCLDM_WARN_S"])
         self.made, self.notes = settings["SCLDM_MADE"], Path(settings["SCLDM_NOTES"])
         self.soft = settings["SCLDM_STOP_SIGNAL"]
         self.failure = self.notes / f"failure{self.part}"
@@ -139,18 +154,12 @@ class JobSteps:
     # --- the steps --------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Note the start. Raises: End for a job that goes to and fro without progress, or too often."""
+        """Note the start."""
         self.notes.mkdir(parents=True, exist_ok=True)
-        self.then, history = self.progress(), self.notes / f"history{self.part}"
-        rows = [line.split("\t") for line in history.read_text().splitlines()] if history.exists() else []
-        last = [row[3] for row in rows if row[:2] == ["start", self.id]][-1:]
-        self.note_progress("start", self.then)
-        where = f"at {self.then}, on {self.settings['SLURM_JOB_NODELIST']}"
+        now = self.progress()
+        self.note_progress("start", now)
+        where = f"at {now}, on {self.settings['SLURM_JOB_NODELIST']}"
         self.note("RUNNING", f"{without_passwords(' '.join(self.words))} (start {self.restart + 1}, {where})")
-        if self.restart > self.max_requeues:
-            self.fail(f"requeued {self.restart} times; SCLDM_MAX_REQUEUES={self.max_requeues}")
-        if self.restart > 1 and last == [self.then]:
-            self.fail(f"no progress between the last two requeues (still at {self.then})")
 
     def set_up(self) -> None:
         """What every step starts with."""
@@ -178,8 +187,9 @@ class JobSteps:
         command += [self.python, "-P", "-m", "launch.cluster.preflight", *self.words]
         code = self.step("TERM", command, TORCH_CPP_LOG_LEVEL="ERROR")
         if self.told_to_stop(code):
-            self.requeue("a signal during preflight")
+            self.requeue("during preflight")
         if not report.exists():
+            self.heed(f"preflight, exit code {code}")
             # the first rank reports on all; every rank that comes up leaves word, also where it can't reach the first
             if not list(self.notes.glob(f"{CAME}/*")):
                 self.fail(f"preflight, exit code {code}: no rank came up on any node; see the log")
@@ -199,12 +209,12 @@ class JobSteps:
         if not self.keep(staged):
             self.listen()
             if self.stopping:
-                self.requeue("a signal before shards were staged")
+                self.requeue("before shards were staged")
             self.fail(f"staging: the step that removes what is staged did not start on all of {len(self.hosts)} nodes")
         command = [*self.each_node(), *self.container(), self.python, "-P", "-m", "launch.cluster.copy_shards"]
         code = self.step("TERM", [*command, f"source={source}", f"out={staged}", f"running={running}"])
         if self.told_to_stop(code):
-            self.requeue("a signal while shards were staged")
+            self.requeue("while shards were staged")
         if code:
             self.fail(f"staging {source}, exit code {code}", code)
         self.env["SCLDM_STAGED"] = staged
@@ -224,15 +234,15 @@ class JobSteps:
             self.end(0, "DONE")
         if code == STOPPED:
             self.end(code, "STOPPED", f"by the file stop in {self.made}")
-        if code == LOST:
-            self.requeue("a rank that is gone or hangs")
         if code == REQUEUE or (told and code > 128):
-            self.requeue("a signal")
+            self.requeue()
         # no exception: the kernel or a library ended a rank, which another start may be spared
+        if code == LOST:
+            self.retry("a rank that is gone or hangs")
         if code in SIGKILLED:
-            self.requeue("a rank killed by SIGKILL, as where memory is used up")
+            self.retry("a rank killed by SIGKILL, as where memory is used up")
         if code - 128 in CRASHED:
-            self.requeue(f"a rank killed by {signal.Signals(code - 128).name}")
+            self.retry(f"a rank killed by {signal.Signals(code - 128).name}")
         self.fail(f"exit code {code}", code)
 
     def failed(self, code: int) -> tuple[int, str] | None:
@@ -360,34 +370,48 @@ class JobSteps:
     def end(self, code: int, state: str, reason: str = "") -> NoReturn:
         self.note(state, reason)
         self.clean_up()
-        if code:
-            told = ""
-            with suppress(InputError):
-                told = slurm.call("squeue", "--noheader", "--states=PD", "--format=%A %j %E")
-            job = self.settings.get("SLURM_ARRAY_JOB_ID") or self.id
-            for number, name, on in (line.split(maxsplit=2) for line in told.splitlines() if line.count(" ") > 1):
-                if re.search(rf"[:,]{job}(\D|$)", on):
-                    self.say(f"job {number} ({name}) depends on this one and will not run")
+        for number, name in self.waiting() if code else ():
+            self.say(f"job {number} ({name}) depends on this one and will not run")
         raise End(code)
 
     def fail(self, why: str, code: int = 1) -> NoReturn:
+        self.heed(why)
         self.end(code, "FAILED", why)
 
-    def requeue(self, why: str) -> NoReturn:
-        """Back to the queue, unless that leads nowhere."""
+    def retry(self, why: str) -> NoReturn:
+        """Back to the queue after a failure that another start may be spared, unless that leads nowhere."""
+        self.heed(why)
         now = self.progress()
-        self.note_progress("stop", now)
-        if self.restart >= self.max_requeues:
-            self.fail(f"stopped by {why}, and not requeued: SCLDM_MAX_REQUEUES={self.max_requeues} are used up")
-        if self.restart > 0 and now == self.then:
-            self.fail(f"stopped by {why}, and not requeued: no progress since the last requeue (still at {now})")
+        n = 1 + self.failures_at(now)
+        if n >= self.max_failures:
+            self.end(1, "FAILED", f"stopped by {why}: {n} failures without progress (still at {now})")
+        self.go_back("failure", why, now)
+
+    def requeue(self, when: str = "") -> NoReturn:
+        """Back to the queue after a signal. At the time limit that is the job's own matter."""
+        self.heed(f"a signal {when}".strip())
+        if seconds_until(self.ask().get("EndTime", "")) < self.warn_s + LATE_S:
+            self.retry(f"the time limit {when}".strip())
+        self.go_back("stop", f"a signal {when}".strip(), self.progress())
+
+    def heed(self, why: str) -> None:
+        """Where it is Slurm that ends this start, say so: what it takes away from a job looks like a failure of it."""
+        told = self.ask()
+        self.end_with(told, why)
+        if told.get("PreemptTime", "None") != "None":  # within the time of grace
+            self.go_back("stop", f"preemption ({why})", self.progress())
+
+    def go_back(self, event: str, why: str, now: str) -> NoReturn:
+        """The requeue itself."""
+        self.note_progress(event, now)
         said = False
         for pause_s in (1, 2, 4, 8, 16):  # Slurm's controller may be away for a moment
-            state = self.job_state() or "RUNNING"
-            if state == "PENDING" and said:
+            told = self.ask()
+            if told.get("JobState") == "PENDING" and said:
                 raise End(0)  # it did take the requeue, and could not say so
-            if state != "RUNNING":  # cancelled, or Slurm itself requeues it
-                self.end(1, "STOPPED", f"by {why} at {now}; Slurm says {state}")
+            self.end_with(told, f"{why}, at {now}")
+            if told.get("Requeue") == "0":
+                self.hand_on(why, now)
             if not said:  # before the requeue, which ends this process
                 said = True
                 self.note("REQUEUED", f"by {why}, at {now}")
@@ -400,15 +424,50 @@ class JobSteps:
             else:
                 self.listen(600)  # until Slurm ends it
                 raise End(0)
-        self.fail(f"stopped by {why}, and Slurm refused the requeue")
+        self.end(1, "FAILED", f"stopped by {why}, and Slurm refused the requeue")
 
-    def job_state(self) -> str:
-        """As Slurm has it; empty where it does not answer."""
+    def hand_on(self, why: str, now: str) -> NoReturn:
+        """Where Slurm lets this job not requeue, submit its script again. What waits for this job then waits for that."""
+        script, job = self.notes / "job.sbatch", self.notes / "job.json"
+        if self.part or not job.is_file():
+            self.end(1, "FAILED", f"stopped by {why}, at {now}: Slurm lets this job not requeue; submit it again")
+        number = slurm.sbatch(script, f"--dependency=afterany:{self.id}")
+        self.note_progress("next", number)
+        write_json(job, {**read_json(job), "id": number})
+        code, failed = 0, ""
+        for waiting, name in self.waiting():
+            try:
+                slurm.call("scontrol", "update", f"jobid={waiting}", f"dependency=afterok:{number}")
+            except InputError as error:  # it must not run now
+                code, failed = 1, f"; {name} does not wait for it ({error})"
+        self.end(code, "REQUEUED", f"as job {number}, by {why}, at {now}: Slurm lets this one not requeue{failed}")
+
+    def end_with(self, told: Mapping[str, str], why: str) -> None:
+        """End this start where Slurm has ended it: requeued, cancelled, or at the time limit."""
+        state = told.get("JobState", "")
+        if int(told.get("Restarts", 0)) > self.restart:  # as after preemption and a lost node
+            self.end(0, "REQUEUED", f"by Slurm ({why})")
+        if state == "COMPLETING":  # it has an end, and does not say which
+            state = "TIMEOUT" if told.get("Reason") == "TimeLimit" else "CANCELLED"
+        if state in slurm.ENDED:
+            self.end(1, state, f"by Slurm ({why})")
+
+    def ask(self) -> dict[str, str]:
+        """What Slurm says of the job, by its names; nothing where it does not answer."""
         try:
             told = slurm.call("scontrol", "--oneliner", "show", "job", self.me)
         except InputError:
-            return ""
-        return "".join(re.findall(r"JobState=([A-Z_]+)", told)[:1])
+            return {}
+        return dict(re.findall(r"(\w+)=(\S*)", told))
+
+    def waiting(self) -> list[tuple[str, str]]:
+        """Number and name of the jobs that depend on this one."""
+        told = ""
+        with suppress(InputError):
+            told = slurm.call("squeue", "--noheader", "--states=PD", "--format=%A %j %E")
+        job = self.settings.get("SLURM_ARRAY_JOB_ID") or self.id
+        lines = [line.split(maxsplit=2) for line in told.splitlines() if line.count(" ") > 1]
+        return [(number, name) for number, name, on in lines if re.search(rf"[:,]{job}(\D|$)", on)]
 
     # --- notes ------------------------------------------------------------------------------------------------------
 
@@ -423,6 +482,19 @@ class JobSteps:
             for folder, _, files in os.walk(place):
                 n += 0 if Path(folder).is_relative_to(self.notes) else len(files)
         return str(n)
+
+    def failures_at(self, progress: str) -> int:
+        """How often in a row this job, or those that handed on to it, has failed since it came so far."""
+        path = self.notes / f"history{self.part}"
+        n, chain = 0, {self.id}
+        for event, job, _, at in reversed([line.split("\t") for line in path.read_text().splitlines()]):
+            if event == "next" and at in chain:
+                chain.add(job)
+            elif event != "next" and job in chain:
+                if at != progress:
+                    break
+                n += event == "failure"
+        return n
 
     def note_progress(self, event: str, progress: str) -> None:
         with (self.notes / f"history{self.part}").open("a") as file:

@@ -4,7 +4,8 @@ job.json     id, name and words of the job that was submitted last
 job.sbatch   its script
 log.txt      the one log of all its ranks and starts; of an array, log-TASK.txt
 state        state, job, time, restarts, reason; of an array, state.TASK
-history      a line for every start and stop: how far the work was
+history      a line for every start, stop (by Slurm or a signal) and failure: how far the work was; and for a job that
+             another one goes on for, its number
 bad_nodes    nodes that preflight found unfit, with the reason; preflight.json has its last report, and what to run on
 late_nodes   nodes that did not come up in time once; the second time they are unfit
 preflight    folder of files that nodes leave there in a preflight. A store would not do: they show that the notes are
@@ -83,7 +84,7 @@ def state_of(notes: Path) -> State:
 
 
 # of the tasks of an array, the state to show
-_ORDER = ("FAILED", "STOPPED", "REQUEUED", "RUNNING", "DONE")
+_ORDER = ("FAILED", "TIMEOUT", "CANCELLED", "STOPPED", "REQUEUED", "RUNNING", "DONE")
 
 
 def nodes_in(path: Path) -> dict[str, tuple[str, str]]:

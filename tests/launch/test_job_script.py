@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from launch.cli import main
 from launch.config import shipped
+from scldm.errors import read_json
 from scldm.files import write_json
 from tests.launch.fake_slurm import train
 
@@ -38,13 +40,15 @@ class Life:
         (fake / ".bash_profile").write_text(PROFILE)
         self.notes = self.run_dir / "slurm"
 
-    def start(self, restart: int, *codes: int | str, step: int | None = None, hosts: str = "n1,n2") -> str:
+    def start(
+        self, restart: int, *codes: int | str, step: int | None = None, hosts: str = "n1,n2", job: str = "7"
+    ) -> str:
         """One start with these exit codes; `step` is where the run's last checkpoint is then. Returns the state."""
         (self.fake / "codes").write_text("\n".join(map(str, codes)))
         if step is not None:
             (self.run_dir / "checkpoints").mkdir(exist_ok=True)
             (self.run_dir / "checkpoints" / "latest").write_text(f"step-{step:08d}")
-        env = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": hosts, "SLURM_NTASKS_PER_NODE": "8"}
+        env = {"SLURM_JOB_ID": str(job), "SLURM_JOB_NODELIST": hosts, "SLURM_NTASKS_PER_NODE": "8"}
         env |= {"SLURM_RESTART_COUNT": str(restart)} if restart else {}
         env["HOME"] = str(self.fake)
         script = str(self.notes / "job.sbatch")
@@ -97,31 +101,119 @@ def test_a_stopped_run_goes_back_to_the_queue(fake: Path, tmp_path: Path) -> Non
     assert life.requeued == 1
 
 
-def test_a_chain_without_progress_ends(fake: Path, tmp_path: Path) -> None:
-    life = Life(fake, tmp_path)
-    assert life.start(0, 85, step=5) == "REQUEUED"
-    assert life.start(1, 85, step=5) == "FAILED"
+def test_failures_in_a_row_without_progress_end_a_job(fake: Path, tmp_path: Path) -> None:
+    life = Life(fake, tmp_path, "--max-failures", "2")
+    assert life.start(0, 87, step=5) == "REQUEUED"
+    assert life.start(1, 87, step=8) == "REQUEUED"
+    assert life.start(2, 87, step=8) == "FAILED"
     assert life.done.returncode == 1
-    assert "no progress since the last requeue (still at 5)" in life.done.stdout
-    assert life.requeued == 1
+    assert "a rank that is gone or hangs: 2 failures without progress (still at 8)" in life.done.stdout
+    assert life.requeued == 2
 
 
-def test_requeues_by_slurm_itself_count_too(fake: Path, tmp_path: Path) -> None:
-    """After a lost node the script of that start has no last word."""
-    life = Life(fake, tmp_path, "--max-requeues", "3")
-    for restart, step in ((0, 0), (1, 4), (2, 8)):
-        assert life.start(restart, 0, step=step) == "DONE"
-    assert life.start(3, 0, step=8) == "FAILED"
-    assert "no progress between the last two requeues (still at 8)" in life.done.stdout
-    assert life.start(4, 0, step=12) == "FAILED"
-    assert "requeued 4 times; SCLDM_MAX_REQUEUES=3" in life.done.stdout
+PREEMPTED = "RUNNING Requeue=1 Restarts={} PreemptTime=2026-01-01T00:00:00"
+TAKEN = "COMPLETING Requeue=1 Restarts={} PreemptTime=None"
 
 
-def test_requeues_are_bounded(fake: Path, tmp_path: Path) -> None:
-    life = Life(fake, tmp_path, "--max-requeues", "1")
-    assert life.start(1, 85, step=5) == "FAILED"
-    assert life.requeued == 0
-    assert "SCLDM_MAX_REQUEUES=1 are used up" in life.done.stdout
+def at(fake: Path, restart: int, told: str) -> None:
+    """What Slurm says of the job: within the time of grace, and after it."""
+    (fake / "job_state").write_text(told.format(restart + (told is TAKEN)))
+
+
+@pytest.mark.parametrize("told", [PREEMPTED, TAKEN])
+@pytest.mark.parametrize("code", [85, 143, 87, 137, 1])
+def test_no_number_of_preemptions_ends_a_job(fake: Path, tmp_path: Path, told: str, code: int) -> None:
+    """Whatever its ranks make of the signal, also where nothing was done since the last time."""
+    life = Life(fake, tmp_path, "--max-failures", "1")
+    for restart in range(4):
+        at(fake, restart, told)
+        assert life.start(restart, code, step=5) == "REQUEUED"
+        assert life.done.returncode == 0
+    assert life.requeued == (4 if told is PREEMPTED else 0)  # Slurm has done it
+    said = "preemption (" if told is PREEMPTED else "by Slurm ("
+    assert said in (life.notes / "state").read_text()
+
+
+@pytest.mark.parametrize("told", [PREEMPTED, TAKEN])
+@pytest.mark.parametrize("code", [138, 143, 1, 3, 137])
+def test_preemption_in_preflight_ends_no_job_and_blames_no_node(
+    fake: Path, tmp_path: Path, told: str, code: int
+) -> None:
+    life = Life(fake, tmp_path, "--preflight", "true", "--max-failures", "1")
+    before_the_step(fake, 'mkdir -p "$SCLDM_NOTES/preflight" && touch "$SCLDM_NOTES/preflight/n2"')
+    for restart in range(3):
+        at(fake, restart, told)
+        assert life.start(restart, code) == "REQUEUED"
+    assert not (life.notes / "bad_nodes").exists()
+
+
+def test_preemptions_between_failures_neither_count_nor_help(fake: Path, tmp_path: Path) -> None:
+    life = Life(fake, tmp_path, "--max-failures", "2")
+    assert life.start(0, 137, step=5) == "REQUEUED"
+    at(fake, 1, PREEMPTED)
+    assert life.start(1, 85, step=5) == "REQUEUED"
+    at(fake, 2, "RUNNING Restarts={}")
+    assert life.start(2, 137, step=5) == "FAILED"
+    assert life.start(3, 137, step=6) == "REQUEUED"  # had it been started again by hand
+
+
+def test_signals_that_slurm_knows_nothing_of_end_no_job(fake: Path, tmp_path: Path) -> None:
+    """As `scancel --signal=USR1`."""
+    life = Life(fake, tmp_path, "--max-failures", "1")
+    at(fake, 0, "RUNNING EndTime=2099-01-01T00:00:00 PreemptTime=None")
+    for restart in range(3):
+        assert life.start(restart, 85, step=5) == "REQUEUED"
+
+
+def test_a_time_limit_that_leaves_no_time_for_progress_is_a_failure(fake: Path, tmp_path: Path) -> None:
+    life = Life(fake, tmp_path, "--max-failures", "2")
+    end = datetime.now() + timedelta(seconds=300)
+    at(fake, 0, f"RUNNING EndTime={end:%Y-%m-%dT%H:%M:%S} PreemptTime=None")
+    assert life.start(0, 85, step=5) == "REQUEUED"
+    assert life.start(1, 85, step=8) == "REQUEUED"
+    assert life.start(2, 85, step=8) == "FAILED"
+    assert "stopped by the time limit: 2 failures without progress (still at 8)" in life.done.stdout
+
+
+@pytest.mark.parametrize("told, state", [("", "CANCELLED"), (" Reason=TimeLimit", "TIMEOUT")])
+@pytest.mark.parametrize("code", [85, 1, 137])
+def test_what_slurm_ends_is_no_failure(fake: Path, tmp_path: Path, told: str, state: str, code: int) -> None:
+    """`scancel` and the time limit: Slurm says COMPLETING, and not restarted."""
+    life = Life(fake, tmp_path)
+    scontrol = (fake / "bin" / "scontrol").read_text()
+    (fake / "bin" / "scontrol").write_text(scontrol.replace(" Reason=None", ""))
+    at(fake, 0, f"COMPLETING Restarts=0{told}")
+    assert life.start(0, code, step=5) == state
+    assert (life.done.returncode, life.requeued) == (1, 0)
+
+
+def test_where_no_job_may_requeue_another_one_goes_on(fake: Path, tmp_path: Path) -> None:
+    """Dependents follow it, and its failures are counted on."""
+    life = Life(fake, tmp_path, "--max-failures", "2")
+    scontrol = (fake / "bin" / "scontrol").read_text()
+    update = 'update*) echo "$*" >>"$FAKE/updated" ;;'
+    (fake / "bin" / "scontrol").write_text(scontrol.replace("    requeue*)", f"    {update}\n    requeue*)"))
+    (fake / "squeue").write_text("8 encode afterok:7(unfulfilled)\n9 other afterok:77(unfulfilled)\n")
+    at(fake, 0, "RUNNING Requeue=0 Restarts=0")
+    assert life.start(0, 137, step=5) == "REQUEUED"
+    assert (life.done.returncode, life.requeued) == (0, 0)
+    assert (fake / "sbatch").read_text().splitlines()[
+        1
+    ] == f"--parsable --dependency=afterany:7 {life.notes}/job.sbatch"
+    assert (fake / "updated").read_text() == "update jobid=8 dependency=afterok:102\n"
+    assert read_json(life.notes / "job.json")["id"] == "102"
+    assert life.start(0, 137, step=5, job=102) == "FAILED"
+    assert "2 failures without progress (still at 5)" in life.done.stdout
+
+
+def test_where_no_job_may_requeue_one_that_is_not_to_run_now_does_not(fake: Path, tmp_path: Path) -> None:
+    life = Life(fake, tmp_path)
+    scontrol = (fake / "bin" / "scontrol").read_text()
+    (fake / "bin" / "scontrol").write_text(scontrol.replace("    requeue*)", "    update*) exit 1 ;;\n    requeue*)"))
+    (fake / "squeue").write_text("8 encode afterok:7(unfulfilled)\n")
+    at(fake, 0, "RUNNING Requeue=0 Restarts=0")
+    assert life.start(0, 85, step=5) == "REQUEUED"
+    assert life.done.returncode == 1  # so that `afterok` is not fulfilled
 
 
 @pytest.mark.parametrize("code, state", [(1, "FAILED"), (2, "FAILED"), (86, "STOPPED"), (130, "FAILED")])
@@ -137,7 +229,7 @@ def test_what_does_not_go_back_to_the_queue(fake: Path, tmp_path: Path, code: in
 def test_a_cancelled_job_does_not_come_back(fake: Path, tmp_path: Path) -> None:
     life = Life(fake, tmp_path)
     (fake / "job_state").write_text("CANCELLED")
-    assert life.start(0, 85, step=5) == "STOPPED"
+    assert life.start(0, 85, step=5) == "CANCELLED"
     assert life.requeued == 0
 
 
@@ -238,7 +330,7 @@ def test_a_signal_while_the_profile_is_read_is_not_forgotten(fake: Path, tmp_pat
 def test_a_killed_rank_is_tried_again_as_long_as_there_is_progress(
     fake: Path, tmp_path: Path, code: int, said: str
 ) -> None:
-    life = Life(fake, tmp_path)
+    life = Life(fake, tmp_path, "--max-failures", "2")
     assert life.start(0, code, step=5) == "REQUEUED"
     assert f"by a rank killed by {said}" in (life.notes / "state").read_text()
     before_the_step(fake, f"printf step-00000008 >'{life.run_dir}/checkpoints/latest'")  # on the way it saves
@@ -247,7 +339,7 @@ def test_a_killed_rank_is_tried_again_as_long_as_there_is_progress(
     assert life.requeued == 2
     reason = (life.notes / "state").read_text()
     assert f"stopped by a rank killed by {said}" in reason
-    assert "not requeued: no progress since the last requeue (still at 8)" in reason
+    assert "2 failures without progress (still at 8)" in reason
 
 
 class Encoding(Life):
@@ -562,11 +654,11 @@ def test_what_is_staged_is_removed_although_slurm_starts_no_step_any_more(
 ) -> None:
     """At the time limit all are told to end, the keeper too; it stays until the ranks are gone."""
     (fake / "code").write_text("143")
-    (fake / "job_state").write_text("TIMEOUT")
+    (fake / "job_state").write_text("COMPLETING Reason=TimeLimit")
     told = 'keeper=$(cat "$FAKE/keeper"); kill -TERM $keeper $(cat "/proc/$keeper/task/$keeper/children")'
     text = NODE.replace('exit "$(cat', f'{told}; exit "$(cat')
     (fake / "bin" / "srun").write_text(text)
-    assert staging.start(0, step=5, hosts="n1") == "STOPPED"
+    assert staging.start(0, step=5, hosts="n1") == "TIMEOUT"
     assert not (tmp_path / "its disk" / "scldm-7").exists()
 
 

@@ -20,10 +20,9 @@ from tests.slurm.runs import ROOT, Cluster, Run, assert_same_weights, wait_for
 pytestmark = pytest.mark.slow
 
 
-def assert_went_on(run: Run, undisturbed: Path, n_stops: int = 1) -> None:
+def assert_went_on(run: Run, undisturbed: Path, event: str = "stop") -> None:
     assert run.ends() == "DONE", run.log
-    what = [event for event, _, _ in run.events()]
-    assert what == ["start", *["stop", "start"] * n_stops]
+    assert [what for what, _, _ in run.events()] == ["start", event, "start"]
     for (_, _, stopped), (_, _, begun) in zip(run.events()[1::2], run.events()[2::2]):
         assert 0 < stopped < 40
         assert begun == stopped
@@ -69,7 +68,7 @@ def test_a_killed_rank(cluster: Cluster, chain: Path) -> None:
     wait_for((run.folder / "checkpoints" / "latest").is_file, 200, lambda: run.log)
     assert not nothing_is_staged(cluster)
     os.kill(rank_of(run.job, 1), signal.SIGKILL)
-    assert_went_on(run, chain / "vae")
+    assert_went_on(run, chain / "vae", "failure")
     assert "REQUEUED: by a rank killed by SIGKILL, as where memory is used up, at " in run.log
     assert nothing_is_staged(cluster)
 
@@ -149,11 +148,57 @@ def test_the_time_limit(cluster: Cluster, chain: Path, tmp_path: Path, monkeypat
     assert_went_on(run, chain / "vae")
 
 
-def test_a_loop_without_progress_ends(cluster: Cluster, shards: Path) -> None:
-    run = Run(cluster, "loop", shards, "--nodes", "2", "--preflight", "false")
+def preflight_begins(run: Run, start: int) -> None:
+    """Until its ranks are Slurm's: a step of this start runs."""
+    wait_for(lambda: f"(start {start}," in run.log, 200, lambda: run.log)
+    steps = ("squeue", "--noheader", "--steps", f"--jobs={run.job}", "--format=%i")
+    wait_for(lambda: ".0" in run.cluster.call(*steps), 30, lambda: run.log)
+
+
+def test_preempted_twice_in_preflight(cluster: Cluster, shards: Path) -> None:
+    """Nothing was done since the last time, and that is no fault of the job."""
+    run = Run(cluster, "twice", shards, "--nodes", "2", "--max-failures", "1")
     for start in (1, 2):
-        wait_for(lambda start=start: f"(start {start}," in run.log, 120, lambda: run.log)
-        cluster.call("scancel", "--batch", "--signal=USR1", run.job)
+        preflight_begins(run, start)
+        cluster.call("srun", "--partition=high", "--nodes=4", "--exclusive", "true")
+    assert run.ends(400) == "DONE", run.log
+    assert run.events()[:5] == [(what, k, 0) for k in (0, 1) for what in ("start", "stop")] + [("start", 2, 0)]
+    assert run.log.count("REQUEUED: by preemption (a signal during preflight), at 0") == 2
+    assert not (run.notes / "bad_nodes").exists()
+
+
+def test_cancelled_in_preflight(cluster: Cluster, shards: Path) -> None:
+    run = Run(cluster, "cancelled early", shards, "--nodes", "2")
+    preflight_begins(run, 1)
+    cluster.call("scancel", run.job)
+    wait_for(lambda: "CANCELLED: by Slurm" in run.log, 60, lambda: run.log)
+    assert state_of(run.notes).state == "CANCELLED"
+
+
+def test_where_no_job_may_requeue_another_one_goes_on(cluster: Cluster, shards: Path) -> None:
+    run = Run(cluster, "no requeue", shards, "--nodes", "2", "--preflight", "false", "--", "--no-requeue")
+    run.reaches(5)
+    cluster.call("scancel", "--signal=USR1", run.job)
+    wait_for(lambda: f"REQUEUED: as job {int(run.job) + 1}, by a signal" in run.log, 60, lambda: run.log)
+    assert run.ends(400) == "DONE", run.log
+    assert state_of(run.notes).job == str(int(run.job) + 1)
+    assert [row["step"] for row in read_metrics(run.folder, "train")] == list(range(1, 41))
+
+
+KILLED = """
+import os, signal
+if os.environ.get("SLURM_PROCID"):
+    import torch
+    torch.set_num_threads = lambda n: os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_failures_without_progress_end(
+    cluster: Cluster, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(KILLED)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    run = Run(cluster, "loop", shards, "--nodes", "2", "--preflight", "false", "--max-failures", "2")
     assert run.ends() == "FAILED"
-    assert "no progress since the last requeue (still at 0)" in run.log
-    assert run.events() == [("start", 0, 0), ("stop", 0, 0), ("start", 1, 0), ("stop", 1, 0)]
+    assert "2 failures without progress (still at 0)" in run.log
+    assert [what for what, *_ in run.events()] == ["start", "failure", "start"]
