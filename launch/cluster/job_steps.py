@@ -427,17 +427,18 @@ class JobSteps:
         self.end(1, "FAILED", f"stopped by {why}, and Slurm refused the requeue")
 
     def hand_on(self, why: str, now: str) -> NoReturn:
-        """Where Slurm lets this job not requeue, submit its script again. What waits for this job then waits for that."""
+        """Where Slurm lets this job not requeue, submit its script again. What waits for this job then waits for it."""
         script, job = self.notes / "job.sbatch", self.notes / "job.json"
         if self.part or not job.is_file():
             self.end(1, "FAILED", f"stopped by {why}, at {now}: Slurm lets this job not requeue; submit it again")
+        waiting = self.waiting()  # before the new job does too
         number = slurm.sbatch(script, f"--dependency=afterany:{self.id}")
         self.note_progress("next", number)
         write_json(job, {**read_json(job), "id": number})
         code, failed = 0, ""
-        for waiting, name in self.waiting():
+        for one, name in waiting:
             try:
-                slurm.call("scontrol", "update", f"jobid={waiting}", f"dependency=afterok:{number}")
+                slurm.call("scontrol", "update", f"jobid={one}", f"dependency=afterok:{number}")
             except InputError as error:  # it must not run now
                 code, failed = 1, f"; {name} does not wait for it ({error})"
         self.end(code, "REQUEUED", f"as job {number}, by {why}, at {now}: Slurm lets this one not requeue{failed}")
@@ -446,6 +447,7 @@ class JobSteps:
         """End this start where Slurm has ended it: requeued, cancelled, or at the time limit."""
         state = told.get("JobState", "")
         if int(told.get("Restarts", 0)) > self.restart:  # as after preemption and a lost node
+            self.note_progress("stop", self.progress())
             self.end(0, "REQUEUED", f"by Slurm ({why})")
         if state == "COMPLETING":  # it has an end, and does not say which
             state = "TIMEOUT" if told.get("Reason") == "TimeLimit" else "CANCELLED"

@@ -22,7 +22,7 @@ SCONTROL = """#!/bin/bash
 case "$*" in
     *hostnames*) printf "%s\\n" ${3//,/ } ;;
     requeue*) echo "$*" >>"$FAKE/requeued"; kill -TERM "$SCRIPT" ;;
-    *) echo "JobId=7 JobState=$(cat "$FAKE/job_state" 2>/dev/null || echo RUNNING) Reason=None" ;;
+    *) echo "JobId=7 Reason=None JobState=$(cat "$FAKE/job_state" 2>/dev/null || echo RUNNING)" ;;
 esac
 """
 # notes what it was asked to run; the first line of `codes` is its exit code, and the word that a rank leaves

@@ -180,8 +180,6 @@ def test_a_time_limit_that_leaves_no_time_for_progress_is_a_failure(fake: Path, 
 def test_what_slurm_ends_is_no_failure(fake: Path, tmp_path: Path, told: str, state: str, code: int) -> None:
     """`scancel` and the time limit: Slurm says COMPLETING, and not restarted."""
     life = Life(fake, tmp_path)
-    scontrol = (fake / "bin" / "scontrol").read_text()
-    (fake / "bin" / "scontrol").write_text(scontrol.replace(" Reason=None", ""))
     at(fake, 0, f"COMPLETING Restarts=0{told}")
     assert life.start(0, code, step=5) == state
     assert (life.done.returncode, life.requeued) == (1, 0)
@@ -194,6 +192,8 @@ def test_where_no_job_may_requeue_another_one_goes_on(fake: Path, tmp_path: Path
     update = 'update*) echo "$*" >>"$FAKE/updated" ;;'
     (fake / "bin" / "scontrol").write_text(scontrol.replace("    requeue*)", f"    {update}\n    requeue*)"))
     (fake / "squeue").write_text("8 encode afterok:7(unfulfilled)\n9 other afterok:77(unfulfilled)\n")
+    with (fake / "bin" / "sbatch").open("a") as file:
+        file.write('echo "102 train-vae afterany:7(unfulfilled)" >>"$FAKE/squeue"\n')
     at(fake, 0, "RUNNING Requeue=0 Restarts=0")
     assert life.start(0, 137, step=5) == "REQUEUED"
     assert (life.done.returncode, life.requeued) == (0, 0)
@@ -201,6 +201,7 @@ def test_where_no_job_may_requeue_another_one_goes_on(fake: Path, tmp_path: Path
         1
     ] == f"--parsable --dependency=afterany:7 {life.notes}/job.sbatch"
     assert (fake / "updated").read_text() == "update jobid=8 dependency=afterok:102\n"
+    assert "will not run" not in life.done.stdout
     assert read_json(life.notes / "job.json")["id"] == "102"
     assert life.start(0, 137, step=5, job=102) == "FAILED"
     assert "2 failures without progress (still at 5)" in life.done.stdout

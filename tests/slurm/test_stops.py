@@ -13,7 +13,7 @@ import pytest
 
 from launch.cluster import commands as slurm
 from launch.cluster import submit
-from launch.cluster.notes import state_of
+from launch.cluster.notes import nodes_in, state_of
 from scldm.train.tracking import read_metrics
 from tests.slurm.runs import ROOT, Cluster, Run, assert_same_weights, wait_for
 
@@ -160,11 +160,13 @@ def test_preempted_twice_in_preflight(cluster: Cluster, shards: Path) -> None:
     run = Run(cluster, "twice", shards, "--nodes", "2", "--max-failures", "1")
     for start in (1, 2):
         preflight_begins(run, start)
+        time.sleep(3 * (start - 1))  # at its beginning, and in its midst
         cluster.call("srun", "--partition=high", "--nodes=4", "--exclusive", "true")
     assert run.ends(400) == "DONE", run.log
     assert run.events()[:5] == [(what, k, 0) for k in (0, 1) for what in ("start", "stop")] + [("start", 2, 0)]
-    assert run.log.count("REQUEUED: by preemption (a signal during preflight), at 0") == 2
-    assert not (run.notes / "bad_nodes").exists()
+    requeued = [line for line in run.log.splitlines() if ": REQUEUED: by " in line][:2]
+    assert all("during preflight" in line for line in requeued), requeued  # by the job in time, or by Slurm after that
+    assert not nodes_in(run.notes / "bad_nodes")
 
 
 def test_cancelled_in_preflight(cluster: Cluster, shards: Path) -> None:
@@ -172,7 +174,7 @@ def test_cancelled_in_preflight(cluster: Cluster, shards: Path) -> None:
     preflight_begins(run, 1)
     cluster.call("scancel", run.job)
     wait_for(lambda: "CANCELLED: by Slurm" in run.log, 60, lambda: run.log)
-    assert state_of(run.notes).state == "CANCELLED"
+    wait_for(lambda: state_of(run.notes).state == "CANCELLED", 30, lambda: state_of(run.notes).state)
 
 
 def test_where_no_job_may_requeue_another_one_goes_on(cluster: Cluster, shards: Path) -> None:
@@ -182,6 +184,7 @@ def test_where_no_job_may_requeue_another_one_goes_on(cluster: Cluster, shards: 
     wait_for(lambda: f"REQUEUED: as job {int(run.job) + 1}, by a signal" in run.log, 60, lambda: run.log)
     assert run.ends(400) == "DONE", run.log
     assert state_of(run.notes).job == str(int(run.job) + 1)
+    assert "will not run" not in run.log
     assert [row["step"] for row in read_metrics(run.folder, "train")] == list(range(1, 41))
 
 
