@@ -32,10 +32,6 @@ class Rows:
     columns: np.ndarray
     values: np.ndarray
 
-    @property
-    def nbytes(self) -> int:
-        return self.columns.nbytes + self.values.nbytes + self.indptr.nbytes + self.rows.nbytes
-
 
 class CountError(Exception):
     """A value that is no count: which row of the Rows, which source column, what is wrong with it."""

@@ -19,7 +19,7 @@ import lz4.block
 import numpy as np
 import zstandard
 
-from data_pipeline.format.block_kernels import count_entries, measure, narrow_steps_and_counts, pack, take_parts, widen
+from data_pipeline.format.block_kernels import count_entries, pack, take_parts, widen
 from data_pipeline.format.schema import CODECS, Codec, column_dtype
 from scldm.errors import InputError
 
@@ -148,10 +148,6 @@ class NarrowCells:
     def __len__(self) -> int:
         return len(self.nonzeros)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(getattr(self, name).nbytes for name in self.__dataclass_fields__)
-
     def take(self, order: np.ndarray) -> NarrowCells:
         """The cells at these positions, in this order."""
         parts = []
@@ -168,18 +164,6 @@ class NarrowCells:
             take_parts(values, starts, order, out)
             parts.append(out)
         return NarrowCells(self.nonzeros[order], self.n_far[order], self.n_large[order], *parts)
-
-
-def narrow(indptr: np.ndarray, columns: np.ndarray, counts: np.ndarray, n_genes: int) -> NarrowCells:
-    """CSR cells as NarrowCells. Columns ascend within a cell, counts are integers of at least 1."""
-    n_cells = len(indptr) - 1
-    n_far, n_large = np.empty(n_cells, np.uint32), np.empty(n_cells, np.uint32)
-    sound = measure(indptr, columns, counts, n_genes, n_far, n_large)
-    assert sound, "columns must ascend within a cell and lie below n_genes, counts must be at least 1"
-    steps, small = np.empty(len(columns), np.uint8), np.empty(len(columns), np.uint8)
-    far, large = np.empty(n_far.sum(dtype=np.int64), np.uint32), np.empty(n_large.sum(dtype=np.int64), np.uint64)
-    narrow_steps_and_counts(indptr, columns, counts, steps, small, far, large)
-    return NarrowCells(np.diff(indptr).astype(np.uint32), n_far, n_large, steps, small, far, large)
 
 
 def encode_block(

@@ -1,28 +1,11 @@
 """Cells into a block's sections and back (block.py), by numba; the kernels release the GIL.
 
-Reading order: CSR to NarrowCells (measure, narrow_steps_and_counts), some cells of many (take_parts), NarrowCells to
-sections (count_entries, pack), sections to CSR (widen).
+Reading order: some cells of many (take_parts), NarrowCells to sections (count_entries, pack), sections to CSR (widen).
+CSR becomes NarrowCells in ../convert/narrow.py.
 """
 
 import numpy as np
 from numba import njit
-
-
-@njit(nogil=True, cache=True)
-def measure(indptr, columns, counts, n_genes, n_far, n_large):
-    """Fills in each cell's escapes; False where the cells are not sound."""
-    sound = True
-    for cell in range(len(indptr) - 1):
-        before = np.int64(-1)
-        far, large = 0, 0
-        for k in range(indptr[cell], indptr[cell + 1]):
-            column, count = np.int64(columns[k]), np.int64(counts[k])
-            sound &= (column > before) & (count > 0) & (column < n_genes)
-            far += column - before > 255
-            large += count > 255
-            before = column
-        n_far[cell], n_large[cell] = far, large
-    return sound
 
 
 @njit(nogil=True, cache=True)
@@ -35,28 +18,6 @@ def take_parts(values, starts, order, out):
         for k in range(n):
             out[at + k] = values[start + k]
         at += n
-
-
-@njit(nogil=True, cache=True)
-def narrow_steps_and_counts(indptr, columns, counts, deltas, small, far, large):
-    """Steps and counts as bytes; those over 255 go to the tables, in order, and leave a 0."""
-    n_far, n_large = 0, 0
-    for cell in range(len(indptr) - 1):
-        before = -1
-        for k in range(indptr[cell], indptr[cell + 1]):
-            column, count = np.int64(columns[k]), np.int64(counts[k])
-            step = column - before
-            before = column
-            if step > 255:
-                far[n_far] = step
-                n_far += 1
-                step = 0
-            if count > 255:
-                large[n_large] = count
-                n_large += 1
-                count = 0
-            deltas[k] = step
-            small[k] = count
 
 
 @njit(nogil=True, cache=True)

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.convert.narrow import GeneSums, Rows, narrow_rows
 from data_pipeline.format import schema
-from data_pipeline.format.block import encode_block, narrow
+from data_pipeline.format.block import NarrowCells, encode_block
 from data_pipeline.format.schema import FileEntry, Manifest, ShardEntry, SplitEntry
 from data_pipeline.format.statistics import compute_statistics
 from scldm.vocab import ConditionVocab, GeneVocab
@@ -120,6 +121,13 @@ def write_set(folder: Path, cells: Known, codec: schema.Codec = "zstd", block_ce
     document["sha256"] = _sha(json.dumps(document, sort_keys=True).encode())
     (folder / schema.MANIFEST).write_text(json.dumps(document))
     return folder
+
+
+def narrow(indptr: np.ndarray, columns: np.ndarray, counts: np.ndarray, n_genes: int) -> NarrowCells:
+    """CSR cells as a conversion makes them narrow."""
+    n_cells, every = len(indptr) - 1, np.arange(n_genes, dtype=np.int32)
+    rows = Rows(np.arange(n_cells), np.asarray(indptr, np.int64), columns, counts)
+    return narrow_rows(rows, every, n_genes, GeneSums(n_genes), np.ones(n_cells, bool)).cells
 
 
 def _block(cells: Known, rows: slice, split: int, codec: schema.Codec) -> bytes:

@@ -16,12 +16,12 @@ from data_pipeline.format.block import (
     decode_block,
     decompress,
     encode_block,
-    narrow,
     read_header,
     sections,
 )
 from data_pipeline.format.schema import CODECS, column_dtype, count_dtype
 from scldm.errors import InputError
+from tests.data_pipeline.small_sets import narrow
 
 N_GENES = 70_000
 

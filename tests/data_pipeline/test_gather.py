@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data_pipeline.format.block import HEADER, Sections, encode_block, narrow, read_header, sections
+from data_pipeline.format.block import HEADER, Sections, encode_block, read_header, sections
 from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.format.schema import vocab_tag
 from data_pipeline.stream.gather import CellSlots
@@ -16,7 +16,7 @@ from data_pipeline.stream.gene_sets import GeneSetConfig, GeneSets
 from scldm.batch import CompactCounts
 from scldm.errors import InputError
 from scldm.vocab import GeneVocab
-from tests.data_pipeline.small_sets import known_cells, write_set
+from tests.data_pipeline.small_sets import known_cells, narrow, write_set
 
 N_CELLS = 40
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.format.block import HEADER, encode_block, narrow, read_header, sections
+from data_pipeline.format.block import HEADER, encode_block, read_header, sections
 from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.format.schema import vocab_tag
 from data_pipeline.stream.gather import CellSlots, Slab
@@ -16,7 +16,7 @@ from data_pipeline.stream.philox import random_words
 from scldm.batch import CompactCounts, narrow_ids
 from scldm.errors import InputError
 from scldm.vocab import GeneVocab
-from tests.data_pipeline.small_sets import known_cells, write_set
+from tests.data_pipeline.small_sets import known_cells, narrow, write_set
 
 
 def sets_of(config, *, n_genes=40, weights=None, largest=10, micro=8, purpose=4, seed=0):

@@ -8,7 +8,7 @@ import resource
 import numpy as np
 
 from data_pipeline.convert.shuffle import Arena, RunWriter, read_range
-from data_pipeline.format.block import narrow
+from tests.data_pipeline.small_sets import narrow
 
 
 def test_many_runs_are_not_open_at_once(tmp_path):
