@@ -13,7 +13,7 @@ import pytest
 import data_pipeline
 from data_pipeline.convert.source import SourceConfig
 from data_pipeline.convert.write_shards import write_shards
-from data_pipeline.direct import DirectCells, DirectConfig
+from data_pipeline.direct import DirectCells
 from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.stream.gene_sets import GeneSetConfig
 from data_pipeline.stream.loader import CellLoader, LoaderConfig
@@ -38,7 +38,7 @@ def test_a_query_streams_as_its_converted_set_does(census, tmp_path, capsys):
     query = {"source": source, "conditions": ("cell_type",), "seed": 3}
     write_shards(ShardsWriteConfig(out=str(tmp_path / "set"), **query))
     before = sorted(os.listdir(tmp_path))
-    direct = DirectCells(DirectConfig(**query, folder=str(tmp_path)))
+    direct = DirectCells(**query, folder=str(tmp_path))
     config = LoaderConfig(given=GeneSetConfig("random", 50, gene_set_group=8), lanes=4)
     both = (direct, ShardSet(str(tmp_path / "set")))
     loaders = [CellLoader(config, cells=c, global_batch=16, micro_batch=8) for c in both]
@@ -82,7 +82,7 @@ def test_the_readme_trains_on_a_query_and_leaves_nothing_of_it(census, tmp_path,
 
 @pytest.mark.slow
 def test_cells_that_no_loader_came_to_hold_leave_nothing(census, tmp_path):
-    direct = DirectCells(DirectConfig(source=census[1], folder=str(tmp_path)))
+    direct = DirectCells(source=census[1], folder=str(tmp_path))
     assert os.listdir(tmp_path)
     del direct  # never closed
     gc.collect()
@@ -92,8 +92,8 @@ def test_cells_that_no_loader_came_to_hold_leave_nothing(census, tmp_path):
 @pytest.mark.slow
 def test_a_query_too_large_for_this_is_sent_to_be_converted(census, tmp_path):
     _, source = census
-    with pytest.raises(InputError, match="more than limit_gb=1e-06; convert it once with scldm shards write"):
-        DirectCells(DirectConfig(source=source, folder=str(tmp_path), limit_gb=1e-6))
+    with pytest.raises(InputError, match="more than limit_gb=1e-06. Convert it once with scldm shards write"):
+        DirectCells(source=source, folder=str(tmp_path), limit_gb=1e-6)
     with pytest.raises(InputError, match="tissue"):
-        DirectCells(DirectConfig(source=source, conditions=("tissue",), folder=str(tmp_path)))
+        DirectCells(source=source, conditions=("tissue",), folder=str(tmp_path))
     assert not os.listdir(tmp_path)
