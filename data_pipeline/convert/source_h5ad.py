@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 from numba import njit
 
 from data_pipeline.convert.genes import SourceGenes, gene_names
@@ -320,11 +321,8 @@ class H5adMatrix:
                 slab = slab[rows[a:b] - rows[a]]
             if slab.dtype in (np.float16, bool):
                 slab = slab.astype(np.float32)
-            indptr = np.zeros(b - a + 1, np.int64)
-            _count_nonzeros(slab, indptr)
-            columns, values = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], slab.dtype)
-            _take_nonzeros(slab, indptr, columns, values)
-            yield Rows(rows[a:b], indptr, columns, values)
+            csr = sp.csr_matrix(slab)  # what is not 0, row by row
+            yield Rows(rows[a:b], csr.indptr.astype(np.int64), csr.indices, csr.data)
 
     def _read_transposed(self, rows: np.ndarray, chunk_bytes: int) -> Iterator[Rows]:
         assert self.groups is not None
@@ -360,26 +358,6 @@ class H5adMatrix:
 
     def close(self) -> None:
         self.file.close()
-
-
-@njit(nogil=True, cache=True)
-def _count_nonzeros(slab, indptr):
-    for row in range(slab.shape[0]):
-        n = 0
-        for column in range(slab.shape[1]):
-            n += slab[row, column] != 0
-        indptr[row + 1] = indptr[row] + n
-
-
-@njit(nogil=True, cache=True)
-def _take_nonzeros(slab, indptr, columns, values):
-    for row in range(slab.shape[0]):
-        at = indptr[row]
-        for column in range(slab.shape[1]):
-            if slab[row, column] != 0:
-                columns[at] = column
-                values[at] = slab[row, column]
-                at += 1
 
 
 @njit(nogil=True, cache=True)
