@@ -5,11 +5,11 @@ Reading order: compute_statistics, marginals, and the two tables.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from itertools import combinations
 
 import numpy as np
+import pandas as pd
 
 from data_pipeline.format.schema import CombinationCounts, LibrarySizes, Statistics
 
@@ -50,20 +50,9 @@ def _groups(by: tuple[str, ...], ids: Mapping[str, np.ndarray], n: int) -> tuple
     """The combinations that occur, sorted, (k, len(by)); and each cell's combination."""
     if not by:
         return np.zeros((1, 0), np.int64), np.zeros(n, np.int64)
-    sizes = [int(ids[name].max(initial=0)) + 1 for name in by]
-    if math.prod(sizes) > np.iinfo(np.int64).max:  # one number can't name them: that of the others' combination can
-        found, key = _groups(by[:-1], ids, n)
-        unique, group = np.unique(key * sizes[-1] + ids[by[-1]], return_inverse=True)
-        return np.column_stack([found[unique // sizes[-1]], unique % sizes[-1]]), group
-    key = np.zeros(n, np.int64)
-    for name, size in zip(by, sizes):
-        key = key * size + ids[name]
-    unique, group = np.unique(key, return_inverse=True)
-    columns = []
-    for size in reversed(sizes):
-        columns.append(unique % size)
-        unique = unique // size
-    return np.stack(columns[::-1], axis=1), group
+    table = pd.DataFrame({name: ids[name] for name in by})
+    found = table.drop_duplicates().sort_values(list(by))
+    return found.to_numpy(np.int64), table.groupby(list(by), sort=True).ngroup().to_numpy()
 
 
 def _library_sizes(by: tuple[str, ...], ids: Mapping[str, np.ndarray], log_total: np.ndarray) -> LibrarySizes:
