@@ -36,11 +36,6 @@ from data_pipeline.stream.gene_sets import GeneSetConfig
 from scldm.errors import InputError, read_json
 from scldm.files import disk_explained, left_aside, locked, remove, remove_marked, sha256_of, written_aside
 
-# --- the block -----------------------------------------------------------------------------------------------------
-
-
-# --- the writer ----------------------------------------------------------------------------------------------------
-
 
 class LatentWriter:
     """Writes the latents of a cell set shard by shard; interrupted, the next one goes on with what is missing.

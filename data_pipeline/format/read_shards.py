@@ -17,7 +17,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Protocol, TypeVar
 
@@ -310,8 +310,28 @@ class _OpenFiles:
         self.lock = threading.Lock()
         self.held: OrderedDict[str, list[int]] = OrderedDict()  # path -> [file descriptor, users]
 
-    def open(self, path: str, flags: int = os.O_RDONLY, *, expected_bytes: int | None = None) -> _Use:
-        return _Use(self, path, flags, expected_bytes)
+    @contextmanager
+    def open(self, path: str, flags: int = os.O_RDONLY, *, expected_bytes: int | None = None) -> Iterator[int]:
+        """The file's descriptor. It stays open at least as long as the context."""
+        with self.lock:
+            entry = self.held.get(path)
+            if entry is None:
+                fd = os.open(path, flags | os.O_CLOEXEC, 0o644)
+                size = os.fstat(fd).st_size
+                if expected_bytes not in (None, size):
+                    os.close(fd)
+                    raise InputError(f"{path}: {size} bytes, the manifest says {expected_bytes}: cut short or changed")
+                self._shrink(self.limit - 1)
+                entry = self.held[path] = [fd, 0]
+            self.held.move_to_end(path)
+            entry[1] += 1
+        try:
+            yield entry[0]
+        finally:
+            with self.lock:
+                entry[1] -= 1
+                if len(self.held) > self.limit:
+                    self._shrink(self.limit)
 
     def close(self) -> None:
         with self.lock:
@@ -323,37 +343,6 @@ class _OpenFiles:
             if len(self.held) <= limit:
                 break
             os.close(self.held.pop(path)[0])
-
-
-class _Use:
-    """`with files.open(path) as fd`: the file stays open at least as long."""
-
-    def __init__(self, files: _OpenFiles, path: str, flags: int, expected_bytes: int | None) -> None:
-        self.files, self.path, self.flags, self.expected_bytes = files, path, flags, expected_bytes
-
-    def __enter__(self) -> int:
-        with self.files.lock:
-            entry = self.files.held.get(self.path)
-            if entry is None:
-                fd = os.open(self.path, self.flags | os.O_CLOEXEC, 0o644)
-                size = os.fstat(fd).st_size
-                if self.expected_bytes not in (None, size):
-                    os.close(fd)
-                    raise InputError(
-                        f"{self.path}: {size} bytes, the manifest says {self.expected_bytes}: cut short or changed"
-                    )
-                self.files._shrink(self.files.limit - 1)
-                entry = self.files.held[self.path] = [fd, 0]
-            self.files.held.move_to_end(self.path)
-            entry[1] += 1
-            return entry[0]
-
-    def __exit__(self, *_: object) -> None:
-        files = self.files
-        with files.lock:
-            files.held[self.path][1] -= 1
-            if len(files.held) > files.limit:
-                files._shrink(files.limit)
 
 
 # --- the cache of a remote set -------------------------------------------------------------------------------------
@@ -381,7 +370,7 @@ class _BlockCache:
         with self._file():
             pass  # a folder that can't be written is named now
 
-    def _file(self) -> _Use:
+    def _file(self) -> AbstractContextManager[int]:
         return self.files.open(str(self.path), os.O_RDWR | os.O_CREAT)
 
     def get(self, block: int) -> bytes | None:
