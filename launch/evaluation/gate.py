@@ -100,7 +100,7 @@ def judge_run(config: VAERunConfig, tracker: Tracker, device: torch.device) -> N
         from launch.evaluation.of_autoencoder import autoencoder
         from scldm.networks import BATCH_CELLS
 
-        model, origin = autoencoder(run, "best", str(device), BATCH_CELLS)
+        model, origin = autoencoder(run, str(device), BATCH_CELLS)
         of = {"step": origin["step"], "hash": origin["hash"]}
         known = gate_of(run, of["hash"])
         if known is not None and "error" not in known:
@@ -241,11 +241,8 @@ def metrics(gate: Mapping[str, Any]) -> dict[str, float]:
 
 def show(gate: Mapping[str, Any]) -> None:
     """The table in the terminal, and the finding below it."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     from launch.evaluation.of_autoencoder import TITLES
+    from launch.evaluation.terminal import console, started
     from scldm.evaluate.intervals import WIDTH
 
     def with_error(of: Mapping[str, Any], sign: int = 1) -> str:
@@ -256,16 +253,11 @@ def show(gate: Mapping[str, Any]) -> None:
         all_of = gate["cells"]["drawn_of"][split]
         return f"{gate['cells'][split]:,} {split} cells" + (f" (drawn of {all_of:,})" if all_of else "")
 
-    # a narrow terminal wraps, and hides no digits; labels are no markup
-    console = Console(width=max(Console().width, 112), highlight=False, markup=False, emoji=False)
-    console.print(
+    table, terminal = started("", ("nats a cell", "autoencoder better by")), console()
+    terminal.print(
         f"\nautoencoder at step {gate['step']:,} on {number('validation')}; mean profiles of {number('train')}"
     )
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("", no_wrap=True)
-    for column in ("nats a cell", "autoencoder better by"):
-        table.add_column(column, justify="right", no_wrap=True)
     for name, of in gate["nll"].items():
         table.add_row(TITLES[name], with_error(of), with_error(gate["less"][name], -1) if name in gate["less"] else "")
-    console.print(table)
-    console.print(f"autoencoder: {gate['line']}", style="bold red" if gate["passed"] is False else "", soft_wrap=True)
+    terminal.print(table)
+    terminal.print(f"autoencoder: {gate['line']}", style="bold red" if gate["passed"] is False else "", soft_wrap=True)

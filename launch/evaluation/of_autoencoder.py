@@ -9,19 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from data_pipeline.format.schema import read_manifest
 from launch.evaluation.cells import cells_of_shards
 from launch.evaluation.reconstructed_cells import decoded, encoded, known_genes
 from launch.evaluation.sight import blind_spots, known_by_latents
+from launch.evaluation.terminal import console, started
 from launch.trained import trained_vae
 from scldm import count_draws, draws
 from scldm.environment import describe
@@ -63,7 +61,6 @@ def evaluate_vae(
     out: Path | None = None,
     *,
     conditions: Sequence[str] | None = None,
-    which: Literal["best", "latest"] = "best",
     seed: int = 0,
     max_cells: int = 100_000,
     batch: int = BATCH_CELLS,
@@ -80,7 +77,6 @@ def evaluate_vae(
     shards: shard set, a folder or fsspec URL; its training cells give the mean profiles
     conditions: those whose combinations have a mean profile each; None: all that the set has; `none` alone: none,
         unless the set has a condition of that name
-    which: checkpoint of a run: best by the validation metric, or latest
     seed: of the draws of counts, and of cells where there are more than max_cells
     max_cells: of each split at most so many are taken
     batch: cells that go through the network at once
@@ -92,10 +88,8 @@ def evaluate_vae(
     """
     if published and published not in PUBLISHED:
         raise InputError(f"published={published!r} must be one of {', '.join(PUBLISHED)}")
-    if batch < 1:
-        raise InputError(f"batch={batch} must be at least 1")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, origin = autoencoder(Path(vae), which, device, batch, precision)
+    model, origin = autoencoder(Path(vae), device, batch, precision)
     if conditions is None or tuple(conditions) == ("none",):
         there = tuple(read_manifest(shards).conditions.names)
         conditions = there if conditions is None else tuple(c for c in conditions if c in there)
@@ -120,9 +114,10 @@ def evaluate_vae(
 
 
 def autoencoder(
-    folder: Path, which: Literal["best", "latest"], device: str, batch: int, precision: Precision = "float32"
+    folder: Path, device: str, batch: int, precision: Precision = "float32"
 ) -> tuple[Pretrained, dict[str, Any]]:
-    """The autoencoder of a run or a model folder, ready to encode, and where it comes from: run, step, hash.
+    """The autoencoder of a run (its best checkpoint) or a model folder, ready to encode. And where it comes from: run,
+    step, hash.
 
     Raises: InputError for a folder that is neither.
     """
@@ -131,7 +126,7 @@ def autoencoder(
         origin = model.origin.get("vae", {})
     else:
         usable(device)
-        vae, origin = trained_vae(folder, which)
+        vae, origin = trained_vae(folder, "best")
         genes, conditions = GeneVocab.load(folder / "genes.json"), ConditionVocab.load(folder / "conditions.json")
         sizes = LibrarySizeModel.load(folder / "library_sizes.json")
         words = (genes, conditions, sizes, {"vae": origin}, origin["hash"], batch, precision)
@@ -258,14 +253,9 @@ def _interval(mean: float, error: float) -> str:
 
 def show(evaluation: Mapping[str, Any]) -> None:
     """The table in the terminal, and what a reader must know of it."""
-    # a narrow terminal wraps, and hides no digits; labels are no markup
-    console = Console(width=max(Console().width, 112), highlight=False, markup=False, emoji=False)
-    cells, genes = evaluation["cells"], evaluation["genes"]
+    terminal, cells, genes = console(), evaluation["cells"], evaluation["genes"]
     title = f"reconstruction of {cells['scored']:,} test cells x {genes['scored']:,} genes"
-    table = Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("", no_wrap=True)
-    for column in ("RE (nats)", "PCC draw", "MSE draw", "PCC genes", "PCC cells", "MSE mean"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = started(title, ("RE (nats)", "PCC draw", "MSE draw", "PCC genes", "PCC cells", "MSE mean"))
     for name, of in evaluation["scores"].items():
         re, draw, mean = of["re"], of["published"], of["ours"]
         error = "" if re["se"] is None else f" ± {WIDTH * re['se']:.1f}"
@@ -275,27 +265,23 @@ def show(evaluation: Mapping[str, Any]) -> None:
         table.add_section()
         for method, (re, pcc, mse) in evaluation["published"]["rows"].items():
             table.add_row(f"{method}, as published", f"{re:,.0f}", _text(pcc), _text(mse), "", "", "")
-    console.print(table)
-    show_latents(console, evaluation["latents"])
-    for line in notes(evaluation):
-        console.print(line, soft_wrap=True)
-    console.print(evaluation["verdict"], soft_wrap=True)
+    terminal.print(table)
+    show_latents(terminal, evaluation["latents"])
+    for line in [*notes(evaluation), evaluation["verdict"]]:
+        terminal.print(line, soft_wrap=True)
 
 
-def show_latents(console: Console, known: Mapping[str, Any]) -> None:
+def show_latents(terminal: Console, known: Mapping[str, Any]) -> None:
     """What latents see of counts, and tell of labels."""
-    table = Table(title="what the encoder sees: its input changed", title_justify="left", title_style="bold")
-    table.box = box.SIMPLE_HEAD
-    table.add_column("", no_wrap=True)
-    for column in ("latents move (1: as far as another cell)", "true counts lose (nats a cell)"):
-        table.add_column(column, justify="right")
+    columns = ("latents move (1: as far as another cell)", "true counts lose (nats a cell)")
+    table = started("what the encoder sees: its input changed", columns)
     for of in known["sight"].values():
         error = "" if of["nats"]["se"] is None else f" ± {WIDTH * of['nats']['se']:.1f}"
         table.add_row(of["title"], _text(of["moved"]), f"{of['nats']['mean']:.1f}{error}")
-    console.print(table)
+    terminal.print(table)
     recall = [f"{c} {value:.3f}" for c, value in known["label_recall"].items()]
     told = f"; recall of labels by the 15 nearest training cells: {', '.join(recall)}" if recall else ""
-    console.print(f"effective dimension of the latents: {known['effective_dimension']:.1f}{told}", soft_wrap=True)
+    terminal.print(f"effective dimension of the latents: {known['effective_dimension']:.1f}{told}", soft_wrap=True)
 
 
 def notes(evaluation: Mapping[str, Any]) -> list[str]:

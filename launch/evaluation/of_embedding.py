@@ -16,12 +16,9 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from anndata.io import read_elem
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from data_pipeline.convert.source_h5ad import find_counts
+from launch.evaluation.terminal import console, started
 from scldm.cells_file import frame_of, open_cells, read_frame, read_names, reading
 from scldm.environment import describe
 from scldm.errors import InputError
@@ -138,22 +135,17 @@ def counts_of(path: str, layer: str, names: pd.Index, embedding: str) -> sp.csr_
 
 def show(evaluation: Mapping[str, Any]) -> None:
     """The table in the terminal, and what a reader must know of it."""
-    # a narrow terminal wraps, and hides no digits; labels are no markup
-    console = Console(width=max(Console().width, 112), highlight=False, markup=False, emoji=False)
     title = f"{evaluation['label']} told from {evaluation['cells']:,} cells: {len(evaluation['labels'])} labels"
-    table = Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("classifier", "features"):
-        table.add_column(name, no_wrap=True)
-    for name in SCORES:
-        table.add_column(name.replace("_", " ").replace("f1", "F1"), justify="right", no_wrap=True)
+    columns = [name.replace("_", " ").replace("f1", "F1") for name in SCORES]
+    table, terminal = started(title, columns, ("classifier", "features")), console()
     titles = {"embedding": f"embedding ({evaluation['embedding']['width']} wide)", "pca": "PCA of the counts"}
     for classifier, of_classifier in CLASSIFIERS.items():
         for features, scores in evaluation["scores"].items():
             texts = [f"{scores[classifier][s]['value']:.3f} ± {scores[classifier][s]['sd']:.3f}" for s in SCORES]
             table.add_row(of_classifier, titles[features], *texts)
-    console.print(table)
+    terminal.print(table)
     for line in notes(evaluation):
-        console.print(line, soft_wrap=True)
+        terminal.print(line, soft_wrap=True)
 
 
 def notes(evaluation: Mapping[str, Any]) -> list[str]:

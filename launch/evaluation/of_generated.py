@@ -6,19 +6,16 @@ Reading order: evaluate_generated, the model's parts, what stands beside the sco
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from launch.evaluation.cells import cells_of_h5ad, cells_of_shards, conditions_of_shards, generated_cells, obs_columns
+from launch.evaluation.terminal import console, started
 from scldm.environment import describe
 from scldm.errors import InputError
 from scldm.evaluate.baselines import rows_per_type
@@ -209,9 +206,7 @@ def sides_of_parts(evaluation: dict) -> dict[str, dict]:
 
 def show(evaluation: dict, report: Path) -> None:
     """Scores, the parts of the model, responses, the verdict."""
-    # a narrow terminal wraps, and hides no digits; labels are no markup
-    console = Console(width=max(Console().width, 140), highlight=False, markup=False, emoji=False)
-    title = evaluation["protocol"]["title"]
+    terminal, title = console(140), evaluation["protocol"]["title"]
     names = {"per_combination": "per combination (mean)", "pooled": "pooled (all cells at once)"}
     baselines = baselines_of(evaluation)
     for section in score_sections(evaluation):
@@ -221,7 +216,7 @@ def show(evaluation: dict, report: Path) -> None:
             generated, floor, *others = (mean for mean, _ in row_texts(row))
             beaten = [f"{text} {MARKS[row['beats'][k]]}" for k, text in zip(baselines, others, strict=True)]
             table.add_row(METRICS[name].title, generated, reach(row), floor, *beaten)
-        console.print(table)
+        terminal.print(table)
     if sides := sides_of_parts(evaluation):
         section = "per_combination" if "per_combination" in sides["floor"] else "pooled"
         about = f"which part costs what: {names[section]}, {evaluation['beside_parts']['n_cells']:,} cells of each"
@@ -229,21 +224,21 @@ def show(evaluation: dict, report: Path) -> None:
         for name in sides["floor"][section]:
             values = [of[section].get(name) for of in sides.values()]
             table.add_row(METRICS[name].title, *("" if v is None else f"{v:.3g}" for v in values))
-        console.print(table)
-    show_responses(console, evaluation)
+        terminal.print(table)
+    show_responses(terminal, evaluation)
     table = started(f"memorisation, protocol {title}", ["generated", "± 95 %"])
     for name, row in evaluation["memorisation"].items():
         table.add_row(MEMORISATION[name].title, f"{row['score']:.3g}", reach(row))
-    console.print(table)
+    terminal.print(table)
     for line in notes(evaluation):
-        console.print(line, soft_wrap=True)
+        terminal.print(line, soft_wrap=True)
     for figure, text in tiles(evaluation):
-        console.print(f"{figure:>9}  {text}", soft_wrap=True)
+        terminal.print(f"{figure:>9}  {text}", soft_wrap=True)
     n = evaluation["protocol"]["n_genes"]
     fewer = min(n["real"], n["generated"])
-    console.print(f"{n['common']:,} of {fewer:,} genes matched ({100 * n['common'] / fewer:.0f} %)")
-    console.print(f"{evaluation['verdict']['says']} {evaluation['verdict']['next']}", soft_wrap=True)
-    console.print(f"report: {report}", soft_wrap=True)
+    terminal.print(f"{n['common']:,} of {fewer:,} genes matched ({100 * n['common'] / fewer:.0f} %)")
+    terminal.print(f"{evaluation['verdict']['says']} {evaluation['verdict']['next']}", soft_wrap=True)
+    terminal.print(f"report: {report}", soft_wrap=True)
 
 
 def reach(row: dict) -> str:
@@ -251,7 +246,7 @@ def reach(row: dict) -> str:
     return "" if row["error"] is None else f"{WIDTH * row['error']:.2g}"
 
 
-def show_responses(console: Console, evaluation: dict) -> None:
+def show_responses(terminal: Console, evaluation: dict) -> None:
     """Pooled over the contrasts of each condition."""
     for condition, response in evaluation["response"].items():
         if not response["pooled"]:
@@ -262,15 +257,7 @@ def show_responses(console: Console, evaluation: dict) -> None:
             interval = f"{row['low']:.2f} to {row['high']:.2f}" if "low" in row else ""
             texts = ["" if v is None else f"{v:.2f}" for v in (row["value"], row["ceiling"])]
             table.add_row(name.replace("_", " "), texts[0], interval, texts[1])
-        console.print(table)
-
-
-def started(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("", no_wrap=True)
-    for column in columns:  # a long title takes two lines, and no digit is cut off
-        table.add_column(column, justify="right", min_width=7)
-    return table
+        terminal.print(table)
 
 
 def notes(evaluation: dict) -> list[str]:

@@ -5,8 +5,6 @@ Reading order: moments, library size, by expression level, correlations between 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import scipy.sparse as sp
 from scipy.stats import wasserstein_distance
@@ -51,32 +49,13 @@ def library_w1(reference_total: np.ndarray, other_total: np.ndarray) -> float:
 # --- by expression level -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Levels:
-    """Genes in groups of equal size by their mean log expression in the reference, lowest first, (levels,) each.
+def by_expression_level(reference: Moments, other: Moments, n_levels: int = N_LEVELS) -> tuple[float, float]:
+    """How far zeros and variance of two sets differ, over groups of genes by the reference's mean log expression. The
+    mean over groups of |share of zeros, other - reference|: 0.05 is 5 % of cells. And that of |log2(variance of other /
+    variance of reference)|: 1 is twofold.
 
-    expression: the reference's mean log expression of the group
-    zeros, variance: (reference, other): mean over the group's genes of the share of cells without a count, and of the
-        variance of log expression
-    """
-
-    expression: np.ndarray
-    zeros: tuple[np.ndarray, np.ndarray]
-    variance: tuple[np.ndarray, np.ndarray]
-
-    def zeros_difference(self) -> float:
-        """Mean over levels of |share of zeros, other - reference|; 0.05 is 5 % of cells."""
-        return float(np.abs(self.zeros[1] - self.zeros[0]).mean())
-
-    def variance_ratio(self) -> float:
-        """Mean over levels of |log2(variance of other / variance of reference)|; 1 is twofold."""
-        reference, other = (np.log2(np.maximum(v, LEAST_VARIANCE)) for v in self.variance)
-        return float(np.abs(other - reference).mean())
-
-
-def by_expression_level(reference: Moments, other: Moments, n_levels: int = N_LEVELS) -> Levels:
-    """Zeros and variance of both sets by the reference's expression level. Genes that no reference cell expresses are
-    left out. Averaging over the genes of a level leaves what is wrong at that level and little of the sampling error.
+    Groups are of equal size. Genes that no reference cell expresses are left out. Averaging over the genes of a group
+    leaves what is wrong at that level and little of the sampling error.
     """
     mean, expressed = reference[0], np.flatnonzero(reference[0] > 0)
     expressed = expressed if len(expressed) else np.arange(len(mean))
@@ -86,8 +65,9 @@ def by_expression_level(reference: Moments, other: Moments, n_levels: int = N_LE
     def levels(values: np.ndarray) -> np.ndarray:
         return np.array([values[g].mean() for g in groups])
 
-    zeros = levels(1 - reference[2]), levels(1 - other[2])
-    return Levels(levels(mean), zeros, (levels(reference[1]), levels(other[1])))
+    zeros, of_other = levels(1 - reference[2]), levels(1 - other[2])
+    log_variance, log_of_other = (np.log2(np.maximum(levels(of[1]), LEAST_VARIANCE)) for of in (reference, other))
+    return float(np.abs(of_other - zeros).mean()), float(np.abs(log_of_other - log_variance).mean())
 
 
 # --- correlations between genes ------------------------------------------------------------------------------------

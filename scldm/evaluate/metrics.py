@@ -199,9 +199,8 @@ def _nn_accuracy(reference: Profile, other: Profile, _: int) -> tuple[float, ...
 
 def _gene_scores(reference: Profile, other: Profile, _: int) -> tuple[float, ...]:
     moments = gene_moments(reference.log), gene_moments(other.log)
-    levels = by_expression_level(*moments)
     r = (pearson(*pair) for pair in zip(*moments, strict=True))
-    return (*r, levels.zeros_difference(), levels.variance_ratio(), library_w1(reference.total, other.total))
+    return (*r, *by_expression_level(*moments), library_w1(reference.total, other.total))
 
 
 MEASURES: tuple[Measure, ...] = (
