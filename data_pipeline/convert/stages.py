@@ -44,13 +44,8 @@ Tick = Callable[[int], None]
 
 @dataclass
 class Worker:
-    """What a process keeps between units.
-
-    work: the folder of unfinished work
-    out: folder or URL of the set
-    process_bytes: what it may take for cells
-    tick: called with the number of cells (or columns) that have been worked through
-    """
+    """What a process keeps between units. work: the folder of unfinished work. process_bytes: what it may take for
+    cells. tick: called with the number of cells (or columns) that have been worked through."""
 
     work: Path
     out: str

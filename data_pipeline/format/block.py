@@ -214,19 +214,7 @@ def _padded(section: np.ndarray) -> bytes:
 
 
 class Sections(NamedTuple):
-    """Views of a payload's sections; of a block with n cells, in the order in which they are stored.
-
-    nonzeros: (n,) uint32, expressed genes of each cell
-    n_entries, n_escapes, n_large: (n,) uint32, what belongs to each cell in the arrays below; n_entries is even
-    totals: (n,) uint64, each cell's sum of counts
-    sources, rows, conditions: as Block has them
-    large: uint64, the counts over 255, in order
-    escaped: uint16 or uint32 (column_dtype), gene columns of the counts over 15, ascending within a cell
-    medium: uint8, those counts; 0 where it stands in `large`
-    steps: uint8, from an entry's column to that of the next, the first one from -1. A step over 255 is several: those
-        of 255 lead to genes that are not expressed. A first step of 0, to column -1, fills up an odd number of entries
-    packed: uint8, two counts a byte, the first in the low half: 0 where there is none, or where it is escaped
-    """
+    """Views of a payload's sections, in the order in which they are stored. README.md says what each is."""
 
     nonzeros: np.ndarray
     n_entries: np.ndarray

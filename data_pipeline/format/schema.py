@@ -1,6 +1,6 @@
 """The shard set's schema: names, dtypes, versions, and the manifest that says what a set is.
 
-README.md beside this file is the specification; this module is the part of it that Python code imports. Reading order:
+../README.md is the specification. This module is the part of it that Python code imports. Reading order:
 constants, dtypes that follow from a vocabulary, the block index, manifest, whether its parts fit each other, opening a
 set.
 """
@@ -32,8 +32,7 @@ Setkind = Literal["cells", "latents"]
 Codec = Literal["none", "lz4", "zstd"]
 CODECS: tuple[Codec, ...] = get_args(Codec)  # a block's header stores the position in this tuple
 
-# One row per block, in block order. `shard` is the position in the manifest's shards, `offset` and `length` give the
-# block's bytes within that tar, `first_cell` is the position of its first cell in every index/cells.*.npy.
+# a row per block, in block order; README.md says what each field is
 BLOCK_INDEX = np.dtype(
     [
         ("split", "<u1"),
@@ -130,13 +129,8 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class LibrarySizes:
-    """log library sizes of the training cells by combination of the conditions `by` (all cells where `by` is empty).
-
-    by: condition names
-    ids: one row of label ids per combination that occurs, sorted
-    n: its training cells
-    log_mean, log_std: mean and standard deviation (divided by n) of the natural log of a cell's total counts
-    """
+    """Log library sizes of the training cells, natural log, by combination of the conditions `by`. README.md says
+    what each is."""
 
     by: tuple[str, ...]
     ids: tuple[tuple[Count, ...], ...]
@@ -156,16 +150,7 @@ class CombinationCounts:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What later stages want to know without reading a block.
-
-    library_sizes: from all conditions together over every coarser choice of them down to none, of the training split
-    combinations: cells by combination and split
-    n_expressed_largest: expressed genes of the cell that has most, over all splits
-    n_nonzeros: stored counts, over all splits
-    largest_count: the largest count, over all splits
-
-    Gene means and the fraction of training cells that express a gene are index/genes.*.npy.
-    """
+    """What later stages want to know without reading a block. README.md says what each is."""
 
     library_sizes: tuple[LibrarySizes, ...]
     combinations: CombinationCounts
@@ -176,26 +161,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a shard set is. The JSON has these keys, `format`, `version`, and the fields of the classes above within.
-
-    kind: `cells`, or `latents` for encoded cells
-    n_cells: of all splits
-    genes: the gene vocabulary, with its hash
-    conditions: the condition vocabularies
-    splits: in order; a split's number is its position here
-    split_rule: how the splits were drawn
-    shards: in order; a shard's number is its position here
-    index: every file under index/
-    block_cells: cells per block, but for the last one of each split
-    codec, codec_level: how a block's payload is compressed
-    seed: of split and shuffle
-    sources: one entry per file or experiment, a cell's source number is its position here
-    query: what was asked of them
-    report: what was dropped, and why
-    tools: versions of what wrote the set
-    statistics: see Statistics
-    extra: what a kind adds (the latents' shape, the model they come from)
-    """
+    """What a shard set is. The JSON has these keys, and `format` and `version`; README.md says what each is."""
 
     kind: Setkind
     n_cells: Count

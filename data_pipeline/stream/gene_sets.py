@@ -1,22 +1,7 @@
-"""Gene sets: which genes the encoder is given and which the decoder is asked about. Pure functions of (seed, epoch,
-position in the epoch) and, where a policy looks at it, of the cell.
+"""Gene sets: which genes the encoder is given, and which the decoder is asked about. Each is a pure function of seed,
+epoch and position in the epoch, and of the cell where the policy looks at it. ../README.md compares the policies.
 
-all: every gene, zeros included.
-    Encoder: the whole cell. Decoder: the likelihood of the whole cell.
-random: n_genes drawn uniformly without replacement, expressed or not.
-    Encoder: an unbiased view, in which a zero is an observation. Decoder: the likelihood of a random part.
-expressed: the cell's own expressed genes, padded with index 0 to a common width and masked.
-    Encoder: the whole cell, since what is absent is zero. Decoder: only counts above 0 are judged and no gene's absence
-    is, so that rates come out too high; for experiments.
-expressed_plus_zeros: the expressed genes and, up to n_genes, unexpressed ones drawn uniformly.
-    Encoder: the whole cell, and some zeros said aloud. Decoder: all that is there, and a sample of what is not.
-weighted: n_genes without replacement, more often those of a high mean (or of variable expression).
-    Encoder and decoder: a part rich in informative genes; not an unbiased one.
-same: for the decoder alone, the encoder's set; with `random`, what the paper does.
-
-The library size given to the likelihood is always that of the decoder's set. `random` and `weighted` draw one set per
-cell, as in the paper, or one per group of `gene_set_group` positions of the global batch, which its cells share:
-faster, since their embeddings are looked up once.
+The library size given to the likelihood is always that of the decoder's set.
 
 Reading order: GeneSetConfig, as_whole_cells, GeneSets, the kernels (numba; they release the GIL).
 """
