@@ -23,7 +23,7 @@ from numba import njit
 from data_pipeline.format.block import decode_block
 from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.stream.gene_sets import GeneSetConfig, GeneSets
-from data_pipeline.stream.order import DRAW_GIVEN, EveryCell, Order, Units
+from data_pipeline.stream.order import DRAW_GIVEN, Order, Units
 
 SOMA_IO_BATCH = 16_384
 SCDATASET_BLOCK, SCDATASET_FETCH = 16, 64
@@ -79,7 +79,7 @@ def mmap_reader(shards: Path, folder: Path, batch: int, n_genes: int) -> Iterato
     """The same order, gene sets, counts, library sizes, labels and identities, read from mapped pages."""
     cells = ShardSet(str(shards))
     blocks = cells.blocks
-    order = Order(EveryCell(Units.whole(np.arange(len(blocks)), blocks["n_cells"])), 1, 32, batch, 2)
+    order = Order(Units.whole(np.arange(len(blocks)), blocks["n_cells"]), 1, 32, batch, 2)
     sets = gene_sets(cells.manifest.genes.n_genes, n_genes, batch)
     start, genes, counts = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("start", "genes", "counts"))
     names = ("source", "row", "total_counts", *(f"condition.{n}" for n in cells.manifest.conditions.names))

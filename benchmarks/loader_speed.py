@@ -27,7 +27,7 @@ from data_pipeline.format.block import decode_block, encode_block, narrow
 from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.stream.gather import CellSlots
 from data_pipeline.stream.gene_sets import GeneSetConfig, GeneSets, Policy
-from data_pipeline.stream.order import EveryCell, Order, Units
+from data_pipeline.stream.order import Order, Units
 from scldm.vocab import GeneVocab
 
 # cells of a round: a few tenths of a CPU-second, or a whole read of those that read far ahead
@@ -104,7 +104,7 @@ def costs(config: BenchLoaderConfig, report: Report) -> None:
     nothing."""
     rng = np.random.default_rng(0)
     units = Units.whole(np.arange(400_000), np.full(400_000, 256))
-    order = Order(EveryCell(units), 0, 32, config.batch, 2).epoch(0)
+    order = Order(units, 0, 32, config.batch, 2).epoch(0)
     planned = _cost(lambda: order.plan(1000, 256, 0, config.batch)[0].size)
     report.add(Row("order", planned, "us/cell"))
     gathered = 0.0

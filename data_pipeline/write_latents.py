@@ -30,7 +30,7 @@ import numpy as np
 
 from data_pipeline.format import schema
 from data_pipeline.format.latent_block import encode_latent_block
-from data_pipeline.format.read_shards import BlockSource
+from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.format.schema import FileEntry, ShardEntry
 from data_pipeline.stream.gene_sets import GeneSetConfig
 from scldm.errors import InputError, read_json
@@ -52,7 +52,7 @@ class LatentWriter:
     def __init__(
         self,
         out: str | Path,
-        cells: BlockSource,
+        cells: ShardSet,
         vae_hash: str,
         shape: tuple[int, int],
         genes: GeneSetConfig | None = None,

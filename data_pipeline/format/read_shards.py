@@ -6,7 +6,7 @@ from the index alone (the first ones that fit), and each has its place in one sp
 share the cache without a word between them: a block whose CRC-32 fits is there, any other is fetched. As an epoch reads
 every block once in random order, no rule that evicts would hit more often.
 
-Reading order: BlockSource (what a loader needs), ShardSet, open files, the cache of a remote set.
+Reading order: ShardSet, open files, the cache of a remote set.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import IO, Protocol, TypeVar
+from typing import IO, TypeVar
 
 import fsspec
 import numpy as np
@@ -38,24 +38,6 @@ BACK_OFF_S = 0.5  # then 1, 2 and 4 s
 Read = TypeVar("Read")
 
 
-class BlockSource(Protocol):
-    """Cells in blocks, as a loader reads them: a ShardSet, or cells in memory.
-
-    hash: of everything that determines the cells and their order
-    blocks: one record of schema.BLOCK_INDEX per block
-    """
-
-    manifest: Manifest
-    hash: str
-    blocks: np.ndarray
-
-    def fetch(self, block: int, into: np.ndarray | None = None) -> np.ndarray: ...
-    def where(self, block: int) -> str: ...
-    def cell_column(self, name: str) -> np.ndarray: ...
-    def gene_column(self, name: str) -> np.ndarray: ...
-    def close(self) -> None: ...
-
-
 class ShardSet:
     """A finished shard set, open for reading from any number of threads.
 
@@ -63,6 +45,9 @@ class ShardSet:
     cache_folder: where a remote set's index and blocks are kept, in a folder named by the set's hash; shared by the
         processes of a node, and left to whoever wants it gone
     cache_bytes: at most so many bytes of this set's blocks
+
+    hash: of everything that determines the cells and their order
+    blocks: one record of schema.BLOCK_INDEX per block
 
     Raises: InputError where there is no whole set, or one that this version can't read.
     """

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from data_pipeline.format.latent_block import LatentSlots
-from data_pipeline.format.read_shards import BlockSource
+from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.stream.feed import Plan
 from data_pipeline.stream.gather import CellSlots
 from data_pipeline.stream.gather_kernels import take_cells
@@ -31,7 +31,7 @@ class CellCollator:
     ) -> None:
         self.names, self.given, self.asked, self.compact, self.pin = names, given, asked, compact, pin
 
-    def make_slots(self, cells: BlockSource, n_slots: int) -> CellSlots:
+    def make_slots(self, cells: ShardSet, n_slots: int) -> CellSlots:
         self.slots = CellSlots(cells.manifest, n_slots)
         return self.slots
 
@@ -90,7 +90,7 @@ class LatentCollator:
     def __init__(self, names: tuple[str, ...], *, pin: bool) -> None:
         self.names, self.pin = names, pin
 
-    def make_slots(self, cells: BlockSource, n_slots: int) -> LatentSlots:
+    def make_slots(self, cells: ShardSet, n_slots: int) -> LatentSlots:
         self.slots = LatentSlots(cells.manifest, n_slots)
         return self.slots
 

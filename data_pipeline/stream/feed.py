@@ -20,7 +20,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 from numba import njit
 
-from data_pipeline.format.read_shards import BlockSource
+from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.stream.order import EpochOrder, Order, RestOfEpoch
 from scldm.errors import InputError
 
@@ -53,7 +53,7 @@ class Slots(Protocol):
 class Collator(Protocol[Batch]):
     slots: Any
 
-    def make_slots(self, cells: BlockSource, n_slots: int) -> Slots: ...
+    def make_slots(self, cells: ShardSet, n_slots: int) -> Slots: ...
 
     def __call__(
         self, slots: np.ndarray, rows: np.ndarray, plan: Plan, positions: np.ndarray, weight: np.ndarray
@@ -65,7 +65,7 @@ class Feed(Generic[Batch]):
 
     def __init__(
         self,
-        cells: BlockSource,
+        cells: ShardSet,
         collate: Collator[Batch],
         order: Order,
         n_blocks: int,
@@ -168,7 +168,7 @@ class Feed(Generic[Batch]):
 class _Blocks:
     """Which block is in which slot; the slot that was needed longest ago goes first."""
 
-    def __init__(self, cells: BlockSource, slots: Slots, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, cells: ShardSet, slots: Slots, pool: ThreadPoolExecutor) -> None:
         self.cells, self.slots, self.pool = cells, slots, pool
         self.slot = np.full(len(cells.blocks), -1, np.int32)  # of each block
         self.block = np.full(slots.n_slots, -1, np.int64)  # in each slot
@@ -252,7 +252,7 @@ def _find(block, slot_of, read, slots):
     return True
 
 
-def read_block(cells: BlockSource, slots: Slots, block: int, slot: int) -> None:
+def read_block(cells: ShardSet, slots: Slots, block: int, slot: int) -> None:
     """Raises: InputError for a block that can't be read, is damaged, or has another number of cells than the index says
     (rows beyond its own would be those of a block that was in the slot before)."""
     record = cells.blocks[block]

@@ -22,7 +22,7 @@ from typing import Any, Generic, Literal, TypeVar
 import numpy as np
 import torch
 
-from data_pipeline.format.read_shards import BlockSource, ShardSet
+from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.stream.collate import CellCollator, LatentCollator
 from data_pipeline.stream.feed import Collator, Feed, Plan, Running, from_outside, read_block
 from data_pipeline.stream.gene_sets import OF_THE_CELL, GeneSetConfig, GeneSets
@@ -33,7 +33,6 @@ from data_pipeline.stream.order import (
     MOST_REPEATS,
     Balance,
     EpochOrder,
-    EveryCell,
     Order,
     Regrouped,
     Units,
@@ -127,7 +126,7 @@ class _Loader(ABC, Generic[Batch]):
         global_batch: int,
         micro_batch: int,
         device: torch.device | str = "cpu",
-        cells: BlockSource | None = None,
+        cells: ShardSet | None = None,
     ) -> None:
         """device: where the batches will go; those for a GPU lie in pinned memory
         cells: read these instead of opening config.shards; any number of loaders may, and whoever opened them closes
@@ -148,7 +147,7 @@ class _Loader(ABC, Generic[Batch]):
             self.vocab: GeneVocab = self.manifest.genes
             self.conditions: ConditionVocab = self.manifest.conditions
             self.units = chosen_units(self.cells, split, config.select)
-            self.population = balanced(self.cells, self.units, config) if config.balance else EveryCell(self.units)
+            self.population = balanced(self.cells, self.units, config) if config.balance else self.units
             self.order = Order(self.population, config.seed, config.lanes, global_batch, config.window_blocks)
             self.n_cells = self.population.n_cells
             self.steps_per_epoch = self.order.steps_per_epoch
@@ -349,7 +348,7 @@ class LatentLoader(_Loader[LatentBatch]):
 
 
 def shard_batches(
-    cells: BlockSource,
+    cells: ShardSet,
     shard: int,
     *,
     micro_batch: int,
@@ -402,7 +401,7 @@ def _how(device: torch.device, form: str = "auto") -> dict[str, bool]:
     return {"compact": device.type != "cpu" if form == "auto" else form == "compact", "pin": device.type == "cuda"}
 
 
-def chosen_units(cells: BlockSource, split: str, select: dict[str, list[str]]) -> Units:
+def chosen_units(cells: ShardSet, split: str, select: dict[str, list[str]]) -> Units:
     """The cells of a split that have one of the labels in each condition of `select`. Reads the index alone."""
     manifest = cells.manifest
     entry = manifest.splits[manifest.split_number(split)]
@@ -423,7 +422,7 @@ def chosen_units(cells: BlockSource, split: str, select: dict[str, list[str]]) -
     return units.where(keep)
 
 
-def balanced(cells: BlockSource, units: Units, config: StreamConfig) -> Balance:
+def balanced(cells: ShardSet, units: Units, config: StreamConfig) -> Balance:
     """The cells drawn so that every combination of the conditions in `balance` comes equally often."""
     conditions = cells.manifest.conditions
     at = np.repeat(cells.blocks["first_cell"][units.block].astype(np.int64), np.diff(units.start))
@@ -454,7 +453,7 @@ def _numbered(group: np.ndarray, n: int) -> tuple[np.ndarray, int]:
     return (np.cumsum(present, dtype=np.uint32) - np.uint32(1))[group], int(present.sum())
 
 
-def _release(feed: Feed, own: BlockSource | None) -> None:
+def _release(feed: Feed, own: ShardSet | None) -> None:
     if own:
         own.close()  # first, so that a read that waits to try again gives up; what is being read stays open until it is
     feed.close()

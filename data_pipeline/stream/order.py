@@ -64,7 +64,11 @@ class Units:
         """Every cell of some blocks, a unit a block."""
         return cls(block, np.concatenate([[0], np.cumsum(n_cells, dtype=np.int64)]))
 
-    def most_within(self, n_cells: int) -> int:
+    def units(self, epoch: int) -> Units:
+        """As a Population: each cell once an epoch."""
+        return self
+
+    def most_units(self, n_cells: int) -> int:
         """Most units that n cells can hold whole: the smallest ones."""
         return int(np.searchsorted(np.cumsum(np.sort(np.diff(self.start))), n_cells, "right"))
 
@@ -92,7 +96,7 @@ class Units:
 
 
 class Population(Protocol):
-    """What an epoch is drawn from: always the same number of cells, but not always the same ones."""
+    """What an epoch is drawn from, Units or a Balance: as many cells each time, but not always the same ones."""
 
     @property
     def n_cells(self) -> int: ...
@@ -102,23 +106,6 @@ class Population(Protocol):
     def most_units(self, n_cells: int) -> int:
         """Most units of an epoch that n cells can hold whole."""
         ...
-
-
-@dataclass(frozen=True)
-class EveryCell:
-    """Each cell once an epoch."""
-
-    fixed: Units
-
-    @property
-    def n_cells(self) -> int:
-        return self.fixed.n_cells
-
-    def units(self, epoch: int) -> Units:
-        return self.fixed
-
-    def most_units(self, n_cells: int) -> int:
-        return self.fixed.most_within(n_cells)
 
 
 @njit(cache=True)

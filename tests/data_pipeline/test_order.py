@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.stream.order import Balance, EpochOrder, EveryCell, Order, Units, rank_slice, reads_of_a_block
+from data_pipeline.stream.order import Balance, EpochOrder, Order, Units, rank_slice, reads_of_a_block
 from data_pipeline.stream.philox import random_words
 from scldm.errors import InputError
 
@@ -128,7 +128,7 @@ def test_no_step_touches_more_blocks_than_two_windows_a_lane_and_what_its_cells_
     """The bound of a stream's memory."""
     units = blocks_of(n_cells).where(np.random.default_rng(seed).random(n_cells) < kept)
     global_batch = lanes * per_lane
-    most = 2 * lanes * window + EveryCell(units).most_units(global_batch)
+    most = 2 * lanes * window + units.most_units(global_batch)
     order = EpochOrder(units, seed, 0, lanes, global_batch, window)
     if not units.n_cells or len(units) <= lanes * window:
         return  # nothing to draw from, or a small set, of which every block is held
@@ -219,4 +219,4 @@ def test_as_many_lanes_as_ranks_read_every_block_once():
 
 def test_an_order_without_cells_is_refused():
     with pytest.raises(InputError, match="no cell"):
-        Order(EveryCell(blocks_of(5).where(np.zeros(5, bool))), 0, 32, 8, 1)
+        Order(blocks_of(5).where(np.zeros(5, bool)), 0, 32, 8, 1)
