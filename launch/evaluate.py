@@ -8,6 +8,7 @@ from pathlib import Path
 from launch.cli import run_verb
 from launch.evaluation.config import EvaluateVerbConfig, refuse_unused
 from scldm.errors import InputError
+from scldm.files import write_json
 
 PURPOSE = """
 generated=FILE judges generated cells: distances to the test cells beside those of the training cells (the floor) and of
@@ -34,51 +35,42 @@ FIRST = (
 
 def main(config: EvaluateVerbConfig) -> dict:
     """Returns the evaluation, as in evaluation.json."""
-    what = [key for key in ("generated", "embedding") if getattr(config, key)]
-    if len(what) > 1:
+    if config.generated and config.embedding:
         raise InputError("generated and embedding are judged apart: give one of them")
-    if what == ["generated"]:
+    if config.generated:
         if not config.out:
             raise InputError("generated needs out=FOLDER for the report and its figures")
         refuse_unused(config, "generated")
         from launch.evaluation.of_generated import evaluate_generated
 
         return evaluate_generated(config)
-    out, seed = Path(config.out) if config.out else None, config.evaluate.seed
-    if what == ["embedding"]:
+    if config.embedding:
         if not config.label:
             raise InputError("embedding needs label=COLUMN: the obs column that is to be read from it")
         refuse_unused(config, "embedding")
-        from launch.evaluation.of_embedding import evaluate_embedding
+        from launch.evaluation.of_embedding import evaluate_embedding, show
 
-        words = (config.embedding, config.label, config.held_out_by, config.key)
-        return evaluate_embedding(*words, out, seed, config.real, layer=config.layer)
-    if config.vae or config.model:
+        evaluation = evaluate_embedding(config)
+    elif config.vae or config.model:
         if not config.shards:
             raise InputError("an autoencoder is judged on the test cells of a shard set: give shards=FOLDER")
         if config.vae and config.model:
             raise InputError("vae and model are judged apart without generated: give one of them")
         refuse_unused(config, "vae")
-        from launch.evaluation.of_autoencoder import evaluate_vae
+        from launch.evaluation.of_autoencoder import evaluate_vae, show
 
-        return evaluate_vae(
-            config.vae or config.model,
-            config.shards,
-            out,
-            conditions=config.conditions or None,
-            published=config.published,
-            seed=seed,
-            max_cells=config.evaluate.max_real_cells,
-            batch=config.batch,
-            device=config.device,
-            precision=config.precision,
-            cache_folder=config.cache_folder,
-            cache_gb=config.cache_gb,
+        evaluation = evaluate_vae(config)
+    else:
+        raise InputError(
+            "give what is to be judged: generated=FILE with shards or real, vae=RUN with shards, or embedding=FILE "
+            "with label"
         )
-    raise InputError(
-        "give what is to be judged: generated=FILE with shards or real, vae=RUN with shards, or embedding=FILE with "
-        "label"
-    )
+    if config.out:  # before it is shown
+        out = Path(config.out)
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "evaluation.json", evaluation)
+    show(evaluation)
+    return evaluation
 
 
 if __name__ == "__main__":

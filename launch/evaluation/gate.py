@@ -11,7 +11,7 @@ nll           of the model and of mean profiles: nats a cell, with standard erro
 less          by mean profile: nll of the model less that of the profile
 label_recall, effective_dimension, sight    of the latents, as launch/evaluation/sight.py has them
 
-Reading order: read_gate, line_of, warn; judge_run, the cells, the finding, what to change, the table.
+Reading order: read_gate, line_of, warn; judge_run, the cells, the finding, what to change.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def warn(gate: Mapping[str, Any] | None, given: str) -> None:
 
 
 def judge_run(config: VAERunConfig, tracker: Tracker, device: torch.device) -> None:
-    """Judge the best checkpoint of a finished run, unless that was done: gate.json, metrics `gate/...`, a table.
+    """Judge the best checkpoint of a finished run, unless that was done: gate.json, metrics `gate/...`, a line.
 
     Whatever goes wrong is printed and noted, and the run is finished all the same.
     """
@@ -176,7 +176,7 @@ def finding(config: VAERunConfig, scores: Mapping[str, Any], gate: dict[str, Any
 
     nats = gate["nll"]["model"]["mean"]
     recall = ", ".join(
-        two_digits(value) + (f" ({name})" if len(gate["label_recall"]) > 1 else "")
+        f"{value:.2f}".removeprefix("0") + (f" ({name})" if len(gate["label_recall"]) > 1 else "")
         for name, value in gate["label_recall"].items()
     )
     latents = [f"recall {recall}"] * bool(recall) + [f"effective dimension {gate['effective_dimension']:.1f}"]
@@ -193,11 +193,6 @@ def finding(config: VAERunConfig, scores: Mapping[str, Any], gate: dict[str, Any
     says = f"no better than {MEANS[name]}: {nats:.1f} nats a held-out cell against {theirs}"
     change = "; ".join(to_change(config, gate))
     return {"passed": False, "line": ". ".join(["; ".join([says, *latents]), *blind, f"What to change: {change}"])}
-
-
-def two_digits(share: float) -> str:
-    """0.84 as .84"""
-    return f"{share:.2f}".removeprefix("0")
 
 
 def to_change(config: VAERunConfig, gate: Mapping[str, Any]) -> list[str]:
@@ -240,24 +235,11 @@ def metrics(gate: Mapping[str, Any]) -> dict[str, float]:
 
 
 def show(gate: Mapping[str, Any]) -> None:
-    """The table in the terminal, and the finding below it."""
-    from launch.evaluation.of_autoencoder import TITLES
-    from launch.evaluation.terminal import console, started
-    from scldm.evaluate.intervals import WIDTH
-
-    def with_error(of: Mapping[str, Any], sign: int = 1) -> str:
-        error = "" if of["se"] is None else f" ± {WIDTH * of['se']:.1f}"
-        return f"{sign * of['mean']:.1f}{error}"
+    """Of which cells the finding is, and the finding."""
 
     def number(split: str) -> str:
         all_of = gate["cells"]["drawn_of"][split]
         return f"{gate['cells'][split]:,} {split} cells" + (f" (drawn of {all_of:,})" if all_of else "")
 
-    table, terminal = started("", ("nats a cell", "autoencoder better by")), console()
-    terminal.print(
-        f"\nautoencoder at step {gate['step']:,} on {number('validation')}; mean profiles of {number('train')}"
-    )
-    for name, of in gate["nll"].items():
-        table.add_row(TITLES[name], with_error(of), with_error(gate["less"][name], -1) if name in gate["less"] else "")
-    terminal.print(table)
-    terminal.print(f"autoencoder: {gate['line']}", style="bold red" if gate["passed"] is False else "", soft_wrap=True)
+    print(f"\nautoencoder at step {gate['step']:,} on {number('validation')}; mean profiles of {number('train')}")
+    print(f"autoencoder: {gate['line']}", flush=True)

@@ -1,4 +1,4 @@
-"""How well an autoencoder reconstructs the test cells of a shard set, beside mean profiles; evaluation.json, a table.
+"""How well an autoencoder reconstructs the test cells of a shard set, beside mean profiles.
 
 `scldm evaluate vae=RUN shards=SET` calls evaluate_vae.
 
@@ -7,7 +7,7 @@ Reading order: evaluate_vae, autoencoder, scored, the verdict, the table.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from rich.console import Console
 
 from data_pipeline.format.schema import read_manifest
 from launch.evaluation.cells import cells_of_shards
+from launch.evaluation.config import EvaluateVerbConfig
 from launch.evaluation.reconstructed_cells import decoded, encoded, known_genes
 from launch.evaluation.sight import blind_spots, known_by_latents
 from launch.evaluation.terminal import console, started
@@ -38,9 +39,8 @@ from scldm.evaluate.reconstruction import (
     nb_nll,
 )
 from scldm.evaluate.sample import Sample
-from scldm.files import write_json
 from scldm.library_size import LibrarySizeModel
-from scldm.networks import BATCH_CELLS, Precision, usable
+from scldm.networks import Precision, usable
 from scldm.pretrained import Pretrained, load
 from scldm.progress import Progress
 from scldm.vocab import ConditionVocab, GeneVocab
@@ -55,61 +55,35 @@ class AsManyAsThere(dict[str, int]):
         return 2**62
 
 
-def evaluate_vae(
-    vae: str,
-    shards: str,
-    out: Path | None = None,
-    *,
-    conditions: Sequence[str] | None = None,
-    seed: int = 0,
-    max_cells: int = 100_000,
-    batch: int = BATCH_CELLS,
-    device: str = "",
-    precision: Precision = "float32",
-    published: str = "",
-    cache_folder: str = "",
-    cache_gb: float = 50.0,
-) -> dict:
-    """Reconstruction scores of an autoencoder on the test cells of a shard set, printed, and written as
-    `out`/evaluation.json.
-
-    vae: run folder of `scldm train vae`, or model folder that `scldm export` wrote
-    shards: shard set, a folder or fsspec URL; its training cells give the mean profiles
-    conditions: those whose combinations have a mean profile each; None: all that the set has; `none` alone: none,
-        unless the set has a condition of that name
-    seed: of the draws of counts, and of cells where there are more than max_cells
-    max_cells: of each split at most so many are taken
-    batch: cells that go through the network at once
-    device: torch device; empty: a GPU where there is one
-    precision: of the networks' matrix products, as for `scldm.load`
-    published: data whose published numbers stand beside the scores, a key of `PUBLISHED`; empty: none
+def evaluate_vae(config: EvaluateVerbConfig) -> dict:
+    """Reconstruction scores of an autoencoder on the test cells of a shard set, whose training cells give the mean
+    profiles.
 
     Raises: InputError for what is not there, or does not belong together.
     """
-    if published and published not in PUBLISHED:
-        raise InputError(f"published={published!r} must be one of {', '.join(PUBLISHED)}")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, origin = autoencoder(Path(vae), device, batch, precision)
-    if conditions is None or tuple(conditions) == ("none",):
-        there = tuple(read_manifest(shards).conditions.names)
-        conditions = there if conditions is None else tuple(c for c in conditions if c in there)
-    sample = Sample(max_cells, AsManyAsThere(), seed)
-    train, _, test = cells_of_shards(shards, tuple(conditions), sample, cache_folder, cache_gb)
+    if config.published and config.published not in PUBLISHED:
+        raise InputError(f"published={config.published!r} must be one of {', '.join(PUBLISHED)}")
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    folder, seed = config.vae or config.model, config.evaluate.seed
+    model, origin = autoencoder(Path(folder), device, config.batch, config.precision)
+    there = tuple(read_manifest(config.shards).conditions.names)
+    conditions = config.conditions or there
+    if conditions == ("none",):
+        conditions = tuple(c for c in conditions if c in there)
+    sample = Sample(config.evaluate.max_real_cells, AsManyAsThere(), seed)
+    train, _, test = cells_of_shards(config.shards, conditions, sample, config.cache_folder, config.cache_gb)
     evaluation = {
         "kind": "reconstruction",
-        "vae": {"folder": vae, **origin, "precision": precision},
-        "shards": shards,
+        "vae": {"folder": folder, **origin, "precision": config.precision},
+        "shards": config.shards,
         "conditions": list(conditions),
         "seed": seed,
         **scored(model, train, test, seed),
         "made_with": describe(),
     }
-    if published:
-        evaluation["published"] = {"data": published, "note": PROTOCOL_NOTE, "rows": PUBLISHED[published]}
-    if out is not None:  # before anything is drawn of it
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "evaluation.json", evaluation)
-    show(evaluation)
+    if config.published:
+        rows = PUBLISHED[config.published]
+        evaluation["published"] = {"data": config.published, "note": PROTOCOL_NOTE, "rows": rows}
     return evaluation
 
 

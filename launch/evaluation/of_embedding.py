@@ -1,4 +1,4 @@
-"""How well a label is told from an embedding, beside principal components of the same cells; evaluation.json, a table.
+"""How well a label is told from an embedding, beside principal components of the same cells.
 
 `scldm evaluate embedding=FILE label=cell_type` calls evaluate_embedding.
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,67 +17,42 @@ import scipy.sparse as sp
 from anndata.io import read_elem
 
 from data_pipeline.convert.source_h5ad import find_counts
+from launch.evaluation.config import EvaluateVerbConfig
 from launch.evaluation.terminal import console, started
 from scldm.cells_file import frame_of, open_cells, read_frame, read_names, reading
 from scldm.environment import describe
 from scldm.errors import InputError
-from scldm.evaluate.representation import MAX_CELLS, N_COMPONENTS, SCORES, probe
-from scldm.files import write_json
+from scldm.evaluate.representation import N_COMPONENTS, SCORES, probe
 from scldm.label_text import labels_of
 
-KEY = "X_scldm"  # where `scldm embed` writes
 CLASSIFIERS = {"linear": "linear probe", "knn": "15 nearest neighbours"}
 SHOWN = 6  # labels in a sentence
 
 
-def evaluate_embedding(
-    embedding: str,
-    label: str,
-    held_out_by: str,
-    key: str,
-    out: Path | None,
-    seed: int,
-    h5ad: str = "",
-    *,
-    layer: str = "",
-    max_cells: int = MAX_CELLS,
-) -> dict:
-    """Scores of a linear probe and of nearest neighbours, printed, and where `out` is given written as
-    `out`/evaluation.json.
-
-    embedding: h5ad file that `scldm embed` wrote, or any with an embedding in obsm
-    label: obs column that is predicted
-    held_out_by: obs column, such as the donor, whose cells are held out together; empty: single cells are held out
-    key: obsm key of the embedding; empty is X_scldm
-    seed: of folds, and of cells where there are more than max_cells
-    h5ad: file with the counts of the same cells, for the baseline; empty: the embedding's own file has them
-    layer: where the counts are: X, raw or a layer's name; empty looks in X, layers/counts and raw
+def evaluate_embedding(config: EvaluateVerbConfig) -> dict:
+    """Scores of a linear probe and of nearest neighbours.
 
     Raises: InputError for what is not there, or does not belong together.
     """
-    embedding_nD, obs = embedded(embedding, key or KEY)
-    labels = labels_of(obs, label, embedding, "label")
-    groups = labels_of(obs, held_out_by, embedding, "held_out_by") if held_out_by else None
+    file, label, held_out_by = config.embedding, config.label, config.held_out_by
+    embedding_nD, obs = embedded(file, config.key)
+    labels = labels_of(obs, label, file, "label")
+    groups = labels_of(obs, held_out_by, file, "held_out_by") if held_out_by else None
     if held_out_by == label:
         raise InputError(f"held_out_by={held_out_by} is the label itself; give a column such as the donor")
-    counts = counts_of(h5ad or embedding, layer, obs.index, embedding if h5ad else "")
-    found = probe(embedding_nD, labels, groups, seed, counts, max_cells)
-    evaluation = {
+    counts = counts_of(config.real or file, config.layer, obs.index, file if config.real else "")
+    found = probe(embedding_nD, labels, groups, config.evaluate.seed, counts)
+    return {
         "kind": "representation",
-        "embedding": {"file": embedding, "key": key or KEY, "width": embedding_nD.shape[1]},
-        "counts": h5ad or embedding,
+        "embedding": {"file": file, "key": config.key, "width": embedding_nD.shape[1]},
+        "counts": config.real or file,
         "label": label,
         "held_out_by": held_out_by,
-        "seed": seed,
+        "seed": config.evaluate.seed,
         "cells": sum(found.labels.values()),
         **asdict(found),
         "made_with": describe(),
     }
-    if out is not None:  # before it is shown
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "evaluation.json", evaluation)
-    show(evaluation)
-    return evaluation
 
 
 # --- what it reads -------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ import pytest
 import scipy.sparse as sp
 
 from launch.cli import main
-from launch.evaluation.of_embedding import evaluate_embedding
+from launch.evaluate import main as evaluate
+from launch.evaluation.config import EvaluateVerbConfig
 from scldm.errors import InputError
 
 
@@ -38,9 +39,13 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "embedded.h5ad"
 
 
+def of(path: Path) -> dict[str, str]:
+    return {"embedding": str(path), "label": "cell_type"}
+
+
 def test_scores_are_written_and_shown(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "out"
-    found = evaluate_embedding(str(path), "cell_type", "donor", "", out, 0)
+    found = evaluate(EvaluateVerbConfig(**of(path), held_out_by="donor", out=str(out)))
     assert json.loads((out / "evaluation.json").read_text()) == found
     assert (found["cells"], found["embedding"]["width"], found["n_folds"]) == (118, 4, 4)
     assert found["groups"] == [["0"], ["1"], ["2"], ["3"]]
@@ -51,7 +56,7 @@ def test_scores_are_written_and_shown(path: Path, tmp_path: Path, capsys: pytest
     assert f"{accuracy['embedding']:.3f}" in shown
     assert "PCA of the counts" in shown
     assert "4 of donor are held out in turn" in shown
-    other = evaluate_embedding(str(path), "cell_type", "", "other", out, 0)
+    other = evaluate(EvaluateVerbConfig(**of(path), key="other", out=str(out)))
     assert other["scores"]["embedding"]["knn"]["accuracy"]["value"] < 0.7
     assert "names its column" in capsys.readouterr().out
 
@@ -74,22 +79,22 @@ def test_names_are_shown_as_text_and_the_notes_say_what_each_side_saw(tmp_path: 
 
 def test_counts_of_another_file_are_matched_by_name(path: Path, tmp_path: Path) -> None:
     cells = embedded_cells()
-    here = evaluate_embedding(str(path), "cell_type", "", "", tmp_path, 0)
+    here = evaluate(EvaluateVerbConfig(**of(path)))
     order = np.random.default_rng(1).permutation(118)
     cells[order].copy().write_h5ad(tmp_path / "counts.h5ad")
     cells.X = sp.csr_matrix(cells.X).log1p()  # no counts any more
     cells.write_h5ad(tmp_path / "logged.h5ad")
-    logged = str(tmp_path / "logged.h5ad")
-    there = evaluate_embedding(logged, "cell_type", "", "", tmp_path, 0, str(tmp_path / "counts.h5ad"))
+    logged = of(tmp_path / "logged.h5ad")
+    there = evaluate(EvaluateVerbConfig(**logged, real=str(tmp_path / "counts.h5ad")))
     assert there["scores"] == here["scores"]
     with pytest.raises(InputError, match="no counts in X, .*real=FILE gives them for the same cells"):
-        evaluate_embedding(logged, "cell_type", "", "", tmp_path, 0)
+        evaluate(EvaluateVerbConfig(**logged))
     cells[:100].copy().write_h5ad(tmp_path / "fewer.h5ad")
     with pytest.raises(InputError, match="no counts in X"):
-        evaluate_embedding(logged, "cell_type", "", "", tmp_path, 0, str(tmp_path / "fewer.h5ad"))
+        evaluate(EvaluateVerbConfig(**logged, real=str(tmp_path / "fewer.h5ad")))
     embedded_cells()[:100].copy().write_h5ad(tmp_path / "fewer.h5ad")
     with pytest.raises(InputError, match="lacks 18 of the 118 cells of .*logged.h5ad, such as '100'"):
-        evaluate_embedding(logged, "cell_type", "", "", tmp_path, 0, str(tmp_path / "fewer.h5ad"))
+        evaluate(EvaluateVerbConfig(**logged, real=str(tmp_path / "fewer.h5ad")))
 
 
 @pytest.mark.parametrize(
@@ -103,9 +108,8 @@ def test_counts_of_another_file_are_matched_by_name(path: Path, tmp_path: Path) 
     ],
 )
 def test_what_is_not_there_is_named(path: Path, tmp_path: Path, given: dict, words: str) -> None:
-    keys = {"embedding": str(path), "label": "cell_type", "held_out_by": "", "key": "", **given}
     with pytest.raises(InputError, match=words):
-        evaluate_embedding(**keys, out=tmp_path / "out", seed=0)
+        evaluate(EvaluateVerbConfig(**{**of(path), **given}, out=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 
 
@@ -114,4 +118,4 @@ def test_a_cell_without_a_label_is_not_guessed(tmp_path: Path) -> None:
     cells.obs["cell_type"] = np.where(np.arange(118) < 3, np.nan, cells.obs["cell_type"].astype(object))
     cells.write_h5ad(tmp_path / "embedded.h5ad")
     with pytest.raises(InputError, match="label='cell_type' has no value in 3 cells"):
-        evaluate_embedding(str(tmp_path / "embedded.h5ad"), "cell_type", "", "", tmp_path, 0)
+        evaluate(EvaluateVerbConfig(**of(tmp_path / "embedded.h5ad")))

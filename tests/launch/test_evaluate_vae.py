@@ -16,13 +16,18 @@ import torch
 
 from data_pipeline.stream.loader import CellLoader, LoaderConfig
 from launch import train_vae
-from launch.evaluation.of_autoencoder import autoencoder, evaluate_vae, show, verdict
+from launch.evaluate import main as evaluate
+from launch.evaluation import of_autoencoder
+from launch.evaluation.config import EvaluateVerbConfig
+from launch.evaluation.of_autoencoder import autoencoder, show, verdict
 from launch.evaluation.reconstructed_cells import reconstructed
 from launch.export import ExportConfig
 from launch.export import main as export
 from scldm.errors import InputError
 from scldm.evaluate.cells import Cells
+from scldm.evaluate.compare import EvaluateConfig
 from scldm.evaluate.reconstruction import fit_mean_profile, log_profile, nb_nll
+from scldm.evaluate.sample import Sample
 from scldm.model.vae import VAEConfig
 from scldm.parallel.engine import HardwareConfig
 from scldm.train.loop import TrainConfig
@@ -64,6 +69,10 @@ def at(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def evaluate_vae(vae: str, shards: str, seed: int = 0, **given: Any) -> dict:
+    return evaluate(EvaluateVerbConfig(vae=vae, shards=shards, evaluate=EvaluateConfig(seed=seed), **given))
+
+
 def test_the_likelihood_is_that_of_validation(at: Path) -> None:
     found = evaluate_vae(f"{at}/run", f"{at}/set")
     model, _ = autoencoder(at / "run", "cpu", 64)
@@ -80,7 +89,7 @@ def test_the_likelihood_is_that_of_validation(at: Path) -> None:
 
 
 def test_run_and_model_folder_give_the_same_numbers_and_the_file_holds_them(at: Path, tmp_path: Path, capsys) -> None:
-    of_run = evaluate_vae(f"{at}/run", f"{at}/set", tmp_path / "a/b", batch=32, published="hlca")
+    of_run = evaluate_vae(f"{at}/run", f"{at}/set", out=str(tmp_path / "a/b"), batch=32, published="hlca")
     shown = capsys.readouterr().out
     of_model = evaluate_vae(f"{at}/model", f"{at}/set", batch=50)
     for side in of_run["scores"]:
@@ -157,7 +166,7 @@ def test_scores_are_those_of_the_cells_one_by_one(at: Path) -> None:
 def test_conditions_decide_the_profiles_and_none_leaves_one_profile(at: Path) -> None:
     one = evaluate_vae(f"{at}/model", f"{at}/set", conditions=("type",))
     assert (one["conditions"], one["combinations"]["train"]) == (["type"], 3)
-    none = evaluate_vae(f"{at}/model", f"{at}/set", conditions=())
+    none = evaluate_vae(f"{at}/model", f"{at}/set", conditions=("none",))
     assert list(none["scores"]) == ["model", "mean_profile"]
     assert list(none["scores"]["model"]["re_less"]) == ["mean_profile"]
     both = evaluate_vae(f"{at}/model", f"{at}/set")
@@ -188,8 +197,9 @@ def test_other_genes_empty_cells_and_unseen_combinations_are_counted_and_said(at
     assert f"{n} test cells are of 1 combinations without training cells" in shown
 
 
-def test_a_sample_of_the_cells_is_seeded_and_said(at: Path, capsys) -> None:
-    first, again, other = (evaluate_vae(f"{at}/model", f"{at}/set", max_cells=60, seed=s) for s in (0, 0, 1))
+def test_a_sample_of_the_cells_is_seeded_and_said(at: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(of_autoencoder, "Sample", lambda n, generated, seed: Sample(60, generated, seed))
+    first, again, other = (evaluate_vae(f"{at}/model", f"{at}/set", seed=s) for s in (0, 0, 1))
     assert first["cells"]["drawn_of"] == {"train": 300, "test": N_TEST}
     assert 50 <= first["cells"]["scored"] <= 60
     assert f"{first['cells']['test']} of 150 test cells were drawn." in capsys.readouterr().out
