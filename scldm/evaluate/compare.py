@@ -136,6 +136,7 @@ def compare(
     scorer = _Scorer(profiles["real"], space, sides.levels, chosen, config)
     tables = scorer.all_of(sides, train, profiles["generated"], control)
     memorised, told = _memorisation(train, profiles, space, config)
+    answers = responses(train, test, generated, control, config.min_cells, config.seed)
     notes = []
     if alike:
         notes = [f"Not scored one by one, as many of their test cells are alike: {names([x for _, x in alike])}."]
@@ -160,7 +161,7 @@ def compare(
         **tables,
         "memorisation": memorised,
         "notes": [*notes, *told],
-        "response": _responses(train, test, generated, control, config),
+        "response": {c: of.as_json() for c, of in answers.items()},
         **scorer.parts(parts or {}, genes, sides, profiles["generated"]),
         "genes": {"ids": [genes[k] for k in _columns(space, genes)], **{n: _moments(p) for n, p in profiles.items()}},
         "map": cell_map(profiles, {name: cells.labels for name, cells in judged.items()}, config.seed),
@@ -394,7 +395,7 @@ def _sections(scores: Scores) -> dict[str, dict[str, float]]:
     return {name: {m: v for m, v in values.items() if math.isfinite(v)} for name, values in of.items()}
 
 
-# --- memorisation, responses ---------------------------------------------------------------------------------------
+# --- memorisation ---------------------------------------------------------------------------------------
 
 
 def of_copies(real: Profile, levels: Levels) -> list[tuple[str, str]]:
@@ -419,18 +420,8 @@ def _memorisation(
         errors = memorisation_errors(held_out, made, config.seed, config.intervals.n_parts)
     except InputError as error:
         return {}, [f"{error}."]
-    rows = {name: {"score": v, "error": _finite(errors[name])} for name, v in values.items() if math.isfinite(v)}
-    return rows, []
-
-
-def _responses(train: Cells, test: Cells, generated: Cells, control: Mapping[str, str], config: EvaluateConfig) -> dict:
-    """condition -> how generated cells respond to it, for conditions whose reference label is known."""
-    found = responses(train, test, generated, control, config.min_cells, config.seed)
-    return {condition: response.as_json() for condition, response in found.items()}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    errors = {name: error if math.isfinite(error) else None for name, error in errors.items()}
+    return {name: {"score": v, "error": errors[name]} for name, v in values.items() if math.isfinite(v)}, []
 
 
 # --- genes ---------------------------------------------------------------------------------------------------------

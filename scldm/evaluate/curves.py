@@ -26,9 +26,8 @@ def curves_of(rows: Iterable[Mapping[str, Any]]) -> Curves:
         for name, value in row.items():
             if name not in NOT_METRICS and isinstance(value, int | float) and math.isfinite(value):
                 out.setdefault(split, {}).setdefault(name, []).append([row["cells_seen"], value])
-    return {split: {name: _thin(points) for name, points in metrics.items()} for split, metrics in out.items()}
-
-
-def _thin(points: list[list[float]]) -> list[list[float]]:
-    every = math.ceil(len(points) / MAX_POINTS)
-    return points[::-1][::every][::-1]  # from the end, so that the last value is always there
+    for metrics in out.values():
+        for name, points in metrics.items():
+            every = math.ceil(len(points) / MAX_POINTS)
+            metrics[name] = points[::-1][::every][::-1]  # from the end, so that the last value is always there
+    return out

@@ -143,7 +143,8 @@ def tiles(evaluation: dict) -> list[tuple[str, str]]:
     if every:
         scored, skipped = len(evaluation["scored_combinations"]), len(evaluation["not_scored"])
         text = f"{unit(evaluation)}s have cells enough to be scored one by one"
-        more = f"; {_are(len(small_groups(evaluation)))} too small" if skipped else ""
+        n_small = len(small_groups(evaluation))
+        more = f"; {n_small} {'is' if n_small == 1 else 'are'} too small" if skipped else ""
         out.append((f"{scored} of {scored + skipped}", text + more))
     return [*out, *_copies_tile(evaluation), *_response_tiles(evaluation), *_marker_tile(evaluation)]
 
@@ -183,10 +184,6 @@ def _marker_tile(evaluation: dict) -> list[tuple[str, str]]:
 
 def _some(n: int, what: str) -> str:
     return f"{n} {what}{'s' * (n != 1)}"
-
-
-def _are(n: int) -> str:
-    return f"{n} {'is' if n == 1 else 'are'}"
 
 
 # --- notes ---------------------------------------------------------------------------------------------------------

@@ -8,13 +8,6 @@ from scldm.model.attention import AttentionKind, attention, sdpa
 from scldm.model.blocks import SwiGLU
 
 
-class BiasFreeLayerNorm(nn.LayerNorm):
-    """LayerNorm with a scale and no shift: for keys, whose shift has no effect (see attention.py)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width, bias=False)
-
-
 class MCAB(nn.Module):
     """MCAB(S, X) = F + MLP(LN_F(F)), F = Q + Att(LN_Q(Q), K, V), Q = W_Q S, K = W_K LN_K(X), V = W_V LN_V(X).
 
@@ -34,7 +27,7 @@ class MCAB(nn.Module):
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
         self.norm_query = nn.LayerNorm(width)
-        self.norm_key = BiasFreeLayerNorm(width)
+        self.norm_key = nn.LayerNorm(width, bias=False)  # a shift has no effect (see attention.py)
         self.norm_value = nn.LayerNorm(width)
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = SwiGLU(width, bias_out)

@@ -57,20 +57,15 @@ def umap(evaluation: dict) -> Figure:
         for ax, source in zip(row[1:], evaluation["map"], strict=True):
             ax.scatter(x, y, s=size * 0.6, color=FAINT, alpha=0.5, linewidths=0)
             ax.set_title(f"{SOURCES[source['source']][0]} by {label(condition, 20)}")
-            _scatter_by_label(ax, source, np.array(source["labels"][condition]), of, size)
+            own_x, own_y, labels_n = (np.array(v) for v in (source["x"], source["y"], source["labels"][condition]))
+            for t in sorted(of, key=lambda t: of[t] != OTHERS):  # the grey ones lie below
+                here, (color, shape) = labels_n == t, of[t]
+                ax.scatter(own_x[here], own_y[here], s=size, color=color, marker=shape, alpha=0.9, linewidths=0)
     for ax in axes.ravel():
         ax.set(xticks=[], yticks=[])
         ax.spines[["left", "bottom"]].set_color(FAINT)
     axes[0, 0].set(xlabel="UMAP 1", ylabel="UMAP 2")
     return fig
-
-
-def _scatter_by_label(ax: Axes, source: dict, of: np.ndarray, looks: dict, size: float) -> None:
-    x, y = np.array(source["x"]), np.array(source["y"])
-    for t in sorted(looks, key=lambda t: looks[t] != OTHERS):  # the grey ones lie below
-        here = of == t
-        color, shape = looks[t]
-        ax.scatter(x[here], y[here], s=size, color=color, marker=shape, alpha=0.9, linewidths=0)
 
 
 # --- library sizes -------------------------------------------------------------------------------------------------

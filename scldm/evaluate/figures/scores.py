@@ -145,16 +145,13 @@ def place_text(value: float) -> str:
     return number(value, 2 if abs(value) < 1 else 1 if abs(value) < 10 else 0)
 
 
-def heat_rows(evaluation: dict) -> list[tuple[str, dict]]:
-    """Name and table of each row of the heat map: the mean and the combinations, those with the most cells first."""
-    rows = list(evaluation["by_combination"].items())[:HEAT_ROWS]
-    return [(section_title(evaluation, "per_combination"), evaluation["per_combination"]), *rows]
-
-
 def heat_map(evaluation: dict) -> Figure:
     """Combinations by metrics: `place`, as a number on its colour."""
     main, further = ordered_metrics(evaluation)
-    metrics, rows = [*main, *further], heat_rows(evaluation)
+    metrics = [*main, *further]
+    # the mean, then the combinations with the most cells
+    rows = [(section_title(evaluation, "per_combination"), evaluation["per_combination"])]
+    rows += list(evaluation["by_combination"].items())[:HEAT_ROWS]
     found = [[place(table[m]) if m in table else None for m in metrics] for _, table in rows]
     values = np.array([[np.nan if p is None else p[0] for p in row] for row in found])
     shades, scale = mpl.colormaps["BrBG_r"].with_extremes(bad="#EEF0F3"), Normalize(0, 2)
