@@ -83,7 +83,7 @@ class CellWriter:
                 read_json(self.parts / "made_by.json"), "is unfinished and of another command", self.parts
             )
         elif self.parts.exists() and any(of.name != "lock" and of.name[0] != "." for of in self.parts.iterdir()):
-            raise InputError(f"{self.parts} is in the way of unfinished cells; remove it, or choose another out")
+            raise InputError(f"{self.parts} is in the way of unfinished cells. Remove it, or choose another out")
         if not self.finished and not (self._folder.is_dir() and os.access(self._folder, os.W_OK)):
             raise InputError(f"out={out}: {self._folder} is no folder that can be written to")
         parts = range(0 if self.finished else self._n_parts)
@@ -94,7 +94,7 @@ class CellWriter:
         changed = [key for key in [*now, *(was.keys() - now.keys())] if was.get(key) != now.get(key)]
         if changed:
             told = "; ".join(f"{key} was {_short(was.get(key))}, now {_short(now.get(key))}" for key in changed[:3])
-            raise InputError(f"out={self.out} {what}: {told}; remove {folder or 'it'}, or choose another out")
+            raise InputError(f"out={self.out} {what}: {told}. Remove {folder or 'it'}, or choose another out")
 
     def require_space(self, values_a_cell: float) -> None:
         """values_a_cell: those that are stored. One takes 8 B in its part and at most 4 B, compressed, in the file.
@@ -107,8 +107,8 @@ class CellWriter:
         if needed > free:
             still = "" if n_missing == self.n_cells else f", {n_missing:,} of them still to be made"
             raise InputError(
-                f"out={self.out}: about {of_bytes(needed)} are needed for {self.n_cells:,} cells{still}; "
-                f"{self._folder} has {of_bytes(free)} free; ask for fewer cells or genes, or another out"
+                f"out={self.out}: about {of_bytes(needed)} are needed for {self.n_cells:,} cells{still}. "
+                f"{self._folder} has {of_bytes(free)} free. Ask for fewer cells or genes, or another out"
             )
 
     @contextmanager
@@ -206,7 +206,7 @@ class CellWriter:
             with np.load(path) as file:  # its archive holds a CRC of each array
                 return what(file)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path} is damaged ({error}); remove it and run the same command again") from None
+            raise InputError(f"{path} is damaged ({error}). Remove it and run the same command again") from None
 
 
 def require_room(out: str | Path, n_cells: int) -> None:
@@ -218,8 +218,8 @@ def require_room(out: str | Path, n_cells: int) -> None:
     needed, free = n_cells * OBS_BYTES, shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
-            f"out={out}: at least {of_bytes(needed)} are needed for {n_cells:,} cells; {folder} has {of_bytes(free)} "
-            "free; ask for fewer cells, or another out"
+            f"out={out}: at least {of_bytes(needed)} are needed for {n_cells:,} cells. {folder} has {of_bytes(free)} "
+            "free. Ask for fewer cells, or another out"
         )
 
 
@@ -308,7 +308,7 @@ def _made_by(out: Path) -> dict[str, Any]:
     except Exception as error:  # each library has its own for what is none of its files
         told = (str(error).splitlines() or [""])[0]
         raise InputError(
-            f"out={out} exists and is not of this command ({told}); remove it, or choose another out"
+            f"out={out} exists and is not of this command ({told}). Remove it, or choose another out"
         ) from None
 
 

@@ -70,8 +70,8 @@ class LatentWriter:
         for key, value in self.identity.items():
             if there.get(key) != value:
                 raise InputError(
-                    f"{self.out}: holds latents of another run: {key} is {there.get(key)!r}, not {value!r}; "
-                    "give another folder, or remove this one"
+                    f"{self.out}: holds latents of another run: {key} is {there.get(key)!r}, not {value!r}. "
+                    "Give another folder, or remove this one"
                 )
 
     @contextmanager
@@ -128,7 +128,7 @@ class LatentWriter:
                     held = np.concatenate([held, piece.astype(np.float32)])
                 own, held = held[:n], held[n:]
                 if not np.isfinite(own).all():
-                    raise InputError(f"latents of {entry.path}, block {block}: not finite; the model is not usable")
+                    raise InputError(f"latents of {entry.path}, block {block}: not finite. The model is not usable")
                 total += own.sum(0, dtype=np.float64)
                 total_of_squares += np.square(own, dtype=np.float64).sum(0)
                 here = slice(first, first + n)

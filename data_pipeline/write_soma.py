@@ -80,7 +80,7 @@ def write_census(out: str, obs: pd.DataFrame, var: pd.DataFrame, chunks: Iterabl
     Raises: InputError for a value that is no count, or where `out` exists.
     """
     if os.path.exists(out):
-        raise InputError(f"out={out}: exists; a SOMA collection is written to a new folder")
+        raise InputError(f"out={out}: exists. A SOMA collection is written to a new folder")
     obs, var = obs.copy(), var.copy()
     if "is_primary_data" not in obs:
         obs["is_primary_data"] = True  # what the Census has, and queries of it ask for

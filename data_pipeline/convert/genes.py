@@ -42,14 +42,14 @@ class SourceGenes:
             some = ", ".join(map(repr, twice[:3]))
             raise InputError(
                 f"{self.uri}: {len(twice)} gene ids stand more than once, such as {some} (Ensembl ids without their "
-                "version); name a column of var with unique ids as source.gene_column, or make them unique"
+                "version). Name a column of var with unique ids as source.gene_column, or make them unique"
             )
         if broken := [g for g in self.ids if g.splitlines() not in ([g], [])]:
             raise InputError(
-                f"{self.uri}: {len(broken)} gene ids hold a line break, such as {broken[0]!r}; rename them"
+                f"{self.uri}: {len(broken)} gene ids hold a line break, such as {broken[0]!r}. Rename them"
             )
         if not any(self.ids):
-            raise InputError(f"{self.uri}: no gene has a name; source.gene_column names a column of var with ids")
+            raise InputError(f"{self.uri}: no gene has a name. Give source.gene_column, a column of var with ids")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def join_genes(
     if strange and not table:
         raise InputError(
             f"{strange[0].uri}: its genes are named by {strange[0].namespace} ids (such as {strange[0].ids[0]!r}), the "
-            f"vocabulary's by {namespace}; source.gene_table=CSV with the columns ensembl and symbol translates them"
+            f"vocabulary's by {namespace}. source.gene_table=CSV, with the columns ensembl and symbol, translates them"
         )
     translation = _read_table(Path(table), namespace) if strange else {}
     names, ambiguous, unknown = [], {}, {}

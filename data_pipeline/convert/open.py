@@ -52,11 +52,13 @@ def resolve(config: SourceConfig) -> tuple[Literal["h5ad", "soma", "census"], li
     kind = config.kind
     if kind == "auto" and not uris:
         if not config.census_version:
-            raise InputError("source.paths must be given: h5ad or zarr files, or a SOMA URI; or source.census_version")
+            raise InputError(
+                "source.paths must be given: h5ad or zarr files, or a SOMA URI. Or give source.census_version"
+            )
         kind = "census"
     if len(endings) == 2:
         raise InputError(
-            "source.paths: AnnData files and SOMA URIs can't be mixed; `scldm soma write` writes files as SOMA"
+            "source.paths: AnnData files and SOMA URIs can't be mixed. `scldm soma write` writes files as SOMA"
         )
     if kind == "h5ad" or (kind == "auto" and endings == {True}):
         for uri in uris:

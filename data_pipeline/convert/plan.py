@@ -134,7 +134,7 @@ def parse_bytes(text: str, key: str) -> int:
     try:
         return int(float(number) * units[unit])
     except (ValueError, KeyError):
-        raise InputError(f"{key}={text!r} is no amount of memory; write 2GiB or 500MB") from None
+        raise InputError(f"{key}={text!r} is no amount of memory. Write 2GiB or 500MB") from None
 
 
 # --- settings ------------------------------------------------------------------------------------------------------
@@ -280,12 +280,12 @@ def make_plan(config: ShardsWriteConfig, folder: Path) -> Plan:
     differ = differences({**plan.settings, "tools": plan.tools}, {**settings, "tools": tool_versions()})
     if differ:
         raise InputError(
-            f"{folder.parent}: holds unfinished work of another command: {'; '.join(differ)}; "
-            f"give another out, or remove {config.out}"
+            f"{folder.parent}: holds unfinished work of another command: {'; '.join(differ)}. "
+            f"Give another out, or remove {config.out}"
         )
     changed = [s.uri for s in plan.sources if s.has_changed]
     if changed:
-        raise InputError(f"{changed[0]}: has changed since this command was begun; remove {config.out} to start over")
+        raise InputError(f"{changed[0]}: has changed since this command was begun. Remove {config.out} to start over")
     return plan
 
 
@@ -293,7 +293,7 @@ def _draft_plan(config: ShardsWriteConfig, settings: dict[str, Any], folder: Pat
     columns = tuple(dict.fromkeys([*config.conditions, *config.split.columns()]))
     sources = open_sources(config.source, columns, config.missing)
     if len(sources) > 1 << 16:
-        raise InputError(f"{len(sources)} sources; a shard set names at most 65,536")
+        raise InputError(f"{len(sources)} sources. A shard set names at most 65,536")
     namespace = None if config.source.namespace == "auto" else config.source.namespace
     joined = join_genes(
         [s.genes for s in sources],
@@ -315,7 +315,7 @@ def _draft_plan(config: ShardsWriteConfig, settings: dict[str, Any], folder: Pat
         if len(known) > config.max_labels:
             raise InputError(
                 f"conditions: obs column {name!r} has {len(known):,} labels for {len(row):,} cells, such as "
-                f"{str(known[0])!r}; a condition may have {config.max_labels:,} (max_labels)"
+                f"{str(known[0])!r}. A condition may have {config.max_labels:,} (max_labels)"
             )
         labels[name] = tuple(known.tolist())
         arrays[f"condition.{k}"] = ids.astype(condition_dtype(len(known)))

@@ -70,7 +70,7 @@ def where_true(values: Any, what: str) -> np.ndarray:
     if len(column) and pd.api.types.infer_dtype(column) != "boolean":
         present = column.dropna()
         raise InputError(
-            f"{what} gives {present.tolist()[0] if len(present) else 'no value'!r}, not true or false; compare it with "
+            f"{what} gives {present.tolist()[0] if len(present) else 'no value'!r}, not true or false. Compare it with "
             'something, as in "n_genes > 500"'
         )
     return column.astype("boolean").to_numpy(bool, na_value=False)
@@ -114,7 +114,7 @@ class Expression:
         if name == "index" and name not in self.frame:  # the names of cells or genes
             return pd.Series(self.frame.index.astype(object), range(len(self.frame)))
         if name not in self.frame:
-            raise ValueError(f"there is no column {name!r}; there are {', '.join(map(str, self.frame.columns[:30]))}")
+            raise ValueError(f"there is no column {name!r}. There are {', '.join(map(str, self.frame.columns[:30]))}")
         return pd.Series(self.frame[name]).reset_index(drop=True)
 
     def truth(self, node: ast.expr) -> pd.Series:
@@ -135,7 +135,7 @@ class Expression:
             elif type(op) in COMPARE:
                 one = self.one(COMPARE[type(op)], left, right)
             else:
-                raise ValueError("`is` compares nothing here; == does")
+                raise ValueError("`is` compares nothing here. Write ==")
             found, left = one if found is None else found & one, right
         assert found is not None
         return found

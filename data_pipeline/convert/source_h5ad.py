@@ -157,7 +157,7 @@ def find_counts(file: Any, layer: str = "") -> str:
         name = {"raw": "raw/X", "raw/X": "raw/X", "X": "X"}.get(layer, f"layers/{layer.removeprefix('layers/')}")
         if not _has_matrix(file, name):
             there = ", ".join(_matrices(file)) or "none"
-            raise InputError(f"{path}: source.layer={layer!r} is not in the file; it has {there}")
+            raise InputError(f"{path}: source.layer={layer!r} is not in the file. It has {there}")
         candidate = look_at(file, name)
         if not candidate.holds_counts:
             raise InputError(
@@ -172,12 +172,12 @@ def find_counts(file: Any, layer: str = "") -> str:
         # of a few wrong values among counts the first is worth a look; scaled values are all wrong
         held = "; ".join(f"{c}: {c.first_wrong}" if c.wrong < FEW else str(c) for c in seen) or "neither is there"
         raise InputError(
-            f"{path}: no counts in X, layers/counts, raw/X: {held}{more}; source.layer=NAME chooses another"
+            f"{path}: no counts in X, layers/counts, raw/X: {held}{more}. Choose another with source.layer=NAME"
         )
     if any(not _same(file, counts[0], c) for c in counts[1:]):
         held = "; ".join(map(str, counts))
         raise InputError(
-            f"{path}: several matrices hold counts and differ: {held}{more}; source.layer=NAME chooses one"
+            f"{path}: several matrices hold counts and differ: {held}{more}. Choose one with source.layer=NAME"
         )
     return counts[0].name
 
@@ -211,7 +211,7 @@ def open_h5ad_source(path: str, config: SourceConfig, columns: tuple[str, ...], 
         var = read_frame(file["raw/var" if layer == "raw/X" else "var"])
         if config.gene_column and config.gene_column not in var:
             raise InputError(
-                f"{path}: var has no column {config.gene_column!r}; it has {', '.join(var.columns) or 'none'}"
+                f"{path}: var has no column {config.gene_column!r}. It has {', '.join(var.columns) or 'none'}"
             )
         ids = gene_names(var[config.gene_column] if config.gene_column else var.index)
         barcodes = read_names(obs_group)
@@ -221,10 +221,10 @@ def open_h5ad_source(path: str, config: SourceConfig, columns: tuple[str, ...], 
             )
         if not barcodes.is_unique:
             twice = barcodes[barcodes.duplicated()][0]
-            raise InputError(f"{path}: cell {twice!r} stands twice in obs; within a file names must be unique")
+            raise InputError(f"{path}: cell {twice!r} stands twice in obs. Names must be unique within a file")
         for column in columns:
             if column not in obs_group:
-                raise InputError(f"{path}: obs has no column {column!r}; it has {_names(obs_group)}")
+                raise InputError(f"{path}: obs has no column {column!r}. It has {_names(obs_group)}")
         chosen = np.ones(n_rows, bool)
         if config.obs_filter:
             chosen = matches(read_frame(obs_group), config.obs_filter, path, "source.obs_filter")
@@ -259,7 +259,7 @@ def matrix_format(node: Any) -> str:
         return "dense"
     encoding = str(node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "")))
     if encoding.removesuffix("_matrix") not in ("csr", "csc"):
-        raise InputError(f"{node.name} is stored as {encoding!r}; csr, csc and dense can be read")
+        raise InputError(f"{node.name} is stored as {encoding!r}. It must be csr, csc or dense")
     return encoding.removesuffix("_matrix")
 
 

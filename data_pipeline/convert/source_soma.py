@@ -104,7 +104,7 @@ def open_experiment(uri: str, kind: str, organism: str, census_version: str) -> 
         raise InputError(f"source.paths: {uri}: not a Census: it has no census_data")
     data = census["census_data"]
     if organism not in data:
-        raise InputError(f"source.organism={organism!r} is not in the Census; it has {', '.join(data)}")
+        raise InputError(f"source.organism={organism!r} is not in the Census. It has {', '.join(data)}")
     return census, data[organism]
 
 
@@ -119,7 +119,7 @@ def open_soma_source(uri: str, kind: str, config: SourceConfig, columns: tuple[s
         gene_column = config.gene_column or next((c for c in ("feature_id", "var_id") if c in var_schema), "")
         if gene_column not in var_schema:
             raise InputError(
-                f"{name}: var has no column {gene_column or 'feature_id'!r}; source.gene_column names one of "
+                f"{name}: var has no column {gene_column or 'feature_id'!r}. Give as source.gene_column one of "
                 f"{', '.join(var_schema)}"
             )
         var = experiment.ms[config.measurement].var.read(column_names=["soma_joinid", gene_column]).concat().to_pandas()
@@ -138,7 +138,7 @@ def open_soma_source(uri: str, kind: str, config: SourceConfig, columns: tuple[s
         schema = experiment.obs.schema.names
         for column in columns:
             if column not in schema:
-                raise InputError(f"{name}: obs has no column {column!r}; it has {', '.join(schema)}")
+                raise InputError(f"{name}: obs has no column {column!r}. It has {', '.join(schema)}")
         obs_filter = config.obs_filter
         if config.primary_data_only:
             if "is_primary_data" not in schema:
@@ -163,17 +163,17 @@ def open_soma_source(uri: str, kind: str, config: SourceConfig, columns: tuple[s
 
 def _matrix(experiment: Any, measurement: str, layer: str, name: str) -> tuple[Any, str]:
     if measurement not in experiment.ms:
-        raise InputError(f"{name}: source.measurement={measurement!r} is not there; it has {', '.join(experiment.ms)}")
+        raise InputError(f"{name}: source.measurement={measurement!r} is not there. It has {', '.join(experiment.ms)}")
     layers = experiment.ms[measurement].X
     if not layer:
         layer = "raw" if "raw" in layers else next(iter(layers)) if len(layers) == 1 else ""
     if layer not in layers:
         raise InputError(
-            f"{name}: source.layer={layer or 'raw'!r} is not in X of {measurement}; it has {', '.join(layers)}"
+            f"{name}: source.layer={layer or 'raw'!r} is not in X of {measurement}. It has {', '.join(layers)}"
         )
     if not isinstance(layers[layer], tiledbsoma.SparseNDArray):
         found = type(layers[layer]).__name__
-        raise InputError(f"{name}: layer {layer!r} is a {found}; a SparseNDArray can be read")
+        raise InputError(f"{name}: layer {layer!r} is a {found}. It must be a SparseNDArray")
     return layers[layer], layer
 
 

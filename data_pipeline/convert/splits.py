@@ -173,7 +173,7 @@ def _by_values(split: np.ndarray, column: str, values: tuple[str, ...], obs: pd.
         if not (present == value).any():
             known = sorted(set(present))
             raise InputError(
-                f"split.by={column}: no cell has {value!r}; there are {len(known)} values, such as {known[:5]}"
+                f"split.by={column}: no cell has {value!r}. There are {len(known)} values, such as {known[:5]}"
             )
     split[np.isin(present, values) & (split == 255)] = number
 
@@ -218,7 +218,7 @@ def _whole_values(shares: dict[str, float], seed: int, column: str, values: np.n
     taken = {name: max(1, round(share * len(unique))) for name, share in shares.items() if share > 0}
     if taken and sum(taken.values()) >= len(unique):
         raise InputError(
-            f"split.by={column}: its {len(unique)} values are too few to draw {' and '.join(taken)} from; "
+            f"split.by={column}: its {len(unique)} values are too few to draw {' and '.join(taken)} from. "
             f"split.{next(iter(taken))}=0 draws none"
         )
     of_value = np.zeros(len(unique), np.uint8)

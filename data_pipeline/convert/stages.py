@@ -165,7 +165,7 @@ class Worker:
                 row = int(rows.rows[np.flatnonzero(found.n_genes_all == 0)[0]])
                 spec, name = self.plan.sources[source], self.matrices[source].row_name(row)
                 raise InputError(
-                    f"{spec.uri or spec.kind}: cell {name} has no counts; filter.min_genes=1 drops such cells"
+                    f"{spec.uri or spec.kind}: cell {name} has no counts. Drop such cells with filter.min_genes=1"
                 )
             kept = (found.n_genes_all >= min_genes) & (found.cells.nonzeros > 0)
             too_few += int((found.n_genes_all < min_genes).sum())

@@ -79,7 +79,7 @@ def verify_shards(url: str, sample: int = 256) -> Verdict:
     """
     manifest, is_sealed = read_manifest(url), SEAL in json.loads(manifest_text(url))
     if manifest.kind != "cells":
-        raise InputError(f"{url}: holds {manifest.kind}; shards verify checks sets of cells")
+        raise InputError(f"{url}: holds {manifest.kind}. shards verify checks sets of cells")
     strays, notes = _check_strays(url, manifest)
     index, more = _read_index(url, manifest)
     faults = [*strays, *more]

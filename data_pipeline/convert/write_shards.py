@@ -72,7 +72,7 @@ def write_shards(config: ShardsWriteConfig) -> Manifest | None:
             return finished
         work = work_folder(config)
         if strange := _strangers(work):
-            raise InputError(f"{work}: holds other files, such as {strange[0]}; work=FOLDER names another place")
+            raise InputError(f"{work}: holds other files, such as {strange[0]}. Name another place with work=FOLDER")
     with disk_explained(str(work)), ExitStack() as locks:
         work.mkdir(parents=True, exist_ok=True)
         index, n_tasks = config.share
@@ -144,7 +144,7 @@ def _refuse_what_lies_without_a_plan(config: ShardsWriteConfig) -> None:
         there = [name for name in ("shards", "index") if fs.exists(f"{root.rstrip('/')}/{name}")]
     if there:
         raise InputError(
-            f"out={config.out}: holds {' and '.join(there)} of unfinished work that is gone; remove them, or give "
+            f"out={config.out}: holds {' and '.join(there)} of unfinished work that is gone. Remove them, or give "
             "another out"
         )
 
@@ -171,18 +171,18 @@ def finished_set(config: ShardsWriteConfig) -> Manifest | None:
         strange = [name for name in there if name not in ours]
         if strange:
             raise InputError(
-                f"out={config.out}: holds other files, such as {strange[0]}; give a new or an empty folder"
+                f"out={config.out}: holds other files, such as {strange[0]}. Give a new or an empty folder"
             )
         return None
     manifest = read_manifest(config.out)
     differ = differences(manifest.query, settings_of(config))
     if differ:
-        raise InputError(f"out={config.out}: holds the set of another command: {'; '.join(differ)}; give another out")
+        raise InputError(f"out={config.out}: holds the set of another command: {'; '.join(differ)}. Give another out")
     fields = {f.name for f in dataclasses.fields(SourceSpec)}
     for entry in manifest.sources:
         source = SourceSpec(**{k: v for k, v in entry.items() if k in fields})
         if source.has_changed:
-            raise InputError(f"out={config.out}: {source.uri} has changed since this set was written; give another out")
+            raise InputError(f"out={config.out}: {source.uri} has changed since this set was written. Give another out")
     return manifest
 
 
@@ -194,8 +194,8 @@ def _say_what_it_takes(plan: Plan, work: Path) -> None:
     need, free = int(DISK_BYTES_PER_COUNT * stored + csc) - taken, shutil.disk_usage(work).free
     if need > free and not (work / "layout.json").exists():
         raise InputError(
-            f"{work}: no space left: about {of_bytes(need)} are needed for unfinished work, {of_bytes(free)} are free; "
-            "work=FOLDER names another place"
+            f"{work}: no space left: about {of_bytes(need)} are needed for unfinished work, {of_bytes(free)} are free. "
+            "Name another place with work=FOLDER"
         )
 
 
@@ -268,7 +268,7 @@ def _workers(config: ShardsWriteConfig, bar: Progress) -> Iterator[Any]:
                 bar.advance(min(counter.get_obj().value, bar.total) - bar.done)
         except BrokenProcessPool:
             raise InputError(
-                f"{stage}: a worker process died (killed? out of memory?); run the same command again to go on, with "
+                f"{stage}: a worker process died (killed? out of memory?). Run the same command again to go on, with "
                 f"fewer workers than {config.workers} or less memory than {config.memory}"
             ) from None
         finally:

@@ -341,7 +341,7 @@ def _cache_explained(folder: str) -> Iterator[None]:
     except OSError as error:
         why = f"{error.filename or folder}: {error.strerror or error}"
         raise InputError(
-            f"cache_folder={folder}: {why}; give a local folder that can be written and has room"
+            f"cache_folder={folder}: {why}. Give a local folder that can be written and has room"
         ) from None
 
 

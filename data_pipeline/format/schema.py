@@ -186,7 +186,7 @@ class Manifest:
         """Raises: InputError with the splits that there are."""
         names = [s.name for s in self.splits]
         if name not in names:
-            raise InputError(f"split {name!r} is not in the shard set; it has {', '.join(names)}")
+            raise InputError(f"split {name!r} is not in the shard set. It has {', '.join(names)}")
         return names.index(name)
 
     def to_json(self) -> dict[str, Any]:
@@ -205,8 +205,8 @@ class Manifest:
         version = obj.get("version")
         if version != VERSION or type(version) is not int:
             if isinstance(version, int) and version < VERSION:
-                raise InputError(f"{where}: format version {version}; this scldm reads {VERSION}: write the set again")
-            raise InputError(f"{where}: format version {version!r} is unknown; this scldm reads version {VERSION}")
+                raise InputError(f"{where}: format version {version}. This scldm reads {VERSION}: write the set again")
+            raise InputError(f"{where}: format version {version!r} is unknown. This scldm reads version {VERSION}")
         stated = unsealed(obj, where)
         manifest = typed(cls, {key: of for key, of in stated.items() if key not in ("format", "version")}, where)
         for wrong in misfits(manifest):

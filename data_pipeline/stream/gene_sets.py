@@ -69,8 +69,8 @@ class GeneSetConfig(Checked):
                 readers = ", ".join(policy for policy, names in READS.items() if name in names)
                 without = " without n_genes" if name in READS[self.policy] else ""
                 raise InputError(
-                    f"{key}.{name}={value} has no effect with {key}.policy={self.policy}{without}; it is read by "
-                    f"{readers}; else leave it at {default}"
+                    f"{key}.{name}={value} has no effect with {key}.policy={self.policy}{without}. It is read by "
+                    f"{readers}. Else leave it at {default}"
                 )
 
     def of(self, n_genes: int) -> GeneSetConfig:
@@ -120,20 +120,20 @@ class GeneSets:
         if policy in ("random", "weighted", "expressed_plus_zeros") and not 1 <= config.n_genes <= n_genes:
             raise InputError(
                 f"{key}.n_genes={config.n_genes} must lie in 1 ... {n_genes}, the genes of the vocabulary"
-                + (f"; {key}.share takes a part of them" if config.policy in DRAWN else "")
+                + (f". {key}.share takes a part of them" if config.policy in DRAWN else "")
             )
         if policy in DRAWN and config.gene_set_group > 1 and config.gene_set_group % micro_batch:
             down = config.gene_set_group // micro_batch * micro_batch
             near = f"{down} or {down + micro_batch}" if down else f"{micro_batch}"
             raise InputError(
                 f"{key}.gene_set_group={config.gene_set_group} must be 1 or a multiple of micro_batch={micro_batch}, "
-                f"which may not cross a group; nearest: {near}"
+                f"which may not cross a group. Nearest: {near}"
             )
         if policy in OF_THE_CELL and 0 < config.n_genes < n_expressed_largest:
             if config.overflow == "refuse":
                 raise InputError(
-                    f"{key}.n_genes={config.n_genes}: a cell of this set expresses {n_expressed_largest} genes; "
-                    f"n_genes={n_expressed_largest} takes all, overflow=sample a random part of such cells' genes"
+                    f"{key}.n_genes={config.n_genes}: a cell of this set expresses {n_expressed_largest} genes. "
+                    f"n_genes={n_expressed_largest} takes all. overflow=sample takes a random part of such cells' genes"
                 )
             if loud:
                 text = (

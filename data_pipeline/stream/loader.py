@@ -431,7 +431,7 @@ def balanced(cells: ShardSet, units: Units, config: StreamConfig) -> Balance:
     for name in sorted(config.balance):  # a group's number draws its cells, and state() knows no order either
         if name not in conditions.names:
             raise InputError(
-                f"balance: condition {name!r} is unknown; the set has {', '.join(conditions.names) or 'none'}"
+                f"balance: condition {name!r} is unknown. The set has {', '.join(conditions.names) or 'none'}"
             )
         n_labels = conditions.n_labels(name)
         if n_groups * n_labels >= 1 << 32:

@@ -65,7 +65,7 @@ def cells_of_splits(
         there = shards.manifest.conditions.names
         for condition in conditions:
             if condition not in there:
-                raise InputError(f"{url} has no condition={condition!r}; it has {', '.join(there) or 'none'}")
+                raise InputError(f"{url} has no condition={condition!r}. It has {', '.join(there) or 'none'}")
         ids: dict[str, np.ndarray] = {split: _label_ids(shards, split, conditions) for split in splits}
         # each combination that some cell has, by its labels' numbers; a cell's combination is its row here
         rows_KC, of_all = np.unique(np.concatenate(list(ids.values())), axis=0, return_inverse=True)
@@ -167,7 +167,7 @@ def cells_of_h5ad(
     for name in SPLITS:
         if name not in found:
             raise InputError(
-                f"{path}: obs column split={split!r} marks no {name} cells; it must say {', '.join(SPLITS)}, "
+                f"{path}: obs column split={split!r} marks no {name} cells. It must say {', '.join(SPLITS)}, "
                 f"and says {', '.join(map(repr, found[:5]))}"
             )
     of_test = _numbers(types[splits == "test"])

@@ -39,7 +39,7 @@ def evaluate_embedding(config: EvaluateVerbConfig) -> dict:
     labels = labels_of(obs, label, file, "label")
     groups = labels_of(obs, held_out_by, file, "held_out_by") if held_out_by else None
     if held_out_by == label:
-        raise InputError(f"held_out_by={held_out_by} is the label itself; give a column such as the donor")
+        raise InputError(f"held_out_by={held_out_by} is the label itself. Give a column such as the donor")
     counts = counts_of(config.real or file, config.layer, obs.index, file if config.real else "")
     found = probe(embedding_nD, labels, groups, config.evaluate.seed, counts)
     return {
@@ -66,12 +66,12 @@ def embedded(path: str, key: str) -> tuple[np.ndarray, pd.DataFrame]:
     with open_cells(path) as file, reading(path):
         there = list(file["obsm"]) if "obsm" in file else []
         if key not in there:
-            raise InputError(f"{path}: obsm has no key={key}; it has {', '.join(there) or 'none'}")
+            raise InputError(f"{path}: obsm has no key={key}. It has {', '.join(there) or 'none'}")
         found: Any = read_elem(file[f"obsm/{key}"])
         obs = read_frame(frame_of(file, "obs", path))
     matrix = found.toarray() if sp.issparse(found) else np.asarray(found, np.float64)
     if matrix.ndim != 2:
-        raise InputError(f"{path}: obsm[{key!r}] has {matrix.ndim} dimensions; it must be a matrix (cells, width)")
+        raise InputError(f"{path}: obsm[{key!r}] has {matrix.ndim} dimensions. It must be a matrix (cells, width)")
     return matrix, obs
 
 
@@ -96,7 +96,7 @@ def counts_of(path: str, layer: str, names: pd.Index, embedding: str) -> sp.csr_
         return counts
     for index, of in ((there, path), (names, embedding)):
         if not index.is_unique:
-            raise InputError(f"{of}: cells have no names of their own; {index[index.duplicated()][0]!r} stands twice")
+            raise InputError(f"{of}: cells have no names of their own. {index[index.duplicated()][0]!r} stands twice")
     rows = there.get_indexer(names.astype(str))
     if n := int((rows < 0).sum()):
         first = names[np.flatnonzero(rows < 0)[0]]

@@ -153,7 +153,7 @@ def loss_curves(run: str, stage: str) -> dict:
     """Raises: InputError where the run has no metrics."""
     curves = curves_of(read_metrics(run))
     if not curves:
-        raise InputError(f"{stage}={run}: no metrics.jsonl with metrics in it; give the folder of a training run")
+        raise InputError(f"{stage}={run}: no metrics.jsonl with metrics in it. Give the folder of a training run")
     return curves
 
 

@@ -188,7 +188,7 @@ def _within_others(model: Pretrained, cells: Cells, gene_ids_G: Tensor, rng: np.
     if not there:
         raise InputError(
             f"{cells.name}: every combination has a single cell, so that there is no covariance of latents to draw "
-            "from; give more cells, or fewer conditions"
+            "from. Give more cells, or fewer conditions"
         )
     share, parts, n_parts = min(1.0, MOST_CELLS / sum(there.values())), [], 0
     for label, n in there.items():  # most cells first

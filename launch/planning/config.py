@@ -62,11 +62,11 @@ class PlannedHardware(HardwareConfig):
         super().__post_init__()
         if not self.peak_tflops and self.gpu not in PEAK_TFLOPS:
             raise InputError(
-                f"hardware.gpu={self.gpu}: known are {', '.join(PEAK_TFLOPS)}; or give hardware.peak_tflops"
+                f"hardware.gpu={self.gpu}: known are {', '.join(PEAK_TFLOPS)}. Or give hardware.peak_tflops"
             )
         if not self.memory_tb_s and self.gpu not in MEMORY_TB_S:
             raise InputError(
-                f"hardware.gpu={self.gpu}: known are {', '.join(MEMORY_TB_S)}; or give hardware.memory_tb_s"
+                f"hardware.gpu={self.gpu}: known are {', '.join(MEMORY_TB_S)}. Or give hardware.memory_tb_s"
             )
 
     @property

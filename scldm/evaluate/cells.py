@@ -32,7 +32,7 @@ def combination_names(labels: Mapping[str, np.ndarray], n_cells: int) -> np.ndar
         return columns[0]
     for condition, column in zip(labels, columns, strict=True):
         if clash := next((str(label) for label in np.unique(column) if BETWEEN in label), None):
-            raise InputError(f"condition {condition!r}: label {clash!r} holds {BETWEEN!r}; rename it")
+            raise InputError(f"condition {condition!r}: label {clash!r} holds {BETWEEN!r}. Rename it")
     names = columns[0]
     for column in columns[1:]:
         names = np.char.add(np.char.add(names, BETWEEN), column)
@@ -70,13 +70,13 @@ class Cells:
         wrong = values[(values < 0) | (values != np.floor(values)) | ~np.isfinite(values)]
         if len(wrong):
             raise InputError(
-                f"{self.name}: the matrix holds {wrong[0]:g}, which is not a count; "
-                "give raw counts (integers from 0), not normalised ones"
+                f"{self.name}: the matrix holds {wrong[0]:g}, which is not a count. "
+                "Give raw counts (integers from 0), not normalised ones"
             )
         if len(set(self.genes)) < len(self.genes):
             seen: set[str] = set()
             twice = next(g for g in self.genes if g in seen or seen.add(g))
-            raise InputError(f"{self.name}: gene {twice!r} stands twice; gene ids must be unique")
+            raise InputError(f"{self.name}: gene {twice!r} stands twice. Gene ids must be unique")
 
     @classmethod
     def of_labels(
@@ -161,7 +161,7 @@ def matched_numbers(train: Cells, test: Cells, generated: Cells) -> dict[str, in
     missing = [t for t in n_test if t not in n_generated]
     if missing:
         raise InputError(
-            f"{generated.name} has no cells of {names(missing)}, which the test split holds; generate some of each, "
+            f"{generated.name} has no cells of {names(missing)}, which the test split holds. Generate some of each, "
             f"or leave it out of the real cells (generated: {names(list(n_generated))})"
         )
     return {t: min(n, n_generated[t], n_train.get(t, n)) for t, n in n_test.items()}
@@ -178,7 +178,7 @@ def scored_combinations(
     if (n := sum(numbers.values())) < min_cells:
         raise InputError(
             f"only {n} cells to compare (test, generated and training cells all count), and "
-            f"evaluate.min_cells={min_cells} are needed; give more cells, or set it lower"
+            f"evaluate.min_cells={min_cells} are needed. Give more cells, or set it lower"
         )
     if NO_TYPE in numbers:
         return (

@@ -177,7 +177,7 @@ def _refuse_too_few(validation: Cells, chosen: Protocol) -> None:
         raise InputError(
             f"{validation.name}: {len(validation)} validation cells, and at least {chosen.n_components + 1} are "
             f"needed: {chosen.n_components} principal components are fitted on them, because cells that were trained "
-            "on or are judged would bend the scale; put more cells into that split"
+            "on or are judged would bend the scale. Put more cells into that split"
         )
 
 
@@ -201,11 +201,11 @@ def known_controls(test: Cells, given: Mapping[str, str]) -> dict[str, str]:
     for condition, label in given.items():
         if condition not in test.labels:
             raise InputError(
-                f"control.{condition}={label}: the conditions are {', '.join(test.labels) or 'none'}; give one of these"
+                f"control.{condition}={label}: the conditions are {', '.join(test.labels) or 'none'}. Give one of these"
             )
         there = np.unique(test.labels[condition]).tolist()
         if known_label(label, there) not in there:
-            raise InputError(f"control.{condition}={label}: no test cell has this label; there are {there[:10]}")
+            raise InputError(f"control.{condition}={label}: no test cell has this label. There are {there[:10]}")
     guessed = {c: guess_control(np.unique(column).tolist()) for c, column in test.labels.items()}
     own = {c: known_label(label, np.unique(test.labels[c]).tolist()) for c, label in given.items()}
     return {c: label for c in test.labels if (label := own.get(c) or guessed[c])}
@@ -291,7 +291,7 @@ class _Scorer:
         with Progress("evaluate", 2 + len(ways) * n_draws, "comparisons") as bar:
             mine = self.scores(generated)
             if not math.isfinite(mine.pooled["mmd2"]):
-                raise InputError("half of the pairs of test cells or more coincide; is the test split made of copies?")
+                raise InputError("half of the pairs of test cells or more coincide. Is the test split made of copies?")
             bar.advance()
             errors = errors_of(
                 self.real, generated, self.levels, self.protocol, config.max_cells, config.seed, config.intervals
@@ -352,7 +352,7 @@ class _Scorer:
             if lacking := set(genes) - set(part.cells.genes):
                 raise InputError(
                     f"{part.cells.name} has {len(genes) - len(lacking):,} of the {len(genes):,} genes that are "
-                    f"compared, and lacks {sorted(lacking)[0]!r}; give the model that generated the cells, or leave "
+                    f"compared, and lacks {sorted(lacking)[0]!r}. Give the model that generated the cells, or leave "
                     "model out"
                 )
         there = [part.cells.numbers() for part in parts.values()]

@@ -29,7 +29,7 @@ def mmd2(reference: np.ndarray, other: np.ndarray) -> float:
     bandwidth2 = float(np.median(pairs))
     if bandwidth2 == 0:
         raise InputError(
-            "MMD2: more than half of the pairs of reference cells coincide; is the test split made of copies?"
+            "MMD2: more than half of the pairs of reference cells coincide. Is the test split made of copies?"
         )
     n, m = len(reference), len(other)
 

@@ -146,7 +146,7 @@ def memorisation_scores(held_out: Nearness, generated: Nearness) -> dict[str, fl
     """
     if np.median(held_out.distance) == 0:
         raise InputError(
-            "memorisation: half of the held-out cells or more coincide with training cells; the splits share cells, or "
+            "memorisation: half of the held-out cells or more coincide with training cells. The splits share cells, or "
             "cells have hardly any counts in the judged genes"
         )
     return _scores(held_out, generated)

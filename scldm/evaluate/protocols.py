@@ -146,8 +146,8 @@ def variable_genes(counts: sp.csr_matrix, n: int) -> np.ndarray:
         assert found is not None
         return np.flatnonzero(found["highly_variable"].to_numpy())
     raise InputError(
-        f"protocol=cfgen can't choose {n} variable genes of {n_genes} on {n_cells} cells ({why}); "
-        "give more real cells, or take protocol=scldm"
+        f"protocol=cfgen can't choose {n} variable genes of {n_genes} on {n_cells} cells ({why}). "
+        "Give more real cells, or take protocol=scldm"
     )
 
 

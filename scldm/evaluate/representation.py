@@ -223,7 +223,7 @@ def probe(
     """
     assert len(embedding_nD) == len(labels_n), (len(embedding_nD), len(labels_n))
     if len(wrong := np.flatnonzero(~np.isfinite(embedding_nD).all(1))):
-        raise InputError(f"the embedding of {len(wrong):,} cells is not finite; the first is at position {wrong[0]}")
+        raise InputError(f"the embedding of {len(wrong):,} cells is not finite. The first is at position {wrong[0]}")
     drawn = subsample(len(labels_n), max_cells, seed)
     labels_n = np.asarray(labels_n, str)
     of_drawn = None if groups_n is None else np.asarray(groups_n, str)[drawn]

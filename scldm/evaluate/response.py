@@ -210,7 +210,7 @@ def response(
     for name, source in sources.items():
         if condition not in source.labels:
             there = ", ".join(source.labels) or "none"
-            raise InputError(f"control: {name} cells have no condition {condition!r}; they have {there}")
+            raise InputError(f"control: {name} cells have no condition {condition!r}. They have {there}")
     labels = sorted(set(map(str, test.labels[condition])))
     if control not in labels:
         raise InputError(f"control: {condition}={control!r} is no label of the test cells: {', '.join(labels[:10])}")

@@ -57,8 +57,8 @@ def fit_pca(log: sp.csr_matrix, n_components: int = N_COMPONENTS, seed: int = 0,
     n_cells, n_genes = shape_of(log)
     if min(n_cells, n_genes) <= n_components:
         raise InputError(
-            f"{n_components} principal components need at least {n_components + 1} {which} cells and genes; "
-            f"there are {n_cells} cells x {n_genes} genes"
+            f"{n_components} principal components need at least {n_components + 1} {which} cells and genes. "
+            f"There are {n_cells} cells x {n_genes} genes"
         )
     return PCA(n_components, svd_solver="arpack", random_state=seed).fit(log)
 

@@ -29,8 +29,8 @@ def check_shape(heads: int, latents: int) -> None:
     if heads & (heads - 1) or pairs > MOST_PAIRS:
         raise InputError(
             f"model.attention=fused takes model.decoder_cross_heads={heads} only if it is a power of two and, times "
-            f"model.n_latents={latents} filled up to a power of two, at most {MOST_PAIRS}, not {pairs}; factorised "
-            "takes any"
+            f"model.n_latents={latents} filled up to a power of two, at most {MOST_PAIRS}, not {pairs}. "
+            "model.attention=factorised takes any"
         )
 
 
@@ -42,7 +42,8 @@ def check_head(width: int, latents: int) -> None:
     if head > most:
         raise InputError(
             f"model.attention=fused takes heads (model.width over model.n_heads) of a width of at most {most} with "
-            f"model.n_latents={latents}, not {width}; factorised takes any"
+            f"model.n_latents={latents}, not {width}. "
+            "model.attention=factorised takes any"
         )
 
 
@@ -50,13 +51,13 @@ def check_available(device: torch.device) -> None:
     """Raises: InputError where fused kernels can't run on this device, before anything is computed."""
     other = "model.attention=factorised computes the same in torch"
     if importlib.util.find_spec("triton") is None:
-        raise InputError(f"model.attention=fused needs the package triton, which is not installed; {other}")
+        raise InputError(f"model.attention=fused needs the package triton, which is not installed. {other}")
     if os.environ.get("TRITON_INTERPRET") == "1":
         return  # Triton's interpreter, for tests: any device, and very slow
     if device.type != "cuda":
-        raise InputError(f"model.attention=fused needs an NVIDIA GPU and this is {device}; {other}")
+        raise InputError(f"model.attention=fused needs an NVIDIA GPU and this is {device}. {other}")
     if torch.cuda.get_device_capability(device) < (8, 0):
         raise InputError(
             f"model.attention=fused needs compute capability 8.0 or more (A100, H100), "
-            f"and {torch.cuda.get_device_name(device)} has less; {other}"
+            f"and {torch.cuda.get_device_name(device)} has less. {other}"
         )

@@ -36,9 +36,9 @@ class ValueEmbedding(nn.Module):
         self.scale = scale
         self.register_buffer("values_K", values_K.float().clone())
         if scale == "log" and (values_K < 0).any():
-            raise InputError(f"model.continuous: value {values_K.min():g} has no logarithm; use linear")
+            raise InputError(f"model.continuous: value {values_K.min():g} has no logarithm. Use linear")
         if len(values_K) and values_K.min() == values_K.max():
-            raise InputError(f"model.continuous: all labels are {values_K[0]:g}; there is nothing to learn from")
+            raise InputError(f"model.continuous: all labels are {values_K[0]:g}. There is nothing to learn from")
         self.mlp = nn.Sequential(nn.Linear(1 + 2 * len(FREQUENCIES), width), nn.SiLU(), nn.Linear(width, width))
         self.not_given = nn.Embedding(1, width)
 

@@ -32,16 +32,16 @@ def table_of(conditions: Asked, n: int | None, names: Sequence[str]) -> pd.DataF
         found = [name for name in names if name in obs]
         if names and not found:
             raise InputError(
-                f"conditions: obs has none of the model's conditions {', '.join(names)}; it has "
+                f"conditions: obs has none of the model's conditions {', '.join(names)}. It has "
                 f"{', '.join(map(str, obs.columns)) or 'none'}"
             )
         return pd.DataFrame(obs[found]).reset_index(drop=True)
     asked = {} if conditions is None else mapping_of("conditions", conditions, '{"cell_type": "CD19+ B"}')
     if n is None:
-        raise InputError(f"conditions={asked} does not say how many cells; give n, as n=500")
+        raise InputError(f"conditions={asked} does not say how many cells. Give n, as n=500")
     for name, label in asked.items():
         if not isinstance(label, str | int | float):
             raise InputError(
-                f"conditions: {name}={label!r} must be one label; for several, give a DataFrame with a row per cell"
+                f"conditions: {name}={label!r} must be one label. For several, give a DataFrame with a row per cell"
             )
     return pd.DataFrame(asked, index=pd.RangeIndex(n))

@@ -66,7 +66,7 @@ def _check_trained(dit: DiT, vocab: ConditionVocab, name: str, ids: np.ndarray) 
     if len(unknown):
         raise InputError(
             f"condition {name!r}: no training cell had the label {vocab.labels[name][unknown[0]]!r}, and nothing else "
-            f"tells the model what it is; label_embeddings.{name}=FILE in training would"
+            f"tells the model what it is. label_embeddings.{name}=FILE in training would"
         )
 
 
@@ -117,9 +117,9 @@ def own_and_other(
     """
     for column in MOVED_COLUMNS:
         if column in obs:
-            raise InputError(f"obs has a column {column!r} already, which would be lost; rename or remove it")
+            raise InputError(f"obs has a column {column!r} already, which would be lost. Rename or remove it")
     if not to:
-        raise InputError("to names no condition; as to=treatment=stimulated")
+        raise InputError("to names no condition. Give one, as to=treatment=stimulated")
     for name in [*by, *to]:
         if name not in dit.n_labels:
             raise InputError(f"condition {name!r} is unknown; the model knows {', '.join(dit.n_labels) or 'none'}")

@@ -120,14 +120,14 @@ GOLDEN_WEIGHTED = [[21, 24, 28, 40], [17, 19, 35, 37]]
     [
         (
             {"n_genes": 2048},
-            "a.n_genes=2048 has no effect with a.policy=all; it is read by random, expressed, expressed_p",
+            "a.n_genes=2048 has no effect with a.policy=all. It is read by random, expressed, expressed_p",
         ),
         ({"policy": "same", "n_genes": 9}, "a.n_genes=9 has no effect with a.policy=same"),
-        ({"gene_set_group": 7}, "a.gene_set_group=7 .* read by random, weighted; else leave it at 1"),
-        ({"policy": "expressed", "gene_set_group": 7}, "a.gene_set_group=7 has no effect with a.policy=expressed;"),
+        ({"gene_set_group": 7}, "a.gene_set_group=7 .* read by random, weighted. Else leave it at 1"),
+        ({"policy": "expressed", "gene_set_group": 7}, "a.gene_set_group=7 has no effect with a.policy=expressed. It"),
         (
             {"policy": "random", "n_genes": 9, "weight_by": "variability"},
-            "a.weight_by=variability .* by weighted; else",
+            "a.weight_by=variability .* by weighted. Else",
         ),
         ({"policy": "weighted", "n_genes": 9, "overflow": "sample"}, "a.overflow=sample has no effect with a.policy=w"),
         ({"policy": "expressed", "overflow": "sample"}, "a.overflow=sample .* a.policy=expressed without n_genes"),

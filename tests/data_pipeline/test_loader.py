@@ -184,14 +184,14 @@ def test_a_share_is_of_the_vocabularys_genes(folder):
         ({"select": {"tissue": ["a"]}}, "condition 'tissue' is unknown"),
         ({"balance": ["tissue"]}, "condition 'tissue' is unknown"),
         ({"given": GeneSetConfig("random", 701)}, "given.n_genes=701 must lie in 1 ... 700"),
-        ({"given": GeneSetConfig("random")}, "given.n_genes=0 must lie in 1 ... 700.*; given.share takes a part"),
-        ({"given": GeneSetConfig("random", 5, gene_set_group=6)}, "nearest: 4 or 8"),
+        ({"given": GeneSetConfig("random")}, "given.n_genes=0 must lie in 1 ... 700.*. given.share takes a part"),
+        ({"given": GeneSetConfig("random", 5, gene_set_group=6)}, "Nearest: 4 or 8"),
         ({"given": GeneSetConfig("expressed", 20)}, "overflow=sample"),
         ({"given": SAME}, "given.policy=same"),
         ({"lanes": 0}, "lanes=0"),
         ({"balance": ["type"], "balance_max_repeats": 0}, "balance_max_repeats=0 must be from 1 to 65535"),
         ({"balance": ["type"], "balance_max_repeats": 65_536}, "balance_max_repeats=65536 must be from 1 to 65535"),
-        ({"split": "test"}, "split 'test' is not in the shard set; it has train, validation"),
+        ({"split": "test"}, "split 'test' is not in the shard set. It has train, validation"),
     ],
 )
 def test_what_the_set_cannot_serve_is_refused(folder, changes, text):

@@ -125,5 +125,5 @@ def test_census(tmp_path, organism):
         splits.setdefault(adata.obs["dataset_id"].iloc[joinid], set()).add(cell["split"])
     assert all(len(s) == 1 for s in splits.values())
     assert sorted(next(iter(s)) for s in splits.values()).count("test") == 1
-    with pytest.raises(InputError, match=r"source.organism='danio_rerio' is not in the Census; it has"):
+    with pytest.raises(InputError, match=r"source.organism='danio_rerio' is not in the Census. It has"):
         write_shards(command(tmp_path / "other", "census", words[0], "source.organism=danio_rerio"))

@@ -281,7 +281,7 @@ def test_a_cache_folder_that_can_not_be_used_is_refused_by_name(remote, tmp_path
         at.mkdir()
     else:
         at.touch()
-    with pytest.raises(InputError, match=f"^cache_folder={cache}: .*; give a local folder that can be written"):
+    with pytest.raises(InputError, match=f"^cache_folder={cache}: .*. Give a local folder that can be written"):
         ShardSet(url, cache_folder=str(cache), cache_bytes=10**9)
     local.close()
 
@@ -317,7 +317,7 @@ def test_open_files_are_bounded(tmp_path, monkeypatch):
         ("index/blocks.npy", lambda d: d[:-1] + bytes([d[-1] ^ 1]), "blocks.npy: its SHA-256"),
         ("index/blocks.npy", lambda d: d[:-1], "blocks.npy: .* bytes, the manifest says"),
         ("manifest.json", lambda d: d.replace(b'"version": 3', b'"version": 4'), "version 4 is unknown"),
-        ("manifest.json", lambda d: d.replace(b'"version": 3', b'"version": 2'), "version 2; .* write the set again"),
+        ("manifest.json", lambda d: d.replace(b'"version": 3', b'"version": 2'), "version 2. .* write the set again"),
         ("manifest.json", lambda d: d.replace(b'"g17"', b'"g17x"'), "its SHA-256 is not that of what it says"),
         ("manifest.json", None, "no manifest.json"),
     ],

@@ -81,14 +81,14 @@ def test_counts_are_found(tmp_path, matrices, layer, found):
             {"x": scaled, "other": same},
             "",
             r"no counts in X, layers/counts, raw/X: X \(60 x 40, float32, from 0.5 to 35000, .* % of its values "
-            r"whole\); also there: layers/other; source.layer=NAME",
+            r"whole\); also there: layers/other. Choose another with source.layer=NAME",
         ),
         (
             {"x": same, "raw": lambda m: m * 2},
             "",
             r"several matrices hold counts and differ: X \(.*; raw/X \(",
         ),
-        ({"x": same}, "umis", r"source.layer='umis' is not in the file; it has X"),
+        ({"x": same}, "umis", r"source.layer='umis' is not in the file. It has X"),
         ({"x": lambda m: -m}, "X", r"source.layer='X' does not hold counts: X \(.*from -70000 to -1"),
     ],
 )
@@ -247,7 +247,7 @@ def test_a_filter_means_the_same_where_values_are_missing(tmp_path):
         ("cell_type.str.len() > 1", r"'cell_type.str.len\(\)' is none of"),
         ("@config", "can't be applied"),
         ("donor == 3", "it compares numbers with text"),
-        ("tissue == 'x'", "there is no column 'tissue'; there are cell_type, donor, batch"),
+        ("tissue == 'x'", "there is no column 'tissue'. There are cell_type, donor, batch"),
         ("cell_type in 'B'", "`in` needs a column and a list"),
         ("1 == 1", "a comparison needs a column"),
         (f"{'(' * 500}donor{')' * 500} == 'd1'", "can't be applied"),
@@ -461,7 +461,7 @@ def test_genes_without_a_name_are_dropped_and_counted(tmp_path):
         assert cell["counts"] == {g: n for g, n in row_counts(adata, row).items() if g in set(manifest.genes.ids)}
     with pytest.raises(InputError, match=r"a.h5ad: 1 gene ids hold a line break, such as 'A\\nB'"):
         SourceGenes("a.h5ad", gene_names(["A\nB", "C"]), "symbol")
-    with pytest.raises(InputError, match="a.h5ad: no gene has a name; source.gene_column names"):
+    with pytest.raises(InputError, match="a.h5ad: no gene has a name. Give source.gene_column"):
         SourceGenes("a.h5ad", gene_names([None, ""]), "symbol")
 
 
@@ -622,7 +622,7 @@ def test_held_out_tables_that_can_not_be_read(tmp_path, content, message):
         ({"held_out": "t.csv"}, "type,donor\na,d77\n", r"line 2: no cell has type='a', donor='d77'"),
         ({"held_out": "t.csv"}, "type,donor\na,d1\na,d1\n", r"\('a', 'd1'\) stands twice"),
         ({"held_out": "t.csv"}, "type,split\na,my split\n", r"'my split' is no name for a held-out split"),
-        ({"by": "donor", "test_values": ("d77",)}, "", r"split.by=donor: no cell has 'd77'; there are 10 values"),
+        ({"by": "donor", "test_values": ("d77",)}, "", r"split.by=donor: no cell has 'd77'. There are 10 values"),
         ({"by": "type", "validation": 0.4, "test": 0.4}, "", None),
         ({"by": "one"}, "", r"its 1 values are too few"),
     ],

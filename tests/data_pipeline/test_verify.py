@@ -280,7 +280,7 @@ def test_what_is_no_set(tmp_path, capsys):
         verify_shards(str(tmp_path))
     (tmp_path / "manifest.json").write_text('{"format": "scldm-shards", "version": 4}')
     assert main(["shards", "verify", f"path={tmp_path}"]) == 2
-    assert "version 4 is unknown; this scldm reads version 3" in capsys.readouterr().err
+    assert "version 4 is unknown. This scldm reads version 3" in capsys.readouterr().err
     for url, data, message in (
         (tmp_path, b"{", "not JSON"),
         (tmp_path, b'{"\xff": 1}', "not JSON"),

@@ -175,7 +175,7 @@ def test_a_damaged_part_is_named(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[data.find(b"data.npy") + 160] ^= 1  # in the values
     path.write_bytes(data)
-    with pytest.raises(InputError, match=r"000003.npz is damaged .*remove it and run the same command again"):
+    with pytest.raises(InputError, match=r"000003.npz is damaged .*Remove it and run the same command again"):
         of.join(obs, COST)
     assert not of.out.exists()
 
@@ -184,7 +184,7 @@ def test_a_full_disk_is_one_line_before_and_during(tmp_path: Path, monkeypatch: 
     of = writer(tmp_path / "new" / "cells.h5ad")
     of.require_space(100)
     free = shutil.disk_usage(tmp_path).free
-    with pytest.raises(InputError, match=r"[kMGT]B are needed for 47 cells; .* [kMGT]B free"):
+    with pytest.raises(InputError, match=r"[kMGT]B are needed for 47 cells. .* [kMGT]B free"):
         of.require_space(1.01 * free / N)
     assert not (tmp_path / "new").exists()
     begin(of)

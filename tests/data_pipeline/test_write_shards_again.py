@@ -160,7 +160,7 @@ def test_a_strangers_work_folder_is_left_alone(tmp_path, source):
     thesis = tmp_path / "set/.work/thesis.txt"
     thesis.parent.mkdir(parents=True)
     thesis.touch()
-    with pytest.raises(InputError, match=r"\.work: holds other files, such as thesis.txt; work=FOLDER"):
+    with pytest.raises(InputError, match=r"\.work: holds other files, such as thesis.txt. Name another"):
         write(config(tmp_path / "set", source[1]))
     assert thesis.exists()
 
@@ -206,6 +206,6 @@ def test_shards_of_unfinished_work_that_is_gone_are_not_taken_over(tmp_path, sou
     """Someone removed .work and left its tars: they would be read as this command's, or fail `shards verify`."""
     (tmp_path / "set/shards").mkdir(parents=True)
     (tmp_path / "set/shards/train-00000.tar").write_bytes(b"another's")
-    with pytest.raises(InputError, match="holds shards of unfinished work that is gone; remove them"):
+    with pytest.raises(InputError, match="holds shards of unfinished work that is gone. Remove them"):
         write(config(tmp_path / "set", source[1]))
     assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["shards"]

@@ -38,7 +38,7 @@ def test_it_opens_as_a_census_does(tmp_path):
     np.testing.assert_array_equal(sp.csr_matrix(got.X).toarray(), sp.csr_matrix(wanted.layers["counts"]).toarray())
     assert got.var["feature_id"].tolist() == adata.var_names.tolist()
     assert got.obs["note"].tolist() == wanted.obs["note"].tolist()
-    with pytest.raises(InputError, match="exists; a SOMA collection is written to a new folder"):
+    with pytest.raises(InputError, match="exists. A SOMA collection is written to a new folder"):
         write_soma(SomaWriteConfig(h5ad=str(tmp_path / "a.h5ad"), out=str(tmp_path / "soma")))
 
 
@@ -93,10 +93,14 @@ def test_layers_and_columns_that_there_are_not(tmp_path):
     atlas(20, 10).write_h5ad(tmp_path / "a.h5ad")
     write_soma(SomaWriteConfig(h5ad=str(tmp_path / "a.h5ad"), out=str(tmp_path / "soma")))
     refused: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
-        ({"layer": "normalized"}, (), r"source.layer='normalized' is not in X of RNA; it has raw"),
-        ({"measurement": "ATAC"}, (), r"source.measurement='ATAC' is not there; it has RNA"),
-        ({"gene_column": "ensembl"}, (), r"var has no column 'ensembl'; source.gene_column names one of .*feature_id"),
-        ({}, ("tissue",), r"obs has no column 'tissue'; it has .*cell_type"),
+        ({"layer": "normalized"}, (), r"source.layer='normalized' is not in X of RNA. It has raw"),
+        ({"measurement": "ATAC"}, (), r"source.measurement='ATAC' is not there. It has RNA"),
+        (
+            {"gene_column": "ensembl"},
+            (),
+            r"var has no column 'ensembl'. Give as source.gene_col.*feature_id",
+        ),
+        ({}, ("tissue",), r"obs has no column 'tissue'. It has .*cell_type"),
         ({"obs_filter": "tissue == 'x'"}, (), r"source.obs_filter=\"tissue == 'x'\" can't be applied"),
         ({"obs_filter": "donor == 'x'"}, (), r"source.obs_filter=\"donor == 'x'\" selects no cell"),
         ({"kind": "soma"}, (), r"a Collection, not a SOMA experiment"),

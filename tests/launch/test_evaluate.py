@@ -82,7 +82,7 @@ def test_shard_cells_are_those_that_were_written(files):
     assert sum(len(p.types) for p in parts[1:]) == pytest.approx(160, abs=30)
     assert parts[0].genes == tuple(GENES)
     assert [c.numbers() for c in cells_of_shards(out, [])] == [{NO_TYPE: len(p.types)} for p in parts]
-    with pytest.raises(InputError, match=r"shards has no condition='tissue'; it has kind"):
+    with pytest.raises(InputError, match=r"shards has no condition='tissue'. It has kind"):
         cells_of_shards(out, ["tissue"])
 
 
@@ -117,7 +117,7 @@ def test_cells_of_two_conditions_are_told_apart_by_both(tmp_path: Path) -> None:
     few = cells_of_shards(out, ["drug", "kind"], Sample(80, dict.fromkeys(parts[2].numbers(), 99), 0))[0]
     assert few.drawn_of == len(parts[0])
     assert set(few.numbers()) == set(parts[0].numbers())
-    with pytest.raises(InputError, match=r"has no condition='tissue'; it has kind, drug"):
+    with pytest.raises(InputError, match=r"has no condition='tissue'. It has kind, drug"):
         cells_of_shards(out, ["kind", "tissue"])
 
 
@@ -245,15 +245,15 @@ def test_no_count_of_a_shard_set_is_too_large(tmp_path, largest):
     [
         ("real=R conditions=tissue split=part", "obs has no column condition='tissue'; it has kind, part"),
         ("real=R conditions=kind", "obs has no column split='split'; it has kind, part"),
-        ("real=R conditions=kind split=kind", "split='kind' marks no train cells; it must say train, validation, test"),
+        ("real=R conditions=kind split=kind", "split='kind' marks no train cells. It must say train, validation, test"),
         ("conditions=kind", "give the real cells once: as shards=FOLDER, or as real=FILE.h5ad"),
         ("real=R shards=S conditions=kind", "give the real cells once"),
         ("shards=S conditions=kind", "S: no manifest.json"),
-        ("real=R conditions=kind split=part layer=scaled", "R: layer='scaled' is not in the file; it has X"),
+        ("real=R conditions=kind split=part layer=scaled", "R: layer='scaled' is not in the file. It has X"),
         ("real=R conditions=kind split=part vae=nowhere", "vae=nowhere: no metrics.jsonl"),
         ("real=R conditions=kind split=part evaluate.n_draws=1", "evaluate.n_draws=1 must be at least 2"),
         ("real=R conditions=kind split=part generated=N", "no counts in X"),
-        ("real=R conditions=kind split=part control.kind=x", "control.kind=x: no test cell has this label; there are"),
+        ("real=R conditions=kind split=part control.kind=x", "control.kind=x: no test cell has this label. There are"),
         ("real=R conditions=kind split=part control.drug=x", "control.drug=x: the conditions are kind"),
         ("real=R conditions=kind split=part protocol=ours", "protocol"),
         ("real=R conditions=kind split=part model=nowhere", "nowhere is not a model folder"),

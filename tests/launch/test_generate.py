@@ -112,7 +112,7 @@ def test_a_finished_file_is_left_as_it_is_and_others_are_refused(
     assert (out.stat().st_mtime_ns, out.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
     assert "made.h5ad is there" in capsys.readouterr().out
     assert main([*words, "seed=1"]) == 2
-    assert "holds other cells: seed was 0, now 1; remove it, or choose another out" in capsys.readouterr().err
+    assert "holds other cells: seed was 0, now 1. Remove it, or choose another out" in capsys.readouterr().err
     assert out.stat().st_mtime_ns == before.st_mtime_ns
 
 
@@ -251,7 +251,7 @@ def test_what_can_not_be_made_is_said_before_a_device_is_used(
         assert said in told[0], told
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 1000))
     assert main(["generate", f"model={model}", "n=50", out]) == 2
-    assert "1 kB free; ask for fewer cells" in capsys.readouterr().err
+    assert "1 kB free. Ask for fewer cells" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["column.csv", "nk.csv", "typo.csv", "zero.csv"]
     # what can be made uses one: first the world of ranks, then the model is moved
     monkeypatch.undo()

@@ -194,7 +194,7 @@ def test_a_column_of_numbers_is_asked_for_as_it_is_written_anywhere() -> None:
         ({"ldm": {"tracking.uri": "x"}}, "ldm: tracking.uri is set by fit itself; leave it out"),
         ({"shards": "split.test=0.2"}, "shards='split.test=0.2' must be a preset"),
         ({"shards": {"split.test": 1.5}}, "split.test=1.5"),
-        ({"layer": "raw_counts"}, "adata: layer='raw_counts' is not in the file; it has X, layers/counts"),
+        ({"layer": "raw_counts"}, "adata: layer='raw_counts' is not in the file. It has X, layers/counts"),
         ({"seed": -1}, "seed=-1 must be a whole number, at least 0"),
         ({"seed": "a"}, "seed='a' must be a whole number"),
         ({"seed": 1.5}, "seed=1.5 must be a whole number"),
@@ -211,7 +211,7 @@ def test_what_is_refused(given: dict[str, Any], said: str, monkeypatch: pytest.M
 def test_no_layer_holds_counts() -> None:
     adata = cells()
     del adata.layers["counts"]
-    with pytest.raises(InputError, match="^adata: no counts in X.*layer=NAME chooses another"):
+    with pytest.raises(InputError, match="^adata: no counts in X.*Choose another with layer=NAME"):
         scldm.fit(adata, ["cell_type"])
 
 

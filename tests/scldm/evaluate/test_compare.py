@@ -141,7 +141,7 @@ def test_responses_are_measured_against_the_control(two_conditions):
     assert known_controls(test, {"type": "A"}) == {"type": "A", "treatment": "ctrl"}
     with pytest.raises(InputError, match=r"control.donor=x: the conditions are type, treatment"):
         known_controls(test, {"donor": "x"})
-    with pytest.raises(InputError, match=r"control.type=Z: no test cell has this label; there are \['A', 'B', 'C'\]"):
+    with pytest.raises(InputError, match=r"control.type=Z: no test cell has this label. There are \['A', 'B', 'C'\]"):
         known_controls(test, {"type": "Z"})
 
 
@@ -301,7 +301,7 @@ def test_combinations_are_told_apart_or_refused():
     assert combination_names(of, 2).tolist() == ["x · 1", "x · 2"]
     assert combination_names({"a": of["a"]}, 2).tolist() == ["x", "x"]
     assert combination_names({}, 2).tolist() == [NO_TYPE, NO_TYPE]
-    with pytest.raises(InputError, match="condition 'a': label 'x · y' holds ' · '; rename it"):
+    with pytest.raises(InputError, match="condition 'a': label 'x · y' holds ' · '. Rename it"):
         combination_names({"a": np.array(["x · y"]), "b": np.array(["z"])}, 1)
 
 

@@ -48,7 +48,7 @@ def test_pca_is_that_of_the_dense_full_decomposition_with_one_sign(rng):
 
 
 def test_pca_of_too_few_cells_is_refused():
-    with pytest.raises(InputError, match="at least 11 validation cells and genes; there are 10 cells x 30 genes"):
+    with pytest.raises(InputError, match="at least 11 validation cells and genes. There are 10 cells x 30 genes"):
         space.fit_pca(sp.csr_matrix(np.eye(10, 30)))
 
 

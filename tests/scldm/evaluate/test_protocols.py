@@ -56,7 +56,7 @@ def test_cfgen_judges_the_variable_genes_at_counts_per_10k_of_all():
 
 
 def test_too_few_judged_cells_are_refused_by_name(counts):
-    with pytest.raises(InputError, match="at least 31 test cells and genes; there are 20 cells x 60 genes"):
+    with pytest.raises(InputError, match="at least 31 test cells and genes. There are 20 cells x 60 genes"):
         PROTOCOLS["cfgen"].fit(counts[0], counts[1][:20], 0)
     with pytest.raises(InputError, match="can't choose 10 variable genes of 60 on 2 cells"):
         variable_genes(sp.csr_matrix(np.arange(120).reshape(2, 60) % 2), 10)

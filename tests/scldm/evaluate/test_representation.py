@@ -156,7 +156,7 @@ def test_labels_that_can_not_be_judged_are_named() -> None:
     with pytest.raises(InputError, match="at least two groups are needed, and all cells are of 'd'"):
         probe(embedding, labels, np.full(104, "d"))
     embedding[7, 1] = np.nan
-    with pytest.raises(InputError, match="1 cells is not finite; the first is at position 7"):
+    with pytest.raises(InputError, match="1 cells is not finite. The first is at position 7"):
         probe(embedding, labels)
 
 

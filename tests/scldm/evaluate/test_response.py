@@ -335,7 +335,7 @@ def test_a_ceiling_is_that_of_as_many_cells_as_were_generated() -> None:
 
 def test_what_is_not_there_is_named() -> None:
     cells = World(7).cells(20)
-    with pytest.raises(InputError, match="no condition 'dose'; they have drug"):
+    with pytest.raises(InputError, match="no condition 'dose'. They have drug"):
         response(cells, cells, cells, "dose", "ctrl")
     with pytest.raises(InputError, match="drug='vehicle' is no label of the test cells: ctrl, stim"):
         response(cells, cells, cells, "drug", "vehicle")

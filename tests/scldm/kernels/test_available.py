@@ -72,7 +72,7 @@ def test_the_network_takes_no_other_path_by_itself(with_triton):
 
 def test_more_heads_and_latents_than_fit_into_registers():
     config = VAEConfig(n_latents=64, decoder_cross_heads=4)
-    with pytest.raises(InputError, match=r"decoder_cross_heads=4 only if .* at most 128, not 256; factorised"):
+    with pytest.raises(InputError, match=r"decoder_cross_heads=4 only if .* at most 128, not 256. model.attention"):
         replace(config, attention="fused")
 
 
@@ -96,7 +96,7 @@ def test_decoders_whose_pairs_fill_no_tile(heads, latents):
 def test_heads_of_the_encoder_that_are_wider_than_a_tile(width, latents, most):
     """By name, before anything is built; `auto` takes another way."""
     kernels.check_head(most, latents)
-    with pytest.raises(InputError, match=rf"at most {most} with model\.n_latents={latents}, not {width}; factorised"):
+    with pytest.raises(InputError, match=rf"at most {most} with model\.n_latents={latents}, not {width}. model"):
         VAEConfig(width=width, n_latents=latents, n_layers=0, n_heads=1, attention="fused")
     wide = VAEConfig(width=width, n_latents=latents, n_layers=0, n_heads=1)
     assert chosen(wide, torch.device("cuda"), torch.bfloat16).way == "factorised"
