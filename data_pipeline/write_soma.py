@@ -42,8 +42,8 @@ class SomaWriteConfig:
     h5ad: the file
     out: folder of the collection
     organism: name of its experiment
-    layer: X, raw or a name in layers; empty: the one that holds counts
-    gene_column: column of var with the gene ids; empty: its index
+    layer: X, raw or a name in layers. Empty: the one that holds counts
+    gene_column: column of var with the gene ids. Empty: its index
     """
 
     h5ad: str

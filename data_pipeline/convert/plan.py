@@ -40,10 +40,10 @@ LEAST_BYTES = 64 << 20  # what it needs beyond that
 class FilterConfig(Checked):
     """Which cells and genes of the sources are worth keeping.
 
-    min_genes: genes with a count that a cell must have, over all genes of its source; 0 refuses cells without counts
+    min_genes: genes with a count that a cell must have, over all genes of its source. 0 refuses cells without counts
     min_cells: cells, of all splits, that must express a gene
     gene_list: file of gene ids, one a line, to keep
-    n_top_genes: keep this many most variable genes (seurat_v3, over the training cells); 0 keeps all
+    n_top_genes: keep this many most variable genes (seurat_v3, over the training cells). 0 keeps all
     """
 
     min_genes: int = checked(0, at_least=0)
@@ -58,7 +58,7 @@ class ShardsWriteConfig(Checked):
 
     out: folder or fsspec URL of the set
     conditions: obs columns to store with the cells, as labels
-    missing: label of missing values of such a column; empty refuses them
+    missing: label of missing values of such a column. Empty refuses them
     max_labels: more labels than this in a condition are refused
     codec: how blocks are compressed
     codec_level: of zstd
@@ -66,10 +66,10 @@ class ShardsWriteConfig(Checked):
     shard_cells: cells of a tar
     seed: of split and shuffle
     memory: what all processes together may take
-    workers: processes; the set's bytes don't depend on them
+    workers: processes. The set's bytes don't depend on them
     task: i/n, do the i-th of n shares (from 0) of what can be done now, as in an array job
     finish: with tasks, do what is left of their shares and write the manifest
-    work: folder to make one for unfinished work in; empty: .work in the set's folder
+    work: folder in which to make one for unfinished work. Empty: .work in the set's folder
     """
 
     out: str

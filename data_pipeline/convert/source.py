@@ -29,17 +29,17 @@ Kind = Literal["auto", "h5ad", "soma", "census"]
 class SourceConfig(Checked):
     """What to read.
 
-    kind: h5ad stands for AnnData files, h5ad or zarr; auto looks at what lies there
-    paths: h5ad or zarr files or globs of them; or the URI of a SOMA experiment or of a Census
+    kind: h5ad stands for AnnData files, h5ad or zarr. auto looks at what lies there
+    paths: h5ad or zarr files or globs of them, or the URI of a SOMA experiment or of a Census
     census_version: of the Census on the net, such as 2025-01-30, where no path is given
     organism: which experiment of a Census
     measurement: of a SOMA experiment
-    layer: X, raw or a name in layers; empty: h5ad, the one that holds counts; SOMA, raw
+    layer: X, raw or a name in layers. Empty takes the one that holds counts from h5ad, and raw from SOMA
     obs_filter: cells to take, such as "tissue == 'lung' and n_genes > 500"
     var_filter: genes to take
     primary_data_only: of the Census, only cells with is_primary_data: each cell once
-    gene_column: column of var with the gene ids; empty: h5ad, its index; SOMA, feature_id or the obs index
-    namespace: of the gene vocabulary; auto takes the sources' own, any other must be theirs or needs gene_table
+    gene_column: column of var with the gene ids. Empty takes the index from h5ad, and feature_id or var_id from SOMA
+    namespace: of the gene vocabulary. auto takes the sources' own. Any other must be theirs, or needs gene_table
     join: several sources' genes: all, or those that every source has
     min_gene_share: of the smallest source's genes that the others must have, where only those of all are taken
     gene_table: CSV with the columns ensembl and symbol, for sources that name genes otherwise than the vocabulary

@@ -26,13 +26,13 @@ BASE = ("train", "validation", "test")
 class SplitConfig(Checked):
     """How cells are dealt to train, validation, test. A split that is named cells below draws none by its fraction.
 
-    validation: fraction of the cells; what neither split takes is training
+    validation: fraction of the cells. What neither split takes is training
     test: fraction of the cells
-    stratify: obs columns; the fractions hold within each combination of their values, as far as whole cells can
-    by: obs column whose values stay together (donors, data sets); fractions are then of its values that aren't named
+    stratify: obs columns. The fractions hold within each combination of their values, as far as whole cells can
+    by: obs column whose values stay together (donors, data sets). Fractions are then of its values that aren't named
     validation_values: values of `by` whose cells are the validation split
     test_values: values of `by` whose cells are the test split
-    held_out: CSV whose header names obs columns and whose rows are combinations to hold out; a column `split` may
+    held_out: CSV whose header names obs columns and whose rows are combinations to hold out. A column `split` may
         name the split of each row (any name), else it is test
     """
 

@@ -38,12 +38,12 @@ WIDTH_STEP = 64  # a micro-batch's padded width is rounded up to it, so that a c
 class GeneSetConfig(Checked):
     """Which genes of a cell are taken.
 
-    policy: all, random, expressed, expressed_plus_zeros, weighted; for the decoder also same (the encoder's set)
-    n_genes: genes in a set (random, weighted, expressed_plus_zeros), or the padded width (expressed; 0 pads to the
-        longest cell of each micro-batch)
-    gene_set_group: positions of the global batch that share a drawn set; 1 draws one per cell. A shared set is faster.
+    policy: all, random, expressed, expressed_plus_zeros or weighted. For the decoder also same (the encoder's set)
+    n_genes: genes in a set (random, weighted, expressed_plus_zeros), or the padded width (expressed). With expressed,
+        0 pads to the longest cell of each micro-batch
+    gene_set_group: positions of the global batch that share a drawn set. 1 draws one per cell. A shared set is faster.
         One per cell learns more in a step: 3 to 4 nats of 637 on pbmc3k (benchmarks/speedrun.md). So it belongs to the
-        run and not to the hardware; micro_batch must divide it
+        run and not to the hardware. micro_batch must divide it
     weight_by: weighted draws by `mean`, the mean count, or by `variability`, the variance f (1 - f) of being expressed
     overflow: for cells with more expressed genes than n_genes: refuse, or sample (n_genes of them, uniformly)
     share: random, weighted: where n_genes is 0, so large a part of the vocabulary's genes, rounded up. 1 takes all

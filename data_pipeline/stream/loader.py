@@ -54,20 +54,21 @@ class StreamConfig(Checked):
 
     shards: folder or fsspec URL of a shard set
     seed: of the order and of the gene sets
-    lanes: slices of a global batch, each read from a stretch of the epoch of its own; as many as ranks, or a multiple,
-        if no block is to be read by two. They are part of the order, so of the run; memory grows with those of a rank
-    window_blocks: blocks of a lane whose cells are shuffled together; memory grows with it
+    lanes: slices of a global batch, each read from a stretch of the epoch of its own. With as many as ranks, or a
+        multiple, no block is read by two ranks. They are part of the order, so of the run. Memory grows with those of a
+        rank
+    window_blocks: blocks of a lane whose cells are shuffled together. Memory grows with it
     select: condition -> labels: only cells that have one of the labels in each of these conditions, as
-        data.select.dose=0.10,1 or 'data.select.cell_type=["B, naive",T]'; a preset must quote labels like 0.10
-    balance: conditions whose combinations are drawn equally often, as data.balance=cell_type,dose; none draws every
+        data.select.dose=0.10,1 or 'data.select.cell_type=["B, naive",T]'. A preset must quote labels like 0.10
+    balance: conditions whose combinations are drawn equally often, as data.balance=cell_type,dose. None draws every
         cell once an epoch
     balance_max_repeats: how often a balanced epoch may repeat a cell at most
-    prefetch: micro-batch lists that are made ahead in a thread; 0 makes each when it is asked for
+    prefetch: micro-batch lists that are made ahead in a thread. 0 makes each when it is asked for
     read_threads: threads that read and decompress
-    read_ahead: steps whose blocks are read before they are needed; half of them at a time, so that a thread that wakes
-        up finds several
-    cache_folder: where the index and blocks of a remote set are kept, shared by the ranks of a node; each set in a
-        folder of its own, which stays until you remove it
+    read_ahead: steps whose blocks are read before they are needed, half of them at a time: a thread that wakes up then
+        finds several
+    cache_folder: where the index and blocks of a remote set are kept, shared by the ranks of a node. Each set
+        has a folder of its own, which stays until you remove it
     cache_gb: limit of the blocks of one set that are kept there, in 1e9 bytes
     """
 
@@ -91,8 +92,8 @@ class LoaderConfig(StreamConfig):
 
     given: gene set of the encoder
     asked: gene set of the decoder and the likelihood
-    form: compact is CSR that is gathered on the device by `to(device)`, less to compute and to send; dense is gathered
-        here; auto is compact for batches that go to a GPU, dense for a CPU
+    form: compact is CSR, which `to(device)` gathers on the device: less to compute and to send. dense is gathered here.
+        auto is compact for batches that go to a GPU, and dense for a CPU
     """
 
     given: GeneSetConfig = field(default_factory=GeneSetConfig)

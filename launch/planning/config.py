@@ -24,7 +24,7 @@ class PlannedHardware(HardwareConfig):
 
     nodes: of the job
     gpus_per_node: ranks on each
-    gpu: one of a short table of peaks, with sources in scldm/train/throughput.py; peak_tflops goes before it
+    gpu: one of a short table of peaks, with sources in scldm/train/throughput.py. peak_tflops goes before it
     memory_gb: of a GPU, in 1e9 bytes
     context_gb: what CUDA, NCCL and the allocator's gaps take of it
     mfu: share of the peak that is reached by what computes
@@ -34,13 +34,13 @@ class PlannedHardware(HardwareConfig):
         is an assumption, half of what PCIe 5 has
     launch_us: what the host takes to launch a kernel, in microseconds: a micro-batch takes no less than that for each
         of its kernels. 5 is an assumption, as torch takes 5 to 10 for an operation that is not compiled. It was not
-        measured here; `python -m benchmarks.gpu_profile` measures it
-    memory_tb_s: of a GPU's memory, in 1e12 bytes a second, at which the optimizer runs; 0 takes that of `gpu`, from
+        measured here: `python -m benchmarks.gpu_profile` measures it
+    memory_tb_s: of a GPU's memory, in 1e12 bytes a second, at which the optimizer runs. 0 takes that of `gpu`, from
         data sheets (scldm/train/throughput.py)
     node_link_gb_s: what a GPU sends to others of its node in a ring, in 1e9 bytes a second. 370 is what NCCL reaches on
         an H100's NVLink of 450 (NVIDIA/nccl-tests issue 212)
     network_gb_s: what a node sends to others through all its adapters. 376 are eight of 400 Gb/s at 47 each, as NCCL
-        reaches 46 to 48 (NVIDIA/nccl-tests issue 290); Saturn Cloud's guide to NCCL tests expects 400 to 450 of such
+        reaches 46 to 48 (NVIDIA/nccl-tests issue 290). Saturn Cloud's guide to NCCL tests expects 400 to 450 of such
         nodes, and 250 to 300 of A100 nodes with 200 Gb/s adapters. Slow networks reach far less: 30 was seen on four
         nodes with 400 Gb/s in all (NVIDIA/nccl issue 527)
     """
@@ -95,11 +95,11 @@ class PlannedHardware(HardwareConfig):
 class Planned(Checked):
     """A training config, with what is not known before there are data.
 
-    run_dir: taken as training takes it; nothing is written
-    n_genes: vae: of the vocabulary; 0 takes those of data.shards
-    n_latents: ldm: latent tokens of a cell; 0 takes those of data.shards, or of the run in vae
-    latent_width: ldm: their width; likewise
-    n_cells: to train on; 0 takes those of data.shards
+    run_dir: taken as training takes it. Nothing is written
+    n_genes: vae: of the vocabulary. 0 takes those of data.shards
+    n_latents: ldm: latent tokens of a cell. 0 takes those of data.shards, or of the run in vae
+    latent_width: ldm: their width, likewise
+    n_cells: to train on. 0 takes those of data.shards
     expressed: genes that a cell expresses, as the loader decodes 3 bytes of each
     compare: plan other numbers of nodes, ZeRO stages and micro-batches too, and recommend one
     json: print JSON, not the table

@@ -53,7 +53,7 @@ class EvaluateConfig(Checked):
     seed: of every random draw: floor, baselines, subsamples, UMAP
     n_draws: how often the floor and each baseline are drawn. Tables give their mean and standard deviation. The
         classifier takes the first 3
-    min_cells: combinations and labels with at least this many compared cells are scored one by one; all cells at once
+    min_cells: combinations and labels with at least this many compared cells are scored one by one. All cells at once
         need as many
     max_combinations: at most so many are scored one by one, the largest
     max_cells: scores that compare every cell with every other take at most so many cells a side

@@ -25,8 +25,8 @@ WIDTH = 1.96  # standard errors on either side of a 95 % interval
 
 @dataclass(frozen=True)
 class IntervalConfig(Checked):
-    """n_parts: parts drawn; 20 give a standard error that is itself 16 % off (1 / sqrt(2 * 19))
-    n_parts_expensive: parts for the classifier; 8 give one that is 27 % off
+    """n_parts: parts drawn. 20 give a standard error that is itself 16 % off (1 / sqrt(2 * 19))
+    n_parts_expensive: parts for the classifier. 8 give one that is 27 % off
     max_part: cells of a part at most, for scores that take all cells
     """
 

@@ -38,7 +38,7 @@ class DiTConfig(Checked):
     condition_means: the network is told latents less the mean that their conditions predict, each by a shift of its
         own, and learns the rest: a combination that was never trained has its parts' shifts
     attention: how attention is computed, never what: plain (the formula), sdpa (torch's kernels)
-    compile: torch.compile the transformer blocks; on a CPU that needs a C++ compiler
+    compile: torch.compile the transformer blocks. On a CPU that needs a C++ compiler
     recompute: keep a transformer block's input only, and compute the rest again in backward
     """
 

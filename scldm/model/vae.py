@@ -52,19 +52,19 @@ class VAEConfig(Checked):
     n_layers: transformer blocks in the encoder, and as many in the decoder
     n_heads: attention heads of the transformer blocks and of the encoder's cross-attention
     decoder_cross_heads: attention heads of the decoder's cross-attention
-    kl_weight: beta of the KL term in the loss; 0 is a deterministic autoencoder whose latent tokens are normalised
+    kl_weight: beta of the KL term in the loss. 0 is a deterministic autoencoder whose latent tokens are normalised
     likelihood: of a gene's count: nb (negative binomial, a dispersion per gene), zinb (that, zero-inflated), poisson,
         or gaussian on log1p of counts scaled to 10,000 per cell
     token: how the encoder sees a gene's count: bins (soft ones of its logarithm), or linear (the paper's Eq. 9)
-    direct: beside cross-attention, a linear way in and out: the mean of a cell's gene embeddings, weighted by log1p of
-        the counts, to all latent tokens; and of the latent tokens' mean, an inner product with the asked gene's
-        embedding to its value. The paper has neither
+    direct: beside cross-attention, a linear way in and out. In: the mean of a cell's gene embeddings, weighted by log1p
+        of the counts, goes to all latent tokens. Out: the inner product of the latent tokens' mean with the asked
+        gene's embedding goes to its value. The paper has neither
     attention: how attention is computed, never what: auto (the fastest where it runs), plain (the formula), sdpa
         (torch's kernels), factorised (that, and cross-attention without a matrix product per cell and gene), fused
         (that in kernels of our own: NVIDIA GPUs)
-    compile: torch.compile the transformer blocks; on a CPU that needs a C++ compiler
-    recompute: keep a transformer block's input only, and compute the rest again in backward; likewise a chunk of genes
-    gene_chunk: genes that the decoder takes at once; 0 takes all
+    compile: torch.compile the transformer blocks. On a CPU that needs a C++ compiler
+    recompute: keep a transformer block's input only, and compute the rest again in backward. Likewise a chunk of genes
+    gene_chunk: genes that the decoder takes at once. 0 takes all
     """
 
     width: int = checked(128, at_least=1)
