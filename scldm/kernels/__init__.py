@@ -1,6 +1,6 @@
-"""Cross-attention between genes and latent tokens as fused kernels, and the plain formulas that they must equal.
+"""Cross-attention between genes and latent tokens as fused kernels. tests/scldm/kernels/plain.py has the formulas that
+they must equal, in a few lines of torch.
 
-    plain.py     what is computed, in a few lines of torch
     deviation.py one over the standard deviation of a gene's token, by which its score and its value are scaled
     pool.py      genes -> latent tokens; writes what the queries read, and no key, value or score
     unpool.py    latent tokens -> genes; writes one number per gene

@@ -26,7 +26,7 @@ TILE = Tile(genes=64, warps=4, stages=2)
 def one_over_deviation(
     x_BS: Tensor, row: Tensor, uu_KK: Tensor, ue_TK: Tensor, ee_T: Tensor, eps: float, kind: TokenKind
 ) -> Tensor:
-    """`plain.one_over_deviation`, (B, S), in the precision of x."""
+    """(phi uu phi + 2 phi ue + ee + eps)^-1/2 with the K numbers phi(x) of a count, (B, S), in the precision of x."""
     inputs = (x_BS.contiguous(), row.to(torch.int32).contiguous(), uu_KK.contiguous(), ue_TK.contiguous())
     r_BS = _OneOverDeviation.apply(*inputs, ee_T.contiguous(), eps, kind)
     assert isinstance(r_BS, Tensor)

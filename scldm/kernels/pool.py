@@ -68,7 +68,8 @@ def pool(
     a_KNH: Tensor,
     kind: TokenKind,
 ) -> Tensor:
-    """`plain.pool`, (B, N, M, H). Products in the precision of the values, all else in that of the others."""
+    """softmax over genes of r (A + alpha phi), times r (values + phi a): (B, N, M, H); 0 where a cell has no gene.
+    Products in the precision of the values, all else in that of the others."""
     inputs = (x_BS.contiguous(), r_BS.contiguous(), row.to(torch.int32).contiguous(), alpha_NMK.contiguous())
     out = _Pool.apply(*inputs, A_TNM.contiguous(), values_TNH.contiguous(), a_KNH.contiguous(), kind)
     assert isinstance(out, Tensor)

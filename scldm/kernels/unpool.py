@@ -3,12 +3,14 @@
 Forward: a program takes a block of genes of one cell. It makes their weights over the latent tokens, then what they
 read, for its variance (both with D in pieces), and goes over the hidden layer in pieces, each of which is summed as
 soon as it is made.
-Backward: a chunk of genes at a time, the weights are made again in torch; the hidden layer, made again in tiles, is
-summed over cells for the tables of genes, over genes for those of cells, and over itself for the weights, by
-three kernels, so that no two programs write to the same place. Where each cell has its own set, a row of the table
-has genes of several cells, and its gradients meet in atomic additions, in no fixed order.
+Backward: a chunk of genes at a time, the weights are made again in torch (`weights`). The hidden layer is made again in
+tiles. Three kernels sum it: over cells for the tables of genes, over genes for those of cells, and over itself for the
+weights. So no two programs write to the same place. Where each cell has its own set, a row of the table has genes of
+several cells, and its gradients meet in atomic additions, in no fixed order.
 
-Reading order: unpool, _Unpool, the kernels.
+T rows of the tables, one for a gene; `row` says which of them a gene of the set is: (S,) where the cells share a set,
+(B, S) where each has its own. R = N L pairs of a head and a latent token. F numbers of a hidden layer.
+Reading order: unpool, _Unpool, weights, the kernels.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scldm.kernels import plain
 from scldm.kernels.tile import Tile, ceil_div, dot, dot_tf32, launch, power_of_two
 from scldm.tf32 import tf32_products
 
@@ -49,7 +50,8 @@ def unpool(
     n_heads: int,
     eps: float,
 ) -> Tensor:
-    """`plain.unpool`, (B, Q), in the precision of t. Products of q and k, and those of the hidden layer, in theirs."""
+    """line + sum of value * silu(gate) with (value, gate) = r (T + p B) + b, (B, Q): `head(f + SwiGLU(LN(f)))`, in the
+    precision of t. Products of q and k, and those of the hidden layer, are in theirs. `weights` has p, r and line."""
     inputs = (q_TD, k_BRD, t_TD, U_BRD, line_T, line_BR, T_TF, B_BRF, b_F, row.to(torch.int32))
     out = _Unpool.apply(*(x.contiguous() for x in inputs), n_heads, eps)
     assert isinstance(out, Tensor)
@@ -109,7 +111,7 @@ def _backward_of(
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in of_weights]
         q, k, t, U, line_T, line_B = leaves
-        p_BQR, r_BQ, line_BQ = plain.weights(q, k, t, U, line_T, line_B, row.long(), n_heads, eps)
+        p_BQR, r_BQ, line_BQ = weights(q, k, t, U, line_T, line_B, row.long(), n_heads, eps)
         scaled_BQR = (p_BQR * r_BQ[:, :, None]).to(B_BRF.dtype)
     (B, Q, R), F, shared = p_BQR.shape, b_F.shape[0] // 2, row.ndim == 1
     row, p, r = row.contiguous(), scaled_BQR.detach().contiguous(), r_BQ.detach().contiguous()
@@ -127,6 +129,30 @@ def _backward_of(
     found = torch.autograd.grad((scaled_BQR, r_BQ, line_BQ), leaves, (d_p.to(scaled_BQR.dtype), d_r, d_out))
     for d_x, more in zip(d_of_weights, found):
         d_x += more
+
+
+def weights(
+    q_TD: Tensor,
+    k_BRD: Tensor,
+    t_TD: Tensor,
+    U_BRD: Tensor,
+    line_T: Tensor,
+    line_BR: Tensor,
+    row: Tensor,
+    n_heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a gene reads of the latent tokens: f = t + p U, centred over D. Returns p (B, Q, R), one over f's standard
+    deviation (B, Q), and line_T + p line_BR (B, Q), what the head makes of f where that is linear.
+    """
+    score_BQR = q_TD[row] @ k_BRD.transpose(1, 2)
+    wide = score_BQR.to(t_TD.dtype)
+    p_BQR = wide.unflatten(2, (n_heads, -1)).softmax(3).flatten(2)
+    t = t_TD[row]
+    cross_BQR = 2 * (t @ U_BRD.transpose(1, 2)) + p_BQR @ (U_BRD @ U_BRD.transpose(1, 2))
+    square_BQ = t.square().sum(-1) + (p_BQR * cross_BQR).sum(2)
+    r_BQ = (square_BQ.clamp_min(0) / t_TD.shape[1] + eps).rsqrt()
+    return p_BQR, r_BQ, line_T[row] + (p_BQR @ line_BR[:, :, None])[:, :, 0]
 
 
 def _apart(x_BRK: Tensor, n_heads: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from scldm.count_basis import N_BINS, TokenKind
-from scldm.kernels import plain
+from tests.scldm.kernels import plain
 
 pytest.importorskip("triton", reason="needs the package triton, which the extra `test` brings on Linux")
 

@@ -1,8 +1,8 @@
-"""What the fused kernels compute, written plainly: the specification that they are tested against.
+"""What the fused kernels compute, written plainly: the specification of scldm/kernels, which they are tested against.
 
 T rows of the tables, one for a gene; `row` says which of them a gene of the set is: (S,) where the cells share a set,
 (B, S) where each has its own; -1 is no gene. R = N L pairs of a head and a latent token. F numbers of a hidden layer.
-Reading order: one_over_deviation, pool; weights, unpool.
+Reading order: one_over_deviation, pool, unpool.
 """
 
 from __future__ import annotations
@@ -49,30 +49,6 @@ def pool(
     return torch.einsum("bsnm,bsnh->bnmh", p_BSNM, value_BSNH)
 
 
-def weights(
-    q_TD: Tensor,
-    k_BRD: Tensor,
-    t_TD: Tensor,
-    U_BRD: Tensor,
-    line_T: Tensor,
-    line_BR: Tensor,
-    row: Tensor,
-    n_heads: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What a gene reads of the latent tokens: f = t + p U, centred over D. Returns p (B, Q, R), one over f's standard
-    deviation (B, Q), and line_T + p line_BR (B, Q), what the head makes of f where that is linear.
-    """
-    score_BQR = q_TD[row] @ k_BRD.transpose(1, 2)
-    wide = score_BQR.to(t_TD.dtype)
-    p_BQR = wide.unflatten(2, (n_heads, -1)).softmax(3).flatten(2)
-    t = t_TD[row]
-    cross_BQR = 2 * (t @ U_BRD.transpose(1, 2)) + p_BQR @ (U_BRD @ U_BRD.transpose(1, 2))
-    square_BQ = t.square().sum(-1) + (p_BQR * cross_BQR).sum(2)
-    r_BQ = (square_BQ.clamp_min(0) / t_TD.shape[1] + eps).rsqrt()
-    return p_BQR, r_BQ, line_T[row] + (p_BQR @ line_BR[:, :, None])[:, :, 0]
-
-
 def unpool(
     q_TD: Tensor,
     k_BRD: Tensor,
@@ -93,6 +69,8 @@ def unpool(
     taken of t (T) and of U (B).
     q_TD, k_BRD: queries over sqrt(H), and keys, which are 0 outside their head's channels
     """
+    from scldm.kernels.unpool import weights  # Triton may be missing where this is imported
+
     p_BQR, r_BQ, line_BQ = weights(q_TD, k_BRD, t_TD, U_BRD, line_T, line_BR, row, n_heads, eps)
     hidden_BQF = r_BQ[:, :, None] * (T_TF[row] + p_BQR.to(B_BRF.dtype) @ B_BRF) + b_F
     value, gate = hidden_BQF.chunk(2, dim=-1)
