@@ -1,12 +1,12 @@
 """Generated cells out: written in parts by any number of processes, joined into one file when all parts are there.
 
-    OUT               h5ad, zarr or a SOMA experiment, as its suffix says; it appears when it is whole
+    OUT               h5ad, zarr or a SOMA experiment, as its suffix says. It appears when it is whole
     OUT.parts/        until then
-      made_by.json    all that decides what the cells are; a command that would make others is refused
+      made_by.json    all that decides what the cells are. A command that would make others is refused
       000017.npz      cells 17 * part_cells and on: CSR arrays, and columns of obs
 
-Whatever is killed whenever, the same command goes on with the parts that are missing. No matrix is ever in memory
-whole; obs is, about 100 B a cell, as in every program that opens the file.
+After a kill the same command makes the parts that are missing. No matrix is ever in memory whole. obs is, at about
+100 B a cell, as in every program that opens the file.
 
 Reading order: CellWriter, then the formats.
 """

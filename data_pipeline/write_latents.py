@@ -7,10 +7,10 @@ model), `shape` (L, Z), and `mean` and `std` over the training cells, each (L, Z
 i8, condition widths u1, label ids of each condition, latents f4 (n_cells, L, Z). Blocks are not compressed: floats
 hardly shrink.
 
-Any number of processes write shards side by side; a shard counts as written once its note under `parts/` is there.
+Any number of processes write shards side by side. A shard counts as written once its note under `parts/` is there.
 `finish` writes index and manifest last. Every file gets its name when it is whole, and on the disk.
 
-Reading order: LatentWriter; its block is in format/latent_block.py.
+Its block is in format/latent_block.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Genes of several sources as one vocabulary: joined by name, in one namespace; what has no place is counted.
+"""Genes of several sources as one vocabulary, joined by name in one namespace. What has no place is counted.
 
 Reading order: gene_names, SourceGenes, JoinedGenes, join_genes, choose.
 """

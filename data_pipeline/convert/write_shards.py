@@ -1,8 +1,8 @@
 """Atlas to shard set: plan, read and scatter, gather into tars, write the manifest. README.md specifies the result.
 
-Every stage is a list of units; a unit that left its marker in the work folder is done. So the same command goes on
-where a killed one stopped, and an array job's tasks share the units of a stage among them. The stages must follow one
-another: a task that finds another's share of a stage undone stops there, and `finish` does whatever is left.
+Every stage is a list of units. A unit that left its marker in the work folder is done. So the same command resumes
+where a killed one stopped, and the tasks of an array job share a stage's units. The stages must follow one another. A
+task stops where another's share of a stage is undone, and `finish` does whatever is left.
 
 Reading order: write_shards (the story), stages and workers, choose_genes, make_layout, finish_set.
 """

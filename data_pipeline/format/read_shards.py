@@ -1,10 +1,10 @@
 """Reads a shard set: its manifest and index, and any block by one positioned read, checked against its CRC-32.
 
-Local folders are read in place. Of a remote set (any fsspec URL) the index is copied to a cache folder when it is
-opened, and blocks are kept there up to a limit for each set; nothing is ever removed. Which blocks may be kept follows
-from the index alone (the first ones that fit), and each has its place in one sparse file, so that the ranks of a node
-share the cache without a word between them: a block whose CRC-32 fits is there, any other is fetched. As an epoch reads
-every block once in random order, no rule that evicts would hit more often.
+Local folders are read in place. When a remote set (any fsspec URL) is opened, its index is copied to a cache folder.
+Blocks are kept there up to a limit for each set, and nothing is ever removed. The index alone says which blocks may be
+kept: the first ones that fit. Each has its place in one sparse file. So the ranks of a node share the cache without
+talking: a block whose CRC-32 fits is there, and any other is fetched. An epoch reads every block once in random order,
+so no rule that evicts would hit more often.
 
 Reading order: ShardSet, open files, the cache of a remote set.
 """

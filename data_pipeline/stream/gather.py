@@ -1,10 +1,10 @@
 """From blocks to the counts of a micro-batch: blocks stay compact in memory and each cell is decoded as it is gathered.
 
 A slot holds one block's decompressed payload (a byte and a half a count) and tables of where each cell's part of each
-section begins. The kernels read gene steps and counts straight from it, so that a cell that is met once is decoded
-once, in registers, and no wider copy of a block is ever written. Whatever a block holds, no kernel leaves its memory;
-most cells whose sections contradict each other are refused by the kernel that meets them, all of them by decode_block,
-hence by `scldm shards verify`. That a block is as it was written is known by its CRC-32.
+section begins. The kernels read gene steps and counts straight from it. So a cell is decoded in registers, and no wider
+copy of a block is ever written. Whatever a block holds, no kernel leaves its memory. A cell whose sections contradict
+each other is mostly refused by the kernel that meets it. decode_block refuses all of them, and `scldm shards verify`
+calls it. The CRC-32 says that a block is as it was written.
 
 Reading order: Slab (memory), CellSlots (fill), what it gathers. The kernels are in gather_kernels.py.
 """

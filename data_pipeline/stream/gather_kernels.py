@@ -1,6 +1,6 @@
-"""Cells out of slots (gather.py), by numba; the kernels release the GIL.
+"""Cells out of slots (gather.py), by numba. The kernels release the GIL.
 
-`slots` and `rows` (B,) are cells; `place` and `begin` say where their parts lie, `escaped` is an empty array of the
+`slots` and `rows` (B,) are cells. `place` and `begin` say where their parts lie. `escaped` is an empty array of the
 dtype of escaped columns. Nothing is read or written out of bounds, whatever they hold. A kernel returns the position in
 the batch of the first cell that it sees to contradict itself, else -1.
 

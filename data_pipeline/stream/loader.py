@@ -306,30 +306,10 @@ class CellLoader(_Loader[CellBatch | CompactCellBatch]):
         return {**super().state(), "given": repr(self.config.given), "asked": repr(self.config.asked)}
 
     def _collator(self, micro_batch: int, loud: bool) -> Collator[CellBatch | CompactCellBatch]:
-        config, sides = self.config, []
-        for key, purpose in (("given", DRAW_GIVEN), ("asked", DRAW_ASKED)):
-            sets: GeneSetConfig = getattr(config, key)
-            if key == "asked" and sets.policy == "same":
-                sides.append(None)
-                continue
-            weights = None
-            if sets.policy == "weighted":
-                weights = self.cells.gene_column("mean" if sets.weight_by == "mean" else "fraction_expressed")
-                weights = weights if sets.weight_by == "mean" else weights * (1 - weights)
-            sides.append(
-                GeneSets(
-                    sets,
-                    key,
-                    seed=config.seed,
-                    purpose=purpose,
-                    n_genes=self.vocab.n_genes,
-                    n_expressed_largest=self.manifest.statistics.n_expressed_largest,
-                    weights=weights,
-                    micro_batch=micro_batch,
-                    loud=loud,
-                )
-            )
-        given, asked = sides
+        config, how = self.config, {"seed": self.config.seed, "micro_batch": micro_batch, "loud": loud}
+        given = _gene_sets(self.cells, config.given, "given", purpose=DRAW_GIVEN, **how)
+        same = config.asked.policy == "same"
+        asked = None if same else _gene_sets(self.cells, config.asked, "asked", purpose=DRAW_ASKED, **how)
         return CellCollator(self.manifest.conditions.names, given, asked, **_how(self.device, config.form))
 
 
@@ -366,17 +346,8 @@ def shard_batches(
     entry, config = manifest.shards[shard], given or GeneSetConfig()
     if config.policy not in ("all", *OF_THE_CELL):
         raise InputError(f"cells are encoded from all their genes or all expressed ones, not policy={config.policy}")
-    sets = GeneSets(
-        config,
-        "given",
-        seed=0,
-        purpose=DRAW_GIVEN,
-        n_genes=manifest.genes.n_genes,
-        n_expressed_largest=manifest.statistics.n_expressed_largest,
-        weights=None,
-        micro_batch=micro_batch,
-        loud=shard == 0,  # else every shard would say it
-    )
+    loud = shard == 0  # else every shard would say it
+    sets = _gene_sets(cells, config, "given", seed=0, purpose=DRAW_GIVEN, micro_batch=micro_batch, loud=loud)
     collate = CellCollator(manifest.conditions.names, sets, None, **_how(torch.device(device)))
     slots = collate.make_slots(cells, 1)
 
@@ -395,6 +366,16 @@ def shard_batches(
         yield from running
     finally:
         running.stop()
+
+
+def _gene_sets(cells: ShardSet, config: GeneSetConfig, key: str, **how: Any) -> GeneSets:
+    """The gene sets of one side, for the cells of a set."""
+    weights, manifest = None, cells.manifest
+    if config.policy == "weighted":
+        weights = cells.gene_column("mean" if config.weight_by == "mean" else "fraction_expressed")
+        weights = weights if config.weight_by == "mean" else weights * (1 - weights)
+    most = manifest.statistics.n_expressed_largest
+    return GeneSets(config, key, n_genes=manifest.genes.n_genes, n_expressed_largest=most, weights=weights, **how)
 
 
 def _how(device: torch.device, form: str = "auto") -> dict[str, bool]:

@@ -9,7 +9,7 @@ own, so the world size can't change what a batch holds, and any position can be 
     windows in a lane    | w0  | w1  |                                 a few blocks, whose cells are shuffled together
 
 A set of no more blocks than the windows of all lanes hold is shuffled by the cell. Everything is drawn from the raw
-words of Philox4x64-10, keyed by what is drawn; no draw depends on an earlier one.
+words of Philox4x64-10, keyed by what is drawn. No draw depends on an earlier one.
 
 Reading order: Units (the cells before shuffling), Balance, EpochOrder, RestOfEpoch (of a run whose batch was changed),
 Order, rank_slice, reads_of_a_block.

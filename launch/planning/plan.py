@@ -134,21 +134,6 @@ class Plan:
         }
 
     @property
-    def launches(self) -> str:
-        if self.kernels is None:
-            return "launches that a compiled network has, not counted"
-        each = self.config.hardware.launch_us
-        return (
-            f"{self.launch_s * 1e3:,.1f} ms of launching {self.kernels:,} kernels in {each:g} us each if that is more"
-        )
-
-    @property
-    def optimizer(self) -> str:
-        if self.optimizer_s is None:
-            return "the optimizer in the host's memory, not counted"
-        return f"{self.optimizer_s * 1e3:,.1f} ms of the optimizer"
-
-    @property
     def reads(self) -> float:
         """Ranks that read a block."""
         config = self.config
@@ -191,11 +176,18 @@ class Plan:
         formula = f" (by the formula {self.formula_flops / 1e9:,.2f} G)" if self.formula_flops else ""
         epochs = n_steps * batch / config.n_cells
         loader, read = self.cells_per_s / hardware.nodes, self.loader_bytes / hardware.nodes / 1e6
+        launches = "launches that a compiled network has, not counted"
+        if self.kernels is not None:
+            took = f"{self.launch_s * 1e3:,.1f} ms of launching {self.kernels:,} kernels"
+            launches = f"{took} in {hardware.launch_us:g} us each if that is more"
+        optimizer = "the optimizer in the host's memory, not counted"
+        if self.optimizer_s is not None:
+            optimizer = f"{self.optimizer_s * 1e3:,.1f} ms of the optimizer"
         lines += [
             f"FLOPs of a cell, forward and backward: {cost.flops / cells / 1e9:,.2f} G{formula}",
             f"sent by a rank in a step: {self.sent_bytes / GB:,.2f} GB",
             f"a step: {self.compute_s * 1e3:,.1f} ms of computing at {hardware.mfu:.0%} of {hardware.peak / 1e12:g} "
-            f"TFLOP/s, or {self.launches}; {self.optimizer}; {self.exchange_s * 1e3:,.1f} ms of exchange"
+            f"TFLOP/s, or {launches}; {optimizer}; {self.exchange_s * 1e3:,.1f} ms of exchange"
             f"{' beside the pass' if overlaps(config) else ''}; the loader takes {self.loader_s * 1e3:,.1f} ms: "
             f"{self.step_s * 1e3:,.1f} ms, bound by {self.bound_by}; a GPU is busy for {self.busy:.0%} of it",
             f"{self.cells_per_s:,.0f} cells/s, {self.cells_per_s / N:,.0f} of a GPU; {n_steps:,} steps in "

@@ -1,4 +1,4 @@
-"""Everything that is known about one set of generated cells, as a dict that JSON can hold; report.py draws it.
+"""Everything that is known about one set of generated cells, as a dict that JSON can hold. report.py draws it.
 
 Reading order: config, compare, its parts.
 """

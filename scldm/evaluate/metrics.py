@@ -1,4 +1,4 @@
-"""Scores of one set of cells against another, by name; the first set is always the reference.
+"""Scores of one set of cells against another, by name. The first set is always the reference.
 
 The formulas live in rooms of their own: distances.py and neighbours.py take components, genes.py takes log expression
 and totals, two_sample.py takes counts. What needs the training cells too is in memorisation.py. Which space the cells

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from scldm.evaluate.figures.looks import number
 from scldm.evaluate.figures.response import contrast_name
-from scldm.evaluate.figures.scores import all_baselines_of, ordered_metrics, place, place_text, unit
+from scldm.evaluate.figures.scores import all_baselines_of, ordered_metrics, unit
 from scldm.evaluate.intervals import WIDTH as REACH
 from scldm.evaluate.metrics import MEASURES, METRICS
 from scldm.evaluate.protocols import PUBLISHED
@@ -171,18 +171,6 @@ def groups_table(e: dict, tables: Mapping[str, Mapping[str, dict]], sizes: Mappi
     return Table([top, [Head(title), Head("cells"), *pairs]], [("", rows)])
 
 
-def places_table(e: dict) -> Table:
-    """The heat map's numbers, of all combinations that are scored."""
-    main, further = ordered_metrics(e)
-    metrics = [*main, *further]
-    rows = []
-    for name, table in e["by_combination"].items():
-        found = [place(table[m]) for m in metrics]
-        cells = [Cell(DASH) if p is None else Cell(place_text(p[0]), f"({p[1]})", value=p[0]) for p in found]
-        rows.append([name_cell(e, name), *cells])
-    return Table([[Head(unit(e)), *(Head(METRICS[m].title) for m in metrics)]], [("", rows)])
-
-
 def name_cell(e: dict, name: str) -> Cell:
     of = e["cells"]["by_combination"].get(name, {})
     return Cell(name, "unseen" if of.get("unseen") else "", kind="name")
@@ -268,10 +256,7 @@ def markers_table(e: dict) -> Table:
 def published_table(e: dict) -> Table:
     """The paper's numbers; before them these cells', where the protocol is the nearest to the paper's."""
     heads = ["data", "setting", "method", "W2", "MMD²", "FD"]
-    rows = [
-        [Cell(p.data), Cell(p.setting), Cell(p.method), *(Cell(f"{v:g}", value=v) for v in (p.w2, p.mmd2, p.fd))]
-        for p in PUBLISHED
-    ]
+    rows = [[*map(Cell, row[:3]), *(Cell(f"{v:g}", value=v) for v in row[3:])] for row in PUBLISHED]
     ours = []
     for section, setting in (("pooled", "unconditional"), ("per_combination", "conditional")):
         if e["protocol"]["name"] == "cfgen" and section in e:

@@ -99,7 +99,7 @@ class Contrast:
     condition: str
     control: str
     other: str
-    n_cells: dict[str, tuple[int, int]]
+    n_cells: dict[str, dict[str, int]]
     of_halves: bool
     covariances: Covariances
     r_S: np.ndarray
@@ -108,13 +108,13 @@ class Contrast:
 
     @property
     def weight(self) -> int:
-        return sum(self.n_cells["test"])
+        return sum(self.n_cells["test"].values())
 
     def as_json(self) -> dict:
         """Everything but the covariances and replicates."""
-        out = {name: getattr(self, name) for name in ("group", "condition", "control", "other", "of_halves", "genes")}
-        out["n_cells"] = cells_json(self.n_cells)
-        return out | {"scores": {name: score.as_json() for name, score in self.scores.items()}}
+        kept = ("group", "condition", "control", "other", "of_halves", "genes", "n_cells")
+        scores = {name: score.as_json() for name, score in self.scores.items()}
+        return {**{name: getattr(self, name) for name in kept}, "scores": scores}
 
 
 def contrast_scores(
@@ -134,10 +134,6 @@ def figure_genes(genes: Sequence[str], of: Mapping[str, Pair]) -> dict[str, list
     rest = order[first:]
     chosen = np.concatenate([order[:first], rest[:: max(1, -(-len(rest) // first))]])
     return {"gene": [genes[k] for k in chosen], **{s: np.round(p.change[chosen], 4).tolist() for s, p in of.items()}}
-
-
-def cells_json(numbers: Mapping[str, tuple[int, int]]) -> dict:
-    return {source: {"treated": n[0], "control": n[1]} for source, n in numbers.items()}
 
 
 # --- all of them ---------------------------------------------------------------------------------------------------
@@ -225,11 +221,11 @@ def response(
         halves_SK = rng.permutation(HALVES)  # one order for the group: its contrasts have the same control cells
         for other in (x for x in blocks if x != control):
             about = {"group": group, "condition": condition, "control": control, "other": other}
-            numbers = {s: (n[other][s], n[control][s]) for s in sources}
-            if min(*numbers["test"], *numbers["generated"]) < least:
-                left_out.append(about | {"n_cells": cells_json(numbers)})
+            numbers = {s: {"treated": n[other][s], "control": n[control][s]} for s in sources}
+            if min(*numbers["test"].values(), *numbers["generated"].values()) < least:
+                left_out.append(about | {"n_cells": numbers})
                 continue
-            of = {s: Pair(blocks[other][s], blocks[control][s]) for s in sources if min(numbers[s]) >= least}
+            of = {s: Pair(blocks[other][s], blocks[control][s]) for s in sources if min(numbers[s].values()) >= least}
             contrasts.append(_contrast(about, numbers, test.genes, of, halves_SK))
     return Response(condition, control, contrasts, pooled(contrasts), left_out, least)
 

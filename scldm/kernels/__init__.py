@@ -2,11 +2,11 @@
 they must equal, in a few lines of torch.
 
     deviation.py one over the standard deviation of a gene's token, by which its score and its value are scaled
-    pool.py      genes -> latent tokens; writes what the queries read, and no key, value or score
-    unpool.py    latent tokens -> genes; writes one number per gene
+    pool.py      genes -> latent tokens. It writes what the queries read, and no key, value or score
+    unpool.py    latent tokens -> genes. It writes one number per gene
     tile.py      what the kernels are written with
 
-The kernels need Triton, which torch brings for NVIDIA GPUs; importing this room does not import it.
+The kernels need Triton, which torch brings for NVIDIA GPUs. Importing this room does not import it.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ tiles. Three kernels sum it: over cells for the tables of genes, over genes for 
 weights. So no two programs write to the same place. Where each cell has its own set, a row of the table has genes of
 several cells, and its gradients meet in atomic additions, in no fixed order.
 
-T rows of the tables, one for a gene; `row` says which of them a gene of the set is: (S,) where the cells share a set,
+T rows of the tables, one for a gene. `row` says which of them a gene of the set is: (S,) where the cells share a set,
 (B, S) where each has its own. R = N L pairs of a head and a latent token. F numbers of a hidden layer.
 Reading order: unpool, _Unpool, weights, the kernels.
 """

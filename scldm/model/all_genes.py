@@ -3,7 +3,7 @@
 The direct way alone takes them all, for D multiply-accumulates each.
 
 A gene that a cell does not express has the same score and value in every such cell. The sums over all genes at count 0
-are taken once; a cell adds its expressed genes and takes their zeros away again. Genes that are expressed in many
+are taken once. A cell adds its expressed genes and takes their zeros away again. Genes that are expressed in many
 cells are not in those sums: there, what is taken away would be most of what there is.
 
 Reading order: AllGenesEncoder, encoder_of.

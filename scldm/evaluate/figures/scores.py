@@ -131,14 +131,13 @@ def _values(evaluation: dict, section: str, name: str) -> dict[str, tuple[float,
 # --- heat map ------------------------------------------------------------------------------------------------------
 
 
-def place(row: dict) -> tuple[float, str] | None:
-    """Where a score stands between the floor (0) and the best baseline (1), and that one's key: of those that the
-    metric tells from the floor, the one whose mean is nearest to it. None where it tells none."""
+def place(row: dict) -> float | None:
+    """Where a score stands between the floor (0) and the best baseline (1): of those that the metric tells from the
+    floor, the one whose mean is nearest to it. None where it tells none."""
     told = [key for key, value in row["normalised"].items() if value is not None]
     if not told:
         return None
-    key = min(told, key=lambda key: abs(row["baselines"][key]["mean"] - row["floor"]["mean"]))
-    return row["normalised"][key], key
+    return row["normalised"][min(told, key=lambda key: abs(row["baselines"][key]["mean"] - row["floor"]["mean"]))]
 
 
 def place_text(value: float) -> str:
@@ -153,15 +152,15 @@ def heat_map(evaluation: dict) -> Figure:
     rows = [(section_title(evaluation, "per_combination"), evaluation["per_combination"])]
     rows += list(evaluation["by_combination"].items())[:HEAT_ROWS]
     found = [[place(table[m]) if m in table else None for m in metrics] for _, table in rows]
-    values = np.array([[np.nan if p is None else p[0] for p in row] for row in found])
+    values = np.array(found, dtype=float)  # None is NaN
     shades, scale = mpl.colormaps["BrBG_r"].with_extremes(bad="#EEF0F3"), Normalize(0, 2)
     fig = Figure(figsize=(WIDTH, 2.6 + 0.25 * len(rows)))
     ax = fig.subplots()
     image = ax.imshow(values, aspect="auto", cmap=shades, norm=scale)
     for i, row in enumerate(found):
         for j, p in enumerate(row):
-            text = "\N{EN DASH}" if p is None else place_text(p[0])
-            dark = p is not None and np.dot(shades(scale(p[0]))[:3], [0.299, 0.587, 0.114]) < 0.55
+            text = "\N{EN DASH}" if p is None else place_text(p)
+            dark = p is not None and np.dot(shades(scale(p))[:3], [0.299, 0.587, 0.114]) < 0.55
             ax.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if dark else INK)
     for gap in range(1, len(rows)):
         ax.axhline(gap - 0.5, color="white", linewidth=5 if gap == 1 else 1)

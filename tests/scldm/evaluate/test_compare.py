@@ -178,7 +178,7 @@ def test_splits_that_share_cells_have_no_memorisation_and_a_note(sets):
     shared = sets["train"].select(np.concatenate([np.arange(50), np.arange(150, 180)]))
     found = compare(**{**sets, "test": replace(shared, name="test")}, config=CONFIG)
     assert found["memorisation"] == {}
-    assert "the splits share cells" in found["notes"][0]
+    assert "The splits share cells" in found["notes"][0]
     assert found["verdict"]["says"]
 
 
@@ -202,7 +202,7 @@ def test_cells_of_which_many_are_alike_end_no_evaluation(sets):
     generated = cells("generated", 3, {"A": 60, "B": 40, "C": 6})
     found = compare(**{**sets, "test": empty, "generated": generated}, config=CONFIG)
     assert found["scored_combinations"] == ["A"]
-    with pytest.raises(InputError, match="is the test split made of copies"):
+    with pytest.raises(InputError, match="Is the test split made of copies"):
         compare(**{**sets, "test": test.with_counts(counts.tocsr() * 0, GENES, "test")}, config=CONFIG)
 
 

@@ -104,7 +104,7 @@ def test_one_copied_cell_in_ten_shows_in_the_shares_and_not_in_the_median(cells)
 
 def test_splits_that_share_cells_are_refused(cells):
     train, _, fresh, profile = cells
-    with pytest.raises(InputError, match="the splits share cells"):
+    with pytest.raises(InputError, match="The splits share cells"):
         m.memorisation(train, profile(train.counts[:100]), fresh)
 
 

@@ -23,7 +23,7 @@ from scldm.evaluate.figures.scores import HEAT_ROWS, all_baselines_of, place
 from scldm.evaluate.metrics import METRICS
 from scldm.evaluate.protocols import PROTOCOLS
 from scldm.evaluate.report import SECTIONS, drawn_text, normalised_text, page, row_texts, tiles, write_report
-from scldm.evaluate.report_tables import parts_table, places_table, published_table, score_table
+from scldm.evaluate.report_tables import parts_table, published_table, score_table
 from tests.scldm.evaluate.made_up import GENES, TWO, evaluation
 
 STRANGE = [r"T $\foo$ cell", "a_b^c", "<b>&\"'", "% {{ x }}", "_hidden", "\U0001f9ec 肝", "עברית", "x" * 200, "x" * 199]
@@ -161,8 +161,7 @@ def test_heat_map_shows_all_or_says_how_many_are_elsewhere():
     rows = [t.get_text() for t in texts_of(many, "heat_map")]
     assert len({text for text in rows if text.startswith("type ")}) == HEAT_ROWS == 60
     assert "10 more labels with fewer cells stand in the table" in rows
-    assert places_table(many).n_rows == 70
-    assert "The other 10 are in the table below." in Reader(whole_page(many)).text
+    assert "The scores of the other 10 are in the table below." in Reader(whole_page(many)).text
 
 
 def test_library_sizes_pool_the_smallest_and_lose_no_cell():
@@ -246,7 +245,7 @@ def test_place_is_between_the_floor_and_the_best_baseline_that_is_told_from_it()
         "baselines": {"a": {"mean": 3.0}, "b": {"mean": 2.0}, "c": {"mean": 1.1}},
         "normalised": {"a": 0.25, "b": 0.5, "c": None},
     }
-    assert place(row) == (0.5, "b")
+    assert place(row) == 0.5  # of b
     assert place(row | {"normalised": dict.fromkeys("abc")}) is None
 
 

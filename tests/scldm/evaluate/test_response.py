@@ -229,7 +229,8 @@ def by_kind(found: Response) -> dict[str, Contrast]:
 def test_each_type_is_its_own_contrast_and_small_ones_are_named(of_types: Response) -> None:
     found = by_kind(of_types)
     assert set(found) == {"B", "T"}
-    assert found["B"].n_cells == {"test": (30, 40), "generated": (40, 40), "train": (40, 40)}
+    assert found["B"].n_cells["test"] == {"treated": 30, "control": 40}
+    assert found["B"].n_cells["generated"] == found["B"].n_cells["train"] == {"treated": 40, "control": 40}
     left = {c["group"]["kind"]: c["n_cells"] for c in of_types.left_out}
     assert set(left) == {"rare", "pure"}
     assert left["rare"]["test"] == {"treated": 9, "control": 40}
