@@ -120,7 +120,7 @@ class CellWriter:
         with ExitStack() as stack:
             with disk_explained(str(self.parts)):
                 self.parts.mkdir(parents=True, exist_ok=True)
-                busy = f"{self.parts}: another process is making these cells; wait for it, or end it"
+                busy = f"{self.parts}: another process is making these cells. Wait for it, or end it"
                 stack.enter_context(locked(self.parts / "lock", busy))
                 for left in left_aside(self.parts):
                     remove(left)

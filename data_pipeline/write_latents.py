@@ -88,7 +88,7 @@ class LatentWriter:
         with disk_explained(str(self.out)):
             for folder in (self.parts, self.out / "shards"):
                 folder.mkdir(parents=True, exist_ok=True)
-        busy = f"{self.out}: another process is writing these latents; wait for it, or end it"
+        busy = f"{self.out}: another process is writing these latents. Wait for it, or end it"
         with locked(self.parts / "lock", busy):
             for left in [*left_aside(self.parts), *left_aside(self.out / "shards")]:
                 remove(left)

@@ -107,7 +107,7 @@ class Worker:
         gene = self.plan.gene_ids(source)[error.column]
         return InputError(
             f"{spec.uri or spec.kind}: {spec.layer}: cell {cell}, gene {gene}: {error.value!r} is no count "
-            f"({error.fault}); counts are whole numbers of at least 0"
+            f"({error.fault}). Counts are whole numbers of at least 0"
         )
 
     # --- before the cells ---------------------------------------------------------------------------------------

@@ -76,11 +76,11 @@ def write_shards(config: ShardsWriteConfig) -> Manifest | None:
     with disk_explained(str(work)), ExitStack() as locks:
         work.mkdir(parents=True, exist_ok=True)
         index, n_tasks = config.share
-        busy = f"{config.out}: another process is writing this set; wait for it, or end it"
+        busy = f"{config.out}: another process is writing this set. Wait for it, or end it"
         as_task = bool(config.task) and not config.finish
         locks.enter_context(locked(work / "lock", busy, shared=as_task))
         if as_task:
-            busy = f"{config.out}: another process is doing task={config.task}; wait for it, or end it"
+            busy = f"{config.out}: another process is doing task={config.task}. Wait for it, or end it"
             locks.enter_context(locked(work / f"lock.{index}-of-{n_tasks}", busy))
         locks.callback(_remove_if_unused, work)
         if not (work / "plan").is_dir():
@@ -101,7 +101,7 @@ def write_shards(config: ShardsWriteConfig) -> Manifest | None:
         if not run_stage(config, "gather", len(layout.shards), len(layout.kept), "cells"):
             return None
         if config.task and not config.finish:
-            print(f"{config.out}: every task's share is done; the same command with --finish writes the manifest")
+            print(f"{config.out}: every task's share is done. The same command with --finish writes the manifest")
             return None
         manifest = finish_set(config, plan, layout, work)
         _remove_work(config)
@@ -231,8 +231,8 @@ def run_stage(config: ShardsWriteConfig, stage: str, n_units: int, total: int, u
         raise AssertionError(f"{stage}: units {rest[:5]} left no marker")
     if rest:
         print(
-            f"{stage}: this task's share is done, {len(rest)} of {n_units} units are other tasks': when those are "
-            "through, run the tasks again, or one command with --finish, to go on"
+            f"{stage}: this task's share is done. {len(rest)} of {n_units} units belong to other tasks. When those are "
+            "done, run the tasks again, or one command with --finish"
         )
     return not rest
 

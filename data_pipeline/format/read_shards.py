@@ -372,4 +372,4 @@ class _BlockCache:
                 os.pwrite(fd, data, int(self.start[block]))
         except OSError as error:  # a full disk costs speed, not the run
             self.full = True
-            print(f"{self.path}: {error.strerror}; nothing more is cached", file=sys.stderr)
+            print(f"{self.path}: {error.strerror}. Nothing more is cached", file=sys.stderr)

@@ -221,7 +221,7 @@ def to_change(config: VAERunConfig, gate: Mapping[str, Any]) -> list[str]:
         out.append(f"raise data.given.{key}: {n_given:,} of {n_genes:,} genes are given")
     if kl_weight and best.get("kl") is not None and best["kl"] < KL_NATS:
         out.append(f"lower model.kl_weight={kl_weight:g}: latents carry {best['kl']:.2f} nats a cell")
-    return out or ["these numbers do not say; try optim.lr first, then a larger model"]
+    return out or ["these numbers do not say. Try optim.lr first, then a larger model"]
 
 
 def metrics(gate: Mapping[str, Any]) -> dict[str, float]:

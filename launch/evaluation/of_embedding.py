@@ -87,7 +87,7 @@ def counts_of(path: str, layer: str, names: pd.Index, embedding: str) -> sp.csr_
             name = find_counts(file, layer)
         except InputError as error:
             text = str(error).replace("source.layer", "layer")
-            more = "" if embedding else "; the baseline, PCA, needs them: real=FILE gives them for the same cells"
+            more = "" if embedding else ". The baseline, PCA, needs them: real=FILE gives them for the same cells"
             raise InputError(text + more) from None
         counts: Any = read_elem(file[name])
         there = read_names(frame_of(file, "obs", path))

@@ -27,20 +27,20 @@ MEMORISATION: Mapping[str, Metric] = {
     "closer_to_training": Metric(
         "closer to training than to held-out cells",
         "share of generated cells whose nearest real cell is a training cell and not a held-out one, among equal "
-        "numbers of both; 0.5 is ideal, and 1 is a model that repeats training cells",
+        "numbers of both. 0.5 is ideal, and 1 is a model that repeats training cells",
         "half",
         False,
     ),
     "memorisation_ratio": Metric(
         "distance to training cells, ratio",
-        "median distance of a generated cell to its nearest training cell, divided by that of a held-out real cell; 1 "
+        "median distance of a generated cell to its nearest training cell, divided by that of a held-out real cell. 1 "
         "is ideal, and below 1 cells are repeated or vary too little",
         "one",
         False,
     ),
     "near_copies": Metric(
         "near copies",
-        "share of generated cells that lie nearer to a training cell than 99 % of held-out real cells do; 0.01 is "
+        "share of generated cells that lie nearer to a training cell than 99 % of held-out real cells do. 0.01 is "
         "expected of new cells",
         "lowest",
         False,

@@ -53,62 +53,62 @@ class Metric:
 METRICS: Mapping[str, Metric] = {
     "mmd2": Metric(
         "MMD²",
-        "squared maximum mean discrepancy, unbiased, Gaussian kernel as wide as the median distance of real cells; 0 "
+        "squared maximum mean discrepancy, unbiased, Gaussian kernel as wide as the median distance of real cells. 0 "
         "is equal",
         "lowest",
     ),
     "w2": Metric(
         "W2",
-        "2-Wasserstein distance: how far cells must move to turn one set into the other; best at the floor, and "
+        "2-Wasserstein distance: how far cells must move to turn one set into the other. Best at the floor, and "
         "below it cells vary too little",
         "lowest",
         of_size=True,
     ),
     "fd": Metric(
         "FD",
-        "Fréchet distance of the two sets' means and covariances (squared, as in FID); best at the floor, and below it "
+        "Fréchet distance of the two sets' means and covariances (squared, as in FID). Best at the floor, and below it "
         "cells vary too little",
         "lowest",
         of_size=True,
     ),
     "nn_accuracy": Metric(
         "1-NN accuracy",
-        "how often a cell's nearest neighbour is of its own kind (real or not); 0.5 is indistinguishable, 1 is told "
+        "how often a cell's nearest neighbour is of its own kind (real or not). 0.5 is indistinguishable, 1 is told "
         "apart",
         "half",
     ),
     "nn_accuracy_real": Metric(
-        "1-NN of real cells", "the same over real cells alone; above 0.5, real states are missing", "half", False
+        "1-NN of real cells", "the same over real cells alone. Above 0.5, real states are missing", "half", False
     ),
     "nn_accuracy_other": Metric(
         "1-NN of generated cells",
-        "the same over generated cells alone; above 0.5, they lie where real cells don't, or huddle together",
+        "the same over generated cells alone. Above 0.5, they lie where real cells don't, or huddle together",
         "half",
         False,
     ),
     "precision": Metric(
         "precision",
-        "share of generated cells that lie among real cells (within the distance of a real cell's 5th neighbour); low "
+        "share of generated cells that lie among real cells (within the distance of a real cell's 5th neighbour). Low "
         "means cells that do not exist",
         "highest",
         False,
     ),
     "recall": Metric(
         "recall",
-        "share of real cells that lie among generated cells, by the same rule; low means that real states are missing",
+        "share of real cells that lie among generated cells, by the same rule. Low means that real states are missing",
         "highest",
         False,
     ),
     "w1": Metric("W1", "1-Wasserstein distance: as W2, without squaring the distances", "lowest", False, True),
     "energy": Metric(
         "energy distance",
-        "mean distance between the sets minus the mean distances within them, unbiased; 0 is equal",
+        "mean distance between the sets minus the mean distances within them, unbiased. 0 is equal",
         "lowest",
         False,
     ),
     "mmd2_multiscale": Metric(
         "MMD², five widths",
-        "squared maximum mean discrepancy, biased, sum over kernel widths of 0.01 to 100 (CFGen's); depends on the "
+        "squared maximum mean discrepancy, biased, sum over kernel widths of 0.01 to 100 (CFGen's). Depends on the "
         "number of cells",
         "lowest",
         False,
@@ -116,20 +116,20 @@ METRICS: Mapping[str, Metric] = {
     ),
     "auc": Metric(
         "classifier AUC",
-        "how well a random forest tells the two sets apart by their counts; 0.5 is indistinguishable, 1 is told apart",
+        "how well a random forest tells the two sets apart by their counts. 0.5 is indistinguishable, 1 is told apart",
         "half",
         False,
     ),
     "correlation_r": Metric(
         "gene-gene correlation, r",
         "do the same pairs of genes vary together within a combination? Correlation of generated with real "
-        "correlations over the 200 most expressed genes; the floor is the most that can be reached",
+        "correlations over the 200 most expressed genes. The floor is the most that can be reached",
         "highest",
         False,
     ),
     "correlation_slope": Metric(
         "gene-gene correlation, slope",
-        "how strongly they vary together: slope of generated against real correlations; 0 is independent genes, and "
+        "how strongly they vary together: slope of generated against real correlations. 0 is independent genes, and "
         "sampling error alone brings real cells below 1 (see the floor)",
         "one",
         False,
@@ -141,19 +141,19 @@ METRICS: Mapping[str, Metric] = {
     ),
     "zeros_by_level": Metric(
         "zeros by level",
-        "difference of the share of zeros, mean over 10 groups of genes by their expression; 0.05 is 5 % of cells",
+        "difference of the share of zeros, mean over 10 groups of genes by their expression. 0.05 is 5 % of cells",
         "lowest",
         False,
     ),
     "variance_by_level": Metric(
         "variance by level",
-        "log2 ratio of the variances of log expression, its size averaged over the same groups; 1 is twofold",
+        "log2 ratio of the variances of log expression, its size averaged over the same groups. 1 is twofold",
         "lowest",
         False,
     ),
     "library_w1": Metric(
         "library size, W1",
-        "1-Wasserstein distance of the natural log of total counts; 0.1 is about 10 % off",
+        "1-Wasserstein distance of the natural log of total counts. 0.1 is about 10 % off",
         "lowest",
         False,
     ),

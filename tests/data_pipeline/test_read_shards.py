@@ -246,7 +246,7 @@ def test_a_full_disk_ends_writing_to_the_cache_not_reading_from_it(remote, tmp_p
     for block in (11, *range(10), 11):
         np.testing.assert_array_equal(shards.fetch(block), local.fetch(block))
     assert len(Flaky.reads) == n_reads + 2  # both of the block that found no room
-    assert capsys.readouterr().err.count("No space left on device; nothing more is cached") == 1
+    assert capsys.readouterr().err.count("No space left on device. Nothing more is cached") == 1
     local.close()
     shards.close()
 
