@@ -50,7 +50,7 @@ from data_pipeline.format.schema import (
 from data_pipeline.format.statistics import compute_statistics
 from data_pipeline.stores import file_system, store_explained
 from scldm.errors import InputError
-from scldm.files import disk_explained, locked, of_bytes, written_aside
+from scldm.files import disk_explained, left_aside, locked, of_bytes, written_aside
 from scldm.progress import Progress
 
 DISK_BYTES_PER_COUNT = 2.1  # of the runs, before they have become tars
@@ -126,9 +126,10 @@ def work_folder(config: ShardsWriteConfig) -> Path:
 
 def _strangers(work: Path) -> list[str]:
     """What lies in a work folder and was not written by write_shards."""
-    names = sorted(p.name for p in work.iterdir()) if work.is_dir() else []
-    known = [re.sub(r"^\.(.+)\.[0-9a-f]{12}$", r"\1", name) for name in names]
-    return [name for name, plain in zip(names, known) if plain not in WORK_FILES and not LOCK.fullmatch(plain)]
+    if not work.is_dir():
+        return []
+    ours = WORK_FILES | {path.name for path in left_aside(work)}
+    return sorted(p.name for p in work.iterdir() if p.name not in ours and not LOCK.fullmatch(p.name))
 
 
 def _remove_if_unused(work: Path) -> None:

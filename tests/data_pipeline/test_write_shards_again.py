@@ -112,6 +112,12 @@ def files_of(folder: Path) -> set[str]:
     return {os.path.relpath(os.path.join(at, name), folder) for at, _, names in os.walk(folder) for name in names}
 
 
+def test_a_plan_that_a_kill_left_half_made_does_not_stand_in_the_way(tmp_path, source):
+    (tmp_path / "set/.work/.plan.0123456789ab.partial").mkdir(parents=True)
+    write(config(tmp_path / "set", source[1]))
+    assert not (tmp_path / "set/.work").exists()
+
+
 def test_finished_work_is_not_repeated(tmp_path, source, monkeypatch):
     """The last step fails once; the second run does that step alone."""
     _, path = source
