@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
 
 import numpy as np
 from numba import njit
@@ -65,7 +64,7 @@ class Units:
         return cls(block, np.concatenate([[0], np.cumsum(n_cells, dtype=np.int64)]))
 
     def units(self, epoch: int) -> Units:
-        """As a Population: each cell once an epoch."""
+        """Those of an epoch: each cell once."""
         return self
 
     def most_units(self, n_cells: int) -> int:
@@ -93,19 +92,6 @@ class Units:
         """The same cells, each a unit of its own."""
         block = np.repeat(self.block, np.diff(self.start))
         return Units(block, np.arange(self.n_cells + 1, dtype=np.int64), self.cell_rows())
-
-
-class Population(Protocol):
-    """What an epoch is drawn from, Units or a Balance: as many cells each time, but not always the same ones."""
-
-    @property
-    def n_cells(self) -> int: ...
-
-    def units(self, epoch: int) -> Units: ...
-
-    def most_units(self, n_cells: int) -> int:
-        """Most units of an epoch that n cells can hold whole."""
-        ...
 
 
 @njit(cache=True)
@@ -300,17 +286,14 @@ class RestOfEpoch:
 
 @dataclass(frozen=True)
 class Order:
-    """The order of a run: global batch `step`, counted from the start of the run, of an endless row of epochs.
+    """The order of a run: an endless row of epochs.
 
-    population: the cells
-    seed: of the run's data
-    lanes: slices of a global batch; belongs to the order, not to the world size
-    global_batch: cells per optimizer step
+    population: what an epoch is drawn from, as many cells each time
     window: blocks shuffled together in a lane
     regrouped: where the global batch was another one before
     """
 
-    population: Population
+    population: Units | Balance
     seed: int
     lanes: int
     global_batch: int
