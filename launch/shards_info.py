@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from data_pipeline.format.describe import describe_text
 from data_pipeline.format.schema import read_manifest
 from launch.cli import run_verb
+from scldm.files import disk_explained, written_aside
 
-PURPOSE = "Print what a shard set holds: splits, conditions, sources, sizes."
-EXAMPLE = "scldm shards info path=shards"
+PURPOSE = "Print what a shard set holds: splits, conditions, sources, sizes; or draw it as a page with figures."
+EXAMPLE = """scldm shards info path=shards
+scldm shards info path=shards html=shards.html"""
 
 
 @dataclass(frozen=True)
@@ -18,16 +21,25 @@ class ShardsInfoConfig:
     """Describe a shard set.
 
     path: its folder or fsspec URL
+    html: write a self-contained page with figures to this file
     """
 
     path: str
+    html: str = ""
 
 
 CONFIG = ShardsInfoConfig
 
 
 def main(config: ShardsInfoConfig) -> None:
-    print(describe_text(config.path, read_manifest(config.path)))
+    manifest = read_manifest(config.path)
+    print(describe_text(config.path, manifest))
+    if config.html:
+        from data_pipeline.format.page import describe_html  # the text alone needs no jinja2
+
+        with disk_explained(config.html), written_aside(Path(config.html)) as file:
+            file.write(describe_html(config.path, manifest).encode())
+        print(f"{config.html}: the same with figures")
 
 
 if __name__ == "__main__":

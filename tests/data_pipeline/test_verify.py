@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import anndata
@@ -17,11 +18,13 @@ import pytest
 from data_pipeline.convert.verify import verify_shards
 from data_pipeline.convert.write_shards import write_shards
 from data_pipeline.format.describe import describe_text
+from data_pipeline.format.page import describe_html
 from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.format.schema import read_manifest
 from data_pipeline.format.statistics import compute_statistics
 from launch.cli import main
 from scldm.errors import InputError
+from scldm.vocab import ConditionVocab
 from tests.data_pipeline.atlases import atlas, config, counts
 
 
@@ -292,13 +295,40 @@ def test_what_is_no_set(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_info(sound, capsys):
-    """The numbers of the text are the set's."""
-    assert main(["shards", "info", f"path={sound}"]) == 0
+def test_info(sound, tmp_path, capsys):
+    """The numbers of the text are the set's; the page is whole and needs nothing from elsewhere."""
+    assert main(["shards", "info", f"path={sound}", f"html={tmp_path / 'info.html'}"]) == 0
     text = capsys.readouterr().out
     assert "500 cells x 300 genes" in text
     adata = anndata.read_h5ad(sound.parent / "atlas.h5ad")
     n = (adata.obs["cell_type"] == "NK").sum()
     line = next(line for line in text.splitlines() if line.split()[:1] == ["NK"])
     assert sum(map(int, line.split()[1:])) == n
-    assert describe_text(str(sound), read_manifest(str(sound))) in text
+    assert main(["shards", "info", f"path={sound}", f"html={tmp_path / 'nowhere/info.html'}"]) == 2
+    page = (tmp_path / "info.html").read_text()
+    assert page.count("<svg") == page.count("</svg>") == 5
+    assert not re.search(r"(src|href)=", page)
+    manifest = read_manifest(str(sound))
+    assert describe_text(str(sound), manifest) in text
+    assert describe_html(str(sound), manifest) == page
+
+
+def test_hostile_names_are_text_on_the_page(sound):
+    """Of labels, of conditions and of the set itself."""
+    hostile = "</text><script>alert(1)</script> $x$ & \"'"
+    manifest = read_manifest(str(sound))
+    name, *others = manifest.conditions.names
+    labels = {of: manifest.conditions.labels[of] for of in others}
+    first, *rest = manifest.conditions.labels[name]
+    combinations = manifest.statistics.combinations
+    by = tuple(hostile if of == name else of for of in combinations.by)
+    strange = replace(
+        manifest,
+        conditions=ConditionVocab({hostile: (f"<i>{first}", *rest), **labels}),
+        statistics=replace(manifest.statistics, combinations=replace(combinations, by=by)),
+    )
+    page = describe_html(str(sound), strange)
+    assert "<script" not in page
+    assert "<i>" not in page
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt; $x$ &amp; &#34;&#39;") == 2  # in the text and in a figure
+    assert f"&lt;i&gt;{first}" in page
