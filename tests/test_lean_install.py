@@ -79,7 +79,8 @@ import importlib, pkgutil
 for name in {names}:
     module = importlib.import_module(name)
     for inner in pkgutil.iter_modules(getattr(module, "__path__", []), name + "."):
-        importlib.import_module(inner.name)
+        if not inner.name.endswith(".cell_eval"):  # an extra of its own
+            importlib.import_module(inner.name)
 """
 
 

@@ -1,9 +1,9 @@
-"""cell-eval's numbers, and ours of the same name beside them."""
+"""cell-eval's numbers through its wrapper, and ours of the same name beside them."""
 
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
+import sys
 
 import anndata as ad
 import numpy as np
@@ -12,10 +12,15 @@ import pytest
 import scipy.sparse as sp
 from scipy.stats import false_discovery_control, norm
 
+from scldm.errors import InputError
+from scldm.evaluate.cell_eval import cell_eval_scores
 from scldm.evaluate.changes import Blocks, Pair
 from scldm.evaluate.response import agreement
-from scldm.evaluate.space import log_normalise
 
+needs_cell_eval = pytest.mark.skipif(
+    importlib.util.find_spec("cell_eval") is None,
+    reason="needs the package cell-eval: pip install -c constraints.txt cell-eval",
+)
 GENES = 150
 
 
@@ -43,25 +48,14 @@ def pair(cells: ad.AnnData, drug: str) -> Pair:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("cell_eval") is None,
-    reason="needs the package cell-eval: pip install -c constraints.txt cell-eval",
-)
+@needs_cell_eval
 @pytest.mark.filterwarnings("default")  # that of a package is not ours to mend
-def test_equal_quantities_have_equal_numbers(sides: list[ad.AnnData], tmp_path: Path) -> None:
-    from cell_eval import DESortBy, MetricsEvaluator  # pyright: ignore[reportMissingImports]
+def test_equal_quantities_have_equal_numbers(sides: list[ad.AnnData]) -> None:
+    from cell_eval import DESortBy  # pyright: ignore[reportMissingImports]
 
-    # given counts, it would scale each side to its own median total
-    log = [ad.AnnData(log_normalise(sp.csr_matrix(of.X)).astype(np.float32), of.obs, of.var) for of in sides]
-    evaluator = MetricsEvaluator(
-        adata_pred=log[1], adata_real=log[0], control_pert="control", pert_col="drug", num_threads=1,
-        outdir=str(tmp_path), pdex_kwargs={"is_log1p": True},
-    )  # fmt: skip
     # theirs are the genes of an FDR below 5 % by fold change; the same list as ours by p of all genes
     ours = {"fdr_threshold": 1.1, "sort_by": DESortBy.PVALUE}
-    of_many = ["clustering_agreement", "pearson_edistance"]  # they compare perturbations with each other
-    results, _ = evaluator.compute(metric_configs={"overlap_at_50": ours}, skip_metrics=of_many, write_csv=False)
-    theirs = {row.pop("perturbation"): row for row in results.to_dicts()}
+    theirs = cell_eval_scores(*sides, "drug", "control", configs={"overlap_at_50": ours})
     assert set(theirs) == {"a", "b"}
     for drug, found in theirs.items():
         real, generated = (pair(side, drug) for side in sides)
@@ -75,3 +69,23 @@ def test_equal_quantities_have_equal_numbers(sides: list[ad.AnnData], tmp_path: 
         assert found["de_nsig_counts_pred"] == significant[1].sum()
         same = np.sign(real.log1p_change) == np.sign(generated.log1p_change)
         assert found["de_direction_match"] == pytest.approx(same[significant[0]].mean())
+
+
+@needs_cell_eval
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda real, made: (real, made[:, ::-1].copy()), "same genes in the same order"),
+        (lambda real, made: (real, made[made.obs["drug"] != "b"].copy()), "on one only: b"),
+        (lambda real, made: (real[real.obs["drug"] != "control"].copy(), made), "no label of the real cells: a, b"),
+    ],
+)
+def test_what_does_not_fit_is_named(sides: list[ad.AnnData], change, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        cell_eval_scores(*change(*sides), "drug", "control")
+
+
+def test_without_the_package_the_line_to_type_is_named(sides, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cell_eval", None)
+    with pytest.raises(InputError, match="pip install -c constraints.txt cell-eval"):
+        cell_eval_scores(*sides, "drug", "control")
