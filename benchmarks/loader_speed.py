@@ -22,8 +22,9 @@ import numpy as np
 from benchmarks import loader_controls as controls
 from benchmarks.loader_cells import BenchLoaderConfig, batches_of, loader_of
 from benchmarks.report import Report, Row, median
+from data_pipeline.convert.narrow import GeneSums, Rows, narrow_rows
 from data_pipeline.format import schema
-from data_pipeline.format.block import decode_block, encode_block, narrow
+from data_pipeline.format.block import decode_block, encode_block
 from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.stream.gather import CellSlots
 from data_pipeline.stream.gene_sets import GeneSetConfig, GeneSets, Policy
@@ -167,8 +168,11 @@ def _wide_slots(config: BenchLoaderConfig) -> CellSlots:
     for slot in range(slots.n_slots):
         found = decode_block(cells.fetch(slot).data)
         spread = found.columns.astype(np.int64) * (60_000 // cells.manifest.genes.n_genes)
+        rows = Rows(np.arange(len(found.indptr) - 1), found.indptr.astype(np.int64), spread, found.counts)
+        every = np.arange(60_000, dtype=np.int32)
+        kept = narrow_rows(rows, every, 60_000, GeneSums(60_000), np.ones(len(rows.indptr) - 1, bool))
         data = encode_block(
-            narrow(found.indptr, spread, found.counts, 60_000), split=0, n_genes=60_000,
+            kept.cells, split=0, n_genes=60_000,
             vocab_tag=schema.vocab_tag(genes), sources=found.sources, rows=found.rows, conditions=found.conditions,
             codec="none",
         )  # fmt: skip
