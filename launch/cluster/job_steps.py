@@ -398,7 +398,8 @@ class JobSteps:
         """Where it is Slurm that ends this start, say so: what it takes away from a job looks like a failure of it."""
         told = self.ask()
         self.end_with(told, why)
-        if told.get("PreemptTime", "None") != "None":  # within the time of grace
+        preempted = told.get("PreemptTime", "")
+        if preempted[:1].isdigit() and preempted >= told.get("StartTime", ""):  # within the time of grace of this start
             self.go_back("stop", f"preemption ({why})", self.progress())
 
     def go_back(self, event: str, why: str, now: str) -> NoReturn:

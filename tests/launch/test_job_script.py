@@ -157,6 +157,12 @@ def test_preemptions_between_failures_neither_count_nor_help(fake: Path, tmp_pat
     assert life.start(3, 137, step=6) == "REQUEUED"  # had it been started again by hand
 
 
+def test_the_preemption_of_an_earlier_start_excuses_nothing(fake: Path, tmp_path: Path) -> None:
+    life = Life(fake, tmp_path)
+    at(fake, 1, f"{PREEMPTED} StartTime=2026-01-01T00:01:00")
+    assert life.start(1, 1, step=5) == "FAILED"
+
+
 def test_signals_that_slurm_knows_nothing_of_end_no_job(fake: Path, tmp_path: Path) -> None:
     """As `scancel --signal=USR1`."""
     life = Life(fake, tmp_path, "--max-failures", "1")
