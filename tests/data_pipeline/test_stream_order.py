@@ -218,3 +218,21 @@ def test_a_state_without_a_place_in_the_stream_is_refused(folder, key, value):
     )
     with open_loader(folder) as loader, pytest.raises(InputError, match=said):
         loader.load_state({**loader.state(), key: value})
+
+
+def test_a_rank_has_room_for_the_blocks_of_all_lanes_while_an_epoch_of_another_batch_ends(folder):
+    size = {"world": 8, "micro": 4, "window_blocks": 1, "read_ahead": 0}
+    with open_loader(folder, global_batch=96) as loader:
+        next(loader)
+        state = loader.state() | {"window_blocks": 1}
+    with open_loader(folder, global_batch=32, **size) as loader:
+        usual = loader.feed.n_slots
+        loader.load_state(state)
+        assert loader.feed.n_slots > usual
+        begun, until = loader.step, loader.order.regular_from
+        for _ in range(until - begun):
+            next(loader)
+        state = loader.state()
+    with open_loader(folder, global_batch=32, **size) as loader:
+        loader.load_state(state)
+        assert loader.feed.n_slots == usual
