@@ -118,7 +118,8 @@ def judge_run(config: VAERunConfig, tracker: Tracker, device: torch.device) -> N
     if "error" in gate:
         print(f"\nscldm: WARNING: the autoencoder was {gate['line']}\n", file=sys.stderr, flush=True)
         return
-    tracker.log(gate["step"], metrics(gate), split="gate", cells_seen=gate["step"] * config.train.global_batch)
+    seen = {row["step"]: row["cells_seen"] for row in read_metrics(run, "validation")}
+    tracker.log(gate["step"], metrics(gate), split="gate", cells_seen=seen[gate["step"]])
     show(gate)
 
 

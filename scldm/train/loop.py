@@ -109,7 +109,7 @@ def train(
     ema, meter = EMA(engine, config.ema_decay), meter or Meter(world)
     state = RunState(config.steps, config.patience)
     if (found := checkpoint.resume(run_dir / "checkpoints", engine, ema, world)) is not None:
-        state = RunState.of_json(found, config.steps, config.patience, config.global_batch)
+        state = RunState.of_json(found, config.steps, config.patience)
         loader.load_state(found["loader"])
         meter.load_state(found["meter"])
         if world.gather(checkpoint.pointed(run_dir / "checkpoints" / "best") is None)[0]:

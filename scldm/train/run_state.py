@@ -34,11 +34,9 @@ class RunState:
     validation: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of_json(cls, found: dict[str, Any], steps: int, patience: int, global_batch: int) -> RunState:
+    def of_json(cls, found: dict[str, Any], steps: int, patience: int) -> RunState:
         """As a checkpoint has it, with the steps and the patience of this start. Another number of steps, or more
         patience, resumes where it ran out."""
-        before = found.get("loader", {}).get("global_batch", global_batch)
-        found = {"cells_seen": found["step"] * before, **found}  # an earlier scldm did not count them
         state = cls(**{f.name: found[f.name] for f in fields(cls)})
         state.best = math.inf if state.best is None else state.best
         state.validation = {key: math.nan if value is None else value for key, value in state.validation.items()}

@@ -21,12 +21,12 @@ def test_a_state_comes_back_from_json() -> None:
         best=2.5,
         validation={"a": 1.0},
     )
-    assert RunState.of_json(json.loads(json.dumps(state.to_json(), allow_nan=False)), 100, 3, 16) == state
+    assert RunState.of_json(json.loads(json.dumps(state.to_json(), allow_nan=False)), 100, 3) == state
 
 
 def test_what_is_not_finite_comes_back() -> None:
     state = RunState(100, 0, validation={"nll": math.nan, "kl": 1.0})
-    found = RunState.of_json(json.loads(json.dumps(state.to_json(), allow_nan=False)), 100, 0, 16)
+    found = RunState.of_json(json.loads(json.dumps(state.to_json(), allow_nan=False)), 100, 0)
     assert found.best == math.inf
     assert math.isnan(found.validation["nll"])
     assert found.validation["kl"] == 1.0
@@ -43,13 +43,6 @@ def test_no_checkpoint_is_the_best_while_steps_are_skipped() -> None:
 
 def test_another_number_of_steps_takes_an_early_end_back() -> None:
     found = RunState(100, 3, early_end=60, step=60, stale=4, best=2.5).to_json()
-    assert RunState.of_json(found, 100, 3, 16).is_over
-    longer = RunState.of_json(found, 200, 3, 16)
+    assert RunState.of_json(found, 100, 3).is_over
+    longer = RunState.of_json(found, 200, 3)
     assert (longer.is_over, longer.end, longer.stale, longer.best) == (False, 200, 0, 2.5)
-
-
-def test_cells_are_counted_where_an_earlier_checkpoint_did_not() -> None:
-    found = RunState(100, 0, step=50).to_json()
-    del found["cells_seen"]
-    assert RunState.of_json(found, 100, 0, 16).cells_seen == 800
-    assert RunState.of_json({**found, "loader": {"global_batch": 8}}, 100, 0, 16).cells_seen == 400
