@@ -85,7 +85,7 @@ def gene_correlation(
     top = np.argsort(-np.bincount(reference_log.indices, reference_log.data, shape_of(reference_log)[1]), kind="stable")
     top = np.sort(top[:n_genes])
     pairs = np.triu_indices(len(top), 1)
-    x, y = (_correlations(log[:, top].toarray())[pairs] for log in (reference_log, other_log))
+    x, y = (correlations(log[:, top].toarray())[pairs] for log in (reference_log, other_log))
     spread = float(((x - x.mean()) ** 2).sum())
     slope = float((x - x.mean()) @ (y - y.mean())) / spread if spread > 0 else 0.0
     return pearson(x, y), slope
@@ -107,7 +107,7 @@ def correlation_within(reference: Profile, other: Profile, n_genes: int = N_CORR
     return r, slope
 
 
-def _correlations(x: np.ndarray) -> np.ndarray:
+def correlations(x: np.ndarray) -> np.ndarray:
     """Pearson correlations of the columns, (genes, genes); 0 for a gene that is constant."""
     x -= x.mean(0)
     norm = np.linalg.norm(x, axis=0)
