@@ -118,8 +118,8 @@ def judge_run(config: VAERunConfig, tracker: Tracker, device: torch.device) -> N
     if "error" in gate:
         print(f"\nscldm: WARNING: the autoencoder was {gate['line']}\n", file=sys.stderr, flush=True)
         return
-    seen = {row["step"]: row["cells_seen"] for row in read_metrics(run, "validation")}
-    tracker.log(gate["step"], metrics(gate), split="gate", cells_seen=seen[gate["step"]])
+    seen = [row["cells_seen"] for row in read_metrics(run) if row["step"] <= gate["step"]]
+    tracker.log(gate["step"], metrics(gate), split="gate", cells_seen=max(seen, default=0))
     show(gate)
 
 
