@@ -86,7 +86,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # package -> the only places that know it; a benchmark's control uses its rival as that one's users do
 ONLY_IN = {
     "deepspeed": ("scldm.parallel",),
-    "mlflow": ("scldm.train.tracking",),
+    "mlflow": ("scldm.train.mlflow_run",),
     "omegaconf": ("launch.config",),
     "tiledbsoma": ("data_pipeline", "benchmarks"),
     "cellxgene_census": ("data_pipeline", "benchmarks"),
