@@ -38,7 +38,7 @@ LEAVES = EVERYWHERE | {
 }
 FOR_DATA = {"scldm.batch", "scldm.cells_file", "scldm.label_text", "scldm.micro_batches", "scldm.vocab"}
 BESIDE_VERBS = {"launch.cli", "launch.config", "launch.failure", "launch.own_cells", "launch.staged"}
-BESIDE_VERBS |= {"launch.checkpoints", "launch.keys", "launch.trained", "launch.training", "launch.verbs"}
+BESIDE_VERBS |= {"launch.checkpoints", "launch.followed", "launch.keys", "launch.trained", "launch.training", "launch.verbs"}
 LAUNCH = BESIDE_VERBS | {"launch.cluster", "launch.evaluation", "launch.planning"}
 ANYTHING = {"data_pipeline", "scldm"}  # every room of these
 # a verb is wiring: this one alone needs the keys of other verbs

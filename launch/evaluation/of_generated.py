@@ -16,6 +16,7 @@ from rich.console import Console
 
 from launch.evaluation.cells import cells_of_h5ad, cells_of_shards, conditions_of_shards, generated_cells, obs_columns
 from launch.evaluation.terminal import console, started
+from launch.followed import dataset_of
 from scldm.environment import describe
 from scldm.errors import InputError
 from scldm.evaluate.baselines import rows_per_type
@@ -67,9 +68,13 @@ def evaluate_generated(config: EvaluateVerbConfig) -> dict:
         file.write(json.dumps(evaluation, allow_nan=False).encode())
     written = write_report(evaluation, out)
     # a folder of its own: `out` may be that of another tracked run
-    tags = {"git": evaluation["made_with"]["commit"]}
-    with Tracker(out / "evaluation", config.tracking, stage="evaluate", params=asdict(config), tags=tags) as tracker:
+    datasets = [dataset_of(config.shards, "evaluation")] if config.shards else []
+    with Tracker(
+        out / "evaluation", config.tracking, stage="evaluate", params=asdict(config), datasets=datasets
+    ) as tracker:
         tracker.log(0, flat_scores(evaluation), split="test")
+        headline = next(evaluation[section] for section in score_sections(evaluation))
+        tracker.log_on_parent({name: row["score"] for name, row in headline.items()}, "test")
         for path in [*written, out / "evaluation.json"]:
             tracker.log_artifact(path, "figures" if path.suffix == ".png" else "")
     show(evaluation, written[0])

@@ -92,6 +92,10 @@ def read_note(folder: Path) -> dict[str, Any] | None:
     return read_json(folder / NOTE) if (folder / NOTE).is_file() else None
 
 
+def parent_of(folder: Path, note: Mapping[str, Any]) -> Path | None:
+    return Path(os.path.normpath(folder.resolve() / note["parent"])) if note["parent"] else None
+
+
 def note_end(folder: Path, note: dict[str, Any], status: Status) -> None:
     note |= {"status": status, "ended": None if status == "RUNNING" else time.time()}
     write_json(folder / NOTE, note)
@@ -192,9 +196,9 @@ class Sender:
     def _parent_id(self, note: Mapping[str, Any]) -> str:
         """The id of the parent's run, which is created if need be: no child waits for it. Empty where there is none,
         or where the parent is in another store."""
-        if not note["parent"]:
+        folder = parent_of(self.folder, note)
+        if folder is None:
             return ""
-        folder = Path(os.path.normpath(self.folder / note["parent"]))
         of = read_note(folder)
         if of is None or of["uri"] != self.place:
             where = of["uri"] if of else f"no store: {folder} has no {NOTE}"

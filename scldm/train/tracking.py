@@ -43,6 +43,7 @@ from scldm.train.mlflow_run import (
     followed_alone,
     new_note,
     note_end,
+    parent_of,
     read_note,
     row_of,
     say,
@@ -127,34 +128,11 @@ class Tracker:
         if not cfg.enabled:
             return
         with self._reported("opening", NOTE):
-            self._begin_note(cfg, _texts(params or {}), {**about_start(), **_texts(tags or {})}, datasets)
+            self.note = begin_note(self.run_dir, cfg, stage, params or {}, tags, datasets)
+            self.parent = parent_of(self.run_dir, self.note)
+            self._note_parent("RUNNING")
             self._forwarder = _Forwarder(self.run_dir, cfg, self.note["uri"])
             self._forwarder.start()
-
-    def _begin_note(self, cfg: TrackingConfig, params: dict, tags: dict, datasets: Sequence[Mapping[str, Any]]) -> None:
-        """What is known when the run starts, over what an earlier start has noted."""
-        parent = cfg.parent or ("" if cfg.parent_run_id else os.environ.get(PARENT, ""))
-        self.parent = Path(parent).resolve() if parent else None
-        above = (read_note(self.parent) if self.parent else None) or {}
-        environment = without_passwords(os.environ.get("MLFLOW_TRACKING_URI", ""))
-        own = database_uri((self.run_dir / "mlflow.db").resolve())
-        place = without_passwords(cfg.uri) or above.get("uri") or environment or own
-        experiment = cfg.experiment or above.get("experiment") or "scldm"
-        note = read_note(self.run_dir) or new_note(place, experiment, cfg.run_name or self.stage or self.run_dir.name)
-        first = note["params"]
-        note |= {
-            "uri": place,
-            "parent": os.path.relpath(self.parent, self.run_dir.resolve()) if self.parent else "",
-            "params": {**params, **first},
-            "resumed": note["resumed"] | {k: v for k, v in params.items() if first.get(k, v) != v},
-            "tags": note["tags"] | tags,
-            "datasets": list(datasets) or note["datasets"],
-        }
-        if cfg.parent_run_id:
-            note["tags"]["mlflow.parentRunId"] = cfg.parent_run_id
-        self.note = note
-        note_end(self.run_dir, note, "RUNNING")
-        self._note_parent("RUNNING")
 
     def log(self, step: int, metrics: Mapping[str, Any], *, split: str = "train", cells_seen: int = 0) -> None:
         """One row: numbers (or tensors of one) by name. What is not finite is written as null."""
@@ -293,6 +271,45 @@ class _Forwarder(threading.Thread):
                         _append(file, self.step, {}, machine.sample(), "system")
             soonest = min(next_pass, next_sample) if self.cfg.system_s else next_pass
             self.closing.wait(max(0.0, soonest - time.monotonic()))
+
+
+def begin_note(
+    run_dir: Path,
+    cfg: TrackingConfig,
+    stage: str,
+    params: Mapping[str, Any],
+    tags: Mapping[str, Any] | None = None,
+    datasets: Sequence[Mapping[str, Any]] = (),
+    closed_by: str = "",
+) -> dict[str, Any]:
+    """Write what is known when a run starts, over what an earlier start has noted; returns the note.
+
+    closed_by: of a pipeline, which no process follows: the stage that is its last
+    """
+    given = cfg.parent or ("" if cfg.parent_run_id else os.environ.get(PARENT, ""))
+    parent = Path(given).resolve() if given else None
+    parent = None if parent == run_dir.resolve() else parent
+    above = (read_note(parent) if parent else None) or {}
+    environment = without_passwords(os.environ.get("MLFLOW_TRACKING_URI", ""))
+    own = database_uri((run_dir / "mlflow.db").resolve())
+    place = without_passwords(cfg.uri) or above.get("uri") or environment or own
+    experiment = cfg.experiment or above.get("experiment") or "scldm"
+    note = read_note(run_dir) or new_note(place, experiment, cfg.run_name or stage or run_dir.name)
+    first, now = note["params"], _texts(params)
+    note |= {
+        "uri": place,
+        "parent": os.path.relpath(parent, run_dir.resolve()) if parent else "",
+        "params": {**now, **first},
+        "resumed": note["resumed"] | {k: v for k, v in now.items() if first.get(k, v) != v},
+        "tags": note["tags"] | about_start() | _texts(tags or {}),
+        "datasets": list(datasets) or note["datasets"],
+        "closed_by": closed_by,
+    }
+    if cfg.parent_run_id:
+        note["tags"]["mlflow.parentRunId"] = cfg.parent_run_id
+    run_dir.mkdir(parents=True, exist_ok=True)
+    note_end(run_dir, note, "RUNNING")
+    return note
 
 
 def about_start() -> dict[str, str]:

@@ -185,8 +185,8 @@ def test_a_users_own_file_goes_the_same_way(tmp_path: Path, monkeypatch: pytest.
 
     real_run = quickstart.run
 
-    def few_steps(stage: str, command: list[str]) -> None:
-        real_run(stage, command + ["train.steps=20"] * (stage in ("vae", "ldm")))
+    def few_steps(stage: str, command: list[str], own: dict[str, str]) -> None:
+        real_run(stage, command + ["train.steps=20"] * (stage in ("vae", "ldm")), own)
 
     monkeypatch.setattr(quickstart, "run", few_steps)
     path = write_cells(tmp_path / "cells.h5ad", in_a_layer, n=700)

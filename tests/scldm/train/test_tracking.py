@@ -22,7 +22,7 @@ import pytest
 from scldm.errors import InputError
 from scldm.train import mlflow_run, tracking
 from scldm.train.mlflow_run import database_of, database_uri, followed_alone, unsent
-from scldm.train.tracking import Tracker, TrackingConfig, read_metrics, replay
+from scldm.train.tracking import PARENT, Tracker, TrackingConfig, begin_note, read_metrics, replay
 
 OFF = TrackingConfig(enabled=False)
 
@@ -228,6 +228,36 @@ def test_sqlite_runs_are_nested_and_a_resume_goes_on_in_the_same_run(tmp_path: P
     second_id = run_id_of(tmp_path / "vae")
     assert second_id not in ("", first_id)
     assert len(client.get_metric_history(second_id, "train/loss")) == 3
+
+
+def test_a_pipeline_that_no_process_follows_is_what_its_stages_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv(PARENT, str(tmp_path))
+    begin_note(tmp_path, TrackingConfig(experiment="mine"), "pipeline", {"vae": "words"}, closed_by="evaluate")
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+
+    def status() -> str:
+        return client.get_run(run_id_of(tmp_path)).info.status
+
+    Tracker(tmp_path / "vae", TrackingConfig(), stage="train vae").close("FAILED")
+    wait_until(lambda: has_all(tmp_path) and status() == "FAILED")
+    with Tracker(tmp_path / "vae", TrackingConfig(), stage="train vae"):  # it goes on
+        wait_until(lambda: status() == "RUNNING")
+    assert status() == "RUNNING", "the other stages are to come"
+    with Tracker(tmp_path / "evaluation", TrackingConfig(), stage="evaluate") as tracker:
+        tracker.log_on_parent({"w2": 0.5}, "test")
+    run = client.get_run(run_id_of(tmp_path))
+    assert (run.info.status, run.info.run_name, run.data.params) == ("FINISHED", "pipeline", {"vae": "words"})
+    assert run.data.metrics["test/w2"] == 0.5
+    assert "mlflow.parentRunId" not in run.data.tags
+    for child in ("vae", "evaluation"):
+        of = client.get_run(run_id_of(tmp_path / child))
+        assert of.data.tags["mlflow.parentRunId"] == run.info.run_id
+        assert of.info.experiment_id == run.info.experiment_id
+    assert "has all" in replay(tmp_path)
 
 
 CUT = """
