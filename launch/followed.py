@@ -21,11 +21,12 @@ def followed(verb: str, config: Any) -> Iterator[None]:
     if not parent or rank != "0" or hasattr(config, "tracking") or not getattr(config, "out", ""):
         yield
         return
-    from scldm.train.tracking import Tracker, TrackingConfig
+    from scldm.train.tracking import STAGES, Tracker, TrackingConfig
 
     datasets = [dataset_of(source, "input") for source in [getattr(config, "shards", "")] if source]
-    folder = Path(parent) / "tracking" / verb.replace(" ", "-")
-    with Tracker(folder, TrackingConfig(), stage=verb, params=asdict(config), datasets=datasets) as tracker:
+    folder = Path(parent) / STAGES / verb.replace(" ", "-")
+    of = {"stage": verb, "params": asdict(config), "datasets": datasets}
+    with Tracker(folder, TrackingConfig(), by_parent=True, **of) as tracker:
         tracker.tag(out=config.out)
         yield
         if (Path(config.out) / "manifest.json").is_file():

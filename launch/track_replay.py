@@ -11,7 +11,7 @@ from pathlib import Path
 from launch.cli import run_verb
 from launch.config import compose
 from scldm.errors import InputError
-from scldm.train.mlflow_run import cause_of, followed_alone, read_note
+from scldm.train.mlflow_run import cause_of, is_followed, read_note
 from scldm.train.tracking import followed_in, replay
 
 PURPOSE = """Send to MLflow what it lacks of runs: rows, artifacts, the final state. A server that was away gets all.
@@ -68,14 +68,6 @@ def runs_in(folder: Path) -> list[Path]:
     if not (found := followed_in(folder)):
         raise InputError(f"{folder}: no run there is followed in MLflow: there is no tracked.json in it or below")
     return found
-
-
-def is_followed(run: Path) -> bool:
-    try:
-        with followed_alone(run):
-            return False
-    except InputError:
-        return True
 
 
 if __name__ == "__main__":

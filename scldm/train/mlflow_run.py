@@ -120,6 +120,15 @@ def followed_alone(folder: Path) -> Iterator[None]:
         yield
 
 
+def is_followed(folder: Path) -> bool:
+    """Whether a process follows the run in this folder."""
+    try:
+        with followed_alone(folder):
+            return False
+    except InputError:
+        return True
+
+
 # --- sending -------------------------------------------------------------------------------------------------------
 
 

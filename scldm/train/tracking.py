@@ -41,6 +41,7 @@ from scldm.train.mlflow_run import (
     database_of,
     database_uri,
     followed_alone,
+    is_followed,
     new_note,
     note_end,
     parent_of,
@@ -51,6 +52,7 @@ from scldm.train.mlflow_run import (
 )
 
 PARENT = "SCLDM_PARENT"  # variable: the folder of the run that all runs started here are nested in
+STAGES = "tracking"  # folder in a run's own, of stages whose folders are not theirs to write in
 LONGEST_WAIT_S = 60.0  # between two tries while the server is away
 LAST_TRIES = 3  # of a local database, which another process may hold for a moment
 HURRY_S = 5.0  # for the last rows of a run that was stopped or failed: who ended it may kill what does not end soon
@@ -98,6 +100,8 @@ class Tracker:
     params: the resolved config, nested mappings allowed. On a resume, values that differ become tags `resumed.KEY`
     tags: what else to note, besides user, command, commit, versions, host and job
     datasets: what is read, of MLflow: name, source, digest, context, profile
+    by_parent: leave the sending to the parent's process, where there is one: importing mlflow takes longer than the
+        short work of some stages
     """
 
     def __init__(
@@ -110,6 +114,7 @@ class Tracker:
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, Any] | None = None,
         datasets: Sequence[Mapping[str, Any]] = (),
+        by_parent: bool = False,
     ) -> None:
         self.run_dir = Path(run_dir)
         self.path = self.run_dir / METRICS
@@ -118,6 +123,7 @@ class Tracker:
         self.parent: Path | None = None
         self._file = None
         self._forwarder = None
+        self._alive = contextlib.ExitStack()
         self._warned = False
         if not active:
             return
@@ -131,8 +137,11 @@ class Tracker:
             self.note = begin_note(self.run_dir, cfg, stage, params or {}, tags, datasets)
             self.parent = parent_of(self.run_dir, self.note)
             self._note_parent("RUNNING")
-            self._forwarder = _Forwarder(self.run_dir, cfg, self.note["uri"])
-            self._forwarder.start()
+            if by_parent and self.parent is not None and is_followed(self.parent):
+                self._alive.enter_context(followed_alone(self.run_dir))
+            else:
+                self._forwarder = _Forwarder(self.run_dir, cfg, self.note["uri"])
+                self._forwarder.start()
 
     def log(self, step: int, metrics: Mapping[str, Any], *, split: str = "train", cells_seen: int = 0) -> None:
         """One row: numbers (or tensors of one) by name. What is not finite is written as null."""
@@ -147,19 +156,19 @@ class Tracker:
         """Have a file copied to MLflow in the background, into a folder of the run's artifacts. It is copied again
         when it has changed."""
         entry = [os.path.relpath(Path(path).resolve(), self.run_dir.resolve()), folder]
-        if self._forwarder is not None and entry not in self.note["artifacts"]:
+        if self.note and entry not in self.note["artifacts"]:
             self.note["artifacts"].append(entry)
             self._write_note()
 
     def tag(self, **tags: str) -> None:
         """What is known only now, such as where the best checkpoint lies."""
-        if self._forwarder is not None:
+        if self.note:
             self.note["tags"] |= tags
             self._write_note()
 
     def log_on_parent(self, metrics: Mapping[str, Any], split: str) -> None:
         """A row of the parent's, such as the scores by which whole pipelines are compared; nothing without a parent."""
-        if self._forwarder is None or self.parent is None or not (self.parent / NOTE).is_file():
+        if self.parent is None or not (self.parent / NOTE).is_file():
             return
         with self._reported("writing", METRICS), (self.parent / METRICS).open("ab", buffering=0) as file:
             _append(file, 0, {}, metrics, split)
@@ -170,10 +179,13 @@ class Tracker:
         if self._file is not None:
             self._file.close()
             self._file = None
-        if self._forwarder is not None:
+        if self.note:
             with self._reported("writing", NOTE):
                 note_end(self.run_dir, self.note, status)
                 self._note_parent(status)
+            self.note = {}
+            self._alive.close()
+        if self._forwarder is not None:
             self._forwarder.close(in_a_hurry=status != "FINISHED")
             self._forwarder = None
 
@@ -248,6 +260,9 @@ class _Forwarder(threading.Thread):
             if last or time.monotonic() >= next_pass:
                 try:
                     sender.send()
+                    for stage in followed_in(self.run_dir / STAGES):
+                        if unsent(stage):
+                            Sender(stage, self.uri).send()
                 except Exception as error:  # whatever MLflow raises: none of it may end the run
                     failures, self.lacks = failures + 1, cause_of(error, self.uri or sender.uri)
                     if not warned:
