@@ -18,10 +18,18 @@ def followed(verb: str, config: Any) -> Iterator[None]:
     """Within, a verb that makes something is followed by its first rank, in `tracking/VERB` of the parent's folder."""
     parent = os.environ.get("SCLDM_PARENT", "")
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    if not parent or rank != "0" or hasattr(config, "tracking") or not getattr(config, "out", ""):
+    if not parent or rank != "0":
         yield
         return
-    from scldm.train.tracking import STAGES, Tracker, TrackingConfig
+    from scldm.train.tracking import STAGES, Tracker, TrackingConfig, fail_parent
+
+    if hasattr(config, "tracking") or not getattr(config, "out", ""):
+        try:
+            yield
+        except BaseException:
+            fail_parent(Path(parent))
+            raise
+        return
 
     datasets = [dataset_of(source, "input") for source in [getattr(config, "shards", "")] if source]
     folder = Path(parent) / STAGES / verb.replace(" ", "-")

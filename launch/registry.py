@@ -16,6 +16,7 @@ import pandas as pd
 
 from scldm import pretrained
 from scldm.errors import InputError
+from scldm.model_folder import read_config
 from scldm.pretrained import Pretrained
 from scldm.train.mlflow_run import NOTE, Sender, followed_alone, read_note
 
@@ -32,6 +33,7 @@ def register(folder: Path, run: Path, name: str) -> str:
     Raises: InputError for a model without a diffusion transformer; whatever MLflow raises.
     """
     check_followed(run)
+    at = f"model-{read_config(folder).weights[:12]}"  # a version stays what it was
     with followed_alone(run):
         sender = Sender(run)
         sender.send()  # the run may be new to the store
@@ -40,13 +42,13 @@ def register(folder: Path, run: Path, name: str) -> str:
 
         with tempfile.TemporaryDirectory() as place:
             save_pyfunc(folder, Path(place) / "model")
-            client.log_artifacts(sender.run_id, str(Path(place) / "model"), "model")
+            client.log_artifacts(sender.run_id, str(Path(place) / "model"), at)
         try:
             client.create_registered_model(name)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        source = f"{client.get_run(sender.run_id).info.artifact_uri}/model"
+        source = f"{client.get_run(sender.run_id).info.artifact_uri}/{at}"
         version = client.create_model_version(name, source, run_id=sender.run_id)
         return f"models:/{name}/{version.version}"
 

@@ -6,6 +6,7 @@ Reading order: evaluate_generated, the model's parts, what stands beside the sco
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -57,16 +58,19 @@ def evaluate_generated(config: EvaluateVerbConfig) -> dict:
         real = cells_of_shards(config.shards, conditions, sample, config.cache_folder, config.cache_gb)
     else:
         real = cells_of_h5ad(config.real, conditions, config.split, config.layer, sample)
-    datasets = [dataset_of(config.shards, "evaluation")] if config.shards else []
-    of = {"stage": "evaluate", "params": asdict(config), "datasets": datasets}
+    began = time.time()
+    parts = parts_of(model, real[0], real[2], config) if model else {}
+    evaluation = compare(*real, generated, config.evaluate, config.protocol, config.control, parts)
+    evaluation["curves"] = curves
+    evaluation["made_with"] = made_with(config)
+
     out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with written_aside(out / "evaluation.json") as file:  # before anything is drawn of it
+        file.write(json.dumps(evaluation, allow_nan=False).encode())
+    datasets = [dataset_of(config.shards, "evaluation")] if config.shards else []
+    of = {"stage": "evaluate", "params": asdict(config), "datasets": datasets, "started": began}
     with Tracker(out / "evaluation", config.tracking, **of) as tracker:  # a folder of its own: `out` may be another's
-        parts = parts_of(model, real[0], real[2], config) if model else {}
-        evaluation = compare(*real, generated, config.evaluate, config.protocol, config.control, parts)
-        evaluation["curves"] = curves
-        evaluation["made_with"] = made_with(config)
-        with written_aside(out / "evaluation.json") as file:  # before anything is drawn of it
-            file.write(json.dumps(evaluation, allow_nan=False).encode())
         tracker.log(0, flat_scores(evaluation), split="test")
         headline = next(evaluation[section] for section in score_sections(evaluation))
         tracker.log_on_parent({name: row["score"] for name, row in headline.items()}, "test")

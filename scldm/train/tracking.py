@@ -100,6 +100,7 @@ class Tracker:
     params: the resolved config, nested mappings allowed. On a resume, values that differ become tags `resumed.KEY`
     tags: what else to note, besides user, command, commit, versions, host and job
     datasets: what is read, of MLflow: name, source, digest, context, profile
+    started: when it did, in seconds since 1970, where that was before
     by_parent: leave the sending to the parent's process, where there is one: importing mlflow takes longer than the
         short work of some stages
     """
@@ -114,6 +115,7 @@ class Tracker:
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, Any] | None = None,
         datasets: Sequence[Mapping[str, Any]] = (),
+        started: float = 0.0,
         by_parent: bool = False,
     ) -> None:
         self.run_dir = Path(run_dir)
@@ -134,7 +136,7 @@ class Tracker:
         if not cfg.enabled:
             return
         with self._reported("opening", NOTE):
-            self.note = begin_note(self.run_dir, cfg, stage, params or {}, tags, datasets)
+            self.note = begin_note(self.run_dir, cfg, stage, params or {}, tags, datasets, started)
             self.parent = parent_of(self.run_dir, self.note)
             self._note_parent("RUNNING")
             if by_parent and self.parent is not None and is_followed(self.parent):
@@ -295,6 +297,7 @@ def begin_note(
     params: Mapping[str, Any],
     tags: Mapping[str, Any] | None = None,
     datasets: Sequence[Mapping[str, Any]] = (),
+    started: float = 0.0,
     closed_by: str = "",
 ) -> dict[str, Any]:
     """Write what is known when a run starts, over what an earlier start has noted; returns the note.
@@ -311,6 +314,7 @@ def begin_note(
     experiment = cfg.experiment or above.get("experiment") or "scldm"
     note = read_note(run_dir) or new_note(place, experiment, cfg.run_name or stage or run_dir.name)
     first, now = note["params"], _texts(params)
+    note["started"] = min(note["started"], started or note["started"])
     note |= {
         "uri": place,
         "parent": os.path.relpath(parent, run_dir.resolve()) if parent else "",
@@ -325,6 +329,19 @@ def begin_note(
     run_dir.mkdir(parents=True, exist_ok=True)
     note_end(run_dir, note, "RUNNING")
     return note
+
+
+def fail_parent(folder: Path) -> None:
+    """Note and send that a pipeline failed, where no process follows it and no run of a stage says so."""
+    note = read_note(folder)
+    if note is None or not note["closed_by"] or note["status"] != "RUNNING":
+        return
+    note_end(folder, note, "FAILED")
+    try:
+        with followed_alone(folder):
+            Sender(folder).send()
+    except Exception as error:  # the failure of the stage is what is to be told
+        say(f"{folder}: MLflow at {note['uri']} failed: {cause_of(error, note['uri'])}")
 
 
 def about_start() -> dict[str, str]:

@@ -68,3 +68,11 @@ def test_a_verb_that_makes_something_is_a_run_of_its_parent(tmp_path: Path, monk
     assert run.data.tags["out.manifest"] == dataset_of(str(tmp_path / "shards"), "output")["digest"]
     assert run.data.tags["mlflow.parentRunId"] == run_id_of(tmp_path / "all")
     assert json.loads((folder / "shards-write" / "tracked.json").read_text())["status"] == "FINISHED"
+
+
+def test_a_stage_that_fails_before_its_run_begins_fails_the_pipeline(tmp_path: Path, monkeypatch, capsys) -> None:
+    begin_note(tmp_path, TrackingConfig(), "pipeline", {}, closed_by="evaluate")
+    monkeypatch.setenv(PARENT, str(tmp_path))
+    assert main(["evaluate", f"generated={tmp_path}/none.h5ad", f"shards={tmp_path}/none", f"out={tmp_path}/out"]) == 2
+    assert client_of(tmp_path).get_run(run_id_of(tmp_path)).info.status == "FAILED"
+    assert not (tmp_path / "out").exists()
