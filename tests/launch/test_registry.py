@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 import scldm
 from launch.cli import main
@@ -41,11 +42,14 @@ def test_a_registered_model_gives_cells_to_who_has_mlflow_alone(folder: Path, tm
     run = tmp_path / "ldm"
     Tracker(run, TrackingConfig(), stage="train ldm").close()
     assert register(folder, run, "small") == "models:/small/1"
-    assert register(folder, run, "small") == "models:/small/2"
+    vae, dit = networks()
+    torch.nn.init.zeros_(next(dit.parameters()))
+    save_pretrained(tmp_path / "other", vae, dit, GENES, CONDITIONS, library_sizes(), {"from": "a test"})
+    assert register(tmp_path / "other", run, "small") == "models:/small/2", "and the first stays what it was"
     first = {name: [CONDITIONS.labels[name][0]] * 3 for name in CONDITIONS.names}
     table = pd.DataFrame(first)
     table.to_csv(tmp_path / "wanted.csv", index=False)
-    words = [f"sqlite:///{run}/mlflow.db", "models:/small/2", tmp_path / "wanted.csv", tmp_path / "made.csv"]
+    words = [f"sqlite:///{run}/mlflow.db", "models:/small/1", tmp_path / "wanted.csv", tmp_path / "made.csv"]
     command = [sys.executable, "-P", "-c", LOAD, *map(str, words)]
     done = subprocess.run(command, cwd=tmp_path, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0
