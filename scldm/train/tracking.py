@@ -241,18 +241,21 @@ class _Forwarder(threading.Thread):
         else:
             self.join(None if database_of(self.place) else self.cfg.close_s)
         if self.is_alive() or self.lacks:
-            lacks = ", ".join(unsent(self.run_dir))
+            lacks = ", ".join(unsent(self.run_dir)) or "rows of runs below"
             say(
                 f"not everything reached {self.place} (it lacks {lacks}); all is in {self.run_dir}: "
                 f"`scldm track replay {self.run_dir}` sends the rest"
             )
 
     def run(self) -> None:
-        try:
-            with followed_alone(self.run_dir):
-                self._follow()
-        except InputError as error:  # it sends what this one notes
-            say(str(error))
+        while True:
+            try:
+                with followed_alone(self.run_dir):
+                    return self._follow()
+            except InputError as error:  # a replay that is not done, or an earlier process that still ends
+                self.lacks = str(error)
+                if self.closing.wait(0.5):
+                    return None
 
     def _follow(self) -> None:
         sender, machine, warned, failures, tries = Sender(self.run_dir, self.uri), None, False, 0, 0
@@ -262,9 +265,7 @@ class _Forwarder(threading.Thread):
             if last or time.monotonic() >= next_pass:
                 try:
                     sender.send()
-                    for stage in followed_in(self.run_dir / STAGES):
-                        if unsent(stage):
-                            Sender(stage, self.uri).send()
+                    self._send_below(last)
                 except Exception as error:  # whatever MLflow raises: none of it may end the run
                     failures, self.lacks = failures + 1, cause_of(error, self.uri or sender.uri)
                     if not warned:
@@ -288,6 +289,13 @@ class _Forwarder(threading.Thread):
                         _append(file, self.step, {}, machine.sample(), "system")
             soonest = min(next_pass, next_sample) if self.cfg.system_s else next_pass
             self.closing.wait(max(0.0, soonest - time.monotonic()))
+
+    def _send_below(self, last: bool) -> None:
+        """What stages left to this process; at the end also what is left of runs below that have ended."""
+        for folder in followed_in(self.run_dir if last else self.run_dir / STAGES):
+            stage = folder.is_relative_to(self.run_dir / STAGES)
+            if folder != self.run_dir and unsent(folder) and (stage or not is_followed(folder)):
+                Sender(folder, self.uri).send()
 
 
 def begin_note(

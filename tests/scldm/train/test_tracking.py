@@ -382,6 +382,30 @@ def test_what_a_server_missed_that_came_back_after_the_end_is_sent_by_a_replay(t
         stop_server(server)
 
 
+def test_a_run_that_begins_while_a_replay_is_not_done_is_followed_all_the_same(tmp_path: Path) -> None:
+    with followed_alone(tmp_path):
+        tracker = Tracker(tmp_path, TrackingConfig(system_s=0))
+        tracker.log(1, {"loss": 1.0})
+        time.sleep(1.0)
+        assert unsent(tmp_path)
+    wait_until(lambda: has_all(tmp_path))
+    tracker.close()
+    assert has_all(tmp_path)
+
+
+def test_what_a_child_could_not_send_is_sent_by_its_parent_at_the_end(tmp_path: Path, monkeypatch) -> None:
+    from mlflow import MlflowClient
+
+    with Tracker(tmp_path, TrackingConfig(every_s=0.1), stage="quickstart"):
+        monkeypatch.setattr(tracking._Forwarder, "start", lambda self: None)
+        monkeypatch.setattr(tracking._Forwarder, "join", lambda self, timeout=None: None)
+        with Tracker(tmp_path / "vae", TrackingConfig(parent=str(tmp_path)), stage="train vae") as child:
+            child.log(1, {"loss": 1.0})
+        monkeypatch.undo()
+    run = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").get_run(run_id_of(tmp_path / "vae"))
+    assert (run.info.status, run.data.metrics["train/loss"]) == ("FINISHED", 1.0)
+
+
 def test_a_process_that_was_killed_leaves_a_run_that_a_replay_ends(tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
