@@ -65,14 +65,8 @@ WHY_NEVER = {
 # keys that say how this start goes on with a run, and nothing of the run itself: its config.json has none of them
 OF_A_START = ("branch_from", "allow_changes")
 
-
-STARTED_WITH = (
-    "config.json",
-    "environment.json",
-    "deepspeed.json",
-    "init_from.json",
-    CHANGES,
-)  # files that MLflow gets too
+# files that MLflow gets too
+STARTED_WITH = ("config.json", "environment.json", "deepspeed.json", "init_from.json", CHANGES)
 
 
 class RunConfig(Protocol):
@@ -169,19 +163,11 @@ def run_training(
             write_json(run_dir / "deepspeed.json", getattr(engine, "json", {}))
         peak = peak_flops(world.device, config.hardware.precision, config.hardware.peak_tflops)
         flops = parts.cost().flops / config.hardware.micro_batch if peak and parts.cost and world.is_first else 0.0
-        tags = {"branch_from": config.branch_from} if config.branch_from else {}
-        datasets = datasets_of(as_dict) if world.is_first and config.tracking.enabled else []
-        tracker = last.enter_context(
-            Tracker(
-                run_dir,
-                config.tracking,
-                active=world.is_first,
-                stage=name,
-                params=as_dict,
-                tags=tags,
-                datasets=datasets,
-            )
-        )
+        of: dict[str, Any] = {"stage": name, "params": as_dict}
+        if world.is_first and config.tracking.enabled:
+            of["datasets"] = datasets_of(as_dict)
+            of["tags"] = {"branch_from": config.branch_from} if config.branch_from else {}
+        tracker = last.enter_context(Tracker(run_dir, config.tracking, active=world.is_first, **of))
         for kept in [run_dir / file for file in STARTED_WITH if world.is_first and (run_dir / file).is_file()]:
             tracker.log_artifact(kept)
         last.callback(tag_checkpoints, tracker, run_dir)
