@@ -163,11 +163,11 @@ def run_training(
             write_json(run_dir / "deepspeed.json", getattr(engine, "json", {}))
         peak = peak_flops(world.device, config.hardware.precision, config.hardware.peak_tflops)
         flops = parts.cost().flops / config.hardware.micro_batch if peak and parts.cost and world.is_first else 0.0
-        of: dict[str, Any] = {"stage": name, "params": as_dict}
+        told: dict[str, Any] = {"stage": name, "params": as_dict}
         if world.is_first and config.tracking.enabled:
-            of["datasets"] = datasets_of(as_dict)
-            of["tags"] = {"branch_from": config.branch_from} if config.branch_from else {}
-        tracker = last.enter_context(Tracker(run_dir, config.tracking, active=world.is_first, **of))
+            told["datasets"] = datasets_of(as_dict)
+            told["tags"] = {"branch_from": config.branch_from} if config.branch_from else {}
+        tracker = last.enter_context(Tracker(run_dir, config.tracking, active=world.is_first, **told))
         for kept in [run_dir / file for file in STARTED_WITH if world.is_first and (run_dir / file).is_file()]:
             tracker.log_artifact(kept)
         last.callback(tag_checkpoints, tracker, run_dir)
