@@ -68,7 +68,8 @@ def evaluate_generated(config: EvaluateVerbConfig) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     with written_aside(out / "evaluation.json") as file:  # before anything is drawn of it
         file.write(json.dumps(evaluation, allow_nan=False).encode())
-    datasets = [dataset_of(config.shards, "evaluation")] if config.shards else []
+    tracked = config.shards and config.tracking.enabled
+    datasets = [dataset_of(config.shards, "evaluation")] if tracked else []
     of = {"stage": "evaluate", "params": asdict(config), "datasets": datasets, "started": began}
     with Tracker(out / "evaluation", config.tracking, **of) as tracker:  # a folder of its own: `out` may be another's
         tracker.log(0, flat_scores(evaluation), split="test")
