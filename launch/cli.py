@@ -14,6 +14,7 @@ from typing import Any
 
 from launch.config import check_presets, compose, help_text
 from launch.failure import note_failure
+from launch.followed import followed
 from launch.keys import check_keys
 from launch.verbs import PRESETS, VERBS
 from scldm.environment import install_hint, without_passwords
@@ -76,7 +77,9 @@ def run(command: str, module_name: str, words: Sequence[str], presets: Sequence[
             usage, first = getattr(module, "USAGE", ""), getattr(module, "FIRST", ())
             print(help_text(command, module.PURPOSE, module.CONFIG, module.EXAMPLE, usage, presets or (), first))
             return 0
-        module.main(config_of(module, words))
+        config = config_of(module, words)
+        with followed(command.removeprefix("scldm "), config):
+            module.main(config)
     except InputError as error:
         return refuse(command, str(error), error.exit_code)
     except Exception as error:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from launch.cli import run_verb
+from launch.registry import check_followed, register
 from launch.trained import trained_dit, trained_vae
 from scldm.environment import describe
+from scldm.errors import InputError
 from scldm.library_size import LibrarySizeModel
 from scldm.model_folder import check_replaceable, save_pretrained
 from scldm.train.tracking import read_metrics
@@ -18,6 +20,7 @@ from scldm.vocab import ConditionVocab, GeneVocab
 PURPOSE = "Write the EMA weights of trained runs as a model folder, which scldm.load reads without the training stack."
 EXAMPLE = """
 scldm export vae=runs/vae ldm=runs/ldm out=model
+scldm export vae=runs/vae ldm=runs/ldm out=model register=pbmc
 """
 
 
@@ -29,12 +32,19 @@ class ExportConfig:
     ldm: run folder of the diffusion transformer; empty exports an autoencoder that embeds and does not generate
     out: model folder to write; an existing one is replaced
     which: checkpoint of both runs: best by the validation metric, or latest
+    register: name in MLflow's model registry, where mlflow.pyfunc.load_model finds it; needs ldm, in whose MLflow run
+        it is kept. Empty registers nothing
     """
 
     vae: str
     out: str
     ldm: str = ""
     which: Literal["best", "latest"] = "best"
+    register: str = ""
+
+    def __post_init__(self) -> None:
+        if self.register and not self.ldm:
+            raise InputError(f"register={self.register} needs ldm: an autoencoder alone generates no cells")
 
 
 CONFIG = ExportConfig
@@ -44,6 +54,8 @@ def main(config: ExportConfig) -> Path:
     """Write the folder; returns it. Raises: InputError where the two runs do not belong together."""
     out = Path(config.out)
     check_replaceable(out)
+    if config.register:
+        check_followed(Path(config.ldm))
     vae, vae_origin = trained_vae(Path(config.vae), config.which)
     dit, ldm_origin, data = None, None, Path(config.vae)
     if config.ldm:
@@ -57,6 +69,8 @@ def main(config: ExportConfig) -> Path:
     sizes = LibrarySizeModel.load(data / "library_sizes.json")
     save_pretrained(out, vae, dit, genes, conditions, sizes, origin, history)
     print(f"model: {out}")
+    if config.register:
+        print(f"registered: {register(out, Path(config.ldm), config.register)}")
     return out
 
 

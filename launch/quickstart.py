@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,8 @@ from scldm.cells_file import column_names, frame_of, open_cells, reading
 from scldm.checked import Checked, checked
 from scldm.errors import InputError
 from scldm.files import made_aside, write_json, written_aside
-from scldm.train.tracking import Tracker, TrackingConfig, database_uri
+from scldm.train.mlflow_run import database_uri
+from scldm.train.tracking import PARENT, Tracker, TrackingConfig
 
 PURPOSE = """The whole path on one small set of real cells, on a CPU: shards, both trainings, generation,
 evaluation, report.
@@ -44,7 +45,8 @@ MOST_THREADS = 4  # beyond it steps this small are no faster; half the cores, as
 MADE = (
     *("input.h5ad", "soma", "shards", "vae", "reconstruction", "latents", "ldm", "model", "wanted.csv"),
     *("generated.h5ad", "generated.h5ad.parts", "evaluation", "evaluation.json", "report.html", "figures"),
-    *("metrics.jsonl", "mlflow_run.json", "mlflow.db", "mlflow_artifacts", NOTE),
+    *("metrics.jsonl", "system.jsonl", "tracked.json", "tracking", "tracking.lock", "mlflow_run.json"),
+    *("mlflow_run.json.lock", "mlflow.db", "mlflow_artifacts", NOTE),
 )
 
 
@@ -82,12 +84,11 @@ def main(config: QuickstartConfig) -> None:
     if not cells:
         cells, conditions = str(out / "input.h5ad"), ["cell_type"]
     tracking = TrackingConfig(uri=database_uri((out / "mlflow.db").resolve()), experiment="quickstart")
-    with Tracker(out, tracking, stage="quickstart", params=note) as parent:
-        own = {"uri": tracking.uri, "experiment": tracking.experiment, "parent_run_id": parent.run_id()}
+    settings = {key: value for key, value in note.items() if key != "stages"}
+    with Tracker(out, tracking, stage="quickstart", params=settings):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = [f"hardware.threads={max(1, min(MOST_THREADS, cores // 2 // config.ranks))}"]
-        track = [f"tracking.{key}={value}" for key, value in own.items()]
-        todo = Stages(out, note)
+        todo = Stages(out, note, parent=out.resolve())
         if not note["cells"]:
             todo.call("input", "the built-in cells", lambda: write_builtin_cells(Path(cells)))
         layer = [f"layer={note['layer']}"] if note["layer"] else []
@@ -100,7 +101,7 @@ def main(config: QuickstartConfig) -> None:
             f"filter.n_top_genes={note['top_genes']}",
         ])  # fmt: skip
         todo.verb("vae", "train_vae", [
-            "vae/tiny", "hardware/cpu", *threads, f"data.shards={out}/shards", f"run_dir={out}/vae", *track,
+            "vae/tiny", "hardware/cpu", *threads, f"data.shards={out}/shards", f"run_dir={out}/vae",
             "gate=false",  # the next stage says more
         ], ranks=config.ranks)  # fmt: skip
         # what the autoencoder is worth, before a second stage is trained on it
@@ -112,7 +113,7 @@ def main(config: QuickstartConfig) -> None:
             f"vae={out}/vae", f"shards={out}/shards", f"out={out}/latents",
         ], ranks=config.ranks)  # fmt: skip
         todo.verb("ldm", "train_ldm", [
-            "ldm/tiny", "hardware/cpu", *threads, f"data.shards={out}/latents", f"run_dir={out}/ldm", *track,
+            "ldm/tiny", "hardware/cpu", *threads, f"data.shards={out}/latents", f"run_dir={out}/ldm",
         ], ranks=config.ranks)  # fmt: skip
         todo.verb("model", "export", [f"vae={out}/vae", f"ldm={out}/ldm", f"out={out}/model"])
         todo.call(
@@ -123,7 +124,7 @@ def main(config: QuickstartConfig) -> None:
         ])  # fmt: skip
         todo.verb("evaluation", "evaluate", [
             f"generated={out}/generated.h5ad", f"shards={out}/shards", f"conditions={json.dumps(conditions)}",
-            f"model={out}/model", f"vae={out}/vae", f"ldm={out}/ldm", f"out={out}", *track,
+            f"model={out}/model", f"vae={out}/vae", f"ldm={out}/ldm", f"out={out}",
         ])  # fmt: skip
     say_where(out, todo, time.monotonic() - began)
 
@@ -132,10 +133,14 @@ def main(config: QuickstartConfig) -> None:
 
 
 class Stages:
-    """Runs the stages that the note in the folder does not list as finished."""
+    """Runs the stages that the note in the folder does not list as finished.
 
-    def __init__(self, out: Path, note: dict, name: str = NOTE) -> None:
+    parent: folder of the run that the stages' runs are nested in
+    """
+
+    def __init__(self, out: Path, note: dict, name: str = NOTE, parent: Path | None = None) -> None:
         self.path, self.note, self.n_run = out / name, note, 0
+        self.env = {PARENT: str(parent)} if parent else {}
 
     def verb(self, stage: str, module: str, arguments: Iterable[str], ranks: int = 1) -> None:
         """A verb as a command of its own, on one process or under torchrun."""
@@ -145,7 +150,7 @@ class Stages:
             torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--no-python"]
             command = [*torchrun, f"--nproc-per-node={ranks}", *command]
         shown = shlex.join("python" if word == sys.executable else word for word in command)
-        self.call(stage, shown, lambda: run(stage, command))
+        self.call(stage, shown, lambda: run(stage, command, self.env))
 
     def call(self, stage: str, shown: str, work) -> None:
         if stage in self.note["stages"]:
@@ -158,12 +163,13 @@ class Stages:
         write_json(self.path, self.note)
 
 
-def run(stage: str, command: list[str]) -> None:
+def run(stage: str, command: list[str], own: Mapping[str, str]) -> None:
     """Raises: InputError where the command fails; it has said why itself."""
     root = Path(__file__).resolve().parent.parent
     path = os.pathsep.join(p for p in (str(root), os.environ.get("PYTHONPATH")) if p)
     # one thread a process but where a verb asks for more; torchrun would say so at length
-    done = subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}, check=False)
+    env = {"OMP_NUM_THREADS": "1", **os.environ, **own, "PYTHONPATH": path}
+    done = subprocess.run(command, env=env, check=False)
     if done.returncode:
         raise InputError(f"stage {stage} failed with exit code {done.returncode}; its own message stands above")
 

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from data_pipeline.format.schema import Manifest
+from launch.followed import dataset_of
 from scldm import pretrained
-from scldm.environment import describe
 from scldm.errors import InputError, Stopped, read_json
 from scldm.files import flat, write_json
 from scldm.library_size import LibrarySizeModel, LogNormal
@@ -30,6 +30,7 @@ from scldm.parallel.watch import SOONER_S, Watch
 from scldm.pretrained import Pretrained
 from scldm.train.branch import to_begin
 from scldm.train.changes import CHANGES
+from scldm.train.checkpoint import pointed
 from scldm.train.init_from import Joined
 from scldm.train.loop import Loader, TrainConfig, train
 from scldm.train.losses import Stage
@@ -63,6 +64,9 @@ WHY_NEVER = {
 
 # keys that say how this start goes on with a run, and nothing of the run itself: its config.json has none of them
 OF_A_START = ("branch_from", "allow_changes")
+
+# files that MLflow gets too
+STARTED_WITH = ("config.json", "environment.json", "deepspeed.json", "init_from.json", CHANGES)
 
 
 class RunConfig(Protocol):
@@ -159,12 +163,14 @@ def run_training(
             write_json(run_dir / "deepspeed.json", getattr(engine, "json", {}))
         peak = peak_flops(world.device, config.hardware.precision, config.hardware.peak_tflops)
         flops = parts.cost().flops / config.hardware.micro_batch if peak and parts.cost and world.is_first else 0.0
-        tags = {"git": describe()["git"]} | ({"branch_from": config.branch_from} if config.branch_from else {})
-        tracker = last.enter_context(
-            Tracker(run_dir, config.tracking, active=world.is_first, stage=name, params=as_dict, tags=tags)
-        )
-        if world.is_first and (run_dir / CHANGES).is_file():
-            tracker.log_artifact(run_dir / CHANGES)
+        told: dict[str, Any] = {"stage": name, "params": as_dict}
+        if world.is_first and config.tracking.enabled:
+            told["datasets"] = datasets_of(as_dict)
+            told["tags"] = {"branch_from": config.branch_from} if config.branch_from else {}
+        tracker = last.enter_context(Tracker(run_dir, config.tracking, active=world.is_first, **told))
+        for kept in [run_dir / file for file in STARTED_WITH if world.is_first and (run_dir / file).is_file()]:
+            tracker.log_artifact(kept)
+        last.callback(tag_checkpoints, tracker, run_dir)
         note_cause = watch.on_end
 
         def end(reason: str, code: int) -> None:
@@ -187,10 +193,23 @@ def run_training(
             requests,
             Meter(world, flops, peak),
         )
+        tracker.log_on_parent(metrics, name.split()[-1])
         if judge is not None:
             del engine, parts  # what is judged comes from the checkpoint, and may need their memory
             watch.let_first(lambda: judge(tracker, world.device))
         return metrics
+
+
+def datasets_of(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The shard set that a run is trained on, for MLflow; its manifest as it lies there."""
+    shards = config.get("data", {}).get("shards", "")
+    return [dataset_of(shards, "training")] if shards else []
+
+
+def tag_checkpoints(tracker: Tracker, run_dir: Path) -> None:
+    """Where the checkpoints lie: MLflow gets no copies."""
+    of = {which: pointed(run_dir.resolve() / "checkpoints" / which) for which in ("latest", "best")}
+    tracker.tag(**{f"checkpoint.{which}": str(path) for which, path in of.items() if path})
 
 
 def check_waits(config: RunConfig) -> None:

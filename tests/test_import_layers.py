@@ -38,7 +38,15 @@ LEAVES = EVERYWHERE | {
 }
 FOR_DATA = {"scldm.batch", "scldm.cells_file", "scldm.label_text", "scldm.micro_batches", "scldm.vocab"}
 BESIDE_VERBS = {"launch.cli", "launch.config", "launch.failure", "launch.own_cells", "launch.staged"}
-BESIDE_VERBS |= {"launch.checkpoints", "launch.keys", "launch.trained", "launch.training", "launch.verbs"}
+BESIDE_VERBS |= {
+    "launch.checkpoints",
+    "launch.followed",
+    "launch.keys",
+    "launch.registry",
+    "launch.trained",
+    "launch.training",
+    "launch.verbs",
+}
 LAUNCH = BESIDE_VERBS | {"launch.cluster", "launch.evaluation", "launch.planning"}
 ANYTHING = {"data_pipeline", "scldm"}  # every room of these
 # a verb is wiring: this one alone needs the keys of other verbs
@@ -64,6 +72,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # what trains an AnnData is what the verbs run: the one place of the library that knows them, and when called alone
     "scldm.fitting": {"scldm.pretrained", "data_pipeline", *LEAVES, *LAUNCH, "launch"},
     "scldm.examples": set(),
+    "scldm.served": {"scldm.pretrained"},
     "scldm": {"scldm.fitting", "scldm.flow", "scldm.pretrained"},  # scldm/__init__.py, when a name is first used
     "data_pipeline.stores": set(),
     "data_pipeline.format": FOR_DATA | {"data_pipeline.stores"},
@@ -86,7 +95,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # package -> the only places that know it; a benchmark's control uses its rival as that one's users do
 ONLY_IN = {
     "deepspeed": ("scldm.parallel",),
-    "mlflow": ("scldm.train.tracking",),
+    "mlflow": ("scldm.train.mlflow_run", "launch.registry"),
     "omegaconf": ("launch.config",),
     "tiledbsoma": ("data_pipeline", "benchmarks"),
     "cellxgene_census": ("data_pipeline", "benchmarks"),

@@ -79,6 +79,7 @@ class Job(NamedTuple):
     options: SubmitConfig
     notes: Path
     array: int = 0  # tasks; 0 is no array
+    parent: str = ""  # folder of the MLflow run that the job's is nested in
 
     @property
     def on_all_ranks(self) -> bool:
@@ -191,6 +192,7 @@ def settings(job: Job) -> dict[str, str]:
         "SCLDM_STAGE": "on" if options.stage and job.shards else "off",
         "SCLDM_MAX_FAILURES": str(options.max_failures),
         "SCLDM_WARN_S": str(options.warn_s),
+        **({"SCLDM_PARENT": job.parent} if job.parent else {}),
         **({"SCLDM_MIN_NODES": str(options.least)} if options.least < options.most else {}),
     }
 

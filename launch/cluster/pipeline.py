@@ -10,11 +10,13 @@ Reading order: LINKS, jobs_of_pipeline, jobs_of_shards.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from launch.cluster.job import Job, SubmitConfig, job_of
 from scldm.errors import InputError
+from scldm.train.tracking import TrackingConfig, begin_note
 
 # link -> its verb, and its keys that the pipeline sets; {out} is the pipeline's folder
 LINKS = {
@@ -46,7 +48,19 @@ def jobs_of_pipeline(words: Sequence[str], options: SubmitConfig) -> list[Job]:
         except InputError as error:
             raise InputError(f"{link}: {error}") from None
         jobs += jobs_of_shards(job) if link == "shards" else [job]
-    return jobs
+    if not all(getattr(job.config, "tracking", TrackingConfig()).enabled for job in jobs):
+        return jobs
+    return [job if job.array else job._replace(parent=out) for job in jobs]  # an array is followed by its closing job
+
+
+def follow(chain: Sequence[Job]) -> None:
+    """Note the run of a whole pipeline, for MLflow: its jobs' runs are nested in it, and send it. It has the tracking
+    keys of the link vae."""
+    parent = next((job.parent for job in chain if job.parent), "")
+    if parent:
+        tracking = next(job.config.tracking for job in chain if job.name == "vae")
+        params = {job.name: shlex.join(job.words) for job in chain}
+        begin_note(Path(parent), tracking, "pipeline", params, closed_by="evaluate")
 
 
 def words_of_links(words: Sequence[str]) -> tuple[str, dict[str, list[str]]]:

@@ -15,7 +15,7 @@ from launch.cli import find_verb
 from launch.cluster import commands as slurm
 from launch.cluster.job import Job, SubmitConfig, job_of, ranks_per_node, script, usable_counts
 from launch.cluster.notes import bad_nodes
-from launch.cluster.pipeline import jobs_of_pipeline, jobs_of_shards
+from launch.cluster.pipeline import follow, jobs_of_pipeline, jobs_of_shards
 from launch.cluster.site import read_site, site_path
 from launch.config import compose, public_words, with_options_read
 from scldm.errors import InputError, read_json
@@ -30,7 +30,7 @@ scldm submit train vae vae/70m data.shards=shards run_dir=runs/vae --nodes 4
 scldm submit train vae vae/70m data.shards=shards run_dir=runs/vae --nodes 1-4 --dry-run -- --exclusive
 scldm submit shards write data/census source.census_version=2025-01-30 out=shards --tasks 16
 """
-NOT_AS_A_JOB = ("submit", "status", "logs", "quickstart")
+NOT_AS_A_JOB = ("submit", "status", "logs", "quickstart", "track")
 LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs", "squashfs")
 LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
@@ -88,6 +88,7 @@ def main(submission: Submission) -> list[str]:
         folder = chain[-1].notes.parent
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "chain.json", [str(job.notes) for job in chain])
+        follow(chain)
     ids: list[str] = []
     try:
         for job, text in zip(chain, texts):

@@ -6,6 +6,7 @@ Reading order: evaluate_generated, the model's parts, what stands beside the sco
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.console import Console
 
 from launch.evaluation.cells import cells_of_h5ad, cells_of_shards, conditions_of_shards, generated_cells, obs_columns
 from launch.evaluation.terminal import console, started
+from launch.followed import dataset_of
 from scldm.environment import describe
 from scldm.errors import InputError
 from scldm.evaluate.baselines import rows_per_type
@@ -56,6 +58,7 @@ def evaluate_generated(config: EvaluateVerbConfig) -> dict:
         real = cells_of_shards(config.shards, conditions, sample, config.cache_folder, config.cache_gb)
     else:
         real = cells_of_h5ad(config.real, conditions, config.split, config.layer, sample)
+    began = time.time()
     parts = parts_of(model, real[0], real[2], config) if model else {}
     evaluation = compare(*real, generated, config.evaluate, config.protocol, config.control, parts)
     evaluation["curves"] = curves
@@ -65,11 +68,14 @@ def evaluate_generated(config: EvaluateVerbConfig) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     with written_aside(out / "evaluation.json") as file:  # before anything is drawn of it
         file.write(json.dumps(evaluation, allow_nan=False).encode())
-    written = write_report(evaluation, out)
-    # a folder of its own: `out` may be that of another tracked run
-    tags = {"git": evaluation["made_with"]["commit"]}
-    with Tracker(out / "evaluation", config.tracking, stage="evaluate", params=asdict(config), tags=tags) as tracker:
+    tracked = config.shards and config.tracking.enabled
+    datasets = [dataset_of(config.shards, "evaluation")] if tracked else []
+    of = {"stage": "evaluate", "params": asdict(config), "datasets": datasets, "started": began}
+    with Tracker(out / "evaluation", config.tracking, **of) as tracker:  # a folder of its own: `out` may be another's
         tracker.log(0, flat_scores(evaluation), split="test")
+        headline = next(evaluation[section] for section in score_sections(evaluation))
+        tracker.log_on_parent({name: row["score"] for name, row in headline.items()}, "test")
+        written = write_report(evaluation, out)
         for path in [*written, out / "evaluation.json"]:
             tracker.log_artifact(path, "figures" if path.suffix == ".png" else "")
     show(evaluation, written[0])

@@ -4,6 +4,7 @@ config.json       the resolved config, as given
 changes.json      what changed the course of the run, see changes.py
 environment.json  versions, commit, host, command line, how attention is computed; one entry per start
 metrics.jsonl     see tracking.py
+tracked.json, system.jsonl, mlflow_run.json, tracking.lock    see mlflow_run.py
 outcome.json      running, finished, stopped or failed; the exit code and why
 checkpoints/      see checkpoint.py
 errors/rank-K.txt, stacks/rank-K.txt    see scldm/parallel/watch.py

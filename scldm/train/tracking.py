@@ -1,59 +1,61 @@
-"""Metrics of a run: always to `metrics.jsonl` in its folder, from there to MLflow, which is known here alone.
+"""Metrics of a run: always to `metrics.jsonl` in its folder, from there to MLflow.
 
-A row is written and flushed before `log` returns. A background thread forwards complete rows by `log_batch` and notes
-in `mlflow_run.json` how far it came, so that what a server missed is sent when it answers again, or when the run
-resumes. Nothing that MLflow does or fails to do reaches the training thread; what it costs there is one line of JSON.
+A row is written and flushed before `log` returns. All else that MLflow is to get lies in `tracked.json` before any work
+begins. A background thread sends what MLflow lacks, see mlflow_run.py. What it can't send stays in the folder: the next
+verb there sends it, or `scldm track replay`. Nothing that MLflow does or fails to do reaches the training thread.
 
     with Tracker(run_dir, config.tracking, active=rank == 0, stage="train vae", params=asdict(config)) as tracker:
         tracker.log(step, {"loss": loss}, split="train", cells_seen=cells_seen)
 
-Reading order: TrackingConfig, Tracker, _Forwarder, _create_database, read_metrics.
+Reading order: TrackingConfig, Tracker, _Forwarder, replay, read_metrics.
 """
 
 from __future__ import annotations
 
 import contextlib
+import getpass
 import json
-import logging
 import math
 import os
 import re
-import sqlite3
-import sys
 import threading
 import time
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
-from urllib.parse import quote, unquote
+from typing import Any
 
 from scldm.checked import Checked, checked
-from scldm.environment import without_passwords
-from scldm.files import flat, write_json, written_aside
+from scldm.environment import describe, without_passwords
+from scldm.errors import InputError
+from scldm.files import flat, write_json
+from scldm.train.mlflow_run import (
+    METRICS,
+    NOTE,
+    SYSTEM,
+    Machine,
+    Sender,
+    Status,
+    cause_of,
+    database_of,
+    database_uri,
+    followed_alone,
+    is_followed,
+    new_note,
+    note_end,
+    parent_of,
+    read_note,
+    row_of,
+    say,
+    unsent,
+)
 
-METRICS = "metrics.jsonl"
-STATE = "mlflow_run.json"
-
-ROWS_AT_ONCE = 200  # rows forwarded between two notes of how far; at 20 metrics a row 4 requests
-METRICS_PER_BATCH, PARAMS_PER_BATCH = 1_000, 100  # MLflow's own limits of one log_batch
+PARENT = "SCLDM_PARENT"  # variable: the folder of the run that all runs started here are nested in
+STAGES = "tracking"  # folder in a run's own, of stages whose folders are not theirs to write in
 LONGEST_WAIT_S = 60.0  # between two tries while the server is away
+LAST_TRIES = 3  # of a local database, which another process may hold for a moment
 HURRY_S = 5.0  # for the last rows of a run that was stopped or failed: who ended it may kill what does not end soon
-# A server that is gone would block one call for minutes by default; none of ours for more than some seconds.
-# What the user has set stays.
-MLFLOW_ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "3",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "QueuePool",  # as SQLAlchemy has by itself for all but SQLite in memory
-}
-
-Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 @dataclass(frozen=True)
@@ -61,22 +63,32 @@ class TrackingConfig(Checked):
     """Where the metrics of a run go besides its own metrics.jsonl.
 
     enabled: forward to MLflow
-    uri: tracking server or database; empty means $MLFLOW_TRACKING_URI, else mlflow.db in the run folder. A password in
-        it is moved to that variable, and stands in no file of the run
-    experiment: name of the MLflow experiment
+    uri: tracking server or database; empty means that of the parent, else $MLFLOW_TRACKING_URI, else mlflow.db in the
+        run folder. A password in it is moved to that variable, and stands in no file of the run
+    experiment: name of the MLflow experiment; empty means that of the parent, else scldm
     run_name: name of the MLflow run; empty means the stage's
-    parent_run_id: MLflow run that this one is nested in; empty for none
+    parent: folder of the run that this one is nested in; empty means $SCLDM_PARENT, else none
+    parent_run_id: the same by the MLflow run's id, of a run that scldm does not follow
     every_s: seconds between two forwards
-    close_s: longest wait for the last rows at the end of the run, in seconds; of one that was stopped or failed, 5
+    close_s: longest wait for a server at the end of the run, in seconds; of one that was stopped or failed, 5. A local
+        database is waited for until all is there
+    system_s: seconds between two samples of processor, memory and GPU; 0 takes none
     """
 
     enabled: bool = True
     uri: str = ""
-    experiment: str = "scldm"
+    experiment: str = ""
     run_name: str = ""
+    parent: str = ""
     parent_run_id: str = ""
     every_s: float = checked(5.0, above=0)
     close_s: float = checked(30.0, at_least=0)
+    system_s: float = checked(10.0, at_least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.parent and self.parent_run_id:
+            raise InputError(f"tracking.parent={self.parent} and tracking.parent_run_id name two parents; give one")
 
 
 class Tracker:
@@ -86,7 +98,11 @@ class Tracker:
     active: True on rank 0 alone
     stage: what runs, as `train vae`; the MLflow run's name where the config gives none
     params: the resolved config, nested mappings allowed. On a resume, values that differ become tags `resumed.KEY`
-    tags: what else to note once, as the git commit
+    tags: what else to note, besides user, command, commit, versions, host and job
+    datasets: what is read, of MLflow: name, source, digest, context, profile
+    started: when it did, in seconds since 1970, where that was before
+    by_parent: leave the sending to the parent's process, where there is one: importing mlflow takes longer than the
+        short work of some stages
     """
 
     def __init__(
@@ -98,11 +114,18 @@ class Tracker:
         stage: str = "",
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, Any] | None = None,
+        datasets: Sequence[Mapping[str, Any]] = (),
+        started: float = 0.0,
+        by_parent: bool = False,
     ) -> None:
         self.run_dir = Path(run_dir)
         self.path = self.run_dir / METRICS
+        self.stage = stage
+        self.note: dict[str, Any] = {}
+        self.parent: Path | None = None
         self._file = None
         self._forwarder = None
+        self._alive = contextlib.ExitStack()
         self._warned = False
         if not active:
             return
@@ -110,45 +133,75 @@ class Tracker:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             drop_torn_line(self.path)
             self._file = self.path.open("ab", buffering=0)
-        if cfg.enabled:
-            all_tags = {k: str(v) for k, v in (tags or {}).items()}
-            self._forwarder = _Forwarder(self.run_dir, cfg, stage, _texts(params or {}), all_tags)
-            self._forwarder.start()
+        if not cfg.enabled:
+            return
+        with self._reported("opening", NOTE):
+            self.note = begin_note(self.run_dir, cfg, stage, params or {}, tags, datasets, started)
+            self.parent = parent_of(self.run_dir, self.note)
+            self._note_parent("RUNNING")
+            if by_parent and self.parent is not None and is_followed(self.parent):
+                self._alive.enter_context(followed_alone(self.run_dir))
+            else:
+                self._forwarder = _Forwarder(self.run_dir, cfg, self.note["uri"])
+                self._forwarder.start()
 
     def log(self, step: int, metrics: Mapping[str, Any], *, split: str = "train", cells_seen: int = 0) -> None:
         """One row: numbers (or tensors of one) by name. What is not finite is written as null."""
         if self._file is None:
             return
-        row = {"step": int(step), "cells_seen": int(cells_seen), "time": round(time.time(), 3), "split": split}
-        line = json.dumps(row | {name: _number(value) for name, value in metrics.items()}) + "\n"
         with self._reported("writing"):
-            data = line.encode()
-            end = self._file.seek(0, os.SEEK_END)
-            if self._file.write(data) != len(data):  # a full disk takes a part: no half row may stay
-                self._file.truncate(end)
-                raise OSError("no space left")
+            _append(self._file, step, {"cells_seen": int(cells_seen)}, metrics, split)
+        if self._forwarder is not None:
+            self._forwarder.step = int(step)
 
     def log_artifact(self, path: Path | str, folder: str = "") -> None:
-        """Have a file copied to MLflow in the background, into a folder of the run's artifacts."""
-        if self._forwarder is not None:
-            self._forwarder.artifacts.append((Path(path), folder))
+        """Have a file copied to MLflow in the background, into a folder of the run's artifacts. It is copied again
+        when it has changed."""
+        entry = [os.path.relpath(Path(path).resolve(), self.run_dir.resolve()), folder]
+        if self.note and entry not in self.note["artifacts"]:
+            self.note["artifacts"].append(entry)
+            self._write_note()
 
-    def run_id(self, timeout_s: float = 60.0) -> str:
-        """The MLflow run's id, as a child's `parent_run_id`; empty where there is none within the time."""
-        if self._forwarder is None:
-            return ""
-        self._forwarder.begun.wait(timeout_s)
-        return self._forwarder.run_id
+    def tag(self, **tags: str) -> None:
+        """What is known only now, such as where the best checkpoint lies."""
+        if self.note:
+            self.note["tags"] |= tags
+            self._write_note()
+
+    def log_on_parent(self, metrics: Mapping[str, Any], split: str) -> None:
+        """A row of the parent's, such as the scores by which whole pipelines are compared; nothing without a parent."""
+        if self.parent is None or not (self.parent / NOTE).is_file():
+            return
+        with self._reported("writing", METRICS), (self.parent / METRICS).open("ab", buffering=0) as file:
+            _append(file, 0, {}, metrics, split)
 
     def close(self, status: Status = "FINISHED") -> None:
-        """Forward the rest and end the MLflow run, waiting at most `close_s`, or HURRY_S for a run that did not finish.
-        A second call does nothing."""
+        """Note the end and forward the rest. A local database is waited for, a server at most `close_s`, or HURRY_S for
+        a run that did not finish. A second call does nothing."""
         if self._file is not None:
             self._file.close()
             self._file = None
+        if self.note:
+            with self._reported("writing", NOTE):
+                note_end(self.run_dir, self.note, status)
+                self._note_parent(status)
+            self.note = {}
+            self._alive.close()
         if self._forwarder is not None:
-            self._forwarder.close(status)
+            self._forwarder.close(in_a_hurry=status != "FINISHED")
             self._forwarder = None
+
+    def _note_parent(self, status: Status) -> None:
+        """A parent that no process follows is what its children are, and ends with the last of them."""
+        of = read_note(self.parent) if self.parent else None
+        if self.parent is None or of is None or not of["closed_by"]:
+            return
+        if status != "FINISHED" or self.stage == of["closed_by"]:
+            note_end(self.parent, of, status)
+
+    def _write_note(self) -> None:
+        with self._reported("writing", NOTE):
+            write_json(self.run_dir / NOTE, self.note)
 
     def __enter__(self) -> Tracker:
         return self
@@ -160,254 +213,196 @@ class Tracker:
             self.close("FAILED" if issubclass(kind, Exception) else "KILLED")
 
     @contextlib.contextmanager
-    def _reported(self, doing: str) -> Iterator[None]:
-        """Training outlives a disk that takes no metrics: the first failure is one line."""
+    def _reported(self, doing: str, name: str = METRICS) -> Iterator[None]:
+        """Training outlives a disk that takes no metrics, and a note that is damaged: the first failure is one line."""
         try:
             yield
-        except OSError as error:
+        except (OSError, InputError) as error:
             if not self._warned:
                 self._warned = True
-                _say(f"{doing} {self.path} failed ({error}); training goes on without these rows")
+                say(f"{doing} {self.run_dir / name} failed ({error}); training goes on without it")
 
 
 class _Forwarder(threading.Thread):
-    """The background thread: starts or resumes the MLflow run, forwards rows, tries again, ends the run."""
+    """The background thread: sends what MLflow lacks, tries again, and samples what the machine does."""
 
-    def __init__(self, run_dir: Path, cfg: TrackingConfig, stage: str, params: dict, tags: dict) -> None:
+    def __init__(self, run_dir: Path, cfg: TrackingConfig, place: str) -> None:
         super().__init__(name="mlflow", daemon=True)  # never keeps a finished program alive
-        self.run_dir, self.cfg, self.params, self.tags = run_dir, cfg, params, tags
-        self.run_name = cfg.run_name or stage or run_dir.name
-        database = database_uri((run_dir / "mlflow.db").resolve())
-        given = os.environ.get("MLFLOW_TRACKING_URI", "")
-        # a password is in the environment alone: of the same server, its URI is the one with it
-        self.uri = given if given and cfg.uri in ("", without_passwords(given)) else cfg.uri or database
-        self.place = without_passwords(self.uri)
-        self.artifacts: list[tuple[Path, str]] = []
-        self.begun = threading.Event()  # the run id is known, or the first try failed
+        self.run_dir, self.cfg, self.place = run_dir, cfg, place
+        self.uri = cfg.uri if cfg.uri != place and without_passwords(cfg.uri) == place else ""
         self.closing = threading.Event()
-        self.status: Status = "FINISHED"
-        self.run_id = ""
-        self.sent_bytes = 0
-        self.client: Any = None
-        self.failures = 0
-        self.last_error = ""
+        self.step = 0
+        self.lacks = ""  # why not all is sent
 
-    def close(self, status: Status) -> None:
-        self.status = status
+    def close(self, in_a_hurry: bool) -> None:
         self.closing.set()
-        self.join(self.cfg.close_s if status == "FINISHED" else min(self.cfg.close_s, HURRY_S))
-        if self.is_alive() or self.last_error:
-            _say(f"not everything reached {self.place}; the rest is in {self.run_dir / METRICS}, sent on a resume")
+        if in_a_hurry:
+            self.join(min(self.cfg.close_s, HURRY_S))
+        else:
+            self.join(None if database_of(self.place) else self.cfg.close_s)
+        if self.is_alive() or self.lacks:
+            lacks = ", ".join(unsent(self.run_dir)) or "rows of runs below"
+            say(
+                f"not everything reached {self.place} (it lacks {lacks}); all is in {self.run_dir}: "
+                f"`scldm track replay {self.run_dir}` sends the rest"
+            )
 
     def run(self) -> None:
-        warned = False
+        while True:
+            try:
+                with followed_alone(self.run_dir):
+                    return self._follow()
+            except InputError as error:  # a replay that is not done, or an earlier process that still ends
+                self.lacks = str(error)
+                if self.closing.wait(0.5):
+                    return None
+
+    def _follow(self) -> None:
+        sender, machine, warned, failures, tries = Sender(self.run_dir, self.uri), None, False, 0, 0
+        next_pass = next_sample = time.monotonic()
         while True:
             last = self.closing.is_set()
-            try:
-                self._forward_all(last)
-            except Exception as error:  # whatever MLflow raises: none of it may end the run
-                self.failures, self.last_error = self.failures + 1, self._one_line(error)
-                if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
-                    self.client = None  # the store was emptied under us: begin again there
-                if not warned:
-                    warned = True
-                    _say(f"MLflow at {self.place} failed ({self.last_error}); {METRICS} goes on, sent later")
-            else:
-                if self.failures:
-                    _say(f"MLflow at {self.place} answers again; all rows are sent")
-                self.failures, self.last_error = 0, ""
-            self.begun.set()
+            if last or time.monotonic() >= next_pass:
+                try:
+                    sender.send()
+                    self._send_below(last)
+                except Exception as error:  # whatever MLflow raises: none of it may end the run
+                    failures, self.lacks = failures + 1, cause_of(error, self.uri or sender.uri)
+                    if not warned:
+                        warned = True
+                        say(f"MLflow at {self.place} failed: {self.lacks}. {METRICS} goes on, sent later")
+                else:
+                    if failures:
+                        say(f"MLflow at {self.place} answers again; all rows are sent")
+                    failures, self.lacks = 0, ""
+                next_pass = time.monotonic() + min(self.cfg.every_s * 2**failures, LONGEST_WAIT_S)
             if last:
-                return
-            self.closing.wait(min(self.cfg.every_s * 2**self.failures, LONGEST_WAIT_S))
-
-    def _forward_all(self, last: bool) -> None:
-        client: Any = self.client or self._begin()
-        for metrics, end in self._unsent():
-            for k in range(0, len(metrics), METRICS_PER_BATCH):
-                self._log_batch(metrics=metrics[k : k + METRICS_PER_BATCH])
-            self.sent_bytes = end
-            self._save_state()
-        while self.artifacts:
-            path, folder = self.artifacts[0]
-            client.log_artifact(self.run_id, str(path), folder or None)
-            self.artifacts.pop(0)
-        if last:
-            client.set_terminated(self.run_id, self.status)
-
-    def _begin(self) -> Any:
-        """Resume the run noted in the folder where this store has it, else create one."""
-        for name, value in MLFLOW_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        from mlflow import MlflowClient  # a second of work, here in the background and nowhere else
-        from mlflow.entities import RunTag
-        from mlflow.exceptions import MlflowException
-
-        for name in ("alembic", "mlflow.store.db.utils"):
-            logging.getLogger(name).setLevel(logging.WARNING)  # a page of migrations for every new database
-        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # two lines for every try
-        if (path := _database_of(self.uri)) and not path.exists():
-            _create_database(path)
-        client = MlflowClient(tracking_uri=self.uri)
-        state = self._load_state()
-        run = None
-        if state and state["uri"] == self.place:
-            try:
-                run = client.get_run(state["run_id"])
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
-        if run is not None and run.info.lifecycle_stage == "active":
-            self.sent_bytes = state["sent_bytes"]
-            client.update_run(run.info.run_id, status="RUNNING")
-        else:
-            self.sent_bytes = 0
-            tags = self.tags | ({"mlflow.parentRunId": self.cfg.parent_run_id} if self.cfg.parent_run_id else {})
-            run = client.create_run(self._experiment(client), tags=tags, run_name=self.run_name)
-        self.client, self.run_id = client, run.info.run_id
-        self._save_state()
-        self.begun.set()
-        known = run.data.params
-        differing = {k: v for k, v in self.params.items() if k in known and known[k] != v}
-        self._log_params({k: v for k, v in self.params.items() if k not in known})
-        self._log_batch(tags=[RunTag(f"resumed.{k}", v) for k, v in differing.items()])
-        return client
-
-    def _experiment(self, client: Any) -> str:
-        """The experiment's id; one that we create in a SQLite file keeps its artifacts beside that file."""
-        from mlflow.exceptions import MlflowException
-
-        found = client.get_experiment_by_name(self.cfg.experiment)
-        if found is None:
-            place = None
-            if path := _database_of(self.uri):
-                place = (path.parent / "mlflow_artifacts").as_uri()
-            try:
-                return client.create_experiment(self.cfg.experiment, artifact_location=place)
-            except MlflowException as error:  # another run created it a moment ago
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-                found = client.get_experiment_by_name(self.cfg.experiment)
-        return found.experiment_id
-
-    def _log_params(self, params: dict[str, str]) -> None:
-        from mlflow.entities import Param
-
-        entries = [Param(key, value) for key, value in params.items()]
-        for k in range(0, len(entries), PARAMS_PER_BATCH):
-            self._log_batch(params=entries[k : k + PARAMS_PER_BATCH])
-
-    def _log_batch(self, **what: list) -> None:
-        """One request. What the server calls invalid is left out with a line: sent again it would be refused again."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            self.client.log_batch(self.run_id, **what)
-        except MlflowException as error:
-            if error.error_code != "INVALID_PARAMETER_VALUE":
-                raise
-            _say(f"MLflow refuses {', '.join(what)} ({self._one_line(error)}); they are in {self.run_dir} alone")
-
-    def _unsent(self) -> Iterator[tuple[list, int]]:
-        """Metrics of the complete rows after `sent_bytes`, some rows at a time, with the offset they end at.
-
-        A row that was sent before its offset was noted is sent again: to MLflow equal (key, step, time, value) are one.
-        """
-        from mlflow.entities import Metric
-
-        path = self.run_dir / METRICS
-        if not path.exists():
-            return
-        with path.open("rb") as file:
-            end = file.seek(min(self.sent_bytes, path.stat().st_size))
-            while True:
-                metrics, start = list[Metric](), end
-                for _ in range(ROWS_AT_ONCE):
-                    line = file.readline()
-                    if not line.endswith(b"\n"):
-                        break
-                    end += len(line)
-                    row = _row(line, path)
-                    if row is None:
-                        continue
-                    step, milliseconds, split = row.pop("step"), int(row.pop("time") * 1000), row.pop("split")
-                    for name, value in row.items():
-                        key = re.sub(r"[^/\w.\- :]", "_", f"{split}/{name}")
-                        metrics.append(Metric(key, math.nan if value is None else value, milliseconds, step))
-                if end == start:
+                tries += 1
+                if not self.lacks or tries == (LAST_TRIES if database_of(self.place) else 1):
                     return
-                yield metrics, end
+                continue
+            if self.cfg.system_s and time.monotonic() >= next_sample:
+                next_sample = time.monotonic() + self.cfg.system_s
+                with contextlib.suppress(Exception):  # a figure of the machine is worth no run
+                    machine = machine or Machine()
+                    with (self.run_dir / SYSTEM).open("ab", buffering=0) as file:
+                        _append(file, self.step, {}, machine.sample(), "system")
+            soonest = min(next_pass, next_sample) if self.cfg.system_s else next_pass
+            self.closing.wait(max(0.0, soonest - time.monotonic()))
 
-    def _one_line(self, error: Exception) -> str:
-        text = " ".join(str(error).replace(self.uri, self.place).split())
-        return text[:200] or type(error).__name__
-
-    def _load_state(self) -> dict[str, Any]:
-        try:
-            return json.loads((self.run_dir / STATE).read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            return {}
-
-    def _save_state(self) -> None:
-        state = {"uri": self.place, "run_id": self.run_id, "sent_bytes": self.sent_bytes}
-        write_json(self.run_dir / STATE, state)
-
-
-def database_uri(database: Path) -> str:
-    """The URI of a SQLite file; what would mean something else there is quoted, as SQLAlchemy reads it since 2.1."""
-    return f"sqlite:///{quote(str(database)) if set('%?#') & set(str(database)) else database}"
+    def _send_below(self, last: bool) -> None:
+        """What stages left to this process; at the end also what is left of runs below that have ended."""
+        for folder in followed_in(self.run_dir if last else self.run_dir / STAGES):
+            stage = folder.is_relative_to(self.run_dir / STAGES)
+            if folder != self.run_dir and unsent(folder) and (stage or not is_followed(folder)):
+                Sender(folder, self.uri).send()
 
 
-def _database_of(uri: str) -> Path | None:
-    """The file of a SQLite store; none of another, or where the URI says more than a path."""
-    path = uri.removeprefix("sqlite:///")
-    return None if path == uri or "?" in path or path in ("", ":memory:") else Path(unquote(path)).resolve()
+def begin_note(
+    run_dir: Path,
+    cfg: TrackingConfig,
+    stage: str,
+    params: Mapping[str, Any],
+    tags: Mapping[str, Any] | None = None,
+    datasets: Sequence[Mapping[str, Any]] = (),
+    started: float = 0.0,
+    closed_by: str = "",
+) -> dict[str, Any]:
+    """Write what is known when a run starts, over what an earlier start has noted; returns the note.
 
-
-def _create_database(path: Path) -> None:
-    """Have MLflow make its tables in memory, and copy them to a file when they are whole.
-
-    It makes them by some fifty migrations, each of which SQLite keeps at once: a run that is stopped, or a machine that
-    goes down, between them would leave a store that MLflow can neither use nor mend.
+    closed_by: of a pipeline, which no process follows: the stage that is its last
     """
-    from mlflow import MlflowClient
+    given = cfg.parent or ("" if cfg.parent_run_id else os.environ.get(PARENT, ""))
+    parent = Path(given).resolve() if given else None
+    parent = None if parent == run_dir.resolve() else parent
+    above = (read_note(parent) if parent else None) or {}
+    environment = without_passwords(os.environ.get("MLFLOW_TRACKING_URI", ""))
+    own = database_uri((run_dir / "mlflow.db").resolve())
+    place = without_passwords(cfg.uri) or above.get("uri") or environment or own
+    experiment = cfg.experiment or above.get("experiment") or "scldm"
+    note = read_note(run_dir) or new_note(place, experiment, cfg.run_name or stage or run_dir.name)
+    first, now = note["params"], _texts(params)
+    note["started"] = min(note["started"], started or note["started"])
+    note |= {
+        "uri": place,
+        "parent": os.path.relpath(parent, run_dir.resolve()) if parent else "",
+        "params": {**now, **first},
+        "resumed": note["resumed"] | {k: v for k, v in now.items() if first.get(k, v) != v},
+        "tags": note["tags"] | about_start() | _texts(tags or {}),
+        "datasets": list(datasets) or note["datasets"],
+        "closed_by": closed_by,
+    }
+    if cfg.parent_run_id:
+        note["tags"]["mlflow.parentRunId"] = cfg.parent_run_id
+    run_dir.mkdir(parents=True, exist_ok=True)
+    note_end(run_dir, note, "RUNNING")
+    return note
 
-    in_memory = f"file:{uuid.uuid4().hex}?mode=memory&cache=shared"
-    with contextlib.closing(sqlite3.connect(in_memory, uri=True)) as made:  # it lasts as long as this
-        MlflowClient(tracking_uri=f"sqlite:///{in_memory}&uri=true").search_experiments(max_results=1)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            written_aside(path, replaces=False) as file,  # another run may have made it meanwhile
-            contextlib.closing(sqlite3.connect(file.name)) as copy,
-        ):
-            made.backup(copy)
+
+def fail_parent(folder: Path) -> None:
+    """Note and send that a pipeline failed, where no process follows it and no run of a stage says so."""
+    note = read_note(folder)
+    if note is None or not note["closed_by"] or note["status"] != "RUNNING":
+        return
+    note_end(folder, note, "FAILED")
+    try:
+        with followed_alone(folder):
+            Sender(folder).send()
+    except Exception as error:  # the failure of the stage is what is to be told
+        say(f"{folder}: MLflow at {note['uri']} failed: {cause_of(error, note['uri'])}")
+
+
+def about_start() -> dict[str, str]:
+    """Who started what where, as MLflow's own tags where it has such."""
+    here = describe()
+    commit = here["git"] or ""
+    tags = {
+        "mlflow.source.name": here["command"],
+        "mlflow.source.type": "JOB" if here["slurm_job"] else "LOCAL",
+        "mlflow.source.git.commit": commit.removesuffix("-dirty"),
+        "git.dirty": str(commit.endswith("-dirty")).lower() if commit else "",
+        "hosts": os.environ.get("SLURM_JOB_NODELIST") or here["host"],
+        "slurm.job": here["slurm_job"] or "",
+        "slurm.restarts": os.environ.get("SLURM_RESTART_COUNT", "0") if here["slurm_job"] else "",
+        "python": here["python"],
+        **{f"version.{name}": version for name, version in here["versions"].items()},
+    }
+    with contextlib.suppress(OSError, KeyError):  # a user without a name, as in some containers
+        tags["mlflow.user"] = getpass.getuser()
+    return {key: value for key, value in tags.items() if value}
+
+
+def replay(folder: Path) -> str:
+    """Send what MLflow lacks of the run in a folder; returns a line about it. A run whose process ended without a word
+    was killed.
+
+    Raises: InputError where its own process still follows it; else whatever MLflow raises.
+    """
+    lacks = unsent(folder)
+    with followed_alone(folder):
+        note = read_note(folder)
+        assert note is not None
+        if note["status"] == "RUNNING" and not note["closed_by"]:
+            note_end(folder, note, "KILLED")
+            lacks = unsent(folder)
+        if not lacks:
+            return f"{folder}: MLflow at {note['uri']} has all"
+        Sender(folder).send()
+        return f"{folder}: sent {', '.join(lacks)} to {note['uri']}"
+
+
+def followed_in(folder: Path) -> list[Path]:
+    """The folders of the runs that are followed below a folder, a parent before its children."""
+    return sorted(path.parent for path in folder.rglob(NOTE))
 
 
 def read_metrics(run_dir: Path | str, split: str | None = None) -> list[dict[str, Any]]:
     """The rows of a run in order of steps, of one split or of all; of a step that a resume repeated, the last."""
     path = Path(run_dir) / METRICS
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    rows = [row for line in lines if line.endswith(b"\n") and (row := _row(line, path)) is not None]
+    rows = [row for line in lines if line.endswith(b"\n") and (row := row_of(line, path)) is not None]
     last = {(row["step"], row["split"]): row for row in rows if split in (None, row["split"])}
     return [last[key] for key in sorted(last)]
-
-
-_unreadable: set[Path] = set()
-
-
-def _row(line: bytes, path: Path) -> dict[str, Any] | None:
-    """A row, as `log` writes them; none for a line that is not one, as a machine that went down may leave it. That is
-    told once for a file: no run ends, and no other row is lost, for want of it."""
-    try:
-        row = json.loads(line)
-        if isinstance(row["step"], int) and isinstance(row["time"], int | float) and isinstance(row["split"], str):
-            return row
-    except (ValueError, KeyError, TypeError):
-        pass
-    if path not in _unreadable:
-        _unreadable.add(path)
-        _say(f"{path} has lines that are no rows; they are passed over")
-    return None
 
 
 def drop_torn_line(path: Path) -> None:
@@ -424,10 +419,15 @@ def _texts(params: Mapping[str, Any]) -> dict[str, str]:
     return {re.sub(r"[^/\w.\- :]", "_", key): str(value)[:6000] for key, value in flat(params)}
 
 
+def _append(file: Any, step: int, more: Mapping[str, Any], metrics: Mapping[str, Any], split: str) -> None:
+    row = {"step": int(step), **more, "time": round(time.time(), 3), "split": split}
+    data = (json.dumps(row | {name: _number(value) for name, value in metrics.items()}) + "\n").encode()
+    end = file.seek(0, os.SEEK_END)
+    if file.write(data) != len(data):  # a full disk takes a part: no half row may stay
+        file.truncate(end)
+        raise OSError("no space left")
+
+
 def _number(value: Any) -> float | int | None:
     number = value if isinstance(value, int) else float(value)
     return number if math.isfinite(number) else None
-
-
-def _say(text: str) -> None:
-    print(f"tracking: {text}", file=sys.stderr, flush=True)

@@ -137,7 +137,7 @@ def test_presets_are_listed_where_they_are_for(capsys: pytest.CaptureFixture) ->
 @pytest.mark.parametrize(
     "words, found",
     [
-        (["tr"], ["train", "transform"]),
+        (["tr"], ["train", "transform", "track"]),
         (["train", ""], ["vae", "ldm"]),
         (["train", "vae", "vae/t"], ["vae/tiny"]),
         (["train", "vae", "vae/tiny", "train.ste"], ["train.steps="]),

@@ -64,6 +64,10 @@ def contents(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(p): (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*") if p.is_file()}
 
 
+STAGES = ("soma write", "shards write", "train vae", "encode", "train ldm", "export", "generate", "evaluate")
+METRICS_OF = ("select distinct key from metrics where run_uuid = ?",)
+
+
 def assert_is_whole(out: Path) -> None:
     """A report that needs no other file, one experiment of nested runs, and cells as they were asked for."""
     report = (out / "report.html").read_text()
@@ -71,10 +75,20 @@ def assert_is_whole(out: Path) -> None:
     assert not re.search(elsewhere, report), "the report needs another file"
     assert report.count("data:image/png;base64,") >= 5
     with sqlite3.connect(out / "mlflow.db") as database:
-        tags = database.execute("select value from tags where key = 'mlflow.parentRunId'").fetchall()
-        names = {name for (name,) in database.execute("select name from runs")}
-    assert len(tags) >= 2
-    assert {"quickstart", "train vae", "train ldm"} <= names
+        rows = database.execute("select name, run_uuid, status from runs").fetchall()
+        runs = {name: (run, status) for name, run, status in rows}
+        tags = dict(database.execute("select run_uuid, value from tags where key = 'mlflow.parentRunId'"))
+        scores = {key for (key,) in database.execute(*METRICS_OF, (runs["quickstart"][0],))}
+        datasets = database.execute("select count(*) from inputs").fetchone()
+    assert set(runs) == {"quickstart", *STAGES}
+    assert {status for _, status in runs.values()} == {"FINISHED"}
+    assert tags == {run: runs["quickstart"][0] for name, (run, _) in runs.items() if name != "quickstart"}
+    assert {"test/w2", "vae/nll", "ldm/velocity_loss", "system/cpu_utilization_percentage"} <= scores
+    assert datasets == (4,), "of two trainings, encode and evaluate"
+    kept = {"evaluate": ["report.html", "evaluation.json", "figures"], "train vae": ["config.json"]}
+    for name, files in kept.items():
+        artifacts = out / "mlflow_artifacts" / runs[name][0] / "artifacts"
+        assert all((artifacts / file).exists() for file in files), name
 
     # as many of each type as the test split holds, integers, the source's genes
     made: Any = ad.read_h5ad(out / "generated.h5ad")
@@ -169,7 +183,8 @@ def test_the_built_in_cells_go_from_counts_to_a_report(tmp_path: Path) -> None:
     before = contents(out)
     assert "all is done" in finish(start("--out", str(out)))
     after = contents(out)
-    own = {str(out / name) for name in ("mlflow.db", "mlflow_run.json", "metrics.jsonl")}
+    tracked = ("mlflow.db", "mlflow_run.json", "metrics.jsonl", "system.jsonl", "tracked.json", "tracking.lock")
+    own = {str(out / name) for name in (*tracked, "mlflow_run.json.lock")}
     assert {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)} <= own
 
 
@@ -185,8 +200,8 @@ def test_a_users_own_file_goes_the_same_way(tmp_path: Path, monkeypatch: pytest.
 
     real_run = quickstart.run
 
-    def few_steps(stage: str, command: list[str]) -> None:
-        real_run(stage, command + ["train.steps=20"] * (stage in ("vae", "ldm")))
+    def few_steps(stage: str, command: list[str], own: dict[str, str]) -> None:
+        real_run(stage, command + ["train.steps=20"] * (stage in ("vae", "ldm")), own)
 
     monkeypatch.setattr(quickstart, "run", few_steps)
     path = write_cells(tmp_path / "cells.h5ad", in_a_layer, n=700)

@@ -316,6 +316,19 @@ def test_a_pipeline_is_a_chain_of_jobs(fake: Path, tmp_path: Path, capsys) -> No
     assert "#SBATCH --array=0-2\n" in (notes[0] / "job.sbatch").read_text()
     assert "finish=true" in (notes[3] / "job.sbatch").read_text()
     assert "#SBATCH --nodes=1\n" in (notes[-1] / "job.sbatch").read_text()
+    # one MLflow run for all of them, which lies on disk before the first job begins; an array's tasks have none
+    nested = [f"SCLDM_PARENT={tmp_path}/run\n" in (folder / "job.sbatch").read_text() for folder in notes]
+    assert nested == [False] * 3 + [True] * 7
+    note = json.loads((tmp_path / "run" / "tracked.json").read_text())
+    assert (note["run_name"], note["status"], note["closed_by"]) == ("pipeline", "RUNNING", "evaluate")
+    assert "train.steps=7" in note["params"]["vae"]
+
+
+def test_a_pipeline_without_tracking_has_no_run(fake: Path, tmp_path: Path) -> None:
+    (tmp_path / "site.sh").write_text(f'SCLDM_PARTITION=cpu\nSCLDM_SHARED="{tmp_path}"\n')
+    assert main(["submit", *PIPELINE, f"out={tmp_path}/run", "vae.tracking.enabled=false"]) == 0
+    assert not (tmp_path / "run" / "tracked.json").exists()
+    assert not any("SCLDM_PARENT" in path.read_text() for path in tmp_path.rglob("job.sbatch"))
 
 
 def test_shards_are_staged_for_the_jobs_that_read_them(fake: Path, tmp_path: Path, capsys) -> None:

@@ -8,16 +8,38 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from scldm.train import tracking
-from scldm.train.tracking import Tracker, TrackingConfig, read_metrics
+from scldm.errors import InputError
+from scldm.train import mlflow_run, tracking
+from scldm.train.mlflow_run import database_of, database_uri, followed_alone, unsent
+from scldm.train.tracking import PARENT, Tracker, TrackingConfig, begin_note, read_metrics, replay
 
 OFF = TrackingConfig(enabled=False)
+
+
+def run_id_of(folder: Path) -> str:
+    return json.loads((folder / "mlflow_run.json").read_text())["run_id"]
+
+
+def wait_until(holds: Any, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def has_all(folder: Path) -> bool:
+    return (folder / "mlflow_run.json").is_file() and not unsent(folder)
 
 
 def test_rows_are_in_the_file_at_once_and_a_torn_row_is_dropped_on_resume(tmp_path: Path) -> None:
@@ -49,13 +71,13 @@ def test_lines_that_are_no_rows_are_passed_over_and_the_rows_around_them_are_sen
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     with Tracker(tmp_path, TrackingConfig(uri=uri)) as tracker:
         tracker.log(3, {"loss": 1.0})
-        run_id = tracker.run_id()
+    run_id = run_id_of(tmp_path)
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 3]
     assert [m.step for m in MlflowClient(uri).get_metric_history(run_id, "train/loss")] == [1, 3]
     assert capsys.readouterr().err.count("has lines that are no rows") == 1
 
 
-def test_the_last_rows_of_a_run_that_was_stopped_are_not_waited_for_long(
+def test_a_local_store_is_waited_for_a_server_for_a_time_and_who_was_stopped_hurries(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # whoever stopped it kills what has not ended half a minute later, and the exit code with it
@@ -63,16 +85,54 @@ def test_the_last_rows_of_a_run_that_was_stopped_are_not_waited_for_long(
     waits: list[float | None] = []
     monkeypatch.setattr(tracking._Forwarder, "run", lambda self: self.closing.wait(60))
     monkeypatch.setattr(tracking._Forwarder, "join", lambda self, timeout=None: waits.append(timeout))
-    for status in ("FINISHED", "FAILED", "KILLED"):
-        Tracker(tmp_path, TrackingConfig(close_s=9.0)).close(status)
-    assert waits == [9.0, 0.2, 0.2]
+    for uri in ("", "http://127.0.0.1:1"):
+        for status in ("FINISHED", "FAILED", "KILLED"):
+            Tracker(tmp_path, TrackingConfig(uri=uri, close_s=9.0)).close(status)
+    assert waits == [None, 0.2, 0.2, 9.0, 0.2, 0.2]
+
+
+@pytest.mark.slow
+def test_a_slow_start_of_mlflow_loses_nothing_of_a_run_in_a_local_store(tmp_path: Path) -> None:
+    """As where its import and its tables take longer than the run: no wait of ours may end first."""
+    from mlflow import MlflowClient
+
+    code = SLOW_START.format(folder=tmp_path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "not everything" not in done.stderr
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    run = client.get_run(run_id_of(tmp_path / "child"))
+    assert (run.info.status, run.data.metrics["train/loss"]) == ("FINISHED", 1.0)
+    assert run.data.tags["mlflow.parentRunId"] == run_id_of(tmp_path)
+    assert [of.path for of in client.list_artifacts(run.info.run_id)] == ["config.json"]
+    assert client.get_run(run_id_of(tmp_path)).info.status == "FINISHED"
+
+
+SLOW_START = """
+import time
+from pathlib import Path
+from scldm.train import mlflow_run
+from scldm.train.tracking import Tracker, TrackingConfig
+
+real = mlflow_run._client
+def slow(uri):
+    time.sleep(8)
+    return real(uri)
+mlflow_run._client = slow
+
+folder = Path('{folder}')
+(folder / "config.json").write_text("1")
+with Tracker(folder, TrackingConfig(close_s=0.5), stage="quickstart"):
+    with Tracker(folder / "child", TrackingConfig(parent=str(folder), close_s=0.5)) as child:
+        child.log(1, {{"loss": 1.0}})
+        child.log_artifact(folder / "config.json")
+"""
 
 
 def test_a_rank_that_is_not_active_writes_nothing(tmp_path: Path) -> None:
     with Tracker(tmp_path / "run", TrackingConfig(), active=False, params={"a": 1}) as tracker:
         tracker.log(1, {"loss": 1.0})
         tracker.log_artifact(tmp_path / "none")
-        assert tracker.run_id() == ""
     assert not (tmp_path / "run").exists()
 
 
@@ -100,19 +160,20 @@ def test_a_full_disk_leaves_no_half_row_and_does_not_raise(tmp_path: Path, capsy
 
 
 def test_a_server_that_is_not_there_costs_no_time_and_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    cfg = TrackingConfig(uri=f"http://user:secret@127.0.0.1:{free_port()}", every_s=0.05, close_s=20.0)
+    cfg = TrackingConfig(uri=f"http://user:secret@127.0.0.1:{free_port()}", every_s=0.05, close_s=20.0, system_s=0)
     start = time.monotonic()
     tracker = Tracker(tmp_path, cfg)
     for step in range(200):
         tracker.log(step, {"loss": 1.0})
     assert time.monotonic() - start < 2.0
-    assert tracker.run_id() == ""
     tracker.close()
     assert time.monotonic() - start < 30.0
     assert len(read_metrics(tmp_path)) == 200
     said = capsys.readouterr().err
-    assert said.count(" failed (") == 1
+    assert said.count(" failed: connection refused: no server listens there") == 1
     assert said.count("not everything reached") == 1
+    assert f"`scldm track replay {tmp_path}` sends the rest" in said
+    assert "it lacks 200 rows" in said
     assert "secret" not in said
 
 
@@ -122,20 +183,21 @@ def test_sqlite_runs_are_nested_and_a_resume_goes_on_in_the_same_run(tmp_path: P
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     figure = tmp_path / "figure.txt"
     figure.write_text("here")
-    parent = Tracker(tmp_path, TrackingConfig(uri=uri), stage="quickstart")
-    parent_id = parent.run_id()
-    cfg = TrackingConfig(uri=uri, parent_run_id=parent_id, every_s=0.1)
+    parent = Tracker(tmp_path, TrackingConfig(experiment="mine"), stage="quickstart")
+    cfg = TrackingConfig(parent=str(tmp_path), every_s=0.1)
     with Tracker(tmp_path / "vae", cfg, stage="train vae", params={"ranks": 2, "optim": {"lr": 0.1}}) as tracker:
         tracker.log(1, {"loss": 3.0, "odd name %": 1.0, "inf": float("inf")}, cells_seen=64)
         tracker.log_artifact(figure, "figures")
-        first_id = tracker.run_id()
-    client = MlflowClient(uri)
+        tracker.log_on_parent({"w2": 0.5}, "test")
+    first_id, client = run_id_of(tmp_path / "vae"), MlflowClient(uri)
     with Tracker(tmp_path / "vae", cfg, params={"ranks": 4, "new": 1}) as tracker:
         tracker.log(2, {"loss": 2.0}, cells_seen=128)
-        assert tracker.run_id() == first_id
-        assert client.get_run(first_id).info.status == "RUNNING"
+        wait_until(lambda: client.get_run(first_id).info.status == "RUNNING")
         tracker.close("KILLED")
     parent.close()
+    parent_id = run_id_of(tmp_path)
+    assert client.get_run(parent_id).data.metrics["test/w2"] == 0.5
+    assert client.get_experiment(client.get_run(first_id).info.experiment_id).name == "mine"
 
     run = client.get_run(first_id)
     assert run.info.status == "KILLED"
@@ -153,18 +215,49 @@ def test_sqlite_runs_are_nested_and_a_resume_goes_on_in_the_same_run(tmp_path: P
     state_file = tmp_path / "vae" / "mlflow_run.json"
     with Tracker(tmp_path / "vae", OFF) as tracker:
         tracker.log(3, {"loss": 1.0})
-    state = json.loads(state_file.read_text()) | {"sent_bytes": (tmp_path / "vae" / "metrics.jsonl").stat().st_size}
+    sent = {"sent": {"metrics.jsonl": (tmp_path / "vae" / "metrics.jsonl").stat().st_size}}
+    state = json.loads(state_file.read_text()) | sent
     state_file.write_text(json.dumps(state))
-    with Tracker(tmp_path / "vae", cfg) as tracker:
-        assert tracker.run_id() == first_id
+    Tracker(tmp_path / "vae", cfg).close()
+    assert run_id_of(tmp_path / "vae") == first_id
     assert len(client.get_metric_history(first_id, "train/loss")) == 2
 
     # the store no longer has the run: a new one there, with every row
     state_file.write_text(json.dumps(state | {"run_id": "0" * 32}))
-    with Tracker(tmp_path / "vae", cfg) as tracker:
-        second_id = tracker.run_id()
+    Tracker(tmp_path / "vae", cfg).close()
+    second_id = run_id_of(tmp_path / "vae")
     assert second_id not in ("", first_id)
     assert len(client.get_metric_history(second_id, "train/loss")) == 3
+
+
+def test_a_pipeline_that_no_process_follows_is_what_its_stages_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv(PARENT, str(tmp_path))
+    begin_note(tmp_path, TrackingConfig(experiment="mine"), "pipeline", {"vae": "words"}, closed_by="evaluate")
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+
+    def status() -> str:
+        return client.get_run(run_id_of(tmp_path)).info.status
+
+    Tracker(tmp_path / "vae", TrackingConfig(), stage="train vae").close("FAILED")
+    wait_until(lambda: has_all(tmp_path) and status() == "FAILED")
+    with Tracker(tmp_path / "vae", TrackingConfig(), stage="train vae"):  # it goes on
+        wait_until(lambda: status() == "RUNNING")
+    assert status() == "RUNNING", "the other stages are to come"
+    with Tracker(tmp_path / "evaluation", TrackingConfig(), stage="evaluate") as tracker:
+        tracker.log_on_parent({"w2": 0.5}, "test")
+    run = client.get_run(run_id_of(tmp_path))
+    assert (run.info.status, run.info.run_name, run.data.params) == ("FINISHED", "pipeline", {"vae": "words"})
+    assert run.data.metrics["test/w2"] == 0.5
+    assert "mlflow.parentRunId" not in run.data.tags
+    for child in ("vae", "evaluation"):
+        of = client.get_run(run_id_of(tmp_path / child))
+        assert of.data.tags["mlflow.parentRunId"] == run.info.run_id
+        assert of.info.experiment_id == run.info.experiment_id
+    assert "has all" in replay(tmp_path)
 
 
 CUT = """
@@ -185,7 +278,7 @@ def cut(connection, cursor, statement, *_):
 
 tracker = Tracker(Path(sys.argv[1]), TrackingConfig())
 tracker.log(1, {"loss": 2.0})
-tracker.run_id()
+tracker.close()
 """
 
 
@@ -195,10 +288,11 @@ def test_a_run_that_was_stopped_while_mlflow_made_its_tables_goes_on_there(tmp_p
 
     done = subprocess.run([sys.executable, "-c", CUT, tmp_path], capture_output=True, text=True, timeout=100)
     assert done.returncode == 85, done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    there = {path.name for path in tmp_path.iterdir() if path.suffix != ".lock"}
+    assert there == {"metrics.jsonl", "tracked.json"}
     with Tracker(tmp_path, TrackingConfig()) as tracker:
         tracker.log(2, {"loss": 1.0})
-        run_id = tracker.run_id()
+    run_id = run_id_of(tmp_path)
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     assert [m.step for m in client.get_metric_history(run_id, "train/loss")] == [1, 2]
     assert not list(tmp_path.glob(".*"))
@@ -227,8 +321,8 @@ def test_what_a_killed_server_missed_is_there_once_after_it_is_back(tmp_path: Pa
     server = start_server(tmp_path, port)
     try:
         tracker = Tracker(tmp_path / "run", TrackingConfig(uri=uri, every_s=0.2, close_s=60.0), params={"a": 1})
-        run_id = tracker.run_id()
-        assert run_id
+        wait_until(lambda: has_all(tmp_path / "run"))
+        run_id = run_id_of(tmp_path / "run")
         for step in range(300):
             tracker.log(step, {"loss": step / 2, "lr": 0.1})
             if step == 100:
@@ -242,18 +336,244 @@ def test_what_a_killed_server_missed_is_there_once_after_it_is_back(tmp_path: Pa
         history = client.get_metric_history(run_id, "train/loss")
         assert sorted((m.step, m.value) for m in history) == [(s, s / 2) for s in range(300)]
         assert client.get_run(run_id).info.status == "FINISHED"
-        assert capsys.readouterr().err.count(" failed (") == 1
+        assert capsys.readouterr().err.count(" failed: ") == 1
 
         # killed between sending and noting how far: the rows are sent again and stay one
         state = json.loads((tmp_path / "run" / "mlflow_run.json").read_text())
-        (tmp_path / "run" / "mlflow_run.json").write_text(json.dumps(state | {"sent_bytes": 0}))
+        (tmp_path / "run" / "mlflow_run.json").write_text(json.dumps(state | {"sent": {}}))
         with Tracker(tmp_path / "run", TrackingConfig(uri=uri)) as tracker:
             tracker.log(300, {"loss": 150.0})
         assert len(client.get_metric_history(run_id, "train/loss")) == 301
     finally:
-        if server.poll() is None:
-            os.killpg(server.pid, signal.SIGTERM)
-            server.wait(30)
+        stop_server(server)
+
+
+@pytest.mark.slow
+def test_what_a_server_missed_that_came_back_after_the_end_is_sent_by_a_replay(tmp_path: Path, capsys) -> None:
+    from mlflow import MlflowClient
+
+    port = free_port()
+    server = start_server(tmp_path, port)
+    run, figure = tmp_path / "run", tmp_path / "figure.txt"
+    figure.write_text("here")
+    try:
+        cfg = TrackingConfig(uri=f"http://127.0.0.1:{port}", every_s=0.2, close_s=1.0, system_s=0)
+        tracker = Tracker(run, cfg)
+        tracker.log(0, {"loss": 0.0})
+        wait_until(lambda: has_all(run))
+        stop_server(server)
+        for step in range(1, 200):
+            tracker.log(step, {"loss": float(step)})
+        tracker.log_artifact(figure)
+        tracker.close()
+        assert "it lacks 199 rows, 1 artifact, its status); all is in" in capsys.readouterr().err
+        with pytest.raises(Exception, match="refused|timed out|Max retries"):
+            replay(run)  # and nothing is lost by that
+        server = start_server(tmp_path, port)
+        assert "sent 199 rows, 1 artifact, its status to" in replay(run)
+        assert "has all" in replay(run)
+        client = MlflowClient(cfg.uri)
+        of = client.get_run(run_id_of(run))
+        assert of.info.status == "FINISHED"
+        assert of.info.end_time < (run / "mlflow_run.json").stat().st_mtime_ns / 1e6 - 1_000, "it ended before"
+        assert len(client.get_metric_history(of.info.run_id, "train/loss")) == 200
+        assert [a.path for a in client.list_artifacts(of.info.run_id)] == ["figure.txt"]
+    finally:
+        stop_server(server)
+
+
+def test_a_run_that_begins_while_a_replay_is_not_done_is_followed_all_the_same(tmp_path: Path) -> None:
+    with followed_alone(tmp_path):
+        tracker = Tracker(tmp_path, TrackingConfig(system_s=0))
+        tracker.log(1, {"loss": 1.0})
+        time.sleep(1.0)
+        assert unsent(tmp_path)
+    wait_until(lambda: has_all(tmp_path))
+    tracker.close()
+    assert has_all(tmp_path)
+
+
+def test_what_a_child_could_not_send_is_sent_by_its_parent_at_the_end(tmp_path: Path, monkeypatch) -> None:
+    from mlflow import MlflowClient
+
+    with Tracker(tmp_path, TrackingConfig(every_s=0.1), stage="quickstart"):
+        monkeypatch.setattr(tracking._Forwarder, "start", lambda self: None)
+        monkeypatch.setattr(tracking._Forwarder, "join", lambda self, timeout=None: None)
+        with Tracker(tmp_path / "vae", TrackingConfig(parent=str(tmp_path)), stage="train vae") as child:
+            child.log(1, {"loss": 1.0})
+        monkeypatch.undo()
+    run = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").get_run(run_id_of(tmp_path / "vae"))
+    assert (run.info.status, run.data.metrics["train/loss"]) == ("FINISHED", 1.0)
+
+
+def test_a_process_that_was_killed_leaves_a_run_that_a_replay_ends(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    code = "import os, sys; from scldm.train.tracking import *; t = Tracker(sys.argv[1], TrackingConfig());"
+    code += "t.log(1, {'loss': 1.0}); os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", code, tmp_path]).returncode == 9
+    with followed_alone(tmp_path), pytest.raises(InputError, match="its own process still follows it"):
+        replay(tmp_path)
+    assert "sent 1 row" in replay(tmp_path)
+    run = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").get_run(run_id_of(tmp_path))
+    assert (run.info.status, run.data.metrics["train/loss"]) == ("KILLED", 1.0)
+
+
+# --- what a server refuses -----------------------------------------------------------------------------------------
+
+
+def test_a_refused_name_alone_is_missing_and_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from mlflow import MlflowClient
+
+    bad = "x" * 300
+    with Tracker(tmp_path, TrackingConfig(system_s=0), params={"good": 1, "p" * 300: 2}) as tracker:
+        for step in range(50):
+            tracker.log(step, {"loss": 1.0, bad: 2.0, "nll": 3.0})
+    client, run_id = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}"), run_id_of(tmp_path)
+    for name in ("loss", "nll", "cells_seen"):
+        assert len(client.get_metric_history(run_id, f"train/{name}")) == 50
+    run = client.get_run(run_id)
+    assert (run.info.status, run.data.params) == ("FINISHED", {"good": "1"})
+    said = capsys.readouterr().err
+    assert said.count(f"refuses metric train/{bad}") == 1
+    assert said.count(f"refuses param {'p' * 300}") == 1
+    assert json.loads((tmp_path / "mlflow_run.json").read_text())["refused"][f"metrics train/{bad}"] == mlflow_run.SURE
+
+
+def test_a_deleted_run_is_begun_anew_and_a_deleted_experiment_is_told_with_the_way_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    from mlflow import MlflowClient
+
+    cfg = TrackingConfig(experiment="mine", every_s=0.1, system_s=0)
+    tracker = Tracker(tmp_path, cfg)
+    tracker.log(1, {"loss": 1.0})
+    wait_until(lambda: has_all(tmp_path))
+    client, first = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}"), run_id_of(tmp_path)
+    client.delete_run(first)
+    tracker.log(2, {"loss": 2.0})
+    wait_until(lambda: run_id_of(tmp_path) != first and has_all(tmp_path))
+    tracker.close()
+    second = run_id_of(tmp_path)
+    assert [m.step for m in client.get_metric_history(second, "train/loss")] == [1, 2]
+
+    number = client.get_run(second).info.experiment_id
+    client.delete_experiment(number)
+    with Tracker(tmp_path, cfg) as tracker:
+        tracker.log(3, {"loss": 3.0})
+    said = capsys.readouterr().err
+    assert f"experiment 'mine' is deleted in MLflow: `mlflow experiments restore -x {number}` brings it back" in said
+    client.restore_experiment(number)
+    assert "sent 1 row" in replay(tmp_path)
+    assert run_id_of(tmp_path) == second
+
+
+class Front(BaseHTTPRequestHandler):
+    """Stands before a real server, and fails as others do."""
+
+    behind, mode, seen = "", "", list[str]()
+
+    def answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.seen.append(self.path)
+        if self.mode == "never":
+            time.sleep(30)
+        elif self.mode == "500" or (self.mode == "500 of rows" and b'"metrics"' in body):
+            self.reply(500, b'{"error_code": "INTERNAL_ERROR", "message": "disk full"}')
+        elif self.mode == "auth" and self.headers.get("Authorization") != "Basic YW5uOmdlaGVpbQ==":  # ann:geheim
+            self.reply(401, b"You are not authenticated.")
+        elif self.mode == "500 characters" and any(
+            len(p["value"]) > 500 for p in (json.loads(body or b"{}").get("params") or [])
+        ):
+            self.reply(400, b'{"error_code": "INVALID_PARAMETER_VALUE", "message": "length exceeds 500"}')
+        else:
+            headers = {k: v for k, v in self.headers.items() if k in ("Content-Type", "Accept")}
+            asked = urllib.request.Request(self.behind + self.path, body or None, headers, method=self.command)
+            try:
+                with urllib.request.urlopen(asked, timeout=30) as got:
+                    self.reply(got.status, got.read(), got.headers.get("Content-Type"))
+            except urllib.error.HTTPError as error:
+                self.reply(error.code, error.read())
+
+    do_GET = do_POST = do_PUT = do_PATCH = answer
+
+    def reply(self, code: int, body: bytes, kind: str | None = "application/json") -> None:
+        self.send_response(code)
+        self.send_header("Content-Type", kind or "")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of the front of a real server."""
+    folder, port = tmp_path_factory.mktemp("server"), free_port()
+    server = start_server(folder, port)
+    Front.behind = f"http://127.0.0.1:{port}"
+    stub = ThreadingHTTPServer(("127.0.0.1", 0), Front)
+    stub.daemon_threads = True
+    threading.Thread(target=stub.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{stub.server_port}"
+    stub.shutdown()
+    stub.server_close()
+    stop_server(server)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mode, said",
+    [
+        ("500", "failed: HTTP 500, an error of the server; its log says more"),
+        ("500 of rows", "failed: HTTP 500, an error of the server; its log says more"),
+        ("never", "failed: timed out: no answer within 3 s"),
+        ("auth", "failed: HTTP 401, not logged in; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
+    ],
+)
+def test_a_server_that_fails_is_told_apart_and_gets_all_when_it_works(
+    front: str, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, mode: str, said: str
+) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.setattr(Front, "mode", mode)
+    start = time.monotonic()
+    with Tracker(tmp_path, TrackingConfig(uri=front, close_s=15.0, system_s=0), params={"a": 1}) as tracker:
+        for step in range(100):
+            tracker.log(step, {"loss": 1.0})
+    assert time.monotonic() - start < 25
+    error = capsys.readouterr().err
+    assert said in error
+    assert "track replay" in error
+    if mode == "auth":  # by the environment alone
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ann")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "geheim")
+    else:
+        monkeypatch.setattr(Front, "mode", "")
+    assert "sent" in replay(tmp_path)
+    run = MlflowClient(Front.behind).get_run(run_id_of(tmp_path))
+    assert (run.info.status, run.data.params) == ("FINISHED", {"a": "1"})
+    assert len(MlflowClient(Front.behind).get_metric_history(run.info.run_id, "train/loss")) == 100
+
+
+@pytest.mark.slow
+def test_an_older_server_gets_long_values_cut_and_that_is_said(front: str, tmp_path: Path, capsys, monkeypatch) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.setattr(Front, "mode", "500 characters")
+    Tracker(tmp_path, TrackingConfig(uri=front, system_s=0), params={"a": 1, "long": "x" * 700}).close()
+    assert "refuses long of 700 characters; cut to 500 there" in capsys.readouterr().err
+    run = MlflowClient(Front.behind).get_run(run_id_of(tmp_path))
+    assert run.data.params == {"a": "1", "long": "x" * 500}
+    assert "has all" in replay(tmp_path)
+
+
+def stop_server(server: subprocess.Popen) -> None:
+    if server.poll() is None:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
 
 
 def start_server(folder: Path, port: int) -> subprocess.Popen:
@@ -289,6 +609,6 @@ def test_a_run_folders_name_is_no_part_of_a_uri(name: str, tmp_path: Path) -> No
     from sqlalchemy import make_url
 
     database = tmp_path / name / "mlflow.db"
-    uri = tracking.database_uri(database)
+    uri = database_uri(database)
     assert make_url(uri).database == str(database)
-    assert tracking._database_of(uri) == database
+    assert database_of(uri) == database

@@ -1,0 +1,53 @@
+"""A verb as an MLflow run of its own, where it is a stage of something larger: $SCLDM_PARENT names that one's folder.
+
+What trains or scores generated cells has the key `tracking`, and a run with or without a parent.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def followed(verb: str, config: Any) -> Iterator[None]:
+    """Within, a verb that makes something is followed by its first rank, in `tracking/VERB` of the parent's folder."""
+    parent = os.environ.get("SCLDM_PARENT", "")
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    if not parent or rank != "0":
+        yield
+        return
+    from scldm.train.tracking import STAGES, Tracker, TrackingConfig, fail_parent
+
+    if hasattr(config, "tracking") or not getattr(config, "out", ""):
+        try:
+            yield
+        except BaseException:
+            fail_parent(Path(parent))
+            raise
+        return
+
+    datasets = [dataset_of(source, "input") for source in [getattr(config, "shards", "")] if source]
+    folder = Path(parent) / STAGES / verb.replace(" ", "-")
+    of = {"stage": verb, "params": asdict(config), "datasets": datasets}
+    with Tracker(folder, TrackingConfig(), by_parent=True, **of) as tracker:
+        tracker.tag(out=config.out)
+        yield
+        if (Path(config.out) / "manifest.json").is_file():
+            tracker.tag(**{"out.manifest": dataset_of(config.out, "output")["digest"]})
+
+
+def dataset_of(source: str, context: str) -> dict[str, Any]:
+    """A shard set as MLflow's datasets have it; its digest is the hash of the manifest, hence of all cells."""
+    from data_pipeline.format.read_shards import manifest_hash
+    from data_pipeline.format.schema import read_manifest
+
+    of = read_manifest(source)
+    splits = {split.name: split.n_cells for split in of.splits}
+    profile = {"kind": of.kind, "n_cells": of.n_cells, "n_genes": of.genes.n_genes, **splits}
+    name = Path(source.rstrip("/")).name
+    return {"name": name, "source": source, "digest": manifest_hash(of), "context": context, "profile": profile}

@@ -1,0 +1,97 @@
+"""An exported model in MLflow's registry: as pyfunc, with its code, in the run that trained it.
+
+Reading order: register, save_pyfunc.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from scldm import pretrained
+from scldm.errors import InputError
+from scldm.model_folder import read_config
+from scldm.pretrained import Pretrained
+from scldm.train.mlflow_run import NOTE, Sender, followed_alone, read_note
+
+
+def check_followed(run: Path) -> None:
+    """Raises: InputError for a run that MLflow does not have."""
+    if read_note(run) is None:
+        raise InputError(f"register: {run} was trained without MLflow: it has no {NOTE}; leave register out")
+
+
+def register(folder: Path, run: Path, name: str) -> str:
+    """Send a model folder to the MLflow run of the folder `run`, and register it; returns its URI.
+
+    Raises: InputError for a model without a diffusion transformer; whatever MLflow raises.
+    """
+    check_followed(run)
+    at = f"model-{read_config(folder).weights[:12]}"  # a version stays what it was
+    with followed_alone(run):
+        sender = Sender(run)
+        sender.send()  # the run may be new to the store
+        client = sender.client
+        from mlflow.exceptions import MlflowException
+
+        with tempfile.TemporaryDirectory() as place:
+            save_pyfunc(folder, Path(place) / "model")
+            client.log_artifacts(sender.run_id, str(Path(place) / "model"), at)
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        source = f"{client.get_run(sender.run_id).info.artifact_uri}/{at}"
+        version = client.create_model_version(name, source, run_id=sender.run_id)
+        return f"models:/{name}/{version.version}"
+
+
+def save_pyfunc(folder: Path, out: Path) -> None:
+    """Write a model folder as a pyfunc model, with this scldm's code and the versions of what it needs."""
+    import mlflow.pyfunc
+
+    model = pretrained.load(folder)
+    mlflow.pyfunc.save_model(
+        str(out),
+        loader_module="scldm.served",
+        data_path=str(folder),
+        code_paths=[str(Path(pretrained.__file__).parent)],
+        signature=signature_of(model),
+        input_example=example_of(model),
+        pip_requirements=requirements(),
+    )
+
+
+def signature_of(model: Pretrained) -> Any:
+    """Conditions, none of which must be given, and counts of all genes."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
+
+    assert model.dit is not None
+    numbers = model.dit.config.continuous
+    columns: Any = [
+        ColSpec("double" if name in numbers else "string", name, required=False) for name in model.dit.n_labels
+    ]
+    counts = TensorSpec(np.dtype("int32"), (-1, model.genes.n_genes))
+    return ModelSignature(Schema(columns), Schema([counts]), ParamSchema([ParamSpec("seed", "long", 0)]))
+
+
+def example_of(model: Pretrained) -> pd.DataFrame:
+    """A cell of every condition's first label."""
+    assert model.dit is not None
+    first = {name: model.conditions.labels[name][0] for name in model.dit.n_labels}
+    return pd.DataFrame([{k: float(v) if k in model.dit.config.continuous else v for k, v in first.items()}])
+
+
+def requirements() -> list[str]:
+    """What scldm needs to generate, in the versions here; of a local build, the release that it is of."""
+    wanted = [line for line in importlib.metadata.requires("scldm") or [] if "extra ==" not in line]
+    names = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in wanted]
+    return [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in names]

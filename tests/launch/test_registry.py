@@ -1,0 +1,72 @@
+"""A model in MLflow's registry: loaded by mlflow alone, from its own code, it makes the cells that `scldm` makes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+import scldm
+from launch.cli import main
+from launch.registry import register, requirements
+from scldm.model_folder import save_pretrained
+from scldm.train.tracking import Tracker, TrackingConfig
+from tests.scldm.small_model import CONDITIONS, GENES, library_sizes, networks
+
+LOAD = """
+import sys
+import mlflow, pandas as pd
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model(sys.argv[2])
+made = model.predict(pd.read_csv(sys.argv[3], dtype=str), params={"seed": 3})
+made.to_csv(sys.argv[4], index=False)
+import scldm
+assert "/artifacts/model-" in scldm.__file__, scldm.__file__
+unwanted = {"deepspeed", "tiledbsoma", "launch", "data_pipeline"} & {name.split(".")[0] for name in sys.modules}
+assert not unwanted, unwanted
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "model"
+    save_pretrained(folder, *networks(), GENES, CONDITIONS, library_sizes(), {"from": "a test"})
+    return folder
+
+
+def test_a_registered_model_gives_cells_to_who_has_mlflow_alone(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "ldm"
+    Tracker(run, TrackingConfig(), stage="train ldm").close()
+    assert register(folder, run, "small") == "models:/small/1"
+    vae, dit = networks()
+    torch.nn.init.zeros_(next(dit.parameters()))
+    save_pretrained(tmp_path / "other", vae, dit, GENES, CONDITIONS, library_sizes(), {"from": "a test"})
+    assert register(tmp_path / "other", run, "small") == "models:/small/2", "and the first stays what it was"
+    first = {name: [CONDITIONS.labels[name][0]] * 3 for name in CONDITIONS.names}
+    table = pd.DataFrame(first)
+    table.to_csv(tmp_path / "wanted.csv", index=False)
+    words = [f"sqlite:///{run}/mlflow.db", "models:/small/1", tmp_path / "wanted.csv", tmp_path / "made.csv"]
+    command = [sys.executable, "-P", "-c", LOAD, *map(str, words)]
+    done = subprocess.run(command, cwd=tmp_path, env={"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0
+    made, expected = pd.read_csv(tmp_path / "made.csv"), scldm.load(folder).generate(table, seed=3)
+    assert list(made.columns) == list(expected.var_names)
+    assert (made.to_numpy() == expected.X.toarray()).all()  # type: ignore[union-attr]
+
+
+def test_what_can_not_be_registered_is_said_before_anything_is_written(tmp_path: Path, capsys) -> None:
+    words = ["export", "vae=vae", f"out={tmp_path}/model", "register=small"]
+    assert main(words) == 2
+    assert "register=small needs ldm" in capsys.readouterr().err
+    assert main([*words, f"ldm={tmp_path}/ldm"]) == 2
+    assert f"register: {tmp_path}/ldm was trained without MLflow" in capsys.readouterr().err
+
+
+def test_what_it_requires_can_be_installed_anywhere() -> None:
+    wanted = requirements()
+    assert any(line.startswith("torch==") for line in wanted)
+    assert not any("+" in line or "deepspeed" in line for line in wanted)

@@ -1,0 +1,78 @@
+"""`scldm track replay`, and verbs that are followed as stages of something larger."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.cli import main
+from launch.followed import dataset_of
+from scldm.train.tracking import PARENT, Tracker, TrackingConfig, begin_note
+from tests.launch.test_verbs import write_cells
+from tests.scldm.train.test_tracking import free_port, run_id_of
+
+
+def client_of(folder: Path) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+
+
+def test_what_was_left_is_sent_of_several_folders_and_of_a_pipelines(tmp_path: Path, capsys) -> None:
+    place = tmp_path / "place"
+    for name in ("a", "b/vae", "b/ldm"):  # as processes that were killed leave them
+        begin_note(tmp_path / name, TrackingConfig(uri=f"sqlite:///{place}/mlflow.db"), name, {"a": 1})
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "time": 1.5, "split": "train", "loss": 2.0}\n')
+    assert main(["track", "replay", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 3
+    assert all("sent 1 row, params, tags, its status to sqlite" in line for line in told)
+    for name in ("a", "b/vae", "b/ldm"):
+        run = client_of(place).get_run(run_id_of(tmp_path / name))
+        assert (run.info.status, run.data.metrics, run.data.params) == ("KILLED", {"train/loss": 2.0}, {"a": "1"})
+    before = (place / "mlflow.db").read_bytes()
+    assert main(["track", "replay", str(tmp_path)]) == 0  # again, as cron does
+    assert capsys.readouterr().out.count("has all") == 3
+    assert (place / "mlflow.db").read_bytes() == before
+
+
+def test_what_can_not_be_sent_is_told_and_is_exit_code_1(tmp_path: Path, capsys) -> None:
+    uri = f"http://127.0.0.1:{free_port()}"
+    Tracker(tmp_path / "run", TrackingConfig(uri=uri, close_s=10.0)).close()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main(["track", "replay", str(tmp_path / "run")])
+    assert end.value.code == 1
+    assert f"{tmp_path}/run: MLflow at {uri} failed: connection refused" in capsys.readouterr().err
+    assert main(["track", "replay", str(tmp_path / "nothing")]) == 2
+    assert "no run there is followed in MLflow" in capsys.readouterr().err
+    assert main(["track", "replay"]) == 2
+
+
+def test_a_verb_that_makes_something_is_a_run_of_its_parent(tmp_path: Path, monkeypatch, capsys) -> None:
+    write_cells(tmp_path / "cells.h5ad")
+    words = ["shards", "write", f"source.paths={tmp_path}/cells.h5ad", f"out={tmp_path}/shards", "block_cells=32"]
+    assert main([*words, "split.validation=2"]) == 2  # refused before it begins
+    with Tracker(tmp_path / "all", TrackingConfig(), stage="pipeline"):
+        monkeypatch.setenv(PARENT, str(tmp_path / "all"))
+        assert main([*words, "split.validation=0.2"]) == 0
+        assert main(["shards", "info", f"path={tmp_path}/shards"]) == 0  # which makes nothing
+    folder = tmp_path / "all" / "tracking"
+    assert [path.name for path in folder.iterdir()] == ["shards-write"]
+    run = client_of(tmp_path / "all").get_run(run_id_of(folder / "shards-write"))
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "shards write")
+    assert run.data.params["split.validation"] == "0.2"
+    assert run.data.tags["out.manifest"] == dataset_of(str(tmp_path / "shards"), "output")["digest"]
+    assert run.data.tags["mlflow.parentRunId"] == run_id_of(tmp_path / "all")
+    assert json.loads((folder / "shards-write" / "tracked.json").read_text())["status"] == "FINISHED"
+
+
+def test_a_stage_that_fails_before_its_run_begins_fails_the_pipeline(tmp_path: Path, monkeypatch, capsys) -> None:
+    begin_note(tmp_path, TrackingConfig(), "pipeline", {}, closed_by="evaluate")
+    monkeypatch.setenv(PARENT, str(tmp_path))
+    assert main(["evaluate", f"generated={tmp_path}/none.h5ad", f"shards={tmp_path}/none", f"out={tmp_path}/out"]) == 2
+    assert client_of(tmp_path).get_run(run_id_of(tmp_path)).info.status == "FAILED"
+    assert not (tmp_path / "out").exists()
