@@ -20,7 +20,7 @@ from data_pipeline.format.schema import Manifest
 from launch.followed import dataset_of
 from scldm import pretrained
 from scldm.errors import InputError, Stopped, read_json
-from scldm.files import flat, write_json
+from scldm.files import disk_explained, flat, write_json
 from scldm.library_size import LibrarySizeModel, LogNormal
 from scldm.model.attention import Choice
 from scldm.parallel.deepspeed_json import check_overrides
@@ -146,13 +146,14 @@ def run_training(
             opened = open_run_folder(
                 run_dir, as_dict, FREE_ON_RESUME, notes, can_change=CAN_CHANGE, allowed=allowed, branch=branch
             )
-            last.enter_context(opened)
-            for what, of in notes.items():
-                print(f"scldm: {what}: {of}", file=sys.stderr, flush=True)
-            watch.on_end = at_the_end.enter_context(outcome_noted(run_dir))
-            keep_data(run_dir, parts.manifest)
-            if parts.joined:
-                keep_joined(run_dir, config.init_from, parts.joined)
+            with disk_explained(str(run_dir)):
+                last.enter_context(opened)
+                for what, of in notes.items():
+                    print(f"scldm: {what}: {of}", file=sys.stderr, flush=True)
+                watch.on_end = at_the_end.enter_context(outcome_noted(run_dir))
+                keep_data(run_dir, parts.manifest)
+                if parts.joined:
+                    keep_joined(run_dir, config.init_from, parts.joined)
         world.barrier()  # no rank goes on where the first refuses
         watch.folder = run_dir
         make = make_optimizer_of(config.optim)
@@ -160,7 +161,8 @@ def run_training(
             parts.module, make, config.hardware, config.optim.clip, world, config.train.global_batch, config.deepspeed
         )
         if world.is_first:
-            write_json(run_dir / "deepspeed.json", getattr(engine, "json", {}))
+            with disk_explained(str(run_dir)):
+                write_json(run_dir / "deepspeed.json", getattr(engine, "json", {}))
         peak = peak_flops(world.device, config.hardware.precision, config.hardware.peak_tflops)
         flops = parts.cost().flops / config.hardware.micro_batch if peak and parts.cost and world.is_first else 0.0
         told: dict[str, Any] = {"stage": name, "params": as_dict}

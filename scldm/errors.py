@@ -13,7 +13,7 @@ from typing import Any
 REFUSED = 2  # an InputError: nothing that another start would change
 REQUEUE = 85  # stopped by a signal and saved: start the same command again
 STOPPED = 86  # stopped by the file `stop` and saved: somebody wanted that
-LOST = 87  # a rank is gone or hangs: another start, on other nodes, may succeed
+LOST = 87  # a rank is gone or hangs, or a store fails: another start, on other nodes perhaps, may succeed
 
 
 class InputError(ValueError):

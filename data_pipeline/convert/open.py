@@ -62,6 +62,8 @@ def resolve(config: SourceConfig) -> tuple[Literal["h5ad", "soma", "census"], li
         )
     if kind == "h5ad" or (kind == "auto" and endings == {True}):
         for uri in uris:
+            if "://" in uri:
+                raise InputError(f"source.paths: {uri}: AnnData files are read from a local disk; copy it to one first")
             if not Path(uri).exists():
                 raise InputError(f"source.paths: {uri}: no such file")
         if not uris:

@@ -9,6 +9,7 @@ import re
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ import tiledbsoma
 from data_pipeline.convert.genes import SourceGenes, gene_names
 from data_pipeline.convert.narrow import Coordinates, RowBuffers, Rows, coo_to_rows
 from data_pipeline.convert.source import OpenSource, SourceConfig, SourceSpec, spans
-from scldm.errors import InputError
+from scldm.errors import Busy, InputError
 from scldm.label_text import as_labels
 from scldm.vocab import namespace_of
 
@@ -42,15 +43,27 @@ def open_collection(uri: str, census_version: str) -> Any:
 
     Raises: InputError for a URI where no SOMA object lies, an unknown version.
     """
-    try:
-        if census_version and not uri:
+    if census_version and not uri:
+        with explained(f"source.census_version={census_version!r} can't be opened"):
             import cellxgene_census  # half a second of imports that a SOMA experiment needs nothing of
 
             return cellxgene_census.open_soma(census_version=census_version, tiledb_config=TILEDB)
+    with explained(f"source.paths: {uri} can't be opened"):  # a Census too: cellxgene_census would send no credentials
         return tiledbsoma.open(_absolute(uri), context=context())
-    except (tiledbsoma.SOMAError, ValueError, OSError) as error:
-        what = f"source.census_version={census_version!r}" if census_version and not uri else f"source.paths: {uri}"
-        raise InputError(f"{what} can't be opened: {str(error).splitlines()[0]}") from None
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Raises: InputError for an error of TileDB, Busy where an object store failed: another start may succeed."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (tiledbsoma.SOMAError, RuntimeError, ValueError, OSError) as error:
+        why = str(error).splitlines()[0].removeprefix("[TileDB::Task] Error: Caught std::exception: ")
+        why = re.sub(r"\s*\[(Error Type|Remote IP|Request ID|Headers): [^\]]*\]", "", why)
+        failed = re.search(r"HTTP Response Code: (5..|-1)|curlCode", why)
+        raise (Busy if failed else InputError)(f"{what}: {why}") from None
 
 
 def _absolute(uri: str) -> str:
@@ -91,15 +104,7 @@ def open_experiment(uri: str, kind: str, organism: str, census_version: str) -> 
         if not isinstance(found, tiledbsoma.Experiment):
             raise InputError(f"source.paths: {uri}: a {type(found).__name__}, not a SOMA experiment")
         return found, found
-    if uri:
-        import cellxgene_census
-
-        try:
-            census = cellxgene_census.open_soma(uri=_absolute(uri), tiledb_config=TILEDB)
-        except (tiledbsoma.SOMAError, ValueError, OSError) as error:
-            raise InputError(f"source.paths: {uri} can't be opened: {str(error).splitlines()[0]}") from None
-    else:
-        census = open_collection("", census_version)
+    census = open_collection(uri, census_version)
     if "census_data" not in census:
         raise InputError(f"source.paths: {uri}: not a Census: it has no census_data")
     data = census["census_data"]
@@ -113,7 +118,7 @@ def open_soma_source(uri: str, kind: str, config: SourceConfig, columns: tuple[s
     version = "" if uri else census_release(config.census_version)
     name = uri or f"Census {version}"
     collection, experiment = open_experiment(uri, kind, config.organism, version)
-    with collection:
+    with collection, explained(f"{name} can't be read"):
         matrix, layer = _matrix(experiment, config.measurement, config.layer, name)
         var_schema = experiment.ms[config.measurement].var.schema.names
         gene_column = config.gene_column or next((c for c in ("feature_id", "var_id") if c in var_schema), "")
@@ -202,8 +207,9 @@ class SomaMatrix:
     def __init__(self, spec: SourceSpec) -> None:
         self.spec = spec
         self.collection, experiment = open_experiment(spec.uri, spec.kind, spec.organism, spec.census_version)
-        self.obs = experiment.obs
-        self.matrix, _ = _matrix(experiment, spec.measurement, spec.layer, spec.uri)
+        with explained(f"{spec.uri} can't be read"):
+            self.obs = experiment.obs
+            self.matrix, _ = _matrix(experiment, spec.measurement, spec.layer, spec.uri)
 
     def read(self, rows: np.ndarray, chunk_bytes: int) -> Iterator[Rows]:
         """By ranges of joinids; where memory allows it, the next one is read while this one is worked on."""
@@ -235,13 +241,10 @@ class SomaMatrix:
 
     def _read_range(self, rows: np.ndarray) -> tuple[int, list[Coordinates]]:
         low, high = int(rows[0]), int(rows[-1])
-        try:
+        with explained(f"{self.spec.uri}: rows {low} to {high} can't be read"):
             tables = self.matrix.read((slice(low, high),)).tables()
             columns = ("soma_dim_0", "soma_dim_1", "soma_data")
             return low, [tuple(t.column(c).to_numpy() for c in columns) for t in tables]
-        except tiledbsoma.SOMAError as error:
-            why = str(error).splitlines()[0]
-            raise InputError(f"{self.spec.uri}: rows {low} to {high} can't be read: {why}") from None
 
     def row_name(self, row: int) -> str:
         return f"soma_joinid {row}"

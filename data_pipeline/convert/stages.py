@@ -33,7 +33,7 @@ from data_pipeline.convert.source import Matrix
 from data_pipeline.convert.variable_genes import add_moments
 from data_pipeline.format.block import encode_block
 from data_pipeline.format.schema import BLOCK_INDEX, ShardEntry, member_name, vocab_tag
-from data_pipeline.stores import file_system, store_explained
+from data_pipeline.stores import file_system, local_folder, store_explained
 from scldm.errors import InputError
 from scldm.files import disk_explained, made_aside, put_in_place, written_aside
 from scldm.vocab import GeneVocab
@@ -299,12 +299,6 @@ class TarWriter:
         """Bytes and SHA-256 of the whole."""
         self._write(bytes(2 * tarfile.BLOCKSIZE))
         return self.at, self.digest.hexdigest()
-
-
-def local_folder(out: str) -> Path | None:
-    """The folder of a set that lies on this machine's file system, else None."""
-    fs, path = file_system(out)
-    return Path(path) if "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)) else None
 
 
 def deliver(local: Path, out: str, relative: str) -> None:

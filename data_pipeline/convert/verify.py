@@ -12,9 +12,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
-import fsspec
 import numpy as np
 
 from data_pipeline.convert.genes import join_genes
@@ -34,11 +32,11 @@ from data_pipeline.format.schema import (
     manifest_text,
     member_name,
     misfits_of_index,
-    read_manifest,
+    parsed_manifest,
     vocab_tag,
 )
 from data_pipeline.format.statistics import compute_statistics
-from data_pipeline.stores import file_system
+from data_pipeline.stores import file_system, opened, store_explained
 from scldm.errors import InputError
 from scldm.files import sha256_of
 from scldm.given_json import SEAL, typed
@@ -77,7 +75,9 @@ def verify_shards(url: str, sample: int = 256) -> Verdict:
     sample: cells to compare with the sources, where those are reachable
     Raises: InputError where there is no set.
     """
-    manifest, is_sealed = read_manifest(url), SEAL in json.loads(manifest_text(url))
+    with store_explained(url):
+        text = manifest_text(url)
+    manifest, is_sealed = parsed_manifest(url, text), SEAL in json.loads(text)
     if manifest.kind != "cells":
         raise InputError(f"{url}: holds {manifest.kind}. shards verify checks sets of cells")
     strays, notes = _check_strays(url, manifest)
@@ -164,13 +164,9 @@ def _read_index(url: str, manifest: Manifest) -> tuple[dict[str, np.ndarray] | N
     return (None if faults else arrays), faults
 
 
-def _open(url: str, path: str) -> Any:
-    return fsspec.open(f"{url.rstrip('/')}/{path}", "rb")
-
-
 def _read_whole(url: str, path: str) -> bytes | None:
     try:
-        with _open(url, path) as file:
+        with opened(f"{url.rstrip('/')}/{path}") as file:
             return file.read()
     except FileNotFoundError:
         return None
@@ -181,7 +177,7 @@ def _read_whole(url: str, path: str) -> bytes | None:
 
 def _check_bytes(url: str, shard: ShardEntry) -> Iterator[Fault]:
     try:
-        with _open(url, shard.path) as file:
+        with opened(f"{url.rstrip('/')}/{shard.path}") as file:
             n, digest = sha256_of(file)
     except FileNotFoundError:
         yield Fault(shard.path, "missing")
@@ -207,7 +203,7 @@ def _check_shard(
     tag = vocab_tag(manifest.genes)
     numbers = np.flatnonzero(index["blocks"]["shard"] == number)
     try:
-        with _open(url, shard.path) as file:
+        with opened(f"{url.rstrip('/')}/{shard.path}") as file:
 
             def take(n: int) -> bytes:
                 nonlocal n_bytes
@@ -405,7 +401,7 @@ def _cell_of(url: str, manifest: Manifest, index: dict[str, np.ndarray], cell: i
     """Columns and counts of one cell of the set."""
     number = int(np.searchsorted(index["blocks"]["first_cell"], cell, "right")) - 1
     record = index["blocks"][number]
-    with _open(url, manifest.shards[record["shard"]].path) as file:
+    with opened(f"{url.rstrip('/')}/{manifest.shards[record['shard']].path}") as file:
         file.seek(int(record["offset"]))
         block = decode_block(file.read(int(record["length"])), where=f"block {number}")
     k = cell - int(record["first_cell"])

@@ -31,7 +31,7 @@ import numpy as np
 from data_pipeline.convert.genes import JoinedGenes, choose
 from data_pipeline.convert.plan import Plan, ShardsWriteConfig, differences, make_plan, settings_of
 from data_pipeline.convert.source import SourceSpec
-from data_pipeline.convert.stages import STAGES, Layout, Worker, deliver, delivered_bytes, local_folder
+from data_pipeline.convert.stages import STAGES, Layout, Worker, deliver, delivered_bytes
 from data_pipeline.convert.variable_genes import CELLS, clip_values, top_genes
 from data_pipeline.format.schema import (
     BLOCK_INDEX_PATH,
@@ -48,7 +48,7 @@ from data_pipeline.format.schema import (
     shard_name,
 )
 from data_pipeline.format.statistics import compute_statistics
-from data_pipeline.stores import file_system, store_explained
+from data_pipeline.stores import check_bucket, file_system, local_folder, store_explained
 from scldm.errors import InputError
 from scldm.files import disk_explained, left_aside, locked, of_bytes, written_aside
 from scldm.progress import Progress
@@ -70,6 +70,7 @@ def write_shards(config: ShardsWriteConfig) -> Manifest | None:
             _remove_work(config)
             print(f"{config.out}: is complete, with {finished.n_cells:,} cells")
             return finished
+        check_bucket(config.out)
         work = work_folder(config)
         if strange := _strangers(work):
             raise InputError(f"{work}: holds other files, such as {strange[0]}. Name another place with work=FOLDER")

@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import fsspec
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from data_pipeline.format.describe import MANY, cells_by_label, describe_text
 from data_pipeline.format.schema import Manifest, cell_column_path, gene_column_path
+from data_pipeline.stores import opened
 
 TEMPLATES = Path(__file__).parent / "templates"
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5")
@@ -57,8 +57,8 @@ def figures(url: str, manifest: Manifest) -> list[Figure]:
 
 
 def _load(url: str, path: str) -> np.ndarray:
-    with fsspec.open(f"{url.rstrip('/')}/{path}", "rb") as file:
-        return np.load(io.BytesIO(file.read()))  # pyright: ignore[reportAttributeAccessIssue]
+    with opened(f"{url.rstrip('/')}/{path}") as file:
+        return np.load(io.BytesIO(file.read()))
 
 
 # --- marks ---------------------------------------------------------------------------------------------------------

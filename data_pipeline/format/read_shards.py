@@ -28,6 +28,7 @@ from isal.isal_zlib import crc32  # zlib's, ten times as fast
 
 from data_pipeline.format import schema
 from data_pipeline.format.schema import Manifest
+from data_pipeline.stores import denies, refused
 from scldm.errors import InputError
 from scldm.files import sha256_of, written_aside
 from scldm.given_json import hash_of
@@ -84,12 +85,7 @@ class ShardSet:
                 self.cache = _BlockCache(self.files, path, self.blocks["length"], cache_bytes)
 
     def _read_manifest(self) -> Manifest:
-        try:
-            text = self._tried(f"{self.url}/{schema.MANIFEST}", lambda: schema.manifest_text(self.url))
-        except OSError as error:
-            if error.__cause__ is None or isinstance(error.__cause__, OSError):
-                raise
-            raise InputError(str(error)) from error  # what a store's client says of its own: no access, no such bucket
+        text = self._tried(f"{self.url}/{schema.MANIFEST}", lambda: schema.manifest_text(self.url))
         return schema.parsed_manifest(self.url, text)
 
     def _check_index(self) -> None:
@@ -130,8 +126,8 @@ class ShardSet:
         """The bytes of a block, uint8, checked against the index (0.4 to 0.9 us a cell); in `into`, which has their
         length, where that saves a copy.
 
-        Raises: InputError for a shard that is missing, cut short, changed, corrupt or, on a local disk, not to be read;
-        OSError where a remote read fails five times.
+        Raises: InputError for a shard that is missing, cut short, changed, corrupt or not to be read; Busy where a
+        remote read fails five times.
         """
         if not self.local:
             return np.frombuffer(self._fetch_remote(block), np.uint8)
@@ -192,12 +188,12 @@ class ShardSet:
     def _tried(self, name: str, read: Callable[[], Read], fault: Callable[[Read], str] = lambda _: "") -> Read:
         """What `read` returns; of a remote set, tried five times with growing pauses until it has no `fault`.
 
-        Raises: InputError for the last fault; OSError where reading itself failed last; at once FileNotFoundError and
-        InputError of `read`, which no other try mends.
+        Raises: InputError for the last fault, Busy where reading itself failed last; at once what no other try mends:
+        FileNotFoundError and InputError of `read`, InputError where the store refuses access.
         """
         if self.local:
             return read()
-        problem: BaseException | None = None
+        problem: Exception = InputError(f"{name}: was closed")
         for attempt in range(ATTEMPTS):
             if attempt and self.closing.wait(BACK_OFF_S * 2 ** (attempt - 1)):
                 break
@@ -206,6 +202,8 @@ class ShardSet:
             except (FileNotFoundError, InputError):
                 raise
             except Exception as error:  # every network library has a family of its own
+                if denies(error):
+                    raise refused(name, error) from error
                 problem = error
                 continue
             if not (text := fault(data)):
@@ -213,7 +211,7 @@ class ShardSet:
             problem = InputError(f"{name}: {text}")
         if isinstance(problem, InputError):
             raise problem
-        raise OSError(f"{name}: reading failed {ATTEMPTS} times, at last: {problem!r}") from problem
+        raise refused(name, problem, how=f"reading failed {ATTEMPTS} times, at last: ") from problem
 
     def _column(self, path: str) -> np.ndarray:
         if path not in self.columns:

@@ -15,7 +15,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from data_pipeline.format import read_shards
 from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.stream.loader import CellLoader, LoaderConfig
-from scldm.errors import InputError
+from scldm.errors import Busy, InputError
 from tests.data_pipeline.small_sets import known_cells, write_set
 
 
@@ -134,9 +134,7 @@ def test_failing_reads_are_tried_again_and_then_raised(remote, tmp_path):
     assert shards.fetch(3).tobytes() == ShardSet(folder).fetch(3).tobytes()
     assert len(Flaky.reads) == 5
     Flaky.failures = 99
-    with pytest.raises(
-        OSError, match=r"flaky://bucket/shards/train-000001.tar, block 3: reading failed 5 times.*reset"
-    ):
+    with pytest.raises(Busy, match=r"flaky://bucket/shards/train-000001.tar, block 3: reading failed 5 times.*reset"):
         shards.fetch(3)
     Flaky.failures, Flaky.cut_short = 0, 99
     with pytest.raises(InputError, match="block 3: its CRC-32"):
@@ -157,19 +155,32 @@ def test_a_start_outlives_reads_of_manifest_index_and_folder_that_fail(remote, t
     shards.close()
 
 
-@pytest.mark.parametrize("raised, told", [(ConnectionResetError, OSError), (RuntimeError, InputError)])
-def test_a_manifest_that_can_not_be_read_is_tried_five_times_and_named(remote, tmp_path, monkeypatch, raised, told):
-    """What is no OSError is a store's word, such as that there is no access, and refused without a traceback."""
+class NoCredentialsError(Exception):
+    """As botocore has it."""
+
+
+@pytest.mark.parametrize(
+    "raised, n, told",
+    [
+        (ConnectionResetError, 5, "reading failed 5 times, at last: ConnectionResetError: no answer"),
+        (RuntimeError, 5, "reading failed 5 times, at last: RuntimeError: no answer"),
+        (PermissionError, 1, r"the store refuses access \(PermissionError: no answer\); check its credentials"),
+        (NoCredentialsError, 1, "the store refuses access"),
+    ],
+)
+def test_a_manifest_that_can_not_be_read_is_tried_five_times_and_named(remote, tmp_path, monkeypatch, raised, n, told):
+    """But once where no other try would help. Another start may help where the store failed, as the exit code says."""
     n_tries = []
 
     def fails(*_, **__):
         n_tries.append(1)
-        raise raised("no access")
+        raise raised("no answer")
 
     monkeypatch.setattr(Flaky, "open", fails)
-    with pytest.raises(told, match=f"flaky://bucket/manifest.json: reading failed 5 times.*{raised.__name__}.*no acc"):
+    with pytest.raises(InputError, match=f"^flaky://bucket/manifest.json: {told}") as error:
         ShardSet(remote[0], cache_folder=str(tmp_path / "cache"))
-    assert len(n_tries) == 5
+    assert isinstance(error.value, Busy) == (n == 5)
+    assert len(n_tries) == n
 
 
 def test_closing_does_not_wait_for_a_read_that_keeps_failing(remote, tmp_path, monkeypatch):

@@ -8,10 +8,12 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.stream.feed import Feed
+from data_pipeline.stream.gene_sets import GeneSetConfig
 from scldm.errors import InputError
 from tests.data_pipeline.streams import SAME, flat, interrupt, open_loader
 
@@ -48,6 +50,31 @@ def test_nothing_is_left_behind_by_a_consumer_that_stops_or_dies(folder):
     gc.collect()
     assert not threads()
     assert open_files() == before
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["dense", "compact"])
+def test_twenty_epochs_take_no_more_than_four(folder, form):
+    """Memory, open files and threads; of the bytes that come by, a tenth would be seen."""
+    whole = GeneSetConfig()
+    with open_loader(folder, form=form, given=whole, asked=whole) as loader:
+        taken, passed = [], 0
+        for epoch in range(20):
+            for _ in range(loader.steps_per_epoch):
+                for batch in next(loader):
+                    dense = batch.to("cpu")
+                    passed += dense.given.counts_BS.nbytes * (epoch >= 4)
+            del batch, dense
+            gc.collect()
+            taken.append((open_files(), threading.active_count(), resident_bytes()))
+    files, alive, resident = (np.array(values[3:]) for values in zip(*taken))
+    assert files.max() == files.min()
+    assert alive.max() == alive.min()
+    assert resident[-1] - resident[0] < passed / 10, (resident, passed)
 
 
 def test_a_read_under_way_at_the_end_leaves_no_file_open(folder, monkeypatch):

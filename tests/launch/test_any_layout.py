@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
+import tarfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +30,7 @@ from tests.data_pipeline.atlases import read_set
 from tests.scldm.small_model import CONDITIONS, GENES, library_sizes, networks
 from tests.scldm.small_model import cells as small_cells
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 N = 12
 TYPES = ["T cell", "B cell", "B cell"] * 4
 SHARDS = [
@@ -83,9 +86,16 @@ def nullable(adata: Any) -> Any:
     return adata
 
 
-def nullable_h5ad(adata: Any, path: Path) -> Path:
-    with ad.settings.override(allow_write_nullable_strings=True):
-        return plain(nullable(adata), path)
+def of_0_13_h5ad(adata: Any, path: Path) -> Path:
+    """The same cells as anndata 0.13.4 with pandas 3.1.1 wrote them, with those columns and nullable names."""
+    (path / "a.h5ad").write_bytes(gzip.decompress((GOLDEN / "anndata-0.13-pandas-3.h5ad.gz").read_bytes()))
+    return path / "a.h5ad"
+
+
+def of_0_13_zarr(adata: Any, path: Path) -> Path:
+    with tarfile.open(GOLDEN / "anndata-0.13-pandas-3.zarr.tar.gz") as tar:
+        tar.extractall(path, filter="data")
+    return path / "zarr3.zarr"
 
 
 def nullable_raw(adata: Any, path: Path) -> Path:
@@ -132,8 +142,8 @@ def magic(adata: Any, path: Path) -> Path:
 
 
 LAYOUTS = {
-    "csc": csc, "dense": dense, "integers": integers, "nullable": nullable_h5ad, "raw": raw, "0.7": of_0_7,
-    "zarr 2": zarr_of(2), "zarr 3": zarr_of(3), "sharded zarr": zarr_of(3, sharded=True), "brackets": magic,
+    "csc": csc, "dense": dense, "integers": integers, "nullable": of_0_13_h5ad, "raw": raw, "0.7": of_0_7,
+    "zarr 2": zarr_of(2), "zarr 3": of_0_13_zarr, "sharded zarr": zarr_of(3, sharded=True), "brackets": magic,
     "nullable zarr": zarr_of(3, nullable), "nullable raw": nullable_raw,
 }  # fmt: skip
 
