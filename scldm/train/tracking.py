@@ -65,7 +65,7 @@ class TrackingConfig(Checked):
     enabled: forward to MLflow
     uri: tracking server or database; empty means that of the parent, else $MLFLOW_TRACKING_URI, else mlflow.db in the
         run folder. A password in it is moved to that variable, and stands in no file of the run
-    experiment: name of the MLflow experiment; empty means that of the parent, else scldm
+    experiment: name of the MLflow experiment; empty means that of the parent, else $MLFLOW_EXPERIMENT_NAME, else scldm
     run_name: name of the MLflow run; empty means the stage's
     parent: folder of the run that this one is nested in; empty means $SCLDM_PARENT, else none
     parent_run_id: the same by the MLflow run's id, of a run that scldm does not follow
@@ -319,7 +319,7 @@ def begin_note(
     environment = without_passwords(os.environ.get("MLFLOW_TRACKING_URI", ""))
     own = database_uri((run_dir / "mlflow.db").resolve())
     place = without_passwords(cfg.uri) or above.get("uri") or environment or own
-    experiment = cfg.experiment or above.get("experiment") or "scldm"
+    experiment = cfg.experiment or above.get("experiment") or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "scldm"
     note = read_note(run_dir) or new_note(place, experiment, cfg.run_name or stage or run_dir.name)
     first, now = note["params"], _texts(params)
     note["started"] = min(note["started"], started or note["started"])

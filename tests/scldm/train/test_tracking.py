@@ -177,6 +177,17 @@ def test_a_server_that_is_not_there_costs_no_time_and_one_line(tmp_path: Path, c
     assert "secret" not in said
 
 
+@pytest.mark.parametrize("given, above, named", [("", "", "env"), ("", "parent", "parent"), ("own", "parent", "own")])
+def test_the_experiment_is_its_own_or_its_parents_or_the_environments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, above: str, named: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "env")
+    if above:
+        begin_note(tmp_path, TrackingConfig(experiment=above), "quickstart", {})
+    cfg = TrackingConfig(experiment=given, parent=str(tmp_path) if above else "")
+    assert begin_note(tmp_path / "vae", cfg, "train vae", {})["experiment"] == named
+
+
 def test_sqlite_runs_are_nested_and_a_resume_goes_on_in_the_same_run(tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
