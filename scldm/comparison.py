@@ -18,6 +18,7 @@ import scipy.sparse as sp
 from scldm.count_matrix import count_matrix
 from scldm.environment import describe
 from scldm.errors import InputError
+from scldm.evaluate.baselines import SHIFTED
 from scldm.evaluate.cells import Cells
 from scldm.evaluate.changes import Blocks, Pair
 from scldm.evaluate.compare import EvaluateConfig, compare
@@ -30,6 +31,8 @@ from scldm.evaluate.metrics import METRICS
 from scldm.evaluate.protocols import PROTOCOLS
 from scldm.evaluate.report import write_report
 from scldm.evaluate.sample import SPLITS
+from scldm.evaluate.verdict import unseen_of
+from scldm.files import write_json
 from scldm.label_text import labels_of
 
 if TYPE_CHECKING:
@@ -57,7 +60,7 @@ def evaluation(
         if not (of_cell == name).any():
             raise InputError(
                 f"real: obs column split={split!r} marks no {name} cells; it must say {', '.join(SPLITS)}, and says "
-                f"{', '.join(map(repr, sorted(set(of_cell))[:5]))}"
+                f"{', '.join(sorted(set(of_cell))[:5])}"
             )
     parts = [_cells(real, np.flatnonzero(of_cell == name), conditions, layer, f"real ({name})") for name in SPLITS]
     made = _cells(generated, np.arange(generated.n_obs), conditions, "X", "generated")
@@ -92,7 +95,8 @@ class Evaluation:
     @property
     def tables(self) -> dict[str, pd.DataFrame]:
         """By name: `per_combination` and `pooled`, a row for each score, with the reach of its 95 % interval, the floor
-        and every baseline; `memorisation`; `response to NAME` for each condition that has one."""
+        and every baseline; `memorisation`; `response to NAME` for each condition that has one. Combinations that were
+        not trained count in none of these: `unseen: NAME` has theirs, beside the baseline that is made for them."""
         found = self.numbers
         titles = {key: title for key, (title, _) in all_baselines_of(found).items()}
         tables = {
@@ -113,6 +117,18 @@ class Evaluation:
         for condition, response in found["response"].items():
             if response["pooled"]:
                 tables[f"response to {condition}"] = pd.DataFrame(response["pooled"]).T
+            if response["unseen"]:
+                tables[f"response to {condition}, unseen"] = pd.DataFrame(response["unseen"]).T
+        for name in unseen_of(found):
+            tables[f"unseen: {name}"] = pd.DataFrame(
+                {
+                    METRICS[metric].title: {
+                        "generated": row["score"],
+                        **{titles[key]: of["mean"] for key, of in row["baselines"].items() if key == SHIFTED[0]},
+                    }
+                    for metric, row in found["by_combination"][name].items()
+                }
+            ).T
         return tables
 
     @property
@@ -132,8 +148,10 @@ class Evaluation:
             return FIGURES[name](self.numbers)
 
     def save(self, folder: str | Path) -> Path:
-        """Write report.html and its figures; returns the page."""
-        return write_report(self.numbers, Path(folder))[0]
+        """Write report.html, its figures and evaluation.json; returns the page."""
+        page = write_report(self.numbers, Path(folder))[0]
+        write_json(page.parent / "evaluation.json", self.numbers)
+        return page
 
     def __repr__(self) -> str:
         tables = (f"{name}\n{table.to_string(float_format='{:.3g}'.format)}" for name, table in self.tables.items())

@@ -1,6 +1,6 @@
 """Which matrix of an AnnData holds raw counts: X, a layer or raw.
 
-Reading order: count_matrix.
+Reading order: count_matrix, check_adata.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def count_matrix(adata: ad.AnnData, layer: str | None = None, what: str = "the c
 
     Raises: InputError for a layer that is not there, for no counts, and for counts in several that differ.
     """
+    check_adata(adata)
     there = _matrices(adata)
     if layer:
         name = {"raw": "raw/X", "raw/X": "raw/X", "X": "X"}.get(layer, f"layers/{layer.removeprefix('layers/')}")
@@ -51,6 +52,14 @@ def count_matrix(adata: ad.AnnData, layer: str | None = None, what: str = "the c
         if there[name].shape != there[first].shape or not np.array_equal(looks[name], looks[first]):
             raise InputError(f"{what}: {first} and {name} hold counts and differ; name one, as layer={first}")
     return _found(adata, first, there)
+
+
+def check_adata(adata: Any) -> None:
+    """Raises: InputError for what is none, and for none of a cell."""
+    if not isinstance(adata, ad.AnnData):
+        raise InputError(f"adata is of type {type(adata).__name__}; it must be an AnnData, as anndata.read_h5ad gives")
+    if adata.n_obs == 0:
+        raise InputError("there are no cells")
 
 
 def _matrices(adata: ad.AnnData) -> dict[str, Any]:

@@ -42,6 +42,7 @@ Keys = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]  # of a stage
 NOTE = "fit.json"
 SPLIT = "scldm_split"  # the obs column that says which cells were trained on
 MOST_THREADS = 4  # beyond it steps of the small presets are no faster
+FEW_CELLS = 100  # to train on; fewer are told
 SMALL = 10_000  # cells; of fewer, blocks are small too, so that there are many to shuffle
 # training cells up to which a preset is taken: the table of docs/presets.md
 PRESETS = (
@@ -182,6 +183,9 @@ def _train(
     splits = {split.name: split.n_cells for split in read_manifest(out["shards"]).splits}
     on_gpu = torch.cuda.is_available()
     first, second = _presets(splits["train"], on_gpu)
+    if splits["train"] < FEW_CELLS:
+        few = f"{splits['train']} cells to train on are few: a model of fewer than {FEW_CELLS} learns little of them"
+        print(f"scldm.fit: WARNING: {few}", file=sys.stderr)
     threads = max(1, min(MOST_THREADS, torch.get_num_threads()))
     common = ["hardware/one_gpu" if on_gpu else "hardware/cpu", "hardware.engine=plain", f"hardware.threads={threads}"]
     common += ["tracking.enabled=false", "train.hang_s=0", "train.stop_signals=[]"]

@@ -24,7 +24,7 @@ from scldm import draws
 from scldm.arguments import mapping_of, names_of, one_of, seed_of
 from scldm.batch import GeneCounts
 from scldm.cells_file import storable
-from scldm.count_matrix import count_matrix
+from scldm.count_matrix import check_adata, count_matrix
 from scldm.environment import install_hint
 from scldm.errors import InputError, read_json
 from scldm.flow.generate import SamplerConfig, guided
@@ -153,6 +153,8 @@ class Pretrained(Networks):
     def save(self, folder: str | Path) -> None:
         """Write the model as a folder that `scldm.load` reads; a model that is there is replaced."""
         folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"folder={folder} is a file; name a folder")
         if folder.exists() and not (folder / "config.json").is_file() and any(folder.iterdir()):
             raise InputError(f"folder={folder} is not empty and not a model folder; choose another")
         rows = {stage: json.loads(str(table.to_json(orient="records"))) for stage, table in self.history.items()}
@@ -197,6 +199,7 @@ class Pretrained(Networks):
 
         Raises: InputError as `embed`, for a gene that the model does not know, and where obs has such a column already.
         """
+        check_adata(adata)
         if "log_likelihood" in adata.obs:
             raise InputError("obs has a column 'log_likelihood' already, which would be lost; rename or remove it")
         counts, given_ids, match = self._given(adata, layer)
@@ -247,8 +250,6 @@ class Pretrained(Networks):
                 f"this autoencoder was trained with data.given.policy={policy} and is given all genes of a file here, "
                 f"which is another function; `scldm encode` with genes.policy={policy} encodes cells as it was trained"
             )
-        if adata.n_obs == 0:
-            raise InputError("there are no cells to embed")
         found_in = count_matrix(adata, layer)
         names = found_in.genes
         if len(set(names)) < len(names):
@@ -307,12 +308,15 @@ class Pretrained(Networks):
         seed = seed_of(seed)
         to = mapping_of("to", to, '{"treatment": "stim"}')
         to = {name: known_label(label, self.conditions.labels.get(name, ())) for name, label in to.items()}
+        check_adata(adata)
         obs = storable(pd.DataFrame(adata.obs))
         own = tuple(name for name in self.conditions.names if name in obs)
         by = own if by is None else names_of("by", by, "columns of obs", '["cell_type", "treatment"]')
         moves = asked.own_and_other(dit, self.conditions, obs, by, to, sampler)
         for of in (moves.own, moves.by_flow):
             asked.check_sampler(dit, of, sampler, self.origin)
+        if isinstance(alphas, int | float):
+            raise InputError(f"alphas={alphas} must be a list of numbers from 0 to 1, as alphas=[{alphas}]")
         if not alphas or not all(0 <= alpha <= 1 for alpha in alphas):
             raise InputError(f"alphas={', '.join(map(str, alphas))} must be numbers from 0 to 1, at least one")
         counts, given_ids, match = self._given(adata, layer)
@@ -395,7 +399,9 @@ class Pretrained(Networks):
         with Progress("generate", wanted.n_cells, "cells") as bar:
             matrix, n_evaluations_n = self.make(wanted, every, columns, sampler, kind, bar.advance)
         obs = self.obs(wanted, wanted.library_size(every))
-        uns = self.record("generate", seed=seed, sampler=sampler, kind=kind, n_evaluations=int(n_evaluations_n.sum()))
+        told = {"notes": "\n".join(wanted.notes)} if wanted.notes else {}  # as of combinations that were never trained
+        n_evaluations = int(n_evaluations_n.sum())
+        uns = self.record("generate", seed=seed, sampler=sampler, kind=kind, n_evaluations=n_evaluations, **told)
         return ad.AnnData(matrix, obs=obs, var=self.var(columns), uns={"scldm": uns})
 
     # --- how good it is ---

@@ -243,9 +243,10 @@ class _Sides:
         numbers = matched_numbers(pool, test, generated)
         scored, not_scored, why = scored_combinations(numbers, config.min_cells, config.max_combinations)
         labels = scored_labels(list(test.labels), combinations, numbers, config.min_cells)
-        return cls(
-            pool, combinations, numbers, relatives, Levels(scored, labels, config.max_group_cells), not_scored, why
-        )
+        # real cells of others are no floor for them
+        apart = [] if set(numbers) <= set(relatives) else sorted(relatives)
+        levels = Levels(scored, labels, config.max_group_cells, apart)
+        return cls(pool, combinations, numbers, relatives, levels, not_scored, why)
 
     def by_combination(self, train: Cells, test: Cells, generated: Cells) -> dict:
         if NO_TYPE in self.numbers:
@@ -311,8 +312,9 @@ class _Scorer:
             return table(pick(mine), pick(errors), others.pop("floor"), others, as_floor)
 
         out: dict[str, Any] = {"n_draws": n_draws, "pooled": tabulate(lambda s: s.pooled, as_floor=("c",))}
-        if self.levels.combinations:
+        if "" in mine.mean:
             out["per_combination"] = tabulate(lambda s: s.mean[""])
+        if self.levels.combinations:
             out["by_combination"] = {
                 t: tabulate(lambda s, t=t: s.by["", t], more={"d": d} if (d := shifted.get(t)) else {})
                 for t in self.levels.combinations

@@ -34,7 +34,7 @@ from scldm.evaluate.memorisation import MEMORISATION
 from scldm.evaluate.metrics import METRICS
 from scldm.evaluate.protocols import PUBLISHED_NOTE
 from scldm.evaluate.report_tables import normalised_text, row_texts
-from scldm.evaluate.verdict import headline_tables
+from scldm.evaluate.verdict import headline_tables, unseen_of
 from scldm.files import written_aside
 from scldm.progress import Progress
 
@@ -217,7 +217,8 @@ def notes(e: dict) -> list[tuple[str, list[str]]]:
         out.append((f"{text}{_some(len(beyond), what)}, which count in the pooled scores.", beyond))
     if unseen := [t for t, n in of.items() if n["unseen"]]:
         text = (
-            "No training cells (marked unseen). Floor and baselines come from the training cells that share most labels"
+            "No training cells (marked unseen). They count neither in the means nor in the scores of all cells. Their "
+            "floor and baselines come from the training cells that share most labels"
         )
         out.append((f"{text}: {_some(len(unseen), what)}.", unseen))
     groups = of or {"cells of any label": cells}
@@ -242,8 +243,10 @@ def notes(e: dict) -> list[tuple[str, list[str]]]:
 def sizes(e: dict) -> dict[str, dict[str, int]]:
     """section of scores -> compared cells of each group of cells that was scored for it."""
     of = e["cells"].get("by_combination", {})
+    unseen = unseen_of(e)
     combinations = {t: of[t]["compared"] for t in e["scored_combinations"]}
-    return {"pooled": {"": e["cells"]["compared"]}, "per_combination": combinations}
+    apart = sum(of[t]["compared"] for t in of if of[t]["unseen"]) if unseen else 0
+    return {"pooled": {"": e["cells"]["compared"] - apart}, "per_combination": combinations}
 
 
 def draws_text(e: dict) -> str:

@@ -224,10 +224,14 @@ def response_table(response: dict) -> Table:
 
     rows = []
     for c in contrasts:
-        note = "ceiling of test halves" if c["of_halves"] else ""
+        unseen = ["unseen"] if not c["n_cells"]["train"]["treated"] else []
+        note = ", ".join([*unseen, *(["ceiling of test halves"] if c["of_halves"] else [])])
         rows.append([Cell(contrast_name(c), below=note, kind="name"), sizes(c), *cells(c["scores"])])
-    every = [Cell(f"all {len(contrasts)} contrasts"), Cell(""), *cells(response["pooled"])]
-    return Table([top, [Head("contrast"), Head("test cells"), *pairs]], [("", [every]), ("each contrast", rows)])
+    what = "trained" if response["unseen"] else f"all {len(contrasts)}"
+    every = [[Cell(f"{what} contrasts"), Cell(""), *cells(response["pooled"])]]
+    if response["unseen"]:
+        every.append([Cell("unseen contrasts"), Cell(""), *cells(response["unseen"])])
+    return Table([top, [Head("contrast"), Head("test cells"), *pairs]], [("", every), ("each contrast", rows)])
 
 
 # --- others --------------------------------------------------------------------------------------------------------

@@ -110,6 +110,10 @@ class Contrast:
     def weight(self) -> int:
         return sum(self.n_cells["test"].values())
 
+    @property
+    def trained(self) -> bool:
+        return self.n_cells["train"]["treated"] > 0
+
     def as_json(self) -> dict:
         """Everything but the covariances and replicates."""
         kept = ("group", "condition", "control", "other", "of_halves", "genes", "n_cells")
@@ -144,8 +148,9 @@ class Response:
     """How generated cells respond to one condition.
 
     contrasts: those with enough cells on every side
-    pooled: their means, weighted by test cells; the slope is the ratio of weighted covariances, so that contrasts in
-        which real cells hardly respond count little
+    pooled: their means, weighted by test cells, over those that were trained; of all, where none was. The slope is the
+        ratio of weighted covariances, so that contrasts in which real cells hardly respond count little
+    unseen: the same over those whose treated cells were not trained, where others were
     left_out: the others, with their cells; `least` is how many each side needs
     """
 
@@ -153,6 +158,7 @@ class Response:
     control: str
     contrasts: list[Contrast]
     pooled: dict[str, Score]
+    unseen: dict[str, Score]
     left_out: list[dict]
     least: int
 
@@ -161,6 +167,7 @@ class Response:
             "condition": self.condition,
             "control": self.control,
             "pooled": {name: score.as_json() for name, score in self.pooled.items()},
+            "unseen": {name: score.as_json() for name, score in self.unseen.items()},
             "contrasts": [c.as_json() for c in self.contrasts],
             "left_out": self.left_out,
             "min_cells": self.least,
@@ -227,7 +234,9 @@ def response(
                 continue
             of = {s: Pair(blocks[other][s], blocks[control][s]) for s in sources if min(numbers[s].values()) >= least}
             contrasts.append(_contrast(about, numbers, test.genes, of, halves_SK))
-    return Response(condition, control, contrasts, pooled(contrasts), left_out, least)
+    trained = [c for c in contrasts if c.trained]
+    unseen = pooled([c for c in contrasts if not c.trained]) if trained else {}
+    return Response(condition, control, contrasts, pooled(trained or contrasts), unseen, left_out, least)
 
 
 def _blocks(

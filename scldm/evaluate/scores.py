@@ -30,16 +30,18 @@ class Levels:
     combinations: those that are scored one by one
     labels: condition -> its scored labels -> their combinations; empty where one condition makes the combinations
     max_cells: of a combination or label, scores that compare every cell with every other take at most so many a side
+    apart: combinations that count neither in the mean over combinations nor in the scores of all cells at once
     """
 
     combinations: Sequence[str] = ()
     labels: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
     max_cells: int = 500
+    apart: Collection[str] = ()
 
     def less(self, keys: Sequence[tuple[str, str]]) -> Levels:
         """Less some combinations and labels, named as `rows` does."""
         labels = {c: {x: ts for x, ts in of.items() if (c, x) not in keys} for c, of in self.labels.items()}
-        return Levels([t for t in self.combinations if ("", t) not in keys], labels, self.max_cells)
+        return replace(self, combinations=[t for t in self.combinations if ("", t) not in keys], labels=labels)
 
     def without(self, names: Sequence[str]) -> Levels:
         """Less some combinations, and all labels that have one of these."""
@@ -115,8 +117,12 @@ def _at_levels(
     by = {key: of(test.select(rows[key]), other.select(others[key]), key) for key in rows}
     means = {}
     for condition in dict.fromkeys(condition for condition, _ in by):
-        keys = [key for key in by if key[0] == condition]
+        keys = [key for key in by if key[0] == condition and (condition or key[1] not in levels.apart)]
+        if not keys:  # all combinations stand apart
+            continue
         means[condition] = mean({x: by[_, x] for _, x in keys}, {x: len(rows[_, x]) for _, x in keys})
+    if levels.apart:
+        test, other = (s.select(np.flatnonzero(~np.isin(s.types, list(levels.apart)))) for s in (test, other))
     return Scores(of(test, other, None), by, means)
 
 

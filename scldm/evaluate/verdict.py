@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from scldm.evaluate.baselines import SHIFTED
 from scldm.evaluate.intervals import WIDTH as REACH
 from scldm.evaluate.metrics import METRICS, Metric
 
@@ -19,9 +20,22 @@ DISTANCES = ("mmd2", "w2", "fd")
 # --- counts for the headline ---------------------------------------------------------------------------------------
 
 
+def unseen_of(evaluation: dict) -> list[str]:
+    """The scored combinations that training cells lack, where others were scored or pooled beside them."""
+    of = evaluation["cells"].get("by_combination", {})
+    return (
+        []
+        if all(n["unseen"] for n in of.values())
+        else [t for t in evaluation["scored_combinations"] if of[t]["unseen"]]
+    )
+
+
 def headline_tables(evaluation: dict) -> list[dict]:
-    """The tables that are counted: those of all combinations scored one by one, else the pooled one."""
-    return list(evaluation.get("by_combination", {}).values()) or [evaluation["pooled"]]
+    """The tables that are counted: those of the combinations that were trained and scored one by one, else the pooled
+    one. Of unseen combinations there are no real training cells to reach."""
+    unseen = unseen_of(evaluation)
+    tables = [of for name, of in evaluation.get("by_combination", {}).items() if name not in unseen]
+    return tables or [evaluation["pooled"]]
 
 
 def summary(evaluation: dict) -> dict:
@@ -31,6 +45,9 @@ def summary(evaluation: dict) -> dict:
     tables = headline_tables(evaluation)
     keys = list(dict.fromkeys(key for t in tables for key in t["w2"]["baselines"]))
     beats = {key: [row["beats"].get(key) for t in tables for row in t.values()] for key in keys}
+    if unseen := unseen_of(evaluation):  # what else can be drawn of them is of other combinations
+        rows = [row for t in unseen for row in evaluation["by_combination"][t].values()]
+        beats[SHIFTED[0]] = [row["beats"].get(SHIFTED[0]) for row in rows]
     judged = {key: [b for b in of if b is not None] for key, of in beats.items()}
     rows = [(METRICS[name], row) for t in tables for name, row in t.items()]
     like = [reaches_floor(metric, row) for metric, row in rows if row["error"] is not None]
@@ -56,7 +73,26 @@ def reaches_floor(metric: Metric, row: dict) -> bool:
 
 
 def verdict(evaluation: dict) -> dict[str, str]:
-    """says: one sentence; next: what to do. From the evaluation with its summary."""
+    """says: a sentence, and one on unseen combinations, where there are some; next: what to do. From the evaluation
+    with its summary."""
+    found = _of_trained(evaluation)
+    return {**found, "says": " ".join([found["says"], *_of_unseen(evaluation)])}
+
+
+def _of_unseen(evaluation: dict) -> list[str]:
+    unseen = unseen_of(evaluation)
+    if not unseen:
+        return []
+    told = []
+    if n := evaluation["summary"]["baselines"].get(SHIFTED[0]):
+        told.append(f"{n['closer']} of {n['judged']} scores are closer to real cells than ({SHIFTED[0]}) {SHIFTED[1]}")
+    slopes = {c: r["unseen"]["slope"]["value"] for c, r in evaluation["response"].items() if r["unseen"]}
+    told += [f"the response to {c} is {s:.2f} times the real" for c, s in slopes.items() if s is not None]
+    what = f"{len(unseen)} unseen combination{'s' * (len(unseen) > 1)}"
+    return [f"On {what}, {' and '.join(told)}."] if told else [f"{what} can't be judged.".capitalize()]
+
+
+def _of_trained(evaluation: dict) -> dict[str, str]:
     if told := repeats_training_cells(evaluation["memorisation"]):
         return {
             "says": f"Generated cells repeat training cells: {told}. The other scores say nothing.",
@@ -75,7 +111,8 @@ def verdict(evaluation: dict) -> dict[str, str]:
         }
     counts = evaluation["summary"]
     reached, judged = counts["like_real"]["reached"], counts["like_real"]["judged"]
-    closer = {k: (v["closer"], v["judged"]) for k, v in counts["baselines"].items()}
+    apart = {SHIFTED[0]} if unseen_of(evaluation) else set()
+    closer = {k: (v["closer"], v["judged"]) for k, v in counts["baselines"].items() if k not in apart}
     told = f"{reached} of {judged} scores reach real training cells within their intervals"
     if not closer:
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 
 import anndata as ad
@@ -35,6 +36,8 @@ def table_of(conditions: Asked, n: int | None, names: Sequence[str]) -> pd.DataF
                 f"conditions: obs has none of the model's conditions {', '.join(names)}. It has "
                 f"{', '.join(map(str, obs.columns)) or 'none'}"
             )
+        if lacking := [name for name in names if name not in obs]:
+            print(f"obs has no column {', '.join(lacking)}: cells are made without that condition", file=sys.stderr)
         return pd.DataFrame(obs[found]).reset_index(drop=True)
     asked = {} if conditions is None else mapping_of("conditions", conditions, '{"cell_type": "CD19+ B"}')
     if n is None:

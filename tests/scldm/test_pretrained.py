@@ -399,7 +399,9 @@ def with_empty_cell() -> Any:
             "0 of 30 genes matched .0 %., and at least 10 % are needed .min_gene_share=0.1.; they are",
         ),
         (of_doubled_genes, None, "gene 'ENSG00000' stands twice"),
-        (lambda: cells()[:0].copy(), None, "no cells to embed"),
+        (lambda: cells()[:0].copy(), None, "there are no cells"),
+        (lambda: cells().to_df(), None, "adata is of type DataFrame; it must be an AnnData"),
+        (lambda: "cells.h5ad", None, "adata is of type str; it must be an AnnData"),
         (with_empty_cell, None, "1 of 70 cells have no count"),
     ],
 )

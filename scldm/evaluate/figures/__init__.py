@@ -35,7 +35,7 @@ FIGURES: Mapping[str, Callable[[dict], Figure]] = {
 def has(evaluation: dict, name: str) -> bool:
     """Whether there is something to draw: no curves without runs, no heat map without combinations."""
     needed = {
-        "heat_map": lambda: evaluation.get("by_combination"),
+        "heat_map": lambda: evaluation.get("per_combination"),
         "responses": lambda: drawn_responses(evaluation),
         "marker_dots": lambda: evaluation.get("markers"),
         "marker_changes": lambda: evaluation.get("markers"),

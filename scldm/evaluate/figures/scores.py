@@ -15,6 +15,7 @@ from scldm.evaluate.baselines import BASELINES, SHIFTED
 from scldm.evaluate.figures.looks import BASELINE, FLOOR, GENERATED, INK, PART, WIDTH, label, labels, number
 from scldm.evaluate.intervals import WIDTH as REACH
 from scldm.evaluate.metrics import METRICS
+from scldm.evaluate.verdict import unseen_of
 
 HEAT_ROWS = 60
 COLUMNS = 4
@@ -49,7 +50,7 @@ def ordered_metrics(evaluation: dict) -> tuple[list[str], list[str]]:
 
 
 def section_title(evaluation: dict, section: str) -> str:
-    n, of = len(evaluation["scored_combinations"]), unit(evaluation)
+    n, of = len(evaluation["scored_combinations"]) - len(unseen_of(evaluation)), unit(evaluation)
     return "all cells at once" if section == "pooled" else f"mean over {n} {of}{'s' * (n != 1)}"
 
 
@@ -150,7 +151,8 @@ def heat_map(evaluation: dict) -> Figure:
     metrics = [*main, *further]
     # the mean, then the combinations with the most cells
     rows = [(section_title(evaluation, "per_combination"), evaluation["per_combination"])]
-    rows += list(evaluation["by_combination"].items())[:HEAT_ROWS]
+    unseen = unseen_of(evaluation)  # real cells of others are no floor for them
+    rows += [(t, of) for t, of in evaluation["by_combination"].items() if t not in unseen][:HEAT_ROWS]
     found = [[place(table[m]) if m in table else None for m in metrics] for _, table in rows]
     values = np.array(found, dtype=float)  # None is NaN
     shades, scale = mpl.colormaps["BrBG_r"].with_extremes(bad="#EEF0F3"), Normalize(0, 2)
@@ -166,17 +168,14 @@ def heat_map(evaluation: dict) -> Figure:
         ax.axhline(gap - 0.5, color="white", linewidth=5 if gap == 1 else 1)
     for gap in range(1, len(metrics)):
         ax.axvline(gap - 0.5, color="white", linewidth=5 if gap == len(main) else 1)
-    unseen = {t for t, of in evaluation["cells"]["by_combination"].items() if of["unseen"]}
-    shown = labels([name for name, _ in rows], 38)
-    marked = [f"{text}  (unseen)" if name in unseen else text for text, (name, _) in zip(shown, rows, strict=True)]
-    ax.set_yticks(range(len(rows)), marked)
+    ax.set_yticks(range(len(rows)), labels([name for name, _ in rows], 38))
     ax.set_xticks(range(len(metrics)), [label(METRICS[m].title) for m in metrics], rotation=50, ha="left")
     ax.tick_params(length=0, top=False, bottom=False, labeltop=True, labelbottom=False)
     ax.spines[:].set_visible(False)
     bar = fig.colorbar(image, ax=ax, location="bottom", shrink=0.5, aspect=40, extend="both", anchor=(1, 0))
     bar.set_ticks([0, 1, 2], labels=["0: as real\ntraining cells", "1: as the\nbest baseline", "2: twice as far"])
     bar.outline.set_visible(False)  # type: ignore[operator]
-    left = len(evaluation["by_combination"]) - HEAT_ROWS
+    left = len(evaluation["by_combination"]) - len(unseen) - HEAT_ROWS
     if left > 0:
         ax.set_xlabel(f"{left} more {unit(evaluation)}s with fewer cells stand in the table", loc="left")
     return fig

@@ -135,8 +135,8 @@ def responses(conditions: dict[str, list[str]]) -> dict:
     ]
     *kept, last = contrasts
     left_out = [{k: last[k] for k in ("group", "condition", "control", "other", "n_cells")}]
-    found = {"condition": condition, "control": control, "pooled": scores, "contrasts": kept, "left_out": left_out}
-    return {condition: found | {"min_cells": 20}}
+    found = {"condition": condition, "control": control, "pooled": scores, "unseen": {}, "contrasts": kept}
+    return {condition: found | {"left_out": left_out, "min_cells": 20}}
 
 
 TWO = {"cell_type": ["B cell", "T cell", "NK"], "treatment": ["ctrl", "stim"]}

@@ -18,7 +18,7 @@ from scldm.evaluate.compare import EvaluateConfig, Part, compare, known_controls
 from scldm.evaluate.curves import curves_of
 from scldm.evaluate.intervals import IntervalConfig
 from scldm.evaluate.two_sample import classifier_auc
-from scldm.evaluate.verdict import DISTANCES
+from scldm.evaluate.verdict import DISTANCES, unseen_of
 
 CONFIG = EvaluateConfig(n_draws=3, intervals=IntervalConfig(4, 2))
 GENES = tuple(f"g{k}" for k in range(40))
@@ -129,6 +129,29 @@ def test_an_unseen_combination_is_marked_and_its_baselines_are_what_can_be_drawn
     assert set(row["baselines"]) == {"a", "b", "c", "d"}
     assert row["baselines"]["d"]["mean"] < row["floor"]["mean"] / 3  # control cells and the change of the others
     assert "d" not in found["by_combination"]["A · stim"]["fd"]["baselines"]
+
+
+def test_unseen_combinations_count_in_no_score_of_the_others(two_conditions):
+    """Cells that no training cell is like bend neither means nor pooled scores, nor what the verdict says of others."""
+    found = compare(**two_conditions, config=CONFIG)
+    others = {name: cells.select(np.flatnonzero(cells.types != "B · stim")) for name, cells in two_conditions.items()}
+    without = compare(**others, config=CONFIG)
+    for section in ("pooled", "per_combination"):
+        for metric, row in without[section].items():
+            assert found[section][metric]["score"] == pytest.approx(row["score"], rel=0.05, abs=0.02), (section, metric)
+    judged = found["summary"]["like_real"]["judged"]
+    assert judged == without["summary"]["like_real"]["judged"]
+    assert unseen_of(found) == ["B · stim"]
+    assert "On 1 unseen combination, " in found["verdict"]["says"]
+    assert "(d) control + mean change" in found["verdict"]["says"]
+    response = found["response"]["treatment"]
+    assert set(response["pooled"]) == set(response["unseen"])
+    assert {c["group"]["type"] for c in response["contrasts"] if not c["n_cells"]["train"]["treated"]} == {"B"}
+    assert without["response"]["treatment"]["unseen"] == {}
+    only = {name: cells.select(np.flatnonzero(cells.types == "B · stim")) for name, cells in two_conditions.items()}
+    alone = compare(**two_conditions | {"test": only["test"], "generated": only["generated"]}, config=CONFIG)
+    assert unseen_of(alone) == []  # nothing else to judge
+    assert alone["per_combination"]
 
 
 def test_responses_are_measured_against_the_control(two_conditions):

@@ -12,7 +12,16 @@ from scipy.stats import mannwhitneyu, norm
 from scldm.errors import InputError
 from scldm.evaluate.cells import Cells
 from scldm.evaluate.changes import Blocks, Pair, rank_sum, variance_of_sum
-from scldm.evaluate.response import Contrast, Response, agreement, guess_control, response, responses, rows_with
+from scldm.evaluate.response import (
+    Contrast,
+    Response,
+    agreement,
+    guess_control,
+    pooled,
+    response,
+    responses,
+    rows_with,
+)
 
 G = 400
 GENES = tuple(f"g{k}" for k in range(G))
@@ -247,12 +256,19 @@ def test_each_type_is_its_own_contrast_and_small_ones_are_named(of_types: Respon
 
 def test_pooled_is_the_mean_weighted_by_cells(of_types: Response) -> None:
     found = by_kind(of_types)
+    both, covariances = [found["B"], found["T"]], [found[kind].covariances for kind in ("B", "T")]
+    together = pooled(both)
     for name in ("r", "overlap_20", "direction_50"):
-        values = [found[kind].scores[name].value for kind in ("B", "T")]
-        assert value(of_types, name) == pytest.approx(np.average(values, weights=[70, 80]))
-    covariances = [found[kind].covariances for kind in ("B", "T")]
+        values = [of.scores[name].value for of in both]
+        assert together[name].value == pytest.approx(np.average(values, weights=[70, 80]))
     ratio = np.dot([70, 80], [c.generated for c in covariances]) / np.dot([70, 80], [c.real for c in covariances])
-    assert value(of_types, "slope") == pytest.approx(ratio)
+    assert together["slope"].value == pytest.approx(ratio)
+
+
+def test_contrasts_that_were_not_trained_stand_apart(of_types: Response) -> None:
+    found = by_kind(of_types)
+    assert of_types.pooled["slope"] == pooled([found["B"]])["slope"]
+    assert of_types.unseen["slope"] == pooled([found["T"]])["slope"]
 
 
 def test_errors_are_those_of_repeats_where_treatments_share_their_control() -> None:

@@ -22,7 +22,8 @@ def row(score: float, error: float, floor: float, baseline: float, beats: bool |
 
 
 def evaluation(of: dict[str, Any], **more: Any) -> dict[str, Any]:
-    out: dict[str, Any] = {"pooled": of, "memorisation": {}, "response": {}, "parts": {}, "beside_parts": {}, **more}
+    empty = ("memorisation", "response", "parts", "beside_parts", "cells")
+    out: dict[str, Any] = {"pooled": of, **{name: {} for name in empty}, **more}
     return out | {"summary": summary(out)}
 
 
