@@ -22,6 +22,8 @@ def rows_of(model: Networks) -> list[tuple[str, str]]:
         rows.append((name, f"{len(labels):,} labels: {', '.join(labels[:MOST_LABELS])}{more}"))
     vae = model.vae.config
     rows.append(("autoencoder", f"{_size(model.vae)}, {vae.n_latents} latent tokens of width {vae.latent_width}"))
+    if told := _gate(model):
+        rows.append(("of held-out cells", told))
     rows.append(("diffusion transformer", _size(model.dit) if model.dit else "none: it embeds, and does not generate"))
     if of_all := model.library_sizes.fitted.get((), {}).get(()):
         rows.append(("trained on", f"{of_all.n_cells:,} cells"))
@@ -30,6 +32,16 @@ def rows_of(model: Networks) -> list[tuple[str, str]]:
     rows.append(("weights", model.hash[:12]))
     rows.append(("computes in", f"{model.precision} on {model.device}"))
     return rows
+
+
+def _gate(model: Networks) -> str:
+    """What the autoencoder was found to be worth at the end of its training; empty where it was not judged."""
+    rows = model.history.get("vae")
+    found = None if rows is None or "passed" not in rows else rows["passed"].dropna()
+    if found is None or not len(found):
+        return ""
+    beside = "mean profiles: do not trust its cells" if not found.iloc[-1] else "mean profiles"
+    return f"the autoencoder knows {'more' if found.iloc[-1] else 'no more'} than {beside}"
 
 
 def as_text(model: Networks) -> str:

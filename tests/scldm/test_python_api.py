@@ -195,6 +195,15 @@ def test_it_shows_itself_in_a_few_lines(known: Pretrained) -> None:
     assert "<td>3 labels: T cell, B cell, NK</td>" in html
 
 
+@pytest.mark.parametrize(
+    "passed, said", [(None, ""), (0.0, "no more than mean profiles: do not trust"), (1.0, "more than")]
+)
+def test_a_model_says_what_its_autoencoder_was_found_to_be_worth(known: Pretrained, passed, said: str) -> None:
+    rows = [{"split": "train", "loss": 1.0}, *([] if passed is None else [{"split": "gate", "passed": passed}])]
+    text = repr(replace(known, history={"vae": pd.DataFrame(rows)}))
+    assert ("of held-out cells" in text, said in text) == (passed is not None, True)
+
+
 def test_a_hostile_label_stays_text(known: Pretrained, tmp_path: Path) -> None:
     labels = ConditionVocab({"type": ("<script>", "B cell", "NK"), "donor": ("d1", "d2")})
     save_pretrained(tmp_path / "model", *networks(), GENES, labels, library_sizes(), {})
