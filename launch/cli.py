@@ -7,7 +7,9 @@ imported only when called, so that `scldm embed` needs neither deepspeed nor til
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +22,8 @@ from launch.verbs import PRESETS, VERBS
 from scldm.environment import install_hint, without_passwords
 from scldm.errors import REFUSED, InputError
 from scldm.version import VERSION
+
+READ_AT_ONCE = ("scldm status", "scldm plan", "scldm shards info")  # and perhaps piped into `head`
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,13 +86,30 @@ def run(command: str, module_name: str, words: Sequence[str], presets: Sequence[
             module.main(config)
     except InputError as error:
         return refuse(command, str(error), error.exit_code)
+    except BrokenPipeError:  # as of `scldm help | head`
+        if not (wants_help or command in READ_AT_ONCE):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
+        if told := no_room(error):
+            return refuse(command, told, 1)
         package = ((error.name or "") if isinstance(error, ModuleNotFoundError) else "").split(".")[0]
         if package in ("", "benchmarks", "data_pipeline", "launch", "scldm"):
             note_failure(1, without_passwords(f"{type(error).__name__}: {error}"), error.__traceback__)
             raise
         return refuse(command, f"the package {package} is missing; {install_hint(package)}")
     return 0
+
+
+def no_room(error: Exception) -> str:
+    """What is wrong with the disk, in a line; empty for other errors."""
+    number = getattr(error, "errno", None)
+    if type(error).__name__ == "SafetensorError" and "os error 28" in str(error):
+        number = errno.ENOSPC
+    if number not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        return ""
+    where = getattr(error, "filename", None)
+    return f"{where}: {os.strerror(number)}" if where else os.strerror(number)
 
 
 def refuse(command: str, why: str, code: int = REFUSED) -> int:

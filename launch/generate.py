@@ -20,6 +20,7 @@ import torch
 import scldm
 from data_pipeline.write_cells import FORMATS, N_EVALUATIONS, CellWriter, require_room
 from launch.cli import run_verb
+from launch.evaluation.cells import labels_of_split
 from scldm.cells_file import check_out, read_obs
 from scldm.checked import SEEDS, Checked, checked
 from scldm.count_draws import DRAWS_VERSION
@@ -45,12 +46,13 @@ torchrun --standalone --no-python --nproc-per-node 8 scldm generate model=model 
 
 @dataclass(frozen=True)
 class GenerateConfig(Checked):
-    """Which cells to make. Exactly one of conditions, like and n says how many of what.
+    """Which cells to make. Exactly one of conditions, like, shards and n says how many of what.
 
     model: model folder that `scldm export` wrote
     out: what to write: a path that ends in .h5ad, .zarr or .soma (a SOMA experiment)
     conditions: CSV with a column per condition and, if there is one, a column n_cells (else one cell per row)
     like: h5ad or zarr file whose cells' labels are taken, one new cell for each
+    shards: shard set of cells whose test split's labels are taken, one new cell for each, as `scldm evaluate` compares
     by: columns of `like` that are conditions of the model; also library_size, if it has one
     n: number of cells without any condition
     genes: genes to write, in this order; none writes all
@@ -67,6 +69,7 @@ class GenerateConfig(Checked):
     out: str
     conditions: str = ""
     like: str = ""
+    shards: str = ""
     by: tuple[str, ...] = ()
     n: int | None = checked(None, at_least=1)
     genes: tuple[str, ...] = ()
@@ -152,6 +155,7 @@ def made_by(config: GenerateConfig, model: Pretrained, wanted: Wanted, genes: li
         "config": json.dumps(settings),
         "conditions_hash": wanted.hash,
         "genes_hash": hashlib.sha256("\n".join(genes).encode()).hexdigest(),
+        **wanted.told,
     }
 
 
@@ -174,11 +178,13 @@ def device_of(device: str) -> torch.device:
 
 def wanted_cells(config: GenerateConfig) -> pd.DataFrame:
     """One row per cell to make, one categorical column per condition that is given."""
-    ways = [name for name in ("conditions", "like", "n") if getattr(config, name) not in ("", None)]
+    ways = [name for name in ("conditions", "like", "shards", "n") if getattr(config, name) not in ("", None)]
     if len(ways) != 1:
-        raise InputError(f"give exactly one of conditions, like and n; given: {', '.join(ways) or 'none'}")
-    if config.by and not config.like:
+        raise InputError(f"give exactly one of conditions, like, shards and n; given: {', '.join(ways) or 'none'}")
+    if config.by and not (config.like or config.shards):
         raise InputError(f"by={','.join(config.by)} names columns of like, which is not given")
+    if config.shards:
+        return labels_of_split(config.shards, "test", config.by)
     if config.n is not None:
         require_room(config.out, config.n)
         return pd.DataFrame(index=pd.RangeIndex(config.n))

@@ -11,10 +11,12 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,15 +165,32 @@ class Stages:
         write_json(self.path, self.note)
 
 
+@contextmanager
+def signals_passed_to(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """A stage that is told to stop saves first, and does not go on alone."""
+
+    def told(*_: object) -> None:
+        with suppress(ProcessLookupError):
+            child.terminate()
+
+    before = {number: signal.signal(number, told) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run(stage: str, command: list[str], own: Mapping[str, str]) -> None:
     """Raises: InputError where the command fails; it has said why itself."""
     root = Path(__file__).resolve().parent.parent
     path = os.pathsep.join(p for p in (str(root), os.environ.get("PYTHONPATH")) if p)
     # one thread a process but where a verb asks for more; torchrun would say so at length
     env = {"OMP_NUM_THREADS": "1", **os.environ, **own, "PYTHONPATH": path}
-    done = subprocess.run(command, env=env, check=False)
-    if done.returncode:
-        raise InputError(f"stage {stage} failed with exit code {done.returncode}; its own message stands above")
+    with subprocess.Popen(command, env=env) as child, signals_passed_to(child):
+        code = child.wait()
+    if code:
+        raise InputError(f"stage {stage} failed with exit code {code}; its own message stands above")
 
 
 def open_folder(config: QuickstartConfig, out: Path) -> dict:

@@ -140,6 +140,7 @@ def run_training(
             branch = to_begin(config.branch_from, run_dir)
             if branch is not None:
                 check_data(branch.checkpoint, data_of(parts.manifest), f"branch_from={branch}")
+            check_data(run_dir, data_of(parts.manifest), str(run_dir))  # before anything there is written
             allowed = tuple(config.allow_changes)
             if branch is not None or allowed:
                 check_steps(config, branch.step if branch else step_of(run_dir))

@@ -399,9 +399,8 @@ class Pretrained(Networks):
         with Progress("generate", wanted.n_cells, "cells") as bar:
             matrix, n_evaluations_n = self.make(wanted, every, columns, sampler, kind, bar.advance)
         obs = self.obs(wanted, wanted.library_size(every))
-        told = {"notes": "\n".join(wanted.notes)} if wanted.notes else {}  # as of combinations that were never trained
         n_evaluations = int(n_evaluations_n.sum())
-        uns = self.record("generate", seed=seed, sampler=sampler, kind=kind, n_evaluations=n_evaluations, **told)
+        uns = self.record("generate", seed=seed, sampler=sampler, kind=kind, n_evaluations=n_evaluations, **wanted.told)
         return ad.AnnData(matrix, obs=obs, var=self.var(columns), uns={"scldm": uns})
 
     # --- how good it is ---

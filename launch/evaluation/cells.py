@@ -90,6 +90,20 @@ def conditions_of_shards(url: str, cache_folder: str = "") -> tuple[str, ...]:
         shards.close()
 
 
+def labels_of_split(url: str, split: str, conditions: Sequence[str] = ()) -> pd.DataFrame:
+    """The conditions of every cell of a split; all of the set's, where none is named."""
+    shards = ShardSet(url)
+    try:
+        known = shards.manifest.conditions
+        names = tuple(conditions) or tuple(known.names)
+        if unknown := [name for name in names if name not in known.names]:
+            raise InputError(f"{url} has no condition={unknown[0]!r}. It has {', '.join(known.names) or 'none'}")
+        ids = _label_ids(shards, split, names)
+        return pd.DataFrame({c: pd.Categorical.from_codes(ids[:, k], known.labels[c]) for k, c in enumerate(names)})
+    finally:
+        shards.close()
+
+
 def _label_ids(shards: ShardSet, split: str, conditions: Sequence[str]) -> np.ndarray:
     """Each cell's label of each condition, by its number, (cells, conditions)."""
     entry = shards.manifest.splits[shards.manifest.split_number(split)]

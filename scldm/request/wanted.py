@@ -48,6 +48,11 @@ class Wanted:
         return len(self.combination_n)
 
     @property
+    def told(self) -> dict[str, str]:
+        """The notes as `uns["scldm"]` keeps them, as of combinations that were never trained; empty without any."""
+        return {"notes": "\n".join(self.notes)} if self.notes else {}
+
+    @property
     def hash(self) -> str:
         """SHA-256 over which cells are asked for, with their library sizes; not over the seed."""
         digest = hashlib.sha256(self.labels.to_csv().encode())

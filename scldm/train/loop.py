@@ -68,7 +68,7 @@ class TrainConfig(Checked):
     patience: int = checked(0, at_least=0)
     max_skipped: int = checked(3, at_least=0)
     hang_s: float = checked(900.0, at_least=0)
-    stop_signals: tuple[str, ...] = ("SIGTERM", "SIGUSR1")
+    stop_signals: tuple[str, ...] = ("SIGTERM", "SIGUSR1", "SIGINT")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -222,3 +222,32 @@ def test_an_unknown_key_is_refused_before_anything_is_imported(
         return
     assert cli.run_verb(verb, [word]) == 2
     assert said in capsys.readouterr().err
+
+
+# --- what a disk or a reader does ---
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (OSError(28, "No space left on device", "out.h5ad"), "out.h5ad: No space left on device"),
+        (OSError(30, "Read-only file system", "runs/vae"), "runs/vae: Read-only file system"),
+        (PermissionError(13, "Permission denied", "out"), "out: Permission denied"),
+    ],
+)
+def test_a_disk_that_takes_nothing_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: OSError, said: str
+) -> None:
+    def fail(config: object) -> None:
+        raise error
+
+    module = types.SimpleNamespace(CONFIG=TryConfig, main=fail)
+    monkeypatch.setattr(cli, "importlib", types.SimpleNamespace(import_module=lambda name: module))
+    assert cli.run("scldm try it", "launch.try_it", []) == 1
+    assert capsys.readouterr().err == f"scldm try it: error: {said}\n"
+
+
+def test_help_that_nobody_reads_to_the_end_is_no_error() -> None:
+    code = f"{sys.executable} -m launch.cli help train vae | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr

@@ -261,3 +261,15 @@ def test_mlflow_has_the_branch_and_the_change(parent: dict[str, Path], tmp_path:
     assert run.data.tags["branch_from"] == given["branch_from"]
     assert run.data.tags["resumed.train.steps"] == "18"
     assert "changes.json" in [item.path for item in client.list_artifacts(run.info.run_id)]
+
+
+def test_other_data_is_refused_before_anything_of_the_run_is_written(
+    parent: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(parent["vae"], run)
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    monkeypatch.setattr(training, "data_of", lambda manifest: {"genes.json": {"of": "others"}})
+    with pytest.raises(InputError, match="was trained on other data: its genes.json is not that of data.shards"):
+        faulty.train(config(run, train={"steps": 20}))
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before

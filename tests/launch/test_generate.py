@@ -23,7 +23,10 @@ import scldm
 from data_pipeline import write_cells
 from launch import generate as verb
 from launch.cli import main
+from launch.config import compose
+from launch.evaluation.cells import cells_of_splits, labels_of_split
 from scldm import networks as networks_module
+from scldm.errors import InputError
 from scldm.flow.generate import SamplerConfig
 from scldm.library_size import LibrarySizeModel, LogNormal
 from scldm.model.dit import DiT, DiTConfig
@@ -31,6 +34,7 @@ from scldm.model.vae import VAE, VAEConfig
 from scldm.model_folder import save_pretrained
 from scldm.pretrained import Pretrained
 from scldm.vocab import ConditionVocab, GeneVocab
+from tests.data_pipeline.small_sets import known_cells, write_set
 from tests.scldm.small_model import CONDITIONS, GENES, library_sizes, networks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -99,6 +103,23 @@ def test_as_many_cells_as_a_file_has_of_each_combination(model: Path, tmp_path: 
     words = [f"model={model}", f"like={tmp_path}/cells.h5ad", f"out={tmp_path}/made.h5ad", FEW]
     made = generate(*words, "by=type,donor")
     assert [tuple(row) for row in made.obs[["type", "donor"]].itertuples(index=False)] == [("T cell", "d1")] * 5
+
+
+def test_as_many_cells_as_a_split_has_of_each_combination(tmp_path: Path) -> None:
+    write_set(tmp_path / "shards", known_cells(n_train=64, n_validation=32, n_genes=700))
+    url = f"{tmp_path}/shards"
+    for names in (["type"], ["donor", "type"]):
+        (read,) = cells_of_splits(url, names, ["validation"])
+        wanted = labels_of_split(url, "validation", names)
+        assert {name: list(wanted[name]) for name in wanted} == {name: list(of) for name, of in read.labels.items()}
+    assert list(labels_of_split(url, "validation")) == ["type", "donor"]
+    for words, said in (
+        (["by=dose"], "has no condition='dose'. It has type, donor"),
+        ([], "split 'test' is not in the shard set"),
+        (["n=3"], "give exactly one of conditions, like, shards and n; given: shards, n"),
+    ):
+        with pytest.raises(InputError, match=said):
+            verb.wanted_cells(compose(verb.GenerateConfig, ["model=-", f"shards={url}", "out=made.h5ad", *words]))
 
 
 def test_a_finished_file_is_left_as_it_is_and_others_are_refused(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sqlite3
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -284,3 +286,18 @@ def test_a_folder_of_something_else_or_of_another_run_is_left_alone(tmp_path: Pa
     (tmp_path / "quickstart.json").write_text(json.dumps(note))
     assert main(["quickstart", "--out", str(tmp_path)]) == 2
     assert "holds another run: cells was '/other.h5ad', now ''" in capsys.readouterr().err
+
+
+def test_a_stage_that_is_told_to_stop_is_waited_for(tmp_path: Path) -> None:
+    """SIGTERM goes on to the stage, which saves; it is not left behind alone."""
+    stage = "import signal, sys, time; signal.signal(15, lambda *_: (open('saved', 'w').close(), sys.exit(85)));"
+    stage += "open('begun', 'w').close(); time.sleep(60)"
+    code = f"import sys; from launch.quickstart import run; run('vae', [sys.executable, '-c', {stage!r}], {{}})"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True) as of:
+        until = time.monotonic() + 60
+        while not (tmp_path / "begun").exists() and time.monotonic() < until:
+            time.sleep(0.1)
+        of.terminate()
+        assert "stage vae failed with exit code 85" in of.communicate(timeout=30)[1]
+    assert (tmp_path / "saved").exists()

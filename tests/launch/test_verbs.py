@@ -317,7 +317,10 @@ def run_words(made: Path, stage: str, *more: str) -> list[str]:
         (lambda at: ["export", f"vae={at}/vae", f"out={at}/shards"], "shards is not empty and not a model folder"),
         (lambda at: ["generate", f"model={at}/vae", "n=3", f"out={at}/new.h5ad"], "vae"),
         (lambda at: ["generate", f"model={at}/shards", "n=3", f"out={at}/new.h5ad"], "is not a model folder"),
-        (lambda at: ["generate", f"model={at}/model", f"out={at}/new.h5ad"], "exactly one of conditions, like and n"),
+        (
+            lambda at: ["generate", f"model={at}/model", f"out={at}/new.h5ad"],
+            "exactly one of conditions, like, shards and n",
+        ),
         (lambda at: ["generate", f"model={at}/model", "n=3", f"out={at}/new.csv"], "must end in .h5ad"),
         (lambda at: ["generate", f"model={at}/model", "n=3", f"out={at}/new.h5ad", "seed=-1"], "seed=-1"),
         (lambda at: ["generate", f"model={at}/model", "n=3", f"out={at}/new.h5ad", "genes=none"], "gene 'none' is not"),
