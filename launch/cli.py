@@ -75,7 +75,8 @@ def run(command: str, module_name: str, words: Sequence[str], presets: Sequence[
     try:
         if not wants_help:  # before what takes seconds to import
             check_presets(command, words, presets)
-            check_keys(command.removeprefix("scldm "), words)
+            if command.startswith("scldm "):
+                check_keys(command.removeprefix("scldm "), words)
         module = importlib.import_module(module_name)
         if wants_help:
             usage, first = getattr(module, "USAGE", ""), getattr(module, "FIRST", ())
