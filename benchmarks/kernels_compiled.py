@@ -110,7 +110,8 @@ def rows_of(launches: list[Compiled], where: str, architecture: int) -> list[Row
 def shape_of(preset: str) -> tuple[VAEConfig, int, int]:
     """Its autoencoder, cells of a forward pass, and genes of each."""
     config = compose(TrainVAEConfig, [f"vae/{preset}", "data.shards=none", "run_dir=none"])
-    return config.model, config.hardware.micro_batch, config.data.given.n_genes
+    given = config.data.given
+    return config.model, config.hardware.micro_batch, given.n_genes or round(given.share * N_GENES)
 
 
 def traced(model: VAEConfig, n_cells: int, n_genes: int, dtype: torch.dtype, architecture: int) -> list[Compiled]:
