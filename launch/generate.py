@@ -20,7 +20,6 @@ import torch
 import scldm
 from data_pipeline.write_cells import FORMATS, N_EVALUATIONS, CellWriter, require_room
 from launch.cli import run_verb
-from launch.evaluation.cells import labels_of_split
 from scldm.cells_file import check_out, read_obs
 from scldm.checked import SEEDS, Checked, checked
 from scldm.count_draws import DRAWS_VERSION
@@ -184,6 +183,8 @@ def wanted_cells(config: GenerateConfig) -> pd.DataFrame:
     if config.by and not (config.like or config.shards):
         raise InputError(f"by={','.join(config.by)} names columns of like, which is not given")
     if config.shards:
+        from launch.evaluation.cells import labels_of_split  # of the extra shards
+
         return labels_of_split(config.shards, "test", config.by)
     if config.n is not None:
         require_room(config.out, config.n)

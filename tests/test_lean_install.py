@@ -69,6 +69,7 @@ CLAIMS = {
         *("generate", "transform", "embed", "reconstruct", "submit", "status", "logs", "shards info", "completion"),
         *("checkpoint inspect", "checkpoint verify", "checkpoint convert"),
     ],
+    "mlflow": ["track replay"],
     "shards": ["train vae", "encode", "train ldm", "plan", "export"],
     "data": ["soma write", "shards write", "shards verify"],
     "evaluate": ["evaluate", "launch.evaluation", "scldm.evaluate"],
