@@ -28,6 +28,7 @@ from scldm.parallel.dist import World
 
 STOP_FILE, SAVE_FILE = "stop", "save"
 LOOK_EVERY_S = 1.0  # on a shared file system, looking is a request to its server
+PATIENCE_S = 1.0  # within which one Ctrl-C may come twice: from the terminal, and from torchrun
 RANKS = 1 << 24  # signal and rank are told in one integer
 
 
@@ -45,7 +46,8 @@ class Asked:
 
 
 class Requests:
-    """Within it the signals are caught; they are what they were afterwards.
+    """Within it the signals are caught; they are what they were afterwards. A second Ctrl-C, a second or more after
+    the first signal, ends the process at once.
 
     signals: names, such as SIGTERM
     """
@@ -53,7 +55,7 @@ class Requests:
     def __init__(self, run_dir: Path, signals: tuple[str, ...], world: World) -> None:
         self.run_dir, self.world = run_dir, world
         self.signals = [signal_named(name) for name in signals]
-        self.caught = 0
+        self.caught, self._caught_at = 0, 0.0
         self._before: dict[signal.Signals, Any] = {}
         self._looked_at, self._files = 0.0, (0, 0)
         self._wait: Callable[[], list[int]] | None = None
@@ -101,7 +103,10 @@ class Requests:
             raise Stopped(asked.stop, asked.reason)
 
     def _catch(self, number: int, frame: object) -> None:
-        self.caught = self.caught or number
+        now = time.monotonic()
+        if number == signal.SIGINT and self.caught and now - self._caught_at > PATIENCE_S:
+            raise KeyboardInterrupt  # who presses Ctrl-C again does not wait for the save
+        self.caught, self._caught_at = self.caught or number, now
 
     def _look(self) -> tuple[int, int]:
         if self.world.is_first and time.monotonic() - self._looked_at > LOOK_EVERY_S:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from scldm.errors import Stopped
+from scldm.parallel.dist import World
 from scldm.train import requests
 from scldm.train.losses import Stage
 from scldm.train.tracking import read_metrics
@@ -90,3 +94,17 @@ def test_a_save_that_is_asked_for_during_validation_waits_for_its_end(uninterrup
 
 def rows_of(run_dir: Path) -> list[tuple[Any, ...]]:
     return [(row["step"], row["split"], row.get("loss"), row.get("nll")) for row in read_metrics(run_dir)]
+
+
+@pytest.mark.parametrize("pause, ends", [(0.0, False), (0.2, True)])
+def test_ctrl_c_saves_and_a_second_one_does_not_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pause: float, ends: bool
+) -> None:
+    """Torchrun passes on the signal that the terminal has sent to every process already."""
+    monkeypatch.setattr(requests, "PATIENCE_S", 0.1)
+    with requests.Requests(tmp_path, ("SIGTERM", "SIGINT"), World(0, 1, torch.device("cpu"))) as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(pause)
+        with pytest.raises(KeyboardInterrupt) if ends else nullcontext():
+            os.kill(os.getpid(), signal.SIGINT)
+    assert asked.caught == signal.SIGINT
