@@ -31,7 +31,6 @@ from scldm.evaluate.metrics import METRICS
 from scldm.evaluate.protocols import PROTOCOLS
 from scldm.evaluate.report import write_report
 from scldm.evaluate.sample import SPLITS
-from scldm.evaluate.verdict import unseen_of
 from scldm.files import write_json
 from scldm.label_text import labels_of
 
@@ -119,7 +118,7 @@ class Evaluation:
                 tables[f"response to {condition}"] = pd.DataFrame(response["pooled"]).T
             if response["unseen"]:
                 tables[f"response to {condition}, unseen"] = pd.DataFrame(response["unseen"]).T
-        for name in unseen_of(found):
+        for name in (t for t in found["set_apart"] if t in found.get("by_combination", {})):
             tables[f"unseen: {name}"] = pd.DataFrame(
                 {
                     METRICS[metric].title: {

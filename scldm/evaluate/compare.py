@@ -157,6 +157,7 @@ def compare(
         },
         "scored_combinations": list(sides.levels.combinations),
         "not_scored": sides.not_scored,
+        "set_apart": list(sides.levels.apart),
         "pooled_only": sides.pooled_only,
         **tables,
         "memorisation": memorised,
@@ -243,8 +244,9 @@ class _Sides:
         numbers = matched_numbers(pool, test, generated)
         scored, not_scored, why = scored_combinations(numbers, config.min_cells, config.max_combinations)
         labels = scored_labels(list(test.labels), combinations, numbers, config.min_cells)
-        # real cells of others are no floor for them
-        apart = [] if set(numbers) <= set(relatives) else sorted(relatives)
+        # real cells of others are no floor for them, unless there is too little else to judge
+        seen = sum(n for t, n in numbers.items() if t not in relatives)
+        apart = sorted(t for t in numbers if t in relatives) if seen >= config.min_cells else []
         levels = Levels(scored, labels, config.max_group_cells, apart)
         return cls(pool, combinations, numbers, relatives, levels, not_scored, why)
 

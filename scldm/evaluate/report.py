@@ -34,7 +34,7 @@ from scldm.evaluate.memorisation import MEMORISATION
 from scldm.evaluate.metrics import METRICS
 from scldm.evaluate.protocols import PUBLISHED_NOTE
 from scldm.evaluate.report_tables import normalised_text, row_texts
-from scldm.evaluate.verdict import headline_tables, unseen_of
+from scldm.evaluate.verdict import headline_tables
 from scldm.files import written_aside
 from scldm.progress import Progress
 
@@ -205,6 +205,9 @@ def drawn_text(e: dict) -> str:
     )
 
 
+APART = "They count neither in the means nor in the scores of all cells. "
+
+
 def notes(e: dict) -> list[tuple[str, list[str]]]:
     """What a reader must know before the scores: a sentence, and the labels that it speaks of."""
     cells, of, what = e["cells"], e["cells"].get("by_combination", {}), unit(e)
@@ -217,8 +220,8 @@ def notes(e: dict) -> list[tuple[str, list[str]]]:
         out.append((f"{text}{_some(len(beyond), what)}, which count in the pooled scores.", beyond))
     if unseen := [t for t, n in of.items() if n["unseen"]]:
         text = (
-            "No training cells (marked unseen). They count neither in the means nor in the scores of all cells. Their "
-            "floor and baselines come from the training cells that share most labels"
+            f"No training cells (marked unseen). {APART if e['set_apart'] else ''}Their floor and baselines come from "
+            "the training cells that share most labels"
         )
         out.append((f"{text}: {_some(len(unseen), what)}.", unseen))
     groups = of or {"cells of any label": cells}
@@ -243,9 +246,8 @@ def notes(e: dict) -> list[tuple[str, list[str]]]:
 def sizes(e: dict) -> dict[str, dict[str, int]]:
     """section of scores -> compared cells of each group of cells that was scored for it."""
     of = e["cells"].get("by_combination", {})
-    unseen = unseen_of(e)
     combinations = {t: of[t]["compared"] for t in e["scored_combinations"]}
-    apart = sum(of[t]["compared"] for t in of if of[t]["unseen"]) if unseen else 0
+    apart = sum(of[t]["compared"] for t in e["set_apart"])
     return {"pooled": {"": e["cells"]["compared"] - apart}, "per_combination": combinations}
 
 

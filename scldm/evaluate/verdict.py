@@ -20,21 +20,10 @@ DISTANCES = ("mmd2", "w2", "fd")
 # --- counts for the headline ---------------------------------------------------------------------------------------
 
 
-def unseen_of(evaluation: dict) -> list[str]:
-    """The scored combinations that training cells lack, where others were scored or pooled beside them."""
-    of = evaluation["cells"].get("by_combination", {})
-    return (
-        []
-        if all(n["unseen"] for n in of.values())
-        else [t for t in evaluation["scored_combinations"] if of[t]["unseen"]]
-    )
-
-
 def headline_tables(evaluation: dict) -> list[dict]:
     """The tables that are counted: those of the combinations that were trained and scored one by one, else the pooled
     one. Of unseen combinations there are no real training cells to reach."""
-    unseen = unseen_of(evaluation)
-    tables = [of for name, of in evaluation.get("by_combination", {}).items() if name not in unseen]
+    tables = [t for name, t in evaluation.get("by_combination", {}).items() if name not in evaluation["set_apart"]]
     return tables or [evaluation["pooled"]]
 
 
@@ -45,8 +34,9 @@ def summary(evaluation: dict) -> dict:
     tables = headline_tables(evaluation)
     keys = list(dict.fromkeys(key for t in tables for key in t["w2"]["baselines"]))
     beats = {key: [row["beats"].get(key) for t in tables for row in t.values()] for key in keys}
-    if unseen := unseen_of(evaluation):  # what else can be drawn of them is of other combinations
-        rows = [row for t in unseen for row in evaluation["by_combination"][t].values()]
+    apart = [t for t in evaluation["set_apart"] if t in evaluation.get("by_combination", {})]
+    if apart:  # what else can be drawn of them is of other combinations
+        rows = [row for t in apart for row in evaluation["by_combination"][t].values()]
         beats[SHIFTED[0]] = [row["beats"].get(SHIFTED[0]) for row in rows]
     judged = {key: [b for b in of if b is not None] for key, of in beats.items()}
     rows = [(METRICS[name], row) for t in tables for name, row in t.items()]
@@ -80,7 +70,7 @@ def verdict(evaluation: dict) -> dict[str, str]:
 
 
 def _of_unseen(evaluation: dict) -> list[str]:
-    unseen = unseen_of(evaluation)
+    unseen = evaluation["set_apart"]
     if not unseen:
         return []
     told = []
@@ -89,7 +79,7 @@ def _of_unseen(evaluation: dict) -> list[str]:
     slopes = {c: r["unseen"]["slope"]["value"] for c, r in evaluation["response"].items() if r["unseen"]}
     told += [f"the response to {c} is {s:.2f} times the real" for c, s in slopes.items() if s is not None]
     what = f"{len(unseen)} unseen combination{'s' * (len(unseen) > 1)}"
-    return [f"On {what}, {' and '.join(told)}."] if told else [f"{what} can't be judged.".capitalize()]
+    return [f"On {what}, {' and '.join(told)}."] if told else [f"{what} can't be judged."]
 
 
 def _of_trained(evaluation: dict) -> dict[str, str]:
@@ -111,7 +101,7 @@ def _of_trained(evaluation: dict) -> dict[str, str]:
         }
     counts = evaluation["summary"]
     reached, judged = counts["like_real"]["reached"], counts["like_real"]["judged"]
-    apart = {SHIFTED[0]} if unseen_of(evaluation) else set()
+    apart = {SHIFTED[0]} if evaluation["set_apart"] else set()
     closer = {k: (v["closer"], v["judged"]) for k, v in counts["baselines"].items() if k not in apart}
     told = f"{reached} of {judged} scores reach real training cells within their intervals"
     if not closer:

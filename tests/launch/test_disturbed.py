@@ -20,7 +20,6 @@ import anndata as ad
 import pytest
 import torch
 
-from launch import encode, evaluate, generate, train_vae  # noqa: F401  (imported once, for all processes)
 from launch.cli import main
 from scldm.errors import LOST, REFUSED
 from scldm.model_folder import save_pretrained
@@ -85,7 +84,9 @@ def in_process(words: list[str], output: str) -> None:
 def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str]], Started]:
     """Starts a command line from a process that has imported everything."""
     folder, context = tmp_path_factory.mktemp("outputs"), multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    # imported once, for all processes
+    verbs = [f"launch.{verb}" for verb in ("encode", "evaluate", "generate", "train_vae")]
+    context.set_forkserver_preload([__name__, *verbs])
 
     def begin(words: list[str]) -> Started:
         begin.n += 1

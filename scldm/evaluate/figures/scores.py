@@ -15,7 +15,6 @@ from scldm.evaluate.baselines import BASELINES, SHIFTED
 from scldm.evaluate.figures.looks import BASELINE, FLOOR, GENERATED, INK, PART, WIDTH, label, labels, number
 from scldm.evaluate.intervals import WIDTH as REACH
 from scldm.evaluate.metrics import METRICS
-from scldm.evaluate.verdict import unseen_of
 
 HEAT_ROWS = 60
 COLUMNS = 4
@@ -50,7 +49,7 @@ def ordered_metrics(evaluation: dict) -> tuple[list[str], list[str]]:
 
 
 def section_title(evaluation: dict, section: str) -> str:
-    n, of = len(evaluation["scored_combinations"]) - len(unseen_of(evaluation)), unit(evaluation)
+    n, of = len(set(evaluation["scored_combinations"]) - set(evaluation["set_apart"])), unit(evaluation)
     return "all cells at once" if section == "pooled" else f"mean over {n} {of}{'s' * (n != 1)}"
 
 
@@ -151,8 +150,8 @@ def heat_map(evaluation: dict) -> Figure:
     metrics = [*main, *further]
     # the mean, then the combinations with the most cells
     rows = [(section_title(evaluation, "per_combination"), evaluation["per_combination"])]
-    unseen = unseen_of(evaluation)  # real cells of others are no floor for them
-    rows += [(t, of) for t, of in evaluation["by_combination"].items() if t not in unseen][:HEAT_ROWS]
+    alone = [(t, of) for t, of in evaluation["by_combination"].items() if t not in evaluation["set_apart"]]
+    rows += alone[:HEAT_ROWS]
     found = [[place(table[m]) if m in table else None for m in metrics] for _, table in rows]
     values = np.array(found, dtype=float)  # None is NaN
     shades, scale = mpl.colormaps["BrBG_r"].with_extremes(bad="#EEF0F3"), Normalize(0, 2)
@@ -175,7 +174,7 @@ def heat_map(evaluation: dict) -> Figure:
     bar = fig.colorbar(image, ax=ax, location="bottom", shrink=0.5, aspect=40, extend="both", anchor=(1, 0))
     bar.set_ticks([0, 1, 2], labels=["0: as real\ntraining cells", "1: as the\nbest baseline", "2: twice as far"])
     bar.outline.set_visible(False)  # type: ignore[operator]
-    left = len(evaluation["by_combination"]) - len(unseen) - HEAT_ROWS
+    left = len(alone) - HEAT_ROWS
     if left > 0:
         ax.set_xlabel(f"{left} more {unit(evaluation)}s with fewer cells stand in the table", loc="left")
     return fig

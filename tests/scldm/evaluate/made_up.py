@@ -66,6 +66,7 @@ def evaluation(conditions: dict[str, list[str]], protocol: str = "scldm", small:
         },
         "scored_combinations": scored,
         "not_scored": names[n_scored:],
+        "set_apart": [t for t in names if by[t]["unseen"]],
         "pooled_only": "" if names else "No condition was given.",
         "pooled": scores_of("abc" if names else "ab"),
         **({"per_combination": scores_of("abc")} if names else {}),

@@ -18,7 +18,7 @@ from scldm.evaluate.compare import EvaluateConfig, Part, compare, known_controls
 from scldm.evaluate.curves import curves_of
 from scldm.evaluate.intervals import IntervalConfig
 from scldm.evaluate.two_sample import classifier_auc
-from scldm.evaluate.verdict import DISTANCES, unseen_of
+from scldm.evaluate.verdict import DISTANCES
 
 CONFIG = EvaluateConfig(n_draws=3, intervals=IntervalConfig(4, 2))
 GENES = tuple(f"g{k}" for k in range(40))
@@ -141,7 +141,7 @@ def test_unseen_combinations_count_in_no_score_of_the_others(two_conditions):
             assert found[section][metric]["score"] == pytest.approx(row["score"], rel=0.05, abs=0.02), (section, metric)
     judged = found["summary"]["like_real"]["judged"]
     assert judged == without["summary"]["like_real"]["judged"]
-    assert unseen_of(found) == ["B · stim"]
+    assert found["set_apart"] == ["B · stim"]
     assert "On 1 unseen combination, " in found["verdict"]["says"]
     assert "(d) control + mean change" in found["verdict"]["says"]
     response = found["response"]["treatment"]
@@ -150,7 +150,7 @@ def test_unseen_combinations_count_in_no_score_of_the_others(two_conditions):
     assert without["response"]["treatment"]["unseen"] == {}
     only = {name: cells.select(np.flatnonzero(cells.types == "B · stim")) for name, cells in two_conditions.items()}
     alone = compare(**two_conditions | {"test": only["test"], "generated": only["generated"]}, config=CONFIG)
-    assert unseen_of(alone) == []  # nothing else to judge
+    assert alone["set_apart"] == []  # nothing else to judge
     assert alone["per_combination"]
 
 

@@ -23,7 +23,7 @@ def row(score: float, error: float, floor: float, baseline: float, beats: bool |
 
 def evaluation(of: dict[str, Any], **more: Any) -> dict[str, Any]:
     empty = ("memorisation", "response", "parts", "beside_parts", "cells")
-    out: dict[str, Any] = {"pooled": of, **{name: {} for name in empty}, **more}
+    out: dict[str, Any] = {"pooled": of, "set_apart": [], **{name: {} for name in empty}, **more}
     return out | {"summary": summary(out)}
 
 

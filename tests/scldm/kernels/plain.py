@@ -65,8 +65,7 @@ def unpool(
 ) -> Tensor:
     """line + sum of value * silu(gate) with (value, gate) = r (T + p B) + b, (B, Q): `head(f + SwiGLU(LN(f)))`.
 
-    Source: mcab_algebra, identities 3 and 4: the SwiGLU's last product and the head fold into one, its first one is
-    taken of t (T) and of U (B).
+    The SwiGLU's last product and the head fold into one. Its first one is taken of t (T) and of U (B).
     q_TD, k_BRD: queries over sqrt(H), and keys, which are 0 outside their head's channels
     """
     from scldm.kernels.unpool import weights  # Triton may be missing where this is imported
