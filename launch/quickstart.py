@@ -29,7 +29,7 @@ from launch.cli import run_verb
 from launch.evaluation.of_generated import show
 from scldm.cells_file import column_names, frame_of, open_cells, reading
 from scldm.checked import Checked, checked
-from scldm.errors import InputError
+from scldm.errors import REQUEUE, STOPPED, InputError, Stopped
 from scldm.files import made_aside, write_json, written_aside
 from scldm.train.mlflow_run import database_uri
 from scldm.train.tracking import PARENT, Tracker, TrackingConfig
@@ -182,13 +182,16 @@ def signals_passed_to(child: subprocess.Popen[bytes]) -> Iterator[None]:
 
 
 def run(stage: str, command: list[str], own: Mapping[str, str]) -> None:
-    """Raises: InputError where the command fails; it has said why itself."""
+    """Raises: InputError where the command fails, and Stopped where it saved what it had; it has said why itself."""
     root = Path(__file__).resolve().parent.parent
     path = os.pathsep.join(p for p in (str(root), os.environ.get("PYTHONPATH")) if p)
     # one thread a process but where a verb asks for more; torchrun would say so at length
     env = {"OMP_NUM_THREADS": "1", **os.environ, **own, "PYTHONPATH": path}
     with subprocess.Popen(command, env=env) as child, signals_passed_to(child):
         code = child.wait()
+    if code in (REQUEUE, STOPPED):
+        print(f"scldm: stopped in stage {stage}, which is saved; the same command goes on", file=sys.stderr, flush=True)
+        raise Stopped(code, f"stage {stage}")
     if code:
         raise InputError(f"stage {stage} failed with exit code {code}; its own message stands above")
 

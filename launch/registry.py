@@ -6,6 +6,7 @@ Reading order: register, save_pyfunc.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -18,7 +19,7 @@ from scldm import pretrained
 from scldm.errors import InputError
 from scldm.model_folder import read_config
 from scldm.pretrained import Pretrained
-from scldm.train.mlflow_run import NOTE, Sender, followed_alone, read_note
+from scldm.train.mlflow_run import NOTE, Sender, cause_of, followed_alone, read_note
 
 
 def check_followed(run: Path) -> None:
@@ -30,9 +31,23 @@ def check_followed(run: Path) -> None:
 def register(folder: Path, run: Path, name: str) -> str:
     """Send a model folder to the MLflow run of the folder `run`, and register it; returns its URI.
 
-    Raises: InputError for a model without a diffusion transformer; whatever MLflow raises.
+    Raises: InputError for a run without MLflow, and for what MLflow can't do, with its cause.
     """
     check_followed(run)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")  # a model is larger than a row, and waited for
+    try:
+        return _registered(folder, run, name)
+    except InputError:
+        raise
+    except Exception as error:  # MLflow's, and those of the stores behind it
+        uri = (read_note(run) or {}).get("uri", "")
+        raise InputError(
+            f"register={name}: the model folder {folder} is written, MLflow at {uri} failed: {cause_of(error, uri)}; "
+            "run the same command again"
+        ) from error
+
+
+def _registered(folder: Path, run: Path, name: str) -> str:
     at = f"model-{read_config(folder).weights[:12]}"  # a version stays what it was
     with followed_alone(run):
         sender = Sender(run)

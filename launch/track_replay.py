@@ -46,9 +46,15 @@ def read(words: Sequence[str]) -> TrackReplayConfig:
 
 
 def main(config: TrackReplayConfig) -> None:
-    """Send, a line for each run. Raises: SystemExit(1) where a server did not take it."""
-    runs = [run for folder in config.folders for run in runs_in(Path(folder))]
-    failed = False
+    """Send, a line for each run. Raises: SystemExit(1) for a folder without a run, and where a server did not take it
+    all."""
+    runs, failed = list[Path](), False
+    for folder in config.folders:
+        try:
+            runs += runs_in(Path(folder))
+        except InputError as error:  # the others are sent
+            print(error, file=sys.stderr, flush=True)
+            failed = True
     for run in dict.fromkeys(runs):
         try:
             print(replay(run), flush=True)

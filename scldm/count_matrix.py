@@ -1,10 +1,11 @@
-"""Which matrix of an AnnData holds raw counts: X, a layer or raw.
+"""Which matrix of an AnnData, or of its file, holds raw counts: X, a layer or raw.
 
-Reading order: count_matrix, check_adata.
+Reading order: count_matrix, matrix_name, check_adata.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,7 @@ def count_matrix(adata: ad.AnnData, layer: str | None = None, what: str = "the c
     check_adata(adata)
     there = _matrices(adata)
     if layer:
-        name = {"raw": "raw/X", "raw/X": "raw/X", "X": "X"}.get(layer, f"layers/{layer.removeprefix('layers/')}")
+        name = matrix_name(layer, there)
         if name not in there:
             raise InputError(f"{what}: layer {layer!r} is not there; there are {', '.join(there) or 'none'}")
         return _found(adata, name, there)
@@ -52,6 +53,13 @@ def count_matrix(adata: ad.AnnData, layer: str | None = None, what: str = "the c
         if there[name].shape != there[first].shape or not np.array_equal(looks[name], looks[first]):
             raise InputError(f"{what}: {first} and {name} hold counts and differ; name one, as layer={first}")
     return _found(adata, first, there)
+
+
+def matrix_name(layer: str, there: Collection[str]) -> str:
+    """What a user means by X, raw, raw/X, NAME or layers/NAME. Without an AnnData's raw, `raw` is the layer."""
+    if layer in ("X", "raw/X") or (layer == "raw" and "raw/X" in there):
+        return "raw/X" if layer == "raw" else layer
+    return f"layers/{layer.removeprefix('layers/')}"
 
 
 def check_adata(adata: Any) -> None:

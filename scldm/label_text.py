@@ -5,12 +5,16 @@ Reading order: texts, known_label, as_labels, labels_of.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 
 import numpy as np
 import pandas as pd
 
 from scldm.errors import InputError
+
+# a text that is a number as people write one; `1_0`, `1e3` and `infinity` are numbers to Python, and names to people
+NUMBER = re.compile(r"-?[0-9]+(\.[0-9]*)?")
 
 
 def texts(values: pd.Series) -> pd.Series:
@@ -41,10 +45,9 @@ def known_label(label: object, known: Collection[str]) -> str:
     text = _text(label)
     if text in known:
         return text
-    try:
-        number = _text(float(text))
-    except ValueError:
+    if not NUMBER.fullmatch(text):
         return text
+    number = _text(float(text))
     return number if number in known else text
 
 

@@ -36,7 +36,8 @@ LEAVES = EVERYWHERE | {
     "scldm.kernels",
     "scldm.parallel",
 }
-FOR_DATA = {"scldm.batch", "scldm.cells_file", "scldm.label_text", "scldm.micro_batches", "scldm.vocab"}
+FOR_DATA = {"scldm.batch", "scldm.cells_file", "scldm.count_matrix", "scldm.label_text"}
+FOR_DATA |= {"scldm.micro_batches", "scldm.vocab"}
 BESIDE_VERBS = {"launch.cli", "launch.config", "launch.failure", "launch.own_cells", "launch.staged"}
 BESIDE_VERBS |= {
     "launch.checkpoints",

@@ -30,6 +30,7 @@ from scldm.cells_file import (
     read_names,
     reading,
 )
+from scldm.count_matrix import LOOKED_FOR, matrix_name
 from scldm.errors import InputError
 from scldm.files import written_aside
 from scldm.label_text import as_labels
@@ -154,17 +155,17 @@ def find_counts(file: Any, layer: str = "") -> str:
     """
     path = file.filename
     if layer:
-        name = {"raw": "raw/X", "raw/X": "raw/X", "X": "X"}.get(layer, f"layers/{layer.removeprefix('layers/')}")
-        if not _has_matrix(file, name):
-            there = ", ".join(_matrices(file)) or "none"
-            raise InputError(f"{path}: source.layer={layer!r} is not in the file. It has {there}")
+        there = _matrices(file)
+        name = matrix_name(layer, there)
+        if name not in there:
+            raise InputError(f"{path}: source.layer={layer!r} is not in the file. It has {', '.join(there) or 'none'}")
         candidate = look_at(file, name)
         if not candidate.holds_counts:
             raise InputError(
                 f"{path}: source.layer={layer!r} does not hold counts: {candidate}: {candidate.first_wrong}"
             )
         return name
-    seen = [look_at(file, n) for n in ("X", "layers/counts", "raw/X") if _has_matrix(file, n)]
+    seen = [look_at(file, n) for n in LOOKED_FOR if _has_matrix(file, n)]
     counts = [c for c in seen if c.holds_counts]
     others = [n for n in _matrices(file) if n not in {c.name for c in seen}]
     more = f"; also there: {', '.join(others)}" if others else ""
@@ -172,7 +173,7 @@ def find_counts(file: Any, layer: str = "") -> str:
         # of a few wrong values among counts the first is worth a look; scaled values are all wrong
         held = "; ".join(f"{c}: {c.first_wrong}" if c.wrong < FEW else str(c) for c in seen) or "neither is there"
         raise InputError(
-            f"{path}: no counts in X, layers/counts, raw/X: {held}{more}. Choose another with source.layer=NAME"
+            f"{path}: no counts in {', '.join(LOOKED_FOR)}: {held}{more}. Choose another with source.layer=NAME"
         )
     if any(not _same(file, counts[0], c) for c in counts[1:]):
         held = "; ".join(map(str, counts))
@@ -319,8 +320,8 @@ class H5adMatrix:
             slab = self.node[rows[a] : rows[b - 1] + 1]
             if b - a < len(slab):
                 slab = slab[rows[a:b] - rows[a]]
-            if slab.dtype in (np.float16, bool):
-                slab = slab.astype(np.float32)
+            narrow = slab.dtype in (np.float16, bool)
+            slab = slab.astype(np.float32 if narrow else slab.dtype.newbyteorder("="), copy=False)  # as scipy wants it
             csr = sp.csr_matrix(slab)  # what is not 0, row by row
             yield Rows(rows[a:b], csr.indptr.astype(np.int64), csr.indices, csr.data)
 

@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from data_pipeline.format.describe import MANY, cells_by_label, describe_text
 from data_pipeline.format.schema import Manifest, cell_column_path, gene_column_path
 from data_pipeline.stores import opened
+from scldm.errors import InputError
 
 TEMPLATES = Path(__file__).parent / "templates"
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5")
@@ -58,7 +59,11 @@ def figures(url: str, manifest: Manifest) -> list[Figure]:
 
 def _load(url: str, path: str) -> np.ndarray:
     with opened(f"{url.rstrip('/')}/{path}") as file:
-        return np.load(io.BytesIO(file.read()))
+        data = file.read()
+    try:  # out of the store's hands: a damaged file is not a store that is away
+        return np.load(io.BytesIO(data))
+    except (ValueError, EOFError) as error:
+        raise InputError(f"{url}: {path} is damaged ({error}); scldm shards verify says what else is") from None
 
 
 # --- marks ---------------------------------------------------------------------------------------------------------

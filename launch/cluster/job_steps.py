@@ -50,6 +50,7 @@ from launch.cluster.site import PASSED_ON
 from scldm.environment import without_passwords
 from scldm.errors import LOST, REFUSED, REQUEUE, STOPPED, InputError, read_json
 from scldm.files import write_json, written_aside
+from scldm.train.mlflow_run import note_failed
 
 # of the shell that submitted, were they to come along: ranks are Slurm's here
 NOT_FOR_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_DISTRIBUTION", "SCLDM_STAGED")
@@ -370,6 +371,9 @@ class JobSteps:
     def end(self, code: int, state: str, reason: str = "") -> NoReturn:
         self.note(state, reason)
         self.clean_up()
+        if code and state not in ("REQUEUED", "STOPPED") and (parent := self.settings.get("SCLDM_PARENT")):
+            with suppress(OSError, InputError):  # MLflow's is no reason for another end
+                note_failed(Path(parent))
         for number, name in self.waiting() if code else ():
             self.say(f"job {number} ({name}) depends on this one and will not run")
         raise End(code)

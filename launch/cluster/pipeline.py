@@ -54,8 +54,8 @@ def jobs_of_pipeline(words: Sequence[str], options: SubmitConfig) -> list[Job]:
 
 
 def follow(chain: Sequence[Job]) -> None:
-    """Note the run of a whole pipeline, for MLflow: its jobs' runs are nested in it, and send it. It has the tracking
-    keys of the link vae."""
+    """Note the run of a whole pipeline, for MLflow. Its jobs' runs are nested in it, and send it: nothing is sent here.
+    It has the tracking keys of the link vae."""
     parent = next((job.parent for job in chain if job.parent), "")
     if parent:
         tracking = next(job.config.tracking for job in chain if job.name == "vae")

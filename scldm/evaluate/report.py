@@ -212,12 +212,19 @@ def notes(e: dict) -> list[tuple[str, list[str]]]:
     """What a reader must know before the scores: a sentence, and the labels that it speaks of."""
     cells, of, what = e["cells"], e["cells"].get("by_combination", {}), unit(e)
     out: list[tuple[str, list[str]]] = [(text, []) for text in (e["pooled_only"], *e["notes"]) if text]
+
+    def in_pooled(those: list[str]) -> str:
+        n = len(set(those) - set(e["set_apart"]))
+        if n == len(those):
+            return ", which count in the pooled scores"
+        return f"; {n} of them count in the pooled scores" if n else ""
+
     if e["scored_combinations"] and (small := small_groups(e)):
         text = f"Fewer than {e['config']['min_cells']} cells to compare, and so not scored one by one: "
-        out.append((f"{text}{_some(len(small), what)}, which count in the pooled scores.", small))
+        out.append((f"{text}{_some(len(small), what)}{in_pooled(small)}.", small))
     if beyond := [t for t in e["not_scored"] if t not in set(small_groups(e))]:
         text = f"Not scored one by one, since evaluate.max_combinations={e['config']['max_combinations']:,}: "
-        out.append((f"{text}{_some(len(beyond), what)}, which count in the pooled scores.", beyond))
+        out.append((f"{text}{_some(len(beyond), what)}{in_pooled(beyond)}.", beyond))
     if unseen := [t for t, n in of.items() if n["unseen"]]:
         text = (
             f"No training cells (marked unseen). {APART if e['set_apart'] else ''}Their floor and baselines come from "

@@ -101,6 +101,15 @@ def note_end(folder: Path, note: dict[str, Any], status: Status) -> None:
     write_json(folder / NOTE, note)
 
 
+def note_failed(parent: Path) -> bool:
+    """Note that a pipeline failed, where no process follows it and no stage has ended it; returns whether it was so."""
+    note = read_note(parent)
+    if note is None or not note["closed_by"] or note["status"] != "RUNNING":
+        return False
+    note_end(parent, note, "FAILED")
+    return True
+
+
 def unsent(folder: Path) -> list[str]:
     """What MLflow lacks of the run in a folder, by the files there: it is not asked. Empty where it has all."""
     note, state = read_note(folder), _read_state(folder)

@@ -71,6 +71,8 @@ def open_run_folder(
     path = run_dir / CONFIG
     config = json.loads(json.dumps(config))
     changed: dict[str, tuple[Any, Any]] = {}
+    if not path.is_file() and run_dir.is_dir() and any(not _may_lie_there(entry) for entry in run_dir.iterdir()):
+        raise InputError(f"{run_dir} is not empty and not a run folder; choose another run_dir")
     if branch is not None:
         changed = _differing(branch.config, config, (*free, "init_from"))
         if wrong := [key for key in changed if not _within(key, can_change)]:
@@ -85,8 +87,6 @@ def open_run_folder(
         if every := _differing(read_json(path), config, ()):
             told = without_passwords(_told(every, list(every), len(every)))  # an earlier scldm kept one
             print(f"scldm: {run_dir} goes on with: {told}", file=sys.stderr, flush=True)
-    elif run_dir.is_dir() and any(not _may_lie_there(entry) for entry in run_dir.iterdir()):
-        raise InputError(f"{run_dir} is not empty and not a run folder; choose another run_dir")
     run_dir.mkdir(parents=True, exist_ok=True)
     with locked(run_dir):
         for left in left_aside(run_dir):

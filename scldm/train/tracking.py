@@ -44,6 +44,7 @@ from scldm.train.mlflow_run import (
     is_followed,
     new_note,
     note_end,
+    note_failed,
     parent_of,
     read_note,
     row_of,
@@ -54,6 +55,7 @@ from scldm.train.mlflow_run import (
 PARENT = "SCLDM_PARENT"  # variable: the folder of the run that all runs started here are nested in
 STAGES = "tracking"  # folder in a run's own, of stages whose folders are not theirs to write in
 LONGEST_WAIT_S = 60.0  # between two tries while the server is away
+DATABASE_S = 300.0  # for all to reach a local database: it is there, and slow at most
 LAST_TRIES = 3  # of a local database, which another process may hold for a moment
 HURRY_S = 5.0  # for the last rows of a run that was stopped or failed: who ended it may kill what does not end soon
 
@@ -70,8 +72,8 @@ class TrackingConfig(Checked):
     parent: folder of the run that this one is nested in; empty means $SCLDM_PARENT, else none
     parent_run_id: the same by the MLflow run's id, of a run that scldm does not follow
     every_s: seconds between two forwards
-    close_s: longest wait for a server at the end of the run, in seconds; of one that was stopped or failed, 5. A local
-        database is waited for until all is there
+    close_s: longest wait for a server at the end of the run, in seconds. It is 5 for a run that was stopped or failed.
+        A local database is waited for until all is there, at most 300 s
     system_s: seconds between two samples of processor, memory and GPU; 0 takes none
     """
 
@@ -176,8 +178,8 @@ class Tracker:
             _append(file, 0, {}, metrics, split)
 
     def close(self, status: Status = "FINISHED") -> None:
-        """Note the end and forward the rest. A local database is waited for, a server at most `close_s`, or HURRY_S for
-        a run that did not finish. A second call does nothing."""
+        """Note the end and forward the rest. A local database is waited for DATABASE_S at most, a server `close_s`,
+        either HURRY_S for a run that did not finish. A second call does nothing."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -239,7 +241,7 @@ class _Forwarder(threading.Thread):
         if in_a_hurry:
             self.join(min(self.cfg.close_s, HURRY_S))
         else:
-            self.join(None if database_of(self.place) else self.cfg.close_s)
+            self.join(DATABASE_S if database_of(self.place) else self.cfg.close_s)
         if self.is_alive() or self.lacks:
             lacks = ", ".join(unsent(self.run_dir)) or "rows of runs below"
             say(
@@ -294,7 +296,12 @@ class _Forwarder(threading.Thread):
         """What stages left to this process; at the end also what is left of runs below that have ended."""
         for folder in followed_in(self.run_dir if last else self.run_dir / STAGES):
             stage = folder.is_relative_to(self.run_dir / STAGES)
-            if folder != self.run_dir and unsent(folder) and (stage or not is_followed(folder)):
+            followed = not stage and is_followed(folder)
+            if folder == self.run_dir or followed:
+                continue
+            if last and (note := read_note(folder)) and note["status"] == "RUNNING" and not is_followed(folder):
+                note_end(folder, note, "KILLED")  # its process is gone, and said nothing
+            if unsent(folder):
                 Sender(folder, self.uri).send()
 
 
@@ -341,15 +348,14 @@ def begin_note(
 
 def fail_parent(folder: Path) -> None:
     """Note and send that a pipeline failed, where no process follows it and no run of a stage says so."""
-    note = read_note(folder)
-    if note is None or not note["closed_by"] or note["status"] != "RUNNING":
+    if not note_failed(folder):
         return
-    note_end(folder, note, "FAILED")
     try:
         with followed_alone(folder):
             Sender(folder).send()
     except Exception as error:  # the failure of the stage is what is to be told
-        say(f"{folder}: MLflow at {note['uri']} failed: {cause_of(error, note['uri'])}")
+        place = (read_note(folder) or {}).get("uri", "")
+        say(f"{folder}: MLflow at {place} failed: {cause_of(error, place)}")
 
 
 def about_start() -> dict[str, str]:
@@ -384,6 +390,8 @@ def replay(folder: Path) -> str:
         assert note is not None
         if note["status"] == "RUNNING" and not note["closed_by"]:
             note_end(folder, note, "KILLED")
+            if parent := parent_of(folder, note):
+                note_failed(parent)  # a stage of it is gone
             lacks = unsent(folder)
         if not lacks:
             return f"{folder}: MLflow at {note['uri']} has all"

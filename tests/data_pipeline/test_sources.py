@@ -34,16 +34,16 @@ from tests.data_pipeline.atlases import FilterConfig, atlas, config, counts, rea
 # --- counts --------------------------------------------------------------------------------------------------------
 
 
-def layered(tmp_path, x=None, counts_layer=None, raw=None, other=None):
+def layered(tmp_path, x=None, counts_layer=None, raw=None, other=None, layer_raw=None):
     adata = atlas(60, 40)
     whole = adata.X
-    for value, put in ((raw, "raw"), (counts_layer, "counts"), (other, "other")):
+    for value, put in ((raw, "raw"), (counts_layer, "counts"), (other, "other"), (layer_raw, "layers/raw")):
         if value is not None:
             if put == "raw":
                 adata.X = value(whole)
                 adata.raw = adata.copy()
             else:
-                adata.layers[put] = value(whole)
+                adata.layers[put.removeprefix("layers/")] = value(whole)
     adata.X = x(whole) if x else None
     adata.write_h5ad(tmp_path / "a.h5ad")
     return open_cells(str(tmp_path / "a.h5ad"))
@@ -67,6 +67,8 @@ def scaled(m):
         ({"x": same, "counts_layer": same}, "", "X"),  # twice the same counts is no question
         ({"x": scaled, "other": same}, "other", "layers/other"),
         ({"x": same, "raw": lambda m: m * 2}, "raw", "raw/X"),
+        ({"x": scaled, "layer_raw": same}, "raw", "layers/raw"),
+        ({"x": scaled, "layer_raw": lambda m: m * 2, "raw": same}, "raw", "raw/X"),
     ],
 )
 def test_counts_are_found(tmp_path, matrices, layer, found):
@@ -312,7 +314,9 @@ def test_chosen_rows_in_small_chunks(tmp_path):
     rng = np.random.default_rng(0)
     rows = np.sort(rng.choice(300, 140, replace=False)).astype(np.int64)
     paths = {}
-    for name, x in (("csr", adata.X), ("csc", sp.csc_matrix(adata.X)), ("dense", counts(300, 120).toarray())):
+    dense = counts(300, 120).toarray()
+    layouts = {"csr": adata.X, "csc": sp.csc_matrix(adata.X), "dense": dense, "big-endian": dense.astype(">f4")}
+    for name, x in layouts.items():
         adata.X = x
         paths[name] = tmp_path / f"{name}.h5ad"
         adata.write_h5ad(paths[name])

@@ -311,6 +311,12 @@ def test_info(sound, tmp_path, capsys):
     manifest = read_manifest(str(sound))
     assert describe_text(str(sound), manifest) in text
     assert describe_html(str(sound), manifest) == page
+    column = sound / "index" / "genes.mean.npy"
+    whole = column.read_bytes()
+    column.write_bytes(b"damaged")
+    assert main(["shards", "info", f"path={sound}", f"html={tmp_path / 'other.html'}"]) == 2
+    assert "index/genes.mean.npy is damaged" in capsys.readouterr().err
+    column.write_bytes(whole)
 
 
 def test_hostile_names_are_text_on_the_page(sound):

@@ -15,6 +15,7 @@ from launch.cli import main
 from launch.config import shipped
 from scldm.errors import read_json
 from scldm.files import write_json
+from scldm.train.tracking import TrackingConfig, begin_note
 from tests.launch.fake_slurm import train
 
 # the PATH, which /etc/profile has set anew; and the process that Slurm sends its signals to
@@ -221,6 +222,18 @@ def test_where_no_job_may_requeue_one_that_is_not_to_run_now_does_not(fake: Path
     at(fake, 0, "RUNNING Requeue=0 Restarts=0")
     assert life.start(0, 85, step=5) == "REQUEUED"
     assert life.done.returncode == 1  # so that `afterok` is not fulfilled
+
+
+@pytest.mark.parametrize("code, state", [(1, "FAILED"), (85, "REQUEUED"), (86, "STOPPED")])
+def test_a_job_that_failed_fails_its_pipeline_in_mlflow(fake: Path, tmp_path: Path, code: int, state: str) -> None:
+    """Also where its verb never came so far as to say so."""
+    parent = tmp_path / "pipeline"
+    begin_note(parent, TrackingConfig(), "pipeline", {}, closed_by="evaluate")
+    life = Life(fake, tmp_path)
+    script = life.notes / "job.sbatch"
+    script.write_text(script.read_text().replace("\nexport ", f"\nexport SCLDM_PARENT={parent}\nexport ", 1))
+    assert life.start(0, code, step=5) == state
+    assert read_json(parent / "tracked.json")["status"] == ("FAILED" if state == "FAILED" else "RUNNING")
 
 
 @pytest.mark.parametrize("code, state", [(1, "FAILED"), (2, "FAILED"), (86, "STOPPED"), (130, "FAILED")])

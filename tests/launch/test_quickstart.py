@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -288,8 +289,9 @@ def test_a_folder_of_something_else_or_of_another_run_is_left_alone(tmp_path: Pa
     assert "holds another run: cells was '/other.h5ad', now ''" in capsys.readouterr().err
 
 
-def test_a_stage_that_is_told_to_stop_is_waited_for(tmp_path: Path) -> None:
-    """SIGTERM goes on to the stage, which saves; it is not left behind alone."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stage_that_is_told_to_stop_is_waited_for(tmp_path: Path, number: int) -> None:
+    """The signal goes on to the stage, which saves; it is not left behind alone."""
     stage = "import signal, sys, time; signal.signal(15, lambda *_: (open('saved', 'w').close(), sys.exit(85)));"
     stage += "open('begun', 'w').close(); time.sleep(60)"
     code = f"import sys; from launch.quickstart import run; run('vae', [sys.executable, '-c', {stage!r}], {{}})"
@@ -298,6 +300,7 @@ def test_a_stage_that_is_told_to_stop_is_waited_for(tmp_path: Path) -> None:
         until = time.monotonic() + 60
         while not (tmp_path / "begun").exists() and time.monotonic() < until:
             time.sleep(0.1)
-        of.terminate()
-        assert "stage vae failed with exit code 85" in of.communicate(timeout=30)[1]
+        of.send_signal(number)
+        assert "stopped in stage vae, which is saved; the same command goes on" in of.communicate(timeout=30)[1]
+        assert of.returncode == 85
     assert (tmp_path / "saved").exists()

@@ -13,9 +13,11 @@ import torch
 import scldm
 from launch.cli import main
 from launch.registry import register, requirements
+from scldm.errors import InputError
 from scldm.model_folder import save_pretrained
-from scldm.train.tracking import Tracker, TrackingConfig
+from scldm.train.tracking import Tracker, TrackingConfig, begin_note
 from tests.scldm.small_model import CONDITIONS, GENES, library_sizes, networks
+from tests.scldm.train.test_tracking import free_port
 
 LOAD = """
 import sys
@@ -64,6 +66,14 @@ def test_what_can_not_be_registered_is_said_before_anything_is_written(tmp_path:
     assert "register=small needs ldm" in capsys.readouterr().err
     assert main([*words, f"ldm={tmp_path}/ldm"]) == 2
     assert f"register: {tmp_path}/ldm was trained without MLflow" in capsys.readouterr().err
+
+
+def test_a_server_that_is_away_is_told_and_the_model_is_there(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    begin_note(tmp_path / "ldm", TrackingConfig(uri=f"http://127.0.0.1:{free_port()}"), "train ldm", {})
+    with pytest.raises(InputError, match=r"register=small: .* is written, MLflow at http.* refused.* again$"):
+        register(folder, tmp_path / "ldm", "small")
 
 
 def test_what_it_requires_can_be_installed_anywhere() -> None:

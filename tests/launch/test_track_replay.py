@@ -47,8 +47,16 @@ def test_what_can_not_be_sent_is_told_and_is_exit_code_1(tmp_path: Path, capsys)
         main(["track", "replay", str(tmp_path / "run")])
     assert end.value.code == 1
     assert f"{tmp_path}/run: MLflow at {uri} failed: connection refused" in capsys.readouterr().err
-    assert main(["track", "replay", str(tmp_path / "nothing")]) == 2
-    assert "no run there is followed in MLflow" in capsys.readouterr().err
+    begin_note(tmp_path / "b", TrackingConfig(), "b", {})
+    for words, code in ((["nothing"], 1), (["nothing", "b"], 1), (["b"], 0)):
+        try:
+            got = main(["track", "replay", *(str(tmp_path / word) for word in words)])
+        except SystemExit as error:
+            got = error.code
+        assert got == code, words
+        out, err = capsys.readouterr()
+        assert ("no run there is followed in MLflow" in err) == ("nothing" in words)
+        assert (f"{tmp_path}/b: " in out) == ("b" in words), "the others are sent"
     assert main(["track", "replay"]) == 2
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from scldm.errors import InputError
-from scldm.label_text import labels_of
+from scldm.label_text import known_label, labels_of
 
 OBS = pd.DataFrame({"dose": [10.0, 0.1], "kind": pd.Categorical(["a", "b"]), "gap": ["x", None]})
 
@@ -27,3 +27,13 @@ def test_what_is_no_label_is_refused(column: str, said: str) -> None:
         labels_of(OBS, column, "x", "split")
     with pytest.raises(InputError, match="it has a, b"):
         labels_of(OBS, "none", "x", "split", np.array(["a", "b"]))
+
+
+@pytest.mark.parametrize("typed, found", [("10.0", "10"), ("10.", "10"), ("-1.50", "-1.5"), ("10", "10")])
+def test_a_typed_number_is_found_by_any_spelling(typed: str, found: str) -> None:
+    assert known_label(typed, ["10", "-1.5", "1000"]) == found
+
+
+@pytest.mark.parametrize("name", ["1_0", "1e3", "inf", "nan", "\u0661\u0660", " 10", "0x10"])
+def test_a_name_that_only_python_reads_as_a_number_is_a_name(name: str) -> None:
+    assert known_label(name, ["10", "1000", "inf", "nan", "16"]) == name

@@ -356,6 +356,9 @@ def in_layers(**factors: float) -> Any:
         ({"X": 2, "layers/a": 1}, "layers/a"),
         ({"X": 2, "raw/X": 1}, "raw"),
         ({"X": 2, "raw/X": 1}, "raw/X"),
+        ({"X": 2, "layers/raw": 1}, "raw"),
+        ({"X": 2, "layers/raw": 3, "raw/X": 1}, "raw"),
+        ({"X": 2, "layers/raw": 1, "raw/X": 3}, "layers/raw"),
     ],
 )
 def test_counts_are_found_where_they_are(model: Pretrained, there: dict[str, float], layer: str | None) -> None:

@@ -152,6 +152,19 @@ def test_unseen_combinations_count_in_no_score_of_the_others(two_conditions):
     alone = compare(**two_conditions | {"test": only["test"], "generated": only["generated"]}, config=CONFIG)
     assert alone["set_apart"] == []  # nothing else to judge
     assert alone["per_combination"]
+    few = found_with_seen(two_conditions, 10)
+    assert few["set_apart"] == []  # the others are too few to be judged
+    assert found_with_seen(two_conditions, 20)["set_apart"] == ["B · stim"]
+
+
+def found_with_seen(two_conditions: dict[str, Cells], n: int) -> dict:
+    """Evaluated with all cells of the unseen combination, and n others."""
+    few = {}
+    for name in ("test", "generated"):
+        cells = two_conditions[name]
+        unseen, other = np.flatnonzero(cells.types == "B · stim"), np.flatnonzero(cells.types == "A · ctrl")
+        few[name] = cells.select(np.concatenate([unseen, other[:n]]))
+    return compare(**two_conditions | few, config=CONFIG)
 
 
 def test_responses_are_measured_against_the_control(two_conditions):

@@ -235,8 +235,13 @@ def test_head_says_the_verdict_the_protocol_and_what_is_not_scored():
     assert f"{e['verdict']['says']} Next: {e['verdict']['next']}" in head
     assert f"Protocol: scldm. {PROTOCOLS['scldm'].meaning}" in head
     assert "not scored one by one: 2 combinations, which count in the pooled scores. NK · ctrl, NK · stim" in head
-    assert "max_combinations=100: 1 combination, which count in the pooled scores. T cell · stim" in head
+    assert "max_combinations=100: 1 combination. T cell · stim" in head  # unseen, and set apart
     assert "most labels: 1 combination. T cell · stim" in head
+    e["set_apart"] = ["NK · stim"]
+    text = Reader(whole_page(e).split("<nav>")[0]).text
+    assert "one by one: 2 combinations; 1 of them count in the pooled scores. NK · ctrl, NK · stim" in text
+    e["set_apart"] = ["NK · ctrl", "NK · stim"]
+    assert "one by one: 2 combinations. NK" in Reader(whole_page(e).split("<nav>")[0]).text
 
 
 def test_place_is_between_the_floor_and_the_best_baseline_that_is_told_from_it():

@@ -15,6 +15,7 @@ import pytest
 
 from scldm.errors import Busy, InputError, Stopped
 from scldm.train import nonfinite, run_folder
+from scldm.train.branch import Branch
 from scldm.train.run_folder import locked, open_run_folder, outcome_noted, read_config
 from scldm.train.throughput import note_rank
 
@@ -75,6 +76,12 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(InputError, match="not empty and not a run folder"):
         opened(tmp_path, CONFIG, FREE)
+    branch = Branch(tmp_path / "parent", 5, tmp_path / "parent" / "step", None, CONFIG)
+    with (
+        pytest.raises(InputError, match="not empty and not a run folder"),
+        open_run_folder(tmp_path, CONFIG, FREE, branch=branch),
+    ):
+        pass
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
     with pytest.raises(InputError, match="not a run folder: it has no config.json"):
         read_config(tmp_path)

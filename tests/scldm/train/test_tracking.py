@@ -21,7 +21,7 @@ import pytest
 
 from scldm.errors import InputError
 from scldm.train import mlflow_run, tracking
-from scldm.train.mlflow_run import database_of, database_uri, followed_alone, unsent
+from scldm.train.mlflow_run import database_of, database_uri, followed_alone, read_note, unsent
 from scldm.train.tracking import PARENT, Tracker, TrackingConfig, begin_note, read_metrics, replay
 
 OFF = TrackingConfig(enabled=False)
@@ -88,7 +88,7 @@ def test_a_local_store_is_waited_for_a_server_for_a_time_and_who_was_stopped_hur
     for uri in ("", "http://127.0.0.1:1"):
         for status in ("FINISHED", "FAILED", "KILLED"):
             Tracker(tmp_path, TrackingConfig(uri=uri, close_s=9.0)).close(status)
-    assert waits == [None, 0.2, 0.2, 9.0, 0.2, 0.2]
+    assert waits == [tracking.DATABASE_S, 0.2, 0.2, 9.0, 0.2, 0.2]
 
 
 @pytest.mark.slow
@@ -415,6 +415,28 @@ def test_what_a_child_could_not_send_is_sent_by_its_parent_at_the_end(tmp_path: 
         monkeypatch.undo()
     run = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").get_run(run_id_of(tmp_path / "vae"))
     assert (run.info.status, run.data.metrics["train/loss"]) == ("FINISHED", 1.0)
+
+
+def test_a_child_whose_process_is_gone_is_killed_at_its_parents_end(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    with Tracker(tmp_path, TrackingConfig(every_s=0.1), stage="quickstart"):
+        for name in ("gone", "alive"):
+            begin_note(tmp_path / name, TrackingConfig(parent=str(tmp_path)), name, {})
+        alive = followed_alone(tmp_path / "alive")
+        alive.__enter__()
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert client.get_run(run_id_of(tmp_path / "gone")).info.status == "KILLED"
+    assert not (tmp_path / "alive" / "mlflow_run.json").exists()
+    assert read_note(tmp_path / "alive")["status"] == "RUNNING"  # type: ignore[index]
+    alive.__exit__(None, None, None)
+
+
+def test_a_replayed_child_that_was_killed_fails_its_pipeline(tmp_path: Path) -> None:
+    begin_note(tmp_path, TrackingConfig(), "pipeline", {}, closed_by="evaluate")
+    begin_note(tmp_path / "vae", TrackingConfig(parent=str(tmp_path)), "train vae", {})
+    assert "its status" in replay(tmp_path / "vae")
+    assert [read_note(of)["status"] for of in (tmp_path / "vae", tmp_path)] == ["KILLED", "FAILED"]  # type: ignore[index]
 
 
 def test_a_process_that_was_killed_leaves_a_run_that_a_replay_ends(tmp_path: Path) -> None:
