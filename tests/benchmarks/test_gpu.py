@@ -158,7 +158,7 @@ BESIDES = {"_pytest", "py", "_yaml", "_hypothesis_pytestplugin", "testing"}
 OURS = {"benchmarks", "data_pipeline", "launch", "scldm", "tests", "conftest", "sitecustomize"}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_wheels_are_all_that_a_rehearsal_imports(tmp_path: Path) -> None:
     """Every benchmark module, and the tests; parity alone is not done, as it must not pass without a GPU."""
     shown = OURS | OF_TORCH | set(gpu_wheels.NEEDED.values()) | BESIDES

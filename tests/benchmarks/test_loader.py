@@ -10,7 +10,7 @@ from benchmarks.loader_cells import BenchLoaderConfig
 from scldm.errors import InputError
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_benchmark_runs_and_saves_its_rows(tmp_path):
     config = BenchLoaderConfig(
         folder=str(tmp_path / "data"), cells=6_000, genes=3_000, expressed=200, n_genes=300, rounds=1,

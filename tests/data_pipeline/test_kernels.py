@@ -119,7 +119,7 @@ def test_an_index_that_is_out_of_bounds_is_an_error() -> None:
         beyond(np.zeros(3))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_no_kernel_leaves_its_arrays(tmp_path: Path) -> None:
     """The tests of kernels again, compiled with checks of every index; each kernel of the package takes part."""
     environment = {

@@ -18,6 +18,7 @@ from scldm.train.tracking import read_metrics
 from tests.slurm.runs import ROOT, Cluster, Run, assert_same_weights, wait_for
 
 pytestmark = pytest.mark.slow
+seen_with_a_stand_in = pytest.mark.exhaustive  # each is held by test_job_script.py too, without a Slurm
 
 
 def assert_went_on(run: Run, undisturbed: Path, event: str = "stop") -> None:
@@ -155,6 +156,7 @@ def preflight_begins(run: Run, start: int) -> None:
     wait_for(lambda: ".0" in run.cluster.call(*steps), 30, lambda: run.log)
 
 
+@seen_with_a_stand_in
 def test_preempted_twice_in_preflight(cluster: Cluster, shards: Path) -> None:
     """Nothing was done since the last time, and that is no fault of the job."""
     run = Run(cluster, "twice", shards, "--nodes", "2", "--max-failures", "1")
@@ -177,6 +179,7 @@ def test_cancelled_in_preflight(cluster: Cluster, shards: Path) -> None:
     wait_for(lambda: state_of(run.notes).state == "CANCELLED", 30, lambda: state_of(run.notes).state)
 
 
+@seen_with_a_stand_in
 def test_where_no_job_may_requeue_another_one_goes_on(cluster: Cluster, shards: Path) -> None:
     run = Run(cluster, "no requeue", shards, "--nodes", "2", "--preflight", "false", "--", "--no-requeue")
     run.reaches(5)
@@ -196,6 +199,7 @@ if os.environ.get("SLURM_PROCID"):
 """
 
 
+@seen_with_a_stand_in
 def test_failures_without_progress_end(
     cluster: Cluster, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -211,7 +211,7 @@ def test_fused_kernels_of_larger_tiles_than_one(kernels, monkeypatch):
     """Several blocks of genes, of cells and of the hidden layer; backward in chunks; widths of no round number."""
     from scldm.kernels import unpool
 
-    case = Case(VAEConfig(width=42, n_latents=20, latent_width=8, n_layers=1, n_heads=3), n_genes=200, n_given=150)
+    case = Case(VAEConfig(width=42, n_latents=20, latent_width=8, n_layers=1, n_heads=3), n_genes=140, n_given=80)
     monkeypatch.setattr(unpool, "CHUNK", 1)
     vae, given = trained_like(case.shape, case.n_genes), case.batch()
     true = outcome(vae, "plain", given, torch.float64)

@@ -107,16 +107,16 @@ def test_ranks_follow_one_and_checkpoints_cross_stages_and_world_sizes(
     for stage in STAGES:
         for n_ranks, micro, zero in (
             *((2, 8, 1), (2, 2, 2), (2, 4, 3)),
-            *((4, 4, 1), (4, 4, 2), (4, 2, 3)),
+            *((4, 4, 1) if stage == "ldm" else (4, 4, 2), (4, 2, 3)),
         ):
             run_dir = tmp_path / f"{stage}-zero{zero}-{n_ranks}x{micro}"
             more = {"deepspeed": IN_PAIRS} if (n_ranks, zero) == (4, 3) else {}
             jobs[n_ranks].append(job(stage, run_dir, micro, zero, **more))
             follow.append((run_dir, stage))
-        for zero in (2, 3):
-            run_dir = tmp_path / f"{stage}-zero{zero}-offload-recompute"
-            jobs[2].append(job(stage, run_dir, 8, zero, offload_optimizer=True, how={"recompute": True}))
-            follow.append((run_dir, stage))
+        zero = 2 if stage == "vae" else 3
+        run_dir = tmp_path / f"{stage}-zero{zero}-offload-recompute"
+        jobs[2].append(job(stage, run_dir, 8, zero, offload_optimizer=True, how={"recompute": True}))
+        follow.append((run_dir, stage))
     # stopped at step 13, so that steps 11 to 13 are lost, and resumed at another world size, stage or engine
     for stage, (ranks, zero), (later_ranks, later_zero) in (
         ("vae", (2, 2), (4, 3)),
@@ -136,7 +136,7 @@ def test_ranks_follow_one_and_checkpoints_cross_stages_and_world_sizes(
         if later_ranks:
             jobs[later_ranks].append(job(stage, run_dir, 2, later_zero))
     # last: what DeepSpeed notes of a precision, it notes for the process
-    for stage, zero in (("vae", 1), ("vae", 3), ("ldm", 2), ("ldm", 3)):
+    for stage, zero in (("vae", 3), ("ldm", 2)):
         run_dir = tmp_path / f"{stage}-bf16-{zero}"
         jobs[2].append(job(stage, run_dir, 8, zero, precision="bf16"))
         bf16.append((run_dir, stage))
