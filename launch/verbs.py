@@ -23,6 +23,7 @@ VERBS = {
     "submit": ("launch.cluster.submit", "run a verb, or the whole path, as Slurm jobs on many nodes"),
     "status": ("launch.cluster.status", "how far a run is: state, step, cells/s, time left, last checkpoint, errors"),
     "logs": ("launch.cluster.logs", "follow the log of a run that was submitted"),
+    "report": ("launch.report", "one page on a training run, or on two beside each other"),
     "track replay": ("launch.track_replay", "send to MLflow what it lacks of runs, from their folders"),
     "completion": ("launch.completion", "print a script that completes verbs, presets and keys in bash or zsh"),
 }

@@ -72,7 +72,7 @@ CLAIMS = {
     "mlflow": ["track replay"],
     "shards": ["train vae", "encode", "train ldm", "plan", "export"],
     "data": ["soma write", "shards write", "shards verify"],
-    "evaluate": ["evaluate", "launch.evaluation", "scldm.evaluate"],
+    "evaluate": ["evaluate", "report", "launch.evaluation", "scldm.evaluate"],
     "data,train,evaluate": ["quickstart"],
 }
 IMPORT = """

@@ -84,13 +84,9 @@ SECTIONS = {
 
 def page(evaluation: dict, images: dict[str, bytes]) -> str:
     """The whole page; `images` are PNGs by figure name."""
-    files = FileSystemLoader(TEMPLATES)
-    env = Environment(loader=files, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    env.filters |= {"thousands": "{:,}".format, "percent": "{:.0%}".format, "decimals": number}
-    script = (TEMPLATES / "report.js").read_text()
+    env = environment(images)
     env.globals |= {
         "e": evaluation,
-        "images": {name: base64.b64encode(image).decode() for name, image in images.items()},
         "tables": tables,
         "METRICS": METRICS,
         "MEMORISATION": MEMORISATION,
@@ -110,13 +106,25 @@ def page(evaluation: dict, images: dict[str, bytes]) -> str:
         "HEAT_ROWS": HEAT_ROWS,
         "LIBRARY_ROWS": LIBRARY_ROWS,
         "settings": settings(evaluation),
-        "style": Markup((TEMPLATES / "report.css").read_text()),
-        "script": Markup(script),
-        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     }
     module: Any = env.get_template("sections.html.j2").module
     sections = [(key, title, Markup(getattr(module, key)()).strip()) for key, title in SECTIONS.items()]
     return env.get_template("page.html.j2").render(sections=[s for s in sections if s[2]])
+
+
+def environment(images: dict[str, bytes]) -> Environment:
+    """Templates with the style and the script of every page, and its PNGs by figure name."""
+    files = FileSystemLoader(TEMPLATES)
+    env = Environment(loader=files, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    env.filters |= {"thousands": "{:,}".format, "percent": "{:.0%}".format, "decimals": number}
+    script = (TEMPLATES / "report.js").read_text()
+    env.globals |= {
+        "images": {name: base64.b64encode(image).decode() for name, image in images.items()},
+        "style": Markup((TEMPLATES / "report.css").read_text()),
+        "script": Markup(script),
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    }
+    return env
 
 
 # --- headline ------------------------------------------------------------------------------------------------------

@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping
 from matplotlib.figure import Figure
 
 from scldm.evaluate.figures.cells import library_sizes, umap
-from scldm.evaluate.figures.curves import drawn_panels, loss_curves
+from scldm.evaluate.figures.curves import drawn_panels, loss_curves, run_curves
 from scldm.evaluate.figures.genes import genes, marker_changes, marker_dots
 from scldm.evaluate.figures.looks import style
 from scldm.evaluate.figures.response import drawn_responses, responses
 from scldm.evaluate.figures.scores import baselines_of, heat_map, score_sections, scores
 
-__all__ = ["FIGURES", "baselines_of", "has", "png", "score_sections"]
+__all__ = ["FIGURES", "baselines_of", "drawn", "has", "png", "run_curves", "score_sections"]
 
 FIGURES: Mapping[str, Callable[[dict], Figure]] = {
     "scores": scores,
@@ -46,7 +46,11 @@ def has(evaluation: dict, name: str) -> bool:
 
 def png(evaluation: dict, name: str) -> bytes:
     """A figure in the report's style, as the bytes of a PNG file."""
+    return drawn(lambda: FIGURES[name](evaluation))
+
+
+def drawn(make: Callable[[], Figure]) -> bytes:
     buffer = io.BytesIO()
     with style():
-        FIGURES[name](evaluation).savefig(buffer, format="png")
+        make().savefig(buffer, format="png")
     return buffer.getvalue()

@@ -1,14 +1,21 @@
-"""Loss curves of the training runs."""
+"""Loss curves of the training runs, and all that one or two of them logged.
+
+Reading order: Panel, loss_curves; run_panels, run_curves.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from scldm.evaluate.figures.looks import BASELINE, FAINT, INK, WIDTH
+from scldm.evaluate.curves import Curves
+from scldm.evaluate.figures.looks import BASELINE, FAINT, GENERATED, INK, REAL, WIDTH, labels
 
 
 @dataclass(frozen=True)
@@ -73,12 +80,17 @@ def loss_curves(evaluation: dict) -> Figure:
         pad = 0.08 * (high - low) or 1.0
         ax.set_ylim(low - pad, high + pad)
         ax.set_title(panel.title)
-        ax.set(xlabel="cells seen, counting repeats", ylabel=panel.unit)
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
-        ax.xaxis.set_major_locator(MaxNLocator(4))
-        ax.grid()
+        ax.set_ylabel(panel.unit)
+        _along_cells(ax)
         ax.legend(loc="upper right")
     return fig
+
+
+def _along_cells(ax: Axes) -> None:
+    ax.set_xlabel("cells seen, counting repeats")
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
+    ax.xaxis.set_major_locator(MaxNLocator(4))
+    ax.grid()
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -88,3 +100,58 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     start = np.clip(np.arange(len(values)) - half, 0, None)
     end = np.clip(np.arange(len(values)) + half + 1, None, len(values))
     return (cumulative[end] - cumulative[start]) / (end - start)
+
+
+# --- one or two runs -----------------------------------------------------------------------------------------------
+
+RUN_COLORS = (REAL, GENERATED)
+UNITS = {
+    "nll": "nats per cell",
+    "kl": "nats per cell",
+    "velocity_loss": "mean squared error",
+    "lr": "learning rate",
+    "grad_norm": "norm of the gradient, before clipping",
+    "cells_per_s": "cells a second, all ranks",
+    "waiting_share": "share of time spent waiting for cells",
+    "mfu": "share of the device's peak FLOP/s",
+}
+
+
+def run_panels(runs: Sequence[Curves]) -> list[tuple[str, str]]:
+    """(split, metric) of what the runs logged and is not always nought, in the order of UNITS."""
+    logged = [(metric, split) for metric in UNITS for split in ("train", "validation")]
+    return [
+        (split, metric)
+        for metric, split in logged
+        if any(value for of in runs for _, value in of.get(split, {}).get(metric, []))
+    ]
+
+
+def run_curves(runs: Mapping[str, Curves]) -> Figure:
+    """What each run logged against the cells seen, a colour a run; pale: each logged row."""
+    panels = run_panels(list(runs.values()))
+    columns = min(3, len(panels))
+    fig = Figure(figsize=(WIDTH, 3.1 * -(-len(panels) // columns)))
+    axes = fig.subplots(-(-len(panels) // columns), columns, squeeze=False).ravel()
+    for ax in axes[len(panels) :]:
+        ax.set_visible(False)
+    names = labels(list(runs), 40)
+    for ax, (split, metric) in zip(axes, panels, strict=False):
+        shown = []
+        for color, of in zip(RUN_COLORS, runs.values(), strict=False):
+            if points := of.get(split, {}).get(metric):
+                seen, value = np.array(points, dtype=float).T
+                shown.append(value)
+                if split == "train":
+                    ax.plot(seen, value, color=color, linewidth=0.8, alpha=0.3)
+                ax.plot(seen, value if split == "validation" else _smooth(value), color=color)
+        low, high = min(v.min() for v in shown), max(np.quantile(v, 0.98) for v in shown)
+        pad = 0.08 * (high - low) or 1.0
+        ax.set_ylim(low - pad, high + pad)  # the first steps would flatten the rest
+        ax.set_title(f"{metric}, {'training' if split == 'train' else split}")
+        ax.set_ylabel(UNITS[metric])
+        _along_cells(ax)
+    if len(runs) > 1:
+        lines = [Line2D([], [], color=color, label=name) for name, color in zip(names, RUN_COLORS, strict=False)]
+        fig.legend(handles=lines, loc="outside upper left", ncols=2)
+    return fig
