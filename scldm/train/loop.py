@@ -25,6 +25,7 @@ from scldm.train import checkpoint, nonfinite
 from scldm.train.ema import EMA
 from scldm.train.losses import Draws, Stage
 from scldm.train.optim import OptimConfig, early_end, learning_rate
+from scldm.train.profile import StepProfile
 from scldm.train.requests import Requests, signal_named
 from scldm.train.run_state import RunState
 from scldm.train.saver import Saver
@@ -115,11 +116,12 @@ def train(
         if world.gather(checkpoint.pointed(run_dir / "checkpoints" / "best") is None)[0]:
             state.best, state.stale = math.inf, 0  # of a branch whose parent's best one until then is gone
     saver = Saver(run_dir, engine, ema, world, config.keep, config.keep_every)
-    supervisor = Supervisor(watch or Watch(world), requests or Requests(run_dir, (), world), saver)
+    profile = StepProfile(run_dir, world, tracker)
+    supervisor = Supervisor(watch or Watch(world), requests or Requests(run_dir, (), world), saver, profile)
 
     with Progress(name, config.steps, "steps", done=state.step, shown=world.is_first) as bar, supervisor:
         while not state.is_over:
-            supervisor.begin()
+            supervisor.begin(state.step)
             if not state.unvalidated:  # else the run was stopped while it validated, and resumes there
                 supervisor.mark(f"waits for the cells of step {state.step}")
                 batches, losses = meter.wait_for(loader), list[dict[str, Tensor]]()
@@ -128,6 +130,7 @@ def train(
                     batch = batch.to(world.device)
                     draws = Draws(config.seed, state.step, batch.positions_B)
                     loss, parts = stage.loss(engine.model, batch, draws)
+                    supervisor.mark(f"computes gradients, micro-batch {k} of step {state.step}")
                     engine.backward(loss / batch.n_cells)
                     parts = {"loss": loss, **parts, "cells": batch.weight_B.sum()}
                     losses.append({key: value.detach() for key, value in parts.items()})

@@ -3,6 +3,7 @@
     a signal (SIGTERM, SIGUSR1 by default), to any rank    save, then exit with code 85: to be started again
     a file `stop` in the run folder                        save, then exit with code 86
     a file `save` in the run folder                        save, and go on
+    a file `profile` in the run folder                     the first rank profiles some steps, see profile.py
 
 Ranks see a signal at different times, and the first rank alone looks for the files. So each step begins with one
 all-reduce of a few integers over gloo, on the CPU, that is on its way while the step is computed, and ends with its
@@ -26,7 +27,7 @@ from typing import Any
 from scldm.errors import REQUEUE, STOPPED, InputError, Stopped
 from scldm.parallel.dist import World
 
-STOP_FILE, SAVE_FILE = "stop", "save"
+STOP_FILE, SAVE_FILE, PROFILE_FILE = "stop", "save", "profile"
 LOOK_EVERY_S = 1.0  # on a shared file system, looking is a request to its server
 PATIENCE_S = 1.0  # within which one Ctrl-C may come twice: from the terminal, and from torchrun
 RANKS = 1 << 24  # signal and rank are told in one integer
@@ -58,6 +59,7 @@ class Requests:
         self.caught, self._caught_at = 0, 0.0
         self._before: dict[signal.Signals, Any] = {}
         self._looked_at, self._files = 0.0, (0, 0)
+        self.profile = False  # known to the first rank alone, which needs no other for it
         self._wait: Callable[[], list[int]] | None = None
 
     def __enter__(self) -> Requests:
@@ -112,6 +114,7 @@ class Requests:
         if self.world.is_first and time.monotonic() - self._looked_at > LOOK_EVERY_S:
             self._looked_at = time.monotonic()
             self._files = (int((self.run_dir / STOP_FILE).exists()), int((self.run_dir / SAVE_FILE).exists()))
+            self.profile = (self.run_dir / PROFILE_FILE).exists()
         return self._files
 
 

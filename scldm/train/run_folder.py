@@ -9,7 +9,8 @@ outcome.json      running, finished, stopped or failed; the exit code and why
 checkpoints/      see checkpoint.py
 errors/rank-K.txt, stacks/rank-K.txt    see scldm/parallel/watch.py
 nonfinite.jsonl   the cells of every step that was skipped
-stop, save        files that ask for it, see requests.py
+stop, save, profile    files that ask for it, see requests.py
+profiles/         see profile.py
 slurm/            notes of the job that trains, if one does: may be there first
 """
 

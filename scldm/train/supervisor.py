@@ -1,4 +1,5 @@
-"""What surrounds a step: the watch over other ranks, requests from outside, and the checkpoint that is being written.
+"""What surrounds a step: the watch over other ranks, requests from outside, the checkpoint that is being written, and
+a profile.
 
 The loop tells it where it is. Once a step, and once a validation batch, all ranks agree on what was asked and on how
 far the checkpoint is: one message carries both. Reading order: Supervisor.
@@ -11,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from scldm.parallel.watch import Watch
+from scldm.train.profile import StepProfile
 from scldm.train.requests import Asked, Requests
 from scldm.train.saver import Saver
 
@@ -21,8 +23,8 @@ class Supervisor:
     asked: what all ranks agreed on last
     """
 
-    def __init__(self, watch: Watch, requests: Requests, saver: Saver) -> None:
-        self.watch, self.requests, self.saver = watch, requests, saver
+    def __init__(self, watch: Watch, requests: Requests, saver: Saver, profile: StepProfile) -> None:
+        self.watch, self.requests, self.saver, self.profile = watch, requests, saver, profile
         self.asked = Asked()
 
     def __enter__(self) -> Supervisor:
@@ -30,13 +32,20 @@ class Supervisor:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.profile.close(written=kind is None)
         self.saver.__exit__(kind, error, tb)
 
     def mark(self, doing: str) -> None:
         """This rank is still alive, and does this."""
         self.watch.mark(doing)
+        self.profile.mark(doing)
 
-    def begin(self) -> None:
+    def begin(self, step: int) -> None:
+        """A step begins."""
+        self._send()
+        self.profile.step(step, self.requests.profile)
+
+    def _send(self) -> None:
         """Send the other ranks what this one knows. It travels while they compute."""
         self.requests.begin(self.saver.failed, self.saver.unfinished)
 
@@ -51,7 +60,7 @@ class Supervisor:
 
     def is_stopped(self, when: str) -> bool:
         """Whether the ranks agree, between two steps, that the run was asked to stop."""
-        self.begin()
+        self._send()
         self.agree(when)
         return self.asked.stop > 0
 
