@@ -29,7 +29,7 @@ from scldm.evaluate.metrics import METRICS
 from scldm.evaluate.report_tables import row_texts
 from scldm.evaluate.run_page import run_page
 from scldm.files import disk_explained, flat, written_aside
-from scldm.train.mlflow_run import SYSTEM, row_of
+from scldm.train.follower import SYSTEM, row_of
 from scldm.train.run_folder import ENVIRONMENT, OUTCOME, read_config
 from scldm.train.tracking import read_metrics
 from scldm.vocab import ConditionVocab

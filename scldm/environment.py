@@ -75,7 +75,7 @@ def git_commit() -> str | None:
 
 
 # of those that bring a package, the first is named
-EXTRAS = ("shards", "data", "mlflow", "train", "evaluate", "ode", "cell-eval")
+EXTRAS = ("shards", "data", "mlflow", "train", "evaluate", "ode", "cell-eval", "tensorboard")
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "ot": "pot", "umap": "umap-learn", "skmisc": "scikit-misc"}
 
 

@@ -9,7 +9,7 @@
 A Sender sends the difference. Any process may do so, at any time and any number of times: the run's own, the next one
 in the folder, a child's, or `scldm track replay`.
 
-Reading order: the note, Sender, its errors, stores, rows, Machine.
+Reading order: the note, Sender, its errors, stores, Machine.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import os
 import re
 import socket
 import sqlite3
-import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,11 +33,10 @@ from urllib.parse import quote, unquote
 from scldm.environment import without_passwords
 from scldm.errors import InputError, read_json
 from scldm.files import locked, write_json, written_aside
+from scldm.train.follower import METRICS, SYSTEM, Follower, rows_from, say
 
-METRICS, SYSTEM = "metrics.jsonl", "system.jsonl"
 NOTE, STATE, LOCK = "tracked.json", "mlflow_run.json", "tracking.lock"
 
-ROWS_AT_ONCE = 200  # rows sent between two notes of how far; at 20 metrics a row 4 requests
 METRICS_PER_BATCH, PER_BATCH = 1_000, 100  # MLflow's own limits of one log_batch; the second of params and tags
 OLDER_LIMITS = (500, 250)  # characters of a parameter: MLflow before 2.10, and before 1.28
 SURE = 3  # a name that was refused alone so often is not sent again
@@ -122,6 +120,14 @@ def unsent(folder: Path) -> list[str]:
     return [*lacks, *texts, *(["its status"] if state["status"] != note["status"] else [])]
 
 
+def _rows_after(path: Path, offset: int) -> int:
+    if not path.is_file() or path.stat().st_size <= offset:
+        return 0
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read().count(b"\n")
+
+
 @contextlib.contextmanager
 def followed_alone(folder: Path) -> Iterator[None]:
     """Within, no other process follows the run in this folder. Raises: InputError where one does."""
@@ -141,14 +147,15 @@ def is_followed(folder: Path) -> bool:
 # --- sending -------------------------------------------------------------------------------------------------------
 
 
-class Sender:
+class Sender(Follower):
     """Sends what is in one folder to MLflow.
 
     uri: of the store, where it has a password that the environment does not tell
     """
 
     def __init__(self, folder: Path, uri: str = "") -> None:
-        self.folder, self.given = folder, uri
+        super().__init__(folder)
+        self.given = uri
         self.client: Any = None
         self.uri = self.place = self.run_id = ""
         self.state = _read_state(folder)
@@ -327,28 +334,14 @@ class Sender:
         """
         from mlflow.entities import Metric
 
-        path = self.folder / name
-        if not path.exists():
-            return
-        with path.open("rb") as file:
-            end = file.seek(min(self.state["sent"].get(name, 0), path.stat().st_size))
-            while True:
-                metrics, start = list[Metric](), end
-                for _ in range(ROWS_AT_ONCE):
-                    line = file.readline()
-                    if not line.endswith(b"\n"):
-                        break
-                    end += len(line)
-                    row = row_of(line, path)
-                    if row is None:
-                        continue
-                    step, milliseconds, split = row.pop("step"), int(row.pop("time") * 1000), row.pop("split")
-                    for key, value in row.items():
-                        allowed = re.sub(r"[^/\w.\- :]", "_", f"{split}/{key}")
-                        metrics.append(Metric(allowed, math.nan if value is None else value, milliseconds, step))
-                if end == start:
-                    return
-                yield metrics, end
+        for rows, end in rows_from(self.folder / name, self.state["sent"].get(name, 0)):
+            metrics = list[Metric]()
+            for row in rows:
+                step, milliseconds, split = row.pop("step"), int(row.pop("time") * 1000), row.pop("split")
+                for key, value in row.items():
+                    allowed = re.sub(r"[^/\w.\- :]", "_", f"{split}/{key}")
+                    metrics.append(Metric(allowed, math.nan if value is None else value, milliseconds, step))
+            yield metrics, end
 
     def _noted(self, **new: Any) -> None:
         self.state |= new
@@ -445,10 +438,6 @@ def _first(error: BaseException) -> BaseException | None:
     return inner if isinstance(inner, BaseException) else None
 
 
-def say(text: str) -> None:
-    print(f"tracking: {text}", file=sys.stderr, flush=True)
-
-
 # --- stores --------------------------------------------------------------------------------------------------------
 
 
@@ -525,34 +514,6 @@ def _create_database(path: Path) -> None:
             contextlib.closing(sqlite3.connect(file.name)) as copy,
         ):
             made.backup(copy)
-
-
-# --- rows ----------------------------------------------------------------------------------------------------------
-
-_unreadable: set[Path] = set()
-
-
-def row_of(line: bytes, path: Path) -> dict[str, Any] | None:
-    """A row, as `log` writes them; none for a line that is not one, as a machine that went down may leave it. That is
-    told once for a file: no run ends, and no other row is lost, for want of it."""
-    try:
-        row = json.loads(line)
-        if isinstance(row["step"], int) and isinstance(row["time"], int | float) and isinstance(row["split"], str):
-            return row
-    except (ValueError, KeyError, TypeError):
-        pass
-    if path not in _unreadable:
-        _unreadable.add(path)
-        say(f"{path} has lines that are no rows; they are passed over")
-    return None
-
-
-def _rows_after(path: Path, offset: int) -> int:
-    if not path.is_file() or path.stat().st_size <= offset:
-        return 0
-    with path.open("rb") as file:
-        file.seek(offset)
-        return file.read().count(b"\n")
 
 
 # --- the machine ---------------------------------------------------------------------------------------------------

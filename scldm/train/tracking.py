@@ -7,7 +7,7 @@ verb there sends it, or `scldm track replay`. Nothing that MLflow does or fails 
     with Tracker(run_dir, config.tracking, active=rank == 0, stage="train vae", params=asdict(config)) as tracker:
         tracker.log(step, {"loss": loss}, split="train", cells_seen=cells_seen)
 
-Reading order: TrackingConfig, Tracker, _Forwarder, replay, read_metrics.
+Reading order: TrackingConfig, Tracker, _Forwarder, _Also, replay, read_metrics.
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ from scldm.checked import Checked, checked
 from scldm.environment import describe, without_passwords
 from scldm.errors import InputError
 from scldm.files import flat, write_json
+from scldm.train.follower import METRICS, SYSTEM, Follower, follower_named, row_of, say
 from scldm.train.mlflow_run import (
-    METRICS,
     NOTE,
-    SYSTEM,
     Machine,
     Sender,
     Status,
@@ -47,8 +46,6 @@ from scldm.train.mlflow_run import (
     note_failed,
     parent_of,
     read_note,
-    row_of,
-    say,
     unsent,
 )
 
@@ -75,6 +72,8 @@ class TrackingConfig(Checked):
     close_s: longest wait for a server at the end of the run, in seconds. It is 5 for a run that was stopped or failed.
         A local database is waited for until all is there, at most 300 s
     system_s: seconds between two samples of processor, memory and GPU; 0 takes none
+    also: module:Class of a place where the run is followed too, with MLflow or without, as
+        scldm.train.tensorboard:TensorBoard; see scldm/train/follower.py for one of your own
     """
 
     enabled: bool = True
@@ -86,11 +85,14 @@ class TrackingConfig(Checked):
     every_s: float = checked(5.0, above=0)
     close_s: float = checked(30.0, at_least=0)
     system_s: float = checked(10.0, at_least=0)
+    also: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.parent and self.parent_run_id:
             raise InputError(f"tracking.parent={self.parent} and tracking.parent_run_id name two parents; give one")
+        if self.also and not re.fullmatch(r"[\w.]+:\w+", self.also):
+            raise InputError(f"tracking.also={self.also}: give module:Class, as scldm.train.tensorboard:TensorBoard")
 
 
 class Tracker:
@@ -126,15 +128,19 @@ class Tracker:
         self.note: dict[str, Any] = {}
         self.parent: Path | None = None
         self._file = None
-        self._forwarder = None
+        self._forwarder = self._also = None
         self._alive = contextlib.ExitStack()
         self._warned = False
         if not active:
             return
+        if cfg.also:
+            self._also = _Also(follower_named(cfg.also, self.run_dir), cfg)
         with self._reported("opening"):
             self.run_dir.mkdir(parents=True, exist_ok=True)
             drop_torn_line(self.path)
             self._file = self.path.open("ab", buffering=0)
+        if self._also is not None:
+            self._also.start()
         if not cfg.enabled:
             return
         with self._reported("opening", NOTE):
@@ -192,6 +198,9 @@ class Tracker:
         if self._forwarder is not None:
             self._forwarder.close(in_a_hurry=status != "FINISHED")
             self._forwarder = None
+        if self._also is not None:
+            self._also.close(in_a_hurry=status != "FINISHED")
+            self._also = None
 
     def _note_parent(self, status: Status) -> None:
         """A parent that no process follows is what its children are, and ends with the last of them."""
@@ -303,6 +312,34 @@ class _Forwarder(threading.Thread):
                 note_end(folder, note, "KILLED")  # its process is gone, and said nothing
             if unsent(folder):
                 Sender(folder, self.uri).send()
+
+
+class _Also(threading.Thread):
+    """The same for another place than MLflow, each in a thread of its own: none waits for another's server."""
+
+    def __init__(self, follower: Follower, cfg: TrackingConfig) -> None:
+        super().__init__(name=cfg.also, daemon=True)
+        self.follower, self.cfg, self.closing, self.lacks = follower, cfg, threading.Event(), ""
+
+    def close(self, in_a_hurry: bool) -> None:
+        self.closing.set()
+        self.join(min(self.cfg.close_s, HURRY_S) if in_a_hurry else self.cfg.close_s)
+        if self.is_alive() or self.lacks:
+            folder = self.follower.folder
+            say(f"not everything reached {self.name}; all is in {folder}, and the next start there sends it")
+
+    def run(self) -> None:
+        warned, last = False, False
+        while not last:
+            last = self.closing.wait(self.cfg.every_s)
+            try:
+                self.follower.send()
+                self.lacks = ""
+            except Exception as error:  # whatever it raises: none of it may end the run
+                self.lacks = without_passwords(str(error)) or type(error).__name__
+                if not warned:
+                    warned = True
+                    say(f"{self.name} failed: {self.lacks}. {METRICS} goes on, sent later")
 
 
 def begin_note(

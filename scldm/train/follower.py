@@ -1,0 +1,109 @@
+"""A place where runs are followed: MLflow (mlflow_run.py) is one, TensorBoard (tensorboard.py) is another.
+
+All that is known of a run lies in its folder first. A Follower sends what its place lacks of it. For a place of your
+own, subclass Follower, give it `send`, and name it: `tracking.also=mylab.followers:OurTracker`.
+
+Reading order: Follower, follower_named, rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from scldm.errors import InputError
+from scldm.files import write_json
+
+METRICS, SYSTEM = "metrics.jsonl", "system.jsonl"
+ROWS_AT_ONCE = 200  # rows sent between two notes of how far; at 20 metrics a row 4 requests of MLflow
+
+
+class Follower(ABC):
+    """Made with the run's folder before training begins: what it lacks, such as a package, it says by raising there.
+
+    In the folder are config.json, tracked.json (parameters, tags, data sets, artifacts, the state; mlflow_run.py says
+    how) and rows of metrics: {"step", "time", "split", NAME: number or null}. No secret is in any of them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @abstractmethod
+    def send(self) -> None:
+        """Send what the place lacks. Called in a background thread every `tracking.every_s`, and once at the end.
+
+        It may raise anything: the first failure is told, and it is called again. Training never waits for it.
+        """
+
+    def new_rows(self) -> Iterator[list[dict[str, Any]]]:
+        """Rows that were not sent, some at a time. They count as sent when the next are asked for, across restarts."""
+        state = self.folder / f"{type(self).__name__.lower()}_run.json"
+        sent: dict[str, int] = {}
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            sent = json.loads(state.read_text())
+        for name in (METRICS, SYSTEM):
+            for rows, end in rows_from(self.folder / name, sent.get(name, 0)):
+                yield rows
+                sent[name] = end
+                write_json(state, sent)
+
+
+def follower_named(name: str, folder: Path) -> Follower:
+    """Raises: InputError for what is no Follower; ModuleNotFoundError, also where it needs a package."""
+    module, _, kind = name.partition(":")
+    found = getattr(importlib.import_module(module), kind, None)
+    if not (isinstance(found, type) and issubclass(found, Follower)):
+        raise InputError(
+            f"tracking.also={name}: {module} has no class {kind!r} that is a scldm.train.follower.Follower"
+        )
+    return found(folder)
+
+
+# --- rows ----------------------------------------------------------------------------------------------------------
+
+_unreadable: set[Path] = set()
+
+
+def rows_from(path: Path, start: int) -> Iterator[tuple[list[dict[str, Any]], int]]:
+    """Complete rows from an offset on, some at a time, with the offset they end at."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        end = file.seek(min(start, path.stat().st_size))
+        while True:
+            rows, start = list[dict[str, Any]](), end
+            for _ in range(ROWS_AT_ONCE):
+                line = file.readline()
+                if not line.endswith(b"\n"):
+                    break
+                end += len(line)
+                if (row := row_of(line, path)) is not None:
+                    rows.append(row)
+            if end == start:
+                return
+            yield rows, end
+
+
+def row_of(line: bytes, path: Path) -> dict[str, Any] | None:
+    """A row, as `log` writes them; none for a line that is not one, as a machine that went down may leave it. That is
+    told once for a file: no run ends, and no other row is lost, for want of it."""
+    try:
+        row = json.loads(line)
+        if isinstance(row["step"], int) and isinstance(row["time"], int | float) and isinstance(row["split"], str):
+            return row
+    except (ValueError, KeyError, TypeError):
+        pass
+    if path not in _unreadable:
+        _unreadable.add(path)
+        say(f"{path} has lines that are no rows; they are passed over")
+    return None
+
+
+def say(text: str) -> None:
+    print(f"tracking: {text}", file=sys.stderr, flush=True)
