@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from scldm.vocab import ConditionVocab, GeneVocab
 PURPOSE = "Write the EMA weights of trained runs as a model folder, which scldm.load reads without the training stack."
 EXAMPLE = """
 scldm export vae=runs/vae ldm=runs/ldm out=model
-scldm export vae=runs/vae ldm=runs/ldm out=model register=pbmc
+scldm export vae=runs/vae ldm=runs/ldm out=model register=pbmc alias=champion
 """
 
 
@@ -34,6 +35,7 @@ class ExportConfig:
     which: checkpoint of both runs: best by the validation metric, or latest
     register: name in MLflow's model registry, where mlflow.pyfunc.load_model finds it; needs ldm, in whose MLflow run
         it is kept. Empty registers nothing
+    alias: of the version that is registered, such as champion: models:/NAME@champion is then this one
     """
 
     vae: str
@@ -41,10 +43,17 @@ class ExportConfig:
     ldm: str = ""
     which: Literal["best", "latest"] = "best"
     register: str = ""
+    alias: str = ""
 
     def __post_init__(self) -> None:
         if self.register and not self.ldm:
             raise InputError(f"register={self.register} needs ldm: an autoencoder alone generates no cells")
+        if self.alias and not self.register:
+            raise InputError(f"alias={self.alias} needs register=NAME, the model that it is an alias of")
+        if self.alias and not re.fullmatch(r"(?!latest$|v\d+$)[\w-]+", self.alias, re.ASCII):
+            raise InputError(
+                f"alias={self.alias}: give letters, digits, _ and -, and not latest or v1, as MLflow wants it"
+            )
 
 
 CONFIG = ExportConfig
@@ -70,7 +79,7 @@ def main(config: ExportConfig) -> Path:
     save_pretrained(out, vae, dit, genes, conditions, sizes, origin, history)
     print(f"model: {out}")
     if config.register:
-        print(f"registered: {register(out, Path(config.ldm), config.register)}")
+        print(f"registered: {register(out, Path(config.ldm), config.register, config.alias)}")
     return out
 
 

@@ -28,7 +28,7 @@ def check_followed(run: Path) -> None:
         raise InputError(f"register: {run} was trained without MLflow: it has no {NOTE}; leave register out")
 
 
-def register(folder: Path, run: Path, name: str) -> str:
+def register(folder: Path, run: Path, name: str, alias: str = "") -> str:
     """Send a model folder to the MLflow run of the folder `run`, and register it; returns its URI.
 
     Raises: InputError for a run without MLflow, and for what MLflow can't do, with its cause.
@@ -36,7 +36,7 @@ def register(folder: Path, run: Path, name: str) -> str:
     check_followed(run)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")  # a model is larger than a row, and waited for
     try:
-        return _registered(folder, run, name)
+        return _registered(folder, run, name, alias)
     except InputError:
         raise
     except Exception as error:  # MLflow's, and those of the stores behind it
@@ -47,7 +47,7 @@ def register(folder: Path, run: Path, name: str) -> str:
         ) from error
 
 
-def _registered(folder: Path, run: Path, name: str) -> str:
+def _registered(folder: Path, run: Path, name: str, alias: str) -> str:
     at = f"model-{read_config(folder).weights[:12]}"  # a version stays what it was
     with followed_alone(run):
         sender = Sender(run)
@@ -65,6 +65,8 @@ def _registered(folder: Path, run: Path, name: str) -> str:
                 raise
         source = f"{client.get_run(sender.run_id).info.artifact_uri}/{at}"
         version = client.create_model_version(name, source, run_id=sender.run_id)
+        if alias:
+            client.set_registered_model_alias(name, alias, version.version)
         return f"models:/{name}/{version.version}"
 
 

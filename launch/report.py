@@ -315,7 +315,8 @@ def weak(
         steps = {json.loads(line)["step"] for line in (run / "nonfinite.jsonl").read_text().splitlines()}
         out.append(f"{len(steps)} steps were skipped, as their gradient was not finite: nonfinite.jsonl has the cells.")
     if any((start["git"] or "").endswith("-dirty") for start in starts):
-        out.append("Tracked files differed from the commit: the run can't be made again from it.")
+        noted = ", ".join(dict.fromkeys(start["diff"] for start in starts if "diff" in start))
+        out.append(f"Tracked files differed from the commit: {noted or 'the run can not be made again from it'}.")
     if len({start["git"] for start in starts}) > 1 or len({json.dumps(s["versions"]) for s in starts}) > 1:
         out.append("Its starts ran different commits or versions.")
     return out

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +20,9 @@ import torch
 from data_pipeline.format.schema import Manifest
 from launch.followed import dataset_of
 from scldm import pretrained
+from scldm.environment import git_diff
 from scldm.errors import InputError, Stopped, read_json
-from scldm.files import disk_explained, flat, write_json
+from scldm.files import disk_explained, flat, write_json, written_aside
 from scldm.library_size import LibrarySizeModel, LogNormal
 from scldm.model.attention import Choice
 from scldm.parallel.deepspeed_json import check_overrides
@@ -66,6 +68,7 @@ WHY_NEVER = {
 OF_A_START = ("branch_from", "allow_changes")
 
 # files that MLflow gets too
+DIFFS = "diffs"  # how the code of a start differed from its commit
 STARTED_WITH = ("config.json", "environment.json", "deepspeed.json", "init_from.json", CHANGES)
 
 
@@ -137,6 +140,8 @@ def run_training(
         parts = set_up(world)
         if world.is_first:
             notes = {"attention": str(parts.attention)} if parts.attention else {}
+            if diff := git_diff():
+                notes["diff"] = f"{DIFFS}/{hashlib.sha256(diff.encode()).hexdigest()[:12]}.diff"
             branch = to_begin(config.branch_from, run_dir)
             if branch is not None:
                 check_data(branch.checkpoint, data_of(parts.manifest), f"branch_from={branch}")
@@ -153,6 +158,10 @@ def run_training(
                     print(f"scldm: {what}: {of}", file=sys.stderr, flush=True)
                 watch.on_end = at_the_end.enter_context(outcome_noted(run_dir))
                 keep_data(run_dir, parts.manifest)
+                if diff:
+                    (run_dir / DIFFS).mkdir(exist_ok=True)
+                    with written_aside(run_dir / notes["diff"]) as file:
+                        file.write(diff.encode())
                 if parts.joined:
                     keep_joined(run_dir, config.init_from, parts.joined)
         world.barrier()  # no rank goes on where the first refuses
@@ -173,6 +182,9 @@ def run_training(
         tracker = last.enter_context(Tracker(run_dir, config.tracking, active=world.is_first, **told))
         for kept in [run_dir / file for file in STARTED_WITH if world.is_first and (run_dir / file).is_file()]:
             tracker.log_artifact(kept)
+        for folder, of in ((DIFFS, sorted(run_dir.glob(f"{DIFFS}/*"))), ("attached", config.tracking.attach)):
+            for path in of:
+                tracker.log_artifact(path, folder)
         last.callback(tag_checkpoints, tracker, run_dir)
         note_cause = watch.on_end
 

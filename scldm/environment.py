@@ -74,6 +74,29 @@ def git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
+MOST_OF_A_DIFF = 1_000_000  # bytes
+_NAMED = re.compile(
+    r"(\w*(?:password|passwd|secret|api_?key|access_?key|_token)\w*[\"']?\s*[=:]\s*[\"']?)[^\s\"',)]+", re.IGNORECASE
+)
+
+
+def git_diff() -> str:
+    """How tracked files of the checkout differ from its commit, at most a megabyte; empty where they don't.
+
+    Passwords in URLs are left out, and so is what a name such as `api_key` or `PASSWORD` is set to.
+    """
+    if not (git_commit() or "").endswith("-dirty"):
+        return ""
+    root = Path(__file__).resolve().parent.parent
+    command = ["git", "-C", str(root), "diff", "--no-ext-diff", "--no-textconv", "--no-color", "HEAD"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as git:
+        assert git.stdout is not None
+        data = git.stdout.read(MOST_OF_A_DIFF + 1)
+        git.kill()  # of a larger one the rest is not wanted
+    text = _NAMED.sub(r"\1...", without_passwords(data[:MOST_OF_A_DIFF].decode(errors="replace")))
+    return text + f"\n# cut at {MOST_OF_A_DIFF:,} bytes\n" * (len(data) > MOST_OF_A_DIFF)
+
+
 # of those that bring a package, the first is named
 EXTRAS = ("shards", "data", "mlflow", "train", "evaluate", "ode", "cell-eval", "tensorboard")
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "ot": "pot", "umap": "umap-learn", "skmisc": "scikit-misc"}

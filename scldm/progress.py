@@ -100,6 +100,7 @@ class Progress:
 
 
 def in_notebook() -> bool:
-    """Whether this process is a notebook's kernel. It does not import IPython: where there is a notebook, that was."""
-    ipython = sys.modules.get("IPython")
-    return hasattr(ipython.get_ipython(), "kernel") if ipython else False
+    """Whether this process is a notebook's kernel. It does not import IPython: where there is a notebook, that was.
+    Elsewhere another thread may be about to, as that which imports mlflow."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", None)
+    return hasattr(shell(), "kernel") if shell else False

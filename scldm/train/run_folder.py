@@ -11,6 +11,7 @@ errors/rank-K.txt, stacks/rank-K.txt    see scldm/parallel/watch.py
 nonfinite.jsonl   the cells of every step that was skipped
 stop, save, profile    files that ask for it, see requests.py
 profiles/         see profile.py
+diffs/            how the code differed from its commit, a file for each difference
 slurm/            notes of the job that trains, if one does: may be there first
 """
 

@@ -21,7 +21,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -72,6 +72,7 @@ class TrackingConfig(Checked):
     close_s: longest wait for a server at the end of the run, in seconds. It is 5 for a run that was stopped or failed.
         A local database is waited for until all is there, at most 300 s
     system_s: seconds between two samples of processor, memory and GPU; 0 takes none
+    attach: files that MLflow gets with the run, such as a plan
     also: module:Class of a place where the run is followed too, with MLflow or without, as
         scldm.train.tensorboard:TensorBoard; see scldm/train/follower.py for one of your own
     """
@@ -85,12 +86,15 @@ class TrackingConfig(Checked):
     every_s: float = checked(5.0, above=0)
     close_s: float = checked(30.0, at_least=0)
     system_s: float = checked(10.0, at_least=0)
+    attach: list[str] = field(default_factory=list)
     also: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.parent and self.parent_run_id:
             raise InputError(f"tracking.parent={self.parent} and tracking.parent_run_id name two parents; give one")
+        if missing := [path for path in self.attach if not Path(path).is_file()]:
+            raise InputError(f"tracking.attach={','.join(missing)}: no such file")
         if self.also and not re.fullmatch(r"[\w.]+:\w+", self.also):
             raise InputError(f"tracking.also={self.also}: give module:Class, as scldm.train.tensorboard:TensorBoard")
 

@@ -16,6 +16,7 @@ from launch.registry import register, requirements
 from scldm.errors import InputError
 from scldm.model_folder import save_pretrained
 from scldm.train.tracking import Tracker, TrackingConfig, begin_note
+from tests.launch.test_track_replay import client_of
 from tests.scldm.small_model import CONDITIONS, GENES, library_sizes, networks
 from tests.scldm.train.test_tracking import free_port
 
@@ -43,11 +44,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_registered_model_gives_cells_to_who_has_mlflow_alone(folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "ldm"
     Tracker(run, TrackingConfig(), stage="train ldm").close()
-    assert register(folder, run, "small") == "models:/small/1"
+    assert register(folder, run, "small", "champion") == "models:/small/1"
     vae, dit = networks()
     torch.nn.init.zeros_(next(dit.parameters()))
     save_pretrained(tmp_path / "other", vae, dit, GENES, CONDITIONS, library_sizes(), {"from": "a test"})
     assert register(tmp_path / "other", run, "small") == "models:/small/2", "and the first stays what it was"
+    store = client_of(run)
+    assert store.get_model_version_by_alias("small", "champion").version == "1"
+    store.set_registered_model_alias("small", "champion", "2")
+    register(folder, run, "small", "champion")
+    assert store.get_model_version_by_alias("small", "champion").version == "3"
     first = {name: [CONDITIONS.labels[name][0]] * 3 for name in CONDITIONS.names}
     table = pd.DataFrame(first)
     table.to_csv(tmp_path / "wanted.csv", index=False)
@@ -64,6 +70,11 @@ def test_what_can_not_be_registered_is_said_before_anything_is_written(tmp_path:
     words = ["export", "vae=vae", f"out={tmp_path}/model", "register=small"]
     assert main(words) == 2
     assert "register=small needs ldm" in capsys.readouterr().err
+    for alias in ("latest", "v1", "a b"):
+        assert main([*words, f"ldm={tmp_path}/ldm", f"alias={alias}"]) == 2
+        assert f"alias={alias}: give letters" in capsys.readouterr().err
+    assert main(["export", "vae=vae", "out=x", "alias=champion"]) == 2
+    assert "alias=champion needs register=NAME" in capsys.readouterr().err
     assert main([*words, f"ldm={tmp_path}/ldm"]) == 2
     assert f"register: {tmp_path}/ldm was trained without MLflow" in capsys.readouterr().err
 

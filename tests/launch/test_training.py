@@ -21,7 +21,7 @@ from scldm.files import flat
 from scldm.parallel.deepspeed_json import check_overrides
 from scldm.parallel.dist import close_world
 from scldm.parallel.engine import HardwareConfig
-from scldm.train.tracking import Tracker
+from scldm.train.tracking import Tracker, TrackingConfig
 from scldm.vocab import ConditionVocab, GeneVocab
 from tests.launch import faulty
 
@@ -119,3 +119,22 @@ def test_another_deepspeed_is_refused_before_a_folder_is_made(tmp_path: Path, mo
         faulty.train(config)
     close_world()
     assert not (tmp_path / "run").exists()
+
+
+def test_how_the_code_differed_and_what_was_attached_are_kept_and_sent(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    run = tmp_path / "run"
+    of = {"uri": "http://127.0.0.1:9", "close_s": 0.0, "attach": [str(tmp_path / "plan.json")]}
+    config = faulty.SmallConfig(str(run), tracking=TrackingConfig(**of), hardware=HardwareConfig("plain", 16))
+    for diff in ("- one\n", "", "- two\n"):
+        monkeypatch.setattr("launch.training.git_diff", lambda diff=diff: diff)
+        faulty.train(config)
+    starts = json.loads((run / "environment.json").read_text())
+    names = [start.get("diff") for start in starts]
+    assert names[1] is None
+    assert [(run / name).read_text() for name in names if name] == ["- one\n", "- two\n"]
+    sent = json.loads((run / "tracked.json").read_text())["artifacts"]
+    assert [entry for entry in sent if entry[1] == "diffs"] == [[names[0], "diffs"], [names[2], "diffs"]]
+    assert ["../plan.json", "attached"] in sent
+    with pytest.raises(InputError, match=r"tracking\.attach=nowhere: no such file"):
+        TrackingConfig(attach=["nowhere"])

@@ -36,3 +36,35 @@ def test_outside_of_a_checkout_there_is_no_commit(tmp_path: Path, monkeypatch: p
 def test_describing_imports_nothing_heavy() -> None:
     code = "import sys, scldm.environment as e; e.describe(); sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout that has scldm/environment.py and a file, committed."""
+    (tmp_path / "scldm").mkdir()
+    (tmp_path / "file.py").write_text("first = 1\n")
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "scldm" / "environment.py"))
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "first"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    return tmp_path
+
+
+def test_a_diff_shows_what_changed_and_no_secret(checkout: Path) -> None:
+    assert environment.git_diff() == ""
+    secrets = ["url = 'https://me:hidden1@place/x'", 'api_key = "hidden2"', "MLFLOW_TRACKING_PASSWORD=hidden3"]
+    secrets += ['{"hf_token": "hidden4"}', "client_secret: hidden5"]
+    (checkout / "file.py").write_text("\n".join(["first = 2", "model.token=linear", *secrets, ""]))
+    diff = environment.git_diff()
+    assert "-first = 1\n+first = 2\n+model.token=linear\n" in diff
+    assert "hidden" not in diff
+    assert diff.count("...") == 4
+    assert "https://place/x" in diff
+
+
+def test_a_large_diff_is_cut(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "MOST_OF_A_DIFF", 1_000)
+    (checkout / "file.py").write_text("x = 1\n" * 1_000_000)
+    diff = environment.git_diff()
+    assert diff.endswith("\n# cut at 1,000 bytes\n")
+    assert len(diff) < 1_100

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 
 import pytest
 
@@ -102,4 +103,9 @@ def test_ipython_in_a_terminal_is_no_notebook(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "IPython", notebook)
     assert not progress.in_notebook()
     monkeypatch.delitem(sys.modules, "IPython")
+    assert not progress.in_notebook()
+
+
+def test_an_ipython_that_another_thread_imports_meanwhile_is_no_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))  # as mlflow's import leaves it for a while
     assert not progress.in_notebook()
