@@ -50,10 +50,10 @@ def test_a_registered_model_gives_cells_to_who_has_mlflow_alone(folder: Path, tm
     save_pretrained(tmp_path / "other", vae, dit, GENES, CONDITIONS, library_sizes(), {"from": "a test"})
     assert register(tmp_path / "other", run, "small") == "models:/small/2", "and the first stays what it was"
     store = client_of(run)
-    assert store.get_model_version_by_alias("small", "champion").version == "1"
+    assert str(store.get_model_version_by_alias("small", "champion").version) == "1"
     store.set_registered_model_alias("small", "champion", "2")
     register(folder, run, "small", "champion")
-    assert store.get_model_version_by_alias("small", "champion").version == "3"
+    assert str(store.get_model_version_by_alias("small", "champion").version) == "3"
     first = {name: [CONDITIONS.labels[name][0]] * 3 for name in CONDITIONS.names}
     table = pd.DataFrame(first)
     table.to_csv(tmp_path / "wanted.csv", index=False)
