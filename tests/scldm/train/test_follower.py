@@ -33,11 +33,11 @@ def config(also: str, **of: float) -> TrackingConfig:
 
 
 def test_what_a_place_missed_it_gets_once_also_from_the_next_start(tmp_path: Path, capsys) -> None:
-    for start in range(3):
+    for start in range(4):
         with Tracker(tmp_path, config(OURS, every_s=60.0)) as tracker:
             for step in range(3 * start, 3 * start + 3):
                 tracker.log(step, {"loss": step / 2})
-    assert (tmp_path / "arrived").read_text() == "".join(f"{step} {step / 2}\n" for step in range(9))
+    assert (tmp_path / "arrived").read_text() == "".join(f"{step} {step / 2}\n" for step in range(12))
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 4  # of two starts, why, and that it lacks rows
     assert told[0].startswith(f"tracking: {OURS} failed: https://place is away. metrics.jsonl goes on")
