@@ -129,7 +129,11 @@ def _is_text(value: str) -> bool:
 
 def hash_of(document: Any) -> str:
     """SHA-256 of a document as sorted JSON."""
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(sorted_json(document)).hexdigest()
+
+
+def sorted_json(document: Any) -> bytes:
+    return json.dumps(document, sort_keys=True).encode()
 
 
 def sealed(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# torch's variable, of every group of gloo: ranks connect when they first exchange something, which few pairs do. By
+# default each of N ranks has N - 1 connections in every group
+LAZY = "TORCH_GLOO_LAZY_INIT"
+
 
 @dataclass(frozen=True)
 class World:
@@ -34,8 +38,13 @@ class World:
     def join(self, timeout_s: float = 1_800) -> None:
         """Meet the other ranks, where that was not done yet: gloo for what lies on CPUs, NCCL for what is on GPUs."""
         if self.size > 1 and not dist.is_initialized():
+            os.environ.setdefault(LAZY, "1")
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+            # whoever connects asks the launcher's store, which the first rank may hold: not once that one has ended
+            self.begin_max([0])()
+            self.gather(None)
+            self.barrier()
 
     def sum(self, values: dict[str, float]) -> dict[str, float]:
         """The sum over ranks of each value, in float64; all ranks give the same names and get the same sums."""

@@ -252,6 +252,12 @@ class Watch:
 
 
 def _in_collective(frames: Iterable[tuple[FrameType, int]]) -> bool:
-    """Whether a stack passes through torch.distributed, DeepSpeed's layer over it, or ours."""
+    """Whether a stack passes through torch.distributed, DeepSpeed's layer over it, or ours; or waits in DeepSpeed for
+    what torch's own code, which has no frames here, is to bring: a parameter's parts, under ZeRO-3."""
     places = (os.path.join("torch", "distributed", ""), os.path.join("deepspeed", "comm", ""), dist.__file__)
-    return any(place in frame.f_code.co_filename for frame, _ in frames for place in places)
+    zero = os.path.join("deepspeed", "runtime", "zero", "")
+    for frame, _ in frames:
+        code = frame.f_code
+        if any(place in code.co_filename for place in places) or (zero in code.co_filename and code.co_name == "wait"):
+            return True
+    return False

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from scldm.errors import InputError
 from scldm.files import PARTIAL, put_in_place, written_aside
-from scldm.given_json import hash_of
+from scldm.given_json import sorted_json
 from scldm.parallel.dist import World
 from scldm.parallel.engine import Engine
 from scldm.train import checkpoint
@@ -231,7 +231,8 @@ def commit(target: Path, n_parts: int, state: dict[str, Any], run_dir: Path) -> 
             with written_aside(aside / name) as file:
                 file.write(data)
             files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-    state = json.loads(json.dumps({"format": FORMAT, **state, "parts": parts, "files": files}, allow_nan=False))
+    state = json.loads(json.dumps({"format": FORMAT, **state}, allow_nan=False))
+    text = sorted_json({**state, "parts": parts, "files": files})  # once: training waits for the interpreter meanwhile
     with written_aside(aside / STATE) as file:
-        file.write(json.dumps({"sha256": hash_of(state), "state": state}).encode())
+        file.write(f'{{"sha256": "{hashlib.sha256(text).hexdigest()}", "state": '.encode() + text + b"}")
     put_in_place(aside, target)  # which may be there, of a run that went on from an earlier step
