@@ -80,6 +80,14 @@ class GenerateConfig(Checked):
     threads: int = checked(1, at_least=1)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ways = [name for name in ("conditions", "like", "shards", "n") if getattr(self, name) not in ("", None)]
+        if len(ways) != 1:
+            raise InputError(f"give exactly one of conditions, like, shards and n; given: {', '.join(ways) or 'none'}")
+        if self.by and not (self.like or self.shards):
+            raise InputError(f"by={','.join(self.by)} names columns of like, which is not given")
+
 
 CONFIG = GenerateConfig
 FIRST = (
@@ -177,11 +185,6 @@ def device_of(device: str) -> torch.device:
 
 def wanted_cells(config: GenerateConfig) -> pd.DataFrame:
     """One row per cell to make, one categorical column per condition that is given."""
-    ways = [name for name in ("conditions", "like", "shards", "n") if getattr(config, name) not in ("", None)]
-    if len(ways) != 1:
-        raise InputError(f"give exactly one of conditions, like, shards and n; given: {', '.join(ways) or 'none'}")
-    if config.by and not (config.like or config.shards):
-        raise InputError(f"by={','.join(config.by)} names columns of like, which is not given")
     if config.shards:
         from launch.evaluation.cells import labels_of_split  # of the extra shards
 
@@ -191,7 +194,7 @@ def wanted_cells(config: GenerateConfig) -> pd.DataFrame:
         return pd.DataFrame(index=pd.RangeIndex(config.n))
     path = Path(config.conditions or config.like)
     if not path.exists():
-        raise InputError(f"{ways[0]}={path}: no such file")
+        raise InputError(f"{'conditions' if config.conditions else 'like'}={path}: no such file")
     if config.conditions:
         table = read_table(path)
         if "n_cells" not in table:

@@ -3,8 +3,9 @@
 # A value with blanks needs quotes. ~, $HOME and $USER are filled in. An empty value leaves the choice to Slurm.
 # SCLDM_SITE=FILE in the environment names another file.
 
-# where jobs go, and for how long (24:00:00)
+# where jobs go (those without a GPU perhaps elsewhere), and for how long (24:00:00)
 SCLDM_PARTITION=
+SCLDM_CPU_PARTITION=
 SCLDM_ACCOUNT=
 SCLDM_QOS=
 SCLDM_TIME=

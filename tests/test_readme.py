@@ -229,7 +229,7 @@ PRESETS = sorted(str(p.relative_to(ROOT / "configs").with_suffix("")) for p in (
 def test_every_preset_loads_with_its_verb_and_opens_with_what_it_is(name: str) -> None:
     assert preset_path(name).read_text().startswith("# "), f"{name} must open with its command, hardware, time, result"
     for verb in VERBS_OF[name.split("/")[0]]:
-        words = [name]
+        words = [name, *(["n=1"] if verb == "generate" else [])]  # one of four ways to say which cells
         while required := required_besides(verb, words):
             words.append(f"{required}=1")
 

@@ -1,6 +1,6 @@
 """What is asked of Slurm's own commands: partitions, jobs, submission. Every call ends within a minute.
 
-Reading order: is_here, call, partitions, job_states, sbatch.
+Reading order: is_here, call, partitions, job_state, accounted, sbatch.
 """
 
 from __future__ import annotations
@@ -22,12 +22,24 @@ ENDED = (
 
 
 class Partition(NamedTuple):
-    """A partition: its nodes, and the most GPUs that one of them has."""
+    """A partition.
+
+    nodes: node -> its GPUs, and its CPUs as Slurm counts them
+    """
 
     name: str
-    nodes: frozenset[str]
-    gpus_per_node: int
+    nodes: dict[str, tuple[int, int]]
     is_default: bool
+
+    @property
+    def gpus_per_node(self) -> int:
+        """The most that a node has."""
+        return max(gpus for gpus, _ in self.nodes.values())
+
+    def cpus_of_rank(self, gpus: int, n_ranks: int) -> int:
+        """A rank's even share of the CPUs, on every node that has so many GPUs; with GPUs, a GPU's share."""
+        shares = [cpus // (of_node if gpus else n_ranks) for of_node, cpus in self.nodes.values() if of_node >= gpus]
+        return max(1, min(shares))
 
 
 def is_here(command: str = "squeue") -> bool:
@@ -50,23 +62,35 @@ def call(*words: str) -> str:
 
 def partitions() -> dict[str, Partition]:
     found: dict[str, Partition] = {}
-    for line in call("sinfo", "--noheader", "--Node", "--format=%P|%N|%G").splitlines():
-        name, node, gres = line.strip().split("|")
+    for line in call("sinfo", "--noheader", "--Node", "--format=%P|%N|%c|%G").splitlines():
+        name, node, cpus, gres = line.strip().split("|")
         name, is_default = name.rstrip("*"), name.endswith("*")
         gpus = sum(int(n) for n in re.findall(r"\bgpu(?::[^:,()]+)?:(\d+)", gres))
-        before = found.get(name, Partition(name, frozenset(), 0, is_default))
-        found[name] = Partition(name, before.nodes | {node}, max(before.gpus_per_node, gpus), is_default)
+        found.setdefault(name, Partition(name, {}, is_default)).nodes[node] = (gpus, int(cpus))
     return found
 
 
-def job_states() -> dict[str, tuple[str, str]]:
-    """Job id -> (state, reason) of every job that the controller knows; of an array, a task that waits or runs."""
-    lines = call("squeue", "--noheader", "--states=all", "--format=%F|%T|%r").splitlines()
-    found: dict[str, tuple[str, str]] = {}
-    for job, state, reason in (line.split("|", 2) for line in lines):
-        if job not in found or found[job][0] in ENDED:
-            found[job] = (state, reason)
-    return found
+def job_state(job: str) -> tuple[str, str] | None:
+    """State and reason of a job, of an array those of a task that waits or runs; None where Slurm has forgotten it."""
+    try:
+        lines = call("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T|%r").splitlines()
+    except InputError as error:
+        if "Invalid job id" not in str(error):
+            raise
+        lines = []
+    states = [(state, reason) for state, _, reason in (line.partition("|") for line in lines)]
+    return min(states, key=lambda told: told[0] in ENDED, default=None)
+
+
+def accounted(job: str) -> tuple[str, str] | None:
+    """The same by Slurm's accounting, which forgets no job; None where there is none. Of an array, the worst task."""
+    try:
+        told = call("sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job}", "--format=State,ExitCode")
+    except InputError:
+        return None
+    rows = [(line.split()[0].split("|")[0], line.rpartition("|")[2]) for line in told.splitlines() if line.strip()]
+    ended = [(state, f"exit code {code}") for state, code in rows if state in ENDED]  # of `CANCELLED by 1000` one word
+    return min(ended, key=lambda row: row[0] == "COMPLETED", default=None)
 
 
 def sbatch(script: Path, *options: str) -> str:

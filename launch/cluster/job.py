@@ -3,7 +3,7 @@
 The script is slurm/job.sbatch with the settings of this job in place of the site file's. It lies in the notes of the
 job, a folder beside what it makes (for a training run, `slurm` in the run folder), with the log and the job's state.
 
-Reading order: SubmitConfig, Job, job_of, script, settings.
+Reading order: SubmitConfig, Job, job_of, site_of_job, script, settings.
 """
 
 from __future__ import annotations
@@ -24,6 +24,16 @@ from launch.verbs import VERBS
 from scldm.checked import Checked, checked
 from scldm.errors import InputError
 
+# option of submit -> the key of the site file that it goes before
+OF_SITE = {
+    "partition": "SCLDM_PARTITION",
+    "account": "SCLDM_ACCOUNT",
+    "qos": "SCLDM_QOS",
+    "time": "SCLDM_TIME",
+    "mem": "SCLDM_MEMORY",
+    "gpus_per_node": "SCLDM_GPUS_PER_NODE",
+    "cpus_per_task": "SCLDM_CPUS_PER_TASK",
+}
 # a verb whose ranks share its work: one per GPU on every node; and those that want one GPU. The others want none
 ON_ALL_RANKS = ("train vae", "train ldm", "encode", "generate")
 ON_ONE_GPU = ("transform", "embed", "reconstruct")
@@ -35,18 +45,34 @@ class SubmitConfig(Checked):
     """How a job runs; given as --option value. All other words are the verb's.
 
     nodes: nodes, or MIN-MAX: as many as are free, and fewer where one is lost
+    partition: as sbatch has it, like the next six; each goes before the site file's
+    account: to charge
+    qos: quality of service
+    time: limit, as 24:00:00
+    mem: of a node, as 200G; 0 is all of it
+    gpus_per_node: a whole number; so many ranks run on a node
+    cpus_per_task: cores of a rank
     tasks: `shards write` alone: tasks that share the work as arrays, before a closing job
+    at_once: tasks of an array that run at the same time; 0 is all
     warn_s: seconds before the time limit at which the job saves, stops and goes back to the queue
     max_failures: how often in a row it may fail without progress; each time but the last it goes back to the queue.
         What Slurm does (preemption, a lost node, a requeue) is no failure
     preflight: check the nodes before the first rank starts
     preflight_s: seconds that this may take; a rank that is not up after half of them is missing
     stage: copy the shards to each node's own disk (the site's SCLDM_SCRATCH) first
-    dry_run: print the script; submit nothing
+    dry_run: print the script; submit nothing. It needs no Slurm
     """
 
     nodes: str = "1"
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    time: str = ""
+    mem: str = ""
+    gpus_per_node: str = ""
+    cpus_per_task: str = ""
     tasks: int = checked(1, at_least=1)
+    at_once: int = checked(0, at_least=0)
     warn_s: int = checked(300, at_least=1, at_most=65_535)
     max_failures: int = checked(3, at_least=1)
     preflight: bool = True
@@ -59,6 +85,9 @@ class SubmitConfig(Checked):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", self.nodes)
         if not match or not 1 <= int(match[1]) <= int(match[2] or match[1]):
             raise InputError(f"--nodes {self.nodes}: give a number of nodes, or MIN-MAX as 2-8")
+        for name in ("gpus_per_node", "cpus_per_task"):
+            if not re.fullmatch(r"\d*", value := getattr(self, name)):
+                raise InputError(f"--{name.replace('_', '-')} {value}: give a whole number")
 
     @property
     def least(self) -> int:
@@ -80,10 +109,15 @@ class Job(NamedTuple):
     notes: Path
     array: int = 0  # tasks; 0 is no array
     parent: str = ""  # folder of the MLflow run that the job's is nested in
+    sbatch: Sequence[str] = ()  # further words for sbatch
 
     @property
     def on_all_ranks(self) -> bool:
         return self.verb in ON_ALL_RANKS
+
+    @property
+    def wants_gpus(self) -> bool:
+        return self.on_all_ranks or self.verb in ON_ONE_GPU
 
     @property
     def makes(self) -> str:
@@ -120,15 +154,27 @@ def made_by(config: Any) -> str:
 # --- the script -----------------------------------------------------------------------------------------------------
 
 
-def script(job: Job, site: Mapping[str, str], extra: Sequence[str], bad: Mapping[str, str]) -> str:
-    """The batch script of a job: what sbatch reads, the settings, and slurm/job.sbatch from the job on."""
+def site_of_job(job: Job, site: Mapping[str, str]) -> dict[str, str]:
+    """The site's settings as they are for one job."""
+    found = dict(site)
+    if not job.wants_gpus:
+        found["SCLDM_PARTITION"] = site.get("SCLDM_CPU_PARTITION") or site.get("SCLDM_PARTITION", "")
+        found.pop("SCLDM_CPUS_PER_TASK", None)  # those of a rank
+    return found | {key: value for name, key in OF_SITE.items() if (value := getattr(job.options, name))}
+
+
+def script(job: Job, site: Mapping[str, str], bad: Mapping[str, str]) -> str:
+    """The batch script of a job: what sbatch reads, the settings, and slurm/job.sbatch from the job on.
+
+    site: that of the job
+    """
     template = (shipped("slurm") / "job.sbatch").read_text()
     key = "run_dir" if hasattr(job.config, "run_dir") else "out"
     words = [*job.words, *([] if made_by(job.config) == job.makes else [f"{key}={job.makes}"])]
     lines = ["#!/bin/bash", f"# written by: scldm submit {shlex.join([*job.verb.split(), *job.words])}"]
     lines += [f"#SBATCH {option}" for option in sbatch_options(job, site, bad)]
-    if extra:
-        lines.append("#SBATCH " + " ".join(quoted(word) for word in extra))
+    if job.sbatch:
+        lines.append("#SBATCH " + " ".join(quoted(word) for word in job.sbatch))
     lines += ["", template[template.index(BEGIN) : template.index(SETTINGS)] + "# --- settings ---", ""]
     lines.append(exports(for_nodes(site) | settings(job)))
     lines.append("set -- " + shlex.join([*job.verb.split(), *words]))
@@ -136,8 +182,7 @@ def script(job: Job, site: Mapping[str, str], extra: Sequence[str], bad: Mapping
 
 
 def sbatch_options(job: Job, site: Mapping[str, str], bad: Mapping[str, str]) -> list[str]:
-    gpus, n_ranks = int(site.get("SCLDM_GPUS_PER_NODE", 0)), ranks_per_node(site)
-    cpus = site.get("SCLDM_CPUS_PER_TASK", "1")
+    gpus, n_ranks, cpus = gpus_of(job, site), ranks_per_node(site), site.get("SCLDM_CPUS_PER_TASK", "")
     on_all, array = job.on_all_ranks, job.array > 0
     # of a range of nodes, Slurm takes the smallest for one task per node
     few = on_all and n_ranks == 1 and job.options.least < job.options.most
@@ -146,10 +191,10 @@ def sbatch_options(job: Job, site: Mapping[str, str], bad: Mapping[str, str]) ->
         "job-name": quoted(job.name),
         "output": quoted(log),
         "nodes": job.options.nodes if on_all else "1",
-        **({"mincpus": cpus} if few else {"ntasks-per-node": str(n_ranks if on_all else 1)}),
-        "gpus-per-node": str(gpus if on_all else 1) if gpus and (on_all or job.verb in ON_ONE_GPU) else "",
-        "cpus-per-task": site.get("SCLDM_CPUS_PER_TASK", "") if on_all else "",
-        "array": f"0-{job.array - 1}" if array else "",
+        **({"mincpus": cpus or "1"} if few else {"ntasks-per-node": str(n_ranks if on_all else 1)}),
+        "gpus-per-node": str(gpus) if gpus else "",
+        "cpus-per-task": cpus,
+        "array": f"0-{job.array - 1}{f'%{job.options.at_once}' if job.options.at_once else ''}" if array else "",
         "partition": site.get("SCLDM_PARTITION", ""),
         "account": site.get("SCLDM_ACCOUNT", ""),
         "qos": site.get("SCLDM_QOS", ""),
@@ -159,6 +204,12 @@ def sbatch_options(job: Job, site: Mapping[str, str], bad: Mapping[str, str]) ->
         "signal": f"B:USR1@{job.options.warn_s}",
     }
     return [f"--{key}={value}" for key, value in given.items() if value] + ["--requeue", "--open-mode=append"]
+
+
+def gpus_of(job: Job, site: Mapping[str, str]) -> int:
+    """GPUs that a job asks for on a node."""
+    of_site = int(site.get("SCLDM_GPUS_PER_NODE", 0)) if job.wants_gpus else 0
+    return of_site if job.on_all_ranks else min(of_site, 1)
 
 
 def ranks_per_node(site: Mapping[str, str]) -> int:

@@ -315,7 +315,11 @@ class JobSteps:
         # of a training run, a rank that ends early must not take the others' last save with it, nor may they wait for
         # it for ever; of the rest, all end with one that failed, and the first may take its time to join what all made
         common = ["--kill-on-bad-exit=0", "--wait=120"] if self.trains else ["--kill-on-bad-exit=1", "--wait=0"]
-        common += ["--cpu-bind=cores", "--distribution=block"]  # in the order of `hosts`: preflight names nodes by rank
+        # in the order of `hosts`, as preflight names nodes by rank; and of a node's sockets, as its GPUs mostly are:
+        # Slurm's own order is a socket for every other rank, away from its GPU
+        common += ["--cpu-bind=cores", "--distribution=block:block"]
+        if per_node * len(self.hosts) > 1:
+            common.append("--label")  # each line with its rank
         if cpus := self.settings.get("SCLDM_CPUS_PER_TASK"):
             common.append(f"--cpus-per-task={cpus}")
         return ["srun", *common, *self.container(), *self.on_hosts(per_node)]
@@ -471,7 +475,7 @@ class JobSteps:
         """Number and name of the jobs that depend on this one."""
         told = ""
         with suppress(InputError):
-            told = slurm.call("squeue", "--noheader", "--states=PD", "--format=%A %j %E")
+            told = slurm.call("squeue", "--me", "--noheader", "--states=PD", "--format=%A %j %E")
         job = self.settings.get("SLURM_ARRAY_JOB_ID") or self.id
         lines = [line.split(maxsplit=2) for line in told.splitlines() if line.count(" ") > 1]
         return [(number, name) for number, name, on in lines if re.search(rf"[:,]{job}(\D|$)", on)]

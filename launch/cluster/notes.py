@@ -68,7 +68,7 @@ def state_of(notes: Path) -> State:
     else:
         return State("NOT SUBMITTED", "", "")
     try:
-        known = slurm.job_states().get(job) if slurm.is_here() else None
+        known = slurm.job_state(job) if slurm.is_here() else None
     except InputError as error:
         return State("UNKNOWN", job, str(error))
     worst = min(told, key=lambda line: _ORDER.index(line[0]) if line[0] in _ORDER else 0, default=None)
@@ -80,6 +80,8 @@ def state_of(notes: Path) -> State:
         return State(known[0], job, f"Slurm could not open the log in {notes}: is its folder seen from every node?")
     if known and known[0] != "COMPLETED":
         return State(known[0], job, known[1] if known[1] != "None" else "")
+    if not known and (past := slurm.accounted(job)):
+        return State(past[0], job, f"by Slurm's accounting, {past[1]}; its script could not say why it ended")
     return State("LOST", job, "Slurm no longer knows the job, and its script could not say why it ended")
 
 

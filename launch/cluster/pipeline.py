@@ -3,7 +3,8 @@
     shards (arrays, and a closing job) -> vae -> encode -> ldm -> export -> generate -> evaluate
 
 Its words are those of the verbs: a preset goes to the links that its group is for, `vae.train.steps=9` to the link vae
-as `train.steps=9`, and `vae=FILE.yaml` is a preset of that link. What one link makes for another lies below `out`.
+as `train.steps=9`, and `vae=FILE.yaml` is a preset of that link. `vae.--nodes=8` is an option of submit for that link's
+job, and `vae.--exclusive` one of sbatch. What one link makes for another lies below `out`.
 Reading order: LINKS, jobs_of_pipeline, jobs_of_shards.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from launch.cluster.job import Job, SubmitConfig, job_of
@@ -38,13 +39,19 @@ LINKS = {
 PRESETS_OF = {"data": ["shards"], "vae": ["vae"], "ldm": ["ldm"], "hardware": ["vae", "ldm"]}
 
 
-def jobs_of_pipeline(words: Sequence[str], options: SubmitConfig) -> list[Job]:
-    """The jobs of a pipeline in their order. Raises: InputError for what any of the verbs would refuse."""
-    out, words_of = words_of_links(words)
+def jobs_of_pipeline(
+    words: Sequence[str], options_of: Callable[[Sequence[str]], tuple[SubmitConfig, list[str]]]
+) -> list[Job]:
+    """The jobs of a pipeline in their order. Raises: InputError for what any of the verbs would refuse.
+
+    options_of: a link's own options -> all that hold for it, and its words for sbatch
+    """
+    out, words_of, own = words_of_links(words)
     jobs = []
     for link, (verb, _) in LINKS.items():
         try:
-            job = job_of(verb, words_of[link], options, Path(out) / "slurm" / link, link)
+            options, sbatch = options_of(own[link])
+            job = job_of(verb, words_of[link], options, Path(out) / "slurm" / link, link)._replace(sbatch=sbatch)
         except InputError as error:
             raise InputError(f"{link}: {error}") from None
         jobs += jobs_of_shards(job) if link == "shards" else [job]
@@ -63,9 +70,9 @@ def follow(chain: Sequence[Job]) -> None:
         begin_note(Path(parent), tracking, "pipeline", params, closed_by="evaluate")
 
 
-def words_of_links(words: Sequence[str]) -> tuple[str, dict[str, list[str]]]:
-    """The pipeline's folder, and the words of every link."""
-    out, words_of = "", {link: [] for link in LINKS}
+def words_of_links(words: Sequence[str]) -> tuple[str, dict[str, list[str]], dict[str, list[str]]]:
+    """The pipeline's folder, the words of every link, and the options of its job."""
+    out, words_of, options = "", {link: [] for link in LINKS}, {link: [] for link in LINKS}
     for word in words:
         key, equals, value = word.partition("=")
         link, _, rest = key.partition(".")
@@ -74,12 +81,14 @@ def words_of_links(words: Sequence[str]) -> tuple[str, dict[str, list[str]]]:
         elif not equals and word.split("/")[0] in PRESETS_OF and not word.endswith((".yaml", ".yml")):
             for name in PRESETS_OF[word.split("/")[0]]:
                 words_of[name].append(word)
+        elif link in LINKS and rest.startswith("--"):
+            options[link].append(f"{rest}{equals}{value}")
         elif equals and link in LINKS:
             words_of[link].append(f"{rest}={value}" if rest else value)
         else:
             raise InputError(
-                f"{word}: a pipeline takes presets, out=FOLDER, LINK.key=value and LINK=PRESET; its links are "
-                f"{', '.join(LINKS)}"
+                f"{word}: a pipeline takes presets, out=FOLDER, LINK.key=value, LINK=PRESET and LINK.--option=value; "
+                f"its links are {', '.join(LINKS)}"
             )
     if not out:
         raise InputError("a pipeline needs out=FOLDER, which all nodes see")
@@ -89,9 +98,7 @@ def words_of_links(words: Sequence[str]) -> tuple[str, dict[str, list[str]]]:
         if taken := [word for word in words_of[link] if word.partition("=")[0] in keys]:
             raise InputError(f"{link}.{taken[0]}: the pipeline sets this itself, from out")
         words_of[link] += set_here
-    if not any(word.partition("=")[0] in ("conditions", "like", "n") for word in words_of["generate"]):
-        raise InputError("generate: say which cells, as generate.conditions=, generate.like= or generate.n=")
-    return out, words_of
+    return out, words_of, options
 
 
 def jobs_of_shards(job: Job) -> list[Job]:
@@ -105,4 +112,5 @@ def jobs_of_shards(job: Job) -> list[Job]:
         job._replace(name=f"shards-{k + 1}", notes=job.notes / f"stage-{k + 1}", array=n_tasks) for k in range(n_stages)
     ]
     closing = [*job.words, "finish=true"]
-    return [*arrays, job_of(job.verb, closing, job.options, job.notes / "finish", "shards-finish")]
+    finish = job_of(job.verb, closing, job.options, job.notes / "finish", "shards-finish")
+    return [*arrays, finish._replace(sbatch=job.sbatch)]

@@ -24,12 +24,13 @@ from scldm.errors import REFUSED, InputError
 # key -> what it says; a site gives those that it needs
 KEYS = {
     "SCLDM_PARTITION": "partition",
+    "SCLDM_CPU_PARTITION": "partition of jobs that want no GPU, as shards write; by default the same",
     "SCLDM_ACCOUNT": "account",
     "SCLDM_QOS": "quality of service",
     "SCLDM_TIME": "time limit of a job, as 24:00:00",
     "SCLDM_GPUS_PER_NODE": "GPUs of a node: as many ranks run there; 0 on nodes without",
     "SCLDM_TASKS_PER_NODE": "ranks on a node without GPUs",
-    "SCLDM_CPUS_PER_TASK": "CPU cores of a rank, bound to it",
+    "SCLDM_CPUS_PER_TASK": "CPU cores of a rank, bound to it; by default the node's, shared out evenly",
     "SCLDM_MEMORY": "memory of a node, as 0 for all of it, or 200G",
     "SCLDM_MODULES": "environment modules to load, separated by spaces",
     "SCLDM_PYTHON": "the Python that has scldm; else that of the submitting shell",
@@ -39,7 +40,7 @@ KEYS = {
     "SCLDM_SCRATCH": "folder on a node's local disk, for staged shards",
     "SCLDM_SHARED": "folders that all nodes see, separated by colons; run folders lie below one of them",
 }
-FOR_SBATCH = ("SCLDM_PARTITION", "SCLDM_ACCOUNT", "SCLDM_QOS", "SCLDM_TIME", "SCLDM_MEMORY")
+FOR_SBATCH = (*("SCLDM_PARTITION", "SCLDM_CPU_PARTITION", "SCLDM_ACCOUNT", "SCLDM_QOS", "SCLDM_TIME", "SCLDM_MEMORY"),)
 NUMBERS = ("SCLDM_GPUS_PER_NODE", "SCLDM_TASKS_PER_NODE", "SCLDM_CPUS_PER_TASK")
 # SCLDM_NCCL_X=value sets NCCL_X on the nodes; NCCL has too many variables for a list that stays true
 PASSED_ON = ("SCLDM_NCCL_", "SCLDM_GLOO_", "SCLDM_UCX_", "SCLDM_FI_")

@@ -1,6 +1,6 @@
 """`scldm submit`: a verb as a Slurm job. Everything that can be wrong is said before anything is submitted.
 
-Reading order: read, main, checks. What a job is, and its script, are in job.py; chains in pipeline.py.
+Reading order: read, options_of, main, checks. What a job is, and its script, are in job.py; chains in pipeline.py.
 """
 
 from __future__ import annotations
@@ -13,17 +13,28 @@ from typing import NamedTuple
 
 from launch.cli import find_verb
 from launch.cluster import commands as slurm
-from launch.cluster.job import Job, SubmitConfig, job_of, ranks_per_node, script, usable_counts
+from launch.cluster.job import (
+    OF_SITE,
+    Job,
+    SubmitConfig,
+    gpus_of,
+    job_of,
+    ranks_per_node,
+    script,
+    site_of_job,
+    usable_counts,
+)
 from launch.cluster.notes import bad_nodes
 from launch.cluster.pipeline import follow, jobs_of_pipeline, jobs_of_shards
 from launch.cluster.site import read_site, site_path
 from launch.config import compose, public_words, with_options_read
+from launch.keys import ANY, keys_of
 from scldm.errors import InputError, read_json
 from scldm.files import write_json
 
 PURPOSE = """Run a verb as a Slurm job on one or many nodes, one rank per GPU: writes the batch script, submits it,
-prints the job's id. `scldm submit pipeline` does so for the whole path, as jobs that follow one another.
-The options below are given as --option value; presets and keys are the verb's.
+prints the job's id. `scldm submit pipeline` does so for the whole path, as jobs that follow one another; an option of
+one of them is LINK.--option=value. The options below are given as --option value; presets and keys are the verb's.
 The site's partition, account, GPUs per node and so on stand in slurm/site.sh, or in the file that $SCLDM_SITE names."""
 EXAMPLE = """
 scldm submit train vae vae/70m data.shards=shards run_dir=runs/vae --nodes 4
@@ -31,6 +42,13 @@ scldm submit train vae vae/70m data.shards=shards run_dir=runs/vae --nodes 1-4 -
 scldm submit shards write data/census source.census_version=2025-01-30 out=shards --tasks 16
 """
 NOT_AS_A_JOB = ("submit", "status", "logs", "quickstart", "track")
+# sbatch's letter -> its name; and its names that a job sets itself -> what to give
+LETTERS = {"p": "partition", "A": "account", "q": "qos", "t": "time", "c": "cpus-per-task", "N": "nodes"}
+LETTERS |= {"n": "ntasks", "G": "gpus", "a": "array", "o": "output", "e": "error"}
+RANKS = "--gpus-per-node, or SCLDM_TASKS_PER_NODE in the site file: so many ranks run on a node"
+LOG = "nothing: the log lies in the job's notes, and `scldm logs` prints it"
+SET_HERE = {"ntasks": RANKS, "ntasks-per-node": RANKS, "gpus": RANKS, "gpus-per-task": RANKS, "gres": RANKS}
+SET_HERE |= {"array": "--tasks and --at-once", "output": LOG, "error": LOG, "signal": "--warn-s"}
 LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs", "squashfs")
 LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
@@ -40,11 +58,10 @@ USAGE = "scldm submit VERB [PRESET ...] [key=value ...] [--option value ...] [--
 
 
 class Submission(NamedTuple):
-    """A command line of submit: its own options, the jobs that it asks for in their order, the words for sbatch."""
+    """A command line of submit: its own options, and the jobs that it asks for, in their order."""
 
     options: SubmitConfig
     chain: list[Job]
-    sbatch: list[str]
 
 
 def read(words: Sequence[str]) -> Submission:
@@ -55,32 +72,62 @@ def read(words: Sequence[str]) -> Submission:
     words = public_words(words)
     end = words.index("--") if "--" in words else len(words)
     told = list(with_options_read(SubmitConfig, words[:end], only_known=True))
-    options = compose(SubmitConfig, [word for word, is_option in told if is_option])
-    rest = [word for word, is_option in told if not is_option]
+    given, rest = [word for word, is_option in told if is_option], [word for word, is_option in told if not is_option]
+    options, sbatch = options_of(given, words[end + 1 :])
     if rest[:1] == ["pipeline"]:
-        return Submission(options, jobs_of_pipeline(rest[1:], options), words[end + 1 :])
+        return Submission(options, jobs_of_pipeline(rest[1:], lambda own: options_of(given, [*words[end + 1 :], *own])))
     verb, rest = find_verb(rest)
     if verb is None or verb.split()[0] in NOT_AS_A_JOB:
         raise InputError("name a verb that can run as a job: train vae, encode, pipeline, ...")
-    job = job_of(verb, rest, options)
-    return Submission(options, jobs_of_shards(job) if verb == "shards write" else [job], words[end + 1 :])
+    for word in rest:
+        if word.startswith("-") and not {ANY, word.lstrip("-").partition("=")[0].replace("-", "_")} & {*keys_of(verb)}:
+            raise InputError(f"{word}: neither submit nor {verb} has it; words for sbatch stand at the end, after --")
+    job = job_of(verb, rest, options)._replace(sbatch=sbatch)
+    return Submission(options, jobs_of_shards(job) if verb == "shards write" else [job])
+
+
+def options_of(given: Sequence[str], sbatch: Sequence[str]) -> tuple[SubmitConfig, list[str]]:
+    """submit's options, also of those words for sbatch that mean one of them; and the words that mean none.
+
+    given: options as key=value
+    Raises: InputError for a word of sbatch that a job sets itself, with what to give in its place.
+    """
+    spelled = []
+    for word, following in zip(sbatch, [*sbatch[1:], ""]):
+        letter = re.fullmatch(r"-(\w)=?(.*)", word)
+        if letter and letter[1] in LETTERS:
+            word = f"--{LETTERS[letter[1]]}{'=' if letter[2] else ''}{letter[2]}"
+        name = word.removeprefix("--").partition("=")[0] if word.startswith("--") else ""
+        if name in SET_HERE and (name != "gres" or "gpu" in word + following):
+            raise InputError(f"{word}: submit sets this itself; give {SET_HERE[name]}")
+        spelled.append(word)
+    told = list(with_options_read(SubmitConfig, spelled, only_known=True))
+    options = compose(SubmitConfig, [*given, *(word for word, is_option in told if is_option)])
+    return options, [word for word, is_option in told if not is_option]
 
 
 def main(submission: Submission) -> list[str]:
     """Submit; returns the ids of the jobs (none for a dry run), the last one's last."""
-    options, chain, extra = submission
-    site = read_site(site_path())
-    partition = check_slurm(options, site, extra)
+    options, chain = submission
+    of_all = read_site(site_path())
+    partitions = ask_slurm(options)
     check_sources(chain)
+    texts = []
     for job in chain:
-        check_stage(job)
+        site = site_of_job(job, of_all)
+        check_stage(job, site)
         check_notes(job, site)
-        check_nodes(job, site, partition)
+        if partitions:
+            partition = check_partition(job, site, partitions)
+            check_nodes(job, site, partition)
+            if job.wants_gpus and "SCLDM_CPUS_PER_TASK" not in site:
+                n_ranks = ranks_per_node(site) if job.on_all_ranks else 1
+                site["SCLDM_CPUS_PER_TASK"] = str(partition.cpus_of_rank(gpus_of(job, site), n_ranks))
+        texts.append(script(job, site, bad_nodes(job.notes)))
         for node, why in bad_nodes(job.notes).items():
             print(
                 f"left out: {node} ({why}); remove its line from {job.notes / 'bad_nodes'} to use it", file=sys.stderr
             )
-    texts = [script(job, site, extra, bad_nodes(job.notes)) for job in chain]
     if options.dry_run:
         print("\n".join(texts))
         return []
@@ -129,38 +176,55 @@ def submit(job: Job, text: str, after: Sequence[str]) -> str:
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
-def check_slurm(options: SubmitConfig, site: Mapping[str, str], extra: Sequence[str]) -> slurm.Partition:
-    """The partition that jobs go to.
+def ask_slurm(options: SubmitConfig) -> dict[str, slurm.Partition]:
+    """The partitions; none for a dry run where Slurm does not answer, which is said. Raises: InputError."""
+    try:
+        return slurm.partitions()
+    except InputError as error:
+        if not options.dry_run:
+            raise
+        print(f"not checked against Slurm: {error}", file=sys.stderr)
+        return {}
 
-    Raises: InputError where there is no Slurm, no such partition or GPUs, or what the site file says can't be.
-    """
-    known = slurm.partitions()
-    name = requested("partition", "p", extra) or site.get("SCLDM_PARTITION", "")
-    name = name or next((p.name for p in known.values() if p.is_default), "")
+
+def check_partition(job: Job, site: Mapping[str, str], known: Mapping[str, slurm.Partition]) -> slurm.Partition:
+    """The partition that a job goes to. Raises: InputError where there is none such, or it has too few GPUs."""
+    name = site.get("SCLDM_PARTITION") or next((p.name for p in known.values() if p.is_default), "")
     if name not in known:
         told = f"partition {name!r} is unknown" if name else "no partition is given, and Slurm has no default"
-        raise InputError(f"SCLDM_PARTITION: {told}; there are: {slurm.listed(sorted(known))}")
-    wanted = int(site.get("SCLDM_GPUS_PER_NODE", 0))
+        raise InputError(f"{given_as('partition', job, site)}: {told}; there are: {slurm.listed(sorted(known))}")
+    wanted = gpus_of(job, site)
     if wanted > known[name].gpus_per_node:
-        raise InputError(
-            f"SCLDM_GPUS_PER_NODE={wanted}: a node of partition {name} has {known[name].gpus_per_node} GPUs"
-        )
-    if options.stage and not site.get("SCLDM_SCRATCH"):
-        raise InputError("--stage needs SCLDM_SCRATCH in the site file: a folder on each node's own disk")
-    if options.stage and "SCLDM_CONTAINER" in site:
-        places = [mount.split(":") for mount in site.get("SCLDM_CONTAINER_MOUNTS", "").split(",") if mount]
-        same = [Path(place[0]) for place in places if place[0] == (place[1:] or place)[0]]
-        if not any(Path(site["SCLDM_SCRATCH"]).is_relative_to(place) for place in same):
-            scratch = site["SCLDM_SCRATCH"]
-            raise InputError(
-                f"--stage: what is staged must outlive a container; SCLDM_CONTAINER_MOUNTS needs {scratch}:{scratch}"
-            )
+        told = f"{given_as('gpus_per_node', job, site)}: {job.name} wants {wanted} on a node"
+        raise InputError(f"{told}, and a node of partition {name} has {known[name].gpus_per_node} GPUs")
     return known[name]
 
 
-def check_stage(job: Job) -> None:
-    """Raises: InputError where shards are to be staged that lie in an object store; their readers keep a cache."""
-    if job.options.stage and "://" in job.shards:
+def given_as(option: str, job: Job, site: Mapping[str, str]) -> str:
+    """Where a setting of a job stands: in its option, or in the site file."""
+    of_site = OF_SITE[option]
+    if option == "partition" and not job.wants_gpus and site.get("SCLDM_CPU_PARTITION"):
+        of_site = "SCLDM_CPU_PARTITION"
+    name, value = f"--{option.replace('_', '-')}", getattr(job.options, option)
+    return f"{name} {value}" if value else f"{of_site}={site.get(of_site, '')}"
+
+
+def check_stage(job: Job, site: Mapping[str, str]) -> None:
+    """Raises: InputError where shards are to be staged and can't be, as those in an object store, whose readers keep a
+    cache."""
+    if not job.options.stage:
+        return
+    scratch = site.get("SCLDM_SCRATCH", "")
+    if not scratch:
+        raise InputError("--stage needs SCLDM_SCRATCH in the site file: a folder on each node's own disk")
+    if "SCLDM_CONTAINER" in site:
+        places = [mount.split(":") for mount in site.get("SCLDM_CONTAINER_MOUNTS", "").split(",") if mount]
+        same = [Path(place[0]) for place in places if place[0] == (place[1:] or place)[0]]
+        if not any(Path(scratch).is_relative_to(place) for place in same):
+            raise InputError(
+                f"--stage: what is staged must outlive a container; SCLDM_CONTAINER_MOUNTS needs {scratch}:{scratch}"
+            )
+    if "://" in job.shards:
         raise InputError(
             f"--stage: {job.shards} is no folder that the nodes see; leave --stage out, and set data.cache_folder"
         )
@@ -174,7 +238,7 @@ def check_nodes(job: Job, site: Mapping[str, str], partition: slurm.Partition) -
     options = job.options
     if not job.on_all_ranks:
         return
-    left_out = sorted(partition.nodes & bad_nodes(job.notes).keys())
+    left_out = sorted(partition.nodes.keys() & bad_nodes(job.notes).keys())
     n_nodes = len(partition.nodes) - len(left_out)
     if options.least > n_nodes:
         why = f", and {n_nodes} without those that a preflight found unfit: {', '.join(left_out)}" if left_out else ""
@@ -194,18 +258,6 @@ def check_nodes(job: Job, site: Mapping[str, str], partition: slurm.Partition) -
         print(
             f"--nodes {options.nodes}: {told} can use {usable[-1]} at most, and leaves the others idle", file=sys.stderr
         )
-
-
-def requested(name: str, letter: str, words: Sequence[str]) -> str:
-    """What the words for sbatch say about an option; empty for nothing."""
-    for word, following in zip(words, [*words[1:], ""]):
-        if word in (f"--{name}", f"-{letter}"):
-            return following
-        if word.startswith(f"--{name}="):
-            return word.partition("=")[2]
-        if word.startswith(f"-{letter}"):
-            return word[2:]
-    return ""
 
 
 def check_sources(chain: Sequence[Job]) -> None:
@@ -234,9 +286,9 @@ def check_notes(job: Job, site: Mapping[str, str]) -> None:
                 "shared ones in SCLDM_SHARED"
             )
     before = job.notes / "job.json"
-    if before.is_file():
+    if before.is_file() and not job.options.dry_run:
         number = str(read_json(before)["id"])
-        state, _ = slurm.job_states().get(number, ("", ""))
+        state, _ = slurm.job_state(number) or ("", "")
         if state and state not in slurm.ENDED:
             raise InputError(f"{job.notes}: job {number} of this run is {state}; wait for it, or scancel {number}")
 

@@ -6,14 +6,15 @@ from pathlib import Path
 
 SBATCH = '#!/bin/bash\necho "$@" >>"$FAKE/sbatch"; echo $((100 + $(wc -l <"$FAKE/sbatch")))\n'
 SINFO = """#!/bin/bash
-printf "low*|%s|gpu:h100:8(S:0-1)\\n" n1 n2 n3 n4
-printf "low*|%s|gpu:4\\n" n5 n6
-printf "cpu|%s|(null)\\n" c1 c2
+printf "low*|%s|100|gpu:h100:8(S:0-1)\\n" n1 n2 n3 n4
+printf "low*|%s|64|gpu:4\\n" n5 n6
+printf "cpu|%s|16|(null)\\n" c1 c2
 """
 # jobs; or steps, of which there is one besides the batch script's once somebody has made it
 SQUEUE = """#!/bin/bash
 case "$*" in
     *--steps*) echo 7.batch; if [ -e "$FAKE/step" ]; then echo 7.1; fi ;;
+    *--jobs=*) id=$*; id=${id##*--jobs=}; grep -s "^${id%% *}|" "$FAKE/squeue" | cut -d"|" -f2- ;;
     *) cat "$FAKE/squeue" 2>/dev/null || true ;;
 esac
 """

@@ -72,7 +72,7 @@ def test_every_word_reaches_the_verb_as_it_was_given(fake: Path, tmp_path: Path)
     (step,) = life.steps()
     assert step[step.index("-m") :] == ["-m", "launch.cli", *train(tmp_path)]
     assert {"--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "--nodelist=n1,n2", "--cpu-bind=cores"} <= set(step)
-    assert "--distribution=block" in step
+    assert {"--distribution=block:block", "--label"} <= set(step)
 
 
 def test_ranks_may_open_as_many_files_as_the_node_allows(

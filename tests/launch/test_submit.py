@@ -106,9 +106,7 @@ def test_a_submission_keeps_its_script_and_prints_the_job_id(fake: Path, tmp_pat
     assert capsys.readouterr().out == "101\n"
     notes = tmp_path / "my runs" / "50 % vae" / "slurm"
     script = (notes / "job.sbatch").read_text().splitlines()
-    options = dict(
-        line.removeprefix("#SBATCH --").partition("=")[::2] for line in script if line.startswith("#SBATCH --")
-    )
+    options = options_of(notes / "job.sbatch")
     assert options["nodes"] == "2-4"
     assert (options["ntasks-per-node"], options["gpus-per-node"], options["partition"]) == ("8", "8", "low")
     assert options["output"] == f'"{notes}/log.txt"'.replace("50 %", "50 %%")
@@ -124,6 +122,51 @@ def test_a_dry_run_prints_the_script_and_leaves_nothing(fake: Path, tmp_path: Pa
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
     assert not (fake / "sbatch").exists()
     assert not (tmp_path / "my runs").exists()
+    (fake / "bin" / "sinfo").write_text("#!/bin/bash\necho 'Unable to contact slurm controller' >&2; exit 1\n")
+    assert main(["submit", *train(tmp_path), "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert out == text.replace("#SBATCH --cpus-per-task=12\n", "").replace("export SCLDM_CPUS_PER_TASK=12\n", "")
+    assert err == "not checked against Slurm: sinfo: Unable to contact slurm controller\n"
+    assert main(["submit", *train(tmp_path)]) == 2
+
+
+def options_of(script: Path) -> dict[str, str]:
+    lines = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH --")]
+    told = (line.removeprefix("#SBATCH --").partition("=") for line in lines)
+    return {name: value for name, _, value in told}
+
+
+def test_the_usual_words_of_sbatch_are_options_wherever_they_stand(fake: Path, tmp_path: Path) -> None:
+    """What they say goes before the site file's, also for what the job itself does with it."""
+    script = tmp_path / "my runs" / "50 % vae" / "slurm" / "job.sbatch"
+    for words in (
+        ["--time", "4:00:00", "--gpus-per-node=4", "--mem", "0", "--nodes", "5-6", "--account", "a"],
+        ["--", "-t4:00:00", "--gpus-per-node", "4", "--mem=0", "-N", "5-6", "-A", "a", "--gres=disk:9"],
+    ):
+        assert main(["submit", *train(tmp_path), *words]) == 0
+        options = options_of(script)
+        told = [options[name] for name in ("time", "gpus-per-node", "ntasks-per-node", "mem", "nodes", "account")]
+        assert told == ["4:00:00", "4", "4", "0", "5-6", "a"]
+        assert "export SCLDM_GPUS_PER_NODE=4\n" in script.read_text()
+    assert options["gres"] == "disk:9"
+
+
+def test_a_rank_gets_its_share_of_the_cores_of_the_node(fake: Path, tmp_path: Path) -> None:
+    """A GPU's of the node where that is least; 100 CPUs and 8 GPUs on some, 64 and 4 on others."""
+    notes = tmp_path / "my runs" / "50 % vae" / "slurm"
+    for given, expected in (
+        ([], "12"),
+        (["--gpus-per-node", "2"], "12"),
+        (["--cpus-per-task", "9"], "9"),
+        (["--gpus-per-node", "0", "--partition", "cpu"], "16"),
+    ):
+        assert main(["submit", *train(tmp_path), *given]) == 0
+        assert options_of(notes / "job.sbatch")["cpus-per-task"] == expected
+        assert f"export SCLDM_CPUS_PER_TASK={expected}\n" in (notes / "job.sbatch").read_text()
+    assert main(["submit", "shards", "write", "source.paths=c.h5ad", f"out={tmp_path}/shards"]) == 0
+    script = tmp_path / "shards.slurm" / "job.sbatch"
+    assert not {"cpus-per-task", "gpus-per-node"} & options_of(script).keys()
+    assert "CPUS_PER_TASK" not in script.read_text().split("# --- the job")[0]
 
 
 def test_nodes_that_a_preflight_named_are_left_out(fake: Path, tmp_path: Path, capsys) -> None:
@@ -138,13 +181,24 @@ def test_nodes_that_a_preflight_named_are_left_out(fake: Path, tmp_path: Path, c
 @pytest.mark.parametrize(
     "change, words, said",
     [
-        ("SCLDM_PARTITION=gpu", [], "SCLDM_PARTITION: partition 'gpu' is unknown; there are: cpu, low"),
+        ("SCLDM_PARTITION=gpu", [], "SCLDM_PARTITION=gpu: partition 'gpu' is unknown; there are: cpu, low"),
         ("", ["--", "-p", "none"], "partition 'none' is unknown"),
         ("", ["--", "-pnone"], "partition 'none' is unknown"),
         ("", ["train.stop_signals=[SIGHUP]"], "train.stop_signals=SIGHUP: a job is told to stop by SIGUSR1"),
         ("", ["--preflight-s", "5"], "preflight_s=5 must be from 20 to 3600"),
-        ("SCLDM_GPUS_PER_NODE=16", [], "SCLDM_GPUS_PER_NODE=16: a node of partition low has 8 GPUs"),
-        ("", ["--", "--partition=cpu"], "SCLDM_GPUS_PER_NODE=8: a node of partition cpu has 0 GPUs"),
+        ("SCLDM_GPUS_PER_NODE=16", [], "SCLDM_GPUS_PER_NODE=16: train-vae wants 16 on a node, and a node of partitio"),
+        (
+            "",
+            ["--", "--partition=cpu"],
+            "SCLDM_GPUS_PER_NODE=8: train-vae wants 8 on a node, and a node of partition",
+        ),
+        ("", ["--partition", "cpu", "--gpus-per-node=3"], "--gpus-per-node 3: train-vae wants 3 on a node"),
+        ("", ["--gpus-per-node", "a100:4"], "--gpus-per-node a100:4: give a whole number"),
+        ("", ["--", "-n4"], "--ntasks=4: submit sets this itself; give --gpus-per-node, or SCLDM_TASKS_PER_NODE"),
+        ("", ["--", "--gres", "gpu:4"], "--gres: submit sets this itself; give --gpus-per-node"),
+        ("", ["--", "--array=0-3"], "--array=0-3: submit sets this itself; give --tasks and --at-once"),
+        ("", ["--exclusive"], "--exclusive: neither submit nor train vae has it; words for sbatch stand at the end"),
+        ("", ["-t", "4:00"], "-t: neither submit nor train vae has it; words for sbatch stand at the end, after --"),
         ("", ["--nodes", "7"], "--nodes 7: partition low has 6 nodes"),
         ("", ["--nodes", "5-6", "train.global_batch=32"], "can use only 1, 2, 4 of nodes; change one of them"),
         ("", ["--nodes", "2", "train.global_batch=30"], "on nodes of 8 ranks can use no number of nodes"),
@@ -212,7 +266,7 @@ def test_no_slurm_on_the_machine(fake: Path, tmp_path: Path, capsys, monkeypatch
 
 def test_a_run_has_one_job(fake: Path, tmp_path: Path, capsys) -> None:
     assert main(["submit", *train(tmp_path)]) == 0
-    (fake / "squeue").write_text("101|RUNNING|None\n")
+    (fake / "squeue").write_text("101|FAILED|None\n101|RUNNING|None\n")  # tasks of an array
     assert main(["submit", *train(tmp_path)]) == 2
     assert "job 101 of this run is RUNNING; wait for it, or scancel 101" in capsys.readouterr().err
     (fake / "squeue").write_text("101|TIMEOUT|None\n")
@@ -324,6 +378,31 @@ def test_a_pipeline_is_a_chain_of_jobs(fake: Path, tmp_path: Path, capsys) -> No
     assert "train.steps=7" in note["params"]["vae"]
 
 
+def test_each_link_has_what_it_asks_for(fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with (tmp_path / "site.sh").open("a") as file:
+        file.write("SCLDM_CPU_PARTITION=cpu\nSCLDM_TIME=9:00:00\n")
+    (tmp_path / "batch.yaml").write_text("train: {global_batch: 960}\nhardware: {micro_batch: 1}\n")
+    words = [*PIPELINE, f"out={tmp_path}/run", "vae=batch.yaml", "ldm=batch.yaml", "--tasks", "3", "--at-once", "2"]
+    words += ["shards.--mem=64G", "vae.--nodes=2", "vae.--time=48:00:00", "vae.--exclusive", "ldm.--gpus-per-node=4"]
+    assert main(["submit", *words, "--", "--comment=all"]) == 0
+    found = {}
+    for folder in json.loads((tmp_path / "run" / "slurm" / "chain.json").read_text()):
+        found[Path(folder).name] = options_of(Path(folder) / "job.sbatch")
+    cpu = ["stage-1", "stage-2", "stage-3", "finish", "export", "evaluate"]
+    assert [name for name, options in found.items() if options["partition"] == "cpu"] == cpu
+    assert [name for name, options in found.items() if "mem" in options] == cpu[:4]
+    assert [found[name].get("array") for name in cpu[2:4]] == ["0-2%2", None]
+    assert {name for name, options in found.items() if options["time"] != "9:00:00"} == {"vae"}
+    asked = {name: (of["nodes"], of["gpus-per-node"]) for name, of in found.items() if "gpus-per-node" in of}
+    assert asked == {"vae": ("2", "8"), "encode": ("1", "8"), "ldm": ("1", "4"), "generate": ("1", "8")}
+    scripts = {path.parent.name: path.read_text() for path in tmp_path.rglob("job.sbatch")}
+    assert [name for name, text in scripts.items() if "--exclusive" in text] == ["vae"]
+    assert all("--comment=all" in text for text in scripts.values())
+    capsys.readouterr()
+    assert main(["submit", *words, "export.--partition=none"]) == 2
+    assert "--partition none: partition 'none' is unknown" in capsys.readouterr().err
+
+
 def test_a_pipeline_without_tracking_has_no_run(fake: Path, tmp_path: Path) -> None:
     (tmp_path / "site.sh").write_text(f'SCLDM_PARTITION=cpu\nSCLDM_SHARED="{tmp_path}"\n')
     assert main(["submit", *PIPELINE, f"out={tmp_path}/run", "vae.tracking.enabled=false"]) == 0
@@ -353,7 +432,7 @@ def test_shards_are_staged_for_the_jobs_that_read_them(fake: Path, tmp_path: Pat
         ([*PIPELINE, "out=o", "wae.train.steps=1"], "wae.train.steps=1: a pipeline takes presets"),
         ([*PIPELINE, "out=o", "ldm.train.stepz=1"], "ldm: train.stepz=1: unknown key"),
         (PIPELINE, "a pipeline needs out=FOLDER"),
-        ([*PIPELINE[:-1], "out=o"], "generate: say which cells"),
+        ([*PIPELINE[:-1], "out=o"], "generate: give exactly one of conditions, like, shards and n; given: none"),
     ],
 )
 def test_what_a_pipeline_refuses(fake: Path, capsys: pytest.CaptureFixture, words: list[str], said: str) -> None:

@@ -28,6 +28,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         "PARTITION": "low",
         "GPUS_PER_NODE": 0,
         "TASKS_PER_NODE": 1,
+        "CPUS_PER_TASK": 1,  # so that jobs share nodes
         "SHARED": places,
         "SCRATCH": folder / "disk",
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,40 @@ def test_the_chain_makes_everything(chain: Path, capsys: pytest.CaptureFixture) 
     assert [line.split()[1] for line in lines] == ["DONE"] * 10
 
 
+def test_each_link_asks_slurm_for_what_it_was_given(cluster: Cluster) -> None:
+    """As Slurm itself tells of the jobs that wait."""
+    words = ["vae/tiny", "ldm/tiny", "hardware/cpu", f"shards.source.paths={cluster.runs}/cells.h5ad", "generate.n=9"]
+    words += [f"out={cluster.runs}/resources", "--tasks", "3", "--at-once", "2", "--time", "50", "--nodes", "2"]
+    words += [
+        "vae.--cpus-per-task=2",
+        "ldm.--time=55",
+        "ldm.--nodes=1",
+        "evaluate.--partition=high",
+        "export.--mem=100",
+    ]
+    ids = submit.main(submit.read(["pipeline", *words, "--", "--hold"]))
+    keys = ("Partition", "TimeLimit", "NumNodes", "NumCPUs", "MinMemoryNode", "ArrayTaskThrottle")
+    told = {}
+    for job in ids:
+        assert slurm.job_state(job) == ("PENDING", "JobHeldUser")
+        found = dict(re.findall(r"(\w+)=(\S*)", slurm.call("scontrol", "--oneliner", "show", "job", job)))
+        told[found["JobName"]] = tuple(found.get(key, "").removesuffix("-1") for key in keys)
+    slurm.call("scancel", *ids)
+    usual = ("low", "00:50:00", "1", "1", "0", "")
+    assert {name: of for name, of in told.items() if of != usual} == {
+        **{f"shards-{k}": (*usual[:-1], "2") for k in (1, 2, 3)},
+        "vae": ("low", "00:50:00", "2-2", "4", "0", ""),
+        "encode": ("low", "00:50:00", "2-2", "2", "0", ""),
+        "ldm": ("low", "00:55:00", "1", "1", "0", ""),
+        "export": ("low", "00:50:00", "1", "1", "100M", ""),
+        "generate": ("low", "00:50:00", "2-2", "2", "0", ""),
+        "evaluate": ("high", "00:50:00", "1", "1", "0", ""),
+    }
+    assert (slurm.job_state("99999"), slurm.accounted("99999")) == (None, None)
+    partition = slurm.partitions()["low"]  # of nodes with two CPUs and two GPUs
+    assert [partition.cpus_of_rank(gpus, 1) for gpus in (0, 1)] == [2, 1]
+
+
 def test_a_failed_link_stops_what_depends_on_it(cluster: Cluster, capsys: pytest.CaptureFixture) -> None:
     out = cluster.runs / "failed chain"
     (cluster.runs / "none.h5ad").write_text("no cells")
@@ -37,7 +72,7 @@ def test_a_failed_link_stops_what_depends_on_it(cluster: Cluster, capsys: pytest
         f"out={out}",
     ]
     ids = submit.main(submit.read(["pipeline", *words, "--tasks", "2"]))
-    wait_for(lambda: slurm.job_states()[ids[-1]][0] == "CANCELLED", 90, lambda: chain_log(out))
+    wait_for(lambda: slurm.job_state(ids[-1])[0] == "CANCELLED", 90, lambda: chain_log(out))
     capsys.readouterr()
     assert main(["status", str(out)]) == 0
     first, *others = capsys.readouterr().out.splitlines()

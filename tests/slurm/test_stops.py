@@ -105,7 +105,7 @@ def test_a_cancelled_job_leaves_nothing_on_the_nodes(cluster: Cluster, shards: P
     run.reaches(5)
     assert not nothing_is_staged(cluster)
     cluster.call("scancel", run.job)
-    wait_for(lambda: slurm.job_states()[run.job][0] == "CANCELLED", 60, lambda: run.log)
+    wait_for(lambda: slurm.job_state(run.job)[0] == "CANCELLED", 60, lambda: run.log)
     wait_for(lambda: nothing_is_staged(cluster), 20, lambda: run.log)
 
 
