@@ -14,7 +14,7 @@ from launch.config import compose
 from launch.evaluation.gate import line_of
 from scldm.errors import InputError, read_json
 from scldm.train import changes
-from scldm.train.run_folder import read_config, started_at
+from scldm.train.run_folder import OUTCOME, is_trained, read_config, started_at
 from scldm.train.throughput import seconds_per_step
 from scldm.train.tracking import read_metrics
 
@@ -60,8 +60,10 @@ def main(config: StatusConfig) -> None:
         state = state_of(notes[0])
         lines.append(("state", f"{state.state}, job {state.job}{': ' if state.reason else ''}{state.reason}"))
         lines += unfit(notes[0])
+    else:
+        lines.append(("state", state_of_run(run)))
     if (run / "config.json").is_file():
-        lines += training(run)
+        lines += training(run, with_outcome=bool(notes))
     print("\n".join(f"{name:<12}{text}" for name, text in lines))
 
 
@@ -82,8 +84,21 @@ def unfit(notes: Path) -> list[tuple[str, str]]:
     return [("bad node", f"{node}: {why} ({when})") for node, (when, why) in nodes_in(notes / BAD_NODES).items()]
 
 
-def training(run: Path) -> list[tuple[str, str]]:
-    """What a training run's own files say."""
+def state_of_run(run: Path) -> str:
+    """Of a run that no job trains, by its files and its lock."""
+    outcome = read_json(run / OUTCOME) if (run / OUTCOME).is_file() else {"state": "running"}
+    if is_trained(run):
+        return "RUNNING"
+    if outcome["state"] != "running":
+        code = f", exit code {outcome['exit_code']}" if outcome["exit_code"] else ""
+        return f"{outcome['state'].upper()}{code}{': ' if outcome['reason'] else ''}{outcome['reason']}"
+    files = [path for name in ("", "checkpoints") for path in (run / name).glob("*") if path.is_file()]
+    last = ago(time.time() - max(path.stat().st_mtime for path in files))
+    return f"KILLED: no process trains in it, and the last one left no word of its end. It last wrote {last}"
+
+
+def training(run: Path, with_outcome: bool) -> list[tuple[str, str]]:
+    """What a training run's own files say; of errors, those since its last start."""
     config = read_config(run)
     steps, lines = config["train"]["steps"], []
     rows = read_metrics(run, "train")
@@ -94,8 +109,8 @@ def training(run: Path) -> list[tuple[str, str]]:
         lines.append(("step", f"{step:,} of {steps:,} ({100 * step / steps:.1f} %), loss {last['loss']:.4g}"))
         lines.append(("cells/s", f"{speed:,.0f}, {ago(time.time() - last['time'])}"))
         lines.append(("time left", duration((steps - step) * step_s)))
-    if (run / "outcome.json").is_file():
-        outcome = read_json(run / "outcome.json")
+    if with_outcome and (run / OUTCOME).is_file():
+        outcome = read_json(run / OUTCOME)
         if outcome["reason"]:
             lines.append(("outcome", f"{outcome['state']}: {outcome['reason']}"))
     pointer = run / "checkpoints" / "latest"
@@ -107,7 +122,7 @@ def training(run: Path) -> list[tuple[str, str]]:
         lines.append(("autoencoder", found))
     for path in sorted((run / "errors").glob("rank-*.txt"), key=lambda p: int(p.stem.split("-")[1])):
         told = [line for line in path.read_text().splitlines() if line.strip()]
-        if told:
+        if told and path.stat().st_mtime >= started_at(run):
             lines.append((path.stem, f"{told[-1].strip()} ({ago(time.time() - path.stat().st_mtime)})"))
     return lines
 

@@ -148,6 +148,19 @@ def _starts(run_dir: Path) -> list[Any]:
     return starts if isinstance(starts, list) else []
 
 
+def is_trained(run_dir: Path) -> bool:
+    """Whether a process trains in the folder now, as far as its locks are seen from this host."""
+    try:
+        with (run_dir / LOCK).open() as file:
+            fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock, or a file system without locks
+        pass
+    owner = run_dir / OWNER
+    return owner.is_file() and not _ended(owner.read_text())
+
+
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
     """Within, no other process trains in this folder; the lock ends with the process, however that ends. It is waited

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ from launch.cluster import commands as slurm
 from launch.cluster import logs
 from launch.cluster.status import duration
 from scldm.train import changes
+from scldm.train.run_folder import locked
 
 
 @pytest.fixture(autouse=True)
@@ -78,13 +81,26 @@ def test_what_changed_its_course_is_shown(run: Path, capsys: pytest.CaptureFixtu
     changes.note(run, 100, {}, Path("/runs/vae"))
     changes.note(run, 200, {"optim.lr": (0.001, 0.0003)})
     shown = told(capsys, "status", str(run))
-    assert shown[0][0] == "step"  # what is noted of the run is no note of a job
+    assert shown[1][0] == "step"  # what is noted of the run is no note of a job
     lines = [text for name, text in shown if name == "changed"]
     assert lines == ["at step 100: branched from /runs/vae", "at step 200: optim.lr was 0.001, is 0.0003"]
 
 
 def test_a_run_without_a_job_has_a_status_too(run: Path, capsys: pytest.CaptureFixture) -> None:
-    assert told(capsys, "status", str(run))[0] == ("step", "250 of 1,000 (25.0 %), loss 1.5")
+    then = time.time() - 7_300
+    for path in (run / "config.json", run / "metrics.jsonl", run / "checkpoints" / "latest"):
+        os.utime(path, (then, then))
+    lines = told(capsys, "status", str(run))
+    killed = "KILLED: no process trains in it, and the last one left no word of its end. It last wrote 2 h 2 min ago"
+    assert lines[:2] == [("state", killed), ("step", "250 of 1,000 (25.0 %), loss 1.5")]
+    assert lines[-1][0] == "rank-10"
+    with locked(run):
+        assert told(capsys, "status", str(run))[0] == ("state", "RUNNING")
+    (run / "outcome.json").write_text(json.dumps({"state": "stopped", "exit_code": 85, "reason": "SIGTERM"}))
+    assert told(capsys, "status", str(run))[0] == ("state", "STOPPED, exit code 85: SIGTERM")
+    # what a start before the last one left is over
+    (run / "environment.json").write_text(json.dumps([{"time": datetime.now(UTC).isoformat()}]))
+    assert not any(name.startswith("rank") for name, _ in told(capsys, "status", str(run)))
 
 
 def test_a_job_that_sbatch_submitted_has_a_status_too(run: Path, capsys: pytest.CaptureFixture) -> None:
@@ -139,7 +155,7 @@ def test_the_log_ends_with_a_job_that_could_say_no_last_word(
     state: str, tmp_path: Path, squeue: Path, capsys: pytest.CaptureFixture
 ) -> None:
     note(tmp_path / "run" / "slurm", "RUNNING", "on n1")
-    squeue.write_text(f"7|{state}|None\n")
+    squeue.write_text(f"{state}|None\n")
     assert main(["logs", str(tmp_path / "run")]) == 0
     assert capsys.readouterr().out == "log of slurm\n"
 
@@ -149,7 +165,7 @@ def test_the_log_goes_on_while_slurm_gives_no_answer(
 ) -> None:
     notes = note(tmp_path / "run" / "slurm", "RUNNING", "on n1")
     assert told(capsys, "status", str(tmp_path / "run"))[0][1].startswith("UNKNOWN, job 7: squeue: exit code 1")
-    answers = iter(["7|PENDING|BeginTime", "7|RUNNING|None", "7|NODE_FAIL|None"])
+    answers = iter(["PENDING|BeginTime", "RUNNING|None", "NODE_FAIL|None"])
 
     def later(seconds: float) -> None:
         squeue.write_text(next(answers) + "\n")
@@ -160,6 +176,34 @@ def test_the_log_goes_on_while_slurm_gives_no_answer(
     monkeypatch.setattr(logs, "time", SimpleNamespace(sleep=later, monotonic=time.monotonic))
     assert main(["logs", str(tmp_path / "run")]) == 0
     assert capsys.readouterr().out == "log of slurm\n" + 3 * "more\n"
+
+
+def test_the_log_of_one_rank(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    notes = note(tmp_path / "run" / "slurm", "DONE")
+    (notes / "log.txt").write_text("job 7: RUNNING\n 1: one\n11: eleven\n 1:   two: 1: \n 1: not whole")
+    assert main(["logs", str(tmp_path / "run"), "rank=1"]) == 0
+    assert capsys.readouterr().out == "one\n  two: 1: \n"
+
+
+@pytest.mark.parametrize(
+    "tasks, shown",
+    [
+        ("COMPLETED|0:0\\nOUT_OF_MEMORY|0:125\\n", "OUT_OF_MEMORY, job 7: by Slurm's accounting, exit code 0:125; its"),
+        ("CANCELLED by 0|0:0\\n", "CANCELLED, job 7: by Slurm's accounting, exit code 0:0; its script"),
+        ("RUNNING|0:0\\n", "LOST, job 7: "),
+    ],
+)
+def test_slurms_accounting_knows_a_job_that_its_controller_has_forgotten(
+    tasks: str, shown: str, tmp_path: Path, capsys: pytest.CaptureFixture, squeue: Path
+) -> None:
+    (squeue.parent / "bin" / "squeue").write_text(
+        "#!/bin/bash\necho 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1\n"
+    )
+    sacct = squeue.parent / "bin" / "sacct"
+    sacct.write_text(f"#!/bin/bash\n[[ $* == *--jobs=7* ]] && printf '{tasks}'\n")
+    sacct.chmod(0o755)
+    note(tmp_path / "run" / "slurm", "RUNNING", "on n1")
+    assert told(capsys, "status", str(tmp_path / "run"))[0][1].startswith(shown)
 
 
 def test_no_job_no_status(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
