@@ -1,6 +1,6 @@
 """`scldm plan`: what a training run will take, before a GPU is touched.
 
-Reading order: read, main, with_data.
+Reading order: read, main, with_data, cut.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def read(words: Sequence[str]) -> PlanConfig:
 
 
 def main(config: PlanConfig) -> Plan:
-    """Print the plan; returns it. Raises: InputError for batches that can't be cut, or knowledge that is missing."""
+    """Print the plan; returns it. Raises: InputError for knowledge that is missing."""
     check_overrides(config.deepspeed)
-    config = with_data(config)
+    config = cut(with_data(config))
     plan = plan_of(config)
     others = compared(plan) if config.compare else []
     if config.json:
@@ -94,6 +94,26 @@ def with_data(config: PlanConfig) -> PlanConfig:
         if getattr(config, name) < 1:
             raise InputError(f"{name}={getattr(config, name)}: give it, or data.shards")
     return config
+
+
+def cut(config: PlanConfig) -> PlanConfig:
+    """With the nearest batches that can be split over the ranks, which is said where others are given."""
+    batch, micro, n_ranks = config.train.global_batch, config.hardware.micro_batch, config.hardware.n_ranks
+    if batch % (n_ranks * micro) == 0:
+        return config
+    most = min(micro, max(1, batch // n_ranks))
+    near = next(m for m in range(most, 0, -1) if batch // n_ranks % m == 0) if batch % n_ranks == 0 else most
+    whole = max(1, round(batch / (n_ranks * near))) * n_ranks * near
+    print(
+        f"train.global_batch={batch} can't be split over {n_ranks} ranks with hardware.micro_batch={micro}; this is a "
+        f"plan of train.global_batch={whole} hardware.micro_batch={near}",
+        file=sys.stderr,
+    )
+    return replace(
+        config,
+        train=replace(config.train, global_batch=whole),
+        hardware=replace(config.hardware, micro_batch=near),
+    )
 
 
 if __name__ == "__main__":

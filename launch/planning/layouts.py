@@ -11,12 +11,15 @@ from dataclasses import replace
 from launch.planning.config import PlanConfig
 from launch.planning.plan import Plan, does_fit, plan_of, replace_hardware
 
+# of layouts that reach so much of the fastest one's cells/s, the simplest is as good: a plan knows no better, and does
+# not count the launches by which ZeRO-3 gathers weights
+NEAR = 0.9
 WORTH = 0.5  # a GPU among many shall do at least so much of what it does in the best layout
 
 
 def compared(plan: Plan) -> list[Plan]:
-    """The fastest layout that fits for each number of nodes up to the configured one, halved each time: over ZeRO
-    stages, and micro-batches up to four times the configured one. The recommended one comes first."""
+    """The best layout that fits for each number of nodes up to the configured one, halved each time: over ZeRO stages,
+    and micro-batches up to four times the configured one. The recommended one comes first."""
     config, best = plan.config, []
     nodes = config.hardware.nodes
     while nodes:
@@ -27,15 +30,23 @@ def compared(plan: Plan) -> list[Plan]:
             if config.train.global_batch % (micro_batch * nodes * config.hardware.gpus_per_node) == 0
             and does_fit(laid := laid_out(config, nodes, stage, micro_batch))
         ]
-        # of layouts as fast as each other, the lowest stage
-        best += sorted(found, key=lambda other: (-round(other.cells_per_s, -1), other.config.hardware.zero_stage))[:1]
+        best += simplest(found)
         nodes //= 2
     if not best:
         return []
     most = max(other.cells_per_gpu for other in best)
     worth = [other for other in best if other.cells_per_gpu >= WORTH * most]
-    recommended = max(worth, key=lambda other: other.cells_per_s)
+    (recommended,) = simplest(worth)
     return [recommended, *(other for other in best if other is not recommended)]
+
+
+def simplest(layouts: Sequence[Plan]) -> list[Plan]:
+    """Of those nearly as fast as the fastest, that with the fewest nodes and the lowest ZeRO stage; none of none."""
+    fast = NEAR * max((layout.cells_per_s for layout in layouts), default=0.0)
+    near = [layout for layout in layouts if layout.cells_per_s >= fast]
+    hardware = [layout.config.hardware for layout in near]
+    order = [(h.nodes, h.zero_stage, -round(layout.cells_per_s, -1)) for h, layout in zip(hardware, near)]
+    return near[order.index(min(order)) :][:1] if near else []
 
 
 def laid_out(config: PlanConfig, nodes: int, stage: int, micro_batch: int) -> PlanConfig:

@@ -14,8 +14,9 @@ from data_pipeline.stream.loader import shard_batches
 from data_pipeline.write_latents import LatentWriter
 from launch.cli import main
 from launch.config import flatten
-from launch.plan import read, with_data
+from launch.plan import cut, read, with_data
 from launch.planning.config import PlanLDMConfig, PlanVAEConfig
+from launch.planning.layouts import NEAR, compared
 from launch.planning.plan import cost_of, does_fit, memory_of, plan_of, remedies
 from launch.train_ldm import TrainLDMConfig
 from launch.train_vae import TrainVAEConfig
@@ -86,7 +87,7 @@ def test_wasted_nodes_are_named_and_a_better_layout_comes_first(capsys: pytest.C
     most = max(row["cells_per_s_and_gpu"] for row in (first, *others))
     assert first["cells_per_s_and_gpu"] >= most / 2
     for row in others:
-        assert row["cells_per_s"] <= first["cells_per_s"] or row["cells_per_s_and_gpu"] < most / 2
+        assert NEAR * row["cells_per_s"] <= first["cells_per_s"] or row["cells_per_s_and_gpu"] < most / 2
 
 
 @pytest.mark.slow
@@ -191,10 +192,6 @@ def test_what_does_not_fit_is_told_with_knobs_that_help() -> None:
         (["vae", "n_genes=100", "n_cells=5", "hardware.gpu=Z9"], "hardware.gpu=Z9: known are A100"),
         (["vae", "n_genes=100", "hardware.gpu=Z9", "hardware.peak_tflops=9"], "Or give hardware.memory_tb_s"),
         (["vae", "n_genes=100", "hardware.launch_us=-1"], "hardware.launch_us=-1.0 must be at least 0"),
-        (
-            ["vae", "n_genes=100", "n_cells=5", "hardware.nodes=1_000"],
-            "train.global_batch=1024 can't be split over 8000 ranks",
-        ),
         (["vae", "n_genes=100", "n_cells=5", "deepspeed.fp16.enabled=true"], "hardware.precision says this"),
     ],
 )
@@ -203,6 +200,27 @@ def test_what_a_plan_can_not_know_is_asked_for(words: list[str], said: str, caps
     assert said in capsys.readouterr().err
     with pytest.raises(InputError):
         read(["vae", "hardware.mfu=0"])
+
+
+def test_a_batch_that_can_not_be_split_is_planned_as_the_nearest_that_can(capsys: pytest.CaptureFixture) -> None:
+    words = ["plan", *DIT, "train.global_batch=1000", "json=true"]
+    for gpus, batch, micro in ((8, 1_000, 125), (3, 999, 333), (1_024, 1_024, 1), (5, 1_000, 200)):
+        assert main([*words, f"hardware.gpus_per_node={gpus}", "hardware.micro_batch=400"]) == 0
+        out, err = capsys.readouterr()
+        assert err == (
+            f"train.global_batch=1000 can't be split over {gpus} ranks with hardware.micro_batch=400; this is a plan "
+            f"of train.global_batch={batch} hardware.micro_batch={micro}\n"
+        )
+        assert json.loads(out)["accumulation"] == 1
+
+
+def test_of_layouts_that_are_nearly_as_fast_the_simplest_is_recommended() -> None:
+    """Of a small model, ZeRO-3 saves 6 % of a step, or more where the network is slow."""
+    words = ["vae/20m", "hardware/many_nodes", "hardware.nodes=2", "n_genes=36130", "n_cells=1000000"]
+    for network, stage in (("376", 1), ("10", 3)):
+        layouts = compared(plan_of(cut(read([*words, f"hardware.network_gb_s={network}"]))))
+        (on_two,) = [layout for layout in layouts if layout.config.hardware.nodes == 2]
+        assert on_two.config.hardware.zero_stage == stage
 
 
 # every group of keys that a run takes and a plan does not need
