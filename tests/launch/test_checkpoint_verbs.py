@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from benchmarks import checkpoint as bench
@@ -64,12 +65,27 @@ def test_convert_writes_what_other_tools_read(run: Path, tmp_path: Path) -> None
         words = ["checkpoint", "convert", f"at={run}", f"weights={weights}"]
         assert scldm([*words, f"out={tmp_path}/a/plain.safetensors"]) == 0
         assert scldm([*words, "to=torch", f"out={tmp_path}/a/plain.pt"]) == 0
+        assert scldm([*words, "file_gb=0.00002", f"out={tmp_path}/{weights}/hub"]) == 0
+        assert scldm([*words, "to=dcp", f"out={tmp_path}/{weights}/dcp"]) == 0
+        index = json.loads((tmp_path / weights / "hub" / "model.safetensors.index.json").read_text())
+        files = sorted((tmp_path / weights / "hub").glob("model-*.safetensors"))
+        assert len(files) > 2
+        assert max(path.stat().st_size for path in files[:-1]) < 30_000
+        in_files = {
+            name: load_file(tmp_path / weights / "hub" / file)[name] for name, file in index["weight_map"].items()
+        }
+        assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in in_files.values())
+        distributed = {name: torch.empty_like(tensor) for name, tensor in make_vae().state_dict().items()}
+        with pytest.warns(UserWarning, match="torch.distributed is disabled"):
+            dcp.load(distributed, checkpoint_id=tmp_path / weights / "dcp", no_dist=True)
         (tmp_path / "new").touch()
         mode = (tmp_path / "new").stat().st_mode  # colleagues can read what they can read of any new file
         assert all(path.stat().st_mode == mode for path in (tmp_path / "a").iterdir())
         for found in (
             load_file(tmp_path / "a" / "plain.safetensors"),
             torch.load(tmp_path / "a" / "plain.pt", weights_only=True),
+            in_files,
+            distributed,
         ):
             make_vae().load_state_dict(found)
             assert found.keys() == expected.keys()
