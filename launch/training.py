@@ -49,7 +49,7 @@ FREE_ON_RESUME = (
     *("run_dir", "tracking", "train.log_every", "train.save_every", "train.keep", "train.keep_every"),
     *("train.patience", "train.max_skipped", "train.hang_s", "train.stop_signals"),
     *("model.attention", "model.compile", "model.recompute", "model.gene_chunk"),
-    *("hardware.engine", "hardware.micro_batch", "hardware.zero_stage", "hardware.threads"),
+    *("hardware.engine", "hardware.require_gpu", "hardware.micro_batch", "hardware.zero_stage", "hardware.threads"),
     *("hardware.offload_optimizer", "hardware.collective_timeout_s", "hardware.peak_tflops"),
     *("deepspeed", "train.rank_logs", "gate"),
     *("data.shards", "data.form", "data.prefetch", "data.read_threads", "data.read_ahead"),

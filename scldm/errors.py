@@ -1,6 +1,6 @@
 """What a user or a scheduler is meant to read: InputError, Stopped and the exit codes; and JSON files read with it.
 
-Reading order: the exit codes, InputError, Busy, Stopped, read_json.
+Reading order: the exit codes, InputError, Busy, Diverged, Stopped, read_json.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-# exit codes besides 0 (done) and 1 (a failure, with its traceback)
+# exit codes besides 0 (done) and 1 (a failure: with its traceback, or Diverged)
 REFUSED = 2  # an InputError: nothing that another start would change
 REQUEUE = 85  # stopped by a signal and saved: start the same command again
 STOPPED = 86  # stopped by the file `stop` and saved: somebody wanted that
@@ -29,6 +29,12 @@ class Busy(InputError):
     """What was given can't be used as yet: the same command, started again, may succeed."""
 
     exit_code = LOST
+
+
+class Diverged(InputError):
+    """A training whose numbers are no longer finite: a failure of the run, as exit code 1 says, and told in a line."""
+
+    exit_code = 1
 
 
 class Stopped(SystemExit):

@@ -49,6 +49,7 @@ class HardwareConfig(Checked):
         takes TF32 nowhere
     threads: CPU threads per rank for torch
     peak_tflops: of a rank's device at the precision, dense, for MFU; 0 takes that of a GPU known by its name
+    require_gpu: refuse to train on CPUs. Presets for GPUs set it
     collective_timeout_s: longest wait of a rank for the others within one exchange, in seconds; a minute more than
         train.hang_s at least
     """
@@ -60,6 +61,7 @@ class HardwareConfig(Checked):
     precision: Literal["fp32", "bf16"] = "fp32"
     threads: int = checked(1, at_least=1)
     peak_tflops: float = checked(0.0, at_least=0)
+    require_gpu: bool = False
     collective_timeout_s: int = checked(1_800, at_least=1)
 
     def accumulation(self, global_batch: int, n_ranks: int) -> int:
@@ -303,7 +305,14 @@ def _piece(
 
 
 def check_engine(hardware: HardwareConfig, world: World, overrides: Mapping[str, Any]) -> bool:
-    """Whether DeepSpeed is what runs. Raises: InputError where it is, and another version is installed, or none."""
+    """Whether DeepSpeed is what runs.
+
+    Raises: InputError where it is, and another version is installed, or none; and for a CPU where a GPU is required.
+    """
+    if hardware.require_gpu and world.device.type == "cpu":
+        raise InputError(
+            "hardware.require_gpu=true: torch finds no GPU here; give hardware.require_gpu=false to train on the CPU"
+        )
     alone_on_a_cpu = world.size == 1 and world.device.type == "cpu" and not overrides and not hardware.offload_optimizer
     if hardware.engine == "plain" or (hardware.engine == "auto" and alone_on_a_cpu):
         return False

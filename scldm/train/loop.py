@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from scldm.checked import SEEDS, Checked, checked
-from scldm.errors import InputError
+from scldm.errors import Diverged
 from scldm.parallel.dist import World
 from scldm.parallel.engine import Engine
 from scldm.parallel.watch import Watch
@@ -105,7 +105,8 @@ def train(
 
     Collective: every rank calls it with its own loader.
 
-    Raises: Stopped where that was asked from outside, InputError where training or saving can't go on; on all ranks.
+    Raises: Stopped where that was asked from outside, Diverged or InputError where training or saving can't go on; on
+        all ranks.
     """
     ema, meter = EMA(engine, config.ema_decay), meter or Meter(world)
     state = RunState(config.steps, config.patience)
@@ -148,7 +149,7 @@ def train(
                     if state.skipped > config.max_skipped:
                         supervisor.finish()
                         limit = f"{state.skipped} steps in a row, train.max_skipped={config.max_skipped}"
-                        raise InputError(f"{problem}; {limit}")
+                        raise Diverged(f"{problem}; {limit}")
                 state.step += 1
                 state.cells_seen += config.global_batch
 

@@ -119,7 +119,7 @@ def _rank(rank: int, size: int, port: int, output: str, work: Any, arguments: tu
         work(*arguments)
     except InputError as error:  # as launch.cli
         print(f"error: {error}")
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except Exception:
         traceback.print_exc()
         sys.exit(1)

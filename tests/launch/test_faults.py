@@ -155,7 +155,7 @@ FAULTS: dict[str, tuple[Any, ...]] = {
     "a loss on one rank": (
         Fault("loss", 1, (9, 10, 11, 12)),
         {"max_skipped": 2},
-        (2, 2),
+        (1, 1),
         (
             "step 10: rank 1: loss nan on cells (source:row) 0:*; the step is skipped",
             "step 11: rank 1: loss nan on cells (source:row) 0:*; 3 steps in a row, train.max_skipped=2",
@@ -165,7 +165,7 @@ FAULTS: dict[str, tuple[Any, ...]] = {
     "a gradient on one rank": (
         Fault("gradient", 1, (9,)),
         {"max_skipped": 0},
-        (2, 2),
+        (1, 1),
         ("step 9: rank 1: gradient of * on cells (source:row) 0:*", "step 9: rank 1: gradient of"),
         {5, 8},
     ),

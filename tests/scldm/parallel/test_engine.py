@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+from launch.config import compose
+from launch.train_vae import TrainVAEConfig
 from scldm.errors import InputError
 from scldm.parallel.dist import World
 from scldm.parallel.engine import DEEPSPEED, HardwareConfig, PlainEngine, check_engine, start_engine
@@ -215,6 +218,15 @@ def test_another_deepspeed_is_refused_in_words(monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(InputError, match=said):
         check_engine(HardwareConfig("deepspeed"), ALONE, {})
     assert not check_engine(HardwareConfig("auto"), ALONE, {})
+
+
+def test_a_cpu_is_refused_where_a_gpu_is_required() -> None:
+    """As presets for GPUs do."""
+    for name in ("one_gpu", "node_8gpu", "many_nodes", "many_nodes_zero3"):
+        hardware = compose(TrainVAEConfig, [f"hardware/{name}", "data.shards=s", "run_dir=r"]).hardware
+        with pytest.raises(InputError, match="hardware.require_gpu=true: torch finds no GPU here; give .*=false"):
+            check_engine(hardware, ALONE, {})
+        assert check_engine(replace(hardware, require_gpu=False), ALONE, {})
 
 
 def test_the_deepspeed_that_is_installed_asked_for_and_pinned_is_the_one() -> None:
