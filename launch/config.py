@@ -35,6 +35,11 @@ from scldm.files import flat
 
 Config = TypeVar("Config")
 DOLLAR = "\ue000{"  # stands for `${` while OmegaConf reads YAML: a character of nobody's text
+# keys that name a file or folder: what each is, docs/commands.md says
+PLACES = (
+    *("path", "at", "run", "run_dir", "vae", "ldm", "model", "shards", "data.shards"),
+    *("h5ad", "source.paths", "like", "generated", "real", "embedding", "out"),
+)
 KEEPS_PASSWORD = {"tracking.uri": "MLFLOW_TRACKING_URI"}  # key -> the variable that a URL's password is moved to
 
 
@@ -285,10 +290,19 @@ def _as_it_stands(value: Any, kind: Any = None, key: str = "") -> Any:
 
 
 def unknown_key(where: str, key: str, known: Sequence[str]) -> InputError:
-    """The error that says so, with the nearest of the known keys."""
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-    near = near or [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
-    guess = f"did you mean {', '.join(near)}?" if near else "--help lists the keys"
+    """The error that says so, with the nearest of the known keys.
+
+    For another verb's key of PLACES, it lists the known ones of these.
+    """
+    same = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+    places = [k for k in PLACES if k in known]
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or same
+    if key.replace("-", "_") in PLACES and not same and places:
+        guess = f"files and folders are named by {', '.join(f'{k}=' for k in places)} here"
+    elif near:
+        guess = f"did you mean {', '.join(near)}?"
+    else:
+        guess = "--help lists the keys"
     return InputError(f"{where}: unknown key {key!r}; {guess}")
 
 

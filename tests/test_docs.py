@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import scldm
+from launch.config import PLACES
+from launch.keys import keys_of
+from launch.verbs import VERBS
 
 ROOT = Path(__file__).resolve().parent.parent
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.ipynb"))
@@ -30,6 +37,30 @@ def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
 def test_tutorials_are_kept_without_their_output(path: Path) -> None:
     cells = json.loads(path.read_text())["cells"]
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+
+
+def rows_of(page: str) -> list[list[str]]:
+    """The cells of every row of the page's tables, without their heads."""
+    lines = [line for line in (ROOT / "docs" / page).read_text().splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if "|---" not in line][1:]
+
+
+def test_the_table_of_the_api_has_every_public_name() -> None:
+    told = {re.match(r"`([\w.]+)", row[0])[1] for row in rows_of("api.md")}  # pyright: ignore[reportOptionalSubscript]
+    methods = {name for name, of in vars(scldm.Pretrained).items() if inspect.isfunction(of) and name[0] != "_"}
+    assert told == {f"scldm.{name}" for name in scldm.__all__} | {f"model.{name}" for name in methods}
+    for name in told:
+        assert name.startswith("model.") or hasattr(scldm, name.removeprefix("scldm."))
+
+
+def test_the_table_of_keys_has_every_verb_that_takes_them() -> None:
+    told = {
+        key: set(re.findall("`([^`]+)`", verbs))
+        for names, verbs, _ in rows_of("commands.md")
+        for key in re.findall("`([^`]+)`", names)
+    }
+    takes = {key: {verb for verb in VERBS if key in keys_of(verb)} for key in PLACES}
+    assert told == takes
 
 
 def test_there_are_two_tutorials() -> None:

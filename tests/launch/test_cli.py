@@ -199,6 +199,10 @@ def test_the_keys_of_the_file_are_those_of_the_configs() -> None:
         ("train vae", "train.stepz=1", "train.stepz=1: unknown key 'train.stepz'; did you mean train.steps"),
         ("evaluate", "contrl.treatment=ctrl", "unknown key 'contrl.treatment'"),
         ("train ldm", "model.width.x=1", "unknown key 'model.width.x'"),
+        ("generate", "path=model", "files and folders are named by model=, shards=, like=, out= here"),
+        ("checkpoint verify", "run_dir=runs/vae", "unknown key 'run_dir'; files and folders are named by at= here"),
+        ("shards info", "shards=x", "files and folders are named by path= here"),
+        ("train vae", "shards=x", "did you mean data.shards?"),
         ("plan", "nonsense=1", ""),  # it takes those of a run
         ("evaluate", "control.treatment=ctrl", ""),
         ("evaluate", "control={treatment: ctrl}", ""),
