@@ -38,7 +38,7 @@ from data_pipeline.stream.loader import CellLoader
 from launch.cli import config_of
 from launch.config import compose
 from launch.evaluation.reconstructed_cells import reconstructed
-from launch.training import library_sizes_of
+from launch.run_data import library_sizes_of
 from scldm.errors import InputError
 from scldm.evaluate.cells import with_genes
 from scldm.evaluate.metrics import score

@@ -18,8 +18,9 @@ from data_pipeline.stream.loader import shard_batches
 from data_pipeline.write_latents import LatentWriter
 from launch.cli import run_verb
 from launch.evaluation.gate import GATE, gate_of, warn
+from launch.run_data import check_encodes, data_of
 from launch.staged import at_hand
-from launch.trained import check_given, check_same_genes, trained_vae
+from launch.trained import check_given, trained_vae
 from scldm.batch import GeneCounts
 from scldm.checked import Checked, checked
 from scldm.errors import InputError
@@ -85,7 +86,7 @@ def main(config: EncodeConfig) -> Path:
     with closing(ShardSet(config.shards, cache_folder=config.cache_folder, cache_bytes=cache_bytes)) as cells:
         if cells.manifest.kind != "cells":
             raise InputError(f"{config.shards}: a set of {cells.manifest.kind}, not of cells")
-        check_same_genes(cells.manifest, config.shards, Path(config.vae))
+        check_encodes(Path(config.vae), data_of(cells.manifest), f"shards={config.shards}", world.is_first)
         check_given(config.genes, Path(config.vae), "genes", world)
         shape = (vae.config.n_latents, vae.config.latent_width)
         writer = LatentWriter(config.out, cells, origin["hash"], shape, config.genes)

@@ -10,6 +10,7 @@ from typing import Literal
 
 from launch.cli import run_verb
 from launch.registry import check_followed, register
+from launch.run_data import MISSING, check_encodes, kept_data
 from launch.trained import trained_dit, trained_vae
 from scldm.environment import describe
 from scldm.errors import InputError
@@ -70,7 +71,9 @@ def main(config: ExportConfig) -> Path:
     if config.ldm:
         data = Path(config.ldm)
         dit, ldm_origin = trained_dit(data, vae, config.which)
-    origin = {"vae": vae_origin, "ldm": ldm_origin, "exported": describe()}
+        check_encodes(Path(config.vae), kept_data(data), f"ldm={data}", is_first=True)
+    missing = kept_data(data).get(MISSING, {}).get("label", "")
+    origin = {"vae": vae_origin, "ldm": ldm_origin, "missing": missing, "exported": describe()}
     genes = GeneVocab.load(data / "genes.json")
     conditions = ConditionVocab.load(data / "conditions.json")
     runs = {"vae": config.vae, **({"ldm": config.ldm} if config.ldm else {})}

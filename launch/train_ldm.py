@@ -22,8 +22,9 @@ from data_pipeline.stream.gene_sets import GeneSetConfig, as_whole_cells
 from data_pipeline.stream.loader import CellLoader, LatentLoader, LoaderConfig, StreamConfig
 from launch.cli import run_verb
 from launch.evaluation.gate import gate_of, warn
+from launch.run_data import check_encodes, data_of
 from launch.staged import at_hand
-from launch.trained import check_given, check_same_genes, trained_vae
+from launch.trained import check_given, trained_vae
 from launch.training import (
     Parts,
     check_changes,
@@ -216,7 +217,7 @@ def cells(config: TrainLDMConfig, world: World) -> Source:
     stream = {f.name: getattr(config.data, f.name) for f in fields(StreamConfig)}
     loader = CellLoader(LoaderConfig(**stream, given=config.given), split="train", **place(config, world))
     check_has_validation(loader.manifest, config.data.shards)
-    check_same_genes(loader.manifest, config.data.shards, Path(config.vae))
+    check_encodes(Path(config.vae), data_of(loader.manifest), f"data.shards={config.data.shards}", world.is_first)
     check_given(config.given, Path(config.vae), "given", world)
     whole = LoaderConfig(**{**stream, "balance": []}, given=as_whole_cells(config.given))
     n_genes = loader.vocab.n_genes

@@ -1,6 +1,6 @@
 """Trained runs read back: their networks with the EMA of the weights, and whether cells suit them.
 
-Reading order: trained_vae, trained_dit, check_given, check_same_genes.
+Reading order: trained_vae, trained_dit, check_given.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from data_pipeline.format.schema import Manifest, OfLatents
+from data_pipeline.format.schema import OfLatents
 from data_pipeline.stream.gene_sets import OF_THE_CELL, GeneSetConfig, as_whole_cells
 from scldm.errors import InputError, read_json
 from scldm.given_json import typed
@@ -88,14 +88,4 @@ def check_given(given: GeneSetConfig, vae_run: Path, key: str, world: World) -> 
             f"{key}.policy={given.policy}: {vae_run} was trained with data.given.policy={trained.policy}: it met genes "
             "in other shares than here",
             file=sys.stderr,
-        )
-
-
-def check_same_genes(manifest: Manifest, shards: str, vae_run: Path) -> None:
-    """Raises: InputError where the set's genes are not those that the autoencoder was trained on."""
-    trained_on = GeneVocab.load(vae_run / "genes.json")
-    if manifest.genes.hash != trained_on.hash:
-        raise InputError(
-            f"{shards} has another gene vocabulary ({manifest.genes.n_genes} genes) than "
-            f"{vae_run} was trained on ({trained_on.n_genes} genes)"
         )

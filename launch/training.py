@@ -1,14 +1,10 @@
-"""What the two training verbs share: from a config to a finished run folder.
-
-The folder also keeps what later verbs need of the data (vocabularies, library sizes): they work without the shards.
-"""
+"""What the two training verbs share: from a config to a finished run folder."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import hashlib
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,11 +15,11 @@ import torch
 
 from data_pipeline.format.schema import Manifest
 from launch.followed import dataset_of
+from launch.run_data import check_data, data_of, keep_data
 from scldm import pretrained
 from scldm.environment import git_diff
-from scldm.errors import InputError, Stopped, read_json
+from scldm.errors import InputError, Stopped
 from scldm.files import disk_explained, flat, write_json, written_aside
-from scldm.library_size import LibrarySizeModel, LogNormal
 from scldm.model.attention import Choice
 from scldm.parallel.deepspeed_json import check_overrides
 from scldm.parallel.dist import World, close_world, world_of_environment
@@ -283,39 +279,6 @@ def make_optimizer_of(optim: OptimConfig) -> Callable[[torch.nn.Module], torch.o
     return lambda module: make_optimizer(optim, module)
 
 
-def keep_data(run_dir: Path, manifest: Manifest) -> None:
-    """Vocabularies and library sizes of the data that a run trains on, in its folder; those of latents also say whose.
-
-    Raises: InputError where the folder has those of other data: its weights mean nothing with them.
-    """
-    now = data_of(manifest)
-    check_data(run_dir, now, str(run_dir))
-    for name, value in now.items():
-        if not (run_dir / name).is_file():
-            write_json(run_dir / name, value)
-
-
-def data_of(manifest: Manifest) -> dict[str, Any]:
-    """File -> what it says of the data."""
-    now = {
-        "genes.json": manifest.genes.to_json(),
-        "conditions.json": manifest.conditions.to_json(),
-        "library_sizes.json": library_sizes_of(manifest).to_json(),
-    }
-    if manifest.kind == "latents":
-        now["latents.json"] = manifest.extra
-    return json.loads(json.dumps(now))
-
-
-def check_data(folder: Path, now: Mapping[str, Any], who: str) -> None:
-    """Raises: InputError where a run's folder, or its checkpoint's, says something else of its data."""
-    for name, value in now.items():
-        if (folder / name).is_file() and read_json(folder / name) != value:
-            raise InputError(
-                f"{who} was trained on other data: its {name} is not that of data.shards; choose another run_dir"
-            )
-
-
 def check_has_validation(manifest: Manifest, shards: str) -> None:
     """Raises: InputError for a set without validation cells: training is judged by them."""
     if not any(split.name == "validation" and split.n_cells for split in manifest.splits):
@@ -326,14 +289,3 @@ def whole_cells(micro_batch: int, n_in_training: int, n_genes: int) -> int:
     """Cells per forward pass over all genes: the largest divisor of the micro-batch that has no more counts than it."""
     fitting = max(1, micro_batch * n_in_training // n_genes)
     return max(m for m in range(1, fitting + 1) if micro_batch % m == 0)
-
-
-def library_sizes_of(manifest: Manifest) -> LibrarySizeModel:
-    """The library sizes that the manifest states, by label instead of by id."""
-    labels = manifest.conditions.labels
-    fitted = {}
-    for entry in manifest.statistics.library_sizes:
-        keys = [tuple(labels[name][k] for name, k in zip(entry.by, ids, strict=True)) for ids in entry.ids]
-        moments = map(LogNormal, entry.n, entry.log_mean, entry.log_std)
-        fitted[entry.by] = dict(zip(keys, moments, strict=True))
-    return LibrarySizeModel(manifest.conditions.names, fitted)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -161,14 +161,19 @@ class LibrarySizeModel:
         path.write_text(json.dumps(self.to_json(), indent=1))
 
     @classmethod
-    def load(cls, path: Path) -> LibrarySizeModel:
-        stored = typed(_Stored, read_json(path), str(path))
+    def from_json(cls, obj: Any, where: str) -> LibrarySizeModel:
+        """Raises: InputError for anything else."""
+        stored = typed(_Stored, obj, where)
         fitted: dict[tuple[str, ...], dict[tuple[str, ...], LogNormal]] = {}
         for row in stored.fitted:
             if not set(row.by) <= set(stored.names) or len(row.by) != len(row.labels) or row.log_std < 0:
-                raise InputError(f"{path}: no library sizes can be by {row.by} of {row.labels} (std {row.log_std})")
+                raise InputError(f"{where}: no library sizes can be by {row.by} of {row.labels} (std {row.log_std})")
             fitted.setdefault(row.by, {})[row.labels] = LogNormal(row.n_cells, row.log_mean, row.log_std)
         return cls(stored.names, fitted)
+
+    @classmethod
+    def load(cls, path: Path) -> LibrarySizeModel:
+        return cls.from_json(read_json(path), str(path))
 
 
 @dataclass(frozen=True)

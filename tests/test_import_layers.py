@@ -44,6 +44,7 @@ BESIDE_VERBS |= {
     "launch.followed",
     "launch.keys",
     "launch.registry",
+    "launch.run_data",
     "launch.trained",
     "launch.training",
     "launch.verbs",

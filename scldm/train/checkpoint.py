@@ -51,7 +51,7 @@ UNFINISHED = re.compile(rf"{STEP.pattern}{re.escape(PARTIAL)}")
 FILE_NAME = re.compile(r"\w[\w.-]*")
 KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")
 # of the run folder, copied into every checkpoint, which can so be used without it
-BESIDE = ("config.json", "genes.json", "conditions.json", "library_sizes.json", "latents.json")
+BESIDE = ("config.json", "genes.json", "conditions.json", "library_sizes.json", "missing.json", "latents.json")
 Which = Literal["best", "latest"]
 
 

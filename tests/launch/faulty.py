@@ -138,7 +138,11 @@ def train(config: SmallConfig, *faults: Fault, judge: Callable[[Any, Any], None]
                 plant(fault, stage, loader, Path(config.run_dir))
         genes = GeneVocab(tuple(f"g{k}" for k in range(N_GENES)), "symbol")
         manifest: Any = SimpleNamespace(
-            genes=genes, conditions=ConditionVocab({}), statistics=SimpleNamespace(library_sizes=()), kind="cells"
+            genes=genes,
+            conditions=ConditionVocab({}),
+            statistics=SimpleNamespace(library_sizes=()),
+            query={},
+            kind="cells",
         )
         return Parts(stage.module, stage, loader, kind(make_cells(21, 1), *place), manifest)
 

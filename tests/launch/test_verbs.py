@@ -421,7 +421,33 @@ def test_stages_that_do_not_belong_together_are_not_joined(made: Path, tmp_path:
     write_cells(tmp_path / "fewer.h5ad", lambda a: a._inplace_subset_var(slice(0, 30)))
     scldm("shards", "write", f"source.paths={tmp_path}/fewer.h5ad", f"out={tmp_path}/shards", "conditions=type")
     words = ["encode", f"vae={made}/vae", f"shards={tmp_path}/shards", f"out={tmp_path}/latents"]
-    refused(words, "another gene vocabulary (30 genes)", capsys, tmp_path)
+    refused(words, f"shards={tmp_path}/shards has other genes (30, not those 40) (genes.json)", capsys, tmp_path)
+
+
+def test_a_set_is_the_same_data_or_not_for_every_verb(made: Path, tmp_path: Path, capsys) -> None:
+    """The same genes in another order are refused. Cells split otherwise are no data to resume on, and to encode them
+    is told: the autoencoder may have seen the test cells."""
+    write_cells(tmp_path / "turned.h5ad", lambda a: a._inplace_subset_var(slice(None, None, -1)))
+    words = ["conditions=type", "split.validation=0.2", "split.stratify=type"]
+    scldm("shards", "write", f"source.paths={tmp_path}/turned.h5ad", f"out={tmp_path}/turned", *words)
+    scldm("shards", "write", f"source.paths={made}/cells.h5ad", f"out={tmp_path}/again", "seed=7", *words)
+    shutil.copytree(made / "vae", tmp_path / "vae")
+    train = ["train", "vae", f"run_dir={tmp_path}/vae", *VAE]
+    encode = ["encode", f"vae={made}/vae", f"out={tmp_path}/latents"]
+    ldm = ["train", "ldm", f"vae={made}/vae", f"run_dir={tmp_path}/ldm", *LDM]
+    turned = "has the same genes in another order (genes.json)"
+    for key, of in (("data.shards", train), ("shards", encode), ("data.shards", ldm)):
+        refused([*of, f"{key}={tmp_path}/turned"], turned, capsys, tmp_path)
+    split = "has other training cells, as after another split (library_sizes.json)"
+    refused([*train, f"data.shards={tmp_path}/again"], f"data.shards {split}. Choose another run_dir", capsys, tmp_path)
+    scldm(*encode, f"shards={tmp_path}/again")
+    assert f"WARNING: {made}/vae was trained on other data: shards={tmp_path}/again {split}" in capsys.readouterr().err
+    scldm("train", "ldm", f"data.shards={tmp_path}/latents", f"run_dir={tmp_path}/ldm", *LDM, "train.steps=4")
+    capsys.readouterr()
+    scldm("export", f"vae={made}/vae", f"ldm={tmp_path}/ldm", f"out={tmp_path}/model")
+    assert f"ldm={tmp_path}/ldm {split}" in capsys.readouterr().err
+    scldm("export", f"vae={made}/vae", f"ldm={made}/ldm", f"out={tmp_path}/own")
+    assert "WARNING" not in capsys.readouterr().err
 
 
 def test_an_unconditional_model_goes_the_same_way(made: Path, tmp_path: Path) -> None:
