@@ -32,9 +32,9 @@ from scldm.progress import Progress
 from scldm.request.wanted import Wanted
 
 PURPOSE = """Generate cells for given conditions: integer counts or means in CSR, the conditions as categorical obs.
-Runs on any number of ranks; interrupted, the same command goes on. The cells are the same bit for bit for any number of
-ranks and interruptions: what else decides a sum's last bits, as threads, batch and the kind of device, is kept in the
-file and may not change in between."""
+Runs on any number of ranks. If it is interrupted, run the same command again. The cells are the same bit for bit for
+any number of ranks and interruptions. Threads, batch and the kind of device change a sum's last bits. They are kept in
+the file and may not change in between."""
 EXAMPLE = """
 scldm generate model=model conditions=wanted.csv out=generated.h5ad
 scldm generate model=model like=cells.h5ad by=cell_type,donor out=generated.zarr seed=1
@@ -140,7 +140,9 @@ def main(config: GenerateConfig) -> Path:
         world.barrier()
         if world.is_first:
             n_evaluations = int(writer.column(N_EVALUATIONS).sum(dtype=np.int64))
-            writer.join(lambda: model.obs(wanted, writer.column("library_size")), {N_EVALUATIONS: n_evaluations})
+            writer.join(
+                lambda: model.obs(wanted, config.sampler, writer.column("library_size")), {N_EVALUATIONS: n_evaluations}
+            )
             print(
                 f"{wanted.n_cells:,} cells x {len(genes):,} genes, {n_evaluations:,} network evaluations "
                 f"({n_evaluations / wanted.n_cells:,.4g} a cell): {config.out}"

@@ -32,7 +32,7 @@ from scldm.evaluate.protocols import PROTOCOLS
 from scldm.evaluate.report import write_report
 from scldm.evaluate.sample import SPLITS
 from scldm.files import write_json
-from scldm.label_text import labels_of
+from scldm.label_text import as_labels, labels_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,7 +51,8 @@ def evaluation(
     seed: int,
     model: Networks,
 ) -> Evaluation:
-    """Arguments as for `Pretrained.evaluate`; model: whose loss curves and hash are kept."""
+    """Arguments as for `Pretrained.evaluate`; model: whose loss curves and hash are kept, and which
+    knows the labels of missing values."""
     if protocol not in PROTOCOLS:
         raise InputError(f"protocol={protocol!r} must be one of {', '.join(map(repr, PROTOCOLS))}")
     of_cell = labels_of(pd.DataFrame(real.obs), split, "real", "split")
@@ -61,8 +62,9 @@ def evaluation(
                 f"real: obs column split={split!r} marks no {name} cells; it must say {', '.join(SPLITS)}, and says "
                 f"{', '.join(sorted(set(of_cell))[:5])}"
             )
-    parts = [_cells(real, np.flatnonzero(of_cell == name), conditions, layer, f"real ({name})") for name in SPLITS]
-    made = _cells(generated, np.arange(generated.n_obs), conditions, "X", "generated")
+    missing = {name: model.missing.get(name, "") for name in conditions}
+    parts = [_cells(real, np.flatnonzero(of_cell == name), missing, layer, f"real ({name})") for name in SPLITS]
+    made = _cells(generated, np.arange(generated.n_obs), missing, "X", "generated")
     found = compare(parts[0], parts[1], parts[2], made, EvaluateConfig(seed=seed), protocol, control)
     rows = {stage: table.to_dict("records") for stage, table in model.history.items()}
     found["curves"] = {
@@ -172,8 +174,12 @@ def gene_changes(counts: sp.csr_matrix, genes: pd.Index, n: int) -> pd.DataFrame
     return pd.DataFrame({"gene": genes.astype(str), "log2_fold_change": pair.change, "z": pair.z})
 
 
-def _cells(adata: ad.AnnData, rows: np.ndarray, conditions: Sequence[str], layer: str | None, name: str) -> Cells:
+def _cells(adata: ad.AnnData, rows: np.ndarray, missing: Mapping[str, str], layer: str | None, name: str) -> Cells:
+    """missing: condition -> label of its missing values; empty refuses them"""
     found = count_matrix(adata, layer, name)
     obs = pd.DataFrame(adata.obs)
-    labels = {of: labels_of(obs, of, name, "condition")[rows] for of in conditions}
+    for of, label in missing.items():
+        if label and of in obs:
+            obs = obs.assign(**{of: as_labels(pd.Series(obs[of]), name, label)})
+    labels = {of: labels_of(obs, of, name, "condition")[rows] for of in missing}
     return Cells.of_labels(sp.csr_matrix(found.matrix[rows]), labels, tuple(found.genes), name)

@@ -5,6 +5,7 @@ Reading order: batch_on, usable, Networks, written.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -110,6 +111,12 @@ class Networks:
         return {**told, **more}
 
     @property
+    def missing(self) -> dict[str, str]:
+        """Condition -> the label that training gave its missing values, where it has that label."""
+        label = self.origin.get("missing", "")
+        return {name: label for name, labels in self.conditions.labels.items() if label in labels}
+
+    @property
     def device(self) -> torch.device:
         return self.vae.latent_queries.device
 
@@ -145,7 +152,7 @@ class Networks:
         seed = seed_of(seed)
         if len(conditions) == 0:
             raise InputError("there are no cells to generate: the table of conditions is empty")
-        combination_n, labels = distinct(conditions.drop(columns="library_size", errors="ignore"))
+        combination_n, labels = distinct(conditions.drop(columns="library_size", errors="ignore"), self.missing)
         ids, labels = asked.encode_labels(dit, self.conditions, labels)
         sampler = sampler or SamplerConfig()
         base = asked.base_of(dit, ids, sampler)
@@ -240,9 +247,15 @@ class Networks:
         ids = pd.Index([self.genes.ids[k] for k in columns])
         return self.gene_columns.loc[ids].copy() if len(self.gene_columns) else pd.DataFrame(index=ids)
 
-    def obs(self, wanted: Wanted, library_size_n: np.ndarray) -> pd.DataFrame:
-        """Conditions as categories, of which one is "not given", continuous ones as numbers; and the library sizes."""
-        obs = pd.DataFrame(index=pd.Index([f"generated-{k}" for k in range(wanted.n_cells)]))
+    def obs(self, wanted: Wanted, sampler: SamplerConfig, library_size_n: np.ndarray) -> pd.DataFrame:
+        """Conditions as categories, of which one is "not given", continuous ones as numbers; and the library sizes.
+
+        A cell's name is `generated-CALL-NUMBER`. CALL is a hash of the model, the conditions, the sampler and the seed:
+        the same call gives the same names, and other calls give others.
+        """
+        call = hashlib.sha256(f"{self.hash} {wanted.hash} {json.dumps(asdict(sampler))} {wanted.seed}".encode())
+        names = [f"generated-{call.hexdigest()[:8]}-{k}" for k in range(wanted.n_cells)]
+        obs = pd.DataFrame(index=pd.Index(names))
         for name, ids in wanted.ids.items():
             if name in self._dit().config.continuous:
                 obs[name] = ids[wanted.combination_n]

@@ -312,7 +312,7 @@ class Pretrained(Networks):
         obs = storable(pd.DataFrame(adata.obs))
         own = tuple(name for name in self.conditions.names if name in obs)
         by = own if by is None else names_of("by", by, "columns of obs", '["cell_type", "treatment"]')
-        moves = asked.own_and_other(dit, self.conditions, obs, by, to, sampler)
+        moves = asked.own_and_other(dit, self.conditions, obs, by, to, sampler, self.missing)
         for of in (moves.own, moves.by_flow):
             asked.check_sampler(dit, of, sampler, self.origin)
         if isinstance(alphas, int | float):
@@ -387,6 +387,9 @@ class Pretrained(Networks):
         genes: which genes to write, in this order; the default is all of the model's
         kind: counts, integers drawn from what the decoder predicts, or means, its expected counts, float32
 
+        A cell's name is `generated-CALL-NUMBER`. CALL stands for model, conditions, sampler and seed: cells of several
+        calls can be joined by `anndata.concat`, and the same call gives the same names.
+
         Raises: InputError for a condition or label that the model does not know, or library sizes never fitted.
         """
         sampler, dit = _sampler(sampler), self._dit()
@@ -398,7 +401,7 @@ class Pretrained(Networks):
         every = range(wanted.n_cells)
         with Progress("generate", wanted.n_cells, "cells") as bar:
             matrix, n_evaluations_n = self.make(wanted, every, columns, sampler, kind, bar.advance)
-        obs = self.obs(wanted, wanted.library_size(every))
+        obs = self.obs(wanted, sampler, wanted.library_size(every))
         n_evaluations = int(n_evaluations_n.sum())
         uns = self.record("generate", seed=seed, sampler=sampler, kind=kind, n_evaluations=n_evaluations, **wanted.told)
         return ad.AnnData(matrix, obs=obs, var=self.var(columns), uns={"scldm": uns})

@@ -109,15 +109,22 @@ def own_and_other(
     by: Sequence[str],
     to: Mapping[str, str],
     sampler: SamplerConfig,
+    missing: Mapping[str, str],
 ) -> Moves:
     """by: columns of obs that are the cells' own conditions; to: condition -> label that they shall have instead
+    missing: condition -> label of its missing values
 
     Raises: InputError for what is no condition of the model, no column of obs, or not in `by`; or where obs has a
         column of MOVED_COLUMNS, as of cells that were taken somewhere before.
     """
     for column in MOVED_COLUMNS:
         if column in obs:
-            raise InputError(f"obs has a column {column!r} already, which would be lost. Rename or remove it")
+            several = ",".join(f"{name}={label}" for name, label in to.items())
+            raise InputError(
+                f"obs has a column {column!r}: these cells were moved before. Move the measured cells instead, "
+                f"to all labels in one call, as to={several or 'treatment=IFN'},CONDITION=LABEL. To move them once "
+                f"more all the same, remove the columns {' and '.join(MOVED_COLUMNS)} first"
+            )
     if not to:
         raise InputError("to names no condition. Give one, as to=treatment=stimulated")
     for name in [*by, *to]:
@@ -127,7 +134,7 @@ def own_and_other(
             raise InputError(f"obs has no column {name!r}; it has {', '.join(map(str, obs.columns)) or 'none'}")
         if name not in by:
             raise InputError(f"by must name {name!r} too: from which label each cell is taken to {to[name]!r}")
-    row_n, labels = distinct(pd.DataFrame({name: obs[name].array for name in by}))
+    row_n, labels = distinct(pd.DataFrame({name: obs[name].array for name in by}), missing)
     own, own_labels = encode_labels(dit, vocab, labels)
     other, other_labels = encode_labels(dit, vocab, labels.assign(**to))
     by_flow = other

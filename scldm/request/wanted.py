@@ -6,6 +6,7 @@ Reading order: Wanted, distinct.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,8 @@ import torch
 from scldm import draws
 from scldm.errors import InputError
 from scldm.label_text import texts
+
+ABSENT = ("", "nan")  # texts that are no label, as in `as_labels`
 
 
 @dataclass(frozen=True)
@@ -87,18 +90,26 @@ class Wanted:
         return np.concatenate(parts)
 
 
-def distinct(conditions: pd.DataFrame) -> tuple[np.ndarray, pd.DataFrame]:
+def distinct(conditions: pd.DataFrame, missing: Mapping[str, str]) -> tuple[np.ndarray, pd.DataFrame]:
     """Which of the distinct rows every row is, int32 (n,), and those, as text.
 
-    Raises: InputError for a row without a label.
+    missing: condition -> label of its missing values
+
+    Raises: InputError for a missing value of another condition.
     """
     code_n = np.zeros(len(conditions), np.int64)
     columns: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for name in map(str, conditions.columns):
         value_n, values = pd.factorize(conditions[name])
-        if (value_n < 0).any():
-            raise InputError(f"column {name}, row {(value_n < 0).argmax()}: no label is given")
-        label_of, labels = pd.factorize(texts(pd.Series(values)))  # 1 and 1.0 are one label
+        if (value_n < 0).any() and name not in missing:
+            raise InputError(
+                f"column {name}, row {(value_n < 0).argmax()}: no label is given, and the model was trained on no "
+                f"missing values of {name}. Give a label, or leave these rows out"
+            )
+        known = texts(pd.Series(values))  # 1 and 1.0 are one label
+        if name in missing:  # at the end, which a value_n of -1 means
+            known = pd.Series([*known.where(~known.isin(ABSENT), missing[name]), missing[name]], dtype=object)
+        label_of, labels = pd.factorize(known)
         columns[name] = label_of[value_n], np.asarray(labels, object)
         code_n = pd.factorize(code_n * len(labels) + columns[name][0])[0]
     _, first, code_n = np.unique(code_n, return_index=True, return_inverse=True)

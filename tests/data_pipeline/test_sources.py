@@ -300,9 +300,9 @@ def test_labels_that_are_asked_for_are_those_that_were_kept(dtype):
     values = ["0", "0.1", "1", "10"] if dtype == "string" else [0.0, 0.1, 1.0, 10.0]
     dose = pd.Series(values, dtype=dtype, name="dose")
     assert as_labels(dose, "x", "").tolist() == texts(dose).tolist() == ["0", "0.1", "1", "10"]
-    assert distinct(pd.DataFrame({"dose": dose}))[1]["dose"].tolist() == ["0", "0.1", "1", "10"]
+    assert distinct(pd.DataFrame({"dose": dose}), {})[1]["dose"].tolist() == ["0", "0.1", "1", "10"]
     mixed = pd.DataFrame({"dose": pd.Series([1, 1.0, "1", b"1"], dtype=object)})
-    assert distinct(mixed)[0].tolist() == [0, 0, 0, 0]
+    assert distinct(mixed, {})[0].tolist() == [0, 0, 0, 0]
 
 
 # --- reading -------------------------------------------------------------------------------------------------------

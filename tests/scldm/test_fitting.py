@@ -215,6 +215,27 @@ def test_no_layer_holds_counts() -> None:
         scldm.fit(adata, ["cell_type"])
 
 
+@pytest.mark.slow
+def test_missing_values_can_be_asked_for_as_they_were_trained(tmp_path: Path) -> None:
+    adata = cells()
+    adata.obs["treatment"] = adata.obs["treatment"].astype("category")
+    adata.obs.loc[adata.obs_names[::3], "treatment"] = np.nan
+    with_missing: dict[str, Any] = {"shards": {**SPLIT, "missing": "unknown"}}
+    model = scldm.fit(adata, ["treatment"], vae=FEW, ldm=FEW, **with_missing)
+    assert model.conditions.labels == {"treatment": ("ctrl", "stim", "unknown")}
+    model.save(tmp_path / "model")
+    model = scldm.load(tmp_path / "model")
+    made = model.generate(adata, sampler=FAST)
+    was = adata.obs["treatment"].astype(object).fillna("unknown")
+    assert list(made.obs["treatment"]) == list(was)
+    moved = model.transform(adata, {"treatment": "stim"}, sampler=FAST)
+    assert set(moved.obs["treatment"]) == {"stim"}
+    said = model.evaluate(made, adata).verdict
+    n_test = (adata.obs["scldm_split"] == "test").sum()
+    assert f"The scores are of {n_test} generated cells and as many test cells. " in said
+    assert "of 3 combinations of treatment" in said
+
+
 def test_a_label_is_missing() -> None:
     adata = cells()
     adata.obs.loc["cell 3", "cell_type"] = np.nan

@@ -121,11 +121,42 @@ def test_means_are_what_counts_are_drawn_from(model: Pretrained) -> None:
 
 def test_a_table_is_held_as_its_distinct_rows(model: Pretrained) -> None:
     table = pd.DataFrame({"donor": ["d1", "d2", "d1", "d1"], "type": pd.Categorical(["NK", "NK", "B cell", "NK"])})
-    code_n, labels = distinct(table)
+    code_n, labels = distinct(table, {})
     assert [tuple(labels.iloc[k]) for k in code_n] == list(zip(table["donor"], table["type"]))
     assert len(labels) == 3
-    code_n, labels = distinct(pd.DataFrame(index=range(3)))
+    code_n, labels = distinct(pd.DataFrame(index=range(3)), {})
     assert (list(code_n), labels.shape) == ([0, 0, 0], (1, 0))
+
+
+def test_names_are_those_of_the_call(model: Pretrained) -> None:
+    """Cells of several calls are joined without two of one name, and the same call gives the same names."""
+    of: dict[str, Any] = {"n": 3, "sampler": FEW}
+    once = list(model.generate({"type": "T cell"}, **of).obs_names)
+    assert list(model.generate({"type": "T cell"}, kind="means", genes=GENES.ids[:2], **of).obs_names) == once
+    assert once[2].endswith("-2")
+    others = [
+        *model.generate({"type": "B cell"}, **of).obs_names,
+        *model.generate({"type": "T cell"}, seed=1, **of).obs_names,
+        *model.generate({"type": "T cell"}, n=3, sampler=replace(FEW, n_steps=2)).obs_names,
+        *replace(model, hash="another").generate({"type": "T cell"}, **of).obs_names,
+    ]
+    assert len({*once, *others}) == 15
+
+
+def test_a_missing_value_has_the_label_that_training_gave_it(model: Pretrained) -> None:
+    knows = replace(model, origin={**model.origin, "missing": "NK"})
+    sizes = {"library_size": [50.0] * 4}
+    table = pd.DataFrame({"type": ["T cell", None, "", np.nan], **sizes})
+    for asked in (table, table.assign(type=table["type"].astype("category"))):
+        made = knows.generate(asked, sampler=FEW)
+        assert list(made.obs["type"]) == ["T cell", "NK", "NK", "NK"]
+        named = knows.generate(pd.DataFrame({"type": ["T cell", "NK", "NK", "NK"], **sizes}), sampler=FEW)
+        assert (made.X != named.X).nnz == 0
+        assert list(made.obs_names) == list(named.obs_names)
+    with pytest.raises(InputError, match="column type, row 1: no label is given, and the model was trained on no miss"):
+        model.generate(table, sampler=FEW)
+    with pytest.raises(InputError, match="column donor, row 0: no label"):  # which has no label NK
+        knows.generate(pd.DataFrame({"donor": [None], "library_size": [50.0]}), sampler=FEW)
 
 
 def test_own_library_sizes_are_taken_and_need_no_fit(model: Pretrained) -> None:

@@ -92,8 +92,13 @@ def test_a_files_own_columns_are_kept(model: Pretrained) -> None:
     assert list(moved.obs["alpha"]) == [7] * 4
     assert list(moved.obs["scldm_source"]) == list(adata.obs_names)
     moved.X = adata.X
-    with pytest.raises(InputError, match="obs has a column 'scldm_alpha' already, which would be lost"):
+    with pytest.raises(
+        InputError,
+        match="obs has a column 'scldm_alpha': these cells were moved before.*in one call, as to=type=B cell,",
+    ):
         model.transform(moved, {"type": "B cell"}, sampler=FEW)
+    del moved.obs["scldm_alpha"], moved.obs["scldm_source"]
+    assert model.transform(moved, {"type": "B cell"}, sampler=FEW).n_obs == 4
 
 
 def test_bfloat16_takes_cells_nearly_to_the_same_place(model: Pretrained) -> None:
