@@ -63,10 +63,23 @@ def reaches_floor(metric: Metric, row: dict) -> bool:
 
 
 def verdict(evaluation: dict) -> dict[str, str]:
-    """says: a sentence, and one on unseen combinations, where there are some; next: what to do. From the evaluation
-    with its summary."""
+    """says: a sentence, one on unseen combinations, where there are some, and one on what was scored. next: what to do.
+    From the evaluation with its summary."""
     found = _of_trained(evaluation)
-    return {**found, "says": " ".join([found["says"], *_of_unseen(evaluation)])}
+    return {**found, "says": " ".join([found["says"], *_of_unseen(evaluation), _of_what(evaluation)])}
+
+
+def _of_what(evaluation: dict) -> str:
+    """How many cells and combinations the scores are of."""
+    cells = evaluation["cells"]
+    told = f"The scores are of {cells['compared']:,} generated cells and as many test cells"
+    if not evaluation["conditions"]:
+        return f"{told}."
+    of = " and ".join(evaluation["conditions"])
+    scored, there = len(evaluation.get("by_combination", {})), len(cells["by_combination"])
+    if not scored:
+        return f"{told}. None of {there:,} combinations of {of} is scored by itself."
+    return f"{told}. {scored:,} of {there:,} combinations of {of} are scored one by one."
 
 
 def _of_unseen(evaluation: dict) -> list[str]:

@@ -14,6 +14,7 @@ import scipy.sparse as sp
 from launch.cli import main
 from launch.evaluate import main as evaluate
 from launch.evaluation.config import EvaluateVerbConfig
+from launch.evaluation.terminal import console, started
 from scldm.errors import InputError
 
 
@@ -119,3 +120,11 @@ def test_a_cell_without_a_label_is_not_guessed(tmp_path: Path) -> None:
     cells.write_h5ad(tmp_path / "embedded.h5ad")
     with pytest.raises(InputError, match="label='cell_type' has no value in 3 cells"):
         evaluate(EvaluateVerbConfig(**of(tmp_path / "embedded.h5ad")))
+
+
+def test_a_table_in_a_file_or_pipe_is_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    table = started("title", [f"score {k}" for k in range(12)], ("classifier", "features"), min_width=13)
+    table.add_row("nearest neighbours", "embedding (256 wide)", *["0.953 ± 0.012"] * 12)
+    console().print(table)
+    out = capsys.readouterr().out
+    assert (out.count("0.953 ± 0.012"), out.count("score ")) == (12, 12)

@@ -22,8 +22,9 @@ def row(score: float, error: float, floor: float, baseline: float, beats: bool |
 
 
 def evaluation(of: dict[str, Any], **more: Any) -> dict[str, Any]:
-    empty = ("memorisation", "response", "parts", "beside_parts", "cells")
-    out: dict[str, Any] = {"pooled": of, "set_apart": [], **{name: {} for name in empty}, **more}
+    empty = ("memorisation", "response", "parts", "beside_parts")
+    out: dict[str, Any] = {"pooled": of, "set_apart": [], "conditions": [], "cells": {"compared": 1_500}}
+    out |= {**{name: {} for name in empty}, **more}
     return out | {"summary": summary(out)}
 
 
@@ -35,6 +36,16 @@ def test_a_model_that_loses_is_not_praised_for_wide_intervals() -> None:
     """Every interval reaches the floor, and every baseline is closer."""
     found = verdict(evaluation(all_like(row(5.0, 3.0, 1.0, 2.0, False))))
     assert found["says"].startswith("The model loses to a baseline: only 0 of 20 scores")
+
+
+def test_it_says_how_many_cells_and_combinations_were_scored() -> None:
+    one = all_like(row(1.0, 0.1, 1.0, 2.0, True))
+    cells = {"compared": 1_500, "by_combination": {name: {} for name in "abc"}}
+    of = {"conditions": ["type", "drug"], "cells": cells}
+    assert verdict(evaluation(one))["says"].endswith("The scores are of 1,500 generated cells and as many test cells.")
+    found = verdict(evaluation(one, by_combination={"a": one, "b": one}, **of))["says"]
+    assert found.endswith("2 of 3 combinations of type and drug are scored one by one.")
+    assert "None of 3 combinations of type and drug is scored by itself." in verdict(evaluation(one, **of))["says"]
 
 
 def test_without_a_baseline_that_is_told_apart_nothing_is_beaten() -> None:
