@@ -25,7 +25,7 @@ class DirectCells(ShardSet):
     as `cells=`, and whatever takes a shard set takes its `url`. README.md trains on one.
 
     limit_gb: most that the query may take in the temporary folder, in 1e9 bytes
-    folder: where the temporary folder is made; empty: where the system has them
+    folder: where the temporary folder is made. Empty: where the system has them
     query: settings of ShardsWriteConfig, such as `source` and `conditions`
 
     Raises: InputError for what is wrong with the query, or where it is too large for this.

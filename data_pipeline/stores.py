@@ -35,7 +35,7 @@ def check_bucket(url: str) -> None:
     bucket = path.split("/")[0]
     with store_explained(url):
         if {"s3", "gs", "abfs"} & set(_protocols(fs)) and not fs.exists(bucket):
-            raise InputError(f"{url}: there is no bucket {bucket!r} that may be listed; make it, or give another")
+            raise InputError(f"{url}: there is no bucket {bucket!r} that may be listed. Make it, or give another")
 
 
 def _protocols(fs: Any) -> tuple[str, ...]:
@@ -73,5 +73,5 @@ def refused(what: str, error: Exception, kind: type[InputError] = Busy, how: str
     """What a user reads of a store's error."""
     why = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
     if denies(error):
-        return InputError(f"{what}: the store refuses access ({why}); check its credentials, and what they allow")
+        return InputError(f"{what}: the store refuses access ({why}). Check its credentials, and what they allow")
     return kind(f"{what}: {how}{why}")

@@ -49,12 +49,12 @@ Value = str | int
 
 
 class CellWriter:
-    """Cells numbered from 0, each in one part; parts may be written in any order by any process, again and again.
+    """Cells numbered from 0, each in one part. Parts may be written in any order by any process, again and again.
 
     out: a path that ends in .h5ad, .zarr or .soma
     genes: ids of the matrix' columns
     dtype: of the values
-    made_by: all that decides what the cells are, JSON texts and numbers; uns["scldm"] of the file
+    made_by: all that decides what the cells are, JSON texts and numbers. It is uns["scldm"] of the file
     batch: cells that are made at once: a part holds whole batches
 
     Raises: InputError where `out`, or what an interrupted command left of it, is of another command. Writes nothing.
@@ -153,7 +153,7 @@ class CellWriter:
         """Join the parts, and remove them when the file is there: by one process, once every part is written.
 
         obs: makes them, for no longer than they are needed: they are not in memory while the matrix is written
-        cost: what the cells have taken, by COSTS; into uns["scldm"] as well
+        cost: what the cells have taken, by COSTS. It goes into uns["scldm"] too
         """
         assert set(cost) <= set(COSTS), cost
         # an AnnData of these obs would hold a copy and a table of their names
@@ -327,5 +327,5 @@ def _short(value: Any) -> str:
 
 
 def _files(path: Path) -> list[Path]:
-    """A file itself, or all that are in a folder; none where it is not there."""
+    """A file itself, or all that are in a folder. None where it is not there."""
     return [path] if path.is_file() else [inside for inside in path.rglob("*") if inside.is_file()]

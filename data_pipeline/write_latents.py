@@ -38,7 +38,7 @@ from scldm.files import disk_explained, left_aside, locked, remove, remove_marke
 
 
 class LatentWriter:
-    """Writes the latents of a cell set shard by shard; interrupted, the next one goes on with what is missing.
+    """Writes the latents of a cell set shard by shard. After an interruption, the next one writes what is missing.
 
     out: a local folder
     cells: the set that is encoded
@@ -151,7 +151,7 @@ class LatentWriter:
         self._write(self._note(shard), json.dumps({"blocks": blocks, "bytes": size, "sha256": sha, **sums}).encode())
 
     def finish(self) -> None:
-        """Writes index and manifest, once every shard is there; does nothing where they are."""
+        """Writes index and manifest, once every shard is there. Does nothing where they are."""
         if self.finished:
             return
         missing = self.missing_shards()

@@ -54,7 +54,7 @@ class SomaWriteConfig:
 
 
 def write_soma(config: SomaWriteConfig) -> str:
-    """Returns the name of the matrix that the counts came from; its rows are never all in memory.
+    """Returns the name of the matrix that the counts came from. Its rows are never all in memory.
 
     Raises: InputError for a file without counts or with values that are none, or where `out` exists.
     """

@@ -23,14 +23,14 @@ Join = Literal["union", "intersection"]
 
 
 def gene_names(names: Iterable[object]) -> tuple[str, ...]:
-    """Ids of genes as they are joined: without a version; of a gene without a name, an empty text."""
+    """Ids of genes as they are joined: without a version. A gene without a name has an empty text."""
     values = pd.Series(list(names), dtype=object)
     return tuple("" if gone else without_version(text.strip()) for text, gone in zip(texts(values), values.isna()))
 
 
 @dataclass(frozen=True)
 class SourceGenes:
-    """The gene ids of a source's columns, in their order, as `gene_names` gives them; an empty one is dropped."""
+    """The gene ids of a source's columns, in their order, as `gene_names` gives them. An empty one is dropped."""
 
     uri: str
     ids: tuple[str, ...]
@@ -68,9 +68,9 @@ def join_genes(
     table: str,
     min_share: float = MIN_GENE_SHARE,
 ) -> JoinedGenes:
-    """One source keeps its gene names; several are joined by them, the first one's order first.
+    """One source keeps its gene names. Several are joined by their names, in the order of the first one.
 
-    namespace: of the vocabulary; None takes the sources' own, which must then agree
+    namespace: of the vocabulary. None takes the sources' own, which must then agree
     table: CSV with the columns `ensembl` and `symbol`, needed where a source has another namespace
     min_share: of the smallest source's genes that the others must have, where only those of all are taken
     Raises: InputError where namespaces differ and there is no table, or where no gene or too few are left.
@@ -121,7 +121,7 @@ def join_genes(
 
 
 def _read_table(path: Path, to: Namespace) -> dict[str, str]:
-    """Gene id of the other namespace -> id of this one; ids that the table gives twice are left out."""
+    """Gene id of the other namespace -> id of this one. Ids that the table gives twice are left out."""
     if not path.is_file():
         raise InputError(f"source.gene_table: {path}: no such file")
     with path.open(newline="", encoding="utf-8-sig") as file:  # Excel begins a table with a byte order mark

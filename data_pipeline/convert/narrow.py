@@ -24,7 +24,7 @@ class Rows:
     rows: (n,) row or soma_joinid of each
     indptr: (n + 1,) int64
     columns: (nnz,) any integer dtype, in any order within a row
-    values: (nnz,) any numeric dtype; zeros may be stored
+    values: (nnz,) any numeric dtype. Zeros may be stored
     """
 
     rows: np.ndarray
@@ -68,7 +68,7 @@ def narrow_rows(
 ) -> NarrowRows:
     """The rows over the vocabulary, every value checked.
 
-    column_of: source column -> vocabulary column, int32; -1 where the vocabulary lacks the gene
+    column_of: source column -> vocabulary column, int32. -1 where the vocabulary lacks the gene
     sums: increased by the rows where `counted` is True and that have at least `min_genes` genes
     Raises: CountError for the first value that is no count.
     """
@@ -122,8 +122,8 @@ def coo_to_rows(
     """Coordinates in any order as Rows: one counting sort, no lookup per value but an array's.
 
     rows: the rows that are wanted
-    row_of: coordinate minus `low` -> position among `rows`, or -1 where it is not wanted; int32
-    buffers: where columns and values are put; they are lost with the next call
+    row_of: coordinate minus `low` -> position among `rows`, int32, or -1 where it is not wanted
+    buffers: where columns and values are put. The next call overwrites them
     """
     indptr = np.zeros(len(rows) + 1, np.int64)
     for dim_0, _, _ in parts:
@@ -153,7 +153,7 @@ def _count_escapes(indptr, values, n_genes):
 
 @njit(nogil=True, cache=True)
 def fault_of(value):
-    """Position in FAULTS of what is wrong with a value; 0 where it is a count."""
+    """Position in FAULTS of what is wrong with a value. 0 where it is a count."""
     if value < 0:
         return 1
     if value != value:
@@ -170,7 +170,7 @@ def _narrow_rows(
     indptr, columns, values, column_of, min_genes, counted,
     nonzeros, n_far, n_large, n_all, totals, steps, small, far, large, gene_total, gene_cells, dense,
 ):  # fmt: skip
-    """Returns (fault, row, k, and how much of steps, far, large is filled); `dense` is zeros, and is left so.
+    """Returns (fault, row, k, and how much of steps, far, large is filled). `dense` is zeros, and is left so.
 
     Positions are unsigned: signed ones cost a test for negative indices at every access.
     """

@@ -19,7 +19,7 @@ def open_sources(config: SourceConfig, columns: tuple[str, ...], missing: str) -
     """The sources of a config, in an order that doesn't depend on how they were listed.
 
     columns: obs columns to read
-    missing: label for missing values; empty refuses them
+    missing: label for missing values. Empty refuses them
     Raises: InputError for what can't be read or found, or a filter that selects nothing.
     """
     kind, uris = resolve(config)
@@ -37,7 +37,7 @@ def open_sources(config: SourceConfig, columns: tuple[str, ...], missing: str) -
 
 
 def resolve(config: SourceConfig) -> tuple[Literal["h5ad", "soma", "census"], list[str]]:
-    """The kind of the sources and their URIs, sorted, each source once; the Census on the net has the URI ''."""
+    """The kind of the sources and their URIs, sorted, each source once. The Census on the net has the URI ''."""
     uris: list[str] = []
     for path in config.paths:
         if glob.has_magic(path) and not os.path.exists(path):  # `cells [v2].h5ad` is a name before it is a pattern
@@ -63,7 +63,7 @@ def resolve(config: SourceConfig) -> tuple[Literal["h5ad", "soma", "census"], li
     if kind == "h5ad" or (kind == "auto" and endings == {True}):
         for uri in uris:
             if "://" in uri:
-                raise InputError(f"source.paths: {uri}: AnnData files are read from a local disk; copy it to one first")
+                raise InputError(f"source.paths: {uri}: AnnData files are read from a local disk. Copy it to one first")
             if not Path(uri).exists():
                 raise InputError(f"source.paths: {uri}: no such file")
         if not uris:
@@ -91,7 +91,7 @@ def _identity(uri: str) -> object:
 
 
 def open_matrix(spec: SourceSpec, transposed: Path | None = None) -> Matrix:
-    """The counts of a source; `transposed` holds a CSC matrix's rows. Raises: InputError where it can't be opened."""
+    """The counts of a source. `transposed` holds a CSC matrix's rows. Raises: InputError where it can't be opened."""
     if spec.kind == "h5ad":
         from data_pipeline.convert.source_h5ad import H5adMatrix
 
@@ -102,7 +102,7 @@ def open_matrix(spec: SourceSpec, transposed: Path | None = None) -> Matrix:
 
 
 def csc_groups(spec: SourceSpec, chunk_bytes: int) -> list[tuple[int, int]]:
-    """The groups of columns in which a CSC matrix must be transposed before its rows are read; none for any other."""
+    """The groups of columns in which a CSC matrix must be transposed before its rows are read. Any other has none."""
     if spec.kind != "h5ad":
         return []
     from data_pipeline.convert.source_h5ad import groups_to_transpose

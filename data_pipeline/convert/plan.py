@@ -102,7 +102,7 @@ class ShardsWriteConfig(Checked):
 
     @property
     def share(self) -> tuple[int, int]:
-        """(i, n) of task=i/n; (0, 1) without one."""
+        """(i, n) of task=i/n. (0, 1) without one."""
         i, slash, n = self.task.partition("/")
         if not self.task:
             return 0, 1
@@ -186,7 +186,7 @@ def tool_versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan, read from its folder; the arrays are memory-mapped.
+    """A plan, read from its folder. The arrays are memory-mapped.
 
     units: (source, first cell, end) of every share of reading, cells counted in source order
     csc_groups: for each source, the column groups of a CSC matrix, or ()
@@ -269,8 +269,8 @@ class Plan:
 def make_plan(config: ShardsWriteConfig, folder: Path) -> Plan:
     """The plan of a config, found in the folder or made there.
 
-    Raises: InputError where the folder has another command's plan, or the sources aren't what they were; for what is
-        wrong with sources, filters, conditions, splits.
+    Raises: InputError where the folder has another command's plan, or the sources aren't what they were. Also for
+        what is wrong with sources, filters, conditions or splits.
     """
     settings = settings_of(config)
     if not folder.is_dir():

@@ -36,7 +36,7 @@ def matches(frame: pd.DataFrame, expression: str, path: str, key: str) -> np.nda
     try:
         value = Expression(frame, names).value(ast.parse(text, mode="eval").body)
     except SyntaxError as error:
-        why = "an assignment; == compares" if re.search(r"(?<![=!<>])=(?!=)", text) else error.msg
+        why = "an assignment. == compares" if re.search(r"(?<![=!<>])=(?!=)", text) else error.msg
         raise InputError(f"{what} can't be applied: {why}") from None
     except (
         TypeError,
@@ -48,7 +48,7 @@ def matches(frame: pd.DataFrame, expression: str, path: str, key: str) -> np.nda
     return where_true(value if isinstance(value, pd.Series) else pd.Series([value] * len(frame)), what)
 
 
-# text, which stays; names with blanks in backticks, and && and ||, which Python does not know
+# text, which stays as it is. Names with blanks in backticks, and && and ||, which Python does not know
 TOKENS = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|`([^`]+)`|&&|\|\|""")
 
 
@@ -60,7 +60,7 @@ def _as_python(found: re.Match[str], names: list[str]) -> str:
 
 
 def where_true(values: Any, what: str) -> np.ndarray:
-    """Which of some booleans are true; missing ones are not.
+    """Which of some booleans are true. Missing ones are not.
 
     Raises: InputError for anything but booleans: text and most numbers would all count as true.
     """
@@ -174,7 +174,7 @@ def _plain(of: Any) -> Any:
 
 
 def _kind(of: Any) -> str:
-    """Text, numbers or booleans; nothing where values differ or are missing."""
+    """Text, numbers or booleans. Nothing where values differ or are missing."""
     values = of if isinstance(of, pd.Series) else pd.Series([of])
     kind = pd.api.types.infer_dtype(values, skipna=True)
     if kind in ("integer", "floating", "mixed-integer-float", "decimal"):

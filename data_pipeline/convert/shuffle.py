@@ -46,7 +46,7 @@ class Arena:
 
 
 class RunWriter:
-    """Collects a unit's narrow cells in an arena; `flush` writes them as one run."""
+    """Collects a unit's narrow cells in an arena. `flush` writes them as one run."""
 
     def __init__(self, folder: Path, unit: int, arena: Arena) -> None:
         self.folder, self.unit, self.arena = folder, unit, arena
@@ -99,7 +99,7 @@ class RunWriter:
 
 
 def _offsets(totals: np.ndarray) -> list[list[int]]:
-    """[start of the section, bytes written of it] of each section in a run's data, 8-byte aligned; then the end."""
+    """[start of the section, bytes written of it] of each section in a run's data, 8-byte aligned. Then the end."""
     sizes = [int(totals[0]), int(totals[0]), 4 * int(totals[1]), 8 * int(totals[2])]
     out, at = [], 0
     for size in sizes:
@@ -134,8 +134,8 @@ class Run:
 
 
 def read_range(stems: Sequence[Path], low: int, high: int) -> tuple[np.ndarray, NarrowCells, np.ndarray]:
-    """The cells at positions low ... high: their positions, ascending; the cells as they lie in the runs; and the order
-    that brings those to ascending positions."""
+    """The cells at positions low ... high, as (positions, cells, order). Positions ascend. Cells lie as in the runs.
+    The order brings them to ascending positions."""
     runs = [Run.between(stem, low, high) for stem in stems]
     lengths = [np.diff(run.starts, axis=0) for run in runs]
     totals = np.asarray(np.sum([n.sum(axis=0) for n in lengths], axis=0, dtype=np.int64))

@@ -66,7 +66,7 @@ class SourceSpec:
     """One source as the manifest names it, and all that it takes to read its counts again.
 
     n_rows, n_columns: shape of the matrix, before filters
-    mean_nonzeros: stored values a row, without a dense matrix's zeros; of some rows, where counting all takes long
+    mean_nonzeros: stored values a row, without a dense matrix's zeros. Of some rows, where counting all takes long
     size, modified_ns: bytes and modification time of the file, 0 where it is none
     """
 
@@ -121,7 +121,7 @@ class Matrix(Protocol):
     """The counts of a source, by chunks."""
 
     def read(self, rows: np.ndarray, chunk_bytes: int) -> Iterator[Rows]:
-        """The given rows (ascending), in order, in chunks; reading them takes at most about chunk_bytes of memory."""
+        """The given rows (ascending), in order, in chunks. Reading them takes at most about chunk_bytes of memory."""
         ...
 
     def row_name(self, row: int) -> str:

@@ -25,7 +25,7 @@ from scldm.label_text import as_labels
 from scldm.vocab import namespace_of
 
 TILEDB: dict[str, Any] = {
-    # a read hands its result over in tables of this size; the default of 1 GiB a column would break any memory bound
+    # a read hands its result over in tables of this size. The default of 1 GiB a column would break any memory bound
     "soma.init_buffer_bytes": 64 << 20,
     # else a read ends the process now and then (once in some 10,000 small ones): TileDB 2.28 to 2.30 frees what the
     # threads that merge tiles still use (TileDB pull request 5723)
@@ -72,7 +72,7 @@ def _absolute(uri: str) -> str:
 
 
 def census_release(version: str) -> str:
-    """The release date that a Census version stands for today (`stable`, `latest`); a date stands for itself.
+    """The release date that a Census version stands for today (`stable`, `latest`). A date stands for itself.
 
     Raises: InputError for a name that is unknown, and where the list of versions can't be had.
     """
@@ -212,7 +212,7 @@ class SomaMatrix:
             self.matrix, _ = _matrix(experiment, spec.measurement, spec.layer, spec.uri)
 
     def read(self, rows: np.ndarray, chunk_bytes: int) -> Iterator[Rows]:
-        """By ranges of joinids; where memory allows it, the next one is read while this one is worked on."""
+        """By ranges of joinids. Where memory allows it, the next one is read while this one is worked on."""
         # two int64 coordinates and a value, and a sorted copy
         row_bytes = 28 * max(self.spec.mean_nonzeros, 1.0)
         n_ahead = int(chunk_bytes >= 2 * TILE_ROWS * row_bytes)

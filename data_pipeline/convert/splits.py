@@ -211,7 +211,7 @@ def _fractions(shares: dict[str, float], strata: np.ndarray, key: np.ndarray, na
 
 
 def _whole_values(shares: dict[str, float], seed: int, column: str, values: np.ndarray, names: list[str]) -> np.ndarray:
-    """Values in the order of their hash; a share of f takes round(f n) of n values, and at least one."""
+    """Values in the order of their hash. A share of f takes round(f n) of n values, and at least one."""
     codes, unique = pd.factorize(values, sort=True)
     hashes = [hashlib.sha256(f"{seed} split {value}".encode()).digest() for value in unique]
     order = sorted(range(len(unique)), key=lambda k: hashes[k])

@@ -61,7 +61,7 @@ class Worker:
 
     @cached_property
     def chosen(self) -> tuple[GeneVocab, np.ndarray]:
-        """The set's genes, and for each gene of the plan its column among them or -1; after the scan."""
+        """The set's genes, and for each gene of the plan its column among them or -1. Known after the scan."""
         obj = json.loads((self.work / "genes.json").read_text())
         return GeneVocab.from_json(obj["genes"]), np.array(obj["place"], np.int32)
 
@@ -142,7 +142,7 @@ class Worker:
     # --- the cells ----------------------------------------------------------------------------------------------
 
     def scatter(self, unit: int) -> dict[str, np.ndarray]:
-        """A unit's cells as runs; returns what the set's index and statistics need of them."""
+        """Write a unit's cells as runs. Returns what the set's index and statistics need of them."""
         vocab, place = self.chosen
         source, low, high = self.plan.units[unit]
         column_of = self.plan.column_of(source)
@@ -191,7 +191,7 @@ class Worker:
         return Layout.load(self.work)
 
     def gather(self, unit: int) -> dict[str, np.ndarray]:
-        """One tar of the set, delivered to its place; returns its blocks' records, size and hash."""
+        """Deliver one tar of the set to its place. Returns its blocks' records, size and hash."""
         plan, settings, layout = self.plan, self.plan.settings, self.layout
         shard = layout.shards[unit]
         vocab, _ = self.chosen

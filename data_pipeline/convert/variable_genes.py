@@ -16,7 +16,7 @@ from data_pipeline.convert.narrow import FAULTS, CountError, Rows, fault_of
 from scldm.errors import InputError
 
 # A gene's squares in one unit of at most 32,768 cells sum to at most this, so that those of 4,096 units stay within 64
-# bits; a count that would lead past it is taken as a clipped one. It takes counts of 262,144 in every cell.
+# bits. A count that would lead past it is taken as a clipped one. It takes counts of 262,144 in every cell.
 LARGEST_SQUARES = 1 << 51
 TOTAL, SQUARES, CELLS, CLIPPED = range(4)  # rows of the sums: of counts and their squares, both unclipped ones only
 
@@ -24,9 +24,9 @@ TOTAL, SQUARES, CELLS, CLIPPED = range(4)  # rows of the sums: of counts and the
 def add_moments(
     rows: Rows, column_of: np.ndarray, clip_at: np.ndarray, min_genes: int, in_train: np.ndarray, sums: np.ndarray
 ) -> int:
-    """Adds the cells with at least min_genes genes to `sums` (4, n_genes); returns how many training cells they are.
+    """Adds the cells with at least min_genes genes to `sums` (4, n_genes). Returns how many training cells they are.
 
-    in_train: (n,) bool; of other cells only CELLS is summed: genes are ranked by what training sees
+    in_train: (n,) bool. Of other cells only CELLS is summed: genes are ranked by what training sees
 
     Raises: CountError for the first value that is no count.
     """

@@ -138,7 +138,7 @@ def _check_strays(url: str, manifest: Manifest) -> tuple[list[Fault], list[str]]
 
 
 def _read_index(url: str, manifest: Manifest) -> tuple[dict[str, np.ndarray] | None, list[Fault]]:
-    """The index's arrays by name; None where one of them can't be trusted."""
+    """The index's arrays by name. None where one of them can't be trusted."""
     faults, arrays = [], {}
     entries = {entry.path: entry for entry in manifest.index}
     for path, kind in index_kinds(manifest).items():
@@ -317,7 +317,7 @@ def _check_statistics(manifest: Manifest, index: dict[str, np.ndarray], seen: Se
     conditions = {name: index[f"cells.condition.{name}"] for name in manifest.conditions.names}
     totals, expressed = index["cells.total_counts"], index["cells.n_expressed"]
     stated = manifest.statistics
-    # what the index says; and, where every block could be read, what the blocks say
+    # what the index says. Where every block could be read, what the blocks say
     largest = seen.largest_count if seen.whole else stated.largest_count
     right = compute_statistics(split, len(manifest.splits), conditions, totals, expressed, largest)
     for name in ("combinations", "n_expressed_largest", "n_nonzeros", "largest_count"):

@@ -59,7 +59,7 @@ LOCK = re.compile(r"lock(\.\d+-of-\d+)?")  # beside them
 
 
 def write_shards(config: ShardsWriteConfig) -> Manifest | None:
-    """Write the shard set of a config, or go on with it. Returns its manifest; None where tasks' shares are undone.
+    """Write the shard set of a config, or go on with it. Returns its manifest, or None where tasks' shares are undone.
 
     Raises: InputError for what is wrong with sources or settings, or where `out` holds another command's set.
     """
@@ -152,7 +152,7 @@ def _refuse_what_lies_without_a_plan(config: ShardsWriteConfig) -> None:
 
 
 def _remove_work(config: ShardsWriteConfig) -> None:
-    """Of a finished set; also what a removal that was interrupted left."""
+    """Of a finished set. Also what an interrupted removal left."""
     if config.work or local_folder(config.out) is not None:
         work = work_folder(config)
         if not _strangers(work):
@@ -216,7 +216,7 @@ def _forget_undelivered(config: ShardsWriteConfig, work: Path, layout: Layout) -
 
 
 def run_stage(config: ShardsWriteConfig, stage: str, n_units: int, total: int, unit_name: str) -> bool:
-    """Do this process's share of a stage's units that are not done; True where all units of the stage are done."""
+    """Do this process's share of a stage's units that are not done. True where all units of the stage are done."""
     work = work_folder(config)
     index, n_tasks = config.share
 
@@ -306,7 +306,7 @@ def _do_unit(task: tuple[str, int]) -> None:
 
 
 def choose_genes(config: ShardsWriteConfig, plan: Plan, work: Path) -> bool:
-    """Writes genes.json, the set's vocabulary, after a scan where genes are chosen by counts; False: undone."""
+    """Writes genes.json, the set's vocabulary, after a scan where genes are chosen by counts. False: undone."""
     path = work / "genes.json"
     if path.exists():
         return True
@@ -354,7 +354,7 @@ def _scattered(plan: Plan, work: Path, name: str) -> Iterator[np.ndarray]:
 
 
 def make_layout(plan: Plan, work: Path) -> Layout:
-    """Which cells are in which tar; the same whoever computes it."""
+    """Which cells are in which tar. It is the same whoever computes it."""
     if (work / "layout.json").exists():
         return Layout.load(work)
     n_expressed = np.concatenate(list(_scattered(plan, work, "n_expressed")))
@@ -439,7 +439,7 @@ def finish_set(config: ShardsWriteConfig, plan: Plan, layout: Layout, work: Path
 
 
 class _Index:
-    """Files of the set beside its tars; `files` are those that the manifest names."""
+    """Files of the set beside its tars. `files` are those that the manifest names."""
 
     def __init__(self, out: str, folder: Path) -> None:
         self.out, self.folder, self.files = out, folder, list[FileEntry]()

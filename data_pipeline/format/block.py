@@ -83,7 +83,7 @@ _per_thread = threading.local()  # a zstd context must not be shared between thr
 
 
 def compress(payload: bytes | memoryview, codec: Codec, level: int) -> bytes:
-    """none: the bytes as they are; lz4: one raw LZ4 block; zstd: one frame with its content size and no checksum."""
+    """none: the bytes as they are. lz4: one raw LZ4 block. zstd: one frame with its content size and no checksum."""
     if codec == "none":
         return bytes(payload)
     if codec == "lz4":
@@ -98,7 +98,7 @@ def compress(payload: bytes | memoryview, codec: Codec, level: int) -> bytes:
 
 
 def decompress(stored: memoryview, codec: Codec, out: np.ndarray) -> np.ndarray:
-    """The payload, uint8, of the length of `out`; it lies in `out`, but for lz4 and none, which need no copy.
+    """The payload, uint8, of the length of `out`. It lies in `out`, but for lz4 and none, which need no copy.
 
     Raises: ValueError for bytes that do not decompress to exactly that length.
     """
@@ -133,7 +133,7 @@ class NarrowCells:
     """Cells as bytes, before their counts are packed: every cell's part is independent of the cells beside it.
 
     nonzeros, n_far, n_large: (n_cells,) uint32, what belongs to each cell in the four arrays below
-    steps, small: (n_nonzeros,) uint8, gene steps and counts; 0 where the value stands in `far` or `large`
+    steps, small: (n_nonzeros,) uint8, gene steps and counts. 0 where the value stands in `far` or `large`
     far, large: uint32 and uint64, the steps and counts over 255, in order
     """
 
@@ -178,7 +178,7 @@ def encode_block(
     codec: Codec,
     level: int = 1,
 ) -> bytes:
-    """The bytes of a block; `conditions` have their stored dtype."""
+    """The bytes of a block. `conditions` have their stored dtype."""
     assert len(cells) == len(sources) == len(rows)
     widths = np.array([c.dtype.itemsize for c in conditions], np.uint8)
     n_needed, n_escapes = np.empty(len(cells), np.uint32), np.empty(len(cells), np.uint32)
@@ -262,7 +262,7 @@ def sections(payload: np.ndarray, header: np.void) -> Sections:
 class BlockBuffers:
     """Memory that one thread reuses from block to block: fresh pages cost more than decoding. Grows, never shrinks.
 
-    column_dtype, count_dtype: what decode_block writes; schema.column_dtype and schema.count_dtype give the narrowest
+    column_dtype, count_dtype: what decode_block writes. schema.column_dtype and schema.count_dtype give the narrowest
     """
 
     def __init__(self, column_dtype: np.dtype | str, count_dtype: np.dtype | str) -> None:

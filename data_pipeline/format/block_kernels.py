@@ -38,8 +38,8 @@ def count_entries(nonzeros, small, n_far, far, n_entries, n_escapes):
 
 @njit(nogil=True, cache=True)
 def pack(nonzeros, narrow_steps, small, far, large, n_needed, steps, counts, packed, escaped, medium, totals):
-    """Steps over 255 become several, counts over 15 go to the tables, and counts become half bytes; fills in each
-    cell's sum of counts. `counts` is memory for that; `escaped` and `medium` are one longer than their escapes."""
+    """Steps over 255 become several, counts over 15 go to the tables, and counts become half bytes. Fills in each
+    cell's sum of counts. `counts` is memory for that. `escaped` and `medium` are one longer than their escapes."""
     k, e, f, g, m = np.uint64(0), np.uint64(0), 0, 0, np.uint64(0)
     one = np.uint64(1)
     for cell in range(len(nonzeros)):
@@ -74,7 +74,7 @@ def widen(
     nonzeros, entries_of, escapes_of, large_of, totals, large, escaped, medium, steps, packed, n_genes, indptr, columns,
     counts,
 ):  # fmt: skip
-    """pack back; False where the sections contradict each other (nothing is read or written out of bounds)."""
+    """The inverse of pack. False where the sections contradict each other. Nothing is read or written out of bounds."""
     k, e, m, g = 0, 0, 0, 0
     indptr[0] = 0
     for cell in range(len(nonzeros)):

@@ -1,4 +1,4 @@
-"""A shard set as text for a person; page.py draws the same. No block is read."""
+"""A shard set as text for a person. page.py draws the same. No block is read."""
 
 from __future__ import annotations
 

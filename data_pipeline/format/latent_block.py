@@ -39,7 +39,7 @@ def encode_latent_block(
     rows: np.ndarray,
     conditions: list[np.ndarray],
 ) -> bytes:
-    """The bytes of a block; `conditions` have their stored dtype."""
+    """The bytes of a block. `conditions` have their stored dtype."""
     header = np.zeros((), LATENT_HEADER)
     header["magic"], header["version"], header["split"] = LATENT_MAGIC, 1, split
     header["n_cells"], header["n_conditions"] = len(latent_BLZ), len(conditions)
@@ -53,7 +53,7 @@ def encode_latent_block(
 class LatentSlots:
     """Memory for `n_slots` blocks of latents. Different slots may be filled from different threads at once.
 
-    latent: (n_slots, block_cells, L, Z) float32; the other arrays are CellSlots'
+    latent: (n_slots, block_cells, L, Z) float32. The other arrays are CellSlots'
     """
 
     def __init__(self, manifest: Manifest, n_slots: int) -> None:

@@ -43,8 +43,8 @@ class ShardSet:
     """A finished shard set, open for reading from any number of threads.
 
     url: folder, or fsspec URL
-    cache_folder: where a remote set's index and blocks are kept, in a folder named by the set's hash; shared by the
-        processes of a node, and left to whoever wants it gone
+    cache_folder: where a remote set's index and blocks are kept, in a folder named by the set's hash. The
+        processes of a node share it, and nobody removes it
     cache_bytes: at most so many bytes of this set's blocks
 
     hash: of everything that determines the cells and their order
@@ -89,7 +89,7 @@ class ShardSet:
         return schema.parsed_manifest(self.url, text)
 
     def _check_index(self) -> None:
-        """The block index fits the manifest, and every shard is there by name; sizes are checked when one is opened."""
+        """The block index fits the manifest, and every shard is there by name. Sizes are checked when one is opened."""
         m = self.manifest
         for wrong in schema.misfits_of_index(m, self.blocks):
             raise InputError(f"{self.url}/{schema.BLOCK_INDEX_PATH}: {wrong}")
@@ -123,10 +123,10 @@ class ShardSet:
         return f"{self.url}/{self._shard(block).path}, block {block}"
 
     def fetch(self, block: int, into: np.ndarray | None = None) -> np.ndarray:
-        """The bytes of a block, uint8, checked against the index (0.4 to 0.9 us a cell); in `into`, which has their
-        length, where that saves a copy.
+        """The bytes of a block, uint8, checked against the index (0.4 to 0.9 us a cell). They lie in `into`, which has
+        their length, where that saves a copy.
 
-        Raises: InputError for a shard that is missing, cut short, changed, corrupt or not to be read; Busy where a
+        Raises: InputError for a shard that is missing, cut short, changed, corrupt or not to be read. Busy where a
         remote read fails five times.
         """
         if not self.local:
@@ -149,7 +149,7 @@ class ShardSet:
         return data
 
     def close(self) -> None:
-        """Releases every file, one that is being read as soon as it is; a read that waits to try again gives up."""
+        """Releases every file, one that is being read as soon as it is. A read that waits to try again gives up."""
         self.closing.set()
         self.columns.clear()
         self.files.close()
@@ -186,9 +186,9 @@ class ShardSet:
             raise InputError(f"{self.url}/{path}: is missing") from None
 
     def _tried(self, name: str, read: Callable[[], Read], fault: Callable[[Read], str] = lambda _: "") -> Read:
-        """What `read` returns; of a remote set, tried five times with growing pauses until it has no `fault`.
+        """What `read` returns. Of a remote set it is tried five times, with growing pauses, until it has no `fault`.
 
-        Raises: InputError for the last fault, Busy where reading itself failed last; at once what no other try mends:
+        Raises: InputError for the last fault, Busy where reading itself failed last. At once, what no other try mends:
         FileNotFoundError and InputError of `read`, InputError where the store refuses access.
         """
         if self.local:
@@ -219,7 +219,7 @@ class ShardSet:
         return self.columns[path]
 
     def _load(self, path: str) -> np.ndarray:
-        """An index file, memory-mapped and checked; of a remote set, from the cache folder."""
+        """An index file, memory-mapped and checked. That of a remote set comes from the cache folder."""
         entry = self.index.get(path)
         if entry is None:
             raise InputError(f"{self.url}: the set has no {path}")
@@ -344,7 +344,7 @@ def _cache_explained(folder: str) -> Iterator[None]:
 
 
 class _BlockCache:
-    """The first blocks of a set that fit the limit, each at its own place in one sparse file; readers check the CRC."""
+    """The first blocks of a set that fit the limit, each at its own place in one sparse file. Readers check the CRC."""
 
     def __init__(self, files: _OpenFiles, path: Path, lengths: np.ndarray, limit: int) -> None:
         self.end = np.cumsum(lengths, dtype=np.int64)

@@ -32,7 +32,7 @@ Setkind = Literal["cells", "latents"]
 Codec = Literal["none", "lz4", "zstd"]
 CODECS: tuple[Codec, ...] = get_args(Codec)  # a block's header stores the position in this tuple
 
-# a row per block, in block order; README.md says what each field is
+# a row per block, in block order. README.md says what each field is
 BLOCK_INDEX = np.dtype(
     [
         ("split", "<u1"),
@@ -161,7 +161,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a shard set is. The JSON has these keys, and `format` and `version`; README.md says what each is."""
+    """What a shard set is. The JSON has these keys, and `format` and `version`. README.md says what each is."""
 
     kind: Setkind
     n_cells: Count
@@ -236,7 +236,7 @@ class OfLatents:
     vae: hash of the autoencoder's weights
     shape: (L, Z)
     genes: gene set that the encoder was given
-    cells: hash of the set of cells; a run has none whose cells came as counts
+    cells: hash of the set of cells. A run has none whose cells came as counts
     encoded: how such a run had them
     """
 
@@ -250,7 +250,7 @@ class OfLatents:
 
 
 def misfits(m: Manifest) -> Iterator[str]:
-    """What a manifest says that can't be, one sentence each; readers act on all of it."""
+    """What a manifest says that can't be, one sentence each. Readers act on all of it."""
     names = [split.name for split in m.splits]
     if not names or len(set(names)) < len(names) or not all(map(SPLIT_NAME.fullmatch, names)):
         yield f"splits {', '.join(names) or 'none'}: each needs a name of its own of letters, digits and _"
@@ -388,7 +388,7 @@ def read_manifest(url: str) -> Manifest:
 
 
 def manifest_text(url: str) -> bytes:
-    """Raises: InputError where there is none, or a path that can't be used; else what the store's client raises."""
+    """Raises: InputError where there is none, or a path that can't be used. Else what the store's client raises."""
     fs, root = file_system(url)
     with disk_explained(f"{url.rstrip('/')}/{MANIFEST}"):
         try:
@@ -403,6 +403,6 @@ def parsed_manifest(url: str, text: bytes) -> Manifest:
     path = f"{url.rstrip('/')}/{MANIFEST}"
     try:
         obj = json.loads(text)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError; lists in lists in lists
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError, JSONDecodeError. Or lists in lists in lists
         raise InputError(f"{path}: not JSON: {error}") from None
     return Manifest.from_json(obj, path)

@@ -13,7 +13,7 @@ import pandas as pd
 
 from data_pipeline.format.schema import CombinationCounts, LibrarySizes, Statistics
 
-# With C conditions there are 2^C tables of library sizes; beyond this many only all, each alone, and none are kept.
+# With C conditions there are 2^C tables of library sizes. Beyond this many only all, each alone, and none are kept.
 ALL_MARGINALS_UP_TO = 4
 
 
@@ -47,7 +47,7 @@ def marginals(names: tuple[str, ...]) -> list[tuple[str, ...]]:
 
 
 def _groups(by: tuple[str, ...], ids: Mapping[str, np.ndarray], n: int) -> tuple[np.ndarray, np.ndarray]:
-    """The combinations that occur, sorted, (k, len(by)); and each cell's combination."""
+    """The combinations that occur, sorted, (k, len(by)), and each cell's combination."""
     if not by:
         return np.zeros((1, 0), np.int64), np.zeros(n, np.int64)
     table = pd.DataFrame({name: ids[name] for name in by})

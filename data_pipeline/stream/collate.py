@@ -83,7 +83,7 @@ class CellCollator:
 
 
 class LatentCollator:
-    """Latents in slots -> one micro-batch; pin: in pinned memory."""
+    """Latents in slots -> one micro-batch. pin: in pinned memory."""
 
     slots: LatentSlots
 

@@ -76,7 +76,7 @@ class Feed(Generic[Batch]):
         read_ahead: int,
         read_threads: int,
     ) -> None:
-        """n_blocks: different blocks in the order; low, high: this rank's positions in a global batch."""
+        """n_blocks: different blocks in the order. low, high: this rank's positions in a global batch."""
         self.cells, self.collate, self.n_blocks = cells, collate, n_blocks
         self.low, self.high = low, high
         self.read_ahead, self.read_threads, self.positions = read_ahead, read_threads, np.arange(low, high)
@@ -166,7 +166,7 @@ class Feed(Generic[Batch]):
 
 
 class _Blocks:
-    """Which block is in which slot; the slot that was needed longest ago goes first."""
+    """Which block is in which slot. The slot that was needed longest ago goes first."""
 
     def __init__(self, cells: ShardSet, slots: Slots, pool: ThreadPoolExecutor) -> None:
         self.cells, self.slots, self.pool = cells, slots, pool
@@ -178,7 +178,7 @@ class _Blocks:
         self.loading: dict[int, Future[None]] = {}  # block -> its read, until it was waited for
 
     def want(self, block: np.ndarray, since: int) -> int:
-        """Begins to read what is not there, and returns when that was; 0, with nothing begun, where that would take the
+        """Begins to read what is not there, and returns when that was. 0, with nothing begun, where that would take the
         slot of a block that was asked for since then."""
         self.now += 1
         if _ask_for(block, self.slot, self.needed, self.now):
@@ -222,7 +222,7 @@ class _Blocks:
 
     def _drop(self, block: int) -> None:
         reading = self.loading.get(block)
-        if reading:  # it was wanted and never used; its slot is free only when the read is over
+        if reading:  # it was wanted and never used. Its slot is free only when the read is over
             reading.exception()
             self.loading.pop(block)
         slot = self.slot[block]
@@ -231,8 +231,8 @@ class _Blocks:
 
 @njit(cache=True)
 def _ask_for(block, slot_of, needed, now):
-    """Notes that the slots of these blocks are needed; False where a block has none. A kernel, as the one below: of a
-    batch of cells a hundred are looked up, for which NumPy takes five calls."""
+    """Notes that the slots of these blocks are needed. False where a block has none. It is a kernel, as the one below,
+    because a batch looks up a hundred blocks, for which NumPy takes five calls."""
     there = True
     for b in block:
         if slot_of[b] < 0:
@@ -244,7 +244,7 @@ def _ask_for(block, slot_of, needed, now):
 
 @njit(cache=True)
 def _find(block, slot_of, read, slots):
-    """The slots of these blocks; False where one has none, or is still being read."""
+    """The slots of these blocks. False where one has none, or is still being read."""
     for i in range(len(block)):
         slots[i] = slot_of[block[i]]
         if slots[i] < 0 or not read[slots[i]]:
@@ -263,7 +263,7 @@ def read_block(cells: ShardSet, slots: Slots, block: int, slot: int) -> None:
 
 
 class Running(Generic[Item]):
-    """An iterator that is run ahead in a thread; `stop` ends and joins it.
+    """An iterator that is run ahead in a thread. `stop` ends and joins it.
 
     Whoever is to stop it holds it before it begins: an interrupt of `begin` may leave a thread that goes its way.
     """
@@ -328,7 +328,7 @@ def _run_ahead(
 
 
 def from_outside(end: Callable[..., None], *of: Any) -> None:
-    """Calls what waits for the threads of a stream; in such a thread, from a new one.
+    """Calls what waits for the threads of a stream. In such a thread, it calls it from a new one.
 
     The garbage collector runs in whatever thread it is due in, and there ends a stream that nobody holds any more. A
     thread of the stream would wait for itself, and a lock that it holds just then would never be given up.

@@ -31,7 +31,7 @@ class Csr:
 
     start: (B + 1,) int32, where each cell's begin
     gene_ids: vocabulary indices, uint16 up to 65,535 genes, else int32
-    counts: uint8; 0 where the count is over 255, and at a few genes that are not expressed, or padding
+    counts: uint8. 0 where the count is over 255, and at a few genes that are not expressed, or padding
     large_at, large: where those stand, int32, and what they are, int32, or int64 in a set with a count over 2^31
     """
 
@@ -52,7 +52,7 @@ class Slab:
         self.lock, self.free, self.largest = threading.Lock(), np.empty(0, np.uint8), 0
 
     def take(self, n_bytes: int) -> np.ndarray:
-        """At least n_bytes, uint8, on a line of the cache; and as many as the largest piece before it."""
+        """At least n_bytes, uint8, on a line of the cache, and at least as many as the largest piece before."""
         with self.lock:
             self.largest = max(self.largest, -(-(n_bytes + n_bytes // 8) // 64) * 64)
             if len(self.free) < self.largest:
@@ -80,7 +80,7 @@ class CellSlots:
         self.codec, self.scratch, self.slab = manifest.codec, threading.local(), Slab()
         self.payload = [np.empty(0, np.uint8)] * n_slots
         self.where = [""] * n_slots
-        # per slot: addresses of steps, packed, escaped, medium, large; then where a cell's entries, escapes, large
+        # per slot: addresses of steps, packed, escaped, medium, large. Then where a cell's entries, escapes, large
         # counts and expressed genes begin
         self.place = np.zeros((n_slots, 5), np.int64)
         self.begin = np.zeros((n_slots, cells + 1, 4), np.int32)

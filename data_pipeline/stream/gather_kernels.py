@@ -53,7 +53,7 @@ _prefetch: Any = _as_prefetch
 
 @njit(nogil=True, cache=True)
 def locate(nonzeros, n_entries, n_escapes, n_large, large, escaped, medium, steps, packed, place, begin):
-    """Where the sections lie, and where each cell begins in them; False where they do not fit each other."""
+    """Where the sections lie, and where each cell begins in them. False where they do not fit each other."""
     place[0], place[1], place[2] = steps.ctypes.data, packed.ctypes.data, escaped.ctypes.data
     place[3], place[4] = medium.ctypes.data, large.ctypes.data
     e, m, g, k, fit = np.int64(0), np.int64(0), np.int64(0), np.int64(0), True
@@ -97,7 +97,7 @@ def _ask_for(place, begin, escaped, slots, rows, i):
 
 @njit(nogil=True, inline="always")
 def _parts(place, begin, escaped, slot, row):
-    """How many genes one cell expresses; its steps, packed counts, and escaped columns, medium and large counts."""
+    """How many genes one cell expresses, its steps, packed counts, escaped columns, medium and large counts."""
     e, m, g = np.int64(begin[slot, row, 0]), np.int64(begin[slot, row, 1]), np.int64(begin[slot, row, 2])
     n, n_escapes = begin[slot, row + 1, 0] - e, begin[slot, row + 1, 1] - m
     n_large, n_expressed = begin[slot, row + 1, 2] - g, np.int64(begin[slot, row + 1, 3] - begin[slot, row, 3])
@@ -137,7 +137,7 @@ def _sound(n_expressed, steps, packed, n_escapes, n_genes):
 
 @njit(nogil=True, inline="always")
 def _scatter(n_expressed, steps, packed, escaped, medium, large, table, flat, base):
-    """Decodes one cell and writes each count to its place in flat[base:]; False where the cell is not sound."""
+    """Decodes one cell and writes each count to its place in flat[base:]. False where the cell is not sound."""
     if not _sound(n_expressed, steps, packed, len(escaped), len(table) - 1):
         return False
     gene, four, one = np.uint64(0), np.uint64(4), np.uint64(1)
@@ -229,7 +229,7 @@ def take_each(slots, rows, place, begin, escaped, gene_ids, table, flat, totals)
 
 @njit(nogil=True, cache=True)
 def take_expressed(slots, rows, place, begin, escaped, n_genes, fill_up, words, ids, out, totals):
-    """A cell's expressed genes in ascending order; a uniform choice of them where they are too many; filled up with
+    """A cell's expressed genes in ascending order. Where they are too many, a uniform choice of them. Filled up with
     unexpressed ones if asked. `words` (B,) seeds the draws of each cell. Returns the first cell that is not sound, or
     -1."""
     width = ids.shape[1]
@@ -265,7 +265,7 @@ def take_expressed(slots, rows, place, begin, escaped, n_genes, fill_up, words, 
             before = gene
             seen += 1
             if too_many:
-                # selection sampling: keep with probability (still wanted) / (still to come); Knuth vol. 2, 3.4.2 S
+                # selection sampling: keep with probability (still wanted) / (still to come). Knuth vol. 2, 3.4.2 S
                 if written == width:
                     continue
                 if below(nth_word(words[i], seen - 1), n - seen + 1) >= width - written:

@@ -3,7 +3,7 @@ epoch and position in the epoch, and of the cell where the policy looks at it. .
 
 The library size given to the likelihood is always that of the decoder's set.
 
-Reading order: GeneSetConfig, as_whole_cells, GeneSets, the kernels (numba; they release the GIL).
+Reading order: GeneSetConfig, as_whole_cells, GeneSets, the kernels (numba, without the GIL).
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class GeneSetConfig(Checked):
 
 def as_whole_cells(given: GeneSetConfig) -> GeneSetConfig:
     """How whole cells are given to an encoder that is trained on such sets, to be judged, encoded or standardised: all
-    genes, where a drawn set was a part of them; else as in training, as all genes would be another function."""
+    genes, where a drawn set was a part of them. Else as in training, as all genes would be another function."""
     if given.policy == "expressed":
         return GeneSetConfig("expressed")
     return given if given.policy in OF_THE_CELL else GeneSetConfig()
@@ -242,7 +242,7 @@ def _draw_without_replacement(n, seed, purpose, first, step, epoch, out):
 
 
 def _time_of(rates: np.ndarray, n: float) -> float:
-    """The time by which n genes are expected to have arrived at these rates; inf if fewer ever do."""
+    """The time by which n genes are expected to have arrived at these rates. inf if fewer ever do."""
     if n >= (rates > 0).sum():
         return np.inf
     low, high = 1e-3 / rates.sum(), 1 / rates[rates > 0].min()
@@ -256,7 +256,7 @@ def _time_of(rates: np.ndarray, n: float) -> float:
 
 def _least_words(rates: np.ndarray, soon: float) -> np.ndarray:
     """For each gene what the upper 53 bits of its random word must exceed for it to arrive before `soon` or hardly
-    after; 2^53, which they never do, at a rate of 0."""
+    after. At a rate of 0 it is 2^53, which no word exceeds."""
     with np.errstate(invalid="ignore"):
         left = np.where(rates > 0, np.exp(-rates * soon), 1.0)
     return np.where(rates > 0, np.maximum(np.floor(left * (1 - 1e-12) * 2.0**53) - 2, -1), 2.0**53).astype(np.int64)
@@ -266,7 +266,7 @@ def _least_words(rates: np.ndarray, soon: float) -> np.ndarray:
 def _draw_first_arrivals(rates, soon, least, seed, purpose, first, step, epoch, out):
     """Sets of out.shape[1] genes, ascending: those that arrive first at these rates, which is successive sampling
     without replacement (Efraimidis & Spirakis 2006). Only the few that may arrive before `soon` are looked at, and the
-    logarithm taken of no other; False where too few do, which must be drawn again without that limit."""
+    logarithm taken of no other. False where too few do, which must be drawn again without that limit."""
     n, width = len(rates), out.shape[1]
     blocks = np.uint64((n + 3) // 4)
     genes, arrivals = np.empty(n + 4, np.int32), np.empty(n + 4, np.float64)

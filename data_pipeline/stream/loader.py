@@ -3,7 +3,7 @@
     order (which cells) -> read ahead (a few threads) -> slots (blocks, compact) -> gather (gene sets) -> CellBatch
 
 A loader's state is one integer, the global batches consumed since the start of the run, and the settings that prove
-that it is the same stream; where the global batch was changed, also the epoch in which it was. Nothing in it depends
+that it is the same stream. Where the global batch was changed, it also has the epoch of that. Nothing in it depends
 on rank, threads or how often the run was interrupted.
 
 Reading order: StreamConfig, LoaderConfig, what both loaders do, CellLoader, LatentLoader, shard_batches (for encoding),
@@ -129,8 +129,8 @@ class _Loader(ABC, Generic[Batch]):
         device: torch.device | str = "cpu",
         cells: ShardSet | None = None,
     ) -> None:
-        """device: where the batches will go; those for a GPU lie in pinned memory
-        cells: read these instead of opening config.shards; any number of loaders may, and whoever opened them closes
+        """device: where the batches will go. Those for a GPU lie in pinned memory
+        cells: read these instead of opening config.shards. Several loaders may share them. Whoever opened them closes
             them after the last of these
 
         Raises: InputError for what this set, batch or world size can't serve.
@@ -337,10 +337,10 @@ def shard_batches(
     device: torch.device | str = "cpu",
     prefetch: int = 2,
 ) -> Iterator[CellBatch | CompactCellBatch]:
-    """Every cell of one shard in set order and none twice, for encoding; a block's last micro-batch may be shorter.
+    """Every cell of one shard in set order and none twice, for encoding. A block's last micro-batch may be shorter.
 
-    given: gene set; `all` if None, else `all`, `expressed` or `expressed_plus_zeros`, whose draws are by block and row
-    device: where the batches will go; those for a GPU are compact, in pinned memory
+    given: gene set. `all` if None, else `all`, `expressed` or `expressed_plus_zeros`, whose draws are by block and row
+    device: where the batches will go. Those for a GPU are compact, in pinned memory
     """
     manifest = cells.manifest
     entry, config = manifest.shards[shard], given or GeneSetConfig()
@@ -437,5 +437,5 @@ def _numbered(group: np.ndarray, n: int) -> tuple[np.ndarray, int]:
 
 def _release(feed: Feed, own: ShardSet | None) -> None:
     if own:
-        own.close()  # first, so that a read that waits to try again gives up; what is being read stays open until it is
+        own.close()  # first, so that a waiting read gives up. What is being read stays open until it is
     feed.close()

@@ -40,11 +40,11 @@ MOST_REPEATS = (1 << 16) - 1  # of a cell in a balanced epoch: they are counted 
 
 @dataclass(frozen=True)
 class Units:
-    """Cells in runs that lie in one block each; the order permutes the runs.
+    """Cells in runs that lie in one block each. The order permutes the runs.
 
     block: (U,) the block of each unit, any integer dtype
     start: (U + 1,) int64, where each unit's cells begin in `rows`
-    rows: (start[-1],) row of each cell within its block; None where unit u holds the rows 0, 1, ... of its block
+    rows: (start[-1],) row of each cell within its block. None where unit u holds the rows 0, 1, ... of its block
     """
 
     block: np.ndarray
@@ -75,13 +75,13 @@ class Units:
         """The row within its block of every cell."""
         if self.rows is not None:
             return self.rows
-        dtype = np.uint32 if self.n_cells < 1 << 32 else np.int64  # half the memory; a difference may wrap around
+        dtype = np.uint32 if self.n_cells < 1 << 32 else np.int64  # half the memory. A difference may wrap around
         rows = np.arange(self.n_cells, dtype=dtype)
         rows -= np.repeat(self.start[:-1].astype(dtype), np.diff(self.start))
         return rows.astype(np.uint16)
 
     def where(self, keep: np.ndarray) -> Units:
-        """The units (none is empty) with only the cells for which `keep` (n_cells,) is true; units left empty go."""
+        """The units (none is empty) with only the cells for which `keep` (n_cells,) is true. Units left empty go."""
         sizes = np.add.reduceat(keep, self.start[:-1], dtype=np.int64) if len(self) else np.empty(0, np.int64)
         alive = sizes > 0
         return Units(
@@ -105,7 +105,7 @@ class Balance:
     """Each group of cells (a combination of labels) equally often: quota cells an epoch of every group.
 
     The quota is the epoch divided by the number of groups, but a cell is repeated at most `max_repeats` times an epoch,
-    so that a small group gets less. In a group all cells come equally often, give or take one; over the epochs the
+    so that a small group gets less. In a group all cells come equally often, give or take one. Over the epochs the
     extra one goes round. Copies of a cell are dealt to the epoch each on its own: mostly far apart, but nothing keeps
     two of them out of the same batch.
 
@@ -155,7 +155,7 @@ class Balance:
 class EpochOrder:
     """The order of one epoch. Memory: 20 bytes a unit (8 MB for 100 million cells in blocks of 256).
 
-    window: units whose cells are shuffled together; 0 leaves the cells in the order in which they are stored
+    window: units whose cells are shuffled together. 0 leaves the cells in the order in which they are stored
     """
 
     def __init__(self, units: Units, seed: int, epoch: int, lanes: int, global_batch: int, window: int) -> None:
@@ -170,7 +170,7 @@ class EpochOrder:
             self.permutation = np.arange(len(units))
         sizes = np.diff(units.start)[self.permutation]
         self.start = np.concatenate([[0], np.cumsum(sizes)])  # of each unit among the epoch's cells
-        # lane l serves positions edge[l] ... edge[l + 1] of every batch; the last batch has only its first positions
+        # lane l serves positions edge[l] ... edge[l + 1] of every batch. The last batch has only its first positions
         self.edge = np.arange(lanes + 1) * global_batch // lanes
         whole, rest = divmod(self.n_cells, global_batch)
         width = np.diff(self.edge)
@@ -315,7 +315,7 @@ class Order:
         return -(-self.population.n_cells // self.global_batch)
 
     def epoch(self, epoch: int) -> EpochOrder | RestOfEpoch:
-        """The order of an epoch; the latest one asked for is kept."""
+        """The order of an epoch. The latest one asked for is kept."""
         if epoch not in self._latest:
             self._latest.clear()
             units, there = self.population.units(epoch), self.regrouped
@@ -342,7 +342,7 @@ class Order:
         return there.step - (there.first - n_cells) // self.global_batch if there else 0
 
     def regroup(self, step: int) -> Regrouped | None:
-        """What another global batch from this step on goes on with; None where it is the run's first step."""
+        """What another global batch from this step on goes on with. None where it is the run's first step."""
         if not step:
             return None
         epoch, t = self.place(step)
@@ -368,7 +368,7 @@ def rank_slice(rank: int, world_size: int, global_batch: int, micro_batch: int) 
 
 def reads_of_a_block(lanes: int, world_size: int, global_batch: int) -> float:
     """How many ranks read a block, as a mean: those that have a share of its lane's positions. 1 where no rank's share
-    begins within a lane, as with as many lanes as ranks, or a multiple; for ranks that divide the global batch."""
+    begins within a lane, as with as many lanes as ranks, or a multiple. For ranks that divide the global batch."""
     lanes = min(lanes, global_batch)
     edge = np.arange(lanes + 1) * global_batch // lanes
     begins = np.arange(1, world_size) * (global_batch // world_size)

@@ -38,7 +38,7 @@ _upper: Any = _upper_half  # without a type, since the decorator hides that numb
 
 @njit(nogil=True, inline="always")
 def four_words(key_0, key_1, skip, index, epoch):
-    """The four words at counter (skip, index, epoch, 0); all uint64, skip under 2^64 - 1."""
+    """The four words at counter (skip, index, epoch, 0). All are uint64, skip under 2^64 - 1."""
     a, b, c, d = skip + np.uint64(1), index, epoch, np.uint64(0)  # NumPy counts before it draws
     x, y = key_0, key_1
     for _ in range(10):

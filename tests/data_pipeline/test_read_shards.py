@@ -164,7 +164,7 @@ class NoCredentialsError(Exception):
     [
         (ConnectionResetError, 5, "reading failed 5 times, at last: ConnectionResetError: no answer"),
         (RuntimeError, 5, "reading failed 5 times, at last: RuntimeError: no answer"),
-        (PermissionError, 1, r"the store refuses access \(PermissionError: no answer\); check its credentials"),
+        (PermissionError, 1, r"the store refuses access \(PermissionError: no answer\). Check its credentials"),
         (NoCredentialsError, 1, "the store refuses access"),
     ],
 )

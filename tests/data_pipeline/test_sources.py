@@ -212,7 +212,7 @@ def test_filters_take_what_is_true(tmp_path):
     for settings, message in (
         ({"obs_filter": "age"}, r"a.h5ad: source.obs_filter='age' gives 3.0, not true or false"),
         ({"obs_filter": "cell_type"}, r"source.obs_filter='cell_type' gives '.*', not true or false"),
-        ({"obs_filter": "age = 3"}, r"source.obs_filter='age = 3' can't be applied: .*; == compares"),
+        ({"obs_filter": "age = 3"}, r"source.obs_filter='age = 3' can't be applied: .*. == compares"),
         ({"var_filter": "1"}, r"source.var_filter='1' gives 1, not true or false"),
         ({"primary_data_only": True}, r"a.h5ad: source.primary_data_only: is_primary_data gives 'True', not true or"),
     ):

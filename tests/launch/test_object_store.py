@@ -219,4 +219,4 @@ def test_a_mistyped_bucket_is_not_made(calm: ObjectStore, made: Path, tmp_path: 
 
 def test_an_h5ad_in_a_store_is_to_be_copied(calm: ObjectStore, tmp_path: Path, capsys) -> None:
     words = ["shards", "write", f"source.paths=s3://{BUCKET}/cells.h5ad", f"out={tmp_path}/set"]
-    assert "read from a local disk; copy it" in one_line(words, capsys, REFUSED)
+    assert "read from a local disk. Copy it" in one_line(words, capsys, REFUSED)
