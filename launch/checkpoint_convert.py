@@ -72,7 +72,7 @@ CONFIG = CheckpointConvertConfig
 
 
 def main(config: CheckpointConvertConfig) -> Path:
-    """Write it, whole or not at all; returns where. Raises: InputError for a damaged checkpoint."""
+    """Write it, whole or not at all. Returns where. Raises: InputError for a damaged checkpoint."""
     checkpoint, out = Checkpoint(found_checkpoint(config.at, config.which)), Path(config.out)
     checkpoint.check()
     if config.to == "checkpoint":

@@ -40,7 +40,7 @@ CONFIG = CheckpointInspectConfig
 
 
 def main(config: CheckpointInspectConfig) -> dict[str, Any]:
-    """Print it; returns the same as JSON types."""
+    """Print it. Returns the same as JSON types."""
     told = summary(Checkpoint(found_checkpoint(config.at, config.which)), config.parameters)
     if config.json:
         print(json.dumps(told, indent=1))

@@ -11,7 +11,7 @@ from launch.cli import run_verb
 from scldm.errors import InputError
 from scldm.train.checkpoint import STATE, Checkpoint, Damaged, candidates, steps_in
 
-PURPOSE = "Read every byte of a checkpoint, or of all of a run's, and compare with the hashes; exit code 2 for damage."
+PURPOSE = "Read every byte of a checkpoint, or of all of a run's, and compare with the hashes. Exit code 2 for damage."
 EXAMPLE = """
 scldm checkpoint verify at=runs/vae
 scldm checkpoint verify at=runs/vae/checkpoints/step-00001500

@@ -25,7 +25,7 @@ def found_checkpoint(at: str, which: str) -> Path:
         raise InputError(f"which={which}: it must be latest, best or the number of a step")
     if not target.is_dir():
         steps = [int(p.name.removeprefix("step-")) for p in steps_in(folder)]
-        raise InputError(f"{path} has no checkpoint which={which}; it has steps {', '.join(map(str, steps)) or 'none'}")
+        raise InputError(f"{path} has no checkpoint which={which}. It has steps {', '.join(map(str, steps)) or 'none'}")
     return target
 
 

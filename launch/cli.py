@@ -1,6 +1,6 @@
 """The `scldm` command: finds the verb, prints its help, turns an InputError into one line and exit code 2.
 
-A verb is a module of this package with `PURPOSE`, `EXAMPLE`, `CONFIG` (its dataclass) and `main(config)`; it is
+A verb is a module of this package with `PURPOSE`, `EXAMPLE`, `CONFIG` (its dataclass) and `main(config)`. It is
 imported only when called, so that `scldm embed` needs neither deepspeed nor tiledbsoma.
 """
 
@@ -27,7 +27,7 @@ READ_AT_ONCE = ("scldm status", "scldm plan", "scldm shards info")  # and perhap
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line; returns the exit code: 0, or 2 for an InputError."""
+    """Run one command line. Returns the exit code: 0, or 2 for an InputError."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["--version"]:
         print(f"scldm {VERSION}")
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def find_verb(words: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The verb that a command line begins with, and the words after it; None for no words or --help."""
+    """The verb that a command line begins with, and the words after it. None for no words or --help."""
     if not words or words[0] in ("-h", "--help"):
         return None, []
     for length in (2, 1):
@@ -69,7 +69,7 @@ def run_verb(verb: str, words: Sequence[str]) -> int:
 def run(command: str, module_name: str, words: Sequence[str], presets: Sequence[str] | None = None) -> int:
     """Run a module such as a verb's. `command` is how a user calls it, in its help and in messages.
 
-    presets: the groups that are for it; None where its words say that
+    presets: the groups that are for it. None where its words say that
     """
     wants_help = "--help" in words or "-h" in words
     try:
@@ -103,7 +103,7 @@ def run(command: str, module_name: str, words: Sequence[str], presets: Sequence[
 
 
 def no_room(error: Exception) -> str:
-    """What is wrong with the disk, in a line; empty for other errors."""
+    """What is wrong with the disk, in a line. Empty for other errors."""
     number = getattr(error, "errno", None)
     if type(error).__name__ == "SafetensorError" and "os error 28" in str(error):
         number = errno.ENOSPC
@@ -121,7 +121,7 @@ def refuse(command: str, why: str, code: int = REFUSED) -> int:
 
 
 def config_of(module: Any, words: Sequence[str]) -> Any:
-    """The config of a verb's words; a verb whose words are not all its own keys has a `read` that takes them apart."""
+    """The config of a verb's words. A verb that takes other verbs' keys too has a `read`, which splits the words."""
     return module.read(words) if hasattr(module, "read") else compose(module.CONFIG, words)
 
 

@@ -21,7 +21,7 @@ scldm completion bash
 scldm completion zsh
 """
 Shell = Literal["bash", "zsh"]
-# bash breaks words at =; no blank goes after `key=`
+# bash breaks words at =. No blank goes after `key=`
 SCRIPT = """{head}_scldm() {{
     local word="${{COMP_WORDS[COMP_CWORD]}}" line="${{COMP_WORDS[*]:1:$((COMP_CWORD - 1))}}" words
     case "$line " in
@@ -62,7 +62,7 @@ def main(config: CompletionConfig) -> None:
 
 
 def script(shell: Shell) -> str:
-    """The script; both shells run the same function."""
+    """The script. Both shells run the same function."""
     head = "autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else ""
     cases = [f'        "{verb} "*) words="{" ".join(words_of(verb))}" ;;' for verb in VERBS]
     begun = sorted({verb.split()[0] for verb in VERBS if " " in verb})

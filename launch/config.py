@@ -2,7 +2,7 @@
 
 A command is `scldm VERB [PRESET ...] [key=value ...]`: the dataclass gives the schema and the defaults, each preset
 (`vae/tiny`, or a path to a YAML file) is merged over it from left to right, then each `key=value`. `--some-key value`
-is another spelling of `some_key=value`, and `--some-flag` of `some_flag=true`; `--key a --key b` of a list is
+is another spelling of `some_key=value`, and `--some-flag` of `some_flag=true`. `--key a --key b` of a list is
 `key=a,b`. Anything else is an error with its key.
 Values are text as it stands: `${...}` means nothing in them. Configs are kept in files, and hold no password.
 
@@ -47,7 +47,7 @@ KEEPS_PASSWORD = {"tracking.uri": "MLFLOW_TRACKING_URI"}  # key -> the variable 
 
 
 def shipped(folder: str) -> Path:
-    """A folder that travels with the launch package: `configs` or `slurm`; in a checkout it lies beside the package."""
+    """A folder that travels with the launch package: `configs` or `slurm`. In a checkout it lies beside the package."""
     inside = Path(str(resources.files("launch"))) / folder
     return inside if inside.is_dir() else inside.parent.parent / folder
 
@@ -88,7 +88,7 @@ def check_presets(command: str, words: Sequence[str], groups: Sequence[str] | No
     """Raises: InputError for a preset that there is not, or that is for another command. It reads the words alone, so
     that it takes no time.
 
-    groups: those that are for the command; None where it can't be said
+    groups: those that are for the command. None where it can't be said
     """
     folders = {path.name for path in shipped("configs").iterdir() if path.is_dir()}
     for word in words:
@@ -98,7 +98,7 @@ def check_presets(command: str, words: Sequence[str], groups: Sequence[str] | No
         preset_path(word)
         if groups is not None and group not in groups:
             raise InputError(
-                f"preset {word!r} is not for {command}; it takes {', '.join(preset_names(groups)) or 'none'}"
+                f"preset {word!r} is not for {command}. It takes {', '.join(preset_names(groups)) or 'none'}"
             )
 
 
@@ -145,7 +145,7 @@ def compose(schema: type[Config], argv: Sequence[str]) -> Config:
 
 
 def with_options_read(schema: type, argv: Sequence[str], only_known: bool = False) -> Iterator[tuple[str, bool]]:
-    """Every word of a command line, an option (`--some-key value`) as `some_key=value`; and whether it was one.
+    """Every word of a command line, an option (`--some-key value`) as `some_key=value`, and whether it was one.
 
     only_known: leave options that the schema has no key for as they are, for another schema
     """
@@ -167,7 +167,7 @@ def with_options_read(schema: type, argv: Sequence[str], only_known: bool = Fals
 
 
 def _added_up(schema: type, words: Iterable[tuple[str, bool]]) -> list[str]:
-    """The words of `with_options_read` alone; an option of a list that is given again adds to it."""
+    """The words of `with_options_read` alone. An option of a list that is given again adds to it."""
     out: list[str] = []
     at: dict[str, int] = {}
     for word, is_option in words:
@@ -183,7 +183,7 @@ def _added_up(schema: type, words: Iterable[tuple[str, bool]]) -> list[str]:
 
 
 def _kind(schema: type, dotted_key: str) -> Any:
-    """The type of a key; None for one that the schema does not spell out."""
+    """The type of a key. None for one that the schema does not spell out."""
     kind: Any = schema
     for name in dotted_key.split("."):
         kind = _within(kind, name)
@@ -205,7 +205,7 @@ def _is_text(kind: Any) -> bool:
 
 def _nested(schema: type, override: str) -> dict[str, Any]:
     """`a.b=value` as {"a": {"b": value}}. Text stays as typed (`1.10`, `yes`, `a: b`), in lists and mappings too, whose
-    brackets, braces and quotes are YAML's; other types are read as YAML."""
+    brackets, braces and quotes are YAML's. Other types are read as YAML."""
     key, _, text = override.partition("=")
     kind = _kind(schema, key)
     is_list = typing.get_origin(kind) in (tuple, list) and not text.startswith("[")
@@ -238,7 +238,7 @@ def _yaml(text: str, override: str) -> Any:
 def _read(read: Callable[[str], Any], text: str) -> Any:
     """The plain values that OmegaConf reads from YAML text, of which `${` is no more than two characters.
 
-    It would parse what follows; a preset of others could print what is in the environment.
+    It would parse what follows. A preset of others could then print what is in the environment.
     """
 
     def restored(value: Any) -> Any:
@@ -318,7 +318,7 @@ def public(key: str, text: str) -> str:
     if without != text:
         if key not in KEEPS_PASSWORD:
             raise InputError(
-                f"{key}={without}: a password in it would be kept in files; give it where its client looks for it: in "
+                f"{key}={without}: a password in it would be kept in files. Give it where its client looks for it: in "
                 "an environment variable, or a file of your own"
             )
         os.environ[KEEPS_PASSWORD[key]] = text
@@ -337,7 +337,7 @@ def public_words(words: Sequence[str]) -> list[str]:
 
 
 def _texts(values: Any) -> Iterator[tuple[str, str]]:
-    """(dotted key, text) of all text; that of a list has the list's key."""
+    """(dotted key, text) of all text. That of a list has the list's key."""
     for key, value in flat(values):
         yield from (
             (key, str(of)) for of in (value if isinstance(value, list) else [value]) if isinstance(of, str | Path)

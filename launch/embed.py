@@ -22,8 +22,8 @@ class EmbedConfig(OwnCellsConfig):
     """Which cells to embed.
 
     out: h5ad file to write: the same cells with obsm["X_scldm"]
-    pool: flat writes all tokens one after another, (n, L * Z); mean their average, (n, Z)
-    precision: float32, or bfloat16: for GPUs; coordinates are off by 0.003 of their deviation
+    pool: flat writes all tokens one after another, (n, L * Z). mean writes their average, (n, Z)
+    precision: float32, or for GPUs bfloat16. Its coordinates are off by 0.003 of their deviation
     """
 
     pool: Literal["flat", "mean"] = "flat"
@@ -33,7 +33,7 @@ CONFIG = EmbedConfig
 
 
 def main(config: EmbedConfig) -> Path:
-    """Write the file; returns its path."""
+    """Write the file. Returns its path."""
     model, adata = model_and_cells(config)
     match = model.matched(adata, config.layer or None)
     adata.obsm["X_scldm"] = model.embed(adata, layer=config.layer or None, pool=config.pool)

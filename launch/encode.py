@@ -31,7 +31,7 @@ from scldm.parallel.dist import World, close_world, world_of_environment
 from scldm.progress import Progress
 
 PURPOSE = """Encode every cell of a shard set once: posterior means as a latent set, which stage 2 trains on.
-Runs on any number of ranks, each with its own shards; run again after an interruption, it goes on."""
+Runs on any number of ranks, each with its own shards. If it is interrupted, run the same command again."""
 EXAMPLE = """
 scldm encode vae=runs/vae shards=shards out=latents
 torchrun --standalone --no-python --nproc-per-node 8 scldm encode vae=runs/vae shards=shards out=latents
@@ -50,7 +50,7 @@ class EncodeConfig(Checked):
     genes: what the encoder is given of a cell
     batch: cells per forward pass
     threads: CPU threads per rank for torch
-    cache_folder: where the index and blocks of a remote set are kept; that of its training serves
+    cache_folder: where the index and blocks of a remote set are kept. The folder of its training will do
     cache_gb: limit of the blocks kept there, in 1e9 bytes
     """
 
@@ -73,7 +73,7 @@ CONFIG = EncodeConfig
 
 
 def main(config: EncodeConfig) -> Path:
-    """Write this rank's shards, and on the first rank the manifest when all are there; returns the folder."""
+    """Write this rank's shards, and on the first rank the manifest when all are there. Returns the folder."""
     config = at_hand(config)
     world = world_of_environment()
     torch.set_num_threads(config.threads)

@@ -1,4 +1,4 @@
-"""`scldm evaluate`: how good generated cells, an autoencoder or an embedding are; a table, every number in a file."""
+"""`scldm evaluate`: how good generated cells, an autoencoder or an embedding are, as a table and a file."""
 
 from __future__ import annotations
 

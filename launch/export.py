@@ -31,8 +31,8 @@ class ExportConfig:
     """What to export.
 
     vae: run folder of the autoencoder
-    ldm: run folder of the diffusion transformer; empty exports an autoencoder that embeds and does not generate
-    out: model folder to write; an existing one is replaced
+    ldm: run folder of the diffusion transformer. Empty exports an autoencoder, which embeds and does not generate
+    out: model folder to write. An existing one is replaced
     which: checkpoint of both runs: best by the validation metric, or latest
     register: name in MLflow's model registry, where mlflow.pyfunc.load_model finds it; needs ldm, in whose MLflow run
         it is kept. Empty registers nothing
@@ -61,7 +61,7 @@ CONFIG = ExportConfig
 
 
 def main(config: ExportConfig) -> Path:
-    """Write the folder; returns it. Raises: InputError where the two runs do not belong together."""
+    """Write the folder. Returns it. Raises: InputError where the two runs do not belong together."""
     out = Path(config.out)
     check_replaceable(out)
     if config.register:

@@ -42,7 +42,7 @@ def followed(verb: str, config: Any) -> Iterator[None]:
 
 
 def dataset_of(source: str, context: str) -> dict[str, Any]:
-    """A shard set as MLflow's datasets have it; its digest is the hash of the manifest, hence of all cells."""
+    """A shard set as MLflow's datasets have it. Its digest is the hash of the manifest, hence of all cells."""
     from data_pipeline.format.read_shards import manifest_hash
     from data_pipeline.format.schema import read_manifest
 

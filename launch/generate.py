@@ -52,16 +52,16 @@ class GenerateConfig(Checked):
     conditions: CSV with a column per condition and, if there is one, a column n_cells (else one cell per row)
     like: h5ad or zarr file whose cells' labels are taken, one new cell for each
     shards: shard set of cells whose test split's labels are taken, one new cell for each, as `scldm evaluate` compares
-    by: columns of `like` that are conditions of the model; also library_size, if it has one
+    by: columns of `like` that are conditions of the model. Also library_size, if it has one
     n: number of cells without any condition
-    genes: genes to write, in this order; none writes all
+    genes: genes to write, in this order. None writes all
     kind: counts, drawn, or means, the decoder's expected counts (float32, none of them 0)
-    seed: of all draws; a cell's are keyed by it and by the cell's number
-    device: torch device; empty is the rank's GPU where there is one
-    batch: cells that go through the networks at once; null takes 64 on a CPU, and on a GPU what a quarter of its memory
+    seed: of all draws. A cell's are keyed by it and by the cell's number
+    device: torch device. Empty is the rank's GPU where there is one
+    batch: cells that go through the networks at once. null takes 64 on a CPU, and on a GPU what a quarter of its memory
         holds, at most 1,024
-    precision: float32, or bfloat16: for GPUs; expected counts are off by 0.6 %
-    threads: CPU threads per rank for torch; on a CPU start a rank for each core rather
+    precision: float32, or for GPUs bfloat16. Its expected counts are off by 0.6 %
+    threads: CPU threads per rank for torch. On a CPU, rather start a rank for each core
     """
 
     model: str
@@ -97,7 +97,7 @@ FIRST = (
 
 
 def main(config: GenerateConfig) -> Path:
-    """Write this rank's cells, and on the first rank the file when all are there; returns its path."""
+    """Write this rank's cells, and on the first rank the file when all are there. Returns its path."""
     torch.set_num_threads(config.threads)
     check_out(config.out, tuple(FORMATS), like=config.like, conditions=config.conditions)
     table = wanted_cells(config)
@@ -178,7 +178,7 @@ def kind_of(device: str) -> str:
 
 
 def device_of(device: str) -> torch.device:
-    """The configured device; where none is, a GPU if there is one."""
+    """The configured device. Where none is, a GPU if there is one."""
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -223,7 +223,7 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def numeric_library_size(table: pd.DataFrame) -> pd.DataFrame:
-    """Labels stay text; a column library_size holds numbers."""
+    """Labels stay text. A column library_size holds numbers."""
     if "library_size" in table:
         sizes = pd.Series(pd.to_numeric(table["library_size"].astype(object), errors="coerce"))
         table = table.assign(library_size=sizes.astype(float))

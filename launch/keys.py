@@ -17,7 +17,7 @@ from typing import Any
 from launch.config import flatten, unknown_key
 from launch.verbs import VERBS
 
-ANY = "*"  # alone it stands for the keys of other verbs; `control.*` for those of a mapping
+ANY = "*"  # alone it stands for the keys of other verbs. `control.*` stands for those of a mapping
 PATH = Path(str(resources.files("launch"))) / "keys.json"
 
 

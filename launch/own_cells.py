@@ -24,13 +24,13 @@ class OwnCellsConfig(Checked):
     model: model folder that `scldm export` wrote
     h5ad: h5ad or zarr file with raw counts
     out: h5ad file to write
-    layer: where the counts are, as X, raw or a layer's name; empty looks in X, layers/counts and raw
-    drop_empty: leave out cells without a count in any gene that the model knows; else they are refused
-    device: torch device; empty is a GPU where there is one
-    batch: cells that go through the networks at once; another number differs in the last bits. null takes 64 on a CPU,
+    layer: where the counts are, as X, raw or a layer's name. Empty looks in X, layers/counts and raw
+    drop_empty: leave out cells without a count in any gene that the model knows. Else they are refused
+    device: torch device. Empty is a GPU where there is one
+    batch: cells that go through the networks at once. Another number differs in the last bits. null takes 64 on a CPU,
         and on a GPU what a quarter of its memory holds, at most 1,024
-    precision: float32, or bfloat16: for GPUs; expected counts are off by 0.6 %
-    min_gene_share: of the model's genes that the file must have; with fewer it is refused
+    precision: float32, or for GPUs bfloat16. Its expected counts are off by 0.6 %
+    min_gene_share: of the model's genes that the file must have. With fewer it is refused
     """
 
     model: str

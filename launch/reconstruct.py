@@ -22,7 +22,7 @@ class ReconstructConfig(OwnCellsConfig):
     """Which cells to reconstruct.
 
     out: h5ad file to write: the same cells, expected counts in X
-    genes: genes to write, any that the model knows; none writes those of the file
+    genes: genes to write, any that the model knows. None writes those of the file
     """
 
     genes: tuple[str, ...] = ()
@@ -32,7 +32,7 @@ CONFIG = ReconstructConfig
 
 
 def main(config: ReconstructConfig) -> Path:
-    """Write the file; returns its path."""
+    """Write the file. Returns its path."""
     model, adata = model_and_cells(config)
     expected = model.reconstruct(adata, layer=config.layer or None, genes=config.genes or None)
     write_whole(expected, Path(config.out))

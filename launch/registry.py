@@ -25,7 +25,7 @@ from scldm.train.mlflow_run import NOTE, Sender, cause_of, followed_alone, read_
 def check_followed(run: Path) -> None:
     """Raises: InputError for a run that MLflow does not have."""
     if read_note(run) is None:
-        raise InputError(f"register: {run} was trained without MLflow: it has no {NOTE}; leave register out")
+        raise InputError(f"register: {run} was trained without MLflow: it has no {NOTE}. Leave register out")
 
 
 def register(folder: Path, run: Path, name: str, alias: str = "") -> str:
@@ -108,7 +108,7 @@ def example_of(model: Pretrained) -> pd.DataFrame:
 
 
 def requirements() -> list[str]:
-    """What scldm needs to generate, in the versions here; of a local build, the release that it is of."""
+    """What scldm needs to generate, in the versions here. Of a local build, the release that it is of."""
     wanted = [line for line in importlib.metadata.requires("scldm") or [] if "extra ==" not in line]
     names = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in wanted]
     return [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in names]

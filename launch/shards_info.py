@@ -11,7 +11,7 @@ from data_pipeline.format.schema import read_manifest
 from launch.cli import run_verb
 from scldm.files import disk_explained, written_aside
 
-PURPOSE = "Print what a shard set holds: splits, conditions, sources, sizes; or draw it as a page with figures."
+PURPOSE = "Print what a shard set holds: splits, conditions, sources, sizes. Or draw it as a page with figures."
 EXAMPLE = """scldm shards info path=shards
 scldm shards info path=shards html=shards.html"""
 

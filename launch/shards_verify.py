@@ -10,7 +10,7 @@ from launch.cli import run_verb
 from scldm.checked import Checked, checked
 from scldm.errors import InputError
 
-PURPOSE = """Read every byte of a shard set: hashes, counts, order, statistics; and some cells against their sources.
+PURPOSE = """Read every byte of a shard set: hashes, counts, order, statistics. Compare some cells with their sources.
 Exit code 2 where something is wrong, with shard and block of each fault."""
 EXAMPLE = "scldm shards verify path=shards"
 
@@ -20,7 +20,7 @@ class ShardsVerifyConfig(Checked):
     """Check a shard set.
 
     path: its folder or fsspec URL
-    sample: cells to compare with the sources, where they are reachable; 0 compares none
+    sample: cells to compare with the sources, where they are reachable. 0 compares none
     """
 
     path: str

@@ -10,8 +10,8 @@ from launch.cli import run_verb
 from scldm.files import of_bytes
 
 PURPOSE = """Turn an atlas (h5ad files, a SOMA experiment, the Census) into shuffled training shards with splits.
-Run again after an interruption, it goes on. As an array job, give each task --task i/n; the array does one stage of the
-work: run it again until each task says that its share is done, then one command with --finish. Under Slurm,
+If it is interrupted, run the same command again. As an array job, give each task --task i/n. The array does one stage
+of the work. Run it again until each task says that its share is done, then one command with --finish. Under Slurm,
 `scldm submit shards write ... --tasks n` submits all of that."""
 EXAMPLE = """scldm shards write out=shards source.paths=cells.h5ad conditions=cell_type split.stratify=cell_type
 scldm shards write data/census source.census_version=2025-01-30 out=census-human \\

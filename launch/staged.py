@@ -11,7 +11,7 @@ Config = TypeVar("Config")
 
 
 def at_hand(config: Config) -> Config:
-    """The config of a verb on a shard set, to read it from; within a job that staged the set, the node's own copy."""
+    """The config of a verb on a shard set, to read it from. Within a job that staged it, it names the local copy."""
     staged, verb = os.environ.get("SCLDM_STAGED"), typing.cast(Any, config)
     if not staged:
         return config

@@ -28,7 +28,7 @@ scldm track replay runs/pipeline
 class TrackReplayConfig:
     """What to send.
 
-    folders: run folders, or folders that hold some, as a pipeline's; given as the first words
+    folders: run folders, or folders that hold some, as a pipeline's. They are given as the first words
     """
 
     folders: tuple[str, ...]

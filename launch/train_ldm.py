@@ -2,8 +2,8 @@
 
 Encoding as they come costs the autoencoder's forward pass at every visit of a cell, and no disk: with vae/tiny and
 ldm/tiny on one CPU core 1,710 cells/s from 423 fresh genes and 1,380 from all 1,267, against 2,030 from stored latents.
-What a fresh gene set gains in quality was not measured; a stored set has every cell from all its genes.
-Reading order: TrainLDMConfig, main, set_up; where the latents come from; what the conditions are.
+What a fresh gene set gains in quality was not measured. A stored set has every cell from all its genes.
+Reading order: TrainLDMConfig, main, set_up, where the latents come from, what the conditions are.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ class TrainLDMConfig(Checked):
     given: gene set that they are encoded from
     label_embeddings: condition -> CSV file of its labels (first column) and a vector of numbers for each: the model is
         told the vector, so that every label of the file can be asked for, trained or not
-    init_from: model folder whose diffusion transformer to start from; conditions and labels are joined by name, new
+    init_from: model folder whose diffusion transformer to start from. Conditions and labels are joined by name, new
         ones get new rows
     branch_from: RUN@STEP, as runs/vae@15000 or @latest or @best: a new run that begins with that checkpoint, its place
-        in the cells' order included. Give the parent's keys again; those of optim, train and hardware.precision may
+        in the cells' order included. Give the parent's keys again. Those of optim, train and hardware.precision may
         differ, and of guidance and flow
     allow_changes: keys that may differ from the run's config.json, as optim.lr,train.steps. Each change is noted in
         changes.json with its step. Those of optim, train and hardware.precision can change, and of guidance and flow
@@ -105,7 +105,7 @@ class TrainLDMConfig(Checked):
         self.given.check("given")
         if self.given.policy != "all" and not self.vae:
             raise InputError(
-                f"given.policy={self.given.policy} has no effect on latents; with vae=RUN cells are encoded"
+                f"given.policy={self.given.policy} has no effect on latents. With vae=RUN cells are encoded"
             )
         check_waits(self)
         check_changes(self)
@@ -119,7 +119,7 @@ FIRST = (
 
 
 def main(config: TrainLDMConfig) -> dict[str, float]:
-    """Train; returns the last validation metrics."""
+    """Train. Returns the last validation metrics."""
     return run_training("train ldm", config, lambda world: set_up(config, world))
 
 
@@ -144,12 +144,12 @@ def set_up(config: TrainLDMConfig, world: World) -> Parts:
     trained, joined = start_of(config), ()
     if trained is not None:
         if trained.dit is None:
-            raise InputError(f"init_from={config.init_from} holds an autoencoder alone; it can start `scldm train vae`")
+            raise InputError(f"init_from={config.init_from} holds an autoencoder alone. It can start `scldm train vae`")
         of, own = weights_hash(trained.vae.state_dict()), manifest.extra["vae"]
         if of != own:
             raise InputError(
                 f"init_from={config.init_from}: its diffusion transformer knows the latents of its own autoencoder "
-                f"(weights {of[:12]}), these are another's ({own[:12]}); encode the cells with that one, or train anew"
+                f"(weights {of[:12]}), these are another's ({own[:12]}). Encode the cells with that one, or train anew"
             )
         joined = dit_from(module, vocab, trained.dit, trained.conditions)
     module.latent_mean_LZ.copy_(source.mean_LZ)
@@ -210,8 +210,8 @@ def latents(config: TrainLDMConfig, world: World) -> Source:
 
 
 def cells(config: TrainLDMConfig, world: World) -> Source:
-    """A set of cells, each encoded whenever it comes; moments, shifts and validation from whole cells, as latent sets
-    are."""
+    """A set of cells, each encoded whenever it comes. Moments, shifts and validation are of whole cells, as latent
+    sets are."""
     vae, origin = trained_vae(Path(config.vae), "best")
     vae = vae.to(world.device)
     stream = {f.name: getattr(config.data, f.name) for f in fields(StreamConfig)}
@@ -237,7 +237,7 @@ def cells(config: TrainLDMConfig, world: World) -> Source:
 
 @torch.no_grad()
 def moments(vae: VAE, every: CellLoader, world: World) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of the latents of the first training cells, (L, Z); the same on every rank."""
+    """Mean and standard deviation of the latents of the first training cells, (L, Z). The same on every rank."""
     found, n = [], 0
     with every as loader:
         for (one,) in loader.one_pass():
@@ -252,7 +252,7 @@ def moments(vae: VAE, every: CellLoader, world: World) -> tuple[torch.Tensor, to
 
 @torch.no_grad()
 def fit_means(stage: LDMStage, every: LatentLoader | CellLoader, world: World) -> None:
-    """The shifts of labels from the latents of the first training cells; the same on every rank."""
+    """The shifts of labels from the latents of the first training cells. The same on every rank."""
     module, labels_KC = stage.module, stage.module.combinations.labels_KC
     if not module.means.names:
         return
@@ -280,7 +280,7 @@ def fit_means(stage: LDMStage, every: LatentLoader | CellLoader, world: World) -
 
 
 def described(vocab: ConditionVocab, files: dict[str, str]) -> tuple[ConditionVocab, dict[str, torch.Tensor]]:
-    """The vocabulary with all labels of the files, behind those of the set; and these labels' vectors.
+    """The vocabulary with all labels of the files, behind those of the set, and these labels' vectors.
 
     Raises: InputError for a file that can't be read, has no vector for a label of the set, or is of no condition.
     """
@@ -288,7 +288,7 @@ def described(vocab: ConditionVocab, files: dict[str, str]) -> tuple[ConditionVo
     for name, path in files.items():
         key = f"label_embeddings.{name}={path}"
         if name not in labels:
-            raise InputError(f"{key}: condition {name!r} is unknown; the set has {', '.join(labels) or 'none'}")
+            raise InputError(f"{key}: condition {name!r} is unknown. The set has {', '.join(labels) or 'none'}")
         try:
             table = pd.read_csv(path, index_col=0, dtype={0: str}, keep_default_na=False)
             vectors = table.to_numpy("float32")
@@ -316,7 +316,7 @@ def values_of(vocab: ConditionVocab, config: TrainLDMConfig) -> dict[str, torch.
     for name in config.model.continuous:
         if name not in vocab.names:
             told = ", ".join(vocab.names) or "none"
-            raise InputError(f"model.continuous.{name}: no such condition; the set has {told}")
+            raise InputError(f"model.continuous.{name}: no such condition. The set has {told}")
         if name in config.label_embeddings:
             raise InputError(f"condition {name!r} stands in model.continuous and in label_embeddings: choose one")
         try:

@@ -40,14 +40,14 @@ class TrainVAEConfig(Checked):
     """Stage 1.
 
     run_dir: folder of the run
-    init_from: model folder whose autoencoder to start from; genes are joined by name, new ones get new rows
+    init_from: model folder whose autoencoder to start from. Genes are joined by name, new ones get new rows
     branch_from: RUN@STEP, as runs/vae@15000 or @latest or @best: a new run that begins with that checkpoint, its place
-        in the cells' order included. Give the parent's keys again; those of optim, train and hardware.precision may
+        in the cells' order included. Give the parent's keys again. Those of optim, train and hardware.precision may
         differ
     allow_changes: keys that may differ from the run's config.json, as optim.lr,train.steps. Each change is noted in
         changes.json with its step. Those of optim, train and hardware.precision can change
     gate: at the end, judge the best checkpoint on at most 2,000 validation cells beside mean profiles, one for each
-        combination too where there are at most 200; false leaves that out
+        combination too where there are at most 200. false leaves that out
     deepspeed: any key of DeepSpeed's own configuration that does not change the result, as deepspeed.steps_per_print=10
     """
 
@@ -78,7 +78,7 @@ FIRST = (
 
 
 def main(config: TrainVAEConfig) -> dict[str, float]:
-    """Train; returns the last validation metrics."""
+    """Train. Returns the last validation metrics."""
     judge = partial(judge_run, at_hand(config)) if config.gate else None
     return run_training("train vae", config, lambda world: set_up(at_hand(config), world), judge)
 

@@ -25,7 +25,7 @@ Kind = TypeVar("Kind", VAEConfig, DiTConfig, GeneSetConfig)
 
 
 def trained_vae(run_dir: Path, which: Literal["best", "latest"]) -> tuple[VAE, dict[str, Any]]:
-    """The autoencoder of a run, and where it comes from; `hash` is that of its weights."""
+    """The autoencoder of a run, and where it comes from. `hash` is that of its weights."""
     run = read_config(run_dir)
     if (run_dir / "latents.json").is_file():
         raise InputError(f"vae={run_dir} is a run of `scldm train ldm`, not of `scldm train vae`")
@@ -49,7 +49,7 @@ def trained_dit(run_dir: Path, vae: VAE, which: Literal["best", "latest"]) -> tu
     if latents.vae != weights_hash(vae.state_dict()):
         raise InputError(
             f"{run_dir} was trained on the latents of another autoencoder (weights {latents.vae[:12]}, "
-            f"this one {weights_hash(vae.state_dict())[:12]}); name the run and checkpoint that encoded them"
+            f"this one {weights_hash(vae.state_dict())[:12]}). Name the run and checkpoint that encoded them"
         )
     conditions = ConditionVocab.load(run_dir / "conditions.json")
     n_labels = {name: conditions.n_labels(name) for name in conditions.names}
@@ -82,7 +82,7 @@ def check_given(given: GeneSetConfig, vae_run: Path, key: str, world: World) -> 
             f"{at}.policy={of.policy}" + (f" {at}.n_genes={of.n_genes}" if of.policy == padded else "")
             for at, of in ((key, given), ("data.given", trained), (key, right))
         )
-        raise InputError(f"{is_}: {vae_run} was trained with {was}; give {give}")
+        raise InputError(f"{is_}: {vae_run} was trained with {was}. Give {give}")
     if world.is_first and (given.policy == "weighted") != (trained.policy == "weighted"):
         print(
             f"{key}.policy={given.policy}: {vae_run} was trained with data.given.policy={trained.policy}: it met genes "

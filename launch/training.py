@@ -92,8 +92,12 @@ class RunConfig(Protocol):
 
 
 class Parts(NamedTuple):
-    """What one stage trains, on which stream of which shard set; joined: how its names met those of `init_from`;
-    cost: of a micro-batch; attention: how the autoencoder's is computed, and why, where there is one."""
+    """What one stage trains, on which stream of which shard set.
+
+    joined: how its names met those of `init_from`
+    cost: of a micro-batch
+    attention: how the autoencoder's is computed, and why, where there is one
+    """
 
     module: torch.nn.Module
     stage: Stage
@@ -111,11 +115,11 @@ def run_training(
     set_up: Callable[[World], Parts],
     judge: Callable[[Tracker, torch.device], None] | None = None,
 ) -> dict[str, float]:
-    """Train, or resume, the run of this config; returns the last validation metrics. Every rank calls it.
+    """Train, or resume, the run of this config. Returns the last validation metrics. Every rank calls it.
 
     judge: what the first rank does with the run that reached its end, before its tracker closes
 
-    Raises: Stopped where that was asked from outside; InputError. Where one rank fails, the others end with it.
+    Raises: Stopped where that was asked from outside, InputError. Where one rank fails, the others end with it.
     """
     world = world_of_environment()
     torch.set_num_threads(config.hardware.threads)
@@ -212,7 +216,7 @@ def run_training(
 
 
 def datasets_of(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The shard set that a run is trained on, for MLflow; its manifest as it lies there."""
+    """The shard set that a run is trained on, for MLflow, with its manifest as it lies there."""
     shards = config.get("data", {}).get("shards", "")
     return [dataset_of(shards, "training")] if shards else []
 
@@ -245,7 +249,7 @@ def check_changes(config: RunConfig) -> None:
         if never := [key for key in within if not any(f"{key}.".startswith(f"{group}.") for group in may)]:
             why = WHY_NEVER.get(never[0].split(".")[0], "it would be another run")
             raise InputError(
-                f"allow_changes={name}: {never[0]} can never change in a run: {why}; choose another run_dir"
+                f"allow_changes={name}: {never[0]} can never change in a run: {why}. Choose another run_dir"
             )
 
 
@@ -253,7 +257,7 @@ def check_steps(config: RunConfig, step: int) -> None:
     """Raises: InputError where the run is already beyond its end."""
     if config.train.steps < step:
         raise InputError(
-            f"train.steps={config.train.steps}: the run is at step {step} already; give more, or branch_from=RUN@STEP "
+            f"train.steps={config.train.steps}: the run is at step {step} already. Give more, or branch_from=RUN@STEP "
             "of an earlier checkpoint"
         )
 
@@ -282,7 +286,7 @@ def make_optimizer_of(optim: OptimConfig) -> Callable[[torch.nn.Module], torch.o
 def check_has_validation(manifest: Manifest, shards: str) -> None:
     """Raises: InputError for a set without validation cells: training is judged by them."""
     if not any(split.name == "validation" and split.n_cells for split in manifest.splits):
-        raise InputError(f"{shards} has no validation cells; write the shards with split.validation above 0")
+        raise InputError(f"{shards} has no validation cells. Write the shards with split.validation above 0")
 
 
 def whole_cells(micro_batch: int, n_in_training: int, n_genes: int) -> int:

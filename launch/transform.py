@@ -28,9 +28,9 @@ class TransformConfig(OwnCellsConfig):
     h5ad: file with raw counts, and the cells' own conditions as columns of obs
     to: CONDITION=LABEL, one or more
     out: h5ad file to write: the cells where they were taken, with obs scldm_alpha and scldm_source, their names before
-    by: columns of obs that are the cells' own conditions; none takes all that the model has
+    by: columns of obs that are the cells' own conditions. None takes all that the model has
     alphas: how far to go, all cells for each: 0 is their own conditions, 1 the others
-    genes: genes to write, any that the model knows; none writes those of the file
+    genes: genes to write, any that the model knows. None writes those of the file
     kind: counts, drawn, or means, expected counts (float32)
     seed: of the counts' draws
     """
@@ -48,7 +48,7 @@ CONFIG = TransformConfig
 
 
 def main(config: TransformConfig) -> Path:
-    """Write the file; returns its path."""
+    """Write the file. Returns its path."""
     out = Path(config.out)
     to: dict[str, str] = {}
     for part in config.to:

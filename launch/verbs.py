@@ -28,7 +28,7 @@ VERBS = {
     "completion": ("launch.completion", "print a script that completes verbs, presets and keys in bash or zsh"),
 }
 
-# verb -> the groups of presets that are for it; the others take a path to a YAML file alone
+# verb -> the groups of presets that are for it. The others take a path to a YAML file alone
 PRESETS = {
     "shards write": ("data",),
     "train vae": ("vae", "hardware"),

@@ -51,10 +51,10 @@ def cells_of_splits(
     cache_gb: float = 0.0,
     select: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Cells]:
-    """Cells of some splits of a shard set, with the labels of these conditions; nothing of other splits is read.
+    """Cells of some splits of a shard set, with the labels of these conditions. Nothing of other splits is read.
 
-    splits: in the order of the answer; the last is the one that is judged
-    sample: which of them are read, a block at a time; None reads all
+    splits: in the order of the answer. The last is the one that is judged
+    sample: which of them are read, a block at a time. None reads all
     cache_folder, cache_gb: where the index and, up to so many 1e9 bytes, blocks of a remote set are kept
     select: condition, one of these -> labels: only cells that have one of the labels
 
@@ -67,7 +67,7 @@ def cells_of_splits(
             if condition not in there:
                 raise InputError(f"{url} has no condition={condition!r}. It has {', '.join(there) or 'none'}")
         ids: dict[str, np.ndarray] = {split: _label_ids(shards, split, conditions) for split in splits}
-        # each combination that some cell has, by its labels' numbers; a cell's combination is its row here
+        # each combination that some cell has, by its labels' numbers. A cell's combination is its row here
         rows_KC, of_all = np.unique(np.concatenate(list(ids.values())), axis=0, return_inverse=True)
         ends = np.cumsum([len(of) for of in ids.values()])[:-1]
         of = dict(zip(ids, np.split(of_all.ravel(), ends), strict=True))
@@ -91,7 +91,7 @@ def conditions_of_shards(url: str, cache_folder: str = "") -> tuple[str, ...]:
 
 
 def labels_of_split(url: str, split: str, conditions: Sequence[str] = ()) -> pd.DataFrame:
-    """The conditions of every cell of a split; all of the set's, where none is named."""
+    """The conditions of every cell of a split. All of the set's, where none is named."""
     shards = ShardSet(url)
     try:
         known = shards.manifest.conditions
@@ -122,8 +122,9 @@ def _split(
     chosen_K: np.ndarray,
     sample: Sample | None,
 ) -> Cells:
-    """of: split -> the combination of each of its cells, by its number; labels: condition -> label of each; chosen_K:
-    whether the cells of a combination are read at all"""
+    """of: split -> the combination of each of its cells, by its number
+    labels: condition -> label of each
+    chosen_K: whether the cells of a combination are read at all"""
     manifest, of_n = shards.manifest, of[split]
     genes, entry = manifest.genes, manifest.splits[manifest.split_number(split)]
     named = combination_names(labels, len(chosen_K))
@@ -169,7 +170,7 @@ def cells_of_h5ad(
     """Training, validation and test cells of a file with a column that tells them apart, with the labels of these
     conditions. The file is read whole.
 
-    sample: which of them are taken; None takes all
+    sample: which of them are taken. None takes all
 
     Raises: InputError where they can't be read or told apart.
     """

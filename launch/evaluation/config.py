@@ -76,7 +76,7 @@ class EvaluateVerbConfig(Checked):
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
-# what is judged -> the keys it takes; a key takes those below it too
+# what is judged -> the keys it takes. A key takes those below it too
 TAKES: Mapping[str, tuple[str, ...]] = {
     "generated": (
         *("generated", "out", "conditions", "protocol", "control", "shards", "cache_folder", "cache_gb", "real"),

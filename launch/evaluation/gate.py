@@ -4,14 +4,14 @@
 `scldm train ldm` say what it found. Its keys:
 
 step, hash    the checkpoint that was judged, the best one: its step, and the hash of its EMA weights
-passed        true if it is better than mean profiles beyond chance; null where that could not be judged
+passed        true if it is better than mean profiles beyond chance. null where that could not be judged
 line          the finding in one line
-cells         how many of the splits were read and judged; drawn_of: of how many, where they were drawn
+cells         how many of the splits were read and judged. drawn_of: of how many, where they were drawn
 nll           of the model and of mean profiles: nats a cell, with standard error
 less          by mean profile: nll of the model less that of the profile
 label_recall, effective_dimension, sight    of the latents, as launch/evaluation/sight.py has them
 
-Reading order: read_gate, line_of, warn; judge_run, the cells, the finding, what to change.
+Reading order: read_gate, line_of, warn, judge_run, the cells, the finding, what to change.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ KL_NATS = 1.0  # a cell: latents below it hardly differ between cells
 
 
 def read_gate(folder: Path) -> dict[str, Any] | None:
-    """What a run folder, or a set of latents, says; None where the autoencoder was not judged."""
+    """What a run folder, or a set of latents, says. None where the autoencoder was not judged."""
     return read_json(folder / GATE) if (folder / GATE).is_file() else None
 
 
@@ -66,13 +66,13 @@ def gate_of(folder: Path, weights: str) -> dict[str, Any] | None:
 
 
 def line_of(run: Path) -> str:
-    """The finding as `scldm status` shows it, and whether it is of an earlier checkpoint; empty where there is none."""
+    """The finding as `scldm status` shows it, and whether it is of an earlier checkpoint. Empty where there is none."""
     gate, pointer = read_gate(run), run / "checkpoints" / "best"
     if gate is None:
         return ""
     best = int(pointer.read_text().strip().removeprefix("step-")) if pointer.is_file() else gate["step"]
     stale = (
-        "" if best == gate["step"] else f" (found at step {gate['step']}; the best checkpoint is of step {best} now)"
+        "" if best == gate["step"] else f" (found at step {gate['step']}, the best checkpoint is of step {best} now)"
     )
     return gate["line"] + stale
 
@@ -142,14 +142,14 @@ def cells_of(data: LoaderConfig, conditions: tuple[str, ...], seed: int) -> list
 
 
 def judged_conditions(manifest: Manifest) -> tuple[str, ...]:
-    """Those of the set; none where its combinations are so many that a mean profile each would be of a few cells."""
+    """Those of the set. None where its combinations are so many that each mean profile would be of a few cells."""
     train = manifest.split_number("train")
     n_combinations = sum(n[train] > 0 for n in manifest.statistics.combinations.n)
     return manifest.conditions.names if n_combinations * FEWEST_CELLS <= MOST_CELLS else ()
 
 
 def found(config: VAERunConfig, model: Any) -> dict[str, Any]:
-    """The finding but for the checkpoint that it is of; JSON-ready.
+    """The finding, without the checkpoint that it is of. JSON-ready.
 
     Raises: InputError where the cells can't be read, or the model can't be given whole cells.
     """
@@ -244,5 +244,5 @@ def show(gate: Mapping[str, Any]) -> None:
         all_of = gate["cells"]["drawn_of"][split]
         return f"{gate['cells'][split]:,} {split} cells" + (f" (drawn of {all_of:,})" if all_of else "")
 
-    print(f"\nautoencoder at step {gate['step']:,} on {number('validation')}; mean profiles of {number('train')}")
+    print(f"\nautoencoder at step {gate['step']:,} on {number('validation')}, mean profiles of {number('train')}")
     print(f"autoencoder: {gate['line']}", flush=True)

@@ -113,7 +113,7 @@ def autoencoder(
 
 
 def scored(model: Pretrained, train: Cells, test: Cells, seed: int) -> dict:
-    """Scores of the model and of mean profiles on the test cells; JSON-ready. Test cells without a count in the genes
+    """Scores of the model and of mean profiles on the test cells, JSON-ready. Test cells without a count in the genes
     that the model knows are left out and counted.
 
     A cell is given all genes of the set that the model knows, and judged on them. Its library size is its total over
@@ -157,7 +157,7 @@ def scored(model: Pretrained, train: Cells, test: Cells, seed: int) -> dict:
 def _score(
     model: Pretrained, test: Cells, gene_ids_G: torch.Tensor, profiles: Mapping[str, MeanProfile], seed: int
 ) -> dict[str, Reconstruction]:
-    """Everyone reconstructs the same blocks of cells; counts are drawn by the cell's row and the gene."""
+    """Everyone reconstructs the same blocks of cells. Counts are drawn by the cell's row and the gene."""
     every = {name: Reconstruction() for name in ("model", *profiles)}
     theta = {name: torch.from_numpy(profile.theta_G) for name, profile in profiles.items()}
     with Progress("reconstruct", len(test), "cells") as bar, torch.no_grad():
@@ -266,7 +266,7 @@ def notes(evaluation: Mapping[str, Any]) -> list[str]:
         "RE: negative log-likelihood summed over genes, mean over cells, ± 95 %. PCC and MSE: of log1p counts per "
         "10,000.",
         f"draw: one draw of counts a cell, genes correlated within batches of {pcc['batch']} cells, as the published "
-        "code does. mean: expected counts; genes over all cells, cells over all genes.",
+        "code does. mean: expected counts, genes over all cells, cells over all genes.",
     ]
     lines.append(
         "The mean profile is the same for all cells, so that its expected counts have no correlation over cells. Its "

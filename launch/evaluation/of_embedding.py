@@ -78,7 +78,7 @@ def embedded(path: str, key: str) -> tuple[np.ndarray, pd.DataFrame]:
 def counts_of(path: str, layer: str, names: pd.Index, embedding: str) -> sp.csr_matrix:
     """Counts of the cells with these names, CSR (cells, genes).
 
-    embedding: file that the names come from; empty: this one, whose rows they are
+    embedding: file that the names come from. Empty: this one, whose rows they are
 
     Raises: InputError where there are no counts, or not of all these cells.
     """

@@ -83,7 +83,7 @@ def evaluate_generated(config: EvaluateVerbConfig) -> dict:
 
 
 def judged_conditions(config: EvaluateVerbConfig, model: Pretrained | None) -> tuple[str, ...]:
-    """As asked for; else all that the model has; without a model, those of the shard set that generated cells say.
+    """As asked for, else all that the model has. Without a model, those of the shard set that generated cells say.
     `none` alone stands for none, unless the real cells have a condition of that name."""
     if config.conditions == ("none",):
         shards = config.shards
@@ -145,7 +145,7 @@ def parts_of(model: Pretrained, train: Cells, test: Cells, config: EvaluateVerbC
 
 
 def at_most(cells: Cells, n: int, least: int, seed: int) -> Cells:
-    """At most n of the cells in their shares; of each combination `least`, or what there is."""
+    """At most n of the cells in their shares. Of each combination `least`, or what there is."""
     if len(cells) <= n:
         return cells
     numbers = {t: max(min(k, least), k * n // len(cells)) for t, k in cells.numbers().items()}
@@ -181,8 +181,8 @@ def made_with(config: EvaluateVerbConfig) -> dict:
 
 
 def flat_scores(evaluation: dict) -> dict[str, float]:
-    """The numbers that MLflow gets: scores, their errors, floors and normalised scores, pooled and means; memorisation;
-    responses; the parts' scores; the share of markers up. What there is of them."""
+    """The numbers that MLflow gets, as far as there are any: scores, their errors, floors and normalised scores, pooled
+    and means. Memorisation, responses, the parts' scores, the share of markers up."""
     out: dict[str, float] = {}
     for section in score_sections(evaluation):
         for name, row in evaluation[section].items():
@@ -202,7 +202,7 @@ def flat_scores(evaluation: dict) -> dict[str, float]:
 
 
 def sides_of_parts(evaluation: dict) -> dict[str, dict]:
-    """Floor, the model's parts and generated cells, all scored at equal numbers; none without parts."""
+    """Floor, the model's parts and generated cells, all scored at equal numbers. None without parts."""
     beside = evaluation["beside_parts"]
     return {"floor": beside["floor"], **evaluation["parts"], "generated": beside["generated"]} if beside else {}
 
@@ -270,8 +270,8 @@ def notes(evaluation: dict) -> list[str]:
     """How to read the tables, and what was left out."""
     listed = "; ".join(f"({k}) {title}" for k, (title, *_) in baselines_of(evaluation).items())
     out = [
-        f"floor: the training cells themselves; baselines drawn from them: {listed}",
-        "✓ generated cells are closer to the test cells than the baseline; ✗ they are not; \N{EN DASH} the baseline is "
+        f"floor: the training cells themselves. Baselines drawn from them: {listed}",
+        "✓ generated cells are closer to the test cells than the baseline. ✗ they are not. \N{EN DASH} the baseline is "
         "no worse than the floor",
     ]
     out += evaluation["notes"]

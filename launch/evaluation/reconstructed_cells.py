@@ -180,7 +180,7 @@ def gaussian_latents(model: Pretrained, train: Cells, numbers: Mapping[str, int]
 
 
 def _within_others(model: Pretrained, cells: Cells, gene_ids_G: Tensor, rng: np.random.Generator) -> np.ndarray:
-    """Latents less their combination's mean, (n, L * Z), of combinations of LEAST_CELLS cells or more; where none has
+    """Latents less their combination's mean, (n, L * Z), of combinations of LEAST_CELLS cells or more. Where none has
     so many, of those of 2 or more. About MOST_CELLS cells in all, in the shares that these have."""
     numbers = cells.numbers()
     least = _least(numbers)
@@ -211,7 +211,7 @@ def _at_most(rows: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _stacked(parts: list[sp.csr_matrix], cells: Cells) -> sp.csr_matrix:
-    """The blocks below each other; a matrix without rows where no cells were asked for."""
+    """The blocks below each other. A matrix without rows where no cells were asked for."""
     return sp.csr_matrix(sp.vstack(parts)) if parts else sp.csr_matrix((0, len(cells.genes)), dtype=np.int32)
 
 

@@ -61,7 +61,7 @@ def _with(counts: sp.csr_matrix, data: np.ndarray) -> sp.csr_matrix:
 def sight(
     model: Pretrained, counts: sp.csr_matrix, gene_ids_G: Tensor, seed: int, own_ND: np.ndarray | None = None
 ) -> dict[str, dict]:
-    """distortion of the input -> `moved`: how far latents move, as a share of the median distance between cells;
+    """distortion of the input -> `moved`: how far latents move, as a share of the median distance between cells.
     `nats`: by how much the true counts become less likely, mean over cells, with its standard error. Near 0, the
     encoder does not see what was distorted.
 
@@ -133,6 +133,6 @@ def known_by_latents(model: Pretrained, train: Cells, test: Cells, gene_ids_G: T
 
 
 def blind_spots(found: Mapping[str, dict]) -> list[str]:
-    """What the encoder does not see, in words, from `sight`; multiplying counts is none."""
+    """What the encoder does not see, in words, from `sight`. Multiplying counts is none."""
     seen = {name: of for name, of in found.items() if name != "times_50" and of["moved"] is not None}
     return [of["title"] for of in seen.values() if of["moved"] < BLIND]

@@ -34,12 +34,12 @@ class Plan:
     by_stage: ZeRO stage -> memory of a rank
     fits: whether the configured stage does
     remedies: changes that make it fit, the gentlest first
-    kernels: that a rank launches for the passes of a step, the optimizer's left out; None where the network is
+    kernels: that a rank launches for the passes of a step, without the optimizer's. None where the network is
         compiled, as then nobody knows before
     launch_s, compute_s: of those passes, of which the longer counts
-    optimizer_s: of clipping, AdamW and EMA, after the passes; None where the host's memory has them
-    exchange_s: between ranks; under the backward pass where DeepSpeed overlaps them
-    loader_s: in which the loader delivers a step's cells: a step takes no less; 0 for latents, which are copied
+    optimizer_s: of clipping, AdamW and EMA, after the passes. None where the host's memory has them
+    exchange_s: between ranks. Under the backward pass where DeepSpeed overlaps them
+    loader_s: in which the loader delivers a step's cells: a step takes no less. 0 for latents, which are copied
     save_s: of a step, for what a checkpoint holds training up
     """
 
@@ -157,7 +157,7 @@ class Plan:
         names = ("weights", "gathered", "masters", "moments", "ema", "gradients", "buckets", "activations")
         names = (*names, "validation", "peak", "host", "saved")
         lines = [
-            f"{cost.n_parameters / 1e6:,.1f} million parameters; {N:,} ranks x {cells} cells x {self.accumulation} = "
+            f"{cost.n_parameters / 1e6:,.1f} million parameters. {N:,} ranks x {cells} cells x {self.accumulation} = "
             f"{batch:,} cells a step",
             f"memory of a rank in GB, of {room:g} beside what CUDA takes:",
             "  ZeRO" + "".join(f"  {name}" for name in names),
@@ -172,7 +172,7 @@ class Plan:
         if config.model.attention in ("auto", "fused"):
             lines.append("activations and FLOPs are those of attention=factorised, which fused takes no more than")
         if not self.fits:
-            lines.append("it does not fit; it would with " + (", or with ".join(self.remedies) or "none of our knobs"))
+            lines.append("it does not fit. It would with " + (", or with ".join(self.remedies) or "none of our knobs"))
         formula = f" (by the formula {self.formula_flops / 1e9:,.2f} G)" if self.formula_flops else ""
         epochs = n_steps * batch / config.n_cells
         loader, read = self.cells_per_s / hardware.nodes, self.loader_bytes / hardware.nodes / 1e6
@@ -287,7 +287,7 @@ def within_node(config: PlanConfig) -> float:
 
 
 def kept_by(config: PlanConfig) -> int:
-    """Ranks that hold the weights whole among them, besides what all ranks share (hierarchical partitioning); 1 if
+    """Ranks that hold the weights whole among them, besides what all ranks share (hierarchical partitioning). 1 if
     there is none."""
     kept = int(config.deepspeed.get("zero_optimization", {}).get("zero_hpz_partition_size", 1))
     return kept if config.hardware.zero_stage == 3 else 1

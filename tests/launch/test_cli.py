@@ -75,10 +75,10 @@ def test_a_verb_runs_with_its_config(a_verb: list[TryConfig]) -> None:
         (["train", "vea"], "scldm: error: unknown verb 'train vea'; did you mean train vae? there are: train vae,"),
         (["genrate"], "scldm: error: unknown verb 'genrate'; did you mean generate? there are: "),
         (["trainvae"], "scldm: error: unknown verb 'trainvae'; did you mean train vae? there are: "),
-        (["embed", "vae/tiny"], "scldm embed: error: preset 'vae/tiny' is not for scldm embed; it takes none"),
+        (["embed", "vae/tiny"], "scldm embed: error: preset 'vae/tiny' is not for scldm embed. It takes none"),
         (
             ["train", "ldm", "vae/tiny"],
-            "scldm train ldm: error: preset 'vae/tiny' is not for scldm train ldm; it takes",
+            "scldm train ldm: error: preset 'vae/tiny' is not for scldm train ldm. It takes",
         ),
     ],
 )

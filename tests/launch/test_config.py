@@ -264,8 +264,8 @@ def test_an_option_of_no_list_given_again_is_the_last() -> None:
     "words, groups, said",
     [
         (["vae/tinny", "out=a/b"], ["vae"], "preset 'vae/tinny' is unknown"),
-        (["vae/tiny"], ["hardware"], "preset 'vae/tiny' is not for try; it takes hardware/cpu"),
-        (["vae/tiny"], [], "preset 'vae/tiny' is not for try; it takes none"),
+        (["vae/tiny"], ["hardware"], "preset 'vae/tiny' is not for try. It takes hardware/cpu"),
+        (["vae/tiny"], [], "preset 'vae/tiny' is not for try. It takes none"),
         (["vae/tiny", "own/file.yaml", "out=vae/none", "runs/vae", "--out", "runs/a"], ["vae"], ""),
         (["train", "vae", "vae/tiny"], None, ""),
     ],

@@ -32,14 +32,14 @@ def run_folder(at: Path, given: GeneSetConfig) -> Path:
 @pytest.mark.parametrize(
     "trained, given, said",
     [
-        (EXPRESSED, ALL, "genes.policy=all: .* trained with data.given.policy=expressed; give genes.policy=expressed"),
-        (ALL, EXPRESSED, "trained with data.given.policy=all; give genes.policy=all"),
-        (RANDOM, PADDED, "trained with data.given.policy=random; give genes.policy=all"),
-        (PADDED, ALL, "give genes.policy=expressed_plus_zeros genes.n_genes=20"),
-        (PADDED, EXPRESSED, "give genes.policy=expressed_plus_zeros genes.n_genes=20"),
-        (EXPRESSED, PADDED, "genes.n_genes=20: .* give genes.policy=expressed$"),
-        (PADDED, GeneSetConfig("expressed_plus_zeros", 21), "genes.n_genes=21: .* data.given.n_genes=20; give"),
-        (WEIGHTED, EXPRESSED, "trained with data.given.policy=weighted; give genes.policy=all"),
+        (EXPRESSED, ALL, "genes.policy=all: .* trained with data.given.policy=expressed. Give genes.policy=expressed"),
+        (ALL, EXPRESSED, "trained with data.given.policy=all. Give genes.policy=all"),
+        (RANDOM, PADDED, "trained with data.given.policy=random. Give genes.policy=all"),
+        (PADDED, ALL, "Give genes.policy=expressed_plus_zeros genes.n_genes=20"),
+        (PADDED, EXPRESSED, "Give genes.policy=expressed_plus_zeros genes.n_genes=20"),
+        (EXPRESSED, PADDED, "genes.n_genes=20: .* Give genes.policy=expressed$"),
+        (PADDED, GeneSetConfig("expressed_plus_zeros", 21), "genes.n_genes=21: .* data.given.n_genes=20. Give"),
+        (WEIGHTED, EXPRESSED, "trained with data.given.policy=weighted. Give genes.policy=all"),
     ],
 )
 def test_cells_given_otherwise_than_in_training_are_refused(tmp_path: Path, trained, given, said: str) -> None:

@@ -96,7 +96,7 @@ def test_one_that_is_no_better_says_so_and_what_to_change(at: Path, tmp_path: Pa
     assert found["line"].startswith("no better than mean profiles per combination: ")
     assert "raise train.steps=1: each training cell was seen 0.1 times" in found["line"]
     assert said.out.splitlines()[-1] == f"autoencoder: {found['line']}"
-    assert "90 validation cells; mean profiles of 400 train cells" in said.out
+    assert "90 validation cells, mean profiles of 400 train cells" in said.out
 
 
 def test_status_says_it_and_knows_one_of_an_earlier_checkpoint(at: Path, tmp_path: Path, capsys) -> None:

@@ -116,7 +116,7 @@ def test_as_many_cells_as_a_split_has_of_each_combination(tmp_path: Path) -> Non
     for words, said in (
         (["by=dose"], "has no condition='dose'. It has type, donor"),
         ([], "split 'test' is not in the shard set"),
-        (["n=3"], "give exactly one of conditions, like, shards and n; given: shards, n"),
+        (["n=3"], "give exactly one of conditions, like, shards and n. Given: shards, n"),
     ):
         with pytest.raises(InputError, match=said):
             verb.wanted_cells(compose(verb.GenerateConfig, ["model=-", f"shards={url}", "out=made.h5ad", *words]))
@@ -256,8 +256,8 @@ def test_what_can_not_be_made_is_said_before_a_device_is_used(
     (tmp_path / "zero.csv").write_text("type,n_cells\nT cell,0\n")
     out = f"out={tmp_path}/x.h5ad"
     for words, said in (
-        ([f"conditions={tmp_path}/typo.csv", out], "condition 'type' has no label 'T-cell'; it has 'T cell'"),
-        ([f"conditions={tmp_path}/column.csv", out], "condition 'celltype' is unknown; the model knows type, donor"),
+        ([f"conditions={tmp_path}/typo.csv", out], "condition 'type' has no label 'T-cell'. It has 'T cell'"),
+        ([f"conditions={tmp_path}/column.csv", out], "condition 'celltype' is unknown. The model knows type, donor"),
         ([f"conditions={tmp_path}/zero.csv", out], "there are no cells to generate"),
         (["n=0", out], "n=0 must be at least 1"),
         (["n=2", "by=type", out], "by=type names columns of like"),

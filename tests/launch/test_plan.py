@@ -31,7 +31,7 @@ def test_a_plan_for_1024_gpus_and_100_million_cells(capsys: pytest.CaptureFixtur
     words = [*DIT, "hardware/many_nodes", "hardware.nodes=128", "train.global_batch=8192", "hardware.micro_batch=8"]
     assert main(["plan", *words]) == 0
     table = capsys.readouterr().out
-    for part in ("9.8 million parameters; 1,024 ranks x 8 cells x 1", "<- configured", "epochs of 100,000,000 cells"):
+    for part in ("9.8 million parameters. 1,024 ranks x 8 cells x 1", "<- configured", "epochs of 100,000,000 cells"):
         assert part in table
     assert "FIT" not in table
     assert "as data.lanes=256, a block is read by 4 ranks; data.lanes=1024: by one" in table

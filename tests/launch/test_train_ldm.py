@@ -156,7 +156,7 @@ def test_the_files_labels_come_behind_those_of_the_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name, text, said",
     [
-        ("gene", "label,x\na,1\n", "condition 'gene' is unknown; the set has drug, dose"),
+        ("gene", "label,x\na,1\n", "condition 'gene' is unknown. The set has drug, dose"),
         ("drug", "label,x\na,1\n", "no vector for 'b'"),
         ("drug", "label,x\na,1\nb,2\na,3\n", "label 'a' stands twice"),
         ("drug", "label,x\na,1\nb,high\n", "not a CSV file of labels and numbers"),
@@ -179,7 +179,7 @@ def config_of(**more) -> TrainLDMConfig:
 def test_numbers_of_a_continuous_condition() -> None:
     config = config_of(model=DiTConfig(continuous={"dose": "log"}))
     assert values_of(VOCAB, config)["dose"].tolist() == pytest.approx([0, 0.1, 10])
-    for name, said in (("drug", "not all of its labels are numbers"), ("time", "no such condition; the set has drug")):
+    for name, said in (("drug", "not all of its labels are numbers"), ("time", "no such condition. The set has drug")):
         with pytest.raises(InputError, match=f"model.continuous.{name}: {said}"):
             values_of(VOCAB, config_of(model=DiTConfig(continuous={name: "linear"})))
     both = config_of(model=DiTConfig(continuous={"dose": "log"}), label_embeddings={"dose": "file.csv"})
