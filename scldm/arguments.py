@@ -32,7 +32,7 @@ def seed_of(value: Any) -> int:
 
 
 def names_of(name: str, value: Iterable[str] | None, what: str, example: str) -> tuple[str, ...]:
-    """A list of texts; none for None. Raises: InputError for a plain text, and for what is no text within."""
+    """A list of texts, empty for None. Raises: InputError for a plain text, and for what is no text within."""
     if value is None:
         return ()
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):

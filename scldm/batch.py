@@ -1,7 +1,7 @@
 """CellBatch and LatentBatch: the one contract between data and model.
 
 The legend of shape letters, used everywhere: B cells, G genes of the vocabulary, S genes given to the encoder, Q genes
-asked of the decoder, L latent tokens, Z latent width, D model width, N heads, H head width, C conditions; X is the
+asked of the decoder, L latent tokens, Z latent width, D model width, N heads, H head width, C conditions. X is the
 expressed genes of all cells of a batch, one cell after the other.
 
 Reading order: GeneCounts, CellBatch, its compact form (CompactCounts, CompactCellBatch), LatentBatch, moving batches.
@@ -22,10 +22,10 @@ from torch import Tensor
 class GeneCounts:
     """Raw counts of a set of genes.
 
-    gene_ids: vocabulary indices, int64; (S,) where the cells share one set, (B, S) where each has its own.
+    gene_ids: vocabulary indices, int64. (S,) where the cells share one set, (B, S) where each has its own.
         0 is padding: it carries no count and is masked wherever it stands
     counts_BS: the integers as they were, any integer dtype
-    padded: whether there may be padding; where there is none, torch's attention kernels need no mask
+    padded: whether there may be padding. Where there is none, torch's attention kernels need no mask
     """
 
     gene_ids: Tensor
@@ -34,7 +34,7 @@ class GeneCounts:
 
     @property
     def mask(self) -> Tensor:
-        """True where a gene stands, False at padding; the shape of `gene_ids`."""
+        """True where a gene stands, False at padding. The shape is that of `gene_ids`."""
         return self.gene_ids != 0
 
     def to(self, device: torch.device | str) -> GeneCounts:
@@ -52,7 +52,7 @@ class CellBatch:
     weight_B: 1.0, or 0.0 for the copies that fill up an epoch's last global batch
     conditions: condition name -> label ids (B,), int64
     cell_ids_B2: stable identity, (source number, row or soma_joinid), int64
-    positions_B: position in the global batch, int64; with (seed, step) the key of every random draw for the cell
+    positions_B: position in the global batch, int64. With (seed, step) it keys every random draw for the cell
     n_cells: real cells in the whole global batch: sums of losses are divided by it
     """
 
@@ -79,9 +79,9 @@ class CompactCounts:
 
     start: (B + 1,) int32, where each cell's genes begin
     gene_ids_X: vocabulary indices, as `narrow_ids` gives them
-    counts_X: uint8; 0 where the count is over 255, and at the few genes without a count, or padding, that come along
+    counts_X: uint8. 0 where the count is over 255, and at the few genes without a count, or padding, that come along
     large_at: int32, where those stand in `counts_X`
-    large: what they are; int32, or int64 where a count of the whole set needs it, be it in this batch or not
+    large: what they are. int32, or int64 where a count of the whole set needs it, in this batch or not
     table_size: genes of the vocabulary, and one for padding
     """
 
@@ -110,7 +110,7 @@ class CompactCounts:
         return _to(self, device)
 
     def dense(self) -> Tensor:
-        """Counts of every vocabulary index, (B, table_size) on the device where the parts lie; column 0, padding, is 0.
+        """Counts of every vocabulary index, (B, table_size) on the device where the parts lie. Column 0, padding, is 0.
         The dtype of `large`: one for all batches of a set."""
         n, device = len(self.start) - 1, self.start.device
         start = self.start.long()
@@ -128,7 +128,7 @@ class CompactCellBatch:
     """A CellBatch before its gene sets were gathered: `to(device)` sends this and gathers there, giving the CellBatch.
 
     csr: all counts of the cells
-    given_ids, asked_ids: the gene sets, (S,) or (B, S), any integer dtype, int16 as `narrow_ids` gives it; the same
+    given_ids, asked_ids: the gene sets, (S,) or (B, S), any integer dtype, int16 as `narrow_ids` gives it. The same
         tensor where the sets are the same
     The other fields are CellBatch's.
     """
@@ -169,8 +169,8 @@ def _padded(ids: Tensor) -> bool:
 
 
 def narrow_ids(ids: np.ndarray) -> Tensor:
-    """Vocabulary indices to be sent: uint16 as int16 of the same bits, since torch hardly computes with uint16; other
-    dtypes as they are."""
+    """Vocabulary indices to be sent: uint16 as int16 of the same bits, since torch hardly computes with uint16. Other
+    dtypes stay as they are."""
     return torch.from_numpy(ids.view(np.int16) if ids.dtype == np.uint16 else ids)
 
 
@@ -211,9 +211,9 @@ def pinned(batch: Batch) -> Batch:
     """The batch in pinned (page-locked) memory, from which a copy to a GPU runs beside other work. For CUDA alone.
 
     The memory is torch's to reuse: its caching host allocator rounds a request up to a power of two, keeps what is
-    given back, and hands it out again once the copies that were begun from it are over; it asks CUDA for memory only
+    given back, and hands it out again once the copies that were begun from it are over. It asks CUDA for memory only
     where no such piece is free. It allocates in the context of a device that the process uses already, whatever the
-    thread, so that a loader's thread opens none on GPU 0. Source: docs.pytorch.org, torch.cuda.host_memory_stats;
+    thread, so that a loader's thread opens none on GPU 0. Source: docs.pytorch.org, torch.cuda.host_memory_stats,
     ATen/cuda/CachingHostAllocator.cpp.
     """
     return _mapped(batch, Tensor.pin_memory, {})

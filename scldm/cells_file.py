@@ -70,7 +70,7 @@ class ZarrFile:
 
 
 def open_cells(path: str | Path) -> Any:
-    """An h5py.File or a ZarrFile, to read; Any, as h5py's stubs make a union of every node.
+    """An h5py.File or a ZarrFile, to read. Typed Any, as h5py's stubs make a union of every node.
 
     Raises: InputError for what is not there, is none, is locked by a writer, or is a format that scanpy reads.
     """
@@ -84,13 +84,13 @@ def open_cells(path: str | Path) -> Any:
     if convert := _by_scanpy(Path(path)):
         raise InputError(f"{path}: {convert}")
     if Path(path).is_dir():
-        raise InputError(f"{path}: a folder, and no zarr store; an AnnData file ends in .h5ad or .zarr")
+        raise InputError(f"{path}: a folder, and no zarr store. An AnnData file ends in .h5ad or .zarr")
     try:
         file = h5py.File(path, "r")
     except OSError as error:
         text = str(error)
         if "unable to lock" in text:
-            raise InputError(f"{path}: locked: another process has it open for writing; wait for it to close") from None
+            raise InputError(f"{path}: locked: another process has it open for writing. Wait for it to close") from None
         why = "truncated" if "truncated" in text else "not an HDF5 file, damaged, or not permitted to be read"
         raise InputError(f"{path}: can't be opened: {why}") from None
     if "obs" not in file and "matrix" in file:
@@ -100,7 +100,7 @@ def open_cells(path: str | Path) -> Any:
 
 
 def _by_scanpy(path: Path) -> str:
-    """What to type where another library reads a format; empty for h5ad."""
+    """What to type where another library reads a format. Empty for h5ad."""
     if path.name.endswith(".loom"):
         return _told("a loom file", "read_loom", path, "anndata.io")
     if _is_mtx(path):
@@ -112,7 +112,7 @@ def _by_scanpy(path: Path) -> str:
 
 def _told(what: str, function: str, path: Path, module: str = "scanpy") -> str:
     code = f"import {module} as r; a = r.{function}({str(path)!r}); a.var_names_make_unique(); "
-    return f'{what}, no AnnData file; write one: python -c "{code}a.write_h5ad({str(path.with_suffix(".h5ad"))!r})"'
+    return f'{what}, no AnnData file. Write one: python -c "{code}a.write_h5ad({str(path.with_suffix(".h5ad"))!r})"'
 
 
 @contextmanager
@@ -144,7 +144,7 @@ def frame_of(file: Any, name: str, path: str | Path) -> Any:
     if name not in file:
         raise InputError(f"{path}: not an AnnData file: it has no {name}")
     if is_array(file[name]):
-        raise InputError(f"{path}: its layout is that of anndata before 0.7; read and write it with a newer one")
+        raise InputError(f"{path}: its layout is that of anndata before 0.7. Read and write it with a newer one")
     return file[name]
 
 
@@ -188,7 +188,7 @@ def read_obs(path: str | Path, columns: Sequence[str]) -> pd.DataFrame:
         obs = frame_of(file, "obs", path)
         for name in columns:
             if name not in obs:
-                raise InputError(f"{path}: obs has no column {name!r}; it has {', '.join(column_names(obs)) or 'none'}")
+                raise InputError(f"{path}: obs has no column {name!r}. It has {', '.join(column_names(obs)) or 'none'}")
         return pd.DataFrame({name: read_column(obs, name).array for name in columns})
 
 
@@ -221,8 +221,8 @@ def made_storable(adata: ad.AnnData) -> ad.AnnData:
 
 
 def storable(table: pd.DataFrame) -> pd.DataFrame:
-    """A table without pandas' nullable strings, which anndata writes since 0.12 alone and only when asked to: names
-    and columns are plain strings; where values are missing, categories."""
+    """A table without pandas' nullable strings, which anndata writes since 0.12 alone and only when asked to. Names
+    and columns are plain strings, or categories where values are missing."""
     out = table.copy(deep=False)
     out.index = pd.Index(out.index.astype(str).astype(object), name=out.index.name)
     for name in out.columns:
@@ -245,7 +245,7 @@ def check_out(out: str | Path, endings: Sequence[str], **inputs: str) -> None:
         raise InputError(f"out={out} must end in {', '.join(endings)}: that says what is written")
     for key, given in inputs.items():
         if given and path.resolve() == Path(given).resolve():
-            raise InputError(f"out={out} is {key}={given}, which would be lost; choose another out")
+            raise InputError(f"out={out} is {key}={given}, which would be lost. Choose another out")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if path.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise InputError(f"out={out}: {path if path.is_dir() else folder} can't be written to")
@@ -267,4 +267,4 @@ def check_storable(adata: ad.AnnData, where: str) -> None:
                 write_elem(file, name, part)
             except Exception as error:  # anndata, h5py and pandas each have their own
                 why = str(error).splitlines()[0]
-                raise InputError(f"{where}: {name} can't be written ({why}); change or remove it") from None
+                raise InputError(f"{where}: {name} can't be written ({why}). Change or remove it") from None

@@ -58,7 +58,7 @@ def checked(
     at_most: float | None = None,
     below: float | None = None,
 ) -> Value:
-    """A dataclass field whose number, or each of whose numbers, lies in a range; without bounds it is finite.
+    """A dataclass field whose number, or each of whose numbers, lies in a range. Without bounds it is finite.
 
     factory: makes the default, where it is a mapping
     """

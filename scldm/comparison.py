@@ -51,15 +51,17 @@ def evaluation(
     seed: int,
     model: Networks,
 ) -> Evaluation:
-    """Arguments as for `Pretrained.evaluate`; model: whose loss curves and hash are kept, and which
-    knows the labels of missing values."""
+    """Arguments as for `Pretrained.evaluate`.
+
+    model: its loss curves and hash are kept, and it knows the labels of missing values
+    """
     if protocol not in PROTOCOLS:
         raise InputError(f"protocol={protocol!r} must be one of {', '.join(map(repr, PROTOCOLS))}")
     of_cell = labels_of(pd.DataFrame(real.obs), split, "real", "split")
     for name in SPLITS:
         if not (of_cell == name).any():
             raise InputError(
-                f"real: obs column split={split!r} marks no {name} cells; it must say {', '.join(SPLITS)}, and says "
+                f"real: obs column split={split!r} marks no {name} cells. It must say {', '.join(SPLITS)}, and says "
                 f"{', '.join(sorted(set(of_cell))[:5])}"
             )
     missing = {name: model.missing.get(name, "") for name in conditions}
@@ -95,9 +97,10 @@ class Evaluation:
 
     @property
     def tables(self) -> dict[str, pd.DataFrame]:
-        """By name: `per_combination` and `pooled`, a row for each score, with the reach of its 95 % interval, the floor
-        and every baseline; `memorisation`; `response to NAME` for each condition that has one. Combinations that were
-        not trained count in none of these: `unseen: NAME` has theirs, beside the baseline that is made for them."""
+        """By name. `per_combination` and `pooled` have a row for each score, with the reach of its 95 % interval, the
+        floor and every baseline. Then `memorisation`, and `response to NAME` of each condition that has one.
+        Combinations that were not trained count in none of these. `unseen: NAME` has theirs, beside the baseline that
+        is made for them."""
         found = self.numbers
         titles = {key: title for key, (title, _) in all_baselines_of(found).items()}
         tables = {
@@ -144,12 +147,12 @@ class Evaluation:
     def figure(self, name: str) -> Figure:
         """Raises: InputError for a figure that there is not."""
         if name not in self.figures:
-            raise InputError(f"figure {name!r} is not there; there are {', '.join(self.figures)}")
+            raise InputError(f"figure {name!r} is not there. There are {', '.join(self.figures)}")
         with style():
             return FIGURES[name](self.numbers)
 
     def save(self, folder: str | Path) -> Path:
-        """Write report.html, its figures and evaluation.json; returns the page."""
+        """Write report.html, its figures and evaluation.json. Returns the page."""
         page = write_report(self.numbers, Path(folder))[0]
         write_json(page.parent / "evaluation.json", self.numbers)
         return page
@@ -175,7 +178,7 @@ def gene_changes(counts: sp.csr_matrix, genes: pd.Index, n: int) -> pd.DataFrame
 
 
 def _cells(adata: ad.AnnData, rows: np.ndarray, missing: Mapping[str, str], layer: str | None, name: str) -> Cells:
-    """missing: condition -> label of its missing values; empty refuses them"""
+    """missing: condition -> label of its missing values. Empty refuses them"""
     found = count_matrix(adata, layer, name)
     obs = pd.DataFrame(adata.obs)
     for of, label in missing.items():

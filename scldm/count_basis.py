@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-# bins: of the count's logarithm, each a vector of its own; linear: paper, Eq. 9, one vector times log1p(count)
+# bins: of the count's logarithm, each a vector of its own. linear: paper, Eq. 9, one vector times log1p(count)
 TokenKind = Literal["bins", "linear"]
 # centres at the counts 1, 3, 7, ... 2^16 - 1: more of a gene in a cell is told apart from nothing, but not from that
 N_BINS = 16

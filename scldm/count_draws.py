@@ -2,10 +2,10 @@
 
 All of it is tensor operations in float64, on any device: no generator, no loop over cells. A negative binomial is a
 Poisson number of logarithmic ones (Quenouille 1949), so that most genes of a cell, which have none, cost one
-comparison; where that number is large, it is a Poisson draw whose rate is a gamma draw.
+comparison. Where that number is large, it is a Poisson draw whose rate is a gamma draw.
 The host waits for a GPU wherever it is asked which elements are left. So there several tries, or terms, are computed
 before that is asked: the counts are the same.
-Reading order: poisson, negative_binomial, zero_inflated, gaussian; inversion, rejection, gamma; _first_accepted.
+Reading order: poisson, negative_binomial, zero_inflated, gaussian, inversion, rejection, gamma, _first_accepted.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from scldm.draws import bits_of, uniform_of
 
-DRAWS_VERSION = 2  # 1: NumPy generators, one a cell; files of another are not gone on with
+DRAWS_VERSION = 2  # 1: NumPy generators, one a cell. Files of another version are not continued
 MAX_RATE = 1e9  # counts stay below 2^31
 SERIES_BELOW = 1.5  # Poisson numbers of a series
-INVERTED_BELOW = 10.0  # Poisson rates; from there Hoermann's rejection is valid
+INVERTED_BELOW = 10.0  # Poisson rates. From there Hoermann's rejection is valid
 # which of a key's uniform draws are whose
 _NUMBER, _DROPOUT, _NORMAL, _SERIES, _REJECTED, _BOOST, _GAMMA = 0, 1, 2, 1 << 10, 1 << 20, 1 << 30, 1 << 31
 
@@ -183,7 +183,7 @@ def _first_accepted(attempt: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], 
 
 
 class _Ahead(NamedTuple):
-    """tries: of a rejection; terms: of an inversion, twice as many each time."""
+    """tries: of a rejection. terms: of an inversion, twice as many each time."""
 
     tries: int
     terms: int

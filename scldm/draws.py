@@ -5,7 +5,7 @@ generator, no state, and a micro-batch draws exactly what its cells would draw i
 A GPU pays for launches here, not for numbers: a round takes four, and what a step draws for several purposes goes
 through the rounds at once (`uniforms`). No Python number is copied to the device, for which the host would wait.
 Where a row is addressed by two numbers, as a cell's gene, Philox gives each a key, and SplitMix64 draws from their sum.
-Reading order: uniform, uniforms, normal, philox; keys, uniform_of.
+Reading order: uniform, uniforms, normal, philox, keys, uniform_of.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _GOLDEN, _MIX = 0x9E3779B97F4A7C15 - 2**64, (0xBF58476D1CE4E5B9 - 2**64, 0x94D04
 
 
 def uniform(seed: int, purpose: str, step: int, positions_B: Tensor, n: int) -> Tensor:
-    """Uniform draws in the open interval (0, 1), (B, n), float32; the multiples of 2^-23, shifted by 2^-24.
+    """Uniform draws in the open interval (0, 1), (B, n), float32. They are the multiples of 2^-23, shifted by 2^-24.
 
     positions_B: what each row is keyed by, int64: a position in the global batch, or the number of a generated cell
     """
@@ -43,7 +43,7 @@ def uniforms(seed: int, n_of: Mapping[str, int], step: int, positions_B: Tensor)
 
 
 def normal(seed: int, purpose: str, step: int, positions_B: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal draws, (B, *shape), float32, by Box-Muller; see `uniform` for the keys."""
+    """Standard normal draws, (B, *shape), float32, by Box-Muller. See `uniform` for the keys."""
     return normal_of(uniform(seed, purpose, step, positions_B, 2 * math.prod(shape)), shape)
 
 
@@ -55,12 +55,12 @@ def normal_of(u_B2n: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def philox(seed: int, blocks: Mapping[str, int], step: int, positions_B: Tensor) -> Tensor:
-    """32 random bits in each of (B, n, 4) int64; counter (block, position, step), key (seed, purpose).
+    """32 random bits in each of (B, n, 4) int64. Counter (block, position, step), key (seed, purpose).
 
     blocks: of each purpose, one purpose after the other
     """
     n = sum(blocks.values())
-    counter_2Bn = positions_B.new_empty(2, len(positions_B), n)  # words 0 and 2; their upper halves stay 0
+    counter_2Bn = positions_B.new_empty(2, len(positions_B), n)  # words 0 and 2. Their upper halves stay 0
     counter_2Bn[1] = step & _LOW
     key_2n = torch.empty(2, n, dtype=torch.int32, device=positions_B.device)
     key_2n[0] = _signed(seed, 32)
@@ -75,7 +75,7 @@ def philox(seed: int, blocks: Mapping[str, int], step: int, positions_B: Tensor)
 
 
 def _rounds(x_2Bn: Tensor, y_2Bn: Tensor, key_2n: Tensor) -> Tensor:
-    """Philox' rounds; overwrites x.
+    """Philox' rounds. Overwrites x.
 
     x_2Bn: words 0 and 2 of the counters, int64 from 0 to 2^32 - 1
     y_2Bn: words 1 and 3, int32 of the same bits
@@ -142,5 +142,5 @@ def bits_of(keys: Tensor, k: int | Tensor) -> Tensor:
 
 
 def _xor_shifted(x: Tensor, n: int) -> Tensor:
-    """x ^ (x >> n), the shift being that of a number without a sign; in place."""
+    """x ^ (x >> n), the shift being that of a number without a sign. In place."""
     return x.bitwise_xor_((x >> n).bitwise_and_((1 << 64 - n) - 1))

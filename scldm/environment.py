@@ -20,7 +20,7 @@ PACKAGES = (
 
 
 def describe() -> dict[str, Any]:
-    """Versions, git commit, host and command line; JSON types. Imports none of the packages that it names."""
+    """Versions, git commit, host and command line, in JSON types. Imports none of the packages that it names."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": without_passwords(shlex.join(sys.argv)),
@@ -45,7 +45,7 @@ def without_passwords(text: str) -> str:
 
 
 def cpu_maker() -> str:
-    """As a processor names it, such as GenuineIntel or AuthenticAMD; its architecture where it names none."""
+    """As a processor names it, such as GenuineIntel or AuthenticAMD. Its architecture where it names none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -62,7 +62,7 @@ def _version(package: str) -> str | None:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout that this code runs from, `-dirty` where tracked files differ; None outside of one."""
+    """Commit of the checkout that this code runs from, `-dirty` where tracked files differ. None outside of one."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None

@@ -1,4 +1,4 @@
-"""What a user or a scheduler is meant to read: InputError, Stopped and the exit codes; and JSON files read with it.
+"""What a user or a scheduler is meant to read: InputError, Stopped, the exit codes, and JSON files read with it.
 
 Reading order: the exit codes, InputError, Busy, Diverged, Stopped, read_json.
 """
@@ -55,5 +55,5 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError; lists in lists in lists
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError, JSONDecodeError. Or lists in lists in lists
         raise InputError(f"{path} is damaged: not JSON ({error})") from None

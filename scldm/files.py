@@ -1,5 +1,5 @@
-"""Local files: whole or not there, whatever goes down while they are written; locked, hashed, what a disk refuses as a
-sentence; and nested mappings as dotted keys. What is at a URL is data_pipeline/stores.py.
+"""Local files: whole or not there, whatever goes down while they are written. Locks, hashes, what a disk refuses as a
+sentence, and nested mappings as dotted keys. What is at a URL is data_pipeline/stores.py.
 
 Reading order: written_aside, made_aside, put_in_place, left_aside, remove_marked, write_json, sync, sha256_of,
 of_bytes, locked, disk_explained, outlived, flat.
@@ -56,7 +56,7 @@ def made_aside(path: Path, replaces: bool = True, at: Path | None = None) -> Ite
 
     replaces: what has the name. Then one process writes at a time, and removes what a killed one left. Else any number
         may, and a folder that has this name by then is left
-    at: where it is made, on the same disk; what lies there is removed. Else beside its name, under one of its own
+    at: where it is made, on the same disk. What lies there is removed. Else beside its name, under one of its own
     """
     part = at or _unique(path)
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -188,7 +188,7 @@ def _open_to_others(part: Path) -> None:
 
 
 def sha256_of(file: Path | IO[bytes], piece: int = 1 << 20) -> tuple[int, str]:
-    """Bytes and SHA-256 of a file; of an open one, from where it stands."""
+    """Bytes and SHA-256 of a file. Of an open one, from where it stands."""
     if isinstance(file, Path):
         with file.open("rb") as opened:
             return sha256_of(opened, piece)
@@ -208,7 +208,7 @@ def of_bytes(n: float) -> str:
 
 @contextmanager
 def locked(path: Path, refusal: str, *, shared: bool = False) -> Iterator[None]:
-    """Within, no other process holds this lock, or none but those that share it; it ends with the process.
+    """Within, no other process holds this lock, or none but those that share it. It ends with the process.
 
     Raises: InputError(refusal) where another holds it.
     """
@@ -224,7 +224,7 @@ def locked(path: Path, refusal: str, *, shared: bool = False) -> Iterator[None]:
         yield
 
 
-# of a path that can't be read or written as things stand; any other error of the system is no matter of the user's
+# of a path that can't be read or written as things stand. Any other error of the system is no matter of the user's
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
@@ -236,7 +236,7 @@ def disk_explained(folder: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise InputError(
-                f"{folder}: no space left ({error.strerror}); make room, then run the same command again"
+                f"{folder}: no space left ({error.strerror}). Make room, then run the same command again"
             ) from None
         if error.errno in REFUSED:
             raise InputError(f"{error.filename or folder}: {error.strerror}") from None
@@ -254,11 +254,11 @@ def outlived(path: Path) -> Iterator[None]:
     except OSError as error:
         if path not in _told:
             _told.add(path)
-            print(f"scldm: writing {path} failed ({error}); the run goes on without it", file=sys.stderr, flush=True)
+            print(f"scldm: writing {path} failed ({error}). The run goes on without it", file=sys.stderr, flush=True)
 
 
 def flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of a nested mapping; an empty one is a value."""
+    """(dotted key, value) of a nested mapping. An empty one is a value."""
     for key, value in nested.items():
         if isinstance(value, Mapping) and value:
             yield from flat(value, f"{prefix}{key}.")

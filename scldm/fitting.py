@@ -42,8 +42,8 @@ Keys = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]  # of a stage
 NOTE = "fit.json"
 SPLIT = "scldm_split"  # the obs column that says which cells were trained on
 MOST_THREADS = 4  # beyond it steps of the small presets are no faster
-FEW_CELLS = 100  # to train on; fewer are told
-SMALL = 10_000  # cells; of fewer, blocks are small too, so that there are many to shuffle
+FEW_CELLS = 100  # to train on. With fewer, fit warns
+SMALL = 10_000  # cells. With fewer, blocks are small too, so that there are many to shuffle
 # training cells up to which a preset is taken: the table of docs/presets.md
 PRESETS = (
     (SMALL, "vae/tiny", "ldm/tiny"),
@@ -85,12 +85,12 @@ def fit(
     shards: keys of `scldm shards write`, as {"filter.n_top_genes": 2000, "split.by": "donor"}. Validation and test
         take a tenth of the cells each, of every combination of conditions alike
     vae: of the first stage a preset, keys of `scldm train vae`, or both: ["vae/tiny", {"train.steps": 600}]. Without a
-        preset it follows from the number of cells; on a CPU it is the small one
+        preset it follows from the number of cells. On a CPU it is the small one
     ldm: the same of the second stage and `scldm train ldm`
     start_from: a trained model, or its folder: the autoencoder starts from its weights and has its shape. Genes are
         joined by name. The diffusion transformer is trained anew, as it knows the latents of its own autoencoder alone
     seed: of splits, order, and every draw of training
-    folder: keep all files there; the same call goes on where it was interrupted. None keeps nothing but the model
+    folder: keep all files there. The same call goes on where it was interrupted. None keeps nothing but the model
 
     Raises: InputError that names the argument, the value and what would be right.
     """
@@ -101,7 +101,7 @@ def fit(
         raise InputError(f"shards={shards!r} must be a mapping of keys, as shards={{'split.validation': 0.2}}")
     seed = seed_of(seed)
     if (n_ranks := address_from_environment()[1]) > 1:
-        raise InputError(f"fit runs in one process, and this is one of {n_ranks}; `scldm train` runs on many")
+        raise InputError(f"fit runs in one process, and this is one of {n_ranks}. `scldm train` runs on many")
     if start_from is not None and not isinstance(start_from, Pretrained):
         start_from = load(Path(start_from))
     with _place(folder) as work:
@@ -148,7 +148,7 @@ def _train(
     seed: int,
     work: Path,
 ) -> Pretrained:
-    """Every stage as its verb does it; each goes on where it stopped."""
+    """Every stage as its verb does it. Each goes on where it stopped."""
     from data_pipeline.convert.plan import ShardsWriteConfig
     from data_pipeline.format.schema import read_manifest
     from data_pipeline.stream.gene_sets import as_whole_cells
@@ -221,7 +221,7 @@ def _train(
 
 
 def _presets(n_cells: int, on_gpu: bool) -> tuple[str, str]:
-    """Those for so many training cells; on a CPU the larger ones would take weeks."""
+    """Those for so many training cells. On a CPU the larger ones would take weeks."""
     return next(found for most, *found in PRESETS if n_cells <= most or not on_gpu)  # pyright: ignore[reportReturnType]
 
 
@@ -252,9 +252,9 @@ def _note(work: Path, settings: dict[str, Any]) -> None:
         differ = [key for key in settings if before.get(key) != settings[key]]
         if differ:
             told = "; ".join(f"{key} was {before.get(key)!r}, now {settings[key]!r}" for key in differ)
-            raise InputError(f"folder={work} holds another fit: {told}; choose another folder")
+            raise InputError(f"folder={work} holds another fit: {told}. Choose another folder")
     elif work.is_dir() and any(work.iterdir()):
-        raise InputError(f"folder={work} is not empty and no folder of scldm.fit; choose another")
+        raise InputError(f"folder={work} is not empty and no folder of scldm.fit. Choose another")
     else:
         work.mkdir(parents=True, exist_ok=True)
         write_json(note, settings)
@@ -291,10 +291,10 @@ def _checked(adata: Any, conditions: tuple[str, ...]) -> Path | None:
         for name in conditions:
             if name not in adata.obs:
                 there = ", ".join(map(str, adata.obs.columns)) or "none"
-                raise InputError(f"conditions: adata.obs has no column {name!r}; it has {there}")
+                raise InputError(f"conditions: adata.obs has no column {name!r}. It has {there}")
         return None
     if not isinstance(adata, str | os.PathLike):
-        raise InputError(f"adata is of type {type(adata).__name__}; it must be an AnnData, or the path of an h5ad file")
+        raise InputError(f"adata is of type {type(adata).__name__}. It must be an AnnData, or the path of an h5ad file")
     path = Path(adata)
     with open_cells(path) as file:  # which says what it is, if it is no such file
         frame_of(file, "obs", path)
@@ -317,7 +317,7 @@ def _write_cells(adata: ad.AnnData, config: ShardsWriteConfig, path: Path) -> No
     columns = list(dict.fromkeys([*config.conditions, *config.split.columns()]))
     missing = [name for name in columns if name not in adata.obs]
     if missing:
-        raise InputError(f"shards: adata.obs has no column {missing[0]!r}; it has {', '.join(map(str, adata.obs))}")
+        raise InputError(f"shards: adata.obs has no column {missing[0]!r}. It has {', '.join(map(str, adata.obs))}")
     obs = pd.DataFrame(adata.obs if config.source.obs_filter else adata.obs[columns])
     for name in columns:
         column = pd.Series(obs[name])
@@ -408,7 +408,7 @@ def _words(stage: str, given: Keys) -> Words:
                 if key in OWN[stage] or key.startswith("tracking."):
                     instead = OWN[stage].get(key)
                     told = f"give the argument {instead}" if instead else "leave it out"
-                    raise InputError(f"{stage}: {key} is set by fit itself; {told}")
+                    raise InputError(f"{stage}: {key} is set by fit itself: {told}")
                 words.keys.append(f"{key}={_text(stage, key, value)}")
         else:
             raise InputError(f"{stage}={part!r} must be a preset, as vae/tiny, or a mapping, as {{'train.steps': 600}}")

@@ -22,7 +22,7 @@ FEW_CELLS = 10  # below, a standard deviation says little
 
 
 class LogNormal(NamedTuple):
-    """n_cells: training cells it was fitted on; log_mean, log_std: of the natural log of their total counts."""
+    """n_cells: training cells it was fitted on. log_mean, log_std: of the natural log of their total counts."""
 
     n_cells: int
     log_mean: float
@@ -43,9 +43,9 @@ class Sizes(NamedTuple):
 class LibrarySizeModel:
     """A distribution for each combination of labels that training cells had, of all conditions or of some.
 
-    names: the conditions; a subset keeps their order
-    fitted: names of a subset -> labels -> distribution; the empty subset is that of all cells. That of all conditions
-        is there; a subset that is not (with many conditions there are too many) is pooled from it
+    names: the conditions. A subset keeps their order
+    fitted: names of a subset -> labels -> distribution. The empty subset is that of all cells. That of all conditions
+        is there. A subset that is not (with many conditions there are too many) is pooled from it
     """
 
     names: tuple[str, ...]
@@ -55,12 +55,12 @@ class LibrarySizeModel:
         """The log-normal of each row of labels.
 
         A combination that no training cell had backs off to the largest choice of its labels that some had together:
-        all but one of them, then all but two, and so on to one alone; of several as large, to that in which cells
+        all but one of them, then all but two, and so on to one alone. Of several as large, it is that in which cells
         differ least, by the standard deviation of the log over 10 cells or more. It does not back off to all cells
-        whatever their labels. Of fewer than 10 cells the mean alone is taken; how much cells differ is that of the
+        whatever their labels. Of fewer than 10 cells the mean alone is taken. How much cells differ is that of the
         largest part of these labels that 10 or more had together, or else of all cells.
 
-        labels: one column for each condition that is given, in any order; none for any cell
+        labels: one column for each condition that is given, in any order. None for any cell
 
         Raises: InputError for the first row of which no label was fitted.
         """
@@ -99,7 +99,7 @@ class LibrarySizeModel:
     ) -> tuple[tuple[str, ...], LogNormal]:
         """The conditions by which library sizes of these labels are known best, and what is known of them.
 
-        tables: those fitted; what is pooled on the way is added
+        tables: those fitted. What is pooled on the way is added
         """
 
         # a label that no training cell had is in no combination that some had
@@ -110,7 +110,7 @@ class LibrarySizeModel:
                 return min(known, key=lambda found: (found[1].n_cells < FEW_CELLS, found[1].log_std))
         raise InputError(
             f"no library sizes were fitted for {_told(given) or 'cells of any kind'}: no training cell has "
-            "any of these labels; give sizes of your own in a column `library_size`"
+            "any of these labels. Give sizes of your own in a column `library_size`"
         )
 
     def _spread(

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 LikelihoodKind = Literal["nb", "zinb", "poisson", "gaussian"]
 
-MIN_MEAN = 1e-30  # a mean of exactly 0 has no logarithm; float32's smallest normal number is 1e-38
+MIN_MEAN = 1e-30  # a mean of exactly 0 has no logarithm. float32's smallest normal number is 1e-38
 STIRLING_FROM = 1e3  # there, the first two terms of Stirling's series err by less than 1 / (360 theta^3) = 3e-12
 NORMALISED_TO = 1e4  # total count to which the values of the Gaussian likelihood are scaled
 
@@ -26,9 +26,9 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def nb_log_prob(counts_BQ: Tensor, mu_BQ: Tensor, theta_Q: Tensor) -> Tensor:
-    """Log NB(counts; mean mu, inverse dispersion theta), (B, Q); variance mu + mu^2 / theta.
+    """Log NB(counts; mean mu, inverse dispersion theta), (B, Q). The variance is mu + mu^2 / theta.
 
-    Source: Lopez et al. 2018 (scVI), eq. 2 and supplement; the difference of log-gammas is taken by Stirling's series
+    Source: Lopez et al. 2018 (scVI), eq. 2 and supplement. The difference of log-gammas is taken by Stirling's series
     for large theta, where subtracting them in float32 would leave noise.
     """
     mu_BQ, theta_Q = at_least_float32(mu_BQ).clamp_min(MIN_MEAN), at_least_float32(theta_Q)
@@ -55,7 +55,7 @@ def poisson_log_prob(counts_BQ: Tensor, mu_BQ: Tensor) -> Tensor:
 
 
 def gaussian_log_prob(values_BQ: Tensor, mean_BQ: Tensor, log_std_Q: Tensor) -> Tensor:
-    """Log density of N(mean, std^2), (B, Q); std is the same in every cell."""
+    """Log density of N(mean, std^2), (B, Q). std is the same in every cell."""
     mean_BQ, log_std_Q = at_least_float32(mean_BQ), at_least_float32(log_std_Q)
     standardised = (values_BQ - mean_BQ) * torch.exp(-log_std_Q)
     return -0.5 * standardised.square() - log_std_Q - 0.5 * math.log(2 * math.pi)

@@ -24,7 +24,7 @@ def accumulation(global_batch: int, n_ranks: int, micro_batch: int) -> int:
     nearest = "; ".join(f"{name} {values}" for name, values in allowed.items() if values)
     raise InputError(
         f"train.global_batch={global_batch} can't be split over {n_ranks} ranks with "
-        f"hardware.micro_batch={micro_batch}; nearest allowed: {nearest}"
+        f"hardware.micro_batch={micro_batch}. Nearest allowed: {nearest}"
     )
 
 

@@ -3,8 +3,8 @@
 model.safetensors   vae/NAME and ldm/NAME: EMA of the weights, and buffers
 config.json         shapes of both networks, format version, where the weights come from, hashes of all that is here
 genes.json  conditions.json  library_sizes.json
-history.json        stage -> rows of its metrics; where they are known
-gene_columns.json   name -> a text for each gene, such as symbols; where there are any
+history.json        stage -> rows of its metrics, where they are known
+gene_columns.json   name -> a text for each gene, such as symbols, where there are any
 
 Reading order: Stored, read_config, check_files, check_replaceable, save_pretrained.
 """
@@ -61,17 +61,17 @@ def read_config(folder: Path) -> Stored:
     """Raises: InputError for a folder that is no model's, of another version, or whose config was changed."""
     path = folder / CONFIG
     if not path.is_file():
-        raise InputError(f"{folder} is not a model folder: it has no config.json; `scldm export` writes one")
+        raise InputError(f"{folder} is not a model folder: it has no config.json. `scldm export` writes one")
     document = unsealed(read_json(path), str(path))
     if (version := document.get("format_version")) != FORMAT_VERSION:
-        raise InputError(f"{folder}: format version {version!r}; this scldm reads {FORMAT_VERSION}")
+        raise InputError(f"{folder}: format version {version!r}. This scldm reads {FORMAT_VERSION}")
     return typed(Stored, document, str(path))
 
 
 def check_files(folder: Path, stored: Stored, own: Mapping[str, Mapping[str, Tensor]], weights: str) -> None:
     """Raises: InputError where weights or vocabularies are not those that were exported.
 
-    own: each network's tensors; weights: the hash of all
+    own: each network's tensors. weights: the hash of all
     """
     for name, sha256 in stored.files.items():
         if name not in TABLES or sha256_of(folder / name)[1] != sha256:
@@ -92,9 +92,9 @@ def check_replaceable(folder: Path) -> None:
         return
     found = {entry.name for entry in folder.iterdir()} if folder.is_dir() else {folder.name}
     if found and CONFIG not in found:
-        raise InputError(f"{folder} is not empty and not a model folder; choose another out")
+        raise InputError(f"{folder} is not empty and not a model folder. Choose another out")
     if others := sorted(found - set(FILES)):
-        raise InputError(f"{folder} holds {others[0]}, which is none of a model's files; choose another out")
+        raise InputError(f"{folder} holds {others[0]}, which is none of a model's files. Choose another out")
     if found:
         read_config(folder)  # ours, and not another program's config.json
 

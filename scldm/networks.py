@@ -31,7 +31,7 @@ from scldm.request.wanted import Wanted, distinct
 from scldm.version import VERSION
 from scldm.vocab import MIN_GENE_SHARE, ConditionVocab, GeneVocab
 
-MAX_LIBRARY_SIZE = 1e8  # a thousand times a large cell's; above, a gene's count may not fit its 32 bits
+MAX_LIBRARY_SIZE = 1e8  # a thousand times a large cell's. Above, a gene's count may not fit its 32 bits
 NOT_GIVEN = "not given"
 Kind = Literal["counts", "means"]
 Precision = Literal["float32", "bfloat16"]
@@ -63,7 +63,7 @@ def usable(device: str | torch.device) -> None:
 
 
 class Made(NamedTuple):
-    """matrix: (n, genes) int32 counts or float32 means; n_evaluations_n: of the network for each cell, int32"""
+    """matrix: (n, genes) int32 counts or float32 means. n_evaluations_n: of the network for each cell, int32"""
 
     matrix: sp.csr_matrix
     n_evaluations_n: np.ndarray
@@ -71,8 +71,8 @@ class Made(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)  # a model is itself: as it is, it can be a key
 class Networks:
-    """Autoencoder, diffusion transformer and what they need to know of genes, conditions and library sizes; batch,
-    precision and min_gene_share as for `load`.
+    """Autoencoder, diffusion transformer and what they need to know of genes, conditions and library sizes. batch,
+    precision and min_gene_share are as for `load`.
 
     origin: where the weights come from
     hash: of the weights
@@ -129,7 +129,7 @@ class Networks:
         return chosen(self.vae.config, torch.device(device), getattr(torch, self.precision))
 
     def to(self, device: str | torch.device) -> Self:
-        """The same model on another device; its networks are moved, not copied."""
+        """The same model on another device. Its networks are moved, not copied."""
         return replace(self, vae=self.vae.to(device), dit=self.dit and self.dit.to(device))
 
     def _computing(self) -> torch.autocast:
@@ -137,7 +137,7 @@ class Networks:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def _here(self, numbers: np.ndarray) -> Tensor:
-        """Numbers of our own on the model's device; the host does not wait for what the device does before."""
+        """Numbers of our own on the model's device. The host does not wait for what the device does before."""
         return torch.from_numpy(numbers).to(self.device, non_blocking=True)
 
     def _batches(self, n: int) -> Iterator[slice]:
@@ -147,7 +147,7 @@ class Networks:
     # --- which cells ---
 
     def check_conditions(self, conditions: pd.DataFrame, seed: int, sampler: SamplerConfig | None = None) -> Wanted:
-        """The cells to make, or the error that generation would meet; arguments as for `generate`."""
+        """The cells to make, or the error that generation would meet. Arguments are as for `generate`."""
         dit = self._dit()
         seed = seed_of(seed)
         if len(conditions) == 0:
@@ -185,10 +185,10 @@ class Networks:
     ) -> Made:
         """Some of the cells, (rows, columns).
 
-        Batches begin at multiples of `batch` and are filled up: a float sum depends on the shape of its batch, so a
-        cell's numbers are the same bit for bit whatever rows are asked for with it, by whichever rank; with as many
-        threads of torch, which share a sum's terms, and on the same kind of device. So they are whatever genes are
-        asked for: the decoder scores every gene, as a share is one of all; counts are drawn of the asked ones alone.
+        Batches begin at multiples of `batch` and are filled up, because a float sum depends on the shape of its batch.
+        So a cell's numbers are the same bit for bit whatever rows are asked for with it, by whichever rank. This holds
+        for as many threads of torch, which share a sum's terms, and on the same kind of device. It holds whatever
+        genes are asked for: the decoder scores every gene, and counts are drawn of the asked ones alone.
 
         columns: of the model's genes, as `columns` gives them
         tick: called with the number of cells that were made
@@ -248,7 +248,7 @@ class Networks:
         return self.gene_columns.loc[ids].copy() if len(self.gene_columns) else pd.DataFrame(index=ids)
 
     def obs(self, wanted: Wanted, sampler: SamplerConfig, library_size_n: np.ndarray) -> pd.DataFrame:
-        """Conditions as categories, of which one is "not given", continuous ones as numbers; and the library sizes.
+        """Conditions as categories, of which one is "not given", continuous ones as numbers, and the library sizes.
 
         A cell's name is `generated-CALL-NUMBER`. CALL is a hash of the model, the conditions, the sampler and the seed:
         the same call gives the same names, and other calls give others.
@@ -281,7 +281,7 @@ def written(predicted: Predicted, kind: Kind, size_B: Tensor, keys_BQ: Tensor) -
     if broken := int(predicted.value_BQ.isnan().any(1).sum()):
         raise InputError(
             f"{broken} of {len(size_B)} cells of a batch have no expected counts (NaN): weights of the model are not "
-            "finite, or the sampler's steps went beyond all bounds; try more of them (sampler.n_steps)"
+            "finite, or the sampler's steps went beyond all bounds. Try more of them (sampler.n_steps)"
         )
     made_BQ = predicted.expected(size_B).float() if kind == "means" else predicted.sample(size_B, keys_BQ)
     return sp.csr_matrix(made_BQ.cpu().numpy())

@@ -63,13 +63,13 @@ def load(
     """The model in a folder that `scldm export` wrote.
 
     device: torch device, such as cpu, cuda or cuda:1
-    batch: cells that go through the networks at once; another number is another order of sums, in the last bits. None:
+    batch: cells that go through the networks at once. Another number changes the last bits, by the order of sums. None:
         64 on a CPU, on a GPU what a quarter of its memory holds
     precision: of the networks' matrix products. bfloat16, for GPUs, differs: it keeps 8 bits of a number,
-        so that expected counts are off by 0.6 % (median; 1 % of them by 3 % or more; cells of Kang et al.). What is
+        so that expected counts are off by 0.6 % (median, and 1 % of them by 3 % or more, cells of Kang et al.). What is
         between the products, the flow's state and the draws are float32
-    min_gene_share: of the model's genes that cells must have to be embedded, reconstructed or transformed, 0 to 1;
-        cells with fewer are refused, since most often their genes are named otherwise
+    min_gene_share: of the model's genes that cells must have to be embedded, reconstructed or transformed, 0 to 1.
+        Cells with fewer are refused, since most often their genes are named otherwise
 
     Raises: InputError for a folder that is not one, is damaged, or of an unknown version.
     """
@@ -133,7 +133,7 @@ def _history(folder: Path) -> dict[str, pd.DataFrame]:
 
 
 class Given(NamedTuple):
-    """counts: (n, genes that the model knows) int32; ids: indices of those genes; match: which they are"""
+    """counts: (n, genes that the model knows) int32. ids: indices of those genes. match: which they are"""
 
     counts: sp.csr_matrix
     ids: Tensor
@@ -151,12 +151,12 @@ class Pretrained(Networks):
         return as_html(self)
 
     def save(self, folder: str | Path) -> None:
-        """Write the model as a folder that `scldm.load` reads; a model that is there is replaced."""
+        """Write the model as a folder that `scldm.load` reads. A model that is there is replaced."""
         folder = Path(folder)
         if folder.exists() and not folder.is_dir():
-            raise InputError(f"folder={folder} is a file; name a folder")
+            raise InputError(f"folder={folder} is a file. Name a folder")
         if folder.exists() and not (folder / "config.json").is_file() and any(folder.iterdir()):
-            raise InputError(f"folder={folder} is not empty and not a model folder; choose another")
+            raise InputError(f"folder={folder} is not empty and not a model folder. Choose another")
         rows = {stage: json.loads(str(table.to_json(orient="records"))) for stage, table in self.history.items()}
         columns = {str(name): list(column) for name, column in self.gene_columns.items()}
         save_pretrained(
@@ -168,8 +168,8 @@ class Pretrained(Networks):
     def embed(self, adata: ad.AnnData, *, layer: str | None = None, pool: Pool = "flat") -> np.ndarray:
         """Posterior means of the cells' latent tokens, float32: (n, L * Z), tokens in order, or their mean (n, Z).
 
-        adata: raw counts in X, layers["counts"] or raw.X. Genes are matched by `var_names`; those that the model does
-            not know are left out, and those that the file lacks simply make the set smaller
+        adata: raw counts in X, layers["counts"] or raw.X. Genes are matched by `var_names`. Those that the model does
+            not know are left out, and those that the file lacks make the set smaller
         layer: where the counts are, where that can't be found: X, raw or a layer's name
 
         Raises: InputError for counts that are none, or no gene in common.
@@ -192,16 +192,16 @@ class Pretrained(Networks):
     ) -> ad.AnnData:
         """Expected counts of the cells from their own latents, and how likely their counts are: the same cells with
         expected counts in `X`, float32, and obs["log_likelihood"], in nats over the file's genes that the model knows.
-        obsm stays; so do var and layers, unless a gene is asked for that the file lacks.
+        obsm stays. So do var and layers, unless a gene is asked for that the file lacks.
 
-        adata: raw counts, as for `embed`; a cell's library size is its total over those genes
-        genes: which genes to write, in this order, any of the model's; the default is those of the file
+        adata: raw counts, as for `embed`. A cell's library size is its total over those genes
+        genes: which genes to write, in this order, any of the model's. The default is those of the file
 
         Raises: InputError as `embed`, for a gene that the model does not know, and where obs has such a column already.
         """
         check_adata(adata)
         if "log_likelihood" in adata.obs:
-            raise InputError("obs has a column 'log_likelihood' already, which would be lost; rename or remove it")
+            raise InputError("obs has a column 'log_likelihood' already, which would be lost. Rename or remove it")
         counts, given_ids, match = self._given(adata, layer)
         asked_ids = given_ids if genes is None else self._here(self.columns(genes) + 1)
         print(match, file=sys.stderr)
@@ -228,8 +228,8 @@ class Pretrained(Networks):
         return made
 
     def _var_of(self, adata: ad.AnnData, columns: np.ndarray) -> tuple[pd.DataFrame, np.ndarray | None]:
-        """Rows of var of the user's own cells for these of the model's genes, and where they stand there; what the
-        model knows of the genes, and None, where one is not there."""
+        """Rows of var of the user's own cells for these of the model's genes, and where they stand there. Where one is
+        not there, what the model knows of the genes, and None."""
         at = adata.var_names.get_indexer(pd.Index([self.genes.ids[k] for k in columns]))
         return (self.var(columns), None) if (at < 0).any() else (storable(pd.DataFrame(adata.var)).iloc[at], at)
 
@@ -248,23 +248,23 @@ class Pretrained(Networks):
         if policy in ("expressed", "expressed_plus_zeros"):
             raise InputError(
                 f"this autoencoder was trained with data.given.policy={policy} and is given all genes of a file here, "
-                f"which is another function; `scldm encode` with genes.policy={policy} encodes cells as it was trained"
+                f"which is another function. `scldm encode` with genes.policy={policy} encodes cells as it was trained"
             )
         found_in = count_matrix(adata, layer)
         names = found_in.genes
         if len(set(names)) < len(names):
             twice = next(name for name, n in Counter(names).items() if n > 1)
-            raise InputError(f"gene {twice!r} stands twice in var_names; they must be unique")
+            raise InputError(f"gene {twice!r} stands twice in var_names. They must be unique")
         found = self.genes.match(names, "the cells", self.min_gene_share)
         counts: Any = _columns(found_in.matrix, found.index_n > 0)
         counts.eliminate_zeros()
         wrong = counts.data[~((counts.data >= 0) & (counts.data <= MAX_COUNT) & (counts.data == np.rint(counts.data)))]
         if len(wrong):
-            raise InputError(f"{found_in.name} holds {wrong[0]:g}, which is not a count; give raw counts")
+            raise InputError(f"{found_in.name} holds {wrong[0]:g}, which is not a count. Give raw counts")
         empty = int((counts.getnnz(1) == 0).sum())
         if empty and not empty_too:
             raise InputError(
-                f"{empty} of {adata.n_obs} cells have no count in any gene that the model knows; drop_empty=true "
+                f"{empty} of {adata.n_obs} cells have no count in any gene that the model knows. drop_empty=true "
                 "leaves them out, in Python adata[model.counted(adata)]"
             )
         return Given(counts.astype(np.int32), self._here(found.index_n[found.index_n > 0]), found)
@@ -290,12 +290,12 @@ class Pretrained(Networks):
 
         adata: raw counts, as for `embed`, and obs with the cells' own conditions
         to: condition -> label
-        by: columns of obs that are the cells' own conditions, those of `to` among them; the default is all of the
+        by: columns of obs that are the cells' own conditions, those of `to` among them. The default is all of the
             model's that obs has
-        alphas: how far to go, cell after cell for each: 0 is the cells' own conditions, 1 the others; between them the
+        alphas: how far to go, cell after cell for each: 0 is the cells' own conditions, 1 the others. Between them the
             flow's velocities are averaged
         seed: of the counts' draws, which are the same for every alpha
-        genes: which genes to write, in this order, any of the model's; the default is those of the file
+        genes: which genes to write, in this order, any of the model's. The default is those of the file
         kind: counts, integers that are drawn, or means, expected counts, float32
 
         Returns the cells with obs `scldm_alpha` and `scldm_source`, the cell's name in `adata`. obsm and, unless the
@@ -373,18 +373,18 @@ class Pretrained(Networks):
         genes: Sequence[str] | None = None,
         kind: Kind = "counts",
     ) -> ad.AnnData:
-        """New cells in CSR, the conditions as categorical obs. For as many as fit into memory; `scldm generate` writes
+        """New cells in CSR, the conditions as categorical obs. For as many as fit into memory. `scldm generate` writes
         any number.
 
-        conditions: a DataFrame with one row per cell and one column per condition to be given; a mapping, as
-            {"cell_type": "CD19+ B"}, of which n cells are made; an AnnData, of which every cell's conditions are taken
-            from obs; or nothing, for n cells of no condition. Every label must be one that the model was trained on; a
+        conditions: a DataFrame with one row per cell and one column per condition to be given. Or a mapping, as
+            {"cell_type": "CD19+ B"}, of which n cells are made. Or an AnnData, whose cells' conditions are taken
+            from obs. Or nothing, for n cells of no condition. Every label must be one that the model was trained on. A
             condition that is not named is not given. A column `library_size` of a DataFrame sets the cells' expected
-            total counts; else they are drawn from what was fitted on the training cells of the same conditions
+            total counts. Else they are drawn from what was fitted on the training cells of the same conditions
         n: how many cells, where `conditions` does not say so
-        seed: of all draws; a cell's depend on it and on the cell's row number, not on the other cells (within its
+        seed: of all draws. A cell's depend on it and on the cell's row number, not on the other cells (within its
             tolerance with sampler.method=adaptive, whose steps are those of a batch)
-        genes: which genes to write, in this order; the default is all of the model's
+        genes: which genes to write, in this order. The default is all of the model's
         kind: counts, integers drawn from what the decoder predicts, or means, its expected counts, float32
 
         A cell's name is `generated-CALL-NUMBER`. CALL stands for model, conditions, sampler and seed: cells of several
@@ -424,9 +424,9 @@ class Pretrained(Networks):
 
         generated: counts in X and the conditions in obs, as `generate` gives them
         real: raw counts, found as for `embed`, the conditions in obs, and the column `split`, which says train,
-            validation or test of every cell; others are left out. `scldm.fit` has written it
-        conditions: by which cells are told apart; the default is all of the model's
-        control: condition -> the label that its responses start from; a usual name, such as control, is found
+            validation or test of every cell. Others are left out. `scldm.fit` has written it
+        conditions: by which cells are told apart. The default is all of the model's
+        control: condition -> the label that its responses start from. A usual name, such as control, is found
         protocol: how cells are compared: scldm, or cfgen, as the published tables are
 
         Raises: InputError for cells that can't be compared. Needs the extra `evaluate`.
@@ -470,9 +470,9 @@ class Pretrained(Networks):
         by, dit = names_of("by", by, "conditions", '["cell_type"]'), self._dit()
         for name in (condition, *by):
             if name not in dit.n_labels:
-                raise InputError(f"condition {name!r} is unknown; the model knows {', '.join(dit.n_labels) or 'none'}")
+                raise InputError(f"condition {name!r} is unknown. The model knows {', '.join(dit.n_labels) or 'none'}")
         if condition in by:
-            raise InputError(f"by names {condition!r}, which is the condition that changes; leave it out")
+            raise InputError(f"by names {condition!r}, which is the condition that changes. Leave it out")
         if n < 2:
             raise InputError(f"n={n} must be at least 2")
         columns = [list(dit.n_labels).index(name) for name in by]

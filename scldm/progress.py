@@ -53,7 +53,7 @@ class Progress:
         return self
 
     def advance(self, n: int = 1, note: str | None = None) -> None:
-        """n more units are done; `note` is shown beside them."""
+        """n more units are done. `note` is shown beside them."""
         self.done += n
         self.note = self.note if note is None else note
         now = time.monotonic()

@@ -23,7 +23,7 @@ class Served:
         """One generated cell for each row, in their order: integer counts, a column for each gene.
 
         conditions: a column for each condition that is to be given
-        params: seed of all draws; a cell's depend on it and on the row's number
+        params: seed of all draws. A cell's depend on it and on the row's number
         """
         seed = int((params or {}).get("seed", 0))
         cells: Any = self.model.generate(conditions.reset_index(drop=True), seed=seed)

@@ -35,7 +35,7 @@ def rows_of(model: Networks) -> list[tuple[str, str]]:
 
 
 def _gate(model: Networks) -> str:
-    """What the autoencoder was found to be worth at the end of its training; empty where it was not judged."""
+    """What the autoencoder was found to be worth at the end of its training. Empty where it was not judged."""
     rows = model.history.get("vae")
     found = None if rows is None or "passed" not in rows else rows["passed"].dropna()
     if found is None or not len(found):

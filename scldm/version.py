@@ -1,3 +1,3 @@
-"""The version of this code; pyproject.toml reads it here."""
+"""The version of this code. pyproject.toml reads it here."""
 
 VERSION = "0.1.0"

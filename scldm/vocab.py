@@ -1,4 +1,4 @@
-"""Vocabularies: which gene is index 17, which label of a condition is id 3. JSON on disk; stdlib and numpy only.
+"""Vocabularies: which gene is index 17, which label of a condition is id 3. JSON on disk. It needs numpy alone.
 
 Reading order: ids of genes, GeneVocab and GeneMatch, ConditionVocab.
 """
@@ -35,19 +35,19 @@ def namespace_of(ids: Sequence[str]) -> Namespace:
 
 
 def without_version(gene: str) -> str:
-    """ENSG00000139618.19 is ENSG00000139618 in another release; every other id is itself."""
+    """ENSG00000139618.19 is ENSG00000139618 in another release. Every other id is itself."""
     found = ENSEMBL.fullmatch(gene)
     return f"{found[1]}{found[2]}" if found else gene
 
 
 def unversioned(ids: Sequence[str]) -> tuple[str, ...]:
-    """Ids without versions; as they are where two would then be one."""
+    """Ids without versions. As they are where two would then be one."""
     bare = tuple(map(without_version, ids))
     return bare if len(set(bare)) == len(set(ids)) else tuple(ids)
 
 
 def why_few(theirs: Sequence[str], ours: Sequence[str]) -> str:
-    """A guess why ids of genes don't meet, to end a message with; empty where there is none."""
+    """A guess why ids of genes don't meet, to end a message with. Empty where there is none."""
     kinds = namespace_of(theirs), namespace_of(ours)
     if kinds[0] != kinds[1]:
         named = {"ensembl": "Ensembl ids", "symbol": "symbols"}
@@ -72,7 +72,7 @@ class _StoredGenes:
 
 @dataclass(frozen=True)
 class GeneVocab:
-    """The genes of a run. Index 0 is padding; gene `ids[k]` has index k + 1.
+    """The genes of a run. Index 0 is padding. Gene `ids[k]` has index k + 1.
 
     ids: the source's gene ids, without duplicates
     namespace: what the ids are, `ensembl` or `symbol`
@@ -85,7 +85,7 @@ class GeneVocab:
         if len(set(self.ids)) < len(self.ids):
             seen: set[str] = set()
             twice = next(g for g in self.ids if g in seen or seen.add(g))
-            raise InputError(f"gene vocabulary: {twice!r} stands twice; gene ids must be unique")
+            raise InputError(f"gene vocabulary: {twice!r} stands twice. Gene ids must be unique")
 
     @property
     def n_genes(self) -> int:
@@ -104,7 +104,7 @@ class GeneVocab:
         return bare | {gene: k + 1 for k, gene in enumerate(self.ids)}
 
     def lookup(self, ids: Iterable[str]) -> np.ndarray:
-        """Vocabulary indices of gene ids, int64, whatever the version of an Ensembl id; 0 where the vocabulary lacks
+        """Vocabulary indices of gene ids, int64, whatever the version of an Ensembl id. 0 where the vocabulary lacks
         the gene."""
         index = self.index_of
         return np.fromiter((index.get(g, 0) or index.get(without_version(g), PADDING) for g in ids), dtype=np.int64)
@@ -113,7 +113,7 @@ class GeneVocab:
         """The genes of a file among these.
 
         what: how messages call the file
-        min_share: of these genes that the file must have; fewer, and no gene at all, are refused
+        min_share: of these genes that the file must have. Fewer, and no gene at all, are refused
         Raises: InputError for that, with a guess at the cause, and where two of the file's ids are one gene.
         """
         index = self.lookup(ids)
@@ -127,7 +127,7 @@ class GeneVocab:
         times = Counter(index[index != PADDING].tolist())
         if twice := next((k for k, n in times.items() if n > 1), 0):
             both = [g for g, k in zip(ids, index) if k == twice]
-            raise InputError(f"{what}: {both[0]!r} and {both[1]!r} are one gene; keep one of them, or add them up")
+            raise InputError(f"{what}: {both[0]!r} and {both[1]!r} are one gene. Keep one of them, or add them up")
         return found
 
     @cached_property
@@ -179,7 +179,7 @@ class GeneMatch:
 class ConditionVocab:
     """The labels of every condition: id k of condition `name` is `labels[name][k]`.
 
-    labels: condition name -> its labels; {} for an unconditional model
+    labels: condition name -> its labels. {} for an unconditional model
     """
 
     labels: dict[str, tuple[str, ...]]
@@ -201,17 +201,17 @@ class ConditionVocab:
         Raises: InputError for a condition or a label that the vocabulary lacks, with the nearest that it has.
         """
         if name not in self.labels:
-            raise InputError(f"condition {name!r} is unknown; the model knows {', '.join(self.labels) or 'none'}")
+            raise InputError(f"condition {name!r} is unknown. The model knows {', '.join(self.labels) or 'none'}")
         index = self.index_of[name]
         known = {value: known_label(value, index) for value in set(values)}
         for value in values:
             if known[value] not in index:
                 if len(index) <= FEW_LABELS:
-                    told = f"it has {', '.join(map(repr, index))}"
+                    told = f"It has {', '.join(map(repr, index))}"
                 else:
                     near = difflib.get_close_matches(str(value), self.labels[name], n=3, cutoff=0.3)
-                    told = f"nearest of its {len(index)}: {', '.join(map(repr, near or self.labels[name][:5]))}"
-                raise InputError(f"condition {name!r} has no label {value!r}; {told}")
+                    told = f"Nearest of its {len(index)}: {', '.join(map(repr, near or self.labels[name][:5]))}"
+                raise InputError(f"condition {name!r} has no label {value!r}. {told}")
         return np.fromiter((index[known[v]] for v in values), dtype=np.int64, count=len(values))
 
     def decode(self, name: str, ids: Iterable[int]) -> list[str]:

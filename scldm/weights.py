@@ -31,7 +31,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
     except SafetensorError as error:
-        raise InputError(f"{path} is damaged ({error}); export the model again") from None
+        raise InputError(f"{path} is damaged ({error}). Export the model again") from None
 
 
 def network_of(make: Callable[[], Network], tensors: Mapping[str, Tensor], where: str) -> Network:

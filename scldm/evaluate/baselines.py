@@ -27,7 +27,7 @@ Numbers = Mapping[str, int]
 
 
 def rows_per_type(types: np.ndarray, numbers: Numbers, rng: np.random.Generator) -> np.ndarray:
-    """Row indices of `numbers[label]` cells of each label, without replacement; `numbers` asks for no more than there
+    """Row indices of `numbers[label]` cells of each label, without replacement. `numbers` asks for no more than there
     are."""
     return np.concatenate([rng.choice(np.flatnonzero(types == t), n, replace=False) for t, n in numbers.items()])
 
@@ -35,7 +35,7 @@ def rows_per_type(types: np.ndarray, numbers: Numbers, rng: np.random.Generator)
 def floor_cells(
     counts: Counts, types: np.ndarray, numbers: Numbers, rng: np.random.Generator
 ) -> tuple[Counts, np.ndarray]:
-    """Training cells as they are, `numbers[label]` of each type; counts and types, as all draws here."""
+    """Training cells as they are, `numbers[label]` of each type. Counts and types, as all draws here."""
     rows = rows_per_type(types, numbers, rng)
     return counts[rows], types[rows]
 
@@ -78,7 +78,7 @@ def poisson_mean(
 def shuffled_types(
     counts: Counts, types: np.ndarray, numbers: Numbers, rng: np.random.Generator
 ) -> tuple[Counts, np.ndarray]:
-    """(c) Real training cells under each other's types; pooled, they are the floor."""
+    """(c) Real training cells under each other's types. Pooled, they are the floor."""
     cells, labels = floor_cells(counts, types, numbers, rng)
     return cells, rng.permutation(labels)
 
@@ -90,7 +90,7 @@ def _by_type(
     learn: Callable[[Counts, int], Callable[[int], np.ndarray]],
     rows: int = 256,
 ) -> tuple[Counts, np.ndarray]:
-    """`learn` sees a type's training cells and returns what draws n dense cells of it; at most 256 are dense at a
+    """`learn` sees a type's training cells and returns what draws n dense cells of it. At most 256 are dense at a
     time."""
     blocks, labels = [], []
     for label, n in numbers.items():
@@ -146,9 +146,9 @@ def shifted_controls(
     train: Cells, labels: Sequence[str], control: Mapping[str, str], n: int, rng: np.random.Generator
 ) -> Counts | None:
     """(d) n cells of an unseen combination: control cells of the same other labels, whose log expression is moved by
-    the mean difference of treated and control cells over the other groups that have both; drawn with replacement only
-    where there are fewer than n. The log is turned back into counts of the cell's own total, rounded at random. None
-    where the combination is of no treatment, or where no control cells or no other groups have it.
+    the mean difference of treated and control cells over the other groups that have both. Where there are fewer than
+    n, they are drawn with replacement. The log is turned back into counts of the cell's own total, rounded at random.
+    None where the combination is of no treatment, or where no control cells or no other groups have it.
     """
     conditions, of = list(train.labels), train.combinations()
     by_labels = {of_labels: name for name, of_labels in of.items()}

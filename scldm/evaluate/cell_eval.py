@@ -38,7 +38,7 @@ def cell_eval_scores(
 
     profile: which of its metrics: full, minimal, vcc, de, anndata or pds
     configs: metric -> arguments other than its defaults
-    skip: metrics to leave out; by default the two that compare perturbations with each other, and need many
+    skip: metrics to leave out. By default the two that compare perturbations with each other, and need many
     None stands for a number that it can't tell.
 
     Raises: InputError where cell-eval is not installed, a label is missing on one side, or genes differ.
@@ -47,7 +47,7 @@ def cell_eval_scores(
         evaluate = importlib.import_module("cell_eval").MetricsEvaluator
     except ImportError as error:
         raise InputError(
-            f"cell-eval is needed for its scores ({error}); install it: pip install -c constraints.txt cell-eval"
+            f"cell-eval is needed for its scores ({error}). Install it: pip install -c constraints.txt cell-eval"
         ) from None
     if profile not in PROFILES:
         raise InputError(f"profile={profile!r} is none of cell-eval's: {', '.join(PROFILES)}")
@@ -58,7 +58,7 @@ def cell_eval_scores(
     if control not in labels["real"]:
         raise InputError(f"{pert_col}={control!r} is no label of the real cells: {', '.join(sorted(labels['real']))}")
     if odd := sorted(labels["real"] ^ labels["generated"]):
-        raise InputError(f"cell-eval needs the same labels of {pert_col} on both sides; on one only: {', '.join(odd)}")
+        raise InputError(f"cell-eval needs the same labels of {pert_col} on both sides. On one only: {', '.join(odd)}")
     errors = io.StringIO()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(errors), _quiet():
         evaluator = evaluate(
@@ -81,7 +81,7 @@ def _side(cells: ad.AnnData, pert_col: str, name: str) -> ad.AnnData:
     """A copy as cell-eval wants it."""
     if pert_col not in cells.obs:
         there = ", ".join(map(str, cells.obs.columns)) or "none"
-        raise InputError(f"{name} cells: obs has no column {pert_col!r}; it has {there}")
+        raise InputError(f"{name} cells: obs has no column {pert_col!r}. It has {there}")
     log = log_normalise(sp.csr_matrix(cells.X)).astype(np.float32)
     obs = pd.DataFrame({pert_col: pd.Categorical(np.asarray(cells.obs[pert_col]).astype(str))}, cells.obs_names)
     return ad.AnnData(log, obs, pd.DataFrame(index=cells.var_names))

@@ -14,7 +14,7 @@ import scipy.sparse as sp
 from scldm.errors import InputError
 from scldm.vocab import MIN_GENE_SHARE, why_few
 
-NO_TYPE = ""  # of all cells where no condition tells them apart; no label is empty
+NO_TYPE = ""  # of all cells where no condition tells them apart. No label is empty
 BETWEEN = " · "  # the labels of a combination, in a table
 
 # --- combinations --------------------------------------------------------------------------------------------------
@@ -47,11 +47,11 @@ class Cells:
     """Cells of one source.
 
     counts: raw counts, CSR (cells, genes)
-    types: each cell's combination of conditions, (cells,) str; all NO_TYPE where there is no condition
+    types: each cell's combination of conditions, (cells,) str. All NO_TYPE where there is no condition
     genes: gene ids of the columns
     name: how messages call them
-    drawn_of: cells of the split that they were drawn from; 0 where they are all of it
-    labels: condition -> its label of each cell, (cells,) str; empty where `types` is all that is known
+    drawn_of: cells of the split that they were drawn from. 0 where they are all of it
+    labels: condition -> its label of each cell, (cells,) str. Empty where `types` is all that is known
 
     Raises: InputError where the counts are not counts or a gene stands twice.
     """
@@ -170,7 +170,7 @@ def matched_numbers(train: Cells, test: Cells, generated: Cells) -> dict[str, in
 def scored_combinations(
     numbers: Mapping[str, int], min_cells: int, max_combinations: int
 ) -> tuple[list[str], list[str], str]:
-    """The combinations that are scored one by one, largest first; those that are not; and, where none is, the
+    """The combinations that are scored one by one, largest first, those that are not, and, where none is, the
     sentence that says why.
 
     Raises: InputError for fewer cells of all together than one combination needs.

@@ -7,7 +7,7 @@ by the share of their variance that is no noise. So the test cells are halved. W
 other and y in generated cells, slope = cov(z, y) / cov(z, x) over the genes that respond in the first half. The noise
 of z is independent of that of x and y, so that neither covariance has a part of it, whichever genes z chose. Training
 cells can't be this half: a model has learned their noise, so that y shares it, and copies of them would score above 1.
-Source: Wald 1940; Fuller 1987, section 1.4 (instrumental variables); Angrist & Krueger 1995 (the split sample).
+Source: Wald 1940. Fuller 1987, section 1.4 (instrumental variables). Angrist & Krueger 1995 (the split sample).
 
 Reading order: the rank-sum test, changes of all cells and of parts of them, the variance of a sum, the slope.
 """
@@ -26,18 +26,18 @@ from scipy.stats import t as student
 from scldm.evaluate.space import TARGET_SUM
 
 EPS = 1.0  # counts per 10,000, added to both means of a change
-N_RESPONDING = 100  # genes of the largest Welch t that a slope is fitted over; a fifth of the genes where that is fewer
+N_RESPONDING = 100  # genes of the largest Welch t that a slope is fitted over. A fifth of the genes where that is fewer
 N_BLOCKS = 8  # of the cells of a label: 70 halves
-RANK_CELLS = 5_000  # a side in rank-sum tests; sums take all cells
+RANK_CELLS = 5_000  # a side in rank-sum tests. Sums take all cells
 
 # --- the rank-sum test ---------------------------------------------------------------------------------------------
 
 
 def rank_sum(treated: sp.csr_matrix, control: sp.csr_matrix) -> np.ndarray:
-    """z of the Wilcoxon rank-sum test of every gene, (genes,); above 0 where treated cells rank higher, 0 where all
-    values tie. Normal approximation with tie and continuity correction; p is 2 * norm.sf(|z|). Values are >= 0, and the
+    """z of the Wilcoxon rank-sum test of every gene, (genes,). Above 0 where treated cells rank higher, 0 where all
+    values tie. Normal approximation with tie and continuity correction. p is 2 * norm.sf(|z|). Values are >= 0, and the
     zeros of a gene are one tie.
-    Source: Mann & Whitney 1947; ties as in Lehmann 1975, section 1.4."""
+    Source: Mann & Whitney 1947. Ties as in Lehmann 1975, section 1.4."""
     both = sp.csc_matrix(sp.vstack([treated, control]))
     both.eliminate_zeros()
     n_1, n_2, n_genes = treated.shape[0], control.shape[0], both.shape[1]  # pyright: ignore[reportOptionalSubscript]
@@ -70,7 +70,7 @@ def rank_sum(treated: sp.csr_matrix, control: sp.csr_matrix) -> np.ndarray:
 class Blocks:
     """The cells of one label in K blocks, and the sums of each that every change of a part of them is made of.
 
-    per_10k: counts per 10,000, CSR (cells, genes); cell i is in block i % K
+    per_10k: counts per 10,000, CSR (cells, genes). Cell i is in block i % K
     n_K: cells of each block
     per_10k_KG, log_KG, squares_KG: sums of counts per 10,000, of their log1p and of its square
     """
@@ -133,11 +133,11 @@ class Pair:
         return rank_sum(self.treated.per_10k[:RANK_CELLS], self.control.per_10k[:RANK_CELLS])
 
     def top(self, k: int) -> np.ndarray:
-        """The columns of the k genes of the largest |z|; of equal ones that of the larger change goes first."""
+        """The columns of the k genes of the largest |z|. Of equal ones that of the larger change goes first."""
         return np.lexsort((-np.abs(self.change), -np.abs(self.z)))[:k]
 
     def welch_t(self, parts_MK: np.ndarray) -> np.ndarray:
-        """Welch's t of log1p counts per 10,000 in parts of the cells, (parts, genes); 0 where nothing varies."""
+        """Welch's t of log1p counts per 10,000 in parts of the cells, (parts, genes). 0 where nothing varies."""
         means, errors = [], []
         for b in (self.treated, self.control):
             n = (parts_MK @ b.n_K)[:, None]
@@ -202,7 +202,7 @@ class Covariances:
     over all ways to halve them.
 
     generated, real: of generated cells' changes, and of those in the other half
-    train: of training cells' changes; None where they have too few
+    train: of training cells' changes. None where they have too few
     replicates_2S: generated and real again, each time from half of the generated and of the test cells
     """
 
@@ -230,9 +230,9 @@ class Covariances:
 
 @dataclass(frozen=True)
 class Score:
-    """A number of generated cells beside that of real ones; None where it can't be told.
+    """A number of generated cells beside that of real ones. None where it can't be told.
 
-    error: its standard deviation; None where none is computed
+    error: its standard deviation. None where none is computed
     """
 
     value: float | None
@@ -249,10 +249,10 @@ class Score:
 
 
 def slope(covariances: Sequence[Covariances], weights: Sequence[float], groups: Sequence[Hashable]) -> Score:
-    """The ratio of the weighted sums of covariances, generated over real; 1 is right. Its error is that of numerator
+    """The ratio of the weighted sums of covariances, generated over real. 1 is right. Its error is that of numerator
     less ratio times denominator, over the denominator, by `variance_of_sum` over cells of both sides.
 
-    groups: of each contrast; those of one group share their control cells
+    groups: of each contrast. Those of one group share their control cells
 
     None where no response of real cells is told from noise: the denominator is within two standard deviations of 0.
     """

@@ -42,7 +42,7 @@ from scldm.label_text import known_label
 from scldm.progress import Progress
 from scldm.vocab import MIN_GENE_SHARE
 
-COINCIDE = 0.3  # at half of all pairs a group has no width; its halves reach that sooner
+COINCIDE = 0.3  # at half of all pairs a group has no width. Its halves reach that sooner
 N_EXPENSIVE = 3  # draws of floor and baselines for which the forest is grown
 
 
@@ -103,7 +103,7 @@ def compare(
     control: Mapping[str, str] | None = None,
     parts: Mapping[str, Part] | None = None,
 ) -> dict:
-    """Scores with floor and baselines, memorisation, responses, marker genes, and what the figures need; JSON-ready,
+    """Scores with floor and baselines, memorisation, responses, marker genes, and what the figures need. JSON-ready,
     every list in a stated order.
 
     Without a combination of enough cells, `pooled_only` says so and the scores per combination are absent. Without
@@ -221,7 +221,7 @@ def _rng(config: EvaluateConfig) -> Callable[..., np.random.Generator]:
 
 @dataclass(frozen=True)
 class _Sides:
-    """pool: the training cells that floor and baselines are drawn from; of an unseen combination, its relatives
+    """pool: the training cells that floor and baselines are drawn from. Of an unseen combination, its relatives
     combinations: name -> labels, of the test cells
     numbers: compared cells per combination
     relatives: unseen combination -> the combinations that stand in for it"""
@@ -329,7 +329,7 @@ class _Scorer:
         return out
 
     def _shifted(self, train: Cells, name: str, sides: _Sides, control: Mapping[str, str]) -> list[dict[str, float]]:
-        """Scores of baseline (d) of an unseen combination; none where it can't be drawn."""
+        """Scores of baseline (d) of an unseen combination. None where it can't be drawn."""
         if name not in self.levels.combinations:
             return []
         config, test, out = self.config, self.real.of_type(name), []
@@ -345,9 +345,9 @@ class _Scorer:
     def parts(
         self, parts: Mapping[str, Part], genes: tuple[str, ...], sides: _Sides, generated: Profile
     ) -> dict[str, dict]:
-        """parts: the scores of each; beside_parts: n_cells, and the scores of generated and training cells (`floor`,
+        """parts: the scores of each. beside_parts: n_cells, and the scores of generated and training cells (`floor`,
         with its standard deviation over draws), all at the same numbers. Of each combination these are the cells that
-        every part has, at most `max_group_cells`; where they are too few to be scored, it is left out. Both empty where
+        every part has, at most `max_group_cells`. Where they are too few to be scored, it is left out. Both empty where
         all together are too few.
 
         Raises: InputError where a part lacks genes that are compared.

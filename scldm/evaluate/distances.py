@@ -17,7 +17,7 @@ SIGMAS = (0.01, 0.1, 1.0, 10.0, 100.0)
 
 
 def mmd2(reference: np.ndarray, other: np.ndarray) -> float:
-    """Unbiased squared maximum mean discrepancy, kernel exp(-|x - y|^2 / (2 s^2)); may fall slightly below 0.
+    """Unbiased squared maximum mean discrepancy, kernel exp(-|x - y|^2 / (2 s^2)). It may fall slightly below 0.
 
     Bandwidth: s is the median Euclidean distance between two different cells of the reference (median heuristic), so
     that it does not depend on what is judged. Memory: three n x n float64 matrices.
@@ -44,7 +44,7 @@ def mmd2_multiscale(reference: np.ndarray, other: np.ndarray, sigmas: tuple[floa
     """Biased squared maximum mean discrepancy with the kernel sum_s exp(-|x - y|^2 / (2 s^2)): the SUM over sigmas, not
     their mean. A cell is paired with itself too, so that two samples of n cells of one distribution are at about
     2 len(sigmas) / n at most, not at 0. Compare at equal numbers only.
-    Source: Gretton et al. 2012, eq. 5; the sigmas and the sum as CFGen's repository has them.
+    Source: Gretton et al. 2012, eq. 5. The sigmas and the sum as CFGen's repository has them.
     """
     n, m = len(reference), len(other)
 
@@ -97,7 +97,7 @@ def _transport(cost: np.ndarray) -> float:
 def frechet(reference: np.ndarray, other: np.ndarray) -> float:
     """Frechet distance of the Gaussians fitted to both sets, |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), covariances
     over n - 1.
-    Source: Dowson & Landau 1982; squared, as FID is."""
+    Source: Dowson & Landau 1982. Squared, as FID is."""
     c1, c2 = np.cov(reference, rowvar=False), np.cov(other, rowvar=False)
     values, vectors = np.linalg.eigh(c1)
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T

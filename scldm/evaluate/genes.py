@@ -32,7 +32,7 @@ def gene_moments(log: sp.csr_matrix) -> Moments:
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float:
-    """Pearson correlation; 0 where one side is constant, as nothing then varies together."""
+    """Pearson correlation. 0 where one side is constant, as nothing then varies together."""
     x, y = x - x.mean(), y - y.mean()
     norm = float(np.linalg.norm(x) * np.linalg.norm(y))
     return float(x @ y / norm) if norm > 0 else 0.0
@@ -92,7 +92,7 @@ def gene_correlation(
 
 
 def correlation_within(reference: Profile, other: Profile, n_genes: int = N_CORRELATED) -> tuple[float, float]:
-    """`gene_correlation` within each combination, averaged with the reference's cells as weights; cells of different
+    """`gene_correlation` within each combination, averaged with the reference's cells as weights. Cells of different
     combinations never enter one correlation. Combinations with fewer than 3 cells on a side are left out. NaN where
     that leaves none."""
     rows = []
@@ -108,7 +108,7 @@ def correlation_within(reference: Profile, other: Profile, n_genes: int = N_CORR
 
 
 def correlations(x: np.ndarray) -> np.ndarray:
-    """Pearson correlations of the columns, (genes, genes); 0 for a gene that is constant."""
+    """Pearson correlations of the columns, (genes, genes). 0 for a gene that is constant."""
     x -= x.mean(0)
     norm = np.linalg.norm(x, axis=0)
     x /= np.where(norm > np.sqrt(LEAST_VARIANCE * len(x)), norm, np.inf)

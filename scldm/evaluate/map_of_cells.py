@@ -8,7 +8,7 @@ import numpy as np
 
 from scldm.evaluate.space import Profile, subsample
 
-MAP_CELLS = 5_000  # a side; more are only ink
+MAP_CELLS = 5_000  # a side. More are only ink
 
 
 def cell_map(profiles: Mapping[str, Profile], labels: Mapping[str, Mapping[str, np.ndarray]], seed: int) -> list[dict]:
@@ -37,7 +37,7 @@ def cell_map(profiles: Mapping[str, Profile], labels: Mapping[str, Mapping[str, 
 
 
 def umap_coordinates(components: np.ndarray, seed: int) -> np.ndarray:
-    """2-D UMAP coordinates, (cells, 2): 15 neighbours, minimum distance 0.3, Euclidean; the same for the same seed."""
+    """2-D UMAP coordinates, (cells, 2): 15 neighbours, minimum distance 0.3, Euclidean. The same for the same seed."""
     import umap  # compiles for seconds
 
     neighbours = min(15, len(components) - 1)

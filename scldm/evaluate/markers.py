@@ -31,7 +31,7 @@ class Marker:
 
 def choose(log: sp.csr_matrix, types: np.ndarray, n: int = N_MARKERS) -> dict[str, list[tuple[int, float]]]:
     """type -> its n genes of the highest Welch t (log expression in the type against all other cells), as (column, t),
-    best first; only genes that are up. Types with fewer than 3 cells inside or outside are left out: they have no
+    best first. Only genes that are up. Types with fewer than 3 cells inside or outside are left out: they have no
     variance."""
     total, squares = _sums(log)
     out = {}

@@ -21,7 +21,7 @@ from scldm.evaluate.metrics import Metric
 from scldm.evaluate.space import Profile, subsample
 
 NEAR = 0.01  # quantile of the held-out cells' distances below which a cell counts as a near copy
-HASH_ROWS = 256  # cells hashed at once; with 3,000 nonzeros each, 256 x 3,000 x (8 + 8) B = 12 MB
+HASH_ROWS = 256  # cells hashed at once. With 3,000 nonzeros each, 256 x 3,000 x (8 + 8) B = 12 MB
 
 MEMORISATION: Mapping[str, Metric] = {
     "closer_to_training": Metric(
@@ -70,7 +70,7 @@ class Nearness:
     distance: Euclidean, in components, to the nearest of all training cells, (cells,)
     copied: whether some training cell has the same counts in every judged gene, (cells,) bool
     closer: 1 where its nearest real cell is a training cell, 0 where it is a held-out one, 0.5 at the same distance,
-        (cells,); NaN where there are no held-out cells to choose from
+        (cells,). NaN where there are no held-out cells to choose from
     nearest: which real cell that is, by a number, (cells,)
     types: label per cell, (cells,)
     """
@@ -86,7 +86,7 @@ class Nearness:
 
 
 def nearness(train: Profile, cells: Profile, max_cells: int, seed: int, held_out: Profile | None = None) -> Nearness:
-    """Of at most `max_cells` of the cells, drawn under the seed, to all training cells; `closer` among as many of each
+    """Of at most `max_cells` of the cells, drawn under the seed, to all training cells. `closer`: among as many of each
     type of training and of held-out cells. The held-out cells' own serve for every set that is compared with them."""
     cells = cells.select(subsample(len(cells), max_cells, seed))
     # a tree, not a product of matrices: the distance between equal points must be exactly 0
@@ -130,7 +130,7 @@ def _digests(counts: sp.csr_matrix) -> Iterator[bytes]:
 def memorisation(
     train: Profile, reference: Profile, other: Profile, max_cells: int = 2_000, seed: int = 0
 ) -> dict[str, float]:
-    """Every metric of MEMORISATION, by name: `reference` are held-out real cells, `other` the generated ones; equal
+    """Every metric of MEMORISATION, by name: `reference` are held-out real cells, `other` the generated ones. Equal
     numbers of both, at most `max_cells`."""
     n = min(len(reference), len(other), max_cells)
     held_out, generated = nearness(train, reference, n, seed), nearness(train, other, n, seed, reference)
@@ -139,8 +139,8 @@ def memorisation(
 
 def memorisation_scores(held_out: Nearness, generated: Nearness) -> dict[str, float]:
     """From distances d to the nearest training cell: median d(generated) / median d(held-out), and the share of
-    generated cells with d < the 1 % quantile of d(held-out). Both also fall where generated cells vary too little;
-    only copying makes training cells nearer than held-out ones.
+    generated cells with d < the 1 % quantile of d(held-out). Both also fall where generated cells vary too little.
+    Only copying makes training cells nearer than held-out ones.
     Source: nearest training neighbour against held-out data, Meehan et al. 2020 (they compare ranks, here medians).
     Raises: InputError where half of the held-out cells coincide with training cells.
     """
@@ -153,7 +153,7 @@ def memorisation_scores(held_out: Nearness, generated: Nearness) -> dict[str, fl
 
 
 def _scores(held_out: Nearness, generated: Nearness) -> dict[str, float]:
-    """memorisation_scores; the ratio is NaN where the median distance of held-out cells is 0."""
+    """memorisation_scores. The ratio is NaN where the median distance of held-out cells is 0."""
     middle = float(np.median(held_out.distance))
     return {
         "closer_to_training": float(generated.closer.mean()),
@@ -168,7 +168,7 @@ def _scores(held_out: Nearness, generated: Nearness) -> dict[str, float]:
 
 
 def memorisation_errors(held_out: Nearness, generated: Nearness, seed: int, n_halves: int = 20) -> dict[str, float]:
-    """Standard errors of `memorisation_scores` by the delete-half jackknife over both sets (intervals.py); the training
+    """Standard errors of `memorisation_scores` by the delete-half jackknife over both sets (intervals.py). The training
     cells stay as they are. That of `closer_to_training` is of clusters of cells with the same nearest real cell, as
     these are closer to the same side: sqrt(sum over clusters of (sum of x - mean)^2) / n.
     That of the ratio is NaN where half of the held-out cells of a part coincide with training cells.

@@ -46,7 +46,7 @@ class Metric:
         return ends[self.best]
 
     def beyond(self, value: float, floor: float) -> float:
-        """How much worse than the floor a score is; below 0 where it is better."""
+        """How much worse than the floor a score is. Below 0 where it is better."""
         return abs(value - floor) if self.of_size else self.loss(value) - self.loss(floor)
 
 
@@ -223,7 +223,7 @@ MEASURES: tuple[Measure, ...] = (
 
 
 def measures_of(only: Collection[str] | None) -> list[Measure]:
-    """The measures that give these scores; all where `only` is None."""
+    """The measures that give these scores. All where `only` is None."""
     assert only is None or set(only) <= set(METRICS), only
     return [m for m in MEASURES if only is None or set(m.names) & set(only)]
 
@@ -241,8 +241,8 @@ def compared_cells(reference: Profile, other: Profile, max_cells: int, seed: int
 def score(
     reference: Profile, other: Profile, max_cells: int, seed: int, only: Collection[str] | None = None
 ) -> dict[str, float]:
-    """Every metric of METRICS, by name, in its order; with `only`, those. Sampled measures (MEASURES) take equal
-    numbers of at most `max_cells` cells a side, drawn under the seed; the others see all cells."""
+    """Every metric of METRICS, by name, in its order. With `only`, those. Sampled measures (MEASURES) take equal
+    numbers of at most `max_cells` cells a side, drawn under the seed. The others see all cells."""
     few = compared_cells(reference, other, max_cells, seed)
     values: dict[str, float] = {}
     for measure in measures_of(only):

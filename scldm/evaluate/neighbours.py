@@ -15,9 +15,9 @@ K_NEIGHBOURS = 5
 
 
 def nn_accuracy(reference: np.ndarray, other: np.ndarray) -> tuple[float, float]:
-    """Leave-one-out 1-nearest-neighbour accuracy over the reference's cells and over the other's; 0.5 is ideal at equal
+    """Leave-one-out 1-nearest-neighbour accuracy over the reference's cells and over the other's. 0.5 is ideal at equal
     numbers. Neighbours at the same distance count by their share.
-    Source: Lopez-Paz & Oquab 2017; per class as in Xu et al. 2018."""
+    Source: Lopez-Paz & Oquab 2017. Per class as in Xu et al. 2018."""
     both = np.concatenate([reference, other])
     is_other = np.arange(len(both)) >= len(reference)
     hit = np.empty(len(both))
@@ -35,7 +35,7 @@ def precision_recall(reference: np.ndarray, other: np.ndarray, k: int = K_NEIGHB
     cells that lie in the other's. A set's manifold is the union of balls around its cells, each with the radius of the
     cell's k-th nearest neighbour in its own set. Real cells against real cells are not at 1: the floor is the scale.
     With k cells or fewer in a set, its farthest cell takes the place of the k-th.
-    Source: Kynkaanniemi et al. 2019, eq. 1-2. They take k = 3; here k = 5."""
+    Source: Kynkaanniemi et al. 2019, eq. 1-2. They take k = 3. Here k = 5."""
     return _inside(other, reference, k), _inside(reference, other, k)
 
 

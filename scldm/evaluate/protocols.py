@@ -32,9 +32,9 @@ class Protocol:
 
     name, title: as in commands and as in tables
     meaning: what it does, for a reader of the table
-    main: the scores that decide, in the order of the table; all others are computed as well
+    main: the scores that decide, in the order of the table. All others are computed as well
     n_components: principal components
-    n_variable_genes: that many genes are judged; 0 for all
+    n_variable_genes: that many genes are judged. 0 for all
     fitted_on: the real cells on which genes and components are chosen
     weights: the mean over labels weighs each label by its real cells, or all labels alike
     """
@@ -49,7 +49,7 @@ class Protocol:
     weights: Literal["cells", "labels"]
 
     def fit(self, validation_counts: sp.csr_matrix, test_counts: sp.csr_matrix, seed: int) -> Space:
-        """The space in which cells are compared, fitted on the real cells that the protocol says; counts are raw, CSR
+        """The space in which cells are compared, fitted on the real cells that the protocol says. Counts are raw, CSR
         (cells, genes). `Space.describe()` says what it is.
 
         Raises: InputError for too few cells or genes.
@@ -65,7 +65,7 @@ class Protocol:
         return Space(pca, genes, self.name, f"{self.fitted_on} cells")
 
     def mean(self, by_label: Mapping[str, Mapping[str, float]], n_cells: Mapping[str, int]) -> dict[str, float]:
-        """Mean over labels of every score, as the protocol weighs them; `n_cells`: real cells of each label."""
+        """Mean over labels of every score, as the protocol weighs them. `n_cells`: real cells of each label."""
         w = self._weights(list(by_label), n_cells)
         names = next(iter(by_label.values()))
         return {m: float(np.average([by_label[t][m] for t in by_label], weights=w)) for m in names}
@@ -98,8 +98,8 @@ PROTOCOLS: Mapping[str, Protocol] = {
         title="CFGen",
         meaning=(
             "What CFGen's repository computes (2026): 2,000 variable genes (seurat_v3) of the real cells that are "
-            "judged, counts per 10,000 of all genes, log1p, 30 principal components fitted on the same cells; exact "
-            "W2 and W1, biased MMD² summed over widths of 0.01 to 100; per label, then the plain mean over labels. "
+            "judged, counts per 10,000 of all genes, log1p, 30 principal components fitted on the same cells. Exact "
+            "W2 and W1, biased MMD² summed over widths of 0.01 to 100. Per label, then the plain mean over labels. "
             "FD, 1-NN accuracy, precision and recall are added. Two things differ: generated cells are centred as "
             "real ones are (the repository multiplies them with the loadings without centring), and both sides are "
             "cut to the same number of cells in every score, not in MMD² alone."
@@ -155,12 +155,12 @@ def variable_genes(counts: sp.csr_matrix, n: int) -> np.ndarray:
 
 
 PUBLISHED_NOTE = (
-    "protocol not fully known: Palla et al. 2025 (arXiv 2511.02986, workshop version) score on highly variable genes; "
-    "whether in principal components, and of how many cells, is not said. Read them beside, not against, our scores."
+    "protocol not fully known: Palla et al. 2025 (arXiv 2511.02986, workshop version) score on highly variable genes. "
+    "Whether in principal components, and of how many cells, is not said. Read them beside, not against, our scores."
 )
 _D, _T, _H, _P = "dentate gyrus", "Tabula Muris", "HLCA", "Parse 1M"
 _U, _C, _N = "unconditional", "conditional", "unseen combinations"
-# data, setting, method; W2, MMD2, FD
+# data, setting, method, W2, MMD2, FD
 PUBLISHED: tuple[tuple[str, str, str, float, float, float], ...] = (
     (_D, _U, "scDiffusion", 17.44, 0.258, 256.6),
     (_D, _U, "CFGen", 12.62, 0.022, 28.1),

@@ -6,7 +6,7 @@ of a cell's own total. They have two readings, because the published numbers dep
 published: the reading of the published code. The other side is one draw of counts for each cell. PCC is Pearson's r of
     a gene over the cells of a batch of 128, averaged over the genes that have one, then over batches.
 ours: the other side is the expected counts, and batches do not matter. PCC is Pearson's r of a gene over all cells,
-    averaged over genes; and of a cell over all genes, averaged over cells.
+    averaged over genes, and of a cell over all genes, averaged over cells.
 
 A draw adds noise that no model can foresee, so that PCC is lower and MSE higher in the published reading.
 Scores are fed block by block and keep a few numbers for each gene, whatever the number of cells.
@@ -41,7 +41,7 @@ def log_profile(counts_BG: np.ndarray) -> np.ndarray:
 
 
 def pearson_along(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
-    """Pearson's r of x and y along an axis; NaN where one of them is constant there."""
+    """Pearson's r of x and y along an axis. NaN where one of them is constant there."""
     dx, dy = x - x.mean(axis, keepdims=True), y - y.mean(axis, keepdims=True)
     r = _ratio((dx * dy).sum(axis), (dx * dx).sum(axis), (dy * dy).sum(axis))
     constant = _constant(x.min(axis), x.max(axis)) | _constant(y.min(axis), y.max(axis))
@@ -59,7 +59,7 @@ def _constant(least: np.ndarray, most: np.ndarray) -> np.ndarray:
 
 
 def _mean(values: np.ndarray) -> float | None:
-    """Mean of those that are not NaN; None where all are."""
+    """Mean of those that are not NaN. None where all are."""
     there = values[~np.isnan(values)]
     return float(there.mean()) if len(there) else None
 
@@ -102,7 +102,7 @@ class PublishedScores:
         self.genes.append(int((~np.isnan(r_G)).sum()))
 
     def result(self) -> dict:
-        """pcc (None where no batch has one), mse; batches, and those without a correlation; genes that had one, mean
+        """pcc (None where no batch has one) and mse. Batches, and those without a correlation. Genes that had one, mean
         over batches. Ends the stream: what waits is the last batch."""
         if self.waiting:
             self._finish_batch()
@@ -157,12 +157,12 @@ class OurScores:
         self.least_2G, self.most_2G = np.minimum(self.least_2G, least_2G), np.maximum(self.most_2G, most_2G)
 
     def r_G(self) -> np.ndarray:
-        """Pearson's r of every gene over all cells so far; NaN where one side is constant."""
+        """Pearson's r of every gene over all cells so far. NaN where one side is constant."""
         constant_G = _constant(self.least_2G, self.most_2G).any(0)
         return np.where(constant_G, np.nan, _ratio(self.moment_3G[2], self.moment_3G[0], self.moment_3G[1]))
 
     def result(self) -> dict:
-        """pcc_gene, pcc_cell (None where there is no correlation at all), mse; how many genes and cells have one."""
+        """pcc_gene, pcc_cell (None where there is no correlation at all), mse, how many genes and cells have one."""
         assert self.n > 0, "no cell was added"
         r_G, r_n = self.r_G(), np.concatenate(self.r_cells)
         return {
@@ -201,7 +201,7 @@ class Reconstruction:
         return np.concatenate(self.nll)
 
     def result(self) -> dict:
-        """re: mean over cells in nats, and its standard error; the two readings of PCC and MSE."""
+        """re: mean over cells in nats, and its standard error. Also the two readings of PCC and MSE."""
         return {
             "re": mean_and_error(self.nll_n),
             "published": self.published.result(),
@@ -217,7 +217,7 @@ def mean_and_error(values_n: np.ndarray) -> dict[str, float | None]:
 
 # --- mean profiles -------------------------------------------------------------------------------------------------
 
-# a gene without a count in training is given half a count; a combination is given one more cell of the pooled profile
+# a gene without a count in training is given half a count. A combination is given one more cell of the pooled profile
 GENE_PSEUDO_COUNT = 0.5
 THETA_RANGE = (1e-4, 1e6)  # at 1e6 the variance of a mean of 1,000 is 0.1 % above Poisson's
 THETA_STEPS = 24  # halvings of log(1e10) = 23: theta to a millionth
@@ -230,9 +230,9 @@ class MeanProfile:
     """What is known without a network: expected counts are library size x mean share of the training cells, with a
     dispersion for each gene. A model that is no better has learnt nothing about single cells.
 
-    share_G: share of a gene in all counts of the training cells; none is 0
+    share_G: share of a gene in all counts of the training cells. None is 0
     theta_G: inverse dispersion of the negative binomial, by maximum likelihood given the means
-    sums_KG: summed counts of each combination's training cells; no rows for the pooled profile
+    sums_KG: summed counts of each combination's training cells. No rows for the pooled profile
     row_of: combination -> row of sums_KG
     weight: total count of the cell of the pooled profile that every combination is given: the mean library size
     """
@@ -258,7 +258,7 @@ class MeanProfile:
 
 
 def fit_mean_profile(counts: sp.csr_matrix, types: np.ndarray | None = None, seed: int = 0) -> MeanProfile:
-    """The mean profile of training cells; with their combinations, a profile of each and a theta for each gene.
+    """The mean profile of training cells. With their combinations, a profile of each and a theta for each gene.
 
     theta is fitted on a seeded draw of cells where there are more than THETA_VALUES / genes.
 

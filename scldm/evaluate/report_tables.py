@@ -24,7 +24,7 @@ DASH = "\N{EN DASH}"
 def row_texts(row: dict) -> list[tuple[str, str]]:
     """Generated score, floor and baselines of one metric as (mean, how far it reaches), all with the same decimals:
     about three digits of the middle one, at most four decimals. The generated score reaches 1.96 standard errors, empty
-    where there is none; the others a standard deviation."""
+    where there is none. The others reach a standard deviation."""
     others = (row["floor"], *row["baselines"].values())
     digits = digits_of(row["score"], *(v["mean"] for v in others))
     reach = "" if row["error"] is None else number(REACH * row["error"], digits)
@@ -40,7 +40,7 @@ def digits_of(*values: float) -> int:
 
 
 def normalised_text(value: float | None, beats: bool | None) -> str:
-    """A normalised score with a tick where the baseline is beaten; a dash where floor and baseline are not told
+    """A normalised score with a tick where the baseline is beaten. A dash where floor and baseline are not told
     apart."""
     return DASH if value is None else number(value, 2) + (" ✓" if beats else " ✗")
 
@@ -50,8 +50,8 @@ def normalised_text(value: float | None, beats: bool | None) -> str:
 
 @dataclass(frozen=True)
 class Cell:
-    """text, a note after it and a line below it; `value` is what a column is sorted by, else the text; kind: CSS
-    classes, "name" for a label."""
+    """text, a note after it and a line below it. A column is sorted by `value`, else by the text. kind: CSS classes,
+    "name" for a label."""
 
     text: str
     note: str = ""
@@ -258,7 +258,7 @@ def markers_table(e: dict) -> Table:
 
 
 def published_table(e: dict) -> Table:
-    """The paper's numbers; before them these cells', where the protocol is the nearest to the paper's."""
+    """The paper's numbers. Before them these cells', where the protocol is the nearest to the paper's."""
     heads = ["data", "setting", "method", "W2", "MMD²", "FD"]
     rows = [[*map(Cell, row[:3]), *(Cell(f"{v:g}", value=v) for v in row[3:])] for row in PUBLISHED]
     ours = []

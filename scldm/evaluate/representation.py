@@ -99,7 +99,7 @@ def judged(labels_n: np.ndarray, groups_n: np.ndarray | None, seed: int) -> tupl
 
 @dataclass(frozen=True)
 class Components:
-    """Principal components of log1p counts per 10,000, fitted on the training cells of a fold; 50, or as many as there
+    """Principal components of log1p counts per 10,000, fitted on the training cells of a fold. 50, or as many as there
     can be.
 
     log: CSR (cells, genes)
@@ -127,7 +127,7 @@ CLASSIFIERS: Mapping[str, Callable[[int], object]] = {
 def predictions(
     features: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]], labels_n: np.ndarray, folds: Folds
 ) -> tuple[dict[str, np.ndarray], bool]:
-    """Classifier -> the label of each cell, predicted in the fold that tests it; and whether every linear probe
+    """Classifier -> the label of each cell, predicted in the fold that tests it, and whether every linear probe
     converged.
 
     features: those of the training rows and the test rows of a fold
@@ -149,7 +149,7 @@ def predictions(
 
 
 def classification(true_n: np.ndarray, predicted_n: np.ndarray) -> dict[str, float]:
-    """Accuracy, and F1, precision and recall as plain means over the labels that the true ones hold; precision is 0 for
+    """Accuracy, and F1, precision and recall as plain means over the labels that the true ones hold. Precision is 0 for
     a label that is never predicted."""
     labels = np.unique(true_n)
     precision, recall, f1, _ = precision_recall_fscore_support(
@@ -187,9 +187,9 @@ class Probe:
     scores: features (embedding, pca) -> classifier (linear, knn) -> score -> value, sd, folds
     labels: label -> cells that were judged
     left_out: label, cells and reason of those that were not
-    n_folds, groups: folds, and the groups that each tests; None where cells are not held out by group
+    n_folds, groups: folds, and the groups that each tests. None where cells are not held out by group
     most_frequent: share of the most frequent label, which is the accuracy of knowing nothing
-    drawn_of: cells that the judged ones were drawn from; 0 where they are all
+    drawn_of: cells that the judged ones were drawn from. 0 where they are all
     not_converged: features whose linear probe stopped at 1,000 iterations
     """
 
@@ -214,9 +214,9 @@ def probe(
     """How well a label is told from an embedding of cells, and from principal components of their counts.
 
     embedding_nD: (cells, width)
-    labels_n, groups_n: of each cell, (cells,) str; the cells of a group are held out together
+    labels_n, groups_n: of each cell, (cells,) str. The cells of a group are held out together
     seed: of folds and of the draw
-    counts: raw counts of the same cells, CSR (cells, genes); None for no baseline
+    counts: raw counts of the same cells, CSR (cells, genes). None for no baseline
     max_cells: at most so many cells are judged, drawn uniformly
 
     Raises: InputError for too few labels or groups, and for an embedding that is not finite.

@@ -86,7 +86,7 @@ def rows_with(cells: Cells, labels: Mapping[str, str]) -> np.ndarray:
 class Contrast:
     """Treated (label `other` of the condition) against control cells of one combination of the other conditions.
 
-    group: the other conditions and their labels; empty where there are none
+    group: the other conditions and their labels. Empty where there are none
     n_cells: test, generated, train -> their treated and control cells
     of_halves: training cells have too few, so that ceilings are those of the test cells' halves
     covariances: what the slope is made of
@@ -124,7 +124,7 @@ class Contrast:
 def contrast_scores(
     test: Pair, generated: Pair, train: Pair | None, covariances: Covariances, r_S: np.ndarray
 ) -> dict[str, Score]:
-    """slope and `agreement`, with ceilings; the error of r by the delete-half jackknife, as that of the slope."""
+    """slope and `agreement`, with ceilings. The error of r is by the delete-half jackknife, as that of the slope."""
     errors = {"r": float(r_S.std())}
     made, real = agreement(test, generated), ceilings(test, train)
     scores = {name: Score(value, real.get(name), errors.get(name)) for name, value in made.items()}
@@ -148,10 +148,10 @@ class Response:
     """How generated cells respond to one condition.
 
     contrasts: those with enough cells on every side
-    pooled: their means, weighted by test cells, over those that were trained; of all, where none was. The slope is the
+    pooled: their means, weighted by test cells, over those that were trained. Of all, where none was. The slope is the
         ratio of weighted covariances, so that contrasts in which real cells hardly respond count little
     unseen: the same over those whose treated cells were not trained, where others were
-    left_out: the others, with their cells; `least` is how many each side needs
+    left_out: the others, with their cells. `least` is how many each side needs
     """
 
     condition: str

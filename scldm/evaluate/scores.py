@@ -28,7 +28,7 @@ class Levels:
     """Where scores are taken besides all cells at once.
 
     combinations: those that are scored one by one
-    labels: condition -> its scored labels -> their combinations; empty where one condition makes the combinations
+    labels: condition -> its scored labels -> their combinations. Empty where one condition makes the combinations
     max_cells: of a combination or label, scores that compare every cell with every other take at most so many a side
     apart: combinations that count neither in the mean over combinations nor in the scores of all cells at once
     """
@@ -49,7 +49,7 @@ class Levels:
         return self.less([*(("", t) for t in names), *of_labels])
 
     def rows(self, profile: Profile) -> dict[tuple[str, str], np.ndarray]:
-        """(condition, label) -> its cells; combinations stand under the condition ""."""
+        """(condition, label) -> its cells. Combinations stand under the condition ""."""
         out = {("", t): np.flatnonzero(profile.types == t) for t in self.combinations}
         for condition, of in self.labels.items():
             out |= {(condition, label): np.flatnonzero(np.isin(profile.types, ts)) for label, ts in of.items()}
@@ -62,7 +62,7 @@ def scored_labels(
     """condition -> label -> its combinations, for labels of `min_cells` compared cells or more, largest first. Empty
     for fewer than two conditions.
 
-    combinations: name -> labels, in the order of the conditions; numbers: compared cells of each
+    combinations: name -> labels, in the order of the conditions. numbers: compared cells of each
     """
     out: dict[str, dict[str, list[str]]] = {}
     for k, condition in enumerate(conditions if len(conditions) > 1 else ()):
@@ -145,7 +145,7 @@ def errors_of(
     seed: int,
     config: IntervalConfig,
 ) -> Scores:
-    """Standard errors in the place of scores; of combinations and labels, from half as many parts."""
+    """Standard errors in the place of scores. Of combinations and labels, from half as many parts."""
     parts = {name: max(2, getattr(config, name) // 2) for name in ("n_parts", "n_parts_expensive")}
     halved = replace(config, **parts)
 
@@ -169,7 +169,7 @@ def table(
 ) -> dict:
     """metric -> score, its standard error, floor and baselines (mean and standard deviation over the draws), and per
     baseline `normalised`, how much worse than the floor the score is, as a share of how much worse the baseline is
-    (Metric.beyond): 0 as good as real training cells and 1 as poor as the baseline; and `beats`.
+    (Metric.beyond): 0 as good as real training cells and 1 as poor as the baseline. Then `beats`.
 
     Both are None where the metric does not find the baseline worse than the floor: by less than three standard errors
     of the difference of their means, or where the baseline is the floor by construction (`as_floor`). Expensive metrics

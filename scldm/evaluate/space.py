@@ -31,7 +31,7 @@ def log_normalise(counts: sp.csr_matrix | sp.csr_array) -> sp.csr_matrix:
 
 
 def subsample(n: int, limit: int, seed: int) -> np.ndarray:
-    """Sorted indices of at most `limit` of n cells, drawn without replacement under the seed; all of them if they
+    """Sorted indices of at most `limit` of n cells, drawn without replacement under the seed. All of them if they
     fit."""
     if n <= limit:
         return np.arange(n)
@@ -71,7 +71,7 @@ class Space:
     """Where cells are compared, fitted once and then the same for every set.
 
     pca: of log expression of the judged genes
-    genes: columns of the counts that are judged, ascending; None for all
+    genes: columns of the counts that are judged, ascending. None for all
     protocol: name of the protocol that fitted it
     fitted_on: which cells, in words
     """
@@ -101,7 +101,7 @@ class Profile:
     """A set of cells as the metrics see it.
 
     counts: raw counts of the judged genes, CSR (cells, genes)
-    log: log1p of counts per 10,000 of the same genes, CSR (cells, genes); the 10,000 are those of all given genes
+    log: log1p of counts per 10,000 of the same genes, CSR (cells, genes). The 10,000 are those of all given genes
     components: (cells, components)
     total: counts per cell over all given genes, (cells,)
     types: label per cell, (cells,) str: its combination of conditions

@@ -18,12 +18,12 @@ def classifier_auc(
     """Area under the ROC curve of a random forest that tells the two sets apart by raw counts, on cells that it was not
     trained on: 0.5 is indistinguishable, 1 is told apart. Trees only order values, so that there is no need of log1p.
 
-    Two forests: each learns on a half of both sets and is scored on the other half; the mean of both. Given a forest,
+    Each of two forests learns on a half of both sets, and is scored on the other half. The mean counts. Given a forest,
     equal distributions have an AUC of 0.5 exactly on average, at any number of cells. Out-of-bag votes of one forest
     cost the same and are not unbiased: a cell that is left out leaves its own set the smaller one (30 cells a side of
-    one distribution: AUC .447 out of bag, .490 in halves; 200 a side: .493 and .495; error .01).
+    one distribution: AUC .447 out of bag, .490 in halves. 200 a side: .493 and .495. Error .01).
 
-    Source: classifier two-sample test, Lopez-Paz & Oquab 2017; forests, Breiman 2001.
+    Source: classifier two-sample test, Lopez-Paz & Oquab 2017. Forests, Breiman 2001.
     """
     rng = np.random.default_rng(seed)
     halves = [np.array_split(rng.permutation(shape_of(x)[0]), 2) for x in (reference, other)]

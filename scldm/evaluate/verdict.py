@@ -29,7 +29,7 @@ def headline_tables(evaluation: dict) -> list[dict]:
 
 def summary(evaluation: dict) -> dict:
     """baselines: key -> on how many of all scores (metric by combination) generated cells are closer to the test cells,
-    of those on which the baseline is told apart from the floor; `like_real`: how many of all scores reach the floor
+    of those on which the baseline is told apart from the floor. `like_real`: how many of all scores reach the floor
     within their 95 % interval."""
     tables = headline_tables(evaluation)
     keys = list(dict.fromkeys(key for t in tables for key in t["w2"]["baselines"]))
@@ -119,7 +119,7 @@ def _of_trained(evaluation: dict) -> dict[str, str]:
     told = f"{reached} of {judged} scores reach real training cells within their intervals"
     if not closer:
         return {
-            "says": f"There are too few cells to tell even the baselines from real cells; {told}.",
+            "says": f"There are too few cells to tell even the baselines from real cells. {told}.",
             "next": "Give more test cells, and generate as many.",
         }
     key, (n, m) = min(closer.items(), key=lambda item: item[1][0] / item[1][1])
@@ -128,12 +128,12 @@ def _of_trained(evaluation: dict) -> dict[str, str]:
     elif reached >= 0.9 * judged and n >= 0.9 * m:
         says = "Generated cells can hardly be told from real ones"
         return {
-            "says": f"{says}; {told}.",
+            "says": f"{says}. {told}.",
             "next": "Look at the smallest groups and at the responses before using them.",
         }
     else:
         says = "The model beats the baselines on most scores"
-    return {"says": f"{says}; {told}.", "next": what_limits(evaluation)}
+    return {"says": f"{says}. {told}.", "next": what_limits(evaluation)}
 
 
 def repeats_training_cells(memorisation: dict) -> str:

@@ -27,15 +27,15 @@ from scldm.model.dit import DiT
 class SamplerConfig(Checked):
     """How latents are drawn.
 
-    method: ODE by euler (one network evaluation a step), heun (two) or adaptive (as many as the tolerance asks for);
+    method: ODE by euler (one network evaluation a step), heun (two) or adaptive (as many as the tolerance asks for).
         SDE by sde_euler (one) or sde_heun (two)
-    n_steps: steps from noise to latent; adaptive chooses its own
+    n_steps: steps from noise to latent. adaptive chooses its own
     guidance: joint (all conditions at once) or additive (each by itself, with a weight of its own). Two more kinds are
         as joint for trained combinations. For a combination that was never trained, shift takes latents of the nearest
-        trained one and moves them by the mean shift of the labels that differ; compositional composes it of its
+        trained one and moves them by the mean shift of the labels that differ. compositional composes it of its
         trained parts
     guidance_scale: 0 ignores the conditions, 1 follows them, above 1 exaggerates them
-    guidance_weights: additive: the scale of each condition by itself; guidance_scale for those not named
+    guidance_weights: additive: the scale of each condition by itself. guidance_scale for those not named
     guidance_from: flow time, 0 (cell) to 1 (noise), below which all scales are 1
     guidance_to: flow time above which all scales are 1
     tolerance: adaptive: relative and absolute error of a step
@@ -62,7 +62,7 @@ class SamplerConfig(Checked):
         one_of("sampler.guidance", self.guidance, GuidanceKind)
         if self.guidance_weights and self.guidance != "additive":
             raise InputError(
-                f"sampler.guidance_weights belong to sampler.guidance=additive; {self.guidance} has one scale"
+                f"sampler.guidance_weights belong to sampler.guidance=additive. {self.guidance} has one scale"
             )
         low, high = self.guidance_from, self.guidance_to
         if low >= high:
@@ -89,8 +89,8 @@ def generate_latents(
 ) -> Drawn:
     """Draw latent tokens of new cells.
 
-    conditions: of each of the model's conditions, label ids (B,), of continuous ones values; `null` where not given; on
-        the CPU, or the host waits for them
+    conditions: of each of the model's conditions, label ids (B,), of continuous ones values. `null` where not given.
+        On the CPU, else the host waits for them
     cell_numbers_B: the key of each cell's draws, int64
     base: what `nearest_trained` gives for the conditions, where it is known already
 

@@ -5,8 +5,8 @@ of a cell's conditions y. One call of the network per evaluation, on a row for e
 - additive: v(null) + sum_j w_j (v(y_j) - v(null)), y_j being condition j alone. Source: Palma et al. 2024 (CFGen)
 - compositional: as joint, but v(y) of a combination that was never trained is composed from the largest parts that
   were, as if these were independent given what they share: v(a, d) + v(b, d) - v(d) where (a, d) and (b, d) were
-  trained and (a, b) was not. Source: Liu et al. 2022 for the product; what is shared by inclusion and exclusion
-- shift: as joint, of the nearest trained combination; what was drawn is moved afterwards (`shift.py`)
+  trained and (a, b) was not. Source: Liu et al. 2022 for the product. What is shared by inclusion and exclusion
+- shift: as joint, of the nearest trained combination. What was drawn is moved afterwards (`shift.py`)
 
 Guidance may be limited to an interval of flow time (Kynkaanniemi et al. 2024): outside it all weights are 1, so that
 the joint kind follows v(y) and the others their own unexaggerated form.
@@ -33,7 +33,7 @@ Subset = frozenset[int]  # which of the model's conditions are shown, by positio
 def subset_weights(
     kind: GuidanceKind, given: Subset, trained: frozenset[Subset] | None, weights: Mapping[int, float], scale: float
 ) -> dict[Subset, float]:
-    """Weight of the network's answer to each subset of a cell's given conditions; none is 0, and their sum is 1.
+    """Weight of the network's answer to each subset of a cell's given conditions. None is 0, and their sum is 1.
 
     trained: for the compositional kind, the subsets of `given` that training cells had with these labels
     weights: of each condition, for the additive kind
@@ -55,7 +55,7 @@ def subset_weights(
 
 def composition(trained: frozenset[Subset]) -> dict[Subset, float]:
     """Weights of a family of subsets, closed under taking parts, that count every condition once: 1 for each of the
-    largest, less what their intersections are counted too often. Their sum is 1; a family with one largest is that."""
+    largest, less what their intersections are counted too often. Their sum is 1. A family with one largest is that."""
     weights: dict[Subset, float] = {}
     for subset in sorted(trained, key=lambda s: (-len(s), sorted(s))):
         weight = 1.0 - sum(w for larger, w in weights.items() if subset < larger)
@@ -87,11 +87,11 @@ class _Rows(NamedTuple):
 class GuidedField:
     """The guided velocity v(z, t) of a batch of cells, (B, L, Z), and what it has cost.
 
-    conditions: (B,) of each of the model's conditions, `null` where not given; on the CPU, or the host waits for them
-    scale: 0 ignores the conditions, 1 follows them; for the joint and the compositional kind
-    weights: condition -> weight, for the additive kind; `scale` where it names none
-    interval: flow times between which guidance acts; outside, scale and weights are 1
-    n_evaluations_B: rows that the network has answered for each cell, int64 (B,); a number for all without conditions
+    conditions: (B,) of each of the model's conditions, `null` where not given. On the CPU, else the host waits for them
+    scale: 0 ignores the conditions, 1 follows them. For the joint and the compositional kind
+    weights: condition -> weight, for the additive kind. `scale` where it names none
+    interval: flow times between which guidance acts. Outside, scale and weights are 1
+    n_evaluations_B: rows that the network has answered for each cell, int64 (B,). One number without conditions
 
     Raises: InputError for weights of unknown conditions, or a composition of what nobody knows.
     """
@@ -111,7 +111,7 @@ class GuidedField:
         for name in weights or {}:
             if name not in names:
                 raise InputError(
-                    f"sampler.guidance_weights: condition {name!r} is unknown; the model knows "
+                    f"sampler.guidance_weights: condition {name!r} is unknown. The model knows "
                     f"{', '.join(names) or 'none'}"
                 )
         if kind == "compositional" and names and not len(model.combinations.labels_KC):
@@ -143,7 +143,7 @@ class GuidedField:
     def _rows(
         self, conditions: dict[str, Tensor], kind: GuidanceKind, weights: Mapping[int, float], scale: float
     ) -> _Rows | None:
-        """Of all cells the first subset, then of all that have one the second, and so on; None without conditions."""
+        """Of all cells the first subset, then of all that have one the second, and so on. None without conditions."""
         if not conditions:
             return None
         device = self.model.latent_mean_LZ.device

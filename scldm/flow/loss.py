@@ -32,7 +32,7 @@ def drop_conditions(
     """Conditions with some replaced by "not given", for classifier-free guidance.
 
     draws: uniform (B, 1 + number of conditions): the first decides on all of a cell's conditions, the others on each
-    drop_all, drop_each: the probabilities; together they let one model answer to every subset of its conditions. A
+    drop_all, drop_each: the probabilities. Together they let one model answer to every subset of its conditions. A
         condition that is the only one is dropped by drop_all alone
     """
     dropped = {}

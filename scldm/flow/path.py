@@ -1,4 +1,4 @@
-"""The linear path between a cell's latent (t = 0) and noise (t = 1). Source: paper, section 3; SiT, Ma et al. 2024."""
+"""The linear path between a cell's latent (t = 0) and noise (t = 1). Source: paper, section 3, and Ma et al. 2024."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ ROWS = 1024  # combinations whose shifts are in memory at once
 
 
 def nearest_trained(dit: DiT, conditions: Conditions) -> Conditions:
-    """For each cell the labels of a trained combination: its own, if that was trained; the very same dict, if all were.
+    """For each cell the labels of a trained combination: its own, if that was trained. The very same dict, if all were.
 
     Of the combinations that differ in the fewest labels it is the one with the smallest d^2 / u. Here d is the distance
     between the two, and u the usual distance of two labels of the conditions that differ. A short shift has a small
@@ -61,15 +61,15 @@ def nearest_trained(dit: DiT, conditions: Conditions) -> Conditions:
 
 
 def way(dit: DiT, base: Conditions, conditions: Conditions) -> Tensor | float:
-    """From cells of some labels to those of others, (B, L, Z), of standardised latents; 0 for the very same dict."""
+    """From cells of some labels to those of others, (B, L, Z), of standardised latents. 0 for the very same dict."""
     if base is conditions:
         return 0.0
     return dit.means(_on_device(dit, conditions)) - dit.means(_on_device(dit, base))
 
 
 def stays(dit: DiT, own: Conditions, other: Conditions) -> Conditions:
-    """`other`, where the flow knows the way there from cells with conditions `own`; for a combination that was never
-    trained the labels of `own`, from where all is `way`. Where that has no shift either, the flow is asked for `other`.
+    """`other`, where the flow knows the way there from cells with conditions `own`. For a combination that was never
+    trained it is the labels of `own`, from where all is `way`. Where that has no shift either, it is `other`.
     """
     if not other:
         return other
@@ -90,7 +90,7 @@ def _on_device(dit: DiT, conditions: Conditions) -> Conditions:
 
 
 def _of_rows(dit: DiT, conditions: Conditions, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """A function of label ids and of which are given, both (C,), for every cell; computed once where cells agree."""
+    """A function of label ids and of which are given, both (C,), for every cell, computed once where cells agree."""
     there = _on_device(dit, conditions)
     ids_BC, given_BC = dit.label_ids(there), dit.is_given(there)
     rows, row_B = torch.cat([ids_BC, given_BC], 1).unique(dim=0, return_inverse=True)
@@ -99,7 +99,7 @@ def _of_rows(dit: DiT, conditions: Conditions, of: Callable[[Tensor, Tensor], Te
 
 
 def _has_shift(dit: DiT, ids_BC: Tensor) -> Tensor:
-    """Whether the labels were among those that shifts were fitted on, (B, C); false for conditions without shifts."""
+    """Whether the labels were among those that shifts were fitted on, (B, C). False for conditions without shifts."""
     none_B = torch.zeros(len(ids_BC), dtype=torch.bool, device=ids_BC.device)
     names = dit.means.names
     return torch.stack(
@@ -112,7 +112,7 @@ def _has_shift(dit: DiT, ids_BC: Tensor) -> Tensor:
 
 
 def _usual_way(dit: DiT) -> Tensor:
-    """Mean squared distance between the shifts of two trained labels of each condition, (C,); 0 where none are."""
+    """Mean squared distance between the shifts of two trained labels of each condition, (C,). 0 where none are."""
     usual = []
     for k in range(len(dit.n_labels)):
         labels = dit.combinations.labels_KC[:, k].unique()
@@ -127,7 +127,7 @@ def _shifted(dit: DiT) -> Tensor:
 
 
 def _matching(dit: DiT, ids_C: Tensor, given_C: Tensor) -> Tensor:
-    """Where each trained combination has these labels, (K, C); what is not given or has no shifts differs from none."""
+    """Where each trained combination has these labels, (K, C). What is not given or has no shifts differs from none."""
     return (dit.combinations.labels_KC == ids_C) | ~(given_C & _shifted(dit))
 
 

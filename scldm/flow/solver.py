@@ -1,7 +1,7 @@
 """Solvers from noise at t = 1 to a latent at t = 0.
 
 ODE: dz/dt = v(z, t). SDE, with the same distribution at every t: dz = (v - g^2/2 * score) dt + g dW, run backwards. On
-the linear path the score is -(z + (1 - t) v) / t, so that g^2 = diffusion * t keeps every term finite; 0 is the ODE.
+the linear path the score is -(z + (1 - t) v) / t, so that g^2 = diffusion * t keeps every term finite. 0 is the ODE.
 Source: Ma et al. 2024 (SiT), Eq. 5 and section 3.5, whose choice "w = sigma" is diffusion = 1.
 Reading order: euler, heun, adaptive, sde_euler, sde_heun.
 """
@@ -24,7 +24,7 @@ Noise = Callable[[int], Tensor]  # number of the step -> standard normal draws o
 
 
 def euler(v: VelocityField, z: Tensor, n_steps: int) -> Tensor:
-    """First order; one evaluation of v per step."""
+    """First order, one evaluation of v per step."""
     dt = 1 / n_steps
     for k in range(n_steps):
         z = z - dt * v(z, _time(k, n_steps))
@@ -32,7 +32,7 @@ def euler(v: VelocityField, z: Tensor, n_steps: int) -> Tensor:
 
 
 def heun(v: VelocityField, z: Tensor, n_steps: int) -> Tensor:
-    """Second order (explicit trapezoid); two evaluations of v per step."""
+    """Second order (explicit trapezoid), two evaluations of v per step."""
     dt = 1 / n_steps
     for k in range(n_steps):
         slope = v(z, _time(k, n_steps))
@@ -57,7 +57,7 @@ def adaptive(v: VelocityField, z: Tensor, tolerance: float) -> Tensor:
         return error.reshape(z.shape).flatten(1).square().mean(1).sqrt().max()
 
     ends = torch.tensor([1.0, 0.0], device=z.device, dtype=torch.float64)
-    options = {"norm": worst_cell, "step_t": ends}  # the last step ends at 0; else it goes beyond and interpolates back
+    options = {"norm": worst_cell, "step_t": ends}  # the last step ends at 0. Else it goes beyond and interpolates back
     path: Any = odeint(
         lambda t, y: v(y, float(t)), z, ends, rtol=tolerance, atol=tolerance, method="dopri5", options=options
     )
@@ -68,7 +68,7 @@ def adaptive(v: VelocityField, z: Tensor, tolerance: float) -> Tensor:
 
 
 def sde_euler(v: VelocityField, z: Tensor, n_steps: int, noise: Noise, diffusion: float) -> Tensor:
-    """Euler-Maruyama: weak order 1; one evaluation of v per step."""
+    """Euler-Maruyama: weak order 1, one evaluation of v per step."""
     dt = 1 / n_steps
     for k in range(n_steps):
         z = z - dt * _drift(v, z, _time(k, n_steps), diffusion) + _kick(noise, k, n_steps, diffusion)
@@ -76,7 +76,7 @@ def sde_euler(v: VelocityField, z: Tensor, n_steps: int, noise: Noise, diffusion
 
 
 def sde_heun(v: VelocityField, z: Tensor, n_steps: int, noise: Noise, diffusion: float) -> Tensor:
-    """Stochastic Heun: weak order 2, as the noise does not depend on z; two evaluations of v per step.
+    """Stochastic Heun: weak order 2, as the noise does not depend on z. Two evaluations of v per step.
     Source: Kloeden & Platen 1992, section 15.1, for additive noise."""
     dt = 1 / n_steps
     for k in range(n_steps):
@@ -94,7 +94,7 @@ def _drift(v: VelocityField, z: Tensor, t: float, diffusion: float) -> Tensor:
 
 
 def _kick(noise: Noise, k: int, n_steps: int, diffusion: float) -> Tensor:
-    """The noise of a step; its variance is the integral of g^2 over it."""
+    """The noise of a step. Its variance is the integral of g^2 over it."""
     t, t_ahead = _time(k, n_steps), _time(k + 1, n_steps)
     return (0.5 * diffusion * (t**2 - t_ahead**2)) ** 0.5 * noise(k)
 

@@ -34,7 +34,7 @@ def from_noise(v_other: VelocityField, noise_BLZ: Tensor, sampler: SamplerConfig
 
 
 def blend(v_own: VelocityField, v_other: VelocityField, alpha: float) -> VelocityField:
-    """A field between two: 0 is the first, 1 the second; neither is evaluated in vain."""
+    """A field between two: 0 is the first, 1 the second. Neither is evaluated in vain."""
     if alpha in (0.0, 1.0):
         return v_other if alpha else v_own
     return lambda z, t: (1 - alpha) * v_own(z, t) + alpha * v_other(z, t)

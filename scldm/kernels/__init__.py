@@ -24,7 +24,7 @@ MOST_PAIRS = 128  # of a decoder head and a latent token: their weights for a bl
 
 def check_shape(heads: int, latents: int) -> None:
     """Raises: InputError for a decoder whose pairs of a cross head and a latent token fill no tile, or too large a one.
-    A tile's sides are powers of two; latent tokens are filled up to one, of at least 16."""
+    A tile's sides are powers of two. Latent tokens are filled up to one, of at least 16."""
     pairs = heads * max(16, 1 << (latents - 1).bit_length())
     if heads & (heads - 1) or pairs > MOST_PAIRS:
         raise InputError(

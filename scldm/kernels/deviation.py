@@ -86,7 +86,7 @@ def _forward(
     S, K, eps, row_stride,
     GENES: tl.constexpr, FUNCTIONS: tl.constexpr, BINS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """A block of genes of one cell; 0 where there is no gene."""
+    """A block of genes of one cell. 0 where there is no gene."""
     cell = tl.program_id(1).to(tl.int64)
     gene, k = tl.program_id(0) * GENES + tl.arange(0, GENES), tl.arange(0, FUNCTIONS)
     row = tl.load(row_ptr + cell * row_stride + gene, mask=gene < S, other=-1).to(tl.int64)
@@ -106,7 +106,7 @@ def _backward(
     B, S, K, row_stride,
     SHARED: tl.constexpr, GENES: tl.constexpr, FUNCTIONS: tl.constexpr, BINS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """A block of genes, all cells; or, where each has its own set, one cell."""
+    """A block of genes, all cells. Where each has its own set, one cell."""
     wide = x_ptr.dtype.element_ty
     block, only = tl.program_id(0), tl.program_id(1).to(tl.int64)
     gene, k = block * GENES + tl.arange(0, GENES), tl.arange(0, FUNCTIONS)

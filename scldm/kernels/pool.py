@@ -68,7 +68,7 @@ def pool(
     a_KNH: Tensor,
     kind: TokenKind,
 ) -> Tensor:
-    """softmax over genes of r (A + alpha phi), times r (values + phi a): (B, N, M, H); 0 where a cell has no gene.
+    """softmax over genes of r (A + alpha phi), times r (values + phi a): (B, N, M, H). 0 where a cell has no gene.
     Products in the precision of the values, all else in that of the others."""
     inputs = (x_BS.contiguous(), r_BS.contiguous(), row.to(torch.int32).contiguous(), alpha_NMK.contiguous())
     out = _Pool.apply(*inputs, A_TNM.contiguous(), values_TNH.contiguous(), a_KNH.contiguous(), kind)
@@ -169,7 +169,7 @@ def _forward(
     FUNCTIONS: tl.constexpr, BINS: tl.constexpr, BF16: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """CELLS cells, one head, `span` genes. row_stride: 0 where cells share a set, else S and CELLS is 1. WHOLE: these
-    are all genes, and the log of a sum over none is 0; for `_combine` it is that of 0.
+    are all genes, and the log of a sum over none is 0. For `_combine` it is that of 0.
     """
     wide = x_ptr.dtype.element_ty
     n, first, part = tl.program_id(1), tl.program_id(0).to(tl.int64) * CELLS, tl.program_id(2).to(tl.int64)
@@ -275,7 +275,7 @@ def _backward(
     SHARED: tl.constexpr, LATENTS: tl.constexpr, HEAD: tl.constexpr, GENES: tl.constexpr,
     FUNCTIONS: tl.constexpr, BINS: tl.constexpr, BF16: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """A block of genes, one head, all cells; or, where each has its own set, one cell."""
+    """A block of genes, one head, all cells. Where each has its own set, one cell."""
     wide = x_ptr.dtype.element_ty
     block, n, only = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     gene, latent, channel = block * GENES + tl.arange(0, GENES), tl.arange(0, LATENTS), tl.arange(0, HEAD)

@@ -21,7 +21,7 @@ class Tile(NamedTuple):
     genes: of a block
     warps: 4 are one of Hopper's warp groups
     stages: blocks whose loads are in flight
-    registers: of a thread at most; None leaves it to the compiler. 128 let 16 warps share a multiprocessor's 65,536
+    registers: of a thread at most. None leaves it to the compiler. 128 let 16 warps share a multiprocessor's 65,536
     """
 
     genes: int
@@ -36,12 +36,12 @@ def power_of_two(n: int) -> int:
 
 
 def ceil_div(n: int, by: int) -> int:
-    """How many parts of this size hold n; triton.cdiv is typed for kernels."""
+    """How many parts of this size hold n. triton.cdiv is typed for kernels."""
     return -(-n // by)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, tile: Tile, **constants: Any) -> None:
-    """Run a kernel's programs; in Triton's interpreter, on a CPU, where TRITON_INTERPRET is 1."""
+    """Run a kernel's programs. Where TRITON_INTERPRET is 1, in Triton's interpreter, on a CPU."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     constants |= {"GENES": tile.genes, "INTERPRETED": interpreted}
     kernel[grid](*arguments, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers, **constants)
@@ -49,7 +49,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, tile: Tile, **co
 
 @triton.jit
 def dot(x, y, total, BF16: tl.constexpr, INTERPRETED: tl.constexpr):
-    """total + x y; of operands rounded to bf16 where BF16, else in full precision; summed in the precision of total."""
+    """total + x y. Operands are rounded to bf16 where BF16. Sums have the precision of total."""
     if BF16:
         x, y = x.to(tl.bfloat16), y.to(tl.bfloat16)
         if INTERPRETED:  # which multiplies bf16 wrongly, and float32 of the same values rightly

@@ -252,7 +252,7 @@ def _to_tables(
     SHARED: tl.constexpr, PAIRS: tl.constexpr, GENES: tl.constexpr, HIDDEN: tl.constexpr,
     BF16: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """d_T of a block of genes and a piece of the hidden layer, over all cells; or of one where each has its own set."""
+    """d_T of a block of genes and a piece of the hidden layer, over all cells, or of one where each has its own set."""
     only = tl.program_id(2).to(tl.int64)
     gene = tl.program_id(0) * GENES + tl.arange(0, GENES)
     f, pair = tl.program_id(1) * HIDDEN + tl.arange(0, HIDDEN), tl.arange(0, PAIRS)

@@ -22,7 +22,7 @@ from scldm.model import factorised
 from scldm.model.gene_rows import rows_of
 from scldm.model.vae import VAE, Posterior
 
-PREVALENT = 0.2  # share of cells; a gene expressed in more of them is summed in each cell by itself
+PREVALENT = 0.2  # share of cells. A gene expressed in more of them is summed in each cell by itself
 # sum of what is added over what remains: beyond it float64 sums of float32 terms (6e-8 each) keep too few digits
 MOST_AMPLIFICATION = 1e6
 
@@ -30,8 +30,8 @@ MOST_AMPLIFICATION = 1e6
 class AllGenesEncoder:
     """The posterior of cells over one gene set, in inference. Equal to `vae.encode` up to rounding.
 
-    gene_ids_S: the set, without padding; counts are of these genes, zeros included
-    prevalent_S: share of cells that express each gene; what it says changes speed and never the result
+    gene_ids_S: the set, without padding. Counts are of these genes, zeros included
+    prevalent_S: share of cells that express each gene. It changes speed and never the result
     """
 
     @torch.no_grad()
@@ -42,7 +42,7 @@ class AllGenesEncoder:
         self.query_MD = mcab.query(vae.latent_queries)
         q_MD = mcab.norm_query(self.query_MD)
         self.of = factorised.tables(mcab, q_MD, vae.token, vae.gene_embedding(gene_ids_S), q_MD.dtype)
-        # a row per gene, so that a cell's genes are whole rows; a count of 0 adds nothing to a token
+        # a row per gene, so that a cell's genes are whole rows. A count of 0 adds nothing to a token
         self.A_SR = self.of.A_RT.T.contiguous()
         self.base_S = prevalent_S.to(gene_ids_S.device) <= PREVALENT
         self.always_P = (~self.base_S).nonzero()[:, 0]

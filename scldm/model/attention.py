@@ -2,7 +2,7 @@
 
 Keys have neither a bias nor, where they come from a LayerNorm, a shift: both add one number to all scores of a query,
 which the softmax removes, so their true gradient is zero and AdamW would turn its rounding noise into full steps.
-Reading order: Way, fastest; attention, sdpa, SelfAttention.
+Reading order: Way, fastest, attention, sdpa, SelfAttention.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def fastest(device: str, dtype: torch.dtype, refusal: str) -> Choice:
 
     device: a torch device's type
     dtype: of matrix products
-    refusal: why fused kernels can't run there or don't take the shape; empty where they can
+    refusal: why fused kernels can't run there or don't take the shape. Empty where they can
     """
     if device != "cuda":
         return Choice("factorised", f"the fastest on {device}")
@@ -52,10 +52,10 @@ def fastest(device: str, dtype: torch.dtype, refusal: str) -> Choice:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, n_heads: int, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(H)) v for each of N heads of width H = D / N; (..., Lq, D).
+    """softmax(q k^T / sqrt(H)) v for each of N heads of width H = D / N, (..., Lq, D).
 
-    q, k, v: (..., Lq, D), (..., Lk, D), (..., Lk, D); leading dimensions broadcast
-    mask: (..., Lk), True where a key may be attended; attention over no key at all is 0
+    q, k, v: (..., Lq, D), (..., Lk, D), (..., Lk, D). Leading dimensions broadcast
+    mask: (..., Lk), True where a key may be attended. Attention over no key at all is 0
     """
     q, k, v = (_split_heads(x, n_heads) for x in (q, k, v))
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (..., N, Lq, Lk)

@@ -12,7 +12,7 @@ from scldm.model.attention import AttentionKind, SelfAttention
 
 
 class SwiGLU(nn.Module):
-    """MLP(x) = W_3 (W_1 x * silu(W_2 x)). Source: paper, Eq. 7; a hidden width of 8/3 D gives the paper's sizes."""
+    """MLP(x) = W_3 (W_1 x * silu(W_2 x)). Source: paper, Eq. 7. A hidden width of 8/3 D gives the paper's sizes."""
 
     def __init__(self, width: int, bias_out: bool = True) -> None:
         super().__init__()

@@ -21,7 +21,7 @@ FREQUENCIES = (0.5, 1.0, 2.0)  # of sines and cosines over the standardised valu
 
 
 class ValueEmbedding(nn.Module):
-    """A number such as a dose or a time; values between those of training are between them here too.
+    """A number such as a dose or a time. Values between those of training are between them here too.
 
     values_K: the numbers that the training labels are
     scale: linear, or log: log(1 + x / smallest positive label), so that 0 has a place
@@ -43,7 +43,7 @@ class ValueEmbedding(nn.Module):
         self.not_given = nn.Embedding(1, width)
 
     def forward(self, value_B: Tensor) -> Tensor:
-        """(B, D); NaN is "not given"."""
+        """(B, D). NaN is "not given"."""
         hidden = value_B.isnan()
         x_B1 = self._standardised(value_B.masked_fill(hidden, 0.0))[:, None]
         angles = [frequency * math.pi / 2 * x_B1 for frequency in FREQUENCIES]
@@ -51,7 +51,7 @@ class ValueEmbedding(nn.Module):
         return torch.where(hidden[:, None], self.not_given.weight, self.mlp(features.to(self.not_given.weight.dtype)))
 
     def label_ids(self, value_B: Tensor) -> Tensor:
-        """The label of each value, (B,) int64; the number of labels where none has it."""
+        """The label of each value, (B,) int64. The number of labels where none has it."""
         same_BK = value_B[:, None] == self.values_K
         return torch.where(same_BK.any(1), same_BK.int().argmax(1), len(self.values_K))
 
@@ -68,7 +68,7 @@ class ValueEmbedding(nn.Module):
 class FeatureEmbedding(nn.Module):
     """A label known by a vector of numbers (a gene's or a drug's), so that labels never trained have a place too.
 
-    features_KF: a row for each label; columns are standardised here
+    features_KF: a row for each label. Columns are standardised here
     """
 
     features_KF: Tensor
@@ -80,7 +80,7 @@ class FeatureEmbedding(nn.Module):
         self.not_given = nn.Embedding(1, width)
 
     def forward(self, id_B: Tensor) -> Tensor:
-        """(B, D); the id after the last label is "not given"."""
+        """(B, D). The id after the last label is "not given"."""
         n, F = self.features_KF.shape
         mean_F, std_F = self.features_KF.mean(0), self.features_KF.std(0, unbiased=False)
         # divided by the root of F as well: the sum over columns then has the scale of a learnt embedding's start
@@ -106,14 +106,14 @@ class CombinationTokens(nn.Module):
             self.embedding = nn.Embedding(len(labels_KC) + 1, width, padding_idx=len(labels_KC))
 
     def forward(self, label_ids_BC: Tensor, with_token_B: Tensor | None) -> Tensor:
-        """(B, D); 0 for a combination that was not trained, or where a condition is not given."""
+        """(B, D). 0 for a combination that was not trained, or where a condition is not given."""
         index_B = self.index(label_ids_BC)
         if with_token_B is not None:
             index_B = index_B.masked_fill(~with_token_B, len(self.labels_KC))
         return self.embedding(index_B)
 
     def index(self, label_ids_BC: Tensor) -> Tensor:
-        """Which of the trained combinations each row is, (B,) int64; their number where it is none.
+        """Which of the trained combinations each row is, (B,) int64. Their number where it is none.
 
         Condition after condition, a row is told by the first combination that has the same labels so far, so that its
         number stays small however many conditions and labels there are.
@@ -146,7 +146,7 @@ class CombinationTokens(nn.Module):
 
 
 class ConditionMeans(nn.Module):
-    """By how much each label shifts the mean of standardised latents, (labels, L, Z) a condition; 0 until fitted.
+    """By how much each label shifts the mean of standardised latents, (labels, L, Z) a condition. 0 until fitted.
 
     fitted: positions of the conditions that have shifts: those of plain labels. A value or a vector never trained would
         have none, unlike its neighbours
@@ -169,7 +169,7 @@ class ConditionMeans(nn.Module):
         counts once, but less where it has few cells (n / (n + 10)), and a shift is drawn to 0 as by one tenth of one.
         A label of none of these combinations has no shift.
 
-        labels_KC: label ids of all conditions; n_K: cells; mean_KLZ: of standardised latents
+        labels_KC: label ids of all conditions. n_K: cells. mean_KLZ: of standardised latents
         """
         sizes = [len(self.get_buffer(f"shift_{k}")) for k in self.names]
         column_KC = np.stack([labels_KC[:, k].numpy() for k in self.names], 1) + np.cumsum([0, *sizes[:-1]])

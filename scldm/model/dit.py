@@ -1,6 +1,6 @@
 """The diffusion transformer over a cell's latent tokens.
 
-Source: paper, section 3; DiT blocks with adaLN-Zero: Peebles & Xie 2023, section 3.2.
+Source: paper, section 3. DiT blocks with adaLN-Zero: Peebles & Xie 2023, section 3.2.
 Reading order: DiTConfig, timestep_features, DiTBlock, DiT. How conditions are embedded is in conditions.py.
 """
 
@@ -67,7 +67,7 @@ class DiTConfig(Checked):
 
 
 def timestep_features(t_B: Tensor) -> Tensor:
-    """Sines and cosines of flow time t in [0, 1], (B, 256), float32; t x 1000 with periods up to 10,000, as in DiT."""
+    """Sines and cosines of flow time t in [0, 1], (B, 256), float32. t x 1000 with periods up to 10,000, as in DiT."""
     half = TIME_FEATURES // 2
     frequency = torch.exp(-math.log(MAX_PERIOD) * torch.arange(half, device=t_B.device) / half)
     angle = 1000.0 * t_B.float()[:, None] * frequency
@@ -75,7 +75,7 @@ def timestep_features(t_B: Tensor) -> Tensor:
 
 
 class DiTBlock(nn.Module):
-    """A transformer block whose shift, scale and gate come from the condition; the gates start at 0 (adaLN-Zero)."""
+    """A transformer block whose shift, scale and gate come from the condition. The gates start at 0 (adaLN-Zero)."""
 
     def __init__(self, width: int, n_heads: int, kind: AttentionKind) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """Velocity of latent tokens at flow time t, given conditions.
 
-    The embeddings of all conditions are summed, so that combinations never trained have one too; each condition has one
+    The embeddings of all conditions are summed, so that combinations never trained have one too. Each condition has one
     more embedding for "not given". Latents enter and leave as the autoencoder knows them: they are standardised within,
     by the moments of the training latents.
 
@@ -154,7 +154,7 @@ class DiT(nn.Module):
     def of_tensors(
         cls, config: DiTConfig, n_latents: int, latent_width: int, n_labels: dict[str, int], tensors: dict[str, Tensor]
     ) -> DiT:
-        """A network that these tensors, of a `state_dict`, fit into; the weights are not put in yet.
+        """A network that these tensors, of a `state_dict`, fit into. The weights are not put in yet.
 
         Raises: InputError where what they say of conditions is not what `config` and `n_labels` say.
         """
@@ -215,7 +215,7 @@ class DiT(nn.Module):
         return taken
 
     def label_ids(self, conditions: dict[str, Tensor]) -> Tensor:
-        """Label ids of all conditions, (B, C) int64; `n_labels` where none is given, or no label has the value."""
+        """Label ids of all conditions, (B, C) int64. `n_labels` where none is given, or no label has the value."""
         ids = []
         for name, embedding in zip(self.n_labels, self.condition, strict=True):
             of_cell = conditions[name]
@@ -238,8 +238,8 @@ class DiT(nn.Module):
         With `condition_means` m the path of z - m is (1 - t) m beside that of z, and its velocity -m beside: the same
         flow in other words, of which the network sees the part around 0.
 
-        conditions: of each of the model's conditions, label ids (B,), of continuous ones values; `null` if not given
-        with_token_B: cells that may use the token of their combination, where the model has such; None lets all
+        conditions: of each of the model's conditions, label ids (B,), of continuous ones values. `null` if not given
+        with_token_B: cells that may use the token of their combination, where the model has such. None lets all
         """
         mean_BLZ = self.means(conditions) if self.config.condition_means else None
         if mean_BLZ is not None:

@@ -10,7 +10,7 @@ taken per latent token instead of per gene.
 What is large, scores and hidden layers, is made tile by tile and made again in backward: within a processor's cache, or
 within a share of a GPU's memory.
 
-Reading order: pool, tables, _OneOverDeviation, _Pool; unpool, pays_by_latents, _HeadByLatents, _Head.
+Reading order: pool, tables, _OneOverDeviation, _Pool, unpool, pays_by_latents, _HeadByLatents, _Head.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def compute_dtype(parameter: Tensor) -> torch.dtype:
 def read_genes(
     mcab: MCAB, q_MD: Tensor, token: GeneToken, rows: GeneRows, given: GeneCounts, dtype: torch.dtype
 ) -> Tensor:
-    """What the latent queries read from the genes, heads side by side, before the output projection; (B, M, D)."""
+    """What the latent queries read from the genes, heads side by side, before the output projection, (B, M, D)."""
     N, (M, D), S = mcab.n_heads, q_MD.shape, rows.shape[-1]
     n_sets, wide = rows.shape.numel() // S, q_MD.dtype
     phi_BSK = token.phi(given.counts_BS)
@@ -113,7 +113,7 @@ def read_genes(
 
 @dataclass(frozen=True)
 class Tables:
-    """Tokens are e_g + phi u, centred over D; phi are the K numbers of a count. With r one over a token's standard
+    """Tokens are e_g + phi u, centred over D. phi are the K numbers of a count. With r one over a token's standard
     deviation its scores are r (A + alpha phi) and its values r (values + phi a) + offset. T genes, R = N M pairs of a
     head and a query.
     """
@@ -137,7 +137,7 @@ class Tables:
 
 
 def tables(mcab: MCAB, q_MD: Tensor, token: GeneToken, rows_TD: Tensor, dtype: torch.dtype) -> Tables:
-    """What depends on the gene alone. rows_TD: embeddings; dtype: of the large products but the scores'."""
+    """What depends on the gene alone. rows_TD: embeddings. dtype: of the large products but the scores'."""
     N, (M, D), wide = mcab.n_heads, q_MD.shape, q_MD.dtype
     u_KD = token.count - token.count.mean(1, keepdim=True)
     mean_DK = u_KD.T / D
@@ -244,13 +244,13 @@ class _Pool(torch.autograd.Function):
 
 
 def _scores(alpha_nMK: Tensor, phi_bSK: Tensor, A: Tensor, out: Tensor) -> Tensor:
-    """A + alpha phi, (n, M, b, S), before it is scaled; A (n, M, 1 or b, S)."""
+    """A + alpha phi, (n, M, b, S), before it is scaled. A (n, M, 1 or b, S)."""
     alpha = alpha_nMK.flatten(0, 1)
     torch.mm(alpha, phi_bSK.reshape(-1, phi_bSK.shape[-1]).T, out=out.view(len(alpha), -1))
     return out.add_(A)
 
 
-planned_memory = 0  # bytes of a GPU whose tiles are planned on a CPU, by `train/step_cost.py`; 0 where none is
+planned_memory = 0  # bytes of a GPU whose tiles are planned on a CPU, by `train/step_cost.py`. 0 where none is
 
 
 def tile_numbers(like: Tensor) -> int:
@@ -303,7 +303,7 @@ def _of(x: Tensor, dim: int, cells: slice) -> Tensor:
 
 
 def _times(x: Tensor, y: Tensor) -> Tensor:
-    """(n, M, b, K) x (1 or b, K, n, J) -> (n, M, b, J), multiplied in the precision of y, returned in that of x; n is 1
+    """(n, M, b, K) x (1 or b, K, n, J) -> (n, M, b, J), multiplied in the precision of y, returned in that of x. n is 1
     where each cell has its own."""
     left = x.to(y.dtype)
     if len(y) == 1:
@@ -356,7 +356,7 @@ def unpool(mcab: MCAB, head: nn.Linear, rows: GeneRows, x_BLD: Tensor) -> Tensor
 
 
 def _side_by_side(numbers: list[Tensor]) -> Tensor:
-    """A last axis of these; of one without a copy."""
+    """A last axis of these. Of one without a copy."""
     return torch.stack(numbers, dim=-1) if len(numbers) > 1 else numbers[0][..., None]
 
 
@@ -372,7 +372,7 @@ def folded(mlp: SwiGLU, head: nn.Linear) -> list[tuple[Tensor, Tensor]]:
 
 
 def _weights(q: Tensor, k_BLD: Tensor, n_heads: int) -> Tensor:
-    """Attention weights of genes over latent tokens, (B, N, L, Q), the genes last; q (Q, D) or (B, Q, D)."""
+    """Attention weights of genes over latent tokens, (B, N, L, Q), the genes last. q (Q, D) or (B, Q, D)."""
     N, (B, L, D) = n_heads, k_BLD.shape
     k_BLNH = (k_BLD * (D // N) ** -0.5).view(B, L, N, -1)
     if q.ndim == 3:
@@ -462,7 +462,7 @@ class _HeadByLatents(torch.autograd.Function):
 class _Head(torch.autograd.Function):
     """sum of value * silu(gate) with (value, gate) = W y + b: (rows,), at least in float32.
 
-    Tiles of the hidden layer that `kept_numbers` have room for are kept for backward; the others are made again.
+    Tiles of the hidden layer that `kept_numbers` have room for are kept for backward. The others are made again.
     y (rows, D); W (2F, D); b (2F,)
     """
 
@@ -505,14 +505,14 @@ class _Head(torch.autograd.Function):
 
 
 def _gated_sum(hidden: Tensor, other: Tensor) -> Tensor:
-    """sum of value * silu(gate) over the last axis, which holds both; `other` is memory of its shape, or it itself."""
+    """sum of value * silu(gate) over the last axis, which holds both. `other` is memory of its shape, or it itself."""
     value, gate = hidden.chunk(2, dim=-1)
     active = torch.ops.aten.silu.out(gate, out=other.chunk(2, dim=-1)[1])
     return active.mul_(value).sum(-1, dtype=torch.promote_types(hidden.dtype, torch.float32))
 
 
 def _gated_sum_backward(hidden: Tensor, d_out: Tensor, other: Tensor) -> Tensor:
-    """Gradient to (value, gate), written over them; `other` is memory of the same shape."""
+    """Gradient to (value, gate), written over them. `other` is memory of the same shape."""
     value, gate = hidden.chunk(2, dim=-1)
     active = other.chunk(2, dim=-1)[0]
     d_out = d_out[..., None].to(hidden.dtype)
@@ -523,7 +523,7 @@ def _gated_sum_backward(hidden: Tensor, d_out: Tensor, other: Tensor) -> Tensor:
 
 
 def _add_product(out: Tensor, x: Tensor, y: Tensor) -> None:
-    """out += x y; without memory of its own where they are of one precision."""
+    """out += x y. It takes no memory of its own where they are of one precision."""
     if out.dtype == x.dtype:
         out.addmm_(x, y)
     else:
@@ -531,7 +531,7 @@ def _add_product(out: Tensor, x: Tensor, y: Tensor) -> None:
 
 
 def _cell_gene_tiles(r_BQ: Tensor, T_QF: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """On a CPU a few genes of as many cells as fill a tile, so that the genes' table stays in the cache with it; on a
+    """On a CPU a few genes of as many cells as fill a tile, so that the genes' table stays in the cache with it. On a
     GPU as many genes of all cells. And memory for two of its size.
     """
     (B, Q), F2 = r_BQ.shape, T_QF.shape[1]

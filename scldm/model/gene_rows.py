@@ -11,7 +11,7 @@ from torch import Tensor, nn
 @dataclass(frozen=True)
 class GeneRows:
     """table_TD: embeddings
-    row: index into the table, (S,) or (B, S); None where it counts up: the table holds each given gene in its order
+    row: index into the table, (S,) or (B, S). None where it counts up: the table holds each given gene in its order
     shape: of the set, (S,) or (B, S)
     """
 

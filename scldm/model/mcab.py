@@ -11,8 +11,8 @@ from scldm.model.blocks import SwiGLU
 class MCAB(nn.Module):
     """MCAB(S, X) = F + MLP(LN_F(F)), F = Q + Att(LN_Q(Q), K, V), Q = W_Q S, K = W_K LN_K(X), V = W_V LN_V(X).
 
-    Invariant to the order of X, equivariant to the order of S; the residual is Q, not its norm.
-    Source: paper, Eq. 3-7; the heads' outputs are joined by a projection W_O, as usual.
+    Invariant to the order of X, equivariant to the order of S. The residual is Q, not its norm.
+    Source: paper, Eq. 3-7. The heads' outputs are joined by a projection W_O, as usual.
 
     kind: plain, or torch's attention kernels
     bias_out: False where the output meets a softmax over its M elements, in which the MLP's last bias cancels

@@ -35,7 +35,7 @@ class GeneToken(nn.Module):
             return e_D + self.phi(counts_BS) @ self.count
 
     def position(self, counts: Tensor) -> Tensor:
-        """What `basis` takes, in the precision of the parameters; the shape of `counts`."""
+        """What `basis` takes, in the precision of the parameters. The shape is that of `counts`."""
         return position(counts.to(self.count.dtype), self.kind)
 
     def phi(self, counts: Tensor) -> Tensor:

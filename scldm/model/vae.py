@@ -1,6 +1,6 @@
 """The autoencoder of a cell: a set of (gene, count) -> a few latent tokens -> a distribution for each asked gene.
 
-Source: Palla et al., arXiv 2511.02986; equations by their number in v1.
+Source: Palla et al., arXiv 2511.02986. Equations have their number in v1.
 Reading order: VAEConfig, chosen, Posterior, Predicted, VAE.
 """
 
@@ -110,7 +110,7 @@ def chosen(config: VAEConfig, device: torch.device, dtype: torch.dtype) -> Choic
 
 @lru_cache
 def _refusal(config: VAEConfig, device: torch.device) -> str:
-    """Why fused kernels can't run; empty where they can. It is asked at every forward pass."""
+    """Why fused kernels can't run. Empty where they can. It is asked at every forward pass."""
     try:
         config.check_kernels()
         check_available(device)
@@ -129,13 +129,13 @@ class Posterior(NamedTuple):  # a tuple: an engine that shards weights looks for
     log_var_BLZ: Tensor | None
 
     def sample(self, noise_BLZ: Tensor | None) -> Tensor:
-        """mean + std * noise; the mean itself for a point, or without noise."""
+        """mean + std * noise. The mean itself for a point, or without noise."""
         if self.log_var_BLZ is None or noise_BLZ is None:
             return self.mean_BLZ
         return self.mean_BLZ + torch.exp(0.5 * self.log_var_BLZ) * noise_BLZ
 
     def kl_B(self) -> Tensor:
-        """KL(q || N(0, I)) in nats per cell, (B,); 0 for a point, where it is not part of the loss."""
+        """KL(q || N(0, I)) in nats per cell, (B,). 0 for a point, where it is not part of the loss."""
         if self.log_var_BLZ is None:
             return self.mean_BLZ.new_zeros(len(self.mean_BLZ))
         mean, log_var = self.mean_BLZ.float(), self.log_var_BLZ.float()
@@ -146,10 +146,10 @@ class Predicted(NamedTuple):
     """p(counts | latent) of the asked genes, in float32.
 
     likelihood: its kind, on which the other fields depend
-    value_BQ: log of a gene's share of the asked genes' expected total count, -inf at padding; gaussian: mean of its
+    value_BQ: log of a gene's share of the asked genes' expected total count, -inf at padding. gaussian: mean of its
         value, log1p of counts scaled to 10,000 over all genes of the cell
-    dispersion: (Q,) or (B, Q): nb and zinb: inverse dispersion theta; gaussian: standard deviation; poisson: None
-    dropout_BQ: zinb: log odds of a zero besides the negative binomial's; else None
+    dispersion: (Q,) or (B, Q): nb and zinb: inverse dispersion theta. gaussian: standard deviation. poisson: None
+    dropout_BQ: zinb: log odds of a zero besides the negative binomial's. Else None
     """
 
     likelihood: LikelihoodKind
@@ -177,12 +177,12 @@ class Predicted(NamedTuple):
         )
 
     def log_prob_BQ(self, counts_BQ: Tensor, library_size_B: Tensor) -> Tensor:
-        """Log p of every gene's count in nats, (B, Q); gaussian: log density of its value."""
+        """Log p of every gene's count in nats, (B, Q). gaussian: log density of its value."""
         dispersion, dropout_BQ = self.dispersion, self.dropout_BQ
         if self.likelihood == "gaussian":
             assert dispersion is not None
             log_prob_BQ = gaussian_log_prob(normalised(counts_BQ, library_size_B), self.value_BQ, dispersion.log())
-            # a cell without a count has no profile; the other likelihoods expect 0 of it, and lose nothing
+            # a cell without a count has no profile. The other likelihoods expect 0 of it, and lose nothing
             return log_prob_BQ * (library_size_B > 0)[:, None]
         mu_BQ = self.mu(library_size_B)
         if self.likelihood == "poisson":
@@ -198,7 +198,7 @@ class Predicted(NamedTuple):
         return -(self.log_prob_BQ(asked.counts_BS, library_size_B) * asked.mask).sum(1)
 
     def take(self, columns_K: Tensor) -> Predicted:
-        """Of some of the asked genes, which the cells share; shares stay those of the same total."""
+        """Of some of the asked genes, which the cells share. Shares stay those of the same total."""
         dispersion, dropout_BQ = self.dispersion, self.dropout_BQ
         return Predicted(
             self.likelihood,
@@ -273,8 +273,8 @@ class VAE(nn.Module):
         nn.init.normal_(self.latent_queries, std=0.02)
         nn.init.normal_(self.gene_embedding.weight, std=0.02)
         self.gene_embedding.weight[0].zero_()
-        # with `start_at` the decoder says nearly the mean cell: genes' logits spread by 0.2 at any width and depth;
-        # started at 0, the direct way learns later
+        # with `start_at` the decoder says nearly the mean cell: genes' logits spread by 0.2 at any width and depth.
+        # Started at 0, the direct way learns later
         if self.config.direct:
             nn.init.zeros_(self.head.weight)
             nn.init.normal_(self.cell_out.weight, std=0.2 / (0.02 * self.config.width))
@@ -313,7 +313,7 @@ class VAE(nn.Module):
         return self.gene_embedding(gene_ids)
 
     def encode(self, given: GeneCounts, embedded: Tensor | None = None) -> Posterior:
-        """Eq. 8: the posterior over L latent tokens of Z numbers; the order of the genes and padding change nothing.
+        """Eq. 8: the posterior over L latent tokens of Z numbers. The order of the genes and padding change nothing.
 
         embedded: embeddings of the given genes, if the caller has them
         """
@@ -331,7 +331,7 @@ class VAE(nn.Module):
             embedded = self.gene_embedding(given.gene_ids)
         c_BS = torch.log1p(given.counts_BS.to(wide)) * given.mask
         total_B1 = c_BS.sum(1, keepdim=True)
-        c_BS = c_BS / total_B1.where(total_B1 > 0, 1)  # shares; none in a cell without counts
+        c_BS = c_BS / total_B1.where(total_B1 > 0, 1)  # shares, none in a cell without counts
         with torch.autocast(c_BS.device.type, enabled=False):  # a sum over thousands of genes
             if embedded is not None:
                 mean_BD = c_BS @ embedded if embedded.ndim == 2 else (c_BS[:, None] @ embedded)[:, 0]
@@ -372,10 +372,10 @@ class VAE(nn.Module):
         among_ids: Tensor | None = None,
         embedded: Tensor | None = None,
     ) -> Predicted:
-        """Eq. 10: the asked genes' embeddings read the latent tokens; a gene's share is a softmax over genes.
+        """Eq. 10: the asked genes' embeddings read the latent tokens. A gene's share is a softmax over genes.
 
-        asked_ids: (Q,) shared by the cells, or (B, Q); 0 is padding
-        among_ids: (G,) the genes that the library size is for, and the softmax runs over; None takes the asked ones
+        asked_ids: (Q,) shared by the cells, or (B, Q). 0 is padding
+        among_ids: (G,) the genes that the library size is for, and the softmax runs over. None takes the asked ones
         embedded: embeddings of the asked genes, if the caller has them
         """
         x_BLD = self._through(self.decoder, self.from_latent(latent_BLZ))

@@ -83,7 +83,7 @@ RESULT = {
 }
 # what does not work
 UNSUPPORTED = {
-    "zero_optimization.offload_param": "weights stay on the device; hardware.offload_optimizer moves what is larger",
+    "zero_optimization.offload_param": "weights stay on the device. hardware.offload_optimizer moves what is larger",
 }
 # the other keys of DeepSpeed 0.19.8, which ignores those of its own configuration that it does not know
 FREE = (
@@ -117,7 +117,7 @@ def deepspeed_json(
     Raises: InputError for a key among them that is unknown or would change the result.
     """
     check_overrides(overrides or {})
-    # DeepSpeed's own 500 million take 2 GB; 50 million (200 MB) are a few to a backward pass of these networks
+    # DeepSpeed's own 500 million take 2 GB. 50 million (200 MB) are a few to a backward pass of these networks
     zero: dict[str, Any] = {"stage": zero_stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
     if offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}

@@ -47,7 +47,7 @@ class World:
             self.barrier()
 
     def sum(self, values: dict[str, float]) -> dict[str, float]:
-        """The sum over ranks of each value, in float64; all ranks give the same names and get the same sums."""
+        """The sum over ranks of each value, in float64. All ranks give the same names and get the same sums."""
         names = sorted(values)
         total = torch.tensor([values[name] for name in names], dtype=torch.float64, device=self.device)
         if self.size > 1:
@@ -55,7 +55,7 @@ class World:
         return dict(zip(names, total.tolist(), strict=True))
 
     def begin_max(self, values: list[int]) -> Callable[[], list[int]]:
-        """Begin to find the largest over ranks of each value; call what is returned to wait for them.
+        """Begin to find the largest over ranks of each value. Call what is returned to wait for them.
 
         It goes over gloo, on the CPU, while the caller does other work: no GPU waits for it, or it for a GPU.
         """
@@ -83,7 +83,7 @@ class World:
 
 
 def address_from_environment() -> tuple[int, int, int]:
-    """(rank, number of ranks, rank on this host), as torchrun or srun set them; (0, 1, 0) under neither.
+    """(rank, number of ranks, rank on this host), as torchrun or srun set them. (0, 1, 0) under neither.
 
     A shell inside an allocation has SLURM_NTASKS too, and nobody starts its other tasks: srun alone sets
     SLURM_STEP_NUM_TASKS, which counts the processes that it did start.
@@ -103,7 +103,7 @@ _ours = set[str]()  # the variables that were not set for this process but by it
 
 
 def world_of_environment() -> World:
-    """This process's place, before anything is initialised; sets the rendezvous that a lone process lacks."""
+    """This process's place, before anything is initialised. Sets the rendezvous that a lone process lacks."""
     rank, size, local = address_from_environment()
     if torch.cuda.is_available():
         index = local % torch.cuda.device_count()  # Slurm may show a task its own GPU alone
@@ -115,7 +115,7 @@ def world_of_environment() -> World:
     if size == 1:
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     elif "MASTER_ADDR" not in os.environ and "SLURM_JOB_NODELIST" in os.environ:
-        # jobs that share a node must not share a port; below Linux's ephemeral ports, which start at 32,768
+        # jobs that share a node must not share a port. These lie below Linux's ephemeral ports, from 32,768 on
         port = 12_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000
         place |= {"MASTER_ADDR": _first_host(os.environ["SLURM_JOB_NODELIST"]), "MASTER_PORT": str(port)}
     missing = place.keys() - os.environ.keys()

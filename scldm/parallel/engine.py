@@ -1,7 +1,7 @@
 """The engine turns micro-batch losses into an optimizer step, over all ranks. The only place that knows DeepSpeed.
 
 Two engines with one surface: DeepSpeedEngine, which users run, and PlainEngine, a lone process without it, which is
-also what the other is tested against. Both hold float32 master weights; bf16 is autocast around the forward pass.
+also what the other is tested against. Both hold float32 master weights. bf16 is autocast around the forward pass.
 Reading order: HardwareConfig, Piece, the engines, check_engine, start_engine.
 """
 
@@ -28,7 +28,7 @@ from scldm.parallel.deepspeed_json import deepspeed_json
 from scldm.parallel.dist import World, wait_at_most
 from scldm.tf32 import tf32_products
 
-# the version whose private names stand below; 0.19.0 lacks one of them. pyproject.toml and constraints.txt say the same
+# the version whose private names stand below. 0.19.0 lacks one of them. pyproject.toml and constraints.txt say the same
 DEEPSPEED = "0.19.8"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
@@ -38,13 +38,13 @@ OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
 class HardwareConfig(Checked):
     """How the work is laid on the machine: speed and memory, never the result.
 
-    engine: deepspeed; plain, which is torch alone and one process; or auto: plain for one process on a CPU, where it
-        takes less time for the same steps, unless offload_optimizer or a key of deepspeed is given; else deepspeed
-    micro_batch: cells per rank and forward pass; ranks x micro_batch x accumulation is the global batch
-    zero_stage: what DeepSpeed shards over the ranks: 1 optimizer states and EMA, 2 gradients too, 3 weights too;
-        as 3 gathers them around every layer, model.compile gains nothing there
+    engine: deepspeed, plain (torch alone, one process), or auto. auto is plain for one process on a CPU, where it
+        takes less time, unless offload_optimizer or a key of deepspeed is given. Else it is deepspeed
+    micro_batch: cells per rank and forward pass. ranks x micro_batch x accumulation is the global batch
+    zero_stage: what DeepSpeed shards over the ranks: 1 optimizer states and EMA, 2 gradients too, 3 weights too.
+        As 3 gathers them around every layer, model.compile gains nothing there
     offload_optimizer: keep master weights, moments and EMA in the host's memory, and step there
-    precision: fp32, or bf16 (autocast; master weights stay float32). On an NVIDIA GPU bf16 has TF32 beside it: float32
+    precision: fp32, or bf16 (autocast, master weights stay float32). On an NVIDIA GPU bf16 has TF32 beside it: float32
         products of backward take it, and forward those of what depends on the gene or the latent token alone. fp32
         takes TF32 nowhere
     threads: CPU threads per rank for torch
@@ -71,7 +71,7 @@ class HardwareConfig(Checked):
         would, or for an engine that can't run on so many.
         """
         if self.engine == "plain" and n_ranks > 1:
-            raise InputError(f"hardware.engine=plain runs on one rank, not on {n_ranks}; deepspeed runs on many")
+            raise InputError(f"hardware.engine=plain runs on one rank, not on {n_ranks}. deepspeed runs on many")
         return accumulation(global_batch, n_ranks, self.micro_batch)
 
 
@@ -79,8 +79,8 @@ class HardwareConfig(Checked):
 class Piece:
     """What a rank holds of one parameter: the numbers from `start` to `stop` of it, flattened.
 
-    weight: the float32 master weights, (stop - start,); a view that training changes
-    moments: the optimizer's, by name; views likewise
+    weight: the float32 master weights, (stop - start,). A view that training changes
+    moments: the optimizer's, by name. Views likewise
     """
 
     name: str
@@ -97,26 +97,26 @@ class Engine(Protocol):
     bare: Any  # the same forward pass, of which `gradients` tells the gradients
     module: nn.Module  # the bare network, whose parameters may be empty between forward passes (ZeRO-3)
     shapes: dict[str, torch.Size]  # of the parameters, whole, by name
-    pieces: list[Piece]  # what this rank holds; those of all ranks make every parameter once
+    pieces: list[Piece]  # what this rank holds. Those of all ranks make every parameter once
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a micro-batch's share of the global mean; shares add up over micro-batches and ranks."""
+        """Add the gradient of a micro-batch's share of the global mean. Shares add up over micro-batches and ranks."""
         ...
 
     def step(self, lr: float) -> float:
-        """One clipped optimizer step on the accumulated gradients; returns their norm before clipping.
+        """One clipped optimizer step on the accumulated gradients. Returns their norm before clipping.
 
         A norm that is not finite is so on every rank, and the step was not made on any.
         """
         ...
 
     def gradients(self, loss: Tensor) -> dict[str, Tensor]:
-        """Of a loss of `bare`, by parameter: this rank's alone, for the caller to look at; no step has part in them.
+        """Of a loss of `bare`, by parameter: this rank's alone, for the caller to look at. No step uses them.
         Collective under ZeRO-3."""
         ...
 
     def publish(self) -> None:
-        """Compute with the master weights as they are now, on all ranks, after a change to pieces; collective."""
+        """Compute with the master weights as they are now, on all ranks, after a change to pieces. Collective."""
         ...
 
     def set_steps(self, n_steps: int) -> None:
@@ -230,7 +230,7 @@ class DeepSpeedEngine:
         self.pieces = list(self._pieces(names))
 
     def backward(self, loss: Tensor) -> None:
-        # DeepSpeed divides by the number of ranks and of micro-batches; the shares that we are given are to be added
+        # DeepSpeed divides by the number of ranks and of micro-batches. The shares that we are given are to be added
         with tf32_products(self.is_bf16):
             self.engine.backward(loss * (self.world.size * self.accumulation))
         if not self.engine.is_gradient_accumulation_boundary():
@@ -337,7 +337,7 @@ def start_engine(
     global_batch: int,
     overrides: Mapping[str, Any] | None = None,
 ) -> PlainEngine | DeepSpeedEngine:
-    """The configured engine around a network; collective.
+    """The configured engine around a network. Collective.
 
     overrides: of DeepSpeed's own configuration, as `deepspeed.KEY=value` gives them
 

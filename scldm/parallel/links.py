@@ -66,7 +66,7 @@ def listen(seen: list[tuple[str, list[str]]]) -> socket.socket:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         with contextlib.suppress(OSError):
             return socket.create_server((address, 0), family=family, backlog=len(seen) + STRANGERS)
-    raise OSError(f"MASTER_ADDR must be rank 0's host, {own_host}; its addresses {candidates} are not of this host")
+    raise OSError(f"MASTER_ADDR must be rank 0's host, {own_host}. Its addresses {candidates} are not of this host")
 
 
 def _addresses_of_first() -> list[str]:
@@ -137,7 +137,7 @@ class Link:
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[dict[str, Any]] | None:
-        """The messages that are whole by now; None where the connection has ended."""
+        """The messages that are whole by now. None where the connection has ended."""
         try:
             data = self.socket.recv(LONGEST)
         except OSError:

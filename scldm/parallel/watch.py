@@ -6,7 +6,7 @@ ever, and what they report in the end is not the cause.
 A thread of each rank reads its link (links.py). It ends the process when told to, since the main thread may be within
 an operation that never returns. Messages:
 
-    either way               stop, code: why all end, and with which exit code; left: nothing more to wait for
+    either way               stop, code: why all end, and with which exit code. left: nothing more to wait for
     the first to a rank      where: say where you are
     a rank to the first      at: where it is
 
@@ -41,16 +41,16 @@ from scldm.parallel.links import Link, meet
 TICK_S = 0.5
 START_S = 600.0  # data are opened, networks made and compiled
 ANSWER_S = 5.0  # in which a rank whose threads run says where it is
-END_S = 60.0  # in which a process that failed ends; an operation that others left may not let it
+END_S = 60.0  # in which a process that failed ends. An operation that others left may not let it
 SOONER_S = 60.0  # by which a hang is to be found before an exchange gives up, which would not say whose fault it is
 
 
 class Watch:
-    """Within `with Watch(world) as watch:`, on every rank, a failure on one ends all; collective to enter.
+    """Within `with Watch(world) as watch:`, on every rank, a failure on one ends all. Entering it is collective.
 
     folder: where `errors/rank-K.txt` and `stacks/rank-K.txt` are written, once there is one
-    hang_s: seconds without a mark after which all stop; 0 for never. START_S more until the first
-    on_end: is told why and with which exit code this process is about to be ended; takes seconds at most
+    hang_s: seconds without a mark after which all stop. 0 for never. START_S more until the first
+    on_end: is told why and with which exit code this process is about to be ended. It takes seconds at most
     """
 
     def __init__(self, world: World, hang_s: float = 0.0) -> None:
@@ -73,7 +73,7 @@ class Watch:
         self.n_marks, self.doing, self.marked_at = self.n_marks + 1, doing, now
         if self.hang_s and now - self._timer_at > min(1.0, self.hang_s / 4):
             self._timer_at = now
-            # the thread below acts first, if it can; file descriptor 2, since sys.stderr may be a test's
+            # the thread below acts first, if it can. File descriptor 2, since sys.stderr may be a test's
             faulthandler.dump_traceback_later(self.hang_s + 6 * ANSWER_S, exit=True, file=2)
 
     def let_first(self, work: Callable[[], None]) -> None:

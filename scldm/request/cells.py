@@ -23,7 +23,7 @@ def table_of(conditions: Asked, n: int | None, names: Sequence[str]) -> pd.DataF
     if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
         raise InputError(f"n={n!r} must be a whole number, at least 1")
     if n is not None and n > MOST_CELLS:
-        raise InputError(f"n={n:,} cells do not fit into memory; `scldm generate` writes any number to a file")
+        raise InputError(f"n={n:,} cells do not fit into memory. `scldm generate` writes any number to a file")
     if isinstance(conditions, pd.DataFrame | ad.AnnData):
         if n is not None:
             raise InputError(f"n={n} can't be given with a table of cells: it has {len(conditions)} rows, one for each")

@@ -22,14 +22,14 @@ from scldm.model.dit import DiT
 from scldm.request.wanted import distinct
 from scldm.vocab import ConditionVocab
 
-DRAWN = "drawn as {}, and moved by the difference"
-MOVED = "cells of {} are moved there by the labels' shifts alone"
+DRAWN = "It is drawn as {}, and moved by the difference"
+MOVED = "Cells of {} are moved there by the labels' shifts alone"
 MOVED_COLUMNS = ("scldm_alpha", "scldm_source")  # how far a cell was taken, and its name before
 
 
 def encode_labels(dit: DiT, vocab: ConditionVocab, labels: pd.DataFrame) -> tuple[dict[str, np.ndarray], pd.DataFrame]:
     """Every condition of the model as it takes it, (n,): label ids int64, of continuous ones values float32, `null`
-    where it has no column; and the labels, numbers written as the vocabulary writes them.
+    where it has no column. Also the labels, with numbers as the vocabulary writes them.
 
     labels: text, one column for each condition that is given
 
@@ -53,7 +53,7 @@ def encode_labels(dit: DiT, vocab: ConditionVocab, labels: pd.DataFrame) -> tupl
 
 
 def _trained(dit: DiT, name: str) -> np.ndarray:
-    """Ids of the labels that some training cell had; of all labels where the model does not say."""
+    """Ids of the labels that some training cell had. Of all labels where the model does not say."""
     labels_KC = dit.combinations.labels_KC.cpu().numpy()
     return np.unique(labels_KC[:, list(dit.n_labels).index(name)]) if len(labels_KC) else np.arange(dit.n_labels[name])
 
@@ -91,9 +91,13 @@ def _values(dit: DiT, vocab: ConditionVocab, name: str, labels: list[str]) -> tu
 
 
 class Moves(NamedTuple):
-    """Where cells go, by combination of labels: the one that each cell has, int32 (n,); of each combination its own
-    labels as the model takes them, the others, and those that the flow leads to, which `way` goes on from; and a
-    sentence for each thing that a reader of the cells should know."""
+    """Where cells go, by combination of labels.
+
+    row_n: the combination that each cell has, int32 (n,)
+    own, other: of each combination its labels as the model takes them, and the labels to go to
+    by_flow: those that the flow leads to, from which `way` goes on
+    notes: a sentence for each thing that a reader of the cells should know
+    """
 
     row_n: np.ndarray
     own: dict[str, np.ndarray]
@@ -111,10 +115,11 @@ def own_and_other(
     sampler: SamplerConfig,
     missing: Mapping[str, str],
 ) -> Moves:
-    """by: columns of obs that are the cells' own conditions; to: condition -> label that they shall have instead
+    """by: columns of obs that are the cells' own conditions
+    to: condition -> label that they shall have instead
     missing: condition -> label of its missing values
 
-    Raises: InputError for what is no condition of the model, no column of obs, or not in `by`; or where obs has a
+    Raises: InputError for what is no condition of the model, no column of obs, or not in `by`. Also where obs has a
         column of MOVED_COLUMNS, as of cells that were taken somewhere before.
     """
     for column in MOVED_COLUMNS:
@@ -129,9 +134,9 @@ def own_and_other(
         raise InputError("to names no condition. Give one, as to=treatment=stimulated")
     for name in [*by, *to]:
         if name not in dit.n_labels:
-            raise InputError(f"condition {name!r} is unknown; the model knows {', '.join(dit.n_labels) or 'none'}")
+            raise InputError(f"condition {name!r} is unknown. The model knows {', '.join(dit.n_labels) or 'none'}")
         if name not in obs:
-            raise InputError(f"obs has no column {name!r}; it has {', '.join(map(str, obs.columns)) or 'none'}")
+            raise InputError(f"obs has no column {name!r}. It has {', '.join(map(str, obs.columns)) or 'none'}")
         if name not in by:
             raise InputError(f"by must name {name!r} too: from which label each cell is taken to {to[name]!r}")
     row_n, labels = distinct(pd.DataFrame({name: obs[name].array for name in by}), missing)
@@ -148,7 +153,7 @@ def own_and_other(
 def moved_obs(
     dit: DiT, vocab: ConditionVocab, obs: pd.DataFrame, to: Mapping[str, str], alpha: float, several: bool
 ) -> pd.DataFrame:
-    """The cells' obs where they were taken, with MOVED_COLUMNS; a name says how far where there are several."""
+    """The cells' obs where they were taken, with MOVED_COLUMNS. A name says how far where there are several."""
     moved = obs.copy()
     for name, label in to.items():
         labels = [label] * len(obs) if alpha else list(texts(pd.Series(obs[name])))
@@ -221,7 +226,7 @@ def without_token(dit: DiT, taken: dict[str, np.ndarray], labels: pd.DataFrame) 
     unknown = dit.combinations.index(dit.label_ids(conditions)) == len(dit.combinations.labels_KC)
     return tuple(
         f"{', '.join(f'{name}={label}' for name, label in labels.iloc[row].items())}: this combination was not trained "
-        "and has no token of its own; it uses the sum of its conditions' embeddings alone"
+        "and has no token of its own. It uses the sum of its conditions' embeddings alone"
         for row in (whole & unknown).nonzero()[:, 0].tolist()
     )
 
@@ -234,7 +239,7 @@ def of_other_labels(
     labels: pd.DataFrame,
     how: str,
 ) -> tuple[str, ...]:
-    """A sentence for each combination of which the network is asked for other labels; after ten, how many more.
+    """A sentence for each combination of which the network is asked for other labels. After ten, how many more.
 
     how: DRAWN or MOVED
     """
@@ -245,5 +250,5 @@ def of_other_labels(
     for row in rows[:10]:
         own = ", ".join(f"{name}={label}" for name, label in labels.iloc[row].items())
         other = ", ".join(f"{name}={vocab.labels[name][asked[name][row]]}" for name in names if differ[name][row])
-        notes.append(f"{own}: no training cell has this combination; {how.format(other)}")
+        notes.append(f"{own}: no training cell has this combination. {how.format(other)}")
     return (*notes, *([f"and {len(rows) - 10} more combinations likewise"] if len(rows) > 10 else []))

@@ -28,7 +28,7 @@ class Wanted:
     combination_n: which combination of labels a cell has, int32 (n,)
     labels: the combinations, one a row, a column for each condition that is given
     ids: for every condition of the model, the label ids of the combinations, int64, or of a continuous one the values,
-        float32; its null where not given
+        float32. Its null where not given
     base_ids: what the sampler asks the network for instead, as `ids`: other labels where it shifts to what was never
         trained
     given_size_n: library sizes that were given, float64 (n,)
@@ -52,19 +52,19 @@ class Wanted:
 
     @property
     def told(self) -> dict[str, str]:
-        """The notes as `uns["scldm"]` keeps them, as of combinations that were never trained; empty without any."""
+        """The notes as `uns["scldm"]` keeps them, as of combinations that were never trained. Empty without any."""
         return {"notes": "\n".join(self.notes)} if self.notes else {}
 
     @property
     def hash(self) -> str:
-        """SHA-256 over which cells are asked for, with their library sizes; not over the seed."""
+        """SHA-256 over which cells are asked for, with their library sizes, but not over the seed."""
         digest = hashlib.sha256(self.labels.to_csv().encode())
         for values in (self.combination_n, self.given_size_n, self.log_mean, self.log_std):
             digest.update(b"none" if values is None else values.tobytes())
         return digest.hexdigest()
 
     def _of(self, rows: range) -> np.ndarray:
-        """The combinations of some cells; beyond the last one, where a batch is filled up, that one's."""
+        """The combinations of some cells. Beyond the last one, where a batch is filled up, that one's."""
         return self.combination_n[np.minimum(np.arange(rows.start, rows.stop), self.n_cells - 1)]
 
     def ids_of(self, rows: range) -> dict[str, np.ndarray]:

@@ -28,7 +28,7 @@ class Branch:
 
     run: the parent's folder
     checkpoint: its folder of that step
-    best: its best checkpoint until then, which is the one to beat; None where it is gone
+    best: its best checkpoint until then, which is the one to beat. None where it is gone
     config: the parent's, when it wrote the checkpoint
     """
 
@@ -43,7 +43,7 @@ class Branch:
 
 
 def to_begin(text: str, run_dir: Path) -> Branch | None:
-    """The branch that `branch_from` asks for; None where there is none to begin: the run resumes, or is no branch.
+    """The branch that `branch_from` asks for. None where there is none to begin: the run resumes, or is no branch.
 
     Raises: InputError where the folder holds another run, or there is no such checkpoint.
     """
@@ -52,22 +52,22 @@ def to_begin(text: str, run_dir: Path) -> Branch | None:
     has_begun = (run_dir / "checkpoints" / "latest").is_file()
     if not text:
         if known and not has_begun:
-            raise InputError(f"{run_dir} was to branch from {place} and has not begun; give branch_from={place}")
+            raise InputError(f"{run_dir} was to branch from {place} and has not begun. Give branch_from={place}")
         return None
     run, step = _parsed(text)
     if known is None and (run_dir / CONFIG).is_file():
-        raise InputError(f"branch_from={text}: {run_dir} holds a run that is no branch; choose another run_dir")
+        raise InputError(f"branch_from={text}: {run_dir} holds a run that is no branch. Choose another run_dir")
     if known is None or not has_begun:
         return find(text)
     if known["branched_from"] != str(run) or (step.isdecimal() and int(step) != known["step"]):
-        raise InputError(f"branch_from={text}: {run_dir} is a branch from {place}; choose another run_dir")
+        raise InputError(f"branch_from={text}: {run_dir} is a branch from {place}. Choose another run_dir")
     return None  # `latest` may have moved since
 
 
 def find(text: str) -> Branch:
     """The branch that RUN@STEP says. Every byte of the checkpoint is checked.
 
-    Raises: InputError where there is no such run or checkpoint, with the steps that there are; Damaged.
+    Raises: InputError where there is no such run or checkpoint, with the steps that there are. Damaged.
     """
     run, step = _parsed(text)
     folder = run / "checkpoints"
@@ -117,6 +117,6 @@ def _link(source: Path, target: Path) -> None:
             except OSError:  # another disk, or another owner's file
                 shutil.copyfile(path, part / path.name)
     except FileNotFoundError:
-        raise InputError(f"{source} was removed by its own run meanwhile; branch from another step") from None
+        raise InputError(f"{source} was removed by its own run meanwhile. Branch from another step") from None
     sync(part)
     put_in_place(part, target)

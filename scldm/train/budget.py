@@ -10,15 +10,15 @@ from dataclasses import asdict, dataclass
 from scldm.parallel.deepspeed_json import BUCKET
 from scldm.train.step_cost import StepCost
 
-MAX_LIVE = 1_000_000_000  # numbers; DeepSpeed's stage3_max_live_parameters and max_reuse_distance
+MAX_LIVE = 1_000_000_000  # numbers: DeepSpeed's stage3_max_live_parameters and max_reuse_distance
 
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one rank at the moment that takes most, beyond what process and libraries take.
 
-    weights: whole under ZeRO-1 and 2, where DeepSpeed keeps masters beside them; a share under ZeRO-3
-    gathered: weights of other ranks that ZeRO-3 holds between forward and backward; in bf16 without those of linear
+    weights: whole under ZeRO-1 and 2, where DeepSpeed keeps masters beside them. A share under ZeRO-3
+    gathered: weights of other ranks that ZeRO-3 holds between forward and backward. In bf16 without those of linear
         maps, which activations have in bf16 at every stage
     masters, moments, ema: shares
     gradients: this rank's share, summed over ranks
@@ -99,7 +99,7 @@ def rank_memory(
         gradients=4 * share,
         buckets=buckets,
         activations=activations,
-        # ZeRO-1 exchanges all gradients first; AdamW then makes three tensors as large as a share
+        # ZeRO-1 exchanges all gradients first. AdamW then makes three tensors as large as a share
         step=max(4 * P + in_bucket if zero_stage == 1 else 0.0, 0.0 if offload else 3 * 4 * share),
         validation=(0.0 if offload else 4 * share) + cost.peak_bytes,
         host=20 * share if offload else 0.0,
@@ -130,9 +130,9 @@ def sent_bytes(cost: StepCost, zero_stage: int, n_ranks: int, accumulation: int,
     """Bytes that a rank sends in a step, and receives as many, around a ring: (N - 1) / N of what is exchanged for a
     gather or a scattered sum, twice that for a sum that all get.
 
-    ZeRO-1 sums gradients once a step and gathers weights once; ZeRO-2 sums them once a micro-batch (DeepSpeed sums
-    buckets for all ranks); ZeRO-3 scatters the sums, and gathers weights for every forward and every backward pass.
-    Source: Rajbhandari et al. 2020 (ZeRO), section 7; DeepSpeed 0.19.
+    ZeRO-1 sums gradients once a step and gathers weights once. ZeRO-2 sums them once a micro-batch (DeepSpeed sums
+    buckets for all ranks). ZeRO-3 scatters the sums, and gathers weights for every forward and every backward pass.
+    Source: Rajbhandari et al. 2020 (ZeRO), section 7, and DeepSpeed 0.19.
     """
     ring = (n_ranks - 1) / n_ranks
     exchanged = (2 if bf16 else 4) * cost.linear_parameters + 4 * (cost.n_parameters - cost.linear_parameters)

@@ -2,14 +2,14 @@
 
     checkpoints/step-00001500/part-0-of-2.safetensors   {weight,ema,exp_avg,exp_avg_sq}/NAME, buffer/NAME
     checkpoints/step-00001500/state.json                what follows, and a SHA-256 of it
-        what run_state.py keeps, such as step; loader and meter: their places; n_updates: steps that were not skipped
+        what run_state.py keeps, such as step. loader and meter: their places. n_updates: steps that were not skipped
         format    of this folder
         shapes    parameter name -> shape
         parts     file -> SHA-256, bytes, ranges: parameter name -> [start, stop] of the flattened parameter in it
         files     file -> SHA-256 of the config and the vocabularies that lie beside it
     checkpoints/latest, checkpoints/best                the name of a step's folder
 
-A part holds what one rank held, flat, in float32 (weights are the masters); all parts hold every number once. Any
+A part holds what one rank held, flat, in float32 (weights are the masters). All parts hold every number once. Any
 engine reads the ranges that it holds itself out of the parts that have them.
 
 Reading order: Held, Checkpoint, load, read_ema, resume, pointers, retain. Writing is in saver.py.
@@ -45,7 +45,7 @@ from scldm.train.ema import EMA
 FORMAT = 4
 STATE = "state.json"
 BROKEN = ".broken"
-SEEN_S = 20.0  # in which what another host wrote is to be seen on this one; network file systems cache what was
+SEEN_S = 20.0  # in which what another host wrote is to be seen on this one. Network file systems cache what was
 STEP = re.compile(r"step-\d{8,}")
 UNFINISHED = re.compile(rf"{STEP.pattern}{re.escape(PARTIAL)}")
 FILE_NAME = re.compile(r"\w[\w.-]*")
@@ -121,7 +121,7 @@ class Checkpoint:
             raise Damaged(f"{folder / STATE} is damaged: it is not what its SHA-256 says")
         version = state.get("format")
         if version != FORMAT:
-            raise InputError(f"{folder} has checkpoint format {version}; this version of scldm reads {FORMAT}")
+            raise InputError(f"{folder} has checkpoint format {version}. This version of scldm reads {FORMAT}")
         self.folder, self.state = folder, state
         try:
             own = {field.name: self.state[field.name] for field in fields(Held) if field.name in self.state}
@@ -258,17 +258,17 @@ def read_ema(run_dir: Path, which: Which) -> tuple[dict[str, Tensor], int, Path]
     """
     target = pointed(run_dir / "checkpoints" / which)
     if target is None:
-        raise InputError(f"{run_dir} has no {which} checkpoint yet; train it first")
+        raise InputError(f"{run_dir} has no {which} checkpoint yet. Train it first")
     checkpoint = Checkpoint(target)
     checkpoint.check()
     return checkpoint.ema(), checkpoint.step, target
 
 
 def resume(folder: Path, engine: Engine, ema: EMA, world: World) -> dict[str, Any] | None:
-    """Load the last whole checkpoint below `folder`; returns its state, None where there is none yet. Collective.
+    """Load the last whole checkpoint below `folder`. Returns its state, None where there is none yet. Collective.
 
     The ranks share the reading of all bytes. A damaged checkpoint is passed over, by name, for the one before it, and
-    is renamed to `.broken`, so that nothing counts it; but not where some rank just does not see it.
+    is renamed to `.broken`, so that nothing counts it. It is not where some rank just does not see it.
 
     Raises: InputError where none is whole: to begin again over what was trained is for the user to decide.
     """
@@ -295,7 +295,7 @@ def resume(folder: Path, engine: Engine, ema: EMA, world: World) -> dict[str, An
     if names:
         raise InputError(
             f"no whole checkpoint is left in {folder}: {', '.join(names)} can't be used (the damaged ones are now "
-            f"*{BROKEN}); copy one back, or choose another run_dir"
+            f"*{BROKEN}). Copy one back, or choose another run_dir"
         )
     return None
 
@@ -350,7 +350,7 @@ def point(pointer: Path, target: Path) -> None:
 
 
 def pointed(pointer: Path) -> Path | None:
-    """The checkpoint that `latest` or `best` names; None where there is none yet.
+    """The checkpoint that `latest` or `best` names. None where there is none yet.
 
     Raises: InputError for a file that holds anything else.
     """
@@ -365,7 +365,7 @@ def pointed(pointer: Path) -> Path | None:
 
 def retain(folder: Path, keep: int, keep_every: int = 0) -> list[OSError]:
     """Remove all but the last `keep` checkpoints up to `latest`, those of every `keep_every`-th step, and those that
-    `latest` and `best` name; and what an earlier removal left. Returns what could not be removed, as why.
+    `latest` and `best` name. It also removes what an earlier removal left. Returns what could not be removed, as why.
 
     No checkpoint is under way meanwhile. Those after `latest` are left: no resume would use them, so they do not count.
     """
@@ -378,7 +378,7 @@ def retain(folder: Path, keep: int, keep_every: int = 0) -> list[OSError]:
         if not kept:
             try:
                 remove(old)
-            except OSError as error:  # as a network's file system may; it is tried again at the next save
+            except OSError as error:  # as a network's file system may. It is tried again at the next save
                 failures.append(error)
     return failures
 

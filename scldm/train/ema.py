@@ -13,7 +13,7 @@ from scldm.parallel.engine import Engine
 class EMA:
     """In float32, of the weights that this rank holds. As with the optimizer's moments, all ranks hold it once.
 
-    decay: of the long run; the EMA follows faster at first, with (1 + n) / (10 + n) after n updates
+    decay: of the long run. The EMA follows faster at first, with (1 + n) / (10 + n) after n updates
     live, weights: the weights that are trained and their EMA, of each of the engine's pieces in their order
     """
 
@@ -31,7 +31,7 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within, the engine computes with the EMA; collective."""
+        """Within, the engine computes with the EMA. Collective."""
         live = [weight.clone() for weight in self.live]
         self._put(self.weights)
         try:

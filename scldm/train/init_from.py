@@ -65,7 +65,7 @@ def vae_from(vae: VAE, genes: GeneVocab, trained: VAE, trained_genes: GeneVocab)
             f"{trained_genes.n_genes} (such as {trained_genes.ids[0]!r})"
         )
     if vae.config.direct != trained.config.direct:
-        raise InputError(f"init_from: it was trained with model.direct={trained.config.direct}; give model.direct that")
+        raise InputError(f"init_from: it was trained with model.direct={trained.config.direct}. Give model.direct that")
     per_gene = torch.cat((torch.zeros(1, dtype=torch.int64), torch.where(rows < 0, -1, rows + 1)))  # row 0 is padding
     start = dict(vae.state_dict()).get("log_share.weight", torch.zeros(0)).clone()
     _copy(vae, dict(trained.named_parameters()), dict.fromkeys(PER_GENE, per_gene), {})
@@ -92,14 +92,14 @@ def dit_from(dit: DiT, conditions: ConditionVocab, trained: DiT, trained_conditi
         otherwise: weights that were trained beside `condition_means`, or on a log scale, mean something else without.
     """
     if dit.config.combination_tokens or trained.config.combination_tokens:
-        raise InputError("init_from: model.combination_tokens are of the trained data's combinations; set it to false")
+        raise InputError("init_from: model.combination_tokens are of the trained data's combinations. Set it to false")
     settings = {"condition_means": (trained.config.condition_means, dit.config.condition_means)}
     scales = trained.config.continuous, dit.config.continuous
     settings |= {f"continuous.{name}": (scales[0][name], scales[1][name]) for name in scales[0] if name in scales[1]}
     for key, (was, given) in settings.items():
         if was != given:
             raise InputError(
-                f"init_from: it was trained with model.{key}={was}, not {given}; give it model.{key}={was}"
+                f"init_from: it was trained with model.{key}={was}, not {given}. Give it model.{key}={was}"
             )
     report, tables, renamed = [], {}, {}
     before, now = list(trained.n_labels), list(dit.n_labels)
@@ -120,7 +120,7 @@ def dit_from(dit: DiT, conditions: ConditionVocab, trained: DiT, trained_conditi
 
 
 def joined_rows(table: Tensor, trained: Tensor, rows: Tensor) -> Tensor:
-    """The table with row k from row `rows[k]` of the trained one; as it is where that is -1."""
+    """The table with row k from row `rows[k]` of the trained one. As it is where that is -1."""
     known = (rows >= 0).nonzero()[:, 0]
     out = table.clone()
     out[known] = trained[rows[known]].to(out)
@@ -142,7 +142,7 @@ def _copy(
     """Copy every parameter that the trained network has.
 
     tables: parameter -> the rows of the trained one that its rows are
-    renamed: prefix -> that in the trained network; None where it has none
+    renamed: prefix -> that in the trained network. None where it has none
     """
     for name, parameter in network.named_parameters():
         source: str | None = name
@@ -156,6 +156,6 @@ def _copy(
         if found is None or found.shape[is_table:] != parameter.shape[is_table:]:
             raise InputError(
                 f"init_from: its {name} is {'missing' if found is None else tuple(found.shape)}, that of model is "
-                f"{tuple(parameter.shape)}; give model the shape that was trained"
+                f"{tuple(parameter.shape)}. Give model the shape that was trained"
             )
         parameter.copy_(joined_rows(parameter, found, tables[name]) if is_table else found)

@@ -47,12 +47,12 @@ class TrainConfig(Checked):
     validate_every: steps between two passes over the validation cells
     save_every: steps between two checkpoints
     keep: checkpoints kept, besides the best
-    keep_every: those of every so many steps are kept too; 0 keeps none besides
-    patience: validations without a better metric after which the run ends, with `hold` once its rate has fallen; 0 for
+    keep_every: those of every so many steps are kept too. 0 keeps none of these
+    patience: validations without a better metric after which the run ends, with `hold` once its rate has fallen. 0 for
         never
-    max_skipped: steps in a row that are skipped because the gradient is not finite; one more ends the run
+    max_skipped: steps in a row that are skipped because the gradient is not finite. One more ends the run
     hang_s: seconds without progress, once training has begun, after which the run ends and leaves the stacks of all
-        ranks; 0 for never
+        ranks. 0 for never
     stop_signals: save at a step that all ranks agree on, then exit with code 85
     """
 
@@ -101,7 +101,7 @@ def train(
     requests: Requests | None = None,
     meter: Meter | None = None,
 ) -> dict[str, float]:
-    """Train to `config.steps`, from the last whole checkpoint in `run_dir` if there is one; returns validation metrics.
+    """Train to `config.steps`, from the last whole checkpoint in `run_dir` if there is one. Returns validation metrics.
 
     Collective: every rank calls it with its own loader.
 
@@ -149,7 +149,7 @@ def train(
                     if state.skipped > config.max_skipped:
                         supervisor.finish()
                         limit = f"{state.skipped} steps in a row, train.max_skipped={config.max_skipped}"
-                        raise Diverged(f"{problem}; {limit}")
+                        raise Diverged(f"{problem}: {limit}")
                 state.step += 1
                 state.cells_seen += config.global_batch
 
@@ -183,7 +183,7 @@ def train(
 def log_row(
     meter: Meter, tracker: Tracker, state: RunState, config: TrainConfig, more: dict[str, float], run_dir: Path
 ) -> dict[str, float]:
-    """Write the training metrics since the last row; returns them. Collective."""
+    """Write the training metrics since the last row. Returns them. Collective."""
     row, own = meter.read()
     row |= more
     if config.rank_logs:

@@ -1,4 +1,4 @@
-"""What the two stages minimise. A stage is its loss on a micro-batch; the loop does the rest.
+"""What the two stages minimise. A stage is its loss on a micro-batch. The loop does the rest.
 
 Losses and metrics are sums over a micro-batch's cells, by weight: divided by the number of cells in the global batch,
 and added over micro-batches and ranks, they are means over the global batch whatever the world size.
@@ -39,7 +39,7 @@ class Draws:
 
 
 class Stage(Protocol):
-    """validation_metric: what is judged on held-out cells, smaller is better; one of the metrics of `validation`."""
+    """validation_metric: what is judged on held-out cells, smaller is better. It is a metric of `validation`."""
 
     validation_metric: str
 

@@ -27,7 +27,7 @@ FILE = "nonfinite.jsonl"
 class Culprit:
     """A micro-batch whose loss, or whose gradient by a finite loss, is not finite.
 
-    what: `loss nan` or `gradient of NAME`; cells: (source, row) of each; shown: the first of them as text
+    what: `loss nan` or `gradient of NAME`. cells: (source, row) of each. shown: the first of them as text
     """
 
     rank: int
@@ -46,13 +46,13 @@ def report(
     world: World,
     run_dir: Path,
 ) -> str:
-    """Find where a skipped step went wrong, print it and note all cells in the run's folder; returns what is printed.
+    """Find where a skipped step went wrong, print it and note all cells in the run's folder. Returns what is printed.
     Collective."""
     culprits = find_culprits(stage, engine, batches, losses, seed, step, world)
     line = told(step, culprits)
     if world.is_first:
         note(run_dir, step, culprits)
-        print(f"scldm: {line}; the step is skipped", file=sys.stderr, flush=True)
+        print(f"scldm: {line}. The step is skipped", file=sys.stderr, flush=True)
     return line
 
 
@@ -65,8 +65,8 @@ def find_culprits(
     step: int,
     world: World,
 ) -> list[Culprit]:
-    """Of all ranks, for the micro-batches of one step; collective. Where every loss is finite, all are computed again
-    for their gradients; none is found where those are finite too, and their sum alone is not."""
+    """Of all ranks, for the micro-batches of one step. Collective. Where every loss is finite, all are computed again
+    for their gradients. None is found where those are finite too, and their sum alone is not."""
     found = [
         _culprit(world, f"loss {parts['loss'].item()}", batch)
         for batch, parts in zip(batches, losses, strict=True)

@@ -35,7 +35,9 @@ RANKS = 1 << 24  # signal and rank are told in one integer
 
 @dataclass(frozen=True)
 class Asked:
-    """stop: the exit code to stop with, 0 to go on; reason: who asked; save: whether to save at this step
+    """stop: the exit code to stop with, 0 to go on
+    reason: who asked
+    save: whether to save at this step
     save_failed, save_unfinished: on any rank
     """
 
@@ -47,7 +49,7 @@ class Asked:
 
 
 class Requests:
-    """Within it the signals are caught; they are what they were afterwards. A second Ctrl-C, a second or more after
+    """Within it the signals are caught. Afterwards they are what they were. A second Ctrl-C, a second or more after
     the first signal, ends the process at once.
 
     signals: names, such as SIGTERM
@@ -71,12 +73,12 @@ class Requests:
             signal.signal(number, handler)
 
     def begin(self, save_failed: bool, save_unfinished: bool) -> None:
-        """Tell the other ranks what this one knows; collective."""
+        """Tell the other ranks what this one knows. Collective."""
         caught = self.caught * RANKS + self.world.rank if self.caught else 0
         self._wait = self.world.begin_max([caught, *self._look(), int(save_failed), int(save_unfinished)])
 
     def end(self) -> Asked:
-        """What any rank told when this step began; collective."""
+        """What any rank told when this step began. Collective."""
         assert self._wait is not None
         caught, stop, save, save_failed, save_unfinished = self._wait()
         code, reason = 0, ""
@@ -122,5 +124,5 @@ def signal_named(name: str) -> signal.Signals:
     """Raises: InputError for a name that is no signal's, or one that no process can catch."""
     number = getattr(signal.Signals, name, None)
     if number is None or number in (signal.SIGKILL, signal.SIGSTOP):
-        raise InputError(f"train.stop_signals: {name} is no signal that a process can catch; SIGTERM and SIGUSR1 are")
+        raise InputError(f"train.stop_signals: {name} is no signal that a process can catch. SIGTERM and SIGUSR1 are")
     return number

@@ -71,7 +71,7 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """After a failure a lone rank still ends what it began; many could not agree that they have."""
+        """After a failure a lone rank still ends what it began. Many could not agree that they have."""
         if self.world.size == 1 and error is not None and not self.failed:
             with contextlib.suppress(InputError):
                 self.finish()
@@ -87,9 +87,9 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def begin(self, state: dict[str, Any], is_best: bool = False) -> None:
-        """Begin to save; returns when nothing that training changes is needed any more.
+        """Begin to save. Returns when nothing that training changes is needed any more.
 
-        is_best: point `best` at it too; before `latest`, since a run that resumes from here takes its metric for best
+        is_best: point `best` at it too, before `latest`, since a run that resumes from here takes its metric for best
         """
         self.finish()
         self._copy()
@@ -170,8 +170,8 @@ class Saver:
         where = "; ".join(f"rank {rank}: {' '.join(text.split())}" for rank, text in enumerate(told) if text)
         self._phase, self._thread, self._error = "idle", None, None
         raise InputError(
-            f"{self._target} could not be written ({where}); "
-            f"the last whole checkpoint is {last.name if last else 'none'}; the same command resumes from it"
+            f"{self._target} could not be written ({where}). "
+            f"The last whole checkpoint is {last.name if last else 'none'}. The same command resumes from it"
         )
 
 
@@ -189,7 +189,7 @@ def own_share(engine: Engine, ema: EMA, world: World) -> dict[str, Tensor]:
 def write_part(path: Path, tensors: Mapping[str, Tensor], ranges: Mapping[str, tuple[int, int]]) -> None:
     """Tensors on the CPU as a safetensors file, and beside it, once that is durable, what `commit` notes of it.
 
-    Source: the format of https://github.com/huggingface/safetensors; written here to hash and write in one pass.
+    Source: the format of https://github.com/huggingface/safetensors, written here to hash and write in one pass.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     header, at = {}, 0

@@ -56,9 +56,9 @@ def step_cost(
 ) -> StepCost:
     """Trace a pass of a network.
 
-    make: the network; called where tensors have no storage
-    loss_of: from the network to the loss; makes its own inputs
-    device: whose tiles; the trace itself runs as on a CPU, since torch slices tensors of a device only where it is
+    make: the network. It is called where tensors have no storage
+    loss_of: from the network to the loss. It makes its own inputs
+    device: whose tiles. The trace itself runs as on a CPU, since torch slices tensors of a device only where it is
     memory_gb: of a GPU, in 1e9 bytes: its tiles are a share of it
     """
     with FakeTensorMode(allow_non_fake_inputs=True), _tiles_of(memory_gb if device == "cuda" else 0.0):
@@ -83,7 +83,7 @@ def _trace(network: nn.Module, loss_of: LossOf, bf16: bool, keep_gradients: bool
 
 
 def vae_step(config: VAEConfig, n_genes: int, n_cells: int, n_given: int, n_asked: int, **how: Any) -> StepCost:
-    """Of the autoencoder on cells that share their gene sets; what may run as `fused` is taken as `factorised`."""
+    """Of the autoencoder on cells that share their gene sets. What may run as `fused` is taken as `factorised`."""
     attention = "factorised" if config.attention in ("auto", "fused") else config.attention
     config = replace(config, attention=attention, compile=False)
 
@@ -129,7 +129,7 @@ def _tiles_of(memory_gb: float) -> Iterator[None]:
 
 class _Watch(TorchDispatchMode):
     """Counts bytes of the storages that live at once, operations of matrix products, and kernels: what returns a new
-    storage or writes into one; views and bare allocations do neither."""
+    storage or writes into one. Views and bare allocations do neither."""
 
     def __init__(self) -> None:
         super().__init__()

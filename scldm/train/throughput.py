@@ -19,7 +19,7 @@ import torch
 from scldm.files import outlived
 from scldm.parallel.dist import World
 
-# dense TFLOP/s of matrix products, without sparsity; fp32 is not TF32's, which only bf16 has beside it.
+# dense TFLOP/s of matrix products, without sparsity. fp32 is not TF32's, which only bf16 has beside it.
 # Source: NVIDIA's data sheets of A100, H100 SXM, H200 SXM, B200 (DGX B200: 8 GPUs), L4, L40S
 PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "A100": {"fp32": 19.5, "bf16": 312.0},
@@ -44,7 +44,7 @@ MEMORY_TB_S: dict[str, float] = {
 
 
 def peak_flops(device: torch.device, precision: str, stated_tflops: float = 0.0) -> float:
-    """FLOP/s of a device at a precision, as stated or by its name; 0 for one that the table lacks, as a CPU."""
+    """FLOP/s of a device at a precision, as stated or by its name. 0 for one that the table lacks, as a CPU."""
     if stated_tflops:
         return 1e12 * stated_tflops
     if device.type != "cuda":
@@ -57,8 +57,8 @@ def peak_flops(device: torch.device, precision: str, stated_tflops: float = 0.0)
 class Meter:
     """Means of training metrics between two readings, over all ranks, and how fast cells passed.
 
-    flops_per_cell: of the path that is run, forward and backward; 0 where it is not known
-    peak: FLOP/s of a rank's device; 0 where it is not known
+    flops_per_cell: of the path that is run, forward and backward. 0 where it is not known
+    peak: FLOP/s of a rank's device. 0 where it is not known
     """
 
     def __init__(self, world: World, flops_per_cell: float = 0.0, peak: float = 0.0) -> None:
@@ -96,7 +96,7 @@ class Meter:
         self._paused_s += time.perf_counter() - began
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs to go on with the row that was begun; collective."""
+        """What a resumed run needs to go on with the row that was begun. Collective."""
         self._settle()
         return {"n_steps": self.n_steps, "sums": dict(self._settled)}
 
@@ -104,9 +104,9 @@ class Meter:
         self.n_steps, self._settled = state["n_steps"], dict(state["sums"])
 
     def read(self) -> tuple[dict[str, float], dict[str, float]]:
-        """(row of all ranks, row of this rank); collective.
+        """(row of all ranks, row of this rank). Collective.
 
-        cells_per_s: of all ranks; cells_per_s_rank: of one, on average; mfu: share of the peak, where both are known
+        cells_per_s: of all ranks. cells_per_s_rank: of one, on average. mfu: share of the peak, where both are known
         waiting_share: of the time in which the loader was waited for
         memory_gb: the most that a rank had at once since the start, on the device or, for a CPU, resident
         """

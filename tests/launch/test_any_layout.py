@@ -248,9 +248,9 @@ def text(path: Path) -> Path:
 
 @pytest.mark.parametrize(
     "make, said",
-    [(tenx, "a 10x file, no AnnData file; write one: python -c \"import scanpy as r; a = r.read_10x_h5("),
-     (mtx, "10x matrices, no AnnData file; write one: python -c \"import scanpy as r; a = r.read_10x_mtx("),
-     (text, "a table, no AnnData file; write one: python -c \"import scanpy as r; a = r.read_csv(")],
+    [(tenx, "a 10x file, no AnnData file. Write one: python -c \"import scanpy as r; a = r.read_10x_h5("),
+     (mtx, "10x matrices, no AnnData file. Write one: python -c \"import scanpy as r; a = r.read_10x_mtx("),
+     (text, "a table, no AnnData file. Write one: python -c \"import scanpy as r; a = r.read_csv(")],
 )  # fmt: skip
 def test_what_another_library_reads_is_refused_with_the_line_to_type(make, said, model, tmp_path, capsys) -> None:
     path = make(tmp_path)

@@ -131,7 +131,7 @@ def test_a_branch_that_was_cut_short_has_not_begun(
         patch.setattr(branches, at, cut_short)
         with pytest.raises(KeyboardInterrupt):
             faulty.train(given)
-    with pytest.raises(InputError, match=r"was to branch from .*@10 and has not begun; give branch_from=.*@10"):
+    with pytest.raises(InputError, match=r"was to branch from .*@10 and has not begun. Give branch_from=.*@10"):
         faulty.train(config(tmp_path))
     faulty.train(dataclasses.replace(given, branch_from=f"{parent['vae']}@5", optim=LOW))
     assert [entry["step"] for entry in noted(tmp_path)] == [5]
@@ -152,7 +152,7 @@ def test_what_no_branch_can_begin_with_is_refused_and_makes_no_folder(parent: di
         faulty.train(config(new, branch_from=f"{vae}@10", train={"steps": 9}))
     assert not new.exists()
     before = {path: path.read_bytes() for path in vae.rglob("*") if path.is_file()}
-    with pytest.raises(InputError, match="holds a run that is no branch; choose another run_dir"):
+    with pytest.raises(InputError, match="holds a run that is no branch. Choose another run_dir"):
         faulty.train(config(vae, branch_from=f"{vae}@10"))
     assert {path: path.read_bytes() for path in before} == before
 
@@ -160,7 +160,7 @@ def test_what_no_branch_can_begin_with_is_refused_and_makes_no_folder(parent: di
 def test_a_branch_of_another_parent_is_refused(parent: dict[str, Path], tmp_path: Path) -> None:
     faulty.train(config(tmp_path, branch_from=f"{parent['vae']}@latest"))
     for given in (f"{parent['vae']}@10", f"{tmp_path}@latest"):
-        with pytest.raises(InputError, match=rf"is a branch from {parent['vae']}@16; choose another run_dir"):
+        with pytest.raises(InputError, match=rf"is a branch from {parent['vae']}@16. Choose another run_dir"):
             faulty.train(config(tmp_path, branch_from=given))
     faulty.train(config(tmp_path, branch_from=f"{parent['vae']}@latest"))
 

@@ -78,7 +78,7 @@ def test_cells_without_a_count_are_left_out_where_that_is_asked_for(folder, tmp_
     adata.write_h5ad(tmp_path / "cells.h5ad")
     words = [f"model={folder}", f"h5ad={tmp_path}/cells.h5ad", f"out={tmp_path}/out.h5ad"]
     assert run_verb(verb, words) == 2
-    assert "1 of 70 cells have no count in any gene that the model knows; drop_empty=true" in capsys.readouterr().err
+    assert "1 of 70 cells have no count in any gene that the model knows. drop_empty=true" in capsys.readouterr().err
     assert run_verb(verb, [*words, "drop_empty=true", "batch=20", "precision=bfloat16"]) == 0
     assert "1 of 70 cells are left out" in capsys.readouterr().err
     found = ad.read_h5ad(tmp_path / "out.h5ad")

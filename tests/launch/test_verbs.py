@@ -307,7 +307,7 @@ def run_words(made: Path, stage: str, *more: str) -> list[str]:
         (lambda at: run_words(at, "vae", f"run_dir={at}/shards"), "shards is not empty and not a run folder"),
         (
             lambda at: run_words(at, "vae", "hardware.micro_batch=7", f"run_dir={at}/new"),
-            "over 1 ranks with hardware.micro_batch=7; nearest allowed: hardware.micro_batch 6 or 10; train.global_b",
+            "over 1 ranks with hardware.micro_batch=7. Nearest allowed: hardware.micro_batch 6 or 10; train.global_b",
         ),
         (lambda at: run_words(at, "vae", f"data.shards={at}/latents", f"run_dir={at}/new"), "not of cells"),
         (lambda at: run_words(at, "ldm", f"data.shards={at}/shards", f"run_dir={at}/new"), "not of latents"),
@@ -326,7 +326,7 @@ def run_words(made: Path, stage: str, *more: str) -> list[str]:
         (lambda at: ["generate", f"model={at}/model", "n=3", f"out={at}/new.h5ad", "genes=none"], "gene 'none' is not"),
         (
             lambda at: ["generate", f"model={at}/model", f"like={at}/cells.h5ad", "by=typ", f"out={at}/new.h5ad"],
-            "obs has no column 'typ'; it has type",
+            "obs has no column 'typ'. It has type",
         ),
         (
             lambda at: ["generate", f"model={at}/model", f"like={at}/wanted.csv", "by=type", f"out={at}/new.h5ad"],
@@ -359,7 +359,7 @@ def test_a_world_size_that_the_batch_can_not_serve_is_refused_with_the_nearest(m
     monkeypatch.setattr(training, "world_of_environment", lambda: World(0, 7, torch.device("cpu")))
     words = run_words(made, "vae", "hardware.engine=deepspeed", "hardware.micro_batch=5", f"run_dir={made}/new")
     said = (
-        "train.global_batch=60 can't be split over 7 ranks with hardware.micro_batch=5; nearest allowed: world size 6"
+        "train.global_batch=60 can't be split over 7 ranks with hardware.micro_batch=5. Nearest allowed: world size 6"
     )
     refused(words, said, capsys, made)
 
@@ -367,8 +367,8 @@ def test_a_world_size_that_the_batch_can_not_serve_is_refused_with_the_nearest(m
 @pytest.mark.parametrize(
     "table, said",
     [
-        ("type\nT cells\n", "condition 'type' has no label 'T cells'; it has "),
-        ("cell_type\nT cell\n", "condition 'cell_type' is unknown; the model knows type"),
+        ("type\nT cells\n", "condition 'type' has no label 'T cells'. It has "),
+        ("cell_type\nT cell\n", "condition 'cell_type' is unknown. The model knows type"),
         ("type,n_cells\nT cell,-1\n", "column n_cells must hold whole numbers"),
         ("type,n_cells\nT cell,0\n", "the table of conditions is empty"),
         ("type,library_size\nT cell,many\n", "column library_size, row 0: "),
@@ -466,10 +466,10 @@ def test_an_autoencoder_of_expressed_genes_is_given_no_others(made: Path, tmp_pa
     run = ["train", "vae", f"data.shards={made}/shards", f"run_dir={tmp_path}/vae", *VAE, "train.steps=4"]
     scldm(*run, "data.given.policy=expressed", "data.asked.policy=all")
     encode = ["encode", f"vae={tmp_path}/vae", f"shards={made}/shards", f"out={tmp_path}/latents"]
-    refused(encode, "was trained with data.given.policy=expressed; give genes.policy=expressed", capsys, tmp_path)
+    refused(encode, "was trained with data.given.policy=expressed. Give genes.policy=expressed", capsys, tmp_path)
     scldm(*encode, "genes.policy=expressed")
     words = ["encode", f"vae={made}/vae", f"shards={made}/shards", f"out={tmp_path}/new", "genes.policy=expressed"]
-    refused(words, "was trained with data.given.policy=all; give genes.policy=all", capsys, tmp_path)
+    refused(words, "was trained with data.given.policy=all. Give genes.policy=all", capsys, tmp_path)
     scldm("export", f"vae={tmp_path}/vae", f"out={tmp_path}/model")
     words = ["embed", f"model={tmp_path}/model", f"h5ad={made}/cells.h5ad", f"out={tmp_path}/embedded.h5ad"]
     refused(words, "trained with data.given.policy=expressed and is given all genes", capsys, tmp_path)

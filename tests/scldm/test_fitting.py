@@ -102,7 +102,7 @@ def test_the_same_call_goes_on_and_another_is_refused(
     assert again.hash == model.hash
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), state)
-    with pytest.raises(InputError, match="holds another fit: seed was 0, now 1; choose another folder"):
+    with pytest.raises(InputError, match="holds another fit: seed was 0, now 1. Choose another folder"):
         scldm.fit(adata, ["cell_type", "treatment"], shards=SPLIT, vae=FEW, ldm=FEW, folder=folder, seed=1)
     more = adata.copy()
     more.obs["leiden"] = "0"  # what is not asked for may change
@@ -150,7 +150,7 @@ def test_generated_cells_are_judged(fitted: tuple[Pretrained, ad.AnnData, Path],
     assert (found.save(tmp_path).stat().st_size, "<table" in found._repr_html_()) > (10_000, True)
     assert found.verdict in repr(found)
     assert (found.numbers["made_with"]["model"], found.numbers["config"]["seed"]) == (model.hash, 0)
-    with pytest.raises(InputError, match="figure 'score' is not there; there are scores"):
+    with pytest.raises(InputError, match="figure 'score' is not there. There are scores"):
         found.figure("score")
     with pytest.raises(InputError, match="real: obs has no column split='fold'"):
         model.evaluate(made, real, split="fold", layer="counts")
@@ -172,7 +172,7 @@ def test_a_column_of_numbers_is_asked_for_as_it_is_written_anywhere() -> None:
     assert "response to day" in found.tables
     moved = [model.transform(adata, {"day": day}, sampler=FAST) for day in ("10", "10.0", 10.0)]
     assert all((one.X != moved[0].X).nnz == 0 for one in moved)
-    with pytest.raises(InputError, match=r"condition 'day' has no label '10.5'; it has '1', '10'"):
+    with pytest.raises(InputError, match=r"condition 'day' has no label '10.5'. It has '1', '10'"):
         model.generate({"day": "10.5"}, n=3)
 
 
@@ -183,15 +183,15 @@ def test_a_column_of_numbers_is_asked_for_as_it_is_written_anywhere() -> None:
     "given, said",
     [
         ({"conditions": "cell_type"}, r"conditions='cell_type' must be a list of obs columns, as conditions=\['cell"),
-        ({"conditions": ["celltype"]}, "adata.obs has no column 'celltype'; it has cell_type, treatment"),
+        ({"conditions": ["celltype"]}, "adata.obs has no column 'celltype'. It has cell_type, treatment"),
         ({"conditions": [1]}, "conditions: 1 is of type int; obs columns are text"),
-        ({"adata": np.zeros((3, 2))}, "adata is of type ndarray; it must be an AnnData, or the path of an h5ad file"),
+        ({"adata": np.zeros((3, 2))}, "adata is of type ndarray. It must be an AnnData, or the path of an h5ad file"),
         ({"adata": "nowhere.h5ad"}, "nowhere.h5ad: no such file"),
         ({"vae": "train.steps=9"}, "vae='train.steps=9' must be a preset, as vae/tiny, or a mapping"),
         ({"vae": 9}, "vae=9 must be a preset, a mapping of keys, or a list of both"),
         ({"vae": {"train.stepps": 9}}, "train.stepps.*did you mean train.steps"),
-        ({"ldm": {"run_dir": "x"}}, "ldm: run_dir is set by fit itself; give the argument folder"),
-        ({"ldm": {"tracking.uri": "x"}}, "ldm: tracking.uri is set by fit itself; leave it out"),
+        ({"ldm": {"run_dir": "x"}}, "ldm: run_dir is set by fit itself: give the argument folder"),
+        ({"ldm": {"tracking.uri": "x"}}, "ldm: tracking.uri is set by fit itself: leave it out"),
         ({"shards": "split.test=0.2"}, "shards='split.test=0.2' must be a preset"),
         ({"shards": {"split.test": 1.5}}, "split.test=1.5"),
         ({"layer": "raw_counts"}, "adata: layer='raw_counts' is not in the file. It has X, layers/counts"),

@@ -64,7 +64,7 @@ def truncate(path: Path) -> None:
         ("model.safetensors", Path.unlink, "model.safetensors is missing"),
         ("config.json", truncate, "config.json is damaged"),
         ("config.json", Path.unlink, "is not a model folder: it has no config.json"),
-        ("config.json", lambda p: p.write_text('{"format_version": 99}'), "format version 99; this scldm reads 4"),
+        ("config.json", lambda p: p.write_text('{"format_version": 99}'), "format version 99. This scldm reads 4"),
         ("config.json", lambda p: p.write_text(p.read_text().replace('"width": 16', '"width": 32')), "its SHA-256"),
         ("genes.json", truncate, "genes.json is damaged"),
         ("genes.json", lambda p: p.write_text(p.read_text().replace("ENSG00001", "ENSG1")), "hash"),

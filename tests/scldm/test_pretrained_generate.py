@@ -171,8 +171,8 @@ def test_own_library_sizes_are_taken_and_need_no_fit(model: Pretrained) -> None:
 @pytest.mark.parametrize(
     "table, seed, said",
     [
-        ({"typ": ["T cell"]}, 0, "condition 'typ' is unknown; the model knows type, donor"),
-        ({"type": ["T cell", "t-cell"]}, 0, "condition 'type' has no label 't-cell'; it has 'T cell', 'B cell', 'NK'"),
+        ({"typ": ["T cell"]}, 0, "condition 'typ' is unknown. The model knows type, donor"),
+        ({"type": ["T cell", "t-cell"]}, 0, "condition 'type' has no label 't-cell'. It has 'T cell', 'B cell', 'NK'"),
         ({"type": ["T cell", None]}, 0, "column type, row 1: no label"),
         ({"type": pd.Categorical(["T cell", None])}, 0, "column type, row 1: no label"),
         ({"type": ["NK"]}, 0, "no library sizes were fitted for type=NK"),
@@ -219,7 +219,7 @@ def origin_of(**hidden: float) -> dict[str, Any]:
             (0.1, 0.1),
             {"type": ["T cell"]},
             {"guidance": "additive", "guidance_weights": {"typ": 1.0}},
-            "sampler.guidance_weights: condition 'typ' is unknown; the model knows type, donor",
+            "sampler.guidance_weights: condition 'typ' is unknown. The model knows type, donor",
         ),
     ],
 )
@@ -268,7 +268,8 @@ def test_a_combination_that_is_drawn_as_another_is_told(model: Pretrained) -> No
     table = pd.DataFrame({"type": ["B cell", "T cell", "B cell"], "donor": ["d2", "d2", "d2"]})
     told = [note for note in model.check_conditions(table, 0).notes if "library" not in note]
     assert told == [
-        "type=B cell, donor=d2: no training cell has this combination; drawn as donor=d1, and moved by the difference"
+        "type=B cell, donor=d2: no training cell has this combination. "
+        "It is drawn as donor=d1, and moved by the difference"
     ]
     joint = model.check_conditions(table, 0, SamplerConfig(guidance="joint")).notes
     assert not [note for note in joint if "moved" in note]
@@ -290,7 +291,7 @@ def test_values_and_labels_never_trained_can_be_asked_for(tmp_path: Path, capsys
     assert wanted.log_mean.tolist() == [5.0, 6.0]
     made: Any = model.generate(table, seed=0, sampler=FEW)
     assert made.obs["dose"].tolist() == [1.0, 2.5]
-    assert "no token of its own; it uses the sum" in capsys.readouterr().err
+    assert "no token of its own. It uses the sum" in capsys.readouterr().err
     none: Any = model.generate(table[["type"]].assign(library_size=9.0), seed=0, sampler=FEW)
     assert none.obs["dose"].isna().all()
     for dose, said in (("20", "20 lies beyond the values that were trained, 0 to 10"), ("high", "'high' is no number")):

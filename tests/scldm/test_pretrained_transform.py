@@ -142,9 +142,9 @@ def test_transformed_counts_are_drawn_by_cell(model: Pretrained) -> None:
     "to, more, said",
     [
         ({}, {}, "to names no condition"),
-        ({"typ": "NK"}, {}, "condition 'typ' is unknown; the model knows type, donor"),
-        ({"type": "NKT"}, {}, "condition 'type' has no label 'NKT'; it has 'T cell', 'B cell', 'NK'"),
-        ({"donor": "d1"}, {}, "obs has no column 'donor'; it has type, batch"),
+        ({"typ": "NK"}, {}, "condition 'typ' is unknown. The model knows type, donor"),
+        ({"type": "NKT"}, {}, "condition 'type' has no label 'NKT'. It has 'T cell', 'B cell', 'NK'"),
+        ({"donor": "d1"}, {}, "obs has no column 'donor'. It has type, batch"),
         ({"type": "NK"}, {"by": ["batch"]}, "condition 'batch' is unknown"),
         ({"type": "NK"}, {"by": []}, "by must name 'type' too"),
         ({"type": "NK"}, {"alphas": (1.5,)}, "alphas=1.5 must be numbers from 0 to 1"),

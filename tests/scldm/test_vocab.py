@@ -53,13 +53,13 @@ def test_labels_and_ids() -> None:
 
 
 def test_what_the_model_never_saw_is_named_with_the_nearest() -> None:
-    every = "'B cells'; it has 'B cell', 'NK cell', 'T cell'"
+    every = "'B cells'. It has 'B cell', 'NK cell', 'T cell'"
     with pytest.raises(InputError, match=f"condition 'cell_type' has no label {every}"):
         CONDITIONS.encode("cell_type", ["T cell", "B cells"])
     many = ConditionVocab({"gene": tuple(f"GENE{k}" for k in range(40))})
-    with pytest.raises(InputError, match="has no label 'GENE40'; nearest of its 40: 'GENE"):
+    with pytest.raises(InputError, match="has no label 'GENE40'. Nearest of its 40: 'GENE"):
         many.encode("gene", ["GENE40"])
-    with pytest.raises(InputError, match="condition 'tissue' is unknown; the model knows cell_type, donor"):
+    with pytest.raises(InputError, match="condition 'tissue' is unknown. The model knows cell_type, donor"):
         CONDITIONS.encode("tissue", ["lung"])
 
 

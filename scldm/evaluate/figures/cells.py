@@ -124,7 +124,7 @@ def _library_row(ax: Axes, values: np.ndarray, y: float, color: str, rng: np.ran
 
 
 def _plain_log_axis(ax: Axes) -> None:
-    """Ticks at round numbers, written out; more of them where the axis spans less than a decade."""
+    """Ticks at round numbers, written out. More of them where the axis spans less than a decade."""
     low, high = ax.get_xlim()
     steps = (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 6, 8)
     ticks = [m * 10.0**p for p in range(9) for m in steps if low <= m * 10.0**p <= high]

@@ -111,7 +111,7 @@ def marker_changes(evaluation: dict) -> Figure:
 
 
 def spread(heights: np.ndarray, gap: float) -> np.ndarray:
-    """The heights, moved apart so that neighbours are at least a gap apart; their middle and their order stay."""
+    """The heights, moved apart so that neighbours are at least a gap apart. Their middle and their order stay."""
     order = np.argsort(heights)
     steps = gap * np.arange(len(heights))
     above = np.maximum.accumulate(heights[order] - steps) + steps

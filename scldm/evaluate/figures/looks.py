@@ -31,7 +31,7 @@ SOURCES = {"real": ("real test cells", REAL), "generated": ("generated cells", G
 
 # --- style ---------------------------------------------------------------------------------------------------------
 
-WIDTH = 12.0  # inches; every figure is as wide, so that type has one size on the page
+WIDTH = 12.0  # inches. Every figure is as wide, so that type has one size on the page
 STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # `T $\foo$ cell` is a name
     "font.size": 10,
@@ -135,7 +135,7 @@ def label_sizes(evaluation: dict) -> dict[str, dict[str, int]]:
 
 def condition_looks(evaluation: dict) -> dict[str, dict[str, Look]]:
     """condition -> label -> look, most compared cells first. No look stands twice where the labels of all conditions
-    are few enough; else each condition has all looks."""
+    are few enough. Else each condition has all looks."""
     order = {condition: sorted(n, key=lambda x: -n[x]) for condition, n in label_sizes(evaluation).items()}
     share = sum(map(len, order.values())) <= N_LOOKS
     out, start = {}, 0

@@ -34,7 +34,7 @@ def contrast_name(contrast: dict) -> str:
 
 
 def beside_ceiling(title: str, score: dict, interval: bool = False) -> str:
-    """Such as `slope 0.81 (real 1.01)`; with the interval where there is one."""
+    """Such as `slope 0.81 (real 1.01)`, with the interval where there is one."""
     if score["value"] is None:
         return f"{title} can't be told"
     reach = f" [{number(score['low'], 2)}, {number(score['high'], 2)}]" if interval and "low" in score else ""

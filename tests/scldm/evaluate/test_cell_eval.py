@@ -76,7 +76,7 @@ def test_equal_quantities_have_equal_numbers(sides: list[ad.AnnData]) -> None:
     "change, words",
     [
         (lambda real, made: (real, made[:, ::-1].copy()), "same genes in the same order"),
-        (lambda real, made: (real, made[made.obs["drug"] != "b"].copy()), "on one only: b"),
+        (lambda real, made: (real, made[made.obs["drug"] != "b"].copy()), "On one only: b"),
         (lambda real, made: (real[real.obs["drug"] != "control"].copy(), made), "no label of the real cells: a, b"),
     ],
 )

@@ -55,9 +55,9 @@ def test_without_a_baseline_that_is_told_apart_nothing_is_beaten() -> None:
 
 def test_praise_takes_both() -> None:
     good = verdict(evaluation(all_like(row(1.0, 0.1, 1.0, 2.0, True))))
-    assert good["says"].startswith("Generated cells can hardly be told from real ones; 20 of 20")
+    assert good["says"].startswith("Generated cells can hardly be told from real ones. 20 of 20")
     fair = verdict(evaluation(all_like(row(1.5, 0.1, 1.0, 2.0, True))))
-    assert fair["says"].startswith("The model beats the baselines on most scores; ")
+    assert fair["says"].startswith("The model beats the baselines on most scores. ")
     assert fair["next"].startswith("Give model=FOLDER")
 
 

@@ -97,7 +97,7 @@ def test_additive_guidance_has_a_weight_for_each_condition(model: DiT, rows_aske
     assert rows_asked[1:] == [5, 5]
     # a condition without a weight of its own has the scale
     close(GuidedField(model, IDS, "additive", scale=0.25, weights={"type": 1.5})(Z, T), field(Z, T))
-    with pytest.raises(InputError, match="condition 'typ' is unknown; the model knows type, donor"):
+    with pytest.raises(InputError, match="condition 'typ' is unknown. The model knows type, donor"):
         GuidedField(model, IDS, "additive", weights={"typ": 1})
 
 
@@ -235,7 +235,7 @@ def test_a_model_without_conditions_is_sampled_all_the_same() -> None:
         ({"guidance_scale": -1.0}, "guidance_scale=-1"),
         ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
         ({"guidance_scale": float("inf")}, "guidance_scale=inf"),
-        ({"guidance_weights": {"type": 1.0}}, "belong to sampler.guidance=additive; shift has one scale"),
+        ({"guidance_weights": {"type": 1.0}}, "belong to sampler.guidance=additive. shift has one scale"),
         ({"guidance": "additive", "guidance_weights": {"type": -1.0}}, "guidance_weights.type=-1"),
         ({"guidance_from": 0.7, "guidance_to": 0.3}, "sampler.guidance_from=0.7 and sampler.guidance_to=0.3"),
         ({"guidance_to": 1.5}, "guidance_to=1.5"),

@@ -172,7 +172,7 @@ def test_compiled_blocks_train_as_they_do_uncompiled(tmp_path: Path, undisturbed
             5,
             16,
             1,
-            "over 1 ranks with hardware.micro_batch=5; .*: hardware.micro_batch 4 or 8; train.global_batch 15 or 20$",
+            "over 1 ranks with hardware.micro_batch=5. .*: hardware.micro_batch 4 or 8; train.global_batch 15 or 20$",
         ),
         (16, 16, 2, "over 2 ranks with .*: world size 1; hardware.micro_batch 8; train.global_batch 32$"),
         (4, 18, 4, "train.global_batch=18 can't be split over 4 ranks with .*allowed: train.global_batch 16 or 32$"),

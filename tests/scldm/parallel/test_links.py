@@ -123,7 +123,7 @@ def test_the_interface_is_the_one_that_other_hosts_see() -> None:
 
 
 def test_an_address_of_another_host_is_refused() -> None:
-    with pytest.raises(OSError, match=r"MASTER_ADDR must be rank 0's host, a; .*\['192.0.2.1'\]"):
+    with pytest.raises(OSError, match=r"MASTER_ADDR must be rank 0's host, a. Its .*\['192.0.2.1'\]"):
         listen([("a", ["127.0.0.1"]), ("b", ["192.0.2.1"])])
 
 

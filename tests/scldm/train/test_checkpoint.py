@@ -107,7 +107,7 @@ def test_where_no_checkpoint_is_whole_nothing_begins_again_by_itself(run: Path) 
     for target in (run / "checkpoints").glob("step-*"):
         damage(target / "part-0-of-1.safetensors")
     for _ in range(2):
-        with pytest.raises(InputError, match=r"no whole checkpoint is left .*; copy one back, or choose another"):
+        with pytest.raises(InputError, match=r"no whole checkpoint is left .*. Copy one back, or choose another"):
             small_run("vae", run, steps=12, validate_every=4, save_every=12)
 
 
@@ -124,7 +124,7 @@ def test_a_checkpoint_of_a_later_version_is_refused_and_left_alone(run: Path) ->
     path = latest(run) / "state.json"
     state = {**json.loads(path.read_text())["state"], "format": 99}
     path.write_text(json.dumps({"sha256": hash_of(state), "state": state}))
-    with pytest.raises(InputError, match=r"checkpoint format 99; this version of scldm reads 4"):
+    with pytest.raises(InputError, match=r"checkpoint format 99. This version of scldm reads 4"):
         small_run("vae", run, steps=12)
     assert path.is_file()
 
@@ -140,7 +140,7 @@ def test_a_checkpoint_of_another_network_is_refused(run: Path) -> None:
 
 
 def test_a_run_without_a_checkpoint_says_so(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="has no best checkpoint yet; train it first"):
+    with pytest.raises(InputError, match="has no best checkpoint yet. Train it first"):
         checkpoint.read_ema(tmp_path, "best")
 
 

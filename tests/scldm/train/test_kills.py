@@ -99,7 +99,7 @@ def test_a_full_disk_names_what_could_not_be_written_and_costs_nothing(small_dis
         small_run("vae", place / "run", save_every=3, keep=9)
     last = checkpoint.pointed(place / "run" / "checkpoints" / "latest")
     assert last is not None
-    assert f"the last whole checkpoint is {last.name}" in str(error.value)
+    assert f"The last whole checkpoint is {last.name}" in str(error.value)
     assert not list(place.rglob("*.partial"))  # what was begun is gone: it would fill the disk further
     enlarge()
     small_run("vae", place / "run", save_every=3, keep=9)
