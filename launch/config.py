@@ -1,10 +1,10 @@
 """From a command line to a typed, frozen config, and its `--help`. The only place that knows OmegaConf.
 
-A command is `scldm VERB [PRESET ...] [key=value ...]`: the dataclass gives the schema and the defaults, each preset
+A command is `scldm VERB [PRESET ...] [key=value ...]`. The dataclass gives the schema and the defaults. Each preset
 (`vae/tiny`, or a path to a YAML file) is merged over it from left to right, then each `key=value`. `--some-key value`
 is another spelling of `some_key=value`, and `--some-flag` of `some_flag=true`. `--key a --key b` of a list is
-`key=a,b`. Anything else is an error with its key.
-Values are text as it stands: `${...}` means nothing in them. Configs are kept in files, and hold no password.
+`key=a,b`. Anything else is an error with its key. Values are text as it stands: `${...}` means nothing in them. Configs
+are kept in files, and hold no password.
 
 Reading order: presets, parse, passwords, help.
 """

@@ -1,7 +1,7 @@
 """`scldm train ldm`: stage 2, the diffusion transformer, on a latent set or on cells encoded as they come.
 
-Encoding as they come costs the autoencoder's forward pass at every visit of a cell, and no disk: with vae/tiny and
-ldm/tiny on one CPU core 1,710 cells/s from 423 fresh genes and 1,380 from all 1,267, against 2,030 from stored latents.
+Encoding as they come costs the autoencoder's forward pass at every visit of a cell, and no disk. With vae/tiny and
+ldm/tiny on one CPU core it ran 1,710 cells/s from 423 fresh genes and 1,380 from all 1,267. Stored latents gave 2,030.
 What a fresh gene set gains in quality was not measured. A stored set has every cell from all its genes.
 Reading order: TrainLDMConfig, main, set_up, where the latents come from, what the conditions are.
 """
@@ -71,7 +71,7 @@ class TrainLDMConfig(Checked):
     run_dir: folder of the run
     vae: run folder of the autoencoder, best checkpoint: encode the cells of data.shards as they come
     given: gene set that they are encoded from
-    label_embeddings: condition -> CSV file of its labels (first column) and a vector of numbers for each: the model is
+    label_embeddings: condition -> CSV file of its labels (first column) and a vector of numbers for each. The model is
         told the vector, so that every label of the file can be asked for, trained or not
     init_from: model folder whose diffusion transformer to start from. Conditions and labels are joined by name, new
         ones get new rows

@@ -46,8 +46,8 @@ class TrainVAEConfig(Checked):
         differ
     allow_changes: keys that may differ from the run's config.json, as optim.lr,train.steps. Each change is noted in
         changes.json with its step. Those of optim, train and hardware.precision can change
-    gate: at the end, judge the best checkpoint on at most 2,000 validation cells beside mean profiles, one for each
-        combination too where there are at most 200. false leaves that out
+    gate: at the end, judge the best checkpoint on at most 2,000 validation cells beside mean profiles. There is one for
+        each combination too, where there are at most 200. false leaves that out
     deepspeed: any key of DeepSpeed's own configuration that does not change the result, as deepspeed.steps_per_print=10
     """
 

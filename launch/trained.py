@@ -70,8 +70,8 @@ def _part_of(kind: type[Kind], run: Any, run_dir: Path, key: str) -> Kind:
 def check_given(given: GeneSetConfig, vae_run: Path, key: str, world: World) -> None:
     """Says where genes were drawn by weight in training alone, or now alone: the shares of genes are then others.
 
-    Raises: InputError where cells would be given to the autoencoder otherwise than it was trained: it is another
-    function of all genes (or of a random choice of them, zeros included) than of a set made of what the cell expresses.
+    Raises: InputError where cells would be given to the autoencoder otherwise than it was trained. It is another
+    function of all genes (or of a random choice of them, zeros included) than of the genes that a cell expresses.
     """
     trained = _part_of(GeneSetConfig, read_config(vae_run), vae_run, "data.given")
     right = as_whole_cells(trained)

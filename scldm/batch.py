@@ -210,10 +210,10 @@ Batch = TypeVar("Batch", GeneCounts, CellBatch, CompactCellBatch, CompactCounts,
 def pinned(batch: Batch) -> Batch:
     """The batch in pinned (page-locked) memory, from which a copy to a GPU runs beside other work. For CUDA alone.
 
-    The memory is torch's to reuse: its caching host allocator rounds a request up to a power of two, keeps what is
-    given back, and hands it out again once the copies that were begun from it are over. It asks CUDA for memory only
-    where no such piece is free. It allocates in the context of a device that the process uses already, whatever the
-    thread, so that a loader's thread opens none on GPU 0. Source: docs.pytorch.org, torch.cuda.host_memory_stats,
+    torch reuses the memory. Its caching host allocator rounds a request up to a power of two and keeps what is given
+    back. It hands that out again once the copies from it are over. It asks CUDA for memory only where no such piece is
+    free. It allocates in the context of a device that the process uses already, whatever the thread, so that a loader's
+    thread opens none on GPU 0. Source: docs.pytorch.org, torch.cuda.host_memory_stats,
     ATen/cuda/CachingHostAllocator.cpp.
     """
     return _mapped(batch, Tensor.pin_memory, {})

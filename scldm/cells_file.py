@@ -1,5 +1,5 @@
-"""AnnData on the disk, as anndata 0.7 to 0.13 lay it out in h5ad and zarr: opened, read by parts or whole, and made
-such that every anndata can write and read it.
+"""AnnData on the disk, as anndata 0.7 to 0.13 lay it out in h5ad and zarr. It is opened, read by parts or whole, and
+made such that every anndata can write and read it.
 
 Reading order: open_cells, reading, parts of a file, read_cells, storable, before a file is written.
 """

@@ -1,10 +1,10 @@
 """Random numbers by address: the draw for (seed, purpose, step, position) is the same on every rank and device.
 
-Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") in integer tensor operations: no
-generator, no state, and a micro-batch draws exactly what its cells would draw in any other micro-batch.
-A GPU pays for launches here, not for numbers: a round takes four, and what a step draws for several purposes goes
-through the rounds at once (`uniforms`). No Python number is copied to the device, for which the host would wait.
-Where a row is addressed by two numbers, as a cell's gene, Philox gives each a key, and SplitMix64 draws from their sum.
+Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") in integer tensor operations. There is
+no generator and no state. A cell draws the same numbers in any micro-batch. A GPU pays for launches here, not for
+numbers: a round takes four, and what a step draws for several purposes goes through the rounds at once (`uniforms`). No
+Python number is copied to the device, for which the host would wait. Where a row is addressed by two numbers, as a
+cell's gene, Philox gives each a key, and SplitMix64 draws from their sum.
 Reading order: uniform, uniforms, normal, philox, keys, uniform_of.
 """
 

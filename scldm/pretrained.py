@@ -65,9 +65,9 @@ def load(
     device: torch device, such as cpu, cuda or cuda:1
     batch: cells that go through the networks at once. Another number changes the last bits, by the order of sums. None:
         64 on a CPU, on a GPU what a quarter of its memory holds
-    precision: of the networks' matrix products. bfloat16, for GPUs, differs: it keeps 8 bits of a number,
-        so that expected counts are off by 0.6 % (median, and 1 % of them by 3 % or more, cells of Kang et al.). What is
-        between the products, the flow's state and the draws are float32
+    precision: of the networks' matrix products. bfloat16, for GPUs, keeps 8 bits of a number. Expected counts are then
+        off by 0.6 % in the median, and 1 % of them by 3 % or more (cells of Kang et al.). What is between the products,
+        the flow's state and the draws are float32
     min_gene_share: of the model's genes that cells must have to be embedded, reconstructed or transformed, 0 to 1.
         Cells with fewer are refused, since most often their genes are named otherwise
 
@@ -190,9 +190,9 @@ class Pretrained(Networks):
     def reconstruct(
         self, adata: ad.AnnData, *, layer: str | None = None, genes: Sequence[str] | None = None
     ) -> ad.AnnData:
-        """Expected counts of the cells from their own latents, and how likely their counts are: the same cells with
-        expected counts in `X`, float32, and obs["log_likelihood"], in nats over the file's genes that the model knows.
-        obsm stays. So do var and layers, unless a gene is asked for that the file lacks.
+        """Expected counts of the cells from their own latents, and how likely their counts are. The same cells are
+        returned, with expected counts in `X`, float32, and obs["log_likelihood"], in nats over the file's genes that
+        the model knows. obsm stays. So do var and layers, unless a gene is asked for that the file lacks.
 
         adata: raw counts, as for `embed`. A cell's library size is its total over those genes
         genes: which genes to write, in this order, any of the model's. The default is those of the file
@@ -285,8 +285,8 @@ class Pretrained(Networks):
         genes: Sequence[str] | None = None,
         kind: Kind = "counts",
     ) -> ad.AnnData:
-        """The cells as they would be under other conditions, and on the way there: their latents taken to noise along
-        the flow of their own conditions, and back along another. Library sizes stay the cells' own.
+        """The cells as they would be under other conditions, and on the way there. Their latents are taken to noise
+        along the flow of their own conditions, and back along another. Library sizes stay the cells' own.
 
         adata: raw counts, as for `embed`, and obs with the cells' own conditions
         to: condition -> label
@@ -298,9 +298,9 @@ class Pretrained(Networks):
         genes: which genes to write, in this order, any of the model's. The default is those of the file
         kind: counts, integers that are drawn, or means, expected counts, float32
 
-        Returns the cells with obs `scldm_alpha` and `scldm_source`, the cell's name in `adata`. obsm and, unless the
-        file lacks a gene that is asked for, var are those of `adata`. layers are not: they hold counts of the cells
-        before. What a reader should know of the conditions is printed.
+        Returns the cells with obs `scldm_alpha` and `scldm_source`, the cell's name in `adata`. obsm is that of
+        `adata`. So is var, unless the file lacks a gene that is asked for. layers are not: they hold counts of the
+        cells before. What a reader should know of the conditions is printed.
         Raises: InputError as `embed`, for unknown conditions and labels, and for SDE samplers.
         """
         sampler, dit = _sampler(sampler), self._dit()
@@ -454,8 +454,8 @@ class Pretrained(Networks):
         sampler: SamplerConfig | None = None,
         genes: Sequence[str] | None = None,
     ) -> pd.DataFrame:
-        """How genes change from label a of a condition to label b, from generated cells: one row for each gene, or for
-        each combination of the labels of `by` and gene.
+        """How genes change from label a of a condition to label b, from generated cells. There is one row for each
+        gene, or for each combination of the labels of `by` and gene.
 
         by: other conditions: changes for each combination of their labels that a training cell had
         n: generated cells of each label, and combination

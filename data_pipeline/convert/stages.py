@@ -1,5 +1,5 @@
-"""The units of work of a conversion: each can be done by any process, in any order, again and again with the same
-result, and leaves a file that says it is done.
+"""The units of work of a conversion. Each can be done by any process, in any order, again and again with the same
+result. It leaves a file that says it is done.
 
     transpose   a group of columns of a CSC matrix       only for such matrices
     scan        per-gene sums over a unit of cells       only where genes are chosen by their counts

@@ -1,8 +1,8 @@
 """The most variable genes (seurat_v3), from moments that are summed while cells stream by.
 
-Source: Stuart et al. 2019 (Seurat v3), as scanpy.pp.highly_variable_genes(flavor="seurat_v3") has it: the variance that
-is expected at a gene's mean is fitted by loess, counts are clipped at sqrt(n) expected standard deviations above the
-mean, and genes are ranked by the variance of the clipped counts over the expected one.
+Source: Stuart et al. 2019 (Seurat v3), as scanpy.pp.highly_variable_genes(flavor="seurat_v3") has it. The variance that
+is expected at a gene's mean is fitted by loess. Counts are clipped at sqrt(n) expected standard deviations above the
+mean. Genes are ranked by the variance of the clipped counts over the expected one.
 
 All sums are of integers, so that neither the order of cells nor the number of workers changes a digit.
 """

@@ -1,8 +1,8 @@
 """A block: up to 256 cells of one split as bytes, and back. The layout is specified in README.md.
 
 A cell costs a byte and a half per expressed gene before the codec: the step from the gene before, and its count. What
-is rare (counts over 15, steps over 255) is said so that a reader needs no branch for it: a larger count stands in a
-table with its gene, and a longer step is several, to genes whose count is 0.
+is rare (counts over 15, steps over 255) is stored so that a reader needs no branch for it. A larger count stands in a
+table with its gene. A longer step is several steps, to genes whose count is 0.
 
 Reading order: header, codec, NarrowCells, encode_block, sections, BlockBuffers, decode_block. The kernels are in
 block_kernels.py.

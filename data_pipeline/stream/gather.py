@@ -43,7 +43,7 @@ class Csr:
 
 
 class Slab:
-    """Memory in pieces from a few large arrays, which NumPy asks the system to back by huge pages: in small pages, a
+    """Memory in pieces from a few large arrays, which NumPy asks the system to back by huge pages. In small pages, a
     cell in a random place costs as much to find as to read."""
 
     BYTES = 32 << 20

@@ -22,8 +22,8 @@ from scldm.train.budget import Memory, rank_memory, sent_bytes
 from scldm.train.step_cost import StepCost, dit_step, vae_step
 
 # bytes of a rank's share of the parameters that a step moves once the pass is done, 4 B a number: the norm reads the
-# gradient, clipping reads and writes it, AdamW reads gradient, weight and two moments and writes three of them, the
-# the EMA reads weight and EMA and writes one: 1 + 2 + 7 + 3
+# gradient, clipping reads and writes it, AdamW reads gradient, weight and two moments and writes three of them, the EMA
+# reads weight and EMA and writes one: 1 + 2 + 7 + 3
 OPTIMIZER_BYTES = 4 * 13
 
 

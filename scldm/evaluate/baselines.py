@@ -121,8 +121,8 @@ def with_relatives(
 
     wanted: cells that each combination, seen or not, is drawn at. An unseen one gets up to four times as many, at most
         2,000, so that baselines have cells to choose from. These are cells that the seen combinations do not need, and
-        no more than half of those, each taken once: a cell that stood twice in a set would be its own neighbour. Where
-        they are fewer than wanted, any relatives are taken, and stand twice
+        at most half of those. Each is taken once, as a cell that stands twice in a set would be its own neighbour.
+        Where they are fewer than wanted, any relatives are taken, and stand twice
     """
     rng, types, extra, of = np.random.default_rng([seed, 10]), train.types.astype(object), [], {}
     spare = np.zeros(len(train), bool)

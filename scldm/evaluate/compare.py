@@ -60,8 +60,8 @@ class EvaluateConfig(Checked):
     max_group_cells: of a combination or label, at most so many
     max_drawn_cells: of floor and each baseline at most so many cells are drawn in all draws together, in no fewer than
         3 draws
-    max_real_cells: of each split at most so many cells are taken, a seeded draw that has the combinations in the shares
-        at which they are compared: 100,000 cells of 3,000 expressed genes take 2.4 GB
+    max_real_cells: of each split at most so many cells are taken. They are a seeded draw, with combinations in the
+        shares at which they are compared. 100,000 cells of 3,000 expressed genes take 2.4 GB
     min_gene_share: of the genes of real or generated cells, whichever are fewer, that both must have
     """
 

@@ -57,8 +57,8 @@ def mmd2_multiscale(reference: np.ndarray, other: np.ndarray, sigmas: tuple[floa
 
 
 def energy_distance(reference: np.ndarray, other: np.ndarray) -> float:
-    """Energy distance 2 E|X - Y| - E|X - X'| - E|Y - Y'|, unbiased: no cell is paired with itself (a U-statistic), so
-    that equal distributions are at 0 on average and a score may fall slightly below 0.
+    """Energy distance 2 E|X - Y| - E|X - X'| - E|Y - Y'|, unbiased. No cell is paired with itself (a U-statistic). So
+    equal distributions are at 0 on average, and a score may fall slightly below 0.
     Source: Szekely & Rizzo 2013, eq. 1.
     """
     across = float(cdist(reference, other).mean())

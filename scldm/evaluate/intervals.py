@@ -1,6 +1,6 @@
 """How sure is a score? Standard errors by resampling cells without replacement.
 
-A bootstrap draws cells with replacement, and a cell that is drawn twice is its own nearest neighbour: it would ruin
+A bootstrap draws cells with replacement, and a cell that is drawn twice is its own nearest neighbour. That would ruin
 every score that looks at neighbours, and bias those that compare pairs. Parts without replacement have no copies.
 
 An interval is score +- 1.96 standard errors. It speaks of the cells that were judged: of which cells were sequenced and

@@ -1,8 +1,8 @@
 """What an embedding of cells knows about a label: a linear probe and nearest neighbours, beside PCA of the same cells.
 
-Every cell is predicted once, by a classifier that has not seen it, nor any cell of its group where groups are given
-(a donor, say): labels that can be told only by who the donor is then count for nothing. Everything that is fitted,
-scales and components too, is fitted on the training cells of its fold.
+Every cell is predicted once, by a classifier that has not seen it. Where groups are given (a donor, say), it has seen
+no cell of the group either. A label that only tells the donor then scores nothing. Everything that is fitted, scales
+and components too, is fitted on the training cells of its fold.
 
 Reading order: folds, which labels, features, classifiers, scores, probe.
 """

@@ -55,7 +55,7 @@ class Sample:
 def rows_of_blocks(
     type_n: np.ndarray, start: np.ndarray, numbers_K: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Rows, ascending, of numbers_K[k] cells of each type k, or of as many as there are, out of few blocks: they are
+    """Rows, ascending, of numbers_K[k] cells of each type k, or of as many as there are, out of few blocks. Blocks are
     met in random order, and a set's cells were shuffled before they were put into blocks.
 
     type_n: (n,) numbers of the cells' types

@@ -1,7 +1,7 @@
 """What an evaluation says in one sentence, and what to do next.
 
-The order is that of harm: cells that were copied are worth nothing however well they score, a lost effect may hide
-behind good distances, and which stage to train further can be told where the model's parts were judged too.
+The order is that of harm. Cells that were copied are worth nothing however well they score. A lost effect may hide
+behind good distances. Which stage to train further can be told where the model's parts were judged too.
 Reading order: counts for the headline, the sentence, which part limits.
 """
 

@@ -4,12 +4,12 @@ of a cell's conditions y. One call of the network per evaluation, on a row for e
 - joint: v(null) + w (v(y) - v(null)). Source: paper, Eq. 11
 - additive: v(null) + sum_j w_j (v(y_j) - v(null)), y_j being condition j alone. Source: Palma et al. 2024 (CFGen)
 - compositional: as joint, but v(y) of a combination that was never trained is composed from the largest parts that
-  were, as if these were independent given what they share: v(a, d) + v(b, d) - v(d) where (a, d) and (b, d) were
+  were. It treats them as independent given what they share: v(a, d) + v(b, d) - v(d) where (a, d) and (b, d) were
   trained and (a, b) was not. Source: Liu et al. 2022 for the product. What is shared by inclusion and exclusion
 - shift: as joint, of the nearest trained combination. What was drawn is moved afterwards (`shift.py`)
 
-Guidance may be limited to an interval of flow time (Kynkaanniemi et al. 2024): outside it all weights are 1, so that
-the joint kind follows v(y) and the others their own unexaggerated form.
+Guidance may be limited to an interval of flow time (Kynkaanniemi et al. 2024). Outside it all weights are 1. The joint
+kind then follows v(y), and the others their own unexaggerated form.
 Reading order: GuidanceKind, subset_weights, the composition, GuidedField.
 """
 

@@ -112,8 +112,9 @@ class AllGenesEncoder:
 def encoder_of(vae: VAE, gene_ids_S: Tensor, prevalent_S: np.ndarray) -> Callable[[Tensor], Posterior]:
     """From counts of a gene set, (B, S), to the posterior: on a CPU by AllGenesEncoder if attention is factorised.
 
-    On a GPU all genes are read: 4 M D FLOPs and more per gene and cell (1.3 GFLOP at 20,000 genes, 64 latent tokens and
-    a width of 256) should take less time than launching the dozens of small kernels of a cell. Not measured on a GPU.
+    On a GPU all genes are read. That takes 4 M D FLOPs and more per gene and cell (1.3 GFLOP at 20,000 genes, 64 latent
+    tokens and a width of 256). It should take less time than launching the dozens of small kernels of a cell. Not
+    measured on a GPU.
     """
     if vae.attention.way in ("factorised", "fused") and gene_ids_S.device.type == "cpu":
         return AllGenesEncoder(vae, gene_ids_S, torch.tensor(np.asarray(prevalent_S))).encode

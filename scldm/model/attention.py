@@ -1,7 +1,7 @@
 """Multi-head attention: its formula, the specification that every faster path is tested against, and torch's kernels.
 
-Keys have neither a bias nor, where they come from a LayerNorm, a shift: both add one number to all scores of a query,
-which the softmax removes, so their true gradient is zero and AdamW would turn its rounding noise into full steps.
+Keys have neither a bias nor, where they come from a LayerNorm, a shift. Both add one number to all scores of a query,
+which the softmax removes. So their true gradient is zero, and AdamW would turn its rounding noise into full steps.
 Reading order: Way, fastest, attention, sdpa, SelfAttention.
 """
 
@@ -34,7 +34,7 @@ def fastest(device: str, dtype: torch.dtype, refusal: str) -> Choice:
     1. `fused` on an NVIDIA GPU, for products in bf16, where its kernels can run and take the shape.
     2. `factorised` everywhere else: on a CPU, in float32, and for shapes that the kernels refuse.
 
-    `plain` and `sdpa` are never it. Both make keys, values and a hidden layer for every cell and gene: by a roofline
+    `plain` and `sdpa` are never it. Both make keys, values and a hidden layer for every cell and gene. By a roofline
     model of an H100 a step of vae/20m in bf16 (8,192 genes) takes them more time than `factorised` at 32 and at 128
     cells, with one set for all and with a set each. Their memory grows with cells x genes, while that of `factorised`
     is a share of the device's (`factorised.TILE_SHARE`) beside the tables. In float32 the kernels keep more numbers

@@ -165,9 +165,9 @@ class ConditionMeans(nn.Module):
         return sum((self.get_buffer(f"shift_{k}")[conditions[name]] for k, name in self.names.items()), start=0.0)
 
     def fit(self, labels_KC: Tensor, n_K: Tensor, mean_KLZ: Tensor) -> None:
-        """Shifts that together come nearest to the means of trained combinations, by least squares: each combination
-        counts once, but less where it has few cells (n / (n + 10)), and a shift is drawn to 0 as by one tenth of one.
-        A label of none of these combinations has no shift.
+        """Shifts that together come nearest to the means of trained combinations, by least squares. Each combination
+        counts once, but less where it has few cells (n / (n + 10)). A shift is drawn to 0 as by one tenth of a
+        combination. A label of none of these combinations has no shift.
 
         labels_KC: label ids of all conditions. n_K: cells. mean_KLZ: of standardised latents
         """

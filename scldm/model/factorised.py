@@ -271,8 +271,8 @@ def on_gpu(like: Tensor) -> bool:
 
 
 class _Space:
-    """Tiles of as many cells (or rows) as fill them, and memory for two, made once: fresh memory costs a page fault for
-    every 4 kB, more than what is then done with it.
+    """Tiles of as many cells (or rows) as fill them, and memory for two, made once. Fresh memory costs a page fault for
+    every 4 kB, which is more than what is then done with it.
 
     n_outer: of the outer, such as heads, a tile takes as many as fill it with all cells, and at most so many
     """

@@ -13,7 +13,7 @@ class GeneToken(nn.Module):
 
     phi are few functions of the count (scldm/count_basis.py), and every u_k is a parameter of its own. Eq. 9 projects
     [repeat_D(c), E_g], so that the count meets the *sum* of D columns, which an optimizer that takes equal steps in all
-    of them moves D times as fast as a gene's vector: trained so, a token shows that a gene is expressed and no longer
+    of them moves D times as fast as a gene's vector. Trained so, a token shows that a gene is expressed and no longer
     how much. `linear` is the same function with the sum as the parameter.
 
     Soft bins rather than hard ones: neighbouring counts share vectors, as they mean much the same.

@@ -260,8 +260,8 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Start where the latents are felt: with embeddings and queries of unit scale the first 1,000 steps learn
-        nothing but the mean cell, as what differs between cells is a small part of every token and query.
+        """Start where the latents are felt. With embeddings and queries of unit scale, the first 1,000 steps learn
+        nothing but the mean cell. What differs between cells is then a small part of every token and query.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):

@@ -89,7 +89,7 @@ def dit_from(dit: DiT, conditions: ConditionVocab, trained: DiT, trained_conditi
     A condition that the trained one lacks starts as a network does, one that is no more is left out.
 
     Raises: InputError where the networks are of different shape, have tokens for combinations, or take conditions
-        otherwise: weights that were trained beside `condition_means`, or on a log scale, mean something else without.
+        otherwise. Weights that were trained beside `condition_means`, or on a log scale, mean something else without.
     """
     if dit.config.combination_tokens or trained.config.combination_tokens:
         raise InputError("init_from: model.combination_tokens are of the trained data's combinations. Set it to false")

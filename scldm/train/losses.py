@@ -1,7 +1,7 @@
 """What the two stages minimise. A stage is its loss on a micro-batch. The loop does the rest.
 
-Losses and metrics are sums over a micro-batch's cells, by weight: divided by the number of cells in the global batch,
-and added over micro-batches and ranks, they are means over the global batch whatever the world size.
+Losses and metrics are sums over a micro-batch's cells, by weight. They are divided by the number of cells in the global
+batch, and added over micro-batches and ranks. So they are means over the global batch whatever the world size.
 Reading order: Draws, Stage, VAEStage, LDMStage.
 """
 
