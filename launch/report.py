@@ -204,7 +204,11 @@ def starts_of(run: Path, starts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         job = f", job {start['slurm_job']}" if start.get("slurm_job") else ""
         commit = f", commit {start['git'][:12]}{'-dirty' * start['git'].endswith('-dirty')}" if start["git"] else ""
         out[f"start {k + 1}"] = f"{start['time']} on {start['host']}{job}{commit}"
-    told = [(name, text) for name, text in training(run) if name == "changed" or name.startswith("rank-")]
+    told = [
+        (name, text)
+        for name, text in training(run, with_outcome=False)
+        if name == "changed" or name.startswith("rank-")
+    ]
     return out | {f"{name}, {k + 1}" if name == "changed" else name: text for k, (name, text) in enumerate(told)}
 
 
