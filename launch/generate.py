@@ -84,7 +84,7 @@ class GenerateConfig(Checked):
         super().__post_init__()
         ways = [name for name in ("conditions", "like", "shards", "n") if getattr(self, name) not in ("", None)]
         if len(ways) != 1:
-            raise InputError(f"give exactly one of conditions, like, shards and n; given: {', '.join(ways) or 'none'}")
+            raise InputError(f"give exactly one of conditions, like, shards and n. Given: {', '.join(ways) or 'none'}")
         if self.by and not (self.like or self.shards):
             raise InputError(f"by={','.join(self.by)} names columns of like, which is not given")
 

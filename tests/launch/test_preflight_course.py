@@ -88,7 +88,7 @@ def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
         monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
     monkeypatch.setenv("SCLDM_MIN_NODES", "1")
     monkeypatch.setenv("SCLDM_PREFLIGHT_S", "55")
-    times = {"JOIN": 5.0 / 55, "PRODUCT_S": 2.0, "PAIR_S": 1.5, "LEAST_PAIR_S": 0.5, "BEAT_S": 0.1}
+    times = {"JOIN": 10.0 / 55, "PRODUCT_S": 2.0, "PAIR_S": 1.5, "LEAST_PAIR_S": 0.5, "BEAT_S": 0.1}
     for name, value in times.items():
         monkeypatch.setattr(preflight, name, value)
     monkeypatch.setattr(preflight, "findings_of", found.findings)

@@ -432,7 +432,7 @@ def test_shards_are_staged_for_the_jobs_that_read_them(fake: Path, tmp_path: Pat
         ([*PIPELINE, "out=o", "wae.train.steps=1"], "wae.train.steps=1: a pipeline takes presets"),
         ([*PIPELINE, "out=o", "ldm.train.stepz=1"], "ldm: train.stepz=1: unknown key"),
         (PIPELINE, "a pipeline needs out=FOLDER"),
-        ([*PIPELINE[:-1], "out=o"], "generate: give exactly one of conditions, like, shards and n; given: none"),
+        ([*PIPELINE[:-1], "out=o"], "generate: give exactly one of conditions, like, shards and n. Given: none"),
     ],
 )
 def test_what_a_pipeline_refuses(fake: Path, capsys: pytest.CaptureFixture, words: list[str], said: str) -> None:
