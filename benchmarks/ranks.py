@@ -16,6 +16,7 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ EXAMPLE = """
 python -m benchmarks.ranks ranks=16,64,256 parts=16,64,256,1024
 """
 STEPS = 10
+MOST_S = 300.0  # that a rank waits for the others
 SHA256 = "0" * 64
 
 
@@ -128,7 +130,7 @@ def as_rank(rank: int, n: int, port: int, lazy: bool, out: int) -> None:
         os.environ.update({name: str(value) for name, value in place.items()} | {LAZY: str(int(lazy))})
         world = World(rank, n, torch.device("cpu"))
         began = time.monotonic()
-        world.join()
+        world.join(MOST_S)
         agree(world)
         joined = time.monotonic()
         for _ in range(STEPS):
@@ -142,6 +144,8 @@ def as_rank(rank: int, n: int, port: int, lazy: bool, out: int) -> None:
         world.barrier()
         del links
         code = 0
+    except BaseException:  # whatever it is, this process goes no further than here
+        traceback.print_exc()
     finally:
         os._exit(code)
 

@@ -67,6 +67,10 @@ class CheckpointConvertConfig(Checked):
         if self.file_gb and self.to != "safetensors":
             raise InputError(f"file_gb={self.file_gb:g} is for to=safetensors, not for to={self.to}")
 
+    @property
+    def makes_folder(self) -> bool:
+        return self.to in ("dcp", "checkpoint") or self.file_gb > 0
+
 
 CONFIG = CheckpointConvertConfig
 
@@ -74,10 +78,10 @@ CONFIG = CheckpointConvertConfig
 def main(config: CheckpointConvertConfig) -> Path:
     """Write it, whole or not at all. Returns where. Raises: InputError for a damaged checkpoint."""
     checkpoint, out = Checkpoint(found_checkpoint(config.at, config.which)), Path(config.out)
+    if out.is_dir() or (out.exists() and config.makes_folder):  # which may be anybody's
+        raise InputError(f"out={out} exists already")
     checkpoint.check()
     if config.to == "checkpoint":
-        if out.exists():
-            raise InputError(f"out={out} exists already")
         repartition(checkpoint, out, config.parts)
     else:
         weights = Weights(checkpoint, "ema" if config.weights == "ema" else "weight")

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from scldm import pretrained
-from scldm.errors import InputError
+from scldm.errors import Busy, InputError
 from scldm.model_folder import read_config
 from scldm.pretrained import Pretrained
 from scldm.train.mlflow_run import NOTE, Sender, cause_of, followed_alone, read_note
@@ -31,7 +31,7 @@ def check_followed(run: Path) -> None:
 def register(folder: Path, run: Path, name: str, alias: str = "") -> str:
     """Send a model folder to the MLflow run of the folder `run`, and register it; returns its URI.
 
-    Raises: InputError for a run without MLflow, and for what MLflow can't do, with its cause.
+    Raises: InputError for a run without MLflow; Busy for what MLflow can't do, with its cause.
     """
     check_followed(run)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")  # a model is larger than a row, and waited for
@@ -41,7 +41,7 @@ def register(folder: Path, run: Path, name: str, alias: str = "") -> str:
         raise
     except Exception as error:  # MLflow's, and those of the stores behind it
         uri = (read_note(run) or {}).get("uri", "")
-        raise InputError(
+        raise Busy(
             f"register={name}: the model folder {folder} is written, MLflow at {uri} failed: {cause_of(error, uri)}; "
             "run the same command again"
         ) from error

@@ -57,7 +57,7 @@ class ReportConfig:
     out: str = ""
 
     def __post_init__(self) -> None:
-        if len(self.runs) not in (1, 2) or len(set(self.runs)) < len(self.runs):
+        if len(self.runs) not in (1, 2) or len({Path(run).resolve() for run in self.runs}) < len(self.runs):
             raise InputError(f"runs={', '.join(self.runs)}: give the folder of one run, or of two different ones")
 
 
@@ -243,7 +243,8 @@ def evaluations(run: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         named = [made.get("vae"), made.get("ldm"), evaluation.get("vae", {}).get("folder")]
         model = Path(made.get("model") or "") / "config.json"
         if made.get("model") and model.is_file():
-            named += [of["run"] for of in read_json(model).get("origin", {}).values() if of and "run" in of]
+            origin = read_json(model).get("origin", {}).values()
+            named += [of["run"] for of in origin if isinstance(of, dict) and "run" in of]
         if any(name and is_at(run, name) for name in named):
             yield path, evaluation
 
@@ -296,16 +297,15 @@ def weak(
 ) -> list[str]:
     """A sentence for each weakness that the run's own files show."""
     out, name, judged = list[str](), metric_of(run), validated(run, rows)
-    if (gate := read_gate(run)) and gate["passed"] is not True:
+    if (gate := read_gate(run)) and gate["passed"] is False:
         out.append(f"The autoencoder is {gate['line']}.")
     if not judged:
         out.append("It was never validated.")
     else:
         best, last = min(judged, key=lambda row: row[name]), judged[-1]
         if best is last and (run / OUTCOME).is_file() and read_json(run / OUTCOME)["state"] == "finished":
-            out.append(
-                f"Validation was at its best at the last step: train on, train.steps={config['train']['steps']}."
-            )
+            steps = config["train"]["steps"]
+            out.append(f"Validation was at its best at the last step: train on, with more than train.steps={steps}.")
         elif last[name] - best[name] > RISE * abs(best[name]):
             out.append(
                 f"Validation rose from {best[name]:.4g} at step {best['step']:,} to {last[name]:.4g}: it overfits."
@@ -316,7 +316,8 @@ def weak(
             f"{median(waits):.0%} of the time is spent waiting for cells: raise data.read_threads or data.prefetch."
         )
     if (run / "nonfinite.jsonl").is_file():
-        steps = {json.loads(line)["step"] for line in (run / "nonfinite.jsonl").read_text().splitlines()}
+        *lines, _ = (run / "nonfinite.jsonl").read_text().split("\n")  # the last one may be under way
+        steps = {json.loads(line)["step"] for line in lines}
         out.append(f"{len(steps)} steps were skipped, as their gradient was not finite: nonfinite.jsonl has the cells.")
     if any((start["git"] or "").endswith("-dirty") for start in starts):
         noted = ", ".join(dict.fromkeys(start["diff"] for start in starts if "diff" in start))

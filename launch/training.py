@@ -29,6 +29,7 @@ from scldm.pretrained import Pretrained
 from scldm.train.branch import to_begin
 from scldm.train.changes import CHANGES
 from scldm.train.checkpoint import pointed
+from scldm.train.follower import follower_named
 from scldm.train.init_from import Joined
 from scldm.train.loop import Loader, TrainConfig, train
 from scldm.train.losses import Stage
@@ -37,7 +38,7 @@ from scldm.train.requests import Requests
 from scldm.train.run_folder import open_run_folder, outcome_noted, step_of
 from scldm.train.step_cost import StepCost
 from scldm.train.throughput import Meter, peak_flops
-from scldm.train.tracking import Tracker, TrackingConfig
+from scldm.train.tracking import Tracker, TrackingConfig, check_attached
 
 # what a resume may change: where and how fast a run goes, how it is followed, but not what it computes. `data.shards`
 # is a place: that the cells there are the same is proved by the loader's state and the vocabularies
@@ -126,6 +127,9 @@ def run_training(
     config.hardware.accumulation(config.train.global_batch, world.size)
     check_overrides(config.deepspeed)
     check_engine(config.hardware, world, config.deepspeed)
+    if config.tracking.also:
+        follower_named(config.tracking.also)  # on every rank, before any waits for another
+    check_attached(config.tracking.attach, Path(config.run_dir))
     run_dir = Path(config.run_dir)
     as_dict = dataclasses.asdict(config)  # pyright: ignore[reportArgumentType]
     for key in OF_A_START:

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -75,15 +76,19 @@ def git_commit() -> str | None:
 
 
 MOST_OF_A_DIFF = 1_000_000  # bytes
-_NAMED = re.compile(
-    r"(\w*(?:password|passwd|secret|api_?key|access_?key|_token)\w*[\"']?\s*[=:]\s*[\"']?)[^\s\"',)]+", re.IGNORECASE
+# what follows one of these in its line is not kept. `token` alone is a word of this project: model.token=linear
+_SECRET = re.compile(
+    r"((?i:password|passwd|secret|api[-_]?key|access[-_]?key|private[-_]?key|credential|authorization|bearer|_token)"
+    r"|TOKEN|token[\"']?\s?[=:]\s?[\"']|\b(?:hf_|gh[ps]_|github_pat_|sk-|AKIA|eyJ)).*"
 )
+_ANYONE = re.compile(r"(?<=://)[^\s/@'\"]+@")  # a token can stand for a user
 
 
 def git_diff() -> str:
     """How tracked files of the checkout differ from its commit, at most a megabyte; empty where they don't.
 
-    Passwords in URLs are left out, and so is what a name such as `api_key` or `PASSWORD` is set to.
+    Users and passwords in URLs are left out, and so is the rest of a line after a word such as `api_key` or `PASSWORD`.
+    A secret without any such word beside it stays: what is not to be seen belongs in no tracked file.
     """
     if not (git_commit() or "").endswith("-dirty"):
         return ""
@@ -91,9 +96,12 @@ def git_diff() -> str:
     command = ["git", "-C", str(root), "diff", "--no-ext-diff", "--no-textconv", "--no-color", "HEAD"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as git:
         assert git.stdout is not None
+        overdue = threading.Timer(10, git.kill)
+        overdue.start()
         data = git.stdout.read(MOST_OF_A_DIFF + 1)
+        overdue.cancel()
         git.kill()  # of a larger one the rest is not wanted
-    text = _NAMED.sub(r"\1...", without_passwords(data[:MOST_OF_A_DIFF].decode(errors="replace")))
+    text = _SECRET.sub(r"\1...", without_passwords(_ANYONE.sub("", data[:MOST_OF_A_DIFF].decode(errors="replace"))))
     return text + f"\n# cut at {MOST_OF_A_DIFF:,} bytes\n" * (len(data) > MOST_OF_A_DIFF)
 
 

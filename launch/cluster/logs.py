@@ -70,7 +70,7 @@ def show(notes: Path, follow: bool, rank: int | None = None) -> None:
                 files[path] = path.open(errors="replace")
             text = files[path].read()
             if rank is not None:
-                *lines, begun[path] = (begun.get(path, "") + text).split("\n")
+                *lines, begun[path] = (begun.get(path, "") + text + "\n" * ended).split("\n")
                 mine = (re.match(rf" *{rank}: ?(.*)", line) for line in lines)
                 text = "".join(f"{match[1]}\n" for match in mine if match)
             sys.stdout.write(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from launch.config import compose
 from launch.evaluation.gate import line_of
 from scldm.errors import InputError, read_json
 from scldm.train import changes
-from scldm.train.run_folder import OUTCOME, is_trained, read_config, started_at
+from scldm.train.run_folder import OUTCOME, is_trained, read_config, started_at, trained_on
 from scldm.train.throughput import seconds_per_step
 from scldm.train.tracking import read_metrics
 
@@ -93,7 +94,10 @@ def state_of_run(run: Path) -> str:
         code = f", exit code {outcome['exit_code']}" if outcome["exit_code"] else ""
         return f"{outcome['state'].upper()}{code}{': ' if outcome['reason'] else ''}{outcome['reason']}"
     files = [path for name in ("", "checkpoints") for path in (run / name).glob("*") if path.is_file()]
-    last = ago(time.time() - max(path.stat().st_mtime for path in files))
+    silent_s = time.time() - max(path.stat().st_mtime for path in files)
+    last, host = ago(silent_s), trained_on(run)
+    if host not in ("", socket.gethostname()) and silent_s < read_config(run)["train"].get("hang_s", 0):
+        return f"RUNNING or killed: it is trained on {host}, whose locks this host may not see. It last wrote {last}"
     return f"KILLED: no process trains in it, and the last one left no word of its end. It last wrote {last}"
 
 

@@ -93,12 +93,12 @@ def options_of(given: Sequence[str], sbatch: Sequence[str]) -> tuple[SubmitConfi
     Raises: InputError for a word of sbatch that a job sets itself, with what to give in its place.
     """
     spelled = []
-    for word, following in zip(sbatch, [*sbatch[1:], ""]):
+    for word, following in zip(sbatch, [*sbatch[1:], ""]):  # which is a value where the word has none
         letter = re.fullmatch(r"-(\w)=?(.*)", word)
         if letter and letter[1] in LETTERS:
             word = f"--{LETTERS[letter[1]]}{'=' if letter[2] else ''}{letter[2]}"
         name = word.removeprefix("--").partition("=")[0] if word.startswith("--") else ""
-        if name in SET_HERE and (name != "gres" or "gpu" in word + following):
+        if name in SET_HERE and (name != "gres" or "gpu" in (word if "=" in word else following)):
             raise InputError(f"{word}: submit sets this itself; give {SET_HERE[name]}")
         spelled.append(word)
     told = list(with_options_read(SubmitConfig, spelled, only_known=True))
@@ -117,6 +117,7 @@ def main(submission: Submission) -> list[str]:
         site = site_of_job(job, of_all)
         check_stage(job, site)
         check_notes(job, site)
+        check_gpus(job, site)
         if partitions:
             partition = check_partition(job, site, partitions)
             check_nodes(job, site, partition)
@@ -198,6 +199,15 @@ def check_partition(job: Job, site: Mapping[str, str], known: Mapping[str, slurm
         told = f"{given_as('gpus_per_node', job, site)}: {job.name} wants {wanted} on a node"
         raise InputError(f"{told}, and a node of partition {name} has {known[name].gpus_per_node} GPUs")
     return known[name]
+
+
+def check_gpus(job: Job, site: Mapping[str, str]) -> None:
+    """Raises: InputError for a training that would refuse its node only once it has waited in the queue."""
+    if getattr(getattr(job.config, "hardware", None), "require_gpu", False) and not gpus_of(job, site):
+        raise InputError(
+            f"{job.name}: hardware.require_gpu=true, and a node has no GPU by the site file: give --gpus-per-node, "
+            "SCLDM_GPUS_PER_NODE there, or hardware.require_gpu=false"
+        )
 
 
 def given_as(option: str, job: Job, site: Mapping[str, str]) -> str:

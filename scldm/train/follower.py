@@ -43,7 +43,8 @@ class Follower(ABC):
 
     def new_rows(self) -> Iterator[list[dict[str, Any]]]:
         """Rows that were not sent, some at a time. They count as sent when the next are asked for, across restarts."""
-        state = self.folder / f"{type(self).__name__.lower()}_run.json"
+        kind = type(self)
+        state = self.folder / f"followed_by-{kind.__module__}.{kind.__qualname__}.json"
         sent: dict[str, int] = {}
         with contextlib.suppress(FileNotFoundError, ValueError):
             sent = json.loads(state.read_text())
@@ -54,7 +55,7 @@ class Follower(ABC):
                 write_json(state, sent)
 
 
-def follower_named(name: str, folder: Path) -> Follower:
+def follower_named(name: str) -> type[Follower]:
     """Raises: InputError for what is no Follower; ModuleNotFoundError, also where it needs a package."""
     module, _, kind = name.partition(":")
     found = getattr(importlib.import_module(module), kind, None)
@@ -62,7 +63,7 @@ def follower_named(name: str, folder: Path) -> Follower:
         raise InputError(
             f"tracking.also={name}: {module} has no class {kind!r} that is a scldm.train.follower.Follower"
         )
-    return found(folder)
+    return found
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from scldm.files import made_aside, outlived
@@ -26,11 +27,13 @@ from scldm.train.tracking import Tracker
 
 FOLDER = "profiles"
 STEPS = 5
+VALIDATES = "validates"
 ROWS = 30  # operations in the table
 
 
 class StepProfile:
-    """Of the first rank alone. Without a request it does nothing, and no failure of it ends a run."""
+    """Of the first rank alone, for STEPS steps or until it validates. Without a request it does nothing, and no failure
+    of it ends a run."""
 
     def __init__(self, run_dir: Path, world: World, tracker: Tracker) -> None:
         self.run_dir, self.tracker, self.on_gpu = run_dir, tracker, world.device.type == "cuda"
@@ -60,6 +63,9 @@ class StepProfile:
             return
         self._end_part()
         part = part_of(doing)
+        if part == VALIDATES:  # as long as many steps, and more to write than a rank may have memory for
+            self._n_steps += 1  # the one that has just ended
+            return self.close()
         self._parts[part] = None
         self._range = record_function(part)
         self._range.__enter__()
@@ -112,12 +118,18 @@ def part_of(doing: str) -> str:
 
 
 def table(profiler: profile, parts: list[str], n_steps: int) -> str:
-    """Milliseconds a step and share of each part on the CPU, and of what it has the GPU do; then the operations."""
+    """Milliseconds a step and share of each part on the CPU, and from its first to its last work on the GPU; then the
+    operations. Of what autograd's own thread has the GPU do, the part may know nothing: the trace shows that."""
     averages = profiler.key_averages()
-    of = {event.key: event for event in averages if event.key in parts}
-    total = sum(event.cpu_time_total for event in of.values()) or 1
+    cpu, gpu = dict.fromkeys(parts, 0.0), dict.fromkeys(parts, 0.0)
+    for event in averages:  # with a GPU, a part has a row of each device
+        if event.key in cpu and event.device_type == DeviceType.CPU:
+            cpu[event.key] += event.cpu_time_total
+        elif event.key in gpu:
+            gpu[event.key] += event.device_time_total
+    total = sum(cpu.values()) or 1
     lines = [f"{'part':<40}{'ms a step':>12}{'share':>8}{'GPU, ms':>12}"]
     for part in parts:
-        cpu_us, gpu_us = of[part].cpu_time_total, of[part].device_time_total
-        lines.append(f"{part:<40}{cpu_us / 1e3 / n_steps:>12.2f}{cpu_us / total:>8.1%}{gpu_us / 1e3 / n_steps:>12.2f}")
+        share = f"{cpu[part] / total:>8.1%}"
+        lines.append(f"{part:<40}{cpu[part] / 1e3 / n_steps:>12.2f}{share}{gpu[part] / 1e3 / n_steps:>12.2f}")
     return "\n".join(lines) + "\n\n" + averages.table(sort_by="self_cpu_time_total", row_limit=ROWS)

@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -159,6 +159,13 @@ def is_trained(run_dir: Path) -> bool:
         pass
     owner = run_dir / OWNER
     return owner.is_file() and not _ended(owner.read_text())
+
+
+def trained_on(run_dir: Path) -> str:
+    """The host that last trained in the folder; empty where that is not noted."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads((run_dir / LOCK).read_text())["host"])
+    return ""
 
 
 @contextmanager

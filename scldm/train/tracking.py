@@ -52,7 +52,8 @@ from scldm.train.mlflow_run import (
 PARENT = "SCLDM_PARENT"  # variable: the folder of the run that all runs started here are nested in
 STAGES = "tracking"  # folder in a run's own, of stages whose folders are not theirs to write in
 LONGEST_WAIT_S = 60.0  # between two tries while the server is away
-DATABASE_S = 300.0  # for all to reach a local database: it is there, and slow at most
+# for all to reach a local database: it is there, and slow at most. srun kills a rank 120 s after another has ended
+DATABASE_S = 90.0
 LAST_TRIES = 3  # of a local database, which another process may hold for a moment
 HURRY_S = 5.0  # for the last rows of a run that was stopped or failed: who ended it may kill what does not end soon
 
@@ -70,7 +71,7 @@ class TrackingConfig(Checked):
     parent_run_id: the same by the MLflow run's id, of a run that scldm does not follow
     every_s: seconds between two forwards
     close_s: longest wait for a server at the end of the run, in seconds. It is 5 for a run that was stopped or failed.
-        A local database is waited for until all is there, at most 300 s
+        A local database is waited for until all is there, at most 90 s
     system_s: seconds between two samples of processor, memory and GPU; 0 takes none
     attach: files that MLflow gets with the run, such as a plan
     also: module:Class of a place where the run is followed too, with MLflow or without, as
@@ -93,8 +94,8 @@ class TrackingConfig(Checked):
         super().__post_init__()
         if self.parent and self.parent_run_id:
             raise InputError(f"tracking.parent={self.parent} and tracking.parent_run_id name two parents; give one")
-        if missing := [path for path in self.attach if not Path(path).is_file()]:
-            raise InputError(f"tracking.attach={','.join(missing)}: no such file")
+        if len({Path(path).name for path in self.attach}) < len(self.attach):
+            raise InputError(f"tracking.attach={','.join(self.attach)}: two files of one name; MLflow would keep one")
         if self.also and not re.fullmatch(r"[\w.]+:\w+", self.also):
             raise InputError(f"tracking.also={self.also}: give module:Class, as scldm.train.tensorboard:TensorBoard")
 
@@ -138,7 +139,7 @@ class Tracker:
         if not active:
             return
         if cfg.also:
-            self._also = _Also(follower_named(cfg.also, self.run_dir), cfg)
+            self._also = _Also(follower_named(cfg.also)(self.run_dir), cfg)
         with self._reported("opening"):
             self.run_dir.mkdir(parents=True, exist_ok=True)
             drop_torn_line(self.path)
@@ -309,12 +310,14 @@ class _Forwarder(threading.Thread):
         """What stages left to this process; at the end also what is left of runs below that have ended."""
         for folder in followed_in(self.run_dir if last else self.run_dir / STAGES):
             stage = folder.is_relative_to(self.run_dir / STAGES)
-            followed = not stage and is_followed(folder)
-            if folder == self.run_dir or followed:
+            note = None if folder == self.run_dir else read_note(folder)
+            lost = last and note is not None and note["status"] == "RUNNING"
+            if note is None or not (lost or unsent(folder)):
                 continue
-            if last and (note := read_note(folder)) and note["status"] == "RUNNING" and not is_followed(folder):
+            followed = (lost or not stage) and is_followed(folder)
+            if lost and not followed:
                 note_end(folder, note, "KILLED")  # its process is gone, and said nothing
-            if unsent(folder):
+            if stage or not followed:
                 Sender(folder, self.uri).send()
 
 
@@ -385,6 +388,15 @@ def begin_note(
     run_dir.mkdir(parents=True, exist_ok=True)
     note_end(run_dir, note, "RUNNING")
     return note
+
+
+def check_attached(attach: Sequence[str], run_dir: Path) -> None:
+    """Raises: InputError for a file that is not there when a run begins. A resume goes on without it."""
+    missing = [path for path in attach if not Path(path).is_file()]
+    if missing and not (run_dir / "config.json").is_file():
+        raise InputError(f"tracking.attach={','.join(missing)}: no such file")
+    if missing:
+        say(f"tracking.attach={','.join(missing)}: gone since the run began; it goes on")
 
 
 def fail_parent(folder: Path) -> None:

@@ -92,6 +92,15 @@ def test_convert_writes_what_other_tools_read(run: Path, tmp_path: Path) -> None
             assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("kind", [[], ["to=torch"], ["file_gb=1"], ["to=dcp"], ["to=checkpoint"]])
+def test_a_folder_that_is_there_is_not_replaced(run: Path, tmp_path: Path, kind: list[str], capsys) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    assert scldm(["checkpoint", "convert", f"at={run}", *kind, f"out={tmp_path}/mine"]) == 2
+    assert f"out={tmp_path}/mine exists already" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
 def test_a_checkpoint_in_other_parts_is_the_same_and_resumes(run: Path, tmp_path: Path) -> None:
     before = stored(run)
     at = run / "checkpoints" / "step-00000012"

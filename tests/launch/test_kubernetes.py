@@ -36,7 +36,7 @@ def test_torchrun_and_scldm_accept_the_command() -> None:
     spec, container = job()
     given = {entry["name"]: entry["value"] for entry in container["env"]}
     assert int(given["NODES"]) == spec["completions"] == spec["parallelism"]
-    text = script().partition(" &\n")[0].replace("\\\n", " ")
+    _, text = script().partition(" &\n")[0].replace("\\\n", " ").split("\n")
     for name, value in {**given, "JOB_COMPLETION_INDEX": "3"}.items():
         text = text.replace(f'"${name}"', value)
     program, *words = shlex.split(text)
@@ -63,14 +63,19 @@ def start(folder: Path, torchrun: str) -> subprocess.Popen[bytes]:
         ("exit 0", 0),
         ("""echo '{"exit_code": 86}' >"$RUN/outcome.json"; exit 1""", 86),
         ("""echo '{"exit_code": null}' >"$RUN/outcome.json"; exit 1""", 87),
-        ("exit 1", 2),
+        ("exit 1", 87),
     ],
 )
 def test_the_script_ends_with_the_code_of_the_run(ends: str, expected: int, tmp_path: Path) -> None:
-    assert start(tmp_path, ends).wait(60) == expected
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "outcome.json").write_text('{"exit_code": 2}')  # of an earlier start
+    assert start(run, ends).wait(60) == expected
 
 
 def test_a_signal_reaches_torchrun(tmp_path: Path) -> None:
+    tmp_path /= "run"
+    tmp_path.mkdir()
     saves = """trap 'sleep 0.5; echo "{\\"exit_code\\": 85}" >"$RUN/outcome.json"; exit 1' TERM
 touch "$RUN/up"; while true; do sleep 0.1; done"""
     process = start(tmp_path, saves)

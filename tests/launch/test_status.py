@@ -94,6 +94,12 @@ def test_a_run_without_a_job_has_a_status_too(run: Path, capsys: pytest.CaptureF
     killed = "KILLED: no process trains in it, and the last one left no word of its end. It last wrote 2 h 2 min ago"
     assert lines[:2] == [("state", killed), ("step", "250 of 1,000 (25.0 %), loss 1.5")]
     assert lines[-1][0] == "rank-10"
+    (run / "lock").write_text(json.dumps({"host": "elsewhere", "pid": 1, "job": ""}))
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "train": {**config["train"], "hang_s": 900.0}}))
+    state = told(capsys, "status", str(run))[0][1]
+    assert state.startswith("RUNNING or killed: it is trained on elsewhere, whose locks this host may not see")
+    (run / "lock").unlink()
     with locked(run):
         assert told(capsys, "status", str(run))[0] == ("state", "RUNNING")
     (run / "outcome.json").write_text(json.dumps({"state": "stopped", "exit_code": 85, "reason": "SIGTERM"}))
@@ -180,9 +186,9 @@ def test_the_log_goes_on_while_slurm_gives_no_answer(
 
 def test_the_log_of_one_rank(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     notes = note(tmp_path / "run" / "slurm", "DONE")
-    (notes / "log.txt").write_text("job 7: RUNNING\n 1: one\n11: eleven\n 1:   two: 1: \n 1: not whole")
+    (notes / "log.txt").write_text("job 7: RUNNING\n 1: one\n11: eleven\n 1:   two: 1: \n 1: its last")
     assert main(["logs", str(tmp_path / "run"), "rank=1"]) == 0
-    assert capsys.readouterr().out == "one\n  two: 1: \n"
+    assert capsys.readouterr().out == "one\n  two: 1: \nits last\n"
 
 
 @pytest.mark.parametrize(

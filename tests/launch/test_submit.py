@@ -199,6 +199,11 @@ def test_nodes_that_a_preflight_named_are_left_out(fake: Path, tmp_path: Path, c
         ("", ["--", "--array=0-3"], "--array=0-3: submit sets this itself; give --tasks and --at-once"),
         ("", ["--exclusive"], "--exclusive: neither submit nor train vae has it; words for sbatch stand at the end"),
         ("", ["-t", "4:00"], "-t: neither submit nor train vae has it; words for sbatch stand at the end, after --"),
+        (
+            "SCLDM_GPUS_PER_NODE=0",
+            ["hardware.require_gpu=true"],
+            "train-vae: hardware.require_gpu=true, and a node has no",
+        ),
         ("", ["--nodes", "7"], "--nodes 7: partition low has 6 nodes"),
         ("", ["--nodes", "5-6", "train.global_batch=32"], "can use only 1, 2, 4 of nodes; change one of them"),
         ("", ["--nodes", "2", "train.global_batch=30"], "on nodes of 8 ranks can use no number of nodes"),

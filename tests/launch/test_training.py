@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -122,7 +123,7 @@ def test_another_deepspeed_is_refused_before_a_folder_is_made(tmp_path: Path, mo
     assert not (tmp_path / "run").exists()
 
 
-def test_how_the_code_differed_and_what_was_attached_are_kept_and_sent(tmp_path: Path, monkeypatch) -> None:
+def test_how_the_code_differed_and_what_was_attached_are_kept_and_sent(tmp_path: Path, monkeypatch, capfd) -> None:
     (tmp_path / "plan.json").write_text("{}")
     run = tmp_path / "run"
     of = {"uri": "http://127.0.0.1:9", "close_s": 0.0, "attach": [str(tmp_path / "plan.json")]}
@@ -138,4 +139,9 @@ def test_how_the_code_differed_and_what_was_attached_are_kept_and_sent(tmp_path:
     assert [entry for entry in sent if entry[1] == "diffs"] == [[names[0], "diffs"], [names[2], "diffs"]]
     assert ["../plan.json", "attached"] in sent
     with pytest.raises(InputError, match=r"tracking\.attach=nowhere: no such file"):
-        TrackingConfig(attach=["nowhere"])
+        faulty.train(replace(config, run_dir=str(tmp_path / "new"), tracking=TrackingConfig(attach=["nowhere"])))
+    assert not (tmp_path / "new").exists()
+    faulty.train(replace(config, tracking=replace(config.tracking, attach=["nowhere"])))  # it has begun, and goes on
+    assert "tracking.attach=nowhere: gone since the run began" in capfd.readouterr().err
+    with pytest.raises(InputError, match="two files of one name"):
+        TrackingConfig(attach=["a/plan.json", "b/plan.json"])

@@ -53,12 +53,24 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_diff_shows_what_changed_and_no_secret(checkout: Path) -> None:
     assert environment.git_diff() == ""
     secrets = ["url = 'https://me:hidden1@place/x'", 'api_key = "hidden2"', "MLFLOW_TRACKING_PASSWORD=hidden3"]
-    secrets += ['{"hf_token": "hidden4"}', "client_secret: hidden5"]
+    secrets += ['{"hf_token": "hidden4"}', "client_secret: hidden5", 'password: str = "hidden6"']
+    secrets += [
+        'os.environ["API_KEY"] = "hidden7"',
+        'os.environ.setdefault("HF_TOKEN", "hidden8")',
+        "--password hidden9",
+    ]
+    secrets += [
+        'login(token="hidden10")',
+        "Authorization: Bearer hidden11",
+        "https://hidden12@place/y",
+        "x = 'hf_hidden'",
+        'password = "hidden words of several"',
+    ]
     (checkout / "file.py").write_text("\n".join(["first = 2", "model.token=linear", *secrets, ""]))
     diff = environment.git_diff()
     assert "-first = 1\n+first = 2\n+model.token=linear\n" in diff
     assert "hidden" not in diff
-    assert diff.count("...") == 4
+    assert diff.count("...") == 12
     assert "https://place/x" in diff
 
 
@@ -68,3 +80,9 @@ def test_a_large_diff_is_cut(checkout: Path, monkeypatch: pytest.MonkeyPatch) ->
     diff = environment.git_diff()
     assert diff.endswith("\n# cut at 1,000 bytes\n")
     assert len(diff) < 1_100
+
+
+def test_a_long_line_is_read_as_fast_as_many_short_ones(checkout: Path) -> None:
+    """Hours for a megabyte, where the time grows with the square of a line."""
+    (checkout / "file.py").write_text("tokenACGTx" * 100_000)
+    assert "tokenACGTx" * 90_000 in environment.git_diff()

@@ -122,7 +122,9 @@ def test_gpus_that_are_not_there(
     site.write_text(text.replace("GPUS_PER_NODE=0", "GPUS_PER_NODE=3"))
     words = ["train", "vae", *VAE, f"data.shards={shards}", f"run_dir={cluster.runs}/gpus"]
     assert main(["submit", *words]) == 2
-    assert "SCLDM_GPUS_PER_NODE=3: a node of partition low has 2 GPUs" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "SCLDM_GPUS_PER_NODE=3: " in told
+    assert "a node of partition low has 2 GPUs" in told
     site.write_text(text.replace("GPUS_PER_NODE=0", "GPUS_PER_NODE=2"))
     run = Run(cluster, "gpus", shards)
     assert run.ends() == "FAILED"
