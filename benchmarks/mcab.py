@@ -178,7 +178,7 @@ def forward_of(config: BenchMCABConfig, way: Way, encodes: bool, n: int, device:
 
 
 def pooling_targets(report: Report, found: dict[str, Cost], device: torch.device) -> None:
-    """What issue 6 asks of pooling at this shape, on a CPU and on a GPU."""
+    """What is asked of pooling at this shape, on a CPU and on a GPU."""
     name = "pooling, plain / factorised, forward + backward, CPU"
     on_cpu = device.type == "cpu"
     if on_cpu:

@@ -83,7 +83,7 @@ class BenchVAEStepConfig:
 CONFIG = BenchVAEStepConfig
 # the network of the published code: of a token embedding times log1p(count), no linear ways, padding attended
 PUBLISHED = Way("published", "sdpa")
-# what issue 6 asks of a GPU, in bf16
+# what is asked of a GPU, in bf16
 GPU_TARGETS = {
     f"{PLAIN.name} / fused, time, 8,000 given and 36,130 asked, GPU": ">= 5",
     f"{OPPONENT.name} / fused, time, 8,000 given and 36,130 asked, GPU": ">= 2",
@@ -183,7 +183,7 @@ class PublishedToken(nn.Module):
 
 
 def targets(report: Report, config: BenchVAEStepConfig, steps: dict[str, Cost], device: torch.device) -> None:
-    """Ratios, and what issue 6 asks of a step, on a CPU and on a GPU."""
+    """Ratios, and what is asked of a step, on a CPU and on a GPU."""
     on_cpu, shape, plain, fast = device.type == "cpu", config.model, steps.get(PLAIN.name), steps.get(FACTORISED.name)
     sizes = shape.width, shape.n_latents, config.n_given, config.gene_chunk
     judged = on_cpu and sizes == (256, 64, 2_048, 0) and not config.own_sets

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import importlib
 import json
 import math
 import os
@@ -156,6 +157,7 @@ class Tracker:
                 self._alive.enter_context(followed_alone(self.run_dir))
             else:
                 self._forwarder = _Forwarder(self.run_dir, cfg, self.note["uri"])
+                import_what_others_look_at()
                 self._forwarder.start()
 
     def log(self, step: int, metrics: Mapping[str, Any], *, split: str = "train", cells_seen: int = 0) -> None:
@@ -237,6 +239,13 @@ class Tracker:
             if not self._warned:
                 self._warned = True
                 say(f"{doing} {self.run_dir / name} failed ({error}); training goes on without it")
+
+
+def import_what_others_look_at() -> None:
+    """The thread imports mlflow, and with it polars where that is installed. Meanwhile scikit-learn asks any polars it
+    finds for its Series, and fails where that is half imported. So it is whole before."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("polars")
 
 
 class _Forwarder(threading.Thread):
