@@ -16,6 +16,7 @@ import difflib
 import inspect
 import io
 import itertools
+import json
 import os
 import re
 import typing
@@ -164,6 +165,14 @@ def with_options_read(schema: type, argv: Sequence[str], only_known: bool = Fals
                 raise InputError(f"{word} needs a value")
             value = words.pop(0)
         yield f"{key}={value}", True
+
+
+def with_folders(schema: type, key: str, argv: Sequence[str]) -> list[str]:
+    """A command line whose words without `=` are folders, with these as the value of a key."""
+    told = list(with_options_read(schema, argv))
+    folders = [word for word, is_option in told if not is_option and "=" not in word]
+    rest = [word for word, is_option in told if is_option or "=" in word]
+    return [*([f"{key}={json.dumps(folders)}"] if folders else []), *rest]
 
 
 def _added_up(schema: type, words: Iterable[tuple[str, bool]]) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from launch.cli import run_verb
 from launch.cluster.status import ago, training
-from launch.config import compose, preset_names
+from launch.config import compose, preset_names, with_folders
 from launch.evaluation.gate import RISE, line_of, read_gate
 from launch.followed import dataset_of
 from scldm.errors import InputError, read_json
@@ -67,9 +67,7 @@ USAGE = "scldm report RUN [RUN2] [key=value ...]"
 
 def read(words: Sequence[str]) -> ReportConfig:
     """Words without `=` are folders."""
-    runs = [word for word in words if "=" not in word and not word.startswith("--")]
-    rest = [word for word in words if word not in runs]
-    return compose(ReportConfig, [*([f"runs={json.dumps(runs)}"] if runs else []), *rest])
+    return compose(ReportConfig, with_folders(ReportConfig, "runs", words))
 
 
 def main(config: ReportConfig) -> Path:
@@ -122,9 +120,9 @@ def facts(run: Path) -> dict[str, Any]:
     }
 
 
-def metric_of(run: Path) -> str:
-    """What is judged on validation cells."""
-    return "velocity_loss" if (run / "latents.json").is_file() else "nll"
+def metric_of(config: Mapping[str, Any]) -> str:
+    """What is judged on validation cells: of `train ldm`, whether its latents are stored or made, the flow's loss."""
+    return "velocity_loss" if "flow" in config else "nll"
 
 
 def outcome(run: Path, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -136,15 +134,16 @@ def outcome(run: Path, config: Mapping[str, Any], rows: Sequence[Mapping[str, An
     if rows:
         steps, last = config["train"]["steps"], rows[-1]
         out["step"] = f"step {last['step']:,} of {steps:,}, {last['cells_seen']:,} cells seen"
-    if judged := validated(run, rows):
-        name, best = metric_of(run), min(judged, key=lambda row: row[metric_of(run)])
+    if judged := validated(config, rows):
+        name = metric_of(config)
+        best = min(judged, key=lambda row: row[name])
         out["best validation"] = f"{name} {best[name]:.4g} at step {best['step']:,}"
         out["last validation"] = f"{name} {judged[-1][name]:.4g} at step {judged[-1]['step']:,}"
     return out
 
 
-def validated(run: Path, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [row for row in rows if row["split"] == "validation" and row.get(metric_of(run)) is not None]
+def validated(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [row for row in rows if row["split"] == "validation" and row.get(metric_of(config)) is not None]
 
 
 def described(config: Mapping[str, Any], starts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -296,7 +295,7 @@ def weak(
     run: Path, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], starts: Sequence[Mapping[str, Any]]
 ) -> list[str]:
     """A sentence for each weakness that the run's own files show."""
-    out, name, judged = list[str](), metric_of(run), validated(run, rows)
+    out, name, judged = list[str](), metric_of(config), validated(config, rows)
     if (gate := read_gate(run)) and gate["passed"] is False:
         out.append(f"The autoencoder is {gate['line']}.")
     if not judged:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from launch.cli import run_verb
-from launch.config import compose
+from launch.config import compose, with_folders
 from scldm.errors import InputError
 from scldm.train.mlflow_run import cause_of, is_followed, read_note
 from scldm.train.tracking import followed_in, replay
@@ -40,9 +39,7 @@ USAGE = "scldm track replay FOLDER..."
 
 def read(words: Sequence[str]) -> TrackReplayConfig:
     """Words without `=` are folders."""
-    folders = [word for word in words if "=" not in word and not word.startswith("--")]
-    rest = [word for word in words if word not in folders]
-    return compose(TrackReplayConfig, [*([f"folders={json.dumps(folders)}"] if folders else []), *rest])
+    return compose(TrackReplayConfig, with_folders(TrackReplayConfig, "folders", words))
 
 
 def main(config: TrackReplayConfig) -> None:

@@ -31,6 +31,12 @@ def run_id_of(folder: Path) -> str:
     return json.loads((folder / "mlflow_run.json").read_text())["run_id"]
 
 
+def noted_status(folder: Path) -> str:
+    note = read_note(folder)
+    assert note is not None
+    return note["status"]
+
+
 def wait_until(holds: Any, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not holds():
@@ -428,7 +434,7 @@ def test_a_child_whose_process_is_gone_is_killed_at_its_parents_end(tmp_path: Pa
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     assert client.get_run(run_id_of(tmp_path / "gone")).info.status == "KILLED"
     assert not (tmp_path / "alive" / "mlflow_run.json").exists()
-    assert read_note(tmp_path / "alive")["status"] == "RUNNING"  # type: ignore[index]
+    assert noted_status(tmp_path / "alive") == "RUNNING"
     alive.__exit__(None, None, None)
 
 
@@ -436,7 +442,7 @@ def test_a_replayed_child_that_was_killed_fails_its_pipeline(tmp_path: Path) -> 
     begin_note(tmp_path, TrackingConfig(), "pipeline", {}, closed_by="evaluate")
     begin_note(tmp_path / "vae", TrackingConfig(parent=str(tmp_path)), "train vae", {})
     assert "its status" in replay(tmp_path / "vae")
-    assert [read_note(of)["status"] for of in (tmp_path / "vae", tmp_path)] == ["KILLED", "FAILED"]  # type: ignore[index]
+    assert [noted_status(of) for of in (tmp_path / "vae", tmp_path)] == ["KILLED", "FAILED"]
 
 
 def test_a_process_that_was_killed_leaves_a_run_that_a_replay_ends(tmp_path: Path) -> None:
