@@ -60,6 +60,10 @@ class BenchRanksConfig:
     json: bool = False
     save: str = ""
 
+    def __post_init__(self) -> None:
+        if any(n < 2 for n in self.ranks):
+            raise InputError(f"ranks={','.join(map(str, self.ranks))}: at least 2 ranks meet")
+
 
 CONFIG = BenchRanksConfig
 
@@ -138,9 +142,8 @@ def as_rank(rank: int, n: int, port: int, lazy: bool, out: int) -> None:
         agreed = time.monotonic()
         _, links = meet(world)
         watched = time.monotonic()
-        if rank < 2:
-            seconds = {"join_s": joined - began, "agree_s": (agreed - joined) / STEPS, "watch_s": watched - agreed}
-            os.write(out, (json.dumps({"rank": rank, "sockets": n_sockets(), **seconds}) + "\n").encode())
+        seconds = {"join_s": joined - began, "agree_s": (agreed - joined) / STEPS, "watch_s": watched - agreed}
+        os.write(out, (json.dumps({"rank": rank, "sockets": n_sockets(), **seconds}) + "\n").encode())  # at once: short
         world.barrier()
         del links
         code = 0

@@ -48,8 +48,8 @@ class CheckpointConvertConfig(Checked):
     which: in a run's folder: latest, best, or the number of a step
     to: weights and buffers by name, float32, as safetensors, torch (one file) or dcp (torch.distributed.checkpoint); or
         checkpoint. With dcp one tensor at a time is in memory
-    file_gb: safetensors in files of at most so many 1e9 bytes, one in memory at a time, and an index, as Hugging Face
-        has them. 0 is one file
+    file_gb: safetensors in files of at most so many 1e9 bytes (or one larger tensor), one in memory at a time, and an
+        index, as Hugging Face has them. 0 is one file
     weights: ema, which are validated and exported, or raw, which are trained
     parts: files of a checkpoint
     """

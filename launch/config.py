@@ -38,7 +38,7 @@ Config = TypeVar("Config")
 DOLLAR = "\ue000{"  # stands for `${` while OmegaConf reads YAML: a character of nobody's text
 # keys that name a file or folder: what each is, docs/commands.md says
 PLACES = (
-    *("path", "at", "run", "run_dir", "vae", "ldm", "model", "shards", "data.shards"),
+    *("path", "at", "run", "runs", "folders", "run_dir", "vae", "ldm", "model", "shards", "data.shards"),
     *("h5ad", "source.paths", "like", "generated", "real", "embedding", "out"),
 )
 KEEPS_PASSWORD = {"tracking.uri": "MLFLOW_TRACKING_URI"}  # key -> the variable that a URL's password is moved to

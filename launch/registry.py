@@ -19,7 +19,17 @@ from scldm import pretrained
 from scldm.errors import Busy, InputError
 from scldm.model_folder import read_config
 from scldm.pretrained import Pretrained
-from scldm.train.mlflow_run import NOTE, Sender, cause_of, followed_alone, read_note
+from scldm.train.mlflow_run import (
+    MLFLOW_ENVIRONMENT,
+    NOTE,
+    Sender,
+    cause_of,
+    followed_alone,
+    may_pass,
+    read_note,
+)
+
+TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 
 
 def check_followed(run: Path) -> None:
@@ -31,19 +41,22 @@ def check_followed(run: Path) -> None:
 def register(folder: Path, run: Path, name: str, alias: str = "") -> str:
     """Send a model folder to the MLflow run of the folder `run`, and register it; returns its URI.
 
-    Raises: InputError for a run without MLflow; Busy for what MLflow can't do, with its cause.
+    Raises: InputError for a run without MLflow and for what a server refuses, Busy for one that is away.
     """
     check_followed(run)
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")  # a model is larger than a row, and waited for
+    of_rows = MLFLOW_ENVIRONMENT[TIMEOUT]
+    if os.environ.get(TIMEOUT, of_rows) == of_rows:  # the user gave none
+        os.environ[TIMEOUT] = "120"  # a model is larger than a row, and waited for
     try:
         return _registered(folder, run, name, alias)
     except InputError:
         raise
     except Exception as error:  # MLflow's, and those of the stores behind it
         uri = (read_note(run) or {}).get("uri", "")
-        raise Busy(
-            f"register={name}: the model folder {folder} is written, MLflow at {uri} failed: {cause_of(error, uri)}; "
-            "run the same command again"
+        kind, what = (Busy, "run the same command again") if may_pass(error) else (InputError, "mend that")
+        raise kind(
+            f"register={name}: the model folder {folder} is written, MLflow at {uri} failed: "
+            f"{cause_of(error, uri)}; {what}"
         ) from error
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from launch.cli import run_verb
-from launch.cluster.status import ago, training
+from launch.cluster.status import state_of_run, training, training_config
 from launch.config import compose, preset_names, with_folders
 from launch.evaluation.gate import RISE, line_of, read_gate
 from launch.followed import dataset_of
@@ -30,7 +29,7 @@ from scldm.evaluate.report_tables import row_texts
 from scldm.evaluate.run_page import run_page
 from scldm.files import disk_explained, flat, written_aside
 from scldm.train.follower import SYSTEM, row_of
-from scldm.train.run_folder import ENVIRONMENT, OUTCOME, read_config
+from scldm.train.run_folder import ENVIRONMENT, OUTCOME
 from scldm.train.tracking import read_metrics
 from scldm.vocab import ConditionVocab
 
@@ -92,9 +91,7 @@ def facts(run: Path) -> dict[str, Any]:
 
     Raises: InputError for a folder that is no training run's.
     """
-    config, rows = read_config(run), read_metrics(run)
-    if "train" not in config:
-        raise InputError(f"{run} is not the folder of a training run: its config.json has no train.steps")
+    config, rows = training_config(run), read_metrics(run)
     starts = read_json(run / ENVIRONMENT) if (run / ENVIRONMENT).is_file() else []
     train = [row for row in rows if row["split"] == "train"]
     judged, wrong = gate_of_run(run, config), weak(run, config, rows, starts)
@@ -126,11 +123,7 @@ def metric_of(config: Mapping[str, Any]) -> str:
 
 
 def outcome(run: Path, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    ended = read_json(run / OUTCOME) if (run / OUTCOME).is_file() else {"state": "no outcome noted", "reason": ""}
-    state = ended["state"]
-    if state == "running" and rows:  # or killed: then nobody noted the end
-        state += f", last row {ago(time.time() - rows[-1]['time'])}"
-    out = {"state": state + (f": {ended['reason']}" if ended["reason"] else "")}
+    out = {"state": state_of_run(run)}
     if rows:
         steps, last = config["train"]["steps"], rows[-1]
         out["step"] = f"step {last['step']:,} of {steps:,}, {last['cells_seen']:,} cells seen"

@@ -186,9 +186,8 @@ def run_training(
         tracker = last.enter_context(Tracker(run_dir, config.tracking, active=world.is_first, **told))
         for kept in [run_dir / file for file in STARTED_WITH if world.is_first and (run_dir / file).is_file()]:
             tracker.log_artifact(kept)
-        for folder, of in ((DIFFS, sorted(run_dir.glob(f"{DIFFS}/*"))), ("attached", config.tracking.attach)):
-            for path in of:
-                tracker.log_artifact(path, folder)
+        for path in sorted(run_dir.glob(f"{DIFFS}/*")):
+            tracker.log_artifact(path, DIFFS)
         last.callback(tag_checkpoints, tracker, run_dir)
         note_cause = watch.on_end
 

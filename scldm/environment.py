@@ -78,9 +78,11 @@ def git_commit() -> str | None:
 MOST_OF_A_DIFF = 1_000_000  # bytes
 # what follows one of these in its line is not kept. `token` alone is a word of this project: model.token=linear
 _SECRET = re.compile(
-    r"((?i:password|passwd|secret|api[-_]?key|access[-_]?key|private[-_]?key|credential|authorization|bearer|_token)"
-    r"|TOKEN|token[\"']?\s?[=:]\s?[\"']|\b(?:hf_|gh[ps]_|github_pat_|sk-|AKIA|eyJ)).*"
+    r"((?i:password|passwd|passphrase|\bpwd\b|secret|api[-_]?key|access[-_]?key|credential|authorization|bearer)"
+    r"|TOKEN|_KEY[\"']|token[\"']?\s?[=:]\s?(?:str\s?=\s?)?[\"']|\b(?:hf_|gh[ps]_|github_pat_|sk-\w{16}|AKIA|eyJ)).*"
 )
+_HEADS = ("diff ", "+++ ", "--- ", "@@")  # names of files
+_KEY = re.compile(r"-----BEGIN[A-Z ]*PRIVATE KEY-----.*?(?:-----END[A-Z ]*-----|\Z)", re.DOTALL)
 _ANYONE = re.compile(r"(?<=://)[^\s/@'\"]+@")  # a token can stand for a user
 
 
@@ -99,10 +101,14 @@ def git_diff() -> str:
         overdue = threading.Timer(10, git.kill)
         overdue.start()
         data = git.stdout.read(MOST_OF_A_DIFF + 1)
+        late = overdue.finished.is_set()
         overdue.cancel()
         git.kill()  # of a larger one the rest is not wanted
-    text = _SECRET.sub(r"\1...", without_passwords(_ANYONE.sub("", data[:MOST_OF_A_DIFF].decode(errors="replace"))))
-    return text + f"\n# cut at {MOST_OF_A_DIFF:,} bytes\n" * (len(data) > MOST_OF_A_DIFF)
+    text = _KEY.sub("...", without_passwords(_ANYONE.sub("", data[:MOST_OF_A_DIFF].decode(errors="replace"))))
+    lines = text.splitlines(keepends=True)
+    lines = (line if line.startswith(_HEADS) else _SECRET.sub(r"\1...", line) for line in lines)
+    cut = f"{MOST_OF_A_DIFF:,} bytes" if len(data) > MOST_OF_A_DIFF else "10 s" if late else ""
+    return "".join(lines) + (f"\n# cut at {cut}\n" if cut else "")
 
 
 # of those that bring a package, the first is named

@@ -42,17 +42,21 @@ LONGEST = ("tests/slurm/", "tests/launch/test_quickstart.py", "tests/scldm/paral
 NUMERICAL = (
     *("tests/scldm/model/", "tests/scldm/flow/", "tests/scldm/kernels/", "tests/scldm/evaluate/"),
     *("tests/scldm/test_count_", "tests/scldm/test_draws.py", "tests/scldm/test_fitting.py", "tests/scldm/test_li"),
-    "tests/scldm/test_pretrained",
+    *("tests/scldm/test_pretrained", "tests/scldm/test_python_api.py"),
     *(f"tests/scldm/train/test_{name}.py" for name in ("golden", "learning", "losses", "ema", "optim", "resume")),
     *("tests/scldm/parallel/test_engine.py", "tests/launch/test_evaluate.py", "tests/launch/test_evaluate_vae.py"),
-    *(f"tests/launch/test_{name}.py" for name in ("generate", "reconstruct", "train_ldm", "encode", "faults")),
-    *("tests/launch/test_reconstructed_cells.py", "tests/launch/test_sight.py"),
-    *(f"tests/benchmarks/test_{name}.py" for name in ("gene_correlation", "gene_subsets", "model", "unseen")),
+    *(f"tests/launch/test_{name}.py" for name in ("generate", "reconstruct", "train_ldm", "encode", "faults", "verbs")),
+    *(f"tests/launch/test_{name}.py" for name in ("reconstructed_cells", "sight", "gate", "evaluate_embedding")),
+    *(
+        f"tests/benchmarks/test_{name}.py"
+        for name in ("gene_correlation", "gene_subsets", "generate", "model", "unseen")
+    ),
+    *("tests/benchmarks/test_quality.py", "tests/benchmarks/test_speedrun.py"),
     *("tests/launch/test_quickstart.py", "tests/slurm/"),
 )
 # texts, refusals and files, in the same rooms
 NOT_NUMERICAL = (
-    *(f"tests/scldm/evaluate/test_{name}.py" for name in ("genes", "protocols", "report", "verdict")),
+    *(f"tests/scldm/evaluate/test_{name}.py" for name in ("report", "verdict")),
     *("tests/scldm/model/test_presets.py", "tests/scldm/kernels/test_available.py"),
 )
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launch.cli import run_verb
 from launch.cluster.notes import BAD_NODES, State, find_notes, nodes_in, state_of, with_run
 from launch.config import compose
 from launch.evaluation.gate import line_of
 from scldm.errors import InputError, read_json
+from scldm.parallel.watch import START_S
 from scldm.train import changes
 from scldm.train.run_folder import OUTCOME, is_trained, read_config, started_at, trained_on
 from scldm.train.throughput import seconds_per_step
@@ -96,14 +99,23 @@ def state_of_run(run: Path) -> str:
     files = [path for name in ("", "checkpoints") for path in (run / name).glob("*") if path.is_file()]
     silent_s = time.time() - max(path.stat().st_mtime for path in files)
     last, host = ago(silent_s), trained_on(run)
-    if host not in ("", socket.gethostname()) and silent_s < read_config(run)["train"].get("hang_s", 0):
+    hang_s = training_config(run)["train"]["hang_s"] or math.inf
+    if host not in ("", socket.gethostname()) and silent_s < hang_s + START_S:
         return f"RUNNING or killed: it is trained on {host}, whose locks this host may not see. It last wrote {last}"
     return f"KILLED: no process trains in it, and the last one left no word of its end. It last wrote {last}"
 
 
+def training_config(run: Path) -> Any:
+    """Raises: InputError for a folder that is no training run's."""
+    config = read_config(run)
+    if "train" not in config:
+        raise InputError(f"{run} is not the folder of a training run: its config.json has no train.steps")
+    return config
+
+
 def training(run: Path, with_outcome: bool) -> list[tuple[str, str]]:
     """What a training run's own files say; of errors, those since its last start."""
-    config = read_config(run)
+    config = training_config(run)
     steps, lines = config["train"]["steps"], []
     rows = read_metrics(run, "train")
     if rows:
@@ -113,6 +125,9 @@ def training(run: Path, with_outcome: bool) -> list[tuple[str, str]]:
         lines.append(("step", f"{step:,} of {steps:,} ({100 * step / steps:.1f} %), loss {last['loss']:.4g}"))
         lines.append(("cells/s", f"{speed:,.0f}, {ago(time.time() - last['time'])}"))
         lines.append(("time left", duration((steps - step) * step_s)))
+        told = {"waiting_share": "waits {:.1%} of the time", "mfu": "{:.1%} of peak FLOP/s", "memory_gb": "{:.1f} GB"}
+        said = [form.format(last[key]) for key, form in told.items() if last.get(key) is not None]
+        lines += [("a rank", ", ".join(said))] if said else []
     if with_outcome and (run / OUTCOME).is_file():
         outcome = read_json(run / OUTCOME)
         if outcome["reason"]:

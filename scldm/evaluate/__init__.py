@@ -6,3 +6,10 @@ intervals.py, baselines.py, scores.py (at every level), memorisation.py, changes
 compare.py (all of it, as a JSON-ready dict), verdict.py, figures and report.py (that dict, drawn).
 For an autoencoder: reconstruction.py. For an embedding: representation.py.
 """
+
+from contextlib import suppress
+
+# scikit-learn asks any polars among the modules for its Series, and fails where another thread has half of it imported,
+# as that of MLflow may. An import here waits until it is whole. No evaluation needs polars itself.
+with suppress(Exception):
+    import polars as _  # noqa: F401

@@ -400,6 +400,11 @@ def _is_refused(error: BaseException) -> bool:
     return _code_of(error) in (400, 413)
 
 
+def may_pass(error: BaseException) -> bool:
+    """Whether the same may succeed later: no answer, or an error of the server's own."""
+    return _code_of(error) == 0 or _code_of(error) >= 500
+
+
 def cause_of(error: BaseException, uri: str = "") -> str:
     """Why MLflow failed: the kind of failure first, then what the user can do, then the error's own words."""
     chain = [error]

@@ -27,7 +27,7 @@ from scldm.train.tracking import Tracker
 
 FOLDER = "profiles"
 STEPS = 5
-VALIDATES = "validates"
+LAST, VALIDATES = "agrees on requests", "validates"  # the last part of a step, and what may follow it
 ROWS = 30  # operations in the table
 
 
@@ -44,7 +44,6 @@ class StepProfile:
     def step(self, step: int, wanted: bool) -> None:
         """A step begins: what was asked for begins with it, and ends after STEPS of them."""
         if self._profiler is not None:
-            self._n_steps += 1
             if self._n_steps == STEPS:
                 self.close()
         elif wanted and self._taken():
@@ -64,8 +63,8 @@ class StepProfile:
         self._end_part()
         part = part_of(doing)
         if part == VALIDATES:  # as long as many steps, and more to write than a rank may have memory for
-            self._n_steps += 1  # the one that has just ended
             return self.close()
+        self._n_steps += part == LAST
         self._parts[part] = None
         self._range = record_function(part)
         self._range.__enter__()

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import getpass
-import importlib
 import json
 import math
 import os
@@ -152,12 +151,13 @@ class Tracker:
         with self._reported("opening", NOTE):
             self.note = begin_note(self.run_dir, cfg, stage, params or {}, tags, datasets, started)
             self.parent = parent_of(self.run_dir, self.note)
+            for path in cfg.attach:
+                self.log_artifact(path, "attached")
             self._note_parent("RUNNING")
             if by_parent and self.parent is not None and is_followed(self.parent):
                 self._alive.enter_context(followed_alone(self.run_dir))
             else:
                 self._forwarder = _Forwarder(self.run_dir, cfg, self.note["uri"])
-                import_what_others_look_at()
                 self._forwarder.start()
 
     def log(self, step: int, metrics: Mapping[str, Any], *, split: str = "train", cells_seen: int = 0) -> None:
@@ -239,13 +239,6 @@ class Tracker:
             if not self._warned:
                 self._warned = True
                 say(f"{doing} {self.run_dir / name} failed ({error}); training goes on without it")
-
-
-def import_what_others_look_at() -> None:
-    """The thread imports mlflow, and with it polars where that is installed. Meanwhile scikit-learn asks any polars it
-    finds for its Series, and fails where that is half imported. So it is whole before."""
-    with contextlib.suppress(ImportError):
-        importlib.import_module("polars")
 
 
 class _Forwarder(threading.Thread):

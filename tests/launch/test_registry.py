@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,12 @@ import pytest
 import torch
 
 import scldm
+from launch import registry
 from launch.cli import main
 from launch.registry import register, requirements
-from scldm.errors import InputError
+from scldm.errors import Busy, InputError
 from scldm.model_folder import save_pretrained
+from scldm.train.mlflow_run import MLFLOW_ENVIRONMENT
 from scldm.train.tracking import Tracker, TrackingConfig, begin_note
 from tests.launch.test_track_replay import client_of
 from tests.scldm.small_model import CONDITIONS, GENES, library_sizes, networks
@@ -83,8 +86,28 @@ def test_a_server_that_is_away_is_told_and_the_model_is_there(folder: Path, tmp_
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     begin_note(tmp_path / "ldm", TrackingConfig(uri=f"http://127.0.0.1:{free_port()}"), "train ldm", {})
-    with pytest.raises(InputError, match=r"register=small: .* is written, MLflow at http.* refused.* again$"):
+    with pytest.raises(Busy, match=r"register=small: .* is written, MLflow at http.* refused.* again$"):
         register(folder, tmp_path / "ldm", "small")
+
+
+def test_what_a_server_refuses_is_no_matter_of_another_try(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """And a model has longer than a row, also where rows were sent by this process before."""
+    seen = []
+
+    def refuse(*_: object) -> str:
+        seen.append(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"])
+        raise RuntimeError("API request to endpoint x failed with error code 403 != 200")
+
+    monkeypatch.setattr(registry, "_registered", refuse)
+    begin_note(tmp_path / "ldm", TrackingConfig(uri="http://127.0.0.1:9"), "train ldm", {})
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", MLFLOW_ENVIRONMENT["MLFLOW_HTTP_REQUEST_TIMEOUT"])
+    with pytest.raises(InputError, match=r"HTTP 403, this user may not do that.* mend that$") as error:
+        register(folder, tmp_path / "ldm", "small")
+    assert not isinstance(error.value, Busy)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "7")
+    with pytest.raises(InputError):
+        register(folder, tmp_path / "ldm", "small")
+    assert seen == ["120", "7"]
 
 
 def test_what_it_requires_can_be_installed_anywhere() -> None:

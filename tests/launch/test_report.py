@@ -47,7 +47,7 @@ def test_a_page_says_what_the_files_of_the_run_say(at: Path, capsys: pytest.Capt
     assert main(["report", f"{at}/vae"]) == 0
     said, text = capsys.readouterr().out, shown(at / "vae" / "run.html")
     best = min(read_metrics(at / "vae", "validation"), key=lambda row: row["nll"])
-    headline = f"finished; step 100 of 100, 5,000 cells seen; nll {best['nll']:.4g} at step {best['step']}"
+    headline = f"FINISHED; step 100 of 100, 5,000 cells seen; nll {best['nll']:.4g} at step {best['step']}"
     assert f"{at}/vae: {headline}\n" in said
     starts = json.loads((at / "vae" / "environment.json").read_text())
     evaluation = json.loads((at / "scores" / "evaluation.json").read_text())

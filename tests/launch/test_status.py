@@ -30,7 +30,7 @@ def run(tmp_path: Path) -> Path:
     folder = tmp_path / "my run"
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "errors").mkdir()
-    (folder / "config.json").write_text(json.dumps({"train": {"steps": 1_000, "global_batch": 64}}))
+    (folder / "config.json").write_text(json.dumps({"train": {"steps": 1_000, "global_batch": 64, "hang_s": 900.0}}))
     row = {
         "step": 250,
         "cells_seen": 16_000,
@@ -95,8 +95,10 @@ def test_a_run_without_a_job_has_a_status_too(run: Path, capsys: pytest.CaptureF
     assert lines[:2] == [("state", killed), ("step", "250 of 1,000 (25.0 %), loss 1.5")]
     assert lines[-1][0] == "rank-10"
     (run / "lock").write_text(json.dumps({"host": "elsewhere", "pid": 1, "job": ""}))
-    config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps({**config, "train": {**config["train"], "hang_s": 900.0}}))
+    os.utime(run / "lock", (then, then))
+    state = told(capsys, "status", str(run))[0][1]
+    assert state.startswith("KILLED"), "it is silent for longer than a hang may last"
+    os.utime(run / "metrics.jsonl", (time.time() - 1_200, time.time() - 1_200))  # it opens its data, say
     state = told(capsys, "status", str(run))[0][1]
     assert state.startswith("RUNNING or killed: it is trained on elsewhere, whose locks this host may not see")
     (run / "lock").unlink()

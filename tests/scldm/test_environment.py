@@ -65,12 +65,16 @@ def test_a_diff_shows_what_changed_and_no_secret(checkout: Path) -> None:
         "https://hidden12@place/y",
         "x = 'hf_hidden'",
         'password = "hidden words of several"',
+        "-----BEGIN RSA PRIVATE KEY-----\nhidden\nhidden\n-----END RSA PRIVATE KEY-----",
+        'token: str = "hidden13"',
+        'n_tokens = latent_tokens + 3; "sk-learn"',
     ]
     (checkout / "file.py").write_text("\n".join(["first = 2", "model.token=linear", *secrets, ""]))
     diff = environment.git_diff()
     assert "-first = 1\n+first = 2\n+model.token=linear\n" in diff
     assert "hidden" not in diff
-    assert diff.count("...") == 12
+    assert 'latent_tokens + 3; "sk-learn"' in diff
+    assert diff.count("...") == 14
     assert "https://place/x" in diff
 
 

@@ -82,9 +82,10 @@ def test_a_validation_ends_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     assert "validates" not in (folder / "parts.txt").read_text()
 
 
-def test_a_run_that_ends_meanwhile_keeps_what_there_is(tmp_path: Path) -> None:
+def test_a_run_that_ends_meanwhile_keeps_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     small_run("vae", tmp_path, disturb=asked_at(tmp_path, 8), **EVERY)
     assert [path.name for path in (tmp_path / "profiles").iterdir()] == ["step-00000009"]
+    assert "profile of 3 steps" in capsys.readouterr().err  # the tenth to the twelfth
 
 
 def test_what_the_profiler_can_not_do_ends_no_run(
@@ -106,6 +107,7 @@ def test_mlflow_is_to_get_it(tmp_path: Path) -> None:
         for step in range(3, 4 + STEPS):
             of.step(step, wanted=True)
             of.mark(f"computes micro-batch 0 of step {step}")
+            of.mark(f"agrees on requests after step {step}")
     note, at = read_note(tmp_path), "profiles/step-00000003"
     assert note is not None
     assert note["artifacts"] == [[f"{at}/parts.txt", at], [f"{at}/trace.json.gz", at]]
