@@ -10,7 +10,7 @@ SCLDM_ACCOUNT=
 SCLDM_QOS=
 SCLDM_TIME=
 
-# a node: one rank per GPU; on nodes without GPUs, so many ranks; CPU cores of a rank; memory (0: all of a node's)
+# a node: one rank per GPU (8, or a100:8); on nodes without GPUs, so many ranks; CPU cores of a rank; memory (0: all of a node's)
 SCLDM_GPUS_PER_NODE=8
 SCLDM_TASKS_PER_NODE=
 SCLDM_CPUS_PER_TASK=

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,22 +25,25 @@ ENDED = (
 class Partition(NamedTuple):
     """A partition.
 
-    nodes: node -> its GPUs, and its CPUs as Slurm counts them
+    nodes: node -> its GPUs by type (in lower case as Slurm compares them), and its CPUs as Slurm counts them
     """
 
     name: str
-    nodes: dict[str, tuple[int, int]]
+    nodes: dict[str, tuple[Counter[str], int]]
     is_default: bool
 
-    @property
-    def gpus_per_node(self) -> int:
-        """The most that a node has."""
-        return max(gpus for gpus, _ in self.nodes.values())
+    def gpus_per_node(self, kind: str = "") -> int:
+        """The most that a node has, of one type or of any."""
+        return max(n_gpus(gpus, kind) for gpus, _ in self.nodes.values())
 
-    def cpus_of_rank(self, gpus: int, n_ranks: int) -> int:
-        """A rank's even share of the CPUs, on every node that has so many GPUs; with GPUs, a GPU's share."""
-        shares = [cpus // (of_node if gpus else n_ranks) for of_node, cpus in self.nodes.values() if of_node >= gpus]
-        return max(1, min(shares))
+    def cpus_of_rank(self, kind: str, gpus: int, n_ranks: int) -> int:
+        """A rank's even share of the CPUs, on every node that has so many such GPUs; with GPUs, a GPU's share."""
+        fit = [(of_node.total(), cpus) for of_node, cpus in self.nodes.values() if n_gpus(of_node, kind) >= gpus]
+        return max(1, min(cpus // (n if gpus else n_ranks) for n, cpus in fit))
+
+
+def n_gpus(gpus: Counter[str], kind: str) -> int:
+    return gpus[kind.lower()] if kind else gpus.total()
 
 
 def is_here(command: str = "squeue") -> bool:
@@ -65,7 +69,9 @@ def partitions() -> dict[str, Partition]:
     for line in call("sinfo", "--noheader", "--Node", "--format=%P|%N|%c|%G").splitlines():
         name, node, cpus, gres = line.strip().split("|")
         name, is_default = name.rstrip("*"), name.endswith("*")
-        gpus = sum(int(n) for n in re.findall(r"\bgpu(?::[^:,()]+)?:(\d+)", gres))
+        gpus: Counter[str] = Counter()
+        for kind, n in re.findall(r"\bgpu(?::([^:,()]+))?:(\d+)", gres):
+            gpus[kind.lower()] += int(n)
         found.setdefault(name, Partition(name, {}, is_default)).nodes[node] = (gpus, int(cpus))
     return found
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from launch.cli import config_of, find_verb
-from launch.cluster.site import exports, for_nodes
+from launch.cluster.site import GPUS, exports, for_nodes, gpus_of_node
 from launch.config import shipped
 from launch.verbs import VERBS
 from scldm.checked import Checked, checked
@@ -50,7 +50,7 @@ class SubmitConfig(Checked):
     qos: quality of service
     time: limit, as 24:00:00
     mem: of a node, as 200G; 0 is all of it
-    gpus_per_node: a whole number; so many ranks run on a node
+    gpus_per_node: a number, or a type too, as a100:4; so many ranks run on a node
     cpus_per_task: cores of a rank
     tasks: `shards write` alone: tasks that share the work as arrays, before a closing job
     at_once: tasks of an array that run at the same time; 0 is all
@@ -85,9 +85,10 @@ class SubmitConfig(Checked):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", self.nodes)
         if not match or not 1 <= int(match[1]) <= int(match[2] or match[1]):
             raise InputError(f"--nodes {self.nodes}: give a number of nodes, or MIN-MAX as 2-8")
-        for name in ("gpus_per_node", "cpus_per_task"):
-            if not re.fullmatch(r"\d*", value := getattr(self, name)):
-                raise InputError(f"--{name.replace('_', '-')} {value}: give a whole number")
+        if self.gpus_per_node and not re.fullmatch(GPUS, self.gpus_per_node):
+            raise InputError(f"--gpus-per-node {self.gpus_per_node}: give a whole number, or a type too, as a100:4")
+        if not re.fullmatch(r"\d*", self.cpus_per_task):
+            raise InputError(f"--cpus-per-task {self.cpus_per_task}: give a whole number")
 
     @property
     def least(self) -> int:
@@ -182,7 +183,7 @@ def script(job: Job, site: Mapping[str, str], bad: Mapping[str, str]) -> str:
 
 
 def sbatch_options(job: Job, site: Mapping[str, str], bad: Mapping[str, str]) -> list[str]:
-    gpus, n_ranks, cpus = gpus_of(job, site), ranks_per_node(site), site.get("SCLDM_CPUS_PER_TASK", "")
+    (kind, gpus), n_ranks, cpus = gpus_of(job, site), ranks_per_node(site), site.get("SCLDM_CPUS_PER_TASK", "")
     on_all, array = job.on_all_ranks, job.array > 0
     # of a range of nodes, Slurm takes the smallest for one task per node
     few = on_all and n_ranks == 1 and job.options.least < job.options.most
@@ -192,7 +193,7 @@ def sbatch_options(job: Job, site: Mapping[str, str], bad: Mapping[str, str]) ->
         "output": quoted(log),
         "nodes": job.options.nodes if on_all else "1",
         **({"mincpus": cpus or "1"} if few else {"ntasks-per-node": str(n_ranks if on_all else 1)}),
-        "gpus-per-node": str(gpus) if gpus else "",
+        "gpus-per-node": f"{kind}{':' * bool(kind)}{gpus}" if gpus else "",
         "cpus-per-task": cpus,
         "array": f"0-{job.array - 1}{f'%{job.options.at_once}' if job.options.at_once else ''}" if array else "",
         "partition": site.get("SCLDM_PARTITION", ""),
@@ -206,14 +207,14 @@ def sbatch_options(job: Job, site: Mapping[str, str], bad: Mapping[str, str]) ->
     return [f"--{key}={value}" for key, value in given.items() if value] + ["--requeue", "--open-mode=append"]
 
 
-def gpus_of(job: Job, site: Mapping[str, str]) -> int:
-    """GPUs that a job asks for on a node."""
-    of_site = int(site.get("SCLDM_GPUS_PER_NODE", 0)) if job.wants_gpus else 0
-    return of_site if job.on_all_ranks else min(of_site, 1)
+def gpus_of(job: Job, site: Mapping[str, str]) -> tuple[str, int]:
+    """Type (empty where any will do) and number of the GPUs that a job asks for on a node."""
+    kind, of_site = gpus_of_node(site)
+    return kind, min(of_site, of_site if job.on_all_ranks else 1 if job.wants_gpus else 0)
 
 
 def ranks_per_node(site: Mapping[str, str]) -> int:
-    return int(site.get("SCLDM_GPUS_PER_NODE", 0)) or int(site.get("SCLDM_TASKS_PER_NODE", 1))
+    return gpus_of_node(site)[1] or int(site.get("SCLDM_TASKS_PER_NODE", 1))
 
 
 def usable_counts(global_batch: int, micro_batch: int, per_node: int, most: int) -> list[int]:

@@ -46,7 +46,7 @@ from typing import NoReturn
 
 from launch.cluster import commands as slurm
 from launch.cluster.notes import BAD_NODES, CAME, REPORT, note_nodes
-from launch.cluster.site import PASSED_ON
+from launch.cluster.site import PASSED_ON, gpus_of_node
 from scldm.environment import without_passwords
 from scldm.errors import LOST, REFUSED, REQUEUE, STOPPED, InputError, read_json
 from scldm.files import write_json, written_aside
@@ -311,15 +311,13 @@ class JobSteps:
         per_node = 1
         if self.settings["SCLDM_RANKS"] == "all":
             without = self.settings.get("SCLDM_TASKS_PER_NODE") or self.settings.get("SLURM_NTASKS_PER_NODE") or 1
-            per_node = int(self.settings.get("SCLDM_GPUS_PER_NODE", 0)) or int(without)
+            per_node = gpus_of_node(self.settings)[1] or int(without)
         # of a training run, a rank that ends early must not take the others' last save with it, nor may they wait for
         # it for ever; of the rest, all end with one that failed, and the first may take its time to join what all made
         common = ["--kill-on-bad-exit=0", "--wait=120"] if self.trains else ["--kill-on-bad-exit=1", "--wait=0"]
         # in the order of `hosts`, as preflight names nodes by rank; and of a node's sockets, as its GPUs mostly are:
         # Slurm's own order is a socket for every other rank, away from its GPU
-        common += ["--cpu-bind=cores", "--distribution=block:block"]
-        if per_node * len(self.hosts) > 1:
-            common.append("--label")  # each line with its rank
+        common += ["--cpu-bind=cores", "--distribution=block:block", "--label"]  # each line with its rank
         if cpus := self.settings.get("SCLDM_CPUS_PER_TASK"):
             common.append(f"--cpus-per-task={cpus}")
         return ["srun", *common, *self.container(), *self.on_hosts(per_node)]

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from launch.cluster.notes import leave_word
+from launch.cluster.site import gpus_of_node
 from scldm.environment import describe
 from scldm.errors import InputError, read_json
 
@@ -64,7 +65,7 @@ def findings_of(config: Any, notes: Path, node: str, local: int, tell: Callable[
 def gpu_troubles(local: int) -> tuple[list[str], list[str]]:
     """What is wrong with this rank's GPU, where the site says that nodes have some: what a setting may be the reason
     of, and what is broken."""
-    expected = int(os.environ.get("SCLDM_GPUS_PER_NODE") or 0)
+    expected = gpus_of_node(os.environ)[1]
     if not expected:
         return [], []
     try:
@@ -136,7 +137,7 @@ def own_disk() -> str:
 
 
 def device_of(local: int) -> torch.device:
-    on_gpu = torch.cuda.is_available() and int(os.environ.get("SCLDM_GPUS_PER_NODE") or 0) > 0
+    on_gpu = torch.cuda.is_available() and gpus_of_node(os.environ)[1] > 0
     return torch.device("cuda", local % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
 
 

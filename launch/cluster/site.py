@@ -6,7 +6,7 @@ One grammar, for `scldm submit` and for jobs that are sent with sbatch. It is a 
     SCLDM_KEY="two words"     blanks and `#` need quotes, "" or ''
     SCLDM_KEY=~/x/$USER       ~, $HOME and $USER are filled in, but not between ''. Any other $ is refused
 
-Reading order: KEYS, read_site, for_nodes. `python -m launch.cluster.site` prints the file for a shell.
+Reading order: KEYS, read_site, gpus_of_node, for_nodes. `python -m launch.cluster.site` prints the file for a shell.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ KEYS = {
     "SCLDM_ACCOUNT": "account",
     "SCLDM_QOS": "quality of service",
     "SCLDM_TIME": "time limit of a job, as 24:00:00",
-    "SCLDM_GPUS_PER_NODE": "GPUs of a node: as many ranks run there; 0 on nodes without",
+    "SCLDM_GPUS_PER_NODE": "GPUs of a node, as 8 or a100:8: as many ranks run there; 0 on nodes without",
     "SCLDM_TASKS_PER_NODE": "ranks on a node without GPUs",
     "SCLDM_CPUS_PER_TASK": "CPU cores of a rank, bound to it; by default the node's, shared out evenly",
     "SCLDM_MEMORY": "memory of a node, as 0 for all of it, or 200G",
@@ -41,7 +41,8 @@ KEYS = {
     "SCLDM_SHARED": "folders that all nodes see, separated by colons; run folders lie below one of them",
 }
 FOR_SBATCH = (*("SCLDM_PARTITION", "SCLDM_CPU_PARTITION", "SCLDM_ACCOUNT", "SCLDM_QOS", "SCLDM_TIME", "SCLDM_MEMORY"),)
-NUMBERS = ("SCLDM_GPUS_PER_NODE", "SCLDM_TASKS_PER_NODE", "SCLDM_CPUS_PER_TASK")
+NUMBER, GPUS = r"\d+", r"(?:([\w.-]+):)?(\d+)"
+NUMBERS = {"SCLDM_GPUS_PER_NODE": GPUS, "SCLDM_TASKS_PER_NODE": NUMBER, "SCLDM_CPUS_PER_TASK": NUMBER}
 # SCLDM_NCCL_X=value sets NCCL_X on the nodes; NCCL has too many variables for a list that stays true
 PASSED_ON = ("SCLDM_NCCL_", "SCLDM_GLOO_", "SCLDM_UCX_", "SCLDM_FI_")
 
@@ -77,8 +78,9 @@ def read_site(path: Path) -> dict[str, str]:
         if key in found:
             raise InputError(f"{where}: {key} is given twice")
         found[key] = _value(text, f"{where}: {key}={text}")
-        if key in NUMBERS and found[key] and not re.fullmatch(r"\d+", found[key]):
-            raise InputError(f"{where}: {key}={found[key]!r} must be a whole number")
+        if key in NUMBERS and found[key] and not re.fullmatch(NUMBERS[key], found[key]):
+            typed = ", or a type and a number as a100:8" if NUMBERS[key] == GPUS else ""
+            raise InputError(f"{where}: {key}={found[key]!r} must be a whole number{typed}")
     return {key: value for key, value in found.items() if value}
 
 
@@ -101,6 +103,14 @@ def _variable(name: str, where: str) -> str:
     if not os.environ.get(name):
         raise InputError(f"{where}: ${name} is not set in this shell")
     return os.environ[name]
+
+
+def gpus_of_node(site: Mapping[str, str]) -> tuple[str, int]:
+    """Type and number of a node's GPUs: of `a100:8` both, of `8` no type."""
+    match = re.fullmatch(GPUS, site.get("SCLDM_GPUS_PER_NODE") or "0")
+    if not match:  # of a job's environment: site files were checked when they were read
+        raise InputError(f"SCLDM_GPUS_PER_NODE={site['SCLDM_GPUS_PER_NODE']!r}: give a number, or a type too: a100:8")
+    return match[1] or "", int(match[2])
 
 
 def for_nodes(site: Mapping[str, str]) -> dict[str, str]:

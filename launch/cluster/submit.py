@@ -123,7 +123,7 @@ def main(submission: Submission) -> list[str]:
             check_nodes(job, site, partition)
             if job.wants_gpus and "SCLDM_CPUS_PER_TASK" not in site:
                 n_ranks = ranks_per_node(site) if job.on_all_ranks else 1
-                site["SCLDM_CPUS_PER_TASK"] = str(partition.cpus_of_rank(gpus_of(job, site), n_ranks))
+                site["SCLDM_CPUS_PER_TASK"] = str(partition.cpus_of_rank(*gpus_of(job, site), n_ranks))
         texts.append(script(job, site, bad_nodes(job.notes)))
         for node, why in bad_nodes(job.notes).items():
             print(
@@ -194,16 +194,18 @@ def check_partition(job: Job, site: Mapping[str, str], known: Mapping[str, slurm
     if name not in known:
         told = f"partition {name!r} is unknown" if name else "no partition is given, and Slurm has no default"
         raise InputError(f"{given_as('partition', job, site)}: {told}; there are: {slurm.listed(sorted(known))}")
-    wanted = gpus_of(job, site)
-    if wanted > known[name].gpus_per_node:
+    kind, wanted = gpus_of(job, site)
+    if wanted > (most := known[name].gpus_per_node(kind)):
         told = f"{given_as('gpus_per_node', job, site)}: {job.name} wants {wanted} on a node"
-        raise InputError(f"{told}, and a node of partition {name} has {known[name].gpus_per_node} GPUs")
+        types = slurm.listed(sorted({kind for gpus, _ in known[name].nodes.values() for kind in gpus if kind}))
+        such = f" of type {kind} (types there: {types})" if kind else ""
+        raise InputError(f"{told}, and a node of partition {name} has {most} GPUs{such}")
     return known[name]
 
 
 def check_gpus(job: Job, site: Mapping[str, str]) -> None:
     """Raises: InputError for a training that would refuse its node only once it has waited in the queue."""
-    if getattr(getattr(job.config, "hardware", None), "require_gpu", False) and not gpus_of(job, site):
+    if getattr(getattr(job.config, "hardware", None), "require_gpu", False) and not gpus_of(job, site)[1]:
         raise InputError(
             f"{job.name}: hardware.require_gpu=true, and a node has no GPU by the site file: give --gpus-per-node, "
             "SCLDM_GPUS_PER_NODE there, or hardware.require_gpu=false"

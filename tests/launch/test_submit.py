@@ -35,7 +35,7 @@ def test_a_site_file_is_read_and_never_run(tmp_path: Path, monkeypatch: pytest.M
         "# a comment": None,
         "": None,
         "SCLDM_ACCOUNT=a1": "a1",
-        "SCLDM_GPUS_PER_NODE=8 # eight": "8",
+        "SCLDM_GPUS_PER_NODE=a100:8 # eight": "a100:8",
         "SCLDM_TIME= # none": None,
         "SCLDM_QOS=": None,
         "SCLDM_MODULES='cuda/12 gcc' # two": "cuda/12 gcc",
@@ -72,7 +72,8 @@ def test_a_site_file_is_read_and_never_run(tmp_path: Path, monkeypatch: pytest.M
         ("SCLDM_MODULES='a", "put the value into quotes"),
         ("SCLDM_MODULES='a'b", "put the value into quotes"),
         ("export SCLDM_QOS=a", "is no SCLDM_KEY=value line"),
-        ("SCLDM_GPUS_PER_NODE=eight", "SCLDM_GPUS_PER_NODE='eight' must be a whole number"),
+        ("SCLDM_GPUS_PER_NODE=eight", "SCLDM_GPUS_PER_NODE='eight' must be a whole number, or a type and a number"),
+        ("SCLDM_TASKS_PER_NODE=a:1", "SCLDM_TASKS_PER_NODE='a:1' must be a whole number$"),
     ],
 )
 def test_what_a_site_file_can_not_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, said: str) -> None:
@@ -151,6 +152,20 @@ def test_the_usual_words_of_sbatch_are_options_wherever_they_stand(fake: Path, t
     assert options["gres"] == "disk:9"
 
 
+def test_gpus_of_one_type(fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """As many ranks as there are GPUs; a verb that wants one GPU wants one of that type."""
+    script = tmp_path / "my runs" / "50 % vae" / "slurm" / "job.sbatch"
+    assert main(["submit", *train(tmp_path), "--gpus-per-node", "H100:4"]) == 0
+    told = [options_of(script)[name] for name in ("gpus-per-node", "ntasks-per-node", "cpus-per-task")]
+    assert told == ["H100:4", "4", "12"], "of the nodes that have such"
+    site = tmp_path / "site.sh"
+    site.write_text(site.read_text().replace("NODE=8", "NODE=h100:8"))
+    embed = ["embed", "model=m", "h5ad=c.h5ad", f"out={tmp_path}/e.h5ad", "--dry-run"]
+    capsys.readouterr()
+    assert main(["submit", *embed]) == 0
+    assert "#SBATCH --gpus-per-node=h100:1\n" in capsys.readouterr().out
+
+
 def test_a_rank_gets_its_share_of_the_cores_of_the_node(fake: Path, tmp_path: Path) -> None:
     """A GPU's of the node where that is least; 100 CPUs and 8 GPUs on some, 64 and 4 on others."""
     notes = tmp_path / "my runs" / "50 % vae" / "slurm"
@@ -193,7 +208,9 @@ def test_nodes_that_a_preflight_named_are_left_out(fake: Path, tmp_path: Path, c
             "SCLDM_GPUS_PER_NODE=8: train-vae wants 8 on a node, and a node of partition",
         ),
         ("", ["--partition", "cpu", "--gpus-per-node=3"], "--gpus-per-node 3: train-vae wants 3 on a node"),
-        ("", ["--gpus-per-node", "a100:4"], "--gpus-per-node a100:4: give a whole number"),
+        ("", ["--gpus-per-node", "a100:4"], "a node of partition low has 0 GPUs of type a100 (types there: h100)"),
+        ("SCLDM_GPUS_PER_NODE=h100:9", [], "SCLDM_GPUS_PER_NODE=h100:9: train-vae wants 9 on a node"),
+        ("", ["--gpus-per-node", "a100:"], "--gpus-per-node a100:: give a whole number, or a type too, as a100:4"),
         ("", ["--", "-n4"], "--ntasks=4: submit sets this itself; give --gpus-per-node, or SCLDM_TASKS_PER_NODE"),
         ("", ["--", "--gres", "gpu:4"], "--gres: submit sets this itself; give --gpus-per-node"),
         ("", ["--", "--array=0-3"], "--array=0-3: submit sets this itself; give --tasks and --at-once"),
