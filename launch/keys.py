@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from launch.config import flatten, unknown_key
+from launch.config import flatten, preset_path, unknown_key
 from launch.verbs import VERBS
 
 ANY = "*"  # alone it stands for the keys of other verbs. `control.*` stands for those of a mapping
@@ -28,12 +28,14 @@ def keys_of(verb: str) -> tuple[str, ...]:
 
 
 def check_keys(verb: str, words: Sequence[str]) -> None:
-    """Raises: InputError for the first `key=value` whose key the verb does not have."""
+    """Raises: InputError for the first `key=value` whose key the verb does not have, or word that is no preset."""
     keys = keys_of(verb)
     if ANY in keys:
         return
     for word in words:
         key, equals, _ = word.partition("=")
+        if not equals and not word.startswith("-"):
+            preset_path(word)
         if not equals or word.startswith("--") or key in keys or any(k.startswith(f"{key}.") for k in keys):
             continue
         if not any(k.endswith(ANY) and key.startswith(k[:-1]) for k in keys):

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Set up what the tests need, and run them: the quick and the slow ones.
 #   bash tests/run.sh [--quick | --all] [--as PROCESSOR] [PYTEST ARGUMENTS]
-#   --quick  only the quick ones (two minutes)
+#   --quick  only the quick ones (two minutes on two cores), of less than a second each
 #   --all    the exhaustive ones too (hours)
 #   --as     those whose verdict depends on rounding (mark `numerical`), with the instructions of another processor:
 #            lowest (SSE only), avx2 (and two threads), avx512 (where the processor has it). With -m "not exhaustive" as a
-#            PYTEST ARGUMENT, all tests
+#            PYTEST ARGUMENT, all tests. With --quick those of one process, also the heavy ones
 # GPUs are hidden; on one, the kernels are tested by: SCLDM_TEST_GPU=1 bash tests/run.sh tests/scldm/kernels tests/scldm/model
 # Paths among the arguments are relative to the checkout. Files of tests run beside one another, on as many cores as there
 # are, at most four; `-n 0` runs them one after another, and shows what they print with `-s`.
@@ -19,7 +19,7 @@ arguments=()
 as=
 while [ $# -gt 0 ]; do
     case $1 in
-        --quick) selection="not slow and not exhaustive" ;;
+        --quick) selection="not slow and not heavy and not exhaustive" ;;
         --all) selection="" ;;
         --as)
             as=${2:-nothing}
@@ -45,7 +45,7 @@ case $as in # torch's own kernels, oneDNN, MKL, OpenBLAS (numpy and scipy)
         exit 2
         ;;
 esac
-if [ -n "$as" ]; then selection="numerical${selection:+ and $selection}"; fi
+if [ -n "$as" ]; then selection="numerical${selection:+ and ${selection/ and not heavy/}}"; fi
 python=$(bash "$root/launch/setup.sh" all,test)
 cd "$root"
 export PATH="${python%/*}:$PATH" # the commands that came with the packages

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.heavy
+
 SHOW = "import os, tests.conftest; print(os.environ.get('CUDA_VISIBLE_DEVICES'), os.environ.get('TRITON_INTERPRET'))"
 
 

@@ -32,6 +32,8 @@ from tests.mutations import check_every_harm, check_nothing_else_is_raised
 from tests.scldm.small_model import CONDITIONS, GENES, library_sizes, networks
 from tests.scldm.train.small_runs import small_run
 
+pytestmark = pytest.mark.heavy
+
 FEW, MANY = 40, 4_000
 
 

@@ -6,7 +6,7 @@ import math
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,9 @@ from launch.cluster.notes import BAD_NODES, State, find_notes, nodes_in, state_o
 from launch.config import compose
 from launch.evaluation.gate import line_of
 from scldm.errors import InputError, read_json
-from scldm.parallel.watch import START_S
+from scldm.parallel import START_S
 from scldm.train import changes
 from scldm.train.run_folder import OUTCOME, is_trained, read_config, started_at, trained_on
-from scldm.train.throughput import seconds_per_step
 from scldm.train.tracking import read_metrics
 
 PURPOSE = """How far a run is: its job's state, step, cells/s, time left, last checkpoint, last error of each rank.
@@ -103,6 +102,14 @@ def state_of_run(run: Path) -> str:
     if host not in ("", socket.gethostname()) and silent_s < hang_s + START_S:
         return f"RUNNING or killed: it is trained on {host}, whose locks this host may not see. It last wrote {last}"
     return f"KILLED: no process trains in it, and the last one left no word of its end. It last wrote {last}"
+
+
+def seconds_per_step(rows: Sequence[Mapping[str, Any]], since: float) -> float | None:
+    """What a step takes in all, validation and saving included: by when rows of training were written, from the first
+    one after `since`, when the process started. None where there are no two."""
+    rows = [row for row in rows if row["time"] >= since]
+    n_steps = rows[-1]["step"] - rows[0]["step"] if rows else 0
+    return (rows[-1]["time"] - rows[0]["time"]) / n_steps if n_steps > 0 else None
 
 
 def training_config(run: Path) -> Any:

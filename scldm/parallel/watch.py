@@ -34,12 +34,11 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from scldm.errors import LOST, InputError
-from scldm.parallel import dist
+from scldm.parallel import START_S, dist
 from scldm.parallel.dist import World
 from scldm.parallel.links import Link, meet
 
 TICK_S = 0.5
-START_S = 600.0  # data are opened, networks made and compiled
 ANSWER_S = 5.0  # in which a rank whose threads run says where it is
 END_S = 60.0  # in which a process that failed ends. An operation that others left may not let it
 SOONER_S = 60.0  # by which a hang is to be found before an exchange gives up, which would not say whose fault it is

@@ -29,15 +29,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scldm.environment import describe, without_passwords
 from scldm.errors import Busy, InputError, Stopped, read_json
 from scldm.files import ASIDE, flat, left_aside, outlived, remove, write_json
 from scldm.train import changes
-from scldm.train.branch import Branch, begin
 from scldm.train.changes import CHANGES
-from scldm.train.checkpoint import pointed
+
+if TYPE_CHECKING:  # it imports torch, which `scldm status` needs nothing of
+    from scldm.train.branch import Branch
 
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
@@ -93,7 +94,7 @@ def open_run_folder(
     with locked(run_dir):
         for left in left_aside(run_dir):
             remove(left)
-        begins = branch is not None and pointed(run_dir / "checkpoints" / "latest") is None
+        begins = branch is not None and _latest(run_dir) is None
         # before the config: what changed can be told from the two of them, and from nothing later
         if branch is not None and begins:
             changes.note(run_dir, branch.step, changed, branch.run)
@@ -103,6 +104,8 @@ def open_run_folder(
             write_json(path, config)
         write_json(run_dir / ENVIRONMENT, [*_starts(run_dir), {**describe(), **(notes or {})}])
         if branch is not None and begins:
+            from scldm.train.branch import begin
+
             begin(branch, run_dir)
             print(f"scldm: {run_dir} {changes.told(changes.read(run_dir)[0])}", file=sys.stderr, flush=True)
         yield
@@ -110,8 +113,14 @@ def open_run_folder(
 
 def step_of(run_dir: Path) -> int:
     """The step of the checkpoint that the run goes on from."""
-    latest = pointed(run_dir / "checkpoints" / "latest")
+    latest = _latest(run_dir)
     return int(latest.name.removeprefix("step-")) if latest else 0
+
+
+def _latest(run_dir: Path) -> Path | None:
+    from scldm.train.checkpoint import pointed  # which imports torch
+
+    return pointed(run_dir / "checkpoints" / "latest")
 
 
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any], free: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:

@@ -9,7 +9,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -141,14 +141,6 @@ class Meter:
             for k, key in names:
                 self._settled[key] = self._settled.get(key, 0.0) + totals[f"{k} {key}"]
             self._unsettled = []
-
-
-def seconds_per_step(rows: Sequence[Mapping[str, Any]], since: float) -> float | None:
-    """What a step takes in all, validation and saving included: by when rows of training were written, from the first
-    one after `since`, when the process started. None where there are no two."""
-    rows = [row for row in rows if row["time"] >= since]
-    n_steps = rows[-1]["step"] - rows[0]["step"] if rows else 0
-    return (rows[-1]["time"] - rows[0]["time"]) / n_steps if n_steps > 0 else None
 
 
 def note_rank(run_dir: Path, rank: int, step: int, own: dict[str, float]) -> None:

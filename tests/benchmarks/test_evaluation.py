@@ -7,9 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from benchmarks.evaluation import EvaluationConfig, main
 from scldm.evaluate import map_of_cells, metrics
 from scldm.evaluate.two_sample import classifier_auc
+
+pytestmark = pytest.mark.heavy
 
 
 def test_the_benchmark_runs_and_saves_its_rows(tmp_path: Path, monkeypatch: Any) -> None:

@@ -60,6 +60,7 @@ def test_every_row_and_target_is_there(tmp_path: Path, monkeypatch: pytest.Monke
     assert rows["network calls of the reference's recipe"]["value"] % 3 == 0
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("target", [bench_random.TARGET, ("tiny", "tiny", 60)])
 def test_random_weights_generate_at_any_size(target: tuple[str, str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_random, "TARGET", target)
@@ -88,6 +89,7 @@ def test_random_weights_draw_cells_as_sparse_as_real_ones() -> None:
     assert 0.05 < (counts > 0).mean() < 0.7
 
 
+@pytest.mark.heavy
 def test_the_reference_recipe_follows_the_flow_that_it_is_compared_on() -> None:
     network, numbers = dit(), torch.arange(5)
     conditions = {"type": torch.tensor([0, 1, 2, 0, 1])}

@@ -43,6 +43,7 @@ def read(folder: Path) -> dict[str, Any]:
 # --- steps ---
 
 
+@pytest.mark.heavy
 def test_a_step_past_its_bound_is_ended_with_all_that_it_started(on_a_gpu: dict, tmp_path: Path) -> None:
     child = "import subprocess, sys, time; p = subprocess.Popen(['sleep', '300']); print('begun', flush=True); "
     child += f"open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid)); time.sleep(300)"
@@ -223,6 +224,7 @@ def test_parity_is_not_done_unless_kernels_ran_on_cuda(
 # --- profile ---
 
 
+@pytest.mark.heavy
 def test_the_profile_says_what_a_step_is_made_of(tmp_path: Path) -> None:
     shape = VAEConfig(width=16, n_latents=4, n_layers=1, n_heads=2)
     config = gpu_profile.GPUProfileConfig(

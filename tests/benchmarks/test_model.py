@@ -22,6 +22,8 @@ from benchmarks.trained import Trained, knn_accuracy
 from scldm.errors import InputError
 from scldm.model.vae import VAEConfig
 
+pytestmark = pytest.mark.heavy
+
 MODEL = cast(Any, None)  # is not asked
 SMALL = VAEConfig(width=16, n_latents=4, n_layers=1, n_heads=2)
 

@@ -119,6 +119,7 @@ def test_labels_may_hold_commas_and_equals_signs():
         labels_of_text("c=1", ("a", "b"))
 
 
+@pytest.mark.heavy
 def test_variable_genes_are_those_of_training_cells(tmp_path: Path):
     adata = made_cells()
     split = stratified((adata.obs["cell_type"] + adata.obs["treatment"]).to_numpy(object), 0)
@@ -187,6 +188,7 @@ def test_a_training_counts_when_it_has_ended(tmp_path: Path):
     assert calls == [[], []]  # the second found nothing of the first, and there was no third
 
 
+@pytest.mark.heavy
 def test_the_command_makes_what_is_missing_and_judges_again_when_asked(
     h5ad: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -239,6 +241,7 @@ def made_by(name: str, task: Task, tmp_path: Path, seconds: float = 1.5) -> tupl
     return row, ad.read_h5ad(place.row(name, 0) / "generated.h5ad")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name, unseen", [("pca_gaussian", False), ("independent_genes", False), ("mlp_flow", True)])
 def test_methods_make_whole_counts_of_the_asked_combinations(name: str, unseen: bool, held_out: Task, tmp_path: Path):
     row, made = made_by(name, held_out, tmp_path)
@@ -264,6 +267,7 @@ def test_a_gaussian_has_mean_and_covariance_of_what_it_was_fitted_to():
     assert np.allclose(np.cov(drawn, rowvar=False), np.cov(values, rowvar=False) + 0.5 * np.eye(3), atol=0.08)
 
 
+@pytest.mark.heavy
 def test_a_flow_learns_where_each_label_lies():
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 2, (400, 1))
@@ -357,6 +361,7 @@ def test_the_figure_names_its_protocol(tmp_path: Path, monkeypatch: pytest.Monke
 # --- the judge -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 def test_the_judge_puts_training_cells_before_poisson_draws_before_shuffled_labels(h5ad: str):
     task = read_task(config_of(h5ad))
     rng = np.random.default_rng(0)

@@ -11,6 +11,7 @@ from benchmarks.report import Report, Row, median
 from benchmarks.shards import BenchShardsConfig, main, synthetic_rows
 
 
+@pytest.mark.heavy
 def test_the_synthetic_cells_are_as_described():
     """The shares and the number of expressed genes that the targets are stated for; the same cells every time."""
     rows = next(synthetic_rows(400, 20_000, 1_763))

@@ -51,6 +51,7 @@ def test_both_marks_of_scvi_stand_beside_the_trial() -> None:
     assert rows["W2 of reconstructed cells then"].met
 
 
+@pytest.mark.heavy
 def test_a_trial_trains_as_the_verb_does_and_is_logged(tmp_path: Path) -> None:
     cells, validate = tmp_path / "made.h5ad", loop.validate
     made_cells().write_h5ad(cells)

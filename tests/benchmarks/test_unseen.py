@@ -64,6 +64,7 @@ def test_the_rivals_are_control_cells_treated_cells_elsewhere_and_shifted_contro
     assert np.abs(shift[0, 2:]).max() < 0.6
 
 
+@pytest.mark.heavy
 def test_cells_drawn_again_have_the_distances_of_the_cells() -> None:
     rng = np.random.default_rng(0)
     reference, near, far = rng.normal(size=(80, 3)), rng.normal(size=(60, 3)), rng.normal(0.8, 1, size=(60, 3))

@@ -52,6 +52,7 @@ count = st.one_of(
 column = st.one_of(st.integers(0, 20), st.integers(250, 260), st.integers(0, N_GENES - 1))
 
 
+@pytest.mark.heavy
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.dictionaries(column, count, max_size=20), min_size=1, max_size=6), st.sampled_from(CODECS))
 def test_roundtrip_is_exact(cells, codec):

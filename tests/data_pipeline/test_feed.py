@@ -22,6 +22,7 @@ def thin(tmp_path_factory):
     return str(write_set(tmp_path_factory.mktemp("thin") / "set", cells, "none", block_cells=32))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "changes", [{}, {"select": {"donor": [f"d{k}" for k in range(10)]}}, {"balance": ["type", "donor"]}]
 )

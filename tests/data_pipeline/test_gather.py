@@ -18,6 +18,8 @@ from scldm.errors import InputError
 from scldm.vocab import GeneVocab
 from tests.data_pipeline.small_sets import known_cells, narrow, write_set
 
+pytestmark = pytest.mark.heavy
+
 N_CELLS = 40
 
 

@@ -65,6 +65,7 @@ def test_sets_belong_to_the_position_whatever_the_micro_batch():
     )
 
 
+@pytest.mark.heavy
 def test_weighted_sets_follow_the_weights():
     weights = np.concatenate([np.zeros(5), np.full(20, 1.0), np.full(15, 4.0)])
     ids = draw_many(sets_of(GeneSetConfig("weighted", 1), weights=weights), 200).ravel()
@@ -164,6 +165,7 @@ def slots(tmp_path_factory):
     return slots, cells.counts[:256]
 
 
+@pytest.mark.heavy
 def test_compact_counts_have_the_dtype_of_the_set_in_every_batch(tmp_path):
     """Not that of a batch, which a compiled model would meet as two shapes."""
     cells = known_cells()
@@ -232,6 +234,7 @@ def test_expressed_genes_are_never_lost_unsaid(slots, capsys):
     assert f"(up to {largest}) lose some" in capsys.readouterr().err
 
 
+@pytest.mark.heavy
 def test_a_sample_of_too_many_expressed_genes_is_uniform(slots):
     slots, counts = slots
     sets = sets_of(GeneSetConfig("expressed", 5, overflow="sample"), largest=40)

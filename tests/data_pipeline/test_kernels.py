@@ -46,6 +46,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return shards.manifest
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("backwards", [False, True])
 @pytest.mark.parametrize("name", EDGES)
 def test_what_goes_in_at_the_edges_comes_out(name: str, backwards: bool, manifest: Manifest) -> None:

@@ -30,6 +30,7 @@ def sets(tmp_path_factory, cells):
 # --- exact ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("codec, form", [("none", "dense"), ("lz4", "dense"), ("zstd", "compact")])
 @pytest.mark.parametrize(
     "given_set, asked_set",

@@ -24,6 +24,7 @@ def identity(block, row, block_cells=8, first_block=3):
     return (block - first_block) * block_cells + row
 
 
+@pytest.mark.heavy
 @settings(max_examples=150, deadline=None)
 @given(
     n_cells=st.integers(1, 900),
@@ -49,6 +50,7 @@ def test_every_cell_of_an_epoch_stands_at_exactly_one_position_over_all_ranks(
     np.testing.assert_array_equal(np.sort(np.concatenate(seen)), np.arange(n_cells))
 
 
+@pytest.mark.heavy
 @settings(max_examples=60, deadline=None)
 @given(n_cells=st.integers(1, 3000), lanes=st.integers(1, 64), seed=st.integers(0, 99), window=st.integers(1, 3))
 def test_world_size_and_chunking_do_not_change_a_global_batch(n_cells, lanes, seed, window):

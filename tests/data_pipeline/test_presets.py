@@ -67,6 +67,7 @@ def test_hlca(tmp_path):
     assert (manifest.sources[0]["layer"], manifest.genes.namespace) == ("raw/X", "ensembl")
 
 
+@pytest.mark.heavy
 def test_parse_holds_out_its_combinations(tmp_path):
     """18 cell types x 91 cytokines, two donors; CD4 Naive with 27 cytokines is in the test split alone, all of it."""
     types, cytokines = ["CD4 Naive", *labels("type", 17)], labels("cytokine", 91)
@@ -88,6 +89,7 @@ def test_parse_holds_out_its_combinations(tmp_path):
         assert (cell["split"] == "test") == (combination in wanted)
 
 
+@pytest.mark.heavy
 def test_replogle_joins_its_files(tmp_path):
     """A file per cell line, with genes of their own; hepg2 with some genes is held out."""
     genes = labels("gene", 60)
@@ -104,6 +106,7 @@ def test_replogle_joins_its_files(tmp_path):
     assert len(manifest.sources) == 4
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("organism", ["homo_sapiens", "mus_musculus"])
 def test_census(tmp_path, organism):
     """Cells that are primary data, whole data sets to one split, genes that some cell expresses."""

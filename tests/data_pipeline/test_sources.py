@@ -198,6 +198,7 @@ def test_categories_as_older_files_keep_them(tmp_path):
         open_sources(source, ("cell_type",), "")
 
 
+@pytest.mark.heavy
 def test_filters_take_what_is_true(tmp_path):
     """A missing value is not true; text and numbers are no answer, though Python calls them true."""
     adata = atlas(4, 30)
@@ -227,6 +228,7 @@ FILTERS = {
 }  # fmt: skip
 
 
+@pytest.mark.heavy
 def test_a_filter_means_the_same_where_values_are_missing(tmp_path):
     """What is missing is neither equal nor unequal: h5ad chooses the rows that TileDB does."""
     adata = atlas(4, 30)
@@ -308,6 +310,7 @@ def test_labels_that_are_asked_for_are_those_that_were_kept(dtype):
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 def test_chosen_rows_in_small_chunks(tmp_path):
     """Any choice of rows, in chunks of any size, from every storage: gaps and boundaries lose nothing."""
     adata = atlas(300, 120)
@@ -381,6 +384,7 @@ def test_spans_keep_to_budget_and_gaps():
 # --- several sources -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 def test_several_files_join_by_their_genes(tmp_path):
     """Different genes in another order, barcodes that repeat: union and intersection give each cell its own counts."""
     first, second = atlas(120, 50), atlas(90, 60, seed=5)
@@ -432,6 +436,7 @@ def test_namespaces_need_a_table(tmp_path):
     assert [c.tolist() for c in back.column_of] == [[0, 1, -1, -1, -1], [0, 1, 2, 3]]
 
 
+@pytest.mark.heavy
 def test_versions_of_ensembl_ids_are_one_gene(tmp_path):
     ids = [f"ENSG{k:011d}" for k in range(30)]
     for name, versions in (
@@ -493,6 +498,7 @@ def test_a_byte_order_mark_begins_no_name(tmp_path):
     assert join_genes([ensembl, symbol], "union", None, str(tmp_path / "table.csv")).vocab.ids == ("ENSG00000000001",)
 
 
+@pytest.mark.heavy
 def test_a_file_under_several_names_is_read_once(tmp_path, monkeypatch):
     """Twice the same cells could lie in training and in test."""
     atlas(20, 30).write_h5ad(tmp_path / "a.h5ad")
@@ -520,6 +526,7 @@ def test_a_stated_namespace_must_be_the_sources(tmp_path):
             write_shards(given)
 
 
+@pytest.mark.heavy
 def test_long_labels_take_no_memory_for_each_cell(tmp_path):
     """Of a column of categories, cells hold codes while a command is planned."""
     adata = atlas(40_000, 2)

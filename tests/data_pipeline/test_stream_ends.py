@@ -26,6 +26,7 @@ def threads():
     return {t.name for t in threading.enumerate() if t.name.startswith("scldm")}
 
 
+@pytest.mark.heavy
 def test_nothing_is_left_behind_by_a_consumer_that_stops_or_dies(folder):
     gc.collect()
     before = open_files()
@@ -137,6 +138,7 @@ print(sorted(t.name for t in threading.enumerate()))
 """
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "thread, stream", [("scldm-read", "next"), ("scldm-loader", "next"), ("scldm-loader", "one_pass")]
 )
@@ -177,6 +179,7 @@ def test_a_closed_loader_begins_nothing(folder):
     assert not threads()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("place, method", [(ShardSet, "close"), (threading.Thread, "join"), (Feed, "close")])
 @pytest.mark.parametrize("again", ["close", "collected"])
 def test_a_close_that_was_interrupted_is_ended_by_the_next(folder, monkeypatch, place, method, again):
@@ -205,6 +208,7 @@ def test_a_loader_that_is_refused_leaves_nothing_open(folder):
     assert open_files() == before
 
 
+@pytest.mark.heavy
 def test_loaders_share_cells_that_their_owner_closes(folder, tmp_path):
     """Such as DirectCells, whose close removes the set."""
 

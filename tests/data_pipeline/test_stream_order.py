@@ -12,6 +12,7 @@ from tests.data_pipeline.small_sets import known_cells, write_set
 from tests.data_pipeline.streams import by_cell, flat, open_loader
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("world, micro", [(2, 4), (3, 1), (4, 3), (8, 4), (24, 1), (64, 3)])
 @pytest.mark.parametrize("policy", ["random", "weighted"])
 def test_every_world_size_gives_every_cell_the_same_position_and_gene_sets(folder, world, micro, policy):
@@ -43,6 +44,7 @@ def test_ranks_beyond_the_lanes_are_told_once_what_they_cost(folder, capsys):
     assert not capsys.readouterr().err
 
 
+@pytest.mark.heavy
 def test_a_shared_gene_set_is_its_groups_whatever_the_micro_batch(folder):
     given_set = GeneSetConfig("random", 20, gene_set_group=12)
     with open_loader(folder, micro=12, given=given_set) as whole:
@@ -69,6 +71,7 @@ def test_the_sides_draw_apart_and_every_epoch_anew_but_a_pass_in_order_never(fol
         assert by_cell(b for batches in loader.one_pass() for b in batches) == first
 
 
+@pytest.mark.heavy
 @settings(max_examples=15, deadline=None)
 @given(
     stop=st.integers(0, 14),
@@ -149,6 +152,7 @@ def test_a_state_of_another_data_set_is_refused(folder, tmp_path):
         loader.load_state(state)
 
 
+@pytest.mark.heavy
 def test_another_global_batch_in_mid_epoch_brings_every_cell_once_all_the_same(folder, capsys):
     """Twice in one epoch, at any world size; from the next epoch on, what a run of that batch draws there."""
     rows, state, place = [], None, 0

@@ -50,6 +50,7 @@ def test_a_sound_set_is_sound(sound, capsys):
     assert "sound: 500 cells in 17 blocks, 256 cells compared" in capsys.readouterr().out
 
 
+@pytest.mark.heavy
 def test_every_flipped_bit_is_found_and_its_block_named(copy):
     """One bit anywhere in a tar: block data, a member's header, padding, the end."""
     blocks = np.load(copy / "index/blocks.npy")
@@ -183,6 +184,7 @@ def test_splits_that_are_other_cells_are_refused(copy):
         (copy / "manifest.json").write_text(before)
 
 
+@pytest.mark.heavy
 def test_swapped_labels_are_found(copy):
     """By the manifest's hash; with a hash that fits them, by the sources."""
 

@@ -48,6 +48,7 @@ def cells(tmp_path):
     shards.close()
 
 
+@pytest.mark.heavy
 def test_latents_stand_where_their_cells_stood(cells, tmp_path):
     out = tmp_path / "latents"
     first = writer_of(out, cells)
@@ -132,6 +133,7 @@ def test_latents_of_other_gene_sets_are_refused(cells, tmp_path, done):
             LatentWriter(tmp_path / "out", cells, "model", SHAPE, other)
 
 
+@pytest.mark.heavy
 def test_what_a_kill_left_half_written_is_gone_from_the_set(cells, tmp_path):
     out, script = tmp_path / "out", Path(__file__).with_name("killed_writer.py")
     killed = subprocess.run([sys.executable, script, cells.url, out], cwd=ROOT)
@@ -224,6 +226,7 @@ def encoded(n=8, types=2, donors=299, conditions=2):
     )
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "data, text",
     [

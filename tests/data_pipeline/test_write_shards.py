@@ -21,6 +21,8 @@ from data_pipeline.write_soma import SomaWriteConfig, write_soma
 from scldm.errors import InputError
 from tests.data_pipeline.atlases import FilterConfig, SplitConfig, atlas, config, digest, read_set, row_counts
 
+pytestmark = pytest.mark.heavy
+
 write = write_shards.write_shards
 
 

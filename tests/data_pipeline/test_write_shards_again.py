@@ -23,6 +23,7 @@ from tests.data_pipeline.atlases import FilterConfig, SplitConfig, config, diges
 write = write_shards.write_shards
 
 
+@pytest.mark.heavy
 def test_bytes_do_not_depend_on_memory_or_tasks(tmp_path, source, monkeypatch, capsys):
     """Chunks of a few rows, runs of a few chunks, units of 100 cells: every boundary is met."""
     _, path = source

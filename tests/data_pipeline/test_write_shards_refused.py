@@ -18,6 +18,7 @@ from tests.data_pipeline.atlases import FilterConfig, SplitConfig, atlas, config
 write = write_shards.write_shards
 
 
+@pytest.mark.heavy
 def test_another_command_on_the_same_folder_is_refused(tmp_path, source, monkeypatch):
     _, path = source
     command = config(tmp_path / "set", path)

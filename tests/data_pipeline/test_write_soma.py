@@ -20,6 +20,7 @@ from scldm.errors import InputError
 from tests.data_pipeline.atlases import atlas, counts
 
 
+@pytest.mark.heavy
 def test_it_opens_as_a_census_does(tmp_path):
     """The query of a Census's user answers with the source's counts, obs and gene ids; mixed columns don't hinder."""
     adata = atlas(150, 80)
@@ -89,6 +90,7 @@ def test_a_path_from_here_is_found(tmp_path, monkeypatch):
     assert len(open_sources(SourceConfig(paths=("./soma",)), (), "")[0].rows) == 20
 
 
+@pytest.mark.heavy
 def test_layers_and_columns_that_there_are_not(tmp_path):
     atlas(20, 10).write_h5ad(tmp_path / "a.h5ad")
     write_soma(SomaWriteConfig(h5ad=str(tmp_path / "a.h5ad"), out=str(tmp_path / "soma")))

@@ -15,6 +15,8 @@ from launch.cli import main as scldm
 from scldm.train import checkpoint
 from tests.scldm.train.small_runs import make_vae, small_run, stored
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:

@@ -113,9 +113,13 @@ def test_the_version_is_that_of_the_library(capsys: pytest.CaptureFixture) -> No
     assert capsys.readouterr().out == f"scldm {scldm.__version__}\n"
 
 
+@pytest.mark.heavy
 def test_what_the_words_alone_say_is_refused_before_torch_is_imported() -> None:
     code = "import sys; from launch.cli import main; code = main(sys.argv[1:]); print(code, 'torch' in sys.modules)"
-    for words in (["trian"], ["train", "vae", "vae/tinny"], ["embed", "vae/tiny"], ["--version"]):
+    for words in (
+        *(["trian"], ["train", "vae", "vae/tinny"], ["embed", "vae/tiny"], ["generate", "model=m", "word"]),
+        *(["status", "nothing"], ["logs", "nothing"], ["--version"]),
+    ):
         done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
         assert done.stdout.splitlines()[-1] == f"{0 if words == ['--version'] else 2} False", done.stderr
 
@@ -181,6 +185,7 @@ def test_every_verb_says_what_it_is(verb: str, capsys: pytest.CaptureFixture) ->
     assert verb in verbs, f"{verb}: its example does not show it"
 
 
+@pytest.mark.heavy
 def test_the_module_is_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "launch.cli", "nothing"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
@@ -251,6 +256,7 @@ def test_a_disk_that_takes_nothing_is_one_line(
     assert capsys.readouterr().err == f"scldm try it: error: {said}\n"
 
 
+@pytest.mark.heavy
 def test_help_that_nobody_reads_to_the_end_is_no_error() -> None:
     code = f"{sys.executable} -m launch.cli help train vae | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", code], cwd=ROOT, capture_output=True, text=True)

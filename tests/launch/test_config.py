@@ -206,6 +206,7 @@ def test_a_broken_preset_is_named(tmp_path: Path, content: bytes, said: str) -> 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.heavy
 def test_nothing_of_a_value_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A preset of others could print what is in the environment."""
     monkeypatch.setenv("SECRET", "geheim")

@@ -26,6 +26,8 @@ from tests.launch.faulty import Fault, SmallConfig
 from tests.scldm.train.small_runs import stored
 from tests.scldm.train.test_resume import OF_THE_MACHINE
 
+pytestmark = pytest.mark.heavy
+
 LOW = dataclasses.replace(faulty.OPTIM, lr=3e-4)
 
 

@@ -66,6 +66,7 @@ def test_h5ad_cells_are_dealt_by_their_split(files):
     assert [c.numbers() for c in untyped] == [{NO_TYPE: len(c.types)} for c in dealt]
 
 
+@pytest.mark.heavy
 def test_shard_cells_are_those_that_were_written(files):
     source = SourceConfig(paths=(str(files / "real.h5ad"),))
     split = SplitConfig(validation=0.2, test=0.2, stratify=("kind",))
@@ -121,6 +122,7 @@ def test_cells_of_two_conditions_are_told_apart_by_both(tmp_path: Path) -> None:
         cells_of_shards(out, ["kind", "tissue"])
 
 
+@pytest.mark.heavy
 def test_all_conditions_that_both_sides_say_are_told_apart_and_labels_are_text(tmp_path, monkeypatch) -> None:
     """Figures and page too: a label is no formula, no markup and no format string."""
     monkeypatch.setattr(map_of_cells, "umap_coordinates", lambda components, seed: components[:, :2])
@@ -144,6 +146,7 @@ def test_all_conditions_that_both_sides_say_are_told_apart_and_labels_are_text(t
     assert "<b>%s" not in page
 
 
+@pytest.mark.heavy
 def test_results_are_there_whatever_becomes_of_the_drawing(files, monkeypatch) -> None:
     monkeypatch.setattr(map_of_cells, "umap_coordinates", lambda components, seed: components[:, :2])
     monkeypatch.chdir(files)
@@ -158,6 +161,7 @@ def test_results_are_there_whatever_becomes_of_the_drawing(files, monkeypatch) -
     assert json.loads((files / "out" / "evaluation.json").read_text())["pooled"]["w2"]["score"] > 0
 
 
+@pytest.mark.heavy
 def test_cells_drawn_of_shards_are_of_the_set_and_no_other_block_is_read(tmp_path, monkeypatch):
     known = replace(known_cells(n_genes=40), split_sizes={"train": 400, "validation": 50, "test": 40})
     known.counts[:, 9] = np.arange(490) + 1  # no two cells are alike
@@ -188,6 +192,7 @@ def test_cells_drawn_of_shards_are_of_the_set_and_no_other_block_is_read(tmp_pat
     assert (other.counts != train.counts).nnz > 100
 
 
+@pytest.mark.heavy
 def test_cells_drawn_of_a_file_are_named_in_the_evaluation(files, monkeypatch, capsys):
     monkeypatch.setattr(map_of_cells, "umap_coordinates", lambda components, seed: components[:, :2])
     monkeypatch.chdir(files)
@@ -278,6 +283,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(files, monkeypatch, capsys
     assert not (files / "out").exists()
 
 
+@pytest.mark.heavy
 def test_cells_of_an_unconditional_model_are_judged_pooled(files, monkeypatch, capsys):
     # its compiler takes seconds
     monkeypatch.setattr(map_of_cells, "umap_coordinates", lambda components, seed: components[:, :2])

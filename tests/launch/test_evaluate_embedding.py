@@ -44,6 +44,7 @@ def of(path: Path) -> dict[str, str]:
     return {"embedding": str(path), "label": "cell_type"}
 
 
+@pytest.mark.heavy
 def test_scores_are_written_and_shown(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "out"
     found = evaluate(EvaluateVerbConfig(**of(path), held_out_by="donor", out=str(out)))
@@ -62,6 +63,7 @@ def test_scores_are_written_and_shown(path: Path, tmp_path: Path, capsys: pytest
     assert "names its column" in capsys.readouterr().out
 
 
+@pytest.mark.heavy
 def test_names_are_shown_as_text_and_the_notes_say_what_each_side_saw(tmp_path: Path, capsys) -> None:
     cells = embedded_cells()
     cells.obs["type [mem] :cat:"] = cells.obs["cell_type"].astype(str).where(np.arange(118) > 0, "x[/b] y")
@@ -78,6 +80,7 @@ def test_names_are_shown_as_text_and_the_notes_say_what_each_side_saw(tmp_path: 
     assert "layer='scaled' is not in the file" in capsys.readouterr().err
 
 
+@pytest.mark.heavy
 def test_counts_of_another_file_are_matched_by_name(path: Path, tmp_path: Path) -> None:
     cells = embedded_cells()
     here = evaluate(EvaluateVerbConfig(**of(path)))

@@ -83,6 +83,7 @@ def test_none_stands_for_no_condition_unless_one_has_that_name(monkeypatch: Any)
     assert judged_conditions(EvaluateVerbConfig(generated="g", shards="set"), model) == ("kind",)
 
 
+@pytest.mark.heavy
 def test_labels_are_shown_as_text_and_every_table_names_its_protocol(
     tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

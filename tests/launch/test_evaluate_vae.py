@@ -35,6 +35,8 @@ from scldm.train.losses import Draws, VAEStage
 from scldm.train.tracking import TrackingConfig
 from tests.data_pipeline.small_sets import Known, known_cells, write_set
 
+pytestmark = pytest.mark.heavy
+
 N_TEST = 150  # a batch of 128 and a smaller one
 
 

@@ -30,6 +30,8 @@ from tests.launch import faulty
 from tests.launch.faulty import EVERY, GLOBAL_BATCH, Ranks, SmallConfig
 from tests.scldm.train.small_runs import N_GENES, make_cells
 
+pytestmark = pytest.mark.heavy
+
 N_TRAIN, N_VALIDATION, N_TEST = 400, 90, 60
 WORDS = [
     *("hardware.engine=plain", "hardware.micro_batch=50", "train.global_batch=50", "train.log_every=10"),

@@ -37,6 +37,8 @@ from scldm.vocab import ConditionVocab, GeneVocab
 from tests.data_pipeline.small_sets import known_cells, write_set
 from tests.scldm.small_model import CONDITIONS, GENES, library_sizes, networks
 
+pytestmark = pytest.mark.heavy
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 FEW = "sampler.n_steps=2"
 # Of means made with sums in another order. A step of the flow changes them by 1e-1, and a fault in one by as much; each

@@ -18,6 +18,8 @@ from scldm.files import write_json
 from scldm.train.tracking import TrackingConfig, begin_note
 from tests.launch.fake_slurm import train
 
+pytestmark = pytest.mark.heavy
+
 # the PATH, which /etc/profile has set anew; and the process that Slurm sends its signals to
 PROFILE = 'PATH="$FAKE/bin:$PATH"\nexport SCRIPT=$$\n'
 

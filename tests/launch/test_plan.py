@@ -23,6 +23,8 @@ from launch.train_vae import TrainVAEConfig
 from scldm.errors import InputError
 from tests.data_pipeline.small_sets import known_cells, write_set
 
+pytestmark = pytest.mark.heavy
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 DIT = ["n_cells=100_000_000", "n_latents=64", "latent_width=16", "ldm/base"]
 

@@ -22,6 +22,8 @@ from launch.cluster.node_judgement import Course
 from launch.cluster.notes import bad_nodes, leave_word
 from scldm.errors import InputError
 
+pytestmark = pytest.mark.heavy
+
 STORES = []  # a thread that hung may still ask one for a word
 
 

@@ -295,6 +295,7 @@ def test_a_folder_of_something_else_or_of_another_run_is_left_alone(tmp_path: Pa
     assert "holds another run: cells was '/other.h5ad', now ''" in capsys.readouterr().err
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stage_that_is_told_to_stop_is_waited_for(tmp_path: Path, number: int) -> None:
     """The signal goes on to the stage, which saves; it is not left behind alone."""

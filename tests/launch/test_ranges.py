@@ -110,6 +110,7 @@ def test_a_number_without_a_range_is_found() -> None:
     assert [number.key for number in numbers(Careless) if number.range is None] == ["n", "sizes"]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("verb", SCHEMAS)
 def test_a_number_outside_its_range_is_refused_with_its_full_key(verb: str) -> None:
     schema = SCHEMAS[verb]

@@ -19,6 +19,8 @@ from scldm.model_folder import save_pretrained
 from scldm.pretrained import load
 from scldm.vocab import ConditionVocab, GeneVocab
 
+pytestmark = pytest.mark.heavy
+
 GENES = GeneVocab(tuple(f"G{k}" for k in range(30)), "symbol")
 
 

@@ -19,6 +19,8 @@ from scldm.evaluate.cells import Cells
 from scldm.pretrained import Pretrained
 from tests.scldm.small_model import CONDITIONS, GENES, G, L, Z, library_sizes, networks
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def model() -> Pretrained:

@@ -23,6 +23,8 @@ from tests.launch.test_track_replay import client_of
 from tests.scldm.small_model import CONDITIONS, GENES, library_sizes, networks
 from tests.scldm.train.test_tracking import free_port
 
+pytestmark = pytest.mark.heavy
+
 LOAD = """
 import sys
 import mlflow, pandas as pd

@@ -20,6 +20,8 @@ from scldm.train.tracking import read_metrics
 from tests.data_pipeline.small_sets import write_set
 from tests.launch.test_gate import cells, train
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def at(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -14,7 +14,7 @@ import pytest
 from launch.cli import main
 from launch.cluster import commands as slurm
 from launch.cluster import logs
-from launch.cluster.status import duration
+from launch.cluster.status import duration, seconds_per_step
 from scldm.train import changes
 from scldm.train.run_folder import locked
 
@@ -75,6 +75,14 @@ def test_how_far_a_run_is(run: Path, capsys: pytest.CaptureFixture) -> None:
         "rank-10": "ValueError: no cells (0 s ago)",
     }
     assert [name for name, _ in lines][-2:] == ["rank-9", "rank-10"]
+
+
+def test_the_time_that_a_step_takes_has_validation_and_saves_in_it_but_no_time_in_the_queue() -> None:
+    times = {10: 0.0, 20: 10.0, 30: 1_000.0, 40: 1_010.0, 50: 1_060.0}  # it was started again at 999, validated at 40
+    rows = [{"step": step, "time": at} for step, at in times.items()]
+    assert seconds_per_step(rows, 999.0) == 3.0
+    assert seconds_per_step(rows, 1_050.0) is None
+    assert seconds_per_step([], 0.0) is None
 
 
 def test_what_changed_its_course_is_shown(run: Path, capsys: pytest.CaptureFixture) -> None:

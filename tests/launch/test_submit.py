@@ -166,6 +166,7 @@ def test_gpus_of_one_type(fake: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "#SBATCH --gpus-per-node=h100:1\n" in capsys.readouterr().out
 
 
+@pytest.mark.heavy
 def test_a_rank_gets_its_share_of_the_cores_of_the_node(fake: Path, tmp_path: Path) -> None:
     """A GPU's of the node where that is least; 100 CPUs and 8 GPUs on some, 64 and 4 on others."""
     notes = tmp_path / "my runs" / "50 % vae" / "slurm"
@@ -266,6 +267,7 @@ def test_too_few_nodes_are_left_by_a_preflight(fake: Path, tmp_path: Path, capsy
     assert main(["submit", *train(tmp_path), "--nodes", "4-6"]) == 0
 
 
+@pytest.mark.heavy
 def test_more_nodes_than_the_batch_can_use_are_told_of(
     fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -286,6 +288,7 @@ def test_no_slurm_on_the_machine(fake: Path, tmp_path: Path, capsys, monkeypatch
     assert "there is no Slurm on this machine (sinfo is not on the PATH)" in capsys.readouterr().err
 
 
+@pytest.mark.heavy
 def test_a_run_has_one_job(fake: Path, tmp_path: Path, capsys) -> None:
     assert main(["submit", *train(tmp_path)]) == 0
     (fake / "squeue").write_text("101|FAILED|None\n101|RUNNING|None\n")  # tasks of an array
@@ -303,6 +306,7 @@ def submissions() -> list[str]:
     return list(dict.fromkeys(line for line in lines if line.startswith("scldm submit ")))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("line", submissions())
 def test_what_the_texts_submit_is_taken_and_leaves_no_node_idle(
     fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture, line: str
@@ -332,6 +336,7 @@ def test_an_atlas_that_is_not_there_is_found_at_once(
     assert not (fake / "sbatch").exists()
 
 
+@pytest.mark.heavy
 @pytest.mark.timeout(60)
 def test_a_chain_that_can_not_be_submitted_as_a_whole_is_not_at_all(
     fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture
@@ -362,6 +367,7 @@ echo "$@" >>"$FAKE/sbatch"; echo $((100 + $(wc -l <"$FAKE/sbatch")))
 PIPELINE = ["pipeline", "vae/tiny", "ldm/tiny", "hardware/cpu", "shards.source.paths=c.h5ad", "generate.n=9"]
 
 
+@pytest.mark.heavy
 def test_a_pipeline_is_a_chain_of_jobs(fake: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "site.sh").write_text(f'SCLDM_PARTITION=cpu\nSCLDM_SHARED="{tmp_path}"\n')
     assert main(["submit", *PIPELINE, f"out={tmp_path}/run", "vae.train.steps=7", "--nodes", "2", "--tasks", "3"]) == 0
@@ -400,6 +406,7 @@ def test_a_pipeline_is_a_chain_of_jobs(fake: Path, tmp_path: Path, capsys) -> No
     assert "train.steps=7" in note["params"]["vae"]
 
 
+@pytest.mark.heavy
 def test_each_link_has_what_it_asks_for(fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with (tmp_path / "site.sh").open("a") as file:
         file.write("SCLDM_CPU_PARTITION=cpu\nSCLDM_TIME=9:00:00\n")
@@ -425,6 +432,7 @@ def test_each_link_has_what_it_asks_for(fake: Path, tmp_path: Path, capsys: pyte
     assert "--partition none: partition 'none' is unknown" in capsys.readouterr().err
 
 
+@pytest.mark.heavy
 def test_a_pipeline_without_tracking_has_no_run(fake: Path, tmp_path: Path) -> None:
     (tmp_path / "site.sh").write_text(f'SCLDM_PARTITION=cpu\nSCLDM_SHARED="{tmp_path}"\n')
     assert main(["submit", *PIPELINE, f"out={tmp_path}/run", "vae.tracking.enabled=false"]) == 0

@@ -14,6 +14,8 @@ from scldm.train.tracking import PARENT, Tracker, TrackingConfig, begin_note
 from tests.launch.test_verbs import write_cells
 from tests.scldm.train.test_tracking import free_port, run_id_of
 
+pytestmark = pytest.mark.heavy
+
 
 def client_of(folder: Path) -> Any:
     from mlflow import MlflowClient

@@ -93,6 +93,7 @@ def test_the_outcome_is_noted_before_the_tracker_takes_its_time(
     assert seen == [("stopped", 85)]
 
 
+@pytest.mark.heavy
 def test_an_exchange_must_wait_longer_than_a_hang_takes_to_be_found() -> None:
     given = ["run_dir=a", "data.shards=b", "train.hang_s=900"]
     for config in (TrainVAEConfig, TrainLDMConfig):
@@ -123,6 +124,7 @@ def test_another_deepspeed_is_refused_before_a_folder_is_made(tmp_path: Path, mo
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.heavy
 def test_how_the_code_differed_and_what_was_attached_are_kept_and_sent(tmp_path: Path, monkeypatch, capfd) -> None:
     (tmp_path / "plan.json").write_text("{}")
     run = tmp_path / "run"

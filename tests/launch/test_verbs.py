@@ -27,6 +27,8 @@ from scldm.train.loop import TrainConfig
 from scldm.train.tracking import read_metrics
 from tests.scldm.train.small_runs import make_cells
 
+pytestmark = pytest.mark.heavy
+
 LABELS = np.array(["T cell", "B cell", "NA"])  # the last as some files call what they don't know
 SMALL = [
     *("hardware.engine=plain", "hardware.micro_batch=30", "train.global_batch=60", "train.steps=20"),

@@ -35,6 +35,7 @@ MEANS = (1e-3, 0.05, 1.0, 8.0, 9.99, 10.0, 40.0, 1e3, 1e6)
 THETAS = (1e-3, 0.05, 0.7, 1.0, 4.0, 30.0, 1e4, 1e8)
 
 
+@pytest.mark.heavy
 def test_counts_follow_the_negative_binomial() -> None:
     """By series and by rejection, shapes below and above 1, both sides of where the way changes."""
     found = []

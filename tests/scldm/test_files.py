@@ -214,6 +214,7 @@ def renames(text: str) -> list[int]:
     return found
 
 
+@pytest.mark.heavy
 def test_files_are_put_in_place_by_one_module_alone() -> None:
     paths = [path for folder in CODE for path in (ROOT / folder).rglob("*.py")]
     found = {str(path.relative_to(ROOT)) for path in paths if renames(path.read_text())}

@@ -244,6 +244,7 @@ def test_a_label_is_missing() -> None:
         scldm.fit(adata, ["cell_type"])
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "package, call, said",
     [

@@ -414,6 +414,7 @@ def test_what_can_not_be_embedded_is_said_in_one_line(model: Pretrained, adata, 
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.heavy
 def test_load_embed_and_generate_import_nothing_of_the_training_stack(folder: Path) -> None:
     code = f"""
 import json, sys, anndata, numpy, pandas, scldm

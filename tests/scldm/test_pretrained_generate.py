@@ -94,6 +94,7 @@ def test_bfloat16_makes_nearly_the_same_cells_and_says_so(model: Pretrained, sam
     assert counts.X.dtype == np.int32
 
 
+@pytest.mark.heavy
 def test_the_adaptive_solver_goes_on_in_bfloat16(model: Pretrained) -> None:
     pytest.importorskip("torchdiffeq", reason="needs the extra `ode`")
     sampler, both = SamplerConfig("adaptive", tolerance=1e-3), wanted(4).assign(donor="d1")

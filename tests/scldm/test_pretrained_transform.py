@@ -27,6 +27,7 @@ def labelled_cells(n: int = 70) -> Any:
     return adata
 
 
+@pytest.mark.heavy
 def test_cells_taken_to_their_own_condition_are_the_same_cells(model: Pretrained) -> None:
     """Then the latent is the cell's own, and what is expected is what `reconstruct` expects."""
     adata = labelled_cells()
@@ -41,6 +42,7 @@ def test_cells_taken_to_their_own_condition_are_the_same_cells(model: Pretrained
     np.testing.assert_allclose(np.asarray(moved.X.sum(1)).ravel(), np.asarray(adata.X.sum(1)).ravel(), rtol=1e-4)
 
 
+@pytest.mark.heavy
 def test_between_two_conditions_cells_go_from_one_to_the_other(model: Pretrained) -> None:
     adata, alphas = labelled_cells(6), (0.0, 0.5, 1.0)
     way: Any = model.transform(adata, {"type": "NK"}, alphas=alphas, sampler=FINE, kind="means")
@@ -56,6 +58,7 @@ def test_between_two_conditions_cells_go_from_one_to_the_other(model: Pretrained
     assert np.linalg.norm(half - other) < far
 
 
+@pytest.mark.heavy
 def test_cells_are_shifted_to_a_combination_that_was_never_trained(model: Pretrained) -> None:
     """T cells go to donor d2 by the flow, as always; B cells, which d2 had none of, by the donors' shift."""
     labels = {"type": 3, "donor": 2}

@@ -238,6 +238,7 @@ def test_damaged_tables_are_named(known: Pretrained, tmp_path: Path, name: str, 
         scldm.load(tmp_path / "model")
 
 
+@pytest.mark.heavy
 def test_the_package_says_what_it_has() -> None:
     assert dir(scldm) == ["InputError", "Pretrained", "SamplerConfig", "__version__", "fit", "load"]
     for name in dir(scldm):

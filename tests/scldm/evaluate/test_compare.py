@@ -20,6 +20,8 @@ from scldm.evaluate.intervals import IntervalConfig
 from scldm.evaluate.two_sample import classifier_auc
 from scldm.evaluate.verdict import DISTANCES
 
+pytestmark = pytest.mark.heavy
+
 CONFIG = EvaluateConfig(n_draws=3, intervals=IntervalConfig(4, 2))
 GENES = tuple(f"g{k}" for k in range(40))
 SEEN = {("A", "ctrl"): 150, ("A", "stim"): 90, ("B", "ctrl"): 60, ("C", "ctrl"): 40, ("C", "stim"): 40}

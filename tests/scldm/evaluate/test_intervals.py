@@ -41,6 +41,7 @@ def test_a_part_takes_its_share_of_each_type_and_every_cell_alike():
 NAMES = ("fd", "mmd2", "energy", "w2", "mean_r", "library_w1", "recall")
 
 
+@pytest.mark.heavy
 def test_standard_errors_are_the_spread_of_scores_over_new_cells():
     rng = np.random.default_rng(1)
     pairs = [(gaussian(rng, 120, 0.0), gaussian(rng, 120, 0.8)) for _ in range(70)]
@@ -54,6 +55,7 @@ def test_standard_errors_are_the_spread_of_scores_over_new_cells():
         assert (0.7 if name != "recall" else 0.5) < ratio < (1.4 if name != "recall" else 2), (name, ratio)
 
 
+@pytest.mark.heavy
 def test_intervals_cover_the_score_that_many_cells_have():
     rng = np.random.default_rng(2)
     true = {"fd": 0.64, "library_w1": 0.8}  # |shift|^2, equal covariances; shift of the mean log total
@@ -76,6 +78,7 @@ def test_small_parts_give_the_errors_of_halves():
         assert tenths[name] == pytest.approx(halves[name], rel=0.35)  # each is 9 % off; unscaled they'd be 3 times off
 
 
+@pytest.mark.heavy
 def test_equal_distributions_have_errors_that_are_not_too_small():
     rng = np.random.default_rng(4)
     pairs = [(gaussian(rng, 80, 0.0), gaussian(rng, 80, 0.0)) for _ in range(60)]

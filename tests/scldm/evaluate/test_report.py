@@ -81,6 +81,7 @@ def strange() -> dict:
     return e
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", FIGURES)
 def test_labels_are_text_in_every_figure(strange, name):
     texts = texts_of(strange, name)
@@ -96,6 +97,7 @@ def test_labels_are_text_in_every_figure(strange, name):
     assert expected.get(name, "") in seen
 
 
+@pytest.mark.heavy
 def test_figures_don_t_take_the_users_style_and_leave_it_as_it_was(strange):
     with mpl.rc_context({"text.usetex": True, "text.parse_math": True, "figure.dpi": 33}):
         png(strange, "library_sizes")
@@ -136,6 +138,7 @@ def test_labels_that_would_read_alike_are_told_apart():
 # --- no label is lost ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 def test_no_two_labels_look_alike_until_they_are_named_as_others():
     looks = condition_looks(evaluation(TWO))
     every = [look for of in looks.values() for look in of.values()]
@@ -152,6 +155,7 @@ def test_no_two_labels_look_alike_until_they_are_named_as_others():
     assert named[1].split(", ") == [f"type {k}" for k in range(18, 60)]
 
 
+@pytest.mark.heavy
 def test_heat_map_shows_all_or_says_how_many_are_elsewhere():
     few = [t.get_text() for t in texts_of(evaluation(TWO, unseen=1, small=1), "heat_map")]
     assert "T cell · stim" in few
@@ -164,6 +168,7 @@ def test_heat_map_shows_all_or_says_how_many_are_elsewhere():
     assert "The scores of the other 10 are in the table below." in Reader(whole_page(many)).text
 
 
+@pytest.mark.heavy
 def test_library_sizes_pool_the_smallest_and_lose_no_cell():
     many = evaluation({"cell_type": [f"type {k}" for k in range(45)]})
     groups = library_groups(many)
@@ -180,6 +185,7 @@ def test_combination_without_cells_on_the_map_has_its_row():
     assert "NK · stim  (21)" in [t.get_text() for t in texts_of(e, "library_sizes")]
 
 
+@pytest.mark.heavy
 def test_responses_show_the_largest_contrasts_and_say_so():
     e = evaluation({"cell_type": [f"type {k}" for k in range(16)], "treatment": ["ctrl", "stim"]})
     texts = [t.get_text() for t in texts_of(e, "responses")]
@@ -280,6 +286,7 @@ def test_texts_of_a_row_have_the_same_decimals():
     assert normalised_text(None, None) == "\N{EN DASH}"
 
 
+@pytest.mark.heavy
 def test_parts_stand_beside_the_generated_cells():
     e = with_part(evaluation(TWO), "reconstructed test cells", 0.2, 9)
     assert [cell.value for cell in parts_table(e).groups[0][1][0][1:]] == [0.1, 0.2, 0.7]
@@ -305,6 +312,7 @@ def test_baseline_of_unseen_combinations_stands_in_no_table_of_others():
 # --- other shapes --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 def test_page_without_conditions_leaves_out_what_needs_them():
     e = evaluation({})
     read = Reader(whole_page(e))
@@ -347,6 +355,7 @@ def test_names_in_a_column_keep_apart_and_in_order():
 # --- the files -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 def test_report_is_whole_and_needs_nothing_from_elsewhere(strange, tmp_path, monkeypatch):
     monkeypatch.setitem(STYLE, "savefig.dpi", 40)  # 6 s otherwise
     made = {"command": "scldm evaluate", "created": "today", "versions": {"numpy": "2"}}

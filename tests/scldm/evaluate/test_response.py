@@ -131,6 +131,7 @@ def value(found: Response, name: str) -> float:
     return number
 
 
+@pytest.mark.heavy
 def test_slopes_are_those_of_the_truth_where_a_regression_is_too_low() -> None:
     slopes, errors = [], []
     for seed in range(20):
@@ -180,6 +181,7 @@ def test_without_a_response_there_is_no_slope() -> None:
     assert abs(value(found, "r")) < 0.3
 
 
+@pytest.mark.heavy
 def test_agreement_is_that_of_the_lists() -> None:
     world = World(3)
     rng = np.random.default_rng(0)
@@ -271,6 +273,7 @@ def test_contrasts_that_were_not_trained_stand_apart(of_types: Response) -> None
     assert of_types.unseen["slope"] == pooled([found["T"]])["slope"]
 
 
+@pytest.mark.heavy
 def test_errors_are_those_of_repeats_where_treatments_share_their_control() -> None:
     """12 treatments with few control cells, which are most of the error. A mean over treatments does not reduce it."""
     world, names = World(8), [f"drug {k:02d}" for k in range(12)]

@@ -47,6 +47,7 @@ def test_each_level_is_scored_on_its_own_cells_and_means_are_weighed_as_the_prot
     assert few.labels == {"type": {"B": ["B · x"]}, "drug": {"x": ["A · x", "B · x"]}}
 
 
+@pytest.mark.heavy
 def test_errors_stand_where_the_scores_do() -> None:
     real, other = profile(0), profile(1)
     config = IntervalConfig(n_parts=4, n_parts_expensive=2)

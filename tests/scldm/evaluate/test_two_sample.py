@@ -10,6 +10,7 @@ from scipy.stats import poisson
 from scldm.evaluate.two_sample import classifier_auc
 
 
+@pytest.mark.heavy
 def test_equal_distributions_are_at_one_half_even_with_few_cells():
     rng = np.random.default_rng(0)
     sets = [[sp.csr_matrix(rng.poisson(1.0, size=(20, 15))) for _ in range(2)] for _ in range(50)]

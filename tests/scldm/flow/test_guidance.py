@@ -203,6 +203,7 @@ def test_sampling_costs_what_the_config_says(model: DiT, rows_asked: list[int], 
     assert (alone[0] - drawn.latent_BLZ[3]).abs().max() < 1e-3 * apart  # sums of float32 in another order
 
 
+@pytest.mark.heavy
 def test_the_adaptive_solver_says_what_it_cost(model: DiT, rows_asked: list[int]) -> None:
     pytest.importorskip("torchdiffeq", reason="needs the extra `ode`")
     ids = {name: torch.zeros(5, dtype=torch.int64) for name in LABELS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from scipy.stats import wasserstein_distance
 
@@ -11,6 +12,8 @@ from scldm.flow.generate import SamplerConfig, generate_latents
 from scldm.model.dit import DiT, DiTConfig
 from scldm.train.losses import Draws, GuidanceConfig, LDMStage
 from scldm.train.optim import OptimConfig, learning_rate, make_optimizer
+
+pytestmark = pytest.mark.heavy
 
 N, GLOBAL_BATCH, STEPS = 2_000, 128, 500
 

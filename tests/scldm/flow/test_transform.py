@@ -31,6 +31,7 @@ CELLS = torch.linspace(-3, 5, 24, dtype=torch.float64).view(4, 2, 3)
 PRECISE = [SamplerConfig("heun", 400), SamplerConfig("adaptive", tolerance=1e-8), SamplerConfig("euler", 20_000)]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("sampler", PRECISE, ids=lambda sampler: sampler.method)
 def test_a_cell_keeps_its_place_among_others_of_its_condition(sampler: SamplerConfig) -> None:
     """Mean -> mean and a standard deviation -> a standard deviation."""

@@ -12,6 +12,8 @@ from torch import Tensor
 from scldm.count_basis import N_BINS, TokenKind
 from tests.scldm.kernels import plain
 
+pytestmark = pytest.mark.heavy
+
 pytest.importorskip("triton", reason="needs the package triton, which the extra `test` brings on Linux")
 
 B, S, T, N, D = 3, 70, 80, 2, 16  # more genes than a block of a kernel has, and no multiple of it

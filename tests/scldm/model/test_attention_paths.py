@@ -141,6 +141,7 @@ def whole_errors(
     return [float((x - y).norm() / y.norm().clamp_min(1e-9)) for x, y in pairs]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("kind", ["sdpa", "factorised"])
 def test_a_path_is_the_formula(kind, name, monkeypatch):
@@ -168,6 +169,7 @@ def test_a_path_is_the_formula(kind, name, monkeypatch):
     assert not worse(found, plain, at_most=2 if kind == "factorised" else 10)  # what torch's kernels err by is not ours
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FUSED]
 )
@@ -193,6 +195,7 @@ def test_bf16_errs_at_most_twice_as_much_as_the_formula(name, monkeypatch):
     check_bf16("factorised", case)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", BF16)
 def test_fused_kernels_in_bf16_err_at_most_twice_as_much(name, kernels):
     check_bf16("fused", CASES[name])

@@ -17,7 +17,7 @@ from scldm.batch import GeneCounts
 from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE, VAEConfig
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # torch.compile warns of itself
+pytestmark = [pytest.mark.heavy, pytest.mark.filterwarnings("ignore")]  # torch.compile warns of itself
 VAE_SHAPE = VAEConfig(width=16, n_latents=4, latent_width=8, n_layers=2, n_heads=2)
 DIT_SHAPE = DiTConfig(width=16, n_layers=3, n_heads=2)
 

@@ -235,6 +235,7 @@ def test_the_deepspeed_that_is_installed_asked_for_and_pinned_is_the_one() -> No
     assert f"\ndeepspeed=={DEEPSPEED}\n" in (ROOT / "constraints.txt").read_text()
 
 
+@pytest.mark.heavy
 def test_one_process_on_a_cpu_needs_no_deepspeed() -> None:
     module, make = make_dit(), partial(make_optimizer, OptimConfig())
     assert isinstance(
@@ -242,6 +243,7 @@ def test_one_process_on_a_cpu_needs_no_deepspeed() -> None:
     )
 
 
+@pytest.mark.heavy
 def test_accumulation_on_the_plain_engine_is_one_large_batch(
     tmp_path: Path, undisturbed: dict[str, Undisturbed]
 ) -> None:
@@ -250,6 +252,7 @@ def test_accumulation_on_the_plain_engine_is_one_large_batch(
         assert_follows(tmp_path / stage, undisturbed[stage], stage)
 
 
+@pytest.mark.heavy
 def test_bf16_on_the_plain_engine_stays_near_and_keeps_float32_weights(
     tmp_path: Path, coarsely: dict[str, Undisturbed]
 ) -> None:

@@ -89,6 +89,7 @@ def test_more_strangers_than_may_wait_do_not_keep_a_rank_out(server: socket.sock
     found[0][1].socket.close()
 
 
+@pytest.mark.heavy
 def test_a_rank_that_does_not_come_is_waited_for_no_longer_whatever_strangers_do(
     server: socket.socket, come: Any
 ) -> None:

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[3]
 SHAPE = VAEConfig(width=32, n_latents=4, latent_width=4, n_layers=2, n_heads=2, attention="plain")
 
 
+@pytest.mark.heavy
 def test_the_formula_path_takes_the_flops_of_the_formula() -> None:
     cost = vae_step(SHAPE, 500, 3, 120, 90)
     of_counts = 2 * 3 * 120 * (N_BINS + 1) * SHAPE.width  # products with counts, which get no gradient
@@ -51,6 +52,7 @@ def test_a_lone_process_without_deepspeed_keeps_one_copy_of_the_weights() -> Non
     assert plain_memory(StepCost(1_000, 800, 0, 0, 0, 0)).training == 16_000 + 16_000  # then AdamW's are the most
 
 
+@pytest.mark.heavy
 def test_activations_grow_with_cells_and_gradients_with_parameters() -> None:
     one, two = (dit_step(DiTConfig(32, 2, 2), 4, 8, {"type": 3}, n) for n in (50, 100))
     assert two.flops == 2 * one.flops

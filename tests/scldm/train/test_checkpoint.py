@@ -31,6 +31,7 @@ def latest(run: Path) -> Path:
     return target
 
 
+@pytest.mark.heavy
 def test_the_ema_comes_back(run: Path) -> None:
     finished = small_run("vae", run, steps=12, validate_every=4, save_every=12)  # loads, and has nothing to do
     assert finished.loader.read == []
@@ -66,6 +67,7 @@ HARMS = [
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("harm, said", HARMS[2:4])
 def test_a_checkpoint_that_is_just_not_seen_is_not_taken_for_broken(run: Path, harm, said: str) -> None:
     """It may be the cache of one host's network file system: the checkpoint stays where it is."""
@@ -82,6 +84,7 @@ def test_what_another_host_wrote_may_be_seen_a_while_later(run: Path, monkeypatc
     assert small_run("vae", run, steps=12, validate_every=4, save_every=12).loader.read == []
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("harm, said", HARMS)
 def test_a_checkpoint_that_is_not_whole_is_passed_over_by_name_for_the_one_before_it(
     run: Path, harm, said: str, capsys: pytest.CaptureFixture
@@ -103,6 +106,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over_by_name_for_the_one_befor
     assert all(torch.equal(tensors[key], whole[1][key]) for key in tensors)
 
 
+@pytest.mark.heavy
 def test_where_no_checkpoint_is_whole_nothing_begins_again_by_itself(run: Path) -> None:
     for target in (run / "checkpoints").glob("step-*"):
         damage(target / "part-0-of-1.safetensors")
@@ -129,6 +133,7 @@ def test_a_checkpoint_of_a_later_version_is_refused_and_left_alone(run: Path) ->
     assert path.is_file()
 
 
+@pytest.mark.heavy
 def test_a_checkpoint_of_another_network_is_refused(run: Path) -> None:
     wider = VAE(VAEConfig(32, 2, 4, 1, 2, 1, 0.01), N_GENES)
     found, _, target = checkpoint.read_ema(run, "latest")
@@ -144,6 +149,7 @@ def test_a_run_without_a_checkpoint_says_so(tmp_path: Path) -> None:
         checkpoint.read_ema(tmp_path, "best")
 
 
+@pytest.mark.heavy
 def test_a_folder_that_was_never_renamed_is_never_loaded(run: Path) -> None:
     aside = latest(run).with_name("step-00000099.partial")
     aside.mkdir()

@@ -12,6 +12,8 @@ from scldm.train.optim import OptimConfig, early_end, learning_rate
 from scldm.train.tracking import read_metrics
 from tests.scldm.train.small_runs import Finished, small_run, stored
 
+pytestmark = pytest.mark.heavy
+
 # what validations find, one every other step; as good as the best is not better
 NLL = [5.0, 4.0, 4.5, 3.0, 3.5, 3.0, 3.2, 2.9, 2.8]
 STALE_AT = {1: 3, 2: 6, 3: 7}  # patience -> the number of the validation at which it ends

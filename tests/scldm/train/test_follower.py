@@ -54,6 +54,7 @@ def test_it_gets_rows_while_the_run_goes_on(tmp_path: Path) -> None:
         assert (tmp_path / "arrived").read_text() == "1 1.0\n"
 
 
+@pytest.mark.heavy
 def test_tensorboard_has_the_rows_and_the_configuration(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="needs the package tensorboard, of the extra test")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # pyright: ignore[reportMissingImports]

@@ -21,6 +21,8 @@ from scldm.train.optim import OptimConfig
 from tests.rounding import Undisturbed, curve
 from tests.scldm.train.small_runs import small_run
 
+pytestmark = pytest.mark.heavy
+
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 STAGES = ("vae", "ldm")
 OPTIM = OptimConfig(lr=5e-4, clip=2.0, weight_decay=0.01)

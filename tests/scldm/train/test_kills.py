@@ -17,6 +17,8 @@ from scldm.errors import InputError
 from scldm.train import checkpoint
 from tests.scldm.train.small_runs import small_run, stored
 
+pytestmark = pytest.mark.heavy
+
 STEPS, KILLS = 40, 10
 
 

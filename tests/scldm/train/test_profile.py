@@ -51,6 +51,7 @@ def asked_at(run_dir: Path, step: int) -> Any:
     return disturb
 
 
+@pytest.mark.heavy
 def test_a_profile_is_asked_for_once_and_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     small_run("vae", tmp_path / "plain", **EVERY)
     assert not (tmp_path / "plain" / "profiles").exists()
@@ -74,6 +75,7 @@ def test_a_profile_is_asked_for_once_and_changes_nothing(tmp_path: Path, capsys:
     assert shares["computes micro-batch"] > 1
 
 
+@pytest.mark.heavy
 def test_a_validation_ends_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Its batches may be as many as thousands of steps."""
     small_run("vae", tmp_path, disturb=asked_at(tmp_path, 1), **EVERY | {"validate_every": 4})
@@ -82,6 +84,7 @@ def test_a_validation_ends_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     assert "validates" not in (folder / "parts.txt").read_text()
 
 
+@pytest.mark.heavy
 def test_a_run_that_ends_meanwhile_keeps_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     small_run("vae", tmp_path, disturb=asked_at(tmp_path, 8), **EVERY)
     assert [path.name for path in (tmp_path / "profiles").iterdir()] == ["step-00000009"]

@@ -20,6 +20,8 @@ from scldm.train.tracking import read_metrics
 from tests.scldm.train.small_runs import small_run, stored
 from tests.scldm.train.test_resume import assert_same_run
 
+pytestmark = pytest.mark.heavy
+
 # steps after which a pass is disturbed, besides one that does not save: one that does, and the last
 EVERY: dict[str, Any] = {"steps": 12, "validate_every": 4, "save_every": 8, "log_every": 3}
 

@@ -13,6 +13,8 @@ from scldm.train import checkpoint, saver
 from scldm.train.tracking import read_metrics
 from tests.scldm.train.small_runs import small_run, stored
 
+pytestmark = pytest.mark.heavy
+
 OF_THE_MACHINE = {"time", "cells_per_s", "cells_per_s_rank", "step_s", "waiting_share", "memory_gb"}
 
 

@@ -217,6 +217,7 @@ def test_a_file_of_a_process_that_is_known_to_have_ended_keeps_nobody_out(
         pass
 
 
+@pytest.mark.heavy
 def test_a_folder_in_which_another_process_trains_is_refused(tmp_path: Path) -> None:
     # as after a kill -9 of torchrun, whose ranks train on for a while
     opened(tmp_path, CONFIG, FREE)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from scldm.train.throughput import PEAK_TFLOPS, Meter, peak_flops, seconds_per_step
+from scldm.train.throughput import PEAK_TFLOPS, Meter, peak_flops
 from scldm.train.tracking import read_metrics
 from tests.scldm.train.small_runs import ALONE, small_run
 
@@ -63,14 +63,6 @@ def test_a_row_covers_all_steps_since_the_one_before_whatever_is_saved_validated
         assert row["velocity_loss"] == pytest.approx((of_steps * n_cells).sum() / n_cells.sum(), rel=1e-6)
     # the rate is of this process's steps alone, 9 to 12: not of 90 cells in the time of four steps
     assert rows[12]["cells_per_s"] * rows[12]["step_s"] < 16
-
-
-def test_the_time_that_a_step_takes_has_validation_and_saves_in_it_but_no_time_in_the_queue() -> None:
-    times = {10: 0.0, 20: 10.0, 30: 1_000.0, 40: 1_010.0, 50: 1_060.0}  # it was started again at 999, validated at 40
-    rows = [{"step": step, "time": at} for step, at in times.items()]
-    assert seconds_per_step(rows, 999.0) == 3.0
-    assert seconds_per_step(rows, 1_050.0) is None
-    assert seconds_per_step([], 0.0) is None
 
 
 def test_a_peak_is_stated_or_known_by_name_and_else_there_is_no_mfu() -> None:

@@ -65,6 +65,7 @@ def test_rows_are_in_the_file_at_once_and_a_torn_row_is_dropped_on_resume(tmp_pa
     assert len(read_metrics(tmp_path)) == 3
 
 
+@pytest.mark.heavy
 def test_lines_that_are_no_rows_are_passed_over_and_the_rows_around_them_are_sent(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -194,6 +195,7 @@ def test_the_experiment_is_its_own_or_its_parents_or_the_environments(
     assert begin_note(tmp_path / "vae", cfg, "train vae", {})["experiment"] == named
 
 
+@pytest.mark.heavy
 def test_sqlite_runs_are_nested_and_a_resume_goes_on_in_the_same_run(tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
@@ -247,6 +249,7 @@ def test_sqlite_runs_are_nested_and_a_resume_goes_on_in_the_same_run(tmp_path: P
     assert len(client.get_metric_history(second_id, "train/loss")) == 3
 
 
+@pytest.mark.heavy
 def test_a_pipeline_that_no_process_follows_is_what_its_stages_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,6 +302,7 @@ tracker.close()
 """
 
 
+@pytest.mark.heavy
 def test_a_run_that_was_stopped_while_mlflow_made_its_tables_goes_on_there(tmp_path: Path) -> None:
     """Of which it needs a second, or on a busy file system many."""
     from mlflow import MlflowClient
@@ -399,6 +403,7 @@ def test_what_a_server_missed_that_came_back_after_the_end_is_sent_by_a_replay(t
         stop_server(server)
 
 
+@pytest.mark.heavy
 def test_a_run_that_begins_while_a_replay_is_not_done_is_followed_all_the_same(tmp_path: Path) -> None:
     with followed_alone(tmp_path):
         tracker = Tracker(tmp_path, TrackingConfig(system_s=0))
@@ -410,6 +415,7 @@ def test_a_run_that_begins_while_a_replay_is_not_done_is_followed_all_the_same(t
     assert has_all(tmp_path)
 
 
+@pytest.mark.heavy
 def test_what_a_child_could_not_send_is_sent_by_its_parent_at_the_end(tmp_path: Path, monkeypatch) -> None:
     from mlflow import MlflowClient
 
@@ -423,6 +429,7 @@ def test_what_a_child_could_not_send_is_sent_by_its_parent_at_the_end(tmp_path: 
     assert (run.info.status, run.data.metrics["train/loss"]) == ("FINISHED", 1.0)
 
 
+@pytest.mark.heavy
 def test_a_child_whose_process_is_gone_is_killed_at_its_parents_end(tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
@@ -438,6 +445,7 @@ def test_a_child_whose_process_is_gone_is_killed_at_its_parents_end(tmp_path: Pa
     alive.__exit__(None, None, None)
 
 
+@pytest.mark.heavy
 def test_a_replayed_child_that_was_killed_fails_its_pipeline(tmp_path: Path) -> None:
     begin_note(tmp_path, TrackingConfig(), "pipeline", {}, closed_by="evaluate")
     begin_note(tmp_path / "vae", TrackingConfig(parent=str(tmp_path)), "train vae", {})
