@@ -155,6 +155,9 @@ def _slope(response: dict) -> dict[str, float] | None:
 # --- which part limits ---------------------------------------------------------------------------------------------
 
 
+RISES = "Where it rises, it needs more cells."
+
+
 def what_limits(evaluation: dict) -> str:
     """From cells that were encoded and decoded again: how much of what generated cells lack do they lack too? It is the
     median of (part - floor) / (generated - floor), at equal numbers of cells, over those of MMD2, W2 and FD by which
@@ -176,9 +179,10 @@ def what_limits(evaluation: dict) -> str:
     if share >= 0.5:
         return (
             f"Reconstruction limits: encoding and decoding alone explains {min(share, 1):.0%} of the distance to real "
-            "cells. Train the autoencoder longer, give it more genes, or take a larger one."
+            "cells. While validation still falls, train the autoencoder longer, give it more genes, or take a larger one. "
+            f"{RISES}"
         )
     return (
         f"The diffusion model limits: encoding and decoding alone explains {max(share, 0):.0%} of the distance to real "
-        "cells. Train stage 2 longer, or take a larger one."
+        f"cells. While validation still falls, train stage 2 longer, or take a larger one. {RISES}"
     )
