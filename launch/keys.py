@@ -32,9 +32,9 @@ def check_keys(verb: str, words: Sequence[str]) -> None:
     keys = keys_of(verb)
     if ANY in keys:
         return
-    for word in words:
+    for before, word in zip(["", *words], words):
         key, equals, _ = word.partition("=")
-        if not equals and not word.startswith("-"):
+        if not (equals or word.startswith("-") or (before.startswith("--") and "=" not in before)):
             preset_path(word)
         if not equals or word.startswith("--") or key in keys or any(k.startswith(f"{key}.") for k in keys):
             continue

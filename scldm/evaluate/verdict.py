@@ -179,8 +179,8 @@ def what_limits(evaluation: dict) -> str:
     if share >= 0.5:
         return (
             f"Reconstruction limits: encoding and decoding alone explains {min(share, 1):.0%} of the distance to real "
-            "cells. While validation still falls, train the autoencoder longer, give it more genes, or take a larger one. "
-            f"{RISES}"
+            "cells. While validation still falls, train the autoencoder longer, give it more genes, or take a larger "
+            f"one. {RISES}"
         )
     return (
         f"The diffusion model limits: encoding and decoding alone explains {max(share, 0):.0%} of the distance to real "
