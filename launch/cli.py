@@ -21,6 +21,7 @@ from launch.keys import check_keys
 from launch.verbs import PRESETS, VERBS
 from scldm.environment import install_hint, without_passwords
 from scldm.errors import REFUSED, InputError
+from scldm.files import no_space
 from scldm.version import VERSION
 
 READ_AT_ONCE = ("scldm status", "scldm plan", "scldm shards info")  # and perhaps piped into `head`
@@ -71,7 +72,7 @@ def run(command: str, module_name: str, words: Sequence[str], presets: Sequence[
 
     presets: the groups that are for it. None where its words say that
     """
-    wants_help = "--help" in words or "-h" in words
+    wants_help, place = "--help" in words or "-h" in words, ""
     try:
         if not wants_help:  # before what takes seconds to import
             check_presets(command, words, presets)
@@ -83,6 +84,7 @@ def run(command: str, module_name: str, words: Sequence[str], presets: Sequence[
             print(help_text(command, module.PURPOSE, module.CONFIG, module.EXAMPLE, usage, presets or (), first))
             return 0
         config = config_of(module, words)
+        place = made_by(config)
         with followed(command.removeprefix("scldm "), config):
             module.main(config)
     except InputError as error:
@@ -92,8 +94,8 @@ def run(command: str, module_name: str, words: Sequence[str], presets: Sequence[
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        if told := no_room(error):
-            return refuse(command, told, 1)
+        if told := of_disk(error, place):
+            return refuse(command, told)
         package = ((error.name or "") if isinstance(error, ModuleNotFoundError) else "").split(".")[0]
         if package in ("", "benchmarks", "data_pipeline", "launch", "scldm"):
             note_failure(1, without_passwords(f"{type(error).__name__}: {error}"), error.__traceback__)
@@ -102,15 +104,15 @@ def run(command: str, module_name: str, words: Sequence[str], presets: Sequence[
     return 0
 
 
-def no_room(error: Exception) -> str:
-    """What is wrong with the disk, in a line. Empty for other errors."""
-    number = getattr(error, "errno", None)
-    if type(error).__name__ == "SafetensorError" and "os error 28" in str(error):
-        number = errno.ENOSPC
-    if number not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-        return ""
-    where = getattr(error, "filename", None)
-    return f"{where}: {os.strerror(number)}" if where else os.strerror(number)
+def of_disk(error: Exception, made: str) -> str:
+    """What is wrong with the disk, in a line. Empty for other errors.
+
+    made: what the command makes, which is named where the error names no file
+    """
+    place = getattr(error, "filename", None) or made or "a file"
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES):
+        return f"{place}: {os.strerror(error.errno)}"
+    return no_space(error, place)
 
 
 def refuse(command: str, why: str, code: int = REFUSED) -> int:
@@ -123,6 +125,11 @@ def refuse(command: str, why: str, code: int = REFUSED) -> int:
 def config_of(module: Any, words: Sequence[str]) -> Any:
     """The config of a verb's words. A verb that takes other verbs' keys too has a `read`, which splits the words."""
     return module.read(words) if hasattr(module, "read") else compose(module.CONFIG, words)
+
+
+def made_by(config: Any) -> str:
+    """The file or folder that a verb makes. Empty for one that makes none, or a default one."""
+    return getattr(config, "run_dir", "") or getattr(config, "out", "")
 
 
 def overview() -> str:

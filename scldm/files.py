@@ -228,16 +228,23 @@ def locked(path: Path, refusal: str, *, shared: bool = False) -> Iterator[None]:
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
+def no_space(error: BaseException, place: str) -> str:
+    """What to say of a disk that is full. Empty for other errors."""
+    safetensors = type(error).__name__ == "SafetensorError" and "os error 28" in str(error)  # it has no number
+    number = errno.ENOSPC if safetensors else getattr(error, "errno", None)
+    if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ""
+    return f"{place}: no space left ({os.strerror(number)}). Make room, then run the same command again"
+
+
 @contextmanager
 def disk_explained(folder: str) -> Iterator[None]:
     """Raises: InputError where something inside failed for want of space, or because a path can't be used."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise InputError(
-                f"{folder}: no space left ({error.strerror}). Make room, then run the same command again"
-            ) from None
+        if told := no_space(error, folder):
+            raise InputError(told) from None
         if error.errno in REFUSED:
             raise InputError(f"{error.filename or folder}: {error.strerror}") from None
         raise

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launch.cli import config_of, find_verb
+from launch.cli import config_of, find_verb, made_by
 from launch.cluster.site import GPUS, exports, for_nodes, gpus_of_node
 from launch.config import shipped
 from launch.verbs import VERBS
@@ -146,10 +146,6 @@ def job_of(
     made = os.path.abspath(made)
     notes = notes or (Path(made) / "slurm" if hasattr(config, "run_dir") else Path(f"{made}.slurm"))
     return Job(name or verb.replace(" ", "-"), verb, list(words), config, options, notes, array)
-
-
-def made_by(config: Any) -> str:
-    return getattr(config, "run_dir", "") or getattr(config, "out", "")
 
 
 # --- the script -----------------------------------------------------------------------------------------------------

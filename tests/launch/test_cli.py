@@ -236,10 +236,15 @@ def test_an_unknown_key_is_refused_before_anything_is_imported(
 # --- what a disk or a reader does ---
 
 
+NO_SPACE = "no space left (No space left on device). Make room, then run the same command again"
+
+
 @pytest.mark.parametrize(
     "error, said",
     [
-        (OSError(28, "No space left on device", "out.h5ad"), "out.h5ad: No space left on device"),
+        (OSError(28, "No space left on device", "out.h5ad"), f"out.h5ad: {NO_SPACE}"),
+        (OSError(28, "No space left on device"), f"made: {NO_SPACE}"),
+        (type("SafetensorError", (Exception,), {})("I/O error: (os error 28)"), f"made: {NO_SPACE}"),
         (OSError(30, "Read-only file system", "runs/vae"), "runs/vae: Read-only file system"),
         (PermissionError(13, "Permission denied", "out"), "out: Permission denied"),
     ],
@@ -250,9 +255,9 @@ def test_a_disk_that_takes_nothing_is_one_line(
     def fail(config: object) -> None:
         raise error
 
-    module = types.SimpleNamespace(CONFIG=TryConfig, main=fail)
+    module = types.SimpleNamespace(CONFIG=TryConfig, main=fail, read=lambda words: types.SimpleNamespace(out="made"))
     monkeypatch.setattr(cli, "importlib", types.SimpleNamespace(import_module=lambda name: module))
-    assert cli.run("scldm try it", "launch.try_it", []) == 1
+    assert cli.run("scldm try it", "launch.try_it", []) == 2
     assert capsys.readouterr().err == f"scldm try it: error: {said}\n"
 
 

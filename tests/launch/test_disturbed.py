@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
@@ -24,7 +25,7 @@ from launch.cli import main
 from scldm.errors import LOST, REFUSED
 from scldm.model_folder import save_pretrained
 from tests.data_pipeline.atlases import digest
-from tests.launch.test_verbs import VAE, write_cells
+from tests.launch.test_verbs import LDM, VAE, write_cells
 from tests.scldm.small_model import CONDITIONS, GENES, library_sizes, networks
 from tests.scldm.train.small_runs import stored
 
@@ -33,6 +34,7 @@ FEW, MANY = 3, 40
 STEPS = ["train.steps=60", "train.validate_every=20", "train.save_every=4", "train.log_every=10"]
 WRITE = ["conditions=type", "block_cells=8", "shard_cells=16", "split.validation=0.2", "split.test=0.2"]
 VERBS = ("write", "train", "encode", "generate")
+AFTER = [pytest.param(verb, marks=pytest.mark.exhaustive) for verb in ("export", "evaluate", "report")]
 
 
 def words_of(verb: str, made: Path, out: Path) -> list[str]:
@@ -41,6 +43,9 @@ def words_of(verb: str, made: Path, out: Path) -> list[str]:
         "train": ["train", "vae", f"data.shards={made}/set", f"run_dir={out}", *VAE, *STEPS],
         "encode": ["encode", f"vae={made}/vae", f"shards={made}/set", f"out={out}", "batch=4"],
         "generate": ["generate", f"model={made}/model", "n=2700", "sampler.n_steps=20", f"out={out}.h5ad"],
+        "export": ["export", f"vae={made}/vae", f"ldm={made}/ldm", f"out={out}"],
+        "evaluate": ["evaluate", f"generated={made}/generated.h5ad", f"shards={made}/set", f"out={out}"],
+        "report": ["report", f"{made}/vae", f"out={out}.html"],
     }[verb]
 
 
@@ -49,10 +54,15 @@ def result(verb: str, out: Path) -> Any:
     if verb == "generate":
         cells: Any = ad.read_h5ad(f"{out}.h5ad")
         return cells.X.toarray().tolist(), cells.obs.to_dict(), cells.var.to_dict()
+    if verb == "evaluate":
+        told = json.loads((out / "evaluation.json").read_text())
+        return told["pooled"], sorted(path.name for path in out.iterdir())
+    if verb == "report":
+        return len(Path(f"{out}.html").read_text()) > 1_000
     if verb == "train":
         state, tensors = stored(out)
         return state["step"], {key: value.tolist() for key, value in tensors.items()}
-    return digest(out)
+    return {name: found for name, found in digest(out).items() if verb != "export" or name != "config.json"}
 
 
 @dataclass
@@ -201,7 +211,22 @@ def disk(place: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.fixture
+def made_for(verb: str, made: Path) -> None:
+    """What the verbs after training take."""
+    if verb in VERBS or (made / "ldm").exists():
+        return
+    for words in (
+        ["encode", f"vae={made}/vae", f"shards={made}/set", f"out={made}/latents", "batch=4"],
+        ["train", "ldm", f"data.shards={made}/latents", f"run_dir={made}/ldm", *LDM],
+        ["export", f"vae={made}/vae", f"ldm={made}/ldm", f"out={made}/trained"],
+        ["generate", f"model={made}/trained", f"shards={made}/set", f"out={made}/generated.h5ad", "sampler.n_steps=5"],
+    ):
+        assert main(words) == 0, words
+
+
+@pytest.mark.parametrize("verb", [*VERBS, *AFTER])
+@pytest.mark.usefixtures("made_for")
 def test_a_disk_that_fills_up(verb: str, start: Callable, whole: Callable, made: Path, tmp_path: Path) -> None:
     """Whatever it was at. With room again, the same command goes on."""
     expected, _ = whole(verb)
