@@ -1,10 +1,10 @@
 """FSDP2, which is torch's own (`torch.distributed.fsdp.fully_shard`): many ranks without DeepSpeed.
 
-Every rank holds some rows of each parameter, in float32, with their moments. A group of parameters is gathered before it
-computes, and its gradients are summed over ranks, each to the rank that has the rows, after each micro-batch. A group is
-one of the network's `blocks`, or all of its other parameters. These are whole from forward to the end of backward, as
-both ends of a network read them. Under zero_stage=3 a block's are whole while it computes alone. Under zero_stage=2
-all stay whole from the first micro-batch of a step to its last backward pass.
+Every rank holds some rows of each parameter, in float32, with their moments. A group of parameters is gathered before
+it computes. Its gradients are summed over ranks after each micro-batch, and each rank keeps those of its rows. A group
+is one of the network's `blocks`, or all of its other parameters. Those others are whole from forward to the end of
+backward, as both ends of a network read them. Under zero_stage=3 a block's are whole only while it computes. Under
+zero_stage=2 all stay whole from the first micro-batch of a step to the last.
 
 Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html.
 Reading order: FSDPEngine, check_torch.
