@@ -165,4 +165,7 @@ def check_torch() -> None:
     from torch.distributed import fsdp
 
     if not hasattr(getattr(fsdp, "FSDPModule", None), "set_force_sum_reduction_for_comms"):
-        raise InputError(f"hardware.engine=fsdp needs torch 2.9 or later, this is {torch.__version__}")
+        raise InputError(
+            f"hardware.engine=fsdp: FSDP2 of torch {torch.__version__} always divides gradients by the ranks. Install "
+            "the torch of constraints.txt, or use hardware.engine=deepspeed"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import torch
 from launch.config import compose
 from launch.train_vae import TrainVAEConfig
 from scldm.errors import InputError
-from scldm.parallel.dist import World
+from scldm.parallel.dist import World, close_world
 from scldm.parallel.engine import DEEPSPEED, HardwareConfig, PlainEngine, check_engine, start_engine
 from scldm.train.optim import OptimConfig, make_optimizer
 from scldm.train.tracking import read_metrics
@@ -254,6 +255,16 @@ def test_another_deepspeed_is_refused_in_words(monkeypatch: pytest.MonkeyPatch, 
     assert check_engine(HardwareConfig("fsdp"), ALONE, {}) == "fsdp"
 
 
+def test_a_torch_whose_fsdp_divides_gradients_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.fsdp import FSDPModule
+
+    monkeypatch.delattr(FSDPModule, "set_force_sum_reduction_for_comms")
+    with pytest.raises(
+        InputError, match=rf"hardware.engine=fsdp: FSDP2 of torch {re.escape(torch.__version__)} always"
+    ):
+        check_engine(HardwareConfig("fsdp"), ALONE, {})
+
+
 def test_a_cpu_is_refused_where_a_gpu_is_required() -> None:
     """As presets for GPUs do."""
     for name in ("one_gpu", "node_8gpu", "many_nodes", "many_nodes_zero3"):
@@ -274,6 +285,18 @@ def test_one_process_on_a_cpu_needs_no_deepspeed() -> None:
     assert isinstance(
         start_engine(module, make, HardwareConfig(micro_batch=4), 1.0, World(0, 1, torch.device("cpu")), 4), PlainEngine
     )
+
+
+def test_fsdp_on_one_rank_follows_plain_and_says_what_has_no_effect(
+    tmp_path: Path, undisturbed: dict[str, Undisturbed], capsys: pytest.CaptureFixture
+) -> None:
+    hardware = HardwareConfig("fsdp", 4, zero_stage=3)
+    try:
+        plain("vae", tmp_path / "fsdp", hardware=hardware, deepspeed=SHARD_ALL)
+    finally:
+        close_world()
+    assert_follows(tmp_path / "fsdp", undisturbed["vae"], "vae")
+    assert "scldm: hardware.engine=fsdp: the keys of deepspeed have no effect" in capsys.readouterr().err
 
 
 def test_accumulation_on_the_plain_engine_is_one_large_batch(
