@@ -45,7 +45,7 @@ from scldm.evaluate.metrics import score
 from scldm.evaluate.reconstruction import nb_nll
 from scldm.evaluate.space import Profile, fit_pca, log_normalise
 from scldm.files import write_json
-from scldm.parallel.engine import Engine
+from scldm.parallel.surface import Engine
 from scldm.pretrained import Pretrained
 from scldm.train import loop
 from scldm.train.ema import EMA

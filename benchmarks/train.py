@@ -1,8 +1,8 @@
-"""What the training loop adds to the bare step of the model, and DeepSpeed to plain torch.
+"""What the training loop adds to the bare step of the model, and DeepSpeed and FSDP2 to plain torch.
 
 Every way takes the same cells, weights and optimizer, and the ways take turns in one process. On a GPU presets of the
 atlas are measured as well: cells/s, memory, and the share of the device's peak.
-Reading order: BenchTrainConfig, main, time_ways, preset_rows; Work, SameCells, bare, ours.
+Reading order: BenchTrainConfig, main, ways_of, time_ways, preset_rows; Work, SameCells, bare, ours.
 """
 
 from __future__ import annotations
@@ -43,12 +43,14 @@ from scldm.train.throughput import peak_flops
 from scldm.train.tracking import Tracker, TrackingConfig
 
 PURPOSE = """Measure what the training loop (EMA, metrics, log, its checks) adds to the bare step of the model
-(forward, backward, clipping, AdamW), and DeepSpeed's engine to plain torch, on one rank. On a CPU, in CPU time; on a
-GPU presets of the atlas as well, through DeepSpeed ZeRO-2 in bf16: cells/s, peak memory, MFU. Where DeepSpeed is not
-installed, the rows that need it say so, and presets go through the plain engine."""
+(forward, backward, clipping, AdamW), and the engines of DeepSpeed and FSDP2 to plain torch. Under torchrun it compares
+those two at zero_stage 2 and 3. On a CPU, in CPU time of a rank. On a GPU presets of the atlas as well, through
+DeepSpeed ZeRO-2 in bf16: cells/s, peak memory, MFU. Where DeepSpeed is not installed, the rows that need it say so, and
+presets go through the plain engine."""
 EXAMPLE = """
 python -m benchmarks.train
 python -m benchmarks.train steps=50 rounds=8 save=benchmarks/train-cpu.json
+torchrun --standalone --nproc-per-node 2 -m benchmarks.train save=benchmarks/train-cpu-two-ranks.json
 """
 ATLAS_GENES = 36_130  # human genes of the Census
 LATENT_SHAPE = (64, 16)  # of the atlas presets' autoencoders
@@ -58,12 +60,12 @@ LATENT_SHAPE = (64, 16)  # of the atlas presets' autoencoders
 class BenchTrainConfig:
     """What to measure.
 
-    cells: of a step
+    cells: of a step, on each rank
     n_genes: that every cell has
     steps: of a round
     rounds: the ways take turns in each
     log_every: steps between two rows of the log
-    zero_stage: of DeepSpeed on its one rank
+    zero_stage: of DeepSpeed on one rank. FSDP2 has at least 2
     precision: fp32 or bf16
     threads: of torch
     presets: of training, for a GPU: with their own micro-batch, through ZeRO-2 in bf16
@@ -90,7 +92,6 @@ class BenchTrainConfig:
 
 
 CONFIG = BenchTrainConfig
-WAYS: tuple[Literal["bare", "plain", "deepspeed"], ...] = ("bare", "plain", "deepspeed")
 NO_DEEPSPEED = "the package deepspeed is not installed"
 
 
@@ -98,48 +99,74 @@ def main(config: BenchTrainConfig) -> Report:
     """Print the table; returns it."""
     torch.set_num_threads(config.threads)
     world = world_of_environment()
+    world.join()
     settings = {"cells": config.cells, "genes": config.n_genes, "width": config.model.width, "steps": config.steps}
-    report = Report("train", {**settings, "rounds": config.rounds, "precision": config.precision})
+    report = Report("train", {**settings, "rounds": config.rounds, "precision": config.precision, "ranks": world.size})
     work = vae_work(config.model, config.n_genes, config.n_genes, config.cells, OptimConfig())
     hardware = HardwareConfig(zero_stage=config.zero_stage, precision=config.precision)
     seconds = time_ways(work, hardware, config, world)
     for way, took in seconds.items():
         report.add(Row(f"{way}: a step", 1e3 * median(took), "ms"))
-    added = median([1e3 * (a - b) for a, b in zip(seconds["plain"], seconds["bare"], strict=True)])
-    report.add(Row.at_most("loop on the plain engine - bare step", added, "ms", 2.0))
-    if installed():
-        added = median([1e3 * (a - b) for a, b in zip(seconds["deepspeed"], seconds["plain"], strict=True)])
-        report.add(Row("deepspeed - plain, the loop around both", added, "ms"))
-        report.add(Row("deepspeed / plain", ratio(seconds, "deepspeed", "plain"), "x"))
+    if world.size > 1:
+        report.command = report.command.replace("python", f"torchrun --standalone --nproc-per-node {world.size}", 1)
+        for stage in (2, 3) if installed() else ():
+            row = f"fsdp / deepspeed at zero_stage={stage}"
+            report.add(Row(row, ratio(seconds, f"fsdp at zero_stage={stage}", f"deepspeed at zero_stage={stage}"), "x"))
     else:
-        report.add(Row.not_measured("deepspeed: a step", NO_DEEPSPEED, "ms"))
-    if world.device.type == "cuda":
-        rows = [row for preset in config.presets for row in preset_rows([preset], ATLAS_GENES, config, world)]
-    else:
-        rows = [Row.not_measured("loop's share of a step", NO_GPU, "share", "<= 0.05")]
-        for preset in config.presets:
-            name = f"{preset}, ZeRO-2, bf16, cells/s, memory and MFU"
-            rows.append(Row.not_measured(name, NO_GPU, "share", "MFU >= 0.35"))
-    for row in rows:
-        report.add(row)
+        for row in rows_of_one_rank(seconds, config, world):
+            report.add(row)
     close_world()
-    report.print(config.json, config.save)
+    if world.is_first:
+        report.print(config.json, config.save)
     return report
+
+
+def rows_of_one_rank(seconds: dict[str, list[float]], config: BenchTrainConfig, world: World) -> list[Row]:
+    """What the loop and the engines add, and presets where there is a GPU."""
+    added = median([1e3 * (a - b) for a, b in zip(seconds["plain"], seconds["bare"], strict=True)])
+    rows = [Row.at_most("loop on the plain engine - bare step", added, "ms", 2.0)]
+    for engine in ("deepspeed", "fsdp"):
+        if engine in seconds:
+            added = median([1e3 * (a - b) for a, b in zip(seconds[engine], seconds["plain"], strict=True)])
+            rows.append(Row(f"{engine} - plain, the loop around both", added, "ms"))
+            rows.append(Row(f"{engine} / plain", ratio(seconds, engine, "plain"), "x"))
+        else:
+            rows.append(Row.not_measured(f"{engine}: a step", NO_DEEPSPEED, "ms"))
+    if world.device.type == "cuda":
+        return rows + [row for preset in config.presets for row in preset_rows([preset], ATLAS_GENES, config, world)]
+    rows.append(Row.not_measured("loop's share of a step", NO_GPU, "share", "<= 0.05"))
+    for preset in config.presets:
+        name = f"{preset}, ZeRO-2, bf16, cells/s, memory and MFU"
+        rows.append(Row.not_measured(name, NO_GPU, "share", "MFU >= 0.35"))
+    return rows
 
 
 def installed() -> bool:
     return importlib.util.find_spec("deepspeed") is not None
 
 
+def ways_of(hardware: HardwareConfig, world: World) -> dict[str, HardwareConfig | None]:
+    """Name -> how the training loop runs, None for the bare step."""
+    engines: tuple[Literal["deepspeed", "fsdp"], ...] = ("deepspeed", "fsdp") if installed() else ("fsdp",)
+    if world.size > 1:
+        laid = [(engine, stage) for stage in (2, 3) for engine in engines]
+        return {f"{e} at zero_stage={stage}": replace(hardware, engine=e, zero_stage=stage) for e, stage in laid}
+    ways: dict[str, HardwareConfig | None] = {"bare": None, "plain": replace(hardware, engine="plain")}
+    for engine in engines:
+        stage = max(2, hardware.zero_stage) if engine == "fsdp" else hardware.zero_stage
+        ways[engine] = replace(hardware, engine=engine, zero_stage=stage)
+    return ways
+
+
 def time_ways(work: Work, hardware: HardwareConfig, config: BenchTrainConfig, world: World) -> dict[str, list[float]]:
     """Seconds a step of each way, in every round but the first, which warms up."""
     seconds: dict[str, list[float]] = {}
     for number in range(config.rounds + 1):
-        for way in WAYS if installed() else WAYS[:2]:
-            if way == "bare":
+        for way, how in ways_of(hardware, world).items():
+            if how is None:
                 took = bare(work, hardware.precision, config.steps, world.device)
             else:
-                took = ours(work, replace(hardware, engine=way), config.steps, config.log_every, world)
+                took = ours(work, how, config.steps, config.log_every, world)
             if number:
                 seconds.setdefault(way, []).append(took)
     return seconds
@@ -171,6 +198,7 @@ def preset_rows(words: Sequence[str], n_genes: int, config: BenchTrainConfig, wo
         Row("peak memory", peak_bytes / 1e9, "GB"),
         Row("planned / measured peak memory", planned, "x", "0.85 to 1.15", abs(planned - 1) <= 0.15),
         Row.at_most("loop on the plain engine / bare step - 1", ratio(seconds, "plain", "bare") - 1, "share", 0.05),
+        Row("fsdp / bare step", ratio(seconds, "fsdp", "bare"), "x"),
         Row.not_measured("deepspeed / bare step", NO_DEEPSPEED, "x"),
     ]
     if installed():
@@ -315,22 +343,22 @@ def bare(work: Work, precision: str, n_steps: int, device: torch.device) -> floa
 
 
 def ours(work: Work, hardware: HardwareConfig, n_steps: int, log_every: int, world: World) -> float:
-    """The same through the training loop; seconds a step."""
+    """The same through the training loop, every rank with as many cells; seconds a step."""
     gc.collect()
     torch.manual_seed(0)
-    stage, optim, n = work.stage(), work.optim, n_steps
-    cells = SameCells(work.batch.to(world.device), n, world.device)
+    stage, optim, n, n_cells = work.stage(), work.optim, n_steps, world.size * work.batch.n_cells
+    cells = SameCells(replace(work.batch, n_cells=n_cells).to(world.device), n, world.device)
     hardware = replace(hardware, micro_batch=work.batch.n_cells)
-    engine = start_engine(
-        stage.module, lambda m: make_optimizer(optim, m), hardware, optim.clip, world, work.batch.n_cells
-    )
-    course = TrainConfig(n, work.batch.n_cells, log_every=log_every, validate_every=n, save_every=n)
+    engine = start_engine(stage.module, lambda m: make_optimizer(optim, m), hardware, optim.clip, world, n_cells)
+    course = TrainConfig(n, n_cells, log_every=log_every, validate_every=n, save_every=n)
     with (
-        tempfile.TemporaryDirectory() as folder,
-        Tracker(Path(folder), TrackingConfig(enabled=False)) as tracker,
+        tempfile.TemporaryDirectory() as own,
+        Tracker(Path(own), TrackingConfig(enabled=False), active=world.is_first) as tracker,
         redirect_stderr(StringIO()),
     ):
-        train(stage, engine, cells, cells, course, optim, world, Path(folder), tracker, "bench")
+        folder = Path(world.gather(own)[0])
+        train(stage, engine, cells, cells, course, optim, world, folder, tracker, "bench")
+        world.barrier()
     return cells.step_s()
 
 

@@ -80,7 +80,8 @@ class TrainLDMConfig(Checked):
         differ, and of guidance and flow
     allow_changes: keys that may differ from the run's config.json, as optim.lr,train.steps. Each change is noted in
         changes.json with its step. Those of optim, train and hardware.precision can change, and of guidance and flow
-    deepspeed: any key of DeepSpeed's own configuration that does not change the result, as deepspeed.steps_per_print=10
+    deepspeed: any key of DeepSpeed's own configuration that does not change the result, as deepspeed.steps_per_print=9.
+        Other engines have no use for it
     """
 
     run_dir: str

@@ -48,7 +48,8 @@ class TrainVAEConfig(Checked):
         changes.json with its step. Those of optim, train and hardware.precision can change
     gate: at the end, judge the best checkpoint on at most 2,000 validation cells beside mean profiles. There is one for
         each combination too, where there are at most 200. false leaves that out
-    deepspeed: any key of DeepSpeed's own configuration that does not change the result, as deepspeed.steps_per_print=10
+    deepspeed: any key of DeepSpeed's own configuration that does not change the result, as deepspeed.steps_per_print=9.
+        Other engines have no use for it
     """
 
     run_dir: str

@@ -32,11 +32,13 @@ import torch
 print(platform.python_version(), torch.__version__)
 """
 STEPS = ["train.steps=3", "train.global_batch=10", "train.validate_every=3", "train.save_every=3", "train.log_every=1"]
-RUN = ["hardware.engine=plain", "hardware.micro_batch=10", "tracking.enabled=false", "model.width=16", *STEPS]
+RUN = ["data.shards=shards", "tracking.enabled=false", "model.width=16", *STEPS]
+ALONE = ["hardware.engine=plain", "hardware.micro_batch=10", "run_dir=run"]
+ON_TWO = ["hardware.engine=fsdp", "hardware.micro_batch=5", "run_dir=on-two"]
 
 
 def check(python: str, folder: Path, environment: dict[str, str]) -> list[str]:
-    """Import everything and train three steps; returns what the imports printed."""
+    """Import everything, train three steps alone and three on two ranks; returns what the imports printed."""
     write_set(folder / "shards", known_cells(n_train=32, n_validation=8, n_genes=60))
 
     def run(*words: str) -> str:
@@ -48,10 +50,16 @@ def check(python: str, folder: Path, environment: dict[str, str]) -> list[str]:
 
     printed = run("-c", IMPORTS).splitlines()
     assert printed[0] == "[]"
-    run("-m", "launch.cli", "train", "vae", "vae/tiny", "hardware/cpu", "data.shards=shards", "run_dir=run", *RUN)
-    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert {row["step"] for row in rows} >= {1, 2, 3}
-    assert json.loads((folder / "run" / "outcome.json").read_text())["state"] == "finished"
+    train = ["-m", "launch.cli", "train", "vae", "vae/tiny", "hardware/cpu", *RUN]
+    run(*train, *ALONE)
+    run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *train, *ON_TWO)
+    losses = []
+    for name in ("run", "on-two"):
+        rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        assert {row["step"] for row in rows} >= {1, 2, 3}
+        assert json.loads((folder / name / "outcome.json").read_text())["state"] == "finished"
+        losses.append([row["loss"] for row in rows if "loss" in row])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     return printed
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from launch.planning.config import PlanConfig
-from launch.planning.plan import Plan, does_fit, plan_of, replace_hardware
+from launch.planning.plan import Plan, does_fit, plan_of, replace_hardware, stages_of
 
 # of layouts that reach so much of the fastest one's cells/s, the simplest is as good: a plan knows no better, and does
 # not count the launches by which ZeRO-3 gathers weights
@@ -26,7 +26,7 @@ def compared(plan: Plan) -> list[Plan]:
         found = [
             plan_of(laid)
             for micro_batch in sorted({max(1, config.hardware.micro_batch * k // 2) for k in (1, 2, 4, 8)})
-            for stage in (1, 2, 3)
+            for stage in stages_of(config)
             if config.train.global_batch % (micro_batch * nodes * config.hardware.gpus_per_node) == 0
             and does_fit(laid := laid_out(config, nodes, stage, micro_batch))
         ]

@@ -18,7 +18,7 @@ from scldm.model.dit import DiTConfig
 from scldm.model.flops import vae_flops
 from scldm.model.vae import VAEConfig
 from scldm.parallel.deepspeed_json import BUCKET
-from scldm.train.budget import Memory, rank_memory, sent_bytes
+from scldm.train.budget import Memory, fsdp_memory, fsdp_sent_bytes, rank_memory, sent_bytes
 from scldm.train.step_cost import StepCost, dit_step, vae_step
 
 # bytes of a rank's share of the parameters that a step moves once the pass is done, 4 B a number: the norm reads the
@@ -31,14 +31,14 @@ OPTIMIZER_BYTES = 4 * 13
 class Plan:
     """What a run takes.
 
-    by_stage: ZeRO stage -> memory of a rank
+    by_stage: ZeRO stage -> memory of a rank, for those that the engine has
     fits: whether the configured stage does
     remedies: changes that make it fit, the gentlest first
     kernels: that a rank launches for the passes of a step, without the optimizer's. None where the network is
         compiled, as then nobody knows before
     launch_s, compute_s: of those passes, of which the longer counts
     optimizer_s: of clipping, AdamW and EMA, after the passes. None where the host's memory has them
-    exchange_s: between ranks. Under the backward pass where DeepSpeed overlaps them
+    exchange_s: between ranks. Under the backward pass where the engine overlaps them
     loader_s: in which the loader delivers a step's cells: a step takes no less. 0 for latents, which are copied
     save_s: of a step, for what a checkpoint holds training up
     """
@@ -207,9 +207,12 @@ def plan_of(config: PlanConfig) -> Plan:
     hardware, N = config.hardware, config.hardware.n_ranks
     accumulation = hardware.accumulation(config.train.global_batch, N)
     cost = cost_of(config)
-    by_stage = {stage: memory_of(replace_hardware(config, zero_stage=stage)) for stage in (1, 2, 3)}
+    by_stage = {stage: memory_of(replace_hardware(config, zero_stage=stage)) for stage in stages_of(config)}
     fits = does_fit(config)
-    sent = sent_bytes(cost, hardware.zero_stage, N, accumulation, hardware.precision == "bf16")
+    if hardware.engine == "fsdp":
+        sent = fsdp_sent_bytes(cost, hardware.zero_stage, N, accumulation)
+    else:
+        sent = sent_bytes(cost, hardware.zero_stage, N, accumulation, hardware.precision == "bf16")
     within = within_node(config)
     exchange_s = sent * ((1 - within) / hardware.ring + within / (GB * hardware.node_link_gb_s))
     compute_s = accumulation * cost.flops / (hardware.peak * hardware.mfu)
@@ -275,7 +278,14 @@ def _dit(model: DiTConfig, n_latents: int, latent_width: int, n_cells: int, bf16
     return dit_step(model, n_latents, latent_width, {}, n_cells, bf16=bf16)
 
 
+def stages_of(config: PlanConfig) -> tuple[int, ...]:
+    """ZeRO stages that the engine has."""
+    return (2, 3) if config.hardware.engine == "fsdp" else (1, 2, 3)
+
+
 def overlaps(config: PlanConfig) -> bool:
+    if config.hardware.engine == "fsdp":
+        return True
     chosen = config.deepspeed.get("zero_optimization", {}).get("overlap_comm")
     return config.hardware.zero_stage == 3 if chosen is None else bool(chosen)  # DeepSpeed's own default
 
@@ -290,7 +300,7 @@ def kept_by(config: PlanConfig) -> int:
     """Ranks that hold the weights whole among them, besides what all ranks share (hierarchical partitioning). 1 if
     there is none."""
     kept = int(config.deepspeed.get("zero_optimization", {}).get("zero_hpz_partition_size", 1))
-    return kept if config.hardware.zero_stage == 3 else 1
+    return kept if config.hardware.zero_stage == 3 and config.hardware.engine != "fsdp" else 1
 
 
 def memory_of(config: PlanConfig) -> Memory:
@@ -298,6 +308,9 @@ def memory_of(config: PlanConfig) -> Memory:
     bucket = config.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", BUCKET)
     bf16, offload = hardware.precision == "bf16", hardware.offload_optimizer
     overlap, cost, kept = overlaps(config), cost_of(config), kept_by(config)
+    if hardware.engine == "fsdp":
+        accumulation = config.train.global_batch // (hardware.n_ranks * hardware.micro_batch)
+        return fsdp_memory(cost, hardware.zero_stage, hardware.n_ranks, accumulation, offload)
     found = rank_memory(cost, hardware.zero_stage, hardware.n_ranks, bf16, offload, overlap, int(bucket))
     return replace(found, weights=found.weights + 4 * cost.n_parameters / kept) if kept > 1 else found
 

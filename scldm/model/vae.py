@@ -255,7 +255,7 @@ class VAE(nn.Module):
         self.reads_genes, self.reads_latents = Within(), Within()
         self.initialise()
         if config.compile:
-            for block in (*self.encoder, *self.decoder):
+            for block in self.blocks:
                 block.compile()
 
     @torch.no_grad()
@@ -290,6 +290,11 @@ class VAE(nn.Module):
         """
         if self.config.likelihood != "gaussian":
             self.log_share.weight[1:, 0] = (mean_G / mean_G.sum()).log()
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Transformer blocks, in their order."""
+        return [*self.encoder, *self.decoder]
 
     @property
     def attention(self) -> Choice:

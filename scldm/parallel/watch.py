@@ -33,6 +33,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+import torch
+
 from scldm.errors import LOST, InputError
 from scldm.parallel import START_S, dist
 from scldm.parallel.dist import World
@@ -108,7 +110,8 @@ class Watch:
         """Tell the others why this rank ends."""
         code = error.exit_code if isinstance(error, InputError) else 1
         what, why = ("refuses", f"{error}") if code != 1 else ("failed", f"{type(error).__name__}: {error}")
-        in_collective = isinstance(error, Exception) and _in_collective(traceback.walk_tb(tb))
+        own = not isinstance(error, Exception) or isinstance(error, torch.OutOfMemoryError)  # FSDP2 allocates there too
+        in_collective = not own and _in_collective(traceback.walk_tb(tb))
         if in_vain := code == 1 and in_collective and self.world.size > 1:
             # most likely the consequence of what happened elsewhere: the thread hears of it, and ends the process
             time.sleep(2 * ANSWER_S)

@@ -1,6 +1,6 @@
 """What training takes of a machine, before there is one: memory of a rank, bytes between ranks, time.
 
-Reading order: Memory, rank_memory, plain_memory, sent_bytes.
+Reading order: Memory, rank_memory, fsdp_memory, plain_memory, sent_bytes, fsdp_sent_bytes.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ MAX_LIVE = 1_000_000_000  # numbers: DeepSpeed's stage3_max_live_parameters and 
 class Memory:
     """Bytes of one rank at the moment that takes most, beyond what process and libraries take.
 
-    weights: whole under ZeRO-1 and 2, where DeepSpeed keeps masters beside them. A share under ZeRO-3
-    gathered: weights of other ranks that ZeRO-3 holds between forward and backward. In bf16 without those of linear
-        maps, which activations have in bf16 at every stage
+    weights: whole under ZeRO-1 and 2, where DeepSpeed keeps masters beside them. A share under ZeRO-3 and FSDP2
+    gathered: weights of other ranks that ZeRO-3 or FSDP2 holds between forward and backward. Under ZeRO-3 in bf16
+        without those of linear maps, which activations have in bf16 at every stage
     masters, moments, ema: shares
     gradients: this rank's share, summed over ranks
     buckets: in which gradients wait to be exchanged during the pass
@@ -107,6 +107,37 @@ def rank_memory(
     )
 
 
+def fsdp_memory(
+    cost: StepCost, zero_stage: int, n_ranks: int, accumulation: int, offload: bool = False, lazy: bool = False
+) -> Memory:
+    """Of one rank under torch's FSDP2, which gathers float32 weights, at zero_stage 2 or 3.
+
+    cost: of a micro-batch
+    lazy: as for rank_memory. Most of a table's gradient is zeros, which nothing writes
+    """
+    P, share = cost.n_parameters, cost.n_parameters / n_ranks
+    rest, block = P - cost.block_parameters, cost.largest_block
+    # beside a block, what the one before it was gathered in, and what the next one is
+    gathered = 4 * (P if zero_stage == 2 else rest + min(3 * block, cost.block_parameters))
+    held = (cost.peak_with_gradients_bytes - cost.peak_bytes) * rest / P  # to the end of the pass
+    kept = 4 * share if accumulation > 1 else 0.0  # gradients of the micro-batches before
+    return Memory(
+        weights=4 * share,
+        gathered=gathered,
+        masters=0.0,
+        moments=8 * share,
+        ema=4 * share,
+        gradients=kept,
+        buckets=4 * 3 * block,  # a block's gradients, a copy of them to exchange, and the copy of the block before
+        activations=cost.peak_bytes + (0.0 if lazy else held),
+        # gradients of the rest and their copy, where the gathered weights were. The fused AdamW makes nothing
+        step=max(0.0, 8 * rest + 4 * share - kept - gathered),
+        validation=(0.0 if offload else 4 * share) + cost.peak_bytes,
+        host=16 * share + kept if offload else 0.0,
+        saved=4 * 4 * share,
+    )
+
+
 def plain_memory(cost: StepCost) -> Memory:
     """Of a lone process without DeepSpeed: no masters beside the weights, and all gradients stay to the end of the
     pass, where AdamW makes three tensors as large as the weights."""
@@ -140,3 +171,11 @@ def sent_bytes(cost: StepCost, zero_stage: int, n_ranks: int, accumulation: int,
         return ring * accumulation * 3 * exchanged
     sums = 1 if zero_stage == 1 else accumulation
     return ring * (2 * sums * exchanged + 4 * cost.n_parameters)
+
+
+def fsdp_sent_bytes(cost: StepCost, zero_stage: int, n_ranks: int, accumulation: int) -> float:
+    """Likewise under FSDP2, which exchanges float32. It sums gradients once a micro-batch, to the rank that keeps them.
+    At zero_stage 2 it gathers weights once a step. At 3 once a micro-batch, and those of blocks twice."""
+    ring, P = (n_ranks - 1) / n_ranks, cost.n_parameters
+    gathered = P if zero_stage == 2 else accumulation * (P + cost.block_parameters)
+    return ring * 4 * (accumulation * P + gathered)

@@ -39,7 +39,7 @@ from scldm.files import PARTIAL, left_aside, put_in_place, sha256_of, written_as
 from scldm.files import remove as remove_path
 from scldm.given_json import Count, hash_of, typed
 from scldm.parallel.dist import World
-from scldm.parallel.engine import Engine
+from scldm.parallel.surface import Engine
 from scldm.train.ema import EMA
 
 FORMAT = 4

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from scldm.parallel.engine import Engine
+from scldm.parallel.surface import Engine
 
 
 class EMA:

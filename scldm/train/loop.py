@@ -18,7 +18,7 @@ from torch import Tensor
 from scldm.checked import SEEDS, Checked, checked
 from scldm.errors import Diverged
 from scldm.parallel.dist import World
-from scldm.parallel.engine import Engine
+from scldm.parallel.surface import Engine
 from scldm.parallel.watch import Watch
 from scldm.progress import Progress
 from scldm.train import checkpoint, nonfinite

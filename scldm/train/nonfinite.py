@@ -17,7 +17,7 @@ from torch import Tensor
 
 from scldm.files import outlived
 from scldm.parallel.dist import World
-from scldm.parallel.engine import Engine
+from scldm.parallel.surface import Engine
 from scldm.train.losses import Draws, Stage, cells_of
 
 FILE = "nonfinite.jsonl"

@@ -32,7 +32,7 @@ from scldm.errors import InputError
 from scldm.files import PARTIAL, put_in_place, written_aside
 from scldm.given_json import sorted_json
 from scldm.parallel.dist import World
-from scldm.parallel.engine import Engine
+from scldm.parallel.surface import Engine
 from scldm.train import checkpoint
 from scldm.train.checkpoint import BESIDE, FORMAT, STATE
 from scldm.train.ema import EMA

@@ -37,6 +37,8 @@ class StepCost:
     kernels: operations that compute or move numbers, forward and backward: a GPU launches at least one kernel for each
     peak_bytes: most memory at once beyond the weights, if every gradient goes as soon as it is made (ZeRO-2 and 3)
     peak_with_gradients_bytes: likewise if gradients stay
+    block_parameters: of the network's `blocks`, which FSDP2 gathers one by one
+    largest_block: parameters of the largest
     """
 
     n_parameters: int
@@ -45,6 +47,8 @@ class StepCost:
     kernels: int
     peak_bytes: int
     peak_with_gradients_bytes: int
+    block_parameters: int = 0
+    largest_block: int = 0
 
 
 def step_cost(
@@ -65,9 +69,11 @@ def step_cost(
         network = make()
         linear = {id(p) for m in network.modules() if isinstance(m, nn.Linear) for p in m.parameters(recurse=False)}
         sizes = [(p.numel(), id(p) in linear) for p in network.parameters()]
+        blocks = [sum(p.numel() for p in block.parameters()) for block in getattr(network, "blocks", ())]
         traces = [_trace(network, loss_of, bf16, keep_gradients) for keep_gradients in (False, True)]
     n, n_linear = sum(n for n, _ in sizes), sum(n for n, is_linear in sizes if is_linear)
-    return StepCost(n, n_linear, traces[0].flops, traces[0].kernels, traces[0].peak, traces[1].peak)
+    of_blocks = (sum(blocks), max(blocks, default=0))
+    return StepCost(n, n_linear, traces[0].flops, traces[0].kernels, traces[0].peak, traces[1].peak, *of_blocks)
 
 
 def _trace(network: nn.Module, loss_of: LossOf, bf16: bool, keep_gradients: bool) -> _Watch:

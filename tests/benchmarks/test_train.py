@@ -27,9 +27,17 @@ def test_it_says_what_the_loop_adds(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3_000:]
     rows = {row["name"]: row for row in json.loads(saved.read_text())["rows"]}
     assert rows["loop on the plain engine - bare step"]["target"] == "<= 2"
-    assert all(rows[f"{way}: a step"]["value"] > 0 for way in ("bare", "plain", "deepspeed"))
+    assert all(rows[f"{way}: a step"]["value"] > 0 for way in ("bare", "plain", "deepspeed", "fsdp"))
     assert sum(row["value"] is None for row in rows.values()) == 4
     assert done.stdout.count("not measured on a GPU") == 4
+    command[1:2] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3_000:]
+    report = json.loads(saved.read_text())
+    assert report["command"].startswith("torchrun --standalone --nproc-per-node 2 -m benchmarks.train steps=5")
+    rows = {row["name"]: row["value"] for row in report["rows"]}
+    assert {f"fsdp / deepspeed at zero_stage={stage}" for stage in (2, 3)} < rows.keys()
+    assert all(value > 0 for value in rows.values())
 
 
 # as for a GPU, but for tiny shapes; a plan's memory is asked for too, and MFU needs a peak
@@ -53,12 +61,12 @@ def test_what_a_gpu_is_measured_with_runs_on_any_device(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3_000:]
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert len(rows) == 14
+    assert len(rows) == 16
     for preset, cost in (("vae/tiny", vae_cost()), ("ldm/tiny", dit_cost())):
         cells_per_s = rows[f"{preset}: cells/s on the deepspeed engine"]
         assert rows[f"{preset}: MFU"] == pytest.approx(cells_per_s * cost.flops / 4 / 1e12)
         assert rows[f"{preset}: peak memory"] > 0
-        assert rows[f"{preset}: deepspeed / bare step"] > 0.5
+        assert all(rows[f"{preset}: {engine} / bare step"] > 0.5 for engine in ("deepspeed", "fsdp"))
     by_formula = 3 * sum(vae_flops(vae_shape(), 4, 100, 100).values())
     assert rows["vae/tiny: MFU by the formula's FLOPs"] == pytest.approx(
         rows["vae/tiny: cells/s on the deepspeed engine"] * by_formula / 4 / 1e12

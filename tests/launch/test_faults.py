@@ -24,20 +24,26 @@ pytestmark = pytest.mark.slow
 SHARD_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
 
-def setting_of(stage: str, zero_stage: int, precision: Literal["fp32", "bf16"]) -> SmallConfig:
-    hardware = HardwareConfig("deepspeed", micro_batch=4, zero_stage=zero_stage, precision=precision)
+def setting_of(
+    stage: str,
+    zero_stage: int,
+    precision: Literal["fp32", "bf16"],
+    engine: Literal["deepspeed", "fsdp"] = "deepspeed",
+) -> SmallConfig:
+    hardware = HardwareConfig(engine, micro_batch=4, zero_stage=zero_stage, precision=precision)
     return SmallConfig("", stage, hardware=hardware, deepspeed=SHARD_ALL if zero_stage == 3 else {})
 
 
-# what is trained, and how; every fault is met in the first, some in the second, the rest where time is no matter
+# what is trained, and how; every fault is met in the first, some in the next two, the rest where time is no matter
 SETTINGS = {
     "vae-zero2-fp32": setting_of("vae", 2, "fp32"),
     "ldm-zero3-bf16": setting_of("ldm", 3, "bf16"),
+    "vae-fsdp3-fp32": setting_of("vae", 3, "fp32", "fsdp"),
     "vae-zero3-fp32": setting_of("vae", 3, "fp32"),
     "ldm-zero2-fp32": setting_of("ldm", 2, "fp32"),
     "vae-zero1-bf16": setting_of("vae", 1, "bf16"),
 }
-FIRST, SECOND, *_ = SETTINGS
+FIRST, SECOND, FSDP, *_ = SETTINGS
 
 
 def latest_step(run_dir: Path) -> int:
@@ -170,7 +176,10 @@ FAULTS: dict[str, tuple[Any, ...]] = {
         {5, 8},
     ),
 }
-IN_SECOND = ("a killed rank", "signals at different steps", "a gradient on one rank")
+IN_SOME = {
+    SECOND: ("a killed rank", "signals at different steps", "a gradient on one rank"),
+    FSDP: ("a killed rank", "a gradient on one rank"),
+}
 
 
 def says(text: str, pattern: str) -> bool:
@@ -186,7 +195,7 @@ def says(text: str, pattern: str) -> bool:
 def cases() -> Iterator[Any]:
     for setting in SETTINGS:
         for name in FAULTS:
-            soon = setting == FIRST or (setting == SECOND and name in IN_SECOND)
+            soon = setting == FIRST or name in IN_SOME.get(setting, ())
             yield pytest.param(setting, name, marks=() if soon else pytest.mark.exhaustive)
 
 
@@ -223,16 +232,18 @@ def test_a_fault_on_one_rank_ends_both_names_it_and_costs_nothing(
 
 def test_one_step_that_is_skipped_changes_nothing_else(ranks: Ranks, tmp_path: Path) -> None:
     """The moments too: both ranks follow a plain run whose step is skipped as well."""
-    follow = SmallConfig(str(tmp_path / "two"))
-    plain = replace(follow, run_dir=str(tmp_path / "one"), hardware=faulty.HardwareConfig("plain", 16))
-    codes, outputs = ranks.run(faulty.train, follow, Fault("loss", 1, (6,)))
-    assert codes == [0, 0], outputs
+    plain = SmallConfig(str(tmp_path / "one"), hardware=faulty.HardwareConfig("plain", 16))
     codes, outputs = ranks.run(faulty.train, plain, Fault("loss", 0, (6,)), size=1)
     assert codes == [0], outputs
-    (state, tensors), (expected, others) = stored(tmp_path / "two"), stored(tmp_path / "one")
-    assert state["n_updates"] == expected["n_updates"] == STEPS - 1
-    # a step more would move weights by the rate; what rounding moves in so few steps is far below
-    assert max(float((tensors[key] - others[key]).abs().max()) for key in tensors) < faulty.OPTIM.lr / 15
+    expected, others = stored(tmp_path / "one")
+    for setting in (FIRST, FSDP):
+        follow = replace(SETTINGS[setting], run_dir=str(tmp_path / setting))
+        codes, outputs = ranks.run(faulty.train, follow, Fault("loss", 1, (6,)))
+        assert codes == [0, 0], outputs
+        state, tensors = stored(tmp_path / setting)
+        assert state["n_updates"] == expected["n_updates"] == STEPS - 1
+        # a step more would move weights by the rate; what rounding moves in so few steps is far below
+        assert max(float((tensors[key] - others[key]).abs().max()) for key in tensors) < faulty.OPTIM.lr / 15
 
 
 def test_a_file_save_saves_once_and_training_goes_on(

@@ -17,10 +17,11 @@ from launch.config import flatten
 from launch.plan import cut, read, with_data
 from launch.planning.config import PlanLDMConfig, PlanVAEConfig
 from launch.planning.layouts import NEAR, compared
-from launch.planning.plan import cost_of, does_fit, memory_of, plan_of, remedies
+from launch.planning.plan import cost_of, does_fit, memory_of, plan_of, remedies, within_node
 from launch.train_ldm import TrainLDMConfig
 from launch.train_vae import TrainVAEConfig
 from scldm.errors import InputError
+from scldm.train.budget import fsdp_memory, fsdp_sent_bytes
 from tests.data_pipeline.small_sets import known_cells, write_set
 
 pytestmark = pytest.mark.heavy
@@ -280,6 +281,23 @@ def test_a_plan_knows_the_sizes_of_the_data_it_is_given(tmp_path: Path, capsys: 
     small = ["model.width=16", "model.n_layers=1", "train.global_batch=64", "hardware.micro_batch=8", *OF_A_RUN[2:]]
     assert main(["plan", "ldm", cells, f"vae={tmp_path}/run", "run_dir=runs/ldm", "model.n_heads=2", *small]) == 0
     assert "without what encoding the cells as they come takes" in capsys.readouterr().out
+
+
+def test_a_plan_of_fsdp_has_its_own_stages_memory_and_exchange() -> None:
+    words = ["vae/tiny", "hardware/node_8gpu", "hardware.micro_batch=8", "n_genes=300", "n_cells=1000"]
+    words += ["train.global_batch=128"]  # two micro-batches
+    theirs, ours = (plan_of(read([*words, f"hardware.engine={engine}"])) for engine in ("deepspeed", "fsdp"))
+    assert list(theirs.by_stage) == [1, 2, 3]
+    assert ours.by_stage == {stage: fsdp_memory(ours.cost, stage, 8, 2) for stage in (2, 3)}
+    assert ours.sent_bytes == fsdp_sent_bytes(ours.cost, 2, 8, 2) == 7 / 8 * 4 * 3 * ours.cost.n_parameters
+    assert "     3 " in ours.table()
+    assert "     1 " not in ours.table()
+    assert {layout.config.hardware.zero_stage for layout in compared(ours)} <= {2, 3}
+    assert 0 < ours.cost.largest_block < ours.cost.block_parameters < ours.cost.n_parameters
+    kept = read(["vae", "vae/tiny", "hardware/many_nodes_zero3", "hardware.engine=fsdp", "n_genes=300", "n_cells=9"])
+    assert within_node(kept) == 0  # a key of deepspeed, which has no effect
+    with pytest.raises(InputError, match="hardware.zero_stage=1: hardware.engine=fsdp"):
+        read([*words, "hardware.engine=fsdp", "hardware.zero_stage=1"])
 
 
 def test_weights_that_a_node_keeps_whole_are_counted() -> None:

@@ -1,9 +1,10 @@
-"""DeepSpeed on one and two ranks against the plain engine, and checkpoints that cross engines and world sizes."""
+"""DeepSpeed and FSDP2 on ranks against the plain engine, and checkpoints that cross engines and world sizes."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import torch
 from launch.config import compose
 from launch.train_vae import TrainVAEConfig
 from scldm.errors import InputError
-from scldm.parallel.dist import World
+from scldm.parallel.dist import World, close_world
 from scldm.parallel.engine import DEEPSPEED, HardwareConfig, PlainEngine, check_engine, start_engine
 from scldm.train.optim import OptimConfig, make_optimizer
 from scldm.train.tracking import read_metrics
@@ -50,12 +51,12 @@ def run_ranks(n_ranks: int, jobs: list[dict], folder: Path) -> None:
 
 def job(stage: str, run_dir: Path, micro_batch: int, zero_stage: int, **more) -> dict:
     hardware = {"engine": "deepspeed", "micro_batch": micro_batch, "zero_stage": zero_stage}
-    hardware |= {key: more.pop(key) for key in ("precision", "offload_optimizer") if key in more}
+    hardware |= {key: more.pop(key) for key in ("engine", "precision", "offload_optimizer") if key in more}
     return {
         "stage": stage,
         "run_dir": str(run_dir),
         "hardware": hardware,
-        "deepspeed": SHARD_ALL if zero_stage == 3 else {},
+        "deepspeed": SHARD_ALL if zero_stage == 3 and hardware["engine"] == "deepspeed" else {},
         "steps": STEPS,
         "save_every": 10,
         "validate_every": 15,
@@ -138,6 +139,8 @@ def test_ranks_follow_one_and_checkpoints_cross_stages_and_world_sizes(
                 plain(stage, run_dir, fail_at=13)
         if later_ranks:
             jobs[later_ranks].append(job(stage, run_dir, 2, later_zero))
+    for n_ranks, of_ranks in fsdp_jobs(tmp_path, follow, resumed, bf16).items():
+        jobs[n_ranks] += of_ranks
     # last: what DeepSpeed notes of a precision, it notes for the process
     for stage, zero in (("vae", 3), ("ldm", 2)):
         run_dir = tmp_path / f"{stage}-bf16-{zero}"
@@ -155,14 +158,44 @@ def test_ranks_follow_one_and_checkpoints_cross_stages_and_world_sizes(
         coarsely[stage].assert_near(run_dir, "loss")
 
 
+Runs = list[tuple[Path, str]]
+
+
+def fsdp_jobs(folder: Path, follow: Runs, resumed: Runs, bf16: Runs) -> dict[int, list[dict]]:
+    """FSDP2's part of the test above: number of ranks -> its jobs. The runs are added to those that are looked at."""
+    on_two = [
+        job("vae", folder / "vae-fsdp2-2x2", 2, 2, engine="fsdp"),
+        job("ldm", folder / "ldm-fsdp3-2x4", 4, 3, engine="fsdp"),
+        job("vae", folder / "vae-fsdp3-offload", 8, 3, engine="fsdp", offload_optimizer=True, how={"recompute": True}),
+    ]
+    follow += [(Path(of["run_dir"]), of["stage"]) for of in on_two]
+    # a run that it begins goes on under DeepSpeed or plain, and the reverse, on another number of ranks
+    to_deepspeed, of_deepspeed = folder / "vae-fsdp-2-to-deepspeed-4", folder / "ldm-deepspeed-2-to-fsdp-4"
+    to_plain, of_plain = folder / "ldm-fsdp-to-0x0", folder / "vae-plain-to-fsdp-2"
+    on_two += [
+        job("vae", to_deepspeed, 4, 3, engine="fsdp", fail_at=13),
+        job("ldm", of_deepspeed, 4, 3, fail_at=13),
+        job("ldm", to_plain, 8, 2, engine="fsdp", fail_at=13),
+        job("vae", of_plain, 4, 2, engine="fsdp"),
+        job("vae", folder / "vae-fsdp-bf16", 8, 3, engine="fsdp", precision="bf16"),
+    ]
+    with pytest.raises(KeyboardInterrupt):
+        plain("vae", of_plain, fail_at=13)
+    on_four = [job("vae", to_deepspeed, 2, 2), job("ldm", of_deepspeed, 4, 2, engine="fsdp")]
+    resumed += [(to_deepspeed, "vae"), (of_deepspeed, "ldm"), (to_plain, "ldm"), (of_plain, "vae")]
+    bf16.append((folder / "vae-fsdp-bf16", "vae"))
+    return {2: on_two, 4: on_four}
+
+
 @pytest.mark.exhaustive  # three minutes, most of them torch's compiler
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 def test_compiled_blocks_train_as_they_do_uncompiled(tmp_path: Path, undisturbed: dict[str, Undisturbed]) -> None:
     """Under ZeRO-3 too, whose gathering of weights around every layer breaks a block's compiled code into parts."""
-    jobs = [job("vae", tmp_path / f"zero{zero}", 8, zero, how={"compile": True}) for zero in (2, 3)]
+    ways = [("deepspeed", 2), ("deepspeed", 3), ("fsdp", 3)]
+    jobs = [job("vae", tmp_path / f"{way}{zero}", 8, zero, engine=way, how={"compile": True}) for way, zero in ways]
     run_ranks(2, jobs, tmp_path)
-    for zero in (2, 3):
-        assert_follows(tmp_path / f"zero{zero}", undisturbed["vae"], "vae")
+    for way, zero in ways:
+        assert_follows(tmp_path / f"{way}{zero}", undisturbed["vae"], "vae")
 
 
 @pytest.mark.parametrize(
@@ -190,6 +223,7 @@ def test_accumulation_and_what_else_can_not_be() -> None:
         "zero_stage=0 must be from 1 to 3": {"zero_stage": 0},
         "micro_batch=0": {"micro_batch": 0},
         "threads=0": {"threads": 0},
+        "zero_stage=1: hardware.engine=fsdp shards gradients and weights too": {"engine": "fsdp", "zero_stage": 1},
     }
     for said, wrong in mistakes.items():
         with pytest.raises(InputError, match=said):
@@ -217,7 +251,18 @@ def test_another_deepspeed_is_refused_in_words(monkeypatch: pytest.MonkeyPatch, 
     said = rf"deepspeed is {found or 'not installed'}, .* pip install deepspeed=={DEEPSPEED}"
     with pytest.raises(InputError, match=said):
         check_engine(HardwareConfig("deepspeed"), ALONE, {})
-    assert not check_engine(HardwareConfig("auto"), ALONE, {})
+    assert check_engine(HardwareConfig("auto"), ALONE, {}) == "plain"
+    assert check_engine(HardwareConfig("fsdp"), ALONE, {}) == "fsdp"
+
+
+def test_a_torch_whose_fsdp_divides_gradients_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.fsdp import FSDPModule
+
+    monkeypatch.delattr(FSDPModule, "set_force_sum_reduction_for_comms")
+    with pytest.raises(
+        InputError, match=rf"hardware.engine=fsdp: FSDP2 of torch {re.escape(torch.__version__)} always"
+    ):
+        check_engine(HardwareConfig("fsdp"), ALONE, {})
 
 
 def test_a_cpu_is_refused_where_a_gpu_is_required() -> None:
@@ -226,11 +271,11 @@ def test_a_cpu_is_refused_where_a_gpu_is_required() -> None:
         hardware = compose(TrainVAEConfig, [f"hardware/{name}", "data.shards=s", "run_dir=r"]).hardware
         with pytest.raises(InputError, match="hardware.require_gpu=true: torch finds no GPU here; give .*=false"):
             check_engine(hardware, ALONE, {})
-        assert check_engine(replace(hardware, require_gpu=False), ALONE, {})
+        assert check_engine(replace(hardware, require_gpu=False), ALONE, {}) == "deepspeed"
 
 
 def test_the_deepspeed_that_is_installed_asked_for_and_pinned_is_the_one() -> None:
-    assert check_engine(HardwareConfig("deepspeed"), ALONE, {})
+    assert check_engine(HardwareConfig("deepspeed"), ALONE, {}) == "deepspeed"
     assert f'"deepspeed=={DEEPSPEED}"' in (ROOT / "pyproject.toml").read_text()
     assert f"\ndeepspeed=={DEEPSPEED}\n" in (ROOT / "constraints.txt").read_text()
 
@@ -241,6 +286,19 @@ def test_one_process_on_a_cpu_needs_no_deepspeed() -> None:
     assert isinstance(
         start_engine(module, make, HardwareConfig(micro_batch=4), 1.0, World(0, 1, torch.device("cpu")), 4), PlainEngine
     )
+
+
+@pytest.mark.heavy
+def test_fsdp_on_one_rank_follows_plain_and_says_what_has_no_effect(
+    tmp_path: Path, undisturbed: dict[str, Undisturbed], capsys: pytest.CaptureFixture
+) -> None:
+    hardware = HardwareConfig("fsdp", 4, zero_stage=3)
+    try:
+        plain("vae", tmp_path / "fsdp", hardware=hardware, deepspeed=SHARD_ALL)
+    finally:
+        close_world()
+    assert_follows(tmp_path / "fsdp", undisturbed["vae"], "vae")
+    assert "scldm: hardware.engine=fsdp: the keys of deepspeed have no effect" in capsys.readouterr().err
 
 
 @pytest.mark.heavy

@@ -30,6 +30,25 @@ def test_a_first_rank_that_left_in_order_does_not_hang(
     assert code == LOST
 
 
+@pytest.mark.parametrize(
+    "error, code", [(torch.OutOfMemoryError("CUDA out of memory"), 1), (RuntimeError("gone"), LOST)]
+)
+def test_memory_that_a_collective_lacks_is_this_rank_s_own_failure(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, code: int
+) -> None:
+    watch, told, ends = Watch(World(0, 2, torch.device("cpu"))), list[dict[str, Any]](), list[int]()
+    monkeypatch.setattr(watch, "_tell", lambda **message: told.append(message))
+    monkeypatch.setattr(watch, "_end", lambda reason, code: ends.append(code))
+    monkeypatch.setattr("scldm.parallel.watch.ANSWER_S", 0.0)
+    monkeypatch.setattr("scldm.parallel.watch.faulthandler.dump_traceback_later", lambda *_, **__: None)
+    gather = compile("raise error", torch.distributed.__file__, "exec")
+    with pytest.raises(type(error)) as raised:
+        exec(gather, {"error": error})
+    watch._fail(error, raised.tb)
+    assert told[0]["code"] == code
+    assert ends == ([LOST] if code == LOST else [])
+
+
 def test_a_process_that_is_being_ended_is_not_left_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is told at the end takes seconds, in which the main thread may fail: the exit code is the watch's."""
     watch, order, go = Watch(World(0, 1, torch.device("cpu")), hang_s=1.0), list[Any](), threading.Event()

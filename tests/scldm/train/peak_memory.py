@@ -37,9 +37,8 @@ def main(cases: Path, out: Path) -> None:
 def train(case: dict, world: World) -> None:
     """A few steps of a network on cells of which all numbers are drawn."""
     n_cells = case["cells"]
-    hardware = HardwareConfig(
-        "deepspeed", micro_batch=n_cells, zero_stage=case["zero_stage"], precision=case["precision"]
-    )
+    how = {key: case[key] for key in ("zero_stage", "precision")}
+    hardware = HardwareConfig(case.get("engine", "deepspeed"), micro_batch=n_cells, **how)
     network, loss_of = (vae if case["kind"] == "vae" else dit)(case)
     engine = start_engine(
         network, lambda m: make_optimizer(OptimConfig(), m), hardware, 1.0, world, n_cells * world.size

@@ -17,7 +17,7 @@ from scldm.batch import CellBatch, GeneCounts, LatentBatch
 from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE, VAEConfig
 from scldm.parallel.dist import World
-from scldm.parallel.engine import DeepSpeedEngine, HardwareConfig, PlainEngine, start_engine
+from scldm.parallel.engine import DeepSpeedEngine, FSDPEngine, HardwareConfig, PlainEngine, start_engine
 from scldm.parallel.watch import Watch
 from scldm.train import checkpoint
 from scldm.train.loop import TrainConfig, train
@@ -179,7 +179,7 @@ def stored(run_dir: Path, which: str = "latest") -> tuple[dict[str, Any], dict[s
 class Finished:
     """What a run leaves in memory."""
 
-    engine: PlainEngine | DeepSpeedEngine
+    engine: PlainEngine | DeepSpeedEngine | FSDPEngine
     loader: CellsLoader
     metrics: dict[str, float]
 

@@ -17,7 +17,7 @@ from scldm.count_basis import N_BINS
 from scldm.model.dit import DiTConfig
 from scldm.model.flops import vae_flops
 from scldm.model.vae import VAEConfig
-from scldm.train.budget import plain_memory, rank_memory, sent_bytes
+from scldm.train.budget import fsdp_memory, fsdp_sent_bytes, plain_memory, rank_memory, sent_bytes
 from scldm.train.step_cost import StepCost, dit_step, step_cost, vae_step
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -73,6 +73,20 @@ def test_states_are_shared_out_as_the_stages_say() -> None:
     assert sent_bytes(cost, 3, 2, 3, bf16=True) == 0.5 * 3 * 3 * (2 * 800 + 4 * 200)
 
 
+def test_fsdp_gathers_blocks_one_by_one_and_the_rest_at_once() -> None:
+    cost = StepCost(1_000, 800, 0, 0, 20_000, 21_000, 600, 200)
+    whole, freed = (fsdp_memory(cost, stage, 4, 1) for stage in (2, 3))
+    assert whole.weights == freed.weights == 1_000  # a quarter of the masters, with no copy beside them
+    assert (whole.gathered, freed.gathered) == (4_000, 4 * 400 + 4 * 600)
+    assert whole.activations == 20_400  # with the gradients of the 400 parameters that are no block's
+    assert (whole.gradients, fsdp_memory(cost, 2, 4, 2).gradients) == (0, 1_000)
+    assert fsdp_memory(cost, 3, 4, 1, offload=True).host == 4_000
+    # three quarters of each number. At zero_stage 2 two sums and a gather, at 3 two sums, and two gathers or four
+    assert fsdp_sent_bytes(cost, 2, 4, 2) == 0.75 * 4 * 3_000
+    assert fsdp_sent_bytes(cost, 3, 4, 2) == 0.75 * 4 * (2_000 + 2 * 400 + 4 * 600)
+    assert fsdp_sent_bytes(cost, 3, 1, 2) == 0
+
+
 def test_what_validation_and_saving_take_is_planned() -> None:
     cost = StepCost(1_000, 800, 0, 0, 20_000, 20_000)
     memory = rank_memory(cost, 1, 1, bucket=0)
@@ -106,7 +120,10 @@ def planned_of_measured(cases: list[dict[str, Any]], tmp_path: Path) -> dict[str
     for case, peak in zip(cases, json.loads((tmp_path / "peaks.json").read_text())[1:], strict=True):
         network = str({**case, "zero_stage": 0})
         costs[network] = costs.get(network) or cost_of(case)
-        planned = rank_memory(costs[network], case["zero_stage"], 2, case["precision"] == "bf16", lazy=True)
+        if case.get("engine") == "fsdp":
+            planned = fsdp_memory(costs[network], case["zero_stage"], 2, 1, lazy=True)
+        else:
+            planned = rank_memory(costs[network], case["zero_stage"], 2, case["precision"] == "bf16", lazy=True)
         ratios[str(case)] = planned.training / peak  # none of them validates
     return ratios
 
@@ -122,6 +139,7 @@ def cost_of(case: dict[str, Any]) -> StepCost:
 @pytest.mark.slow
 def test_planned_memory_is_within_15_percent_of_what_ranks_took(tmp_path: Path) -> None:
     cases = [{**case, "zero_stage": stage, "precision": "fp32"} for case in (SMALL, MID) for stage in (1, 2, 3)]
+    cases += [{**case, "engine": "fsdp", "zero_stage": 3, "precision": "fp32"} for case in (SMALL, MID)]
     ratios = planned_of_measured(cases, tmp_path)
     assert all(abs(ratio - 1) < 0.15 for ratio in ratios.values()), ratios
 
@@ -132,5 +150,6 @@ def test_so_it_is_in_bf16_with_recomputation_and_for_the_diffusion_transformer(t
     networks = [recomputed(SMALL), recomputed(MID), DEEP, recomputed(DEEP)]
     networks += [SMALL, MID] if precision == "bf16" else []
     cases = [{**case, "zero_stage": stage, "precision": precision} for case in networks for stage in (1, 2, 3)]
+    cases += [{**case, "engine": "fsdp"} for case in cases if case["zero_stage"] > 1]
     ratios = planned_of_measured(cases, tmp_path)
     assert all(abs(ratio - 1) < 0.15 for ratio in ratios.values()), ratios
