@@ -38,6 +38,8 @@ def count_matrix(adata: ad.AnnData, layer: str | None = None, what: str = "the c
     """
     check_adata(adata)
     there = _matrices(adata)
+    if layer is not None and not isinstance(layer, str):
+        raise InputError(f"layer={layer!r} must be the name of one layer, as layer='counts'")
     if layer:
         name = matrix_name(layer, there)
         if name not in there:
@@ -62,12 +64,12 @@ def matrix_name(layer: str, there: Collection[str]) -> str:
     return f"layers/{layer.removeprefix('layers/')}"
 
 
-def check_adata(adata: Any) -> None:
+def check_adata(adata: Any, name: str = "adata") -> None:
     """Raises: InputError for what is none, and for none of a cell."""
     if not isinstance(adata, ad.AnnData):
-        raise InputError(f"adata is of type {type(adata).__name__}; it must be an AnnData, as anndata.read_h5ad gives")
+        raise InputError(f"{name} is of type {type(adata).__name__}; it must be an AnnData, as anndata.read_h5ad gives")
     if adata.n_obs == 0:
-        raise InputError("there are no cells")
+        raise InputError("there are no cells" if name == "adata" else f"{name}: there are no cells")
 
 
 def _matrices(adata: ad.AnnData) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
-from scldm.arguments import names_of, seed_of
+from scldm.arguments import folder_of, names_of, seed_of, text_of
 from scldm.cells_file import frame_of, made_storable, open_cells, read_frame, read_names, reading
 from scldm.environment import install_hint
 from scldm.errors import InputError, read_json
@@ -99,11 +99,13 @@ def fit(
     words = {name: _words(name, given) for name, given in (("shards", shards or {}), ("vae", vae), ("ldm", ldm))}
     if words["shards"].presets:
         raise InputError(f"shards={shards!r} must be a mapping of keys, as shards={{'split.validation': 0.2}}")
-    seed = seed_of(seed)
+    seed, folder = seed_of(seed), None if folder is None else folder_of("folder", folder)
+    if layer is not None:
+        text_of("layer", layer, "counts")
     if (n_ranks := address_from_environment()[1]) > 1:
         raise InputError(f"fit runs in one process, and this is one of {n_ranks}. `scldm train` runs on many")
     if start_from is not None and not isinstance(start_from, Pretrained):
-        start_from = load(Path(start_from))
+        start_from = load(folder_of("start_from", start_from))
     with _place(folder) as work:
         settings = {"conditions": list(names), "layer": layer or "", "seed": seed}
         settings |= {name: [*of.presets, *of.keys] for name, of in words.items()}

@@ -21,7 +21,18 @@ import torch
 from torch import Tensor
 
 from scldm import draws
-from scldm.arguments import mapping_of, names_of, one_of, seed_of
+from scldm.arguments import (
+    folder_of,
+    label_of,
+    mapping_of,
+    names_of,
+    number_of,
+    numbers_of,
+    one_of,
+    seed_of,
+    text_of,
+    whole_of,
+)
 from scldm.batch import GeneCounts
 from scldm.cells_file import storable
 from scldm.count_matrix import check_adata, count_matrix
@@ -49,6 +60,7 @@ if TYPE_CHECKING:
 
 FILE_ROWS = 4096  # of a file, read at once: 4,096 cells x 60,000 genes x 4 B = 1 GB where it is dense
 MAX_COUNT = 2**31 - 1  # of int32, as cells are given to the encoder and written
+SEEDS_OF_EVALUATE = 1 << 31  # as EvaluateConfig.seed
 Pool = Literal["flat", "mean"]
 
 
@@ -73,13 +85,11 @@ def load(
 
     Raises: InputError for a folder that is not one, is damaged, or of an unknown version.
     """
-    folder = Path(folder)
+    folder = folder_of("folder", folder)
     usable(device)
-    if batch is not None and batch < 1:
-        raise InputError(f"batch={batch} must be at least 1")
+    batch = None if batch is None else whole_of("batch", batch)
     one_of("precision", precision, Precision)
-    if not 0 <= min_gene_share <= 1:
-        raise InputError(f"min_gene_share={min_gene_share} must be from 0 to 1")
+    min_gene_share = number_of("min_gene_share", min_gene_share, 0, 1)
     stored = read_config(folder)
     genes = GeneVocab.load(folder / "genes.json")
     conditions = ConditionVocab.load(folder / "conditions.json")
@@ -152,9 +162,7 @@ class Pretrained(Networks):
 
     def save(self, folder: str | Path) -> None:
         """Write the model as a folder that `scldm.load` reads. A model that is there is replaced."""
-        folder = Path(folder)
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"folder={folder} is a file. Name a folder")
+        folder = folder_of("folder", folder)
         if folder.exists() and not (folder / "config.json").is_file() and any(folder.iterdir()):
             raise InputError(f"folder={folder} is not empty and not a model folder. Choose another")
         rows = {stage: json.loads(str(table.to_json(orient="records"))) for stage, table in self.history.items()}
@@ -307,7 +315,10 @@ class Pretrained(Networks):
         one_of("kind", kind, Kind)
         seed = seed_of(seed)
         to = mapping_of("to", to, '{"treatment": "stim"}')
-        to = {name: known_label(label, self.conditions.labels.get(name, ())) for name, label in to.items()}
+        to = {
+            name: known_label(label_of(f"to: {name}", label), self.conditions.labels.get(name, ()))
+            for name, label in to.items()
+        }
         check_adata(adata)
         obs = storable(pd.DataFrame(adata.obs))
         own = tuple(name for name in self.conditions.names if name in obs)
@@ -315,10 +326,7 @@ class Pretrained(Networks):
         moves = asked.own_and_other(dit, self.conditions, obs, by, to, sampler, self.missing)
         for of in (moves.own, moves.by_flow):
             asked.check_sampler(dit, of, sampler, self.origin)
-        if isinstance(alphas, int | float):
-            raise InputError(f"alphas={alphas} must be a list of numbers from 0 to 1, as alphas=[{alphas}]")
-        if not alphas or not all(0 <= alpha <= 1 for alpha in alphas):
-            raise InputError(f"alphas={', '.join(map(str, alphas))} must be numbers from 0 to 1, at least one")
+        alphas = numbers_of("alphas", alphas, 0, 1)
         counts, given_ids, match = self._given(adata, layer)
         asked_ids = given_ids if genes is None else self._here(self.columns(genes) + 1)
         for note in (match, *moves.notes):
@@ -351,7 +359,12 @@ class Pretrained(Networks):
                         v.n_evaluations_B.sum() if isinstance(v.n_evaluations_B, Tensor) else v.n_evaluations_B
                     )
         matrix = sp.csr_matrix(sp.vstack([block for part in parts for block in part]))
-        more: dict[str, Any] = {"to": json.dumps(to), "n_evaluations": int(n_evaluations), **match.to_json()}
+        more: dict[str, Any] = {
+            "kind": kind,
+            "to": json.dumps(to),
+            "n_evaluations": int(n_evaluations),
+            **match.to_json(),
+        }
         uns = self.record("transform", seed=seed, sampler=sampler, **more)
         moved = pd.concat([asked.moved_obs(dit, self.conditions, obs, to, alpha, len(alphas) > 1) for alpha in alphas])
         made = ad.AnnData(matrix, obs=moved, uns={"scldm": uns})
@@ -394,6 +407,7 @@ class Pretrained(Networks):
         """
         sampler, dit = _sampler(sampler), self._dit()
         one_of("kind", kind, Kind)
+        seed = seed_of(seed)
         wanted = self.check_conditions(table_of(conditions, n, list(dit.n_labels)), seed, sampler)
         for note in wanted.notes:
             print(note, file=sys.stderr)
@@ -440,6 +454,9 @@ class Pretrained(Networks):
         if conditions is not None:
             names = names_of("conditions", conditions, "conditions", '["cell_type"]')
         control = mapping_of("control", control or {}, '{"treatment": "control"}')
+        check_adata(generated, "generated")
+        check_adata(real, "real")
+        split, seed = text_of("split", split, "scldm_split"), seed_of(seed, SEEDS_OF_EVALUATE)
         return evaluation(generated, real, names, split, layer, control, protocol, seed, self)
 
     def log_fold_changes(
@@ -468,13 +485,14 @@ class Pretrained(Networks):
         from scldm.comparison import gene_changes
 
         by, dit = names_of("by", by, "conditions", '["cell_type"]'), self._dit()
+        condition = text_of("condition", condition, "treatment")
+        n, seed, sampler = whole_of("n", n, 2), seed_of(seed), _sampler(sampler)
+        a, b = label_of("a", a), label_of("b", b)
         for name in (condition, *by):
             if name not in dit.n_labels:
                 raise InputError(f"condition {name!r} is unknown. The model knows {', '.join(dit.n_labels) or 'none'}")
         if condition in by:
             raise InputError(f"by names {condition!r}, which is the condition that changes. Leave it out")
-        if n < 2:
-            raise InputError(f"n={n} must be at least 2")
         columns = [list(dit.n_labels).index(name) for name in by]
         trained = dit.combinations.labels_KC[:, columns].unique(dim=0).tolist() if by else [[]]
         tables = []
@@ -485,7 +503,7 @@ class Pretrained(Networks):
             table = gene_changes(cast(sp.csr_matrix, cells.X), cells.var_names, n)
             tables.append(table.assign(**own)[[*by, *table.columns]])
         found = pd.concat(tables, ignore_index=True)
-        found.attrs["scldm"] = self.record("log_fold_changes", seed=seed, sampler=_sampler(sampler), n=n)
+        found.attrs["scldm"] = self.record("log_fold_changes", seed=seed, sampler=sampler, n=n)
         return found
 
 

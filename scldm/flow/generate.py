@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,6 +59,9 @@ class SamplerConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic):  # as of an array, which JSON does not know
+                object.__setattr__(self, name, value.item())
         one_of("sampler.method", self.method, Method)
         one_of("sampler.guidance", self.guidance, GuidanceKind)
         if self.guidance_weights and self.guidance != "additive":
