@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from scldm.count_matrix import count_matrix
+from scldm.count_matrix import count_matrix, rows_in_memory, table_in_memory
 from scldm.environment import describe
 from scldm.errors import InputError
 from scldm.evaluate.baselines import SHIFTED
@@ -57,7 +57,7 @@ def evaluation(
     """
     if protocol not in PROTOCOLS:
         raise InputError(f"protocol={protocol!r} must be one of {', '.join(map(repr, PROTOCOLS))}")
-    of_cell = labels_of(pd.DataFrame(real.obs), split, "real", "split")
+    of_cell = labels_of(table_in_memory(real.obs), split, "real", "split")
     for name in SPLITS:
         if not (of_cell == name).any():
             raise InputError(
@@ -180,6 +180,6 @@ def gene_changes(counts: sp.csr_matrix, genes: pd.Index, n: int) -> pd.DataFrame
 def _cells(adata: ad.AnnData, rows: np.ndarray, known: Mapping[str, str], layer: str | None, name: str) -> Cells:
     """known: condition -> the label that training gave its missing values, or nothing"""
     found = count_matrix(adata, layer, name)
-    obs = pd.DataFrame(adata.obs)
+    obs = table_in_memory(adata.obs)
     labels = {of: labels_of(obs, of, name, "condition", missing=label)[rows] for of, label in known.items()}
-    return Cells.of_labels(sp.csr_matrix(found.matrix[rows]), labels, tuple(found.genes), name)
+    return Cells.of_labels(rows_in_memory(found.matrix, rows), labels, tuple(found.genes), name)

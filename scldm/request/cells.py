@@ -10,6 +10,7 @@ import anndata as ad
 import pandas as pd
 
 from scldm.arguments import mapping_of, whole_of
+from scldm.count_matrix import table_in_memory
 from scldm.errors import InputError
 
 MOST_CELLS = 100_000_000  # that a call can be asked for: no memory holds more
@@ -29,7 +30,7 @@ def table_of(conditions: Asked, n: int | None, names: Sequence[str]) -> pd.DataF
             raise InputError(f"n={n} can't be given with a table of cells: it has {len(conditions)} rows, one for each")
         if isinstance(conditions, pd.DataFrame):
             return conditions
-        obs = pd.DataFrame(conditions.obs)
+        obs = table_in_memory(conditions.obs)
         found = [name for name in names if name in obs]
         if names and not found:
             raise InputError(
