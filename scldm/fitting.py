@@ -80,7 +80,8 @@ def fit(
     It runs in this process, on the GPU if torch has one, else on the CPU. `obs["scldm_split"]` of an AnnData then says
     of every cell whether it was trained on: train, validation, test, or left out by a filter. A file is left as it is.
 
-    adata: the cells, in memory, in a file (backed) or lazy, or the path of an h5ad or zarr file. Raw counts are found in `X`, `layers["counts"]` or `raw.X`
+    adata: the cells, in memory, in a file (backed) or lazy, or the path of an h5ad or zarr file. Raw counts are found
+        in `X`, `layers["counts"]` or `raw.X`
     conditions: columns of obs that cells can be generated for, as ["cell_type", "treatment"]
     layer: where the counts are, where that can't be found: X, raw or a layer's name
     shards: keys of `scldm shards write`, as {"filter.n_top_genes": 2000, "split.by": "donor"}. Validation and test

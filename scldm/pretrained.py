@@ -154,8 +154,9 @@ class Pretrained(Networks):
     def embed(self, adata: ad.AnnData, *, layer: str | None = None, pool: Pool = "flat") -> np.ndarray:
         """Posterior means of the cells' latent tokens, float32: (n, L * Z), tokens in order, or their mean (n, Z).
 
-        adata: raw counts in X, layers["counts"] or raw.X, in memory, in a file (backed) or lazy. Genes are matched by `var_names`. Those that the model does
-            not know are left out, and those that the file lacks make the set smaller
+        adata: raw counts in X, layers["counts"] or raw.X, in memory, in a file (backed) or lazy. Genes are matched by
+            `var_names`. Those that the model does not know are left out, and those that the file lacks make the set
+            smaller
         layer: where the counts are, where that can't be found: X, raw or a layer's name
 
         Raises: InputError for counts that are none, or no gene in common.
