@@ -186,7 +186,9 @@ def test_the_module_is_the_command() -> None:
     assert (done.returncode, done.stdout) == (2, "")
 
 
-# --- keys, before anything is imported ---
+# --- words, before anything is imported ---
+
+A_RUN = "data.shards=s run_dir=r"
 
 
 def test_the_keys_of_the_file_are_those_of_the_configs() -> None:
@@ -205,12 +207,26 @@ def test_the_keys_of_the_file_are_those_of_the_configs() -> None:
         ("train vae", "shards=x", "did you mean data.shards?"),
         ("plan", "nonsense=1", ""),  # it takes those of a run
         ("evaluate", "control.treatment=ctrl", ""),
-        ("evaluate", "control={treatment: ctrl}", ""),
-        ("train vae", "train={steps: 1}", ""),
-        ("train vae", "train.steps=1", ""),
+        ("evaluate", "'control={treatment: ctrl}'", ""),
+        ("train vae", f"--train '{{steps: 1}}' {A_RUN}", ""),
+        ("train vae", f"vae/tiny hardware/cpu train.steps=1_000 --train.save-every 5 {A_RUN}", ""),
+        ("train vae", f"data.select.tissue=lung,gut data.balance=[a,b] model.token=bins {A_RUN}", ""),
+        ("train vae", "train.steps=1", "data.shards must be given, as data.shards=VALUE"),
+        (
+            "train vae",
+            f"train.steps=many {A_RUN}",
+            "train.steps=many: Value 'many' of type 'str' could not be converted",
+        ),
+        ("train vae", f"model.token=bin {A_RUN}", "Invalid value 'bin', expected one of ['bins', 'linear']"),
+        ("train vae", f"cells.h5ad {A_RUN}", "'cells.h5ad' is no preset. There are hardware/cpu, "),
+        ("embed", "cells.h5ad", "'cells.h5ad' is no preset. Files and folders are named by model=, h5ad=, out= here"),
+        ("embed", "--model", "--model needs a value"),
+        ("embed", "--model m --h5ad h --out o --drop-empty", ""),
+        ("quickstart", "--h5ad h --condition a --condition b --fresh", ""),
+        ("transform", "model=m h5ad=h out=o to=drug=x,dose=1 alphas=0,1", ""),
     ],
 )
-def test_an_unknown_key_is_refused_before_anything_is_imported(
+def test_what_the_words_say_wrong_is_refused_before_anything_is_imported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str, word: str, said: str
 ) -> None:
     class Begun(Exception):
@@ -222,9 +238,9 @@ def test_an_unknown_key_is_refused_before_anything_is_imported(
     monkeypatch.setattr(cli, "importlib", types.SimpleNamespace(import_module=begin))
     if not said:
         with pytest.raises(Begun):
-            cli.run_verb(verb, [word])
+            cli.run_verb(verb, shlex.split(word))
         return
-    assert cli.run_verb(verb, [word]) == 2
+    assert cli.run_verb(verb, shlex.split(word)) == 2
     assert said in capsys.readouterr().err
 
 
