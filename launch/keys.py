@@ -10,8 +10,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import os
+import re
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, reduce
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +24,14 @@ from scldm.errors import InputError
 
 ANY = "*"  # alone it stands for the keys of other verbs. `control.*` stands for those of a mapping
 REQUIRED = "!"  # at the end of a kind
+# keys of what must be there already -> what is said where it is not
+INPUTS = {
+    **dict.fromkeys(("h5ad", "like"), ": no such file"),
+    **dict.fromkeys(("vae", "ldm"), " is not a run folder: it is not there"),
+    **dict.fromkeys(("shards", "data.shards", "path"), " is not a shard set: it is not there"),
+    "model": " is not a model folder: it is not there. `scldm export` writes one",
+}
+ANYWHERE = re.compile(r"[A-Za-z][\w+.-]*:")  # how a URL begins
 PATH = Path(str(resources.files("launch"))) / "keys.json"
 
 
@@ -37,8 +47,9 @@ def keys_of(verb: str) -> tuple[str, ...]:
 
 
 def check_words(verb: str, words: Sequence[str]) -> None:
-    """Raises: InputError for a word that is no preset, an unknown key, a value of another kind, and a key that must be
-    given and is not. Ranges, and what keys say together, the verb's own config checks."""
+    """Raises: InputError for a word that is no preset, an unknown key, a value of another kind, a key that must be
+    given and is not, and a local file or folder that is not there. Ranges, and what keys say together, the verb's own
+    config checks."""
     keys = keys_of(verb)
     if ANY in keys:
         return
@@ -55,7 +66,12 @@ def check_words(verb: str, words: Sequence[str]) -> None:
             places = ", ".join(f"{key}=" for key in PLACES if key in keys)
             there = f"There are {', '.join(shipped)}. " if shipped else ""
             raise InputError(f"{word!r} is no preset. {there}Files and folders are named by {places} here")
-    compose(schema, words)
+    config = compose(schema, words)
+    # evaluate says first what has no effect. A job that staged shards reads them elsewhere
+    for key, told in () if verb == "evaluate" or os.environ.get("SCLDM_STAGED") else INPUTS.items():
+        value = reduce(lambda at, name: getattr(at, name, None), key.split("."), config)
+        if isinstance(value, str) and value and not ANYWHERE.match(value) and not os.path.exists(value):
+            raise InputError(f"{key}={value}{told}")
 
 
 # --- the config of the kinds alone ---------------------------------------------------------------------------------

@@ -103,7 +103,8 @@ class Networks:
     def record(
         self, verb: str, *, seed: int | None = None, sampler: SamplerConfig | None = None, **more: str | int
     ) -> dict[str, str | int]:
-        """What `uns["scldm"]` says of cells that this model made or moved: texts and numbers, which every format keeps.
+        """What `uns["scldm"]` says of cells that this model made, moved or embedded: texts and numbers, which every
+        format keeps.
 
         sampler: as JSON
         """

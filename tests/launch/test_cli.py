@@ -122,8 +122,12 @@ def test_what_the_words_alone_say_is_refused_before_torch_is_imported() -> None:
 
 def test_the_keys_that_matter_most_are_ten_at_most() -> None:
     for module_name, _ in VERBS.values():
-        first = getattr(importlib.import_module(module_name), "FIRST", ())
+        module = importlib.import_module(module_name)
+        first = getattr(module, "FIRST", ())
         assert len(first) == len(set(first)) <= 10, module_name
+        assert first or len(flatten(module.CONFIG)) <= 10, (
+            f"{module_name} has many keys, and says of none that it matters"
+        )
 
 
 def test_presets_are_listed_where_they_are_for(capsys: pytest.CaptureFixture) -> None:
@@ -188,7 +192,7 @@ def test_the_module_is_the_command() -> None:
 
 # --- words, before anything is imported ---
 
-A_RUN = "data.shards=s run_dir=r"
+A_RUN = f"data.shards={ROOT} run_dir=r"
 
 
 def test_the_keys_of_the_file_are_those_of_the_configs() -> None:
@@ -221,9 +225,14 @@ def test_the_keys_of_the_file_are_those_of_the_configs() -> None:
         ("train vae", f"cells.h5ad {A_RUN}", "'cells.h5ad' is no preset. There are hardware/cpu, "),
         ("embed", "cells.h5ad", "'cells.h5ad' is no preset. Files and folders are named by model=, h5ad=, out= here"),
         ("embed", "--model", "--model needs a value"),
-        ("embed", "--model m --h5ad h --out o --drop-empty", ""),
-        ("quickstart", "--h5ad h --condition a --condition b --fresh", ""),
-        ("transform", "model=m h5ad=h out=o to=drug=x,dose=1 alphas=0,1", ""),
+        ("embed", f"model={ROOT} h5ad=none.h5ad out=o", "h5ad=none.h5ad: no such file"),
+        ("embed", f"model=none h5ad={__file__} out=o", "model=none is not a model folder: it is not there"),
+        ("train vae", "data.shards=none run_dir=r", "data.shards=none is not a shard set: it is not there"),
+        ("train vae", "data.shards=s3://bucket/none run_dir=r", ""),
+        ("train ldm", f"vae=none {A_RUN}", "vae=none is not a run folder: it is not there"),
+        ("embed", f"--model {ROOT} --h5ad {__file__} --out o --drop-empty", ""),
+        ("quickstart", f"--h5ad {__file__} --condition a --condition b --fresh", ""),
+        ("transform", f"model={ROOT} h5ad={__file__} out=o to=drug=x,dose=1 alphas=0,1", ""),
     ],
 )
 def test_what_the_words_say_wrong_is_refused_before_anything_is_imported(
