@@ -24,12 +24,14 @@ from scldm.errors import InputError
 
 ANY = "*"  # alone it stands for the keys of other verbs. `control.*` stands for those of a mapping
 REQUIRED = "!"  # at the end of a kind
-# keys of what must be there already -> what is said where it is not
+# keys of what must be there already -> what is said where it is not, in the words of those who read it
 INPUTS = {
     **dict.fromkeys(("h5ad", "like"), ": no such file"),
-    **dict.fromkeys(("vae", "ldm"), " is not a run folder: it is not there"),
-    **dict.fromkeys(("shards", "data.shards", "path"), " is not a shard set: it is not there"),
-    "model": " is not a model folder: it is not there. `scldm export` writes one",
+    **dict.fromkeys(("vae", "ldm"), " is not a run folder: it has no config.json"),
+    **dict.fromkeys(
+        ("shards", "data.shards", "path"), ": no manifest.json: not a shard set, or one that is not finished"
+    ),
+    "model": " is not a model folder: it has no config.json. `scldm export` writes one",
 }
 ANYWHERE = re.compile(r"[A-Za-z][\w+.-]*:")  # how a URL begins
 PATH = Path(str(resources.files("launch"))) / "keys.json"
@@ -71,7 +73,7 @@ def check_words(verb: str, words: Sequence[str]) -> None:
     for key, told in () if verb == "evaluate" or os.environ.get("SCLDM_STAGED") else INPUTS.items():
         value = reduce(lambda at, name: getattr(at, name, None), key.split("."), config)
         if isinstance(value, str) and value and not ANYWHERE.match(value) and not os.path.exists(value):
-            raise InputError(f"{key}={value}{told}")
+            raise InputError(f"{value}{told}")
 
 
 # --- the config of the kinds alone ---------------------------------------------------------------------------------
