@@ -151,6 +151,15 @@ def test_numbers_of_arrays_are_numbers(known: Pretrained, tmp_path: Path) -> Non
     assert list(made.obs_names) == list(same.obs_names)
 
 
+def test_a_sampler_is_a_key() -> None:
+    of = [
+        scldm.SamplerConfig(guidance="additive", guidance_weights={"a": w, "b": 1.0}) for w in (2.0, np.float32(2), 3)
+    ]
+    assert of[0] == of[1] != of[2]
+    assert len({*of, scldm.SamplerConfig()}) == 3
+    assert type(of[1].guidance_weights["a"]) is float
+
+
 def test_changes_between_generated_labels(known: Pretrained) -> None:
     """Against the definition, from the very cells; and for each label of another condition."""
     n = 40
