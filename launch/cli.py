@@ -17,7 +17,7 @@ from typing import Any
 from launch.config import check_presets, compose, help_text
 from launch.failure import note_failure
 from launch.followed import followed
-from launch.keys import check_keys
+from launch.keys import check_words
 from launch.verbs import PRESETS, VERBS
 from scldm.environment import install_hint, without_passwords
 from scldm.errors import REFUSED, InputError
@@ -77,7 +77,7 @@ def run(command: str, module_name: str, words: Sequence[str], presets: Sequence[
         if not wants_help:  # before what takes seconds to import
             check_presets(command, words, presets)
             if command.startswith("scldm "):
-                check_keys(command.removeprefix("scldm "), words)
+                check_words(command.removeprefix("scldm "), words)
         module = importlib.import_module(module_name)
         if wants_help:
             usage, first = getattr(module, "USAGE", ""), getattr(module, "FIRST", ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,10 @@ def main(config: EmbedConfig) -> Path:
     model, adata = model_and_cells(config)
     match = model.matched(adata, config.layer or None)
     adata.obsm["X_scldm"] = model.embed(adata, layer=config.layer or None, pool=config.pool)
-    adata.uns["scldm_embed"] = model.record("embed", pool=config.pool, **dict[str, Any](match.to_json()))
+    told: dict[str, Any] = match.to_json()
+    if "scldm" in adata.uns:  # of cells that a model made, or took somewhere
+        told["before"] = json.dumps(adata.uns["scldm"], default=str)
+    adata.uns["scldm"] = model.record("embed", pool=config.pool, **told)
     write_whole(adata, Path(config.out))
     n, width = adata.obsm["X_scldm"].shape
     print(f'{n:,} cells, obsm["X_scldm"] of width {width}: {config.out}')

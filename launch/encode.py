@@ -70,6 +70,7 @@ class EncodeConfig(Checked):
 
 
 CONFIG = EncodeConfig
+FIRST = ("vae", "shards", "out", "which", "genes.policy", "genes.share", "batch", "threads")
 
 
 def main(config: EncodeConfig) -> Path:

@@ -1,54 +1,139 @@
-"""The keys of every verb, kept in `keys.json`: an unknown key is refused, and a key completed, before a verb's packages
-are imported, which takes seconds. `python -m launch.keys` writes the file anew after a change of a config.
+"""The keys of every verb with their kinds, kept in `keys.json`. What a command line says wrong by itself is refused,
+and a key completed, before a verb's packages are imported, which takes seconds. `python -m launch.keys` writes the
+file anew after a change of a config.
 
-Reading order: keys_of, check_keys, found.
+Reading order: keys_of, check_words, the config of the kinds alone, found.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
+import os
+import re
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, reduce
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from launch.config import flatten, preset_path, unknown_key
-from launch.verbs import VERBS
+from launch.config import PLACES, compose, flatten, preset_names, unknown_key, with_options_read
+from launch.verbs import PRESETS, VERBS
+from scldm.errors import InputError
 
 ANY = "*"  # alone it stands for the keys of other verbs. `control.*` stands for those of a mapping
+REQUIRED = "!"  # at the end of a kind
+# keys of what must be there already -> what is said where it is not, in the words of those who read it
+INPUTS = {
+    **dict.fromkeys(("h5ad", "like"), ": no such file"),
+    **dict.fromkeys(("vae", "ldm"), " is not a run folder: it has no config.json"),
+    **dict.fromkeys(
+        ("shards", "data.shards", "path"), ": no manifest.json: not a shard set, or one that is not finished"
+    ),
+    "model": " is not a model folder: it has no config.json. `scldm export` writes one",
+}
+ANYWHERE = re.compile(r"[A-Za-z][\w+.-]*:")  # how a URL begins
 PATH = Path(str(resources.files("launch"))) / "keys.json"
 
 
 @cache
+def kinds_of(verb: str) -> dict[str, str]:
+    """Dotted key -> its kind as `--help` prints it, with REQUIRED where it must be given."""
+    return json.loads(PATH.read_text(encoding="utf-8")).get(verb, {ANY: ""})
+
+
 def keys_of(verb: str) -> tuple[str, ...]:
     """Its keys, dotted. A mapping's end in `.*`, and `*` is among those of a verb that takes other verbs' keys."""
-    return tuple(json.loads(PATH.read_text(encoding="utf-8")).get(verb, [ANY]))
+    return tuple(kinds_of(verb))
 
 
-def check_keys(verb: str, words: Sequence[str]) -> None:
-    """Raises: InputError for the first `key=value` whose key the verb does not have, or word that is no preset."""
+def check_words(verb: str, words: Sequence[str]) -> None:
+    """Raises: InputError for a word that is no preset, an unknown key, a value of another kind, a key that must be
+    given and is not, and a local file or folder that is not there. Ranges, and what keys say together, the verb's own
+    config checks."""
     keys = keys_of(verb)
     if ANY in keys:
         return
-    for before, word in zip(["", *words], words):
+    for word in words:  # a preset's keys are not ours to name
         key, equals, _ = word.partition("=")
-        if not (equals or word.startswith("-") or (before.startswith("--") and "=" not in before)):
-            preset_path(word)
         if not equals or word.startswith("--") or key in keys or any(k.startswith(f"{key}.") for k in keys):
             continue
         if not any(k.endswith(ANY) and key.startswith(k[:-1]) for k in keys):
             raise unknown_key(word, key, keys)
+    schema = config_of_kinds(verb)
+    shipped = preset_names(PRESETS.get(verb, ()))
+    for word, _ in with_options_read(schema, words):
+        if "=" not in word and word not in shipped and not word.endswith((".yaml", ".yml")):
+            places = ", ".join(f"{key}=" for key in PLACES if key in keys)
+            there = f"There are {', '.join(shipped)}. " if shipped else ""
+            raise InputError(f"{word!r} is no preset. {there}Files and folders are named by {places} here")
+    config = compose(schema, words)
+    # evaluate says first what has no effect. A job that staged shards reads them elsewhere
+    for key, told in () if verb == "evaluate" or os.environ.get("SCLDM_STAGED") else INPUTS.items():
+        value = reduce(lambda at, name: getattr(at, name, None), key.split("."), config)
+        if isinstance(value, str) and value and not ANYWHERE.match(value) and not os.path.exists(value):
+            raise InputError(f"{value}{told}")
 
 
-def found() -> dict[str, list[str]]:
+# --- the config of the kinds alone ---------------------------------------------------------------------------------
+
+
+@cache
+def config_of_kinds(verb: str) -> type:
+    """A dataclass with the verb's keys and their kinds, which takes what the verb's own takes, and more."""
+    tree: dict[str, Any] = {}
+    for dotted, kind in kinds_of(verb).items():
+        *above, name = dotted.removesuffix(f".{ANY}").split(".")
+        at = tree
+        for group in above:
+            at = at.setdefault(group, {})
+        at[name] = kind
+    return _made(verb.title().replace(" ", ""), tree)
+
+
+def _made(name: str, tree: dict[str, Any]) -> type:
+    fields: list[tuple[str, Any, Any]] = []
+    for key, of in tree.items():
+        if isinstance(of, dict):
+            kind = _made(f"{name}_{key}", of)
+            required = any(f.default is f.default_factory is dataclasses.MISSING for f in dataclasses.fields(kind))
+            default: Any = {} if required else {"default_factory": kind}
+        else:
+            kind = _kind(of.removesuffix(REQUIRED))
+            default = {} if of.endswith(REQUIRED) else {"default": None}
+            if default and (of.startswith(("tuple", "list", "dict"))):
+                default = {"default_factory": dict if of.startswith("dict") else list}
+            elif default and of == "bool":
+                default = {"default": False}
+        fields.append((key, kind, dataclasses.field(**default, kw_only=True)))
+    return dataclasses.make_dataclass(name, fields, frozen=True)
+
+
+def _kind(text: str) -> Any:
+    """A kind that `--help` prints. Numbers, texts and words may be null here."""
+    known = {"bool": bool, "int": int | None, "float": float | None, "str": str | None, "int | None": int | None}
+    known |= {"tuple[str, ...]": list[str], "list[str]": list[str], "tuple[float, ...]": list[float]}
+    known |= {"dict[str, str]": dict[str, str], "dict[str, float]": dict[str, float]}
+    if text.startswith(("tuple", "list", "dict")) or text in known:
+        return known.get(text, Any)
+    words: Any = Literal[tuple(text.split("|"))]
+    return words | None
+
+
+# --- the file ------------------------------------------------------------------------------------------------------
+
+
+def found() -> dict[str, dict[str, str]]:
     """The keys of every verb, as its config has them now."""
-    keys: dict[str, list[str]] = {}
+    keys: dict[str, dict[str, str]] = {}
     for verb, (name, _) in VERBS.items():
         module: Any = importlib.import_module(name)
-        keys[verb] = [f"{key}.{ANY}" if kind.startswith("dict[") else key for key, kind, *_ in flatten(module.CONFIG)]
-        keys[verb] += [ANY] if hasattr(module, "read") else []
+        keys[verb] = {
+            f"{key}.{ANY}" if kind.startswith("dict[") else key: kind + REQUIRED * (default == "required")
+            for key, kind, default, _ in flatten(module.CONFIG)
+        }
+        keys[verb] |= {ANY: ""} if hasattr(module, "read") else {}
     return keys
 
 

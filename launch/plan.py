@@ -46,6 +46,10 @@ MACHINES = {
 }
 
 CONFIG = PlanVAEConfig
+FIRST = (
+    *("data.shards", "n_genes", "n_cells", "train.steps", "train.global_batch"),
+    *("hardware.micro_batch", "hardware.nodes", "hardware.gpu", "hardware.zero_stage", "json"),
+)
 USAGE = "scldm plan [vae|ldm] [PRESET ...] [key=value ...]"
 
 

@@ -23,10 +23,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from data_pipeline.convert.plan import ShardsWriteConfig
-from data_pipeline.format.schema import read_manifest
 from launch.cli import run_verb
-from launch.evaluation.of_generated import show
 from scldm.cells_file import column_names, frame_of, open_cells, reading
 from scldm.checked import Checked, checked
 from scldm.errors import REQUEUE, STOPPED, InputError, Stopped
@@ -230,19 +227,24 @@ def open_folder(config: QuickstartConfig, out: Path) -> dict:
 
 def check_cells(config: QuickstartConfig) -> None:
     """Raises: InputError for a file without usable counts or without the condition, before anything is made."""
-    from data_pipeline.convert.source_h5ad import find_counts
-
     with open_cells(config.h5ad) as file, reading(config.h5ad):
-        find_counts(file, config.layer)
         columns = column_names(frame_of(file, "obs", config.h5ad))
+        for name in config.condition:
+            if name not in columns:
+                told = f"obs of {config.h5ad} has no such column; it has {', '.join(columns)}"
+                raise InputError(f"condition={name}: {told}")
+        # below what takes no time: these take seconds to import
+        from data_pipeline.convert.plan import ShardsWriteConfig
+        from data_pipeline.convert.source_h5ad import find_counts
+
+        find_counts(file, config.layer)
     ShardsWriteConfig(out="", conditions=config.condition)  # refuses a name that can't be a file's
-    for name in config.condition:
-        if name not in columns:
-            raise InputError(f"condition={name}: obs of {config.h5ad} has no such column; it has {', '.join(columns)}")
 
 
 def write_wanted(out: Path, conditions: Sequence[str]) -> None:
     """A table of conditions: each combination with the number of test cells that have it."""
+    from data_pipeline.format.schema import read_manifest
+
     manifest = read_manifest(str(out / "shards"))
     test = manifest.splits[manifest.split_number("test")]
     labels = {}
@@ -256,6 +258,8 @@ def write_wanted(out: Path, conditions: Sequence[str]) -> None:
 def say_where(out: Path, todo: Stages, seconds: float) -> None:
     """The last words."""
     if todo.n_run == 0:
+        from launch.evaluation.of_generated import show
+
         show(json.loads((out / "evaluation.json").read_text()), out / "report.html")
         print(f"\nall is done already ({sum(todo.note['stages'].values()):.0f} s in all); --fresh starts over")
     else:

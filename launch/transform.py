@@ -45,6 +45,10 @@ class TransformConfig(OwnCellsConfig):
 
 
 CONFIG = TransformConfig
+FIRST = (
+    *("model", "h5ad", "out", "to", "by"),
+    *("alphas", "genes", "layer", "seed", "sampler.n_steps"),
+)
 
 
 def main(config: TransformConfig) -> Path:

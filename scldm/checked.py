@@ -15,6 +15,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from scldm.errors import InputError
@@ -33,7 +34,7 @@ class Range:
     at_most: float | None = None
     below: float | None = None
 
-    def __contains__(self, number: float) -> bool:
+    def __contains__(self, number: Any) -> bool:
         return (
             math.isfinite(number)
             and (self.at_least is None or number >= self.at_least)
@@ -82,29 +83,41 @@ def check_ranges(config: Any, schema: type | None = None, prefix: str = "") -> N
     schema: that dataclass
     prefix: of the keys, as `train.`
     """
-    for name, nested, range_ in _fields(schema or type(config)):
+    for name, nested, range_, kinds in _fields(schema or type(config)):
         value = config[name] if isinstance(config, Mapping) else getattr(config, name)
         if nested is not None:
             check_ranges(value, nested if isinstance(value, Mapping) else None, f"{prefix}{name}.")
-        elif range_ is not None:
+        elif range_ is not None and not (value is None and type(None) in kinds):
             for key, number in _numbers(prefix + name, value):
+                whole = float not in kinds
+                if isinstance(number, bool) or not isinstance(number, Integral if whole else Real):
+                    raise InputError(f"{key}={number!r} must be a {'whole ' * whole}number")
                 if number not in range_:
                     raise InputError(f"{key}={number} must be {range_}")
 
 
 @cache
-def _fields(schema: type) -> tuple[tuple[str, type | None, Range | None], ...]:
-    """(name, its dataclass, its range) of each field."""
+def _fields(schema: type) -> tuple[tuple[str, type | None, Range | None, set[Any]], ...]:
+    """(name, its dataclass, its range, the kinds of numbers that it takes, or None) of each field."""
     kinds = typing.get_type_hints(schema)
     nested = {name: kind for name, kind in kinds.items() if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
-    return tuple((of.name, nested.get(of.name), of.metadata.get(RANGE)) for of in dataclasses.fields(schema))
+    return tuple(
+        (of.name, nested.get(of.name), of.metadata.get(RANGE), _of_numbers(kinds[of.name]))
+        for of in dataclasses.fields(schema)
+    )
 
 
-def _numbers(key: str, value: Any) -> Iterator[tuple[str, float]]:
-    """(dotted key, number) of a field's value: a number, a list or mapping of numbers, or None."""
+def _of_numbers(kind: Any) -> set[Any]:
+    """int, float and None as they stand within a type, as of `int | None` and `tuple[int, ...]`."""
+    inner = typing.get_args(kind)
+    return set[Any]().union(*map(_of_numbers, inner)) if inner else {kind} & {int, float, type(None)}
+
+
+def _numbers(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of each number of a field: of one, or of a list or mapping of them. What is no number too."""
     if isinstance(value, Mapping):
         yield from ((f"{key}.{name}", number) for name, number in value.items())
-    elif isinstance(value, Sequence):
+    elif isinstance(value, Sequence) and not isinstance(value, str):
         yield from ((f"{key}[{place}]", number) for place, number in enumerate(value))
-    elif value is not None:
+    else:
         yield key, value

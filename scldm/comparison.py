@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from scldm.count_matrix import count_matrix
+from scldm.count_matrix import count_matrix, rows_in_memory, table_in_memory
 from scldm.environment import describe
 from scldm.errors import InputError
 from scldm.evaluate.baselines import SHIFTED
@@ -32,7 +32,7 @@ from scldm.evaluate.protocols import PROTOCOLS
 from scldm.evaluate.report import write_report
 from scldm.evaluate.sample import SPLITS
 from scldm.files import write_json
-from scldm.label_text import as_labels, labels_of
+from scldm.label_text import labels_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,16 +57,16 @@ def evaluation(
     """
     if protocol not in PROTOCOLS:
         raise InputError(f"protocol={protocol!r} must be one of {', '.join(map(repr, PROTOCOLS))}")
-    of_cell = labels_of(pd.DataFrame(real.obs), split, "real", "split")
+    of_cell = labels_of(table_in_memory(real.obs), split, "real", "split")
     for name in SPLITS:
         if not (of_cell == name).any():
             raise InputError(
                 f"real: obs column split={split!r} marks no {name} cells. It must say {', '.join(SPLITS)}, and says "
                 f"{', '.join(sorted(set(of_cell))[:5])}"
             )
-    missing = {name: model.missing.get(name, "") for name in conditions}
-    parts = [_cells(real, np.flatnonzero(of_cell == name), missing, layer, f"real ({name})") for name in SPLITS]
-    made = _cells(generated, np.arange(generated.n_obs), missing, "X", "generated")
+    known = {name: model.missing.get(name, "") for name in conditions}
+    parts = [_cells(real, np.flatnonzero(of_cell == name), known, layer, f"real ({name})") for name in SPLITS]
+    made = _cells(generated, np.arange(generated.n_obs), known, "X", "generated")
     found = compare(parts[0], parts[1], parts[2], made, EvaluateConfig(seed=seed), protocol, control)
     rows = {stage: table.to_dict("records") for stage, table in model.history.items()}
     found["curves"] = {
@@ -177,12 +177,9 @@ def gene_changes(counts: sp.csr_matrix, genes: pd.Index, n: int) -> pd.DataFrame
     return pd.DataFrame({"gene": genes.astype(str), "log2_fold_change": pair.change, "z": pair.z})
 
 
-def _cells(adata: ad.AnnData, rows: np.ndarray, missing: Mapping[str, str], layer: str | None, name: str) -> Cells:
-    """missing: condition -> label of its missing values. Empty refuses them"""
+def _cells(adata: ad.AnnData, rows: np.ndarray, known: Mapping[str, str], layer: str | None, name: str) -> Cells:
+    """known: condition -> the label that training gave its missing values, or nothing"""
     found = count_matrix(adata, layer, name)
-    obs = pd.DataFrame(adata.obs)
-    for of, label in missing.items():
-        if label and of in obs:
-            obs = obs.assign(**{of: as_labels(pd.Series(obs[of]), name, label)})
-    labels = {of: labels_of(obs, of, name, "condition")[rows] for of in missing}
-    return Cells.of_labels(sp.csr_matrix(found.matrix[rows]), labels, tuple(found.genes), name)
+    obs = table_in_memory(adata.obs)
+    labels = {of: labels_of(obs, of, name, "condition", missing=label)[rows] for of, label in known.items()}
+    return Cells.of_labels(rows_in_memory(found.matrix, rows), labels, tuple(found.genes), name)

@@ -1,21 +1,24 @@
-"""Which matrix of an AnnData, or of its file, holds raw counts: X, a layer or raw.
+"""Which matrix of an AnnData, or of its file, holds raw counts: X, a layer or raw. Its cells may be in memory, in a
+file (anndata's backed="r") or lazy (anndata.experimental.read_lazy), and are read some at a time.
 
-Reading order: count_matrix, matrix_name, check_adata.
+Reading order: count_matrix, matrix_name, check_adata; row_blocks, columns_in_memory, rows_in_memory, table_in_memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 
 from scldm.errors import InputError
 
 LOOKED_FOR = ("X", "layers/counts", "raw/X")
+FILE_ROWS = 4096  # of a file, read at once: 4,096 cells x 60,000 genes x 4 B = 1 GB where it is dense
 PROBE_ROWS = 100  # cells looked at, in each of three places, to tell counts from anything else
 
 
@@ -38,6 +41,8 @@ def count_matrix(adata: ad.AnnData, layer: str | None = None, what: str = "the c
     """
     check_adata(adata)
     there = _matrices(adata)
+    if layer is not None and not isinstance(layer, str):
+        raise InputError(f"layer={layer!r} must be the name of one layer, as layer='counts'")
     if layer:
         name = matrix_name(layer, there)
         if name not in there:
@@ -62,12 +67,12 @@ def matrix_name(layer: str, there: Collection[str]) -> str:
     return f"layers/{layer.removeprefix('layers/')}"
 
 
-def check_adata(adata: Any) -> None:
+def check_adata(adata: Any, name: str = "adata") -> None:
     """Raises: InputError for what is none, and for none of a cell."""
     if not isinstance(adata, ad.AnnData):
-        raise InputError(f"adata is of type {type(adata).__name__}; it must be an AnnData, as anndata.read_h5ad gives")
+        raise InputError(f"{name} is of type {type(adata).__name__}; it must be an AnnData, as anndata.read_h5ad gives")
     if adata.n_obs == 0:
-        raise InputError("there are no cells")
+        raise InputError("there are no cells" if name == "adata" else f"{name}: there are no cells")
 
 
 def _matrices(adata: ad.AnnData) -> dict[str, Any]:
@@ -85,11 +90,48 @@ def _values(matrix: Any) -> np.ndarray:
     """Stored values, other than 0, of cells at the beginning, in the middle and at the end."""
     n = matrix.shape[0]
     starts = sorted({0, max(0, (n - PROBE_ROWS) // 2), max(0, n - PROBE_ROWS)})
-    parts = [sp.csr_matrix(matrix[start : start + PROBE_ROWS]) for start in starts]
+    parts = [_rows(matrix, start, start + PROBE_ROWS) for start in starts]
     for part in parts:
         part.eliminate_zeros()
         part.sort_indices()
     return np.concatenate([part.data for part in parts])
+
+
+def _rows(matrix: Any, start: int, stop: int) -> sp.csr_matrix:
+    part = matrix[start:stop]
+    return sp.csr_matrix(part.compute() if hasattr(part, "compute") else part)
+
+
+def row_blocks(matrix: Any) -> Iterator[sp.csr_matrix]:
+    """The matrix by rows, some at a time where it is not in memory."""
+    if sp.issparse(matrix) or isinstance(matrix, np.ndarray):
+        yield sp.csr_matrix(matrix)
+    elif getattr(matrix, "format", "") == "csc":  # in a file, a few rows of it cost as much as all
+        yield sp.csr_matrix(matrix.to_memory())
+    else:
+        for start in range(0, matrix.shape[0], FILE_ROWS):
+            yield _rows(matrix, start, start + FILE_ROWS)
+
+
+def columns_in_memory(matrix: Any, keep: np.ndarray) -> sp.csr_matrix:
+    """Some columns, of a matrix wherever it lies."""
+    return sp.csr_matrix(sp.vstack([block[:, keep] for block in row_blocks(matrix)]))
+
+
+def rows_in_memory(matrix: Any, rows: np.ndarray) -> sp.csr_matrix:
+    """Some rows, in ascending order, of a matrix wherever it lies."""
+    parts, start = [], 0
+    block: Any  # scipy's stubs give no shape
+    for block in row_blocks(matrix):
+        first, last = np.searchsorted(rows, [start, start + block.shape[0]])
+        parts.append(block[rows[first:last] - start])
+        start += block.shape[0]
+    return sp.csr_matrix(sp.vstack(parts))
+
+
+def table_in_memory(table: Any) -> pd.DataFrame:
+    """obs or var, which a lazy AnnData has as an xarray."""
+    return pd.DataFrame(table.to_memory() if hasattr(table, "to_memory") else table)
 
 
 def _wrong(values: np.ndarray) -> np.ndarray:

@@ -25,8 +25,9 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
-from scldm.arguments import names_of, seed_of
+from scldm.arguments import folder_of, names_of, seed_of, text_of
 from scldm.cells_file import frame_of, made_storable, open_cells, read_frame, read_names, reading
+from scldm.count_matrix import row_blocks, table_in_memory
 from scldm.environment import install_hint
 from scldm.errors import InputError, read_json
 from scldm.files import flat, made_aside, write_json
@@ -79,7 +80,8 @@ def fit(
     It runs in this process, on the GPU if torch has one, else on the CPU. `obs["scldm_split"]` of an AnnData then says
     of every cell whether it was trained on: train, validation, test, or left out by a filter. A file is left as it is.
 
-    adata: the cells, or the path of an h5ad or zarr file. Raw counts are found in `X`, `layers["counts"]` or `raw.X`
+    adata: the cells, in memory, in a file (backed) or lazy, or the path of an h5ad or zarr file. Raw counts are found
+        in `X`, `layers["counts"]` or `raw.X`
     conditions: columns of obs that cells can be generated for, as ["cell_type", "treatment"]
     layer: where the counts are, where that can't be found: X, raw or a layer's name
     shards: keys of `scldm shards write`, as {"filter.n_top_genes": 2000, "split.by": "donor"}. Validation and test
@@ -99,11 +101,13 @@ def fit(
     words = {name: _words(name, given) for name, given in (("shards", shards or {}), ("vae", vae), ("ldm", ldm))}
     if words["shards"].presets:
         raise InputError(f"shards={shards!r} must be a mapping of keys, as shards={{'split.validation': 0.2}}")
-    seed = seed_of(seed)
+    seed, folder = seed_of(seed), None if folder is None else folder_of("folder", folder)
+    if layer is not None:
+        text_of("layer", layer, "counts")
     if (n_ranks := address_from_environment()[1]) > 1:
         raise InputError(f"fit runs in one process, and this is one of {n_ranks}. `scldm train` runs on many")
     if start_from is not None and not isinstance(start_from, Pretrained):
-        start_from = load(Path(start_from))
+        start_from = load(folder_of("start_from", start_from))
     with _place(folder) as work:
         settings = {"conditions": list(names), "layer": layer or "", "seed": seed}
         settings |= {name: [*of.presets, *of.keys] for name, of in words.items()}
@@ -286,8 +290,6 @@ def _checked(adata: Any, conditions: tuple[str, ...]) -> Path | None:
     """The file with the cells, or None where they are in memory. Raises: InputError for what are no cells, or an obs
     without these columns."""
     if isinstance(adata, ad.AnnData):
-        if adata.isbacked:
-            raise InputError(f"adata is backed by {adata.filename}: give that path, or adata.to_memory()")
         for name in conditions:
             if name not in adata.obs:
                 there = ", ".join(map(str, adata.obs.columns)) or "none"
@@ -318,12 +320,14 @@ def _write_cells(adata: ad.AnnData, config: ShardsWriteConfig, path: Path) -> No
     missing = [name for name in columns if name not in adata.obs]
     if missing:
         raise InputError(f"shards: adata.obs has no column {missing[0]!r}. It has {', '.join(map(str, adata.obs))}")
-    obs = pd.DataFrame(adata.obs if config.source.obs_filter else adata.obs[columns])
+    obs = table_in_memory(adata.obs)
+    obs = obs if config.source.obs_filter else obs[columns]
     for name in columns:
         column = pd.Series(obs[name])
         obs = obs.assign(**{name: texts(column).where(column.notna()).astype("category")})
     parts: dict[str, Any] = {"obs": obs}
-    parts["var"] = adata.var if config.source.var_filter or config.source.gene_column else adata.var[[]]
+    var = table_in_memory(adata.var)
+    parts["var"] = var if config.source.var_filter or config.source.gene_column else var[[]]
     wanted = {"counts", config.source.layer.removeprefix("layers/")}
     kept = {name: matrix for name, matrix in adata.layers.items() if name in wanted}
     slim = ad.AnnData(adata.X, **parts, layers=kept)
@@ -349,14 +353,19 @@ def _digest(adata: ad.AnnData | str | os.PathLike[str], path: Path | None, used:
         return f"{path} {size} {modified_ns}"
     assert isinstance(adata, ad.AnnData)
     digest = hashlib.sha256("\n".join([*map(str, adata.var_names), *map(str, adata.obs_names)]).encode())
-    for table in (adata.obs, adata.var):  # of var, those that choose or name genes
+    for table in map(table_in_memory, (adata.obs, adata.var)):  # of var, those that choose or name genes
         for name in table:
             if str(name) in used and name != SPLIT:
                 digest.update("\n".join([str(name), *table[name].astype(str)]).encode())
     raw: list[Any] = [] if adata.raw is None else [adata.raw.X]
     matrices: list[Any] = [adata.X, *(adata.layers[name] for name in sorted(adata.layers)), *raw]
     for matrix in matrices:
-        parts = [matrix.data, matrix.indices, matrix.indptr] if sp.issparse(matrix) else [np.asarray(matrix)]
+        if sp.issparse(matrix):
+            parts = [matrix.data, matrix.indices, matrix.indptr]
+        elif isinstance(matrix, np.ndarray):
+            parts = [matrix]
+        else:  # in a file, or lazy
+            parts = (of for block in row_blocks(matrix) for of in (block.data, block.indices, block.indptr))
         for part in parts:
             digest.update(np.ascontiguousarray(part).data)
     return digest.hexdigest()
@@ -365,7 +374,7 @@ def _digest(adata: ad.AnnData | str | os.PathLike[str], path: Path | None, used:
 def _gene_columns(adata: ad.AnnData | str | os.PathLike[str], ids: Sequence[str]) -> pd.DataFrame:
     """The text columns of var, such as symbols beside ids, for the genes that the model has."""
     if isinstance(adata, ad.AnnData):
-        var = pd.DataFrame(adata.var)
+        var = table_in_memory(adata.var)
     else:
         path = Path(adata)
         with open_cells(path) as file, reading(path):

@@ -60,7 +60,7 @@ def as_labels(column: pd.Series, where: str, missing: str) -> pd.Series:
     if pd.api.types.is_float_dtype(column.dtype) and np.isinf(column.to_numpy(np.float64, na_value=np.nan)).any():
         raise InputError(f"{where}: column {column.name!r} has an infinite value: no label")
     labels = texts(column)
-    absent = column.isna() | labels.isin(["", "nan"])
+    absent = _absent(column, labels)
     if absent.any():
         if not missing:
             at = int(np.flatnonzero(absent)[0])
@@ -73,11 +73,17 @@ def as_labels(column: pd.Series, where: str, missing: str) -> pd.Series:
 
 
 def labels_of(
-    obs: pd.DataFrame, column: str, where: str, key: str = "", there: Iterable[object] | None = None
+    obs: pd.DataFrame,
+    column: str,
+    where: str,
+    key: str = "",
+    there: Iterable[object] | None = None,
+    missing: str = "",
 ) -> np.ndarray:
     """A column that every cell must have a label in, (cells,) str.
 
     key: of the configuration, that named the column; there: the columns to name, where obs has not all of them
+    missing: the label that training gave missing values; empty refuses them
     Raises: InputError where the column is not there, or has no value in some cells.
     """
     named = f"{key}={column!r}" if key else repr(column)
@@ -85,6 +91,11 @@ def labels_of(
         columns = ", ".join(map(str, obs.columns if there is None else there)) or "none"
         raise InputError(f"{where}: obs has no column {named}; it has {columns}")
     values = pd.Series(obs[column])
-    if n := int(np.asarray(values.isna()).sum()):
+    if n := 0 if missing else int(_absent(values, texts(values)).sum()):
         raise InputError(f"{where}: obs column {named} has no value in {n:,} cells; leave them out or label them")
-    return as_labels(values, where, "").to_numpy(str)
+    return as_labels(values, where, missing).to_numpy(str)
+
+
+def _absent(column: pd.Series, labels: pd.Series) -> np.ndarray:
+    """Which cells have no value, an empty text or `nan`."""
+    return np.asarray(column.isna() | labels.isin(["", "nan"]), bool)

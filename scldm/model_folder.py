@@ -6,7 +6,7 @@ genes.json  conditions.json  library_sizes.json
 history.json        stage -> rows of its metrics, where they are known
 gene_columns.json   name -> a text for each gene, such as symbols, where there are any
 
-Reading order: Stored, read_config, check_files, check_replaceable, save_pretrained.
+Reading order: Stored, read_config, check_files, check_replaceable, save_pretrained, read_gene_columns, read_history.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -139,3 +140,24 @@ def save_pretrained(
             "files": {name: sha256_of(part / name)[1] for name in TABLES if (part / name).is_file()},
         }
         write_json(part / CONFIG, sealed(config))
+
+
+def read_gene_columns(folder: Path, genes: GeneVocab) -> pd.DataFrame:
+    """Raises: InputError where the file is not one text a gene in each column."""
+    path = folder / GENE_COLUMNS
+    columns = read_json(path) if path.is_file() else {}
+    values = columns.values() if isinstance(columns, dict) else [None]
+    if not all(isinstance(of, list) and len(of) == genes.n_genes and {type(v) for v in of} <= {str} for of in values):
+        raise InputError(f"{path} is damaged: each of its columns must hold a text for each of {genes.n_genes} genes")
+    return pd.DataFrame(columns, index=pd.Index(genes.ids)) if columns else pd.DataFrame()
+
+
+def read_history(folder: Path) -> dict[str, pd.DataFrame]:
+    """Raises: InputError where the file holds no rows by stage."""
+    path = folder / HISTORY
+    rows = read_json(path) if path.is_file() else {}
+    if not isinstance(rows, dict) or not all(
+        isinstance(of, list) and all(isinstance(row, dict) for row in of) for of in rows.values()
+    ):
+        raise InputError(f"{path} is damaged: it must hold a list of rows for each stage")
+    return {stage: pd.DataFrame(of) for stage, of in rows.items()}

@@ -58,8 +58,10 @@ def usable(device: str | torch.device) -> None:
     """Raises: InputError for a device that torch does not know, or that is not there."""
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
-        raise InputError(f"device={device}: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: a torch without CUDA
+        why = str(error).splitlines()[0]
+        unknown = why.startswith(("Expected one of", "Invalid device")) or isinstance(error, TypeError)
+        raise InputError(f"device={device}: {'torch knows cpu, cuda, cuda:1 and others' if unknown else why}") from None
 
 
 class Made(NamedTuple):
@@ -101,7 +103,8 @@ class Networks:
     def record(
         self, verb: str, *, seed: int | None = None, sampler: SamplerConfig | None = None, **more: str | int
     ) -> dict[str, str | int]:
-        """What `uns["scldm"]` says of cells that this model made or moved: texts and numbers, which every format keeps.
+        """What `uns["scldm"]` says of cells that this model made, moved or embedded: texts and numbers, which every
+        format keeps.
 
         sampler: as JSON
         """
@@ -237,6 +240,8 @@ class Networks:
         if genes is None:
             return np.arange(self.genes.n_genes)
         genes = names_of("genes", genes, "gene ids", '["CD3E", "MS4A1"]')
+        if not genes:
+            raise InputError("genes=[] names no gene. Leave it out for all of the model's")
         index = self.genes.lookup(genes)
         if (index == 0).any():
             raise InputError(f"gene {genes[int(np.argmin(index))]!r} is not among the model's {self.genes.n_genes}")

@@ -21,12 +21,23 @@ import torch
 from torch import Tensor
 
 from scldm import draws
-from scldm.arguments import mapping_of, names_of, one_of, seed_of
+from scldm.arguments import (
+    folder_of,
+    label_of,
+    mapping_of,
+    names_of,
+    number_of,
+    numbers_of,
+    one_of,
+    seed_of,
+    text_of,
+    whole_of,
+)
 from scldm.batch import GeneCounts
 from scldm.cells_file import storable
-from scldm.count_matrix import check_adata, count_matrix
+from scldm.count_matrix import check_adata, columns_in_memory, count_matrix, table_in_memory
 from scldm.environment import install_hint
-from scldm.errors import InputError, read_json
+from scldm.errors import InputError
 from scldm.flow.generate import SamplerConfig, guided
 from scldm.flow.shift import way
 from scldm.flow.transform import blend, from_noise, to_noise
@@ -35,7 +46,7 @@ from scldm.library_size import LibrarySizeModel
 from scldm.model.all_genes import encoder_of
 from scldm.model.dit import DiT
 from scldm.model.vae import VAE
-from scldm.model_folder import GENE_COLUMNS, HISTORY, check_files, read_config, save_pretrained
+from scldm.model_folder import check_files, read_config, read_gene_columns, read_history, save_pretrained
 from scldm.networks import Kind, Networks, Precision, batch_on, usable, written
 from scldm.progress import Progress
 from scldm.request import labels as asked
@@ -47,8 +58,8 @@ from scldm.weights import network_of, read_weights, weights_hash
 if TYPE_CHECKING:
     from scldm.comparison import Evaluation
 
-FILE_ROWS = 4096  # of a file, read at once: 4,096 cells x 60,000 genes x 4 B = 1 GB where it is dense
 MAX_COUNT = 2**31 - 1  # of int32, as cells are given to the encoder and written
+SEEDS_OF_EVALUATE = 1 << 31  # as EvaluateConfig.seed
 Pool = Literal["flat", "mean"]
 
 
@@ -73,13 +84,11 @@ def load(
 
     Raises: InputError for a folder that is not one, is damaged, or of an unknown version.
     """
-    folder = Path(folder)
+    folder = folder_of("folder", folder)
     usable(device)
-    if batch is not None and batch < 1:
-        raise InputError(f"batch={batch} must be at least 1")
+    batch = None if batch is None else whole_of("batch", batch)
     one_of("precision", precision, Precision)
-    if not 0 <= min_gene_share <= 1:
-        raise InputError(f"min_gene_share={min_gene_share} must be from 0 to 1")
+    min_gene_share = number_of("min_gene_share", min_gene_share, 0, 1)
     stored = read_config(folder)
     genes = GeneVocab.load(folder / "genes.json")
     conditions = ConditionVocab.load(folder / "conditions.json")
@@ -106,30 +115,9 @@ def load(
     batch = batch_on(device, vae) if batch is None else batch
     model = Pretrained(
         vae, dit, genes, conditions, sizes, stored.origin, weights, batch, precision,
-        _gene_columns(folder, genes), _history(folder), min_gene_share,
+        read_gene_columns(folder, genes), read_history(folder), min_gene_share,
     )  # fmt: skip
     return model.to(device)
-
-
-def _gene_columns(folder: Path, genes: GeneVocab) -> pd.DataFrame:
-    """Raises: InputError where the file is not one text a gene in each column."""
-    path = folder / GENE_COLUMNS
-    columns = read_json(path) if path.is_file() else {}
-    values = columns.values() if isinstance(columns, dict) else [None]
-    if not all(isinstance(of, list) and len(of) == genes.n_genes and {type(v) for v in of} <= {str} for of in values):
-        raise InputError(f"{path} is damaged: each of its columns must hold a text for each of {genes.n_genes} genes")
-    return pd.DataFrame(columns, index=pd.Index(genes.ids)) if columns else pd.DataFrame()
-
-
-def _history(folder: Path) -> dict[str, pd.DataFrame]:
-    """Raises: InputError where the file holds no rows by stage."""
-    path = folder / HISTORY
-    rows = read_json(path) if path.is_file() else {}
-    if not isinstance(rows, dict) or not all(
-        isinstance(of, list) and all(isinstance(row, dict) for row in of) for of in rows.values()
-    ):
-        raise InputError(f"{path} is damaged: it must hold a list of rows for each stage")
-    return {stage: pd.DataFrame(of) for stage, of in rows.items()}
 
 
 class Given(NamedTuple):
@@ -152,9 +140,7 @@ class Pretrained(Networks):
 
     def save(self, folder: str | Path) -> None:
         """Write the model as a folder that `scldm.load` reads. A model that is there is replaced."""
-        folder = Path(folder)
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"folder={folder} is a file. Name a folder")
+        folder = folder_of("folder", folder)
         if folder.exists() and not (folder / "config.json").is_file() and any(folder.iterdir()):
             raise InputError(f"folder={folder} is not empty and not a model folder. Choose another")
         rows = {stage: json.loads(str(table.to_json(orient="records"))) for stage, table in self.history.items()}
@@ -168,8 +154,9 @@ class Pretrained(Networks):
     def embed(self, adata: ad.AnnData, *, layer: str | None = None, pool: Pool = "flat") -> np.ndarray:
         """Posterior means of the cells' latent tokens, float32: (n, L * Z), tokens in order, or their mean (n, Z).
 
-        adata: raw counts in X, layers["counts"] or raw.X. Genes are matched by `var_names`. Those that the model does
-            not know are left out, and those that the file lacks make the set smaller
+        adata: raw counts in X, layers["counts"] or raw.X, in memory, in a file (backed) or lazy. Genes are matched by
+            `var_names`. Those that the model does not know are left out, and those that the file lacks make the set
+            smaller
         layer: where the counts are, where that can't be found: X, raw or a layer's name
 
         Raises: InputError for counts that are none, or no gene in common.
@@ -217,7 +204,7 @@ class Pretrained(Networks):
                 asked = whole if genes is None else self.vae.decode(latent_BLZ, asked_ids, among_ids=given_ids)
                 expected.append(asked.expected(size_B).float().cpu().numpy())
                 bar.advance(len(size_B))
-        obs = storable(pd.DataFrame(adata.obs))
+        obs = storable(table_in_memory(adata.obs))
         obs["log_likelihood"] = np.concatenate(log_likelihood)
         var, at = self._var_of(adata, asked_ids.cpu().numpy() - 1)
         layers = {} if at is None else {name: matrix[:, at] for name, matrix in adata.layers.items()}
@@ -231,7 +218,7 @@ class Pretrained(Networks):
         """Rows of var of the user's own cells for these of the model's genes, and where they stand there. Where one is
         not there, what the model knows of the genes, and None."""
         at = adata.var_names.get_indexer(pd.Index([self.genes.ids[k] for k in columns]))
-        return (self.var(columns), None) if (at < 0).any() else (storable(pd.DataFrame(adata.var)).iloc[at], at)
+        return (self.var(columns), None) if (at < 0).any() else (storable(table_in_memory(adata.var)).iloc[at], at)
 
     def matched(self, adata: ad.AnnData, layer: str | None = None) -> GeneMatch:
         """How many of the model's genes the cells have. Arguments and errors as for `embed`."""
@@ -256,7 +243,7 @@ class Pretrained(Networks):
             twice = next(name for name, n in Counter(names).items() if n > 1)
             raise InputError(f"gene {twice!r} stands twice in var_names. They must be unique")
         found = self.genes.match(names, "the cells", self.min_gene_share)
-        counts: Any = _columns(found_in.matrix, found.index_n > 0)
+        counts: Any = columns_in_memory(found_in.matrix, found.index_n > 0)
         counts.eliminate_zeros()
         wrong = counts.data[~((counts.data >= 0) & (counts.data <= MAX_COUNT) & (counts.data == np.rint(counts.data)))]
         if len(wrong):
@@ -307,18 +294,18 @@ class Pretrained(Networks):
         one_of("kind", kind, Kind)
         seed = seed_of(seed)
         to = mapping_of("to", to, '{"treatment": "stim"}')
-        to = {name: known_label(label, self.conditions.labels.get(name, ())) for name, label in to.items()}
+        to = {
+            name: known_label(label_of(f"to: {name}", label), self.conditions.labels.get(name, ()))
+            for name, label in to.items()
+        }
         check_adata(adata)
-        obs = storable(pd.DataFrame(adata.obs))
+        obs = storable(table_in_memory(adata.obs))
         own = tuple(name for name in self.conditions.names if name in obs)
         by = own if by is None else names_of("by", by, "columns of obs", '["cell_type", "treatment"]')
         moves = asked.own_and_other(dit, self.conditions, obs, by, to, sampler, self.missing)
         for of in (moves.own, moves.by_flow):
             asked.check_sampler(dit, of, sampler, self.origin)
-        if isinstance(alphas, int | float):
-            raise InputError(f"alphas={alphas} must be a list of numbers from 0 to 1, as alphas=[{alphas}]")
-        if not alphas or not all(0 <= alpha <= 1 for alpha in alphas):
-            raise InputError(f"alphas={', '.join(map(str, alphas))} must be numbers from 0 to 1, at least one")
+        alphas = numbers_of("alphas", alphas, 0, 1)
         counts, given_ids, match = self._given(adata, layer)
         asked_ids = given_ids if genes is None else self._here(self.columns(genes) + 1)
         for note in (match, *moves.notes):
@@ -351,7 +338,12 @@ class Pretrained(Networks):
                         v.n_evaluations_B.sum() if isinstance(v.n_evaluations_B, Tensor) else v.n_evaluations_B
                     )
         matrix = sp.csr_matrix(sp.vstack([block for part in parts for block in part]))
-        more: dict[str, Any] = {"to": json.dumps(to), "n_evaluations": int(n_evaluations), **match.to_json()}
+        more: dict[str, Any] = {
+            "kind": kind,
+            "to": json.dumps(to),
+            "n_evaluations": int(n_evaluations),
+            **match.to_json(),
+        }
         uns = self.record("transform", seed=seed, sampler=sampler, **more)
         moved = pd.concat([asked.moved_obs(dit, self.conditions, obs, to, alpha, len(alphas) > 1) for alpha in alphas])
         made = ad.AnnData(matrix, obs=moved, uns={"scldm": uns})
@@ -394,6 +386,7 @@ class Pretrained(Networks):
         """
         sampler, dit = _sampler(sampler), self._dit()
         one_of("kind", kind, Kind)
+        seed = seed_of(seed)
         wanted = self.check_conditions(table_of(conditions, n, list(dit.n_labels)), seed, sampler)
         for note in wanted.notes:
             print(note, file=sys.stderr)
@@ -440,6 +433,9 @@ class Pretrained(Networks):
         if conditions is not None:
             names = names_of("conditions", conditions, "conditions", '["cell_type"]')
         control = mapping_of("control", control or {}, '{"treatment": "control"}')
+        check_adata(generated, "generated")
+        check_adata(real, "real")
+        split, seed = text_of("split", split, "scldm_split"), seed_of(seed, SEEDS_OF_EVALUATE)
         return evaluation(generated, real, names, split, layer, control, protocol, seed, self)
 
     def log_fold_changes(
@@ -468,13 +464,14 @@ class Pretrained(Networks):
         from scldm.comparison import gene_changes
 
         by, dit = names_of("by", by, "conditions", '["cell_type"]'), self._dit()
+        condition = text_of("condition", condition, "treatment")
+        n, seed, sampler = whole_of("n", n, 2), seed_of(seed), _sampler(sampler)
+        a, b = label_of("a", a), label_of("b", b)
         for name in (condition, *by):
             if name not in dit.n_labels:
                 raise InputError(f"condition {name!r} is unknown. The model knows {', '.join(dit.n_labels) or 'none'}")
         if condition in by:
             raise InputError(f"by names {condition!r}, which is the condition that changes. Leave it out")
-        if n < 2:
-            raise InputError(f"n={n} must be at least 2")
         columns = [list(dit.n_labels).index(name) for name in by]
         trained = dit.combinations.labels_KC[:, columns].unique(dim=0).tolist() if by else [[]]
         tables = []
@@ -485,7 +482,7 @@ class Pretrained(Networks):
             table = gene_changes(cast(sp.csr_matrix, cells.X), cells.var_names, n)
             tables.append(table.assign(**own)[[*by, *table.columns]])
         found = pd.concat(tables, ignore_index=True)
-        found.attrs["scldm"] = self.record("log_fold_changes", seed=seed, sampler=_sampler(sampler), n=n)
+        found.attrs["scldm"] = self.record("log_fold_changes", seed=seed, sampler=sampler, n=n)
         return found
 
 
@@ -493,15 +490,3 @@ def _sampler(sampler: SamplerConfig | None) -> SamplerConfig:
     if sampler is not None and not isinstance(sampler, SamplerConfig):
         raise InputError(f"sampler={sampler!r} must be a scldm.SamplerConfig, as scldm.SamplerConfig(n_steps=20)")
     return sampler or SamplerConfig()
-
-
-def _columns(matrix: Any, keep: np.ndarray) -> sp.csr_matrix:
-    """Some columns in memory, of a matrix that may lie in a file (anndata's backed="r"), by rows, or be lazy."""
-    if hasattr(matrix, "compute"):
-        matrix = matrix.compute()
-    if sp.issparse(matrix) or isinstance(matrix, np.ndarray):
-        return sp.csr_matrix(matrix)[:, keep]
-    if getattr(matrix, "format", "") == "csc":  # of which a few rows cost as much as all
-        return sp.csr_matrix(matrix.to_memory())[:, keep]
-    starts = range(0, matrix.shape[0], FILE_ROWS)
-    return sp.csr_matrix(sp.vstack([sp.csr_matrix(matrix[a : a + FILE_ROWS])[:, keep] for a in starts]))

@@ -73,6 +73,20 @@ def test_hadolint_passes_the_container_recipe() -> None:
     assert done.returncode == 0, done.stdout
 
 
+def test_shellcheck_passes_the_sections_of_the_apptainer_recipe(tmp_path: Path) -> None:
+    """Apptainer's own check needs Apptainer. Its sections are shell."""
+    text = (ROOT / "container" / "scldm.def").read_text()
+    sections = dict(re.findall(r"^%(\w+)\n(.*?)(?=^%|\Z)", text, re.DOTALL | re.MULTILINE))
+    assert list(sections) == ["files", "post", "runscript", "test"]
+    assert re.search(r"^Bootstrap: docker\nFrom: \S+:\S+$", text, re.MULTILINE)
+    for name in ("post", "runscript", "test"):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{inspect.cleandoc(sections[name])}\n")
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    command = [shellcheck, "--norc", "--exclude=SC2164", *(tmp_path / name for name in ("post", "runscript", "test"))]
+    done = subprocess.run(command, capture_output=True, text=True)  # SC2164: Apptainer runs them with `set -e`
+    assert done.returncode == 0, done.stdout
+
+
 def test_the_container_recipes_copy_what_exists() -> None:
     """Of both: every folder of the wheel, and every file that its build reads."""
     wanted = {"pyproject.toml", "README.md", "LICENSE", "constraints.txt"}

@@ -119,6 +119,24 @@ def test_each_verb_needs_the_extra_that_claims_it_and_no_other(extra: str, tmp_p
     assert done.returncode == 0, done.stderr[-2_000:]
 
 
+FIT = """
+import scldm
+from tests.scldm.test_fitting import FAST, FEW, cells
+scldm.fit(cells(), ["treatment"], vae=FEW, ldm=FEW).save("model")
+print(scldm.load("model").generate({"treatment": "stim"}, n=3, sampler=FAST).shape)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra, said", [("", "scldm's extra 'shards' brings it"), ("shards", "")])
+def test_fit_needs_the_one_extra_that_its_error_names(extra: str, said: str, tmp_path: Path) -> None:
+    hidden = brought_by("all") - brought_by(extra) - {"fsspec"}
+    path = os.pathsep.join([hide(tmp_path / "site", hidden=hidden), str(ROOT)])
+    words, environment = [sys.executable, "-c", FIT], os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.stdout, said in done.stderr) == ("" if said else "(3, 40)\n", True), done.stderr[-2_000:]
+
+
 def test_every_verb_is_claimed() -> None:
     assert sorted(v for verbs in CLAIMS.values() for v in verbs if v in VERBS) == sorted(VERBS)
 
@@ -139,7 +157,7 @@ def test_a_missing_package_is_named_with_what_brings_it(package, said, capsys, m
         raise ModuleNotFoundError(f"No module named {package!r}", name=package)
 
     monkeypatch.setattr("importlib.import_module", gone)
-    assert cli.main(["embed"]) == 2
+    assert cli.main(["embed", f"model={ROOT}", f"h5ad={__file__}", "out=out.h5ad"]) == 2
     assert said in capsys.readouterr().err
 
 

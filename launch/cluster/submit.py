@@ -54,6 +54,10 @@ LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 CONFIG = SubmitConfig
+FIRST = (
+    *("nodes", "partition", "account", "time", "mem"),
+    *("gpus_per_node", "cpus_per_task", "tasks", "stage", "dry_run"),
+)
 USAGE = "scldm submit VERB [PRESET ...] [key=value ...] [--option value ...] [-- SBATCH ARGUMENTS]"
 
 

@@ -165,18 +165,25 @@ def _split(
 
 
 def cells_of_h5ad(
-    path: str, conditions: Sequence[str], split: str, layer: str, sample: Sample | None = None
+    path: str,
+    conditions: Sequence[str],
+    split: str,
+    layer: str,
+    sample: Sample | None = None,
+    missing: Mapping[str, str] | None = None,
 ) -> tuple[Cells, Cells, Cells]:
     """Training, validation and test cells of a file with a column that tells them apart, with the labels of these
     conditions. The file is read whole.
 
     sample: which of them are taken. None takes all
+    missing: condition -> the label that training gave its missing values. Others are refused
 
     Raises: InputError where they can't be read or told apart.
     """
     counts, obs, genes = _read(path, layer, [*conditions, split])
     genes = unversioned(genes)
-    labels, splits = _columns(obs, conditions, path), labels_of(obs, split, path, "split", obs.attrs["columns"])
+    labels = _columns(obs, conditions, path, missing)
+    splits = labels_of(obs, split, path, "split", obs.attrs["columns"])
     types = combination_names(labels, len(obs))
     found = sorted(set(splits))
     for name in SPLITS:
@@ -203,8 +210,8 @@ def _numbers(types: np.ndarray) -> dict[str, int]:
     return {str(label): int(n) for label, n in zip(*np.unique(types, return_counts=True), strict=True)}
 
 
-def generated_cells(path: str, conditions: Sequence[str]) -> Cells:
-    """Cells of an h5ad file, a zarr folder or a SOMA experiment.
+def generated_cells(path: str, conditions: Sequence[str], missing: Mapping[str, str] | None = None) -> Cells:
+    """Cells of an h5ad file, a zarr folder or a SOMA experiment. `missing` is as for `cells_of_h5ad`.
 
     Raises: InputError where they can't be read, or don't say their conditions.
     """
@@ -213,7 +220,7 @@ def generated_cells(path: str, conditions: Sequence[str]) -> Cells:
         counts, obs, genes = sp.csr_matrix(adata.X), pd.DataFrame(adata.obs), tuple(map(str, adata.var_names))
     else:
         counts, obs, genes = _read(path, "", conditions)
-    return Cells.of_labels(counts, _columns(obs, conditions, path), unversioned(genes), path)
+    return Cells.of_labels(counts, _columns(obs, conditions, path, missing), unversioned(genes), path)
 
 
 def obs_columns(path: str) -> set[str]:
@@ -243,6 +250,8 @@ def _read(path: str, layer: str, columns: Sequence[str]) -> tuple[sp.csr_matrix,
     return sp.csr_matrix(counts), obs, tuple(genes)
 
 
-def _columns(obs: pd.DataFrame, conditions: Sequence[str], path: str) -> dict[str, np.ndarray]:
-    there = obs.attrs.get("columns")
-    return {condition: labels_of(obs, condition, path, "condition", there) for condition in conditions}
+def _columns(
+    obs: pd.DataFrame, conditions: Sequence[str], path: str, missing: Mapping[str, str] | None
+) -> dict[str, np.ndarray]:
+    there, known = obs.attrs.get("columns"), missing or {}
+    return {name: labels_of(obs, name, path, "condition", there, known.get(name, "")) for name in conditions}

@@ -52,12 +52,13 @@ def evaluate_generated(config: EvaluateVerbConfig) -> dict:
         )
     model = load_model(config) if config.model else None
     conditions = judged_conditions(config, model)
-    generated = generated_cells(config.generated, conditions)
+    missing = model.missing if model else {}
+    generated = generated_cells(config.generated, conditions, missing)
     sample = Sample(config.evaluate.max_real_cells, generated.numbers(), config.evaluate.seed)
     if config.shards:
         real = cells_of_shards(config.shards, conditions, sample, config.cache_folder, config.cache_gb)
     else:
-        real = cells_of_h5ad(config.real, conditions, config.split, config.layer, sample)
+        real = cells_of_h5ad(config.real, conditions, config.split, config.layer, sample, missing)
     began = time.time()
     parts = parts_of(model, real[0], real[2], config) if model else {}
     evaluation = compare(*real, generated, config.evaluate, config.protocol, config.control, parts)

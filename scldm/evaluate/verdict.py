@@ -165,7 +165,7 @@ def what_limits(evaluation: dict) -> str:
     there: reconstructed test cells lie nearer to the test cells than others do, as they are made of the same ones."""
     part = evaluation["parts"].get("from_training") or evaluation["parts"].get("reconstructed")
     if part is None:
-        return "Give model=FOLDER to learn whether the autoencoder or the diffusion model limits."
+        return "`scldm evaluate` with model=FOLDER tells whether the autoencoder or the diffusion model limits."
     section = "per_combination" if "per_combination" in part else "pooled"
     generated, floor, spread = (evaluation["beside_parts"][k][section] for k in ("generated", "floor", "floor_sd"))
     told = [

@@ -6,9 +6,11 @@ Reading order: SamplerConfig, Drawn, generate_latents, guided and solve_ode.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,12 +54,20 @@ class SamplerConfig(Checked):
     tolerance: float = checked(1e-5, above=0, below=1)
     diffusion: float = checked(1.0, above=0)
 
+    def __hash__(self) -> int:
+        """Its weights are a mapping, which has no hash."""
+        return hash(tuple(frozenset(of.items()) if isinstance(of, Mapping) else of for of in vars(self).values()))
+
     @property
     def guidance_interval(self) -> tuple[float, float]:
         return self.guidance_from, self.guidance_to
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, value in vars(self).items():  # numbers of numpy, which JSON does not know
+            if isinstance(value, Mapping):
+                value = {key: of.item() if isinstance(of, np.generic) else of for key, of in value.items()}
+            object.__setattr__(self, name, value.item() if isinstance(value, np.generic) else value)
         one_of("sampler.method", self.method, Method)
         one_of("sampler.guidance", self.guidance, GuidanceKind)
         if self.guidance_weights and self.guidance != "additive":

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from numbers import Real
 
 import anndata as ad
 import pandas as pd
 
-from scldm.arguments import mapping_of
+from scldm.arguments import mapping_of, whole_of
+from scldm.count_matrix import table_in_memory
 from scldm.errors import InputError
 
 MOST_CELLS = 100_000_000  # that a call can be asked for: no memory holds more
@@ -20,8 +22,7 @@ def table_of(conditions: Asked, n: int | None, names: Sequence[str]) -> pd.DataF
 
     Raises: InputError where it is not said, or said twice, how many cells, and for what says no conditions.
     """
-    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
-        raise InputError(f"n={n!r} must be a whole number, at least 1")
+    n = None if n is None else whole_of("n", n)
     if n is not None and n > MOST_CELLS:
         raise InputError(f"n={n:,} cells do not fit into memory. `scldm generate` writes any number to a file")
     if isinstance(conditions, pd.DataFrame | ad.AnnData):
@@ -29,7 +30,7 @@ def table_of(conditions: Asked, n: int | None, names: Sequence[str]) -> pd.DataF
             raise InputError(f"n={n} can't be given with a table of cells: it has {len(conditions)} rows, one for each")
         if isinstance(conditions, pd.DataFrame):
             return conditions
-        obs = pd.DataFrame(conditions.obs)
+        obs = table_in_memory(conditions.obs)
         found = [name for name in names if name in obs]
         if names and not found:
             raise InputError(
@@ -43,7 +44,7 @@ def table_of(conditions: Asked, n: int | None, names: Sequence[str]) -> pd.DataF
     if n is None:
         raise InputError(f"conditions={asked} does not say how many cells. Give n, as n=500")
     for name, label in asked.items():
-        if not isinstance(label, str | int | float):
+        if not isinstance(label, str | Real) or isinstance(label, bool):
             raise InputError(
                 f"conditions: {name}={label!r} must be one label. For several, give a DataFrame with a row per cell"
             )

@@ -56,9 +56,18 @@ class Follower(ABC):
 
 
 def follower_named(name: str) -> type[Follower]:
-    """Raises: InputError for what is no Follower; ModuleNotFoundError, also where it needs a package."""
+    """Raises: InputError for a module that is not found, and for what is no Follower; ModuleNotFoundError where the
+    module needs a package that is not there."""
     module, _, kind = name.partition(":")
-    found = getattr(importlib.import_module(module), kind, None)
+    try:
+        found = getattr(importlib.import_module(module), kind, None)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise
+        raise InputError(
+            f"tracking.also={name}: no module {error.name!r} is found. PYTHONPATH must name the folder that it lies "
+            "in, unless it is installed"
+        ) from None
     if not (isinstance(found, type) and issubclass(found, Follower)):
         raise InputError(
             f"tracking.also={name}: {module} has no class {kind!r} that is a scldm.train.follower.Follower"

@@ -212,7 +212,7 @@ def test_what_is_made_of_a_file_does_not_depend_on_its_layout(layout: str, model
 def test_a_file_that_was_opened_and_not_read_is_embedded_by_rows(model: Path, tmp_path: Path, monkeypatch) -> None:
     loaded = scldm.load(model)
     expected = loaded.embed(cells())
-    monkeypatch.setattr("scldm.pretrained.FILE_ROWS", 5)
+    monkeypatch.setattr("scldm.count_matrix.FILE_ROWS", 5)
     for name in ("csr", "csc", "dense"):
         (tmp_path / name).mkdir()
         path = {"csr": plain, "csc": csc, "dense": dense}[name](cells(), tmp_path / name)

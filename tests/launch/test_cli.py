@@ -126,8 +126,12 @@ def test_what_the_words_alone_say_is_refused_before_torch_is_imported() -> None:
 
 def test_the_keys_that_matter_most_are_ten_at_most() -> None:
     for module_name, _ in VERBS.values():
-        first = getattr(importlib.import_module(module_name), "FIRST", ())
+        module = importlib.import_module(module_name)
+        first = getattr(module, "FIRST", ())
         assert len(first) == len(set(first)) <= 10, module_name
+        assert first or len(flatten(module.CONFIG)) <= 10, (
+            f"{module_name} has many keys, and says of none that it matters"
+        )
 
 
 def test_presets_are_listed_where_they_are_for(capsys: pytest.CaptureFixture) -> None:
@@ -191,7 +195,9 @@ def test_the_module_is_the_command() -> None:
     assert (done.returncode, done.stdout) == (2, "")
 
 
-# --- keys, before anything is imported ---
+# --- words, before anything is imported ---
+
+A_RUN = f"data.shards={ROOT} run_dir=r"
 
 
 def test_the_keys_of_the_file_are_those_of_the_configs() -> None:
@@ -210,12 +216,35 @@ def test_the_keys_of_the_file_are_those_of_the_configs() -> None:
         ("train vae", "shards=x", "did you mean data.shards?"),
         ("plan", "nonsense=1", ""),  # it takes those of a run
         ("evaluate", "control.treatment=ctrl", ""),
-        ("evaluate", "control={treatment: ctrl}", ""),
-        ("train vae", "train={steps: 1}", ""),
-        ("train vae", "train.steps=1", ""),
+        ("evaluate", "'control={treatment: ctrl}'", ""),
+        ("train vae", f"--train '{{steps: 1}}' {A_RUN}", ""),
+        ("train vae", f"vae/tiny hardware/cpu train.steps=1_000 --train.save-every 5 {A_RUN}", ""),
+        ("train vae", f"data.select.tissue=lung,gut data.balance=[a,b] model.token=bins {A_RUN}", ""),
+        ("train vae", "train.steps=1", "data.shards must be given, as data.shards=VALUE"),
+        (
+            "train vae",
+            f"train.steps=many {A_RUN}",
+            "train.steps=many: Value 'many' of type 'str' could not be converted",
+        ),
+        ("train vae", f"model.token=bin {A_RUN}", "Invalid value 'bin', expected one of ['bins', 'linear']"),
+        ("train vae", f"cells.h5ad {A_RUN}", "'cells.h5ad' is no preset. There are hardware/cpu, "),
+        ("embed", "cells.h5ad", "'cells.h5ad' is no preset. Files and folders are named by model=, h5ad=, out= here"),
+        ("embed", "--model", "--model needs a value"),
+        ("embed", f"model={ROOT} h5ad=none.h5ad out=o", "error: none.h5ad: no such file"),
+        (
+            "embed",
+            f"model=none h5ad={__file__} out=o",
+            "error: none is not a model folder: it has no config.json. `scldm export`",
+        ),
+        ("train vae", "data.shards=none run_dir=r", "error: none: no manifest.json: not a shard set"),
+        ("train vae", "data.shards=s3://bucket/none run_dir=r", ""),
+        ("train ldm", f"vae=none {A_RUN}", "error: none is not a run folder: it has no config.json"),
+        ("embed", f"--model {ROOT} --h5ad {__file__} --out o --drop-empty", ""),
+        ("quickstart", f"--h5ad {__file__} --condition a --condition b --fresh", ""),
+        ("transform", f"model={ROOT} h5ad={__file__} out=o to=drug=x,dose=1 alphas=0,1", ""),
     ],
 )
-def test_an_unknown_key_is_refused_before_anything_is_imported(
+def test_what_the_words_say_wrong_is_refused_before_anything_is_imported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str, word: str, said: str
 ) -> None:
     class Begun(Exception):
@@ -227,9 +256,9 @@ def test_an_unknown_key_is_refused_before_anything_is_imported(
     monkeypatch.setattr(cli, "importlib", types.SimpleNamespace(import_module=begin))
     if not said:
         with pytest.raises(Begun):
-            cli.run_verb(verb, [word])
+            cli.run_verb(verb, shlex.split(word))
         return
-    assert cli.run_verb(verb, [word]) == 2
+    assert cli.run_verb(verb, shlex.split(word)) == 2
     assert said in capsys.readouterr().err
 
 

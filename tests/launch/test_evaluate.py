@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
+import scldm
 from data_pipeline.convert.plan import ShardsWriteConfig
 from data_pipeline.convert.source import SourceConfig
 from data_pipeline.convert.splits import SplitConfig
@@ -25,7 +27,10 @@ from scldm.errors import InputError
 from scldm.evaluate import map_of_cells
 from scldm.evaluate.cells import NO_TYPE
 from scldm.evaluate.sample import Sample
+from scldm.model_folder import save_pretrained
 from tests.data_pipeline.small_sets import known_cells, write_set
+from tests.scldm.small_model import CONDITIONS, library_sizes, networks
+from tests.scldm.small_model import GENES as GENES_OF_MODEL
 
 GENES = [f"g{k}" for k in range(30)]
 FEW = ["evaluate.n_draws=2", "evaluate.intervals.n_parts=2", "evaluate.intervals.n_parts_expensive=2"]
@@ -43,8 +48,8 @@ def cells(seed: int, n: int) -> tuple[sp.csr_matrix, pd.DataFrame]:
     return counts, obs.set_index(obs.index.astype(str))
 
 
-def write(path: Path, counts: sp.csr_matrix, obs: pd.DataFrame) -> None:
-    ad.AnnData(counts, obs, pd.DataFrame(index=pd.Index(GENES))).write_h5ad(path)
+def write(path: Path, counts: sp.csr_matrix, obs: pd.DataFrame, genes: Sequence[str] = GENES) -> None:
+    ad.AnnData(counts, obs, pd.DataFrame(index=pd.Index(genes))).write_h5ad(path)
 
 
 @pytest.fixture
@@ -64,6 +69,27 @@ def test_h5ad_cells_are_dealt_by_their_split(files):
     assert generated_cells(str(files / "generated.h5ad"), ["kind"]).numbers() == {"T cell": 60, "B cell": 30}
     untyped = cells_of_h5ad(str(files / "real.h5ad"), [], "part", "")
     assert [c.numbers() for c in untyped] == [{NO_TYPE: len(c.types)} for c in dealt]
+
+
+@pytest.mark.heavy
+def test_a_missing_value_is_the_label_of_training_for_the_verb_and_in_python(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(map_of_cells, "umap_coordinates", lambda components, seed: components[:, :2])
+    monkeypatch.chdir(tmp_path)
+    save_pretrained(Path("model"), *networks(), GENES_OF_MODEL, CONDITIONS, library_sizes(), {"missing": "NK"})
+    for name, seed, n in (("real", 0, 400), ("generated", 1, 90)):
+        counts, obs = cells(seed, n)
+        obs["type"] = obs["kind"].cat.rename_categories({"B cell": "NK"}).astype(object)
+        obs.loc[(obs["type"] == "NK") & (np.arange(n) % 2 == 0), "type"] = np.nan  # labels and gaps are one group
+        write(tmp_path / f"{name}.h5ad", counts, obs, GENES_OF_MODEL.ids)
+    words = ["generated=generated.h5ad", "real=real.h5ad", "split=part", "conditions=type", "out=out"]
+    assert main(["evaluate", *words, "tracking.enabled=false", *FEW]) == 2
+    assert "obs column condition='type' has no value in 15 cells; leave them out or label" in capsys.readouterr().err
+    assert main(["evaluate", *words, "model=model", "tracking.enabled=false", *FEW]) == 0
+    of_verb = json.loads((tmp_path / "out" / "evaluation.json").read_text())["cells"]
+    generated, real = (ad.read_h5ad(f"{name}.h5ad") for name in ("generated", "real"))
+    in_python = scldm.load("model").evaluate(generated, real, conditions=["type"], split="part").numbers["cells"]
+    assert of_verb == in_python
+    assert {name: of["generated"] for name, of in of_verb["by_combination"].items()} == {"T cell": 60, "NK": 30}
 
 
 @pytest.mark.heavy

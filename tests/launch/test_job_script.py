@@ -406,7 +406,7 @@ def test_a_rank_leaves_word_of_its_failure_and_none_of_anothers(
     assert told.strip().endswith(capsys.readouterr().err.split("error: ")[1].strip()[-30:])
     (tmp_path / "failure").unlink()
     monkeypatch.setattr("launch.encode.main", lambda config: dist.get_rank(group=7))
-    words = ["encode", "vae=a", "shards=b", "out=c"]
+    words = ["encode", f"vae={tmp_path}", f"shards={tmp_path}", "out=c"]
     with pytest.raises((ValueError, TypeError, RuntimeError)):
         main(words)  # within torch.distributed
     assert not (tmp_path / "failure").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import anndata as ad
@@ -85,8 +86,18 @@ def test_cells_without_a_count_are_left_out_where_that_is_asked_for(folder, tmp_
     assert "1 of 70 cells are left out" in capsys.readouterr().err
     found = ad.read_h5ad(tmp_path / "out.h5ad")
     assert list(found.obs_names) == [f"cell-{k}" for k in range(70) if k != 3]
-    how = found.uns["scldm" if verb == "reconstruct" else "scldm_embed"]
-    assert (how["batch"], how["precision"]) == (20, "bfloat16")
+    how = found.uns["scldm"]
+    assert (how["verb"], how["batch"], how["precision"]) == (verb, 20, "bfloat16")
+
+
+def test_embedded_cells_keep_what_made_them(folder, tmp_path) -> None:
+    adata = cells(["G1", "G2", "G3", "G4"])
+    adata.uns["scldm"] = {"verb": "generate", "seed": 3}
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    assert run_verb("embed", [f"model={folder}", f"h5ad={tmp_path}/cells.h5ad", f"out={tmp_path}/out.h5ad"]) == 0
+    how = ad.read_h5ad(tmp_path / "out.h5ad").uns["scldm"]
+    assert how["verb"] == "embed"
+    assert json.loads(how["before"])["verb"] == "generate"
 
 
 @pytest.mark.parametrize(

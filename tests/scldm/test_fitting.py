@@ -93,6 +93,23 @@ def test_saved_it_is_the_same_model(fitted: tuple[Pretrained, ad.AnnData, Path],
 
 
 @pytest.mark.slow
+def test_cells_that_stay_in_a_file_train_the_same_model(
+    fitted: tuple[Pretrained, ad.AnnData, Path], tmp_path: Path
+) -> None:
+    """anndata's backed="r", with labels of its own in memory."""
+    model, adata, _ = fitted
+    whole = cells()
+    whole.obs["treatment"] = "none"
+    whole.write_h5ad(tmp_path / "cells.h5ad")
+    backed = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    backed.obs["treatment"] = cells().obs["treatment"]
+    found = scldm.fit(backed, ["cell_type", "treatment"], shards=SPLIT, vae=FEW, ldm=FEW)
+    assert found.hash == model.hash
+    assert list(backed.obs["scldm_split"]) == list(adata.obs["scldm_split"])
+    backed.file.close()
+
+
+@pytest.mark.slow
 def test_the_same_call_goes_on_and_another_is_refused(
     fitted: tuple[Pretrained, ad.AnnData, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +215,9 @@ def test_a_column_of_numbers_is_asked_for_as_it_is_written_anywhere() -> None:
         ({"seed": -1}, "seed=-1 must be a whole number, at least 0"),
         ({"seed": "a"}, "seed='a' must be a whole number"),
         ({"seed": 1.5}, "seed=1.5 must be a whole number"),
+        ({"layer": ["counts"]}, r"layer=\['counts'\] must be one text"),
+        ({"folder": __file__}, "folder=.*test_fitting.py is a file. Name a folder"),
+        ({"start_from": 3}, "start_from=3 must be the path of a folder"),
     ],
 )
 def test_what_is_refused(given: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch) -> None:

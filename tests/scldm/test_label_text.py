@@ -29,6 +29,14 @@ def test_what_is_no_label_is_refused(column: str, said: str) -> None:
         labels_of(OBS, "none", "x", "split", np.array(["a", "b"]))
 
 
+@pytest.mark.parametrize("gap", [None, "", "nan"])
+def test_a_missing_value_is_refused_or_labelled(gap: str | None) -> None:
+    obs = pd.DataFrame({"drug": ["x", gap]})
+    with pytest.raises(InputError, match="x: obs column condition='drug' has no value in 1 cells; leave them out"):
+        labels_of(obs, "drug", "x", "condition")
+    assert labels_of(obs, "drug", "x", "condition", missing="none").tolist() == ["x", "none"]
+
+
 @pytest.mark.parametrize("typed, found", [("10.0", "10"), ("10.", "10"), ("-1.50", "-1.5"), ("10", "10")])
 def test_a_typed_number_is_found_by_any_spelling(typed: str, found: str) -> None:
     assert known_label(typed, ["10", "-1.5", "1000"]) == found

@@ -274,7 +274,10 @@ def test_bfloat16_is_near_and_is_written_down(model: Pretrained) -> None:
 
 @pytest.mark.parametrize(
     "more, said",
-    [({"batch": 0}, "batch=0 must be at least 1"), ({"precision": "bf16"}, "precision='bf16' must be one of")],
+    [
+        ({"batch": 0}, "batch=0 must be a whole number, at least 1"),
+        ({"precision": "bf16"}, "precision='bf16' must be one of"),
+    ],
 )
 def test_a_batch_or_precision_that_is_none_is_refused(folder: Path, more: dict, said: str) -> None:
     with pytest.raises(InputError, match=said):

@@ -150,7 +150,7 @@ def test_transformed_counts_are_drawn_by_cell(model: Pretrained) -> None:
         ({"donor": "d1"}, {}, "obs has no column 'donor'. It has type, batch"),
         ({"type": "NK"}, {"by": ["batch"]}, "condition 'batch' is unknown"),
         ({"type": "NK"}, {"by": []}, "by must name 'type' too"),
-        ({"type": "NK"}, {"alphas": (1.5,)}, "alphas=1.5 must be numbers from 0 to 1"),
+        ({"type": "NK"}, {"alphas": (1.5,)}, "alphas=1.5 must be a number from 0 to 1"),
         ({"type": "NK"}, {"sampler": SamplerConfig("sde_heun", 3)}, "sampler.method=sde_heun can't be followed"),
         ({"type": "NK"}, {"genes": ["nix"]}, "gene 'nix' is not among"),
     ],

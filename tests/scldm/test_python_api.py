@@ -105,7 +105,31 @@ def test_what_generate_refuses(known: Pretrained, given: dict[str, Any], said: s
         (lambda m: m.log_fold_changes("typ", "T cell", "B cell"), "condition 'typ' is unknown. The model knows type"),
         (lambda m: m.log_fold_changes("type", "T cell", "B cell", by="donor"), "by='donor' must be a list"),
         (lambda m: m.log_fold_changes("type", "T cell", "B cell", by=["type"]), "by names 'type', which is the cond"),
-        (lambda m: m.log_fold_changes("type", "T cell", "B cell", n=1), "n=1 must be at least 2"),
+        (lambda m: m.log_fold_changes("type", "T cell", "B cell", n=1), "n=1 must be a whole number, at least 2"),
+        (lambda m: m.log_fold_changes("type", "T cell", "B cell", n="5"), "n='5' must be a whole number, at least 2"),
+        (lambda m: m.log_fold_changes("type", ["T cell"], "B cell"), r"a=\['T cell'\] must be one label, as a text"),
+        (lambda m: m.log_fold_changes(["type"], "T cell", "B cell"), r"condition=\['type'\] must be one text"),
+        (lambda m: m.embed(cells(2), layer=["X"]), r"layer=\['X'\] must be the name of one layer"),
+        (lambda m: m.generate({"type": "T cell"}, n=2, genes=[]), r"genes=\[\] names no gene"),
+        (lambda m: m.transform(labelled(), {"type": ["NK"]}), r"to: type=\['NK'\] must be one label"),
+        (lambda m: m.transform(labelled(), {"type": "NK"}, alphas=0.5), r"a list of numbers .*, as alphas=\[0.5\]"),
+        (lambda m: m.transform(labelled(), {"type": "NK"}, alphas="1"), r"alphas='1' must be a list of numbers"),
+        (lambda m: m.transform(labelled(), {"type": "NK"}, alphas=["1"]), "alphas='1' must be a number from 0 to 1"),
+        (lambda m: m.transform(labelled(), {"type": "NK"}, alphas=[]), r"alphas=\[\] must hold a number"),
+        (lambda m: m.evaluate("g.h5ad", cells(2)), "generated is of type str; it must be an AnnData"),
+        (lambda m: m.evaluate(cells(2), cells(2)[:0]), "real: there are no cells"),
+        (lambda m: m.evaluate(cells(2), cells(2), seed=1 << 31), r"seed=2147483648 must be .* below 2\^31"),
+        (lambda m: m.evaluate(cells(2), cells(2), split=["x"]), r"split=\['x'\] must be one text"),
+        (lambda m: m.save(__file__), "is a file. Name a folder"),
+        (lambda m: scldm.load(3), "folder=3 must be the path of a folder"),
+        (lambda m: scldm.load("x", batch="a"), "batch='a' must be a whole number, at least 1"),
+        (lambda m: scldm.load("x", min_gene_share="a"), "min_gene_share='a' must be a number from 0 to 1"),
+        (lambda m: scldm.load("x", "gpu"), "device=gpu: torch knows cpu, cuda"),
+        (lambda m: scldm.SamplerConfig(n_steps="3"), "n_steps='3' must be a whole number"),
+        (lambda m: scldm.SamplerConfig(n_steps=2.5), "n_steps=2.5 must be a whole number"),
+        (lambda m: scldm.SamplerConfig(n_steps=None), "n_steps=None must be a whole number"),
+        (lambda m: scldm.SamplerConfig(guidance_scale="2"), "guidance_scale='2' must be a number"),
+        (lambda m: scldm.SamplerConfig(guidance_weights={"a": "b"}), "guidance_weights.a='b' must be a number"),
         (lambda m: m.evaluate(cells(2), cells(2), conditions="type"), "conditions='type' must be a list"),
         (lambda m: m.evaluate(cells(2), cells(2), protocol="cell"), "protocol='cell' must be one of 'scldm', 'cfgen'"),
         (lambda m: scldm.SamplerConfig(guidance="jont"), "sampler.guidance='jont' must be one of .*mean 'joint'"),
@@ -115,6 +139,25 @@ def test_what_generate_refuses(known: Pretrained, given: dict[str, Any], said: s
 def test_every_word_is_checked(known: Pretrained, call: Any, said: str) -> None:
     with pytest.raises(InputError, match=said):
         call(known)
+
+
+def test_numbers_of_arrays_are_numbers(known: Pretrained, tmp_path: Path) -> None:
+    """As n of a sum over a column. What is recorded of them can be written."""
+    sampler = scldm.SamplerConfig("euler", np.int64(3), guidance_scale=np.float32(1))
+    made = known.generate({"type": "T cell"}, n=np.int64(3), seed=np.int32(4), sampler=sampler)
+    same = known.generate({"type": "T cell"}, n=3, seed=4, sampler=FEW)
+    assert made.uns["scldm"] == same.uns["scldm"]
+    assert type(made.uns["scldm"]["seed"]) is int
+    assert list(made.obs_names) == list(same.obs_names)
+
+
+def test_a_sampler_is_a_key() -> None:
+    of = [
+        scldm.SamplerConfig(guidance="additive", guidance_weights={"a": w, "b": 1.0}) for w in (2.0, np.float32(2), 3)
+    ]
+    assert of[0] == of[1] != of[2]
+    assert len({*of, scldm.SamplerConfig()}) == 3
+    assert type(of[1].guidance_weights["a"]) is float
 
 
 def test_changes_between_generated_labels(known: Pretrained) -> None:

@@ -58,7 +58,7 @@ def test_praise_takes_both() -> None:
     assert good["says"].startswith("Generated cells can hardly be told from real ones. 20 of 20")
     fair = verdict(evaluation(all_like(row(1.5, 0.1, 1.0, 2.0, True))))
     assert fair["says"].startswith("The model beats the baselines on most scores. ")
-    assert fair["next"].startswith("Give model=FOLDER")
+    assert fair["next"].startswith("`scldm evaluate` with model=FOLDER tells")
 
 
 def test_copies_and_lost_effects_come_first() -> None:

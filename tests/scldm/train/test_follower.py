@@ -81,9 +81,15 @@ def test_tensorboard_has_the_rows_and_the_configuration(tmp_path: Path) -> None:
     [
         ("wandb", InputError, "tracking.also=wandb: give module:Class"),
         ("json:JSONDecoder", InputError, "json has no class 'JSONDecoder' that is a scldm.train.follower.Follower"),
-        ("nobody_has_this:Class", ModuleNotFoundError, "nobody_has_this"),
+        ("nobody_has_this:Class", InputError, "no module 'nobody_has_this' is found. PYTHONPATH must name the folder"),
+        ("scldm.nobody.has:Class", InputError, "no module 'scldm.nobody' is found"),
+        ("of_mine:Class", ModuleNotFoundError, "No module named 'a_package_that_it_needs'"),
     ],
 )
-def test_what_is_no_follower_is_refused_before_training(tmp_path: Path, also: str, error, why: str) -> None:
+def test_what_is_no_follower_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, also: str, error, why: str
+) -> None:
+    (tmp_path / "of_mine.py").write_text("import a_package_that_it_needs")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(error, match=why):
         Tracker(tmp_path, config(also))

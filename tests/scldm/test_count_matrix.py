@@ -1,0 +1,75 @@
+"""Counts are read alike wherever they lie, and never more of them at once than a block."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+from scldm import count_matrix as module
+from scldm.count_matrix import columns_in_memory, count_matrix, row_blocks, rows_in_memory, table_in_memory
+
+COUNTS = sp.csr_matrix(np.random.default_rng(0).poisson(0.5, (25, 6)).astype(np.float32))
+KEEP = np.array([True, False, True, True, False, True])
+ROWS = np.array([0, 3, 4, 11, 24])
+
+
+class Lazy:
+    """A matrix as dask has them: a slice is computed when it is asked for."""
+
+    def __init__(self, matrix: sp.csr_matrix, seen: list[int]) -> None:
+        self.matrix, self.seen, self.shape = matrix, seen, matrix.shape
+
+    def __getitem__(self, rows: slice) -> Lazy:
+        return Lazy(self.matrix[rows], self.seen)
+
+    def compute(self) -> sp.csr_matrix:
+        self.seen.append(self.matrix.shape[0])
+        return self.matrix
+
+
+@pytest.fixture(params=["memory", "dense", "csr", "csc", "array", "lazy"])
+def matrix(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The counts in memory, in a file, or lazy."""
+    monkeypatch.setattr(module, "FILE_ROWS", 4)
+    if request.param in ("memory", "dense"):
+        yield COUNTS if request.param == "memory" else COUNTS.toarray()
+        return
+    if request.param == "lazy":
+        yield Lazy(COUNTS, [])
+        return
+    written = {"csr": COUNTS, "csc": COUNTS.tocsc(), "array": COUNTS.toarray()}[request.param]
+    ad.AnnData(written).write_h5ad(tmp_path / "cells.h5ad")
+    adata = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    yield adata.X
+    adata.file.close()
+
+
+def test_counts_are_the_same_wherever_they_lie(matrix: Any) -> None:
+    assert (columns_in_memory(matrix, KEEP) != COUNTS[:, KEEP]).nnz == 0
+    assert (rows_in_memory(matrix, ROWS) != COUNTS[ROWS]).nnz == 0
+    assert rows_in_memory(matrix, ROWS[:0]).shape == (0, 6)
+    if isinstance(matrix, Lazy):
+        assert sum(matrix.seen) == 3 * 25
+        assert max(matrix.seen) == 4
+
+
+def test_a_file_is_read_some_rows_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FILE_ROWS", 10)
+    ad.AnnData(COUNTS).write_h5ad(tmp_path / "cells.h5ad")
+    adata = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    assert [block.shape[0] for block in row_blocks(count_matrix(adata).matrix)] == [10, 10, 5]
+    adata.file.close()
+
+
+def test_a_lazy_table_is_read() -> None:
+    class Table:
+        def to_memory(self) -> pd.DataFrame:
+            return pd.DataFrame({"a": [1]})
+
+    assert table_in_memory(Table()).equals(table_in_memory(pd.DataFrame({"a": [1]})))
