@@ -23,7 +23,7 @@ from scldm.files import disk_explained, flat, write_json, written_aside
 from scldm.model.attention import Choice
 from scldm.parallel.deepspeed_json import check_overrides
 from scldm.parallel.dist import World, close_world, world_of_environment
-from scldm.parallel.engine import HardwareConfig, check_engine, start_engine
+from scldm.parallel.engine import Engine, HardwareConfig, check_engine, start_engine
 from scldm.parallel.watch import SOONER_S, Watch
 from scldm.pretrained import Pretrained
 from scldm.train.branch import to_begin
@@ -34,6 +34,7 @@ from scldm.train.init_from import Joined
 from scldm.train.loop import Loader, TrainConfig, train
 from scldm.train.losses import Stage
 from scldm.train.optim import OptimConfig, make_optimizer
+from scldm.train.previews import Make, Previews
 from scldm.train.requests import Requests
 from scldm.train.run_folder import open_run_folder, outcome_noted, step_of
 from scldm.train.step_cost import StepCost
@@ -44,7 +45,7 @@ from scldm.train.tracking import Tracker, TrackingConfig, check_attached
 # is a place: that the cells there are the same is proved by the loader's state and the vocabularies
 FREE_ON_RESUME = (
     *("run_dir", "tracking", "train.log_every", "train.save_every", "train.keep", "train.keep_every"),
-    *("train.patience", "train.max_skipped", "train.hang_s", "train.stop_signals"),
+    *("train.patience", "train.max_skipped", "train.hang_s", "train.stop_signals", "train.preview_share"),
     *("model.attention", "model.compile", "model.recompute", "model.gene_chunk"),
     *("hardware.engine", "hardware.require_gpu", "hardware.micro_batch", "hardware.zero_stage", "hardware.threads"),
     *("hardware.offload_optimizer", "hardware.collective_timeout_s", "hardware.peak_tflops"),
@@ -98,6 +99,7 @@ class Parts(NamedTuple):
     joined: how its names met those of `init_from`
     cost: of a micro-batch
     attention: how the autoencoder's is computed, and why, where there is one
+    preview: what makes previews, on the first rank where there are any
     """
 
     module: torch.nn.Module
@@ -108,6 +110,7 @@ class Parts(NamedTuple):
     joined: Sequence[Joined] = ()
     cost: Callable[[], StepCost] | None = None
     attention: Choice | None = None
+    preview: Make | None = None
 
 
 def run_training(
@@ -210,12 +213,24 @@ def run_training(
             watch,
             requests,
             Meter(world, flops, peak),
+            previews_of(parts, config, engine, run_dir, tracker, world),
         )
         tracker.log_on_parent(metrics, name.split()[-1])
         if judge is not None:
             del engine, parts  # what is judged comes from the checkpoint, and may need their memory
             watch.let_first(lambda: judge(tracker, world.device))
         return metrics
+
+
+def previews_of(
+    parts: Parts, config: RunConfig, engine: Engine, run_dir: Path, tracker: Tracker, world: World
+) -> Previews:
+    """What the first rank shows at validations. Under ZeRO-3 nothing: a rank has no whole network."""
+    make, train = parts.preview, config.train
+    if make is not None and getattr(engine, "stage", 0) == 3:
+        print("scldm: no previews, as no rank has the whole network under ZeRO-3", file=sys.stderr, flush=True)
+        make = None
+    return Previews(run_dir, tracker, make, train.preview_share, train.hang_s, world.device)
 
 
 def datasets_of(config: Mapping[str, Any]) -> list[dict[str, Any]]:
