@@ -5,9 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import json
+import os
+import socket
+import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -36,9 +40,9 @@ from scldm.train.losses import Stage
 from scldm.train.optim import OptimConfig, make_optimizer
 from scldm.train.previews import Make, Previews
 from scldm.train.requests import Requests
-from scldm.train.run_folder import open_run_folder, outcome_noted, step_of
+from scldm.train.run_folder import PLAN, open_run_folder, outcome_noted, step_of
 from scldm.train.step_cost import StepCost
-from scldm.train.throughput import Meter, peak_flops
+from scldm.train.throughput import PEAK_TFLOPS, Meter, gpu_name, peak_flops
 from scldm.train.tracking import Tracker, TrackingConfig, check_attached
 
 # what a resume may change: where and how fast a run goes, how it is followed, but not what it computes. `data.shards`
@@ -192,6 +196,10 @@ def run_training(
         for path in sorted(run_dir.glob(f"{DIFFS}/*")):
             tracker.log_artifact(path, DIFFS)
         last.callback(tag_checkpoints, tracker, run_dir)
+        machine = machine_of(config.hardware, world) if config.tracking.enabled and hasattr(config, "data") else {}
+        if machine and world.is_first:
+            last.enter_context(planned(name.split()[-1], run_dir, machine))
+            tracker.log_artifact(run_dir / PLAN)  # sent once it is there
         note_cause = watch.on_end
 
         def end(reason: str, code: int) -> None:
@@ -231,6 +239,34 @@ def previews_of(
         print("scldm: no previews, as no rank has the whole network under ZeRO-3", file=sys.stderr, flush=True)
         make = None
     return Previews(run_dir, tracker, make, train.preview_share, train.hang_s, world.device)
+
+
+def machine_of(hardware: HardwareConfig, world: World) -> dict[str, Any]:
+    """What this run's machine is, as keys of PlannedHardware. Collective."""
+    nodes = len(set(world.gather(socket.gethostname())))
+    machine: dict[str, Any] = {"nodes": nodes, "gpus_per_node": -(-world.size // nodes)}
+    if world.device.type != "cuda":  # as the preset hardware/cpu is planned, see launch/plan.py
+        return {**machine, "gpu": "CPU", "memory_gb": 16, "context_gb": 0, "launch_us": 25}
+    kind, memory = gpu_name(world.device), torch.cuda.get_device_properties(world.device).total_memory
+    known = {} if hardware.peak_tflops and kind not in PEAK_TFLOPS else {"gpu": kind}
+    return {**machine, **known, "memory_gb": memory / 1e9}
+
+
+@contextmanager
+def planned(stage: str, run_dir: Path, machine: Mapping[str, Any]) -> Iterator[None]:
+    """Within, a process with little priority writes the run's plan. It ends with the run."""
+    root = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    words = [sys.executable, "-m", "launch.planning.of_run", stage, str(run_dir), json.dumps(machine)]
+    process = subprocess.Popen(words, env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""})
+    try:
+        yield
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+            if not (run_dir / PLAN).is_file():
+                print(f"scldm: no {PLAN}: the run ended before it was made", file=sys.stderr, flush=True)
 
 
 def datasets_of(config: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -190,7 +190,10 @@ class Generations:
         title = (
             f"step {step:,}: {len(made):,} cells of the held-out cells' conditions, generated in {SAMPLER.n_steps} "
             "steps with the EMA of the weights\n"
-            + ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in [*shown.items()][:MOST_TOLD])
+            + ", ".join(
+                f"{name.replace('_', ' ').replace('/', ' to ')} {value:.2f}"
+                for name, value in [*shown.items()][:MOST_TOLD]
+            )
         )
         image = drawn(lambda: generation(title, *moments, metrics, of.map.name, places))
         return Preview(metrics, image)
