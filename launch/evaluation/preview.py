@@ -28,16 +28,16 @@ from scldm.errors import InputError
 from scldm.flow.generate import SamplerConfig
 from scldm.model.dit import DiT
 from scldm.model.vae import VAE
-from scldm.networks import BATCH_CELLS, Precision, cell_bytes
-from scldm.pretrained import Pretrained
 from scldm.train.previews import Check, Make, Preview
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what an evaluation imports takes seconds, and a node that trains may lack it
     from data_pipeline.stream.loader import StreamConfig
     from scldm.evaluate.cells import Cells
     from scldm.evaluate.map_of_cells import FixedMap
     from scldm.evaluate.memorisation import Nearness
     from scldm.evaluate.space import Profile, Space
+    from scldm.networks import Precision
+    from scldm.pretrained import Pretrained
 
 N_CELLS = 500  # held-out cells of a preview
 N_READ = 2_000  # of a split at most that are read: training cells to which generated ones may lie near
@@ -65,6 +65,9 @@ class Trained:
     precision: Precision
 
     def model(self, vae: VAE, dit: DiT | None) -> Pretrained:
+        from scldm.networks import BATCH_CELLS, cell_bytes
+        from scldm.pretrained import Pretrained
+
         of, batch = self.manifest, min(BATCH_CELLS, max(1, int(BATCH_BYTES / cell_bytes(vae))))
         origin = {"vae": {"config": self.config}} if dit is None else {}
         words = (of.genes, of.conditions, library_sizes_of(of), origin, "", batch, self.precision)
@@ -129,7 +132,7 @@ class Reconstructions:
     """Held-out cells, encoded, decoded and drawn: their genes' moments beside the cells' own."""
 
     def __init__(self, trained: Trained, module: VAE) -> None:
-        self.trained, self.model = trained, trained.model(module, None)
+        self.trained, self.module = trained, module
         self.real: Cells | None = None
 
     def __call__(self, step: int, check: Check) -> Preview:
@@ -138,12 +141,12 @@ class Reconstructions:
         from scldm.evaluate.figures.preview import reconstruction
         from scldm.evaluate.preview import gene_agreement, log_moments
 
-        trained = self.trained
+        trained, model = self.trained, self.trained.model(self.module, None)
         if self.real is None:
             (held_out,) = trained.cells(trained.data.shards, (), ("validation",), N_CELLS)
-            self.real = some_of(known_genes(self.model, held_out)[0], N_CELLS, trained.seed)
+            self.real = some_of(known_genes(model, held_out)[0], N_CELLS, trained.seed)
             check()
-        made = reconstructed(self.model, self.real, trained.seed)
+        made = reconstructed(model, self.real, trained.seed)
         check()
         moments = log_moments(self.real.counts), log_moments(made.counts)
         metrics = gene_agreement(*moments)
