@@ -34,8 +34,8 @@ def main(words: Sequence[str]) -> int:
         config = typed(PlanVAEConfig if stage == "vae" else PlanLDMConfig, of, f"{run}/{CONFIG}")
         config = cut(with_data(config))
         plan = plan_of(config)
-        others = compared(plan) if config.compare else []
-        write_json(Path(run) / PLAN, {**plan.to_json(), "compared": [other.row() for other in others]})
+        write_json(Path(run) / PLAN, plan.to_json())  # a short run is to have it too
+        write_json(Path(run) / PLAN, {**plan.to_json(), "compared": [other.row() for other in compared(plan)]})
     except Exception as error:  # whatever it is: the run goes on without a plan
         why = " ".join(f"{error}".split()) or type(error).__name__
         print(f"scldm: no {PLAN}: {why}", file=sys.stderr, flush=True)
