@@ -50,8 +50,6 @@ def responses_to(train: Cells, held_out: Cells, generated: Cells, seed: int) -> 
     out, sources = dict[str, float](), (train, held_out, generated)
     for name, labels_n in held_out.labels.items():
         labels, n = np.unique(labels_n, return_counts=True)
-        if len(labels) < 2:
-            continue
         control = guess_control(labels.tolist()) or str(labels[np.argmax(n)])
         one = [Cells(c.counts, c.labels[name], c.genes, c.name, 0, {name: c.labels[name]}) for c in sources]
         slope = response(one[0], one[1], one[2], name, control, seed=seed).pooled.get("slope")
