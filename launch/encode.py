@@ -18,7 +18,7 @@ from data_pipeline.stream.loader import shard_batches
 from data_pipeline.write_latents import LatentWriter
 from launch.cli import run_verb
 from launch.evaluation.gate import GATE, gate_of, warn
-from launch.run_data import check_encodes, data_of
+from launch.run_data import check_encodes, data_of, keep_encoded_from
 from launch.staged import at_hand
 from launch.trained import check_given, trained_vae
 from scldm.batch import GeneCounts
@@ -75,7 +75,7 @@ FIRST = ("vae", "shards", "out", "which", "genes.policy", "genes.share", "batch"
 
 def main(config: EncodeConfig) -> Path:
     """Write this rank's shards, and on the first rank the manifest when all are there. Returns the folder."""
-    config = at_hand(config)
+    as_given, config = config, at_hand(config)  # a copy that a job staged is gone after it
     world = world_of_environment()
     torch.set_num_threads(config.threads)
     vae, origin = trained_vae(Path(config.vae), config.which)
@@ -103,6 +103,7 @@ def main(config: EncodeConfig) -> Path:
             world.barrier()
             if world.is_first:
                 writer.finish()
+                keep_encoded_from(Path(config.out), as_given.vae, config.which, as_given.shards)
                 if gate:  # for who trains on these latents
                     write_json(Path(config.out) / GATE, gate)
                 print(f"{cells.manifest.n_cells:,} cells as {shape[0]} tokens of width {shape[1]}: {config.out}")

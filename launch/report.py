@@ -29,6 +29,7 @@ from scldm.evaluate.report_tables import row_texts
 from scldm.evaluate.run_page import run_page
 from scldm.files import disk_explained, flat, written_aside
 from scldm.train.follower import SYSTEM, row_of
+from scldm.train.previews import FOLDER
 from scldm.train.run_folder import ENVIRONMENT, OUTCOME
 from scldm.train.tracking import read_metrics
 from scldm.vocab import ConditionVocab
@@ -113,8 +114,15 @@ def facts(run: Path) -> dict[str, Any]:
         "weak": wrong,
         "groups": groups,
         "curves": curves_of(rows),
+        "preview": last_preview(run),
         "settings": {key: str(value) for key, value in flat(config)},
     }
+
+
+def last_preview(run: Path) -> bytes | None:
+    """The PNG file of what the model made of held-out cells last."""
+    found = sorted((run / FOLDER).glob("step-*.png"))
+    return found[-1].read_bytes() if found else None
 
 
 def metric_of(config: Mapping[str, Any]) -> str:

@@ -3,25 +3,28 @@
 Every verb asks `other_data`. Training resumes on the very same data alone. An autoencoder may encode other cells of the
 same genes, and a warning says so where the training cells differ: its test cells may have been trained on.
 
-Reading order: data_of, kept_data, keep_data, other_data, check_data, check_encodes.
+Reading order: data_of, kept_data, keep_data, other_data, check_data, check_encodes, keep_encoded_from, encoded_from.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from data_pipeline.format.schema import Manifest
+from scldm.environment import without_passwords
 from scldm.errors import InputError, read_json
 from scldm.files import write_json
 from scldm.library_size import LibrarySizeModel, LogNormal
 
 GENES, CONDITIONS, SIZES, LATENTS = "genes.json", "conditions.json", "library_sizes.json", "latents.json"
 MISSING = "missing.json"
+ENCODED_FROM = "encoded_from.json"  # beside latents
 OTHER_CELLS = "other training cells, as after another split"
 
 
@@ -128,3 +131,31 @@ def check_encodes(vae_run: Path, now: Mapping[str, Any], given: str, is_first: b
             file=sys.stderr,
             flush=True,
         )
+
+
+class EncodedFrom(NamedTuple):
+    """vae: run folder of the autoencoder. which: its checkpoint. shards: set of the cells, a folder or a URL"""
+
+    vae: Path
+    which: Literal["best", "latest"]
+    shards: str
+
+
+def keep_encoded_from(latents: Path, vae: str, which: str, shards: str) -> None:
+    """Note beside latents where they come from. Paths are from the latents' folder: all may be moved together."""
+    of = {"vae": _seen_from(latents, vae), "which": which, "shards": _seen_from(latents, without_passwords(shards))}
+    write_json(latents / ENCODED_FROM, of)
+
+
+def encoded_from(latents: Path) -> EncodedFrom | None:
+    """Where latents come from, as far as that is noted. Hashes in their manifest say whether it is still there."""
+    path = latents / ENCODED_FROM
+    if not path.is_file():
+        return None
+    of = read_json(path)
+    shards = of["shards"] if "://" in of["shards"] else os.path.normpath(latents / of["shards"])
+    return EncodedFrom(Path(os.path.normpath(latents / of["vae"])), of["which"], shards)
+
+
+def _seen_from(folder: Path, path: str) -> str:
+    return path if "://" in path else os.path.relpath(Path(path).resolve(), folder.resolve())

@@ -22,7 +22,8 @@ from data_pipeline.stream.gene_sets import GeneSetConfig, as_whole_cells
 from data_pipeline.stream.loader import CellLoader, LatentLoader, LoaderConfig, StreamConfig
 from launch.cli import run_verb
 from launch.evaluation.gate import gate_of, warn
-from launch.run_data import check_encodes, data_of
+from launch.evaluation.preview import Trained, of_ldm
+from launch.run_data import EncodedFrom, check_encodes, data_of, encoded_from
 from launch.staged import at_hand
 from launch.trained import check_given, trained_vae
 from launch.training import (
@@ -46,6 +47,7 @@ from scldm.train.init_from import dit_from
 from scldm.train.loop import TrainConfig
 from scldm.train.losses import FlowConfig, GuidanceConfig, LDMStage
 from scldm.train.optim import OptimConfig
+from scldm.train.previews import Make
 from scldm.train.step_cost import StepCost, dit_step
 from scldm.train.tracking import TrackingConfig
 from scldm.vocab import ConditionVocab
@@ -163,7 +165,19 @@ def set_up(config: TrainLDMConfig, world: World) -> Parts:
         bf16, n_cells = config.hardware.precision == "bf16", config.hardware.micro_batch
         return dit_step(config.model, n_latents, latent_width, {}, n_cells, bf16=bf16)
 
-    return Parts(module, stage, source.loader, source.validation, manifest, joined, cost)
+    preview = preview_of(as_given, module, manifest, world) if world.is_first and config.train.preview_share else None
+    return Parts(module, stage, source.loader, source.validation, manifest, joined, cost, preview=preview)
+
+
+def preview_of(config: TrainLDMConfig, module: DiT, manifest: Manifest, world: World) -> Make | None:
+    """What makes previews: with the autoencoder and the cells that the latents come from."""
+    shards, precision = config.data.shards, "bfloat16" if config.hardware.precision == "bf16" else "float32"
+    of = ("train ldm", asdict(config), config.data, manifest, config.train.seed, world.device, precision)
+    source = (
+        EncodedFrom(Path(config.vae), "best", at_hand(config).data.shards) if config.vae else encoded_from(Path(shards))
+    )
+    hashes = {name: manifest.extra[name] for name in ("vae", "cells") if name in manifest.extra}
+    return of_ldm(Trained(*of), module, source, hashes)
 
 
 # --- where the latents come from -----------------------------------------------------------------------------------

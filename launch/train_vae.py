@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from data_pipeline.stream.gene_sets import GeneSetConfig, as_whole_cells
 from data_pipeline.stream.loader import CellLoader, LoaderConfig
 from launch.cli import run_verb
 from launch.evaluation.gate import judge_run
+from launch.evaluation.preview import Trained, of_vae
 from launch.staged import at_hand
 from launch.training import Parts, check_changes, check_has_validation, check_waits, run_training, start_of, whole_cells
 from scldm.checked import Checked
@@ -116,7 +117,12 @@ def set_up(config: TrainVAEConfig, world: World) -> Parts:
 
     dtype = torch.bfloat16 if config.hardware.precision == "bf16" else torch.float32
     attention = chosen(config.model, world.device, dtype)
-    return Parts(module, VAEStage(module), loader, validation, loader.manifest, joined, cost, attention)
+    preview = None
+    if world.is_first and config.train.preview_share:
+        as_dict, precision = asdict(config), "bfloat16" if config.hardware.precision == "bf16" else "float32"
+        of = ("train vae", as_dict, config.data, loader.manifest, config.train.seed, world.device, precision)
+        preview = of_vae(Trained(*of), module)
+    return Parts(module, VAEStage(module), loader, validation, loader.manifest, joined, cost, attention, preview)
 
 
 def genes_of(data: LoaderConfig, n_genes: int) -> tuple[int, int]:

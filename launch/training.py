@@ -5,9 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import json
+import os
+import socket
+import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -24,6 +29,7 @@ from scldm.model.attention import Choice
 from scldm.parallel.deepspeed_json import check_overrides
 from scldm.parallel.dist import World, close_world, world_of_environment
 from scldm.parallel.engine import HardwareConfig, check_engine, start_engine
+from scldm.parallel.surface import Engine
 from scldm.parallel.watch import SOONER_S, Watch
 from scldm.pretrained import Pretrained
 from scldm.train.branch import to_begin
@@ -34,17 +40,19 @@ from scldm.train.init_from import Joined
 from scldm.train.loop import Loader, TrainConfig, train
 from scldm.train.losses import Stage
 from scldm.train.optim import OptimConfig, make_optimizer
+from scldm.train.previews import Make, Previews
 from scldm.train.requests import Requests
-from scldm.train.run_folder import open_run_folder, outcome_noted, step_of
+from scldm.train.run_folder import PLAN, open_run_folder, outcome_noted, step_of
 from scldm.train.step_cost import StepCost
-from scldm.train.throughput import Meter, peak_flops
+from scldm.train.throughput import PEAK_TFLOPS, Meter, gpu_name, peak_flops
 from scldm.train.tracking import Tracker, TrackingConfig, check_attached
 
+PLAN_AFTER_S = 60.0  # a run that ends sooner needs no plan
 # what a resume may change: where and how fast a run goes, how it is followed, but not what it computes. `data.shards`
 # is a place: that the cells there are the same is proved by the loader's state and the vocabularies
 FREE_ON_RESUME = (
     *("run_dir", "tracking", "train.log_every", "train.save_every", "train.keep", "train.keep_every"),
-    *("train.patience", "train.max_skipped", "train.hang_s", "train.stop_signals"),
+    *("train.patience", "train.max_skipped", "train.hang_s", "train.stop_signals", "train.preview_share"),
     *("model.attention", "model.compile", "model.recompute", "model.gene_chunk"),
     *("hardware.engine", "hardware.require_gpu", "hardware.micro_batch", "hardware.zero_stage", "hardware.threads"),
     *("hardware.offload_optimizer", "hardware.collective_timeout_s", "hardware.peak_tflops"),
@@ -98,6 +106,7 @@ class Parts(NamedTuple):
     joined: how its names met those of `init_from`
     cost: of a micro-batch
     attention: how the autoencoder's is computed, and why, where there is one
+    preview: what makes previews, on the first rank where there are any
     """
 
     module: torch.nn.Module
@@ -108,6 +117,7 @@ class Parts(NamedTuple):
     joined: Sequence[Joined] = ()
     cost: Callable[[], StepCost] | None = None
     attention: Choice | None = None
+    preview: Make | None = None
 
 
 def run_training(
@@ -189,6 +199,10 @@ def run_training(
         for path in sorted(run_dir.glob(f"{DIFFS}/*")):
             tracker.log_artifact(path, DIFFS)
         last.callback(tag_checkpoints, tracker, run_dir)
+        machine = machine_of(config.hardware, world) if config.tracking.enabled and hasattr(config, "data") else {}
+        if machine and world.is_first:
+            last.enter_context(planned(name.split()[-1], run_dir, machine))
+            tracker.log_artifact(run_dir / PLAN)  # sent once it is there
         note_cause = watch.on_end
 
         def end(reason: str, code: int) -> None:
@@ -210,12 +224,60 @@ def run_training(
             watch,
             requests,
             Meter(world, flops, peak),
+            previews_of(parts, config, engine, run_dir, tracker, world),
         )
         tracker.log_on_parent(metrics, name.split()[-1])
         if judge is not None:
             del engine, parts  # what is judged comes from the checkpoint, and may need their memory
             watch.let_first(lambda: judge(tracker, world.device))
         return metrics
+
+
+def previews_of(
+    parts: Parts, config: RunConfig, engine: Engine, run_dir: Path, tracker: Tracker, world: World
+) -> Previews:
+    """What the first rank shows at validations. Nothing where a rank has no whole network."""
+    make, train = parts.preview, config.train
+    if make is not None and not engine.is_whole:
+        print(
+            "scldm: no previews, as no rank has the whole network under ZeRO-3 and FSDP2", file=sys.stderr, flush=True
+        )
+        make = None
+    return Previews(run_dir, tracker, make, train.preview_share, train.hang_s, world.device)
+
+
+def machine_of(hardware: HardwareConfig, world: World) -> dict[str, Any]:
+    """What this run's machine is, as keys of PlannedHardware. Collective."""
+    nodes = len(set(world.gather(socket.gethostname())))
+    machine: dict[str, Any] = {"nodes": nodes, "gpus_per_node": -(-world.size // nodes)}
+    if world.device.type != "cuda":  # as the preset hardware/cpu is planned, see launch/plan.py
+        return {**machine, "gpu": "CPU", "memory_gb": 16, "context_gb": 0, "launch_us": 25}
+    kind, memory = gpu_name(world.device), torch.cuda.get_device_properties(world.device).total_memory
+    known = {} if hardware.peak_tflops and kind not in PEAK_TFLOPS else {"gpu": kind}
+    return {**machine, **known, "memory_gb": memory / 1e9}
+
+
+@contextmanager
+def planned(stage: str, run_dir: Path, machine: Mapping[str, Any]) -> Iterator[None]:
+    """Within, after PLAN_AFTER_S, a process with little priority writes the run's plan. It ends with the run."""
+    root = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    words = [sys.executable, "-m", "launch.planning.of_run", stage, str(run_dir), json.dumps(machine)]
+    env, started = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}, list[subprocess.Popen]()
+    timer = threading.Timer(PLAN_AFTER_S, lambda: started.append(subprocess.Popen(words, env=env)))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        for process in started:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+                if not (run_dir / PLAN).is_file():
+                    print(f"scldm: no {PLAN}: the run ended before it was made", file=sys.stderr, flush=True)
 
 
 def datasets_of(config: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -42,16 +42,18 @@ BATCH_SHARE, MOST_CELLS = 1 / 4, 1_024
 
 
 def batch_on(device: str | torch.device, vae: VAE) -> int:
-    """Cells of a batch that is to decode all genes, a power of two: GPUs of one kind take the same.
-
-    A cell has for each gene five numbers a pair of a head and a latent token (weights, and what goes into a norm's
-    variance), and of its counts and their draws 64 at most.
-    """
+    """Cells of a batch that is to decode all genes, a power of two: GPUs of one kind take the same."""
     if torch.device(device).type != "cuda":
         return BATCH_CELLS
-    pairs = vae.config.decoder_cross_heads * vae.config.n_latents
-    fits = BATCH_SHARE * torch.cuda.get_device_properties(device).total_memory / (4 * vae.n_genes * (5 * pairs + 64))
+    fits = BATCH_SHARE * torch.cuda.get_device_properties(device).total_memory / cell_bytes(vae)
     return min(MOST_CELLS, 1 << max(0, math.floor(math.log2(max(fits, 1)))))
+
+
+def cell_bytes(vae: VAE) -> int:
+    """That a cell takes while all its genes are decoded. It has for each gene five numbers a pair of a head and a
+    latent token (weights, and what goes into a norm's variance), and of its counts and their draws 64 at most."""
+    pairs = vae.config.decoder_cross_heads * vae.config.n_latents
+    return 4 * vae.n_genes * (5 * pairs + 64)
 
 
 def usable(device: str | torch.device) -> None:

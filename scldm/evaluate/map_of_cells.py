@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -42,3 +43,25 @@ def umap_coordinates(components: np.ndarray, seed: int) -> np.ndarray:
 
     neighbours = min(15, len(components) - 1)
     return umap.UMAP(n_neighbors=neighbours, min_dist=0.3, random_state=seed, n_jobs=1).fit_transform(components)
+
+
+@dataclass(frozen=True)
+class FixedMap:
+    """A map that is fitted once on some cells, on which others are placed later.
+
+    name: UMAP, or PC where the package umap-learn is missing: the first two principal components
+    place: from components, (n, K), to coordinates, (n, 2). The same for the same cells
+    """
+
+    name: str
+    place: Callable[[np.ndarray], np.ndarray]
+
+    @classmethod
+    def of(cls, components: np.ndarray, seed: int) -> FixedMap:
+        try:
+            import umap  # compiles for seconds
+        except ModuleNotFoundError:
+            return cls("PC", lambda of_cells: of_cells[:, :2])
+        neighbours = min(15, len(components) - 1)
+        fitted = umap.UMAP(n_neighbors=neighbours, min_dist=0.3, random_state=seed, n_jobs=1).fit(components)
+        return cls("UMAP", lambda of_cells: np.asarray(fitted.transform(of_cells)))

@@ -1,7 +1,7 @@
 """One training run, or two beside each other, as one self-contained HTML page.
 
 The page is written from facts alone: of a run, its name, a headline, the sentences on where it is weak, rows of text by
-group, curves and settings. launch/report.py reads them from run folders.
+group, curves, settings and its last preview, a PNG. launch/report.py reads them from run folders.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ ABOUT = {
 def run_page(runs: Sequence[Mapping[str, Any]]) -> str:
     curves = {run["name"]: run["curves"] for run in runs}
     images = {"run_curves": drawn(lambda: run_curves(curves))} if run_panels(list(curves.values())) else {}
+    previews = {f"preview_{k}": run["preview"] for k, run in enumerate(runs) if run["preview"]}
+    images |= previews
     title = f"Training run {runs[0]['name']}" if len(runs) == 1 else " and ".join(curves)
     heads = [[Head(""), *(Head(name, kind="name") for name in curves)]]
     groups = list(dict.fromkeys(group for run in runs for group in run["groups"]))
@@ -33,7 +35,10 @@ def run_page(runs: Sequence[Mapping[str, Any]]) -> str:
     same = [row for row in settings if row not in differ]
     settings_by = [("different", differ), ("the same", same)] if len(runs) > 1 else [("", settings)]
     page = environment(images).get_template("run.html.j2")
-    return page.render(runs=runs, title=title, facts=facts, about=ABOUT, settings=Table(heads, settings_by))
+    named = [(name, runs[int(name.removeprefix("preview_"))]["name"]) for name in previews]
+    return page.render(
+        previews=named, runs=runs, title=title, facts=facts, about=ABOUT, settings=Table(heads, settings_by)
+    )
 
 
 def beside(runs: Sequence[Mapping[str, str]]) -> list[list[Cell]]:

@@ -65,6 +65,7 @@ class DeepSpeedEngine:
             overrides,
         )
         self.module: nn.Module = model.to(world.device)
+        self.is_whole = hardware.zero_stage < 3
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         self.shapes = {name: parameter.shape for name, parameter in self.module.named_parameters()}
         optimizer = make_optimizer(self.module)

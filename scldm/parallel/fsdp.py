@@ -61,6 +61,7 @@ class FSDPEngine:
         self.frees_blocks = hardware.zero_stage == 3
         self.accumulation, self.n_done = hardware.accumulation(global_batch, world.size), 0
         self.module: nn.Module = model.to(world.device)
+        self.is_whole = False
         whole = dict(self.module.named_parameters())
         self.shapes = {name: parameter.shape for name, parameter in whole.items()}
         how: dict[str, Any] = {

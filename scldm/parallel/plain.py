@@ -28,6 +28,7 @@ class PlainEngine:
         self, model: nn.Module, make_optimizer: OptimizerFactory, hardware: HardwareConfig, clip: float, world: World
     ) -> None:
         self.module: nn.Module = model.to(world.device)
+        self.is_whole = True
         self.optimizer = make_optimizer(self.module)
         self.clip = clip
         self.model: Any = Autocast(self.module, hardware.precision, world.device)

@@ -95,6 +95,7 @@ class Engine(Protocol):
     model: Any  # called for the forward pass, in validation too
     bare: Any  # the same forward pass, of which `gradients` tells the gradients
     module: nn.Module  # the bare network, whose parameters may be empty between forward passes (ZeRO-3)
+    is_whole: bool  # whether a rank can call the network by itself, and any part of it
     shapes: dict[str, torch.Size]  # of the parameters, whole, by name
     pieces: list[Piece]  # what this rank holds. Those of all ranks make every parameter once
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from scldm.train import checkpoint, nonfinite
 from scldm.train.ema import EMA
 from scldm.train.losses import Draws, Stage
 from scldm.train.optim import OptimConfig, early_end, learning_rate
+from scldm.train.previews import Previews
 from scldm.train.profile import StepProfile
 from scldm.train.requests import Requests, signal_named
 from scldm.train.run_state import RunState
@@ -45,6 +47,9 @@ class TrainConfig(Checked):
     log_every: steps between two rows of training metrics
     rank_logs: also keep a file for each rank, ranks/K.jsonl: its own cells/s, waiting and memory
     validate_every: steps between two passes over the validation cells
+    preview_share: most of the run's time that previews may take: at a validation the first rank draws how held-out
+        cells are reconstructed or generated, while the others wait. The first one is due once 20 s are that share. 0
+        for never, 1 for one at each validation
     save_every: steps between two checkpoints
     keep: checkpoints kept, besides the best
     keep_every: those of every so many steps are kept too. 0 keeps none of these
@@ -63,6 +68,7 @@ class TrainConfig(Checked):
     log_every: int = checked(50, at_least=1)
     rank_logs: bool = False
     validate_every: int = checked(1_000, at_least=1)
+    preview_share: float = checked(0.01, at_least=0, at_most=1)
     save_every: int = checked(1_000, at_least=1)
     keep: int = checked(2, at_least=1)
     keep_every: int = checked(0, at_least=0)
@@ -100,6 +106,7 @@ def train(
     watch: Watch | None = None,
     requests: Requests | None = None,
     meter: Meter | None = None,
+    previews: Previews | None = None,
 ) -> dict[str, float]:
     """Train to `config.steps`, from the last whole checkpoint in `run_dir` if there is one. Returns validation metrics.
 
@@ -162,8 +169,9 @@ def train(
             supervisor.agree(f"step {state.step}")
             is_best = False
             if state.unvalidated and not supervisor.asked.stop:
+                preview = partial(previews.at, state.step, state.cells_seen) if previews else None
                 with meter.paused():
-                    metrics = validate(stage, engine, ema, validation, config.seed, world, supervisor)
+                    metrics = validate(stage, engine, ema, validation, config.seed, world, supervisor, preview)
                 if metrics is not None:  # else the run was asked to stop meanwhile
                     tracker.log(state.step, metrics, split="validation", cells_seen=state.cells_seen)
                     is_best = state.validated(metrics, stage.validation_metric)
@@ -204,9 +212,19 @@ def end_early(state: RunState, config: TrainConfig, optim: OptimConfig, world: W
 
 @torch.no_grad()
 def validate(
-    stage: Stage, engine: Engine, ema: EMA, loader: Loader, seed: int, world: World, supervisor: Supervisor
+    stage: Stage,
+    engine: Engine,
+    ema: EMA,
+    loader: Loader,
+    seed: int,
+    world: World,
+    supervisor: Supervisor,
+    preview: Callable[[], None] | None = None,
 ) -> dict[str, float] | None:
     """Means over the validation cells, with the EMA and the same draws every time. Collective.
+
+    preview: what the first rank does afterwards with the EMA, and the others not at all. They wait for it where the
+        engine goes back to the weights that are trained
 
     None where all ranks agreed, after some batch, that they are to stop.
     """
@@ -225,6 +243,9 @@ def validate(
                     sums[key] = sums.get(key, torch.zeros((), device=world.device)) + value
             if stopped := supervisor.is_stopped(f"validation batch {number}"):
                 break
+        if preview is not None and not stopped:
+            supervisor.mark("waits for a preview")
+            preview()
     engine.module.train()
     if stopped:
         return None

@@ -3,7 +3,9 @@
 config.json       the resolved config, as given
 changes.json      what changed the course of the run, see changes.py
 environment.json  versions, commit, host, command line, how attention is computed; one entry per start
+plan.json         what training this config was planned to take, see launch/planning/of_run.py
 metrics.jsonl     see tracking.py
+previews/         see previews.py
 tracked.json, system.jsonl, mlflow_run.json, tracking.lock    see mlflow_run.py
 outcome.json      running, finished, stopped or failed; the exit code and why
 checkpoints/      see checkpoint.py
@@ -41,6 +43,7 @@ if TYPE_CHECKING:  # it imports torch, which `scldm status` needs nothing of
     from scldm.train.branch import Branch
 
 CONFIG = "config.json"
+PLAN = "plan.json"
 ENVIRONMENT = "environment.json"
 NOTES = "slurm"
 OUTCOME = "outcome.json"

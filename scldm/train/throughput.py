@@ -1,6 +1,6 @@
 """How fast cells pass and what they cost: the metrics of training between two rows of the log.
 
-Reading order: PEAK_TFLOPS, MEMORY_TB_S, peak_flops, Meter, note_rank.
+Reading order: PEAK_TFLOPS, MEMORY_TB_S, peak_flops, gpu_name, Meter, note_rank.
 """
 
 from __future__ import annotations
@@ -49,9 +49,14 @@ def peak_flops(device: torch.device, precision: str, stated_tflops: float = 0.0)
         return 1e12 * stated_tflops
     if device.type != "cuda":
         return 0.0
+    peaks = PEAK_TFLOPS.get(gpu_name(device))
+    return 1e12 * peaks[precision] if peaks else 0.0
+
+
+def gpu_name(device: torch.device) -> str:
+    """As PEAK_TFLOPS has it. One that the table lacks is called as it calls itself."""
     name = torch.cuda.get_device_name(device)
-    known = [kind for kind in PEAK_TFLOPS if kind in name.replace("-", " ").split()]
-    return 1e12 * PEAK_TFLOPS[known[0]][precision] if known else 0.0
+    return next((kind for kind in PEAK_TFLOPS if kind in name.replace("-", " ").split()), name)
 
 
 class Meter:

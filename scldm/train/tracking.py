@@ -73,7 +73,7 @@ class TrackingConfig(Checked):
     close_s: longest wait for a server at the end of the run, in seconds. It is 5 for a run that was stopped or failed.
         A local database is waited for until all is there, at most 90 s
     system_s: seconds between two samples of processor, memory and GPU; 0 takes none
-    attach: files that MLflow gets with the run, such as a plan
+    attach: files that MLflow gets with the run, such as a protocol
     also: module:Class of a place where the run is followed too, with MLflow or without, as
         scldm.train.tensorboard:TensorBoard; see scldm/train/follower.py for one of your own
     """

@@ -29,6 +29,7 @@ from scldm.parallel.engine import HardwareConfig
 from scldm.train.loop import TrainConfig
 from scldm.train.losses import GuidanceConfig, LDMStage, VAEStage
 from scldm.train.optim import OptimConfig
+from scldm.train.previews import Check, Make, Preview
 from scldm.train.requests import LOOK_EVERY_S
 from scldm.train.tracking import TrackingConfig
 from scldm.vocab import ConditionVocab, GeneVocab
@@ -125,8 +126,13 @@ def _rank(rank: int, size: int, port: int, output: str, work: Any, arguments: tu
         sys.exit(1)
 
 
-def train(config: SmallConfig, *faults: Fault, judge: Callable[[Any, Any], None] | None = None) -> None:
-    """The run of a config, as the verbs start it, with faults."""
+def train(
+    config: SmallConfig,
+    *faults: Fault,
+    judge: Callable[[Any, Any], None] | None = None,
+    preview: Callable[[torch.nn.Module], Make] | None = None,
+) -> None:
+    """The run of a config, as the verbs start it, with faults, and with previews on the first rank."""
 
     def set_up(world: World) -> Parts:
         stage = VAEStage(make_vae()) if config.stage == "vae" else LDMStage(make_dit(), GuidanceConfig(0.2))
@@ -144,9 +150,24 @@ def train(config: SmallConfig, *faults: Fault, judge: Callable[[Any, Any], None]
             query={},
             kind="cells",
         )
-        return Parts(stage.module, stage, loader, kind(make_cells(21, 1), *place), manifest)
+        made = preview(stage.module) if preview and world.is_first else None
+        return Parts(stage.module, stage, loader, kind(make_cells(21, 1), *place), manifest, preview=made)
 
     run_training(f"train {config.stage}", config, set_up, judge)
+
+
+def train_with_previews(config: SmallConfig) -> None:
+    """Each preview says whether the first rank has the whole network, and the same on every validation."""
+
+    def preview(module: torch.nn.Module) -> Make:
+        def make(step: int, check: Check) -> Preview:
+            numbers = torch.cat([p.detach().flatten() for p in module.parameters()])
+            print(f"preview of step {step}: {len(numbers)} numbers, {torch.rand(3)}")
+            return Preview({"norm": float(numbers.norm())}, b"")
+
+        return make
+
+    train(config, preview=preview)
 
 
 def train_and_judge(config: SmallConfig, seconds: float, dies: bool) -> None:

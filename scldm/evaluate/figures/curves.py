@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from scldm.evaluate.curves import Curves
-from scldm.evaluate.figures.looks import BASELINE, FAINT, GENERATED, INK, REAL, WIDTH, labels
+from scldm.evaluate.figures.looks import BASELINE, FAINT, GENERATED, INK, REAL, WIDTH, label, labels
 
 
 @dataclass(frozen=True)
@@ -114,12 +114,21 @@ UNITS = {
     "cells_per_s": "cells a second, all ranks",
     "waiting_share": "share of time spent waiting for cells",
     "mfu": "share of the device's peak FLOP/s",
+    "log_mean_r": "correlation of genes' log means",
+    "log_variance_r": "correlation of genes' log variances",
+    "memorisation_ratio": "distance to training cells, 1 is ideal",
 }
+SPLITS = {"train": "training", "validation": "validation", "preview": "previews"}
+
+
+SLOPE, MOST_SLOPES = "response_slope/", 3  # of a preview, one a condition
 
 
 def run_panels(runs: Sequence[Curves]) -> list[tuple[str, str]]:
     """(split, metric) of what the runs logged and is not always nought, in the order of UNITS."""
-    logged = [(metric, split) for metric in UNITS for split in ("train", "validation")]
+    logged = [(metric, split) for metric in UNITS for split in SPLITS]
+    slopes = {metric for of in runs for metric in of.get("preview", {}) if metric.startswith(SLOPE)}
+    logged += [(metric, "preview") for metric in sorted(slopes)[:MOST_SLOPES]]
     return [
         (split, metric)
         for metric, split in logged
@@ -144,12 +153,14 @@ def run_curves(runs: Mapping[str, Curves]) -> Figure:
                 shown.append(value)
                 if split == "train":
                     ax.plot(seen, value, color=color, linewidth=0.8, alpha=0.3)
-                ax.plot(seen, value if split == "validation" else _smooth(value), color=color)
+                marker = "o" if split == "preview" else None  # there may be a single one
+                shown_value = _smooth(value) if split == "train" else value
+                ax.plot(seen, shown_value, color=color, marker=marker, markersize=3.5)
         low, high = min(v.min() for v in shown), max(np.quantile(v, 0.98) for v in shown)
         pad = 0.08 * (high - low) or 1.0
         ax.set_ylim(low - pad, high + pad)  # the first steps would flatten the rest
-        ax.set_title(f"{metric}, {'training' if split == 'train' else split}")
-        ax.set_ylabel(UNITS[metric])
+        ax.set_title(label(f"{metric}, {SPLITS[split]}", 44))
+        ax.set_ylabel(UNITS.get(metric, "slope on real changes, 1 is right"))
         _along_cells(ax)
     if len(runs) > 1:
         lines = [Line2D([], [], color=color, label=name) for name, color in zip(names, RUN_COLORS, strict=False)]

@@ -23,6 +23,7 @@ from scldm.train import checkpoint
 from scldm.train.loop import TrainConfig, train
 from scldm.train.losses import GuidanceConfig, LDMStage, Stage, VAEStage
 from scldm.train.optim import OptimConfig, make_optimizer
+from scldm.train.previews import Make, Previews
 from scldm.train.requests import Requests
 from scldm.train.tracking import Tracker, TrackingConfig
 
@@ -199,12 +200,14 @@ def small_run(
     how: dict[str, Any] | None = None,
     watch: Watch | None = None,
     disturb: Callable[[Stage, CellsLoader], None] = lambda stage, loader: None,
+    preview: Callable[[torch.nn.Module], Make] | None = None,
     **every: Any,
 ) -> Finished:
     """Train `vae` or `ldm` on 50 cells as the verbs do, logging every step unless told otherwise.
 
     how: more of the model's config, such as recompute
     disturb: is given the stage and the loader, to make them fail
+    preview: is given the network, and makes what makes previews, one at each validation
     """
     hardware = hardware or HardwareConfig(engine="plain", micro_batch=global_batch // world.size)
     config = TrainConfig(
@@ -238,5 +241,6 @@ def small_run(
         Requests(run_dir, config.stop_signals, world) as requests,
     ):
         common = (config, optim, world, run_dir, tracker, stage_name, watch, requests)
-        metrics = train(stage, engine, loader, validation, *common)
+        previews = Previews(run_dir, tracker, preview(module), 1.0) if preview else None
+        metrics = train(stage, engine, loader, validation, *common, previews=previews)
     return Finished(engine, loader, metrics)
