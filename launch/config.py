@@ -356,8 +356,11 @@ def _texts(values: Any) -> Iterator[tuple[str, str]]:
 # --- help ----------------------------------------------------------------------------------------------------------
 
 
-def flatten(schema: type, prefix: str = "") -> list[tuple[str, str, str, str]]:
-    """Every dotted key of a schema with its type, its default and the line of its class's docstring about it."""
+def flatten(schema: type, prefix: str = "", made: Any = None) -> list[tuple[str, str, str, str]]:
+    """Every dotted key of a schema with its type, its default and the line of its class's docstring about it.
+
+    made: what stands there by default, where the schema is a group of another's keys
+    """
     hints = typing.get_type_hints(schema)
     texts = {}
     for kind in reversed(schema.__mro__):  # a config may add keys to another
@@ -365,13 +368,19 @@ def flatten(schema: type, prefix: str = "") -> list[tuple[str, str, str, str]]:
     rows = []
     for field in dataclasses.fields(schema):
         kind = hints[field.name]
+        value = field.default
+        if made is not None:
+            value = getattr(made, field.name)
+        elif field.default_factory is not dataclasses.MISSING:
+            value = field.default_factory()
         if dataclasses.is_dataclass(kind):
-            rows += flatten(typing.cast(type, kind), f"{prefix}{field.name}.")
+            group = value if dataclasses.is_dataclass(value) else None
+            rows += flatten(typing.cast(type, kind), f"{prefix}{field.name}.", group)
             continue
-        if field.default_factory is not dataclasses.MISSING:
-            default = repr(field.default_factory())
+        if value is dataclasses.MISSING or (isinstance(value, str) and value == "???"):
+            default = "required"
         else:
-            default = "required" if field.default in (dataclasses.MISSING, "???") else str(field.default) or "empty"
+            default = repr(value) if field.default_factory is not dataclasses.MISSING else str(value) or "empty"
         text = " ".join(texts.get(field.name, "").split())
         rows.append((prefix + field.name, _type_name(kind), default, text))
     return rows

@@ -158,7 +158,7 @@ def _train(
     from data_pipeline.stream.gene_sets import as_whole_cells
     from launch import encode, export, shards_write, train_ldm, train_vae
     from launch.config import check_presets, compose
-    from launch.evaluation.gate import read_gate
+    from launch.evaluation.gate import read_gate, told_by_the_caller
 
     given = words["shards"].keys
     chosen = {word.partition("=")[0] for word in given}
@@ -208,10 +208,11 @@ def _train(
     )
     place = [f"data.shards={out['shards']}", f"run_dir={out['vae']}"]
     vae = compose(train_vae.TrainVAEConfig, [*presets[0], *common, *shape, *of_vae.presets[1:], *of_vae.keys, *place])
-    with _unsaid():
+    with _unsaid(), told_by_the_caller():
         train_vae.main(_fitting(vae, of_vae))
-        if (gate := read_gate(work / "vae")) and gate["passed"]:  # else a warning says it, twice
-            print(f"scldm.fit: the autoencoder is {gate['line']}", file=sys.stderr)
+        if (gate := read_gate(work / "vae")) and gate["passed"] is not None:
+            failed = "" if gate["passed"] else "WARNING: "
+            print(f"scldm.fit: {failed}the autoencoder is {gate['line']}", file=sys.stderr)
         genes = as_whole_cells(vae.data.given)
         encode.main(encode.EncodeConfig(out["vae"], out["shards"], out["latents"], genes=genes, threads=threads))
         place = [f"data.shards={out['latents']}", f"run_dir={out['ldm']}"]

@@ -11,7 +11,7 @@ nll           of the model and of mean profiles: nats a cell, with standard erro
 less          by mean profile: nll of the model less that of the profile
 label_recall, effective_dimension, sight    of the latents, as launch/evaluation/sight.py has them
 
-Reading order: read_gate, line_of, warn, judge_run, the cells, the finding, what to change.
+Reading order: read_gate, line_of, warn, told_by_the_caller, judge_run, the cells, the finding, what to change.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from __future__ import annotations
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -82,8 +84,21 @@ def warn(gate: Mapping[str, Any] | None, given: str) -> None:
 
     given: the key and value that named it
     """
-    if gate is not None and gate["passed"] is False:
+    if gate is not None and gate["passed"] is False and not _told.get():
         print(f"\nscldm: WARNING: {given}: the autoencoder is {gate['line']}\n", file=sys.stderr, flush=True)
+
+
+_told: ContextVar[bool] = ContextVar("told", default=False)
+
+
+@contextmanager
+def told_by_the_caller() -> Iterator[None]:
+    """Within, `warn` prints nothing: whoever runs both stages says it once."""
+    before = _told.set(True)
+    try:
+        yield
+    finally:
+        _told.reset(before)
 
 
 # --- after training ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import re
@@ -17,7 +18,7 @@ import pytest
 import scldm
 from launch import cli, keys
 from launch.completion import script
-from launch.config import flatten
+from launch.config import compose, flatten
 from launch.verbs import VERBS
 from scldm.errors import InputError
 
@@ -187,6 +188,21 @@ def test_every_verb_says_what_it_is(verb: str, capsys: pytest.CaptureFixture) ->
         verbs.append(named)
         cli.config_of(importlib.import_module(VERBS[named][0]), rest)
     assert verb in verbs, f"{verb}: its example does not show it"
+
+
+@pytest.mark.parametrize("verb", ["train vae", "train ldm", "plan", "generate"])
+def test_help_shows_the_defaults_that_are_taken(verb: str) -> None:
+    """A verb's group of keys may have other defaults than the group by itself."""
+    schema = importlib.import_module(VERBS[verb][0]).CONFIG
+    rows = flatten(schema)
+    given = [f"{key}=1" for key, _, default, _ in rows if default == "required"]
+    config = compose(schema, [*given, *(["n=1"] if verb == "generate" else [])])
+    shown = {key: default for key, _, default, _ in rows if default != "required" and key != "n"}
+    taken = {key: functools.reduce(getattr, key.split("."), config) for key in shown}
+    assert {
+        key: text for key, text in shown.items() if text not in (str(taken[key]) or "empty", repr(taken[key]))
+    } == {}
+    assert verb != "train ldm" or shown["optim.lr"] == "0.0005"
 
 
 @pytest.mark.heavy

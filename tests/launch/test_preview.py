@@ -87,6 +87,7 @@ def test_the_slope_of_cells_that_ignore_their_labels_is_nought() -> None:
     assert responses_to(train, alone, other, 0) == {}
 
 
+@pytest.mark.heavy
 def test_others_are_placed_where_their_like_lie_and_the_map_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     real = np.concatenate([rng.normal(at, 1, (60, 5)) for at in (0, 20)])

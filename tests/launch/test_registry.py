@@ -72,13 +72,14 @@ def test_a_registered_model_gives_cells_to_who_has_mlflow_alone(folder: Path, tm
 
 
 def test_what_can_not_be_registered_is_said_before_anything_is_written(tmp_path: Path, capsys) -> None:
-    words = ["export", "vae=vae", f"out={tmp_path}/model", "register=small"]
+    (tmp_path / "ldm").mkdir()
+    words = ["export", f"vae={tmp_path}", f"out={tmp_path}/model", "register=small"]
     assert main(words) == 2
     assert "register=small needs ldm" in capsys.readouterr().err
     for alias in ("latest", "v1", "a b"):
         assert main([*words, f"ldm={tmp_path}/ldm", f"alias={alias}"]) == 2
         assert f"alias={alias}: give letters" in capsys.readouterr().err
-    assert main(["export", "vae=vae", "out=x", "alias=champion"]) == 2
+    assert main(["export", f"vae={tmp_path}", "out=x", "alias=champion"]) == 2
     assert "alias=champion needs register=NAME" in capsys.readouterr().err
     assert main([*words, f"ldm={tmp_path}/ldm"]) == 2
     assert f"register: {tmp_path}/ldm was trained without MLflow" in capsys.readouterr().err

@@ -94,7 +94,7 @@ def test_saved_it_is_the_same_model(fitted: tuple[Pretrained, ad.AnnData, Path],
 
 @pytest.mark.slow
 def test_cells_that_stay_in_a_file_train_the_same_model(
-    fitted: tuple[Pretrained, ad.AnnData, Path], tmp_path: Path
+    fitted: tuple[Pretrained, ad.AnnData, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """anndata's backed="r", with labels of its own in memory."""
     model, adata, _ = fitted
@@ -105,6 +105,9 @@ def test_cells_that_stay_in_a_file_train_the_same_model(
     backed.obs["treatment"] = cells().obs["treatment"]
     found = scldm.fit(backed, ["cell_type", "treatment"], shards=SPLIT, vae=FEW, ldm=FEW)
     assert found.hash == model.hash
+    said = capsys.readouterr().err
+    assert said.count("no better than") == said.count("scldm.fit: WARNING: the autoencoder is no better than") == 1
+    assert "/vae" not in said.replace("vae/tiny", "")  # a folder that is gone
     assert list(backed.obs["scldm_split"]) == list(adata.obs["scldm_split"])
     backed.file.close()
 

@@ -30,6 +30,7 @@ def made(step: int, check: Check) -> Preview:
     return Preview({"of_step": float(step)}, b"png")
 
 
+@pytest.mark.heavy
 def test_a_preview_changes_nothing_of_the_run_and_sees_the_ema(tmp_path: Path) -> None:
     seen: list[dict[str, torch.Tensor]] = []
 
