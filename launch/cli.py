@@ -17,7 +17,7 @@ from typing import Any
 from launch.config import check_presets, compose, help_text
 from launch.failure import note_failure
 from launch.followed import followed
-from launch.keys import check_words
+from launch.keys import check_words, takes_folders
 from launch.verbs import PRESETS, VERBS
 from scldm.environment import install_hint, without_passwords
 from scldm.errors import REFUSED, InputError
@@ -75,7 +75,8 @@ def run(command: str, module_name: str, words: Sequence[str], presets: Sequence[
     wants_help, place = "--help" in words or "-h" in words, ""
     try:
         if not wants_help:  # before what takes seconds to import
-            check_presets(command, words, presets)
+            if not takes_folders(command.removeprefix("scldm ")):
+                check_presets(command, words, presets)
             if command.startswith("scldm "):
                 check_words(command.removeprefix("scldm "), words)
         module = importlib.import_module(module_name)
@@ -109,7 +110,7 @@ def of_disk(error: Exception, made: str) -> str:
 
     made: what the command makes, which is named where the error names no file
     """
-    place = getattr(error, "filename", None) or made or "a file"
+    place = getattr(error, "filename", None) or (f"{made}, or a temporary file" if made else "a file")
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES):
         return f"{place}: {os.strerror(error.errno)}"
     return no_space(error, place)

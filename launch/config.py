@@ -92,8 +92,10 @@ def check_presets(command: str, words: Sequence[str], groups: Sequence[str] | No
     groups: those that are for the command. None where it can't be said
     """
     folders = {path.name for path in shipped("configs").iterdir() if path.is_dir()}
-    for word in words:
+    for before, word in zip(["", *words], words):
         group, slash, _ = word.partition("/")
+        if before.startswith("--") and "=" not in before:  # an option's value, as data/cells.h5ad, or after a flag
+            continue
         if not slash or "=" in word or group not in folders or word.endswith((".yaml", ".yml")):
             continue
         preset_path(word)

@@ -40,7 +40,9 @@ def main(config: EmbedConfig) -> Path:
     adata.obsm["X_scldm"] = model.embed(adata, layer=config.layer or None, pool=config.pool)
     told: dict[str, Any] = match.to_json()
     if "scldm" in adata.uns:  # of cells that a model made, or took somewhere
-        told["before"] = json.dumps(adata.uns["scldm"], default=str)
+        told["before"] = json.dumps(
+            adata.uns["scldm"], default=lambda value: value.item() if hasattr(value, "item") else str(value)
+        )
     adata.uns["scldm"] = model.record("embed", pool=config.pool, **told)
     write_whole(adata, Path(config.out))
     n, width = adata.obsm["X_scldm"].shape

@@ -48,6 +48,11 @@ def keys_of(verb: str) -> tuple[str, ...]:
     return tuple(kinds_of(verb))
 
 
+def takes_folders(verb: str) -> bool:
+    """Whether its bare words are folders, not presets."""
+    return ANY in keys_of(verb) and verb in VERBS and verb not in PRESETS and verb != "submit"
+
+
 def check_words(verb: str, words: Sequence[str]) -> None:
     """Raises: InputError for a word that is no preset, an unknown key, a value of another kind, a key that must be
     given and is not, and a local file or folder that is not there. Ranges, and what keys say together, the verb's own
@@ -55,25 +60,29 @@ def check_words(verb: str, words: Sequence[str]) -> None:
     keys = keys_of(verb)
     if ANY in keys:
         return
-    for word in words:  # a preset's keys are not ours to name
+    schema = config_of_kinds(verb)
+    told = [word for word, _ in with_options_read(schema, words)]
+    for word in told:  # a preset's keys are not ours to name
         key, equals, _ = word.partition("=")
-        if not equals or word.startswith("--") or key in keys or any(k.startswith(f"{key}.") for k in keys):
+        if not equals or key in keys or any(k.startswith(f"{key}.") for k in keys):
             continue
         if not any(k.endswith(ANY) and key.startswith(k[:-1]) for k in keys):
             raise unknown_key(word, key, keys)
-    schema = config_of_kinds(verb)
     shipped = preset_names(PRESETS.get(verb, ()))
-    for word, _ in with_options_read(schema, words):
+    for word in told:
         if "=" not in word and word not in shipped and not word.endswith((".yaml", ".yml")):
             places = ", ".join(f"{key}=" for key in PLACES if key in keys)
             there = f"There are {', '.join(shipped)}. " if shipped else ""
             raise InputError(f"{word!r} is no preset. {there}Files and folders are named by {places} here")
     config = compose(schema, words)
     # evaluate says first what has no effect. A job that staged shards reads them elsewhere
-    for key, told in () if verb == "evaluate" or os.environ.get("SCLDM_STAGED") else INPUTS.items():
+    for key, said in () if verb == "evaluate" or os.environ.get("SCLDM_STAGED") else INPUTS.items():
         value = reduce(lambda at, name: getattr(at, name, None), key.split("."), config)
-        if isinstance(value, str) and value and not ANYWHERE.match(value) and not os.path.exists(value):
-            raise InputError(f"{value}{told}")
+        if not isinstance(value, str) or not value or ANYWHERE.match(value):
+            continue
+        path = os.path.expanduser(value) if key in ("path", "shards", "data.shards") else value  # as a store reads it
+        if not os.path.exists(path):
+            raise InputError(f"{value}{said}")
 
 
 # --- the config of the kinds alone ---------------------------------------------------------------------------------
@@ -115,6 +124,7 @@ def _kind(text: str) -> Any:
     known = {"bool": bool, "int": int | None, "float": float | None, "str": str | None, "int | None": int | None}
     known |= {"tuple[str, ...]": list[str], "list[str]": list[str], "tuple[float, ...]": list[float]}
     known |= {"dict[str, str]": dict[str, str], "dict[str, float]": dict[str, float]}
+    known |= {"dict[str, list[str]]": dict[str, list[str]]}
     if text.startswith(("tuple", "list", "dict")) or text in known:
         return known.get(text, Any)
     words: Any = Literal[tuple(text.split("|"))]

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import os
 import socket
 import subprocess
@@ -24,7 +25,7 @@ from launch.run_data import check_data, data_of, keep_data
 from scldm import pretrained
 from scldm.environment import git_diff
 from scldm.errors import InputError, Stopped
-from scldm.files import disk_explained, flat, write_json, written_aside
+from scldm.files import disk_explained, flat, space_explained, write_json, written_aside
 from scldm.model.attention import Choice
 from scldm.parallel.deepspeed_json import check_overrides
 from scldm.parallel.dist import World, close_world, world_of_environment
@@ -210,22 +211,23 @@ def run_training(
             tracker.close("FAILED")
 
         watch.on_end = end
-        metrics = train(
-            parts.stage,
-            engine,
-            parts.loader,
-            parts.validation,
-            config.train,
-            config.optim,
-            world,
-            run_dir,
-            tracker,
-            name,
-            watch,
-            requests,
-            Meter(world, flops, peak),
-            previews_of(parts, config, engine, run_dir, tracker, world),
-        )
+        with space_explained(str(run_dir)):
+            metrics = train(
+                parts.stage,
+                engine,
+                parts.loader,
+                parts.validation,
+                config.train,
+                config.optim,
+                world,
+                run_dir,
+                tracker,
+                name,
+                watch,
+                requests,
+                Meter(world, flops, peak),
+                previews_of(parts, config, engine, run_dir, tracker, requests),
+            )
         tracker.log_on_parent(metrics, name.split()[-1])
         if judge is not None:
             del engine, parts  # what is judged comes from the checkpoint, and may need their memory
@@ -234,7 +236,7 @@ def run_training(
 
 
 def previews_of(
-    parts: Parts, config: RunConfig, engine: Engine, run_dir: Path, tracker: Tracker, world: World
+    parts: Parts, config: RunConfig, engine: Engine, run_dir: Path, tracker: Tracker, requests: Requests
 ) -> Previews:
     """What the first rank shows at validations. Nothing where a rank has no whole network."""
     make, train = parts.preview, config.train
@@ -243,7 +245,9 @@ def previews_of(
             "scldm: no previews, as no rank has the whole network under ZeRO-3 and FSDP2", file=sys.stderr, flush=True
         )
         make = None
-    return Previews(run_dir, tracker, make, train.preview_share, train.hang_s, world.device)
+    limit_s = min(train.hang_s or math.inf, config.hardware.collective_timeout_s) / 2
+    device = requests.world.device
+    return Previews(run_dir, tracker, make, train.preview_share, limit_s, device, lambda: requests.caught > 0)
 
 
 def machine_of(hardware: HardwareConfig, world: World) -> dict[str, Any]:
@@ -264,7 +268,9 @@ def planned(stage: str, run_dir: Path, machine: Mapping[str, Any]) -> Iterator[N
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     words = [sys.executable, "-m", "launch.planning.of_run", stage, str(run_dir), json.dumps(machine)]
     env, started = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}, list[subprocess.Popen]()
-    timer = threading.Timer(PLAN_AFTER_S, lambda: started.append(subprocess.Popen(words, env=env)))
+    timer = threading.Timer(
+        PLAN_AFTER_S, lambda: started.append(subprocess.Popen(words, env=env, start_new_session=True))
+    )
     timer.daemon = True
     timer.start()
     try:

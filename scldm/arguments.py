@@ -12,6 +12,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
+
 from scldm.checked import SEEDS
 from scldm.errors import InputError
 
@@ -89,8 +91,8 @@ def text_of(name: str, value: Any, example: str) -> str:
 
 
 def label_of(name: str, value: Any) -> Any:
-    """A label as it was given: a text or a number. Raises: InputError for any other value."""
-    if not isinstance(value, str | Real) or isinstance(value, bool):
+    """A label as it was given: a text, a number, True or False. Raises: InputError for any other value."""
+    if not isinstance(value, str | Real | np.bool_):
         raise InputError(f"{name}={value!r} must be one label, as a text or a number")
     return value
 

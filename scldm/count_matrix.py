@@ -76,7 +76,7 @@ def check_adata(adata: Any, name: str = "adata") -> None:
 
 
 def _matrices(adata: ad.AnnData) -> dict[str, Any]:
-    there = {} if adata.X is None else {"X": adata.X}
+    there = {} if x_of(adata) is None else {"X": adata.X}
     there |= {f"layers/{name}": matrix for name, matrix in adata.layers.items()}
     return there if adata.raw is None else there | {"raw/X": adata.raw.X}
 
@@ -102,6 +102,14 @@ def _rows(matrix: Any, start: int, stop: int) -> sp.csr_matrix:
     return sp.csr_matrix(part.compute() if hasattr(part, "compute") else part)
 
 
+def x_of(adata: Any) -> Any:
+    """X of an AnnData. None where there is none."""
+    try:
+        return adata.X
+    except KeyError:  # a file without X, which anndata looks for when it is asked
+        return None
+
+
 def row_blocks(matrix: Any) -> Iterator[sp.csr_matrix]:
     """The matrix by rows, some at a time where it is not in memory."""
     if sp.issparse(matrix) or isinstance(matrix, np.ndarray):
@@ -120,6 +128,8 @@ def columns_in_memory(matrix: Any, keep: np.ndarray) -> sp.csr_matrix:
 
 def rows_in_memory(matrix: Any, rows: np.ndarray) -> sp.csr_matrix:
     """Some rows, in ascending order, of a matrix wherever it lies."""
+    if sp.issparse(matrix) or isinstance(matrix, np.ndarray):
+        return sp.csr_matrix(matrix[rows])
     parts, start = [], 0
     block: Any  # scipy's stubs give no shape
     for block in row_blocks(matrix):

@@ -2,7 +2,7 @@
 sentence, and nested mappings as dotted keys. What is at a URL is data_pipeline/stores.py.
 
 Reading order: written_aside, made_aside, put_in_place, left_aside, remove_marked, write_json, sync, sha256_of,
-of_bytes, locked, disk_explained, outlived, flat.
+of_bytes, locked, no_space, space_explained, disk_explained, outlived, flat.
 """
 
 from __future__ import annotations
@@ -235,6 +235,17 @@ def no_space(error: BaseException, place: str) -> str:
     if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return ""
     return f"{place}: no space left ({os.strerror(number)}). Make room, then run the same command again"
+
+
+@contextmanager
+def space_explained(place: str) -> Iterator[None]:
+    """Raises: InputError where something inside failed for want of space."""
+    try:
+        yield
+    except Exception as error:
+        if told := no_space(error, place):
+            raise InputError(told) from error
+        raise
 
 
 @contextmanager

@@ -22,12 +22,11 @@ from typing import TYPE_CHECKING, Any
 import anndata as ad
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 import torch
 
 from scldm.arguments import folder_of, names_of, seed_of, text_of
 from scldm.cells_file import frame_of, made_storable, open_cells, read_frame, read_names, reading
-from scldm.count_matrix import row_blocks, table_in_memory
+from scldm.count_matrix import FILE_ROWS, row_blocks, table_in_memory, x_of
 from scldm.environment import install_hint
 from scldm.errors import InputError, read_json
 from scldm.files import flat, made_aside, write_json
@@ -291,6 +290,10 @@ def _checked(adata: Any, conditions: tuple[str, ...]) -> Path | None:
     """The file with the cells, or None where they are in memory. Raises: InputError for what are no cells, or an obs
     without these columns."""
     if isinstance(adata, ad.AnnData):
+        if adata.isbacked and adata.is_view:
+            raise InputError(
+                f'adata is a view of cells in a file, whose obs can\'t get the column "{SPLIT}". Give adata.to_memory()'
+            )
         for name in conditions:
             if name not in adata.obs:
                 there = ", ".join(map(str, adata.obs.columns)) or "none"
@@ -331,7 +334,7 @@ def _write_cells(adata: ad.AnnData, config: ShardsWriteConfig, path: Path) -> No
     parts["var"] = var if config.source.var_filter or config.source.gene_column else var[[]]
     wanted = {"counts", config.source.layer.removeprefix("layers/")}
     kept = {name: matrix for name, matrix in adata.layers.items() if name in wanted}
-    slim = ad.AnnData(adata.X, **parts, layers=kept)
+    slim = ad.AnnData(x_of(adata), **parts, layers=kept)
     if adata.raw is not None:
         index: dict[str, Any] = {
             "obs": pd.DataFrame(index=adata.obs_names),
@@ -359,16 +362,13 @@ def _digest(adata: ad.AnnData | str | os.PathLike[str], path: Path | None, used:
             if str(name) in used and name != SPLIT:
                 digest.update("\n".join([str(name), *table[name].astype(str)]).encode())
     raw: list[Any] = [] if adata.raw is None else [adata.raw.X]
-    matrices: list[Any] = [adata.X, *(adata.layers[name] for name in sorted(adata.layers)), *raw]
-    for matrix in matrices:
-        if sp.issparse(matrix):
-            parts = [matrix.data, matrix.indices, matrix.indptr]
-        elif isinstance(matrix, np.ndarray):
-            parts = [matrix]
-        else:  # in a file, or lazy
-            parts = (of for block in row_blocks(matrix) for of in (block.data, block.indices, block.indptr))
-        for part in parts:
-            digest.update(np.ascontiguousarray(part).data)
+    matrices: list[Any] = [x_of(adata), *(adata.layers[name] for name in sorted(adata.layers)), *raw]
+    blocks: Any = (block for matrix in matrices if matrix is not None for block in row_blocks(matrix))
+    for block in blocks:
+        for start in range(0, block.shape[0], FILE_ROWS):  # the same in memory as in a file
+            rows = block[start : start + FILE_ROWS]
+            for part in (rows.data, rows.indices.astype(np.int64), rows.indptr.astype(np.int64)):
+                digest.update(np.ascontiguousarray(part).data)
     return digest.hexdigest()
 
 

@@ -254,11 +254,14 @@ def check_nodes(job: Job, site: Mapping[str, str], partition: slurm.Partition) -
     options = job.options
     if not job.on_all_ranks:
         return
-    left_out = sorted(partition.nodes.keys() & bad_nodes(job.notes).keys())
-    n_nodes = len(partition.nodes) - len(left_out)
+    kind, wanted = gpus_of(job, site)
+    fit = {node for node, (gpus, _) in partition.nodes.items() if slurm.n_gpus(gpus, kind) >= wanted}
+    left_out = sorted(fit & bad_nodes(job.notes).keys())
+    n_nodes = len(fit) - len(left_out)
     if options.least > n_nodes:
         why = f", and {n_nodes} without those that a preflight found unfit: {', '.join(left_out)}" if left_out else ""
-        raise InputError(f"--nodes {options.nodes}: partition {partition.name} has {len(partition.nodes)} nodes{why}")
+        such = f" with {wanted} GPUs{f' of type {kind}' if kind else ''}" if len(fit) < len(partition.nodes) else ""
+        raise InputError(f"--nodes {options.nodes}: partition {partition.name} has {len(fit)} nodes{such}{why}")
     if not hasattr(job.config, "train"):
         return
     cells, micro = job.config.train.global_batch, job.config.hardware.micro_batch

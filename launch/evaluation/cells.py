@@ -6,7 +6,7 @@ Reading order: shards, files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,6 +81,74 @@ def cells_of_splits(
         shards.close()
 
 
+def some_cells(
+    url: str,
+    conditions: Sequence[str],
+    splits: Sequence[str],
+    n_cells: int,
+    seed: int,
+    cache_folder: str = "",
+    cache_gb: float = 0.0,
+    select: Mapping[str, Sequence[str]] | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> list[Cells]:
+    """So many cells of each split, or all where it has fewer, out of as few blocks as hold them, in random order: a
+    uniform draw, as a set's cells were shuffled before they were put into blocks. What it takes does not grow with the
+    set.
+
+    select: condition -> labels: only cells that have one of the labels
+    check: is called before each block, and may raise
+    """
+    shards = ShardSet(url, cache_folder=cache_folder, cache_bytes=int(cache_gb * 1e9))
+    manifest, out = shards.manifest, list[Cells]()
+    names = [*conditions, *(name for name in select or {} if name not in conditions)]
+    known = {name: np.array(manifest.conditions.labels[name]) for name in names}
+    try:
+        for split in splits:
+            entry = manifest.splits[manifest.split_number(split)]
+            rng, parts, n_there = np.random.default_rng([seed, 4, SPLITS.index(split)]), list[sp.csr_matrix](), 0
+            labels: dict[str, list[np.ndarray]] = {name: [] for name in names}
+            for number in entry.first_block + rng.permutation(entry.n_blocks):
+                check()
+                first, n = int(shards.blocks["first_cell"][number]), int(shards.blocks["n_cells"][number])
+                ids = {c: np.asarray(shards.cell_column(f"condition.{c}")[first : first + n], np.int64) for c in names}
+                own = {c: known[c][of] for c, of in ids.items()}
+                chosen = np.ones(n, bool)
+                for condition, wanted in (select or {}).items():
+                    chosen &= np.isin(own[condition], list(wanted))
+                rows = np.flatnonzero(chosen)[: n_cells - n_there]
+                if not len(rows):
+                    continue
+                parts.append(_block(shards, number)[rows])
+                for name in names:
+                    labels[name].append(own[name][rows])
+                n_there += len(rows)
+                if n_there == n_cells:
+                    break
+            if not parts:
+                raise InputError(f"{url} ({split}) holds no cells, or none of the labels that are selected")
+            of_cells = {name: np.concatenate(labels[name]) for name in conditions}
+            counts = sp.csr_matrix(sp.vstack(parts))
+            drawn_of = entry.n_cells if n_there < entry.n_cells else 0
+            out.append(Cells.of_labels(counts, of_cells, unversioned(manifest.genes.ids), f"{url} ({split})", drawn_of))
+        return out
+    finally:
+        shards.close()
+
+
+def _block(shards: ShardSet, number: int, buffers: BlockBuffers | None = None) -> sp.csr_matrix:
+    """The counts of one block, (cells, genes)."""
+    manifest = shards.manifest
+    genes, largest = manifest.genes, manifest.statistics.largest_count
+    buffers = buffers or BlockBuffers(column_dtype(genes.n_genes), count_dtype(largest))
+    where = shards.where(number)
+    block = decode_block(shards.fetch(number).data, buffers, vocab_tag=vocab_tag(genes), where=where)
+    # views of the buffers that the next block overwrites
+    counts = block.counts.astype(np.promote_types(block.counts.dtype, np.int32))
+    csr = counts, block.columns.astype(np.int32), block.indptr.astype(np.int64)
+    return sp.csr_matrix(csr, shape=(len(block.indptr) - 1, genes.n_genes))
+
+
 def conditions_of_shards(url: str, cache_folder: str = "") -> tuple[str, ...]:
     """All conditions of a shard set."""
     shards = ShardSet(url, cache_folder=cache_folder)
@@ -146,14 +214,8 @@ def _split(
     buffers = BlockBuffers(column_dtype(genes.n_genes), count_dtype(manifest.statistics.largest_count))
     parts: list[sp.csr_matrix] = []
     for at in np.flatnonzero(np.diff(np.searchsorted(rows, start))).tolist():
-        number = entry.first_block + at
-        where = shards.where(number)
-        block = decode_block(shards.fetch(number).data, buffers, vocab_tag=vocab_tag(genes), where=where)
-        # views of the buffers that the next block overwrites
-        counts = block.counts.astype(np.promote_types(block.counts.dtype, np.int32))
-        csr = counts, block.columns.astype(np.int32), block.indptr.astype(np.int64)
         of_block = rows[slice(*np.searchsorted(rows, start[at : at + 2]))] - start[at]
-        parts.append(sp.csr_matrix(csr, shape=(len(block.indptr) - 1, genes.n_genes))[of_block])
+        parts.append(_block(shards, entry.first_block + at, buffers)[of_block])
     drawn_of = n_chosen if len(rows) < n_chosen else 0
     own = {condition: column[of_n[rows]] for condition, column in labels.items()}
     return Cells.of_labels(

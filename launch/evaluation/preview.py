@@ -73,14 +73,13 @@ class Trained:
         words = (of.genes, of.conditions, library_sizes_of(of), origin, "", batch, self.precision)
         return Pretrained(vae, dit, *words)
 
-    def cells(self, shards: str, conditions: tuple[str, ...], splits: tuple[str, ...], n: int) -> list[Cells]:
-        from launch.evaluation.cells import cells_of_splits
-        from launch.evaluation.of_autoencoder import AsManyAsThere
-        from scldm.evaluate.sample import Sample
+    def cells(
+        self, shards: str, conditions: tuple[str, ...], splits: tuple[str, ...], n: int, check: Check
+    ) -> list[Cells]:
+        from launch.evaluation.cells import some_cells
 
-        sample, data = Sample(n, AsManyAsThere(), self.seed), self.data
-        place = (data.cache_folder, data.cache_gb, data.select)
-        return cells_of_splits(shards, conditions, splits, sample, *place)
+        place = (self.data.cache_folder, self.data.cache_gb, self.data.select)
+        return some_cells(shards, conditions, splits, n, self.seed, *place, check)
 
 
 def of_vae(trained: Trained, module: VAE) -> Make | None:
@@ -143,7 +142,7 @@ class Reconstructions:
 
         trained, model = self.trained, self.trained.model(self.module, None)
         if self.real is None:
-            (held_out,) = trained.cells(trained.data.shards, (), ("validation",), N_CELLS)
+            (held_out,) = trained.cells(trained.data.shards, (), ("validation",), N_CELLS, check)
             self.real = some_of(known_genes(model, held_out)[0], N_CELLS, trained.seed)
             check()
         made = reconstructed(model, self.real, trained.seed)
@@ -171,14 +170,14 @@ class Generations:
 
         trained, of = self.trained, self.ready or self._prepared(check)
         self.ready, seed = of, trained.seed
-        vae = of.vae.to(trained.device)
         try:
+            vae = of.vae.to(trained.device)
             model = trained.model(vae, self.module)
             wanted = model.check_conditions(table_of(of.real), seed, SAMPLER)
             every, columns = range(wanted.n_cells), model.columns(None)
             matrix = model.make(wanted, every, columns, SAMPLER, "counts", lambda _: check()).matrix
         finally:
-            vae.to("cpu")
+            of.vae.to("cpu")
         made = of.real.with_counts(matrix, of.real.genes, "generated cells")
         profile = Profile.of(made.counts, made.types, of.space)
         near = nearness(of.train_profile, profile, len(profile), seed, of.profile)
@@ -214,7 +213,7 @@ class Generations:
             raise InputError(f"{source.shards} holds other cells by now than those that were encoded")
         check()
         names, splits = tuple(trained.manifest.conditions.names), ("train", "validation")
-        train, held_out = trained.cells(source.shards, names, splits, N_READ)
+        train, held_out = trained.cells(source.shards, names, splits, N_READ, check)
         train, real = some_of(train, N_READ, seed), some_of(held_out, N_CELLS, seed)
         check()
         space = Space(fit_pca(log_normalise(train.counts), seed=seed, which="training"), fitted_on="training cells")

@@ -155,7 +155,7 @@ def _slope(response: dict) -> dict[str, float] | None:
 # --- which part limits ---------------------------------------------------------------------------------------------
 
 
-RISES = "Where it rises, it needs more cells."
+RISES = "If that loss rises, more training cells are needed."
 
 
 def what_limits(evaluation: dict) -> str:
@@ -179,10 +179,10 @@ def what_limits(evaluation: dict) -> str:
     if share >= 0.5:
         return (
             f"Reconstruction limits: encoding and decoding alone explains {min(share, 1):.0%} of the distance to real "
-            "cells. While validation still falls, train the autoencoder longer, give it more genes, or take a larger "
-            f"one. {RISES}"
+            "cells. While the validation loss still falls, train the autoencoder longer, give it more genes, or take a "
+            f"larger one. {RISES}"
         )
     return (
         f"The diffusion model limits: encoding and decoding alone explains {max(share, 0):.0%} of the distance to real "
-        f"cells. While validation still falls, train stage 2 longer, or take a larger one. {RISES}"
+        f"cells. While its validation loss still falls, train stage 2 longer, or take a larger one. {RISES}"
     )

@@ -4,7 +4,8 @@ Every rank holds some rows of each parameter, in float32, with their moments. A 
 it computes. Its gradients are summed over ranks after each micro-batch, and each rank keeps those of its rows. A group
 is one of the network's `blocks`, or all of its other parameters. Those others are whole from forward to the end of
 backward, as both ends of a network read them. Under zero_stage=3 a block's are whole only while it computes. Under
-zero_stage=2 all stay whole from the first micro-batch of a step to the last.
+zero_stage=2 all stay whole from the first micro-batch of a step to the last. In bf16 a block's bf16 copies stay until
+backward has used them, unless model.recompute is on.
 
 Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html.
 Reading order: FSDPEngine, check_torch.
@@ -34,6 +35,8 @@ from scldm.parallel.surface import (
     set_steps,
 )
 from scldm.tf32 import tf32_products
+
+INSTEAD = "Install the torch of constraints.txt, or use hardware.engine=deepspeed"
 
 
 class FSDPEngine:
@@ -88,6 +91,7 @@ class FSDPEngine:
             options["params"] = [own[id(p)] for p in options["params"] if own[id(p)].numel()]
         self.model: Any = Autocast(self.module, hardware.precision, world.device)
         self.pieces = list(self._pieces())
+        self.are_rows_checked = False
 
     def backward(self, loss: Tensor) -> None:
         self.n_done += 1
@@ -100,6 +104,7 @@ class FSDPEngine:
     @torch.no_grad()
     def step(self, lr: float) -> float:
         assert self.n_done == self.accumulation, "a global batch has as many micro-batches as configured"
+        self._check_rows()
         self.n_done = 0
         set_lr(self.optimizer, lr)
         gradients: list[Tensor] = []
@@ -110,7 +115,8 @@ class FSDPEngine:
             parameter.grad = None
         norm = self._norm(gradients)
         if math.isfinite(norm):
-            torch._foreach_mul_(gradients, min(1.0, self.clip / (norm + 1e-6)))
+            if gradients:  # with many ranks, some may have no row of any parameter
+                torch._foreach_mul_(gradients, min(1.0, self.clip / (norm + 1e-6)))
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -134,6 +140,17 @@ class FSDPEngine:
 
     def set_steps(self, n_steps: int) -> None:
         set_steps(self.optimizer, n_steps)
+
+    def _check_rows(self) -> None:
+        """Raises: InputError for a torch whose first forward pass moved the rows that the optimizer has."""
+        if self.are_rows_checked:
+            return
+        for name, parameter in self.sharded.items():
+            if _rows(parameter).numel() and _rows(parameter).data_ptr() != self.rows[name].data_ptr():
+                raise InputError(
+                    f"hardware.engine=fsdp: FSDP2 of torch {torch.__version__} moves {name} after the start. {INSTEAD}"
+                )
+        self.are_rows_checked = True
 
     def _norm(self, gradients: list[Tensor]) -> float:
         """Over all ranks."""
@@ -167,6 +184,5 @@ def check_torch() -> None:
 
     if not hasattr(getattr(fsdp, "FSDPModule", None), "set_force_sum_reduction_for_comms"):
         raise InputError(
-            f"hardware.engine=fsdp: FSDP2 of torch {torch.__version__} always divides gradients by the ranks. Install "
-            "the torch of constraints.txt, or use hardware.engine=deepspeed"
+            f"hardware.engine=fsdp: FSDP2 of torch {torch.__version__} always divides gradients by the ranks. {INSTEAD}"
         )

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 
 import anndata as ad
+import numpy as np
 import pandas as pd
 
 from scldm.arguments import mapping_of, whole_of
@@ -44,7 +45,7 @@ def table_of(conditions: Asked, n: int | None, names: Sequence[str]) -> pd.DataF
     if n is None:
         raise InputError(f"conditions={asked} does not say how many cells. Give n, as n=500")
     for name, label in asked.items():
-        if not isinstance(label, str | Real) or isinstance(label, bool):
+        if not isinstance(label, str | Real | np.bool_):  # a column of yes and no has the labels True and False
             raise InputError(
                 f"conditions: {name}={label!r} must be one label. For several, give a DataFrame with a row per cell"
             )

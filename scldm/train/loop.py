@@ -244,8 +244,9 @@ def validate(
             if stopped := supervisor.is_stopped(f"validation batch {number}"):
                 break
         if preview is not None and not stopped:
-            supervisor.mark("waits for a preview")
+            supervisor.mark("makes a preview")
             preview()
+            supervisor.mark("waits for the first rank's preview")  # which alone is behind, should it hang
     engine.module.train()
     if stopped:
         return None

@@ -21,12 +21,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from scldm.errors import InputError
 from scldm.files import written_aside
 from scldm.train.tracking import Tracker
 
 FOLDER, SPLIT = "previews", "preview"
 FIRST_S = 20.0  # what the first preview is taken to cost: packages are imported, cells read, a map fitted
-MOST_S = 300.0  # of one preview. Half of train.hang_s, where that is less: the other ranks must not take it for a hang
+MOST_S = 60.0  # of one preview. The other ranks wait, and a job may be told to stop
+
+
+class Asked(Exception):
+    """The run was asked to stop while a preview was made."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class Previews:
 
     share: of the time since this start, as train.preview_share has it. 1 is a preview at each validation
     make: what makes one, with the weights as they are then. None on all ranks but the first, and where there are none
+    limit_s: of one preview, where that is less than MOST_S: others must not take it for a hang
+    is_asked_to_stop: whether the run is to end soon. Then a preview is left out
     """
 
     def __init__(
@@ -54,11 +61,12 @@ class Previews:
         tracker: Tracker,
         make: Make | None,
         share: float,
-        hang_s: float = 0.0,
+        limit_s: float = MOST_S,
         device: torch.device | None = None,
+        is_asked_to_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.run_dir, self.tracker, self.share = run_dir, tracker, share
-        self.limit_s = min(MOST_S, hang_s / 2) if hang_s else MOST_S
+        self.limit_s, self.is_asked_to_stop = min(MOST_S, limit_s), is_asked_to_stop
         self.device = device or torch.device("cpu")
         self._make = make if share else None
         self._began, self._spent_s, self._last_s = time.monotonic(), 0.0, FIRST_S
@@ -78,6 +86,8 @@ class Previews:
         began = time.monotonic()
 
         def check() -> None:
+            if self.is_asked_to_stop():
+                raise Asked
             if time.monotonic() - began > self.limit_s:
                 raise TimeoutError(f"it took more than {self.limit_s:g} s")
 
@@ -88,9 +98,12 @@ class Previews:
             path.parent.mkdir(exist_ok=True)
             with written_aside(path) as file:
                 file.write(made.image)
+        except Asked:
+            return
         except Exception as error:  # whatever it is: no preview is worth a run
             self._make = None
-            why = " ".join(f"{error}".split()) or type(error).__name__
+            told = f"{error}" if isinstance(error, InputError | TimeoutError) else f"{type(error).__name__}: {error}"
+            why = " ".join(told.split()).removesuffix(":")
             print(f"scldm: no more previews, as that of step {step} failed: {why}", file=sys.stderr, flush=True)
             return
         self._last_s = time.monotonic() - began

@@ -7,6 +7,7 @@ from pathlib import Path
 SBATCH = '#!/bin/bash\necho "$@" >>"$FAKE/sbatch"; echo $((100 + $(wc -l <"$FAKE/sbatch")))\n'
 SINFO = """#!/bin/bash
 printf "low*|%s|100|gpu:h100:8(S:0-1)\\n" n1 n2 n3 n4
+printf "low*|%s|100|gpu:h100:8(S:0-1)\\n" n7 n8
 printf "low*|%s|64|gpu:4\\n" n5 n6
 printf "cpu|%s|16|(null)\\n" c1 c2
 """

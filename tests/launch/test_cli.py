@@ -12,6 +12,7 @@ import sys
 import types
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -205,6 +206,20 @@ def test_help_shows_the_defaults_that_are_taken(verb: str) -> None:
     assert verb != "train ldm" or shown["optim.lr"] == "0.0005"
 
 
+def test_a_set_below_the_home_folder_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "set").mkdir()
+    keys.check_words("shards info", ["path=~/set"])
+    with pytest.raises(InputError, match="^~/none: no manifest.json"):
+        keys.check_words("shards info", ["path=~/none"])
+
+
+def test_every_kind_of_a_key_is_known() -> None:
+    kinds = {kind.removesuffix(keys.REQUIRED) for verb in VERBS for kind in keys.kinds_of(verb).values()}
+    unknown = {kind for kind in kinds if keys._kind(kind) is Any}
+    assert unknown == {"tuple[float, float]", "dict[str, Any]"}
+
+
 @pytest.mark.heavy
 def test_the_module_is_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "launch.cli", "nothing"], cwd=ROOT, capture_output=True, text=True)
@@ -256,6 +271,14 @@ def test_the_keys_of_the_file_are_those_of_the_configs() -> None:
         ("train vae", "data.shards=s3://bucket/none run_dir=r", ""),
         ("train ldm", f"vae=none {A_RUN}", "error: none is not a run folder: it has no config.json"),
         ("embed", f"--model {ROOT} --h5ad {__file__} --out o --drop-empty", ""),
+        ("embed", f"--model {ROOT} --h5ad data/none.h5ad --out o", "error: data/none.h5ad: no such file"),
+        ("train ldm", f"--init-from ldm/first {A_RUN}", ""),
+        ("transform", f"model={ROOT} h5ad={__file__} out=o --to treatment=stim", ""),
+        ("shards write", "--source.obs-filter \"tissue == 'blood'\" source.paths=c.h5ad --out a=b", ""),
+        ("train vae", f"'data.select.age=>65' {A_RUN}", ""),
+        ("status", "vae/run1", ""),
+        ("report", "vae/a vae/b", ""),
+        ("submit", "train vae vae/tinny", "preset 'vae/tinny' is unknown"),
         ("quickstart", f"--h5ad {__file__} --condition a --condition b --fresh", ""),
         ("transform", f"model={ROOT} h5ad={__file__} out=o to=drug=x,dose=1 alphas=0,1", ""),
     ],
@@ -288,8 +311,11 @@ NO_SPACE = "no space left (No space left on device). Make room, then run the sam
     "error, said",
     [
         (OSError(28, "No space left on device", "out.h5ad"), f"out.h5ad: {NO_SPACE}"),
-        (OSError(28, "No space left on device"), f"made: {NO_SPACE}"),
-        (type("SafetensorError", (Exception,), {})("I/O error: (os error 28)"), f"made: {NO_SPACE}"),
+        (OSError(28, "No space left on device"), f"made, or a temporary file: {NO_SPACE}"),
+        (
+            type("SafetensorError", (Exception,), {})("I/O error: (os error 28)"),
+            f"made, or a temporary file: {NO_SPACE}",
+        ),
         (OSError(30, "Read-only file system", "runs/vae"), "runs/vae: Read-only file system"),
         (PermissionError(13, "Permission denied", "out"), "out: Permission denied"),
     ],

@@ -62,7 +62,8 @@ def result(verb: str, out: Path) -> Any:
     if verb == "train":
         state, tensors = stored(out)
         return state["step"], {key: value.tolist() for key, value in tensors.items()}
-    return {name: found for name, found in digest(out).items() if verb != "export" or name != "config.json"}
+    apart = {"export": "config.json", "encode": "encoded_from.json"}  # they name other places
+    return {name: found for name, found in digest(out).items() if name != apart.get(verb)}
 
 
 @dataclass

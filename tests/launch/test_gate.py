@@ -16,7 +16,7 @@ from data_pipeline.format.schema import read_manifest
 from launch.cli import main
 from launch.config import compose
 from launch.evaluation import gate
-from launch.evaluation.cells import cells_of_splits
+from launch.evaluation.cells import cells_of_splits, some_cells
 from launch.evaluation.gate import gate_of, line_of, read_gate, to_change
 from launch.train_vae import TrainVAEConfig
 from scldm.errors import InputError
@@ -246,6 +246,21 @@ def test_a_split_that_is_not_asked_for_need_not_be_there(at: Path) -> None:
     assert (len(train_cells), len(validation)) == (N_TRAIN, N_VALIDATION)
     with pytest.raises(InputError, match="holds no cells of the labels that are selected"):
         cells_of_splits(f"{at}/set", ["type"], ("train",), select={"type": ["z"]})
+
+
+def test_some_cells_are_of_a_few_blocks(at: Path) -> None:
+    every = cells_of_splits(f"{at}/set", ["type"], ("train", "validation"))
+    some = some_cells(f"{at}/set", ["type"], ("train", "validation"), 10**6, 0)
+    for whole, part in zip(every, some, strict=True):
+        rows = [sorted(map(tuple, np.c_[of.counts.toarray(), of.types.astype(str)])) for of in (whole, part)]
+        assert rows[0] == rows[1], "all of them, in another order"
+    reads: list[int] = []
+    (few,) = some_cells(f"{at}/set", [], ("train",), 40, 1, select={"type": ["b"]}, check=lambda: reads.append(1))
+    assert len(few) == 40
+    assert len(reads) < 10
+    assert set(map(tuple, few.counts.toarray())) <= set(map(tuple, every[0].counts[every[0].types == "b"].toarray()))
+    with pytest.raises(InputError, match="holds no cells, or none of the labels that are selected"):
+        some_cells(f"{at}/set", [], ("train",), 40, 1, select={"type": ["z"]})
 
 
 @pytest.mark.parametrize(

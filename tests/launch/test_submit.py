@@ -222,7 +222,9 @@ def test_nodes_that_a_preflight_named_are_left_out(fake: Path, tmp_path: Path, c
             ["hardware.require_gpu=true"],
             "train-vae: hardware.require_gpu=true, and a node has no",
         ),
-        ("", ["--nodes", "7"], "--nodes 7: partition low has 6 nodes"),
+        ("", ["--nodes", "7"], "--nodes 7: partition low has 6 nodes with 8 GPUs"),
+        ("", ["--nodes", "9", "--gpus-per-node", "4"], "--nodes 9: partition low has 8 nodes"),
+        ("", ["--nodes", "7", "--gpus-per-node", "h100:4"], "low has 6 nodes with 4 GPUs of type h100"),
         ("", ["--nodes", "5-6", "train.global_batch=32"], "can use only 1, 2, 4 of nodes; change one of them"),
         ("", ["--nodes", "2", "train.global_batch=30"], "on nodes of 8 ranks can use no number of nodes"),
         ("", ["--nodes", "3", "train.global_batch=16", "--preflight", "false"], "and preflight chooses one"),
@@ -259,9 +261,11 @@ def test_refused_before_anything_is_submitted(
 def test_too_few_nodes_are_left_by_a_preflight(fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     notes = tmp_path / "my runs" / "50 % vae" / "slurm"
     notes.mkdir(parents=True)
-    (notes / "bad_nodes").write_text("".join(f"{node}\tnow\tslow\n" for node in ("n3", "n5", "c1")))
+    (notes / "bad_nodes").write_text("".join(f"{node}\tnow\tslow\n" for node in ("n3", "n7", "c1")))
     assert main(["submit", *train(tmp_path), "--nodes", "5-6"]) == 2
-    said = "--nodes 5-6: partition low has 6 nodes, and 4 without those that a preflight found unfit: n3, n5"
+    said = (
+        "--nodes 5-6: partition low has 6 nodes with 8 GPUs, and 4 without those that a preflight found unfit: n3, n7"
+    )
     assert said in capsys.readouterr().err
     assert not (fake / "sbatch").exists()
     assert main(["submit", *train(tmp_path), "--nodes", "4-6"]) == 0

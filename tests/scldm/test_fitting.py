@@ -16,7 +16,7 @@ import scipy.sparse as sp
 import torch
 
 import scldm
-from scldm import fitting
+from scldm import count_matrix, fitting
 from scldm.errors import InputError
 from scldm.pretrained import Pretrained
 
@@ -109,6 +109,23 @@ def test_cells_that_stay_in_a_file_train_the_same_model(
     assert said.count("no better than") == said.count("scldm.fit: WARNING: the autoencoder is no better than") == 1
     assert "/vae" not in said.replace("vae/tiny", "")  # a folder that is gone
     assert list(backed.obs["scldm_split"]) == list(adata.obs["scldm_split"])
+    backed.file.close()
+
+
+def test_the_cells_are_the_same_wherever_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "FILE_ROWS", 7)
+    monkeypatch.setattr(count_matrix, "FILE_ROWS", 7)
+    adata = cells()
+    adata.X = None  # counts in a layer alone
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    backed = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    dense = adata.copy()
+    dense.layers["counts"] = dense.layers["counts"].toarray()
+    assert fitting._digest(adata, None, "") == fitting._digest(backed, None, "") == fitting._digest(dense, None, "")
+    adata.layers["counts"][3, 0] += 1
+    assert fitting._digest(adata, None, "") != fitting._digest(backed, None, "")
+    with pytest.raises(InputError, match=r"adata is a view of cells in a file, .* Give adata.to_memory\(\)"):
+        scldm.fit(backed[:20], ["cell_type"])
     backed.file.close()
 
 

@@ -57,7 +57,7 @@ def test_each_link_asks_slurm_for_what_it_was_given(cluster: Cluster) -> None:
     }
     assert (slurm.job_state("99999"), slurm.accounted("99999")) == (None, None)
     partition = slurm.partitions()["low"]  # of nodes with two CPUs and two GPUs
-    assert [partition.cpus_of_rank(gpus, 1) for gpus in (0, 1)] == [2, 1]
+    assert [partition.cpus_of_rank("", gpus, 1) for gpus in (0, 1)] == [2, 1]
 
 
 def test_a_failed_link_stops_what_depends_on_it(cluster: Cluster, capsys: pytest.CaptureFixture) -> None:

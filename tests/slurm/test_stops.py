@@ -90,7 +90,16 @@ def test_an_exception_of_one_rank_is_no_signal(
     (tmp_path / "sitecustomize.py").write_text(FAILING)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     out = cluster.runs / "failing"
-    words = ["vae=none", "shards=none", "threads=7", f"out={out}", "--nodes", "2", "--preflight", "false"]
+    words = [
+        f"vae={cluster.runs}",
+        f"shards={cluster.runs}",
+        "threads=7",
+        f"out={out}",
+        "--nodes",
+        "2",
+        "--preflight",
+        "false",
+    ]
     submit.main(submit.read(["encode", *words]))
     notes = Path(f"{out}.slurm")
     wait_for(lambda: state_of(notes).state in ("FAILED", "REQUEUED"), 90, lambda: (notes / "log.txt").read_text())

@@ -21,7 +21,7 @@ from launch.config import compose
 from launch.train_vae import TrainVAEConfig
 from scldm.errors import InputError
 from scldm.parallel.dist import World, close_world
-from scldm.parallel.engine import DEEPSPEED, HardwareConfig, PlainEngine, check_engine, start_engine
+from scldm.parallel.engine import DEEPSPEED, FSDPEngine, HardwareConfig, PlainEngine, check_engine, start_engine
 from scldm.train.optim import OptimConfig, make_optimizer
 from scldm.train.tracking import read_metrics
 from tests.rounding import BF16_DIGIT, Undisturbed
@@ -295,6 +295,13 @@ def test_fsdp_on_one_rank_follows_plain_and_says_what_has_no_effect(
     hardware = HardwareConfig("fsdp", 4, zero_stage=3)
     try:
         plain("vae", tmp_path / "fsdp", hardware=hardware, deepspeed=SHARD_ALL)
+        of_many: Any = FSDPEngine(make_dit(), partial(make_optimizer, OptimConfig()), hardware, 1.0, ALONE, 4)
+        of_many.n_done = 1
+        assert of_many.step(0.1) == 0, "as on a rank that has no row of any parameter"
+        of_many.rows = {name: rows.clone() for name, rows in of_many.rows.items()}
+        of_many.n_done, of_many.are_rows_checked = 1, False
+        with pytest.raises(InputError, match="moves .* after the start. Install the torch of constraints.txt"):
+            of_many.step(0.1)
     finally:
         close_world()
     assert_follows(tmp_path / "fsdp", undisturbed["vae"], "vae")

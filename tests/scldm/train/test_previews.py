@@ -78,7 +78,7 @@ def test_one_that_fails_is_a_line_and_the_last(tmp_path: Path, capsys: pytest.Ca
     run = small_run("vae", tmp_path, preview=preview, **EVERY)
     assert run.metrics["nll"] > 0
     assert tried == [4]
-    why = " ".join(str(error).split()) or type(error).__name__
+    why = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
     assert f"scldm: no more previews, as that of step 4 failed: {why}\n" in capsys.readouterr().err
     assert not (tmp_path / "previews").exists()
     assert not read_metrics(tmp_path, "preview")
@@ -129,9 +129,36 @@ def test_one_that_would_look_like_a_hang_is_given_up(tmp_path: Path, monkeypatch
         return made(step, check)
 
     with Tracker(tmp_path, TrackingConfig(enabled=False)) as tracker:
-        Previews(tmp_path, tracker, endless, 1.0, hang_s=40.0).at(3, 3)
+        Previews(tmp_path, tracker, endless, 1.0, limit_s=20.0).at(3, 3)
     assert clock.now == 1_021
     assert "that of step 3 failed: it took more than 20 s" in capsys.readouterr().err
+
+
+def test_a_run_that_is_to_stop_does_not_wait_for_one(tmp_path: Path, monkeypatch, capsys) -> None:
+    clock, asked = Clock(monkeypatch), []
+
+    def long(step: int, check: Check) -> Preview:
+        clock.now += 1
+        asked.extend([step] * (step == 3))
+        check()
+        return made(step, check)
+
+    with Tracker(tmp_path, TrackingConfig(enabled=False)) as tracker:
+        of = Previews(tmp_path, tracker, long, 1.0, is_asked_to_stop=lambda: bool(asked))
+        of.at(3, 3)
+        assert capsys.readouterr().err == ""
+        asked.clear()
+        of.at(4, 4)
+    assert [row["step"] for row in read_metrics(tmp_path, "preview")] == [4]
+
+
+def test_an_error_of_ours_has_its_kind(tmp_path: Path, capsys) -> None:
+    def wrong(step: int, check: Check) -> Preview:
+        raise KeyError("tissue")
+
+    with Tracker(tmp_path, TrackingConfig(enabled=False)) as tracker:
+        Previews(tmp_path, tracker, wrong, 1.0).at(3, 3)
+    assert "that of step 3 failed: KeyError: 'tissue'" in capsys.readouterr().err
 
 
 def test_mlflow_is_to_get_figures_and_rows(tmp_path: Path) -> None:
