@@ -44,7 +44,7 @@ def test_a_training_step_waits_for_the_gradients_norm_alone(found: dict[str, Any
     assert len(steps) == 8
     for name, step in steps.items():
         assert waits(step) == 1, f"{name}: {step['waits']}"
-        assert next(iter(step["waits"])).startswith("a number at scldm/parallel/engine.py"), name
+        assert next(iter(step["waits"])).startswith("a number at scldm/parallel/plain.py"), name
 
 
 def test_validation_waits_for_nothing(found: dict[str, Any]) -> None:
