@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launch.cli import run_verb
 from launch.evaluation.config import EvaluateVerbConfig, refuse_unused
-from scldm.errors import InputError
+from launch.judged import check_judged
 from scldm.files import write_json
 
 PURPOSE = """
@@ -35,36 +35,22 @@ FIRST = (
 
 def main(config: EvaluateVerbConfig) -> dict:
     """Returns the evaluation, as in evaluation.json."""
-    if config.generated and config.embedding:
-        raise InputError("generated and embedding are judged apart: give one of them")
+    check_judged(config)
     if config.generated:
-        if not config.out:
-            raise InputError("generated needs out=FOLDER for the report and its figures")
         refuse_unused(config, "generated")
         from launch.evaluation.of_generated import evaluate_generated
 
         return evaluate_generated(config)
     if config.embedding:
-        if not config.label:
-            raise InputError("embedding needs label=COLUMN: the obs column that is to be read from it")
         refuse_unused(config, "embedding")
         from launch.evaluation.of_embedding import evaluate_embedding, show
 
         evaluation = evaluate_embedding(config)
-    elif config.vae or config.model:
-        if not config.shards:
-            raise InputError("an autoencoder is judged on the test cells of a shard set: give shards=FOLDER")
-        if config.vae and config.model:
-            raise InputError("vae and model are judged apart without generated: give one of them")
+    else:
         refuse_unused(config, "vae")
         from launch.evaluation.of_autoencoder import evaluate_vae, show
 
         evaluation = evaluate_vae(config)
-    else:
-        raise InputError(
-            "give what is to be judged: generated=FILE with shards or real, vae=RUN with shards, or embedding=FILE "
-            "with label"
-        )
     if config.out:  # before it is shown
         out = Path(config.out)
         out.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launch.config import PLACES, compose, flatten, preset_names, unknown_key, with_options_read
+from launch.judged import check_judged
 from launch.verbs import PRESETS, VERBS
 from scldm.errors import InputError
 
@@ -75,6 +76,8 @@ def check_words(verb: str, words: Sequence[str]) -> None:
             there = f"There are {', '.join(shipped)}. " if shipped else ""
             raise InputError(f"{word!r} is no preset. {there}Files and folders are named by {places} here")
     config = compose(schema, words)
+    if verb == "evaluate":
+        check_judged(config)
     # evaluate says first what has no effect. A job that staged shards reads them elsewhere
     for key, said in () if verb == "evaluate" or os.environ.get("SCLDM_STAGED") else INPUTS.items():
         value = reduce(lambda at, name: getattr(at, name, None), key.split("."), config)

@@ -44,6 +44,7 @@ BESIDE_VERBS = {"launch.cli", "launch.config", "launch.failure", "launch.own_cel
 BESIDE_VERBS |= {
     "launch.checkpoints",
     "launch.followed",
+    "launch.judged",
     "launch.keys",
     "launch.registry",
     "launch.run_data",
