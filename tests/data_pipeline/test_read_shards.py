@@ -226,12 +226,14 @@ def test_closing_while_a_block_is_fetched_touches_no_file_that_others_open(remot
     with open(tmp_path / "checkpoint", "w+b") as other:
         other.write(b"whole")
         other.flush()
-        os.dup2(other.fileno(), number)
+        if is_another := other.fileno() != number:  # it may have got the number by itself
+            os.dup2(other.fileno(), number)
         go.set()
         closing.join()
         loader.cells.close()  # by its owner too
         assert os.fstat(number).st_size == 5
-        os.close(number)
+        if is_another:
+            os.close(number)
     again = ShardSet(url, cache_folder=str(tmp_path / "cache"), cache_bytes=10**9)
     for block in range(17):
         again.fetch(block)

@@ -276,6 +276,17 @@ def test_a_plan_that_can_not_be_made_is_a_line(tmp_path: Path, monkeypatch, capf
 
 
 @pytest.mark.slow
+def test_the_plan_of_a_run(at: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(of_run.os, "nice", lambda by: 0)
+    shutil.copytree(at / "ldm", tmp_path / "ldm")
+    assert of_run.main(["ldm", str(tmp_path / "ldm"), json.dumps(machine_of(HardwareConfig(), ALONE))]) == 0
+    plan = json.loads((tmp_path / "ldm" / PLAN).read_text())
+    assert plan["ranks"] == 1
+    assert plan["cells_per_s"] > 0
+    assert len(plan["compared"]) > 0
+
+
+@pytest.mark.exhaustive  # it waits for a process with little priority
 def test_a_run_gets_its_plan_and_mlflow_too(at: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a run that lasts until it is there."""
     monkeypatch.setattr(training, "PLAN_AFTER_S", 0.0)

@@ -221,7 +221,7 @@ def test_a_remote_set_is_planned_trained_on_encoded_and_evaluated(
     encode = ["encode", f"vae={made}/vae", f"shards={remote}", f"out={tmp_path}/latents"]
     refused(encode, "a remote shard set needs cache_folder", capsys, tmp_path)
     scldm(*encode, cache)
-    for path in (made / "latents").rglob("*.*"):
+    for path in [path for path in (made / "latents").rglob("*.*") if path.name != "encoded_from.json"]:
         assert (tmp_path / path.relative_to(made)).read_bytes() == path.read_bytes(), path
     words = ["evaluate", f"generated={made}/generated.h5ad", f"shards={remote}", f"out={tmp_path}/evaluation"]
     refused([*words, "conditions=type"], "a remote shard set needs cache_folder", capsys, tmp_path)
