@@ -12,19 +12,21 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache, reduce
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from launch.config import PLACES, compose, flatten, preset_names, unknown_key, with_options_read
 from launch.judged import check_judged
 from launch.verbs import PRESETS, VERBS
+from scldm.checked import RANGE, Range
 from scldm.errors import InputError
 
 ANY = "*"  # alone it stands for the keys of other verbs. `control.*` stands for those of a mapping
 REQUIRED = "!"  # at the end of a kind
+BOUNDS = "@"  # after it: at least, above, at most and below, as `int@1,,3,`
 # keys of what must be there already -> what is said where it is not, in the words of those who read it
 INPUTS = {
     **dict.fromkeys(("h5ad", "like"), ": no such file"),
@@ -40,7 +42,7 @@ PATH = Path(str(resources.files("launch"))) / "keys.json"
 
 @cache
 def kinds_of(verb: str) -> dict[str, str]:
-    """Dotted key -> its kind as `--help` prints it, with REQUIRED where it must be given."""
+    """Dotted key -> its kind as `--help` prints it, with BOUNDS of its numbers, and REQUIRED where it must be given."""
     return json.loads(PATH.read_text(encoding="utf-8")).get(verb, {ANY: ""})
 
 
@@ -56,8 +58,8 @@ def takes_folders(verb: str) -> bool:
 
 def check_words(verb: str, words: Sequence[str]) -> None:
     """Raises: InputError for a word that is no preset, an unknown key, a value of another kind, a key that must be
-    given and is not, and a local file or folder that is not there. Ranges, and what keys say together, the verb's own
-    config checks."""
+    given and is not, a number out of its range, and a local file or folder that is not there. What keys say together,
+    the verb's own config checks."""
     keys = keys_of(verb)
     if ANY in keys:
         return
@@ -112,12 +114,17 @@ def _made(name: str, tree: dict[str, Any]) -> type:
             required = any(f.default is f.default_factory is dataclasses.MISSING for f in dataclasses.fields(kind))
             default: Any = {} if required else {"default_factory": kind}
         else:
-            kind = _kind(of.removesuffix(REQUIRED))
+            text, bounded, bounds = of.removesuffix(REQUIRED).partition(BOUNDS)
+            kind = _kind(text)
             default = {} if of.endswith(REQUIRED) else {"default": None}
             if default and (of.startswith(("tuple", "list", "dict"))):
                 default = {"default_factory": dict if of.startswith("dict") else list}
             elif default and of == "bool":
                 default = {"default": False}
+            if bounded and kind is not Any:
+                default["metadata"] = {
+                    RANGE: Range(*(json.loads(bound) if bound else None for bound in bounds.split(",")))
+                }
         fields.append((key, kind, dataclasses.field(**default, kw_only=True)))
     return dataclasses.make_dataclass(name, fields, frozen=True)
 
@@ -137,14 +144,26 @@ def _kind(text: str) -> Any:
 # --- the file ------------------------------------------------------------------------------------------------------
 
 
+def _bounds(schema: type) -> Iterator[str]:
+    """Of every key, in the order of `flatten`."""
+    kinds = get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(kinds[field.name]):
+            yield from _bounds(kinds[field.name])
+        elif (of := field.metadata.get(RANGE)) is None:
+            yield ""
+        else:
+            yield BOUNDS + ",".join("" if bound is None else f"{bound}" for bound in dataclasses.astuple(of))
+
+
 def found() -> dict[str, dict[str, str]]:
     """The keys of every verb, as its config has them now."""
     keys: dict[str, dict[str, str]] = {}
     for verb, (name, _) in VERBS.items():
         module: Any = importlib.import_module(name)
         keys[verb] = {
-            f"{key}.{ANY}" if kind.startswith("dict[") else key: kind + REQUIRED * (default == "required")
-            for key, kind, default, _ in flatten(module.CONFIG)
+            f"{key}.{ANY}" if kind.startswith("dict[") else key: kind + bounds + REQUIRED * (default == "required")
+            for (key, kind, default, _), bounds in zip(flatten(module.CONFIG), _bounds(module.CONFIG), strict=True)
         }
         keys[verb] |= {ANY: ""} if hasattr(module, "read") else {}
     return keys

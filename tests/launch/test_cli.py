@@ -215,7 +215,11 @@ def test_a_set_below_the_home_folder_is_there(tmp_path: Path, monkeypatch: pytes
 
 
 def test_every_kind_of_a_key_is_known() -> None:
-    kinds = {kind.removesuffix(keys.REQUIRED) for verb in VERBS for kind in keys.kinds_of(verb).values()}
+    kinds = {
+        kind.removesuffix(keys.REQUIRED).partition(keys.BOUNDS)[0]
+        for verb in VERBS
+        for kind in keys.kinds_of(verb).values()
+    }
     unknown = {kind for kind in kinds if keys._kind(kind) is Any}
     assert unknown == {"tuple[float, float]", "dict[str, Any]"}
 
@@ -277,6 +281,9 @@ def test_the_keys_of_the_file_are_those_of_the_configs() -> None:
         ("shards write", "--source.obs-filter \"tissue == 'blood'\" source.paths=c.h5ad --out a=b", ""),
         ("train vae", f"'data.select.age=>65' {A_RUN}", ""),
         ("status", "vae/run1", ""),
+        ("train vae", f"train.steps=-1 {A_RUN}", "train.steps=-1 must be at least 1"),
+        ("train vae", f"optim.lr=nan {A_RUN}", "optim.lr=nan must be above 0"),
+        ("train vae", f"hardware.zero_stage=4 {A_RUN}", "hardware.zero_stage=4 must be from 1 to 3"),
         ("evaluate", "shards=set", "give what is to be judged: generated=FILE"),
         ("evaluate", "generated=g.h5ad", "generated needs out=FOLDER"),
         ("evaluate", "vae=runs/vae", "give shards=FOLDER"),
