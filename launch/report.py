@@ -29,8 +29,7 @@ from scldm.evaluate.report_tables import row_texts
 from scldm.evaluate.run_page import run_page
 from scldm.files import disk_explained, flat, written_aside
 from scldm.train.follower import SYSTEM, row_of
-from scldm.train.previews import FOLDER
-from scldm.train.run_folder import ENVIRONMENT, OUTCOME
+from scldm.train.run_folder import ENVIRONMENT, OUTCOME, PREVIEWS
 from scldm.train.tracking import read_metrics
 from scldm.vocab import ConditionVocab
 
@@ -121,7 +120,7 @@ def facts(run: Path) -> dict[str, Any]:
 
 def last_preview(run: Path) -> bytes | None:
     """The PNG file of what the model made of held-out cells last."""
-    found = sorted((run / FOLDER).glob("step-*.png"))
+    found = sorted((run / PREVIEWS).glob("step-*.png"))
     return found[-1].read_bytes() if found else None
 
 

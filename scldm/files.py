@@ -244,21 +244,20 @@ def space_explained(place: str) -> Iterator[None]:
         yield
     except Exception as error:
         if told := no_space(error, place):
-            raise InputError(told) from error
+            raise InputError(told) from None
         raise
 
 
 @contextmanager
 def disk_explained(folder: str) -> Iterator[None]:
     """Raises: InputError where something inside failed for want of space, or because a path can't be used."""
-    try:
-        yield
-    except OSError as error:
-        if told := no_space(error, folder):
-            raise InputError(told) from None
-        if error.errno in REFUSED:
+    with space_explained(folder):
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in REFUSED:
+                raise
             raise InputError(f"{error.filename or folder}: {error.strerror}") from None
-        raise
 
 
 _told: set[Path] = set()

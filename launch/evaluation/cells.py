@@ -100,48 +100,57 @@ def some_cells(
     check: is called before each block, and may raise
     """
     shards = ShardSet(url, cache_folder=cache_folder, cache_bytes=int(cache_gb * 1e9))
-    manifest, out = shards.manifest, list[Cells]()
-    names = [*conditions, *(name for name in select or {} if name not in conditions)]
-    known = {name: np.array(manifest.conditions.labels[name]) for name in names}
     try:
-        for split in splits:
-            entry = manifest.splits[manifest.split_number(split)]
-            rng, parts, n_there = np.random.default_rng([seed, 4, SPLITS.index(split)]), list[sp.csr_matrix](), 0
-            labels: dict[str, list[np.ndarray]] = {name: [] for name in names}
-            for number in entry.first_block + rng.permutation(entry.n_blocks):
-                check()
-                first, n = int(shards.blocks["first_cell"][number]), int(shards.blocks["n_cells"][number])
-                ids = {c: np.asarray(shards.cell_column(f"condition.{c}")[first : first + n], np.int64) for c in names}
-                own = {c: known[c][of] for c, of in ids.items()}
-                chosen = np.ones(n, bool)
-                for condition, wanted in (select or {}).items():
-                    chosen &= np.isin(own[condition], list(wanted))
-                rows = np.flatnonzero(chosen)[: n_cells - n_there]
-                if not len(rows):
-                    continue
-                parts.append(_block(shards, number)[rows])
-                for name in names:
-                    labels[name].append(own[name][rows])
-                n_there += len(rows)
-                if n_there == n_cells:
-                    break
-            if not parts:
-                raise InputError(f"{url} ({split}) holds no cells, or none of the labels that are selected")
-            of_cells = {name: np.concatenate(labels[name]) for name in conditions}
-            counts = sp.csr_matrix(sp.vstack(parts))
-            drawn_of = entry.n_cells if n_there < entry.n_cells else 0
-            out.append(Cells.of_labels(counts, of_cells, unversioned(manifest.genes.ids), f"{url} ({split})", drawn_of))
-        return out
+        return [_some_of_split(shards, split, conditions, n_cells, seed, select or {}, check) for split in splits]
     finally:
         shards.close()
 
 
-def _block(shards: ShardSet, number: int, buffers: BlockBuffers | None = None) -> sp.csr_matrix:
-    """The counts of one block, (cells, genes)."""
+def _some_of_split(
+    shards: ShardSet,
+    split: str,
+    conditions: Sequence[str],
+    n_cells: int,
+    seed: int,
+    select: Mapping[str, Sequence[str]],
+    check: Callable[[], None],
+) -> Cells:
+    manifest, names = shards.manifest, list(dict.fromkeys([*conditions, *select]))
+    entry, buffers = manifest.splits[manifest.split_number(split)], _buffers(shards)
+    rng = np.random.default_rng([seed, 4, SPLITS.index(split)])  # 3 is Sample's
+    n_left, parts = n_cells, list[sp.csr_matrix]()
+    labels: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for number in entry.first_block + rng.permutation(entry.n_blocks):
+        check()
+        first, n = int(shards.blocks["first_cell"][number]), int(shards.blocks["n_cells"][number])
+        ids = {name: np.asarray(shards.cell_column(f"condition.{name}")[first : first + n]) for name in names}
+        own = {name: np.array(manifest.conditions.labels[name])[of] for name, of in ids.items()}
+        chosen = np.all(
+            [np.isin(own[name], list(wanted)) for name, wanted in select.items()] or np.ones((1, n), bool), 0
+        )
+        rows = np.flatnonzero(chosen)[:n_left]
+        if len(rows):
+            parts.append(_block(shards, number, buffers)[rows])
+            labels = {name: [*before, own[name][rows]] for name, before in labels.items()}
+            n_left -= len(rows)
+        if not n_left:
+            break
+    if not parts:
+        raise InputError(f"{shards.url} ({split}) holds no cells, or none of the labels that are selected")
+    of_cells = {name: np.concatenate(labels[name]) for name in conditions}
+    genes, name = unversioned(manifest.genes.ids), f"{shards.url} ({split})"
+    drawn_of = entry.n_cells if not n_left and n_cells < entry.n_cells else 0
+    return Cells.of_labels(sp.csr_matrix(sp.vstack(parts)), of_cells, genes, name, drawn_of)
+
+
+def _buffers(shards: ShardSet) -> BlockBuffers:
     manifest = shards.manifest
-    genes, largest = manifest.genes, manifest.statistics.largest_count
-    buffers = buffers or BlockBuffers(column_dtype(genes.n_genes), count_dtype(largest))
-    where = shards.where(number)
+    return BlockBuffers(column_dtype(manifest.genes.n_genes), count_dtype(manifest.statistics.largest_count))
+
+
+def _block(shards: ShardSet, number: int, buffers: BlockBuffers) -> sp.csr_matrix:
+    """The counts of one block, (cells, genes)."""
+    genes, where = shards.manifest.genes, shards.where(number)
     block = decode_block(shards.fetch(number).data, buffers, vocab_tag=vocab_tag(genes), where=where)
     # views of the buffers that the next block overwrites
     counts = block.counts.astype(np.promote_types(block.counts.dtype, np.int32))
@@ -211,7 +220,7 @@ def _split(
         if wanted != of_split:
             numbers_K = np.array([wanted.get(str(name), 0) for name in named])
             rows = rows_of_blocks(of_n, start, numbers_K, sample.rng(split))
-    buffers = BlockBuffers(column_dtype(genes.n_genes), count_dtype(manifest.statistics.largest_count))
+    buffers = _buffers(shards)
     parts: list[sp.csr_matrix] = []
     for at in np.flatnonzero(np.diff(np.searchsorted(rows, start))).tolist():
         of_block = rows[slice(*np.searchsorted(rows, start[at : at + 2]))] - start[at]

@@ -36,9 +36,7 @@ def main(words: Sequence[str]) -> int:
     words: vae or ldm, the run folder, and what its machine is: keys of PlannedHardware, as JSON
     """
     stage, run, machine = words
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     try:
-        os.nice(19)
         of = read_config(Path(run))
         of["hardware"] |= json.loads(machine)
         config = typed(PlanVAEConfig if stage == "vae" else PlanLDMConfig, of, f"{run}/{CONFIG}")
@@ -54,4 +52,6 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    os.nice(19)
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     sys.exit(main(sys.argv[1:]))

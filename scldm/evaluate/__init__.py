@@ -7,9 +7,10 @@ compare.py (all of it, as a JSON-ready dict), verdict.py, figures and report.py 
 For an autoencoder: reconstruction.py. For an embedding: representation.py.
 """
 
+import importlib
 from contextlib import suppress
 
 # scikit-learn asks any polars among the modules for its Series, and fails where another thread has half of it imported,
 # as that of MLflow may. An import here waits until it is whole. No evaluation needs polars itself.
 with suppress(Exception):
-    import polars as _  # noqa: F401
+    importlib.import_module("polars")

@@ -41,7 +41,7 @@ class EMA:
 
     @torch.no_grad()
     def _put(self, values: list[torch.Tensor]) -> None:
-        if self.live and not self.live[0].is_cuda and torch.cuda.is_available():
+        if self.live and not self.live[0].is_cuda and torch.cuda.is_initialized():
             torch.cuda.synchronize()  # of weights in host memory, copies to the GPU may be under way
         for weight, value in zip(self.live, values, strict=True):
             weight.copy_(value)

@@ -23,14 +23,15 @@ import torch
 
 from scldm.errors import InputError
 from scldm.files import written_aside
+from scldm.train.run_folder import PREVIEWS
 from scldm.train.tracking import Tracker
 
-FOLDER, SPLIT = "previews", "preview"
+SPLIT = "preview"
 FIRST_S = 20.0  # what the first preview is taken to cost: packages are imported, cells read, a map fitted
-MOST_S = 60.0  # of one preview. The other ranks wait, and a job may be told to stop
+MOST_S = 300.0  # of one preview, while the other ranks wait
 
 
-class Asked(Exception):
+class LeftOut(Exception):
     """The run was asked to stop while a preview was made."""
 
 
@@ -87,18 +88,18 @@ class Previews:
 
         def check() -> None:
             if self.is_asked_to_stop():
-                raise Asked
+                raise LeftOut
             if time.monotonic() - began > self.limit_s:
                 raise TimeoutError(f"it took more than {self.limit_s:g} s")
 
-        path = self.run_dir / FOLDER / f"step-{step:08d}.png"
+        path = self.run_dir / PREVIEWS / f"step-{step:08d}.png"
         try:
             with apart(self.device):
                 made = self._make(step, check)
             path.parent.mkdir(exist_ok=True)
             with written_aside(path) as file:
                 file.write(made.image)
-        except Asked:
+        except LeftOut:
             return
         except Exception as error:  # whatever it is: no preview is worth a run
             self._make = None
@@ -110,7 +111,7 @@ class Previews:
         self._spent_s += self._last_s
         metrics = {**made.metrics, "seconds": self._last_s}
         self.tracker.log(step, metrics, split=SPLIT, cells_seen=cells_seen)
-        self.tracker.log_artifact(path, FOLDER)
+        self.tracker.log_artifact(path, PREVIEWS)
 
 
 @contextmanager

@@ -43,7 +43,7 @@ if TYPE_CHECKING:  # it imports torch, which `scldm status` needs nothing of
     from scldm.train.branch import Branch
 
 CONFIG = "config.json"
-PLAN = "plan.json"
+PLAN, PREVIEWS = "plan.json", "previews"
 ENVIRONMENT = "environment.json"
 NOTES = "slurm"
 OUTCOME = "outcome.json"

@@ -260,7 +260,6 @@ def test_the_machine_of_this_run_is_a_cpu() -> None:
 
 def test_a_plan_that_can_not_be_made_is_a_line(tmp_path: Path, monkeypatch, capfd) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"run_dir": "a", "hardware": {}}))
-    monkeypatch.setattr(of_run.os, "nice", lambda by: 0)  # it stays with the process
     assert of_run.main(["vae", str(tmp_path), '{"gpu": "Z9"}']) == 1
     said = capfd.readouterr().err
     assert said.startswith(f"scldm: no {PLAN}: ")
@@ -276,8 +275,7 @@ def test_a_plan_that_can_not_be_made_is_a_line(tmp_path: Path, monkeypatch, capf
 
 
 @pytest.mark.slow
-def test_the_plan_of_a_run(at: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(of_run.os, "nice", lambda by: 0)
+def test_the_plan_of_a_run(at: Path, tmp_path: Path) -> None:
     shutil.copytree(at / "ldm", tmp_path / "ldm")
     assert of_run.main(["ldm", str(tmp_path / "ldm"), json.dumps(machine_of(HardwareConfig(), ALONE))]) == 0
     plan = json.loads((tmp_path / "ldm" / PLAN).read_text())
