@@ -158,4 +158,4 @@ def encoded_from(latents: Path) -> EncodedFrom | None:
 
 
 def _seen_from(folder: Path, path: str) -> str:
-    return path if "://" in path else os.path.relpath(Path(path).resolve(), folder.resolve())
+    return path if "://" in path else os.path.relpath(Path(path).expanduser().resolve(), folder.resolve())

@@ -81,7 +81,7 @@ _SECRET = re.compile(
     r"((?i:password|passwd|passphrase|\bpwd\b|secret|api[-_]?key|access[-_]?key|credential|authorization|bearer)"
     r"|TOKEN|_KEY[\"']|token[\"']?\s?[=:]\s?(?:str\s?=\s?)?[\"']|\b(?:hf_|gh[ps]_|github_pat_|sk-\w{16}|AKIA|eyJ)).*"
 )
-_HEADS = ("diff ", "+++ ", "--- ", "@@")  # names of files
+_HUNK = re.compile(r"(@@ -\S+ \+\S+ @@).*")  # after which git shows a line of the file, whatever it holds
 _KEY = re.compile(r"-----BEGIN[A-Z ]*PRIVATE KEY-----.*?(?:-----END[A-Z ]*-----|\Z)", re.DOTALL)
 _ANYONE = re.compile(r"(?<=://)[^\s/@'\"]+@")  # a token can stand for a user
 
@@ -105,8 +105,11 @@ def git_diff() -> str:
         overdue.cancel()
         git.kill()  # of a larger one the rest is not wanted
     text = _KEY.sub("...", without_passwords(_ANYONE.sub("", data[:MOST_OF_A_DIFF].decode(errors="replace"))))
-    lines = text.splitlines(keepends=True)
-    lines = (line if line.startswith(_HEADS) else _SECRET.sub(r"\1...", line) for line in lines)
+    lines, in_head = list[str](), True
+    for line in text.splitlines(keepends=True):
+        in_head = (in_head or line.startswith("diff --git ")) and not line.startswith("@@ ")
+        # names of files stand in a head, such as tokens.py
+        lines.append(line if in_head else _SECRET.sub(r"\1...", _HUNK.sub(r"\1", line)))
     cut = f"{MOST_OF_A_DIFF:,} bytes" if len(data) > MOST_OF_A_DIFF else "10 s" if late else ""
     return "".join(lines) + (f"\n# cut at {cut}\n" if cut else "")
 

@@ -98,7 +98,7 @@ def state_of_run(run: Path) -> str:
     files = [path for name in ("", "checkpoints") for path in (run / name).glob("*") if path.is_file()]
     silent_s = time.time() - max(path.stat().st_mtime for path in files)
     last, host = ago(silent_s), trained_on(run)
-    hang_s = training_config(run)["train"]["hang_s"] or math.inf
+    hang_s = training_config(run)["train"].get("hang_s") or math.inf
     if host not in ("", socket.gethostname()) and silent_s < hang_s + START_S:
         return f"RUNNING or killed: it is trained on {host}, whose locks this host may not see. It last wrote {last}"
     return f"KILLED: no process trains in it, and the last one left no word of its end. It last wrote {last}"

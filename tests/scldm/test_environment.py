@@ -73,9 +73,27 @@ def test_a_diff_shows_what_changed_and_no_secret(checkout: Path) -> None:
     diff = environment.git_diff()
     assert "-first = 1\n+first = 2\n+model.token=linear\n" in diff
     assert "hidden" not in diff
+    assert diff.startswith("diff --git a/file.py b/file.py\n")
     assert 'latent_tokens + 3; "sk-learn"' in diff
     assert diff.count("...") == 14
     assert "https://place/x" in diff
+
+
+def test_a_line_that_looks_like_a_head_has_no_secret_either(checkout: Path) -> None:
+    lines = [
+        'PASSWORD = "hidden1"',
+        *(f"    x = {k}" for k in range(9)),
+        "-- password: hidden2",
+        "++ password: hidden3",
+    ]
+    (checkout / "tokens.py").write_text("\n".join(lines))
+    for words in (["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "second"]):
+        subprocess.run(["git", "-C", str(checkout), *words], check=True)
+    (checkout / "tokens.py").write_text("\n".join([*lines[:7], "    x = 0", *lines[8:10], "++ password: hidden4"]))
+    diff = environment.git_diff()
+    assert "\n@@ -5,8 +5,7 @@\n" in diff, "git would show the password behind it"
+    assert "hidden" not in diff
+    assert "+++ b/tokens.py\n" in diff
 
 
 def test_a_large_diff_is_cut(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
