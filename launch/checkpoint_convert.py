@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from launch.checkpoints import found_checkpoint
@@ -94,7 +95,8 @@ def main(config: CheckpointConvertConfig) -> Path:
             elif config.to == "dcp":
                 save_distributed(weights, part)
             else:
-                torch.save(dict(weights), part)
+                with part.open("wb") as file:  # by a path, torch does not say why it failed
+                    torch.save(dict(weights), file)
     print(f"{checkpoint.folder.name} -> {out}")
     return out
 
@@ -146,7 +148,10 @@ def save_distributed(weights: Weights, folder: Path) -> None:
     writer = FileSystemWriter(folder, single_file_per_rank=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is meant
-        dcp.save(weights.empty, storage_writer=writer, planner=Planner(), no_dist=True)
+        try:
+            dcp.save(weights.empty, storage_writer=writer, planner=Planner(), no_dist=True)
+        except CheckpointException as error:  # a BaseException around those of the ranks, of which there is one
+            raise next(iter(error.failures.values()))[0] from None
 
 
 def repartition(checkpoint: Checkpoint, out: Path, parts: int) -> None:

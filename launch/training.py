@@ -267,10 +267,16 @@ def planned(stage: str, run_dir: Path, machine: Mapping[str, Any]) -> Iterator[N
     root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     words = [sys.executable, "-m", "launch.planning.of_run", stage, str(run_dir), json.dumps(machine)]
+    words.append(str(os.getpid()))
     env, started = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}, list[subprocess.Popen]()
-    timer = threading.Timer(
-        PLAN_AFTER_S, lambda: started.append(subprocess.Popen(words, env=env, start_new_session=True))
-    )
+
+    def start() -> None:
+        try:
+            started.append(subprocess.Popen(words, env=env, start_new_session=True))
+        except OSError as error:
+            print(f"scldm: no {PLAN}: {error}", file=sys.stderr, flush=True)
+
+    timer = threading.Timer(PLAN_AFTER_S, start)
     timer.daemon = True
     timer.start()
     try:

@@ -230,11 +230,14 @@ REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, 
 
 def no_space(error: BaseException, place: str) -> str:
     """What to say of a disk that is full. Empty for other errors."""
-    safetensors = type(error).__name__ == "SafetensorError" and "os error 28" in str(error)  # it has no number
-    number = errno.ENOSPC if safetensors else getattr(error, "errno", None)
-    if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return ""
-    return f"{place}: no space left ({os.strerror(number)}). Make room, then run the same command again"
+    chain: BaseException | None = error
+    while chain is not None:  # torch's writer has an error of its own about that of the file
+        safetensors = type(chain).__name__ == "SafetensorError" and "os error 28" in str(chain)  # it has no number
+        number = errno.ENOSPC if safetensors else getattr(chain, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return f"{place}: no space left ({os.strerror(number)}). Make room, then run the same command again"
+        chain = chain.__cause__ or chain.__context__
+    return ""
 
 
 @contextmanager

@@ -30,6 +30,9 @@ from scldm.vocab import unversioned
 # --- shards --------------------------------------------------------------------------------------------------------
 
 
+MOST_BLOCKS = 64  # of a split, where some of its cells are enough
+
+
 def cells_of_shards(
     url: str,
     conditions: Sequence[str],
@@ -93,8 +96,8 @@ def some_cells(
     check: Callable[[], None] = lambda: None,
 ) -> list[Cells]:
     """So many cells of each split, or all where it has fewer, out of as few blocks as hold them, in random order: a
-    uniform draw, as a set's cells were shuffled before they were put into blocks. What it takes does not grow with the
-    set.
+    uniform draw, as a set's cells were shuffled before they were put into blocks. At most MOST_BLOCKS are read: of rare
+    labels that are selected, there may be fewer cells.
 
     select: condition -> labels: only cells that have one of the labels
     check: is called before each block, and may raise
@@ -120,7 +123,7 @@ def _some_of_split(
     rng = np.random.default_rng([seed, 4, SPLITS.index(split)])  # 3 is Sample's
     n_left, parts = n_cells, list[sp.csr_matrix]()
     labels: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    for number in entry.first_block + rng.permutation(entry.n_blocks):
+    for number in entry.first_block + rng.permutation(entry.n_blocks)[:MOST_BLOCKS]:
         check()
         first, n = int(shards.blocks["first_cell"][number]), int(shards.blocks["n_cells"][number])
         ids = {name: np.asarray(shards.cell_column(f"condition.{name}")[first : first + n]) for name in names}

@@ -145,7 +145,7 @@ class Reconstructions:
             (held_out,) = trained.cells(trained.data.shards, (), ("validation",), N_CELLS, check)
             self.real = some_of(known_genes(model, held_out)[0], N_CELLS, trained.seed)
             check()
-        made = reconstructed(model, self.real, trained.seed)
+        made = reconstructed(model, self.real, trained.seed, check)
         check()
         moments = log_moments(self.real.counts), log_moments(made.counts)
         metrics = gene_agreement(*moments)

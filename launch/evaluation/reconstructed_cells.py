@@ -13,7 +13,7 @@ Reading order: known_genes, encode and decode, the three kinds, GaussianFit.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -103,19 +103,20 @@ def drawn(
 # --- the three kinds -----------------------------------------------------------------------------------------------
 
 
-def reconstructed(model: Pretrained, cells: Cells, seed: int) -> Cells:
+def reconstructed(model: Pretrained, cells: Cells, seed: int, check: Callable[[], None] = lambda: None) -> Cells:
     """The cells, encoded and decoded with their own library sizes, one draw of counts each. A cell without counts in
     genes that the model knows stays without.
 
     seed: of the draws. That of a gene depends on the seed, the gene and the cell's row alone
+    check: is called before each batch is decoded, and may raise
 
     Raises: InputError as `known_genes`.
     """
     known, gene_ids_G = known_genes(model, cells)
-    parts = [
-        drawn(model, block.latent_BLZ, gene_ids_G, block.size_B, block.rows.start, seed)
-        for block in encoded(model, known.counts, gene_ids_G)
-    ]
+    parts = list[sp.csr_matrix]()
+    for block in encoded(model, known.counts, gene_ids_G):
+        check()
+        parts.append(drawn(model, block.latent_BLZ, gene_ids_G, block.size_B, block.rows.start, seed))
     return known.with_counts(_stacked(parts, known), known.genes, f"{cells.name}, reconstructed")
 
 

@@ -1,7 +1,7 @@
 """The plan of a training that has begun, as RUN/plan.json. `scldm train` starts it beside itself, in a process of its
 own with little priority: counting kernels and FLOPs takes seconds, in which training goes on.
 
-    python -m launch.planning.of_run vae RUN '{"gpu": "H100", "memory_gb": 80, "nodes": 4}'
+    python -m launch.planning.of_run vae RUN '{"gpu": "H100", "memory_gb": 80, "nodes": 4}' PARENT
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from scldm.train.run_folder import CONFIG, PLAN, read_config
 
 
 def end_with(parent: int) -> None:
-    """End this process soon after the training, whatever became of that."""
+    """End this process soon after the training, whatever became of that.
+
+    parent: the number of the training's process
+    """
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
@@ -35,7 +38,7 @@ def main(words: Sequence[str]) -> int:
 
     words: vae or ldm, the run folder, and what its machine is: keys of PlannedHardware, as JSON
     """
-    stage, run, machine = words
+    stage, run, machine = words[:3]
     try:
         of = read_config(Path(run))
         of["hardware"] |= json.loads(machine)
@@ -53,5 +56,5 @@ def main(words: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     os.nice(19)
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=end_with, args=(int(sys.argv[4]),), daemon=True).start()
     sys.exit(main(sys.argv[1:]))

@@ -3,7 +3,7 @@
     RUN/previews/step-N.png
 
 The first rank makes a preview with the EMA of the weights, while the others wait. It changes nothing of the training:
-random states stay as they were. Where one fails, a line says why, and the run goes on without previews.
+random states stay as they were. Where one fails, or two take too long, a line says why, and the run goes on without.
 
 Reading order: Preview, Previews.
 """
@@ -71,6 +71,7 @@ class Previews:
         self.device = device or torch.device("cpu")
         self._make = make if share else None
         self._began, self._spent_s, self._last_s = time.monotonic(), 0.0, FIRST_S
+        self._was_late = False
 
     @property
     def is_due(self) -> bool:
@@ -101,9 +102,15 @@ class Previews:
                 file.write(made.image)
         except LeftOut:
             return
+        except TimeoutError as error:
+            self._spent_s, self._last_s = self._spent_s + self.limit_s, self.limit_s
+            self._make, self._was_late = None if self._was_late else self._make, True
+            then = "the next one waits longer" if self._make else "no more previews"
+            print(f"scldm: no preview of step {step}: {error}; {then}", file=sys.stderr, flush=True)
+            return
         except Exception as error:  # whatever it is: no preview is worth a run
             self._make = None
-            told = f"{error}" if isinstance(error, InputError | TimeoutError) else f"{type(error).__name__}: {error}"
+            told = f"{error}" if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
             why = " ".join(told.split()).removesuffix(":")
             print(f"scldm: no more previews, as that of step {step} failed: {why}", file=sys.stderr, flush=True)
             return

@@ -34,7 +34,8 @@ FEW, MANY = 3, 40
 STEPS = ["train.steps=60", "train.validate_every=20", "train.save_every=4", "train.log_every=10"]
 WRITE = ["conditions=type", "block_cells=8", "shard_cells=16", "split.validation=0.2", "split.test=0.2"]
 VERBS = ("write", "train", "encode", "generate")
-AFTER = [pytest.param(verb, marks=pytest.mark.exhaustive) for verb in ("export", "evaluate", "report")]
+CONVERT = ("safetensors", "torch", "dcp")
+AFTER = [pytest.param(verb, marks=pytest.mark.exhaustive) for verb in ("export", "evaluate", "report", *CONVERT)]
 
 
 def words_of(verb: str, made: Path, out: Path) -> list[str]:
@@ -46,6 +47,7 @@ def words_of(verb: str, made: Path, out: Path) -> list[str]:
         "export": ["export", f"vae={made}/vae", f"ldm={made}/ldm", f"out={out}"],
         "evaluate": ["evaluate", f"generated={made}/generated.h5ad", f"shards={made}/set", f"out={out}"],
         "report": ["report", f"{made}/vae", f"out={out}.html"],
+        **{to: ["checkpoint", "convert", f"at={made}/vae", f"to={to}", f"out={out}"] for to in CONVERT},
     }[verb]
 
 
@@ -57,6 +59,8 @@ def result(verb: str, out: Path) -> Any:
     if verb == "evaluate":
         told = json.loads((out / "evaluation.json").read_text())
         return told["pooled"], sorted(path.name for path in out.iterdir())
+    if verb in CONVERT:
+        return sorted(path.stat().st_size for path in [*out.rglob("*"), out] if path.is_file())
     if verb == "report":
         return len(Path(f"{out}.html").read_text()) > 1_000
     if verb == "train":

@@ -129,9 +129,17 @@ def test_one_that_would_look_like_a_hang_is_given_up(tmp_path: Path, monkeypatch
         return made(step, check)
 
     with Tracker(tmp_path, TrackingConfig(enabled=False)) as tracker:
-        Previews(tmp_path, tracker, endless, 1.0, limit_s=20.0).at(3, 3)
-    assert clock.now == 1_021
-    assert "that of step 3 failed: it took more than 20 s" in capsys.readouterr().err
+        of = Previews(tmp_path, tracker, endless, 1.0, limit_s=20.0)
+        of.at(3, 3)
+        assert clock.now == 1_021
+        said = "scldm: no preview of step 3: it took more than 20 s; the next one waits longer\n"
+        assert capsys.readouterr().err == said
+        of.at(4, 4)  # imports and compilations were the first one's
+        of.at(5, 5)
+    assert clock.now == 1_042
+    assert capsys.readouterr().err == said.replace("step 3", "step 4").replace(
+        "the next one waits longer", "no more previews"
+    )
 
 
 def test_a_run_that_is_to_stop_does_not_wait_for_one(tmp_path: Path, monkeypatch, capsys) -> None:
