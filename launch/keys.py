@@ -27,14 +27,16 @@ from scldm.errors import InputError
 ANY = "*"  # alone it stands for the keys of other verbs. `control.*` stands for those of a mapping
 REQUIRED = "!"  # at the end of a kind
 BOUNDS = "@"  # after it: at least, above, at most and below, as `int@1,,3,`
-# keys of what must be there already -> what is said where it is not, in the words of those who read it
+# keys of what must be there already -> the file in it that says what it is, and what is said where there is none: the
+# words of those who read it
 INPUTS = {
-    **dict.fromkeys(("h5ad", "like"), ": no such file"),
-    **dict.fromkeys(("vae", "ldm"), " is not a run folder: it has no config.json"),
+    **dict.fromkeys(("h5ad", "like"), ("", ": no such file")),
+    **dict.fromkeys(("vae", "ldm"), ("config.json", " is not a run folder: it has no config.json")),
     **dict.fromkeys(
-        ("shards", "data.shards", "path"), ": no manifest.json: not a shard set, or one that is not finished"
+        ("shards", "data.shards", "path"),
+        ("manifest.json", ": no manifest.json: not a shard set, or one that is not finished"),
     ),
-    "model": " is not a model folder: it has no config.json. `scldm export` writes one",
+    "model": ("config.json", " is not a model folder: it has no config.json. `scldm export` writes one"),
 }
 ANYWHERE = re.compile(r"[A-Za-z][\w+.-]*:")  # how a URL begins
 PATH = Path(str(resources.files("launch"))) / "keys.json"
@@ -81,12 +83,12 @@ def check_words(verb: str, words: Sequence[str]) -> None:
     if verb == "evaluate":
         check_judged(config)
     # evaluate says first what has no effect. A job that staged shards reads them elsewhere
-    for key, said in () if verb == "evaluate" or os.environ.get("SCLDM_STAGED") else INPUTS.items():
+    for key, (file, said) in () if verb == "evaluate" or os.environ.get("SCLDM_STAGED") else INPUTS.items():
         value = reduce(lambda at, name: getattr(at, name, None), key.split("."), config)
         if not isinstance(value, str) or not value or ANYWHERE.match(value):
             continue
         path = os.path.expanduser(value) if key in ("path", "shards", "data.shards") else value  # as a store reads it
-        if not os.path.exists(path):
+        if not os.path.exists(os.path.join(path, file) if file else path):
             raise InputError(f"{value}{said}")
 
 

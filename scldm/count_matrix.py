@@ -123,7 +123,8 @@ def row_blocks(matrix: Any) -> Iterator[sp.csr_matrix]:
 
 def columns_in_memory(matrix: Any, keep: np.ndarray) -> sp.csr_matrix:
     """Some columns, of a matrix wherever it lies."""
-    return sp.csr_matrix(sp.vstack([block[:, keep] for block in row_blocks(matrix)]))
+    parts: list[Any] = [block[:, keep] for block in row_blocks(matrix)]
+    return parts[0] if len(parts) == 1 else sp.csr_matrix(sp.vstack(parts))
 
 
 def rows_in_memory(matrix: Any, rows: np.ndarray) -> sp.csr_matrix:

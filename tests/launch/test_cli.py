@@ -209,6 +209,7 @@ def test_help_shows_the_defaults_that_are_taken(verb: str) -> None:
 def test_a_set_below_the_home_folder_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "manifest.json").touch()
     keys.check_words("shards info", ["path=~/set"])
     with pytest.raises(InputError, match="^~/none: no manifest.json"):
         keys.check_words("shards info", ["path=~/none"])
@@ -232,7 +233,7 @@ def test_the_module_is_the_command() -> None:
 
 # --- words, before anything is imported ---
 
-A_RUN = f"data.shards={ROOT} run_dir=r"
+A_RUN = "data.shards=there run_dir=r"
 
 
 def test_the_keys_of_the_file_are_those_of_the_configs() -> None:
@@ -265,7 +266,7 @@ def test_the_keys_of_the_file_are_those_of_the_configs() -> None:
         ("train vae", f"cells.h5ad {A_RUN}", "'cells.h5ad' is no preset. There are hardware/cpu, "),
         ("embed", "cells.h5ad", "'cells.h5ad' is no preset. Files and folders are named by model=, h5ad=, out= here"),
         ("embed", "--model", "--model needs a value"),
-        ("embed", f"model={ROOT} h5ad=none.h5ad out=o", "error: none.h5ad: no such file"),
+        ("embed", "model=there h5ad=none.h5ad out=o", "error: none.h5ad: no such file"),
         (
             "embed",
             f"model=none h5ad={__file__} out=o",
@@ -274,10 +275,10 @@ def test_the_keys_of_the_file_are_those_of_the_configs() -> None:
         ("train vae", "data.shards=none run_dir=r", "error: none: no manifest.json: not a shard set"),
         ("train vae", "data.shards=s3://bucket/none run_dir=r", ""),
         ("train ldm", f"vae=none {A_RUN}", "error: none is not a run folder: it has no config.json"),
-        ("embed", f"--model {ROOT} --h5ad {__file__} --out o --drop-empty", ""),
-        ("embed", f"--model {ROOT} --h5ad data/none.h5ad --out o", "error: data/none.h5ad: no such file"),
+        ("embed", f"--model there --h5ad {__file__} --out o --drop-empty", ""),
+        ("embed", "--model there --h5ad data/none.h5ad --out o", "error: data/none.h5ad: no such file"),
         ("train ldm", f"--init-from ldm/first {A_RUN}", ""),
-        ("transform", f"model={ROOT} h5ad={__file__} out=o --to treatment=stim", ""),
+        ("transform", f"model=there h5ad={__file__} out=o --to treatment=stim", ""),
         ("shards write", "--source.obs-filter \"tissue == 'blood'\" source.paths=c.h5ad --out a=b", ""),
         ("train vae", f"'data.select.age=>65' {A_RUN}", ""),
         ("status", "vae/run1", ""),
@@ -290,12 +291,22 @@ def test_the_keys_of_the_file_are_those_of_the_configs() -> None:
         ("report", "vae/a vae/b", ""),
         ("submit", "train vae vae/tinny", "preset 'vae/tinny' is unknown"),
         ("quickstart", f"--h5ad {__file__} --condition a --condition b --fresh", ""),
-        ("transform", f"model={ROOT} h5ad={__file__} out=o to=drug=x,dose=1 alphas=0,1", ""),
+        ("transform", f"model=there h5ad={__file__} out=o to=drug=x,dose=1 alphas=0,1", ""),
     ],
 )
 def test_what_the_words_say_wrong_is_refused_before_anything_is_imported(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str, word: str, said: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    verb: str,
+    word: str,
+    said: str,
 ) -> None:
+    (tmp_path / "there").mkdir()
+    for name in ("config.json", "manifest.json"):
+        (tmp_path / "there" / name).touch()
+    monkeypatch.chdir(tmp_path)
+
     class Begun(Exception):
         pass
 

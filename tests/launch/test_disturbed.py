@@ -60,7 +60,7 @@ def result(verb: str, out: Path) -> Any:
         told = json.loads((out / "evaluation.json").read_text())
         return told["pooled"], sorted(path.name for path in out.iterdir())
     if verb in CONVERT:
-        return sorted(path.stat().st_size for path in [*out.rglob("*"), out] if path.is_file())
+        return max(path.stat().st_size for path in [*out.rglob("*"), out] if path.is_file())  # that of the weights
     if verb == "report":
         return len(Path(f"{out}.html").read_text()) > 1_000
     if verb == "train":

@@ -89,10 +89,13 @@ def test_an_exception_of_one_rank_is_no_signal(
     """Of a verb whose ranks srun then ends, and returns the signal that it sent them."""
     (tmp_path / "sitecustomize.py").write_text(FAILING)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
-    out = cluster.runs / "failing"
+    out, there = cluster.runs / "failing", cluster.runs / "there"
+    there.mkdir()
+    for name in ("config.json", "manifest.json"):  # it fails before it reads them
+        (there / name).touch()
     words = [
-        f"vae={cluster.runs}",
-        f"shards={cluster.runs}",
+        f"vae={there}",
+        f"shards={there}",
         "threads=7",
         f"out={out}",
         "--nodes",
