@@ -405,6 +405,8 @@ def test_a_rank_leaves_word_of_its_failure_and_none_of_anothers(
     assert told.startswith(f"rank 3 on {os.uname().nodename}: {tmp_path}/none")
     assert told.strip().endswith(capsys.readouterr().err.split("error: ")[1].strip()[-30:])
     (tmp_path / "failure").unlink()
+    for name in ("config.json", "manifest.json"):  # a run's and a shard set's
+        (tmp_path / name).write_text("{}")
     monkeypatch.setattr("launch.encode.main", lambda config: dist.get_rank(group=7))
     words = ["encode", f"vae={tmp_path}", f"shards={tmp_path}", "out=c"]
     with pytest.raises((ValueError, TypeError, RuntimeError)):

@@ -73,6 +73,8 @@ def test_a_registered_model_gives_cells_to_who_has_mlflow_alone(folder: Path, tm
 
 def test_what_can_not_be_registered_is_said_before_anything_is_written(tmp_path: Path, capsys) -> None:
     (tmp_path / "ldm").mkdir()
+    for run in (tmp_path, tmp_path / "ldm"):
+        (run / "config.json").write_text("{}")
     words = ["export", f"vae={tmp_path}", f"out={tmp_path}/model", "register=small"]
     assert main(words) == 2
     assert "register=small needs ldm" in capsys.readouterr().err
