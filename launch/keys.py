@@ -18,8 +18,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from launch.config import PLACES, compose, flatten, preset_names, unknown_key, with_options_read
+from launch.config import PLACES, compose, flatten, preset_names, unknown_key, with_folders, with_options_read
 from launch.judged import check_judged
+from launch.planned import stage_of
 from launch.verbs import PRESETS, VERBS
 from scldm.checked import RANGE, Range
 from scldm.errors import InputError
@@ -31,7 +32,7 @@ BOUNDS = "@"  # after it: at least, above, at most and below, as `int@1,,3,`
 # words of those who read it
 INPUTS = {
     **dict.fromkeys(("h5ad", "like"), ("", ": no such file")),
-    **dict.fromkeys(("vae", "ldm"), ("config.json", " is not a run folder: it has no config.json")),
+    **dict.fromkeys(("vae", "ldm", "runs"), ("config.json", " is not a run folder: it has no config.json")),
     **dict.fromkeys(
         ("shards", "data.shards", "path"),
         ("manifest.json", ": no manifest.json: not a shard set, or one that is not finished"),
@@ -58,14 +59,23 @@ def takes_folders(verb: str) -> bool:
     return ANY in keys_of(verb) and verb in VERBS and verb not in PRESETS and verb != "submit"
 
 
-def check_words(verb: str, words: Sequence[str]) -> None:
+def check_words(verb: str, words: Sequence[str], there: bool = True) -> None:
     """Raises: InputError for a word that is no preset, an unknown key, a value of another kind, a key that must be
     given and is not, a number out of its range, and a local file or folder that is not there. What keys say together,
-    the verb's own config checks."""
-    keys = keys_of(verb)
-    if ANY in keys:
+    the verb's own config checks. The words of a verb to be submitted are checked when its job is made.
+
+    there: whether the files and folders that it reads must be there already
+    """
+    kinds = verb
+    if verb == "plan":
+        stage, words = stage_of(words)
+        kinds = "plan" if stage == "vae" else "plan ldm"
+    elif verb == "report":
+        words = with_folders(config_of_kinds(verb), "runs", words)
+    elif ANY in keys_of(verb):
         return
-    schema = config_of_kinds(verb)
+    keys = tuple(key for key in keys_of(kinds) if key != ANY)
+    schema = config_of_kinds(kinds)
     told = [word for word, _ in with_options_read(schema, words)]
     for word in told:  # a preset's keys are not ours to name
         key, equals, _ = word.partition("=")
@@ -83,13 +93,16 @@ def check_words(verb: str, words: Sequence[str]) -> None:
     if verb == "evaluate":
         check_judged(config)
     # evaluate says first what has no effect. A job that staged shards reads them elsewhere
-    for key, (file, said) in () if verb == "evaluate" or os.environ.get("SCLDM_STAGED") else INPUTS.items():
-        value = reduce(lambda at, name: getattr(at, name, None), key.split("."), config)
-        if not isinstance(value, str) or not value or ANYWHERE.match(value):
-            continue
-        path = os.path.expanduser(value) if key in ("path", "shards", "data.shards") else value  # as a store reads it
-        if not os.path.exists(os.path.join(path, file) if file else path):
-            raise InputError(f"{value}{said}")
+    if not there or verb == "evaluate" or os.environ.get("SCLDM_STAGED"):
+        return
+    for key, (file, said) in INPUTS.items():
+        given = reduce(lambda at, name: getattr(at, name, None), key.split("."), config)
+        for value in given if isinstance(given, list) else [given]:
+            if not isinstance(value, str) or not value or ANYWHERE.match(value):
+                continue
+            path = os.path.expanduser(value) if key in ("path", "shards", "data.shards") else value  # as a store does
+            if not os.path.exists(os.path.join(path, file) if file else path):
+                raise InputError(f"{value}{said}")
 
 
 # --- the config of the kinds alone ---------------------------------------------------------------------------------
@@ -100,6 +113,8 @@ def config_of_kinds(verb: str) -> type:
     """A dataclass with the verb's keys and their kinds, which takes what the verb's own takes, and more."""
     tree: dict[str, Any] = {}
     for dotted, kind in kinds_of(verb).items():
+        if dotted == ANY:
+            continue
         *above, name = dotted.removesuffix(f".{ANY}").split(".")
         at = tree
         for group in above:
@@ -163,11 +178,12 @@ def found() -> dict[str, dict[str, str]]:
     keys: dict[str, dict[str, str]] = {}
     for verb, (name, _) in VERBS.items():
         module: Any = importlib.import_module(name)
-        keys[verb] = {
-            f"{key}.{ANY}" if kind.startswith("dict[") else key: kind + bounds + REQUIRED * (default == "required")
-            for (key, kind, default, _), bounds in zip(flatten(module.CONFIG), _bounds(module.CONFIG), strict=True)
-        }
-        keys[verb] |= {ANY: ""} if hasattr(module, "read") else {}
+        for told, schema in {verb: module.CONFIG, **getattr(module, "OTHER_CONFIGS", {})}.items():
+            keys[told] = {
+                f"{key}.{ANY}" if kind.startswith("dict[") else key: kind + bounds + REQUIRED * (default == "required")
+                for (key, kind, default, _), bounds in zip(flatten(schema), _bounds(schema), strict=True)
+            }
+            keys[told] |= {ANY: ""} if hasattr(module, "read") else {}
     return keys
 
 

@@ -6,7 +6,6 @@ Reading order: read, main, with_data, cut.
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from pathlib import Path
 from data_pipeline.format.schema import read_manifest
 from launch.cli import run_verb
 from launch.config import compose
+from launch.planned import stage_of
 from launch.planning.config import PlanConfig, PlanLDMConfig, PlanVAEConfig
 from launch.planning.layouts import compared, comparison
 from launch.planning.plan import Plan, plan_of
@@ -33,19 +33,8 @@ scldm plan vae/270m hardware/many_nodes hardware.nodes=128 n_genes=36130 n_cells
   hardware.micro_batch=8
 scldm plan ldm/base hardware/many_nodes n_latents=64 latent_width=16 n_cells=100_000_000
 """
-# preset -> the machine that it is for, as keys of a plan
-MACHINES = {
-    # 25 us: a small step of 1,267 kernels takes 39 ms (benchmarks/train-cpu.json)
-    "hardware/cpu": (
-        *("hardware.gpu=CPU", "hardware.gpus_per_node=1", "hardware.memory_gb=16", "hardware.context_gb=0"),
-        "hardware.launch_us=25",
-    ),
-    "hardware/one_gpu": ("hardware.gpus_per_node=1",),
-    "hardware/many_nodes": ("hardware.nodes=4",),
-    "hardware/many_nodes_zero3": ("hardware.nodes=4",),
-}
-
 CONFIG = PlanVAEConfig
+OTHER_CONFIGS = {"plan ldm": PlanLDMConfig}
 FIRST = (
     *("data.shards", "n_genes", "n_cells", "train.steps", "train.global_batch"),
     *("hardware.micro_batch", "hardware.nodes", "hardware.gpu", "hardware.zero_stage", "json"),
@@ -54,17 +43,9 @@ USAGE = "scldm plan [vae|ldm] [PRESET ...] [key=value ...]"
 
 
 def read(words: Sequence[str]) -> PlanConfig:
-    """The stage is the first word, or that of the presets. Raises: InputError where neither tells it."""
-    if words and words[0] in ("vae", "ldm"):
-        stages, words = {words[0]}, words[1:]
-    else:
-        stages = {word.split("/")[0] for word in words if re.match(r"(vae|ldm)/[^=]+$", word)}
-    if len(stages) != 1:
-        why = "the presets are of both" if stages else "no preset tells it"
-        raise InputError(f"say what is trained, `scldm plan vae ...` or `scldm plan ldm ...`: {why}")
-    machine = [key for word in words for key in MACHINES.get(word, ())]
-    words = [*machine, *words]  # what is given goes before it, wherever it stands
-    return compose(PlanVAEConfig, words) if "vae" in stages else compose(PlanLDMConfig, words)
+    """Raises: InputError where the words do not tell the stage."""
+    stage, words = stage_of(words)
+    return compose(PlanVAEConfig, words) if stage == "vae" else compose(PlanLDMConfig, words)
 
 
 def main(config: PlanConfig) -> Plan:

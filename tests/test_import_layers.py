@@ -45,6 +45,7 @@ BESIDE_VERBS |= {
     "launch.checkpoints",
     "launch.followed",
     "launch.judged",
+    "launch.planned",
     "launch.keys",
     "launch.registry",
     "launch.run_data",

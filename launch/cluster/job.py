@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from launch.cli import config_of, find_verb, made_by
 from launch.cluster.site import GPUS, exports, for_nodes, gpus_of_node
 from launch.config import shipped
+from launch.keys import check_words
 from launch.verbs import VERBS
 from scldm.checked import Checked, checked
 from scldm.errors import InputError
@@ -139,6 +140,7 @@ def job_of(
 
     notes: by default in the run folder, or beside what the verb makes
     """
+    check_words(verb, words, there=False)  # before what takes seconds to import
     config = config_of(importlib.import_module(VERBS[verb][0]), words)
     made = made_by(config)
     if not made or "://" in made:

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from launch.cluster.job import Job, SubmitConfig, job_of
+from launch.keys import check_words
 from scldm.errors import InputError
 from scldm.train.tracking import TrackingConfig, begin_note
 
@@ -48,16 +50,26 @@ def jobs_of_pipeline(
     """
     out, words_of, own = words_of_links(words)
     jobs = []
+    for link, (verb, _) in LINKS.items():  # before what takes seconds to import
+        with named(link):
+            check_words(verb, words_of[link], there=False)
     for link, (verb, _) in LINKS.items():
-        try:
+        with named(link):
             options, sbatch = options_of(own[link])
             job = job_of(verb, words_of[link], options, Path(out) / "slurm" / link, link)._replace(sbatch=sbatch)
-        except InputError as error:
-            raise InputError(f"{link}: {error}") from None
         jobs += jobs_of_shards(job) if link == "shards" else [job]
     if not all(getattr(job.config, "tracking", TrackingConfig()).enabled for job in jobs):
         return jobs
     return [job if job.array else job._replace(parent=out) for job in jobs]  # an array is followed by its closing job
+
+
+@contextmanager
+def named(link: str) -> Iterator[None]:
+    """What is refused within, is refused of this link."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{link}: {error}") from None
 
 
 def follow(chain: Sequence[Job]) -> None:

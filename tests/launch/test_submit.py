@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -473,3 +474,20 @@ def test_what_a_pipeline_refuses(fake: Path, capsys: pytest.CaptureFixture, word
     assert main(["submit", *words]) == 2
     assert said in capsys.readouterr().err
     assert not (fake / "sbatch").exists()
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("train vae vae/tiny data.shrds=x", "unknown key 'data.shrds'; did you mean data.shards"),
+        ("encode vae=runs/vae shards=set", "out must be given"),
+        ("pipeline vae/tiny ldm/tiny out=o shards.source.paths=a.h5ad ldm.foo=3", "ldm: foo=3: unknown key 'foo'"),
+        ("pipeline out=o ldm.train.steps=-1", "ldm: train.steps=-1 must be at least 1"),
+    ],
+)
+def test_what_a_jobs_words_say_wrong_is_refused_before_its_verb_is_imported(
+    monkeypatch: pytest.MonkeyPatch, words: str, said: str
+) -> None:
+    monkeypatch.setattr("launch.cluster.job.importlib", None)
+    with pytest.raises(InputError, match=re.escape(said)):
+        submit.read(shlex.split(words))

@@ -1,0 +1,40 @@
+"""Which stage of training `scldm plan` is asked about, by the words of its command line alone: known before packages
+are imported, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+from scldm.errors import InputError
+
+# preset -> the machine that it is for, as keys of a plan
+MACHINES = {
+    # 25 us: a small step of 1,267 kernels takes 39 ms (benchmarks/train-cpu.json)
+    "hardware/cpu": (
+        *("hardware.gpu=CPU", "hardware.gpus_per_node=1", "hardware.memory_gb=16", "hardware.context_gb=0"),
+        "hardware.launch_us=25",
+    ),
+    "hardware/one_gpu": ("hardware.gpus_per_node=1",),
+    "hardware/many_nodes": ("hardware.nodes=4",),
+    "hardware/many_nodes_zero3": ("hardware.nodes=4",),
+}
+
+
+def stage_of(words: Sequence[str]) -> tuple[Literal["vae", "ldm"], list[str]]:
+    """The stage, which is the first word or that of the presets, and the presets and keys of its plan.
+
+    Raises: InputError where neither tells it.
+    """
+    if words and words[0] in ("vae", "ldm"):
+        stages, words = {words[0]}, words[1:]
+    else:
+        stages = {word.split("/")[0] for word in words if re.match(r"(vae|ldm)/[^=]+$", word)}
+    if len(stages) != 1:
+        why = "the presets are of both" if stages else "no preset tells it"
+        raise InputError(f"say what is trained, `scldm plan vae ...` or `scldm plan ldm ...`: {why}")
+    machine = [key for word in words for key in MACHINES.get(word, ())]
+    # what is given goes before the preset's machine, wherever it stands
+    return "vae" if "vae" in stages else "ldm", [*machine, *words]
