@@ -52,8 +52,14 @@ class Stopped(SystemExit):
 def read_json(path: Path) -> Any:
     """What a JSON file holds. Raises: InputError for a file that is missing or no JSON."""
     try:
-        return json.loads(path.read_text())
+        return json_of(path.read_bytes(), path)
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
+
+
+def json_of(text: bytes, path: Path) -> Any:
+    """What a JSON file holds that was read. Raises: InputError where it is no JSON."""
+    try:
+        return json.loads(text)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError, JSONDecodeError. Or lists in lists in lists
         raise InputError(f"{path} is damaged: not JSON ({error})") from None

@@ -77,6 +77,13 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def of_first(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns on the first rank, on every rank. It is called there alone. It must not raise."""
+        value = [make() if self.is_first else None]
+        if self.size > 1:
+            dist.broadcast_object_list(value, device=torch.device("cpu"))
+        return value[0]
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()

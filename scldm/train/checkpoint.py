@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +34,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from scldm.errors import InputError, read_json
+from scldm.errors import InputError, json_of
 from scldm.files import PARTIAL, left_aside, put_in_place, sha256_of, written_aside
 from scldm.files import remove as remove_path
 from scldm.given_json import Count, hash_of, typed
@@ -106,14 +106,16 @@ class Held:
 class Checkpoint:
     """One step's folder, opened for reading. Tensors are on the CPU.
 
+    note: what state.json holds, where it was read already
+
     Raises: Damaged, or InputError for a format that this version does not know.
     """
 
-    def __init__(self, folder: Path) -> None:
-        if not (folder / STATE).is_file():
+    def __init__(self, folder: Path, note: bytes | None = None) -> None:
+        if note is None and (note := read_note(folder)) is None:
             raise Missing(f"{folder} is not a whole checkpoint: {STATE} is missing")
         try:
-            stored = read_json(folder / STATE)
+            stored = json_of(note, folder / STATE)
         except InputError as error:
             raise Damaged(str(error)) from None
         state = stored.get("state") if isinstance(stored, dict) else None
@@ -267,7 +269,8 @@ def read_ema(run_dir: Path, which: Which) -> tuple[dict[str, Tensor], int, Path]
 def resume(folder: Path, engine: Engine, ema: EMA, world: World) -> dict[str, Any] | None:
     """Load the last whole checkpoint below `folder`. Returns its state, None where there is none yet. Collective.
 
-    The ranks share the reading of all bytes. A damaged checkpoint is passed over, by name, for the one before it, and
+    The first rank reads state.json for all, which may be 15 MB at a thousand ranks. They share the reading of all other
+    bytes. A damaged checkpoint is passed over, by name, for the one before it, and
     is renamed to `.broken`, so that nothing counts it. It is not renamed where some rank just
     does not see it.
 
@@ -276,9 +279,10 @@ def resume(folder: Path, engine: Engine, ema: EMA, world: World) -> dict[str, An
     if world.is_first:
         for left in unfinished(folder):
             remove_path(left)
-    names = world.gather([target.name for target in candidates(folder)])[0]
+    names = world.of_first(lambda: [target.name for target in candidates(folder)])
     for name in names:
-        checkpoint, *trouble = _checked_share(folder / name, world)
+        note = world.of_first(partial(_note_seen, folder / name))
+        checkpoint, *trouble = _checked_share(folder / name, note, world)
         problems = [found for found in world.gather(trouble) if found[0]]
         if checkpoint is not None and not problems:
             load(checkpoint, engine, ema)
@@ -301,23 +305,48 @@ def resume(folder: Path, engine: Engine, ema: EMA, world: World) -> dict[str, An
     return None
 
 
-def _checked_share(target: Path, world: World) -> tuple[Checkpoint | None, str, bool]:
+def read_note(folder: Path) -> bytes | None:
+    """What state.json holds. None where it is not to be seen, as of a checkpoint that is not whole."""
+    try:
+        return (folder / STATE).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _note_seen(folder: Path) -> bytes | None:
+    """`read_note`, once that is to be seen here."""
+    return next((note for _ in _while_unseen(folder) if (note := read_note(folder)) is not None), None)
+
+
+def _checked_share(target: Path, note: bytes | None, world: World) -> tuple[Checkpoint | None, str, bool]:
     """A checkpoint, or what is wrong with this rank's share of its files, and whether it is damage."""
+    if note is None:
+        return None, f"{target} is not a whole checkpoint: {STATE} is missing", False
+    missing: Missing | None = None
+    try:
+        checkpoint = Checkpoint(target, note)
+        for _ in _while_unseen(target):
+            try:
+                checkpoint.check(list(checkpoint.files)[world.rank :: world.size])
+            except Missing as error:
+                missing = error
+            else:
+                return checkpoint, "", False
+    except Damaged as error:
+        return None, str(error), True
+    return None, str(missing), isinstance(missing, Short)
+
+
+def _while_unseen(folder: Path) -> Iterator[None]:
+    """Tries to see what another host wrote to a folder, for SEEN_S."""
     end = time.monotonic() + SEEN_S
     while True:
-        try:
-            checkpoint = Checkpoint(target)
-            checkpoint.check(list(checkpoint.files)[world.rank :: world.size])
-        except Missing as error:
-            if time.monotonic() > end:
-                return None, str(error), isinstance(error, Short)
-            time.sleep(min(1.0, SEEN_S / 10))
-            with contextlib.suppress(OSError):
-                os.listdir(target)  # has a network file system ask its server again
-        except Damaged as error:
-            return None, str(error), True
-        else:
-            return checkpoint, "", False
+        yield
+        if time.monotonic() > end:
+            return
+        time.sleep(min(1.0, SEEN_S / 10))
+        with contextlib.suppress(OSError):
+            os.listdir(folder)  # has a network file system ask its server again
 
 
 def candidates(folder: Path) -> list[Path]:

@@ -12,10 +12,11 @@ import torch
 from scldm.errors import InputError
 from scldm.given_json import hash_of
 from scldm.model.vae import VAE, VAEConfig
+from scldm.parallel.dist import World
 from scldm.train import checkpoint
 from scldm.train.optim import OptimConfig
 from scldm.weights import network_of
-from tests.scldm.train.small_runs import N_GENES, make_dit, make_vae, small_run, stored
+from tests.scldm.train.small_runs import ALONE, N_GENES, make_dit, make_vae, small_run, stored
 
 
 @pytest.fixture
@@ -76,12 +77,28 @@ def test_a_checkpoint_that_is_just_not_seen_is_not_taken_for_broken(run: Path, h
     assert not list(run.rglob("*.broken"))
 
 
-def test_what_another_host_wrote_may_be_seen_a_while_later(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["part-0-of-1.safetensors", "state.json"])
+def test_what_another_host_wrote_may_be_seen_a_while_later(
+    run: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     monkeypatch.setattr(checkpoint, "SEEN_S", 20.0)
-    part = latest(run) / "part-0-of-1.safetensors"
+    part = latest(run) / name
     hidden = part.rename(part.with_suffix(".hidden"))
     monkeypatch.setattr(checkpoint.time, "sleep", lambda _: hidden.exists() and hidden.rename(part))
     assert small_run("vae", run, steps=12, validate_every=4, save_every=12).loader.read == []
+
+
+def test_the_first_rank_reads_the_note_for_all(run: Path) -> None:
+    target = latest(run)
+    note = checkpoint.read_note(target)
+    (target / "state.json").unlink()
+    found, told, _ = checkpoint._checked_share(target, note, World(1, 2, torch.device("cpu")))
+    assert found is not None
+    assert (found.step, told) == (12, "")
+    assert checkpoint._checked_share(target, None, ALONE)[1:] == (
+        f"{target} is not a whole checkpoint: state.json is missing",
+        False,
+    )
 
 
 @pytest.mark.heavy
