@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from launch.cli import run_verb
 from launch.own_cells import OwnCellsConfig, model_and_cells, write_whole
@@ -35,17 +34,9 @@ CONFIG = EmbedConfig
 
 def main(config: EmbedConfig) -> Path:
     """Write the file. Returns its path."""
-    model, adata = model_and_cells(config)
-    match = model.matched(adata, config.layer or None)
-    adata.obsm["X_scldm"] = model.embed(adata, layer=config.layer or None, pool=config.pool)
-    told: dict[str, Any] = match.to_json()
-    if "scldm" in adata.uns:  # of cells that a model made, or took somewhere
-        told["before"] = json.dumps(
-            adata.uns["scldm"], default=lambda value: value.item() if hasattr(value, "item") else str(value)
-        )
-    adata.uns["scldm"] = model.record("embed", pool=config.pool, **told)
-    write_whole(adata, Path(config.out))
-    n, width = adata.obsm["X_scldm"].shape
+    with model_and_cells(config) as (model, adata):
+        n, width = model.embed(adata, layer=config.layer or None, pool=config.pool, key_added="X_scldm").shape
+        write_whole(adata, Path(config.out))
     print(f'{n:,} cells, obsm["X_scldm"] of width {width}: {config.out}')
     return Path(config.out)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import anndata as ad
 import torch
 
 import scldm
-from scldm.cells_file import check_out, check_storable, read_cells
+from scldm.cells_file import cells_in_file, check_out, check_storable, write_cells
 from scldm.checked import Checked, checked
 from scldm.files import made_aside
 from scldm.pretrained import Precision
@@ -44,29 +46,31 @@ class OwnCellsConfig(Checked):
     min_gene_share: float = checked(MIN_GENE_SHARE, at_least=0, at_most=1)
 
 
-def model_and_cells(config: OwnCellsConfig) -> tuple[scldm.Pretrained, ad.AnnData]:
-    """The model on the device that is named, or the best that there is, and the cells of a file.
+@contextmanager
+def model_and_cells(config: OwnCellsConfig) -> Iterator[tuple[scldm.Pretrained, ad.AnnData]]:
+    """The model on the device that is named, or the best that there is, and the cells of a file, which is open within.
+    Their matrices are read some rows at a time. Where cells are left out, the others are in memory.
 
     Raises: InputError for what is not there or not readable.
     """
     check_out(config.out, (".h5ad",), h5ad=config.h5ad)
-    adata = read_cells(config.h5ad)
-    check_storable(adata, f"h5ad={config.h5ad}")
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = scldm.load(
-        config.model, device, batch=config.batch, precision=config.precision, min_gene_share=config.min_gene_share
-    )
-    if config.drop_empty and not (counted_n := model.counted(adata, config.layer or None)).all():
-        n = adata.n_obs
-        adata = adata[counted_n].copy()
-        print(
-            f"{n - adata.n_obs:,} of {n:,} cells are left out: no count in any gene that the model knows",
-            file=sys.stderr,
+    with cells_in_file(config.h5ad) as adata:
+        check_storable(adata, f"h5ad={config.h5ad}")
+        device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model = scldm.load(
+            config.model, device, batch=config.batch, precision=config.precision, min_gene_share=config.min_gene_share
         )
-    return model, adata
+        if config.drop_empty and not (counted_n := model.counted(adata, config.layer or None)).all():
+            n = adata.n_obs
+            adata = adata[counted_n].copy()
+            print(
+                f"{n - adata.n_obs:,} of {n:,} cells are left out: no count in any gene that the model knows",
+                file=sys.stderr,
+            )
+        yield model, adata
 
 
 def write_whole(adata: ad.AnnData, path: Path) -> None:
     """Write an h5ad file whole or not at all."""
     with made_aside(path) as part:
-        adata.write_h5ad(part, compression="gzip")
+        write_cells(adata, part)

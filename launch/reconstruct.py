@@ -33,9 +33,9 @@ CONFIG = ReconstructConfig
 
 def main(config: ReconstructConfig) -> Path:
     """Write the file. Returns its path."""
-    model, adata = model_and_cells(config)
-    expected = model.reconstruct(adata, layer=config.layer or None, genes=config.genes or None)
-    write_whole(expected, Path(config.out))
+    with model_and_cells(config) as (model, adata):
+        expected = model.reconstruct(adata, layer=config.layer or None, genes=config.genes or None)
+        write_whole(expected, Path(config.out))
     mean = expected.obs["log_likelihood"].mean()
     print(f"{expected.n_obs:,} cells x {expected.n_vars:,} genes, {mean:.1f} nats a cell: {config.out}")
     return Path(config.out)

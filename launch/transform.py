@@ -60,12 +60,12 @@ def main(config: TransformConfig) -> Path:
         if not (name and label):
             raise InputError(f"to={','.join(config.to)} must be CONDITION=LABEL, as to=treatment=IFN")
         to[name] = label
-    model, adata = model_and_cells(config)
-    made = model.transform(
-        adata, to, by=config.by or None, alphas=config.alphas, seed=config.seed, sampler=config.sampler,
-        layer=config.layer or None, genes=config.genes or None, kind=config.kind,
-    )  # fmt: skip
-    write_whole(made, out)
+    with model_and_cells(config) as (model, adata):
+        made = model.transform(
+            adata, to, by=config.by or None, alphas=config.alphas, seed=config.seed, sampler=config.sampler,
+            layer=config.layer or None, genes=config.genes or None, kind=config.kind,
+        )  # fmt: skip
+        write_whole(made, out)
     print(f"{made.n_obs:,} cells x {made.n_vars:,} genes: {out}")
     return out
 

@@ -1,7 +1,7 @@
 """AnnData on the disk, as anndata 0.7 to 0.13 lay it out in h5ad and zarr. It is opened, read by parts or whole, and
 made such that every anndata can write and read it.
 
-Reading order: open_cells, reading, parts of a file, read_cells, storable, before a file is written.
+Reading order: open_cells, reading, parts of a file, cells_in_file, storable, before a file is written, write_cells.
 """
 
 from __future__ import annotations
@@ -11,15 +11,20 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import anndata as ad
 import h5py
+import numpy as np
 import pandas as pd
-from anndata.io import read_elem, write_elem
+from anndata.abc import CSCDataset, CSRDataset
+from anndata.experimental import write_dispatched
+from anndata.io import read_elem, sparse_dataset, write_elem
 
 from scldm.errors import InputError
 
+IN_MEMORY = ("obs", "var", "obsm", "varm", "obsp", "varp", "uns")  # parts of an AnnData that are read with its tables
+COPIED_NUMBERS = 1 << 22  # at once, of a matrix of a file: 4 M x 8 B = 32 MB
 ZARR_MARKS = ("zarr.json", ".zgroup", ".zmetadata")  # of version 3, and of version 2
 
 
@@ -195,15 +200,36 @@ def read_obs(path: str | Path, columns: Sequence[str]) -> pd.DataFrame:
 # --- whole files ---------------------------------------------------------------------------------------------------
 
 
-def read_cells(path: str | Path) -> ad.AnnData:
-    """An h5ad or zarr file in memory, storable. Raises: InputError where it can't be read."""
+@contextmanager
+def cells_in_file(path: str | Path) -> Iterator[ad.AnnData]:
+    """An h5ad or zarr file, storable. It is open within: X, layers and raw.X stay there, and are read by whoever asks
+    for rows of them. The rest is in memory. Raises: InputError where it can't be read."""
     with open_cells(path) as file:
         frame_of(file, "obs", path)
-    with reading(path), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "(Variable|Observation) names are not unique")
-        warnings.simplefilter("ignore", PendingDeprecationWarning)  # of layouts that it reads all the same
-        adata = ad.read_zarr(path) if is_zarr(path) else ad.read_h5ad(path)
-    return made_storable(adata)
+        with reading(path), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(Variable|Observation) names are not unique")
+            warnings.simplefilter("ignore", PendingDeprecationWarning)  # of layouts that it reads all the same
+            parts: dict[str, Any] = {name: read_elem(file[name]) for name in IN_MEMORY if name in file}
+            layers = {name: _matrix(file["layers"][name]) for name in file.get("layers", ())}
+            adata = ad.AnnData(_matrix(file.get("X")), layers=layers, **parts)
+            if "raw" in file and not is_array(raw := file["raw"]):  # zarr has an array for none
+                obs = pd.DataFrame(index=adata.obs_names)
+                of_genes: dict[str, Any] = {name: read_elem(raw[name]) for name in ("var", "varm") if name in raw}
+                adata.raw = ad.AnnData(_matrix(raw["X"]), obs=obs, **of_genes)
+            made_storable(adata)
+        try:
+            yield adata
+        except OSError as error:
+            if "read data" not in str(error):  # HDF5's words for a damaged part
+                raise
+            raise InputError(f"{path}: can't be read: damaged or truncated ({str(error).splitlines()[0]})") from None
+
+
+def _matrix(node: Any) -> Any:
+    """A matrix that is read when rows of it are asked for. None where there is none."""
+    if node is None or node.attrs.get("encoding-type") == "null":
+        return None
+    return node if is_array(node) else sparse_dataset(node)
 
 
 def made_storable(adata: ad.AnnData) -> ad.AnnData:
@@ -268,3 +294,38 @@ def check_storable(adata: ad.AnnData, where: str) -> None:
             except Exception as error:  # anndata, h5py and pandas each have their own
                 why = str(error).splitlines()[0]
                 raise InputError(f"{where}: {name} can't be written ({why}). Change or remove it") from None
+
+
+# --- written -------------------------------------------------------------------------------------------------------
+
+
+def write_cells(adata: ad.AnnData, path: Path) -> None:
+    """Write an h5ad file. Matrices that lie in another file are copied some numbers at a time."""
+    adata.strings_to_categoricals()
+    if adata.raw is not None:
+        adata.strings_to_categoricals(pd.DataFrame(adata.raw.var))
+    with h5py.File(path, "w") as file:
+        write_dispatched(file, "/", adata, cast(Any, _write), dataset_kwargs={"compression": "gzip"})
+
+
+def _write(write: Any, store: Any, elem_name: str, elem: Any, *, dataset_kwargs: Any, iospec: Any) -> None:
+    """Write one element of an AnnData. anndata calls this for each, by these names."""
+    if isinstance(elem, CSRDataset | CSCDataset):
+        made, source = store.create_group(elem_name), cast(Any, elem).group
+        made.attrs["shape"] = elem.shape
+        for part in ("data", "indices", "indptr"):
+            _copy(source[part], made, part)
+    elif hasattr(elem, "chunks") and hasattr(elem, "attrs"):  # an array of HDF5 or zarr
+        made = _copy(elem, store, elem_name)
+    else:
+        write(store, elem_name, elem, dataset_kwargs=dataset_kwargs)
+        return
+    made.attrs["encoding-type"], made.attrs["encoding-version"] = iospec.encoding_type, iospec.encoding_version
+
+
+def _copy(source: Any, group: Any, name: str) -> Any:
+    made = group.create_dataset(name, shape=source.shape, dtype=source.dtype, chunks=True, compression="gzip")
+    step = max(COPIED_NUMBERS // max(int(np.prod(source.shape[1:])), 1), 1)
+    for start in range(0, source.shape[0], step):
+        made[start : start + step] = source[start : start + step]
+    return made

@@ -1,7 +1,7 @@
 """Which matrix of an AnnData, or of its file, holds raw counts: X, a layer or raw. Its cells may be in memory, in a
 file (anndata's backed="r") or lazy (anndata.experimental.read_lazy), and are read some at a time.
 
-Reading order: count_matrix, matrix_name, check_adata; row_blocks, columns_in_memory, rows_in_memory, table_in_memory.
+Reading order: count_matrix, matrix_name, check_adata; x_of, row_blocks, rows_in_memory, in_memory, table_in_memory.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ def _values(matrix: Any) -> np.ndarray:
     """Stored values, other than 0, of cells at the beginning, in the middle and at the end."""
     n = matrix.shape[0]
     starts = sorted({0, max(0, (n - PROBE_ROWS) // 2), max(0, n - PROBE_ROWS)})
+    matrix = in_memory(matrix) if _by_columns(matrix) else matrix
     parts = [_rows(matrix, start, start + PROBE_ROWS) for start in starts]
     for part in parts:
         part.eliminate_zeros()
@@ -102,34 +103,55 @@ def _rows(matrix: Any, start: int, stop: int) -> sp.csr_matrix:
     return sp.csr_matrix(part.compute() if hasattr(part, "compute") else part)
 
 
+class _ViewOfFile:
+    """X of a view of cells in a file, read by rows. anndata reads all of a view."""
+
+    def __init__(self, matrix: Any, row_n: np.ndarray, column_n: np.ndarray) -> None:
+        self.matrix, self.row_n, self.column_n = matrix, row_n, column_n
+        self.shape, self.format = (len(row_n), len(column_n)), getattr(matrix, "format", "")
+
+    def __getitem__(self, rows: slice) -> Any:
+        at_n, of_row = np.unique(self.row_n[rows], return_inverse=True)  # HDF5 reads in ascending order
+        return sp.csr_matrix(self.matrix[at_n])[of_row][:, self.column_n]
+
+    def to_memory(self) -> Any:
+        return self.matrix.to_memory()[self.row_n][:, self.column_n]
+
+
 def x_of(adata: Any) -> Any:
-    """X of an AnnData. None where there is none."""
+    """X of an AnnData. None where there is none. It is not read where it lies in a file."""
     try:
+        if adata.is_view and not is_in_memory(whole := adata._adata_ref.X) and not hasattr(whole, "compute"):
+            return _ViewOfFile(whole, *(np.arange(n)[at] for n, at in zip(whole.shape, (adata._oidx, adata._vidx))))
         return adata.X
     except KeyError:  # a file without X, which anndata looks for when it is asked
         return None
 
 
-def row_blocks(matrix: Any) -> Iterator[sp.csr_matrix]:
-    """The matrix by rows, some at a time where it is not in memory."""
-    if sp.issparse(matrix) or isinstance(matrix, np.ndarray):
+def row_blocks(matrix: Any, batch: int = 1) -> Iterator[sp.csr_matrix]:
+    """The matrix by rows, some at a time where it is not in memory. One in a file by columns (CSC) is read whole: a few
+    rows of it cost as much as all.
+
+    batch: each block has a multiple of so many rows, but for the last
+    """
+    if is_in_memory(matrix):
         yield sp.csr_matrix(matrix)
-    elif getattr(matrix, "format", "") == "csc":  # in a file, a few rows of it cost as much as all
-        yield sp.csr_matrix(matrix.to_memory())
+    elif _by_columns(matrix):
+        yield sp.csr_matrix(in_memory(matrix))
     else:
-        for start in range(0, matrix.shape[0], FILE_ROWS):
-            yield _rows(matrix, start, start + FILE_ROWS)
+        step = max(FILE_ROWS // batch, 1) * batch
+        for start in range(0, matrix.shape[0], step):
+            yield _rows(matrix, start, start + step)
 
 
-def columns_in_memory(matrix: Any, keep: np.ndarray) -> sp.csr_matrix:
-    """Some columns, of a matrix wherever it lies."""
-    parts: list[Any] = [block[:, keep] for block in row_blocks(matrix)]
-    return parts[0] if len(parts) == 1 else sp.csr_matrix(sp.vstack(parts))
+def _by_columns(matrix: Any) -> bool:
+    """Whether a matrix that is not in memory is CSC. A lazy one (dask) says so of its parts."""
+    return getattr(matrix, "format", getattr(getattr(matrix, "_meta", None), "format", "")) == "csc"
 
 
 def rows_in_memory(matrix: Any, rows: np.ndarray) -> sp.csr_matrix:
     """Some rows, in ascending order, of a matrix wherever it lies."""
-    if sp.issparse(matrix) or isinstance(matrix, np.ndarray):
+    if is_in_memory(matrix):
         return sp.csr_matrix(matrix[rows])
     parts, start = [], 0
     block: Any  # scipy's stubs give no shape
@@ -138,6 +160,18 @@ def rows_in_memory(matrix: Any, rows: np.ndarray) -> sp.csr_matrix:
         parts.append(block[rows[first:last] - start])
         start += block.shape[0]
     return sp.csr_matrix(sp.vstack(parts))
+
+
+def is_in_memory(matrix: Any) -> bool:
+    return matrix is None or sp.issparse(matrix) or isinstance(matrix, np.ndarray)
+
+
+def in_memory(matrix: Any) -> Any:
+    """The whole matrix, of the kind that it is: sparse or dense."""
+    if is_in_memory(matrix):
+        return matrix
+    read = getattr(matrix, "to_memory", getattr(matrix, "compute", None))
+    return read() if read else matrix[:]
 
 
 def table_in_memory(table: Any) -> pd.DataFrame:

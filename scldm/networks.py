@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Self
 
@@ -144,10 +144,6 @@ class Networks:
     def _here(self, numbers: np.ndarray) -> Tensor:
         """Numbers of our own on the model's device. The host does not wait for what the device does before."""
         return torch.from_numpy(numbers).to(self.device, non_blocking=True)
-
-    def _batches(self, n: int) -> Iterator[slice]:
-        for start in range(0, n, self.batch):
-            yield slice(start, min(start + self.batch, n))
 
     # --- which cells ---
 

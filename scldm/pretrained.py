@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import anndata as ad
 import numpy as np
@@ -35,7 +34,7 @@ from scldm.arguments import (
 )
 from scldm.batch import GeneCounts
 from scldm.cells_file import storable
-from scldm.count_matrix import check_adata, columns_in_memory, count_matrix, table_in_memory
+from scldm.count_matrix import check_adata, count_matrix, table_in_memory
 from scldm.environment import install_hint
 from scldm.errors import InputError
 from scldm.flow.generate import SamplerConfig, guided
@@ -48,6 +47,7 @@ from scldm.model.dit import DiT
 from scldm.model.vae import VAE
 from scldm.model_folder import check_files, read_config, read_gene_columns, read_history, save_pretrained
 from scldm.networks import Kind, Networks, Precision, batch_on, usable, written
+from scldm.own_cells import Given, before, given_cells, kept_beside, var_of
 from scldm.progress import Progress
 from scldm.request import labels as asked
 from scldm.request.cells import Asked, table_of
@@ -58,7 +58,6 @@ from scldm.weights import network_of, read_weights, weights_hash
 if TYPE_CHECKING:
     from scldm.comparison import Evaluation
 
-MAX_COUNT = 2**31 - 1  # of int32, as cells are given to the encoder and written
 SEEDS_OF_EVALUATE = 1 << 31  # as EvaluateConfig.seed
 Pool = Literal["flat", "mean"]
 
@@ -120,14 +119,6 @@ def load(
     return model.to(device)
 
 
-class Given(NamedTuple):
-    """counts: (n, genes that the model knows) int32. ids: indices of those genes. match: which they are"""
-
-    counts: sp.csr_matrix
-    ids: Tensor
-    match: GeneMatch
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class Pretrained(Networks):
     """A trained model, which takes and gives AnnData."""
@@ -151,35 +142,48 @@ class Pretrained(Networks):
 
     # --- embed ---
 
-    def embed(self, adata: ad.AnnData, *, layer: str | None = None, pool: Pool = "flat") -> np.ndarray:
+    def embed(
+        self, adata: ad.AnnData, *, layer: str | None = None, pool: Pool = "flat", key_added: str | None = None
+    ) -> np.ndarray:
         """Posterior means of the cells' latent tokens, float32: (n, L * Z), tokens in order, or their mean (n, Z).
 
         adata: raw counts in X, layers["counts"] or raw.X, in memory, in a file (backed) or lazy. Genes are matched by
             `var_names`. Those that the model does not know are left out, and those that the file lacks make the set
-            smaller
+            smaller. Counts in a file are read twice, some thousand cells at a time: once to check them all, then to
+            compute. Those that a file holds by columns (CSC) are read whole
         layer: where the counts are, where that can't be found: X, raw or a layer's name
+        key_added: write them to `adata.obsm[key_added]` too, and to `adata.uns["scldm"]` what made them. This is what
+            `scldm embed` does. If a model made the cells, `before` keeps its record
 
         Raises: InputError for counts that are none, or no gene in common.
         """
         one_of("pool", pool, Pool)
-        counts, gene_ids, match = self._given(adata, layer)
-        print(match, file=sys.stderr)
-        encode = encoder_of(self.vae, gene_ids, counts.getnnz(0) / adata.n_obs)
-        out = []
+        if key_added is not None:
+            text_of("key_added", key_added, "X_scldm")
+        given, given_ids = self._given(adata, layer)
+        print(given.match, file=sys.stderr)
+        if key_added is not None and adata.is_view:
+            raise InputError(f"key_added={key_added!r}: adata is a view, which can't be added to. Give adata.copy()")
+        encode = encoder_of(self.vae, given_ids, given.share_S)
+        width = self.vae.config.latent_width * (1 if pool == "mean" else self.vae.config.n_latents)
+        out = np.empty((adata.n_obs, width), np.float32)
         with Progress("embed", adata.n_obs, "cells") as bar, torch.no_grad(), self._computing():
-            for rows in self._batches(adata.n_obs):
-                dense_BS = self._here(counts[rows].toarray())
-                latent_BLZ = encode(dense_BS).mean_BLZ.float()
-                out.append((latent_BLZ.mean(1) if pool == "mean" else latent_BLZ.flatten(1)).cpu().numpy())
-                bar.advance(len(dense_BS))
-        return np.concatenate(out)
+            for rows, counts_BS in given.batches(self.batch):
+                latent_BLZ = encode(self._here(counts_BS)).mean_BLZ.float()
+                out[rows] = (latent_BLZ.mean(1) if pool == "mean" else latent_BLZ.flatten(1)).cpu().numpy()
+                bar.advance(len(counts_BS))
+        if key_added is not None:
+            told = self.record("embed", pool=pool, **dict[str, Any](given.match.to_json()), **before(adata))
+            adata.obsm[key_added], adata.uns["scldm"] = out, told
+        return out
 
     def reconstruct(
         self, adata: ad.AnnData, *, layer: str | None = None, genes: Sequence[str] | None = None
     ) -> ad.AnnData:
         """Expected counts of the cells from their own latents, and how likely their counts are. The same cells are
         returned, with expected counts in `X`, float32, and obs["log_likelihood"], in nats over the file's genes that
-        the model knows. obsm stays. So do var and layers, unless a gene is asked for that the file lacks.
+        the model knows. obsm stays. So do var and layers, unless a gene is asked for that the file lacks. uns has the
+        record of this call alone, with `before` as for `embed`.
 
         adata: raw counts, as for `embed`. A cell's library size is its total over those genes
         genes: which genes to write, in this order, any of the model's. The default is those of the file
@@ -189,36 +193,33 @@ class Pretrained(Networks):
         check_adata(adata)
         if "log_likelihood" in adata.obs:
             raise InputError("obs has a column 'log_likelihood' already, which would be lost. Rename or remove it")
-        counts, given_ids, match = self._given(adata, layer)
+        given, given_ids = self._given(adata, layer)
         asked_ids = given_ids if genes is None else self._here(self.columns(genes) + 1)
-        print(match, file=sys.stderr)
-        encode = encoder_of(self.vae, given_ids, counts.getnnz(0) / adata.n_obs)
-        expected, log_likelihood = [], []
+        print(given.match, file=sys.stderr)
+        encode = encoder_of(self.vae, given_ids, given.share_S)
+        expected, log_likelihood = np.empty((adata.n_obs, len(asked_ids)), np.float32), []
         with Progress("reconstruct", adata.n_obs, "cells") as bar, torch.no_grad(), self._computing():
-            for rows in self._batches(adata.n_obs):
-                given = GeneCounts(given_ids, self._here(counts[rows].toarray()))
-                latent_BLZ = encode(given.counts_BS).mean_BLZ
-                size_B = self.vae.library_size_B(given.counts_BS.sum(1).float(), latent_BLZ, given_ids)
+            for rows, counts_BS in given.batches(self.batch):
+                cells = GeneCounts(given_ids, self._here(counts_BS))
+                latent_BLZ = encode(cells.counts_BS).mean_BLZ
+                size_B = self.vae.library_size_B(cells.counts_BS.sum(1).float(), latent_BLZ, given_ids)
                 whole = self.vae.decode(latent_BLZ, given_ids)
-                log_likelihood.append(-whole.nll_B(given, size_B).cpu().numpy())
+                log_likelihood.append(-whole.nll_B(cells, size_B).cpu().numpy())
                 asked = whole if genes is None else self.vae.decode(latent_BLZ, asked_ids, among_ids=given_ids)
-                expected.append(asked.expected(size_B).float().cpu().numpy())
+                expected[rows] = asked.expected(size_B).float().cpu().numpy()
                 bar.advance(len(size_B))
         obs = storable(table_in_memory(adata.obs))
         obs["log_likelihood"] = np.concatenate(log_likelihood)
-        var, at = self._var_of(adata, asked_ids.cpu().numpy() - 1)
-        layers = {} if at is None else {name: matrix[:, at] for name, matrix in adata.layers.items()}
-        uns = {"scldm": self.record("reconstruct", **dict[str, Any](match.to_json()))}
-        made = ad.AnnData(np.concatenate(expected), obs=obs, var=var, layers=layers, uns=uns)
-        for name, of in adata.obsm.items():
-            made.obsm[name] = of
+        var, at = var_of(self, adata, asked_ids.cpu().numpy())
+        told = self.record("reconstruct", **dict[str, Any](given.match.to_json()), **before(adata))
+        made = ad.AnnData(expected, obs=obs, var=var, uns={"scldm": told})
+        kept_beside(made, adata, at)
         return made
 
-    def _var_of(self, adata: ad.AnnData, columns: np.ndarray) -> tuple[pd.DataFrame, np.ndarray | None]:
-        """Rows of var of the user's own cells for these of the model's genes, and where they stand there. Where one is
-        not there, what the model knows of the genes, and None."""
-        at = adata.var_names.get_indexer(pd.Index([self.genes.ids[k] for k in columns]))
-        return (self.var(columns), None) if (at < 0).any() else (storable(table_in_memory(adata.var)).iloc[at], at)
+    def _given(self, adata: ad.AnnData, layer: str | None) -> tuple[Given, Tensor]:
+        """The cells, and the vocabulary indices of their genes where the networks are."""
+        given = given_cells(self, adata, layer)
+        return given, self._here(given.ids_S)
 
     def matched(self, adata: ad.AnnData, layer: str | None = None) -> GeneMatch:
         """How many of the model's genes the cells have. Arguments and errors as for `embed`."""
@@ -227,34 +228,7 @@ class Pretrained(Networks):
     def counted(self, adata: ad.AnnData, layer: str | None = None) -> np.ndarray:
         """Which cells have a count in any gene that the model knows, bool (n,): the others are refused by `embed`,
         `reconstruct` and `transform`. Arguments and errors as for `embed`."""
-        return self._given(adata, layer, empty_too=True).counts.getnnz(1) > 0
-
-    def _given(self, adata: ad.AnnData, layer: str | None, empty_too: bool = False) -> Given:
-        run = self.origin.get("vae", {}).get("config", {})
-        policy = run.get("data", {}).get("given", {}).get("policy")
-        if policy in ("expressed", "expressed_plus_zeros"):
-            raise InputError(
-                f"this autoencoder was trained with data.given.policy={policy} and is given all genes of a file here, "
-                f"which is another function. `scldm encode` with genes.policy={policy} encodes cells as it was trained"
-            )
-        found_in = count_matrix(adata, layer)
-        names = found_in.genes
-        if len(set(names)) < len(names):
-            twice = next(name for name, n in Counter(names).items() if n > 1)
-            raise InputError(f"gene {twice!r} stands twice in var_names. They must be unique")
-        found = self.genes.match(names, "the cells", self.min_gene_share)
-        counts: Any = columns_in_memory(found_in.matrix, found.index_n > 0)
-        counts.eliminate_zeros()
-        wrong = counts.data[~((counts.data >= 0) & (counts.data <= MAX_COUNT) & (counts.data == np.rint(counts.data)))]
-        if len(wrong):
-            raise InputError(f"{found_in.name} holds {wrong[0]:g}, which is not a count. Give raw counts")
-        empty = int((counts.getnnz(1) == 0).sum())
-        if empty and not empty_too:
-            raise InputError(
-                f"{empty} of {adata.n_obs} cells have no count in any gene that the model knows. drop_empty=true "
-                "leaves them out, in Python adata[model.counted(adata)]"
-            )
-        return Given(counts.astype(np.int32), self._here(found.index_n[found.index_n > 0]), found)
+        return given_cells(self, adata, layer, empty_too=True).counted_n
 
     # --- transform ---
 
@@ -286,8 +260,9 @@ class Pretrained(Networks):
         kind: counts, integers that are drawn, or means, expected counts, float32
 
         Returns the cells with obs `scldm_alpha` and `scldm_source`, the cell's name in `adata`. obsm is that of
-        `adata`. So is var, unless the file lacks a gene that is asked for. layers are not: they hold counts of the
-        cells before. What a reader should know of the conditions is printed.
+        `adata`. So are var and layers, unless a gene is asked for that the file lacks. They say what the cells were
+        before: layers with counts can be compared with X. Rows are repeated for each alpha. uns has the record of
+        this call alone, with `before` as for `embed`. What a reader should know of the conditions is printed.
         Raises: InputError as `embed`, for unknown conditions and labels, and for SDE samplers.
         """
         sampler, dit = _sampler(sampler), self._dit()
@@ -306,16 +281,16 @@ class Pretrained(Networks):
         for of in (moves.own, moves.by_flow):
             asked.check_sampler(dit, of, sampler, self.origin)
         alphas = numbers_of("alphas", alphas, 0, 1)
-        counts, given_ids, match = self._given(adata, layer)
+        given, given_ids = self._given(adata, layer)
         asked_ids = given_ids if genes is None else self._here(self.columns(genes) + 1)
-        for note in (match, *moves.notes):
+        for note in (given.match, *moves.notes):
             print(note, file=sys.stderr)
-        encode = encoder_of(self.vae, given_ids, counts.getnnz(0) / adata.n_obs)
+        encode = encoder_of(self.vae, given_ids, given.share_S)
         n_evaluations = torch.zeros((), dtype=torch.int64, device=self.device)
         parts: list[list[sp.csr_matrix]] = [[] for _ in alphas]
         with Progress("transform", adata.n_obs * len(alphas), "cells") as bar, self._computing():
-            for rows in self._batches(adata.n_obs):
-                dense_BS = self._here(counts[rows].toarray())
+            for rows, counts_BS in given.batches(self.batch):
+                dense_BS = self._here(counts_BS)
                 latent_BLZ = encode(dense_BS).mean_BLZ
                 size_B = self.vae.library_size_B(dense_BS.sum(1).float(), latent_BLZ, given_ids)
                 z_BLZ = dit.standardise(latent_BLZ)
@@ -342,15 +317,14 @@ class Pretrained(Networks):
             "kind": kind,
             "to": json.dumps(to),
             "n_evaluations": int(n_evaluations),
-            **match.to_json(),
+            **given.match.to_json(),
+            **before(adata),
         }
         uns = self.record("transform", seed=seed, sampler=sampler, **more)
         moved = pd.concat([asked.moved_obs(dit, self.conditions, obs, to, alpha, len(alphas) > 1) for alpha in alphas])
         made = ad.AnnData(matrix, obs=moved, uns={"scldm": uns})
-        made.var = self._var_of(adata, asked_ids.cpu().numpy() - 1)[0]
-        rows = np.tile(np.arange(adata.n_obs), len(alphas))
-        for name, of in adata.obsm.items():
-            made.obsm[name] = of.iloc[rows].set_axis(made.obs_names) if isinstance(of, pd.DataFrame) else of[rows]
+        made.var, at = var_of(self, adata, asked_ids.cpu().numpy())
+        kept_beside(made, adata, at, len(alphas))
         return made
 
     # --- generate ---

@@ -70,11 +70,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scldm.model_folder": LEAVES | {"scldm.model"},
     "scldm.request": LEAVES | {"scldm.flow", "scldm.model"},
     "scldm.networks": LEAVES | {"scldm.flow", "scldm.model", "scldm.request"},
+    "scldm.own_cells": LEAVES | {"scldm.networks"},
     "scldm.shown": {"scldm.networks"},
     "scldm.comparison": LEAVES | {"scldm.networks"},
     "scldm.pretrained": LEAVES
-    | {"scldm.comparison", "scldm.flow", "scldm.model", "scldm.model_folder", "scldm.networks", "scldm.request"}
-    | {"scldm.shown"},
+    | {"scldm.comparison", "scldm.flow", "scldm.model", "scldm.model_folder", "scldm.networks", "scldm.own_cells"}
+    | {"scldm.request", "scldm.shown"},
     # what trains an AnnData is what the verbs run: the one place of the library that knows them, and when called alone
     "scldm.fitting": {"scldm.pretrained", "data_pipeline", *LEAVES, *LAUNCH, "launch"},
     "scldm.examples": set(),

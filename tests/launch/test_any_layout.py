@@ -9,6 +9,7 @@ import sys
 import tarfile
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ import scldm
 from launch import cli
 from launch.evaluation.cells import generated_cells
 from launch.evaluation.of_embedding import embedded
+from scldm import cells_file
+from scldm.count_matrix import is_in_memory
 from scldm.errors import InputError
 from scldm.label_text import labels_of
 from scldm.model_folder import save_pretrained
@@ -291,7 +294,7 @@ def test_what_can_not_be_written_is_refused_before_anything_is_computed(model, t
     )
     adata = cells()
     adata.uns["odd"] = {"set": {1, 2}}
-    monkeypatch.setattr("launch.own_cells.read_cells", lambda _: adata)
+    monkeypatch.setattr("launch.own_cells.cells_in_file", lambda _: nullcontext(adata))
     assert "uns can't be written" in refused(
         capsys, "embed", f"model={model}", f"h5ad={path}", f"out={tmp_path}/out.h5ad"
     )
@@ -305,3 +308,54 @@ def test_more_cells_than_a_disk_holds_are_refused_before_there_is_an_array(model
         said = refused(capsys, "generate", f"model={model}", asked, f"out={tmp_path}/out.h5ad")
         assert "at least 100 TB are needed for 1,000,000,000,000 cells" in said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["wanted.csv"]
+
+
+# --- cells that stay in their file ---------------------------------------------------------------------------------
+
+
+def with_matrices(made: Callable[[Any], Any]) -> Any:
+    """Counts in a layer and in raw, beside X."""
+    adata = cells()
+    adata.raw = adata.copy()
+    adata.layers["counts"] = made(adata.X)
+    adata.X = made(adata.X * np.float32(0.37))
+    return adata
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("made", [sp.csr_matrix, sp.csc_matrix, lambda x: x.toarray()], ids=["csr", "csc", "dense"])
+@pytest.mark.parametrize("kind", ["h5ad", "zarr"])
+def test_matrices_are_written_as_they_lie_in_the_file_that_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Callable[[Any], Any], kind: str
+) -> None:
+    adata = with_matrices(made)
+    path = plain(adata, tmp_path) if kind == "h5ad" else zarr_of(3)(adata, tmp_path)
+    monkeypatch.setattr(cells_file, "COPIED_NUMBERS", 50)
+    with cells_file.cells_in_file(path) as found:
+        assert found.raw is not None
+        assert not any(is_in_memory(of) for of in (found.X, found.layers["counts"], found.raw.X))
+        found.obsm["X_scldm"] = np.ones((N, 2))
+        cells_file.write_cells(found, tmp_path / "out.h5ad")
+    back: Any = ad.read_h5ad(tmp_path / "out.h5ad")
+    for ours, theirs in ((back.X, adata.X), (back.layers["counts"], adata.layers["counts"]), (back.raw.X, adata.raw.X)):
+        assert (type(ours), ours.dtype) == (type(theirs), theirs.dtype)
+        np.testing.assert_array_equal(*(of.toarray() if sp.issparse(of) else of for of in (ours, theirs)))
+    pd.testing.assert_frame_equal(back.obs, cells_file.storable(adata.obs), check_categorical=False)
+    assert list(back.raw.var_names) == list(adata.var_names)
+    with h5py.File(tmp_path / "out.h5ad") as file:
+        node: Any = file["X/data"] if sp.issparse(adata.X) else file["X"]
+        assert node.compression == "gzip"
+
+
+def test_a_part_of_a_file_that_is_found_damaged_while_it_is_read_is_said_in_one_line(model, tmp_path, capsys) -> None:
+    path = tmp_path / "a.h5ad"
+    small_cells(2_000).write_h5ad(path, compression="gzip")
+    with h5py.File(path) as file:
+        data: Any = file["X/data"]
+        at = data.id.get_chunk_info(data.id.get_num_chunks() // 2).byte_offset
+    whole = bytearray(path.read_bytes())
+    whole[at + 20 : at + 60] = bytes(40)
+    path.write_bytes(whole)
+    said = refused(capsys, "embed", f"model={model}", f"h5ad={path}", f"out={tmp_path}/out.h5ad")
+    assert f"{path}: can't be read: damaged or truncated (Can't synchronously read data" in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.h5ad"]
