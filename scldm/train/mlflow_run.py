@@ -2,14 +2,14 @@
 
     tracked.json     what MLflow is to get besides the rows: experiment, parameters, tags, artifacts, the final status
     metrics.jsonl    the rows, see tracking.py
-    system.jsonl     rows of the machine: processor, memory, GPU
+    system.jsonl     rows of the machine: processor, memory, GPU; those of other nodes in system/, see machine.py
     mlflow_run.json  what MLflow has got, and what it refused
     tracking.lock    held by the process that follows the run
 
 A Sender sends the difference. Any process may do so, at any time and any number of times: the run's own, the next one
 in the folder, a child's, or `scldm track replay`.
 
-Reading order: the note, Sender, its errors, stores, Machine.
+Reading order: the note, Sender, its errors, stores.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from urllib.parse import quote, unquote
 from scldm.environment import without_passwords
 from scldm.errors import InputError, read_json
 from scldm.files import locked, write_json, written_aside
-from scldm.train.follower import METRICS, SYSTEM, Follower, rows_from, say
+from scldm.train.follower import Follower, row_files, rows_from, say
 
 NOTE, STATE, LOCK = "tracked.json", "mlflow_run.json", "tracking.lock"
 
@@ -113,7 +113,7 @@ def unsent(folder: Path) -> list[str]:
     note, state = read_note(folder), _read_state(folder)
     if note is None:
         return []
-    rows = sum(_rows_after(folder / name, state["sent"].get(name, 0)) for name in (METRICS, SYSTEM))
+    rows = sum(_rows_after(folder / name, state["sent"].get(name, 0)) for name in row_files(folder))
     files = sum(state["artifacts"].get(name) != _stamp(folder / name) for name, _ in note["artifacts"])
     texts = [kind for kind in ("params", "resumed", "tags", "datasets") if state[kind] != note[kind]]
     lacks = [f"{n} {what}{'s' * (n > 1)}" for n, what in ((rows, "row"), (files, "artifact")) if n]
@@ -176,7 +176,7 @@ class Sender(Follower):
                 if new:
                     self._noted(**{kind: note[kind]})
             self._send_datasets(note["datasets"])
-            for name in (METRICS, SYSTEM):
+            for name in row_files(self.folder):
                 for metrics, end in self._rows(name):
                     for k in range(0, len(metrics), METRICS_PER_BATCH):
                         self._log("metrics", metrics[k : k + METRICS_PER_BATCH])
@@ -519,33 +519,3 @@ def _create_database(path: Path) -> None:
             contextlib.closing(sqlite3.connect(file.name)) as copy,
         ):
             made.backup(copy)
-
-
-# --- the machine ---------------------------------------------------------------------------------------------------
-
-
-class Machine:
-    """Use of processor, memory, disk and GPUs of this host, as MLflow's own monitors measure and name it.
-
-    What has no monitor here is left out: a GPU's needs the package nvidia-ml-py.
-    """
-
-    def __init__(self) -> None:
-        self.monitors: list[Any] = []
-        with contextlib.suppress(ImportError):  # psutil
-            from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-            from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-
-            self.monitors = [CPUMonitor(), DiskMonitor()]
-        with contextlib.suppress(ImportError, RuntimeError):
-            from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-
-            self.monitors.append(GPUMonitor())
-
-    def sample(self) -> dict[str, float]:
-        out: dict[str, float] = {}
-        for monitor in self.monitors:
-            monitor.collect_metrics()
-            out |= monitor.aggregate_metrics()
-            monitor.clear_metrics()
-        return out
