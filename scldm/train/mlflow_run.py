@@ -52,6 +52,9 @@ MLFLOW_ENVIRONMENT = {
     "MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "QueuePool",  # as SQLAlchemy has by itself for all but SQLite in memory
 }
 
+# of an experiment, by which UIs of MLflow 3 tell training from language models
+KIND = {"mlflow.experimentKind": "custom_model_development"}
+
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
 
@@ -489,7 +492,7 @@ def _experiment(client: Any, uri: str, name: str) -> str:
         if path := database_of(uri):
             place = (path.parent / "mlflow_artifacts").as_uri()
         try:
-            return client.create_experiment(name, artifact_location=place)
+            return client.create_experiment(name, artifact_location=place, tags=KIND)
         except MlflowException as error:  # another run created it a moment ago
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise

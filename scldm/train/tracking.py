@@ -171,14 +171,18 @@ class Tracker:
             self._sampler = Sampler(self.run_dir, place, cfg.system_s, is_first)
             self._sampler.start()
 
-    def log(self, step: int, metrics: Mapping[str, Any], *, split: str = "train", cells_seen: int = 0) -> None:
-        """One row: numbers (or tensors of one) by name. What is not finite is written as null."""
+    def log(self, step: int, metrics: Mapping[str, Any], *, split: str = "train", cells_seen: int | None = 0) -> None:
+        """One row: numbers (or tensors of one) by name. What is not finite is written as null.
+
+        cells_seen: None for what is no matter of training, such as scores
+        """
         if self._sampler is not None:
             self._sampler.step = int(step)
         if self._file is None:
             return
         with self._reported("writing"):
-            append_row(self._file, step, {"cells_seen": int(cells_seen)}, metrics, split)
+            seen = {} if cells_seen is None else {"cells_seen": int(cells_seen)}
+            append_row(self._file, step, seen, metrics, split)
 
     def log_artifact(self, path: Path | str, folder: str = "") -> None:
         """Have a file copied to MLflow in the background, into a folder of the run's artifacts. It is copied again
@@ -387,7 +391,7 @@ def begin_note(
         "parent": os.path.relpath(parent, run_dir.resolve()) if parent else "",
         "params": {**now, **first},
         "resumed": note["resumed"] | {k: v for k, v in now.items() if first.get(k, v) != v},
-        "tags": note["tags"] | about_start() | _texts(tags or {}),
+        "tags": note["tags"] | about_start(stage) | _texts(tags or {}),
         "datasets": list(datasets) or note["datasets"],
         "closed_by": closed_by,
     }
@@ -419,12 +423,14 @@ def fail_parent(folder: Path) -> None:
         say(f"{folder}: MLflow at {place} failed: {cause_of(error, place)}")
 
 
-def about_start() -> dict[str, str]:
-    """Who started what where, as MLflow's own tags where it has such."""
+def about_start(stage: str) -> dict[str, str]:
+    """Who started what where, as MLflow's own tags where it has such. Its UI shows of a source what follows the last
+    slash, so that is no place for a command."""
     here = describe()
     commit = here["git"] or ""
     tags = {
-        "mlflow.source.name": here["command"],
+        "mlflow.source.name": f"scldm {stage}" if stage else "",
+        "command": here["command"],
         "mlflow.source.type": "JOB" if here["slurm_job"] else "LOCAL",
         "mlflow.source.git.commit": commit.removesuffix("-dirty"),
         "git.dirty": str(commit.endswith("-dirty")).lower() if commit else "",

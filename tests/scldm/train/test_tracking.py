@@ -216,11 +216,14 @@ def test_sqlite_runs_are_nested_and_a_resume_goes_on_in_the_same_run(tmp_path: P
     parent.close()
     parent_id = run_id_of(tmp_path)
     assert client.get_run(parent_id).data.metrics["test/w2"] == 0.5
-    assert client.get_experiment(client.get_run(first_id).info.experiment_id).name == "mine"
+    experiment = client.get_experiment(client.get_run(first_id).info.experiment_id)
+    assert (experiment.name, experiment.tags["mlflow.experimentKind"]) == ("mine", "custom_model_development")
 
     run = client.get_run(first_id)
     assert run.info.status == "KILLED"
     assert run.info.run_name == "train vae"
+    assert run.data.tags["mlflow.source.name"] == "scldm train vae"
+    assert "pytest" in run.data.tags["command"]
     assert run.data.tags["mlflow.parentRunId"] == parent_id
     assert client.get_run(parent_id).info.status == "FINISHED"
     assert run.data.params == {"ranks": "2", "optim.lr": "0.1", "new": "1"}
