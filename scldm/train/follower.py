@@ -31,7 +31,7 @@ ROWS_AT_ONCE = 200  # rows sent between two notes of how far; at 20 metrics a ro
 class Follower(ABC):
     """Made with the run's folder before training begins: what it lacks, such as a package, it says by raising there.
 
-    In the folder are config.json, tracked.json (parameters, tags, data sets, artifacts, the state; mlflow_run.py says
+    In the folder are config.json, tracked.json (parameters, tags, data sets, artifacts, the state; tracked.py says
     how) and rows of metrics: {"step", "time", "split", NAME: number or null}. No secret is in any of them.
     """
 

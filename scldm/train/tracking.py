@@ -30,13 +30,10 @@ from scldm.errors import InputError
 from scldm.files import flat, write_json
 from scldm.train.follower import METRICS, Follower, append_row, follower_named, row_of, say
 from scldm.train.machine import Place, Sampler
-from scldm.train.mlflow_run import (
+from scldm.train.mlflow_run import Sender, cause_of, database_of, database_uri
+from scldm.train.tracked import (
     NOTE,
-    Sender,
     Status,
-    cause_of,
-    database_of,
-    database_uri,
     followed_alone,
     is_followed,
     new_note,

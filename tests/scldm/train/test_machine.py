@@ -17,7 +17,7 @@ import pytest
 from scldm.train import machine
 from scldm.train.follower import row_files
 from scldm.train.machine import Machine, Place, place_of
-from scldm.train.mlflow_run import unsent
+from scldm.train.tracked import unsent
 from scldm.train.tracking import Tracker, TrackingConfig
 from tests.data_pipeline.small_sets import known_cells, write_set
 

@@ -21,7 +21,8 @@ import pytest
 
 from scldm.errors import InputError
 from scldm.train import mlflow_run, tracking
-from scldm.train.mlflow_run import database_of, database_uri, followed_alone, read_note, unsent
+from scldm.train.mlflow_run import database_of, database_uri
+from scldm.train.tracked import followed_alone, read_note, unsent
 from scldm.train.tracking import PARENT, Tracker, TrackingConfig, begin_note, read_metrics, replay
 
 OFF = TrackingConfig(enabled=False)
