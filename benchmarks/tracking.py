@@ -79,7 +79,8 @@ def main(config: BenchTrackingConfig) -> Report:
     cfg = replace(cfg, every_s=slow * cfg.every_s, system_s=slow * cfg.system_s)
     with tempfile.TemporaryDirectory() as own, redirect_stderr(StringIO()):
         before = time.process_time()
-        with Followed(Path(own), cfg, stage="bench") as tracker:
+        tracker = Followed(Path(own), cfg, stage="bench")
+        with tracker:
             tracker.log(0, {"loss": 0.0})
             while not (Path(own) / "mlflow_run.json").is_file() or unsent(Path(own)):
                 time.sleep(0.2)
