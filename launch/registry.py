@@ -19,15 +19,8 @@ from scldm import pretrained
 from scldm.errors import Busy, InputError
 from scldm.model_folder import read_config
 from scldm.pretrained import Pretrained
-from scldm.train.mlflow_run import (
-    MLFLOW_ENVIRONMENT,
-    NOTE,
-    Sender,
-    cause_of,
-    followed_alone,
-    may_pass,
-    read_note,
-)
+from scldm.train.mlflow_run import MLFLOW_ENVIRONMENT, Sender, cause_of, may_pass
+from scldm.train.tracked import NOTE, followed_alone, read_note
 
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 

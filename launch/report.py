@@ -28,7 +28,7 @@ from scldm.evaluate.metrics import METRICS
 from scldm.evaluate.report_tables import row_texts
 from scldm.evaluate.run_page import run_page
 from scldm.files import disk_explained, flat, written_aside
-from scldm.train.follower import SYSTEM, row_of
+from scldm.train.follower import row_files, row_of
 from scldm.train.run_folder import ENVIRONMENT, OUTCOME, PREVIEWS
 from scldm.train.tracking import read_metrics
 from scldm.vocab import ConditionVocab
@@ -189,12 +189,29 @@ def throughput(run: Path, train: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     for key, (title, form) in names.items():
         if values := [row[key] for row in train if row.get(key) is not None]:
             out[title] = form.format(max(values) if key == "memory_gb" else median(values))
-    path, system = run / SYSTEM, dict[str, list[float]]()
-    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else []:
-        for key, value in (row_of(line, path) or {}).items():
-            if isinstance(value, int | float) and key.endswith(("percentage", "percent")):
-                system.setdefault(key, []).append(value)
-    return out | {f"{key.replace('_', ' ')}, first host": f"{median(of):.0f} %" for key, of in sorted(system.items())}
+    return out | system_of(run)
+
+
+def system_of(run: Path) -> dict[str, str]:
+    """Medians of what nodes were used to. Of several: the middle one, and those that were used least and most."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for path in [run / name for name in row_files(run)[1:]]:  # the first has the metrics
+        for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else []:
+            row = row_of(line, path) or {}
+            node = str(row.get("split", "")).partition("/")[2] or "first host"
+            for key, value in row.items():
+                if isinstance(value, int | float) and key.endswith(("percentage", "percent")):
+                    found.setdefault(key.replace("_", " "), {}).setdefault(node, []).append(value)
+    out = {}
+    for key, nodes in sorted(found.items()):
+        medians = sorted((median(values), node) for node, values in nodes.items())
+        (least, at_least), (most, at_most) = medians[0], medians[-1]
+        if len(medians) == 1:
+            out[f"{key}, {at_least}"] = f"{least:.0f} %"
+        else:
+            middle = median(value for value, _ in medians)
+            out[f"{key}, {len(medians)} nodes"] = f"{middle:.0f} %, {least:.0f} ({at_least}) to {most:.0f} ({at_most})"
+    return out
 
 
 def starts_of(run: Path, starts: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from launch.cli import run_verb
 from launch.config import compose, with_folders
 from scldm.errors import InputError
-from scldm.train.mlflow_run import cause_of, is_followed, read_note
+from scldm.train.mlflow_run import cause_of
+from scldm.train.tracked import is_followed, read_note
 from scldm.train.tracking import followed_in, replay
 
 PURPOSE = """Send to MLflow what it lacks of runs: rows, artifacts, the final state. A server that was away gets all.

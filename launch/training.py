@@ -40,6 +40,7 @@ from scldm.train.follower import follower_named
 from scldm.train.init_from import Joined
 from scldm.train.loop import Loader, TrainConfig, train
 from scldm.train.losses import Stage
+from scldm.train.machine import place_of
 from scldm.train.optim import OptimConfig, make_optimizer
 from scldm.train.previews import Make, Previews
 from scldm.train.requests import Requests
@@ -190,18 +191,22 @@ def run_training(
                 write_json(run_dir / "deepspeed.json", getattr(engine, "json", {}))
         peak = peak_flops(world.device, config.hardware.precision, config.hardware.peak_tflops)
         flops = parts.cost().flops / config.hardware.micro_batch if peak and parts.cost and world.is_first else 0.0
-        told: dict[str, Any] = {"stage": name, "params": as_dict}
+        hosts = world.gather(socket.gethostname())
+        place = place_of(hosts, world.rank)
+        told: dict[str, Any] = {"stage": name, "params": as_dict, "place": place}
         if world.is_first and config.tracking.enabled:
             told["datasets"] = datasets_of(as_dict)
             told["tags"] = {"branch_from": config.branch_from} if config.branch_from else {}
+            if place.node and "SLURM_JOB_NODELIST" not in os.environ:
+                told["tags"]["hosts"] = ",".join(dict.fromkeys(hosts))
         tracker = last.enter_context(Tracker(run_dir, config.tracking, active=world.is_first, **told))
         for kept in [run_dir / file for file in STARTED_WITH if world.is_first and (run_dir / file).is_file()]:
             tracker.log_artifact(kept)
         for path in sorted(run_dir.glob(f"{DIFFS}/*")):
             tracker.log_artifact(path, DIFFS)
         last.callback(tag_checkpoints, tracker, run_dir)
-        machine = machine_of(config.hardware, world) if config.tracking.enabled and hasattr(config, "data") else {}
-        if machine and world.is_first:
+        machine = machine_of(config.hardware, world, place.n_nodes) if hasattr(config, "data") else {}
+        if machine and config.tracking.enabled and world.is_first:
             last.enter_context(planned(name.split()[-1], run_dir, machine))
             tracker.log_artifact(run_dir / PLAN)  # sent once it is there
         note_cause = watch.on_end
@@ -250,9 +255,8 @@ def previews_of(
     return Previews(run_dir, tracker, make, train.preview_share, limit_s, device, lambda: requests.caught > 0)
 
 
-def machine_of(hardware: HardwareConfig, world: World) -> dict[str, Any]:
-    """What this run's machine is, as keys of PlannedHardware. Collective."""
-    nodes = len(set(world.gather(socket.gethostname())))
+def machine_of(hardware: HardwareConfig, world: World, nodes: int) -> dict[str, Any]:
+    """What this run's machine is, as keys of PlannedHardware."""
     machine: dict[str, Any] = {"nodes": nodes, "gpus_per_node": -(-world.size // nodes)}
     if world.device.type != "cuda":  # as the preset hardware/cpu is planned, see launch/plan.py
         return {**machine, "gpu": "CPU", "memory_gb": 16, "context_gb": 0, "launch_us": 25}

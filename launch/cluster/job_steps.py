@@ -50,7 +50,7 @@ from launch.cluster.site import PASSED_ON, gpus_of_node
 from scldm.environment import without_passwords
 from scldm.errors import LOST, REFUSED, REQUEUE, STOPPED, InputError, read_json
 from scldm.files import write_json, written_aside
-from scldm.train.mlflow_run import note_failed
+from scldm.train.tracked import note_failed
 
 # of the shell that submitted, were they to come along: ranks are Slurm's here
 NOT_FOR_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_DISTRIBUTION", "SCLDM_STAGED")

@@ -73,7 +73,7 @@ def evaluate_generated(config: EvaluateVerbConfig) -> dict:
     datasets = [dataset_of(config.shards, "evaluation")] if tracked else []
     of = {"stage": "evaluate", "params": asdict(config), "datasets": datasets, "started": began}
     with Tracker(out / "evaluation", config.tracking, **of) as tracker:  # a folder of its own: `out` may be another's
-        tracker.log(0, flat_scores(evaluation), split="test")
+        tracker.log(0, flat_scores(evaluation), split="test", cells_seen=None)
         headline = next(evaluation[section] for section in score_sections(evaluation))
         tracker.log_on_parent({name: row["score"] for name, row in headline.items()}, "test")
         written = write_report(evaluation, out)
@@ -183,21 +183,24 @@ def made_with(config: EvaluateVerbConfig) -> dict:
 
 def flat_scores(evaluation: dict) -> dict[str, float]:
     """The numbers that MLflow gets, as far as there are any: scores, their errors, floors and normalised scores, pooled
-    and means. Memorisation, responses, the parts' scores, the share of markers up."""
+    and means. Memorisation, responses, the parts' scores, the share of markers up.
+
+    MLflow shows the charts of one name before the last slash together.
+    """
     out: dict[str, float] = {}
     for section in score_sections(evaluation):
         for name, row in evaluation[section].items():
-            out[f"{section}.{name}"] = row["score"]
-            out[f"{section}.{name}.floor"] = row["floor"]["mean"]
+            out[f"{section}/{name}"] = row["score"]
+            out[f"{section}/floor/{name}"] = row["floor"]["mean"]
             if row["error"] is not None:
-                out[f"{section}.{name}.error"] = row["error"]
-            out |= {f"{section}.{name}.of_{k}": v for k, v in row["normalised"].items() if v is not None}
+                out[f"{section}/error/{name}"] = row["error"]
+            out |= {f"{section}/of_{k}/{name}": v for k, v in row["normalised"].items() if v is not None}
         for side, of in sides_of_parts(evaluation).items():
-            out |= {f"parts.{section}.{name}.{side}": value for name, value in of.get(section, {}).items()}
+            out |= {f"parts/{section}/{side}/{name}": value for name, value in of.get(section, {}).items()}
     out |= {name: row["score"] for name, row in evaluation["memorisation"].items()}
     for condition, response in evaluation["response"].items():
         scores = response["pooled"].items()
-        out |= {f"response.{condition}.{name}": s["value"] for name, s in scores if s["value"] is not None}
+        out |= {f"response/{condition}/{name}": s["value"] for name, s in scores if s["value"] is not None}
     up = [m["log2_fold_change"]["generated"] > 0 for m in evaluation.get("markers", [])]
     return {**out, "markers_up": float(np.mean(up))} if up else out
 

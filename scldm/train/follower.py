@@ -3,7 +3,7 @@
 All that is known of a run lies in its folder first. A Follower sends what its place lacks of it. For a place of your
 own, subclass Follower, give it `send`, and name it: `tracking.also=mylab.followers:OurTracker`.
 
-Reading order: Follower, follower_named, rows.
+Reading order: Follower, follower_named, rows: where they are, writing, reading.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
+import os
 import sys
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +24,14 @@ from scldm.errors import InputError
 from scldm.files import write_json
 
 METRICS, SYSTEM = "metrics.jsonl", "system.jsonl"
+SYSTEM_OF = "system"  # folder with a file of each node but the first, see machine.py
 ROWS_AT_ONCE = 200  # rows sent between two notes of how far; at 20 metrics a row 4 requests of MLflow
 
 
 class Follower(ABC):
     """Made with the run's folder before training begins: what it lacks, such as a package, it says by raising there.
 
-    In the folder are config.json, tracked.json (parameters, tags, data sets, artifacts, the state; mlflow_run.py says
+    In the folder are config.json, tracked.json (parameters, tags, data sets, artifacts, the state; tracked.py says
     how) and rows of metrics: {"step", "time", "split", NAME: number or null}. No secret is in any of them.
     """
 
@@ -48,7 +52,7 @@ class Follower(ABC):
         sent: dict[str, int] = {}
         with contextlib.suppress(FileNotFoundError, ValueError):
             sent = json.loads(state.read_text())
-        for name in (METRICS, SYSTEM):
+        for name in row_files(self.folder):
             for rows, end in rows_from(self.folder / name, sent.get(name, 0)):
                 yield rows
                 sent[name] = end
@@ -78,6 +82,26 @@ def follower_named(name: str) -> type[Follower]:
 # --- rows ----------------------------------------------------------------------------------------------------------
 
 _unreadable: set[Path] = set()
+
+
+def row_files(folder: Path) -> list[str]:
+    """The files of a run that hold rows, from its folder."""
+    return [METRICS, SYSTEM, *sorted(f"{SYSTEM_OF}/{path.name}" for path in (folder / SYSTEM_OF).glob("*.jsonl"))]
+
+
+def append_row(file: Any, step: int, more: Mapping[str, Any], metrics: Mapping[str, Any], split: str) -> None:
+    """Write one row, now. What is not finite is null. Raises: OSError."""
+    row = {"step": int(step), **more, "time": round(time.time(), 3), "split": split}
+    data = (json.dumps(row | {name: _number(value) for name, value in metrics.items()}) + "\n").encode()
+    end = file.seek(0, os.SEEK_END)
+    if file.write(data) != len(data):  # a full disk takes a part: no half row may stay
+        file.truncate(end)
+        raise OSError("no space left")
+
+
+def _number(value: Any) -> float | int | None:
+    number = value if isinstance(value, int) else float(value)
+    return number if math.isfinite(number) else None
 
 
 def rows_from(path: Path, start: int) -> Iterator[tuple[list[dict[str, Any]], int]]:

@@ -1,15 +1,10 @@
-"""What MLflow is to get of a run, and what it has got. Both lie in the run's folder. MLflow is known here alone.
+"""Sends MLflow what it lacks of a run. MLflow is known here alone.
 
-    tracked.json     what MLflow is to get besides the rows: experiment, parameters, tags, artifacts, the final status
-    metrics.jsonl    the rows, see tracking.py
-    system.jsonl     rows of the machine: processor, memory, GPU
-    mlflow_run.json  what MLflow has got, and what it refused
-    tracking.lock    held by the process that follows the run
+What it is to get, and what it has got, lies in the run's folder, see tracked.py. A Sender sends the difference. Any
+process may do so, at any time and any number of times: the run's own, the next one in the folder, a child's, or
+`scldm track replay`.
 
-A Sender sends the difference. Any process may do so, at any time and any number of times: the run's own, the next one
-in the folder, a child's, or `scldm track replay`.
-
-Reading order: the note, Sender, its errors, stores, Machine.
+Reading order: Sender, its errors, stores.
 """
 
 from __future__ import annotations
@@ -23,19 +18,17 @@ import os
 import re
 import socket
 import sqlite3
-import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import quote, unquote
 
 from scldm.environment import without_passwords
-from scldm.errors import InputError, read_json
-from scldm.files import locked, write_json, written_aside
-from scldm.train.follower import METRICS, SYSTEM, Follower, rows_from, say
-
-NOTE, STATE, LOCK = "tracked.json", "mlflow_run.json", "tracking.lock"
+from scldm.errors import InputError
+from scldm.files import write_json, written_aside
+from scldm.train.follower import Follower, row_files, rows_from, say
+from scldm.train.tracked import NOTE, NOTHING, STATE, followed_alone, parent_of, read_note, read_state, stamp_of
 
 METRICS_PER_BATCH, PER_BATCH = 1_000, 100  # MLflow's own limits of one log_batch; the second of params and tags
 OLDER_LIMITS = (500, 250)  # characters of a parameter: MLflow before 2.10, and before 1.28
@@ -52,96 +45,8 @@ MLFLOW_ENVIRONMENT = {
     "MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "QueuePool",  # as SQLAlchemy has by itself for all but SQLite in memory
 }
 
-Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
-
-
-# --- the note ------------------------------------------------------------------------------------------------------
-
-
-def new_note(place: str, experiment: str, run_name: str) -> dict[str, Any]:
-    """The note of a run that begins now.
-
-    uri: of the store, without a password
-    parent: folder of the run that this one is nested in, from this folder; empty for none
-    params: of the first start; resumed: those that a later start changed
-    tags, datasets, artifacts: of MLflow; an artifact is (file, from this folder; folder in MLflow)
-    status: RUNNING until the run ends; started, ended: seconds since 1970
-    closed_by: of a parent that no process follows: the stage of the child whose end is its own end
-    """
-    return {
-        "uri": place,
-        "experiment": experiment,
-        "run_name": run_name,
-        "parent": "",
-        "closed_by": "",
-        "started": time.time(),
-        "ended": None,
-        "status": "RUNNING",
-        "params": {},
-        "resumed": {},
-        "tags": {},
-        "datasets": [],
-        "artifacts": [],
-    }
-
-
-def read_note(folder: Path) -> dict[str, Any] | None:
-    """What MLflow is to get of the run in a folder; None where no run there is followed. Raises: InputError."""
-    return read_json(folder / NOTE) if (folder / NOTE).is_file() else None
-
-
-def parent_of(folder: Path, note: Mapping[str, Any]) -> Path | None:
-    return Path(os.path.normpath(folder.resolve() / note["parent"])) if note["parent"] else None
-
-
-def note_end(folder: Path, note: dict[str, Any], status: Status) -> None:
-    note |= {"status": status, "ended": None if status == "RUNNING" else time.time()}
-    write_json(folder / NOTE, note)
-
-
-def note_failed(parent: Path) -> bool:
-    """Note that a pipeline failed, where no process follows it and no stage has ended it; returns whether it was so."""
-    note = read_note(parent)
-    if note is None or not note["closed_by"] or note["status"] != "RUNNING":
-        return False
-    note_end(parent, note, "FAILED")
-    return True
-
-
-def unsent(folder: Path) -> list[str]:
-    """What MLflow lacks of the run in a folder, by the files there: it is not asked. Empty where it has all."""
-    note, state = read_note(folder), _read_state(folder)
-    if note is None:
-        return []
-    rows = sum(_rows_after(folder / name, state["sent"].get(name, 0)) for name in (METRICS, SYSTEM))
-    files = sum(state["artifacts"].get(name) != _stamp(folder / name) for name, _ in note["artifacts"])
-    texts = [kind for kind in ("params", "resumed", "tags", "datasets") if state[kind] != note[kind]]
-    lacks = [f"{n} {what}{'s' * (n > 1)}" for n, what in ((rows, "row"), (files, "artifact")) if n]
-    return [*lacks, *texts, *(["its status"] if state["status"] != note["status"] else [])]
-
-
-def _rows_after(path: Path, offset: int) -> int:
-    if not path.is_file() or path.stat().st_size <= offset:
-        return 0
-    with path.open("rb") as file:
-        file.seek(offset)
-        return file.read().count(b"\n")
-
-
-@contextlib.contextmanager
-def followed_alone(folder: Path) -> Iterator[None]:
-    """Within, no other process follows the run in this folder. Raises: InputError where one does."""
-    with locked(folder / LOCK, f"{folder}: its own process still follows it"):
-        yield
-
-
-def is_followed(folder: Path) -> bool:
-    """Whether a process follows the run in this folder."""
-    try:
-        with followed_alone(folder):
-            return False
-    except InputError:
-        return True
+# of an experiment, by which UIs of MLflow 3 tell training from language models
+KIND = {"mlflow.experimentKind": "custom_model_development"}
 
 
 # --- sending -------------------------------------------------------------------------------------------------------
@@ -158,7 +63,7 @@ class Sender(Follower):
         self.given = uri
         self.client: Any = None
         self.uri = self.place = self.run_id = ""
-        self.state = _read_state(folder)
+        self.state = read_state(folder)
         self.parent: Sender | None = None
 
     def send(self) -> None:
@@ -176,7 +81,7 @@ class Sender(Follower):
                 if new:
                     self._noted(**{kind: note[kind]})
             self._send_datasets(note["datasets"])
-            for name in (METRICS, SYSTEM):
+            for name in row_files(self.folder):
                 for metrics, end in self._rows(name):
                     for k in range(0, len(metrics), METRICS_PER_BATCH):
                         self._log("metrics", metrics[k : k + METRICS_PER_BATCH])
@@ -201,7 +106,7 @@ class Sender(Follower):
         with (self.folder / f"{STATE}.lock").open("a") as lock:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            self.state = _read_state(self.folder)
+            self.state = read_state(self.folder)
             run = None
             if self.state["uri"] == self.place:
                 try:
@@ -258,7 +163,7 @@ class Sender(Follower):
         trouble = None
         for name, folder in artifacts:
             path = self.folder / name
-            stamp = _stamp(path)
+            stamp = stamp_of(path)
             if stamp is None or self.state["artifacts"].get(name) == stamp:
                 continue
             try:
@@ -346,36 +251,6 @@ class Sender(Follower):
     def _noted(self, **new: Any) -> None:
         self.state |= new
         write_json(self.folder / STATE, self.state)
-
-
-NOTHING: dict[str, Any] = {
-    "uri": "",
-    "run_id": "",
-    "status": "",
-    "sent": {},
-    "params": {},
-    "resumed": {},
-    "tags": {},
-    "datasets": [],
-    "artifacts": {},
-    "refused": {},
-}
-
-
-def _read_state(folder: Path) -> dict[str, Any]:
-    """What MLflow has got; nothing where that is not noted, or the note is damaged: then all is sent again."""
-    try:
-        return {**NOTHING, **json.loads((folder / STATE).read_text())}
-    except (FileNotFoundError, ValueError, TypeError):
-        return dict(NOTHING)
-
-
-def _stamp(path: Path) -> list[int] | None:
-    """Size and time of a file, by which a changed one is sent again; None for one that is gone."""
-    if not path.is_file():
-        return None
-    of = path.stat()
-    return [of.st_size, of.st_mtime_ns]
 
 
 # --- errors --------------------------------------------------------------------------------------------------------
@@ -489,7 +364,7 @@ def _experiment(client: Any, uri: str, name: str) -> str:
         if path := database_of(uri):
             place = (path.parent / "mlflow_artifacts").as_uri()
         try:
-            return client.create_experiment(name, artifact_location=place)
+            return client.create_experiment(name, artifact_location=place, tags=KIND)
         except MlflowException as error:  # another run created it a moment ago
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -519,33 +394,3 @@ def _create_database(path: Path) -> None:
             contextlib.closing(sqlite3.connect(file.name)) as copy,
         ):
             made.backup(copy)
-
-
-# --- the machine ---------------------------------------------------------------------------------------------------
-
-
-class Machine:
-    """Use of processor, memory, disk and GPUs of this host, as MLflow's own monitors measure and name it.
-
-    What has no monitor here is left out: a GPU's needs the package nvidia-ml-py.
-    """
-
-    def __init__(self) -> None:
-        self.monitors: list[Any] = []
-        with contextlib.suppress(ImportError):  # psutil
-            from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-            from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-
-            self.monitors = [CPUMonitor(), DiskMonitor()]
-        with contextlib.suppress(ImportError, RuntimeError):
-            from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-
-            self.monitors.append(GPUMonitor())
-
-    def sample(self) -> dict[str, float]:
-        out: dict[str, float] = {}
-        for monitor in self.monitors:
-            monitor.collect_metrics()
-            out |= monitor.aggregate_metrics()
-            monitor.clear_metrics()
-        return out

@@ -6,7 +6,8 @@ environment.json  versions, commit, host, command line, how attention is compute
 plan.json         what training this config was planned to take, see launch/planning/of_run.py
 metrics.jsonl     see tracking.py
 previews/         see previews.py
-tracked.json, system.jsonl, mlflow_run.json, tracking.lock    see mlflow_run.py
+tracked.json, mlflow_run.json, tracking.lock    see tracked.py
+system.jsonl, system/    see machine.py
 outcome.json      running, finished, stopped or failed; the exit code and why
 checkpoints/      see checkpoint.py
 errors/rank-K.txt, stacks/rank-K.txt    see scldm/parallel/watch.py

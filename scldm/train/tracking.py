@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import getpass
-import json
-import math
 import os
 import re
 import threading
@@ -30,15 +28,12 @@ from scldm.checked import Checked, checked
 from scldm.environment import describe, without_passwords
 from scldm.errors import InputError
 from scldm.files import flat, write_json
-from scldm.train.follower import METRICS, SYSTEM, Follower, follower_named, row_of, say
-from scldm.train.mlflow_run import (
+from scldm.train.follower import METRICS, Follower, append_row, follower_named, row_of, say
+from scldm.train.machine import Place, Sampler
+from scldm.train.mlflow_run import Sender, cause_of, database_of, database_uri
+from scldm.train.tracked import (
     NOTE,
-    Machine,
-    Sender,
     Status,
-    cause_of,
-    database_of,
-    database_uri,
     followed_alone,
     is_followed,
     new_note,
@@ -55,6 +50,7 @@ LONGEST_WAIT_S = 60.0  # between two tries while the server is away
 # for all to reach a local database: it is there, and slow at most. srun kills a rank 120 s after another has ended
 DATABASE_S = 90.0
 LAST_TRIES = 3  # of a local database, which another process may hold for a moment
+ALONE = Place()
 HURRY_S = 5.0  # for the last rows of a run that was stopped or failed: who ended it may kill what does not end soon
 
 
@@ -72,7 +68,8 @@ class TrackingConfig(Checked):
     every_s: seconds between two forwards
     close_s: longest wait for a server at the end of the run, in seconds. It is 5 for a run that was stopped or failed.
         A local database is waited for until all is there, at most 90 s
-    system_s: seconds between two samples of processor, memory and GPU; 0 takes none
+    system_s: seconds between two samples of processor, memory and GPU of each node; 0 takes none. On more than 10
+        nodes it is longer, by that number over 10
     attach: files that MLflow gets with the run, such as a protocol
     also: module:Class of a place where the run is followed too, with MLflow or without, as
         scldm.train.tensorboard:TensorBoard; see scldm/train/follower.py for one of your own
@@ -101,10 +98,11 @@ class TrackingConfig(Checked):
 
 
 class Tracker:
-    """Writes metrics and forwards them. All ranks may make one; only the active one does anything.
+    """Writes metrics and forwards them. All ranks may make one. The active one does all but to sample other nodes.
 
     run_dir: the run's folder; metrics.jsonl in it is appended to
     active: True on rank 0 alone
+    place: where this rank runs
     stage: what runs, as `train vae`; the MLflow run's name where the config gives none
     params: the resolved config, nested mappings allowed. On a resume, values that differ become tags `resumed.KEY`
     tags: what else to note, besides user, command, commit, versions, host and job
@@ -120,6 +118,7 @@ class Tracker:
         cfg: TrackingConfig,
         *,
         active: bool = True,
+        place: Place = ALONE,
         stage: str = "",
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, Any] | None = None,
@@ -133,10 +132,12 @@ class Tracker:
         self.note: dict[str, Any] = {}
         self.parent: Path | None = None
         self._file = None
-        self._forwarder = self._also = None
+        self._forwarder = self._also = self._sampler = None
         self._alive = contextlib.ExitStack()
         self._warned = False
         if not active:
+            if place.node and (cfg.enabled or cfg.also):
+                self._start_sampler(cfg, place, is_first=False)
             return
         if cfg.also:
             self._also = _Also(follower_named(cfg.also)(self.run_dir), cfg)
@@ -146,6 +147,7 @@ class Tracker:
             self._file = self.path.open("ab", buffering=0)
         if self._also is not None:
             self._also.start()
+            self._start_sampler(cfg, place, is_first=True)
         if not cfg.enabled:
             return
         with self._reported("opening", NOTE):
@@ -159,15 +161,25 @@ class Tracker:
             else:
                 self._forwarder = _Forwarder(self.run_dir, cfg, self.note["uri"])
                 self._forwarder.start()
+                self._start_sampler(cfg, place, is_first=True)
 
-    def log(self, step: int, metrics: Mapping[str, Any], *, split: str = "train", cells_seen: int = 0) -> None:
-        """One row: numbers (or tensors of one) by name. What is not finite is written as null."""
+    def _start_sampler(self, cfg: TrackingConfig, place: Place, is_first: bool) -> None:
+        if self._sampler is None and cfg.system_s and place.samples:
+            self._sampler = Sampler(self.run_dir, place, cfg.system_s, is_first)
+            self._sampler.start()
+
+    def log(self, step: int, metrics: Mapping[str, Any], *, split: str = "train", cells_seen: int | None = 0) -> None:
+        """One row: numbers (or tensors of one) by name. What is not finite is written as null.
+
+        cells_seen: None for what is no matter of training, such as scores
+        """
+        if self._sampler is not None:
+            self._sampler.step = int(step)
         if self._file is None:
             return
         with self._reported("writing"):
-            _append(self._file, step, {"cells_seen": int(cells_seen)}, metrics, split)
-        if self._forwarder is not None:
-            self._forwarder.step = int(step)
+            seen = {} if cells_seen is None else {"cells_seen": int(cells_seen)}
+            append_row(self._file, step, seen, metrics, split)
 
     def log_artifact(self, path: Path | str, folder: str = "") -> None:
         """Have a file copied to MLflow in the background, into a folder of the run's artifacts. It is copied again
@@ -188,11 +200,14 @@ class Tracker:
         if self.parent is None or not (self.parent / NOTE).is_file():
             return
         with self._reported("writing", METRICS), (self.parent / METRICS).open("ab", buffering=0) as file:
-            _append(file, 0, {}, metrics, split)
+            append_row(file, 0, {}, metrics, split)
 
     def close(self, status: Status = "FINISHED") -> None:
         """Note the end and forward the rest. A local database is waited for DATABASE_S at most, a server `close_s`,
         either HURRY_S for a run that did not finish. A second call does nothing."""
+        if self._sampler is not None:
+            self._sampler.close()
+            self._sampler = None
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -242,14 +257,13 @@ class Tracker:
 
 
 class _Forwarder(threading.Thread):
-    """The background thread: sends what MLflow lacks, tries again, and samples what the machine does."""
+    """The background thread: sends what MLflow lacks, and tries again."""
 
     def __init__(self, run_dir: Path, cfg: TrackingConfig, place: str) -> None:
         super().__init__(name="mlflow", daemon=True)  # never keeps a finished program alive
         self.run_dir, self.cfg, self.place = run_dir, cfg, place
         self.uri = cfg.uri if cfg.uri != place and without_passwords(cfg.uri) == place else ""
         self.closing = threading.Event()
-        self.step = 0
         self.lacks = ""  # why not all is sent
 
     def close(self, in_a_hurry: bool) -> None:
@@ -276,8 +290,8 @@ class _Forwarder(threading.Thread):
                     return None
 
     def _follow(self) -> None:
-        sender, machine, warned, failures, tries = Sender(self.run_dir, self.uri), None, False, 0, 0
-        next_pass = next_sample = time.monotonic()
+        sender, warned, failures, tries = Sender(self.run_dir, self.uri), False, 0, 0
+        next_pass = time.monotonic()
         while True:
             last = self.closing.is_set()
             if last or time.monotonic() >= next_pass:
@@ -299,14 +313,7 @@ class _Forwarder(threading.Thread):
                 if not self.lacks or tries == (LAST_TRIES if database_of(self.place) else 1):
                     return
                 continue
-            if self.cfg.system_s and time.monotonic() >= next_sample:
-                next_sample = time.monotonic() + self.cfg.system_s
-                with contextlib.suppress(Exception):  # a figure of the machine is worth no run
-                    machine = machine or Machine()
-                    with (self.run_dir / SYSTEM).open("ab", buffering=0) as file:
-                        _append(file, self.step, {}, machine.sample(), "system")
-            soonest = min(next_pass, next_sample) if self.cfg.system_s else next_pass
-            self.closing.wait(max(0.0, soonest - time.monotonic()))
+            self.closing.wait(max(0.0, next_pass - time.monotonic()))
 
     def _send_below(self, last: bool) -> None:
         """What stages left to this process; at the end also what is left of runs below that have ended."""
@@ -381,7 +388,7 @@ def begin_note(
         "parent": os.path.relpath(parent, run_dir.resolve()) if parent else "",
         "params": {**now, **first},
         "resumed": note["resumed"] | {k: v for k, v in now.items() if first.get(k, v) != v},
-        "tags": note["tags"] | about_start() | _texts(tags or {}),
+        "tags": note["tags"] | about_start(stage) | _texts(tags or {}),
         "datasets": list(datasets) or note["datasets"],
         "closed_by": closed_by,
     }
@@ -413,12 +420,14 @@ def fail_parent(folder: Path) -> None:
         say(f"{folder}: MLflow at {place} failed: {cause_of(error, place)}")
 
 
-def about_start() -> dict[str, str]:
-    """Who started what where, as MLflow's own tags where it has such."""
+def about_start(stage: str) -> dict[str, str]:
+    """Who started what where, as MLflow's own tags where it has such. Its UI shows of a source what follows the last
+    slash, so that is no place for a command."""
     here = describe()
     commit = here["git"] or ""
     tags = {
-        "mlflow.source.name": here["command"],
+        "mlflow.source.name": f"scldm {stage}" if stage else "",
+        "command": here["command"],
         "mlflow.source.type": "JOB" if here["slurm_job"] else "LOCAL",
         "mlflow.source.git.commit": commit.removesuffix("-dirty"),
         "git.dirty": str(commit.endswith("-dirty")).lower() if commit else "",
@@ -480,17 +489,3 @@ def drop_torn_line(path: Path) -> None:
 def _texts(params: Mapping[str, Any]) -> dict[str, str]:
     """Dotted keys and texts of a nested mapping, as MLflow allows them: its longest value has 6,000 characters."""
     return {re.sub(r"[^/\w.\- :]", "_", key): str(value)[:6000] for key, value in flat(params)}
-
-
-def _append(file: Any, step: int, more: Mapping[str, Any], metrics: Mapping[str, Any], split: str) -> None:
-    row = {"step": int(step), **more, "time": round(time.time(), 3), "split": split}
-    data = (json.dumps(row | {name: _number(value) for name, value in metrics.items()}) + "\n").encode()
-    end = file.seek(0, os.SEEK_END)
-    if file.write(data) != len(data):  # a full disk takes a part: no half row may stay
-        file.truncate(end)
-        raise OSError("no space left")
-
-
-def _number(value: Any) -> float | int | None:
-    number = value if isinstance(value, int) else float(value)
-    return number if math.isfinite(number) else None

@@ -254,7 +254,7 @@ def test_ranks_wait_for_the_first_and_stay_in_step(ranks: Ranks, tmp_path: Path,
 
 
 def test_the_machine_of_this_run_is_a_cpu() -> None:
-    found = machine_of(HardwareConfig(), ALONE)
+    found = machine_of(HardwareConfig(), ALONE, 1)
     assert (found["nodes"], found["gpus_per_node"], found["gpu"]) == (1, 1, "CPU")
 
 
@@ -277,7 +277,7 @@ def test_a_plan_that_can_not_be_made_is_a_line(tmp_path: Path, monkeypatch, capf
 @pytest.mark.slow
 def test_the_plan_of_a_run(at: Path, tmp_path: Path) -> None:
     shutil.copytree(at / "ldm", tmp_path / "ldm")
-    assert of_run.main(["ldm", str(tmp_path / "ldm"), json.dumps(machine_of(HardwareConfig(), ALONE))]) == 0
+    assert of_run.main(["ldm", str(tmp_path / "ldm"), json.dumps(machine_of(HardwareConfig(), ALONE, 1))]) == 0
     plan = json.loads((tmp_path / "ldm" / PLAN).read_text())
     assert plan["ranks"] == 1
     assert plan["cells_per_s"] > 0

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from scldm.train import previews
-from scldm.train.mlflow_run import read_note
 from scldm.train.previews import FIRST_S, Check, Make, Preview, Previews
+from scldm.train.tracked import read_note
 from scldm.train.tracking import Tracker, TrackingConfig, read_metrics
 from tests.scldm.train.small_runs import small_run, stored
 from tests.scldm.train.test_resume import rows

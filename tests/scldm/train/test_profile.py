@@ -14,8 +14,8 @@ from torch.autograd import DeviceType
 
 from scldm.train import requests
 from scldm.train.losses import Stage
-from scldm.train.mlflow_run import read_note
 from scldm.train.profile import STEPS, StepProfile, part_of, table
+from scldm.train.tracked import read_note
 from scldm.train.tracking import Tracker, TrackingConfig
 from tests.scldm.train.small_runs import ALONE, small_run
 from tests.scldm.train.test_resume import assert_same_run

@@ -21,7 +21,8 @@ import pytest
 
 from scldm.errors import InputError
 from scldm.train import mlflow_run, tracking
-from scldm.train.mlflow_run import database_of, database_uri, followed_alone, read_note, unsent
+from scldm.train.mlflow_run import database_of, database_uri
+from scldm.train.tracked import followed_alone, read_note, unsent
 from scldm.train.tracking import PARENT, Tracker, TrackingConfig, begin_note, read_metrics, replay
 
 OFF = TrackingConfig(enabled=False)
@@ -216,11 +217,14 @@ def test_sqlite_runs_are_nested_and_a_resume_goes_on_in_the_same_run(tmp_path: P
     parent.close()
     parent_id = run_id_of(tmp_path)
     assert client.get_run(parent_id).data.metrics["test/w2"] == 0.5
-    assert client.get_experiment(client.get_run(first_id).info.experiment_id).name == "mine"
+    experiment = client.get_experiment(client.get_run(first_id).info.experiment_id)
+    assert (experiment.name, experiment.tags["mlflow.experimentKind"]) == ("mine", "custom_model_development")
 
     run = client.get_run(first_id)
     assert run.info.status == "KILLED"
     assert run.info.run_name == "train vae"
+    assert run.data.tags["mlflow.source.name"] == "scldm train vae"
+    assert "pytest" in run.data.tags["command"]
     assert run.data.tags["mlflow.parentRunId"] == parent_id
     assert client.get_run(parent_id).info.status == "FINISHED"
     assert run.data.params == {"ranks": "2", "optim.lr": "0.1", "new": "1"}

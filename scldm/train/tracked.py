@@ -1,0 +1,153 @@
+"""What MLflow is to get of a run, and what it has got. Both lie in the run's folder, and this needs no MLflow.
+
+    tracked.json     what MLflow is to get besides the rows: experiment, parameters, tags, artifacts, the final status
+    metrics.jsonl    the rows, see tracking.py
+    system.jsonl     rows of the machine: processor, memory, GPU; those of other nodes in system/, see machine.py
+    mlflow_run.json  what MLflow has got, and what it refused
+    tracking.lock    held by the process that follows the run
+
+Reading order: the note, what MLflow lacks, who follows the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from scldm.errors import InputError, read_json
+from scldm.files import locked, write_json
+from scldm.train.follower import row_files
+
+NOTE, STATE, LOCK = "tracked.json", "mlflow_run.json", "tracking.lock"
+
+Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+
+
+# --- the note ------------------------------------------------------------------------------------------------------
+
+
+def new_note(place: str, experiment: str, run_name: str) -> dict[str, Any]:
+    """The note of a run that begins now.
+
+    uri: of the store, without a password
+    parent: folder of the run that this one is nested in, from this folder; empty for none
+    params: of the first start; resumed: those that a later start changed
+    tags, datasets, artifacts: of MLflow; an artifact is (file, from this folder; folder in MLflow)
+    status: RUNNING until the run ends; started, ended: seconds since 1970
+    closed_by: of a parent that no process follows: the stage of the child whose end is its own end
+    """
+    return {
+        "uri": place,
+        "experiment": experiment,
+        "run_name": run_name,
+        "parent": "",
+        "closed_by": "",
+        "started": time.time(),
+        "ended": None,
+        "status": "RUNNING",
+        "params": {},
+        "resumed": {},
+        "tags": {},
+        "datasets": [],
+        "artifacts": [],
+    }
+
+
+def read_note(folder: Path) -> dict[str, Any] | None:
+    """What MLflow is to get of the run in a folder; None where no run there is followed. Raises: InputError."""
+    return read_json(folder / NOTE) if (folder / NOTE).is_file() else None
+
+
+def parent_of(folder: Path, note: Mapping[str, Any]) -> Path | None:
+    return Path(os.path.normpath(folder.resolve() / note["parent"])) if note["parent"] else None
+
+
+def note_end(folder: Path, note: dict[str, Any], status: Status) -> None:
+    note |= {"status": status, "ended": None if status == "RUNNING" else time.time()}
+    write_json(folder / NOTE, note)
+
+
+def note_failed(parent: Path) -> bool:
+    """Note that a pipeline failed, where no process follows it and no stage has ended it; returns whether it was so."""
+    note = read_note(parent)
+    if note is None or not note["closed_by"] or note["status"] != "RUNNING":
+        return False
+    note_end(parent, note, "FAILED")
+    return True
+
+
+# --- what MLflow lacks ------------------------------------------------------------------------------------------------
+
+
+def unsent(folder: Path) -> list[str]:
+    """What MLflow lacks of the run in a folder, by the files there: it is not asked. Empty where it has all."""
+    note, state = read_note(folder), read_state(folder)
+    if note is None:
+        return []
+    rows = sum(_rows_after(folder / name, state["sent"].get(name, 0)) for name in row_files(folder))
+    files = sum(state["artifacts"].get(name) != stamp_of(folder / name) for name, _ in note["artifacts"])
+    texts = [kind for kind in ("params", "resumed", "tags", "datasets") if state[kind] != note[kind]]
+    lacks = [f"{n} {what}{'s' * (n > 1)}" for n, what in ((rows, "row"), (files, "artifact")) if n]
+    return [*lacks, *texts, *(["its status"] if state["status"] != note["status"] else [])]
+
+
+def _rows_after(path: Path, offset: int) -> int:
+    if not path.is_file() or path.stat().st_size <= offset:
+        return 0
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read().count(b"\n")
+
+
+NOTHING: dict[str, Any] = {
+    "uri": "",
+    "run_id": "",
+    "status": "",
+    "sent": {},
+    "params": {},
+    "resumed": {},
+    "tags": {},
+    "datasets": [],
+    "artifacts": {},
+    "refused": {},
+}
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What MLflow has got; nothing where that is not noted, or the note is damaged: then all is sent again."""
+    try:
+        return {**NOTHING, **json.loads((folder / STATE).read_text())}
+    except (FileNotFoundError, ValueError, TypeError):
+        return dict(NOTHING)
+
+
+def stamp_of(path: Path) -> list[int] | None:
+    """Size and time of a file, by which a changed one is sent again; None for one that is gone."""
+    if not path.is_file():
+        return None
+    of = path.stat()
+    return [of.st_size, of.st_mtime_ns]
+
+
+# --- who follows the run ----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def followed_alone(folder: Path) -> Iterator[None]:
+    """Within, no other process follows the run in this folder. Raises: InputError where one does."""
+    with locked(folder / LOCK, f"{folder}: its own process still follows it"):
+        yield
+
+
+def is_followed(folder: Path) -> bool:
+    """Whether a process follows the run in this folder."""
+    try:
+        with followed_alone(folder):
+            return False
+    except InputError:
+        return True
