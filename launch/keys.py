@@ -87,8 +87,8 @@ def check_words(verb: str, words: Sequence[str], there: bool = True) -> None:
     for word in told:
         if "=" not in word and word not in shipped and not word.endswith((".yaml", ".yml")):
             places = ", ".join(f"{key}=" for key in PLACES if key in keys)
-            there = f"There are {', '.join(shipped)}. " if shipped else ""
-            raise InputError(f"{word!r} is no preset. {there}Files and folders are named by {places} here")
+            known = f"There are {', '.join(shipped)}. " if shipped else ""
+            raise InputError(f"{word!r} is no preset. {known}Files and folders are named by {places} here")
     config = compose(schema, words)
     if verb == "evaluate":
         check_judged(config)
