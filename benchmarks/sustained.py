@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -142,9 +141,7 @@ class Watch:
             f"run_dir={self.folder}",
         ]
         nodes = ("--nodes", "1-2" if name == "disturbed" else "2")
-        # ports follow from a job's number: the first job of another Slurm of this host would want the same ones
-        number = ("--", f"--jobid={random.randrange(1_000, 9_000)}")
-        (self.job,) = submit.main(submit.read([*words, *nodes, *number]))
+        (self.job,) = submit.main(submit.read([*words, *nodes]))
         self.began = time.monotonic()
 
     @property
