@@ -3,7 +3,7 @@
 The Slurm is that of the tests (tests/slurm/cluster.sh): two nodes of one rank each. A rank is killed, the job is
 preempted, a node is lost so that one rank goes on, and the node comes back.
 
-Reading order: SustainedConfig, main, disturb, Sample, Watch, ranks_of, rows.
+Reading order: SustainedConfig, main, train, disturb, Watch, ranks_of.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
-from typing import Any
+from typing import Literal
 
-from benchmarks.report import Report, Row, run_benchmark
+from benchmarks.report import Report, run_benchmark
+from benchmarks.sustained_report import NAMES, Sample, draw, rows
 from launch.cluster import submit
 from launch.cluster.notes import ENDED, state_of
 from scldm.errors import InputError
 from scldm.train.tracking import read_metrics
 
 PURPOSE = """Train on two Slurm ranks through a kill -9, a preemption and a changed number of ranks, and compare losses,
-memory and CPU time with the same run undisturbed. It needs root and Slurm's packages (tests/slurm/cluster.sh install)."""
+memory and CPU time with the same run undisturbed. Needs root and Slurm's packages (tests/slurm/cluster.sh install)."""
 EXAMPLE = """
-python -m benchmarks.sustained shards=shards out=runs/sustained words=vae/20m,hardware/cpu,train.steps=400 kill_at=50 preempt_at=150 \\
-  lose_at=250 return_at=300
+python -m benchmarks.sustained shards=shards out=runs/sustained words=vae/20m,hardware/cpu,train.steps=400 \\
+  kill_at=50 preempt_at=150 lose_at=250 return_at=300
 """
 CLUSTER = str(Path(__file__).resolve().parent.parent / "tests" / "slurm" / "cluster.sh")
 
@@ -40,13 +40,15 @@ class SustainedConfig:
     """What to train, and when to disturb it.
 
     shards: to train on
-    out: folder of both runs, of the Slurm and of samples.jsonl. A path without blanks
+    out: folder of both runs, of their Slurms and of samples. A path without blanks
     words: presets and keys of `scldm train vae`. Losses are compared where train.log_every logs them
     kill_at: step at which a rank gets SIGKILL
     preempt_at: step at which a job of a higher partition takes both nodes
     lose_at: step at which the second node loses its power, so that one rank goes on
     return_at: step at which that node is back, and the job is preempted once more, so that two ranks go on
+    run: which run to make, `none` for the table alone. Each has its own Slurm, so both can be made at the same time
     every_s: seconds between two samples of memory and CPU time
+    figure: a PNG of losses, rates and memory is drawn there
     json: print JSON, not the table
     save: write the JSON to this file as well
     """
@@ -58,7 +60,9 @@ class SustainedConfig:
     preempt_at: int = 150
     lose_at: int = 250
     return_at: int = 300
+    run: Literal["both", "disturbed", "undisturbed", "none"] = "both"
     every_s: float = 2.0
+    figure: str = ""
     json: bool = False
     save: str = ""
 
@@ -71,23 +75,16 @@ def main(config: SustainedConfig) -> Report:
     if why_not := call("bash", CLUSTER, "why-not"):
         raise InputError(f"benchmarks.sustained needs a Slurm of its own: {why_not}")
     out = Path(config.out).resolve()
-    slurm = out / "cluster"
-    slurm.mkdir(parents=True, exist_ok=True)
-    site = {"PARTITION": "low", "GPUS_PER_NODE": 0, "TASKS_PER_NODE": 1, "CPUS_PER_TASK": 1, "SHARED": out}
-    (slurm / "site.sh").write_text("".join(f"SCLDM_{key}={value}\n" for key, value in site.items()))
-    os.environ |= {"SLURM_CONF": str(slurm / "slurm.conf"), "SCLDM_SITE": str(slurm / "site.sh")}
-    call("bash", CLUSTER, "start", str(slurm), "2")
-    try:
-        for name in ("disturbed", "undisturbed"):
-            watch = Watch(config, out, name)
-            if name == "disturbed":
-                disturb(config, slurm, watch)
-            watch.until_the_end()
-    finally:
-        call("bash", CLUSTER, "stop", str(slurm))
+    for name in NAMES:
+        if config.run in ("both", name):
+            train(config, out, name)
+    if not all(Path(f"{out / name}.samples.jsonl").exists() for name in NAMES):
+        raise InputError(f"out={out}: both runs are compared, and only one is there")
     report = Report("sustained", {"words": " ".join(config.words)})
     for row in rows(out):
         report.add(row)
+    if config.figure:
+        draw(out, Path(config.figure))
     report.print(config.json, config.save)
     return report
 
@@ -96,36 +93,38 @@ def call(*words: str) -> str:
     return subprocess.run(words, check=True, capture_output=True, text=True, timeout=120).stdout.strip()
 
 
-def disturb(config: SustainedConfig, slurm: Path, watch: Watch) -> None:
-    def preempt() -> None:
-        call("srun", "--partition=high", "--nodes=2", "--exclusive", "true")
+def train(config: SustainedConfig, out: Path, name: str) -> None:
+    slurm = out / f"slurm-{name}"
+    slurm.mkdir(parents=True, exist_ok=True)
+    site = {"PARTITION": "low", "GPUS_PER_NODE": 0, "TASKS_PER_NODE": 1, "CPUS_PER_TASK": 1, "SHARED": out}
+    (slurm / "site.sh").write_text("".join(f"SCLDM_{key}={value}\n" for key, value in site.items()))
+    os.environ |= {"SLURM_CONF": str(slurm / "slurm.conf"), "SCLDM_SITE": str(slurm / "site.sh")}
+    call("bash", CLUSTER, "start", str(slurm), "2")
+    try:
+        watch = Watch(config, out, name)
+        if name == "disturbed":
+            disturb(config, slurm, watch)
+        watch.until_the_end()
+    finally:
+        call("bash", CLUSTER, "stop", str(slurm))
 
+
+def disturb(config: SustainedConfig, slurm: Path, watch: Watch) -> None:
+    preemption = ("srun", "--partition=high", "--nodes=2", "--exclusive", "true")
     watch.until(config.kill_at)
-    os.kill(next(sample.pid for sample in watch.look() if sample.rank == 1), signal.SIGKILL)
     watch.note("kill -9 of rank 1")
+    os.kill(next(sample.pid for sample in watch.look() if sample.rank == 1), signal.SIGKILL)
     watch.until(config.preempt_at)
     watch.note("preemption")
-    preempt()
-    watch.until(config.lose_at)
+    with subprocess.Popen(preemption):
+        watch.until(config.lose_at)
     watch.note("node lost, 2 ranks to 1")
     call("bash", CLUSTER, "crash", str(slurm), "2")
     watch.until(config.return_at)
     watch.note("node back, 1 rank to 2")
     call("bash", CLUSTER, "revive", str(slurm), "2")
-    preempt()
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Of one rank: wall seconds since the run was submitted, the run's last logged step, resident GB, CPU seconds of
-    its process."""
-
-    t: float
-    step: int
-    rank: int
-    pid: int
-    rss_gb: float
-    cpu_s: float
+    with subprocess.Popen(preemption):
+        watch.until_the_end()
 
 
 class Watch:
@@ -191,59 +190,6 @@ def ranks_of(job: str) -> Iterator[tuple[int, int, float, float]]:
             continue  # it ended while we looked
         if rank := environment.get(b"SLURM_PROCID"):
             yield int(rank), int(folder.name), round(memory, 4), (int(times[11]) + int(times[12])) / tick
-
-
-# --- what it comes to --------------------------------------------------------------------------------------------------
-
-
-def by_step(run: Path) -> dict[int, dict[str, Any]]:
-    return {row["step"]: row for row in read_metrics(run, "train")}
-
-
-def stretches(out: Path, name: str) -> list[list[Sample]]:
-    """The samples of the first rank of each start that trained, from its second logged step on."""
-    lines = Path(f"{out / name}.samples.jsonl").read_text().splitlines()
-    found: dict[int, list[Sample]] = {}
-    for sample in (Sample(**json.loads(line)) for line in lines):
-        if sample.rank == 0:
-            found.setdefault(sample.pid, []).append(sample)
-    trained = [[s for s in samples if s.step > samples[0].step + 1] for samples in found.values()]
-    return [samples for samples in trained if samples and samples[-1].step > samples[0].step]
-
-
-def rows(out: Path) -> Iterator[Row]:
-    """Losses of both runs at the same steps, and memory and CPU time of the first rank at each start."""
-    ours, theirs = by_step(out / "disturbed"), by_step(out / "undisturbed")
-    both = sorted(ours.keys() & theirs.keys())
-    changed = next((k for k in both if n_ranks(ours[k]) != n_ranks(theirs[k])), max(both) + 1)
-    yield Row("disturbed: steps", max(ours), "")
-    yield Row("undisturbed: steps", max(theirs), "")
-    same = [k for k in both if k < changed]
-    yield Row("steps before the number of ranks changes", len(same), "")
-    yield Row("steps from then on that both logged", len(both) - len(same), "")
-    yield Row.at_most("before: largest relative difference of a loss", apart(ours, theirs, same), "", 0.0)
-    if rest := both[len(same) :]:
-        yield Row.at_most("from then on: largest relative difference of a loss", apart(ours, theirs, rest), "", 1e-3)
-    for name in ("disturbed", "undisturbed"):
-        for k, samples in enumerate(stretches(out, name), 1):
-            first, last = samples[0], samples[-1]
-            ranks = n_ranks(by_step(out / name)[last.step])
-            start = f"{name}, start {k}, {ranks} ranks, steps {first.step} to {last.step}"
-            yield Row(
-                f"{start}: CPU time of a step, first rank", (last.cpu_s - first.cpu_s) / (last.step - first.step), "s"
-            )
-            early = median(s.rss_gb for s in samples[len(samples) // 10 : max(2, len(samples) // 3)])
-            late = median(s.rss_gb for s in samples[-max(1, len(samples) // 5) :])
-            yield Row(f"{start}: memory of the first rank, late", late, "GB")
-            yield Row.at_most(f"{start}: memory, late over early", late / early, "x", 1.05)
-
-
-def n_ranks(row: Mapping[str, float]) -> int:
-    return round(row["cells_per_s"] / row["cells_per_s_rank"])
-
-
-def apart(ours: Mapping[int, Any], theirs: Mapping[int, Any], steps: Sequence[int]) -> float:
-    return max((abs(ours[k]["loss"] / theirs[k]["loss"] - 1) for k in steps), default=0.0)
 
 
 if __name__ == "__main__":
