@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -55,12 +56,19 @@ def rows(out: Path) -> Iterator[Row]:
         for k, samples in enumerate(stretches(out, name), 1):
             first, last = samples[0], samples[-1]
             what = f"{name}, start {k}, {ranks_told(out, name, samples)}, steps {first.step} to {last.step}"
-            early = median(s.rss_gb for s in samples[: max(1, len(samples) // 4)])
-            late = median(s.rss_gb for s in samples[-max(1, len(samples) // 4) :])
+            quarters = np.array_split([s.rss_gb for s in samples], 4)
             yield Row(f"{what}: wall time of a step", (last.t - first.t) / (last.step - first.step), "s")
-            yield Row(f"{what}: CPU time of a step", (last.cpu_s - first.cpu_s) / (last.step - first.step), "s")
-            yield Row(f"{what}: memory in its last quarter", late, "GB")
-            yield Row.at_most(f"{what}: last quarter over first quarter", late / early, "x", 1.05)
+            yield Row(f"{what}: CPU time of a step, median", median(cpu for _, cpu in of_steps(samples)), "s")
+            yield Row(f"{what}: memory in its last quarter, median", float(np.median(quarters[3])), "GB")
+            growth = float(np.median(quarters[3]) / np.median(quarters[1]))  # the first has its first checkpoint
+            yield Row.at_most(f"{what}: memory, last quarter over second", growth, "x", 1.05)
+
+
+def of_steps(samples: Sequence[Sample]) -> list[tuple[float, float]]:
+    """(wall time at its end, CPU time) of each step or few steps between two samples. What follows a step, such as a
+    validation, is part of the next one."""
+    changes = [b for a, b in pairwise(samples) if b.step > a.step]
+    return [(b.t, (b.cpu_s - a.cpu_s) / (b.step - a.step)) for a, b in pairwise(changes)]
 
 
 def by_step(run: Path) -> dict[int, dict[str, Any]]:
@@ -110,23 +118,28 @@ def draw(out: Path, path: Path) -> None:
         loss.plot(list(table), [row["loss"] for row in table.values()], style, label=name, linewidth=1.2)
     loss.set(xlabel="step", ylabel="loss in nats")
     loss.set_ylim(top=np.percentile([row["loss"] for row in by_step(out / NAMES[0]).values()], 99) * 1.1)
-    loss.legend(frameon=False)
+    loss.legend(frameon=False, loc="upper left")
     samples = samples_of(out, NAMES[0])
+    usual = median(cpu for of in stretches(out, NAMES[0]) for _, cpu in of_steps(of))
     for of in stretches(out, NAMES[0]):
-        every = max(1, len(of) // 12)
-        points = [(b.t, (b.cpu_s - a.cpu_s) / (b.step - a.step)) for a, b in zip(of, of[every:]) if b.step > a.step]
-        rate.plot(*zip(*points, strict=True), color="C0", linewidth=1.2)
-        rate.annotate(ranks_told(out, NAMES[0], of), (of[len(of) // 2].t, 0.05), ha="center", fontsize=8)
-    rate.set(ylabel="CPU s of a step,\nfirst rank", ylim=(0, None))
+        rate.plot(*zip(*of_steps(of), strict=True), ".", color="C0", markersize=3)
+        rate.annotate(ranks_told(out, NAMES[0], of), (of[len(of) // 2].t, 0.1 * usual), ha="center", fontsize=8)
+    rate.set(ylabel="CPU s of a step,\nfirst rank", ylim=(0, 3 * usual), xlim=(0, samples[-1].t))
     for rank in (0, 1):
         of = [s for s in samples if s.rank == rank]
         memory.plot([s.t for s in of], [s.rss_gb for s in of], ".", markersize=2.5, label=f"rank {rank}")
-    memory.set(ylabel="resident memory, GB", xlabel="seconds since the run was submitted", ylim=(0, None))
+    memory.set(
+        ylabel="resident memory, GB",
+        xlabel="seconds since the run was submitted",
+        ylim=(0, None),
+        xlim=(0, samples[-1].t),
+    )
     memory.legend(frameon=False, markerscale=4)
     for event in events:
         loss.axvline(event["step"], color="0.6", linewidth=0.8)
-        loss.annotate(event["what"], (event["step"], loss.get_ylim()[1]), fontsize=7, rotation=90, va="top", ha="right")
+        top = (event["step"], loss.get_ylim()[1])
+        loss.annotate(event["what"].split(",")[0], top, fontsize=8, va="bottom", ha="center")
         for axes in (rate, memory):
             axes.axvline(event["t"], color="0.6", linewidth=0.8)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
