@@ -179,7 +179,8 @@ def ranks_of(job: str) -> Iterator[tuple[int, int, float, float]]:
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             words = (folder / "cmdline").read_bytes().split(b"\0")
-            environment = dict(line.partition(b"=")[::2] for line in (folder / "environ").read_bytes().split(b"\0"))
+            lines = (folder / "environ").read_bytes().split(b"\0")
+            environment = {name: value for name, _, value in (line.partition(b"=") for line in lines)}
             if not {b"launch.cli", b"train"} <= set(words) or environment.get(b"SLURM_JOB_ID") != job.encode():
                 continue
             if b"python" not in words[0]:

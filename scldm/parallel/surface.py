@@ -5,7 +5,7 @@ Reading order: HardwareConfig, Piece, Engine, Autocast, the optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -142,7 +142,7 @@ def gradients_of(module: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     return {name: gradient for name, gradient in zip(names, found, strict=True) if gradient is not None}
 
 
-def norm_of(gradients: Sequence[Tensor]) -> Tensor:
+def norm_of(gradients: list[Tensor]) -> Tensor:
     """Euclidean norm of all of them, float64, as DeepSpeed takes it.
 
     On a CPU row by row: torch's float32 norm of one table of 36,130 genes x 256 is 6e-4 too small there. A clipped step
