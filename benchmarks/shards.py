@@ -125,7 +125,9 @@ def _draw(first, seed, threshold, table, indptr, columns, values):
 def synthetic_obs(n_cells: int) -> pd.DataFrame:
     rng = np.random.default_rng(1)
     types = pd.Categorical.from_codes(rng.integers(0, 12, n_cells), [f"type {k}" for k in range(12)])
-    return pd.DataFrame({"cell_type": types}, index=pd.Index([f"cell{k}" for k in range(n_cells)]))
+    return pd.DataFrame(
+        {"cell_type": types, "number": np.arange(n_cells)}, index=pd.Index([f"cell{k}" for k in range(n_cells)])
+    )
 
 
 def keep_to_one_atlas(folder: Path, cells: int, genes: int, expressed: int) -> None:

@@ -65,16 +65,18 @@ def with_data(config: PlanConfig) -> PlanConfig:
     """With the sizes that data.shards and the autoencoder's run have, where they are not given."""
     sizes = ("n_genes", "n_cells") if isinstance(config, PlanVAEConfig) else ("n_latents", "latent_width", "n_cells")
     known: dict[str, int] = {}
-    if config.data.shards and not all(getattr(config, name) for name in sizes):
+    if config.data.shards and not all(getattr(config, name) for name in (*sizes, "n_validation")):
         manifest = read_manifest(config.data.shards)
-        known["n_cells"] = sum(split.n_cells for split in manifest.splits if split.name == "train")
+        for name, of in (("n_cells", "train"), ("n_validation", "validation")):
+            known[name] = sum(split.n_cells for split in manifest.splits if split.name == of)
         known["n_genes"] = manifest.genes.n_genes
         if manifest.kind == "latents":
             known["n_latents"], known["latent_width"] = manifest.extra["shape"]
     if isinstance(config, PlanLDMConfig) and config.vae:
         model = read_config(Path(config.vae))["model"]
         known |= {name: model[name] for name in ("n_latents", "latent_width")}
-    config = replace(config, **{name: getattr(config, name) or known.get(name, 0) for name in sizes})
+    filled = {name: getattr(config, name) or known.get(name, 0) for name in (*sizes, "n_validation")}
+    config = replace(config, **filled)
     for name in sizes:
         if getattr(config, name) < 1:
             raise InputError(f"{name}={getattr(config, name)}: give it, or data.shards")

@@ -100,6 +100,7 @@ class Planned(Checked):
     n_latents: ldm: latent tokens of a cell. 0 takes those of data.shards, or of the run in vae
     latent_width: ldm: their width, likewise
     n_cells: to train on. 0 takes those of data.shards
+    n_validation: cells to validate on. 0 takes those of data.shards. Where neither tells it, validation is not planned
     expressed: genes that a cell expresses, as the loader decodes 3 bytes of each
     compare: plan other numbers of nodes, ZeRO stages and micro-batches too, and recommend one
     json: print JSON, not the table
@@ -110,6 +111,7 @@ class Planned(Checked):
     n_latents: int = checked(0, at_least=0)
     latent_width: int = checked(0, at_least=0)
     n_cells: int = checked(0, at_least=0)
+    n_validation: int = checked(0, at_least=0)
     expressed: int = checked(2_000, at_least=1)
     hardware: PlannedHardware = field(default_factory=PlannedHardware)
     compare: bool = True

@@ -6,6 +6,7 @@ own with little priority: counting kernels and FLOPs takes seconds, in which tra
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -21,6 +22,15 @@ from launch.planning.plan import plan_of
 from scldm.files import write_json
 from scldm.given_json import typed
 from scldm.train.run_folder import CONFIG, PLAN, read_config
+
+
+def give_way() -> None:
+    """Run only where nobody else wants the processor. Training starts this process in a session of its own. Linux may
+    weigh sessions against one another, each with a priority of its own (sched(7), autogroups)."""
+    os.nice(19)
+    if os.getsid(0) == os.getpid():
+        with contextlib.suppress(OSError):
+            Path("/proc/self/autogroup").write_text("19")
 
 
 def end_with(parent: int) -> None:
@@ -55,6 +65,6 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    os.nice(19)
+    give_way()
     threading.Thread(target=end_with, args=(int(sys.argv[4]),), daemon=True).start()
     sys.exit(main(sys.argv[1:]))

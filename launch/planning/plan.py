@@ -14,6 +14,7 @@ from typing import Any
 from data_pipeline.stream.order import reads_of_a_block
 from launch.planning.config import GB, PlanConfig, PlanLDMConfig, PlanVAEConfig, is_of_latents
 from launch.train_vae import genes_of
+from launch.training import whole_cells
 from scldm.model.dit import DiTConfig
 from scldm.model.flops import vae_flops
 from scldm.model.vae import VAEConfig
@@ -25,6 +26,7 @@ from scldm.train.step_cost import StepCost, dit_step, vae_step
 # gradient, clipping reads and writes it, AdamW reads gradient, weight and two moments and writes three of them, the EMA
 # reads weight and EMA and writes one: 1 + 2 + 7 + 3
 OPTIMIZER_BYTES = 4 * 13
+MOST_VALIDATION = 0.1  # of the time of the steps, before the plan says how to validate less
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Plan:
     exchange_s: between ranks. Under the backward pass where the engine overlaps them
     loader_s: in which the loader delivers a step's cells: a step takes no less. 0 for latents, which are copied
     save_s: of a step, for what a checkpoint holds training up
+    validation_s: of one pass over the validation cells, with all their genes. None where their number is not known
     """
 
     config: PlanConfig
@@ -59,6 +62,7 @@ class Plan:
     loader_s: float
     save_s: float
     step_s: float
+    validation_s: float | None
 
     @property
     def busy(self) -> float:
@@ -102,6 +106,28 @@ class Plan:
         }
 
     @property
+    def validations(self) -> int:
+        return self.config.train.steps // self.config.train.validate_every
+
+    def of_validation(self) -> list[str]:
+        """Lines on all validations of the run, beside its steps."""
+        if self.validation_s is None:
+            return ["validation is not planned: give n_validation, or data.shards"]
+        config, each_s = self.config, self.validation_s
+        total_s = self.validations * each_s
+        share = total_s / (config.train.steps * self.step_s)
+        lines = [
+            f"{self.validations:,} validations of {config.n_validation:,} whole cells, {each_s:,.1f} s each: "
+            f"{total_s / 86_400:,.2f} days more, {share:.0%} of what the steps take"
+        ]
+        if share > MOST_VALIDATION:
+            lines.append(
+                "validate on fewer cells (split.validation of `scldm shards write`), or less often "
+                "(train.validate_every)"
+            )
+        return lines
+
+    @property
     def days(self) -> float:
         return self.config.train.steps * self.step_s / 86_400
 
@@ -124,6 +150,8 @@ class Plan:
             "loader_s": self.loader_s,
             "save_s": self.save_s,
             "step_s": self.step_s,
+            "validation_s": self.validation_s,
+            "validations": self.validations,
             "busy": self.busy,
             "bound_by": self.bound_by,
             "cells_per_s": self.cells_per_s,
@@ -194,6 +222,7 @@ class Plan:
             f"{self.days:,.2f} days, {epochs:,.1f} epochs of {config.n_cells:,} cells",
             f"the loader must deliver {loader:,.0f} cells/s to a node, from {read:,.1f} MB/s of counts (3 bytes each) "
             "or latents",
+            *self.of_validation(),
         ]
         if self.reads > 1:
             lines.append(
@@ -246,7 +275,20 @@ def plan_of(config: PlanConfig) -> Plan:
         loader_s,
         save_s,
         step_s,
+        validation_s_of(config) if config.n_validation else None,
     )
+
+
+def validation_s_of(config: PlanConfig) -> float:
+    """Seconds of a pass over the validation cells. A forward pass takes a third of what it takes with backward."""
+    hardware, n_cells, cost = config.hardware, config.hardware.micro_batch, cost_of(config)
+    if isinstance(config, PlanVAEConfig):
+        G, bf16 = config.n_genes, hardware.precision == "bf16"
+        n_cells = whole_cells(n_cells, max(genes_of(config.data, G)), G)
+        cost = _vae(config.model, G, n_cells, G, G, bf16, hardware.memory_gb)
+    launch_s = 0.0 if config.model.compile else 1e-6 * hardware.launch_us * cost.kernels / 3
+    forward_s = max(cost.flops / 3 / (hardware.peak * hardware.mfu), launch_s)
+    return config.n_validation / hardware.n_ranks / n_cells * forward_s
 
 
 def cost_of(config: PlanConfig) -> StepCost:

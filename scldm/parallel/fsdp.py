@@ -31,6 +31,7 @@ from scldm.parallel.surface import (
     Piece,
     flat_moments,
     gradients_of,
+    norm_of,
     set_lr,
     set_steps,
 )
@@ -156,7 +157,7 @@ class FSDPEngine:
         """Over all ranks."""
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         if gradients:
-            total += torch.stack(torch._foreach_norm(gradients)).double().square().sum().to(self.world.device)
+            total += norm_of(gradients).square().to(self.world.device)
         if self.world.size > 1:
             dist.all_reduce(total)
         return math.sqrt(total.item())

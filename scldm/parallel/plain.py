@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from scldm.parallel.dist import World
@@ -15,6 +16,7 @@ from scldm.parallel.surface import (
     Piece,
     flat_moments,
     gradients_of,
+    norm_of,
     set_lr,
     set_steps,
 )
@@ -46,8 +48,10 @@ class PlainEngine:
 
     def step(self, lr: float) -> float:
         set_lr(self.optimizer, lr)
-        norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), self.clip))
+        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+        norm = float(norm_of(gradients))
         if math.isfinite(norm):
+            torch._foreach_mul_(gradients, min(1.0, self.clip / (norm + 1e-6)))
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm

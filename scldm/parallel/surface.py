@@ -142,6 +142,17 @@ def gradients_of(module: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     return {name: gradient for name, gradient in zip(names, found, strict=True) if gradient is not None}
 
 
+def norm_of(gradients: list[Tensor]) -> Tensor:
+    """Euclidean norm of all of them, float64, as DeepSpeed takes it.
+
+    On a CPU row by row: torch's float32 norm of one table of 36,130 genes x 256 is 6e-4 too small there. A clipped step
+    would then depend on the engine, and so on the number of ranks."""
+    if any(gradient.device.type != "cpu" for gradient in gradients):
+        return torch.stack(torch._foreach_norm(gradients)).double().norm()
+    rows = [torch.linalg.vector_norm(g, dim=-1) if g.ndim > 1 else g for g in gradients]
+    return torch.stack([torch.linalg.vector_norm(row, dtype=torch.float64) for row in rows]).norm()
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]

@@ -140,6 +140,29 @@ def test_a_preset_is_planned_for_the_machine_that_it_is_for() -> None:
     assert machine("hardware/cpu") == ("CPU", 1, 1)
 
 
+def test_validation_is_planned_on_whole_cells_and_said_where_it_is_much() -> None:
+    """60 million cells of which a tenth is held out: more cells are validated on than trained on."""
+    words = ["vae/20m", "hardware/node_8gpu", "n_genes=36130", "n_cells=60000000"]
+    unknown = plan_of(read(words))
+    assert (unknown.validation_s, unknown.validations) == (None, 40)
+    assert "validation is not planned" in unknown.of_validation()[0]
+    few, many = (plan_of(read([*words, f"n_validation={n}"])) for n in (6_000, 6_000_000))
+    assert few.validation_s is not None
+    assert many.validation_s == pytest.approx(1_000 * few.validation_s)
+    assert len(few.of_validation()) == 1
+    assert "40 validations of 6,000,000 whole cells" in many.of_validation()[0]
+    assert "split.validation" in many.of_validation()[1]
+    whole = plan_of(read([*words, "data.given.n_genes=36130", "hardware.micro_batch=16"]))
+    of_a_pass = max(whole.compute_s, whole.launch_s) / whole.accumulation / 3  # 16 of 128 cells have no more genes
+    assert many.validation_s == pytest.approx(6_000_000 / 8 / 16 * of_a_pass, rel=0.02)
+
+
+def test_ranks_of_a_cpu_do_not_exchange_over_nvlink() -> None:
+    words = ["vae/20m", "hardware/cpu", "hardware.gpus_per_node=2", "train.global_batch=8", "hardware.micro_batch=4"]
+    plan = plan_of(read([*words, "data.given.gene_set_group=4", "n_genes=36130", "n_cells=1000"]))
+    assert 0.2 < plan.exchange_s < 0.4  # measured: 0.18 to 0.32 s for 95 MB, and ZeRO-2 sends half as much again
+
+
 def test_no_step_is_promised_that_launching_and_the_optimizer_do_not_allow() -> None:
     """ldm/base computes for 0.9 ms at 35 % of an H100's peak, and launches a thousand kernels."""
     words = [*DIT, "hardware/node_8gpu", "hardware.node_link_gb_s=1e9"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ from launch import training
 from launch.cli import main
 from launch.evaluation import preview
 from launch.evaluation.preview import Trained, of_ldm, some_of
+from launch.plan import read as read_plan
 from launch.planning import of_run
 from launch.run_data import encoded_from, keep_encoded_from
 from launch.training import machine_of, planned
@@ -256,6 +258,8 @@ def test_ranks_wait_for_the_first_and_stay_in_step(ranks: Ranks, tmp_path: Path,
 def test_the_machine_of_this_run_is_a_cpu() -> None:
     found = machine_of(HardwareConfig(), ALONE, 1)
     assert (found["nodes"], found["gpus_per_node"], found["gpu"]) == (1, 1, "CPU")
+    preset = read_plan(["vae/20m", "hardware/cpu"]).hardware
+    assert found == {key: getattr(preset, key) for key in found}
 
 
 def test_a_plan_that_can_not_be_made_is_a_line(tmp_path: Path, monkeypatch, capfd) -> None:
@@ -272,6 +276,16 @@ def test_a_plan_that_can_not_be_made_is_a_line(tmp_path: Path, monkeypatch, capf
     with planned("vae", tmp_path, {"gpu": "Z9"}):
         time.sleep(0.1)
     assert capfd.readouterr().err == f"scldm: no {PLAN}: the run ended before it was made\n"
+
+
+@pytest.mark.heavy
+def test_planning_gives_way_to_training() -> None:
+    """In a session of its own, whose priority Linux weighs against that of the training's."""
+    told = "import os; from pathlib import Path; from launch.planning.of_run import give_way; give_way(); "
+    told += "group = Path('/proc/self/autogroup'); print(os.nice(0), group.read_text() if group.exists() else '19')"
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, start_new_session=True)
+    assert done.stdout.split()[0] == "19", done.stderr
+    assert done.stdout.split()[-1] == "19"
 
 
 @pytest.mark.slow

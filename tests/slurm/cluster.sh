@@ -87,6 +87,8 @@ PreemptMode=REQUEUE
 JobRequeue=1
 KillWait=3
 MinJobAge=600
+# a job's ports follow from its number: the first jobs of two such Slurms on a host would want the same ones
+FirstJobId=$((RANDOM % 8000 + 1))
 SlurmctldTimeout=10
 SlurmdTimeout=8
 MessageTimeout=5
