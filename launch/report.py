@@ -193,7 +193,7 @@ def throughput(run: Path, train: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def system_of(run: Path) -> dict[str, str]:
-    """Medians of what nodes were used to. Of several: the middle one, and those that were used least and most."""
+    """How much of each node was used: medians over time. Of several nodes, the middle, the least and the most used."""
     found: dict[str, dict[str, list[float]]] = {}
     for path in [run / name for name in row_files(run)[1:]]:  # the first has the metrics
         for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else []:

@@ -219,17 +219,22 @@ def cells_in_file(path: str | Path) -> Iterator[ad.AnnData]:
             made_storable(adata)
         try:
             yield adata
-        except OSError as error:
-            if "read data" not in str(error):  # HDF5's words for a damaged part
+        except (OSError, RuntimeError) as error:
+            if not any(of_damage in str(error) for of_damage in ("read data", "decompress")):  # of HDF5, and of zarr
                 raise
             raise InputError(f"{path}: can't be read: damaged or truncated ({str(error).splitlines()[0]})") from None
 
 
 def _matrix(node: Any) -> Any:
-    """A matrix that is read when rows of it are asked for. None where there is none."""
+    """A matrix that is read when rows of it are asked for. None where there is none. Raises: ValueError."""
     if node is None or node.attrs.get("encoding-type") == "null":
         return None
-    return node if is_array(node) else sparse_dataset(node)
+    if is_array(node):
+        return node
+    sizes = (int(node["indptr"][-1]), node["indices"].shape[0], node["data"].shape[0])
+    if len(set(sizes)) > 1:
+        raise ValueError(f"{node.name} should hold {sizes[0]} numbers, and has {sizes[1]} places and {sizes[2]} values")
+    return sparse_dataset(node)
 
 
 def made_storable(adata: ad.AnnData) -> ad.AnnData:
@@ -310,6 +315,8 @@ def write_cells(adata: ad.AnnData, path: Path) -> None:
 
 def _write(write: Any, store: Any, elem_name: str, elem: Any, *, dataset_kwargs: Any, iospec: Any) -> None:
     """Write one element of an AnnData. anndata calls this for each, by these names."""
+    if elem is None and elem_name.strip("/") == "raw":  # as `AnnData.write_h5ad`. Before anndata 0.12 nobody reads it
+        return
     if isinstance(elem, CSRDataset | CSCDataset):
         made, source = store.create_group(elem_name), cast(Any, elem).group
         made.attrs["shape"] = elem.shape
@@ -325,7 +332,8 @@ def _write(write: Any, store: Any, elem_name: str, elem: Any, *, dataset_kwargs:
 
 def _copy(source: Any, group: Any, name: str) -> Any:
     made = group.create_dataset(name, shape=source.shape, dtype=source.dtype, chunks=True, compression="gzip")
-    step = max(COPIED_NUMBERS // max(int(np.prod(source.shape[1:])), 1), 1)
+    rows = max(COPIED_NUMBERS // max(int(np.prod(source.shape[1:])), 1), 1)
+    step = -(-rows // made.chunks[0]) * made.chunks[0]  # whole chunks, each of which is packed once
     for start in range(0, source.shape[0], step):
         made[start : start + step] = source[start : start + step]
     return made

@@ -6,6 +6,7 @@ Reading order: given_cells, Given; var_of, kept_beside, before.
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -117,6 +118,8 @@ def var_of(of: Networks, adata: ad.AnnData, ids_Q: np.ndarray) -> tuple[pd.DataF
     """Rows of the cells' var for these genes of the vocabulary, and where they stand there. Where one is not there,
     what the model knows of the genes, and None."""
     columns = ids_Q - 1
+    if not adata.var_names.is_unique:
+        raise InputError(f"gene {adata.var_names[adata.var_names.duplicated()][0]!r} stands twice in var_names")
     at = adata.var_names.get_indexer(pd.Index([of.genes.ids[k] for k in columns]))
     return (of.var(columns), None) if (at < 0).any() else (storable(table_in_memory(adata.var)).iloc[at], at)
 
@@ -127,13 +130,18 @@ def kept_beside(made: ad.AnnData, adata: ad.AnnData, at: np.ndarray | None, time
     times: how often all cells stand in `made`, one set after another
     """
     rows = None if times == 1 else np.tile(np.arange(adata.n_obs), times)
-    for name, of in adata.obsm.items():
+    for name, lazy in adata.obsm.items():
+        of = in_memory(lazy)
         if rows is None:
             made.obsm[name] = of
         elif isinstance(of, pd.DataFrame):
             made.obsm[name] = of.iloc[rows].set_axis(made.obs_names)
         else:
-            made.obsm[name] = in_memory(of)[rows]
+            made.obsm[name] = of[rows]
+    if at is None and adata.layers:
+        print(
+            f"layers are left out ({', '.join(adata.layers)}): var_names lack genes that are written", file=sys.stderr
+        )
     for name, of in adata.layers.items() if at is not None else ():
         some = in_memory(of)[:, at]
         made.layers[name] = some if rows is None else some[rows]
@@ -148,5 +156,5 @@ def before(adata: ad.AnnData) -> dict[str, Any]:
     if isinstance(told, Mapping):
         if told.get("verb") == "embed":
             return {"before": str(told["before"])} if "before" in told else {}
-        told = {key: value for key, value in told.items() if key != "before"}
+        told = {str(key): value for key, value in told.items() if key != "before"}
     return {"before": json.dumps(told, default=lambda of: of.tolist() if hasattr(of, "tolist") else str(of))}

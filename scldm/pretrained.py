@@ -158,12 +158,13 @@ class Pretrained(Networks):
         Raises: InputError for counts that are none, or no gene in common.
         """
         one_of("pool", pool, Pool)
+        check_adata(adata)
         if key_added is not None:
             text_of("key_added", key_added, "X_scldm")
-        given, given_ids = self._given(adata, layer)
-        print(given.match, file=sys.stderr)
         if key_added is not None and adata.is_view:
             raise InputError(f"key_added={key_added!r}: adata is a view, which can't be added to. Give adata.copy()")
+        given, given_ids = self._given(adata, layer)
+        print(given.match, file=sys.stderr)
         encode = encoder_of(self.vae, given_ids, given.share_S)
         width = self.vae.config.latent_width * (1 if pool == "mean" else self.vae.config.n_latents)
         out = np.empty((adata.n_obs, width), np.float32)
@@ -196,6 +197,7 @@ class Pretrained(Networks):
         given, given_ids = self._given(adata, layer)
         asked_ids = given_ids if genes is None else self._here(self.columns(genes) + 1)
         print(given.match, file=sys.stderr)
+        var, at = var_of(self, adata, asked_ids.cpu().numpy())
         encode = encoder_of(self.vae, given_ids, given.share_S)
         expected, log_likelihood = np.empty((adata.n_obs, len(asked_ids)), np.float32), []
         with Progress("reconstruct", adata.n_obs, "cells") as bar, torch.no_grad(), self._computing():
@@ -210,7 +212,6 @@ class Pretrained(Networks):
                 bar.advance(len(size_B))
         obs = storable(table_in_memory(adata.obs))
         obs["log_likelihood"] = np.concatenate(log_likelihood)
-        var, at = var_of(self, adata, asked_ids.cpu().numpy())
         told = self.record("reconstruct", **dict[str, Any](given.match.to_json()), **before(adata))
         made = ad.AnnData(expected, obs=obs, var=var, uns={"scldm": told})
         kept_beside(made, adata, at)
@@ -285,6 +286,7 @@ class Pretrained(Networks):
         asked_ids = given_ids if genes is None else self._here(self.columns(genes) + 1)
         for note in (given.match, *moves.notes):
             print(note, file=sys.stderr)
+        var, at = var_of(self, adata, asked_ids.cpu().numpy())
         encode = encoder_of(self.vae, given_ids, given.share_S)
         n_evaluations = torch.zeros((), dtype=torch.int64, device=self.device)
         parts: list[list[sp.csr_matrix]] = [[] for _ in alphas]
@@ -322,8 +324,7 @@ class Pretrained(Networks):
         }
         uns = self.record("transform", seed=seed, sampler=sampler, **more)
         moved = pd.concat([asked.moved_obs(dit, self.conditions, obs, to, alpha, len(alphas) > 1) for alpha in alphas])
-        made = ad.AnnData(matrix, obs=moved, uns={"scldm": uns})
-        made.var, at = var_of(self, adata, asked_ids.cpu().numpy())
+        made = ad.AnnData(matrix, obs=moved, var=var, uns={"scldm": uns})
         kept_beside(made, adata, at, len(alphas))
         return made
 

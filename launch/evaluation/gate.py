@@ -134,7 +134,7 @@ def judge_run(config: VAERunConfig, tracker: Tracker, device: torch.device) -> N
     if "error" in gate:
         print(f"\nscldm: WARNING: the autoencoder was {gate['line']}\n", file=sys.stderr, flush=True)
         return
-    seen = [row["cells_seen"] for row in read_metrics(run) if row["step"] <= gate["step"]]
+    seen = [row.get("cells_seen", 0) for row in read_metrics(run) if row["step"] <= gate["step"]]
     tracker.log(gate["step"], metrics(gate), split="gate", cells_seen=max(seen, default=0))
     tracker.log_on_parent(metrics(gate), "gate")
     show(gate)

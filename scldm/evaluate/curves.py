@@ -20,7 +20,7 @@ def curves_of(rows: Iterable[Mapping[str, Any]]) -> Curves:
 
     Where a step stands twice (a resumed run repeats what was not saved), the last row wins. Values that are not finite
     numbers are passed over."""
-    at = {(row["split"], row["step"]): row for row in rows}
+    at = {(row["split"], row["step"]): row for row in rows if "cells_seen" in row}  # scores of a whole run have none
     out: Curves = {}
     for (split, _), row in sorted(at.items(), key=lambda item: item[0]):
         for name, value in row.items():

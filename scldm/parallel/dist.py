@@ -77,12 +77,12 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def of_first(self, make: Callable[[], Any]) -> Any:
-        """What `make` returns on the first rank, on every rank. It is called there alone. It must not raise."""
-        value = [make() if self.is_first else None]
+    def of_first(self, value: Any) -> Any:
+        """The first rank's value, on every rank. What others give is not looked at."""
+        values = [value if self.is_first else None]
         if self.size > 1:
-            dist.broadcast_object_list(value, device=torch.device("cpu"))
-        return value[0]
+            dist.broadcast_object_list(values, device=torch.device("cpu"))
+        return values[0]
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -42,7 +42,7 @@ def meet(world: World) -> tuple[list[str], dict[int, Link]]:
     host = socket.gethostname()
     seen = world.gather((host, f"{host}, process {os.getpid()}", _addresses_of_first()))
     server = listen([(host, addresses) for host, _, addresses in seen]) if world.is_first else None
-    address, token = world.of_first(lambda: server and (server.getsockname()[:2], secrets.token_bytes(TOKEN)))
+    address, token = world.of_first(server and (server.getsockname()[:2], secrets.token_bytes(TOKEN)))
     if server is not None:
         with server:
             links = admit(server, token, world.size - 1)

@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -279,9 +279,9 @@ def resume(folder: Path, engine: Engine, ema: EMA, world: World) -> dict[str, An
     if world.is_first:
         for left in unfinished(folder):
             remove_path(left)
-    names = world.of_first(lambda: [target.name for target in candidates(folder)])
+    names = world.of_first([target.name for target in candidates(folder)] if world.is_first else None)
     for name in names:
-        note = world.of_first(partial(_note_seen, folder / name))
+        note = world.of_first(_note_seen(folder / name) if world.is_first else None)
         checkpoint, *trouble = _checked_share(folder / name, note, world)
         problems = [found for found in world.gather(trouble) if found[0]]
         if checkpoint is not None and not problems:

@@ -121,7 +121,7 @@ def train(
         state = RunState.of_json(found, config.steps, config.patience)
         loader.load_state(found["loader"])
         meter.load_state(found["meter"])
-        if world.of_first(lambda: checkpoint.pointed(run_dir / "checkpoints" / "best") is None):
+        if world.of_first(checkpoint.pointed(run_dir / "checkpoints" / "best") is None):
             state.best, state.stale = math.inf, 0  # of a branch whose parent's best one until then is gone
     saver = Saver(run_dir, engine, ema, world, config.keep, config.keep_every)
     profile = StepProfile(run_dir, world, tracker)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from scldm.train.follower import SYSTEM, SYSTEM_OF, append_row, say
 
 FIRST_S = 1.0  # use of a processor is a mean over time, so none is known at once
-NODES_AT_ONCE = 10  # that give a row each `tracking.system_s`; 8 GPUs make 46 numbers of a row
+NODES_AT_ONCE = 10  # that give a row each `tracking.system_s`. 8 GPUs make 46 numbers of a row
 
 
 class Place(NamedTuple):
@@ -62,6 +62,9 @@ class Sampler(threading.Thread):
 
     def run(self) -> None:
         machine, warned, wait_s = Machine(), False, min(FIRST_S, self.every_s)
+        if machine.psutil is None and not machine.gpus:
+            say("the machine is not sampled: that needs `pip install psutil`")
+            return
         while not self.closing.wait(wait_s):
             wait_s = self.every_s
             try:
@@ -71,11 +74,11 @@ class Sampler(threading.Thread):
             except Exception as error:  # a figure of the machine is worth no run
                 if not warned:
                     warned = True
-                    say(f"{self.path} lacks samples of the machine ({error}); training goes on without them")
+                    say(f"{self.path} lacks samples of the machine ({error}). Training goes on without them")
 
     def close(self) -> None:
         self.closing.set()
-        self.join(1.0)  # a row that is being written; a file system that hangs is not waited for
+        self.join(1.0)  # a row that is being written. A file system that hangs is not waited for
 
 
 class Machine:

@@ -359,3 +359,32 @@ def test_a_part_of_a_file_that_is_found_damaged_while_it_is_read_is_said_in_one_
     said = refused(capsys, "embed", f"model={model}", f"h5ad={path}", f"out={tmp_path}/out.h5ad")
     assert f"{path}: can't be read: damaged or truncated (Can't synchronously read data" in said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.h5ad"]
+
+
+@pytest.mark.parametrize("missing", ["indices", "indptr", "data", "cut"])
+def test_a_matrix_of_a_file_that_lacks_a_part_is_said_before_anything_is_read(tmp_path: Path, missing: str) -> None:
+    path = tmp_path / "a.h5ad"
+    small_cells(20).write_h5ad(path)
+    with h5py.File(path, "a") as file:
+        if missing == "cut":
+            some = file["X/indices"][:-3]  # pyright: ignore[reportIndexIssue]
+        del file[f"X/{'indices' if missing == 'cut' else missing}"]
+        if missing == "cut":
+            file["X/indices"] = some
+    with (
+        pytest.raises(InputError, match="can't be read: damaged or truncated"),
+        cells_file.cells_in_file(path),
+    ):
+        pass
+
+
+def test_a_file_without_raw_is_written_without(tmp_path: Path) -> None:
+    """anndata before 0.12 can't read the null that stands there otherwise, and 0.12 takes it for genes from a file."""
+    path = tmp_path / "a.h5ad"
+    small_cells(20).write_h5ad(path)
+    with cells_file.cells_in_file(path) as found:
+        cells_file.write_cells(found, tmp_path / "out.h5ad")
+    with h5py.File(tmp_path / "out.h5ad") as file:
+        assert "raw" not in file
+    back = ad.read_h5ad(tmp_path / "out.h5ad", backed="r")
+    assert back.raw is None

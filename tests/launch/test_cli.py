@@ -256,6 +256,7 @@ def test_the_keys_of_the_file_are_those_of_the_configs() -> None:
         ("plan", "ldm/tiny data.given.n_genes=3", "unknown key 'data.given.n_genes'"),
         ("plan", "vae vae/tiny hardware/cpu n_genes=many", "n_genes=many: Value 'many'"),
         ("plan", "vae/20m hardware.mfu=2", "hardware.mfu=2.0 must be above 0 and at most 1"),
+        ("plan", "vae/tiny data.shards=on/the/cluster n_genes=3 n_cells=9", ""),
         ("plan", "ldm hardware/cpu n_latents=3 train.steps=5 hardware.nodes=4 compare=false", ""),
         ("evaluate", "generated=g.h5ad out=o control.treatment=ctrl", ""),
         ("evaluate", "generated=g.h5ad out=o 'control={treatment: ctrl}'", ""),

@@ -102,6 +102,18 @@ def test_a_sampler_that_fails_is_one_line_and_one_that_hangs_holds_up_nobody(
     hung.set()
 
 
+def test_a_node_of_which_nothing_can_be_measured_is_one_line_and_no_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    sampler = machine.Sampler(tmp_path, Place(), 0.05, is_first=True)
+    sampler.start()
+    sampler.join(10)
+    assert not sampler.is_alive()
+    assert "the machine is not sampled: that needs `pip install psutil`" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_gpu_has_mlflows_names_and_units_and_may_tell_no_power(monkeypatch: pytest.MonkeyPatch) -> None:
     class NVMLError(Exception):
         pass
