@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,22 @@ from typing import Any
 
 @contextmanager
 def followed(verb: str, config: Any) -> Iterator[None]:
-    """Within, a verb that makes something is followed by its first rank, in `tracking/VERB` of the parent's folder."""
+    """Within, a verb that makes something is followed by its first rank, in `tracking/VERB` of the parent's folder. The
+    first rank of every other node samples that node."""
     parent = os.environ.get("SCLDM_PARENT", "")
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    if not parent or rank != "0":
+    is_first = (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0"
+    if not parent:
         yield
         return
+    from scldm.train.machine import place_from_environment
     from scldm.train.tracking import STAGES, Tracker, TrackingConfig, fail_parent
 
+    folder, place = Path(parent) / STAGES / verb.replace(" ", "-"), place_from_environment()
+    if not is_first:
+        sampled = place.samples and not hasattr(config, "tracking") and getattr(config, "out", "")
+        with Tracker(folder, TrackingConfig(), active=False, place=place) if sampled else nullcontext():
+            yield
+        return
     if hasattr(config, "tracking") or not getattr(config, "out", ""):
         try:
             yield
@@ -32,8 +40,7 @@ def followed(verb: str, config: Any) -> Iterator[None]:
         return
 
     datasets = [dataset_of(source, "input") for source in [getattr(config, "shards", "")] if source]
-    folder = Path(parent) / STAGES / verb.replace(" ", "-")
-    of = {"stage": verb, "params": asdict(config), "datasets": datasets}
+    of = {"stage": verb, "params": asdict(config), "datasets": datasets, "place": place}
     with Tracker(folder, TrackingConfig(), by_parent=True, **of) as tracker:
         tracker.tag(out=config.out)
         yield

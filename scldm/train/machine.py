@@ -6,13 +6,14 @@
 Followers read these files, so the first rank alone talks to MLflow. A row's split is `system`. In a run on several
 nodes it is `system/NODE`, as MLflow names the metrics of nodes.
 
-Reading order: Place, place_of, Sampler, Machine.
+Reading order: Place, place_of, place_from_environment, Sampler, Machine.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,6 +49,16 @@ def place_of(hosts: Sequence[str], rank: int) -> Place:
     return Place(hosts[rank] if n_nodes > 1 else "", n_nodes, hosts.index(hosts[rank]) == rank)
 
 
+def place_from_environment() -> Place:
+    """The place of a process that need not meet the others, as torchrun or srun tell it. Alone under neither."""
+    of = os.environ
+    n_nodes = int(of.get("SLURM_STEP_NUM_NODES") or 1)
+    if "LOCAL_WORLD_SIZE" in of:
+        n_nodes = -(-int(of["WORLD_SIZE"]) // int(of["LOCAL_WORLD_SIZE"]))
+    first = (of.get("LOCAL_RANK") or of.get("SLURM_LOCALID") or "0") == "0"
+    return Place(socket.gethostname() if n_nodes > 1 else "", n_nodes, first)
+
+
 class Sampler(threading.Thread):
     """Appends a sample of this node to a file every so often. Nothing waits for it, and its failure is a line.
 
@@ -68,7 +79,7 @@ class Sampler(threading.Thread):
         while not self.closing.wait(wait_s):
             wait_s = self.every_s
             try:
-                self.path.parent.mkdir(exist_ok=True)
+                self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("ab", buffering=0) as file:
                     append_row(file, self.step, {}, machine.sample(), self.split)
             except Exception as error:  # a figure of the machine is worth no run

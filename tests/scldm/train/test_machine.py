@@ -8,15 +8,17 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from launch.followed import followed
 from scldm.train import machine
 from scldm.train.follower import row_files
-from scldm.train.machine import Machine, Place, place_of
+from scldm.train.machine import Machine, Place, place_from_environment, place_of
 from scldm.train.tracked import unsent
 from scldm.train.tracking import Tracker, TrackingConfig
 from tests.data_pipeline.small_sets import known_cells, write_set
@@ -43,6 +45,42 @@ def test_the_first_rank_of_each_node_takes_its_samples_and_many_nodes_take_fewer
     found = [place_of(["b", "a", "b", "a"], rank) for rank in range(4)]
     assert found == [Place("b", 2, True), Place("a", 2, True), Place("b", 2, False), Place("a", 2, False)]
     assert [Place("a", n).every_s(10.0) for n in (1, 10, 1_000)] == [10.0, 10.0, 1_000.0]
+
+
+@pytest.mark.parametrize(
+    "environment, place",
+    [
+        ({}, Place()),
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "1"}, Place("", 1, False)),
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"}, Place("here", 2, True)),
+        ({"SLURM_STEP_NUM_NODES": "3", "SLURM_LOCALID": "1"}, Place("here", 3, False)),
+    ],
+)
+def test_a_process_that_meets_no_other_knows_its_place(monkeypatch: pytest.MonkeyPatch, environment, place) -> None:
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_NUM_NODES", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(machine.socket, "gethostname", lambda: "here")
+    assert place_from_environment() == place
+
+
+@pytest.mark.parametrize("local", ["0", "1"])
+def test_a_verb_on_many_nodes_has_samples_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local: str) -> None:
+    @dataclass
+    class Config:
+        out: str = "latents"
+
+    ranks = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": local}
+    for name, value in {**ranks, "SCLDM_PARENT": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    path = tmp_path / "tracking" / "encode" / "system" / f"{machine.socket.gethostname()}.jsonl"
+    with followed("encode", Config()):
+        if local == "0":
+            assert rows_of(path)[0]["split"] == f"system/{path.stem}"
+        else:
+            time.sleep(0.2)
+            assert not path.exists()
 
 
 @pytest.mark.heavy
