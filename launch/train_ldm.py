@@ -214,7 +214,8 @@ def latents(config: TrainLDMConfig, world: World) -> Source:
     """A latent set, in which every cell was encoded once from all its genes."""
     loader = LatentLoader(config.data, split="train", **place(config, world))
     check_has_validation(loader.manifest, config.data.shards)
-    validation = LatentLoader(replace(config.data, balance=[]), split="validation", **place(config, world))
+    at_most = {"most_cells": config.train.validation_cells}
+    validation = LatentLoader(replace(config.data, balance=[]), split="validation", **place(config, world), **at_most)
     extra = loader.manifest.extra
 
     def alone(batch: int) -> LatentLoader:
@@ -237,7 +238,8 @@ def cells(config: TrainLDMConfig, world: World) -> Source:
     whole = LoaderConfig(**{**stream, "balance": []}, given=as_whole_cells(config.given))
     n_genes = loader.vocab.n_genes
     batch = whole_cells(config.hardware.micro_batch, config.given.of(n_genes).n_genes or n_genes, n_genes)
-    validation = CellLoader(whole, split="validation", **{**place(config, world), "micro_batch": batch})
+    of_pass = {"micro_batch": batch, "most_cells": config.train.validation_cells}
+    validation = CellLoader(whole, split="validation", **{**place(config, world), **of_pass})
 
     def alone(size: int) -> CellLoader:
         size = min(size, batch)

@@ -104,7 +104,7 @@ def set_up(config: TrainVAEConfig, world: World) -> Parts:
     n_genes = loader.vocab.n_genes
     in_training = max(genes_of(config.data, n_genes))
     place["micro_batch"] = whole_cells(config.hardware.micro_batch, in_training, n_genes)
-    validation = CellLoader(whole, split="validation", **place)
+    validation = CellLoader(whole, split="validation", most_cells=config.train.validation_cells, **place)
     module = VAE(config.model, loader.vocab.n_genes)
     mean_G = torch.tensor(loader.cells.gene_column("mean"), dtype=torch.float32)
     module.start_at(mean_G + 0.5 / loader.manifest.n_cells)  # half a count where no training cell has one

@@ -17,6 +17,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
@@ -128,14 +129,17 @@ class _Loader(ABC, Generic[Batch]):
         micro_batch: int,
         device: torch.device | str = "cpu",
         cells: ShardSet | None = None,
+        most_cells: int = 0,
     ) -> None:
         """device: where the batches will go. Those for a GPU lie in pinned memory
+        most_cells: of `one_pass`, in whole global batches. 0 for all
         cells: read these instead of opening config.shards. Several loaders may share them. Whoever opened them closes
             them after the last of these
 
         Raises: InputError for what this set, batch or world size can't serve.
         """
         self.config, self.split, self.global_batch, self.device = config, split, global_batch, torch.device(device)
+        self.pass_steps = -(-most_cells // global_batch) or None
         low, high = rank_slice(rank, world_size, global_batch, micro_batch)
         self.cells = cells or ShardSet(
             config.shards, cache_folder=config.cache_folder, cache_bytes=int(config.cache_gb * 1e9)
@@ -201,10 +205,11 @@ class _Loader(ABC, Generic[Batch]):
         return batches
 
     def one_pass(self) -> Iterator[list[Batch]]:
-        """Every cell of the split (and selection) once, in stored order, always with the same gene sets."""
+        """Every cell of the split (and selection) once, in stored order, always with the same gene sets. With
+        `most_cells` the first ones, which are as good as drawn: sets are shuffled when they are written."""
         assert not self._closed, "the loader is closed"
         order = EpochOrder(self.units, self.config.seed, FIXED_PASS, 1, self.global_batch, 0)
-        running = self.feed.start(self.feed.plans_of(order), self.config.prefetch)
+        running = self.feed.start(islice(self.feed.plans_of(order), self.pass_steps), self.config.prefetch)
         try:
             yield from running
         finally:

@@ -100,7 +100,8 @@ class Planned(Checked):
     n_latents: ldm: latent tokens of a cell. 0 takes those of data.shards, or of the run in vae
     latent_width: ldm: their width, likewise
     n_cells: to train on. 0 takes those of data.shards
-    n_validation: cells to validate on. 0 takes those of data.shards. Where neither tells it, validation is not planned
+    n_validation: held-out cells, of which train.validation_cells are taken. 0 takes those of data.shards. Where neither
+        tells it, validation is not planned
     expressed: genes that a cell expresses, as the loader decodes 3 bytes of each
     compare: plan other numbers of nodes, ZeRO stages and micro-batches too, and recommend one
     json: print JSON, not the table

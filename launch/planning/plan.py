@@ -117,14 +117,11 @@ class Plan:
         total_s = self.validations * each_s
         share = total_s / (config.train.steps * self.step_s)
         lines = [
-            f"{self.validations:,} validations of {config.n_validation:,} whole cells, {each_s:,.1f} s each: "
+            f"{self.validations:,} validations of {validated(config):,} whole cells, {each_s:,.1f} s each: "
             f"{total_s / 86_400:,.2f} days more, {share:.0%} of what the steps take"
         ]
         if share > MOST_VALIDATION:
-            lines.append(
-                "validate on fewer cells (split.validation of `scldm shards write`), or less often "
-                "(train.validate_every)"
-            )
+            lines.append("validate on fewer cells (train.validation_cells), or less often (train.validate_every)")
         return lines
 
     @property
@@ -288,7 +285,12 @@ def validation_s_of(config: PlanConfig) -> float:
         cost = _vae(config.model, G, n_cells, G, G, bf16, hardware.memory_gb)
     launch_s = 0.0 if config.model.compile else 1e-6 * hardware.launch_us * cost.kernels / 3
     forward_s = max(cost.flops / 3 / (hardware.peak * hardware.mfu), launch_s)
-    return config.n_validation / hardware.n_ranks / n_cells * forward_s
+    return validated(config) / hardware.n_ranks / n_cells * forward_s
+
+
+def validated(config: PlanConfig) -> int:
+    """Cells of a validation."""
+    return min(config.n_validation, config.train.validation_cells or config.n_validation)
 
 
 def cost_of(config: PlanConfig) -> StepCost:

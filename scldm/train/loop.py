@@ -46,7 +46,8 @@ class TrainConfig(Checked):
     ema_decay: of the exponential moving average (EMA) of the weights, which is validated, exported and sampled
     log_every: steps between two rows of training metrics
     rank_logs: also keep a file for each rank, ranks/K.jsonl: its own cells/s, waiting and memory
-    validate_every: steps between two passes over the validation cells
+    validate_every: steps between two passes over validation cells
+    validation_cells: most cells of such a pass, in whole global batches: the first ones of the shards. 0 for all
     preview_share: most of the run's time that previews may take: at a validation the first rank draws how held-out
         cells are reconstructed or generated, while the others wait. The first one is due once 20 s are that share. 0
         for never, 1 for one at each validation
@@ -68,6 +69,7 @@ class TrainConfig(Checked):
     log_every: int = checked(50, at_least=1)
     rank_logs: bool = False
     validate_every: int = checked(1_000, at_least=1)
+    validation_cells: int = checked(20_000, at_least=0)
     preview_share: float = checked(0.01, at_least=0, at_most=1)
     save_every: int = checked(1_000, at_least=1)
     keep: int = checked(2, at_least=1)
@@ -221,7 +223,7 @@ def validate(
     supervisor: Supervisor,
     preview: Callable[[], None] | None = None,
 ) -> dict[str, float] | None:
-    """Means over the validation cells, with the EMA and the same draws every time. Collective.
+    """Means over validation cells, with the EMA and the same draws every time. Collective.
 
     preview: what the first rank does afterwards with the EMA, and the others not at all. They wait for it where the
         engine goes back to the weights that are trained

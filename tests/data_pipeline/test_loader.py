@@ -59,6 +59,18 @@ def test_batches_hold_the_known_counts_of_every_cell_once(sets, cells, codec, fo
         assert in_order[:420] == list(range(420))
 
 
+def test_a_pass_may_stop_after_some_whole_batches(folder):
+    for most, seen in ((1, 96), (96, 96), (97, 192), (1_000, 420)):
+        sizes = {"global_batch": 96, "micro_batch": 48, "world_size": 2}
+        ranks = [CellLoader(LoaderConfig(folder), rank=k, most_cells=most, **sizes) for k in range(2)]
+        for _ in range(2):  # and again from the start
+            parts = [b.to("cpu") for loader in ranks for batches in loader.one_pass() for b in batches]
+            ids = [tuple(cell) for b in parts for cell in b.cell_ids_B2[b.weight_B > 0].tolist()]
+            assert len(set(ids)) == len(ids) == seen
+        for loader in ranks:
+            loader.close()
+
+
 def tensors_of(value):
     """Every tensor of a batch, by identity."""
     if isinstance(value, torch.Tensor):

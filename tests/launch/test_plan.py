@@ -142,7 +142,7 @@ def test_a_preset_is_planned_for_the_machine_that_it_is_for() -> None:
 
 def test_validation_is_planned_on_whole_cells_and_said_where_it_is_much() -> None:
     """60 million cells of which a tenth is held out: more cells are validated on than trained on."""
-    words = ["vae/20m", "hardware/node_8gpu", "n_genes=36130", "n_cells=60000000"]
+    words = ["vae/20m", "hardware/node_8gpu", "n_genes=36130", "n_cells=60000000", "train.validation_cells=0"]
     unknown = plan_of(read(words))
     assert (unknown.validation_s, unknown.validations) == (None, 40)
     assert "validation is not planned" in unknown.of_validation()[0]
@@ -151,7 +151,9 @@ def test_validation_is_planned_on_whole_cells_and_said_where_it_is_much() -> Non
     assert many.validation_s == pytest.approx(1_000 * few.validation_s)
     assert len(few.of_validation()) == 1
     assert "40 validations of 6,000,000 whole cells" in many.of_validation()[0]
-    assert "split.validation" in many.of_validation()[1]
+    assert "validate on fewer cells (train.validation_cells)" in many.of_validation()[1]
+    by_default = plan_of(read([*words[:-1], "n_validation=6000000"]))
+    assert by_default.validation_s == pytest.approx(20_000 / 6_000 * few.validation_s)
     whole = plan_of(read([*words, "data.given.n_genes=36130", "hardware.micro_batch=16"]))
     of_a_pass = max(whole.compute_s, whole.launch_s) / whole.accumulation / 3  # 16 of 128 cells have no more genes
     assert many.validation_s == pytest.approx(6_000_000 / 8 / 16 * of_a_pass, rel=0.02)
