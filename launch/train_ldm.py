@@ -214,12 +214,11 @@ def latents(config: TrainLDMConfig, world: World) -> Source:
     """A latent set, in which every cell was encoded once from all its genes."""
     loader = LatentLoader(config.data, split="train", **place(config, world))
     check_has_validation(loader.manifest, config.data.shards)
-    at_most = {"most_cells": config.train.validation_cells}
-    validation = LatentLoader(replace(config.data, balance=[]), split="validation", **place(config, world), **at_most)
+    every, most_cells = replace(config.data, balance=[]), config.train.validation_cells
+    validation = LatentLoader(every, split="validation", most_cells=most_cells, **place(config, world))
     extra = loader.manifest.extra
 
     def alone(batch: int) -> LatentLoader:
-        every = replace(config.data, balance=[])
         return LatentLoader(every, split="train", global_batch=batch, micro_batch=batch, device=world.device)
 
     return Source(loader, validation, loader.manifest, torch.tensor(extra["mean"]), torch.tensor(extra["std"]), alone)
