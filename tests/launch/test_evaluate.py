@@ -321,7 +321,7 @@ def test_cells_of_an_unconditional_model_are_judged_pooled(files, monkeypatch, c
     evaluation = json.loads((files / "out" / "evaluation.json").read_text())
     assert "condition" not in evaluation["made_with"]
     tracked = json.loads((files / "out" / "evaluation" / "metrics.jsonl").read_text())
-    assert tracked["pooled.w2"] == pytest.approx(evaluation["pooled"]["w2"]["score"])
+    assert tracked["pooled/w2"] == pytest.approx(evaluation["pooled"]["w2"]["score"])
     printed = capsys.readouterr().out
     assert "scores per combination" not in printed
     assert "scores pooled" in printed
