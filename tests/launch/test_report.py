@@ -112,11 +112,15 @@ def test_a_run_that_logged_nothing_has_a_page(at: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_no_run_is_refused(at: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    (tmp_path / "config.json").write_text("{}")
+    three = [tmp_path, tmp_path / "b", tmp_path / "c"]
+    for run in three:
+        run.mkdir(exist_ok=True)
+        (run / "config.json").write_text("{}")
+    told = ", ".join(map(str, three))
     for words, why in (
         ([f"{at}/set"], f"{at}/set is not a run folder: it has no config.json"),
         ([str(tmp_path)], f"{tmp_path} is not the folder of a training run"),
-        (["a", "b", "c"], "runs=a, b, c: give the folder of one run, or of two different ones"),
+        ([*map(str, three)], f"runs={told}: give the folder of one run, or of two different ones"),
         ([], "runs must be given"),
     ):
         assert main(["report", *words]) == 2
