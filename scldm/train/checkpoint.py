@@ -270,9 +270,8 @@ def resume(folder: Path, engine: Engine, ema: EMA, world: World) -> dict[str, An
     """Load the last whole checkpoint below `folder`. Returns its state, None where there is none yet. Collective.
 
     The first rank reads state.json for all, which may be 15 MB at a thousand ranks. They share the reading of all other
-    bytes. A damaged checkpoint is passed over, by name, for the one before it, and
-    is renamed to `.broken`, so that nothing counts it. It is not renamed where some rank just
-    does not see it.
+    bytes. A damaged checkpoint is passed over, by name, for the one before it, and is renamed to `.broken`, so that
+    nothing counts it. It is not renamed where some rank just does not see it.
 
     Raises: InputError where none is whole: to begin again over what was trained is for the user to decide.
     """
