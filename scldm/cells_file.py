@@ -24,6 +24,7 @@ from anndata.io import read_elem, sparse_dataset, write_elem
 from scldm.errors import InputError
 
 IN_MEMORY = ("obs", "var", "obsm", "varm", "obsp", "varp", "uns")  # parts of an AnnData that are read with its tables
+CHUNK_NUMBERS = 1 << 17  # whole rows, of a chunk of a copied matrix: 1 MB
 COPIED_NUMBERS = 1 << 22  # at once, of a matrix of a file: 4 M x 8 B = 32 MB
 ZARR_MARKS = ("zarr.json", ".zgroup", ".zmetadata")  # of version 3, and of version 2
 
@@ -231,9 +232,9 @@ def _matrix(node: Any) -> Any:
         return None
     if is_array(node):
         return node
-    sizes = (int(node["indptr"][-1]), node["indices"].shape[0], node["data"].shape[0])
-    if len(set(sizes)) > 1:
-        raise ValueError(f"{node.name} should hold {sizes[0]} numbers, and has {sizes[1]} places and {sizes[2]} values")
+    places, values = (node[name].shape[0] for name in ("indices", "data"))
+    if places != values or (node["indptr"].shape[0] and node["indptr"][-1] > values):  # more than are in use is allowed
+        raise ValueError(f"{node.name} has {places} places and {values} values, indptr tells of {node['indptr'][-1]}")
     return sparse_dataset(node)
 
 
@@ -331,9 +332,11 @@ def _write(write: Any, store: Any, elem_name: str, elem: Any, *, dataset_kwargs:
 
 
 def _copy(source: Any, group: Any, name: str) -> Any:
-    made = group.create_dataset(name, shape=source.shape, dtype=source.dtype, chunks=True, compression="gzip")
-    rows = max(COPIED_NUMBERS // max(int(np.prod(source.shape[1:])), 1), 1)
-    step = -(-rows // made.chunks[0]) * made.chunks[0]  # whole chunks, each of which is packed once
+    width = max(int(np.prod(source.shape[1:])), 1)
+    of_chunk = max(min(CHUNK_NUMBERS // width, source.shape[0]), 1)
+    chunks = (of_chunk, *source.shape[1:]) if all(source.shape) else True
+    made = group.create_dataset(name, shape=source.shape, dtype=source.dtype, chunks=chunks, compression="gzip")
+    step = max(COPIED_NUMBERS // width // of_chunk, 1) * of_chunk  # whole chunks, each of which is packed once
     for start in range(0, source.shape[0], step):
         made[start : start + step] = source[start : start + step]
     return made

@@ -289,8 +289,9 @@ def validation_s_of(config: PlanConfig) -> float:
 
 
 def validated(config: PlanConfig) -> int:
-    """Cells of a validation."""
-    return min(config.n_validation, config.train.validation_cells or config.n_validation)
+    """Cells of a validation, in whole global batches."""
+    batch, most = config.train.global_batch, config.train.validation_cells or config.n_validation
+    return min(config.n_validation, -(-most // batch) * batch)
 
 
 def cost_of(config: PlanConfig) -> StepCost:

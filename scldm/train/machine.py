@@ -54,7 +54,7 @@ def place_from_environment() -> Place:
     of = os.environ
     n_nodes = int(of.get("SLURM_STEP_NUM_NODES") or 1)
     if "LOCAL_WORLD_SIZE" in of:
-        n_nodes = -(-int(of["WORLD_SIZE"]) // int(of["LOCAL_WORLD_SIZE"]))
+        n_nodes = -(-int(of.get("WORLD_SIZE", of["LOCAL_WORLD_SIZE"])) // int(of["LOCAL_WORLD_SIZE"]))
     first = (of.get("LOCAL_RANK") or of.get("SLURM_LOCALID") or "0") == "0"
     return Place(socket.gethostname() if n_nodes > 1 else "", n_nodes, first)
 

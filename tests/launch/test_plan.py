@@ -153,7 +153,7 @@ def test_validation_is_planned_on_whole_cells_and_said_where_it_is_much() -> Non
     assert "40 validations of 6,000,000 whole cells" in many.of_validation()[0]
     assert "validate on fewer cells (train.validation_cells)" in many.of_validation()[1]
     by_default = plan_of(read([*words[:-1], "n_validation=6000000"]))
-    assert by_default.validation_s == pytest.approx(20_000 / 6_000 * few.validation_s)
+    assert by_default.validation_s == pytest.approx(20_480 / 6_000 * few.validation_s)  # whole batches
     whole = plan_of(read([*words, "data.given.n_genes=36130", "hardware.micro_batch=16"]))
     of_a_pass = max(whole.compute_s, whole.launch_s) / whole.accumulation / 3  # 16 of 128 cells have no more genes
     assert many.validation_s == pytest.approx(6_000_000 / 8 / 16 * of_a_pass, rel=0.02)
