@@ -93,6 +93,10 @@ def check_words(verb: str, words: Sequence[str], there: bool = True) -> None:
     if verb == "evaluate":
         check_judged(config)
     # evaluate says first what has no effect. A job that staged shards reads them elsewhere
+    if verb == "evaluate" and there:
+        for file in (config.generated, config.embedding):
+            if file and not ANYWHERE.match(file) and not os.path.exists(file):
+                raise InputError(f"{file}: no such file")
     if not there or verb == "evaluate" or os.environ.get("SCLDM_STAGED"):
         return
     for key, (file, said) in INPUTS.items():

@@ -47,11 +47,13 @@ def test_a_key_that_would_be_ignored_is_refused(
     tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str], words: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    for name in ("g.h5ad", "e.h5ad"):
+        (tmp_path / name).touch()
     assert main(["evaluate", *words.split()]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1
-    assert list(tmp_path.iterdir()) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e.h5ad", "g.h5ad"]
 
 
 @pytest.mark.parametrize("words", [VAE + "evaluate.seed=3 tracking.enabled=false", EMBEDDING + "evaluate.seed=3"])
