@@ -16,7 +16,7 @@ from typing import Any
 
 from launch.config import check_presets, compose, help_text
 from launch.failure import note_failure
-from launch.followed import followed
+from launch.followed import followed, refused_early
 from launch.keys import check_words, takes_folders
 from launch.verbs import PRESETS, VERBS
 from scldm.environment import install_hint, without_passwords
@@ -72,7 +72,7 @@ def run(command: str, module_name: str, words: Sequence[str], presets: Sequence[
 
     presets: the groups that are for it. None where its words say that
     """
-    wants_help, place = "--help" in words or "-h" in words, ""
+    wants_help, began, place = "--help" in words or "-h" in words, False, ""
     try:
         if not wants_help:  # before what takes seconds to import
             if not takes_folders(command.removeprefix("scldm ")):
@@ -85,10 +85,12 @@ def run(command: str, module_name: str, words: Sequence[str], presets: Sequence[
             print(help_text(command, module.PURPOSE, module.CONFIG, module.EXAMPLE, usage, presets or (), first))
             return 0
         config = config_of(module, words)
-        place = made_by(config)
+        began, place = True, made_by(config)
         with followed(command.removeprefix("scldm "), config):
             module.main(config)
     except InputError as error:
+        if not began:
+            refused_early()
         return refuse(command, str(error), error.exit_code)
     except BrokenPipeError:  # as of `scldm help | head`
         if not (wants_help or command in READ_AT_ONCE):

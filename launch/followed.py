@@ -18,7 +18,6 @@ def followed(verb: str, config: Any) -> Iterator[None]:
     """Within, a verb that makes something is followed by its first rank, in `tracking/VERB` of the parent's folder. The
     first rank of every other node samples that node."""
     parent = os.environ.get("SCLDM_PARENT", "")
-    is_first = (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0"
     if not parent:
         yield
         return
@@ -26,7 +25,7 @@ def followed(verb: str, config: Any) -> Iterator[None]:
     from scldm.train.tracking import STAGES, Tracker, TrackingConfig, fail_parent
 
     folder, place = Path(parent) / STAGES / verb.replace(" ", "-"), place_from_environment()
-    if not is_first:
+    if not is_first_rank():
         sampled = place.samples and not hasattr(config, "tracking") and getattr(config, "out", "")
         with Tracker(folder, TrackingConfig(), active=False, place=place) if sampled else nullcontext():
             yield
@@ -46,6 +45,19 @@ def followed(verb: str, config: Any) -> Iterator[None]:
         yield
         if (Path(config.out) / "manifest.json").is_file():
             tracker.tag(**{"out.manifest": dataset_of(config.out, "output")["digest"]})
+
+
+def refused_early() -> None:
+    """A verb was refused before its config was whole: what it is a stage of has failed."""
+    parent = os.environ.get("SCLDM_PARENT", "")
+    if parent and is_first_rank():
+        from scldm.train.tracking import fail_parent
+
+        fail_parent(Path(parent))
+
+
+def is_first_rank() -> bool:
+    return (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0"
 
 
 def dataset_of(source: str, context: str) -> dict[str, Any]:

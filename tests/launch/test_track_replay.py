@@ -80,9 +80,19 @@ def test_a_verb_that_makes_something_is_a_run_of_its_parent(tmp_path: Path, monk
     assert json.loads((folder / "shards-write" / "tracked.json").read_text())["status"] == "FINISHED"
 
 
-def test_a_stage_that_fails_before_its_run_begins_fails_the_pipeline(tmp_path: Path, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        "evaluate generated={0}/none.h5ad shards={0}/none out={0}/out",  # before its packages are imported
+        f"evaluate generated={__file__} real={{0}}/none.h5ad out={{0}}/out",
+        "train vae run_dir={0}/out",  # no data.shards
+        "encode vae={0}/none out={0}/out",
+        "shards info path={0}/none",
+    ],
+)
+def test_a_stage_that_fails_before_its_run_begins_fails_the_pipeline(tmp_path: Path, monkeypatch, words: str) -> None:
     begin_note(tmp_path, TrackingConfig(), "pipeline", {}, closed_by="evaluate")
     monkeypatch.setenv(PARENT, str(tmp_path))
-    assert main(["evaluate", f"generated={tmp_path}/none.h5ad", f"shards={tmp_path}/none", f"out={tmp_path}/out"]) == 2
+    assert main(words.format(tmp_path).split()) == 2
     assert client_of(tmp_path).get_run(run_id_of(tmp_path)).info.status == "FAILED"
     assert not (tmp_path / "out").exists()
