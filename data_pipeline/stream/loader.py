@@ -179,10 +179,20 @@ class _Loader(ABC, Generic[Batch]):
                 f"of them, with data.lanes={world_size} by one (of a new run: lanes are part of the order)",
                 file=sys.stderr,
             )
+        if rank == 0 and self.pass_cells < self.units.n_cells:
+            print(
+                f"scldm: a pass over {split} takes the first {self.pass_cells:,} of {self.units.n_cells:,} cells",
+                file=sys.stderr,
+            )
         self.step, self._loud = 0, rank == 0 and split == "train"
         self._running: Running | None = None
         self._closed, self._own = False, own
         self._finalizer = weakref.finalize(self, from_outside, _release, self.feed, own)
+
+    @property
+    def pass_cells(self) -> int:
+        """Cells of `one_pass`, of all ranks."""
+        return min(self.units.n_cells, self.pass_steps * self.global_batch if self.pass_steps else sys.maxsize)
 
     @abstractmethod
     def _collator(self, micro_batch: int, loud: bool) -> Collator[Batch]: ...

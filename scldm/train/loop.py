@@ -223,7 +223,7 @@ def validate(
     supervisor: Supervisor,
     preview: Callable[[], None] | None = None,
 ) -> dict[str, float] | None:
-    """Means over validation cells, with the EMA and the same draws every time. Collective.
+    """Means over validation cells, with the EMA and the same draws every time, and `cells`, their number. Collective.
 
     preview: what the first rank does afterwards with the EMA, and the others not at all. They wait for it where the
         engine goes back to the weights that are trained
@@ -252,6 +252,6 @@ def validate(
     engine.module.train()
     if stopped:
         return None
-    totals = world.sum({**{key: float(value) for key, value in sums.items()}, "n_cells": float(n_cells)})
-    n = totals.pop("n_cells")
-    return {key: value / n for key, value in totals.items()}
+    totals = world.sum({**{key: float(value) for key, value in sums.items()}, "cells": float(n_cells)})
+    n = totals.pop("cells")
+    return {**{key: value / n for key, value in totals.items()}, "cells": n}

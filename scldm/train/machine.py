@@ -50,11 +50,16 @@ def place_of(hosts: Sequence[str], rank: int) -> Place:
 
 
 def place_from_environment() -> Place:
-    """The place of a process that need not meet the others, as torchrun or srun tell it. Alone under neither."""
+    """The place of a process that need not meet the others, as torchrun or srun tell it. Alone under neither, and where
+    what they tell is no number."""
     of = os.environ
-    n_nodes = int(of.get("SLURM_STEP_NUM_NODES") or 1)
-    if "LOCAL_WORLD_SIZE" in of:
-        n_nodes = -(-int(of.get("WORLD_SIZE", of["LOCAL_WORLD_SIZE"])) // int(of["LOCAL_WORLD_SIZE"]))
+
+    def number(name: str) -> int:
+        return int(of[name]) if of.get(name, "").isdecimal() else 0
+
+    n_nodes = max(1, number("SLURM_STEP_NUM_NODES"))
+    if local := number("LOCAL_WORLD_SIZE"):
+        n_nodes = max(1, -(-number("WORLD_SIZE") // local))
     first = (of.get("LOCAL_RANK") or of.get("SLURM_LOCALID") or "0") == "0"
     return Place(socket.gethostname() if n_nodes > 1 else "", n_nodes, first)
 

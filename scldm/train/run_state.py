@@ -19,7 +19,7 @@ class RunState:
     unvalidated: the validation that is due at this step is still to be made
     stale: validations since the best one
     best: its metric
-    validation: metrics of the last validation
+    validation: metrics of the last validation, and `cells`, how many were judged
     """
 
     steps: int
@@ -69,7 +69,10 @@ class RunState:
         """Take note of a validation. Returns whether its checkpoint is the best.
 
         It is never while steps are skipped: the run may end by that, and must then resume from before the trouble.
+        One of other cells than the last, as a continued run may have, is compared with none before it.
         """
+        if metrics["cells"] != self.validation.get("cells", metrics["cells"]):
+            self.best, self.stale = math.inf, 0
         better = metrics[judged_by] < self.best
         is_best = better and not self.skipped
         self.validation, self.unvalidated = metrics, False

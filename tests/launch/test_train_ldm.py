@@ -111,6 +111,24 @@ def test_encoding_as_they_come_from_whole_cells_is_what_a_latent_set_holds(made:
 
 
 @pytest.mark.slow
+def test_a_validation_takes_as_many_cells_as_its_key_says_and_others_are_judged_anew(made: Path, tmp_path: Path) -> None:
+    run("encode", f"vae={made}/vae", f"shards={made}/shards", f"out={tmp_path}/latents")
+    small = ["train.steps=2", "train.validate_every=1", "train.global_batch=6", "hardware.micro_batch=3"]
+    for name, words in (
+        ("vae", ["train", "vae", *VAE, f"data.shards={made}/shards"]),
+        ("stored", ["train", "ldm", *LDM, f"data.shards={tmp_path}/latents"]),
+        ("live", ["train", "ldm", *LDM, f"vae={made}/vae", f"data.shards={made}/shards"]),
+    ):
+        words += [f"run_dir={tmp_path}/{name}", *small, *(["gate=false"] if name == "vae" else [])]
+        run(*words, "train.validation_cells=10")
+        run(*words, "train.validation_cells=0", "train.steps=3", "allow_changes=train.validation_cells,train.steps")
+        cells = [row["cells"] for row in read_metrics(tmp_path / name, "validation")]
+        assert cells == [12, 12, 40], name
+        state = json.loads((tmp_path / name / "checkpoints" / "step-00000003" / "state.json").read_text())["state"]
+        assert state["best"] == state["validation"]["nll" if name == "vae" else "velocity_loss"], name
+
+
+@pytest.mark.slow
 def test_a_run_on_a_gpu_takes_its_batches_compact_and_pinned(made: Path, monkeypatch) -> None:
     """Without being told, in both stages and in encoding; the device `meta` stands in for one, without memory."""
     there = World(0, 1, torch.device("meta"))

@@ -16,12 +16,13 @@ pytestmark = pytest.mark.heavy
 
 # what validations find, one every other step; as good as the best is not better
 NLL = [5.0, 4.0, 4.5, 3.0, 3.5, 3.0, 3.2, 2.9, 2.8]
+CELLS = {"cells": 9.0}
 STALE_AT = {1: 3, 2: 6, 3: 7}  # patience -> the number of the validation at which it ends
 
 
 @pytest.fixture(autouse=True)
 def told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "validate", lambda stage, engine, ema, *_: {"nll": NLL[ema.n_updates // 2 - 1]})
+    monkeypatch.setattr(loop, "validate", lambda stage, engine, ema, *_: {"nll": NLL[ema.n_updates // 2 - 1], **CELLS})
 
 
 def run(run_dir: Path, patience: int, **more: Any) -> Finished:
@@ -38,9 +39,9 @@ def test_a_run_ends_when_its_patience_does_and_not_before(tmp_path: Path, patien
     last = STALE_AT[patience]
     finished = run(tmp_path, patience)
     assert validated(tmp_path) == list(range(1, last + 1))
-    assert finished.metrics == {"nll": NLL[last - 1]}
+    assert finished.metrics == {"nll": NLL[last - 1], **CELLS}
     assert stored(tmp_path)[0]["step"] == 2 * last  # saved, whatever save_every says
-    assert stored(tmp_path, "best")[0]["validation"] == {"nll": min(NLL[:last])}
+    assert stored(tmp_path, "best")[0]["validation"] == {"nll": min(NLL[:last]), **CELLS}
     again = run(tmp_path, patience)  # it has ended: nothing is trained again
     assert again.loader.read == []
     assert again.metrics == finished.metrics

@@ -54,6 +54,7 @@ def test_the_first_rank_of_each_node_takes_its_samples_and_many_nodes_take_fewer
         ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "1"}, Place("", 1, False)),
         ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"}, Place("here", 2, True)),
         ({"SLURM_STEP_NUM_NODES": "3", "SLURM_LOCALID": "1"}, Place("here", 3, False)),
+        ({"SLURM_STEP_NUM_NODES": "3(x2)", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "0"}, Place()),
     ],
 )
 def test_a_process_that_meets_no_other_knows_its_place(monkeypatch: pytest.MonkeyPatch, environment, place) -> None:

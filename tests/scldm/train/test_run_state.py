@@ -34,11 +34,20 @@ def test_what_is_not_finite_comes_back() -> None:
 
 def test_no_checkpoint_is_the_best_while_steps_are_skipped() -> None:
     state = RunState(100, 0, skipped=1, best=5.0, stale=2)
-    assert not state.validated({"nll": 4.0}, "nll")
+    assert not state.validated({"nll": 4.0, "cells": 9}, "nll")
     assert (state.best, state.stale) == (5.0, 0)
     state.skipped = 0
-    assert state.validated({"nll": 4.0}, "nll")
+    assert state.validated({"nll": 4.0, "cells": 9}, "nll")
     assert state.best == 4.0
+
+
+def test_a_validation_of_other_cells_is_compared_with_none_before_it() -> None:
+    state = RunState(100, 3, best=4.0, stale=2, validation={"nll": 5.0, "cells": 20_000.0})
+    assert not state.validated({"nll": 5.0, "cells": 20_000.0}, "nll")
+    state = RunState.of_json(state.to_json(), 100, 3)
+    assert state.stale == 3
+    assert state.validated({"nll": 9.0, "cells": 500.0}, "nll")
+    assert (state.best, state.stale) == (9.0, 0)
 
 
 def test_another_number_of_steps_takes_an_early_end_back() -> None:
