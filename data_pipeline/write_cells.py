@@ -32,6 +32,7 @@ from anndata.io import read_elem, sparse_dataset, write_elem
 from data_pipeline.read_cells import LAYER, MEASUREMENT
 from scldm.errors import InputError, read_json
 from scldm.files import disk_explained, left_aside, locked, made_aside, of_bytes, remove, remove_marked, written_aside
+from scldm.hdf5 import hdf5_made
 from scldm.progress import Progress
 
 PART_CELLS = 512  # 2,000 genes a cell of 8 B: 8 MB
@@ -228,8 +229,14 @@ def require_room(out: str | Path, n_cells: int) -> None:
 
 @contextmanager
 def _h5ad(path: Path, obs: Obs, rest: ad.AnnData, dtype: np.dtype) -> Iterator[Append]:
-    with h5py.File(path, "w") as file:
-        yield _matrix(file, rest, dtype, {"compression": "gzip", "compression_opts": 1, "shuffle": True})
+    with hdf5_made(path) as (file, check):
+        append = _matrix(file, rest, dtype, {"compression": "gzip", "compression_opts": 1, "shuffle": True})
+
+        def appended(matrix: sp.csr_matrix) -> None:
+            append(matrix)
+            check()
+
+        yield appended
         write_elem(file, "obs", obs())
 
 

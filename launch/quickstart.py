@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from launch.cli import run_verb
-from scldm.cells_file import column_names, frame_of, open_cells, reading
+from scldm.cells_file import column_names, frame_of, open_cells, reading, write_cells
 from scldm.checked import Checked, checked
 from scldm.errors import REQUEUE, STOPPED, InputError, Stopped
 from scldm.files import made_aside, write_json, written_aside
@@ -286,7 +286,7 @@ def write_builtin_cells(path: Path) -> None:
     from scldm.examples import pbmc
 
     with made_aside(path) as part:
-        pbmc().write_h5ad(part)
+        write_cells(pbmc(), part, compression=None)
 
 
 if __name__ == "__main__":

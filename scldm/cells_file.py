@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,11 +18,13 @@ import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 from anndata.abc import CSCDataset, CSRDataset
 from anndata.experimental import write_dispatched
 from anndata.io import read_elem, sparse_dataset, write_elem
 
 from scldm.errors import InputError
+from scldm.hdf5 import hdf5_made
 
 IN_MEMORY = ("obs", "var", "obsm", "varm", "obsp", "varp", "uns")  # parts of an AnnData that are read with its tables
 CHUNK_NUMBERS = 1 << 17  # whole rows, of a chunk of a copied matrix: 1 MB
@@ -305,38 +308,54 @@ def check_storable(adata: ad.AnnData, where: str) -> None:
 # --- written -------------------------------------------------------------------------------------------------------
 
 
-def write_cells(adata: ad.AnnData, path: Path) -> None:
-    """Write an h5ad file. Matrices that lie in another file are copied some numbers at a time."""
+def write_cells(adata: ad.AnnData, path: Path, compression: str | None = "gzip") -> None:
+    """Write an h5ad file. Matrices are written some numbers at a time, those that lie in another file too.
+
+    Raises: OSError of a disk that becomes full.
+    """
     adata.strings_to_categoricals()
     if adata.raw is not None:
         adata.strings_to_categoricals(pd.DataFrame(adata.raw.var))
-    with h5py.File(path, "w") as file:
-        write_dispatched(file, "/", adata, cast(Any, _write), dataset_kwargs={"compression": "gzip"})
+    with hdf5_made(path) as (file, check):
+        write = cast(Any, partial(_write, check))
+        write_dispatched(file, "/", adata, write, dataset_kwargs={"compression": compression})
 
 
-def _write(write: Any, store: Any, elem_name: str, elem: Any, *, dataset_kwargs: Any, iospec: Any) -> None:
-    """Write one element of an AnnData. anndata calls this for each, by these names."""
+def _write(
+    check: Callable[[], None], write: Any, store: Any, elem_name: str, elem: Any, *, dataset_kwargs: Any, iospec: Any
+) -> None:
+    """Write one element of an AnnData. anndata calls this for each, by these names.
+
+    check: asks whether it reached the disk
+    """
+    check()
     if elem is None and elem_name.strip("/") == "raw":  # as `AnnData.write_h5ad`. Before anndata 0.12 nobody reads it
         return
-    if isinstance(elem, CSRDataset | CSCDataset):
-        made, source = store.create_group(elem_name), cast(Any, elem).group
+    if isinstance(elem, CSRDataset | CSCDataset | sp.csr_matrix | sp.csc_matrix | sp.csr_array | sp.csc_array):
+        made = store.create_group(elem_name)
         made.attrs["shape"] = elem.shape
-        for part in ("data", "indices", "indptr"):
-            _copy(source[part], made, part)
-    elif hasattr(elem, "chunks") and hasattr(elem, "attrs"):  # an array of HDF5 or zarr
-        made = _copy(elem, store, elem_name)
+        for name in ("data", "indices", "indptr"):
+            part = getattr(elem, name) if sp.issparse(elem) else cast(Any, elem).group[name]
+            _copy(part, made, name, dataset_kwargs, check)
+    elif (hasattr(elem, "chunks") and hasattr(elem, "attrs")) or _is_large(elem):  # an array of HDF5 or zarr, or such
+        made = _copy(elem, store, elem_name, dataset_kwargs, check)
     else:
         write(store, elem_name, elem, dataset_kwargs=dataset_kwargs)
         return
     made.attrs["encoding-type"], made.attrs["encoding-version"] = iospec.encoding_type, iospec.encoding_version
 
 
-def _copy(source: Any, group: Any, name: str) -> Any:
+def _is_large(elem: Any) -> bool:
+    return isinstance(elem, np.ndarray) and elem.dtype.kind in "biuf" and elem.size > COPIED_NUMBERS
+
+
+def _copy(source: Any, group: Any, name: str, how: dict[str, Any], check: Callable[[], None]) -> Any:
     width = max(int(np.prod(source.shape[1:])), 1)
     of_chunk = max(min(CHUNK_NUMBERS // width, source.shape[0]), 1)
     chunks = (of_chunk, *source.shape[1:]) if all(source.shape) else True
-    made = group.create_dataset(name, shape=source.shape, dtype=source.dtype, chunks=chunks, compression="gzip")
+    made = group.create_dataset(name, shape=source.shape, dtype=source.dtype, chunks=chunks, **how)
     step = max(COPIED_NUMBERS // width // of_chunk, 1) * of_chunk  # whole chunks, each of which is packed once
     for start in range(0, source.shape[0], step):
         made[start : start + step] = source[start : start + step]
+        check()
     return made

@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 
 from scldm.arguments import folder_of, names_of, seed_of, text_of
-from scldm.cells_file import frame_of, made_storable, open_cells, read_frame, read_names, reading
+from scldm.cells_file import frame_of, made_storable, open_cells, read_frame, read_names, reading, write_cells
 from scldm.count_matrix import FILE_ROWS, row_blocks, table_in_memory, x_of
 from scldm.environment import install_hint
 from scldm.errors import InputError, read_json
@@ -342,7 +342,7 @@ def _write_cells(adata: ad.AnnData, config: ShardsWriteConfig, path: Path) -> No
         }
         slim.raw = ad.AnnData(adata.raw.X, **index)
     with made_aside(path) as part:
-        made_storable(slim).write_h5ad(part)
+        write_cells(made_storable(slim), part, compression=None)
 
 
 def _digest(adata: ad.AnnData | str | os.PathLike[str], path: Path | None, used: str) -> str:

@@ -19,7 +19,7 @@ OURS = ("benchmarks", "data_pipeline", "launch", "scldm")
 
 # may be imported by all, and know no more than what an error is; draws is numbers, nothing else
 EVERYWHERE = {f"scldm.{name}" for name in ("checked", "errors", "files", "given_json", "progress", "version")}
-EVERYWHERE |= {"scldm.environment", "scldm.draws"}
+EVERYWHERE |= {"scldm.environment", "scldm.draws", "scldm.hdf5"}
 LEAVES = EVERYWHERE | {
     "scldm.arguments",
     "scldm.batch",

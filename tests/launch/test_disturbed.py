@@ -35,7 +35,7 @@ STEPS = ["train.steps=60", "train.validate_every=20", "train.save_every=4", "tra
 WRITE = ["conditions=type", "block_cells=8", "shard_cells=16", "split.validation=0.2", "split.test=0.2"]
 VERBS = ("write", "train", "encode", "generate")
 CONVERT = ("safetensors", "torch", "dcp")
-AFTER = [pytest.param(verb, marks=pytest.mark.exhaustive) for verb in ("export", "evaluate", "report", *CONVERT)]
+AFTER = [pytest.param(verb, marks=pytest.mark.exhaustive) for verb in ("export", "evaluate", "report", "embed", *CONVERT)]
 
 
 def words_of(verb: str, made: Path, out: Path) -> list[str]:
@@ -46,6 +46,7 @@ def words_of(verb: str, made: Path, out: Path) -> list[str]:
         "generate": ["generate", f"model={made}/model", "n=2700", "sampler.n_steps=20", f"out={out}.h5ad"],
         "export": ["export", f"vae={made}/vae", f"ldm={made}/ldm", f"out={out}"],
         "evaluate": ["evaluate", f"generated={made}/generated.h5ad", f"shards={made}/set", f"out={out}"],
+        "embed": ["embed", f"model={made}/trained", f"h5ad={made}/cells.h5ad", f"out={out}.h5ad"],
         "report": ["report", f"{made}/vae", f"out={out}.html"],
         **{to: ["checkpoint", "convert", f"at={made}/vae", f"to={to}", f"out={out}"] for to in CONVERT},
     }[verb]
@@ -56,6 +57,8 @@ def result(verb: str, out: Path) -> Any:
     if verb == "generate":
         cells: Any = ad.read_h5ad(f"{out}.h5ad")
         return cells.X.toarray().tolist(), cells.obs.to_dict(), cells.var.to_dict()
+    if verb == "embed":
+        return ad.read_h5ad(f"{out}.h5ad").obsm["X_scldm"].tolist()
     if verb == "evaluate":
         told = json.loads((out / "evaluation.json").read_text())
         return told["pooled"], sorted(path.name for path in out.iterdir())

@@ -111,7 +111,9 @@ def test_encoding_as_they_come_from_whole_cells_is_what_a_latent_set_holds(made:
 
 
 @pytest.mark.slow
-def test_a_validation_takes_as_many_cells_as_its_key_says_and_others_are_judged_anew(made: Path, tmp_path: Path) -> None:
+def test_a_validation_takes_as_many_cells_as_its_key_says_and_is_not_compared_with_others(
+    made: Path, tmp_path: Path
+) -> None:
     run("encode", f"vae={made}/vae", f"shards={made}/shards", f"out={tmp_path}/latents")
     small = ["train.steps=2", "train.validate_every=1", "train.global_batch=6", "hardware.micro_batch=3"]
     for name, words in (

@@ -1,0 +1,91 @@
+"""HDF5 files to write, on a disk that may become full."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+
+@contextmanager
+def hdf5_made(path: Path) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
+    """A new HDF5 file, and what tells whether all that was written reached the disk. It is to be called now and then,
+    as what did not is kept in memory. HDF5 itself holds some megabytes that it has not written yet.
+
+    HDF5 can't give up a file that it can't write. It tries again, prints tracebacks, and has crashed the process
+    (2.0, on a full disk). So it never hears of that.
+
+    Raises: OSError of the disk, here or by the call.
+    """
+    with _Kept(path) as kept:
+        file = h5py.File(kept, "w")
+        try:
+            yield file, kept.check
+        finally:
+            file.close()
+        kept.check()
+
+
+class _Kept(io.RawIOBase):
+    """A file of which the disk keeps what it can, until the first error. The rest is kept in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.file, self.at = open(path, "w+b", buffering=0), 0  # noqa: SIM115
+        self.error: OSError | None = None
+        self.rest: list[tuple[int, bytes]] = []  # where it belongs, in the order in which it came
+
+    def check(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+    def write(self, data: Any, /) -> int:
+        whole, written = memoryview(data).cast("B"), 0
+        if self.error is None:
+            try:
+                self.file.seek(self.at)
+                while written < len(whole):
+                    written += self.file.write(whole[written:])
+            except OSError as error:
+                self.error = error
+        if written < len(whole):
+            self.rest.append((self.at + written, bytes(whole[written:])))
+        self.at += len(whole)
+        return len(whole)
+
+    def readinto(self, buffer: Any, /) -> int:
+        into = memoryview(buffer).cast("B")
+        self.file.seek(self.at)
+        n = self.file.readinto(into)
+        for start, data in self.rest:
+            low, high = max(start, self.at), min(start + len(data), self.at + len(into))
+            if low < high:
+                into[low - self.at : high - self.at] = data[low - start : high - start]
+                n = max(n, high - self.at)
+        self.at += n
+        return n
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        if whence == io.SEEK_END:
+            offset += max([self.file.seek(0, io.SEEK_END), *(start + len(data) for start, data in self.rest)])
+        self.at = offset + (self.at if whence == io.SEEK_CUR else 0)
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def truncate(self, size: int | None = None, /) -> int:
+        size = self.at if size is None else size
+        if self.error is None:
+            try:
+                self.file.truncate(size)
+            except OSError as error:
+                self.error = error
+        return size
