@@ -25,7 +25,7 @@ from scldm.flow.generate import SamplerConfig, generate_latents
 from scldm.library_size import LibrarySizeModel
 from scldm.model.attention import Choice
 from scldm.model.dit import DiT
-from scldm.model.vae import VAE, Predicted, chosen
+from scldm.model.vae import VAE, Predicted, VAEConfig, chosen
 from scldm.request import labels as asked
 from scldm.request.wanted import Wanted, distinct
 from scldm.version import VERSION
@@ -37,6 +37,7 @@ Kind = Literal["counts", "means"]
 Precision = Literal["float32", "bfloat16"]
 # a batch decodes its cells for all genes: 64 cells x 60,000 genes x width 512 x 4 B = 8 GB
 BATCH_CELLS = 64  # on a CPU
+PREVIEW_BYTES = 2e9  # that a preview's batch may take beside what trains, but for a single cell that takes more
 # on a GPU a batch takes up to a quarter of its memory, beside tiles and weights: 256 cells of 36,130 genes in 80 GB
 BATCH_SHARE, MOST_CELLS = 1 / 4, 1_024
 
@@ -45,15 +46,19 @@ def batch_on(device: str | torch.device, vae: VAE) -> int:
     """Cells of a batch that is to decode all genes, a power of two: GPUs of one kind take the same."""
     if torch.device(device).type != "cuda":
         return BATCH_CELLS
-    fits = BATCH_SHARE * torch.cuda.get_device_properties(device).total_memory / cell_bytes(vae)
+    fits = BATCH_SHARE * torch.cuda.get_device_properties(device).total_memory / cell_bytes(vae.config, vae.n_genes)
     return min(MOST_CELLS, 1 << max(0, math.floor(math.log2(max(fits, 1)))))
 
 
-def cell_bytes(vae: VAE) -> int:
+def cell_bytes(config: VAEConfig, n_genes: int) -> int:
     """That a cell takes while all its genes are decoded. It has for each gene five numbers a pair of a head and a
     latent token (weights, and what goes into a norm's variance), and of its counts and their draws 64 at most."""
-    pairs = vae.config.decoder_cross_heads * vae.config.n_latents
-    return 4 * vae.n_genes * (5 * pairs + 64)
+    return 4 * n_genes * (5 * config.decoder_cross_heads * config.n_latents + 64)
+
+
+def preview_cells(config: VAEConfig, n_genes: int) -> int:
+    """That a preview of a training decodes at once, on the device of the training."""
+    return min(BATCH_CELLS, max(1, int(PREVIEW_BYTES / cell_bytes(config, n_genes))))
 
 
 def usable(device: str | torch.device) -> None:

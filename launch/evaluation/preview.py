@@ -41,7 +41,6 @@ if TYPE_CHECKING:  # what an evaluation imports takes seconds, and a node that t
 
 N_CELLS = 500  # held-out cells of a preview
 N_READ = 2_000  # of a split at most that are read: training cells to which generated ones may lie near
-BATCH_BYTES = 2e9  # that decoding a batch of all genes may take beside what trains
 SAMPLER = SamplerConfig(n_steps=20)
 MOST_TOLD = 6  # metrics in a figure's title
 PACKAGES = ("matplotlib", "sklearn", "scipy")
@@ -65,10 +64,10 @@ class Trained:
     precision: Precision
 
     def model(self, vae: VAE, dit: DiT | None) -> Pretrained:
-        from scldm.networks import BATCH_CELLS, cell_bytes
+        from scldm.networks import preview_cells
         from scldm.pretrained import Pretrained
 
-        of, batch = self.manifest, min(BATCH_CELLS, max(1, int(BATCH_BYTES / cell_bytes(vae))))
+        of, batch = self.manifest, preview_cells(vae.config, vae.n_genes)
         origin = {"vae": {"config": self.config}} if dit is None else {}
         words = (of.genes, of.conditions, library_sizes_of(of), origin, "", batch, self.precision)
         return Pretrained(vae, dit, *words)

@@ -18,6 +18,7 @@ from launch.training import whole_cells
 from scldm.model.dit import DiTConfig
 from scldm.model.flops import vae_flops
 from scldm.model.vae import VAEConfig
+from scldm.networks import PREVIEW_BYTES, cell_bytes, preview_cells
 from scldm.parallel.deepspeed_json import BUCKET
 from scldm.train.budget import Memory, fsdp_memory, fsdp_sent_bytes, rank_memory, sent_bytes
 from scldm.train.step_cost import StepCost, dit_step, vae_step
@@ -349,6 +350,22 @@ def kept_by(config: PlanConfig) -> int:
 
 
 def memory_of(config: PlanConfig) -> Memory:
+    """Of a rank, the first one's previews included."""
+    found = trained_memory(config)
+    of_preview = found.validation - cost_of(config).peak_bytes + preview_bytes(config)
+    return replace(found, validation=max(found.validation, of_preview))
+
+
+def preview_bytes(config: PlanConfig) -> float:
+    """That a preview decodes cells with. How many genes the autoencoder of a second stage has, no key tells."""
+    if not config.train.preview_share:
+        return 0.0
+    if isinstance(config, PlanLDMConfig):
+        return PREVIEW_BYTES
+    return preview_cells(config.model, config.n_genes) * cell_bytes(config.model, config.n_genes)
+
+
+def trained_memory(config: PlanConfig) -> Memory:
     hardware = config.hardware
     bucket = config.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", BUCKET)
     bf16, offload = hardware.precision == "bf16", hardware.offload_optimizer
@@ -371,6 +388,8 @@ def replace_hardware(config: PlanConfig, **changes: Any) -> PlanConfig:
 def remedies(config: PlanConfig) -> Iterator[tuple[str, PlanConfig]]:
     """Knobs that change memory and no result, each alone and then all together: what to say, and the config."""
     hardware = config.hardware
+    if config.train.preview_share:
+        yield "train.preview_share=0", replace(config, train=replace(config.train, preview_share=0.0))
     recompute = replace(config, model=replace(config.model, recompute=True))
     if not config.model.recompute:
         yield "model.recompute=true", recompute

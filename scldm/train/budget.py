@@ -26,7 +26,7 @@ class Memory:
     activations: and other tensors of a pass, with the gradients that it holds
     step: what is made after the pass, in the room of activations and buckets
     validation: what a validation pass takes in that room: the weights, put by while the EMA is in their place,
-        and no more activations than a training pass has
+        and no more activations than a training pass has. `scldm plan` adds what a preview takes, if that is more
     host: of the states above, what is in the host's memory instead
     saved: in the host's memory too, where a checkpoint is copied to before it is written
     """

@@ -35,7 +35,9 @@ STEPS = ["train.steps=60", "train.validate_every=20", "train.save_every=4", "tra
 WRITE = ["conditions=type", "block_cells=8", "shard_cells=16", "split.validation=0.2", "split.test=0.2"]
 VERBS = ("write", "train", "encode", "generate")
 CONVERT = ("safetensors", "torch", "dcp")
-AFTER = [pytest.param(verb, marks=pytest.mark.exhaustive) for verb in ("export", "evaluate", "report", "embed", *CONVERT)]
+AFTER = [
+    pytest.param(verb, marks=pytest.mark.exhaustive) for verb in ("export", "evaluate", "report", "embed", *CONVERT)
+]
 
 
 def words_of(verb: str, made: Path, out: Path) -> list[str]:

@@ -20,6 +20,7 @@ from launch.planning.layouts import NEAR, compared
 from launch.planning.plan import cost_of, does_fit, memory_of, plan_of, remedies, within_node
 from launch.train_ldm import TrainLDMConfig
 from launch.train_vae import TrainVAEConfig
+from scldm import networks
 from scldm.errors import InputError
 from scldm.train.budget import fsdp_memory, fsdp_sent_bytes
 from tests.data_pipeline.small_sets import known_cells, write_set
@@ -194,8 +195,23 @@ def test_what_the_floor_does_not_know_is_said() -> None:
     assert plain.kernels == fused.kernels, "fused kernels launch no tiles"
 
 
+def test_a_preview_is_counted_where_it_takes_more_than_training() -> None:
+    words = ["vae/tiny", "hardware/node_8gpu", "hardware.micro_batch=8", "n_genes=30000", "n_cells=1000"]
+    words += ["train.global_batch=64"]
+    without, with_it = (plan_of(read([*words, f"train.preview_share={share}"])) for share in (0, 0.01))
+    of_batch = networks.preview_cells(with_it.config.model, 30_000) * networks.cell_bytes(with_it.config.model, 30_000)
+    assert 1e8 < of_batch <= networks.PREVIEW_BYTES
+    memory, before = with_it.by_stage[2], without.by_stage[2]
+    assert memory.validation - before.validation == of_batch - with_it.cost.peak_bytes > 0
+    tight = 1e-9 * (before.peak + memory.peak) / 2
+    short = plan_of(read([*words, f"hardware.memory_gb={tight}", "hardware.context_gb=0"]))
+    assert not short.fits
+    assert "train.preview_share=0" in short.remedies
+
+
 def test_what_does_not_fit_is_told_with_knobs_that_help() -> None:
     words = [*DIT, "hardware.memory_gb=4.2", "train.global_batch=8192", "hardware.micro_batch=1024", "model.n_layers=2"]
+    words += ["train.preview_share=0"]
     config = read(words)
     plan = plan_of(config)
     assert not plan.fits
@@ -310,7 +326,7 @@ def test_a_plan_knows_the_sizes_of_the_data_it_is_given(tmp_path: Path, capsys: 
 
 def test_a_plan_of_fsdp_has_its_own_stages_memory_and_exchange() -> None:
     words = ["vae/tiny", "hardware/node_8gpu", "hardware.micro_batch=8", "n_genes=300", "n_cells=1000"]
-    words += ["train.global_batch=128"]  # two micro-batches
+    words += ["train.global_batch=128", "train.preview_share=0"]  # two micro-batches
     theirs, ours = (plan_of(read([*words, f"hardware.engine={engine}"])) for engine in ("deepspeed", "fsdp"))
     assert list(theirs.by_stage) == [1, 2, 3]
     assert ours.by_stage == {stage: fsdp_memory(ours.cost, stage, 8, 2) for stage in (2, 3)}
