@@ -6,4 +6,4 @@ set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=$(bash "$here/setup.sh" all)
-exec "$python" -P -m launch.quickstart "$@"
+exec "$python" -P -m launch.cli quickstart "$@" # which refuses wrong words before it imports what runs
