@@ -35,7 +35,7 @@ from scldm.evaluate.cells import Cells
 from scldm.flow.generate import SamplerConfig
 from scldm.train.checkpoint import Checkpoint, pointed
 
-TITLE = "this project's presets, a third of the genes given"
+TITLE = "this project's presets, a third of the genes given, drawn for each cell"
 NOTE = (
     "this project: its presets give a third of the genes, unless vae= says otherwise. It trains the steps of its "
     "presets, or fewer where the CPU time does not suffice. Autoencoders stop early where their validation loss does "
