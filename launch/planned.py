@@ -10,14 +10,12 @@ from typing import Literal
 
 from scldm.errors import InputError
 
-# preset -> the machine that it is for, as keys of a plan
+# keys of PlannedHardware. 25 us: a small step of 1,267 kernels takes 39 ms (benchmarks/train-cpu.json). 0.5 GB/s: gloo
+# between two ranks of a host took 0.18 s at least, and 0.32 s at the median, for an all-reduce of 95 MB on two shared cores
+CPU = {"gpu": "CPU", "memory_gb": 16, "context_gb": 0, "launch_us": 25, "node_link_gb_s": 0.5}
+# preset -> the machine that it is for, as words of a plan
 MACHINES = {
-    # 25 us: a small step of 1,267 kernels takes 39 ms (benchmarks/train-cpu.json). 0.5 GB/s: gloo between two ranks of
-    # a host took 0.18 s at least, and 0.32 s at the median, for an all-reduce of 95 MB on two shared cores
-    "hardware/cpu": (
-        *("hardware.gpu=CPU", "hardware.gpus_per_node=1", "hardware.memory_gb=16", "hardware.context_gb=0"),
-        *("hardware.launch_us=25", "hardware.node_link_gb_s=0.5"),
-    ),
+    "hardware/cpu": ("hardware.gpus_per_node=1", *(f"hardware.{key}={value}" for key, value in CPU.items())),
     "hardware/one_gpu": ("hardware.gpus_per_node=1",),
     "hardware/many_nodes": ("hardware.nodes=4",),
     "hardware/many_nodes_zero3": ("hardware.nodes=4",),

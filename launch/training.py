@@ -21,6 +21,7 @@ import torch
 
 from data_pipeline.format.schema import Manifest
 from launch.followed import dataset_of
+from launch.planned import CPU
 from launch.run_data import check_data, data_of, keep_data
 from scldm import pretrained
 from scldm.environment import git_diff
@@ -258,8 +259,8 @@ def previews_of(
 def machine_of(hardware: HardwareConfig, world: World, nodes: int) -> dict[str, Any]:
     """What this run's machine is, as keys of PlannedHardware."""
     machine: dict[str, Any] = {"nodes": nodes, "gpus_per_node": -(-world.size // nodes)}
-    if world.device.type != "cuda":  # as the preset hardware/cpu is planned, see launch/planned.py
-        return {**machine, "gpu": "CPU", "memory_gb": 16, "context_gb": 0, "launch_us": 25, "node_link_gb_s": 0.5}
+    if world.device.type != "cuda":
+        return machine | CPU
     kind, memory = gpu_name(world.device), torch.cuda.get_device_properties(world.device).total_memory
     known = {} if hardware.peak_tflops and kind not in PEAK_TFLOPS else {"gpu": kind}
     return {**machine, **known, "memory_gb": memory / 1e9}
