@@ -11,7 +11,8 @@ from typing import Literal
 from scldm.errors import InputError
 
 # keys of PlannedHardware. 25 us: a small step of 1,267 kernels takes 39 ms (benchmarks/train-cpu.json). 0.5 GB/s: gloo
-# between two ranks of a host took 0.18 s at least, and 0.32 s at the median, for an all-reduce of 95 MB on two shared cores
+# between two ranks of a host took 0.18 s at least, and 0.32 s at the median, for an all-reduce of 95 MB on two shared
+# cores
 CPU = {"gpu": "CPU", "memory_gb": 16, "context_gb": 0, "launch_us": 25, "node_link_gb_s": 0.5}
 # preset -> the machine that it is for, as words of a plan
 MACHINES = {
