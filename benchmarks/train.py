@@ -26,7 +26,7 @@ from benchmarks.report import Report, Row, median, run_benchmark
 from benchmarks.ways import NO_GPU
 from launch.config import compose
 from launch.train_ldm import TrainLDMConfig
-from launch.train_vae import TrainVAEConfig, genes_of
+from launch.train_vae import TrainVAEConfig, genes_of, sets_per_cell
 from scldm.batch import CellBatch, GeneCounts, LatentBatch
 from scldm.errors import InputError
 from scldm.model.dit import DiT
@@ -240,7 +240,8 @@ def preset_work(words: Sequence[str], n_genes: int) -> Work:
     words = [*words, "run_dir=", "data.shards="]
     if not words[0].startswith("ldm/"):
         run = compose(TrainVAEConfig, words)
-        return vae_work(run.model, n_genes, genes_of(run.data, n_genes)[0], run.hardware.micro_batch, run.optim)
+        n_given, (per_cell, _) = genes_of(run.data, n_genes)[0], sets_per_cell(run.data, n_genes)
+        return vae_work(run.model, n_genes, n_given, run.hardware.micro_batch, run.optim, per_cell)
     run = compose(TrainLDMConfig, words)
     B = run.hardware.micro_batch
 
@@ -256,17 +257,20 @@ def preset_work(words: Sequence[str], n_genes: int) -> Work:
     )
 
 
-def vae_work(model: VAEConfig, n_genes: int, n_given: int, n_cells: int, optim: OptimConfig) -> Work:
-    """Cells that are given and asked for the same genes of the vocabulary."""
+def vae_work(
+    model: VAEConfig, n_genes: int, n_given: int, n_cells: int, optim: OptimConfig, per_cell: bool = False
+) -> Work:
+    """Cells that are given and asked for the same genes of the vocabulary: all for the same, or each for its own."""
     generator = torch.Generator().manual_seed(0)
-    ids = 1 + torch.randperm(n_genes, generator=generator)[:n_given]
+    sets = [1 + torch.randperm(n_genes, generator=generator)[:n_given] for _ in range(n_cells if per_cell else 1)]
+    ids = torch.stack(sets) if per_cell else sets[0]
     given = GeneCounts(ids, torch.poisson(torch.rand(n_cells, n_given, generator=generator), generator).int())
     size_B = given.counts_BS.sum(1).float()
     return Work(
         lambda: VAEStage(VAE(model, n_genes)),
         CellBatch(given, given, size_B, size_B, **_identities(n_cells)),
         optim,
-        lambda: vae_step(model, n_genes, n_cells, n_given, n_given, bf16=True),
+        lambda: vae_step(model, n_genes, n_cells, n_given, n_given, (per_cell, per_cell), bf16=True),
         lambda: 3 * sum(vae_flops(model, n_cells, n_given, n_given).values()),
     )
 

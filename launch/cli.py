@@ -89,9 +89,10 @@ def run(command: str, module_name: str, words: Sequence[str], presets: Sequence[
         with followed(command.removeprefix("scldm "), config):
             module.main(config)
     except InputError as error:
+        code = refuse(command, str(error), error.exit_code)
         if not began:
-            refused_early()
-        return refuse(command, str(error), error.exit_code)
+            refused_early(command.removeprefix("scldm "))
+        return code
     except BrokenPipeError:  # as of `scldm help | head`
         if not (wants_help or command in READ_AT_ONCE):
             raise

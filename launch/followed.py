@@ -12,19 +12,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from launch.verbs import STAGES
+
 
 @contextmanager
 def followed(verb: str, config: Any) -> Iterator[None]:
     """Within, a verb that makes something is followed by its first rank, in `tracking/VERB` of the parent's folder. The
     first rank of every other node samples that node."""
     parent = os.environ.get("SCLDM_PARENT", "")
-    if not parent:
+    if not parent or verb not in STAGES:
         yield
         return
     from scldm.train.machine import place_from_environment
-    from scldm.train.tracking import STAGES, Tracker, TrackingConfig, fail_parent
+    from scldm.train.tracking import OF_STAGES, Tracker, TrackingConfig, fail_parent
 
-    folder, place = Path(parent) / STAGES / verb.replace(" ", "-"), place_from_environment()
+    folder, place = Path(parent) / OF_STAGES / verb.replace(" ", "-"), place_from_environment()
     if not is_first_rank():
         sampled = place.samples and not hasattr(config, "tracking") and getattr(config, "out", "")
         with Tracker(folder, TrackingConfig(), active=False, place=place) if sampled else nullcontext():
@@ -47,10 +49,10 @@ def followed(verb: str, config: Any) -> Iterator[None]:
             tracker.tag(**{"out.manifest": dataset_of(config.out, "output")["digest"]})
 
 
-def refused_early() -> None:
+def refused_early(verb: str) -> None:
     """A verb was refused before its config was whole: what it is a stage of has failed."""
     parent = os.environ.get("SCLDM_PARENT", "")
-    if parent and is_first_rank():
+    if parent and verb in STAGES and is_first_rank():
         from scldm.train.tracking import fail_parent
 
         fail_parent(Path(parent))

@@ -113,7 +113,8 @@ def set_up(config: TrainVAEConfig, world: World) -> Parts:
 
     def cost() -> StepCost:
         sizes = (n_genes, config.hardware.micro_batch, *genes_of(config.data, n_genes))
-        return vae_step(config.model, *sizes, bf16=config.hardware.precision == "bf16")
+        per_cell = sets_per_cell(config.data, n_genes)
+        return vae_step(config.model, *sizes, per_cell, bf16=config.hardware.precision == "bf16")
 
     dtype = torch.bfloat16 if config.hardware.precision == "bf16" else torch.float32
     attention = chosen(config.model, world.device, dtype)
@@ -130,6 +131,12 @@ def genes_of(data: LoaderConfig, n_genes: int) -> tuple[int, int]:
     given = data.given.of(n_genes).n_genes or n_genes
     asked = given if data.asked.policy == "same" else data.asked.of(n_genes).n_genes or n_genes
     return min(given, n_genes), min(asked, n_genes)
+
+
+def sets_per_cell(data: LoaderConfig, n_genes: int) -> tuple[bool, bool]:
+    """Whether each cell of a micro-batch has genes of its own in training, given and asked."""
+    given = data.given.is_per_cell(n_genes)
+    return given, given if data.asked.policy == "same" else data.asked.is_per_cell(n_genes)
 
 
 if __name__ == "__main__":

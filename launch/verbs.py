@@ -28,6 +28,10 @@ VERBS = {
     "completion": ("launch.completion", "print a script that completes verbs, presets and keys in bash or zsh"),
 }
 
+# those that make something, and may so be stages of something larger
+STAGES = ("soma write", "shards write", "train vae", "encode", "train ldm", "export", "generate")
+STAGES += ("transform", "embed", "reconstruct", "evaluate")
+
 # verb -> the groups of presets that are for it. The others take a path to a YAML file alone
 PRESETS = {
     "shards write": ("data",),

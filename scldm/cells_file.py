@@ -353,7 +353,8 @@ def _copy(source: Any, group: Any, name: str, how: dict[str, Any], check: Callab
     width = max(int(np.prod(source.shape[1:])), 1)
     of_chunk = max(min(CHUNK_NUMBERS // width, source.shape[0]), 1)
     chunks = (of_chunk, *source.shape[1:]) if all(source.shape) else True
-    made = group.create_dataset(name, shape=source.shape, dtype=source.dtype, chunks=chunks, **how)
+    most = (None,) if len(source.shape) == 1 else None  # of a sparse matrix, to which rows may be appended
+    made = group.create_dataset(name, shape=source.shape, dtype=source.dtype, chunks=chunks, maxshape=most, **how)
     step = max(COPIED_NUMBERS // width // of_chunk, 1) * of_chunk  # whole chunks, each of which is packed once
     for start in range(0, source.shape[0], step):
         made[start : start + step] = source[start : start + step]

@@ -1,8 +1,13 @@
-"""HDF5 files to write, on a disk that may become full."""
+"""HDF5 files to write, on a disk that may become full, by a user who may press Ctrl-C.
+
+Reading order: hdf5_made, signals_later, _Kept.
+"""
 
 from __future__ import annotations
 
 import io
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,17 +22,46 @@ def hdf5_made(path: Path) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
     as what did not is kept in memory. HDF5 itself holds some megabytes that it has not written yet.
 
     HDF5 can't give up a file that it can't write. It tries again, prints tracebacks, and has crashed the process
-    (2.0, on a full disk). So it never hears of that.
+    (2.0, on a full disk). So it never hears of that, nor of a signal, whose handler would raise within its write.
 
-    Raises: OSError of the disk, here or by the call.
+    Raises: OSError of the disk, here or by the call. So does what handlers of signals raise.
     """
-    with _Kept(path) as kept:
+    with _Kept(path) as kept, signals_later() as answer:
+
+        def check() -> None:
+            kept.check()
+            answer()
+
         file = h5py.File(kept, "w")
         try:
-            yield file, kept.check
+            yield file, check
         finally:
             file.close()
         kept.check()
+
+
+@contextmanager
+def signals_later() -> Iterator[Callable[[], None]]:
+    """Within, signals wait for a call, or for the end, where they have handlers in Python. Those run in the main thread
+    alone, so that other threads have none to wait for."""
+    came, handlers = list[tuple[int, Any]](), dict[int, Callable[[int, Any], Any]]()
+
+    def answer() -> None:
+        while came:
+            number, frame = came.pop(0)
+            handlers[number](number, frame)
+
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in signal.valid_signals():
+                if callable(handler := signal.getsignal(number)):
+                    handlers[number] = handler
+                    signal.signal(number, lambda number, frame: came.append((number, frame)))
+        yield answer
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        answer()
 
 
 class _Kept(io.RawIOBase):
@@ -83,6 +117,7 @@ class _Kept(io.RawIOBase):
 
     def truncate(self, size: int | None = None, /) -> int:
         size = self.at if size is None else size
+        self.rest = [(start, data[: size - start]) for start, data in self.rest if start < size]
         if self.error is None:
             try:
                 self.file.truncate(size)

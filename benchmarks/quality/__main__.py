@@ -24,7 +24,7 @@ from benchmarks.quality.figure import draw
 from benchmarks.quality.judge import MEANING, N_COMPONENTS, PROTOCOL, TITLE, JudgeConfig, judge, response_of
 from benchmarks.quality.known import scores_of
 from benchmarks.quality.methods import METHODS, MODELS, chosen
-from benchmarks.quality.table import Results, print_tables, to_json
+from benchmarks.quality.table import Results, kept, print_tables, to_json
 from benchmarks.quality.work import Place, run_row, say, settings_note, trained_once
 from launch.config import compose, help_text
 from scldm.errors import REFUSED, InputError, read_json
@@ -66,6 +66,9 @@ def main(config: QualityConfig) -> Results:
     protocol = {"protocol": f"{TITLE}: {MEANING}", "n_components": N_COMPONENTS}
     protocol |= {key: getattr(config, key) for key in ("min_cells", "max_cells")}
     shown = {**about, **settings, **protocol, "seeds": config.seeds, "threads": 1, "h5ad": Path(config.h5ad).name}
+    if config.keep:
+        same = (*(key for key in FIXED if key != "seconds"), *protocol, "seeds", *about)
+        results, shown["kept"] = kept(Path(config.keep), results, shown, same)
     written = to_json(results, shown, command_line(config))
     if config.json:
         print(json.dumps(written, indent=1))

@@ -30,6 +30,8 @@ class QualityConfig:
     min_cells: combinations with at least so many test cells are scored one by one
     max_cells: of a side, where every cell is compared with every other
     judge: score finished rows again
+    keep: JSON of an earlier run on the same cells, judged alike, from which methods are taken that this one does not
+        make; the JSON that is written says which, and of which commit
     json: print JSON, not the table
     save: write the JSON to this file as well, and the figure beside it
     """
@@ -52,6 +54,7 @@ class QualityConfig:
     min_cells: int = 20
     max_cells: int = 2_000
     judge: bool = False
+    keep: str = ""
     json: bool = False
     save: str = ""
 

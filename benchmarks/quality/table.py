@@ -1,12 +1,14 @@
 """Results as a table of text, and as JSON.
 
-Reading order: Results, print_tables, to_json.
+Reading order: Results, print_tables, to_json, kept.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from rich.text import Text
 from benchmarks.quality import judge
 from benchmarks.quality.methods import METHODS, ours
 from benchmarks.report import Report, Row
+from scldm.errors import InputError, read_json
 
 COLUMNS = 8  # metrics side by side
 FLOOR = "training_cells"
@@ -159,6 +162,34 @@ def to_json(results: Results, settings: dict[str, Any], command: str) -> dict[st
     out = report.to_json()
     assert {"command", "commit", "device", "rows"} <= set(out)
     return {**out, "methods": methods}
+
+
+def kept(path: Path, made: Results, settings: Mapping[str, Any], same: Sequence[str]) -> tuple[Results, dict[str, Any]]:
+    """The results of a run, with those of an earlier one's JSON for the methods that it did not make, and where these
+    come from.
+
+    same: settings that both must have alike
+
+    Raises: InputError where they are of other cells or seeds, or the floor, which both must have, was scored otherwise.
+    """
+    of, now = read_json(path), json.loads(json.dumps(settings))
+    for key in same:
+        if (before := of["settings"].get(key)) != now[key]:
+            raise InputError(f"keep={path}: its {key} is {before!r}, and this run's {now[key]!r}")
+    rows, scores = dict(made.rows), dict(made.scores)
+    floor = {str(seed): {scope: rounded(found) for scope, found in of_seed.items()}
+             for seed, of_seed in scores.get(FLOOR, {}).items()}  # fmt: skip
+    theirs = {seed: found["scores"] for seed, found in of["methods"].get(FLOOR, {"seeds": {}})["seeds"].items()}
+    if not floor or floor != theirs:
+        raise InputError(f"keep={path}: its {FLOOR} are not scored as this run's. Judge or make its methods again")
+    names = [name for name in of["methods"] if name not in scores]
+    for name in names:
+        seeds = of["methods"][name]["seeds"]
+        rows[name] = {int(seed): found["row"] for seed, found in seeds.items()}
+        scores[name] = {int(seed): found["scores"] for seed, found in seeds.items()}
+    ordered = [name for name in METHODS if name in scores]
+    results = Results({name: scores[name] for name in ordered}, {name: rows[name] for name in ordered})
+    return results, {"methods": names, "commit": of["commit"], "command": of["command"]}
 
 
 def rounded(scores: Mapping[str, float]) -> dict[str, float]:

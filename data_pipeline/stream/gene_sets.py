@@ -74,9 +74,15 @@ class GeneSetConfig(Checked):
                 )
 
     def of(self, n_genes: int) -> GeneSetConfig:
-        """With the number of genes instead of a share, in a vocabulary of so many."""
+        """With the number of genes instead of a share, in a vocabulary of so many. A draw of all is policy all."""
         by_share = self.share == 1 or (self.share and not self.n_genes)
-        return replace(self, n_genes=math.ceil(self.share * n_genes)) if by_share else self
+        sized = replace(self, n_genes=math.ceil(self.share * n_genes)) if by_share else self
+        return GeneSetConfig() if sized.policy == "random" and sized.n_genes == n_genes else sized
+
+    def is_per_cell(self, n_genes: int) -> bool:
+        """Whether each cell has a set of its own, in a vocabulary of so many."""
+        of = self.of(n_genes)
+        return of.policy in OF_THE_CELL or (of.policy in DRAWN and of.gene_set_group == 1)
 
 
 def as_whole_cells(given: GeneSetConfig) -> GeneSetConfig:

@@ -13,7 +13,7 @@ from typing import Any
 
 from data_pipeline.stream.order import reads_of_a_block
 from launch.planning.config import GB, PlanConfig, PlanLDMConfig, PlanVAEConfig, is_of_latents
-from launch.train_vae import genes_of
+from launch.train_vae import genes_of, sets_per_cell
 from launch.training import whole_cells
 from scldm.model.dit import DiTConfig
 from scldm.model.flops import vae_flops
@@ -21,7 +21,7 @@ from scldm.model.vae import VAEConfig
 from scldm.networks import PREVIEW_BYTES, cell_bytes, preview_cells
 from scldm.parallel.deepspeed_json import BUCKET
 from scldm.train.budget import Memory, fsdp_memory, fsdp_sent_bytes, rank_memory, sent_bytes
-from scldm.train.step_cost import StepCost, dit_step, vae_step
+from scldm.train.step_cost import SHARED, StepCost, dit_step, vae_step
 
 # bytes of a rank's share of the parameters that a step moves once the pass is done, 4 B a number: the norm reads the
 # gradient, clipping reads and writes it, AdamW reads gradient, weight and two moments and writes three of them, the EMA
@@ -195,6 +195,8 @@ class Plan:
             lines.append(f"  {stage:>4}{row}{mark}{'' if memory.peak / GB <= room else '  DOES NOT FIT'}")
         if isinstance(config, PlanLDMConfig) and config.vae:
             lines.append("without what encoding the cells as they come takes")
+        if isinstance(config, PlanLDMConfig) and preview_bytes(config):
+            lines.append("validation with the most that a preview takes, but without its autoencoder")
         if config.model.attention in ("auto", "fused"):
             lines.append("activations and FLOPs are those of attention=factorised, which fused takes no more than")
         if not self.fits:
@@ -283,7 +285,7 @@ def validation_s_of(config: PlanConfig) -> float:
     if isinstance(config, PlanVAEConfig):
         G, bf16 = config.n_genes, hardware.precision == "bf16"
         n_cells = whole_cells(n_cells, max(genes_of(config.data, G)), G)
-        cost = _vae(config.model, G, n_cells, G, G, bf16, hardware.memory_gb)
+        cost = _vae(config.model, G, n_cells, G, G, SHARED, bf16, hardware.memory_gb)
     launch_s = 0.0 if config.model.compile else 1e-6 * hardware.launch_us * cost.kernels / 3
     forward_s = max(cost.flops / 3 / (hardware.peak * hardware.mfu), launch_s)
     return validated(config) / hardware.n_ranks / n_cells * forward_s
@@ -299,8 +301,9 @@ def cost_of(config: PlanConfig) -> StepCost:
     """Of a micro-batch."""
     n_cells, bf16 = config.hardware.micro_batch, config.hardware.precision == "bf16"
     if isinstance(config, PlanVAEConfig):
-        genes = genes_of(config.data, config.n_genes)
-        return _vae(config.model, config.n_genes, n_cells, *genes, bf16, config.hardware.memory_gb)
+        sizes = (config.n_genes, n_cells, *genes_of(config.data, config.n_genes))
+        per_cell = sets_per_cell(config.data, config.n_genes)
+        return _vae(config.model, *sizes, per_cell, bf16, config.hardware.memory_gb)
     return _dit(config.model, config.n_latents, config.latent_width, n_cells, bf16)
 
 
@@ -314,9 +317,16 @@ def kernels_of(config: PlanConfig) -> int:
 
 @cache
 def _vae(
-    model: VAEConfig, n_genes: int, n_cells: int, n_given: int, n_asked: int, bf16: bool, memory_gb: float
+    model: VAEConfig,
+    n_genes: int,
+    n_cells: int,
+    n_given: int,
+    n_asked: int,
+    per_cell: tuple[bool, bool],
+    bf16: bool,
+    memory_gb: float,
 ) -> StepCost:
-    return vae_step(model, n_genes, n_cells, n_given, n_asked, bf16=bf16, memory_gb=memory_gb)
+    return vae_step(model, n_genes, n_cells, n_given, n_asked, per_cell, bf16=bf16, memory_gb=memory_gb)
 
 
 @cache
@@ -358,8 +368,9 @@ def memory_of(config: PlanConfig) -> Memory:
 
 def preview_bytes(config: PlanConfig) -> float:
     """That a preview decodes cells with. How many genes the autoencoder of a second stage has, no key tells."""
-    if not config.train.preview_share:
-        return 0.0
+    hardware = config.hardware
+    if not config.train.preview_share or hardware.engine == "fsdp" or hardware.zero_stage == 3:
+        return 0.0  # where weights are cut for the ranks there are none
     if isinstance(config, PlanLDMConfig):
         return PREVIEW_BYTES
     return preview_cells(config.model, config.n_genes) * cell_bytes(config.model, config.n_genes)
@@ -389,7 +400,10 @@ def remedies(config: PlanConfig) -> Iterator[tuple[str, PlanConfig]]:
     """Knobs that change memory and no result, each alone and then all together: what to say, and the config."""
     hardware = config.hardware
     if config.train.preview_share:
-        yield "train.preview_share=0", replace(config, train=replace(config.train, preview_share=0.0))
+        without = replace(config, train=replace(config.train, preview_share=0.0))
+        yield "train.preview_share=0", without
+        if not does_fit(without):  # previews aside, what else there is to change
+            yield from ((f"{told} train.preview_share=0", changed) for told, changed in remedies(without))
     recompute = replace(config, model=replace(config.model, recompute=True))
     if not config.model.recompute:
         yield "model.recompute=true", recompute
@@ -402,5 +416,5 @@ def remedies(config: PlanConfig) -> Iterator[tuple[str, PlanConfig]]:
         yield f"hardware.zero_stage={stage}", replace_hardware(config, zero_stage=stage)
     if not hardware.offload_optimizer:
         yield "hardware.offload_optimizer=true", replace_hardware(config, offload_optimizer=True)
-    every = replace_hardware(recompute, micro_batch=1, zero_stage=3, offload_optimizer=True)
+    every = replace_hardware(recompute, micro_batch=1, zero_stage=3, offload_optimizer=True)  # and so without previews
     yield "hardware.micro_batch=1 model.recompute=true hardware.zero_stage=3 hardware.offload_optimizer=true", every

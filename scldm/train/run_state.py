@@ -71,7 +71,7 @@ class RunState:
         It is never while steps are skipped: the run may end by that, and must then resume from before the trouble.
         One of other cells than the last, as a continued run may have, is compared with none before it.
         """
-        if metrics["cells"] != self.validation.get("cells", metrics["cells"]):
+        if self.validation and metrics["cells"] != self.validation.get("cells"):
             self.best, self.stale = math.inf, 0
         better = metrics[judged_by] < self.best
         is_best = better and not self.skipped

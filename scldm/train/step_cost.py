@@ -24,6 +24,7 @@ from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE, VAEConfig
 
 LossOf = Callable[[nn.Module], Tensor]
+SHARED = (False, False)  # genes given and asked that all cells of a micro-batch have
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 
 
@@ -88,16 +89,28 @@ def _trace(network: nn.Module, loss_of: LossOf, bf16: bool, keep_gradients: bool
     return watch
 
 
-def vae_step(config: VAEConfig, n_genes: int, n_cells: int, n_given: int, n_asked: int, **how: Any) -> StepCost:
-    """Of the autoencoder on cells that share their gene sets. What may run as `fused` is taken as `factorised`."""
+def vae_step(
+    config: VAEConfig,
+    n_genes: int,
+    n_cells: int,
+    n_given: int,
+    n_asked: int,
+    per_cell: tuple[bool, bool] = SHARED,
+    **how: Any,
+) -> StepCost:
+    """Of the autoencoder. What may run as `fused` is taken as `factorised`.
+
+    per_cell: whether each cell has genes of its own, given and asked
+    """
     attention = "factorised" if config.attention in ("auto", "fused") else config.attention
     config = replace(config, attention=attention, compile=False)
 
     def loss_of(run: nn.Module) -> Tensor:
-        ids = torch.ones(max(n_given, n_asked), dtype=torch.int64)
-        counts = torch.ones((n_cells, len(ids)), dtype=torch.int32)
-        given = GeneCounts(ids.narrow(0, 0, n_given), counts.narrow(1, 0, n_given))
-        asked = GeneCounts(ids.narrow(0, 0, n_asked), counts.narrow(1, 0, n_asked))
+        counts = torch.ones((n_cells, max(n_given, n_asked)), dtype=torch.int32)
+        given, asked = (
+            GeneCounts(torch.ones((n_cells, n) if own else n, dtype=torch.int64), counts.narrow(1, 0, n))
+            for n, own in zip((n_given, n_asked), per_cell, strict=True)
+        )
         noise = torch.ones(n_cells, config.n_latents, config.latent_width) if config.kl_weight > 0 else None
         posterior, predicted = run(given, asked.gene_ids, noise)
         nll_B = predicted.nll_B(asked, counts.sum(1).float())

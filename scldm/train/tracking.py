@@ -45,7 +45,7 @@ from scldm.train.tracked import (
 )
 
 PARENT = "SCLDM_PARENT"  # variable: the folder of the run that all runs started here are nested in
-STAGES = "tracking"  # folder in a run's own, of stages whose folders are not theirs to write in
+OF_STAGES = "tracking"  # folder in a run's own, of stages whose folders are not theirs to write in
 LONGEST_WAIT_S = 60.0  # between two tries while the server is away
 # for all to reach a local database: it is there, and slow at most. srun kills a rank 120 s after another has ended
 DATABASE_S = 90.0
@@ -317,8 +317,8 @@ class _Forwarder(threading.Thread):
 
     def _send_below(self, last: bool) -> None:
         """What stages left to this process; at the end also what is left of runs below that have ended."""
-        for folder in followed_in(self.run_dir if last else self.run_dir / STAGES):
-            stage = folder.is_relative_to(self.run_dir / STAGES)
+        for folder in followed_in(self.run_dir if last else self.run_dir / OF_STAGES):
+            stage = folder.is_relative_to(self.run_dir / OF_STAGES)
             note = None if folder == self.run_dir else read_note(folder)
             lost = last and note is not None and note["status"] == "RUNNING"
             if note is None or not (lost or unsent(folder)):
@@ -410,12 +410,13 @@ def check_attached(attach: Sequence[str], run_dir: Path) -> None:
 
 def fail_parent(folder: Path) -> None:
     """Note and send that a pipeline failed, where no process follows it and no run of a stage says so."""
-    if not note_failed(folder):
-        return
     try:
-        with followed_alone(folder):
-            Sender(folder).send()
-    except Exception as error:  # the failure of the stage is what is to be told
+        if note_failed(folder):
+            with followed_alone(folder):
+                Sender(folder).send()
+    except (OSError, InputError) as error:  # of the note. The failure of the stage is what is to be told
+        say(f"{folder} is not noted as failed: {error}")
+    except Exception as error:
         place = (read_note(folder) or {}).get("uri", "")
         say(f"{folder}: MLflow at {place} failed: {cause_of(error, place)}")
 

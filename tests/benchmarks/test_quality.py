@@ -219,6 +219,29 @@ def test_the_command_makes_what_is_missing_and_judges_again_when_asked(
         main(replace(config, seconds=5.0))
 
 
+def test_rows_of_an_earlier_run_are_kept_where_cells_and_judge_are_the_same(h5ad: str, tmp_path: Path):
+    before, after = tmp_path / "before.json", tmp_path / "after.json"
+    of = {"min_cells": 5, "seconds": 5.0}
+    main(config_of(h5ad, tmp_path / "a", methods=("training_cells", "poisson_mean"), save=str(before), **of))
+    again = {"methods": ("training_cells", "independent_genes"), "save": str(after), "keep": str(before)}
+    results = main(config_of(h5ad, tmp_path / "b", **again, **of))
+    assert set(results.scores) == {"training_cells", "poisson_mean", "independent_genes"}
+    old, new = (json.loads(path.read_text()) for path in (before, after))
+    assert new["methods"]["poisson_mean"] == old["methods"]["poisson_mean"]
+    assert new["settings"]["kept"] == {"methods": ["poisson_mean"], "commit": old["commit"], "command": old["command"]}
+    rows = {row["name"]: row["value"] for row in new["rows"]}
+    named = [row for row in old["rows"] if row["name"].startswith("poisson_mean: ")]
+    assert len(named) > 10
+    assert all(rows[row["name"]] == pytest.approx(row["value"], rel=1e-4) for row in named)
+
+    with pytest.raises(InputError, match="its min_cells is 5, and this run's 6"):
+        main(config_of(h5ad, tmp_path / "b", **again, **of | {"min_cells": 6}))
+    old["methods"]["training_cells"]["seeds"]["0"]["scores"]["pooled"]["fd"] += 0.1
+    before.write_text(json.dumps(old))
+    with pytest.raises(InputError, match="training_cells are not scored as this run's"):
+        main(config_of(h5ad, tmp_path / "b", **again, **of))
+
+
 def test_a_method_that_needs_what_is_not_there_is_refused(h5ad: str, held_out: Task, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(InputError, match=r"pip install .*\[baselines\]"):

@@ -75,7 +75,7 @@ def test_what_a_gpu_is_measured_with_runs_on_any_device(tmp_path: Path) -> None:
 
 def vae_cost() -> StepCost:
     """Of what vae/tiny says, at 300 genes of which a third is given."""
-    return vae_step(vae_shape(), 300, 4, 100, 100, bf16=True)
+    return vae_step(vae_shape(), 300, 4, 100, 100, (True, True), bf16=True)
 
 
 def vae_shape() -> VAEConfig:

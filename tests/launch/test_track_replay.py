@@ -10,7 +10,7 @@ import pytest
 
 from launch.cli import main
 from launch.followed import dataset_of
-from scldm.train.tracking import PARENT, Tracker, TrackingConfig, begin_note
+from scldm.train.tracking import NOTE, PARENT, Tracker, TrackingConfig, begin_note
 from tests.launch.test_verbs import write_cells
 from tests.scldm.train.test_tracking import free_port, run_id_of
 
@@ -87,7 +87,6 @@ def test_a_verb_that_makes_something_is_a_run_of_its_parent(tmp_path: Path, monk
         f"evaluate generated={__file__} real={{0}}/none.h5ad out={{0}}/out",
         "train vae run_dir={0}/out",  # no data.shards
         "encode vae={0}/none out={0}/out",
-        "shards info path={0}/none",
     ],
 )
 def test_a_stage_that_fails_before_its_run_begins_fails_the_pipeline(tmp_path: Path, monkeypatch, words: str) -> None:
@@ -96,3 +95,19 @@ def test_a_stage_that_fails_before_its_run_begins_fails_the_pipeline(tmp_path: P
     assert main(words.format(tmp_path).split()) == 2
     assert client_of(tmp_path).get_run(run_id_of(tmp_path)).info.status == "FAILED"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words", ["shards info path={0}/none", "status bogus=1", "plan vae/tinyy", "track replay a=1"])
+def test_a_verb_that_only_looks_fails_no_pipeline(tmp_path: Path, monkeypatch, words: str) -> None:
+    begin_note(tmp_path, TrackingConfig(), "pipeline", {}, closed_by="evaluate")
+    monkeypatch.setenv(PARENT, str(tmp_path))
+    assert main(words.format(tmp_path).split()) == 2
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_damaged_note_of_the_pipeline_hides_no_refusal(tmp_path: Path, monkeypatch, capsys) -> None:
+    begin_note(tmp_path, TrackingConfig(), "pipeline", {}, closed_by="evaluate")
+    (tmp_path / NOTE).write_text("{")
+    monkeypatch.setenv(PARENT, str(tmp_path))
+    assert main(["encode", f"vae={tmp_path}/none", f"out={tmp_path}/out"]) == 2
+    assert "scldm encode: error: shards must be given" in capsys.readouterr().err

@@ -289,7 +289,7 @@ def run_words(made: Path, stage: str, *more: str) -> list[str]:
         ),
         (
             lambda at: run_words(at, "vae", "vae/tiny", "data.given.policy=all"),
-            "data.given.gene_set_group=60 has no effect",
+            "data.given.share=0.3333 has no effect",
         ),
         (lambda at: run_words(at, "vae", "data.asked.overflow=sample"), "data.asked.overflow=sample has no effect"),
         (lambda at: run_words(at, "ldm", "given.n_genes=20"), "given.n_genes=20 has no effect with given.policy=all"),

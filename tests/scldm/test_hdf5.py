@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import h5py
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from anndata.io import sparse_dataset
 
 from scldm import cells_file, hdf5
 from scldm.cells_file import write_cells
+from scldm.files import made_aside
 from scldm.hdf5 import hdf5_made
 
 
@@ -78,6 +81,45 @@ def test_a_full_disk_is_its_own_error_wherever_it_is_full(
         fill(file)
     assert raised.value.errno == errno.ENOSPC
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("at", [1, 2, 5, 9, 10_000])
+def test_ctrl_c_waits_for_hdf5_and_leaves_no_file_for_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, at: int
+) -> None:
+    """HDF5 writes when it closes the file at the latest. 10,000: between two writes."""
+    write, calls = hdf5._Kept.write, []
+
+    def written(self: Any, data: Any) -> int:
+        calls.append(1)
+        if len(calls) == at:
+            signal.raise_signal(signal.SIGINT)
+        return write(self, data)
+
+    monkeypatch.setattr(hdf5._Kept, "write", written)
+
+    def make() -> None:
+        with made_aside(tmp_path / "cells") as part, hdf5_made(part) as (file, check):
+            fill(file)
+            if at == 10_000:
+                signal.raise_signal(signal.SIGINT)
+                check()
+                pytest.fail("answered too late")
+
+    with pytest.raises(KeyboardInterrupt):
+        make()
+    assert at == 10_000 or len(calls) > at
+    assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr().err == ""
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_rows_can_be_appended_to_a_sparse_matrix_of_a_file(tmp_path: Path) -> None:
+    x = sp.csr_matrix(np.eye(5, dtype=np.float32))
+    write_cells(ad.AnnData(x), tmp_path / "cells.h5ad")
+    with h5py.File(tmp_path / "cells.h5ad", "r+") as file:
+        sparse_dataset(file["X"]).append(x)
+        assert sparse_dataset(file["X"]).shape == (10, 5)
 
 
 @pytest.mark.parametrize("kind", ["csr", "csc", "dense"])

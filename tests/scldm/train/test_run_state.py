@@ -48,6 +48,8 @@ def test_a_validation_of_other_cells_is_compared_with_none_before_it() -> None:
     assert state.stale == 3
     assert state.validated({"nll": 9.0, "cells": 500.0}, "nll")
     assert (state.best, state.stale) == (9.0, 0)
+    unknown = RunState(100, 3, best=4.0, stale=2, validation={"nll": 4.0})  # of a run that did not note them
+    assert unknown.validated({"nll": 4.4, "cells": 20_000.0}, "nll")
 
 
 def test_another_number_of_steps_takes_an_early_end_back() -> None:
