@@ -30,6 +30,7 @@ from scldm.evaluate.run_page import run_page
 from scldm.files import disk_explained, flat, written_aside
 from scldm.train.follower import row_files, row_of
 from scldm.train.run_folder import ENVIRONMENT, OUTCOME, PREVIEWS
+from scldm.train.run_state import comparable
 from scldm.train.tracking import read_metrics
 from scldm.vocab import ConditionVocab
 
@@ -136,7 +137,7 @@ def outcome(run: Path, config: Mapping[str, Any], rows: Sequence[Mapping[str, An
         out["step"] = f"step {last['step']:,} of {steps:,}, {last['cells_seen']:,} cells seen"
     if judged := validated(config, rows):
         name = metric_of(config)
-        best = min(judged, key=lambda row: row[name])
+        best = min(comparable(judged), key=lambda row: row[name])
         out["best validation"] = f"{name} {best[name]:.4g} at step {best['step']:,}"
         out["last validation"] = f"{name} {judged[-1][name]:.4g} at step {judged[-1]['step']:,}"
     return out

@@ -234,7 +234,8 @@ def run_training(
                 Meter(world, flops, peak),
                 previews_of(parts, config, engine, run_dir, tracker, requests),
             )
-        tracker.log_on_parent(metrics, name.split()[-1])
+        scores = {key: value for key, value in metrics.items() if key != "cells"}
+        tracker.log_on_parent(scores, name.split()[-1])
         if judge is not None:
             del engine, parts  # what is judged comes from the checkpoint, and may need their memory
             watch.let_first(lambda: judge(tracker, world.device))

@@ -42,8 +42,8 @@ class GeneSetConfig(Checked):
     n_genes: genes in a set (random, weighted, expressed_plus_zeros), or the padded width (expressed). With expressed,
         0 pads to the longest cell of each micro-batch
     gene_set_group: positions of the global batch that share a drawn set. 1 draws one per cell. A shared set is faster.
-        One per cell learns more in a step: 3 to 4 nats of 637 on pbmc3k (benchmarks/speedrun.md). So it belongs to the
-        run and not to the hardware. micro_batch must divide it
+        One per cell learns more in a step and ends better: 8 nats of 635 on pbmc3k (benchmarks/speedrun.md). So it
+        belongs to the run and not to the hardware. micro_batch must divide it
     weight_by: weighted draws by `mean`, the mean count, or by `variability`, the variance f (1 - f) of being expressed
     overflow: for cells with more expressed genes than n_genes: refuse, or sample (n_genes of them, uniformly)
     share: random, weighted: where n_genes is 0, so large a part of the vocabulary's genes, rounded up. 1 takes all

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from scldm.errors import InputError, read_json
 from scldm.files import outlived, write_json
+from scldm.train.run_state import comparable
 from scldm.train.tracking import Tracker, read_metrics
 
 if TYPE_CHECKING:  # what an evaluation imports takes seconds, and a node that trains may lack it
@@ -218,7 +219,7 @@ def to_change(config: VAERunConfig, gate: Mapping[str, Any]) -> list[str]:
     from data_pipeline.format.schema import read_manifest
 
     rows = [row for row in read_metrics(config.run_dir, "validation") if row.get("nll") is not None]
-    best, last = min(rows, key=lambda row: row["nll"]), rows[-1]
+    best, last = min(comparable(rows), key=lambda row: row["nll"]), rows[-1]
     n_train = gate["cells"]["drawn_of"]["train"] or gate["cells"]["train"]
     n_genes = read_manifest(config.data.shards).genes.n_genes
     passes, given, kl_weight = last["cells_seen"] / n_train, config.data.given, config.model.kl_weight

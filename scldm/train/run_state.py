@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+
+def comparable(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those of a run's validations that judged as many cells as the last one, as it may be continued with others."""
+    return [row for row in rows if row.get("cells") == rows[-1].get("cells")]
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 
-from scldm.train.run_state import RunState
+from scldm.train.run_state import RunState, comparable
 
 
 def test_a_state_comes_back_from_json() -> None:
@@ -50,6 +50,13 @@ def test_a_validation_of_other_cells_is_compared_with_none_before_it() -> None:
     assert (state.best, state.stale) == (9.0, 0)
     unknown = RunState(100, 3, best=4.0, stale=2, validation={"nll": 4.0})  # of a run that did not note them
     assert unknown.validated({"nll": 4.4, "cells": 20_000.0}, "nll")
+
+
+def test_validations_of_as_many_cells_as_the_last_are_comparable() -> None:
+    rows = [{"nll": 1.0}, {"nll": 2.0, "cells": 9}, {"nll": 4.0, "cells": 9}]
+    assert comparable(rows) == rows[1:]
+    assert comparable(rows[:1]) == rows[:1]
+    assert comparable([]) == []
 
 
 def test_another_number_of_steps_takes_an_early_end_back() -> None:
