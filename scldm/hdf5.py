@@ -116,11 +116,11 @@ class _Kept(io.RawIOBase):
         return self.at
 
     def truncate(self, size: int | None = None, /) -> int:
-        size = self.at if size is None else size
-        self.rest = [(start, data[: size - start]) for start, data in self.rest if start < size]
+        end = self.at if size is None else size
+        self.rest = [(start, data[: end - start]) for start, data in self.rest if start < end]
         if self.error is None:
             try:
-                self.file.truncate(size)
+                self.file.truncate(end)
             except OSError as error:
                 self.error = error
-        return size
+        return end
