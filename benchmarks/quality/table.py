@@ -152,7 +152,7 @@ def to_json(results: Results, settings: dict[str, Any], command: str) -> dict[st
             "seeds": {
                 str(seed): {
                     "row": {k: v for k, v in results.rows[method][seed].items() if k not in ("method", "seed")},
-                    "scores": {scope: rounded(of[scope]) for scope in judge.SCOPES if scope in of},
+                    "scores": scopes_of(of),
                 }
                 for seed, of in seeds.items()
             },
@@ -177,8 +177,7 @@ def kept(path: Path, made: Results, settings: Mapping[str, Any], same: Sequence[
         if (before := of["settings"].get(key)) != now[key]:
             raise InputError(f"keep={path}: its {key} is {before!r}, and this run's {now[key]!r}")
     rows, scores = dict(made.rows), dict(made.scores)
-    floor = {str(seed): {scope: rounded(found) for scope, found in of_seed.items()}
-             for seed, of_seed in scores.get(FLOOR, {}).items()}  # fmt: skip
+    floor = {str(seed): scopes_of(of_seed) for seed, of_seed in scores.get(FLOOR, {}).items()}
     theirs = {seed: found["scores"] for seed, found in of["methods"].get(FLOOR, {"seeds": {}})["seeds"].items()}
     if not floor or floor != theirs:
         raise InputError(f"keep={path}: its {FLOOR} are not scored as this run's. Judge or make its methods again")
@@ -190,6 +189,11 @@ def kept(path: Path, made: Results, settings: Mapping[str, Any], same: Sequence[
     ordered = [name for name in METHODS if name in scores]
     results = Results({name: scores[name] for name in ordered}, {name: rows[name] for name in ordered})
     return results, {"methods": names, "commit": of["commit"], "command": of["command"]}
+
+
+def scopes_of(scores: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Of one row, as JSON has them."""
+    return {scope: rounded(scores[scope]) for scope in judge.SCOPES if scope in scores}
 
 
 def rounded(scores: Mapping[str, float]) -> dict[str, float]:
