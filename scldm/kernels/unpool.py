@@ -125,6 +125,8 @@ def _backward_of(
     d_b_B = d_b.new_empty(B, 2 * F)
     pairs, bf16 = power_of_two(R), B_BRF.dtype == torch.bfloat16
     tile, piece = tile_of(pairs, bf16)
+    if R % LEAST:  # weights are loaded one by one: their addresses do not fit into 128 registers beside the rest
+        tile = tile._replace(registers=None)
     pieces, blocks = ceil_div(F, piece), ceil_div(Q, tile.genes)
     inputs, sizes = (p, r, T_TF, B_BRF, b_F, d_out, row), (B, Q, R, F, 0 if shared else Q)
     tiles: dict[str, Any] = {"PAIRS": pairs, "HIDDEN": piece, "BF16": bf16, "tile": tile}
