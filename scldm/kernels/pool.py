@@ -42,9 +42,10 @@ def forward_tile(latents: int, head: int, bf16: bool, shared: bool) -> tuple[int
     return cells, Tile(genes=32, warps=warps, stages=3, registers=128) if head <= 64 else Tile(32, 8, 2)
 
 
-def backward_tile(latents: int, head: int, bf16: bool) -> Tile:
+def backward_tile(latents: int, head: int, bf16: bool, shared: bool) -> Tile:
     if not bf16:
-        return Tile(genes=16, warps=8, stages=1)
+        # of a large tile, a program of one cell has no loop that keeps loads apart: 8 warps spill kilobytes of a thread
+        return Tile(genes=16, warps=8 if shared or latents * head <= 64 * 64 else 32, stages=1)
     if max(latents, head) <= 64:
         return Tile(genes=32, warps=4, stages=2)
     return Tile(genes=16, warps=8, stages=2, registers=128) if head <= 64 else Tile(genes=16, warps=8, stages=1)
@@ -123,7 +124,7 @@ class _Pool(torch.autograd.Function):
         delta, d_w_phi = (d_out * out).sum(-1), torch.einsum("bnmh,knh->bnmk", d_out, a_KNH).contiguous()
         d_a = torch.einsum("bnmh,bnmk->knh", d_out, w_phi)
         dtype, shared, latents, head = values_TNH.dtype, row.ndim == 1, power_of_two(M), power_of_two(H)
-        tile = backward_tile(latents, head, dtype == torch.bfloat16)
+        tile = backward_tile(latents, head, dtype == torch.bfloat16, shared)
         blocks = ceil_div(S, tile.genes)
         d_A, d_values = torch.zeros_like(A_TNM), torch.zeros_like(values_TNH, dtype=x_BS.dtype)
         d_r = x_BS.new_empty(N, B, S)

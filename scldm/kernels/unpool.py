@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scldm.kernels.tile import Tile, ceil_div, dot, dot_tf32, launch, power_of_two
+from scldm.kernels.tile import LEAST, Tile, ceil_div, dot, dot_tf32, launch, power_of_two
 from scldm.tf32 import tf32_products
 
 CHUNK = 1 << 24  # weights that backward makes at once: 64 MB of float32, and a few times that while it does
@@ -34,6 +34,12 @@ def tile_of(pairs: int, bf16: bool) -> tuple[Tile, int]:
     if not bf16:  # products without matrix units, whose operands lie in registers
         return Tile(genes=16, warps=warps, stages=2), 16
     return Tile(genes=64, warps=warps, stages=2, registers=None if warps == 4 else 128), 32
+
+
+def tables_tile(tile: Tile, pairs: int, bf16: bool, n_genes: int) -> Tile:
+    """Of `_to_tables`. Where the genes are no multiple of 16, a cell's numbers are loaded one by one. In float32, with
+    64 pairs, that leaves a thread of 4 warps too few registers, and spills 300 B of it. With 8 warps none."""
+    return tile._replace(warps=8) if not bf16 and pairs == 64 and n_genes % LEAST else tile
 
 
 def unpool(
@@ -119,10 +125,13 @@ def _backward_of(
     d_b_B = d_b.new_empty(B, 2 * F)
     pairs, bf16 = power_of_two(R), B_BRF.dtype == torch.bfloat16
     tile, piece = tile_of(pairs, bf16)
+    if R % LEAST:  # weights are loaded one by one: their addresses do not fit into 128 registers beside the rest
+        tile = tile._replace(registers=None)
     pieces, blocks = ceil_div(F, piece), ceil_div(Q, tile.genes)
     inputs, sizes = (p, r, T_TF, B_BRF, b_F, d_out, row), (B, Q, R, F, 0 if shared else Q)
     tiles: dict[str, Any] = {"PAIRS": pairs, "HIDDEN": piece, "BF16": bf16, "tile": tile}
-    launch(_to_tables, (blocks, pieces, 1 if shared else B), *inputs, d_T, *sizes, SHARED=shared, **tiles)
+    of_tables = {**tiles, "SHARED": shared, "tile": tables_tile(tile, pairs, bf16, Q)}
+    launch(_to_tables, (blocks, pieces, 1 if shared else B), *inputs, d_T, *sizes, **of_tables)
     launch(_to_latents, (B, pieces), *inputs, d_B, d_b_B, *sizes, **tiles)
     launch(_to_weights, (B, blocks), *inputs, d_p, d_r, *sizes, **tiles)
     d_b += d_b_B.sum(0)

@@ -148,7 +148,10 @@ def _tiles_of(memory_gb: float) -> Iterator[None]:
 
 class _Watch(TorchDispatchMode):
     """Counts bytes of the storages that live at once, operations of matrix products, and kernels: what returns a new
-    storage or writes into one. Views and bare allocations do neither."""
+    storage or writes into one. Views and bare allocations do neither.
+
+    Where several gradients reach a tensor, autograd adds them in place if nothing else holds the first, though not in
+    a trace. There their sum sets no peak, as what it is made of is gone by the next operation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -171,11 +174,20 @@ class _Watch(TorchDispatchMode):
                 self.known[id(storage)] = storage.nbytes()
                 self.live += storage.nbytes()
                 weakref.finalize(storage, self._gone, id(storage))
-        self.peak = max(self.peak, self.live)
+        if not (func is torch.ops.aten.add.Tensor and _adds_gradients()):
+            self.peak = max(self.peak, self.live)
         return out
 
     def _gone(self, key: int) -> None:
         self.live -= self.known.pop(key)
+
+
+def _adds_gradients() -> bool:
+    """Whether a sum that is made now is autograd's own: in a backward pass, neither in a pass that is made again nor in
+    a function of ours."""
+    if torch._C._current_graph_task_id() < 0 or torch.is_grad_enabled():
+        return False
+    return not isinstance(torch._C._current_autograd_node(), torch.autograd.function.BackwardCFunction)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -158,7 +158,9 @@ def test_the_time_limit(cluster: Cluster, chain: Path, tmp_path: Path, monkeypat
     wait_for(lambda: "REQUEUED" in run.log, 120, lambda: run.log)
     flag.unlink()
     cluster.call("scontrol", "update", f"jobid={run.job}", "timelimit=30")
-    assert_went_on(run, chain / "vae")
+    assert "REQUEUED: by the time limit, at " in run.log
+    # the job's own matter, which counts among --max-failures where nothing was done since the last
+    assert_went_on(run, chain / "vae", "failure")
 
 
 def preflight_begins(run: Run, start: int) -> None:

@@ -21,6 +21,7 @@ KERNELS += ("pool_backward", "deviation_backward", "unpool_to_tables", "unpool_t
 PRESETS = sorted(path.stem for path in (shipped("configs") / "vae").glob("*.yaml"))
 # width, latent tokens, heads of the encoder and of the decoder: the widest heads, the most pairs, nothing round
 SHAPES = [(512, 64, 2, 1), (256, 128, 2, 1), (128, 16, 1, 8), (512, 16, 2, 4), (96, 20, 3, 2), (64, 128, 4, 1)]
+SHAPES += [(330, 100, 3, 1)]  # as large a tile as there may be, not filled
 ONE_SHAPE = """
 import sys, torch
 from benchmarks.kernels_compiled import SHARED, SPILLS, traced

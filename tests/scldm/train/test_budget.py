@@ -45,6 +45,14 @@ def test_kernels_are_counted_and_views_are_not() -> None:
     assert cost.kernels == inputs + 3 + 4
 
 
+def test_gradients_of_a_table_that_is_read_twice_are_added_in_place() -> None:
+    def loss_of(table: nn.Module) -> Tensor:
+        return (table(torch.zeros(3, dtype=torch.int64)) * table(torch.ones(3, dtype=torch.int64))).sum()
+
+    cost = step_cost(lambda: nn.Embedding(1_000, 8), loss_of)
+    assert 0 <= cost.peak_bytes - 2 * 4 * cost.n_parameters < 1_000  # torch takes two tables' memory, not three
+
+
 def test_a_lone_process_without_deepspeed_keeps_one_copy_of_the_weights() -> None:
     cost = StepCost(1_000, 800, 0, 0, 20_000, 23_000)
     memory = plain_memory(cost)
