@@ -319,7 +319,7 @@ def weak(
     if not judged:
         out.append("It was never validated.")
     else:
-        best, last = min(judged, key=lambda row: row[name]), judged[-1]
+        best, last = min(comparable(judged), key=lambda row: row[name]), judged[-1]
         if best is last and (run / OUTCOME).is_file() and read_json(run / OUTCOME)["state"] == "finished":
             steps = config["train"]["steps"]
             out.append(f"Validation was at its best at the last step: train on, with more than train.steps={steps}.")

@@ -28,7 +28,7 @@ VERBS = {
     "completion": ("launch.completion", "print a script that completes verbs, presets and keys in bash or zsh"),
 }
 
-# those that make something, and may so be stages of something larger
+# those that may be stages of something larger, which has failed if one of them has
 STAGES = ("soma write", "shards write", "train vae", "encode", "train ldm", "export", "generate")
 STAGES += ("transform", "embed", "reconstruct", "evaluate")
 

@@ -9,7 +9,7 @@ import io
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,21 +47,20 @@ def signals_later() -> Iterator[Callable[[], None]]:
     came, handlers = list[tuple[int, Any]](), dict[int, Callable[[int, Any], Any]]()
 
     def answer() -> None:
-        while came:
-            number, frame = came.pop(0)
-            handlers[number](number, frame)
+        with ExitStack() as each:  # of several, one that raises keeps no other from being answered
+            while came:
+                number, frame = came.pop()
+                each.callback(handlers[number], number, frame)
 
-    try:
+    with ExitStack() as restored:
+        restored.callback(answer)
         if threading.current_thread() is threading.main_thread():
             for number in signal.valid_signals():
                 if callable(handler := signal.getsignal(number)):
                     handlers[number] = handler
+                    restored.callback(signal.signal, number, handler)
                     signal.signal(number, lambda number, frame: came.append((number, frame)))
         yield answer
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        answer()
 
 
 class _Kept(io.RawIOBase):

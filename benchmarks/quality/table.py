@@ -181,14 +181,19 @@ def kept(path: Path, made: Results, settings: Mapping[str, Any], same: Sequence[
     theirs = {seed: found["scores"] for seed, found in of["methods"].get(FLOOR, {"seeds": {}})["seeds"].items()}
     if not floor or floor != theirs:
         raise InputError(f"keep={path}: its {FLOOR} are not scored as this run's. Judge or make its methods again")
-    names = [name for name in of["methods"] if name not in scores]
+    names = [name for name in of["methods"] if name not in scores and name in METHODS]
+    models = {METHODS[name].model for name in scores} - {""}
+    if others := [name for name in names if METHODS[name].model in models]:
+        raise InputError(f"keep={path}: {others[0]} is of a model that this run trains anew. Name it in methods too")
     for name in names:
         seeds = of["methods"][name]["seeds"]
         rows[name] = {int(seed): found["row"] for seed, found in seeds.items()}
         scores[name] = {int(seed): found["scores"] for seed, found in seeds.items()}
     ordered = [name for name in METHODS if name in scores]
     results = Results({name: scores[name] for name in ordered}, {name: rows[name] for name in ordered})
-    return results, {"methods": names, "commit": of["commit"], "command": of["command"]}
+    own = {key: of[key] for key in ("commit", "command", "device")} | {"seconds": of["settings"]["seconds"]}
+    before = of["settings"].get("kept", {})
+    return results, {name: before.get(name, own) for name in names}
 
 
 def scopes_of(scores: Mapping[str, Any]) -> dict[str, dict[str, float]]:

@@ -42,7 +42,7 @@ class GeneSetConfig(Checked):
     n_genes: genes in a set (random, weighted, expressed_plus_zeros), or the padded width (expressed). With expressed,
         0 pads to the longest cell of each micro-batch
     gene_set_group: positions of the global batch that share a drawn set. 1 draws one per cell. A shared set is faster.
-        One per cell learns more in a step and ends better: 8 nats of 635 on pbmc3k (benchmarks/speedrun.md). So it
+        One per cell learns more in a step and ends better: 7 nats of 635 on pbmc3k (benchmarks/speedrun.md). So it
         belongs to the run and not to the hardware. micro_batch must divide it
     weight_by: weighted draws by `mean`, the mean count, or by `variability`, the variance f (1 - f) of being expressed
     overflow: for cells with more expressed genes than n_genes: refuse, or sample (n_genes of them, uniformly)
@@ -74,7 +74,7 @@ class GeneSetConfig(Checked):
                 )
 
     def of(self, n_genes: int) -> GeneSetConfig:
-        """With the number of genes instead of a share, in a vocabulary of so many. A draw of all is policy all."""
+        """With the number of genes instead of a share, in a vocabulary of so many. A random draw of all is policy all."""
         by_share = self.share == 1 or (self.share and not self.n_genes)
         sized = replace(self, n_genes=math.ceil(self.share * n_genes)) if by_share else self
         return GeneSetConfig() if sized.policy == "random" and sized.n_genes == n_genes else sized

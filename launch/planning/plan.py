@@ -397,13 +397,27 @@ def replace_hardware(config: PlanConfig, **changes: Any) -> PlanConfig:
 
 
 def remedies(config: PlanConfig) -> Iterator[tuple[str, PlanConfig]]:
-    """Knobs that change memory and no result, each alone and then all together: what to say, and the config."""
+    """Knobs that change memory and no result, each alone, each without previews where that alone does not do, and
+    then all together: what to say, and the config."""
+    if not preview_bytes(config):
+        yield from knobs(config)
+        return
+    *alone, together = knobs(config)
+    yield "train.preview_share=0", without_previews(config)
+    yield from alone
+    for told, changed in alone:
+        if not does_fit(changed):
+            yield f"{told} train.preview_share=0", without_previews(changed)
+    yield together
+
+
+def without_previews(config: PlanConfig) -> PlanConfig:
+    return replace(config, train=replace(config.train, preview_share=0.0))
+
+
+def knobs(config: PlanConfig) -> Iterator[tuple[str, PlanConfig]]:
+    """Those of training itself, as `remedies`. The last has all."""
     hardware = config.hardware
-    if config.train.preview_share:
-        without = replace(config, train=replace(config.train, preview_share=0.0))
-        yield "train.preview_share=0", without
-        if not does_fit(without):  # previews aside, what else there is to change
-            yield from ((f"{told} train.preview_share=0", changed) for told, changed in remedies(without))
     recompute = replace(config, model=replace(config.model, recompute=True))
     if not config.model.recompute:
         yield "model.recompute=true", recompute

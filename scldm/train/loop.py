@@ -176,6 +176,9 @@ def train(
                     metrics = validate(stage, engine, ema, validation, config.seed, world, supervisor, preview)
                 if metrics is not None:  # else the run was asked to stop meanwhile
                     tracker.log(state.step, metrics, split="validation", cells_seen=state.cells_seen)
+                    if world.is_first and state.judged_others(metrics):
+                        told = f"validation is of {metrics['cells']:,.0f} cells, and was of others before"
+                        print(f"scldm: {told}: the best checkpoint is chosen anew", file=sys.stderr)
                     is_best = state.validated(metrics, stage.validation_metric)
                     end_early(state, config, optim, world)
 

@@ -71,13 +71,17 @@ class RunState:
         """Whether to do, after this step, what is done every so many steps and at the end."""
         return self.step % every == 0 or self.step == self.end
 
+    def judged_others(self, metrics: dict[str, float]) -> bool:
+        """Whether the last validation was of other cells, as far as is known, as in a run that goes on otherwise."""
+        return bool(self.validation) and metrics["cells"] != self.validation.get("cells")
+
     def validated(self, metrics: dict[str, float], judged_by: str) -> bool:
         """Take note of a validation. Returns whether its checkpoint is the best.
 
         It is never while steps are skipped: the run may end by that, and must then resume from before the trouble.
-        One of other cells than the last, as a continued run may have, is compared with none before it.
+        One of other cells than the last is compared with none before it.
         """
-        if self.validation and metrics["cells"] != self.validation.get("cells"):
+        if self.judged_others(metrics):
             self.best, self.stale = math.inf, 0
         better = metrics[judged_by] < self.best
         is_best = better and not self.skipped

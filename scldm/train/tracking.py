@@ -411,11 +411,14 @@ def check_attached(attach: Sequence[str], run_dir: Path) -> None:
 def fail_parent(folder: Path) -> None:
     """Note and send that a pipeline failed, where no process follows it and no run of a stage says so."""
     try:
-        if note_failed(folder):
-            with followed_alone(folder):
-                Sender(folder).send()
-    except (OSError, InputError) as error:  # of the note. The failure of the stage is what is to be told
+        if not note_failed(folder):
+            return
+    except (OSError, InputError) as error:  # the failure of the stage is what is to be told
         say(f"{folder} is not noted as failed: {error}")
+        return
+    try:
+        with followed_alone(folder):
+            Sender(folder).send()
     except Exception as error:
         place = (read_note(folder) or {}).get("uri", "")
         say(f"{folder}: MLflow at {place} failed: {cause_of(error, place)}")

@@ -228,7 +228,12 @@ def test_rows_of_an_earlier_run_are_kept_where_cells_and_judge_are_the_same(h5ad
     assert set(results.scores) == {"training_cells", "poisson_mean", "independent_genes"}
     old, new = (json.loads(path.read_text()) for path in (before, after))
     assert new["methods"]["poisson_mean"] == old["methods"]["poisson_mean"]
-    assert new["settings"]["kept"] == {"methods": ["poisson_mean"], "commit": old["commit"], "command": old["command"]}
+    made_by = {key: old[key] for key in ("commit", "command", "device")} | {"seconds": 5.0}
+    assert new["settings"]["kept"] == {"poisson_mean": made_by}
+    third = {"methods": ("training_cells", "independent_genes"), "keep": str(after)}  # what was kept before keeps that
+    after.write_text(json.dumps({**new, "commit": "another"}))
+    main(config_of(h5ad, tmp_path / "b", save=str(tmp_path / "third.json"), **third, **of))
+    assert json.loads((tmp_path / "third.json").read_text())["settings"]["kept"] == {"poisson_mean": made_by}
     rows = {row["name"]: row["value"] for row in new["rows"]}
     named = [row for row in old["rows"] if row["name"].startswith("poisson_mean: ")]
     assert len(named) > 10

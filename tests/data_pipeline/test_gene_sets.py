@@ -43,9 +43,13 @@ def test_random_sets_are_uniform_without_replacement():
     assert np.abs(first - n / 40).max() < 5 * np.sqrt(n / 40)
 
 
-def test_all_genes_can_be_drawn():
-    ids = sets_of(GeneSetConfig("random", 40)).ids(0, 0, np.arange(3))
-    np.testing.assert_array_equal(np.sort(ids, axis=1), np.tile(np.arange(1, 41), (3, 1)))
+@pytest.mark.parametrize("config", [GeneSetConfig("random", 40), GeneSetConfig("random", 7, share=1.0)])
+def test_a_draw_of_all_genes_is_all_of_them_and_shared(config: GeneSetConfig):
+    sets = sets_of(config)
+    assert sets.shared
+    assert not config.is_per_cell(40)
+    np.testing.assert_array_equal(sets.ids(0, 0, np.arange(3)), np.arange(1, 41))
+    assert config.is_per_cell(41) == (config.share < 1)
 
 
 def test_sets_belong_to_the_position_whatever_the_micro_batch():

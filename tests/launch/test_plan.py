@@ -17,7 +17,7 @@ from launch.config import flatten
 from launch.plan import cut, read, with_data
 from launch.planning.config import PlanLDMConfig, PlanVAEConfig
 from launch.planning.layouts import NEAR, compared
-from launch.planning.plan import cost_of, does_fit, memory_of, plan_of, remedies, within_node
+from launch.planning.plan import cost_of, does_fit, memory_of, plan_of, preview_bytes, remedies, within_node
 from launch.train_ldm import TrainLDMConfig
 from launch.train_vae import TrainVAEConfig
 from scldm import networks
@@ -206,7 +206,26 @@ def test_a_preview_is_counted_where_it_takes_more_than_training() -> None:
     tight = 1e-9 * (before.peak + memory.peak) / 2
     short = plan_of(read([*words, f"hardware.memory_gb={tight}", "hardware.context_gb=0"]))
     assert not short.fits
-    assert "train.preview_share=0" in short.remedies
+    assert short.remedies[0] == "train.preview_share=0"
+    assert len(set(short.remedies)) == len(short.remedies)
+    tighter = [*words, "hardware.micro_batch=64", "train.global_batch=4096", "hardware.context_gb=0"]
+    both = plan_of(read([*tighter, "hardware.memory_gb=0.75"]))  # training is too large, and the preview too
+    assert "train.preview_share=0" not in both.remedies
+    assert any(remedy.endswith(" train.preview_share=0") for remedy in both.remedies)
+    for remedy in both.remedies:
+        assert does_fit(read([*tighter, "hardware.memory_gb=0.75", *remedy.split()]))
+    for word in ("hardware.engine=fsdp", "hardware.zero_stage=3"):  # makes none
+        assert preview_bytes(read([*words, word])) == 0
+
+
+def test_gene_sets_of_their_own_take_more() -> None:
+    words = ["vae/tiny", "hardware/node_8gpu", "hardware.micro_batch=8", "n_genes=3000", "n_cells=1000"]
+    words += ["train.global_batch=64", "train.preview_share=0"]
+    own, shared = (cost_of(read([*words, f"data.given.gene_set_group={group}"])) for group in (1, 8))
+    assert own.flops > 1.5 * shared.flops
+    assert own.peak_bytes > 1.5 * shared.peak_bytes
+    of_all = [cost_of(read([*words, f"data.given.gene_set_group={group}", "data.given.share=1"])) for group in (1, 8)]
+    assert of_all[0] == of_all[1]
 
 
 def test_what_does_not_fit_is_told_with_knobs_that_help() -> None:
