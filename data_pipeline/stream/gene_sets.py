@@ -74,7 +74,8 @@ class GeneSetConfig(Checked):
                 )
 
     def of(self, n_genes: int) -> GeneSetConfig:
-        """With the number of genes instead of a share, in a vocabulary of so many. A draw of all at random is policy all."""
+        """With the number of genes instead of a share, in a vocabulary of so many. To draw all at random is policy
+        all."""
         by_share = self.share == 1 or (self.share and not self.n_genes)
         sized = replace(self, n_genes=math.ceil(self.share * n_genes)) if by_share else self
         return GeneSetConfig() if sized.policy == "random" and sized.n_genes == n_genes else sized
