@@ -28,10 +28,11 @@ from scldm.errors import InputError
 ANY = "*"  # alone it stands for the keys of other verbs. `control.*` stands for those of a mapping
 REQUIRED = "!"  # at the end of a kind
 BOUNDS = "@"  # after it: at least, above, at most and below, as `int@1,,3,`
+JUDGED = ("generated", "embedding")  # keys of files that evaluate judges
 # keys of what must be there already -> the file in it that says what it is, and what is said where there is none: the
 # words of those who read it
 INPUTS = {
-    **dict.fromkeys(("h5ad", "like"), ("", ": no such file")),
+    **dict.fromkeys(("h5ad", "like", *JUDGED), ("", ": no such file")),
     **dict.fromkeys(("vae", "ldm", "runs"), ("config.json", " is not a run folder: it has no config.json")),
     **dict.fromkeys(
         ("shards", "data.shards", "path"),
@@ -92,15 +93,12 @@ def check_words(verb: str, words: Sequence[str], there: bool = True) -> None:
     config = compose(schema, words)
     if verb == "evaluate":
         check_judged(config)
-    # evaluate says first what has no effect. A job that staged shards reads them elsewhere
-    if verb == "evaluate" and there:
-        for file in (config.generated, config.embedding):
-            if file and not ANYWHERE.match(file) and not os.path.exists(file):
-                raise InputError(f"{file}: no such file")
-    if not there or verb == "evaluate" or os.environ.get("SCLDM_STAGED"):
+    if not there or os.environ.get("SCLDM_STAGED"):  # a job that staged shards reads them elsewhere
         return
     for key, (file, said) in INPUTS.items():
         if verb == "plan" and key == "data.shards":  # needed where sizes are not given
+            continue
+        if verb == "evaluate" and key not in JUDGED:  # it says first what has no effect
             continue
         given = reduce(lambda at, name: getattr(at, name, None), key.split("."), config)
         for value in given if isinstance(given, list) else [given]:

@@ -26,7 +26,8 @@ def hdf5_made(path: Path) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
 
     Raises: OSError of the disk, here or by the call. So does what handlers of signals raise.
     """
-    with _Kept(path) as kept, signals_later() as answer:
+    with open(path, "w+b", buffering=0) as opened, signals_later() as answer:
+        kept = _Kept(opened)
 
         def check() -> None:
             kept.check()
@@ -66,18 +67,14 @@ def signals_later() -> Iterator[Callable[[], None]]:
 class _Kept(io.RawIOBase):
     """A file of which the disk keeps what it can, until the first error. The rest is kept in memory."""
 
-    def __init__(self, path: Path) -> None:
-        self.file, self.at = open(path, "w+b", buffering=0), 0  # noqa: SIM115
+    def __init__(self, file: io.FileIO) -> None:
+        self.file, self.at = file, 0
         self.error: OSError | None = None
         self.rest: list[tuple[int, bytes]] = []  # where it belongs, in the order in which it came
 
     def check(self) -> None:
         if self.error is not None:
             raise self.error
-
-    def close(self) -> None:
-        self.file.close()
-        super().close()
 
     def write(self, data: Any, /) -> int:
         whole, written = memoryview(data).cast("B"), 0

@@ -397,22 +397,21 @@ def replace_hardware(config: PlanConfig, **changes: Any) -> PlanConfig:
 
 
 def remedies(config: PlanConfig) -> Iterator[tuple[str, PlanConfig]]:
-    """Knobs that change memory and no result, each alone, each without previews where that alone does not do, and
-    then all together: what to say, and the config."""
+    """Knobs that change memory and no result, each alone, each without previews where neither does alone, and then all
+    together: what to say, and the config."""
     if not preview_bytes(config):
         yield from knobs(config)
         return
     *alone, together = knobs(config)
-    yield "train.preview_share=0", without_previews(config)
+    without = replace(config, train=replace(config.train, preview_share=0.0))
+    yield "train.preview_share=0", without
     yield from alone
-    for told, changed in alone:
-        if not does_fit(changed):
-            yield f"{told} train.preview_share=0", without_previews(changed)
+    if not does_fit(without):
+        enough = {told for told, changed in alone if does_fit(changed)}
+        for told, changed in [*knobs(without)][:-1]:
+            if told not in enough:
+                yield f"{told} train.preview_share=0", changed
     yield together
-
-
-def without_previews(config: PlanConfig) -> PlanConfig:
-    return replace(config, train=replace(config.train, preview_share=0.0))
 
 
 def knobs(config: PlanConfig) -> Iterator[tuple[str, PlanConfig]]:

@@ -41,9 +41,8 @@ def full_at(monkeypatch: pytest.MonkeyPatch, room: int) -> list[Any]:
     """Let files have so much room. Returns those that are made."""
     begin, made = hdf5._Kept.__init__, []
 
-    def begun(self: Any, path: Path) -> None:
-        begin(self, path)
-        self.file = Disk(self.file, room)
+    def begun(self: Any, file: Any) -> None:
+        begin(self, Disk(file, room))
         made.append(self)
 
     monkeypatch.setattr(hdf5._Kept, "__init__", begun)
