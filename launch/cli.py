@@ -104,7 +104,10 @@ def run(command: str, module_name: str, words: Sequence[str], presets: Sequence[
         if package in ("", "benchmarks", "data_pipeline", "launch", "scldm"):
             note_failure(1, without_passwords(f"{type(error).__name__}: {error}"), error.__traceback__)
             raise
-        return refuse(command, f"the package {package} is missing; {install_hint(package)}")
+        code = refuse(command, f"the package {package} is missing; {install_hint(package)}")
+        if not began:
+            refused_early(command.removeprefix("scldm "))
+        return code
     return 0
 
 

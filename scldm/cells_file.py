@@ -236,8 +236,9 @@ def _matrix(node: Any) -> Any:
     if is_array(node):
         return node
     places, values = (node[name].shape[0] for name in ("indices", "data"))
-    if places != values or (node["indptr"].shape[0] and node["indptr"][-1] > values):  # more than are in use is allowed
-        raise ValueError(f"{node.name} has {places} places and {values} values, indptr tells of {node['indptr'][-1]}")
+    told = int(node["indptr"][-1]) if node["indptr"].shape[0] else 0
+    if places != values or told > values:  # more than are in use is allowed
+        raise ValueError(f"{node.name} has {places} places and {values} values, indptr tells of {told}")
     return sparse_dataset(node)
 
 

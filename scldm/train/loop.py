@@ -177,7 +177,7 @@ def train(
                 if metrics is not None:  # else the run was asked to stop meanwhile
                     tracker.log(state.step, metrics, split="validation", cells_seen=state.cells_seen)
                     if world.is_first and state.judged_others(metrics):
-                        told = f"validation is of {metrics['cells']:,.0f} cells, and was of others before"
+                        told = f"validation is of {metrics['cells']:,.0f} cells, not as noted of the last one"
                         print(f"scldm: {told}: the best checkpoint is chosen anew", file=sys.stderr)
                     is_best = state.validated(metrics, stage.validation_metric)
                     end_early(state, config, optim, world)
