@@ -165,7 +165,7 @@ def costs(report: Report, model: Pretrained, wanted: Wanted, config: BenchGenera
         return took
 
     def latents(sampler: SamplerConfig) -> Tensor:
-        return generate_latents(dit, conditions, numbers_B, 0, sampler).latent_BLZ
+        return generate_latents(dit, conditions, numbers_B, 0, sampler, size_B=size_B).latent_BLZ
 
     def counts(predicted: Predicted, columns_Q: Tensor) -> sp.csr_matrix:
         keys_BQ = draws.keys(0, "counts", numbers_B, columns_Q + 1)
@@ -196,10 +196,10 @@ def costs(report: Report, model: Pretrained, wanted: Wanted, config: BenchGenera
     calls: list[int] = []
     reference = rate(
         "network, the reference's recipe",
-        seconds(lambda: calls.append(reference_latents(dit, conditions, numbers_B)[1])),
+        seconds(lambda: calls.append(reference_latents(dit, conditions, numbers_B, size_B)[1])),
     )
     report.add(Row("network calls of the reference's recipe", calls[0], ""))
-    z_BLZ = reference_latents(dit, conditions, numbers_B)[0]
+    z_BLZ = reference_latents(dit, conditions, numbers_B, size_B)[0]
     dense = seconds(lambda: dense_counts(plain, vae.normalised(z_BLZ), all_genes_G, size_B))
     rate("decoder and counts, the reference's recipe", dense)
     heun = rate("network, Heun, 50 steps, as a control", seconds(partial(latents, HEUN_50)))
@@ -212,7 +212,7 @@ def costs(report: Report, model: Pretrained, wanted: Wanted, config: BenchGenera
 
 
 @torch.no_grad()
-def reference_latents(dit: DiT, conditions: dict[str, Tensor], numbers_B: Tensor) -> tuple[Tensor, int]:
+def reference_latents(dit: DiT, conditions: dict[str, Tensor], numbers_B: Tensor, size_B: Tensor) -> tuple[Tensor, int]:
     """Latents as the reference draws them, and its network calls: each evaluation asks without conditions, with them,
     and once more for the guided sum."""
     from torchdiffeq import odeint
@@ -225,7 +225,7 @@ def reference_latents(dit: DiT, conditions: dict[str, Tensor], numbers_B: Tensor
         nonlocal n_calls
         n_calls += 3
         t_B = t.float().expand(len(z))
-        v_null, v_given, again = dit(z, t_B, null), dit(z, t_B, conditions), dit(z, t_B, conditions)
+        v_null, v_given, again = (dit(z, t_B, of, size_B=size_B) for of in (null, conditions, conditions))
         return v_null + 0.5 * ((v_given - v_null) + (again - v_null))
 
     noise_BLZ = draws.normal(0, "generate noise", 0, numbers_B, dit.latent_shape)

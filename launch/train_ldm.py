@@ -23,7 +23,7 @@ from data_pipeline.stream.loader import CellLoader, LatentLoader, LoaderConfig, 
 from launch.cli import run_verb
 from launch.evaluation.gate import gate_of, warn
 from launch.evaluation.preview import Trained, of_ldm
-from launch.run_data import EncodedFrom, check_encodes, data_of, encoded_from
+from launch.run_data import EncodedFrom, check_encodes, data_of, encoded_from, library_sizes_of
 from launch.staged import at_hand
 from launch.trained import check_given, trained_vae
 from launch.training import (
@@ -144,6 +144,9 @@ def set_up(config: TrainLDMConfig, world: World) -> Parts:
         features=features,
         combinations_KC=trained_combinations(manifest, config.data.select),
     )
+    if config.model.library_size:
+        of_all = library_sizes_of(manifest).of(pd.DataFrame(index=range(1)))
+        module.size.log_moments.copy_(torch.tensor([of_all.log_mean_n[0], max(of_all.log_std_n[0], MIN_STD)]))
     trained, joined = start_of(config), ()
     if trained is not None:
         if trained.dit is None:

@@ -165,17 +165,28 @@ class Networks:
         asked.check_sampler(dit, base, sampler, self.origin)
         notes = asked.without_token(dit, base, labels)
         notes += asked.of_other_labels(dit, self.conditions, base, ids, labels, asked.DRAWN)
+        base_shift = self._base_shift(ids, base, labels)
         if "library_size" in conditions:
-            sizes = np.array(pd.to_numeric(conditions["library_size"], errors="coerce"), dtype=np.float64)
-            if not (ok := (sizes > 0) & (sizes <= MAX_LIBRARY_SIZE)).all():
-                at = int(np.argmin(ok))
-                raise InputError(
-                    f"column library_size, row {at}: {conditions['library_size'].iloc[at]} must be a number above 0 "
-                    f"and at most {MAX_LIBRARY_SIZE:,.0f}"
-                )
-            return Wanted(seed, combination_n, labels, ids, base, sizes, notes=notes)
-        log_mean_n, log_std_n, backed_off = self.library_sizes.of(labels)
-        return Wanted(seed, combination_n, labels, ids, base, None, log_mean_n, log_std_n, (*notes, *backed_off))
+            size_n = _given_sizes(conditions["library_size"].array)
+            return Wanted(seed, combination_n, labels, ids, base, size_n, base_shift=base_shift, notes=notes)
+        log_mean, log_std, backed_off = self.library_sizes.of(labels)
+        notes = (*notes, *backed_off)
+        return Wanted(seed, combination_n, labels, ids, base, None, log_mean, log_std, base_shift, notes)
+
+    def _base_shift(
+        self, ids: dict[str, np.ndarray], base: dict[str, np.ndarray], labels: pd.DataFrame
+    ) -> np.ndarray | None:
+        """Log of how many times as large cells of the base labels usually are, by combination, where they differ."""
+        if base is ids:
+            return None
+        rows = np.flatnonzero(
+            np.logical_or.reduce([base[name] != ids[name] for name in self._dit().means.names.values()])
+        )
+        of_base = asked.labels_of_base(self._dit(), self.conditions, base, labels)
+        log_mean = [self.library_sizes.of(of.iloc[rows]).log_mean_n for of in (of_base, labels)]
+        shift = np.zeros(len(labels))
+        shift[rows] = log_mean[0] - log_mean[1]
+        return shift
 
     # --- cells ---
 
@@ -208,9 +219,11 @@ class Networks:
             of_base = of_batch
             if wanted.base_ids is not wanted.ids:
                 of_base = {name: torch.from_numpy(ids) for name, ids in wanted.base_ids_of(batch).items()}
+            size_B, base_size_B = (
+                self._here(of(batch).astype(np.float32)) for of in (wanted.library_size, wanted.base_size)
+            )
             with self._computing():
-                drawn = generate_latents(self._dit(), of_batch, numbers_B, wanted.seed, sampler, of_base)
-            size_B = self._here(wanted.library_size(batch).astype(np.float32))
+                drawn = generate_latents(self._dit(), of_batch, numbers_B, wanted.seed, sampler, of_base, base_size_B)
             own = slice(max(rows.start - first, 0), rows.stop - first)
             parts.append(self.decoded(drawn.latent_BLZ, columns_Q, size_B, numbers_B, wanted.seed, kind)[own])
             n_evaluations.append(drawn.n_evaluations_B[own].int().cpu().numpy())
@@ -279,6 +292,17 @@ class Networks:
         if self.dit is None:
             raise InputError("this model folder holds an autoencoder alone: it embeds, but does not generate")
         return self.dit
+
+
+def _given_sizes(column: Any) -> np.ndarray:
+    """Library sizes of a table, float64 (n,). Raises: InputError for one that none can be."""
+    size_n = np.array(pd.to_numeric(pd.Series(column), errors="coerce"), dtype=np.float64)
+    if not (ok := (size_n > 0) & (size_n <= MAX_LIBRARY_SIZE)).all():
+        at = int(np.argmin(ok))
+        raise InputError(
+            f"column library_size, row {at}: {column[at]} must be a number above 0 and at most {MAX_LIBRARY_SIZE:,.0f}"
+        )
+    return size_n
 
 
 def written(predicted: Predicted, kind: Kind, size_B: Tensor, keys_BQ: Tensor) -> sp.csr_matrix:

@@ -301,7 +301,7 @@ class Pretrained(Networks):
                     for of in (moves.own, moves.by_flow, moves.other)
                 )
                 way_BLZ = way(dit, by_flow, of_other) if sampler.guidance == "shift" else 0.0
-                v_own, v_other = (guided(dit, of, sampler) for of in (of_own, by_flow))
+                v_own, v_other = (guided(dit, of, sampler, size_B) for of in (of_own, by_flow))
                 noise_BLZ = to_noise(v_own, z_BLZ, sampler)
                 keys_BQ = draws.keys(seed, "counts", torch.arange(rows.start, rows.stop, device=self.device), asked_ids)
                 for alpha, part in zip(alphas, parts):

@@ -96,6 +96,7 @@ def generate_latents(
     seed: int,
     sampler: SamplerConfig,
     base: dict[str, Tensor] | None = None,
+    size_B: Tensor | None = None,
 ) -> Drawn:
     """Draw latent tokens of new cells.
 
@@ -103,6 +104,7 @@ def generate_latents(
         On the CPU, else the host waits for them
     cell_numbers_B: the key of each cell's draws, int64
     base: what `nearest_trained` gives for the conditions, where it is known already
+    size_B: library sizes, where the model's latents are, for a model that is told them. Of base's labels
 
     Raises: InputError for guidance that the model can't follow.
     """
@@ -110,7 +112,7 @@ def generate_latents(
         base = conditions
     elif base is None:
         base = nearest_trained(dit, conditions)
-    v = guided(dit, base, sampler)
+    v = guided(dit, base, sampler, size_B)
     z_BLZ = draws.normal(seed, "generate noise", 0, cell_numbers_B, dit.latent_shape)
 
     def noise(step: int) -> Tensor:
@@ -127,7 +129,9 @@ def generate_latents(
     )
 
 
-def guided(dit: DiT, conditions: dict[str, Tensor], sampler: SamplerConfig) -> GuidedField:
+def guided(
+    dit: DiT, conditions: dict[str, Tensor], sampler: SamplerConfig, size_B: Tensor | None = None
+) -> GuidedField:
     """The field that a sampler follows. Raises: InputError for guidance that the model can't follow."""
     return GuidedField(
         dit,
@@ -136,6 +140,7 @@ def guided(dit: DiT, conditions: dict[str, Tensor], sampler: SamplerConfig) -> G
         sampler.guidance_scale,
         sampler.guidance_weights,
         sampler.guidance_interval,
+        size_B,
     )
 
 

@@ -73,6 +73,7 @@ class _Rows(NamedTuple):
     n_B: rows of each cell
     parts: slices of rows in which no cell stands twice, so that sums have one order on every device
     conditions: of each row
+    size_R: library size of each row, for a model that is told them
     plain: one row a cell, in order, of weight 1
     """
 
@@ -81,6 +82,7 @@ class _Rows(NamedTuple):
     n_B: Tensor
     parts: tuple[slice, ...]
     conditions: dict[str, Tensor]
+    size_R: Tensor | None
     plain: bool
 
 
@@ -91,6 +93,7 @@ class GuidedField:
     scale: 0 ignores the conditions, 1 follows them. For the joint and the compositional kind
     weights: condition -> weight, for the additive kind. `scale` where it names none
     interval: flow times between which guidance acts. Outside, scale and weights are 1
+    size_B: library sizes, for a model that is told them. No subset of the conditions is without
     n_evaluations_B: rows that the network has answered for each cell, int64 (B,). One number without conditions
 
     Raises: InputError for weights of unknown conditions, or a composition of what nobody knows.
@@ -104,8 +107,10 @@ class GuidedField:
         scale: float = 1.0,
         weights: Mapping[str, float] | None = None,
         interval: tuple[float, float] = (0.0, 1.0),
+        size_B: Tensor | None = None,
     ) -> None:
         self.model, self.interval = model, interval
+        self.size_B = size_B if model.config.library_size else None
         self.n_evaluations_B: Tensor | int = 0
         names = list(conditions)
         for name in weights or {}:
@@ -131,10 +136,10 @@ class GuidedField:
         self.n_evaluations_B = self.n_evaluations_B + (1 if rows is None else rows.n_B)
         t_R = torch.full((n_rows,), t, device=z.device, dtype=torch.float32)
         if rows is None:
-            return self.model(z, t_R, {}).to(z.dtype)  # under autocast it answers in another
+            return self.model(z, t_R, {}, size_B=self.size_B).to(z.dtype)  # under autocast it answers in another
         if rows.plain:
-            return self.model(z, t_R, rows.conditions).to(z.dtype)
-        v_R = rows.weight_R[:, None, None] * self.model(z[rows.cell_R], t_R, rows.conditions)
+            return self.model(z, t_R, rows.conditions, size_B=rows.size_R).to(z.dtype)
+        v_R = rows.weight_R[:, None, None] * self.model(z[rows.cell_R], t_R, rows.conditions, size_B=rows.size_R)
         v = torch.zeros_like(z)
         for part in rows.parts:
             v[rows.cell_R[part]] += v_R[part]
@@ -171,4 +176,5 @@ class GuidedField:
         of_rows = (cell_R, weight_R, cell_R.bincount(minlength=len(given)))
         cell_R, weight_R, n_B = (x.to(device, non_blocking=True) for x in of_rows)
         shown = {name: of_row.to(device, non_blocking=True) for name, of_row in shown.items()}
-        return _Rows(cell_R, weight_R, n_B, tuple(parts), shown, plain)
+        size_R = None if self.size_B is None else self.size_B[cell_R]
+        return _Rows(cell_R, weight_R, n_B, tuple(parts), shown, size_R, plain)

@@ -16,13 +16,16 @@ def velocity_loss_B(
     t_B: Tensor,
     conditions: dict[str, Tensor],
     with_token_B: Tensor | None = None,
+    size_B: Tensor | None = None,
 ) -> Tensor:
     """Mean squared error of the velocity over a cell's latent numbers, (B,). Source: paper, section 3.
 
     with_token_B: which cells see their combination's token, for a model that has such
+    size_B: library sizes, for a model that is told them
     """
-    given = (conditions,) if with_token_B is None else (conditions, with_token_B)
-    predicted = model(interpolate(z_BLZ, noise_BLZ, t_B), t_B, *given)
+    more = {"with_token_B": with_token_B, "size_B": size_B}
+    given = {name: of_cells for name, of_cells in more.items() if of_cells is not None}
+    predicted = model(interpolate(z_BLZ, noise_BLZ, t_B), t_B, conditions, **given)
     return (predicted.float() - velocity(z_BLZ, noise_BLZ)).square().mean((1, 2))
 
 

@@ -1,7 +1,7 @@
 """How the diffusion transformer is told a condition, besides the plain table of a vector per label.
 
-Reading order: ValueEmbedding (continuous conditions), FeatureEmbedding (labels known by vectors), CombinationTokens,
-ConditionMeans.
+Reading order: ValueEmbedding (continuous conditions), SizeEmbedding (library sizes), FeatureEmbedding (labels known by
+vectors), CombinationTokens, ConditionMeans.
 """
 
 from __future__ import annotations
@@ -39,15 +39,13 @@ class ValueEmbedding(nn.Module):
             raise InputError(f"model.continuous: value {values_K.min():g} has no logarithm. Use linear")
         if len(values_K) and values_K.min() == values_K.max():
             raise InputError(f"model.continuous: all labels are {values_K[0]:g}. There is nothing to learn from")
-        self.mlp = nn.Sequential(nn.Linear(1 + 2 * len(FREQUENCIES), width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = _mlp(width)
         self.not_given = nn.Embedding(1, width)
 
     def forward(self, value_B: Tensor) -> Tensor:
         """(B, D). NaN is "not given"."""
         hidden = value_B.isnan()
-        x_B1 = self._standardised(value_B.masked_fill(hidden, 0.0))[:, None]
-        angles = [frequency * math.pi / 2 * x_B1 for frequency in FREQUENCIES]
-        features = torch.cat([x_B1, *map(torch.sin, angles), *map(torch.cos, angles)], dim=1)
+        features = _waves(self._standardised(value_B.masked_fill(hidden, 0.0)))
         return torch.where(hidden[:, None], self.not_given.weight, self.mlp(features.to(self.not_given.weight.dtype)))
 
     def label_ids(self, value_B: Tensor) -> Tensor:
@@ -63,6 +61,37 @@ class ValueEmbedding(nn.Module):
         if self.scale == "linear":
             return value
         return torch.log1p(value / self.values_K[self.values_K > 0].min())
+
+
+class SizeEmbedding(nn.Module):
+    """A cell's library size, by its logarithm.
+
+    log_moments: mean and standard deviation of the log library size over training cells, (2,)
+    """
+
+    log_moments: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("log_moments", torch.tensor([0.0, 1.0]))
+        self.mlp = _mlp(width)
+
+    def forward(self, size_B: Tensor) -> Tensor:
+        """(B, D). A cell without counts is told as one of a single count."""
+        mean, std = self.log_moments
+        features = _waves((size_B.float().clamp_min(1).log() - mean) / std)
+        return self.mlp(features.to(self.log_moments.dtype))
+
+
+def _mlp(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(1 + 2 * len(FREQUENCIES), width), nn.SiLU(), nn.Linear(width, width))
+
+
+def _waves(x_B: Tensor) -> Tensor:
+    """A standardised number, its sines and cosines, (B, 1 + 2 * frequencies)."""
+    x_B1 = x_B[:, None]
+    angles = [frequency * math.pi / 2 * x_B1 for frequency in FREQUENCIES]
+    return torch.cat([x_B1, *map(torch.sin, angles), *map(torch.cos, angles)], dim=1)
 
 
 class FeatureEmbedding(nn.Module):

@@ -19,7 +19,14 @@ from scldm.checked import Checked, checked
 from scldm.errors import InputError
 from scldm.model.attention import AttentionKind, SelfAttention
 from scldm.model.blocks import SwiGLU
-from scldm.model.conditions import VALUE_SCALES, CombinationTokens, ConditionMeans, FeatureEmbedding, ValueEmbedding
+from scldm.model.conditions import (
+    VALUE_SCALES,
+    CombinationTokens,
+    ConditionMeans,
+    FeatureEmbedding,
+    SizeEmbedding,
+    ValueEmbedding,
+)
 
 MAX_PERIOD = 10_000.0
 TIME_FEATURES = 256
@@ -37,6 +44,8 @@ class DiTConfig(Checked):
     combination_tokens: besides the sum of all conditions' embeddings, one more for each combination that was trained
     condition_means: the network is told latents less the mean that their conditions predict, each by a shift of its
         own, and learns the rest: a combination that was never trained has its parts' shifts
+    library_size: the network is told a cell's library size. Latents know it, so that without this the latent that is
+        drawn and the library size that is drawn do not fit each other. The paper does not have it; CFGen does
     attention: how attention is computed, never what: plain (the formula), sdpa (torch's kernels)
     compile: torch.compile the transformer blocks. On a CPU that needs a C++ compiler
     recompute: keep a transformer block's input only, and compute the rest again in backward
@@ -48,6 +57,7 @@ class DiTConfig(Checked):
     continuous: dict[str, str] = field(default_factory=dict, hash=False)  # a dict has no hash
     combination_tokens: bool = False
     condition_means: bool = False
+    library_size: bool = False
     attention: Literal["plain", "sdpa"] = "sdpa"
     compile: bool = False
     recompute: bool = False
@@ -134,6 +144,8 @@ class DiT(nn.Module):
                 self.condition.append(FeatureEmbedding(features[name], D))
             else:
                 self.condition.append(nn.Embedding(n + 1, D))
+        if config.library_size:
+            self.size = SizeEmbedding(D)
         plain = [k for k, c in enumerate(self.condition) if isinstance(c, nn.Embedding)]
         self.means = ConditionMeans(n_labels, plain, (n_latents, latent_width))
         if combinations_KC is None:
@@ -231,7 +243,12 @@ class DiT(nn.Module):
         return torch.stack(given, dim=1)
 
     def forward(
-        self, z_BLZ: Tensor, t_B: Tensor, conditions: dict[str, Tensor], with_token_B: Tensor | None = None
+        self,
+        z_BLZ: Tensor,
+        t_B: Tensor,
+        conditions: dict[str, Tensor],
+        with_token_B: Tensor | None = None,
+        size_B: Tensor | None = None,
     ) -> Tensor:
         """Velocity dz/dt at standardised z and flow time t, (B, L, Z).
 
@@ -240,6 +257,7 @@ class DiT(nn.Module):
 
         conditions: of each of the model's conditions, label ids (B,), of continuous ones values. `null` if not given
         with_token_B: cells that may use the token of their combination, where the model has such. None lets all
+        size_B: library sizes, for a model that is told them
         """
         mean_BLZ = self.means(conditions) if self.config.condition_means else None
         if mean_BLZ is not None:
@@ -249,6 +267,9 @@ class DiT(nn.Module):
             condition_BD = condition_BD + embedding(conditions[name])
         if self.config.combination_tokens:
             condition_BD = condition_BD + self.combinations(self.label_ids(conditions), with_token_B)
+        if self.config.library_size:
+            assert size_B is not None, "this model is told library sizes"
+            condition_BD = condition_BD + self.size(size_B)
         condition_BD = nn.functional.silu(condition_BD)
         x_BLD = self.from_latent(z_BLZ) + self.token_embedding
         for block in self.blocks:

@@ -177,6 +177,12 @@ def base_of(dit: DiT, taken: dict[str, np.ndarray], sampler: SamplerConfig) -> d
     return taken if base is conditions else _arrays(base)
 
 
+def labels_of_base(dit: DiT, vocab: ConditionVocab, base: dict[str, np.ndarray], labels: pd.DataFrame) -> pd.DataFrame:
+    """The combinations' labels as the network is asked for them, as text."""
+    given = [name for name in dit.means.names.values() if name in labels]
+    return labels.assign(**{name: [vocab.labels[name][k] for k in base[name]] for name in given})
+
+
 def _tensors(taken: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(values) for name, values in taken.items()}
 

@@ -33,6 +33,7 @@ class Wanted:
         trained
     given_size_n: library sizes that were given, float64 (n,)
     log_mean, log_std: else those of the combinations' log-normals
+    base_shift: log of how many times as large cells of the base labels usually are, by combination. None for as large
     notes: a sentence for each thing that a reader of the cells should know
     """
 
@@ -44,6 +45,7 @@ class Wanted:
     given_size_n: np.ndarray | None
     log_mean: np.ndarray | None = None
     log_std: np.ndarray | None = None
+    base_shift: np.ndarray | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -88,6 +90,11 @@ class Wanted:
             of = self._of(some)
             parts.append(np.exp(self.log_mean[of] + self.log_std[of] * normal.double().numpy()))
         return np.concatenate(parts)
+
+    def base_size(self, rows: range) -> np.ndarray:
+        """What the network is told: the library sizes, as they would be of the base labels."""
+        size_n = self.library_size(rows)
+        return size_n if self.base_shift is None else size_n * np.exp(self.base_shift[self._of(rows)])
 
 
 def distinct(conditions: pd.DataFrame, missing: Mapping[str, str]) -> tuple[np.ndarray, pd.DataFrame]:

@@ -89,11 +89,14 @@ def dit_from(dit: DiT, conditions: ConditionVocab, trained: DiT, trained_conditi
     A condition that the trained one lacks starts as a network does, one that is no more is left out.
 
     Raises: InputError where the networks are of different shape, have tokens for combinations, or take conditions
-        otherwise. Weights that were trained beside `condition_means`, or on a log scale, mean something else without.
+        otherwise. Weights that were trained beside `condition_means` or library sizes, or on a log scale, mean
+        something else without.
     """
     if dit.config.combination_tokens or trained.config.combination_tokens:
         raise InputError("init_from: model.combination_tokens are of the trained data's combinations. Set it to false")
-    settings = {"condition_means": (trained.config.condition_means, dit.config.condition_means)}
+    settings = {
+        key: (getattr(trained.config, key), getattr(dit.config, key)) for key in ("condition_means", "library_size")
+    }
     scales = trained.config.continuous, dit.config.continuous
     settings |= {f"continuous.{name}": (scales[0][name], scales[1][name]) for name in scales[0] if name in scales[1]}
     for key, (was, given) in settings.items():
@@ -116,6 +119,8 @@ def dit_from(dit: DiT, conditions: ConditionVocab, trained: DiT, trained_conditi
         tables[f"{prefix}weight"] = torch.cat((rows, null))
     report += [Joined(name, 0, (), trained_conditions.labels[name]) for name in before if name not in now]
     _copy(dit, dict(trained.named_parameters()), tables, renamed)
+    if dit.config.library_size:  # on the scale that was trained
+        dit.size.log_moments.copy_(trained.size.log_moments)
     return report
 
 

@@ -166,7 +166,9 @@ class LDMStage:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         z_BLZ = self.module.standardise(self.latents(batch))
         noise_BLZ = draws.normal_of(u["flow noise"], self.module.latent_shape)
-        loss_B = velocity_loss_B(model, z_BLZ, noise_BLZ, flow.time_B(u["flow time"]), conditions, with_token_B)
+        size_B = batch.library_size_all_B if self.module.config.library_size else None
+        t_B = flow.time_B(u["flow time"])
+        loss_B = velocity_loss_B(model, z_BLZ, noise_BLZ, t_B, conditions, with_token_B, size_B)
         loss = (loss_B * batch.weight_B).sum()
         return loss, {"velocity_loss": loss.detach()}
 

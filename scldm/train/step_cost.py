@@ -128,7 +128,7 @@ def dit_step(
     def loss_of(run: nn.Module) -> Tensor:
         z_BLZ = torch.ones(n_cells, n_latents, latent_width)
         labels = {name: torch.zeros(n_cells, dtype=torch.int64) for name in n_labels}
-        return run(z_BLZ, torch.ones(n_cells), labels).float().square().mean()
+        return run(z_BLZ, torch.ones(n_cells), labels, size_B=torch.ones(n_cells)).float().square().mean()
 
     return step_cost(lambda: DiT(config, n_latents, latent_width, n_labels), loss_of, **how)
 

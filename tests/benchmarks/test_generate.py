@@ -93,7 +93,7 @@ def test_random_weights_draw_cells_as_sparse_as_real_ones() -> None:
 def test_the_reference_recipe_follows_the_flow_that_it_is_compared_on() -> None:
     network, numbers = dit(), torch.arange(5)
     conditions = {"type": torch.tensor([0, 1, 2, 0, 1])}
-    found, n_calls = bench.reference_latents(network, conditions, numbers)
+    found, n_calls = bench.reference_latents(network, conditions, numbers, torch.ones(5))
     expected = generate_latents(network, conditions, numbers, 0, SamplerConfig("heun", 400)).latent_BLZ
     torch.testing.assert_close(found, expected, atol=1e-2, rtol=0)
     assert n_calls >= 3 * 7

@@ -65,7 +65,8 @@ def test_cells_are_encoded_as_they_come_and_all_conditions_reach_the_model(made:
     run(
         "train", "ldm", *LDM, f"vae={made}/vae", f"data.shards={made}/shards", f"run_dir={made}/live",
         "given.policy=random", "given.n_genes=20", "given.gene_set_group=30", f"label_embeddings.drug={made}/drugs.csv",
-        "model.continuous.dose=log", "model.combination_tokens=true", "flow.time=logit_normal",
+        "model.continuous.dose=log", "model.combination_tokens=true", "model.library_size=true",
+        "flow.time=logit_normal",
     )  # fmt: skip
     losses = [row["loss"] for row in read_metrics(made / "live", "train")]
     assert losses[-1] < losses[0]
@@ -209,16 +210,20 @@ def test_numbers_of_a_continuous_condition() -> None:
 
 @pytest.mark.slow
 def test_only_combinations_of_training_cells_are_known(made: Path) -> None:
-    """And the moments of cells that are encoded as they come are those of the training cells."""
+    """And the moments of cells that are encoded as they come, and of their library sizes, are of the training cells."""
     config = TrainLDMConfig(
         "run", StreamConfig(f"{made}/shards"), vae=f"{made}/vae", train=TrainConfig(global_batch=60),
-        hardware=HardwareConfig("plain", 30),
+        hardware=HardwareConfig("plain", 30), model=DiTConfig(16, 1, 2, library_size=True),
     )  # fmt: skip
     parts = set_up(config, World(0, 1, torch.device("cpu")))
     assert isinstance(parts.module, DiT)
     assert parts.module.combinations.labels_KC.tolist() == [[0, 0], [0, 2], [1, 0], [1, 1]]
-    latents = [parts.stage.latents(batch) for batches in [next(parts.loader) for _ in range(3)] for batch in batches]
-    z = parts.module.standardise(torch.cat(latents))
+    batches = [batch for of_step in [next(parts.loader) for _ in range(3)] for batch in of_step]
+    log_size = torch.cat([batch.library_size_all_B for batch in batches]).log()
+    torch.testing.assert_close(
+        parts.module.size.log_moments, torch.stack([log_size.mean(), log_size.std()]), atol=0.02, rtol=0.05
+    )
+    z = parts.module.standardise(torch.cat([parts.stage.latents(batch) for batch in batches]))
     assert z.mean().abs() < 0.05
     assert abs(z.std() - 1) < 0.1
     for loader in (parts.loader, parts.validation):

@@ -38,13 +38,15 @@ def library_sizes() -> LibrarySizeModel:
 def networks() -> tuple[VAE, DiT]:
     torch.manual_seed(0)
     vae = VAE(VAEConfig(16, L, Z, 1, 2, 1, 0.01), G).eval()
-    dit = DiT(DiTConfig(16, 1, 2), L, Z, {name: CONDITIONS.n_labels(name) for name in CONDITIONS.names}).eval()
+    labels = {name: CONDITIONS.n_labels(name) for name in CONDITIONS.names}
+    dit = DiT(DiTConfig(16, 1, 2, library_size=True), L, Z, labels).eval()
     for network in (vae, dit):
         for name, parameter in network.named_parameters():
             if "log_theta" not in name:
                 parameter.data.normal_(std=0.3)
     vae.gene_embedding.weight.data[0] = 0
     dit.latent_mean_LZ += 0.5
+    dit.size.log_moments.copy_(torch.tensor([6.0, 0.8]))
     return vae, dit
 
 

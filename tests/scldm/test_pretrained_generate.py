@@ -15,6 +15,7 @@ import torch
 from scldm import draws, networks, pretrained
 from scldm.errors import InputError
 from scldm.flow.generate import SamplerConfig
+from scldm.library_size import LibrarySizeModel, LogNormal
 from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import Predicted
 from scldm.pretrained import Pretrained, written
@@ -274,6 +275,32 @@ def test_a_combination_that_is_drawn_as_another_is_told(model: Pretrained) -> No
     ]
     joint = model.check_conditions(table, 0, SamplerConfig(guidance="joint")).notes
     assert not [note for note in joint if "moved" in note]
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_the_network_is_told_the_library_sizes_that_the_labels_it_is_asked_for_have(
+    model: Pretrained, given: bool
+) -> None:
+    """Drawn as d1, cells have e^-3 times the counts that they have as d2. They are decoded with those of d2."""
+    trained, labels = torch.tensor([[0, 0], [0, 1], [1, 0]]), {"type": 3, "donor": 2}
+    dit = DiT(DiTConfig(16, 1, 2, library_size=True), L, Z, labels, combinations_KC=trained).eval()
+    dit.means.fit(trained, torch.full((3,), 1e5), torch.tensor([0.0, 1.0, 5.0])[:, None, None].expand(-1, L, Z))
+    of_pair = {("T cell", "d2"): LogNormal(20, 6.0, 0.1), ("B cell", "d1"): LogNormal(20, 4.0, 0.1)}
+    fitted = {("donor",): {("d2",): LogNormal(20, 7.0, 0.1)}, ("type", "donor"): of_pair}
+    sizes = LibrarySizeModel(("type", "donor"), {**fitted, ("type",): {("B cell",): LogNormal(20, 4.0, 0.9)}})
+    model = replace(model, dit=dit.requires_grad_(False), library_sizes=sizes, batch=2)
+    told: list[torch.Tensor] = []
+    dit.register_forward_pre_hook(lambda _, __, named: told.append(named["size_B"]), with_kwargs=True)
+    table = pd.DataFrame({"type": ["B cell", "T cell"], "donor": ["d2", "d2"]})
+    table = table.assign(library_size=[900.0, 400.0]) if given else table
+    made: Any = model.generate(table, seed=0, sampler=SamplerConfig("euler", 1))
+    size_n = made.obs["library_size"].to_numpy()
+    np.testing.assert_allclose(told[0], size_n * np.exp([-3.0, 0.0]), rtol=1e-5)
+    expected = [900, 400] if given else np.exp([7.0, 6.0])
+    np.testing.assert_allclose(size_n, expected, rtol=1e-5 if given else 0.4)
+    told.clear()
+    model.generate(table, seed=0, sampler=SamplerConfig("euler", 1, guidance="joint"))
+    np.testing.assert_allclose(told[0], size_n, rtol=1e-5)
 
 
 # --- conditions that are more than a label -------------------------------------------------------------------------

@@ -86,6 +86,18 @@ def test_cells_are_shifted_to_a_combination_that_was_never_trained(model: Pretra
     np.testing.assert_allclose(moved.X[b].toarray(), torch.cat(expected)[b].numpy(), rtol=1e-3)
 
 
+def test_the_network_is_told_the_cells_own_library_sizes(model: Pretrained) -> None:
+    """On the way to noise and on the way back."""
+    told: list[torch.Tensor] = []
+    hook = model.dit.register_forward_pre_hook(lambda _, __, named: told.append(named["size_B"]), with_kwargs=True)
+    adata = labelled_cells(6)
+    model.transform(adata, {"type": "NK"}, sampler=FEW)
+    hook.remove()
+    assert len(told) == 2 * FEW.n_steps
+    for size_B in told:
+        np.testing.assert_allclose(size_B, np.asarray(adata.X.sum(1)).ravel())
+
+
 def test_a_files_own_columns_are_kept(model: Pretrained) -> None:
     """Many atlases have a column `source`."""
     adata = labelled_cells(4)

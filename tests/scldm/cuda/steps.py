@@ -87,7 +87,7 @@ def vae_of(preset: str, attention: str = "auto") -> VAE:
 
 def dit_of(n_latents: int) -> DiT:
     with torch.device(GPU.device):
-        return DiT(DiTConfig(), n_latents, 16, {"type": 3, "donor": 2})
+        return DiT(DiTConfig(library_size=True), n_latents, 16, {"type": 3, "donor": 2})
 
 
 def vae_steps(B: int, own: bool, precision: str, ways: tuple[str, ...]) -> None:

@@ -25,9 +25,9 @@ def model() -> DiT:
     return random_model(LABELS, [[0, 0], [1, 0], [1, 1], [2, 1]])
 
 
-def random_model(labels: dict[str, int], trained: list[list[int]]) -> DiT:
+def random_model(labels: dict[str, int], trained: list[list[int]], **more: Any) -> DiT:
     torch.manual_seed(1)
-    model = DiT(DiTConfig(16, 1, 2), 3, 4, labels, combinations_KC=torch.tensor(trained)).double()
+    model = DiT(DiTConfig(16, 1, 2, **more), 3, 4, labels, combinations_KC=torch.tensor(trained)).double()
     for parameter in model.eval().requires_grad_(False).parameters():
         parameter.normal_(std=0.3)
     return model
@@ -71,6 +71,17 @@ def test_guidance_is_eq_11_and_costs_one_call(model: DiT, rows_asked: list[int])
     # one call on a doubled batch
     assert rows_asked == [5, 5, 10]
     assert evaluations(field).tolist() == [2] * 5
+
+
+def test_every_subset_of_the_conditions_is_told_the_library_size() -> None:
+    model, size_B = random_model(LABELS, [[0, 0]], library_size=True), torch.tensor([1.0, 2, 3, 4, 5]).double()
+    t, free = torch.full((5,), T), {name: null(name) for name in LABELS}
+    given_v, free_v = (model(Z, t, shown, size_B=size_B) for shown in (IDS, free))
+    close(GuidedField(model, IDS, scale=2, size_B=size_B)(Z, T), free_v + 2 * (given_v - free_v))
+    close(GuidedField(model, IDS, size_B=size_B)(Z, T), given_v)
+    assert (given_v - model(Z, t, IDS, size_B=size_B.flip(0)))[[0, 1, 3, 4]].abs().amax((1, 2)).min() > 1e-3
+    alone = random_model({}, [[]], library_size=True)
+    close(GuidedField(alone, {}, size_B=size_B)(Z, T), alone(Z, t, {}, size_B=size_B))
 
 
 def test_a_cell_without_conditions_is_asked_for_once(model: DiT) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -124,6 +126,31 @@ def test_a_model_with_all_kinds_of_conditions_starts_trains_and_is_loaded_again(
     loaded.load_state_dict(model.state_dict())
     z, t = torch.randn(2, 3, 4), torch.rand(2)
     assert torch.equal(loaded(z, t, given), model(z, t, given))
+
+
+# --- library sizes -------------------------------------------------------------------------------------------------
+
+
+def test_library_sizes_are_told_by_their_logarithm() -> None:
+    """Every cell by itself, standardised, and in the network's answer. A cell without counts is finite."""
+    torch.manual_seed(0)
+    model = DiT(DiTConfig(16, 1, 2, library_size=True), 3, 4, {"type": 2})
+    randomised(model)
+    model.size.log_moments.copy_(torch.tensor([math.log(1e4), 0.5]))
+    size_B = torch.tensor([1e4, 1e4 * math.exp(0.5), 0.0])
+    told_BD = model.size(size_B)
+    first, *_ = model.size.mlp
+    for row, x in enumerate((0.0, 1.0, -2 * math.log(1e4))):
+        waves = torch.tensor([x, *(of(f * math.pi / 2 * x) for of in (math.sin, math.cos) for f in (0.5, 1, 2))])
+        torch.testing.assert_close(told_BD[row], model.size.mlp[1:](first(waves)), atol=1e-5, rtol=1e-5)
+    z, t, ids = torch.randn(3, 3, 4), torch.rand(3), {"type": torch.tensor([0, 1, 2])}
+    answer = model(z, t, ids, size_B=size_B)
+    other = model(z, t, ids, size_B=size_B * torch.tensor([1.0, 2.0, 1.0]))
+    moved = (answer - other).abs().amax((1, 2))
+    assert moved[1] > 1e-3
+    assert moved[[0, 2]].max() < 1e-6
+    with pytest.raises(AssertionError, match="told library sizes"):
+        model(z, t, ids)
 
 
 # --- means of conditions -------------------------------------------------------------------------------------------

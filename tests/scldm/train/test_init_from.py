@@ -123,8 +123,19 @@ def test_weights_that_knew_conditions_otherwise_are_refused() -> None:
     for trained, dit, said in (
         (dit_of(condition_means=True), dit_of(), "trained with model.condition_means=True, not False"),
         (dit_of(), dit_of(condition_means=True), "trained with model.condition_means=False, not True"),
+        (dit_of(library_size=True), dit_of(), "trained with model.library_size=True, not False"),
         (dit_of("log"), dit_of("linear"), "trained with model.continuous.dose=log, not linear"),
     ):
         with pytest.raises(InputError, match=said):
             dit_from(dit, vocab, trained, vocab)
     assert len(dit_from(dit_of(condition_means=True), vocab, dit_of(condition_means=True), vocab)) == 2
+
+
+def test_library_sizes_are_told_on_the_scale_that_was_trained() -> None:
+    vocab = ConditionVocab({"type": ("B", "T")})
+    dit, trained = (DiT(DiTConfig(16, 1, 2, library_size=True), 2, 4, {"type": 2}) for _ in range(2))
+    trained.size.log_moments.copy_(torch.tensor([9.0, 0.5]))
+    randomised(trained)
+    dit_from(dit, vocab, trained, vocab)
+    size_B = torch.tensor([1e3, 1e4])
+    assert torch.equal(dit.size(size_B), trained.size(size_B))
