@@ -73,7 +73,7 @@ def main(config: QualityConfig) -> Results:
     if config.json:
         print(json.dumps(written, indent=1))
     else:
-        print_tables(results)
+        print_tables(results, shown.get("kept", {}))
     title = f"{Path(config.h5ad).stem}: {len(task.train):,} training cells x {len(task.genes):,} genes, " + (
         f"{config.seconds:g} CPU-seconds a method, {len(config.seeds)} seed{'s' * (len(config.seeds) > 1)}"
     )

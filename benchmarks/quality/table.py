@@ -74,9 +74,12 @@ class Results:
         return out
 
 
-def print_tables(results: Results) -> None:
+def print_tables(results: Results, kept: Mapping[str, Mapping[str, Any]]) -> None:
     """A table for each scope, methods as rows: mean over seeds ± half their range. `*` marks the best method that is
-    not a control, and those within its range."""
+    not a control, and those within its range.
+
+    kept: method -> where its rows come from, of those that this run did not make
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -110,6 +113,8 @@ def print_tables(results: Results) -> None:
     console.print(table)
     if any(METHODS[method].kind == "ours" for method in results.rows):
         console.print(ours.NOTE, soft_wrap=True)
+    for method, of in kept.items():
+        console.print(f"{method}: not made by this run, kept from one of commit {of['commit']}", soft_wrap=True)
     for method in results.rows:
         for why, keys in results.impossible(method).items():
             console.print(f"{method}, {named(keys)}: {why}", soft_wrap=True)

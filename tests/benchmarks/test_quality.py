@@ -29,7 +29,7 @@ from benchmarks.quality.judge import JudgeConfig, judge, loss_of, response_of, t
 from benchmarks.quality.known import Known, scores_of
 from benchmarks.quality.methods import METHODS, gaussian, naive
 from benchmarks.quality.methods.flow import Latents, train_flow
-from benchmarks.quality.table import Results, number, print_tables
+from benchmarks.quality.table import Results, kept, number, print_tables
 from benchmarks.quality.work import Made, Place, labels_frame, run_row, trained_once
 from scldm.errors import InputError
 from scldm.evaluate.baselines import shuffled_types
@@ -219,17 +219,21 @@ def test_the_command_makes_what_is_missing_and_judges_again_when_asked(
         main(replace(config, seconds=5.0))
 
 
-def test_rows_of_an_earlier_run_are_kept_where_cells_and_judge_are_the_same(h5ad: str, tmp_path: Path):
+def test_rows_of_an_earlier_run_are_kept_where_cells_and_judge_are_the_same(
+    h5ad: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     before, after = tmp_path / "before.json", tmp_path / "after.json"
     of = {"min_cells": 5, "seconds": 5.0}
     main(config_of(h5ad, tmp_path / "a", methods=("training_cells", "poisson_mean"), save=str(before), **of))
     again = {"methods": ("training_cells", "independent_genes"), "save": str(after), "keep": str(before)}
     results = main(config_of(h5ad, tmp_path / "b", **again, **of))
     assert set(results.scores) == {"training_cells", "poisson_mean", "independent_genes"}
+    told = [line for line in capsys.readouterr().out.splitlines() if "not made by this run" in line]
     old, new = (json.loads(path.read_text()) for path in (before, after))
     assert new["methods"]["poisson_mean"] == old["methods"]["poisson_mean"]
     made_by = {key: old[key] for key in ("commit", "command", "device")} | {"seconds": 5.0}
     assert new["settings"]["kept"] == {"poisson_mean": made_by}
+    assert told == [f"poisson_mean: not made by this run, kept from one of commit {old['commit']}"]
     third = {"methods": ("training_cells", "independent_genes"), "keep": str(after)}  # what was kept before keeps that
     after.write_text(json.dumps({**new, "commit": "another"}))
     main(config_of(h5ad, tmp_path / "b", save=str(tmp_path / "third.json"), **third, **of))
@@ -241,6 +245,11 @@ def test_rows_of_an_earlier_run_are_kept_where_cells_and_judge_are_the_same(h5ad
 
     with pytest.raises(InputError, match="its min_cells is 5, and this run's 6"):
         main(config_of(h5ad, tmp_path / "b", **again, **of | {"min_cells": 6}))
+    with_parts = {**old, "methods": old["methods"] | {"ours_gaussian": old["methods"]["poisson_mean"]}}
+    before.write_text(json.dumps(with_parts))
+    anew = Results(dict(results.scores) | {"ours": {}}, results.rows)
+    with pytest.raises(InputError, match="ours_gaussian is of a model that this run trains anew. Name it in methods"):
+        kept(before, anew, new["settings"], ())
     old["methods"]["training_cells"]["seeds"]["0"]["scores"]["pooled"]["fd"] += 0.1
     before.write_text(json.dumps(old))
     with pytest.raises(InputError, match="training_cells are not scored as this run's"):
@@ -371,7 +380,7 @@ def test_all_methods_within_the_range_of_the_best_one_are_starred():
 
 def test_labels_are_shown_as_text_and_every_table_names_its_protocol(capsys: pytest.CaptureFixture[str]):
     w2 = {"training_cells": [1.0, 1.0], "ours": [2.0, 4.0], "poisson_mean": [5.0, 5.0]}
-    print_tables(results_of(w2, "cell_type=x[/b] [mem] :cat:"))
+    print_tables(results_of(w2, "cell_type=x[/b] [mem] :cat:"), {})
     shown = " ".join(capsys.readouterr().out.split())
     assert "ours, cell_type=x[/b] [mem] :cat:: why" in shown
     assert "pooled, protocol quality benchmark:" in shown
