@@ -33,8 +33,8 @@ from scldm.evaluate.space import log_normalise
 from scldm.pretrained import Pretrained
 
 PURPOSE = """Take apart where generated cells lose gene-gene correlation within combinations: expected counts of
-training cells' latents, draws of them without and with the dispersion, generated cells. Real cells say what can be
-reached."""
+training cells' latents, draws of them without and with the dispersion, with library sizes of other cells, generated
+cells. Real cells say what can be reached."""
 EXAMPLE = """
 python -m benchmarks.quality h5ad=kang.h5ad conditions=cell_type,treatment out=runs/quality methods=ours
 python -m benchmarks.gene_correlation h5ad=runs/quality/cells.h5ad conditions=cell_type,treatment \\
@@ -168,10 +168,15 @@ def sets_of(
     """Kinds of cells that the model makes, and pairs of sets of each."""
     mu, theta = decoded_cells(model, cells)
     draws, n = np.random.default_rng(1), range(config.draws)
+    other = np.arange(len(cells))
+    for rows in groups.train.values():
+        other[rows] = draws.permutation(rows)
+    of_others = mu * (cells.library_size[other] / cells.library_size)[:, None]
     for name, counts in (
         ("expected counts of training cells' latents", mu),
         ("Poisson draws of these", draws.poisson(mu)),
         ("draws of these with the dispersion", negative_binomial(mu, theta, draws)),
+        ("the same with library sizes of other cells of the combination", negative_binomial(of_others, theta, draws)),
     ):
         yield name, [groups.halves(sp.csr_matrix(counts), k) for k in n]
     if model.dit is None:
