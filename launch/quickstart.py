@@ -20,11 +20,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-
 from launch.cli import run_verb
-from scldm.cells_file import column_names, frame_of, open_cells, reading, write_cells
+from scldm.cells_opened import column_names, frame_of, open_cells, reading
 from scldm.checked import Checked, checked
 from scldm.errors import REQUEUE, STOPPED, InputError, Stopped
 from scldm.files import made_aside, write_json, written_aside
@@ -243,6 +240,9 @@ def check_cells(config: QuickstartConfig) -> None:
 
 def write_wanted(out: Path, conditions: Sequence[str]) -> None:
     """A table of conditions: each combination with the number of test cells that have it."""
+    import numpy as np
+    import pandas as pd
+
     from data_pipeline.format.schema import read_manifest
 
     manifest = read_manifest(str(out / "shards"))
@@ -283,6 +283,7 @@ def say_where(out: Path, todo: Stages, seconds: float) -> None:
 
 
 def write_builtin_cells(path: Path) -> None:
+    from scldm.cells_file import write_cells
     from scldm.examples import pbmc
 
     with made_aside(path) as part:

@@ -25,7 +25,8 @@ import pandas as pd
 import torch
 
 from scldm.arguments import folder_of, names_of, seed_of, text_of
-from scldm.cells_file import frame_of, made_storable, open_cells, read_frame, read_names, reading, write_cells
+from scldm.cells_file import made_storable, read_frame, read_names, write_cells
+from scldm.cells_opened import frame_of, open_cells, reading
 from scldm.count_matrix import FILE_ROWS, row_blocks, table_in_memory, x_of
 from scldm.environment import install_hint
 from scldm.errors import InputError, read_json

@@ -245,10 +245,7 @@ class Networks:
         genes = names_of("genes", genes, "gene ids", '["CD3E", "MS4A1"]')
         if not genes:
             raise InputError("genes=[] names no gene. Leave it out for all of the model's")
-        index = self.genes.lookup(genes)
-        if (index == 0).any():
-            raise InputError(f"gene {genes[int(np.argmin(index))]!r} is not among the model's {self.genes.n_genes}")
-        return index - 1
+        return self.genes.places(genes)
 
     def var(self, columns: np.ndarray) -> pd.DataFrame:
         """The genes by id, with what else is known of them."""

@@ -24,7 +24,7 @@ from data_pipeline.convert.source_soma import SomaMatrix
 from data_pipeline.convert.splits import SplitConfig, draw_splits, keys
 from data_pipeline.convert.write_shards import write_shards
 from data_pipeline.write_soma import SomaWriteConfig, write_soma
-from scldm.cells_file import open_cells
+from scldm.cells_opened import open_cells
 from scldm.errors import InputError
 from scldm.label_text import as_labels, texts
 from scldm.request.wanted import distinct
@@ -136,6 +136,9 @@ def test_broken_files(tmp_path):
         open_sources(SourceConfig(paths=(str(tmp_path / "none.h5ad"),)), (), "")
     with pytest.raises(InputError, match="no file matches"):
         open_sources(SourceConfig(paths=(str(tmp_path / "n*.h5ad"),)), (), "")
+    with pytest.raises(InputError, match="no-soma: no such file or folder"):
+        open_sources(SourceConfig(paths=(str(tmp_path / "no-soma"),)), (), "")
+    (tmp_path / "no-soma").mkdir()
     with pytest.raises(InputError, match="can't be opened"):
         open_sources(SourceConfig(paths=(str(tmp_path / "no-soma"),)), (), "")
     for key, change in (
