@@ -21,7 +21,8 @@ from torch import Tensor
 from scldm import draws
 from scldm.arguments import names_of, seed_of
 from scldm.errors import InputError
-from scldm.flow.generate import SamplerConfig, generate_latents
+from scldm.flow.generate import generate_latents
+from scldm.flow.sampler import SamplerConfig
 from scldm.library_size import LibrarySizeModel
 from scldm.model.attention import Choice
 from scldm.model.dit import DiT

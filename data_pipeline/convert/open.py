@@ -1,5 +1,5 @@
-"""Opens what a config names: h5ad files, SOMA experiments, the Census. Each kind's library is imported late, and nothing
-is by who only asks what lies there.
+"""Opens what a config names: h5ad files, SOMA experiments, the Census. Each kind's library is imported late. Who asks
+what lies there waits for none.
 
 Reading order: open_sources, resolve, named, open_matrix.
 """
@@ -16,7 +16,8 @@ from scldm.cells_opened import is_cells_file
 from scldm.errors import InputError
 
 if TYPE_CHECKING:  # it imports pandas
-    from data_pipeline.convert.source import Kind, Matrix, OpenSource, SourceConfig, SourceSpec
+    from data_pipeline.convert.config import Kind, SourceConfig
+    from data_pipeline.convert.source import Matrix, OpenSource, SourceSpec
 
 ANYWHERE = re.compile(r"[A-Za-z][\w+.-]*:")  # how a URL begins
 

@@ -16,10 +16,11 @@ import pandas as pd
 import scipy.sparse as sp
 from numba import njit
 
+from data_pipeline.convert.config import SourceConfig
 from data_pipeline.convert.genes import SourceGenes, gene_names
 from data_pipeline.convert.narrow import FAULTS, Rows, coo_to_rows, fault_of
 from data_pipeline.convert.row_filter import matches, where_true
-from data_pipeline.convert.source import OpenSource, SourceConfig, SourceSpec, size_and_time, spans
+from data_pipeline.convert.source import OpenSource, SourceSpec, size_and_time, spans
 from scldm.cells_file import read_column, read_frame, read_names
 from scldm.cells_opened import check_columns, frame_of, is_array, open_cells, reading
 from scldm.count_matrix import LOOKED_FOR, matrix_name

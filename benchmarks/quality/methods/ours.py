@@ -32,7 +32,7 @@ from launch.evaluation.reconstructed_cells import known_genes
 from launch.evaluation.reconstructed_cells import latents as embeddings
 from scldm.errors import InputError
 from scldm.evaluate.cells import Cells
-from scldm.flow.generate import SamplerConfig
+from scldm.flow.sampler import SamplerConfig
 from scldm.train.checkpoint import Checkpoint
 from scldm.train.steps import pointed
 
