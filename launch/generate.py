@@ -27,7 +27,7 @@ from scldm.checked import SEEDS, Checked, checked
 from scldm.count_draws import DRAWS_VERSION
 from scldm.environment import cpu_maker
 from scldm.errors import InputError
-from scldm.flow.generate import SamplerConfig
+from scldm.flow.sampler import SamplerConfig
 from scldm.parallel.dist import close_world, world_of_environment
 from scldm.pretrained import Kind, Precision, Pretrained, batch_on, usable
 from scldm.progress import Progress

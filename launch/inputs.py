@@ -33,6 +33,7 @@ INPUTS = {
         ("shards", "data.shards", "path"),
         ("manifest.json", "{value}: no manifest.json: not a shard set, or one that is not finished"),
     ),
+    **dict.fromkeys(("source.gene_table", "filter.gene_list", "split.held_out"), ("", "{key}: {value}: no such file")),
     **dict.fromkeys(
         ("model", "init_from"),
         ("config.json", "{value} is not a model folder: it has no config.json. `scldm export` writes one"),
@@ -48,10 +49,8 @@ def check_inputs(verb: str, config: Any) -> None:
     if verb in WRITES:
         check_out(config.out, WRITES[verb], **{key: getattr(config, key, "") for key in ("h5ad", "like", "conditions")})
     for key, (file, said) in INPUTS.items():
-        if key == "data.shards" and verb in PLANS and not needs_shards(config, PLANS[verb]):
+        if unread(key, verb, config):
             continue
-        if key == "init_from" and os.path.isdir(os.path.join(getattr(config, "run_dir", ""), "checkpoints")):
-            continue  # the run has begun with it
         if key in ("vae", "ldm") and getattr(config, "generated", ""):
             file, said = "metrics.jsonl", NO_CURVES
         given = _at(config, key)
@@ -63,6 +62,15 @@ def check_inputs(verb: str, config: Any) -> None:
                 raise InputError(said.format(key=key, value=value))
     if verb in NAMES:
         NAMES[verb](config)
+
+
+def unread(key: str, verb: str, config: Any) -> bool:
+    """Whether nothing reads what a key names: a plan that knows all sizes, or a run that goes on from a checkpoint."""
+    if key == "init_from":
+        run_dir = getattr(config, "run_dir", "")
+        begun = os.path.isdir(os.path.join(run_dir, "checkpoints")) or getattr(config, "branch_from", "")
+        return bool(begun) or verb in PLANS
+    return key == "data.shards" and verb in PLANS and not needs_shards(config, PLANS[verb])
 
 
 def _at(config: Any, dotted_key: str) -> Any:
@@ -132,9 +140,7 @@ def model_at(config: Any) -> tuple[Path, dict[str, Any]]:
     folder = Path(config.model)
     told = read_json(folder / "config.json")
     if not isinstance(told, dict) or "format_version" not in told:
-        raise InputError(
-            f"{folder} is not a model folder: its config.json is none of a model. `scldm export` writes one"
-        )
+        raise InputError(f"{folder} is not a model folder: its config.json is no model's. `scldm export` writes one")
     return folder, told
 
 
@@ -171,6 +177,8 @@ def labels_in(path: str) -> dict[str, list[str]]:
         with open(path, newline="", encoding="utf-8") as file:
             columns, *rows = islice(csv.reader(file), MOST_ROWS)
     except (OSError, ValueError, csv.Error):
+        return {}
+    if any(len(row) > len(columns) for row in rows):
         return {}
     rows = [dict(zip(columns, row)) for row in rows]
     rows = [row for row in rows if row.pop("n_cells", "1").strip() != "0"]

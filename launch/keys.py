@@ -79,8 +79,8 @@ def check_words(verb: str, words: Sequence[str], there: bool = True) -> None:
             known = f"There are {', '.join(shipped)}. " if shipped else ""
             raise InputError(f"{word!r} is no preset. {known}Files and folders are named by {places} here")
     config = compose(schema, words)
-    if verb in TOGETHER:
-        TOGETHER[verb](config)
+    for check in TOGETHER.get(kinds, ()):
+        check(config)
     if verb == "plan" and not (config.data.shards or getattr(config, "vae", "")):
         check_sizes(config, stage)
     if there and not os.environ.get("SCLDM_STAGED"):  # a job that staged shards reads them elsewhere

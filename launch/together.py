@@ -2,16 +2,18 @@
 which takes seconds. Each function takes the verb's config, or one of its keys' kinds. What `scldm evaluate` takes is in
 judged.py.
 
-Reading order: check_generate, moves_of, check_export, TOGETHER.
+Reading order: check_generate, moves_of, check_export, groups of keys, TOGETHER.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from data_pipeline.stream.gene_set_config import GeneSetConfig
 from launch.judged import check_judged
+from scldm.checked import check_divides
 from scldm.errors import InputError
 
 WRITES = {  # verb -> how what it writes may end
@@ -54,9 +56,39 @@ def check_export(config: Any) -> None:
         )
 
 
-TOGETHER: Mapping[str, Callable[[Any], object]] = {
-    "evaluate": check_judged,
-    "export": check_export,
-    "generate": check_generate,
-    "transform": moves_of,
+# --- groups of keys, by what the verbs' configs have of them -------------------------------------------------------
+
+
+def check_sampler(config: Any) -> None:
+    from scldm.flow.sampler import SamplerConfig  # with numpy
+
+    SamplerConfig(**vars(config.sampler))
+
+
+def check_encoded(config: Any) -> None:
+    GeneSetConfig(**vars(config.genes)).check("genes")
+
+
+def check_vae(config: Any) -> None:
+    for key in ("given", "asked"):
+        GeneSetConfig(**vars(getattr(config.data, key))).check(f"data.{key}")
+    for name in ("n_heads", "decoder_cross_heads"):
+        check_divides(config.model, name, "width", "model.")
+
+
+def check_ldm(config: Any) -> None:
+    GeneSetConfig(**vars(config.given)).check("given")
+    check_divides(config.model, "n_heads", "width", "model.")
+
+
+TOGETHER: Mapping[str, Sequence[Callable[[Any], object]]] = {
+    "train vae": [check_vae],
+    "plan": [check_vae],
+    "encode": [check_encoded],
+    "train ldm": [check_ldm],
+    "plan ldm": [check_ldm],
+    "export": [check_export],
+    "generate": [check_generate, check_sampler],
+    "transform": [moves_of, check_sampler],
+    "evaluate": [check_judged],
 }

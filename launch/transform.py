@@ -10,7 +10,7 @@ from launch.cli import run_verb
 from launch.own_cells import OwnCellsConfig, model_and_cells, write_whole
 from launch.together import moves_of
 from scldm.checked import SEEDS, checked
-from scldm.flow.generate import SamplerConfig
+from scldm.flow.sampler import SamplerConfig
 from scldm.pretrained import Kind
 
 PURPOSE = """Take the cells of an h5ad file to other conditions, as control cells to a perturbation: each to its noise
