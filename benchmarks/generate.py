@@ -37,7 +37,8 @@ from scldm import draws
 from scldm.errors import InputError
 from scldm.evaluate.distances import mmd2, w2
 from scldm.evaluate.space import Profile, fit_pca, log_normalise
-from scldm.flow.generate import SamplerConfig, generate_latents
+from scldm.flow.generate import generate_latents
+from scldm.flow.sampler import SamplerConfig
 from scldm.library_size import LibrarySizeModel, LogNormal
 from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE, Predicted, VAEConfig

@@ -18,7 +18,7 @@ from benchmarks.measure import failure_of, measure
 from benchmarks.report import Report, Row
 from benchmarks.ways import of_preset
 from launch.config import load_preset
-from scldm.flow.generate import SamplerConfig
+from scldm.flow.sampler import SamplerConfig
 from scldm.library_size import LibrarySizeModel, LogNormal
 from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE, VAEConfig

@@ -26,7 +26,7 @@ from data_pipeline.format import schema
 from data_pipeline.format.read_shards import manifest_hash
 from data_pipeline.format.schema import FileEntry, ShardEntry, SplitEntry
 from data_pipeline.format.statistics import compute_statistics
-from data_pipeline.stream.gene_sets import GeneSetConfig
+from data_pipeline.stream.gene_set_config import GeneSetConfig
 from data_pipeline.stream.loader import CellLoader, LoaderConfig
 from data_pipeline.stream.order import Balance, Units, rank_slice
 from scldm.errors import InputError

@@ -10,12 +10,10 @@ from typing import Any
 from benchmarks import loader_controls as controls
 from benchmarks import shards as bench_shards
 from benchmarks.shards import BenchShardsConfig
-from data_pipeline.convert.plan import ShardsWriteConfig
-from data_pipeline.convert.source import SourceConfig
-from data_pipeline.convert.splits import SplitConfig
+from data_pipeline.convert.config import ShardsWriteConfig, SourceConfig, SplitConfig
 from data_pipeline.convert.write_shards import write_shards
 from data_pipeline.format import schema
-from data_pipeline.stream.gene_sets import GeneSetConfig
+from data_pipeline.stream.gene_set_config import GeneSetConfig
 from data_pipeline.stream.loader import CellLoader, LoaderConfig
 from scldm.errors import InputError
 from scldm.files import made_aside

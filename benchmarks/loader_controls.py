@@ -22,7 +22,8 @@ from numba import njit
 
 from data_pipeline.format.block import decode_block
 from data_pipeline.format.read_shards import ShardSet
-from data_pipeline.stream.gene_sets import GeneSetConfig, GeneSets
+from data_pipeline.stream.gene_set_config import GeneSetConfig
+from data_pipeline.stream.gene_sets import GeneSets
 from data_pipeline.stream.order import DRAW_GIVEN, Order, Units
 
 SOMA_IO_BATCH = 16_384

@@ -27,7 +27,8 @@ from data_pipeline.format import schema
 from data_pipeline.format.block import decode_block, encode_block
 from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.stream.gather import CellSlots
-from data_pipeline.stream.gene_sets import GeneSetConfig, GeneSets, Policy
+from data_pipeline.stream.gene_set_config import GeneSetConfig, Policy
+from data_pipeline.stream.gene_sets import GeneSets
 from data_pipeline.stream.order import Order, Units
 from scldm.vocab import GeneVocab
 

@@ -27,10 +27,11 @@ from benchmarks.report import Report, Row, run_benchmark
 from launch import train_vae
 from launch.config import compose
 from scldm.errors import InputError
+from scldm.files import PARTIAL
 from scldm.model.vae import VAE
 from scldm.parallel.dist import LAZY, World
 from scldm.parallel.links import meet
-from scldm.train import checkpoint
+from scldm.train import checkpoint, steps
 from scldm.train.saver import commit
 
 PURPOSE = """Measure what grows with the number of ranks: sockets, the time until all have met, a step's agreement, and
@@ -179,15 +180,15 @@ def checkpoint_rows(report: Report, n: int, genes: int) -> None:
     shapes = {name: list(parameter.shape) for name, parameter in network.named_parameters()}
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "step-00000001"
-        aside = target.with_suffix(checkpoint.PARTIAL)
+        aside = target.with_suffix(PARTIAL)
         aside.mkdir()
         for k in range(n):
             (aside / f"part-{k}-of-{n}.json").write_text(json.dumps(part(shapes, k, n)))
         state = {"step": 1, "n_updates": 1, "shapes": shapes}
         commit_s = timed(lambda: commit(target, n, state, Path(scratch)))
         read_s = timed(lambda: checkpoint.Checkpoint(target))
-        n_bytes = (target / checkpoint.STATE).stat().st_size
-    report.add(Row(f"{n} parts: {checkpoint.STATE}", n_bytes / 1e6, "MB"))
+        n_bytes = (target / steps.STATE).stat().st_size
+    report.add(Row(f"{n} parts: {steps.STATE}", n_bytes / 1e6, "MB"))
     report.add(Row(f"{n} parts: the first rank makes them one", commit_s, "s"))
     report.add(Row(f"{n} parts: a rank opens them", read_s, "s"))
 

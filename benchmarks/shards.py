@@ -27,9 +27,9 @@ import pandas as pd
 from numba import njit
 
 from benchmarks.report import Report, Row, median, run_benchmark
+from data_pipeline.convert.config import SourceConfig
 from data_pipeline.convert.narrow import GeneSums, Rows, narrow_rows
 from data_pipeline.convert.open import open_matrix, open_sources
-from data_pipeline.convert.source import SourceConfig
 from data_pipeline.format.block import encode_block
 from data_pipeline.format.schema import BLOCK_CELLS, read_manifest
 from data_pipeline.write_soma import write_census

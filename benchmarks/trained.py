@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import scldm
-from data_pipeline.convert.plan import ShardsWriteConfig
+from data_pipeline.convert.config import ShardsWriteConfig
 from data_pipeline.convert.write_shards import write_shards
 from launch.config import compose
 from launch.export import ExportConfig

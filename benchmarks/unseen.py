@@ -32,7 +32,7 @@ from scldm.errors import InputError
 from scldm.evaluate.distances import mmd2, w2
 from scldm.evaluate.markers import log2_fold_change
 from scldm.evaluate.space import fit_pca, log_normalise
-from scldm.flow.generate import SamplerConfig
+from scldm.flow.sampler import SamplerConfig
 from scldm.pretrained import Pretrained
 
 PURPOSE = """Hold treated cells of some types out of training, generate them, and compare: fold changes of genes that

@@ -13,8 +13,8 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.convert.config import ShardsWriteConfig
 from data_pipeline.convert.open import open_sources
-from data_pipeline.convert.plan import ShardsWriteConfig
 from data_pipeline.convert.write_shards import write_shards
 from data_pipeline.format.read_shards import ShardSet
 from scldm.errors import InputError

@@ -32,7 +32,7 @@ from data_pipeline.format import schema
 from data_pipeline.format.latent_block import encode_latent_block
 from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.format.schema import FileEntry, ShardEntry
-from data_pipeline.stream.gene_sets import GeneSetConfig
+from data_pipeline.stream.gene_set_config import GeneSetConfig
 from scldm.errors import InputError, read_json
 from scldm.files import disk_explained, left_aside, locked, remove, remove_marked, sha256_of, written_aside
 

@@ -22,10 +22,11 @@ import pyarrow as pa
 import tiledbsoma
 import tiledbsoma.io
 
+from data_pipeline.convert.config import SourceConfig
 from data_pipeline.convert.narrow import FAULTS, Rows, fault_of
 from data_pipeline.convert.open import open_matrix, open_sources
-from data_pipeline.convert.source import SourceConfig
-from scldm.cells_file import open_cells, read_frame, reading
+from scldm.cells_file import read_frame
+from scldm.cells_opened import open_cells, reading
 from scldm.errors import InputError
 from scldm.files import disk_explained, made_aside
 from scldm.progress import Progress

@@ -6,12 +6,14 @@ import json
 import math
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch.checkpoints import found_checkpoint
 from launch.cli import run_verb
 from scldm.errors import read_json
-from scldm.train.checkpoint import Checkpoint
+
+if TYPE_CHECKING:  # it imports torch, for which nobody waits who named no checkpoint
+    from scldm.train.checkpoint import Checkpoint
 
 PURPOSE = "Print what a checkpoint holds: step, metrics, parameters, who wrote it, what lies beside it."
 EXAMPLE = """
@@ -41,7 +43,10 @@ CONFIG = CheckpointInspectConfig
 
 def main(config: CheckpointInspectConfig) -> dict[str, Any]:
     """Print it. Returns the same as JSON types."""
-    told = summary(Checkpoint(found_checkpoint(config.at, config.which)), config.parameters)
+    found = found_checkpoint(config.at, config.which)
+    from scldm.train.checkpoint import Checkpoint
+
+    told = summary(Checkpoint(found), config.parameters)
     if config.json:
         print(json.dumps(told, indent=1))
     else:

@@ -9,7 +9,7 @@ from pathlib import Path
 from launch.checkpoints import folder_of_checkpoints
 from launch.cli import run_verb
 from scldm.errors import InputError
-from scldm.train.checkpoint import STATE, Checkpoint, Damaged, candidates, steps_in
+from scldm.train.steps import STATE, candidates, steps_in
 
 PURPOSE = "Read every byte of a checkpoint, or of all of a run's, and compare with the hashes. Exit code 2 for damage."
 EXAMPLE = """
@@ -40,6 +40,8 @@ def main(config: CheckpointVerifyConfig) -> None:
         targets = sorted({*candidates(folder), *steps_in(folder)}, reverse=True)  # also where `latest` names none
     if not targets:
         raise InputError(f"{at} has no checkpoint yet")
+    from scldm.train.checkpoint import Checkpoint, Damaged  # with torch, once there is something to read
+
     damaged = []
     for target in targets:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from scldm.errors import InputError
-from scldm.train.checkpoint import STATE, pointed, steps_in
+from scldm.train.steps import STATE, pointed, steps_in
 
 
 def found_checkpoint(at: str, which: str) -> Path:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from data_pipeline.format.read_shards import ShardSet
-from data_pipeline.stream.gene_sets import GeneSetConfig
+from data_pipeline.stream.gene_set_config import GeneSetConfig
 from data_pipeline.stream.loader import shard_batches
 from data_pipeline.write_latents import LatentWriter
 from launch.cli import run_verb

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from launch.cli import run_verb
-from launch.evaluation.config import EvaluateVerbConfig, refuse_unused
+from launch.evaluation.config import EvaluateVerbConfig
 from launch.judged import check_judged
 from scldm.files import write_json
 
@@ -37,17 +37,14 @@ def main(config: EvaluateVerbConfig) -> dict:
     """Returns the evaluation, as in evaluation.json."""
     check_judged(config)
     if config.generated:
-        refuse_unused(config, "generated")
         from launch.evaluation.of_generated import evaluate_generated
 
         return evaluate_generated(config)
     if config.embedding:
-        refuse_unused(config, "embedding")
         from launch.evaluation.of_embedding import evaluate_embedding, show
 
         evaluation = evaluate_embedding(config)
     else:
-        refuse_unused(config, "vae")
         from launch.evaluation.of_autoencoder import evaluate_vae, show
 
         evaluation = evaluate_vae(config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Literal
 from launch.cli import run_verb
 from launch.registry import check_followed, register
 from launch.run_data import MISSING, check_encodes, kept_data
+from launch.together import check_export
 from launch.trained import trained_dit, trained_vae
 from scldm.environment import describe
-from scldm.errors import InputError
 from scldm.library_size import LibrarySizeModel
 from scldm.model_folder import check_replaceable, save_pretrained
 from scldm.train.tracking import read_metrics
@@ -47,14 +46,7 @@ class ExportConfig:
     alias: str = ""
 
     def __post_init__(self) -> None:
-        if self.register and not self.ldm:
-            raise InputError(f"register={self.register} needs ldm: an autoencoder alone generates no cells")
-        if self.alias and not self.register:
-            raise InputError(f"alias={self.alias} needs register=NAME, the model that it is an alias of")
-        if self.alias and not re.fullmatch(r"(?!latest$|v\d+$)[\w-]+", self.alias, re.ASCII):
-            raise InputError(
-                f"alias={self.alias}: give letters, digits, _ and -, and not latest or v1, as MLflow wants it"
-            )
+        check_export(self)
 
 
 CONFIG = ExportConfig

@@ -18,14 +18,16 @@ import pandas as pd
 import torch
 
 import scldm
-from data_pipeline.write_cells import FORMATS, N_EVALUATIONS, CellWriter, require_room
+from data_pipeline.write_cells import N_EVALUATIONS, CellWriter, require_room
 from launch.cli import run_verb
-from scldm.cells_file import check_out, read_obs
+from launch.together import WRITES, check_generate
+from scldm.cells_file import read_obs
+from scldm.cells_opened import check_out
 from scldm.checked import SEEDS, Checked, checked
 from scldm.count_draws import DRAWS_VERSION
 from scldm.environment import cpu_maker
 from scldm.errors import InputError
-from scldm.flow.generate import SamplerConfig
+from scldm.flow.sampler import SamplerConfig
 from scldm.parallel.dist import close_world, world_of_environment
 from scldm.pretrained import Kind, Precision, Pretrained, batch_on, usable
 from scldm.progress import Progress
@@ -82,11 +84,7 @@ class GenerateConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ways = [name for name in ("conditions", "like", "shards", "n") if getattr(self, name) not in ("", None)]
-        if len(ways) != 1:
-            raise InputError(f"give exactly one of conditions, like, shards and n. Given: {', '.join(ways) or 'none'}")
-        if self.by and not (self.like or self.shards):
-            raise InputError(f"by={','.join(self.by)} names columns of like, which is not given")
+        check_generate(self)
 
 
 CONFIG = GenerateConfig
@@ -99,7 +97,7 @@ FIRST = (
 def main(config: GenerateConfig) -> Path:
     """Write this rank's cells, and on the first rank the file when all are there. Returns its path."""
     torch.set_num_threads(config.threads)
-    check_out(config.out, tuple(FORMATS), like=config.like, conditions=config.conditions)
+    check_out(config.out, WRITES["generate"], like=config.like, conditions=config.conditions)
     table = wanted_cells(config)
     if config.device:
         usable(config.device)
@@ -207,8 +205,6 @@ def wanted_cells(config: GenerateConfig) -> pd.DataFrame:
         require_room(config.out, sum(map(int, numbers)))
         rows = np.repeat(np.arange(len(table)), numbers.astype(int))
         return numeric_library_size(table.drop(columns="n_cells").iloc[rows].reset_index(drop=True))
-    if not config.by:
-        raise InputError("like needs by: the columns of its obs that are conditions of the model, as by=cell_type")
     return numeric_library_size(read_obs(path, config.by))
 
 

@@ -11,43 +11,31 @@ import dataclasses
 import importlib
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
-from functools import cache, reduce
+from copy import copy
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from launch.config import PLACES, compose, flatten, preset_names, unknown_key, with_folders, with_options_read
-from launch.judged import check_judged
-from launch.planned import stage_of
+from launch.inputs import check_inputs
+from launch.planned import check_sizes, stage_of
+from launch.together import TOGETHER
 from launch.verbs import PRESETS, VERBS
 from scldm.checked import RANGE, Range
 from scldm.errors import InputError
 
 ANY = "*"  # alone it stands for the keys of other verbs. `control.*` stands for those of a mapping
-REQUIRED = "!"  # at the end of a kind
-BOUNDS = "@"  # after it: at least, above, at most and below, as `int@1,,3,`
-JUDGED = ("generated", "embedding")  # keys of files that evaluate judges
-# keys of what must be there already -> the file in it that says what it is, and what is said where there is none: the
-# words of those who read it
-INPUTS = {
-    **dict.fromkeys(("h5ad", "like", *JUDGED), ("", ": no such file")),
-    **dict.fromkeys(("vae", "ldm", "runs"), ("config.json", " is not a run folder: it has no config.json")),
-    **dict.fromkeys(
-        ("shards", "data.shards", "path"),
-        ("manifest.json", ": no manifest.json: not a shard set, or one that is not finished"),
-    ),
-    "model": ("config.json", " is not a model folder: it has no config.json. `scldm export` writes one"),
-}
-ANYWHERE = re.compile(r"[A-Za-z][\w+.-]*:")  # how a URL begins
+BOUNDS = "@"  # after a kind: at least, above, at most and below, as `int@1,,3,`
 PATH = Path(str(resources.files("launch"))) / "keys.json"
 
 
 @cache
-def kinds_of(verb: str) -> dict[str, str]:
-    """Dotted key -> its kind as `--help` prints it, with BOUNDS of its numbers, and REQUIRED where it must be given."""
-    return json.loads(PATH.read_text(encoding="utf-8")).get(verb, {ANY: ""})
+def kinds_of(verb: str) -> dict[str, list[Any]]:
+    """Dotted key -> its kind as `--help` prints it, with BOUNDS of its numbers; and its default, unless it must be
+    given."""
+    return json.loads(PATH.read_text(encoding="utf-8")).get(verb, {ANY: [""]})
 
 
 def keys_of(verb: str) -> tuple[str, ...]:
@@ -67,7 +55,7 @@ def check_words(verb: str, words: Sequence[str], there: bool = True) -> None:
 
     there: whether the files and folders that it reads must be there already
     """
-    kinds = verb
+    kinds, stage = verb, "vae"
     if verb == "plan":
         stage, words = stage_of(words)
         kinds = "plan" if stage == "vae" else "plan ldm"
@@ -91,22 +79,12 @@ def check_words(verb: str, words: Sequence[str], there: bool = True) -> None:
             known = f"There are {', '.join(shipped)}. " if shipped else ""
             raise InputError(f"{word!r} is no preset. {known}Files and folders are named by {places} here")
     config = compose(schema, words)
-    if verb == "evaluate":
-        check_judged(config)
-    if not there or os.environ.get("SCLDM_STAGED"):  # a job that staged shards reads them elsewhere
-        return
-    for key, (file, said) in INPUTS.items():
-        if verb == "plan" and key == "data.shards":  # needed where sizes are not given
-            continue
-        if verb == "evaluate" and key not in JUDGED:  # it says first what has no effect
-            continue
-        given = reduce(lambda at, name: getattr(at, name, None), key.split("."), config)
-        for value in given if isinstance(given, list) else [given]:
-            if not isinstance(value, str) or not value or ANYWHERE.match(value):
-                continue
-            path = os.path.expanduser(value) if key in ("path", "shards", "data.shards") else value  # as a store does
-            if not os.path.exists(os.path.join(path, file) if file else path):
-                raise InputError(f"{value}{said}")
+    for check in TOGETHER.get(kinds, ()):
+        check(config)
+    if verb == "plan" and not (config.data.shards or getattr(config, "vae", "")):
+        check_sizes(config, stage)
+    if there and not os.environ.get("SCLDM_STAGED"):  # a job that staged shards reads them elsewhere
+        check_inputs(kinds, config)
 
 
 # --- the config of the kinds alone ---------------------------------------------------------------------------------
@@ -116,14 +94,14 @@ def check_words(verb: str, words: Sequence[str], there: bool = True) -> None:
 def config_of_kinds(verb: str) -> type:
     """A dataclass with the verb's keys and their kinds, which takes what the verb's own takes, and more."""
     tree: dict[str, Any] = {}
-    for dotted, kind in kinds_of(verb).items():
+    for dotted, declared in kinds_of(verb).items():
         if dotted == ANY:
             continue
         *above, name = dotted.removesuffix(f".{ANY}").split(".")
         at = tree
         for group in above:
             at = at.setdefault(group, {})
-        at[name] = kind
+        at[name] = declared
     return _made(verb.title().replace(" ", ""), tree)
 
 
@@ -135,13 +113,10 @@ def _made(name: str, tree: dict[str, Any]) -> type:
             required = any(f.default is f.default_factory is dataclasses.MISSING for f in dataclasses.fields(kind))
             default: Any = {} if required else {"default_factory": kind}
         else:
-            text, bounded, bounds = of.removesuffix(REQUIRED).partition(BOUNDS)
-            kind = _kind(text)
-            default = {} if of.endswith(REQUIRED) else {"default": None}
-            if default and (of.startswith(("tuple", "list", "dict"))):
-                default = {"default_factory": dict if of.startswith("dict") else list}
-            elif default and of == "bool":
-                default = {"default": False}
+            text, bounded, bounds = of[0].partition(BOUNDS)
+            kind, default = _kind(text), {}
+            if of[1:]:
+                default = {"default_factory": partial(copy, of[1])}  # a list is made anew
             if bounded and kind is not Any:
                 default["metadata"] = {
                     RANGE: Range(*(json.loads(bound) if bound else None for bound in bounds.split(",")))
@@ -151,44 +126,49 @@ def _made(name: str, tree: dict[str, Any]) -> type:
 
 
 def _kind(text: str) -> Any:
-    """A kind that `--help` prints. Numbers, texts and words may be null here."""
-    known = {"bool": bool, "int": int | None, "float": float | None, "str": str | None, "int | None": int | None}
+    """A kind that `--help` prints."""
+    known = {"bool": bool, "int": int, "float": float, "str": str, "int | None": int | None}
     known |= {"tuple[str, ...]": list[str], "list[str]": list[str], "tuple[float, ...]": list[float]}
     known |= {"dict[str, str]": dict[str, str], "dict[str, float]": dict[str, float]}
     known |= {"dict[str, list[str]]": dict[str, list[str]]}
     if text.startswith(("tuple", "list", "dict")) or text in known:
         return known.get(text, Any)
-    words: Any = Literal[tuple(text.split("|"))]
-    return words | None
+    return Literal[tuple(text.split("|"))]
 
 
 # --- the file ------------------------------------------------------------------------------------------------------
 
 
-def _bounds(schema: type) -> Iterator[str]:
-    """Of every key, in the order of `flatten`."""
+def _declared(schema: type, made: Any = None) -> Iterator[tuple[str, list[Any]]]:
+    """(BOUNDS of its numbers, its default) of every key, in the order of `flatten`. Without one, it must be given."""
     kinds = get_type_hints(schema)
     for field in dataclasses.fields(schema):
+        value = field.default
+        if made is not None:
+            value = getattr(made, field.name)
+        elif field.default_factory is not dataclasses.MISSING:
+            value = field.default_factory()
         if dataclasses.is_dataclass(kinds[field.name]):
-            yield from _bounds(kinds[field.name])
-        elif (of := field.metadata.get(RANGE)) is None:
-            yield ""
-        else:
-            yield BOUNDS + ",".join("" if bound is None else f"{bound}" for bound in dataclasses.astuple(of))
+            yield from _declared(kinds[field.name], value if dataclasses.is_dataclass(value) else None)
+            continue
+        of, bounds = field.metadata.get(RANGE), ""
+        if of is not None:
+            bounds = BOUNDS + ",".join("" if bound is None else f"{bound}" for bound in dataclasses.astuple(of))
+        yield bounds, [] if value is dataclasses.MISSING or value == "???" else [value]
 
 
-def found() -> dict[str, dict[str, str]]:
+def found() -> dict[str, dict[str, list[Any]]]:
     """The keys of every verb, as its config has them now."""
-    keys: dict[str, dict[str, str]] = {}
+    keys: dict[str, dict[str, list[Any]]] = {}
     for verb, (name, _) in VERBS.items():
         module: Any = importlib.import_module(name)
         for told, schema in {verb: module.CONFIG, **getattr(module, "OTHER_CONFIGS", {})}.items():
             keys[told] = {
-                f"{key}.{ANY}" if kind.startswith("dict[") else key: kind + bounds + REQUIRED * (default == "required")
-                for (key, kind, default, _), bounds in zip(flatten(schema), _bounds(schema), strict=True)
+                f"{key}.{ANY}" if kind.startswith("dict[") else key: [kind + bounds, *default]
+                for (key, kind, *_), (bounds, default) in zip(flatten(schema), _declared(schema), strict=True)
             }
-            keys[told] |= {ANY: ""} if hasattr(module, "read") else {}
-    return keys
+            keys[told] |= {ANY: [""]} if hasattr(module, "read") else {}
+    return json.loads(json.dumps(keys))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ import anndata as ad
 import torch
 
 import scldm
-from scldm.cells_file import cells_in_file, check_out, check_storable, write_cells
+from launch.together import WRITES
+from scldm.cells_file import cells_in_file, check_storable, write_cells
+from scldm.cells_opened import check_out
 from scldm.checked import Checked, checked
 from scldm.files import made_aside
 from scldm.pretrained import Precision
@@ -53,7 +55,7 @@ def model_and_cells(config: OwnCellsConfig) -> Iterator[tuple[scldm.Pretrained, 
 
     Raises: InputError for what is not there or not readable.
     """
-    check_out(config.out, (".h5ad",), h5ad=config.h5ad)
+    check_out(config.out, WRITES["embed"], h5ad=config.h5ad)
     with cells_in_file(config.h5ad) as adata:
         check_storable(adata, f"h5ad={config.h5ad}")
         device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -14,11 +14,10 @@ from pathlib import Path
 from data_pipeline.format.schema import read_manifest
 from launch.cli import run_verb
 from launch.config import compose
-from launch.planned import stage_of
+from launch.planned import SIZES, check_sizes, needs_shards, stage_of
 from launch.planning.config import PlanConfig, PlanLDMConfig, PlanVAEConfig
 from launch.planning.layouts import compared, comparison
 from launch.planning.plan import Plan, plan_of
-from scldm.errors import InputError
 from scldm.parallel.deepspeed_json import check_overrides
 from scldm.train.run_folder import read_config
 
@@ -63,9 +62,9 @@ def main(config: PlanConfig) -> Plan:
 
 def with_data(config: PlanConfig) -> PlanConfig:
     """With the sizes that data.shards and the autoencoder's run have, where they are not given."""
-    sizes = ("n_genes", "n_cells") if isinstance(config, PlanVAEConfig) else ("n_latents", "latent_width", "n_cells")
+    stage = "vae" if isinstance(config, PlanVAEConfig) else "ldm"
     known: dict[str, int] = {}
-    if config.data.shards and not all(getattr(config, name) for name in (*sizes, "n_validation")):
+    if config.data.shards and needs_shards(config, stage):
         manifest = read_manifest(config.data.shards)
         for name, of in (("n_cells", "train"), ("n_validation", "validation")):
             known[name] = sum(split.n_cells for split in manifest.splits if split.name == of)
@@ -75,11 +74,9 @@ def with_data(config: PlanConfig) -> PlanConfig:
     if isinstance(config, PlanLDMConfig) and config.vae:
         model = read_config(Path(config.vae))["model"]
         known |= {name: model[name] for name in ("n_latents", "latent_width")}
-    filled = {name: getattr(config, name) or known.get(name, 0) for name in (*sizes, "n_validation")}
+    filled = {name: getattr(config, name) or known.get(name, 0) for name in (*SIZES[stage], "n_validation")}
     config = replace(config, **filled)
-    for name in sizes:
-        if getattr(config, name) < 1:
-            raise InputError(f"{name}={getattr(config, name)}: give it, or data.shards")
+    check_sizes(config, stage)
     return config
 
 

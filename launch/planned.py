@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from scldm.errors import InputError
 
@@ -21,6 +21,8 @@ MACHINES = {
     "hardware/many_nodes": ("hardware.nodes=4",),
     "hardware/many_nodes_zero3": ("hardware.nodes=4",),
 }
+# stage -> the sizes that its plan needs, given or of data.shards. How many cells validation has may be unknown
+SIZES = {"vae": ("n_genes", "n_cells"), "ldm": ("n_latents", "latent_width", "n_cells")}
 
 
 def stage_of(words: Sequence[str]) -> tuple[Literal["vae", "ldm"], list[str]]:
@@ -38,3 +40,15 @@ def stage_of(words: Sequence[str]) -> tuple[Literal["vae", "ldm"], list[str]]:
     machine = [key for word in words for key in MACHINES.get(word, ())]
     # what is given goes before the preset's machine, wherever it stands
     return "vae" if "vae" in stages else "ldm", [*machine, *words]
+
+
+def needs_shards(config: Any, stage: Literal["vae", "ldm"]) -> bool:
+    """Whether a plan reads data.shards, where there are any."""
+    return not all(getattr(config, name) for name in (*SIZES[stage], "n_validation"))
+
+
+def check_sizes(config: Any, stage: Literal["vae", "ldm"]) -> None:
+    """Raises: InputError for a size that nothing says."""
+    for name in SIZES[stage]:
+        if getattr(config, name) < 1:
+            raise InputError(f"{name}={getattr(config, name)}: give it, or data.shards")

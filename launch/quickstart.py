@@ -20,11 +20,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-
 from launch.cli import run_verb
-from scldm.cells_file import column_names, frame_of, open_cells, reading, write_cells
+from scldm.cells_opened import column_names, frame_of, open_cells, reading
 from scldm.checked import Checked, checked
 from scldm.errors import REQUEUE, STOPPED, InputError, Stopped
 from scldm.files import made_aside, write_json, written_aside
@@ -200,12 +197,14 @@ def open_folder(config: QuickstartConfig, out: Path) -> dict:
     """
     if bool(config.h5ad) != bool(config.condition):
         raise InputError("h5ad and condition go together: the file, and the obs columns that cells are generated for")
+    path = out / NOTE
+    if not path.is_file() and out.is_dir() and any(out.iterdir()):
+        raise InputError(f"{out} is not empty and not a quickstart's folder; choose another --out")
     if config.h5ad:
         check_cells(config)
     cells = str(Path(config.h5ad).resolve()) if config.h5ad else ""
     settings = {"cells": cells, "condition": list(config.condition), "layer": config.layer}
     settings |= {"top_genes": config.top_genes}
-    path = out / NOTE
     if config.fresh and path.is_file():
         for name in MADE:
             made = out / name
@@ -217,8 +216,6 @@ def open_folder(config: QuickstartConfig, out: Path) -> dict:
                 told = f"{key} was {note[key]!r}, now {value!r}"
                 raise InputError(f"{out} holds another run: {told}; --fresh starts over")
         return note
-    if out.is_dir() and any(out.iterdir()):
-        raise InputError(f"{out} is not empty and not a quickstart's folder; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     note = {**settings, "stages": {}}
     write_json(path, note)
@@ -234,7 +231,7 @@ def check_cells(config: QuickstartConfig) -> None:
                 told = f"obs of {config.h5ad} has no such column; it has {', '.join(columns)}"
                 raise InputError(f"condition={name}: {told}")
         # below what takes no time: these take seconds to import
-        from data_pipeline.convert.plan import ShardsWriteConfig
+        from data_pipeline.convert.config import ShardsWriteConfig
         from data_pipeline.convert.source_h5ad import find_counts
 
         find_counts(file, config.layer)
@@ -243,6 +240,9 @@ def check_cells(config: QuickstartConfig) -> None:
 
 def write_wanted(out: Path, conditions: Sequence[str]) -> None:
     """A table of conditions: each combination with the number of test cells that have it."""
+    import numpy as np
+    import pandas as pd
+
     from data_pipeline.format.schema import read_manifest
 
     manifest = read_manifest(str(out / "shards"))
@@ -283,6 +283,7 @@ def say_where(out: Path, todo: Stages, seconds: float) -> None:
 
 
 def write_builtin_cells(path: Path) -> None:
+    from scldm.cells_file import write_cells
     from scldm.examples import pbmc
 
     with made_aside(path) as part:

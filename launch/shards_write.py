@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from data_pipeline.convert.plan import ShardsWriteConfig
-from data_pipeline.convert.write_shards import write_shards
+from data_pipeline.convert.config import ShardsWriteConfig
 from launch.cli import run_verb
 from scldm.files import of_bytes
 
@@ -24,6 +23,9 @@ FIRST = (
 
 
 def main(config: ShardsWriteConfig) -> None:
+    _ = config.process_bytes
+    from data_pipeline.convert.write_shards import write_shards  # with pandas, once nothing is known to be wrong
+
     manifest = write_shards(config)
     if manifest:
         splits = ", ".join(f"{s.name} {s.n_cells:,}" for s in manifest.splits if s.n_cells)

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from data_pipeline.format.schema import Manifest
-from data_pipeline.stream.gene_sets import GeneSetConfig, as_whole_cells
+from data_pipeline.stream.gene_set_config import GeneSetConfig, as_whole_cells
 from data_pipeline.stream.loader import CellLoader, LatentLoader, LoaderConfig, StreamConfig
 from launch.cli import run_verb
 from launch.evaluation.gate import gate_of, warn

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from data_pipeline.stream.gene_sets import GeneSetConfig, as_whole_cells
+from data_pipeline.stream.gene_set_config import GeneSetConfig, as_whole_cells
 from data_pipeline.stream.loader import CellLoader, LoaderConfig
 from launch.cli import run_verb
 from launch.evaluation.gate import judge_run

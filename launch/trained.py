@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from data_pipeline.format.schema import OfLatents
-from data_pipeline.stream.gene_sets import OF_THE_CELL, GeneSetConfig, as_whole_cells
+from data_pipeline.stream.gene_set_config import OF_THE_CELL, GeneSetConfig, as_whole_cells
 from scldm.errors import InputError, read_json
 from scldm.given_json import typed
 from scldm.model.dit import DiT, DiTConfig

@@ -36,7 +36,6 @@ from scldm.parallel.watch import SOONER_S, Watch
 from scldm.pretrained import Pretrained
 from scldm.train.branch import to_begin
 from scldm.train.changes import CHANGES
-from scldm.train.checkpoint import pointed
 from scldm.train.follower import follower_named
 from scldm.train.init_from import Joined
 from scldm.train.loop import Loader, TrainConfig, train
@@ -47,6 +46,7 @@ from scldm.train.previews import Make, Previews
 from scldm.train.requests import Requests
 from scldm.train.run_folder import PLAN, open_run_folder, outcome_noted, step_of
 from scldm.train.step_cost import StepCost
+from scldm.train.steps import pointed
 from scldm.train.throughput import PEAK_TFLOPS, Meter, gpu_name, peak_flops
 from scldm.train.tracking import Tracker, TrackingConfig, check_attached
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from launch.cli import run_verb
 from launch.own_cells import OwnCellsConfig, model_and_cells, write_whole
+from launch.together import moves_of
 from scldm.checked import SEEDS, checked
-from scldm.errors import InputError
-from scldm.flow.generate import SamplerConfig
+from scldm.flow.sampler import SamplerConfig
 from scldm.pretrained import Kind
 
 PURPOSE = """Take the cells of an h5ad file to other conditions, as control cells to a perturbation: each to its noise
@@ -54,12 +54,7 @@ FIRST = (
 def main(config: TransformConfig) -> Path:
     """Write the file. Returns its path."""
     out = Path(config.out)
-    to: dict[str, str] = {}
-    for part in config.to:
-        name, _, label = part.partition("=")
-        if not (name and label):
-            raise InputError(f"to={','.join(config.to)} must be CONDITION=LABEL, as to=treatment=IFN")
-        to[name] = label
+    to = moves_of(config)
     with model_and_cells(config) as (model, adata):
         made = model.transform(
             adata, to, by=config.by or None, alphas=config.alphas, seed=config.seed, sampler=config.sampler,

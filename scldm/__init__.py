@@ -14,7 +14,7 @@ from scldm.version import VERSION as __version__
 if TYPE_CHECKING:
     from scldm.errors import InputError
     from scldm.fitting import fit
-    from scldm.flow.generate import SamplerConfig
+    from scldm.flow.sampler import SamplerConfig
     from scldm.pretrained import Pretrained, load
 
 __all__ = ["InputError", "Pretrained", "SamplerConfig", "__version__", "fit", "load"]
@@ -24,7 +24,7 @@ __all__ = ["InputError", "Pretrained", "SamplerConfig", "__version__", "fit", "l
 _HOME = {
     "InputError": "scldm.errors",
     "Pretrained": "scldm.pretrained",
-    "SamplerConfig": "scldm.flow.generate",
+    "SamplerConfig": "scldm.flow.sampler",
     "fit": "scldm.fitting",
     "load": "scldm.pretrained",
 }

@@ -4,7 +4,7 @@
     class TrainConfig(Checked):
         steps: int = checked(100_000, at_least=1)
 
-Reading order: Range, checked, Checked, check_ranges.
+Reading order: Range, checked, Checked, check_ranges, check_divides.
 """
 
 from __future__ import annotations
@@ -121,3 +121,14 @@ def _numbers(key: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"{key}[{place}]", number) for place, number in enumerate(value))
     else:
         yield key, value
+
+
+def check_divides(config: Any, name: str, whole: str, prefix: str) -> None:
+    """Raises: InputError where one number does not divide another of the same config.
+
+    prefix: of their keys, as `model.`
+    """
+    if getattr(config, whole) % getattr(config, name):
+        raise InputError(
+            f"{prefix}{name}={getattr(config, name)} does not divide {prefix}{whole}={getattr(config, whole)}"
+        )

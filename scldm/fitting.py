@@ -25,7 +25,8 @@ import pandas as pd
 import torch
 
 from scldm.arguments import folder_of, names_of, seed_of, text_of
-from scldm.cells_file import frame_of, made_storable, open_cells, read_frame, read_names, reading, write_cells
+from scldm.cells_file import made_storable, read_frame, read_names, write_cells
+from scldm.cells_opened import frame_of, open_cells, reading
 from scldm.count_matrix import FILE_ROWS, row_blocks, table_in_memory, x_of
 from scldm.environment import install_hint
 from scldm.errors import InputError, read_json
@@ -35,7 +36,7 @@ from scldm.parallel.dist import address_from_environment
 from scldm.pretrained import Pretrained, load
 
 if TYPE_CHECKING:
-    from data_pipeline.convert.plan import ShardsWriteConfig
+    from data_pipeline.convert.config import ShardsWriteConfig
 
 Keys = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]  # of a stage: presets and keys, merged in order
 
@@ -152,9 +153,9 @@ def _train(
     work: Path,
 ) -> Pretrained:
     """Every stage as its verb does it. Each goes on where it stopped."""
-    from data_pipeline.convert.plan import ShardsWriteConfig
+    from data_pipeline.convert.config import ShardsWriteConfig
     from data_pipeline.format.schema import read_manifest
-    from data_pipeline.stream.gene_sets import as_whole_cells
+    from data_pipeline.stream.gene_set_config import as_whole_cells
     from launch import encode, export, shards_write, train_ldm, train_vae
     from launch.config import check_presets, compose
     from launch.evaluation.gate import read_gate, told_by_the_caller
@@ -320,7 +321,9 @@ def _write_cells(adata: ad.AnnData, config: ShardsWriteConfig, path: Path) -> No
     """What training needs of the cells as a file, unless an earlier call wrote it: it would be another file."""
     if path.exists():
         return
-    columns = list(dict.fromkeys([*config.conditions, *config.split.columns()]))
+    from data_pipeline.convert.splits import columns_of
+
+    columns = list(dict.fromkeys([*config.conditions, *columns_of(config.split)]))
     missing = [name for name in columns if name not in adata.obs]
     if missing:
         raise InputError(f"shards: adata.obs has no column {missing[0]!r}. It has {', '.join(map(str, adata.obs))}")

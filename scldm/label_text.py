@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from scldm.errors import InputError
+
+if TYPE_CHECKING:  # it takes a third of a second to import, and a vocabulary of labels needs nothing of it
+    import pandas as pd
 
 # a text that is a number as people write one; `1_0`, `1e3` and `infinity` are numbers to Python, and names to people
 NUMBER = re.compile(r"-?[0-9]+(\.[0-9]*)?")
@@ -20,6 +23,8 @@ NUMBER = re.compile(r"-?[0-9]+(\.[0-9]*)?")
 def texts(values: pd.Series) -> pd.Series:
     """Every value as the text of its label, object. A number is the same label however it is stored: 1.0 and 1 are
     `1`, 0.1 is `0.1` in any precision, whatever else the column holds. What a missing value becomes says nothing."""
+    import pandas as pd
+
     if isinstance(values.dtype, pd.CategoricalDtype):
         categories = texts(pd.Series(values.cat.categories))
         known = np.append(categories.to_numpy(object), "nan")
@@ -57,6 +62,8 @@ def as_labels(column: pd.Series, where: str, missing: str) -> pd.Series:
     missing: the label of missing values; empty refuses them
     Raises: InputError for a missing value where no label for it is named, and for an infinite one.
     """
+    import pandas as pd
+
     if pd.api.types.is_float_dtype(column.dtype) and np.isinf(column.to_numpy(np.float64, na_value=np.nan)).any():
         raise InputError(f"{where}: column {column.name!r} has an infinite value: no label")
     labels = texts(column)
@@ -86,14 +93,27 @@ def labels_of(
     missing: the label that training gave missing values; empty refuses them
     Raises: InputError where the column is not there, or has no value in some cells.
     """
-    named = f"{key}={column!r}" if key else repr(column)
+    import pandas as pd
+
     if column not in obs:
-        columns = ", ".join(map(str, obs.columns if there is None else there)) or "none"
-        raise InputError(f"{where}: obs has no column {named}; it has {columns}")
+        raise no_column(column, where, key, obs.columns if there is None else there)
     values = pd.Series(obs[column])
     if n := 0 if missing else int(_absent(values, texts(values)).sum()):
-        raise InputError(f"{where}: obs column {named} has no value in {n:,} cells; leave them out or label them")
+        raise InputError(
+            f"{where}: obs column {_named(column, key)} has no value in {n:,} cells; leave them out or label them"
+        )
     return as_labels(values, where, missing).to_numpy(str)
+
+
+def no_column(column: str, where: str, key: str, there: Iterable[object]) -> InputError:
+    """The error that says so. The arguments are those of `labels_of`."""
+    return InputError(
+        f"{where}: obs has no column {_named(column, key)}; it has {', '.join(map(str, there)) or 'none'}"
+    )
+
+
+def _named(column: str, key: str) -> str:
+    return f"{key}={column!r}" if key else repr(column)
 
 
 def _absent(column: pd.Series, labels: pd.Series) -> np.ndarray:

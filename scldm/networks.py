@@ -21,7 +21,8 @@ from torch import Tensor
 from scldm import draws
 from scldm.arguments import names_of, seed_of
 from scldm.errors import InputError
-from scldm.flow.generate import SamplerConfig, generate_latents
+from scldm.flow.generate import generate_latents
+from scldm.flow.sampler import SamplerConfig
 from scldm.library_size import LibrarySizeModel
 from scldm.model.attention import Choice
 from scldm.model.dit import DiT
@@ -258,10 +259,7 @@ class Networks:
         genes = names_of("genes", genes, "gene ids", '["CD3E", "MS4A1"]')
         if not genes:
             raise InputError("genes=[] names no gene. Leave it out for all of the model's")
-        index = self.genes.lookup(genes)
-        if (index == 0).any():
-            raise InputError(f"gene {genes[int(np.argmin(index))]!r} is not among the model's {self.genes.n_genes}")
-        return index - 1
+        return self.genes.places(genes)
 
     def var(self, columns: np.ndarray) -> pd.DataFrame:
         """The genes by id, with what else is known of them."""

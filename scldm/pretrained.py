@@ -37,7 +37,8 @@ from scldm.cells_file import storable
 from scldm.count_matrix import check_adata, count_matrix, table_in_memory
 from scldm.environment import install_hint
 from scldm.errors import InputError
-from scldm.flow.generate import SamplerConfig, guided
+from scldm.flow.generate import guided
+from scldm.flow.sampler import SamplerConfig
 from scldm.flow.shift import way
 from scldm.flow.transform import blend, from_noise, to_noise
 from scldm.label_text import known_label

@@ -109,6 +109,13 @@ class GeneVocab:
         index = self.index_of
         return np.fromiter((index.get(g, 0) or index.get(without_version(g), PADDING) for g in ids), dtype=np.int64)
 
+    def places(self, genes: Sequence[str]) -> np.ndarray:
+        """Where genes stand among these, int64. Raises: InputError for one that is unknown."""
+        index = self.lookup(genes)
+        if (index == PADDING).any():
+            raise InputError(f"gene {genes[int(np.argmin(index))]!r} is not among the model's {self.n_genes}")
+        return index - 1
+
     def match(self, ids: Sequence[str], what: str, min_share: float) -> GeneMatch:
         """The genes of a file among these.
 

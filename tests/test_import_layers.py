@@ -26,6 +26,7 @@ LEAVES = EVERYWHERE | {
     "scldm.vocab",
     "scldm.label_text",
     "scldm.cells_file",
+    "scldm.cells_opened",
     "scldm.count_matrix",
     "scldm.likelihood",
     "scldm.count_basis",
@@ -38,14 +39,16 @@ LEAVES = EVERYWHERE | {
     "scldm.kernels",
     "scldm.parallel",
 }
-FOR_DATA = {"scldm.batch", "scldm.cells_file", "scldm.count_matrix", "scldm.label_text"}
+FOR_DATA = {"scldm.batch", "scldm.cells_file", "scldm.cells_opened", "scldm.count_matrix", "scldm.label_text"}
 FOR_DATA |= {"scldm.micro_batches", "scldm.vocab"}
 BESIDE_VERBS = {"launch.cli", "launch.config", "launch.failure", "launch.own_cells", "launch.staged"}
 BESIDE_VERBS |= {
     "launch.checkpoints",
     "launch.followed",
+    "launch.inputs",
     "launch.judged",
     "launch.planned",
+    "launch.together",
     "launch.keys",
     "launch.registry",
     "launch.run_data",
@@ -61,6 +64,7 @@ ABOVE_VERBS = {"launch.quickstart"}
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES - EVERYWHERE},
     "scldm.evaluate": {"scldm.label_text", "scldm.likelihood", "scldm.vocab"},
+    "scldm.cells_file": {"scldm.cells_opened"},
     "scldm.vocab": {"scldm.label_text"},
     "scldm.kernels": {"scldm.count_basis", "scldm.tf32"},
     "scldm.parallel": {"scldm.micro_batches", "scldm.tf32"},
@@ -89,7 +93,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data_pipeline.direct": {"data_pipeline.convert", "data_pipeline.format"},  # it writes a set, and reads it
     "data_pipeline.write_cells": {"data_pipeline.read_cells"},
     "data_pipeline.write_latents": {"data_pipeline.format", "data_pipeline.stream"},
-    "data_pipeline.write_soma": {"data_pipeline.convert", "scldm.cells_file"},
+    "data_pipeline.write_soma": {"data_pipeline.convert", "scldm.cells_file", "scldm.cells_opened"},
     "launch.config": set(),
     "launch.failure": set(),
     **dict.fromkeys(BESIDE_VERBS - {"launch.config", "launch.failure"}, ANYTHING | BESIDE_VERBS),

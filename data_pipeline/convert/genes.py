@@ -10,16 +10,15 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from data_pipeline.convert.config import Join
 from scldm.errors import InputError
 from scldm.label_text import texts
 from scldm.vocab import MIN_GENE_SHARE, GeneVocab, Namespace, why_few, without_version
-
-Join = Literal["union", "intersection"]
 
 
 def gene_names(names: Iterable[object]) -> tuple[str, ...]:

@@ -1,18 +1,25 @@
-"""Opens what a config names: h5ad files, SOMA experiments, the Census. Each kind's library is imported late.
+"""Opens what a config names: h5ad files, SOMA experiments, the Census. Each kind's library is imported late. Who asks
+what lies there waits for none.
 
-Reading order: open_sources, resolve, open_matrix.
+Reading order: open_sources, resolve, named, open_matrix.
 """
 
 from __future__ import annotations
 
 import glob
 import os
+import re
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from data_pipeline.convert.source import Matrix, OpenSource, SourceConfig, SourceSpec
-from scldm.cells_file import is_cells_file
+from scldm.cells_opened import is_cells_file
 from scldm.errors import InputError
+
+if TYPE_CHECKING:  # it imports pandas
+    from data_pipeline.convert.config import Kind, SourceConfig
+    from data_pipeline.convert.source import Matrix, OpenSource, SourceSpec
+
+ANYWHERE = re.compile(r"[A-Za-z][\w+.-]*:")  # how a URL begins
 
 
 def open_sources(config: SourceConfig, columns: tuple[str, ...], missing: str) -> list[OpenSource]:
@@ -38,6 +45,20 @@ def open_sources(config: SourceConfig, columns: tuple[str, ...], missing: str) -
 
 def resolve(config: SourceConfig) -> tuple[Literal["h5ad", "soma", "census"], list[str]]:
     """The kind of the sources and their URIs, sorted, each source once. The Census on the net has the URI ''."""
+    kind, uris = named(config)
+    if kind == "auto":
+        from data_pipeline.convert.source_soma import kind_of
+
+        kind = kind_of(uris[0])
+    assert kind != "auto"
+    return kind, uris or [""]
+
+
+def named(config: SourceConfig) -> tuple[Kind, list[str]]:
+    """The URIs, and their kind by their names alone: auto is one of SOMA.
+
+    Raises: InputError for a local file or folder that is not there, and for kinds that don't go together.
+    """
     uris: list[str] = []
     for path in config.paths:
         if glob.has_magic(path) and not os.path.exists(path):  # `cells [v2].h5ad` is a name before it is a pattern
@@ -69,16 +90,14 @@ def resolve(config: SourceConfig) -> tuple[Literal["h5ad", "soma", "census"], li
         if not uris:
             raise InputError("source.paths must name h5ad files")
         return "h5ad", uris
-    if kind == "auto":
-        from data_pipeline.convert.source_soma import kind_of
-
-        kind = kind_of(uris[0])
     if kind == "soma" and not uris:
         raise InputError("source.paths must name the URI of a SOMA experiment")
     if kind == "census" and not uris and not config.census_version:
         raise InputError("source.census_version must be given, such as 2025-01-30, or the Census's URI as source.paths")
-    assert kind != "auto"
-    return kind, uris or [""]
+    for uri in uris:
+        if not ANYWHERE.match(uri) and not Path(uri).exists():
+            raise InputError(f"source.paths: {uri}: no such file or folder")
+    return kind, uris
 
 
 def _identity(uri: str) -> object:

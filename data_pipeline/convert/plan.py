@@ -3,7 +3,7 @@
 A plan lies in the work folder as plan.json and arrays of one value per chosen cell, in source order. It appears by one
 rename, so that of several tasks that start together the first one's plan is everybody's.
 
-Reading order: ShardsWriteConfig, settings and their differences, Plan, make_plan.
+Reading order: settings and their differences, Plan, make_plan.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import importlib.metadata
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,121 +20,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from data_pipeline.convert.config import ShardsWriteConfig
 from data_pipeline.convert.genes import JoinedGenes, choose, in_list, join_genes
 from data_pipeline.convert.open import csc_groups, open_sources
 from data_pipeline.convert.shuffle import set_positions
-from data_pipeline.convert.source import SourceConfig, SourceSpec
-from data_pipeline.convert.splits import SplitConfig, draw_splits
-from data_pipeline.format.schema import BLOCK_CELLS, SPLIT_NAME, VERSION, Codec, condition_dtype
-from scldm.checked import SEEDS, Checked, checked
+from data_pipeline.convert.source import SourceSpec
+from data_pipeline.convert.splits import columns_of, draw_splits
+from data_pipeline.format.schema import VERSION, condition_dtype
 from scldm.errors import InputError
 from scldm.files import made_aside, sha256_of
 from scldm.vocab import ConditionVocab, GeneVocab
 
 UNIT_CELLS = 1 << 15  # cells that one process reads and scatters before it notes that they are done
-BASE_BYTES = 320 << 20  # what a process takes before it has read a cell
-LEAST_BYTES = 64 << 20  # what it needs beyond that
-
-
-@dataclass(frozen=True)
-class FilterConfig(Checked):
-    """Which cells and genes of the sources are worth keeping.
-
-    min_genes: genes with a count that a cell must have, over all genes of its source. 0 refuses cells without counts
-    min_cells: cells, of all splits, that must express a gene
-    gene_list: file of gene ids, one a line, to keep
-    n_top_genes: keep this many most variable genes (seurat_v3, over the training cells). 0 keeps all
-    """
-
-    min_genes: int = checked(0, at_least=0)
-    min_cells: int = checked(0, at_least=0)
-    gene_list: str = ""
-    n_top_genes: int = checked(0, at_least=0)
-
-
-@dataclass(frozen=True)
-class ShardsWriteConfig(Checked):
-    """Write a shard set.
-
-    out: folder or fsspec URL of the set
-    conditions: obs columns to store with the cells, as labels
-    missing: label of missing values of such a column. Empty refuses them
-    max_labels: more labels than this in a condition are refused
-    codec: how blocks are compressed
-    codec_level: of zstd
-    block_cells: cells of a block
-    shard_cells: cells of a tar
-    seed: of split and shuffle
-    memory: what all processes together may take
-    workers: processes. The set's bytes don't depend on them
-    task: i/n, do the i-th of n shares (from 0) of what can be done now, as in an array job
-    finish: with tasks, do what is left of their shares and write the manifest
-    work: folder in which to make one for unfinished work. Empty: .work in the set's folder
-    """
-
-    out: str
-    source: SourceConfig = field(default_factory=SourceConfig)
-    conditions: tuple[str, ...] = ()
-    missing: str = ""
-    max_labels: int = checked(20_000, at_least=1)
-    filter: FilterConfig = field(default_factory=FilterConfig)
-    split: SplitConfig = field(default_factory=SplitConfig)
-    codec: Codec = "zstd"
-    codec_level: int = checked(1, at_least=1, at_most=22)
-    block_cells: int = checked(BLOCK_CELLS, at_least=1, at_most=65_535)
-    shard_cells: int = checked(1 << 16, at_least=1)
-    seed: int = checked(0, at_least=0, below=SEEDS)
-    memory: str = "2GiB"
-    workers: int = checked(1, at_least=1)
-    task: str = ""
-    finish: bool = False
-    work: str = ""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        parse_bytes(self.memory, "memory")
-        if self.shard_cells % self.block_cells:
-            raise InputError(f"shard_cells={self.shard_cells} must be a multiple of block_cells={self.block_cells}")
-        for name in self.conditions:
-            if not SPLIT_NAME.fullmatch(name.replace("-", "_").replace(" ", "_").replace(".", "_")):
-                raise InputError(f"conditions: {name!r} can't be part of a file name")
-        _ = self.share
-
-    @property
-    def share(self) -> tuple[int, int]:
-        """(i, n) of task=i/n. (0, 1) without one."""
-        i, slash, n = self.task.partition("/")
-        if not self.task:
-            return 0, 1
-        if not (slash and i.isdigit() and n.isdigit() and int(i) < int(n)):
-            raise InputError(f"task={self.task!r} must be i/n with 0 <= i < n, such as 0/8")
-        return int(i), int(n)
-
-    @property
-    def process_bytes(self) -> int:
-        """What one process may take for cells.
-
-        Raises: InputError where that is too little to work with.
-        """
-        processes = self.workers + (self.workers > 1)
-        left = (parse_bytes(self.memory, "memory") - processes * BASE_BYTES) // self.workers
-        if left < LEAST_BYTES:
-            need = (processes * BASE_BYTES + self.workers * LEAST_BYTES) >> 20
-            raise InputError(f"memory={self.memory} is too little for workers={self.workers}: at least {need}MiB")
-        return left
-
-
-def parse_bytes(text: str, key: str) -> int:
-    """`2GiB`, `500 MB`, `1000000` as bytes. Raises: InputError for anything else."""
-    units = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-    units |= {u + "ib": n for u, n in units.items() if len(u) == 1 and u != "b"}
-    units |= {u + "b": 1000**k for k, u in enumerate("kmgt", 1)}
-    number = text.strip().lower().rstrip("bikmgt ")
-    unit = text.strip().lower()[len(number) :].strip()
-    try:
-        return int(float(number) * units[unit])
-    except (ValueError, KeyError):
-        raise InputError(f"{key}={text!r} is no amount of memory. Write 2GiB or 500MB") from None
 
 
 # --- settings ------------------------------------------------------------------------------------------------------
@@ -290,7 +187,7 @@ def make_plan(config: ShardsWriteConfig, folder: Path) -> Plan:
 
 
 def _draft_plan(config: ShardsWriteConfig, settings: dict[str, Any], folder: Path) -> None:
-    columns = tuple(dict.fromkeys([*config.conditions, *config.split.columns()]))
+    columns = tuple(dict.fromkeys([*config.conditions, *columns_of(config.split)]))
     sources = open_sources(config.source, columns, config.missing)
     if len(sources) > 1 << 16:
         raise InputError(f"{len(sources)} sources. A shard set names at most 65,536")

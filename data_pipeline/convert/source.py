@@ -3,7 +3,7 @@
 A source is opened twice (open.py). The plan opens it once, for its genes and for the rows that the filters choose, with
 their obs columns (`OpenSource`). Every worker opens it for its counts, in bounded chunks of those rows (`Matrix`).
 
-Reading order: SourceConfig, SourceSpec, OpenSource, Matrix, spans.
+Reading order: SourceSpec, OpenSource, Matrix, spans.
 """
 
 from __future__ import annotations
@@ -12,53 +12,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 
-from data_pipeline.convert.genes import Join, SourceGenes
+from data_pipeline.convert.genes import SourceGenes
 from data_pipeline.convert.narrow import Rows
-from scldm.checked import Checked, checked
-from scldm.vocab import MIN_GENE_SHARE
-
-Kind = Literal["auto", "h5ad", "soma", "census"]
-
-
-@dataclass(frozen=True)
-class SourceConfig(Checked):
-    """What to read.
-
-    kind: h5ad stands for AnnData files, h5ad or zarr. auto looks at what lies there
-    paths: h5ad or zarr files or globs of them, or the URI of a SOMA experiment or of a Census
-    census_version: of the Census on the net, such as 2025-01-30, where no path is given
-    organism: which experiment of a Census
-    measurement: of a SOMA experiment
-    layer: X, raw or a name in layers. Empty takes the one that holds counts from h5ad, and raw from SOMA
-    obs_filter: cells to take, such as "tissue == 'lung' and n_genes > 500"
-    var_filter: genes to take
-    primary_data_only: of the Census, only cells with is_primary_data: each cell once
-    gene_column: column of var with the gene ids. Empty takes the index from h5ad, and feature_id or var_id from SOMA
-    namespace: of the gene vocabulary. auto takes the sources' own. Any other must be theirs, or needs gene_table
-    join: several sources' genes: all, or those that every source has
-    min_gene_share: of the smallest source's genes that the others must have, where only those of all are taken
-    gene_table: CSV with the columns ensembl and symbol, for sources that name genes otherwise than the vocabulary
-    """
-
-    kind: Kind = "auto"
-    paths: tuple[str, ...] = ()
-    census_version: str = ""
-    organism: str = "homo_sapiens"
-    measurement: str = "RNA"
-    layer: str = ""
-    obs_filter: str = ""
-    var_filter: str = ""
-    primary_data_only: bool = False
-    gene_column: str = ""
-    namespace: Literal["auto", "ensembl", "symbol"] = "auto"
-    join: Join = "intersection"
-    min_gene_share: float = checked(MIN_GENE_SHARE, at_least=0, at_most=1)
-    gene_table: str = ""
 
 
 @dataclass(frozen=True)

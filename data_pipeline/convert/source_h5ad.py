@@ -16,20 +16,13 @@ import pandas as pd
 import scipy.sparse as sp
 from numba import njit
 
+from data_pipeline.convert.config import SourceConfig
 from data_pipeline.convert.genes import SourceGenes, gene_names
 from data_pipeline.convert.narrow import FAULTS, Rows, coo_to_rows, fault_of
 from data_pipeline.convert.row_filter import matches, where_true
-from data_pipeline.convert.source import OpenSource, SourceConfig, SourceSpec, size_and_time, spans
-from scldm.cells_file import (
-    column_names,
-    frame_of,
-    is_array,
-    open_cells,
-    read_column,
-    read_frame,
-    read_names,
-    reading,
-)
+from data_pipeline.convert.source import OpenSource, SourceSpec, size_and_time, spans
+from scldm.cells_file import read_column, read_frame, read_names
+from scldm.cells_opened import check_columns, frame_of, is_array, open_cells, reading
 from scldm.count_matrix import LOOKED_FOR, matrix_name
 from scldm.errors import InputError
 from scldm.files import written_aside
@@ -223,9 +216,7 @@ def open_h5ad_source(path: str, config: SourceConfig, columns: tuple[str, ...], 
         if not barcodes.is_unique:
             twice = barcodes[barcodes.duplicated()][0]
             raise InputError(f"{path}: cell {twice!r} stands twice in obs. Names must be unique within a file")
-        for column in columns:
-            if column not in obs_group:
-                raise InputError(f"{path}: obs has no column {column!r}. It has {_names(obs_group)}")
+        check_columns(obs_group, columns, path)
         chosen = np.ones(n_rows, bool)
         if config.obs_filter:
             chosen = matches(read_frame(obs_group), config.obs_filter, path, "source.obs_filter")
@@ -247,11 +238,6 @@ def open_h5ad_source(path: str, config: SourceConfig, columns: tuple[str, ...], 
     spec = SourceSpec("h5ad", path, layer, n_rows, n_columns, mean_nonzeros, *size_and_time(path))
     report = {"cells_not_selected": n_rows - len(rows), "genes_not_selected": int((~keep_gene).sum())}
     return OpenSource(spec, SourceGenes(path, ids, namespace_of(ids)), keep_gene, rows, obs, report)
-
-
-def _names(obs_group: Any) -> str:
-    names = column_names(obs_group)
-    return ", ".join(names[:30]) + (", ..." if len(names) > 30 else "") or "none"
 
 
 def matrix_format(node: Any) -> str:

@@ -17,9 +17,10 @@ import numpy as np
 import pandas as pd
 import tiledbsoma
 
+from data_pipeline.convert.config import SourceConfig
 from data_pipeline.convert.genes import SourceGenes, gene_names
 from data_pipeline.convert.narrow import Coordinates, RowBuffers, Rows, coo_to_rows
-from data_pipeline.convert.source import OpenSource, SourceConfig, SourceSpec, spans
+from data_pipeline.convert.source import OpenSource, SourceSpec, spans
 from scldm.errors import Busy, InputError
 from scldm.label_text import as_labels
 from scldm.vocab import namespace_of

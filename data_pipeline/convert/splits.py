@@ -1,6 +1,6 @@
 """Which split a cell belongs to, drawn from its identity: neither the order of reading nor the workers matter.
 
-Reading order: SplitConfig, keys (the random numbers), draw_splits and its three kinds: held-out combinations, values of
+Reading order: columns_of, keys (the random numbers), draw_splits and its three kinds: held-out combinations, values of
 a column, fractions.
 """
 
@@ -8,60 +8,23 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from data_pipeline.convert.config import SplitConfig
 from data_pipeline.format.schema import SPLIT_NAME
-from scldm.checked import Checked, checked
 from scldm.errors import InputError
 
 BASE = ("train", "validation", "test")
 
 
-@dataclass(frozen=True)
-class SplitConfig(Checked):
-    """How cells are dealt to train, validation, test. A split that is named cells below draws none by its fraction.
-
-    validation: fraction of the cells. What neither split takes is training
-    test: fraction of the cells
-    stratify: obs columns. The fractions hold within each combination of their values, as far as whole cells can
-    by: obs column whose values stay together (donors, data sets). Fractions are then of its values that aren't named
-    validation_values: values of `by` whose cells are the validation split
-    test_values: values of `by` whose cells are the test split
-    held_out: CSV whose header names obs columns and whose rows are combinations to hold out. A column `split` may
-        name the split of each row (any name), else it is test
-    """
-
-    validation: float = checked(0.1, at_least=0, below=1)
-    test: float = checked(0.1, at_least=0, below=1)
-    stratify: tuple[str, ...] = ()
-    by: str = ""
-    validation_values: tuple[str, ...] = ()
-    test_values: tuple[str, ...] = ()
-    held_out: str = ""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.validation + self.test >= 1:
-            raise InputError(
-                f"split.validation={self.validation} and split.test={self.test} must be fractions with a sum below 1"
-            )
-        if (self.validation_values or self.test_values) and not self.by:
-            raise InputError("split.validation_values and split.test_values are values of the column split.by: name it")
-        if self.stratify and self.by:
-            raise InputError(f"split.stratify={','.join(self.stratify)} and split.by={self.by} exclude each other")
-        both = sorted(set(self.validation_values) & set(self.test_values))
-        if both:
-            raise InputError(f"split.by={self.by}: {both[0]!r} stands in both validation_values and test_values")
-
-    def columns(self) -> tuple[str, ...]:
-        """The obs columns that it takes to draw."""
-        held_out = [c for c in read_held_out(self.held_out).columns if c != "split"] if self.held_out else []
-        return tuple(dict.fromkeys([*self.stratify, *([self.by] if self.by else []), *held_out]))
+def columns_of(config: SplitConfig) -> tuple[str, ...]:
+    """The obs columns that it takes to draw."""
+    held_out = [c for c in read_held_out(config.held_out).columns if c != "split"] if config.held_out else []
+    return tuple(dict.fromkeys([*config.stratify, *([config.by] if config.by else []), *held_out]))
 
 
 # --- random numbers ------------------------------------------------------------------------------------------------
@@ -89,7 +52,7 @@ def draw_splits(
 ) -> tuple[np.ndarray, tuple[str, ...], dict[str, Any]]:
     """The split of each cell (uint8), the splits' names, and what the manifest says about the draw.
 
-    obs: the columns that config.columns() names, as strings, a row per cell
+    obs: the columns of columns_of(config), as strings, a row per cell
     Raises: InputError for a value or a combination that no cell has.
     """
     split = np.full(len(source), 255, np.uint8)

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from data_pipeline.convert.config import SourceConfig
 from data_pipeline.convert.genes import join_genes
 from data_pipeline.convert.narrow import GeneSums, check_columns, narrow_rows
 from data_pipeline.convert.open import open_matrix, open_sources
-from data_pipeline.convert.source import SourceConfig
 from data_pipeline.convert.splits import keys
 from data_pipeline.format.block import Block, BlockBuffers, decode_block
 from data_pipeline.format.schema import (

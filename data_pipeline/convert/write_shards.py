@@ -28,8 +28,9 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.convert.config import ShardsWriteConfig
 from data_pipeline.convert.genes import JoinedGenes, choose
-from data_pipeline.convert.plan import Plan, ShardsWriteConfig, differences, make_plan, settings_of
+from data_pipeline.convert.plan import Plan, differences, make_plan, settings_of
 from data_pipeline.convert.source import SourceSpec
 from data_pipeline.convert.stages import STAGES, Layout, Worker, deliver, delivered_bytes
 from data_pipeline.convert.variable_genes import CELLS, clip_values, top_genes

@@ -26,7 +26,8 @@ import torch
 from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.stream.collate import CellCollator, LatentCollator
 from data_pipeline.stream.feed import Collator, Feed, Plan, Running, from_outside, read_block
-from data_pipeline.stream.gene_sets import OF_THE_CELL, GeneSetConfig, GeneSets
+from data_pipeline.stream.gene_set_config import OF_THE_CELL, GeneSetConfig
+from data_pipeline.stream.gene_sets import GeneSets
 from data_pipeline.stream.order import (
     DRAW_ASKED,
     DRAW_GIVEN,

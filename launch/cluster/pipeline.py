@@ -16,8 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from data_pipeline.convert.open import named as named_sources
 from launch.cluster.job import Job, SubmitConfig, job_of
-from launch.keys import check_words
+from launch.config import compose
+from launch.keys import check_words, config_of_kinds
 from scldm.errors import InputError
 from scldm.train.tracking import TrackingConfig, begin_note
 
@@ -43,24 +45,40 @@ PRESETS_OF = {"data": ["shards"], "vae": ["vae"], "ldm": ["ldm"], "hardware": ["
 
 def jobs_of_pipeline(
     words: Sequence[str], options_of: Callable[[Sequence[str]], tuple[SubmitConfig, list[str]]]
-) -> list[Job]:
-    """The jobs of a pipeline in their order. Raises: InputError for what any of the verbs would refuse.
+) -> Callable[[], list[Job]]:
+    """What makes the jobs of a pipeline, in their order. Both raise InputError: this for what the words say wrong, and
+    that, which imports the verbs' packages, for whatever else a verb would refuse.
 
     options_of: a link's own options -> all that hold for it, and its words for sbatch
     """
     out, words_of, own = words_of_links(words)
-    jobs = []
-    for link, (verb, _) in LINKS.items():  # before what takes seconds to import
-        with named(link):
-            check_words(verb, words_of[link], there=False)
+    options = {}
     for link, (verb, _) in LINKS.items():
         with named(link):
-            options, sbatch = options_of(own[link])
-            job = job_of(verb, words_of[link], options, Path(out) / "slurm" / link, link)._replace(sbatch=sbatch)
-        jobs += jobs_of_shards(job) if link == "shards" else [job]
-    if not all(getattr(job.config, "tracking", TrackingConfig()).enabled for job in jobs):
-        return jobs
-    return [job if job.array else job._replace(parent=out) for job in jobs]  # an array is followed by its closing job
+            check_words(verb, words_of[link], there=False)
+            options[link] = options_of(own[link])
+    for link, (verb, _) in LINKS.items():
+        check_sources(verb, words_of[link])
+
+    def jobs() -> list[Job]:
+        made = []
+        for link, (verb, _) in LINKS.items():
+            of, sbatch = options[link]
+            with named(link):
+                job = job_of(verb, words_of[link], of, Path(out) / "slurm" / link, link)._replace(sbatch=sbatch)
+            made += jobs_of_shards(job) if link == "shards" else [job]
+        if not all(getattr(job.config, "tracking", TrackingConfig()).enabled for job in made):
+            return made
+        # an array is followed by its closing job
+        return [job if job.array else job._replace(parent=out) for job in made]
+
+    return jobs
+
+
+def check_sources(verb: str, words: Sequence[str]) -> None:
+    """Raises: InputError where `shards write` is to read an atlas that is not there."""
+    if verb == "shards write":
+        named_sources(compose(config_of_kinds(verb), words).source)
 
 
 @contextmanager

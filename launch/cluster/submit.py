@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,10 +25,10 @@ from launch.cluster.job import (
     usable_counts,
 )
 from launch.cluster.notes import bad_nodes
-from launch.cluster.pipeline import follow, jobs_of_pipeline, jobs_of_shards
+from launch.cluster.pipeline import check_sources, follow, jobs_of_pipeline, jobs_of_shards
 from launch.cluster.site import read_site, site_path
 from launch.config import compose, public_words, with_options_read
-from launch.keys import ANY, keys_of
+from launch.keys import ANY, check_words, keys_of
 from scldm.errors import InputError, read_json
 from scldm.files import write_json
 
@@ -62,14 +62,15 @@ USAGE = "scldm submit VERB [PRESET ...] [key=value ...] [--option value ...] [--
 
 
 class Submission(NamedTuple):
-    """A command line of submit: its own options, and the jobs that it asks for, in their order."""
+    """A command line of submit: its own options, and what makes the jobs that it asks for, in their order."""
 
     options: SubmitConfig
-    chain: list[Job]
+    jobs: Callable[[], list[Job]]
 
 
 def read(words: Sequence[str]) -> Submission:
-    """Take a command line apart. Raises: InputError, also for what the verb itself would refuse."""
+    """Take a command line apart. Raises: InputError, also for what the words say wrong to the verb. What its config
+    refuses, and its packages, wait until Slurm has answered."""
     for word in words:  # they stand in the lines of a shell script
         if not word.isprintable():
             raise InputError(f"{word!r}: a job's words can't hold line breaks or other control characters")
@@ -86,8 +87,14 @@ def read(words: Sequence[str]) -> Submission:
     for word in rest:
         if word.startswith("-") and not {ANY, word.lstrip("-").partition("=")[0].replace("-", "_")} & {*keys_of(verb)}:
             raise InputError(f"{word}: neither submit nor {verb} has it; words for sbatch stand at the end, after --")
-    job = job_of(verb, rest, options)._replace(sbatch=sbatch)
-    return Submission(options, jobs_of_shards(job) if verb == "shards write" else [job])
+    check_words(verb, rest, there=False)
+    check_sources(verb, rest)
+
+    def jobs() -> list[Job]:
+        job = job_of(verb, rest, options)._replace(sbatch=sbatch)
+        return jobs_of_shards(job) if verb == "shards write" else [job]
+
+    return Submission(options, jobs)
 
 
 def options_of(given: Sequence[str], sbatch: Sequence[str]) -> tuple[SubmitConfig, list[str]]:
@@ -112,10 +119,11 @@ def options_of(given: Sequence[str], sbatch: Sequence[str]) -> tuple[SubmitConfi
 
 def main(submission: Submission) -> list[str]:
     """Submit; returns the ids of the jobs (none for a dry run), the last one's last."""
-    options, chain = submission
+    options = submission.options
     of_all = read_site(site_path())
     partitions = ask_slurm(options)
-    check_sources(chain)
+    chain = submission.jobs()
+    check_opened(chain)
     texts = []
     for job in chain:
         site = site_of_job(job, of_all)
@@ -279,8 +287,8 @@ def check_nodes(job: Job, site: Mapping[str, str], partition: slurm.Partition) -
         )
 
 
-def check_sources(chain: Sequence[Job]) -> None:
-    """Raises: InputError where an atlas is to be read that is not there, or not said well enough."""
+def check_opened(chain: Sequence[Job]) -> None:
+    """Raises: InputError where an atlas is to be read that is no SOMA, or not said well enough."""
     first = next((job for job in chain if job.verb == "shards write"), None)
     if first is not None:
         from data_pipeline.convert.open import resolve  # which other jobs need nothing of

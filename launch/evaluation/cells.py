@@ -19,7 +19,8 @@ from data_pipeline.format.block import BlockBuffers, decode_block
 from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.format.schema import column_dtype, count_dtype, vocab_tag
 from data_pipeline.read_cells import read_soma
-from scldm.cells_file import column_names, frame_of, open_cells, read_column, read_names, reading
+from scldm.cells_file import read_column, read_names
+from scldm.cells_opened import column_names, frame_of, open_cells, reading
 from scldm.errors import InputError
 from scldm.evaluate.baselines import rows_per_type
 from scldm.evaluate.cells import Cells, combination_names

@@ -1,16 +1,11 @@
-"""The keys of `scldm evaluate`, and which of them each kind of evaluation takes.
-
-Reading order: EvaluateVerbConfig, the keys that a kind takes.
-"""
+"""The keys of `scldm evaluate`. Which of them each kind of evaluation takes is in launch/judged.py."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 from scldm.checked import Checked, checked
-from scldm.errors import InputError
 from scldm.evaluate.compare import EvaluateConfig
 from scldm.networks import BATCH_CELLS, Precision
 from scldm.train.tracking import TrackingConfig
@@ -74,49 +69,3 @@ class EvaluateVerbConfig(Checked):
     precision: Precision = "float32"
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-
-
-# what is judged -> the keys it takes. A key takes those below it too
-TAKES: Mapping[str, tuple[str, ...]] = {
-    "generated": (
-        *("generated", "out", "conditions", "protocol", "control", "shards", "cache_folder", "cache_gb", "real"),
-        *("split", "layer", "model", "vae", "ldm", "device", "batch", "precision", "evaluate", "tracking"),
-    ),
-    "vae": (
-        *("vae", "model", "shards", "cache_folder", "cache_gb", "out", "conditions", "published", "device", "batch"),
-        *("precision", "evaluate.seed", "evaluate.max_real_cells", "tracking.enabled"),
-    ),
-    "embedding": (
-        *("embedding", "key", "label", "held_out_by", "real", "layer", "out", "evaluate.seed", "tracking.enabled"),
-    ),
-}
-
-
-# with generated: key -> the key without which it has no meaning
-NEEDS: Mapping[str, str] = {
-    **dict.fromkeys(("split", "layer"), "real"),
-    **dict.fromkeys(("cache_folder", "cache_gb"), "shards"),
-    **dict.fromkeys(("device", "batch", "precision"), "model"),
-}
-
-
-def refuse_unused(config: EvaluateVerbConfig, mode: str) -> None:
-    """Raises: InputError for a key that was changed from its default, and that this mode does not use."""
-    given = mode if getattr(config, mode) else "model"
-    for key, value in changed(config, EvaluateVerbConfig()):
-        if not any(key == taken or key.startswith(f"{taken}.") for taken in TAKES[mode]):
-            raise InputError(
-                f"{key}={value} has no effect with {given}=: leave it out. It takes {', '.join(TAKES[mode])}"
-            )
-        if mode == "generated" and (needed := NEEDS.get(key)) and not getattr(config, needed):
-            raise InputError(f"{key}={value} has no effect with generated= without {needed}=: leave it out")
-
-
-def changed(config: Any, default: Any, above: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted keys whose value is not that of `default`, with their values."""
-    for key in (of.name for of in fields(config)):
-        value, other = getattr(config, key), getattr(default, key)
-        if is_dataclass(value):
-            yield from changed(value, other, f"{above}{key}.")
-        elif value != other:
-            yield above + key, value

@@ -19,7 +19,8 @@ from anndata.io import read_elem
 from data_pipeline.convert.source_h5ad import find_counts
 from launch.evaluation.config import EvaluateVerbConfig
 from launch.evaluation.terminal import console, started
-from scldm.cells_file import frame_of, open_cells, read_frame, read_names, reading
+from scldm.cells_file import read_frame, read_names
+from scldm.cells_opened import frame_of, open_cells, reading
 from scldm.environment import describe
 from scldm.errors import InputError
 from scldm.evaluate.representation import N_COMPONENTS, SCORES, probe

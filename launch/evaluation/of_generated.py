@@ -46,10 +46,6 @@ def evaluate_generated(config: EvaluateVerbConfig) -> dict:
     """Returns the evaluation, as in evaluation.json."""
     runs = {stage: run for stage, run in (("vae", config.vae), ("ldm", config.ldm)) if run}
     curves = {stage: loss_curves(run, stage) for stage, run in runs.items()}
-    if bool(config.real) == bool(config.shards):
-        raise InputError(
-            "give the real cells once: as shards=FOLDER, or as real=FILE.h5ad whose obs has a split column"
-        )
     model = load_model(config) if config.model else None
     conditions = judged_conditions(config, model)
     missing = model.missing if model else {}

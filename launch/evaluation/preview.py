@@ -25,7 +25,7 @@ from launch.run_data import EncodedFrom, library_sizes_of
 from launch.trained import trained_vae
 from scldm.environment import install_hint
 from scldm.errors import InputError
-from scldm.flow.generate import SamplerConfig
+from scldm.flow.sampler import SamplerConfig
 from scldm.model.dit import DiT
 from scldm.model.vae import VAE
 from scldm.train.previews import Check, Make, Preview

@@ -10,22 +10,22 @@ of a cell's conditions y. One call of the network per evaluation, on a row for e
 
 Guidance may be limited to an interval of flow time (Kynkaanniemi et al. 2024). Outside it all weights are 1. The joint
 kind then follows v(y), and the others their own unexaggerated form.
-Reading order: GuidanceKind, subset_weights, the composition, GuidedField.
+Reading order: subset_weights, the composition, GuidedField.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from scldm.errors import InputError
+from scldm.flow.sampler import GuidanceKind
 from scldm.model.dit import DiT
 
 VelocityField = Callable[[Tensor, float], Tensor]
-GuidanceKind = Literal["joint", "additive", "compositional", "shift"]
 ROUNDING = 1e-9  # of flow times
 Subset = frozenset[int]  # which of the model's conditions are shown, by position
 

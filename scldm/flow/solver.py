@@ -9,7 +9,7 @@ Reading order: euler, heun, adaptive, sde_euler, sde_heun.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from torch import Tensor
 from scldm.errors import InputError
 from scldm.flow.guidance import VelocityField
 
-Method = Literal["euler", "heun", "adaptive", "sde_euler", "sde_heun"]
 Noise = Callable[[int], Tensor]  # number of the step -> standard normal draws of the latents' shape
 
 # --- ODE -----------------------------------------------------------------------------------------------------------

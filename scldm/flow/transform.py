@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from scldm.errors import InputError
-from scldm.flow.generate import SamplerConfig, solve_ode
+from scldm.flow.generate import solve_ode
 from scldm.flow.guidance import VelocityField
+from scldm.flow.sampler import SamplerConfig
 
 
 @torch.no_grad()

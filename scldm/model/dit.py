@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from scldm.checked import Checked, checked
+from scldm.checked import Checked, check_divides, checked
 from scldm.errors import InputError
 from scldm.model.attention import AttentionKind, SelfAttention
 from scldm.model.blocks import SwiGLU
@@ -69,8 +69,7 @@ class DiTConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.width % self.n_heads:
-            raise InputError(f"model.n_heads={self.n_heads} does not divide model.width={self.width}")
+        check_divides(self, "n_heads", "width", "model.")
         for name, scale in self.continuous.items():
             if scale not in VALUE_SCALES:
                 raise InputError(f"model.continuous.{name}={scale} must be one of {', '.join(VALUE_SCALES)}")

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scldm import count_draws
 from scldm.batch import GeneCounts
-from scldm.checked import Checked, checked
+from scldm.checked import Checked, check_divides, checked
 from scldm.count_basis import TokenKind
 from scldm.errors import InputError
 from scldm.kernels import check_available, check_head, check_shape
@@ -90,8 +90,7 @@ class VAEConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("n_heads", "decoder_cross_heads"):
-            if self.width % getattr(self, name):
-                raise InputError(f"model.{name}={getattr(self, name)} does not divide model.width={self.width}")
+            check_divides(self, name, "width", "model.")
         if self.attention == "fused":
             self.check_kernels()
 

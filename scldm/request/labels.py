@@ -13,8 +13,8 @@ import pandas as pd
 import torch
 
 from scldm.errors import InputError
-from scldm.flow.generate import SamplerConfig
 from scldm.flow.guidance import GuidedField
+from scldm.flow.sampler import SamplerConfig
 from scldm.flow.shift import nearest_trained, stays
 from scldm.label_text import texts
 from scldm.model.conditions import FeatureEmbedding, ValueEmbedding

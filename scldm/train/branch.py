@@ -17,7 +17,8 @@ from typing import Any
 from scldm.errors import InputError, read_json
 from scldm.files import PARTIAL, put_in_place, remove, sync
 from scldm.train import changes
-from scldm.train.checkpoint import BESIDE, Checkpoint, candidates, point, pointed
+from scldm.train.checkpoint import BESIDE, Checkpoint
+from scldm.train.steps import candidates, point, pointed
 
 CONFIG = BESIDE[0]
 

@@ -12,7 +12,7 @@
 A part holds what one rank held, flat, in float32 (weights are the masters). All parts hold every number once. Any
 engine reads the ranges that it holds itself out of the parts that have them.
 
-Reading order: Held, Checkpoint, load, read_ema, resume, pointers, retain. Writing is in saver.py.
+Reading order: Held, Checkpoint, load, read_ema, resume. Writing is in saver.py, the folder of all in steps.py.
 """
 
 from __future__ import annotations
@@ -35,19 +35,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from scldm.errors import InputError, json_of
-from scldm.files import PARTIAL, left_aside, put_in_place, sha256_of, written_aside
 from scldm.files import remove as remove_path
+from scldm.files import sha256_of
 from scldm.given_json import Count, hash_of, typed
 from scldm.parallel.dist import World
 from scldm.parallel.surface import Engine
 from scldm.train.ema import EMA
+from scldm.train.steps import STATE, candidates, point, pointed, rename, unfinished
 
 FORMAT = 4
-STATE = "state.json"
 BROKEN = ".broken"
 SEEN_S = 20.0  # in which what another host wrote is to be seen on this one. Network file systems cache what was
-STEP = re.compile(r"step-\d{8,}")
-UNFINISHED = re.compile(rf"{STEP.pattern}{re.escape(PARTIAL)}")
 FILE_NAME = re.compile(r"\w[\w.-]*")
 KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")
 # of the run folder, copied into every checkpoint, which can so be used without it
@@ -295,7 +293,7 @@ def resume(folder: Path, engine: Engine, ema: EMA, world: World) -> dict[str, An
             told = next((told for told, harmed in problems if harmed), problems[0][0])
             print(f"scldm: {name} is passed over: {told}", file=sys.stderr, flush=True)
             if any(harmed for _, harmed in problems):
-                _rename(folder / name, (folder / name).with_suffix(BROKEN))
+                rename(folder / name, (folder / name).with_suffix(BROKEN))
     if names:
         raise InputError(
             f"no whole checkpoint is left in {folder}: {', '.join(names)} can't be used (the damaged ones are now "
@@ -346,80 +344,3 @@ def _while_unseen(folder: Path) -> Iterator[None]:
         time.sleep(min(1.0, SEEN_S / 10))
         with contextlib.suppress(OSError):
             os.listdir(folder)  # has a network file system ask its server again
-
-
-def candidates(folder: Path) -> list[Path]:
-    """The checkpoint that `latest` names, and those of earlier steps, last first."""
-    latest = pointed(folder / "latest")
-    steps = steps_in(folder)[::-1]
-    if latest is None:
-        return steps
-    return [latest, *(target for target in steps if target.name < latest.name)]
-
-
-def steps_in(folder: Path) -> list[Path]:
-    """All checkpoints, the first step first. Those after `latest` are of a run that went on from before them."""
-    return sorted(path for path in folder.glob("step-*") if STEP.fullmatch(path.name))
-
-
-def unfinished(folder: Path) -> list[Path]:
-    """What a save or a removal that was cut short left."""
-    if not folder.is_dir():
-        return []
-    return [path for path in folder.glob("step-*") if UNFINISHED.fullmatch(path.name)] + left_aside(folder)
-
-
-# --- the folder of all checkpoints ---------------------------------------------------------------------------------
-
-
-def point(pointer: Path, target: Path) -> None:
-    """Let `latest` or `best` name another checkpoint, at once or not at all."""
-    with written_aside(pointer) as file:
-        file.write(target.name.encode())
-
-
-def pointed(pointer: Path) -> Path | None:
-    """The checkpoint that `latest` or `best` names. None where there is none yet.
-
-    Raises: InputError for a file that holds anything else.
-    """
-    if not pointer.is_file():
-        return None
-    with pointer.open("rb") as file:
-        name = file.read(100).decode(errors="replace").strip()
-    if not STEP.fullmatch(name):
-        raise InputError(f"{pointer} is damaged: it holds {name!r}, must be a checkpoint's name, such as step-00001500")
-    return pointer.parent / name
-
-
-def retain(folder: Path, keep: int, keep_every: int = 0) -> list[OSError]:
-    """Remove all but the last `keep` checkpoints up to `latest`, those of every `keep_every`-th step, and those that
-    `latest` and `best` name. It also removes what an earlier removal left. Returns what could not be removed, as why.
-
-    No checkpoint is under way meanwhile. Those after `latest` are left: no resume would use them, so they do not count.
-    """
-    latest, failures = pointed(folder / "latest"), list[OSError]()
-    usable = [target for target in steps_in(folder) if latest is None or target.name <= latest.name]
-    for old in [*unfinished(folder), *usable[:-keep]]:
-        kept = old in (latest, pointed(folder / "best"))
-        if keep_every and old in usable:
-            kept = kept or int(old.name.removeprefix("step-")) % keep_every == 0
-        if not kept:
-            try:
-                remove(old)
-            except OSError as error:  # as a network's file system may. It is tried again at the next save
-                failures.append(error)
-    return failures
-
-
-def remove(target: Path) -> None:
-    """Take a checkpoint away at once: cut short, this leaves nothing that looks like one."""
-    aside = target.with_suffix(PARTIAL)
-    if target != aside:
-        _rename(target, aside)
-    remove_path(aside)
-
-
-def _rename(source: Path, target: Path) -> None:
-    if source.exists():
-        put_in_place(source, target)

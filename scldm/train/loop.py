@@ -22,7 +22,7 @@ from scldm.parallel.dist import World
 from scldm.parallel.surface import Engine
 from scldm.parallel.watch import Watch
 from scldm.progress import Progress
-from scldm.train import checkpoint, nonfinite
+from scldm.train import checkpoint, nonfinite, steps
 from scldm.train.ema import EMA
 from scldm.train.losses import Draws, Stage
 from scldm.train.optim import OptimConfig, early_end, learning_rate
@@ -123,7 +123,7 @@ def train(
         state = RunState.of_json(found, config.steps, config.patience)
         loader.load_state(found["loader"])
         meter.load_state(found["meter"])
-        if world.of_first(checkpoint.pointed(run_dir / "checkpoints" / "best") is None):
+        if world.of_first(steps.pointed(run_dir / "checkpoints" / "best") is None):
             state.best, state.stale = math.inf, 0  # of a branch whose parent's best one until then is gone
     saver = Saver(run_dir, engine, ema, world, config.keep, config.keep_every)
     profile = StepProfile(run_dir, world, tracker)

@@ -39,6 +39,7 @@ from scldm.errors import Busy, InputError, Stopped, read_json
 from scldm.files import ASIDE, flat, left_aside, outlived, remove, write_json
 from scldm.train import changes
 from scldm.train.changes import CHANGES
+from scldm.train.steps import pointed
 
 if TYPE_CHECKING:  # it imports torch, which `scldm status` needs nothing of
     from scldm.train.branch import Branch
@@ -122,8 +123,6 @@ def step_of(run_dir: Path) -> int:
 
 
 def _latest(run_dir: Path) -> Path | None:
-    from scldm.train.checkpoint import pointed  # which imports torch
-
     return pointed(run_dir / "checkpoints" / "latest")
 
 

@@ -33,8 +33,8 @@ from scldm.files import PARTIAL, put_in_place, written_aside
 from scldm.given_json import sorted_json
 from scldm.parallel.dist import World
 from scldm.parallel.surface import Engine
-from scldm.train import checkpoint
-from scldm.train.checkpoint import BESIDE, FORMAT, STATE
+from scldm.train import steps
+from scldm.train.checkpoint import BESIDE, FORMAT
 from scldm.train.ema import EMA
 
 CHUNK = 8 << 20  # bytes hashed and written in turn
@@ -53,7 +53,7 @@ DTYPES = {
 class Saver:
     """Saves into `run_dir/checkpoints`, one checkpoint at a time. All methods but the properties are collective.
 
-    keep, keep_every: see checkpoint.retain
+    keep, keep_every: see steps.retain
     """
 
     def __init__(self, run_dir: Path, engine: Engine, ema: EMA, world: World, keep: int, keep_every: int = 0) -> None:
@@ -155,9 +155,9 @@ class Saver:
         shapes = {name: list(shape) for name, shape in self.engine.shapes.items()}
         commit(self._target, self.world.size, {**self._state, "shapes": shapes}, self.run_dir)
         if self._is_best:
-            checkpoint.point(self.folder / "best", self._target)
-        checkpoint.point(self.folder / "latest", self._target)
-        for error in checkpoint.retain(self.folder, self.keep, self.keep_every):  # the one that was saved is durable
+            steps.point(self.folder / "best", self._target)
+        steps.point(self.folder / "latest", self._target)
+        for error in steps.retain(self.folder, self.keep, self.keep_every):  # the one that was saved is durable
             print(f"scldm: an old checkpoint can't be removed: {error}", file=sys.stderr, flush=True)
 
     def _raise(self) -> None:
@@ -166,7 +166,7 @@ class Saver:
         told = self.world.gather(f"{type(self._error).__name__}: {self._error}" if self._error else "")
         if self.world.is_first:
             shutil.rmtree(self._aside, ignore_errors=True)  # it may be what fills the disk
-        last = checkpoint.pointed(self.folder / "latest")
+        last = steps.pointed(self.folder / "latest")
         where = "; ".join(f"rank {rank}: {' '.join(text.split())}" for rank, text in enumerate(told) if text)
         self._phase, self._thread, self._error = "idle", None, None
         raise InputError(
@@ -233,6 +233,6 @@ def commit(target: Path, n_parts: int, state: dict[str, Any], run_dir: Path) -> 
             files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     state = json.loads(json.dumps({"format": FORMAT, **state}, allow_nan=False))
     text = sorted_json({**state, "parts": parts, "files": files})  # once: training waits for the interpreter meanwhile
-    with written_aside(aside / STATE) as file:
+    with written_aside(aside / steps.STATE) as file:
         file.write(f'{{"sha256": "{hashlib.sha256(text).hexdigest()}", "state": '.encode() + text + b"}")
     put_in_place(aside, target)  # which may be there, of a run that went on from an earlier step

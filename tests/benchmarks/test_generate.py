@@ -16,7 +16,8 @@ from benchmarks import generate as bench
 from benchmarks import generate_random as bench_random
 from launch.cli import main, run
 from scldm.errors import InputError
-from scldm.flow.generate import SamplerConfig, generate_latents
+from scldm.flow.generate import generate_latents
+from scldm.flow.sampler import SamplerConfig
 from scldm.library_size import LibrarySizeModel, LogNormal
 from scldm.model.dit import DiT, DiTConfig
 from scldm.model_folder import save_pretrained

@@ -10,9 +10,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from data_pipeline.convert.plan import FilterConfig, ShardsWriteConfig
-from data_pipeline.convert.source import SourceConfig
-from data_pipeline.convert.splits import SplitConfig
+from data_pipeline.convert.config import FilterConfig, ShardsWriteConfig, SourceConfig, SplitConfig
 from data_pipeline.format.block import decode_block
 from data_pipeline.format.schema import Manifest, read_manifest
 

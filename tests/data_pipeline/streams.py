@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from data_pipeline.stream.gene_sets import GeneSetConfig
+from data_pipeline.stream.gene_set_config import GeneSetConfig
 from data_pipeline.stream.loader import CellLoader, LoaderConfig
 
 RANDOM = GeneSetConfig("random", 50, gene_set_group=4)

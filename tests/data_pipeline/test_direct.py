@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import data_pipeline
-from data_pipeline.convert.source import SourceConfig
+from data_pipeline.convert.config import SourceConfig
 from data_pipeline.convert.write_shards import write_shards
 from data_pipeline.direct import DirectCells
 from data_pipeline.format.read_shards import ShardSet
-from data_pipeline.stream.gene_sets import GeneSetConfig
+from data_pipeline.stream.gene_set_config import GeneSetConfig
 from data_pipeline.stream.loader import CellLoader, LoaderConfig
 from data_pipeline.write_soma import SomaWriteConfig, write_soma
 from launch import cli

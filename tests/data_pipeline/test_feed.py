@@ -9,7 +9,7 @@ import pytest
 
 from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.stream.feed import LOADER
-from data_pipeline.stream.gene_sets import GeneSetConfig
+from data_pipeline.stream.gene_set_config import GeneSetConfig
 from data_pipeline.stream.loader import CellLoader
 from tests.data_pipeline.small_sets import known_cells, write_set
 from tests.data_pipeline.streams import flat, interrupt, open_loader

@@ -12,7 +12,8 @@ from data_pipeline.format.block import HEADER, Sections, encode_block, read_head
 from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.format.schema import vocab_tag
 from data_pipeline.stream.gather import CellSlots
-from data_pipeline.stream.gene_sets import GeneSetConfig, GeneSets
+from data_pipeline.stream.gene_set_config import GeneSetConfig
+from data_pipeline.stream.gene_sets import GeneSets
 from scldm.batch import CompactCounts
 from scldm.errors import InputError
 from scldm.vocab import GeneVocab

@@ -11,7 +11,8 @@ from data_pipeline.format.block import HEADER, encode_block, read_header, sectio
 from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.format.schema import vocab_tag
 from data_pipeline.stream.gather import CellSlots, Slab
-from data_pipeline.stream.gene_sets import GeneSetConfig, GeneSets, _least_words
+from data_pipeline.stream.gene_set_config import GeneSetConfig
+from data_pipeline.stream.gene_sets import GeneSets, _least_words
 from data_pipeline.stream.philox import random_words
 from scldm.batch import CompactCounts, narrow_ids
 from scldm.errors import InputError

@@ -18,7 +18,8 @@ from data_pipeline.format.block import decode_block, encode_block
 from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.format.schema import Manifest, vocab_tag
 from data_pipeline.stream.gather import CellSlots
-from data_pipeline.stream.gene_sets import GeneSetConfig, GeneSets
+from data_pipeline.stream.gene_set_config import GeneSetConfig
+from data_pipeline.stream.gene_sets import GeneSets
 from scldm.batch import CompactCounts
 from scldm.vocab import GeneVocab
 from tests.data_pipeline.small_sets import known_cells, write_set

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data_pipeline.format.read_shards import ShardSet
-from data_pipeline.stream.gene_sets import GeneSetConfig
+from data_pipeline.stream.gene_set_config import GeneSetConfig
 from data_pipeline.stream.loader import CellLoader, LoaderConfig, shard_batches
 from launch.config import compose
 from launch.train_vae import TrainVAEConfig

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data_pipeline.convert.plan import ShardsWriteConfig
+from data_pipeline.convert.config import ShardsWriteConfig
 from data_pipeline.convert.write_shards import write_shards
 from data_pipeline.write_soma import SomaWriteConfig, write_soma
 from launch.config import compose, shipped

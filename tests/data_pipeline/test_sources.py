@@ -14,17 +14,18 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
+from data_pipeline.convert.config import SourceConfig, SplitConfig
 from data_pipeline.convert.genes import SourceGenes, gene_names, in_list, join_genes
 from data_pipeline.convert.open import open_matrix, open_sources
 from data_pipeline.convert.plan import make_plan
 from data_pipeline.convert.row_filter import matches
-from data_pipeline.convert.source import SourceConfig, spans
+from data_pipeline.convert.source import spans
 from data_pipeline.convert.source_h5ad import find_counts
 from data_pipeline.convert.source_soma import SomaMatrix
-from data_pipeline.convert.splits import SplitConfig, draw_splits, keys
+from data_pipeline.convert.splits import columns_of, draw_splits, keys
 from data_pipeline.convert.write_shards import write_shards
 from data_pipeline.write_soma import SomaWriteConfig, write_soma
-from scldm.cells_file import open_cells
+from scldm.cells_opened import open_cells
 from scldm.errors import InputError
 from scldm.label_text import as_labels, texts
 from scldm.request.wanted import distinct
@@ -136,6 +137,9 @@ def test_broken_files(tmp_path):
         open_sources(SourceConfig(paths=(str(tmp_path / "none.h5ad"),)), (), "")
     with pytest.raises(InputError, match="no file matches"):
         open_sources(SourceConfig(paths=(str(tmp_path / "n*.h5ad"),)), (), "")
+    with pytest.raises(InputError, match="no-soma: no such file or folder"):
+        open_sources(SourceConfig(paths=(str(tmp_path / "no-soma"),)), (), "")
+    (tmp_path / "no-soma").mkdir()
     with pytest.raises(InputError, match="can't be opened"):
         open_sources(SourceConfig(paths=(str(tmp_path / "no-soma"),)), (), "")
     for key, change in (
@@ -624,7 +628,7 @@ def test_values_and_combinations(tmp_path):
 def test_held_out_tables_that_can_not_be_read(tmp_path, content, message):
     (tmp_path / "t.csv").write_bytes(content)
     with pytest.raises(InputError, match=message):
-        SplitConfig(held_out=str(tmp_path / "t.csv")).columns()
+        columns_of(SplitConfig(held_out=str(tmp_path / "t.csv")))
 
 
 @pytest.mark.parametrize(

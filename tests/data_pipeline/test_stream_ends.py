@@ -13,7 +13,7 @@ import pytest
 
 from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.stream.feed import Feed
-from data_pipeline.stream.gene_sets import GeneSetConfig
+from data_pipeline.stream.gene_set_config import GeneSetConfig
 from scldm.errors import InputError
 from tests.data_pipeline.streams import SAME, flat, interrupt, open_loader
 

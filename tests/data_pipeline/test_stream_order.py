@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.stream.gene_sets import GeneSetConfig
+from data_pipeline.stream.gene_set_config import GeneSetConfig
 from scldm.errors import InputError
 from tests.data_pipeline.small_sets import known_cells, write_set
 from tests.data_pipeline.streams import by_cell, flat, open_loader

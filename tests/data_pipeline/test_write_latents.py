@@ -14,7 +14,7 @@ import torch
 from data_pipeline.format import schema
 from data_pipeline.format.latent_block import LatentSlots, encode_latent_block
 from data_pipeline.format.read_shards import ShardSet
-from data_pipeline.stream.gene_sets import GeneSetConfig
+from data_pipeline.stream.gene_set_config import GeneSetConfig
 from data_pipeline.stream.loader import CellLoader, LatentLoader, LoaderConfig, StreamConfig, shard_batches
 from data_pipeline.write_latents import LatentWriter
 from scldm.errors import InputError

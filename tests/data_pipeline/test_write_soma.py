@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
+from data_pipeline.convert.config import SourceConfig
 from data_pipeline.convert.narrow import Rows
 from data_pipeline.convert.open import open_sources
-from data_pipeline.convert.source import SourceConfig
 from data_pipeline.convert.source_soma import census_release
 from data_pipeline.write_soma import SomaWriteConfig, write_census, write_soma
 from launch.cli import main

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from benchmarks import checkpoint as bench
 from launch.cli import main as scldm
-from scldm.train import checkpoint
+from scldm.train import steps
 from tests.scldm.train.small_runs import make_vae, small_run, stored
 
 pytestmark = pytest.mark.heavy
@@ -109,7 +109,7 @@ def test_a_checkpoint_in_other_parts_is_the_same_and_resumes(run: Path, tmp_path
     words = ["checkpoint", "convert", f"at={run}", "to=checkpoint", "parts=3", f"out={tmp_path}/moved/step-00000012"]
     assert scldm(words) == 0
     assert scldm(words) == 2  # never over another
-    checkpoint.remove(at)
+    steps.remove(at)
     (tmp_path / "moved" / "step-00000012").rename(at)
     state, tensors = stored(run)
     assert len(list(at.glob("part-*"))) == len(state["parts"]) == 3

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import h5py
 import pytest
 
 import scldm
@@ -216,11 +217,7 @@ def test_a_set_below_the_home_folder_is_there(tmp_path: Path, monkeypatch: pytes
 
 
 def test_every_kind_of_a_key_is_known() -> None:
-    kinds = {
-        kind.removesuffix(keys.REQUIRED).partition(keys.BOUNDS)[0]
-        for verb in VERBS
-        for kind in keys.kinds_of(verb).values()
-    }
+    kinds = {kind.partition(keys.BOUNDS)[0] for verb in VERBS for kind, *_ in keys.kinds_of(verb).values()}
     unknown = {kind for kind in kinds if keys._kind(kind) is Any}
     assert unknown == {"tuple[float, float]", "dict[str, Any]"}
 
@@ -256,11 +253,11 @@ def test_the_keys_of_the_file_are_those_of_the_configs() -> None:
         ("plan", "ldm/tiny data.given.n_genes=3", "unknown key 'data.given.n_genes'"),
         ("plan", "vae vae/tiny hardware/cpu n_genes=many", "n_genes=many: Value 'many'"),
         ("plan", "vae/20m hardware.mfu=2", "hardware.mfu=2.0 must be above 0 and at most 1"),
-        ("plan", "vae/tiny data.shards=on/the/cluster n_genes=3 n_cells=9", ""),
-        ("plan", "ldm hardware/cpu n_latents=3 train.steps=5 hardware.nodes=4 compare=false", ""),
-        ("evaluate", f"generated={__file__} out=o control.treatment=ctrl", ""),
-        ("evaluate", "generated=g.h5ad out=o", "error: g.h5ad: no such file"),
-        ("evaluate", f"generated={__file__} out=o 'control={{treatment: ctrl}}'", ""),
+        ("plan", "vae/tiny data.shards=on/the/cluster n_genes=3 n_cells=9 n_validation=1", ""),
+        ("plan", "ldm hardware/cpu n_latents=3 latent_width=2 n_cells=9 hardware.nodes=4 compare=false", ""),
+        ("evaluate", "generated=c.h5ad shards=there out=o control.treatment=ctrl", ""),
+        ("evaluate", "generated=g.h5ad shards=there out=o", "error: g.h5ad: no such file"),
+        ("evaluate", "generated=c.h5ad shards=there out=o 'control={treatment: ctrl}'", ""),
         ("train vae", f"--train '{{steps: 1}}' {A_RUN}", ""),
         ("train vae", f"vae/tiny hardware/cpu train.steps=1_000 --train.save-every 5 {A_RUN}", ""),
         ("train vae", f"data.select.tissue=lung,gut data.balance=[a,b] model.token=bins {A_RUN}", ""),
@@ -274,19 +271,19 @@ def test_the_keys_of_the_file_are_those_of_the_configs() -> None:
         ("train vae", f"cells.h5ad {A_RUN}", "'cells.h5ad' is no preset. There are hardware/cpu, "),
         ("embed", "cells.h5ad", "'cells.h5ad' is no preset. Files and folders are named by model=, h5ad=, out= here"),
         ("embed", "--model", "--model needs a value"),
-        ("embed", "model=there h5ad=none.h5ad out=o", "error: none.h5ad: no such file"),
+        ("embed", "model=there h5ad=none.h5ad out=o.h5ad", "error: none.h5ad: no such file"),
         (
             "embed",
-            f"model=none h5ad={__file__} out=o",
+            "model=none h5ad=c.h5ad out=o.h5ad",
             "error: none is not a model folder: it has no config.json. `scldm export`",
         ),
         ("train vae", "data.shards=none run_dir=r", "error: none: no manifest.json: not a shard set"),
         ("train vae", "data.shards=s3://bucket/none run_dir=r", ""),
         ("train ldm", f"vae=none {A_RUN}", "error: none is not a run folder: it has no config.json"),
-        ("embed", f"--model there --h5ad {__file__} --out o --drop-empty", ""),
-        ("embed", "--model there --h5ad data/none.h5ad --out o", "error: data/none.h5ad: no such file"),
-        ("train ldm", f"--init-from ldm/first {A_RUN}", ""),
-        ("transform", f"model=there h5ad={__file__} out=o --to treatment=stim", ""),
+        ("embed", "--model there --h5ad c.h5ad --out o.h5ad --drop-empty", ""),
+        ("embed", "--model there --h5ad data/none.h5ad --out o.h5ad", "error: data/none.h5ad: no such file"),
+        ("train ldm", "--init-from ldm/first data.shards=there run_dir=r", ""),
+        ("transform", "model=there h5ad=c.h5ad out=o.h5ad --to treatment=stim", ""),
         ("shards write", "--source.obs-filter \"tissue == 'blood'\" source.paths=c.h5ad --out a=b", ""),
         ("train vae", f"'data.select.age=>65' {A_RUN}", ""),
         ("status", "vae/run1", ""),
@@ -302,7 +299,7 @@ def test_the_keys_of_the_file_are_those_of_the_configs() -> None:
         ("report", "", "runs must be given"),
         ("submit", "train vae vae/tinny", "preset 'vae/tinny' is unknown"),
         ("quickstart", f"--h5ad {__file__} --condition a --condition b --fresh", ""),
-        ("transform", f"model=there h5ad={__file__} out=o to=drug=x,dose=1 alphas=0,1", ""),
+        ("transform", "model=there h5ad=c.h5ad out=o.h5ad to=drug=x,dose=1 alphas=0,1", ""),
     ],
 )
 def test_what_the_words_say_wrong_is_refused_before_anything_is_imported(
@@ -314,8 +311,14 @@ def test_what_the_words_say_wrong_is_refused_before_anything_is_imported(
     said: str,
 ) -> None:
     (tmp_path / "there").mkdir()
-    for name in ("config.json", "manifest.json"):
-        (tmp_path / "there" / name).touch()
+    (tmp_path / "there" / "config.json").write_text('{"format_version": 4, "ldm": {"width": 1}}')
+    (tmp_path / "there" / "conditions.json").write_text('{"treatment": ["stim"], "drug": ["x"], "dose": ["1"]}')
+    (tmp_path / "there" / "manifest.json").write_text("{}")
+    (tmp_path / "ldm" / "first").mkdir(parents=True)
+    (tmp_path / "ldm" / "first" / "config.json").touch()
+    with h5py.File(tmp_path / "c.h5ad", "w") as file:
+        for name in ("treatment", "drug", "dose"):
+            file[f"obs/{name}"] = [0]
     monkeypatch.chdir(tmp_path)
 
     class Begun(Exception):

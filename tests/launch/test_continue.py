@@ -19,7 +19,7 @@ from launch.train_vae import TrainVAEConfig
 from scldm.errors import InputError, Stopped
 from scldm.parallel.engine import HardwareConfig
 from scldm.train import branch as branches
-from scldm.train import checkpoint
+from scldm.train import steps
 from scldm.train.tracking import TrackingConfig, read_metrics
 from tests.launch import faulty
 from tests.launch.faulty import Fault, SmallConfig
@@ -109,12 +109,12 @@ def test_the_best_checkpoint_until_then_is_the_one_to_beat(parent: dict[str, Pat
     worse = dataclasses.replace(faulty.OPTIM, lr=1.0)
     faulty.train(config(tmp_path / "kept", branch_from=f"{old}@10", optim=worse, train={"keep": 1}))
     kept, (state, _) = tmp_path / "kept", stored(tmp_path / "kept")
-    assert [path.name for path in checkpoint.steps_in(kept / "checkpoints")] == [best, "step-00000016"]
+    assert [path.name for path in steps.steps_in(kept / "checkpoints")] == [best, "step-00000016"]
     assert stored(kept, "best")[0]["validation"]["nll"] == state["best"] < state["validation"]["nll"]
     # of its parent, step 16 is: which one was at step 10 can't be told any more
     assert branches.find(f"{parent['vae']}@10").best is None
     faulty.train(config(tmp_path / "anew", branch_from=f"{parent['vae']}@10", optim=worse))
-    assert checkpoint.pointed(tmp_path / "anew" / "checkpoints" / "best") is not None
+    assert steps.pointed(tmp_path / "anew" / "checkpoints" / "best") is not None
     faulty.train(config(tmp_path / "first", branch_from=f"{old}@best"))
     assert noted(tmp_path / "first")[0]["step"] == 8
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data_pipeline.format.read_shards import ShardSet
-from data_pipeline.stream.gene_sets import GeneSetConfig, as_whole_cells
+from data_pipeline.stream.gene_set_config import GeneSetConfig, as_whole_cells
 from launch import encode
 from launch.encode import EncodeConfig
 from launch.trained import check_given

@@ -14,9 +14,7 @@ import pytest
 import scipy.sparse as sp
 
 import scldm
-from data_pipeline.convert.plan import ShardsWriteConfig
-from data_pipeline.convert.source import SourceConfig
-from data_pipeline.convert.splits import SplitConfig
+from data_pipeline.convert.config import ShardsWriteConfig, SourceConfig, SplitConfig
 from data_pipeline.convert.write_shards import write_shards
 from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.write_cells import CellWriter

@@ -11,8 +11,9 @@ import pytest
 
 from launch.cli import main
 from launch.evaluation import of_generated as evaluate_generated
-from launch.evaluation.config import TAKES, EvaluateVerbConfig, changed
+from launch.evaluation.config import EvaluateVerbConfig
 from launch.evaluation.of_generated import judged_conditions
+from launch.judged import TAKES, changed
 from scldm.evaluate import map_of_cells
 from tests.launch.test_evaluate import FEW, treated, write
 

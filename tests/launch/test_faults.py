@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from scldm.train import checkpoint
+from scldm.train import steps
 from scldm.train.tracking import TrackingConfig, read_metrics
 from tests.launch import faulty
 from tests.launch.faulty import STEPS, Fault, HardwareConfig, Ranks, SmallConfig
@@ -47,7 +47,7 @@ FIRST, SECOND, FSDP, *_ = SETTINGS
 
 
 def latest_step(run_dir: Path) -> int:
-    target = checkpoint.pointed(run_dir / "checkpoints" / "latest")
+    target = steps.pointed(run_dir / "checkpoints" / "latest")
     return 0 if target is None else int(target.name.removeprefix("step-"))
 
 
@@ -313,7 +313,7 @@ def test_a_damaged_part_of_one_rank_is_passed_over_by_both(
     config = SmallConfig(str(tmp_path / "run"))
     codes, outputs = ranks.run(faulty.train, config, Fault("stop", 1, (10,)))
     assert codes == [86, 86], outputs
-    newest = checkpoint.pointed(tmp_path / "run" / "checkpoints" / "latest")
+    newest = steps.pointed(tmp_path / "run" / "checkpoints" / "latest")
     assert newest is not None
     part = newest / "part-1-of-2.safetensors"
     part.write_bytes(part.read_bytes()[:-100])

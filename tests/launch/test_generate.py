@@ -27,7 +27,7 @@ from launch.config import compose
 from launch.evaluation.cells import cells_of_splits, labels_of_split
 from scldm import networks as networks_module
 from scldm.errors import InputError
-from scldm.flow.generate import SamplerConfig
+from scldm.flow.sampler import SamplerConfig
 from scldm.library_size import LibrarySizeModel, LogNormal
 from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE, VAEConfig

@@ -253,7 +253,10 @@ def test_what_does_not_fit_is_told_with_knobs_that_help() -> None:
         (["ldm/tiny", "latent_width=4"], "n_latents=0: give it, or data.shards"),
         (["ldm/tiny", "vae=nowhere"], "nowhere is not a run folder"),
         (["vae", "n_genes=100", "n_cells=5", "hardware.gpu=Z9"], "hardware.gpu=Z9: known are A100"),
-        (["vae", "n_genes=100", "hardware.gpu=Z9", "hardware.peak_tflops=9"], "Or give hardware.memory_tb_s"),
+        (
+            ["vae", "n_genes=100", "n_cells=5", "hardware.gpu=Z9", "hardware.peak_tflops=9"],
+            "Or give hardware.memory_tb_s",
+        ),
         (["vae", "n_genes=100", "hardware.launch_us=-1"], "hardware.launch_us=-1.0 must be at least 0"),
         (["vae", "n_genes=100", "n_cells=5", "deepspeed.fp16.enabled=true"], "hardware.precision says this"),
     ],

@@ -17,7 +17,7 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from sklearn.neighbors import NearestNeighbors
 
-from data_pipeline.stream.gene_sets import GeneSetConfig
+from data_pipeline.stream.gene_set_config import GeneSetConfig
 from data_pipeline.stream.loader import CellLoader, LoaderConfig
 from launch import train_vae, training
 from launch.cli import main

@@ -421,7 +421,7 @@ def test_what_can_not_be_embedded_is_said_in_one_line(model: Pretrained, adata, 
 def test_load_embed_and_generate_import_nothing_of_the_training_stack(folder: Path) -> None:
     code = f"""
 import json, sys, anndata, numpy, pandas, scldm
-from scldm.flow.generate import SamplerConfig
+from scldm.flow.sampler import SamplerConfig
 model = scldm.load({str(folder)!r})
 made = model.generate(pandas.DataFrame({{"type": ["T cell"] * 3}}), seed=0, sampler=SamplerConfig("euler", 2))
 model.embed(made)

@@ -14,7 +14,7 @@ import torch
 
 from scldm import draws, networks, pretrained
 from scldm.errors import InputError
-from scldm.flow.generate import SamplerConfig
+from scldm.flow.sampler import SamplerConfig
 from scldm.library_size import LibrarySizeModel, LogNormal
 from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import Predicted

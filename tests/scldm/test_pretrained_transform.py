@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from scldm.errors import InputError
-from scldm.flow.generate import SamplerConfig
+from scldm.flow.sampler import SamplerConfig
 from scldm.model.dit import DiT, DiTConfig
 from scldm.pretrained import Pretrained
 from tests.scldm.small_model import FEW, GENES, L, Z, cells, of_doses

@@ -32,8 +32,9 @@ from launch.evaluation.reconstructed_cells import known_genes
 from launch.evaluation.reconstructed_cells import latents as embeddings
 from scldm.errors import InputError
 from scldm.evaluate.cells import Cells
-from scldm.flow.generate import SamplerConfig
-from scldm.train.checkpoint import Checkpoint, pointed
+from scldm.flow.sampler import SamplerConfig
+from scldm.train.checkpoint import Checkpoint
+from scldm.train.steps import pointed
 
 TITLE = "this project's presets, a third of the genes given, drawn for each cell"
 NOTE = (

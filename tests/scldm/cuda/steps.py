@@ -18,7 +18,7 @@ import scldm.kernels.pool as pool_kernels
 import scldm.kernels.unpool as unpool_kernels
 from benchmarks.ways import of_preset
 from scldm.batch import CompactCellBatch, CompactCounts, LatentBatch
-from scldm.flow.generate import SamplerConfig
+from scldm.flow.sampler import SamplerConfig
 from scldm.library_size import LibrarySizeModel, LogNormal
 from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE

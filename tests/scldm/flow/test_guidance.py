@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from scldm.errors import InputError
-from scldm.flow.generate import SamplerConfig, generate_latents
+from scldm.flow.generate import generate_latents
 from scldm.flow.guidance import GuidedField, composition
+from scldm.flow.sampler import SamplerConfig
 from scldm.model.dit import DiT, DiTConfig
 
 LABELS = {"type": 3, "donor": 2}

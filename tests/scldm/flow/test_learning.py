@@ -8,7 +8,8 @@ import torch
 from scipy.stats import wasserstein_distance
 
 from scldm.batch import LatentBatch
-from scldm.flow.generate import SamplerConfig, generate_latents
+from scldm.flow.generate import generate_latents
+from scldm.flow.sampler import SamplerConfig
 from scldm.model.dit import DiT, DiTConfig
 from scldm.train.losses import Draws, GuidanceConfig, LDMStage
 from scldm.train.optim import OptimConfig, learning_rate, make_optimizer

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from scldm.flow.generate import SamplerConfig, generate_latents
+from scldm.flow.generate import generate_latents
+from scldm.flow.sampler import SamplerConfig
 from scldm.flow.shift import nearest_trained, stays, way
 from scldm.model.dit import DiT, DiTConfig
 

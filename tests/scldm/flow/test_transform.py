@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from scldm.errors import InputError
-from scldm.flow.generate import SamplerConfig
 from scldm.flow.guidance import GuidedField, VelocityField
+from scldm.flow.sampler import SamplerConfig
 from scldm.flow.transform import blend, from_noise, to_noise
 from tests.scldm.flow.test_guidance import random_model
 

@@ -19,7 +19,7 @@ from scldm.model.vae import VAE, VAEConfig
 from scldm.parallel.dist import World
 from scldm.parallel.engine import DeepSpeedEngine, FSDPEngine, HardwareConfig, PlainEngine, start_engine
 from scldm.parallel.watch import Watch
-from scldm.train import checkpoint
+from scldm.train import checkpoint, steps
 from scldm.train.loop import TrainConfig, train
 from scldm.train.losses import GuidanceConfig, LDMStage, Stage, VAEStage
 from scldm.train.optim import OptimConfig, make_optimizer
@@ -168,7 +168,7 @@ def make_dit(**how: Any) -> DiT:
 
 def stored(run_dir: Path, which: str = "latest") -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """State and whole tensors of a run's checkpoint, after checking every byte."""
-    target = checkpoint.pointed(run_dir / "checkpoints" / which)
+    target = steps.pointed(run_dir / "checkpoints" / which)
     assert target is not None
     found = checkpoint.Checkpoint(target)
     found.check()

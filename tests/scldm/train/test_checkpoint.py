@@ -13,7 +13,7 @@ from scldm.errors import InputError
 from scldm.given_json import hash_of
 from scldm.model.vae import VAE, VAEConfig
 from scldm.parallel.dist import World
-from scldm.train import checkpoint
+from scldm.train import checkpoint, steps
 from scldm.train.optim import OptimConfig
 from scldm.weights import network_of
 from tests.scldm.train.small_runs import ALONE, N_GENES, make_dit, make_vae, small_run, stored
@@ -27,7 +27,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def latest(run: Path) -> Path:
-    target = checkpoint.pointed(run / "checkpoints" / "latest")
+    target = steps.pointed(run / "checkpoints" / "latest")
     assert target is not None
     return target
 
@@ -176,7 +176,7 @@ def test_a_folder_that_was_never_renamed_is_never_loaded(run: Path) -> None:
     assert small_run("vae", run, steps=12, validate_every=4, save_every=12).loader.read == []
     assert not before.exists()
     assert not aside.exists()
-    checkpoint.retain(run / "checkpoints", 1)
+    steps.retain(run / "checkpoints", 1)
     assert latest(run).is_dir()
 
 
@@ -184,7 +184,7 @@ def test_the_best_and_the_last_are_kept(tmp_path: Path) -> None:
     """At this rate the loss rises after the first validation, so that the best lies far behind."""
     wild = OptimConfig(lr=0.3, warmup=0.0, clip=1e9)
     small_run("vae", tmp_path, steps=12, validate_every=2, save_every=1, keep=2, optim=wild)
-    best = checkpoint.pointed(tmp_path / "checkpoints" / "best")
+    best = steps.pointed(tmp_path / "checkpoints" / "best")
     assert best is not None
     assert int(best.name[5:]) <= 8
     kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
@@ -197,8 +197,8 @@ def test_checkpoints_after_the_latest_do_not_count_as_kept(tmp_path: Path) -> No
     for step in (1, 2, 3, 8, 9):
         (tmp_path / f"step-{step:08d}").mkdir()
     (tmp_path / "latest").write_text("step-00000003")
-    assert checkpoint.retain(tmp_path, 2) == []
-    left = [p.name for p in checkpoint.candidates(tmp_path)]
+    assert steps.retain(tmp_path, 2) == []
+    left = [p.name for p in steps.candidates(tmp_path)]
     assert left == ["step-00000003", "step-00000002"]
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from scldm.errors import InputError
-from scldm.train import checkpoint
+from scldm.train import steps
 from tests.scldm.train.small_runs import small_run, stored
 
 pytestmark = pytest.mark.heavy
@@ -69,7 +69,7 @@ def test_kill_9_at_ten_random_moments_of_saving(tmp_path: Path) -> None:
         process.join()
         assert process.exitcode == -signal.SIGKILL
         cut_short += bool(list(run_dir.rglob("*.partial")))
-        if checkpoint.pointed(run_dir / "checkpoints" / "latest") is not None:
+        if steps.pointed(run_dir / "checkpoints" / "latest") is not None:
             stored(run_dir)  # whole, to the last byte
     assert cut_short >= KILLS / 5, "the kills were meant to fall into saves"  # most do, and fewer on a busy machine
     small_run("vae", run_dir, steps=STEPS, save_every=1)
@@ -99,7 +99,7 @@ def test_a_full_disk_names_what_could_not_be_written_and_costs_nothing(small_dis
         InputError, match=r"could not be written \(rank 0: OSError: .*No space left on device\)"
     ) as error:
         small_run("vae", place / "run", save_every=3, keep=9)
-    last = checkpoint.pointed(place / "run" / "checkpoints" / "latest")
+    last = steps.pointed(place / "run" / "checkpoints" / "latest")
     assert last is not None
     assert f"The last whole checkpoint is {last.name}" in str(error.value)
     assert not list(place.rglob("*.partial"))  # what was begun is gone: it would fill the disk further

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from scldm.flow.generate import SamplerConfig, generate_latents
+from scldm.flow.generate import generate_latents
+from scldm.flow.sampler import SamplerConfig
 from scldm.likelihood import nb_log_prob
 from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE, VAEConfig

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from scldm.errors import InputError
-from scldm.train import checkpoint, saver
+from scldm.train import saver, steps
 from scldm.train.tracking import read_metrics
 from tests.scldm.train.small_runs import small_run, stored
 
@@ -28,7 +28,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert {key.split("/")[0] for key in tensors} >= {"weight", "ema", "exp_avg", "exp_avg_sq"}
     assert all(torch.equal(tensors[key], tensors_other[key]) for key in tensors)
     assert rows(one) == rows(other)
-    best = [checkpoint.pointed(run / "checkpoints" / "best") for run in (one, other)]
+    best = [steps.pointed(run / "checkpoints" / "best") for run in (one, other)]
     assert best[0] is not None and best[1] is not None  # noqa: PT018
     assert best[0].name == best[1].name
 
@@ -51,7 +51,7 @@ def test_stopped_and_resumed_is_uninterrupted(
     for stop in stops:
         with pytest.raises(KeyboardInterrupt):
             small_run(stage, tmp_path, log_every=3, fail_at=stop)
-    before = checkpoint.pointed(tmp_path / "checkpoints" / "latest")
+    before = steps.pointed(tmp_path / "checkpoints" / "latest")
     resumed = small_run(stage, tmp_path, log_every=3)
     start = 0 if before is None else int(before.name.removeprefix("step-"))
     assert (start > 0) == (stops != (3,))
@@ -70,11 +70,11 @@ def test_a_save_cut_short_costs_only_what_came_after_the_last_whole_one(
     it fails in the background, training ends by it; test_kills.py kills the process instead."""
     checkpoints = tmp_path / "checkpoints"
     name = {"os.replace": "replace", "best": "point", "latest": "point"}.get(at, at)
-    holder = {"os.replace": os, "write_part": saver, "written_aside": saver}.get(at, checkpoint)
+    holder = {"os.replace": os, "write_part": saver, "written_aside": saver}.get(at, steps)
     real = getattr(holder, name)
 
     def cut_short(*args, **kwargs):
-        latest = checkpoint.pointed(checkpoints / "latest")
+        latest = steps.pointed(checkpoints / "latest")
         if latest is not None and (checkpoints / "step-00000005").exists() and (name != "point" or args[0].name == at):
             if name == "write_part":
                 args[0].parent.mkdir()
@@ -101,7 +101,7 @@ def test_an_old_checkpoint_that_can_not_be_removed_ends_nothing(
     def refuse(*_: object) -> None:
         raise OSError("device busy")
 
-    monkeypatch.setattr(checkpoint, "remove", refuse)
+    monkeypatch.setattr(steps, "remove", refuse)
     small_run("vae", tmp_path, log_every=3)
     assert "an old checkpoint can't be removed: device busy" in capsys.readouterr().err
     assert_same_run(uninterrupted["vae"][0], tmp_path)

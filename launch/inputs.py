@@ -1,0 +1,263 @@
+"""What a command line names that must be there already: files, folders, and the columns, conditions and genes that it
+asks of them. Small JSON files and h5py alone tell it, before packages are imported, which takes seconds. What is said
+is what those say who read them. They check the same again, and more.
+
+Reading order: INPUTS, check_inputs; columns of files, names of a model, kinds of sets and runs.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import reduce
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from data_pipeline.convert.open import ANYWHERE, named
+from launch.planned import needs_shards
+from launch.together import WRITES, moves_of
+from scldm.cells_opened import check_columns, check_out, column_names, frame_of, is_zarr, open_cells, reading
+from scldm.errors import InputError, read_json
+
+JUDGED = ("generated", "embedding")  # keys of files that evaluate judges
+NO_RUN = "{value} is not a run folder: it has no config.json"
+NO_CURVES = "{key}={value}: no metrics.jsonl with metrics in it. Give the folder of a training run"
+# keys of what must be there already -> the file in it that says what it is, and what is said where there is none
+INPUTS = {
+    **dict.fromkeys(("h5ad", "like", "real", *JUDGED), ("", "{value}: no such file")),
+    **dict.fromkeys(("vae", "ldm", "runs"), ("config.json", NO_RUN)),
+    **dict.fromkeys(
+        ("shards", "data.shards", "path"),
+        ("manifest.json", "{value}: no manifest.json: not a shard set, or one that is not finished"),
+    ),
+    **dict.fromkeys(("source.gene_table", "filter.gene_list", "split.held_out"), ("", "{key}: {value}: no such file")),
+    **dict.fromkeys(
+        ("model", "init_from"),
+        ("config.json", "{value} is not a model folder: it has no config.json. `scldm export` writes one"),
+    ),
+}
+SETS = ("path", "shards", "data.shards")  # keys of shard sets, whose stores know `~`
+PLANS: Mapping[str, Literal["vae", "ldm"]] = {"plan": "vae", "plan ldm": "ldm"}
+MOST_ROWS = 10_000  # of a table of conditions that are looked at here: they take a tenth of a second
+
+
+def check_inputs(verb: str, config: Any) -> None:
+    """config: of the verb, or one of its keys' kinds. Raises: InputError for what is not there, or can't be written."""
+    if verb in WRITES:
+        check_out(config.out, WRITES[verb], **{key: getattr(config, key, "") for key in ("h5ad", "like", "conditions")})
+    for key, (file, said) in INPUTS.items():
+        if unread(key, verb, config):
+            continue
+        if key in ("vae", "ldm") and getattr(config, "generated", ""):
+            file, said = "metrics.jsonl", NO_CURVES
+        given = _at(config, key)
+        for value in given if isinstance(given, list) else [given]:
+            if not isinstance(value, str) or not value or ANYWHERE.match(value):
+                continue
+            path = os.path.expanduser(value) if key in SETS else value
+            if not os.path.exists(os.path.join(path, file) if file else path):
+                raise InputError(said.format(key=key, value=value))
+    if verb in NAMES:
+        NAMES[verb](config)
+
+
+def unread(key: str, verb: str, config: Any) -> bool:
+    """Whether nothing reads what a key names: a plan that knows all sizes, or a run that goes on from a checkpoint."""
+    if key == "init_from":
+        run_dir = getattr(config, "run_dir", "")
+        begun = os.path.isdir(os.path.join(run_dir, "checkpoints")) or getattr(config, "branch_from", "")
+        return bool(begun) or verb in PLANS
+    return key == "data.shards" and verb in PLANS and not needs_shards(config, PLANS[verb])
+
+
+def _at(config: Any, dotted_key: str) -> Any:
+    return reduce(lambda at, name: getattr(at, name, None), dotted_key.split("."), config)
+
+
+# --- columns of files ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def obs_of(path: str) -> Iterator[Any]:
+    """obs in an h5ad file. None for what other packages open: zarr and SOMA."""
+    if path.rstrip("/").endswith(".soma") or is_zarr(path):
+        yield None
+        return
+    with open_cells(path) as file, reading(path):
+        yield frame_of(file, "obs", path)
+
+
+def check_has(path: str, columns: Iterable[str]) -> None:
+    """Raises: InputError for a column that obs of a file lacks."""
+    with obs_of(path) as obs:
+        if obs is not None:
+            check_columns(obs, columns, path)
+
+
+def check_has_labels(path: str, columns: Iterable[tuple[str, str]]) -> None:
+    """The same as evaluations say it. columns: the key that names a column, and the column"""
+    from scldm.label_text import no_column  # with numpy, as vocabularies below
+
+    with obs_of(path) as obs:
+        if obs is None:
+            return
+        for key, column in columns:
+            if column and column not in obs:
+                raise no_column(column, path, key, column_names(obs))
+
+
+def check_sources(config: Any) -> None:
+    """Of `scldm shards write`. A set that was begun needs no source, or says itself what it lacks."""
+    if ANYWHERE.match(config.out) or (os.path.isdir(config.out) and os.listdir(config.out)):
+        return
+    kind, uris = named(config.source)
+    for uri in uris if kind == "h5ad" else ():
+        check_has(uri, [*config.conditions, *config.split.stratify, *filter(None, [config.split.by])])
+
+
+def check_evaluated(config: Any) -> None:
+    conditions = [] if list(config.conditions) == ["none"] else [("condition", name) for name in config.conditions]
+    if config.embedding:
+        check_has_labels(config.embedding, [("label", config.label), ("held_out_by", config.held_out_by)])
+    if config.generated:
+        check_has_labels(config.generated, conditions)
+    if config.generated and config.real:
+        check_has_labels(config.real, [*conditions, ("split", config.split)])
+    if config.shards and not ANYWHERE.match(config.shards):
+        check_conditions_of_set(config.shards, [name for _, name in conditions])
+    if not config.generated:
+        check_run(config.vae, "vae", of_latents=False)
+
+
+# --- names of a model ----------------------------------------------------------------------------------------------
+
+
+def model_at(config: Any) -> tuple[Path, dict[str, Any]]:
+    """The folder of a model and its config.json. Raises: InputError for a run folder."""
+    folder = Path(config.model)
+    told = read_json(folder / "config.json")
+    if not isinstance(told, dict) or "format_version" not in told:
+        raise InputError(f"{folder} is not a model folder: its config.json is no model's. `scldm export` writes one")
+    return folder, told
+
+
+def check_generated(config: Any) -> None:
+    folder, told = model_at(config)
+    asked = labels_in(config.conditions) if config.conditions else dict.fromkeys(config.by, ())
+    if config.like:
+        check_has(config.like, config.by)
+    if config.shards and not ANYWHERE.match(config.shards):
+        check_conditions_of_set(config.shards, config.by)
+    check_conditions(folder, told, {name: of for name, of in asked.items() if name != "library_size"})
+    check_genes(folder, config.genes)
+
+
+def check_transformed(config: Any) -> None:
+    folder, told = model_at(config)
+    to = moves_of(config)
+    check_conditions(folder, told, {**dict.fromkeys(config.by, ()), **{name: [to[name]] for name in to}})
+    check_has(config.h5ad, [*config.by, *to])
+    check_genes(folder, config.genes)
+
+
+def check_reconstructed(config: Any) -> None:
+    folder, _ = model_at(config)
+    check_has(config.h5ad, ())
+    check_genes(folder, getattr(config, "genes", ()))
+
+
+def labels_in(path: str) -> dict[str, list[str]]:
+    """The labels that a table of conditions asks for, by its columns. None of what is no table: its reader says so."""
+    if not os.path.exists(path):
+        raise InputError(f"conditions={path}: no such file")
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            columns, *rows = islice(csv.reader(file), MOST_ROWS)
+    except (OSError, ValueError, csv.Error):
+        return {}
+    if any(len(row) > len(columns) for row in rows):
+        return {}
+    rows = [dict(zip(columns, row)) for row in rows]
+    rows = [row for row in rows if row.pop("n_cells", "1").strip() != "0"]
+    missing = ("", "nan")  # for which the model may have a label
+    return {of: [row[of] for row in rows if row.get(of, "") not in missing] for of in columns if of != "n_cells"}
+
+
+def check_conditions(folder: Path, told: Mapping[str, Any], asked: Mapping[str, Sequence[str]]) -> None:
+    """asked: condition -> its labels. Raises: InputError for one that the model does not know."""
+    if not (of := told.get("ldm")):
+        raise InputError("this model folder holds an autoencoder alone: it embeds, but does not generate")
+    from scldm.vocab import ConditionVocab
+
+    labels = ConditionVocab.load(folder / "conditions.json").labels
+    vocab = ConditionVocab({name: labels[name] for name in told.get("conditions", labels) if name in labels})
+    for name, wanted in asked.items():
+        vocab.encode(name, () if name in of.get("continuous", ()) else wanted)
+
+
+def check_genes(folder: Path, genes: Sequence[str]) -> None:
+    if genes:
+        from scldm.vocab import GeneVocab
+
+        GeneVocab.load(folder / "genes.json").places(genes)
+
+
+# --- kinds of sets and runs ----------------------------------------------------------------------------------------
+
+
+def check_conditions_of_set(folder: str, conditions: Sequence[str]) -> None:
+    there = list(read_json(Path(folder).expanduser() / "manifest.json").get("conditions", {}))
+    if unknown := [name for name in conditions if name not in there]:
+        raise InputError(f"{folder} has no condition={unknown[0]!r}. It has {', '.join(there) or 'none'}")
+
+
+def check_kind(folder: str, kind: str) -> None:
+    """kind: cells or latents. Raises: InputError for a set of the other."""
+    if not ANYWHERE.match(folder):
+        found = read_json(Path(folder).expanduser() / "manifest.json").get("kind", kind)
+        if found != kind:
+            raise InputError(f"{folder}: a set of {found}, not of {kind}")
+
+
+def check_run(folder: str, key: str, of_latents: bool) -> None:
+    """Raises: InputError for a run of the other stage."""
+    if folder and not ANYWHERE.match(folder) and (Path(folder) / "latents.json").is_file() != of_latents:
+        if of_latents:
+            raise InputError(f"{key}={folder} is not a run of `scldm train ldm`")
+        raise InputError(f"{key}={folder} is a run of `scldm train ldm`, not of `scldm train vae`")
+
+
+def check_encoded(config: Any) -> None:
+    check_run(config.vae, "vae", of_latents=False)
+    check_kind(config.shards, "cells")
+
+
+def check_exported(config: Any) -> None:
+    check_run(config.vae, "vae", of_latents=False)
+    check_run(config.ldm, "ldm", of_latents=True)
+
+
+def check_trained(config: Any) -> None:
+    check_kind(config.data.shards, "cells")
+
+
+def check_trained_ldm(config: Any) -> None:
+    check_run(config.vae, "vae", of_latents=False)
+    check_kind(config.data.shards, "cells" if config.vae else "latents")
+
+
+NAMES: Mapping[str, Callable[[Any], None]] = {
+    "shards write": check_sources,
+    "train vae": check_trained,
+    "train ldm": check_trained_ldm,
+    "encode": check_encoded,
+    "export": check_exported,
+    "generate": check_generated,
+    "transform": check_transformed,
+    "embed": check_reconstructed,
+    "reconstruct": check_reconstructed,
+    "evaluate": check_evaluated,
+}

@@ -1,0 +1,94 @@
+"""What the keys of a verb say together, by the words of its command line alone: known before packages are imported,
+which takes seconds. Each function takes the verb's config, or one of its keys' kinds. What `scldm evaluate` takes is in
+judged.py.
+
+Reading order: check_generate, moves_of, check_export, groups of keys, TOGETHER.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from data_pipeline.stream.gene_set_config import GeneSetConfig
+from launch.judged import check_judged
+from scldm.checked import check_divides
+from scldm.errors import InputError
+
+WRITES = {  # verb -> how what it writes may end
+    "generate": (".h5ad", ".zarr", ".soma"),
+    **dict.fromkeys(("embed", "reconstruct", "transform"), (".h5ad",)),
+}
+
+
+def check_generate(config: Any) -> None:
+    """Raises: InputError unless one thing says how many cells of what."""
+    ways = [name for name in ("conditions", "like", "shards", "n") if getattr(config, name) not in ("", None)]
+    if len(ways) != 1:
+        raise InputError(f"give exactly one of conditions, like, shards and n. Given: {', '.join(ways) or 'none'}")
+    if config.by and not (config.like or config.shards):
+        raise InputError(f"by={','.join(config.by)} names columns of like, which is not given")
+    if config.like and not config.by:
+        raise InputError("like needs by: the columns of its obs that are conditions of the model, as by=cell_type")
+
+
+def moves_of(config: Any) -> dict[str, str]:
+    """Where `scldm transform` takes cells: condition -> label. Raises: InputError for a word that says no such."""
+    to: dict[str, str] = {}
+    for part in config.to:
+        name, _, label = part.partition("=")
+        if not (name and label):
+            raise InputError(f"to={','.join(config.to)} must be CONDITION=LABEL, as to=treatment=IFN")
+        to[name] = label
+    return to
+
+
+def check_export(config: Any) -> None:
+    """Raises: InputError for a model that MLflow's registry does not take."""
+    if config.register and not config.ldm:
+        raise InputError(f"register={config.register} needs ldm: an autoencoder alone generates no cells")
+    if config.alias and not config.register:
+        raise InputError(f"alias={config.alias} needs register=NAME, the model that it is an alias of")
+    if config.alias and not re.fullmatch(r"(?!latest$|v\d+$)[\w-]+", config.alias, re.ASCII):
+        raise InputError(
+            f"alias={config.alias}: give letters, digits, _ and -, and not latest or v1, as MLflow wants it"
+        )
+
+
+# --- groups of keys, by what the verbs' configs have of them -------------------------------------------------------
+
+
+def check_sampler(config: Any) -> None:
+    from scldm.flow.sampler import SamplerConfig  # with numpy
+
+    SamplerConfig(**vars(config.sampler))
+
+
+def check_encoded(config: Any) -> None:
+    GeneSetConfig(**vars(config.genes)).check("genes")
+
+
+def check_vae(config: Any) -> None:
+    for key in ("given", "asked"):
+        GeneSetConfig(**vars(getattr(config.data, key))).check(f"data.{key}")
+    for name in ("n_heads", "decoder_cross_heads"):
+        check_divides(config.model, name, "width", "model.")
+
+
+def check_ldm(config: Any) -> None:
+    GeneSetConfig(**vars(config.given)).check("given")
+    check_divides(config.model, "n_heads", "width", "model.")
+
+
+TOGETHER: Mapping[str, Sequence[Callable[[Any], object]]] = {
+    "train vae": [check_vae],
+    "plan": [check_vae],
+    "encode": [check_encoded],
+    "train ldm": [check_ldm],
+    "plan ldm": [check_ldm],
+    "export": [check_export],
+    "generate": [check_generate, check_sampler],
+    "transform": [moves_of, check_sampler],
+    "evaluate": [check_judged],
+}
