@@ -22,7 +22,8 @@ class Memory:
         without those of linear maps, which activations have in bf16 at every stage
     masters, moments, ema: shares
     gradients: this rank's share, summed over ranks
-    buckets: in which gradients wait to be exchanged during the pass
+    buckets: in which gradients wait to be exchanged during the pass. Under FSDP2 also this rank's share of those that
+        were exchanged
     activations: and other tensors of a pass, with the gradients that it holds
     step: what is made after the pass, in the room of activations and buckets
     validation: what a validation pass takes in that room: the weights, put by while the EMA is in their place,
@@ -107,20 +108,29 @@ def rank_memory(
     )
 
 
-def fsdp_memory(
-    cost: StepCost, zero_stage: int, n_ranks: int, accumulation: int, offload: bool = False, lazy: bool = False
-) -> Memory:
+def fsdp_memory(cost: StepCost, zero_stage: int, n_ranks: int, accumulation: int, offload: bool = False) -> Memory:
     """Of one rank under torch's FSDP2, which gathers float32 weights, at zero_stage 2 or 3.
 
+    Activations go block by block in backward, while buckets and this rank's gradients come. Their sum is made for each
+    block, and the largest is returned.
+
     cost: of a micro-batch
-    lazy: as for rank_memory. Most of a table's gradient is zeros, which nothing writes
     """
     P, share = cost.n_parameters, cost.n_parameters / n_ranks
-    rest, block = P - cost.block_parameters, cost.largest_block
-    # beside a block, what the one before it was gathered in, and what the next one is
-    gathered = 4 * (P if zero_stage == 2 else rest + min(3 * block, cost.block_parameters))
-    held = (cost.peak_with_gradients_bytes - cost.peak_bytes) * rest / P  # to the end of the pass
+    of_blocks, block = cost.block_parameters, cost.largest_block
+    rest = P - of_blocks
     kept = 4 * share if accumulation > 1 else 0.0  # gradients of the micro-batches before
+    # At zero_stage 2 forward ends with the last block twice: whole, and as it was gathered. At 3, beside a block are
+    # what the one before it was gathered in, and what the next one is
+    at_once = of_blocks + block if zero_stage == 2 else min(3 * block, of_blocks)
+    moments: list[tuple[float, float, float]] = [(4 * (rest + at_once), 0.0, cost.block_peaks[0])]
+    n_blocks = len(cost.block_peaks) - 1
+    for n_over in range(1, n_blocks + 1):
+        left = of_blocks * (n_blocks - n_over) / n_blocks
+        whole = min(3 * block, left) if zero_stage == 3 else of_blocks if accumulation > 1 else left
+        of_rank = block if kept or offload else of_blocks - left  # its gradients, which then go to others or the host
+        moments.append((4 * (rest + whole), 4 * (block + of_rank / n_ranks), cost.block_peaks[n_over]))
+    gathered, buckets, activations = max(moments, key=sum)
     return Memory(
         weights=4 * share,
         gathered=gathered,
@@ -128,11 +138,11 @@ def fsdp_memory(
         moments=8 * share,
         ema=4 * share,
         gradients=kept,
-        buckets=4 * 3 * block,  # a block's gradients, a copy of them to exchange, and the copy of the block before
-        activations=cost.peak_bytes + (0.0 if lazy else held),
+        buckets=buckets,
+        activations=activations,
         # gradients of the rest and their copy, where the gathered weights were. The fused AdamW makes nothing
         step=max(0.0, 8 * rest + 4 * share - kept - gathered),
-        validation=(0.0 if offload else 4 * share) + cost.peak_bytes,
+        validation=(0.0 if offload else 4 * share) + cost.peak_bytes + moments[0][0] - gathered,
         host=16 * share + kept if offload else 0.0,
         saved=4 * 4 * share,
     )

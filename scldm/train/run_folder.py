@@ -97,8 +97,7 @@ def open_run_folder(
             print(f"scldm: {run_dir} goes on with: {told}", file=sys.stderr, flush=True)
     run_dir.mkdir(parents=True, exist_ok=True)
     with locked(run_dir):
-        for left in left_aside(run_dir):
-            remove(left)
+        _clean(run_dir)
         begins = branch is not None and _latest(run_dir) is None
         # before the config: what changed can be told from the two of them, and from nothing later
         if branch is not None and begins:
@@ -114,6 +113,15 @@ def open_run_folder(
             begin(branch, run_dir)
             print(f"scldm: {run_dir} {changes.told(changes.read(run_dir)[0])}", file=sys.stderr, flush=True)
         yield
+
+
+def _clean(run_dir: Path) -> None:
+    """Remove what killed starts left in the folder and in those in it. A job may be writing its notes."""
+    for left in left_aside(run_dir):
+        remove(left)
+    for folder in [path for path in run_dir.iterdir() if path.is_dir() and path.name != NOTES]:
+        for left in left_aside(folder):
+            remove(left)
 
 
 def step_of(run_dir: Path) -> int:

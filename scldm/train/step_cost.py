@@ -40,6 +40,9 @@ class StepCost:
     peak_with_gradients_bytes: likewise if gradients stay
     block_parameters: of the network's `blocks`, which FSDP2 gathers one by one
     largest_block: parameters of the largest
+    block_peaks: as peak_bytes, but a block's gradients stay until the block's backward pass is over, and those of no
+        block to the end. The first is of what comes before a backward pass is over, the next of what comes from there
+        to the end of the next one, and so on
     """
 
     n_parameters: int
@@ -50,6 +53,7 @@ class StepCost:
     peak_with_gradients_bytes: int
     block_parameters: int = 0
     largest_block: int = 0
+    block_peaks: tuple[int, ...] = ()
 
 
 def step_cost(
@@ -70,23 +74,26 @@ def step_cost(
         network = make()
         linear = {id(p) for m in network.modules() if isinstance(m, nn.Linear) for p in m.parameters(recurse=False)}
         sizes = [(p.numel(), id(p) in linear) for p in network.parameters()]
-        blocks = [sum(p.numel() for p in block.parameters()) for block in getattr(network, "blocks", ())]
-        traces = [_trace(network, loss_of, bf16, keep_gradients) for keep_gradients in (False, True)]
+        blocks = [list(block.parameters()) for block in getattr(network, "blocks", ())]
+        with _Watch(blocks) as watch:
+            for parameter in network.parameters():
+                parameter.register_post_accumulate_grad_hook(watch.drop)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):  # at its end it forgets the weights that it cast
+                loss = loss_of(network)
+            loss.backward()
     n, n_linear = sum(n for n, _ in sizes), sum(n for n, is_linear in sizes if is_linear)
-    of_blocks = (sum(blocks), max(blocks, default=0))
-    return StepCost(n, n_linear, traces[0].flops, traces[0].kernels, traces[0].peak, traces[1].peak, *of_blocks)
-
-
-def _trace(network: nn.Module, loss_of: LossOf, bf16: bool, keep_gradients: bool) -> _Watch:
-    hooks = [] if keep_gradients else [p.register_post_accumulate_grad_hook(_drop) for p in network.parameters()]
-    with _Watch() as watch:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):  # at its end it forgets the weights that it cast
-            loss = loss_of(network)
-        loss.backward()
-    network.zero_grad()
-    for hook in hooks:
-        hook.remove()
-    return watch
+    of_blocks = [sum(p.numel() for p in block) for block in blocks]
+    return StepCost(
+        n_parameters=n,
+        linear_parameters=n_linear,
+        flops=watch.flops,
+        kernels=watch.kernels,
+        peak_bytes=watch.peak,
+        peak_with_gradients_bytes=watch.peak_with_gradients,
+        block_parameters=sum(of_blocks),
+        largest_block=max(of_blocks, default=0),
+        block_peaks=tuple(watch.block_peaks),
+    )
 
 
 def vae_step(
@@ -133,10 +140,6 @@ def dit_step(
     return step_cost(lambda: DiT(config, n_latents, latent_width, n_labels), loss_of, **how)
 
 
-def _drop(parameter: Tensor) -> None:
-    parameter.grad = None
-
-
 @contextmanager
 def _tiles_of(memory_gb: float) -> Iterator[None]:
     factorised.planned_memory = int(1e9 * memory_gb)
@@ -151,12 +154,19 @@ class _Watch(TorchDispatchMode):
     storage or writes into one. Views and bare allocations do neither.
 
     Where several gradients reach a tensor, autograd adds them in place if nothing else holds the first, though not in
-    a trace. There their sum sets no peak, as what it is made of is gone by the next operation."""
+    a trace. There their sum sets no peak, as what it is made of is gone by the next operation.
 
-    def __init__(self) -> None:
+    blocks: parameters of each of the network's blocks
+    """
+
+    def __init__(self, blocks: list[list[nn.Parameter]]) -> None:
         super().__init__()
-        self.live = self.peak = self.flops = self.kernels = 0
+        self.live = self.peak = self.peak_with_gradients = self.flops = self.kernels = 0
+        self.gradients = self.unsent = 0  # bytes: all that were made, and all but those of blocks that are over
+        self.block_peaks = [0]
         self.known: dict[int, int] = {}
+        self.missing = [{id(p) for p in block} for block in blocks]  # whose gradients are to come
+        self.of_blocks = [0] * len(blocks)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -175,8 +185,27 @@ class _Watch(TorchDispatchMode):
                 self.live += storage.nbytes()
                 weakref.finalize(storage, self._gone, id(storage))
         if not (func is torch.ops.aten.add.Tensor and _adds_gradients()):
-            self.peak = max(self.peak, self.live)
+            self._look()
         return out
+
+    def drop(self, parameter: Tensor) -> None:
+        """Take the gradient that a parameter now has."""
+        assert parameter.grad is not None
+        n_bytes, parameter.grad = parameter.grad.untyped_storage().nbytes(), None
+        self.gradients += n_bytes
+        self.unsent += n_bytes
+        for k, missing in enumerate(self.missing):
+            if id(parameter) in missing:
+                missing.remove(id(parameter))
+                self.of_blocks[k] += n_bytes
+                if not missing:
+                    self.block_peaks.append(0)
+                    self.unsent -= self.of_blocks[k]
+
+    def _look(self) -> None:
+        self.peak = max(self.peak, self.live)
+        self.peak_with_gradients = max(self.peak_with_gradients, self.live + self.gradients)
+        self.block_peaks[-1] = max(self.block_peaks[-1], self.live + self.unsent)
 
     def _gone(self, key: int) -> None:
         self.live -= self.known.pop(key)

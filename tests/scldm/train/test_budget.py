@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,17 +83,49 @@ def test_states_are_shared_out_as_the_stages_say() -> None:
 
 
 def test_fsdp_gathers_blocks_one_by_one_and_the_rest_at_once() -> None:
-    cost = StepCost(1_000, 800, 0, 0, 20_000, 21_000, 600, 200)
+    cost = StepCost(1_000, 800, 0, 0, 20_000, 21_000, 600, 200, (20_000, 15_000, 10_000, 5_000))
     whole, freed = (fsdp_memory(cost, stage, 4, 1) for stage in (2, 3))
     assert whole.weights == freed.weights == 1_000  # a quarter of the masters, with no copy beside them
-    assert (whole.gathered, freed.gathered) == (4_000, 4 * 400 + 4 * 600)
-    assert whole.activations == 20_400  # with the gradients of the 400 parameters that are no block's
+    assert (whole.gathered, freed.gathered) == (4 * 1_200, 4 * 400 + 4 * 600)
+    assert (whole.buckets, whole.activations) == (freed.buckets, freed.activations) == (0, 20_000)
     assert (whole.gradients, fsdp_memory(cost, 2, 4, 2).gradients) == (0, 1_000)
     assert fsdp_memory(cost, 3, 4, 1, offload=True).host == 4_000
     # three quarters of each number. At zero_stage 2 two sums and a gather, at 3 two sums, and two gathers or four
     assert fsdp_sent_bytes(cost, 2, 4, 2) == 0.75 * 4 * 3_000
     assert fsdp_sent_bytes(cost, 3, 4, 2) == 0.75 * 4 * (2_000 + 2 * 400 + 4 * 600)
     assert fsdp_sent_bytes(cost, 3, 1, 2) == 0
+
+
+def test_under_fsdp_buckets_meet_the_activations_of_their_own_time() -> None:
+    """Where all blocks need the same, one of the last has most: its buckets, and gradients of those before it."""
+    cost = StepCost(1_000, 800, 0, 0, 20_000, 21_000, 600, 200, (20_000, 20_000, 20_000, 5_000))
+    memory = fsdp_memory(cost, 3, 4, 1)
+    assert (memory.gathered, memory.buckets) == (4 * (400 + 400), 4 * (200 + 200 / 4))
+    assert fsdp_memory(cost, 2, 4, 2).buckets == 4 * (200 + 200 / 4)
+    first = fsdp_memory(replace(cost, block_peaks=(30_000, 15_000, 10_000, 5_000)), 3, 4, 1)
+    assert first.states + first.validation == memory.states + memory.validation  # forward gathers what it did
+
+
+def test_block_peaks_hold_gradients_of_the_rest_and_of_one_block() -> None:
+    """Three maps of 100 numbers each, the first and the last of which are blocks, and inputs of 10 numbers."""
+
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.maps = nn.ModuleList(nn.Linear(10, 10, bias=False) for _ in range(3))
+            self.blocks = [self.maps[0], self.maps[2]]
+
+        def forward(self, x: Tensor) -> Tensor:
+            for linear in self.maps:
+                x = linear(x)
+            return x
+
+    cost = step_cost(Three, lambda run: run(torch.ones(1, 10)).sum())
+    assert (cost.block_parameters, cost.largest_block) == (200, 100)
+    last, middle_and_first, end = cost.block_peaks
+    assert 4 * 100 <= last < 4 * 200
+    assert 4 * 200 <= middle_and_first < 4 * 300  # without the last block's, which another rank may have
+    assert end == 0
 
 
 def test_what_validation_and_saving_take_is_planned() -> None:
@@ -129,7 +162,7 @@ def planned_of_measured(cases: list[dict[str, Any]], tmp_path: Path) -> dict[str
         network = str({**case, "zero_stage": 0})
         costs[network] = costs.get(network) or cost_of(case)
         if case.get("engine") == "fsdp":
-            planned = fsdp_memory(costs[network], case["zero_stage"], 2, 1, lazy=True)
+            planned = fsdp_memory(costs[network], case["zero_stage"], 2, 1)
         else:
             planned = rank_memory(costs[network], case["zero_stage"], 2, case["precision"] == "bf16", lazy=True)
         ratios[str(case)] = planned.training / peak  # none of them validates
@@ -139,7 +172,8 @@ def planned_of_measured(cases: list[dict[str, Any]], tmp_path: Path) -> dict[str
 def cost_of(case: dict[str, Any]) -> StepCost:
     how: Any = {"device": "cpu", "bf16": case["precision"] == "bf16"}
     if case["kind"] == "ldm":
-        return dit_step(DiTConfig(**case["model"]), *case["latent_shape"], {}, case["cells"], **how)
+        n_latents, latent_width = case["latent_shape"]
+        return dit_step(DiTConfig(**case["model"]), n_latents, latent_width, {}, case["cells"], **how)
     sizes: Any = [case[name] for name in ("n_genes", "cells", "n_given", "n_given")]
     return vae_step(VAEConfig(**case["model"]), *sizes, **how)
 

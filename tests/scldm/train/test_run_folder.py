@@ -93,6 +93,15 @@ def test_a_start_that_died_before_its_first_file_was_whole_can_start_again(tmp_p
     assert [p.name for p in tmp_path.glob("*.partial")] == []
 
 
+def test_what_killed_starts_left_goes_from_every_folder_but_the_jobs_own(tmp_path: Path) -> None:
+    opened(tmp_path, CONFIG, FREE)
+    for folder in ("diffs", "previews", ".profiles.0123456789ab.partial", "slurm"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / ".one.0123456789ab.partial").write_text("ha")
+    opened(tmp_path, CONFIG, FREE)
+    assert [p.parent.name for p in tmp_path.rglob("*.partial")] == ["slurm"]  # a job may be writing it
+
+
 def test_a_file_that_only_ends_as_ours_do_is_left(tmp_path: Path) -> None:
     opened(tmp_path, CONFIG, FREE)
     (tmp_path / "notes.partial").write_text("mine")
