@@ -35,7 +35,7 @@ def test_a_plan_for_1024_gpus_and_100_million_cells(capsys: pytest.CaptureFixtur
     words = [*DIT, "hardware/many_nodes", "hardware.nodes=128", "train.global_batch=8192", "hardware.micro_batch=8"]
     assert main(["plan", *words]) == 0
     table = capsys.readouterr().out
-    for part in ("9.8 million parameters. 1,024 ranks x 8 cells x 1", "<- configured", "epochs of 100,000,000 cells"):
+    for part in ("9.9 million parameters. 1,024 ranks x 8 cells x 1", "<- configured", "epochs of 100,000,000 cells"):
         assert part in table
     assert "FIT" not in table
     assert "as data.lanes=256, a block is read by 4 ranks; data.lanes=1024: by one" in table
@@ -247,7 +247,7 @@ def test_what_does_not_fit_is_told_with_knobs_that_help() -> None:
     [
         ([], "`scldm plan vae ...` or `scldm plan ldm ...`: no preset tells it"),
         (["vae/tiny", "ldm/tiny"], "`scldm plan vae ...` or `scldm plan ldm ...`: the presets are of both"),
-        (["vae", "ldm/tiny"], "preset ldm/tiny: unknown key 'guidance'"),
+        (["vae", "ldm/tiny"], "preset ldm/tiny: unknown key 'model.library_size'"),
         (["vae"], "n_genes=0: give it, or data.shards"),
         (["vae", "n_genes=100"], "n_cells=0: give it, or data.shards"),
         (["ldm/tiny", "latent_width=4"], "n_latents=0: give it, or data.shards"),
