@@ -21,6 +21,7 @@ from launch.planned import needs_shards
 from launch.together import WRITES, moves_of
 from scldm.cells_opened import check_columns, check_out, column_names, frame_of, is_zarr, open_cells, reading
 from scldm.errors import InputError, read_json
+from scldm.files import check_writable
 
 JUDGED = ("generated", "embedding")  # keys of files that evaluate judges
 NO_RUN = "{value} is not a run folder: it has no config.json"
@@ -39,6 +40,7 @@ INPUTS = {
         ("config.json", "{value} is not a model folder: it has no config.json. `scldm export` writes one"),
     ),
 }
+FILES = ("report", "checkpoint convert")  # verbs that make a file. That of convert may be a folder
 SETS = ("path", "shards", "data.shards")  # keys of shard sets, whose stores know `~`
 PLANS: Mapping[str, Literal["vae", "ldm"]] = {"plan": "vae", "plan ldm": "ldm"}
 MOST_ROWS = 10_000  # of a table of conditions that are looked at here: they take a tenth of a second
@@ -48,6 +50,8 @@ def check_inputs(verb: str, config: Any) -> None:
     """config: of the verb, or one of its keys' kinds. Raises: InputError for what is not there, or can't be written."""
     if verb in WRITES:
         check_out(config.out, WRITES[verb], **{key: getattr(config, key, "") for key in ("h5ad", "like", "conditions")})
+    elif verb not in PLANS:
+        check_made(verb, config)
     for key, (file, said) in INPUTS.items():
         if unread(key, verb, config):
             continue
@@ -62,6 +66,15 @@ def check_inputs(verb: str, config: Any) -> None:
                 raise InputError(said.format(key=key, value=value))
     if verb in NAMES:
         NAMES[verb](config)
+
+
+def check_made(verb: str, config: Any) -> None:
+    """Raises: InputError where the file or folder that a verb makes can't be written. A finished set is only read."""
+    for key in ("out", "run_dir"):
+        if (value := getattr(config, key, "")) and not ANYWHERE.match(value):
+            path = os.path.expanduser(value) if verb == "shards write" else value  # its store knows `~`
+            if not os.path.isfile(os.path.join(path, "manifest.json")):
+                check_writable(key, path, is_file=verb in FILES)
 
 
 def unread(key: str, verb: str, config: Any) -> bool:

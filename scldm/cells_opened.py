@@ -6,13 +6,13 @@ Reading order: open_cells, reading, frame_of, column_names, check_columns, check
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from scldm.errors import InputError
+from scldm.files import check_writable
 
 ZARR_MARKS = ("zarr.json", ".zgroup", ".zmetadata")  # of version 3, and of version 2
 MOST_NAMES = 30  # in a message
@@ -171,6 +171,6 @@ def check_out(out: str | Path, endings: Sequence[str], **inputs: str) -> None:
     for key, given in inputs.items():
         if given and path.resolve() == Path(given).resolve():
             raise InputError(f"out={out} is {key}={given}, which would be lost. Choose another out")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise InputError(f"out={out}: {path if path.is_dir() else folder} can't be written to")
+    if path.is_dir():
+        raise InputError(f"out={out}: {path} can't be written to")
+    check_writable("out", str(out), is_file=True)
