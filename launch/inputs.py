@@ -221,8 +221,12 @@ def check_genes(folder: Path, genes: Sequence[str]) -> None:
 # --- kinds of sets and runs ----------------------------------------------------------------------------------------
 
 
+def manifest_of(folder: str) -> dict[str, Any]:
+    return read_json(Path(folder).expanduser() / "manifest.json")
+
+
 def check_conditions_of_set(folder: str, conditions: Sequence[str]) -> None:
-    there = list(read_json(Path(folder).expanduser() / "manifest.json").get("conditions", {}))
+    there = list(manifest_of(folder).get("conditions", {}))
     if unknown := [name for name in conditions if name not in there]:
         raise InputError(f"{folder} has no condition={unknown[0]!r}. It has {', '.join(there) or 'none'}")
 
@@ -230,7 +234,7 @@ def check_conditions_of_set(folder: str, conditions: Sequence[str]) -> None:
 def check_kind(folder: str, kind: str) -> None:
     """kind: cells or latents. Raises: InputError for a set of the other."""
     if not ANYWHERE.match(folder):
-        found = read_json(Path(folder).expanduser() / "manifest.json").get("kind", kind)
+        found = manifest_of(folder).get("kind", kind)
         if found != kind:
             raise InputError(f"{folder}: a set of {found}, not of {kind}")
 
@@ -254,12 +258,32 @@ def check_exported(config: Any) -> None:
 
 
 def check_trained(config: Any) -> None:
-    check_kind(config.data.shards, "cells")
+    check_run(config.run_dir, "run_dir", of_latents=False)
+    check_stream(config, "cells")
 
 
 def check_trained_ldm(config: Any) -> None:
     check_run(config.vae, "vae", of_latents=False)
-    check_kind(config.data.shards, "cells" if config.vae else "latents")
+    check_stream(config, "cells" if config.vae else "latents")
+
+
+def check_stream(config: Any, kind: str) -> None:
+    """What both trainings read: a set of this kind, with the conditions that are named, and the run that they go on
+    with."""
+    from scldm.train import branch
+    from scldm.vocab import ConditionVocab
+
+    check_kind(config.data.shards, kind)
+    if not ANYWHERE.match(config.data.shards):
+        of = ConditionVocab.from_json(manifest_of(config.data.shards).get("conditions", {}), config.data.shards)
+        for name, labels in config.data.select.items():
+            of.encode(name, labels)
+        for name in sorted(config.data.balance):
+            of.require(name, "balance")
+        for name, path in getattr(config, "label_embeddings", {}).items():
+            of.require(name, f"label_embeddings.{name}={path}")
+    if branch.begins(config.branch_from, Path(config.run_dir)):
+        branch.named(config.branch_from)
 
 
 NAMES: Mapping[str, Callable[[Any], None]] = {

@@ -85,6 +85,17 @@ CASES = [
     (TRAIN.replace("shards=shards", "shards=none"), NO_SET),
     (TRAIN.replace("shards=shards", "shards=latents"), "latents: a set of latents, not of cells"),
     (TRAIN + "init_from=none", NO_MODEL),
+    (TRAIN + "data.balance=typ", "balance: condition 'typ' is unknown. The set has type"),
+    (TRAIN + "data.select.typ=B", "condition 'typ' is unknown. The model knows type"),
+    (TRAIN + "data.select.type=NK", "condition 'type' has no label 'NK'"),
+    (TRAIN + "branch_from=vae", "branch_from=vae must be RUN@STEP, a run folder and a step"),
+    (TRAIN + "branch_from=none@5", "none is not a run folder: it has no config.json"),
+    (TRAIN + "branch_from=vae@7", "the run has no checkpoint of step 7; there are 5"),
+    (TRAIN.replace("run_dir=o", "run_dir=ldm"), "run_dir=ldm is a run of `scldm train ldm`, not of `scldm train vae`"),
+    (
+        "train ldm ldm/tiny data.shards=latents run_dir=o label_embeddings.typ=other.csv",
+        "label_embeddings.typ=other.csv: condition 'typ' is unknown. The set has type",
+    ),
     (TRAIN + "model.width=10 model.n_heads=3", "model.n_heads=3 does not divide model.width=10"),
     (
         TRAIN + "data.given.policy=all data.given.share=1 data.given.n_genes=3",
