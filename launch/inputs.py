@@ -19,7 +19,7 @@ from typing import Any, Literal
 from data_pipeline.convert.open import ANYWHERE, named
 from launch.planned import needs_shards
 from launch.together import WRITES, moves_of
-from scldm.cells_opened import check_columns, check_out, column_names, frame_of, is_zarr, open_cells, reading
+from scldm.cells_opened import check_columns, check_key, check_out, column_names, frame_of, is_zarr, open_cells, reading
 from scldm.errors import InputError, read_json
 from scldm.files import check_writable
 
@@ -94,29 +94,30 @@ def _at(config: Any, dotted_key: str) -> Any:
 
 
 @contextmanager
-def obs_of(path: str) -> Iterator[Any]:
-    """obs in an h5ad file. None for what other packages open: zarr and SOMA."""
+def file_at(path: str) -> Iterator[Any]:
+    """An h5ad file. None for what other packages open: zarr and SOMA."""
     if path.rstrip("/").endswith(".soma") or is_zarr(path):
         yield None
         return
     with open_cells(path) as file, reading(path):
-        yield frame_of(file, "obs", path)
+        yield file
 
 
 def check_has(path: str, columns: Iterable[str]) -> None:
     """Raises: InputError for a column that obs of a file lacks."""
-    with obs_of(path) as obs:
-        if obs is not None:
-            check_columns(obs, columns, path)
+    with file_at(path) as file:
+        if file is not None:
+            check_columns(frame_of(file, "obs", path), columns, path)
 
 
 def check_has_labels(path: str, columns: Iterable[tuple[str, str]]) -> None:
     """The same as evaluations say it. columns: the key that names a column, and the column"""
     from scldm.label_text import no_column  # with numpy, as vocabularies below
 
-    with obs_of(path) as obs:
-        if obs is None:
+    with file_at(path) as file:
+        if file is None:
             return
+        obs = frame_of(file, "obs", path)
         for key, column in columns:
             if column and column not in obs:
                 raise no_column(column, path, key, column_names(obs))
@@ -135,14 +136,27 @@ def check_evaluated(config: Any) -> None:
     conditions = [] if list(config.conditions) == ["none"] else [("condition", name) for name in config.conditions]
     if config.embedding:
         check_has_labels(config.embedding, [("label", config.label), ("held_out_by", config.held_out_by)])
+        with file_at(config.embedding) as file:
+            if file is not None:
+                check_key(file, config.key, config.embedding)
     if config.generated:
         check_has_labels(config.generated, conditions)
+        model = model_at(config)[1] if config.model else {}
+        if config.control and (judged := config.conditions or model.get("conditions", ())):
+            from scldm.evaluate.named import check_controls
+
+            check_controls(config.control, judged)
     if config.generated and config.real:
         check_has_labels(config.real, [*conditions, ("split", config.split)])
     if config.shards and not ANYWHERE.match(config.shards):
-        check_conditions_of_set(config.shards, [name for _, name in conditions])
+        check_kind(config.shards, "cells")
+        check_conditions_of_set(config.shards, [*(name for _, name in conditions), *config.control])
     if not config.generated:
         check_run(config.vae, "vae", of_latents=False)
+    if config.published:
+        from scldm.evaluate.named import check_published
+
+        check_published(config.published)
 
 
 # --- names of a model ----------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """AnnData on the disk, h5ad or zarr, opened by h5py alone: within a tenth of a second, what is asked of a file that has
 no such name is refused. What reads it is in cells_file.py.
 
-Reading order: open_cells, reading, frame_of, column_names, check_columns, check_out.
+Reading order: open_cells, reading, frame_of, column_names, check_columns, check_key, check_out.
 """
 
 from __future__ import annotations
@@ -155,6 +155,13 @@ def check_columns(obs: Any, columns: Iterable[str], path: str | Path) -> None:
             names = column_names(obs)
             there = ", ".join(names[:MOST_NAMES]) + (", ..." if len(names) > MOST_NAMES else "") or "none"
             raise InputError(f"{path}: obs has no column {name!r}. It has {there}")
+
+
+def check_key(file: Any, key: str, path: str | Path) -> None:
+    """Raises: InputError for a key that obsm of a file has not."""
+    there = list(file["obsm"]) if "obsm" in file else []
+    if key not in there:
+        raise InputError(f"{path}: obsm has no key={key}. It has {', '.join(there) or 'none'}")
 
 
 # --- before a file is written -----------------------------------------------------------------------------------------

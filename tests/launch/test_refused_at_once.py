@@ -55,6 +55,13 @@ CASES = [
     (JUDGE + "shards=shards conditions=typ", "cells.h5ad: obs has no column condition='typ'; it has type, batch"),
     (JUDGE + "shards=shards conditions=batch", "shards has no condition='batch'. It has type"),
     (JUDGE + "real=cells.h5ad split=part", "cells.h5ad: obs has no column split='part'; it has type, batch"),
+    (JUDGE + "shards=latents", "latents: a set of latents, not of cells"),
+    (JUDGE + "shards=shards model=vae", "vae is not a model folder: its config.json is no model's"),
+    (JUDGE + "shards=shards control.typ=B", "shards has no condition='typ'. It has type"),
+    (JUDGE + "real=cells.h5ad split=type conditions=type control.batch=1", "control.batch=1: the conditions are type"),
+    (JUDGE + "shards=shards model=model control.batch=1", "control.batch=1: the conditions are type"),
+    ("evaluate vae=vae shards=shards published=mars", "published='mars' must be one of dentate_gyrus"),
+    ("evaluate embedding=cells.h5ad label=type key=X_pca", "cells.h5ad: obsm has no key=X_pca. It has X_scldm"),
     ("evaluate vae=none shards=shards", NO_RUN),
     ("evaluate vae=ldm shards=shards", "vae=ldm is a run of `scldm train ldm`, not of `scldm train vae`"),
     ("evaluate embedding=cells.h5ad label=typ", "cells.h5ad: obs has no column label='typ'; it has type, batch"),
@@ -174,6 +181,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, 
         obs = file.create_group("obs")
         obs.attrs["column-order"] = ["type", "batch"]
         obs["type"], obs["batch"] = [0], [0]
+        file["obsm/X_scldm"] = [[0.0]]
     words = [line.split() for line, _ in CASES]
     done = subprocess.run(
         [sys.executable, "-c", CODE], cwd=at, input=json.dumps(words), capture_output=True, text=True,
