@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,8 @@ from launch.together import WRITES, moves_of
 from scldm.cells_opened import check_columns, check_key, check_out, column_names, frame_of, is_zarr, open_cells, reading
 from scldm.errors import InputError, read_json
 from scldm.files import check_writable
+from scldm.model_files import check_names
+from scldm.train.tracked import check_followed
 
 JUDGED = ("generated", "embedding")  # keys of files that evaluate judges
 NO_RUN = "{value} is not a run folder: it has no config.json"
@@ -264,11 +267,18 @@ def check_run(folder: str, key: str, of_latents: bool) -> None:
 def check_encoded(config: Any) -> None:
     check_run(config.vae, "vae", of_latents=False)
     check_kind(config.shards, "cells")
+    if (Path(config.out) / "manifest.json").is_file():
+        check_kind(config.out, "latents")
 
 
 def check_exported(config: Any) -> None:
     check_run(config.vae, "vae", of_latents=False)
     check_run(config.ldm, "ldm", of_latents=True)
+    check_names(Path(config.out))
+    if config.register:
+        check_followed(Path(config.ldm))
+        if find_spec("mlflow") is None:
+            raise ModuleNotFoundError(name="mlflow")
 
 
 def check_trained(config: Any) -> None:

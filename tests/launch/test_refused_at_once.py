@@ -22,6 +22,7 @@ HEAVY = ("anndata", "mlflow", "numba", "pandas", "scanpy", "scipy", "sklearn", "
 # runs each command line in a fork of one process, and prints its exit code, its last words and what it imported
 CODE = f"""
 import json, os, sys
+sys.modules["mlflow"] = None  # as where it is not installed
 from launch.cli import main
 for words in json.load(sys.stdin):
     if not (child := os.fork()):
@@ -34,7 +35,7 @@ for words in json.load(sys.stdin):
             code = error.code
         sys.stdout.flush(), sys.stderr.flush()
         said = open("log").read().splitlines()[-1:]
-        os.write(out, (json.dumps([code, said, [m for m in {HEAVY} if m in sys.modules]]) + "\\n").encode())
+        os.write(out, (json.dumps([code, said, [m for m in {HEAVY} if sys.modules.get(m)]]) + "\\n").encode())
         os._exit(0)
     os.waitpid(child, 0)
 """
@@ -114,7 +115,12 @@ CASES = [
     ("encode vae=vae shards=latents out=o", "latents: a set of latents, not of cells"),
     ("encode vae=vae shards=shards out=o genes.share=0.5", "genes.share=0.5 has no effect with genes.policy=all"),
     ("export vae=vae ldm=vae out=o", "ldm=vae is not a run of `scldm train ldm`"),
+    ("encode vae=vae shards=shards out=shards", "shards: a set of cells, not of latents"),
     ("export vae=vae out=o register=x", "register=x needs ldm"),
+    ("export vae=vae out=latents", "latents is not empty and not a model folder. Choose another out"),
+    ("export vae=vae out=ldm", "ldm holds latents.json, which is none of a model's files"),
+    ("export vae=vae ldm=ldm out=o register=x", "register: ldm was trained without MLflow: it has no tracked.json"),
+    ("export vae=vae ldm=followed out=o register=x", "the package mlflow is missing"),
     ("checkpoint convert at=vae out=/proc/new.pt to=torch", "out=/proc/new.pt: /proc can't be written to"),
     ("embed out=/proc/new.h5ad model=model h5ad=cells.h5ad", "out=/proc/new.h5ad: /proc can't be written to"),
     ("encode vae=vae shards=shards out=wanted.csv/new", "wanted.csv can't be written to"),
@@ -166,6 +172,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, 
         **{f"{run}/config.json": {} for run in ("vae", "ldm")},
         "vae/checkpoints/step-00000005/state.json": {},
         "ldm/latents.json": {},
+        **{f"followed/{file}.json": {} for file in ("config", "latents", "tracked")},
         "shards/manifest.json": {**of_set, "kind": "cells"},
         "latents/manifest.json": {**of_set, "kind": "latents"},
         "model/config.json": model,
