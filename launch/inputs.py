@@ -20,9 +20,20 @@ from typing import Any, Literal
 from data_pipeline.convert.open import ANYWHERE, named
 from launch.planned import needs_shards
 from launch.together import WRITES, moves_of
-from scldm.cells_opened import check_columns, check_key, check_out, column_names, frame_of, is_zarr, open_cells, reading
+from scldm.cells_opened import (
+    check_columns,
+    check_key,
+    check_out,
+    column_names,
+    frame_of,
+    is_zarr,
+    layer_in,
+    no_column,
+    open_cells,
+    reading,
+)
 from scldm.errors import InputError, read_json
-from scldm.files import check_writable
+from scldm.files import check_new, check_writable
 from scldm.model_files import check_names
 from scldm.train.tracked import check_followed
 
@@ -106,11 +117,20 @@ def file_at(path: str) -> Iterator[Any]:
         yield file
 
 
-def check_has(path: str, columns: Iterable[str]) -> None:
-    """Raises: InputError for a column that obs of a file lacks."""
+def check_has(path: str, columns: Iterable[str], layer: str = "", key: str = "layer", gene_column: str = "") -> None:
+    """Raises: InputError for a column of obs, a matrix or a column of var that a file lacks.
+
+    key: that names the layer
+    """
     with file_at(path) as file:
-        if file is not None:
-            check_columns(frame_of(file, "obs", path), columns, path)
+        if file is None:
+            return
+        check_columns(frame_of(file, "obs", path), columns, path)
+        if layer:
+            layer_in(file, layer, path, key)
+        frames = [frame_of(file, name, path) for name in ("var", "raw/var") if gene_column and name in file]
+        if frames and not any(gene_column in frame for frame in frames):  # which of them, its counts say
+            raise no_column(path, gene_column, column_names(frames[0]), "var")
 
 
 def check_has_labels(path: str, columns: Iterable[tuple[str, str]]) -> None:
@@ -131,8 +151,14 @@ def check_sources(config: Any) -> None:
     if ANYWHERE.match(config.out) or (os.path.isdir(config.out) and os.listdir(config.out)):
         return
     kind, uris = named(config.source)
+    columns = [*config.conditions, *config.split.stratify, *filter(None, [config.split.by])]
     for uri in uris if kind == "h5ad" else ():
-        check_has(uri, [*config.conditions, *config.split.stratify, *filter(None, [config.split.by])])
+        check_has(uri, columns, config.source.layer, "source.layer", config.source.gene_column)
+
+
+def check_soma(config: Any) -> None:
+    check_new(config.out)
+    check_has(config.h5ad, (), config.layer, gene_column=config.gene_column)
 
 
 def check_evaluated(config: Any) -> None:
@@ -149,6 +175,8 @@ def check_evaluated(config: Any) -> None:
             from scldm.evaluate.named import check_controls
 
             check_controls(config.control, judged)
+    if config.layer:
+        check_has(config.real or config.embedding, (), config.layer)
     if config.generated and config.real:
         check_has_labels(config.real, [*conditions, ("split", config.split)])
     if config.shards and not ANYWHERE.match(config.shards):
@@ -189,24 +217,26 @@ def check_transformed(config: Any) -> None:
     folder, told = model_at(config)
     to = moves_of(config)
     check_conditions(folder, told, {**dict.fromkeys(config.by, ()), **{name: [to[name]] for name in to}})
-    check_has(config.h5ad, [*config.by, *to])
+    check_has(config.h5ad, [*config.by, *to], config.layer)
     check_genes(folder, config.genes)
 
 
 def check_reconstructed(config: Any) -> None:
     folder, _ = model_at(config)
-    check_has(config.h5ad, ())
+    check_has(config.h5ad, (), config.layer)
     check_genes(folder, getattr(config, "genes", ()))
 
 
 def labels_in(path: str) -> dict[str, list[str]]:
-    """The labels that a table of conditions asks for, by its columns. None of what is no table: its reader says so."""
+    """The labels that a table of conditions asks for, by its columns. None of what may be none: its reader says so."""
     if not os.path.exists(path):
         raise InputError(f"conditions={path}: no such file")
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             columns, *rows = islice(csv.reader(file), MOST_ROWS)
-    except (OSError, ValueError, csv.Error):
+    except (OSError, UnicodeDecodeError) as error:
+        raise no_table(path, error) from None
+    except (ValueError, csv.Error):
         return {}
     if any(len(row) > len(columns) for row in rows):
         return {}
@@ -214,6 +244,11 @@ def labels_in(path: str) -> dict[str, list[str]]:
     rows = [row for row in rows if row.pop("n_cells", "1").strip() != "0"]
     missing = ("", "nan")  # for which the model may have a label
     return {of: [row[of] for row in rows if row.get(of, "") not in missing] for of in columns if of != "n_cells"}
+
+
+def no_table(path: str | Path, error: Exception) -> InputError:
+    """What is said of a table of conditions that can't be read."""
+    return InputError(f"conditions={path}: not a readable CSV file: {' '.join(str(error).split())}")
 
 
 def check_conditions(folder: Path, told: Mapping[str, Any], asked: Mapping[str, Sequence[str]]) -> None:
@@ -311,6 +346,7 @@ def check_stream(config: Any, kind: str) -> None:
 
 
 NAMES: Mapping[str, Callable[[Any], None]] = {
+    "soma write": check_soma,
     "shards write": check_sources,
     "train vae": check_trained,
     "train ldm": check_trained_ldm,

@@ -63,6 +63,7 @@ CASES = [
     (JUDGE + "shards=shards model=model control.batch=1", "control.batch=1: the conditions are type"),
     ("evaluate vae=vae shards=shards published=mars", "published='mars' must be one of dentate_gyrus"),
     ("evaluate embedding=cells.h5ad label=type key=X_pca", "cells.h5ad: obsm has no key=X_pca. It has X_scldm"),
+    (JUDGE + "real=cells.h5ad split=type layer=umis", "cells.h5ad: layer='umis' is not in the file"),
     ("evaluate vae=none shards=shards", NO_RUN),
     ("evaluate vae=ldm shards=shards", "vae=ldm is a run of `scldm train ldm`, not of `scldm train vae`"),
     ("evaluate embedding=cells.h5ad label=typ", "cells.h5ad: obs has no column label='typ'; it has type, batch"),
@@ -76,6 +77,8 @@ CASES = [
     ("shards write source.paths=n*.h5ad out=o", "source.paths: n*.h5ad: no file matches"),
     ("shards write source.paths=wanted.csv out=o", "wanted.csv: a table, no AnnData file"),
     (SHARDS + "conditions=typ", "cells.h5ad: obs has no column 'typ'. It has type, batch"),
+    (SHARDS + "source.layer=umis", "cells.h5ad: source.layer='umis' is not in the file. It has X, layers/counts"),
+    (SHARDS + "source.gene_column=id", "cells.h5ad: var has no column 'id'. It has name"),
     (SHARDS + "split.by=donor", "cells.h5ad: obs has no column 'donor'. It has type, batch"),
     (SHARDS + "filter.gene_list=none.txt", "filter.gene_list: none.txt: no such file"),
     (SHARDS + "split.validation=0.6 split.test=0.6", "must be fractions with a sum below 1"),
@@ -85,6 +88,10 @@ CASES = [
     ("shards info path=none", NO_SET),
     ("soma write h5ad=none.h5ad out=o", "none.h5ad: no such file"),
     ("quickstart h5ad=cells.h5ad condition=typ out=o", "condition=typ: obs of cells.h5ad has no such column; it has"),
+    ("soma write h5ad=cells.h5ad out=vae", "out=vae: exists. A SOMA collection is written to a new folder"),
+    ("soma write h5ad=cells.h5ad out=o layer=umis", "cells.h5ad: layer='umis' is not in the file"),
+    ("soma write h5ad=cells.h5ad out=o gene_column=id", "cells.h5ad: var has no column 'id'. It has name"),
+    ("quickstart h5ad=cells.h5ad condition=type layer=umis out=o", "cells.h5ad: layer='umis' is not in the file"),
     ("quickstart h5ad=cells.h5ad out=o", "h5ad and condition go together"),
     ("quickstart h5ad=cells.h5ad condition=type out=vae", "vae is not empty and not a quickstart's folder"),
     ("submit train vae vae/tiny data.shards=shards run_dir=o", "there is no Slurm on this machine"),
@@ -139,6 +146,8 @@ CASES = [
     ("generate model=model n=3 out=o.csv", "out=o.csv must end in .h5ad, .zarr, .soma"),
     (GENERATE + "conditions=none.csv", "conditions=none.csv: no such file"),
     (GENERATE + "conditions=wanted.csv", "condition 'type' has no label 'NK'. It has 'B', 'T'"),
+    (GENERATE + "conditions=cells.h5ad", "conditions=cells.h5ad: not a readable CSV file"),
+    (GENERATE + "conditions=marked.csv", "condition 'type' has no label 'NK'"),
     (GENERATE + "conditions=other.csv", "condition 'typ' is unknown. The model knows type"),
     (GENERATE + "like=cells.h5ad", "like needs by"),
     (GENERATE + "like=cells.h5ad by=typ", "cells.h5ad: obs has no column 'typ'. It has type, batch"),
@@ -151,6 +160,9 @@ CASES = [
     ("transform to=type=B genes=g9 " + A_MODEL, "gene 'g9' is not among the model's 2"),
     ("embed out=cells.h5ad model=model h5ad=cells.h5ad", "out=cells.h5ad is h5ad=cells.h5ad, which would be lost"),
     ("embed model=model h5ad=wanted.csv out=o.h5ad", "wanted.csv: a table, no AnnData file"),
+    ("embed layer=raw " + A_MODEL, "cells.h5ad: layer='raw' is not in the file. It has X, layers/counts"),
+    ("reconstruct layer=umis " + A_MODEL, "cells.h5ad: layer='umis' is not in the file"),
+    ("transform to=type=B layer=umis " + A_MODEL, "cells.h5ad: layer='umis' is not in the file"),
     ("reconstruct genes=g9 " + A_MODEL, "gene 'g9' is not among the model's 2"),
     ("plan vae/tiny", "n_genes=0: give it, or data.shards"),
     ("plan vae/tiny data.shards=none", NO_SET),
@@ -183,12 +195,16 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, 
         (at / name).write_text(json.dumps(document))
     GeneVocab(("g0", "g1"), "symbol").save(at / "model" / "genes.json")
     (at / "wanted.csv").write_text("type,n_cells\nB,2\nNK,3\n")
+    (at / "marked.csv").write_text("\ufefftype\nNK\n")  # as a spreadsheet marks UTF-8
     (at / "other.csv").write_text("typ\nB\n")
     with h5py.File(at / "cells.h5ad", "w") as file:
         obs = file.create_group("obs")
         obs.attrs["column-order"] = ["type", "batch"]
         obs["type"], obs["batch"] = [0], [0]
-        file["obsm/X_scldm"] = [[0.0]]
+        file["obsm/X_scldm"] = file["X"] = file["layers/counts"] = [[0.0]]
+        var = file.create_group("var")
+        var.attrs["column-order"] = ["name"]
+        var["name"] = [0]
     words = [line.split() for line, _ in CASES]
     done = subprocess.run(
         [sys.executable, "-c", CODE], cwd=at, input=json.dumps(words), capture_output=True, text=True,
