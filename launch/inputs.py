@@ -308,16 +308,17 @@ def check_encoded(config: Any) -> None:
 
 def check_exported(config: Any) -> None:
     check_run(config.vae, "vae", of_latents=False)
-    check_run(config.ldm, "ldm", of_latents=True)
-    check_names(Path(config.out))
     if config.register:
         check_followed(Path(config.ldm))
         if find_spec("mlflow") is None:
             raise ModuleNotFoundError(name="mlflow")
+    check_run(config.ldm, "ldm", of_latents=True)
+    check_names(Path(config.out))
 
 
 def check_trained(config: Any) -> None:
-    check_run(config.run_dir, "run_dir", of_latents=False)
+    if (Path(config.run_dir) / "latents.json").is_file():
+        raise InputError(f"{config.run_dir} holds another run, of `scldm train ldm`; choose another run_dir")
     check_stream(config, "cells")
 
 

@@ -187,7 +187,7 @@ def open_h5ad_source(path: str, config: SourceConfig, columns: tuple[str, ...], 
         n_rows, n_columns = matrix_shape(file[layer])
         var = read_frame(file["raw/var" if layer == "raw/X" else "var"])
         if config.gene_column and config.gene_column not in var:
-            raise no_column(path, config.gene_column, var.columns, "var")
+            raise no_column(path, config.gene_column, list(var.columns), "var")
         ids = gene_names(var[config.gene_column] if config.gene_column else var.index)
         barcodes = read_names(obs_group)
         if (len(barcodes), len(ids)) != (n_rows, n_columns):

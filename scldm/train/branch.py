@@ -17,8 +17,9 @@ from typing import Any
 from scldm.errors import InputError, read_json
 from scldm.files import PARTIAL, put_in_place, remove, sync
 from scldm.train import changes
-from scldm.train.run_folder import CONFIG
-from scldm.train.steps import candidates, point, pointed
+from scldm.train.steps import BESIDE, candidates, point, pointed
+
+CONFIG = BESIDE[0]
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ CASES = [
     (TRAIN + "branch_from=vae", "branch_from=vae must be RUN@STEP, a run folder and a step"),
     (TRAIN + "branch_from=none@5", "none is not a run folder: it has no config.json"),
     (TRAIN + "branch_from=vae@7", "the run has no checkpoint of step 7; there are 5"),
-    (TRAIN.replace("run_dir=o", "run_dir=ldm"), "run_dir=ldm is a run of `scldm train ldm`, not of `scldm train vae`"),
+    (TRAIN.replace("run_dir=o", "run_dir=ldm"), "ldm holds another run, of `scldm train ldm`"),
     (
         "train ldm ldm/tiny data.shards=latents run_dir=o label_embeddings.typ=other.csv",
         "label_embeddings.typ=other.csv: condition 'typ' is unknown. The set has type",
