@@ -10,7 +10,6 @@ Reading order: SomaWriteConfig, write_soma (from an h5ad file), write_census (fr
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from data_pipeline.convert.open import open_matrix, open_sources
 from scldm.cells_file import read_frame
 from scldm.cells_opened import open_cells, reading
 from scldm.errors import InputError
-from scldm.files import disk_explained, made_aside
+from scldm.files import check_new, disk_explained, made_aside
 from scldm.progress import Progress
 
 MEASUREMENT, LAYER = "RNA", "raw"
@@ -80,8 +79,7 @@ def write_census(out: str, obs: pd.DataFrame, var: pd.DataFrame, chunks: Iterabl
     chunks: rows of the counts, numbered as obs, with columns numbered as var
     Raises: InputError for a value that is no count, or where `out` exists.
     """
-    if os.path.exists(out):
-        raise InputError(f"out={out}: exists. A SOMA collection is written to a new folder")
+    check_new(out)
     obs, var = obs.copy(), var.copy()
     if "is_primary_data" not in obs:
         obs["is_primary_data"] = True  # what the Census has, and queries of it ask for

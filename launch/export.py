@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Literal
 
 from launch.cli import run_verb
-from launch.registry import check_followed, register
+from launch.registry import register
 from launch.run_data import MISSING, check_encodes, kept_data
 from launch.together import check_export
 from launch.trained import trained_dit, trained_vae
 from scldm.environment import describe
 from scldm.library_size import LibrarySizeModel
 from scldm.model_folder import check_replaceable, save_pretrained
+from scldm.train.tracked import check_followed
 from scldm.train.tracking import read_metrics
 from scldm.vocab import ConditionVocab, GeneVocab
 

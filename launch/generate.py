@@ -20,6 +20,7 @@ import torch
 import scldm
 from data_pipeline.write_cells import N_EVALUATIONS, CellWriter, require_room
 from launch.cli import run_verb
+from launch.inputs import no_table
 from launch.together import WRITES, check_generate
 from scldm.cells_file import read_obs
 from scldm.cells_opened import check_out
@@ -215,7 +216,7 @@ def read_table(path: Path) -> pd.DataFrame:
             warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
             return pd.read_csv(path, dtype="category", keep_default_na=False, index_col=False)
     except (ValueError, OSError, pd.errors.ParserWarning) as error:  # ParserError and EmptyDataError are ValueErrors
-        raise InputError(f"conditions={path}: not a readable CSV file: {' '.join(str(error).split())}") from None
+        raise no_table(path, error) from None
 
 
 def numeric_library_size(table: pd.DataFrame) -> pd.DataFrame:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +20,22 @@ from typing import Any, Literal
 from data_pipeline.convert.open import ANYWHERE, named
 from launch.planned import needs_shards
 from launch.together import WRITES, moves_of
-from scldm.cells_opened import check_columns, check_out, column_names, frame_of, is_zarr, open_cells, reading
+from scldm.cells_opened import (
+    check_columns,
+    check_key,
+    check_out,
+    column_names,
+    frame_of,
+    is_zarr,
+    layer_in,
+    no_column,
+    open_cells,
+    reading,
+)
 from scldm.errors import InputError, read_json
+from scldm.files import check_new, check_writable
+from scldm.model_files import check_names
+from scldm.train.tracked import check_followed
 
 JUDGED = ("generated", "embedding")  # keys of files that evaluate judges
 NO_RUN = "{value} is not a run folder: it has no config.json"
@@ -39,6 +54,7 @@ INPUTS = {
         ("config.json", "{value} is not a model folder: it has no config.json. `scldm export` writes one"),
     ),
 }
+FILES = ("report", "checkpoint convert")  # verbs that make a file. That of convert may be a folder
 SETS = ("path", "shards", "data.shards")  # keys of shard sets, whose stores know `~`
 PLANS: Mapping[str, Literal["vae", "ldm"]] = {"plan": "vae", "plan ldm": "ldm"}
 MOST_ROWS = 10_000  # of a table of conditions that are looked at here: they take a tenth of a second
@@ -48,6 +64,8 @@ def check_inputs(verb: str, config: Any) -> None:
     """config: of the verb, or one of its keys' kinds. Raises: InputError for what is not there, or can't be written."""
     if verb in WRITES:
         check_out(config.out, WRITES[verb], **{key: getattr(config, key, "") for key in ("h5ad", "like", "conditions")})
+    elif verb not in PLANS:
+        check_made(verb, config)
     for key, (file, said) in INPUTS.items():
         if unread(key, verb, config):
             continue
@@ -62,6 +80,15 @@ def check_inputs(verb: str, config: Any) -> None:
                 raise InputError(said.format(key=key, value=value))
     if verb in NAMES:
         NAMES[verb](config)
+
+
+def check_made(verb: str, config: Any) -> None:
+    """Raises: InputError where the file or folder that a verb makes can't be written. A finished set is only read."""
+    for key in ("out", "run_dir"):
+        if (value := getattr(config, key, "")) and not ANYWHERE.match(value):
+            path = os.path.expanduser(value) if verb == "shards write" else value  # its store knows `~`
+            if not os.path.isfile(os.path.join(path, "manifest.json")):
+                check_writable(key, path, is_file=verb in FILES)
 
 
 def unread(key: str, verb: str, config: Any) -> bool:
@@ -81,29 +108,39 @@ def _at(config: Any, dotted_key: str) -> Any:
 
 
 @contextmanager
-def obs_of(path: str) -> Iterator[Any]:
-    """obs in an h5ad file. None for what other packages open: zarr and SOMA."""
+def file_at(path: str) -> Iterator[Any]:
+    """An h5ad file. None for what other packages open: zarr and SOMA."""
     if path.rstrip("/").endswith(".soma") or is_zarr(path):
         yield None
         return
     with open_cells(path) as file, reading(path):
-        yield frame_of(file, "obs", path)
+        yield file
 
 
-def check_has(path: str, columns: Iterable[str]) -> None:
-    """Raises: InputError for a column that obs of a file lacks."""
-    with obs_of(path) as obs:
-        if obs is not None:
-            check_columns(obs, columns, path)
+def check_has(path: str, columns: Iterable[str], layer: str = "", key: str = "layer", gene_column: str = "") -> None:
+    """Raises: InputError for a column of obs, a matrix or a column of var that a file lacks.
+
+    key: that names the layer
+    """
+    with file_at(path) as file:
+        if file is None:
+            return
+        check_columns(frame_of(file, "obs", path), columns, path)
+        if layer:
+            layer_in(file, layer, path, key)
+        frames = [frame_of(file, name, path) for name in ("var", "raw/var") if gene_column and name in file]
+        if frames and not any(gene_column in frame for frame in frames):  # which of them, its counts say
+            raise no_column(path, gene_column, column_names(frames[0]), "var")
 
 
 def check_has_labels(path: str, columns: Iterable[tuple[str, str]]) -> None:
     """The same as evaluations say it. columns: the key that names a column, and the column"""
     from scldm.label_text import no_column  # with numpy, as vocabularies below
 
-    with obs_of(path) as obs:
-        if obs is None:
+    with file_at(path) as file:
+        if file is None:
             return
+        obs = frame_of(file, "obs", path)
         for key, column in columns:
             if column and column not in obs:
                 raise no_column(column, path, key, column_names(obs))
@@ -114,22 +151,43 @@ def check_sources(config: Any) -> None:
     if ANYWHERE.match(config.out) or (os.path.isdir(config.out) and os.listdir(config.out)):
         return
     kind, uris = named(config.source)
+    columns = [*config.conditions, *config.split.stratify, *filter(None, [config.split.by])]
     for uri in uris if kind == "h5ad" else ():
-        check_has(uri, [*config.conditions, *config.split.stratify, *filter(None, [config.split.by])])
+        check_has(uri, columns, config.source.layer, "source.layer", config.source.gene_column)
+
+
+def check_soma(config: Any) -> None:
+    check_new(config.out)
+    check_has(config.h5ad, (), config.layer, gene_column=config.gene_column)
 
 
 def check_evaluated(config: Any) -> None:
     conditions = [] if list(config.conditions) == ["none"] else [("condition", name) for name in config.conditions]
     if config.embedding:
         check_has_labels(config.embedding, [("label", config.label), ("held_out_by", config.held_out_by)])
+        with file_at(config.embedding) as file:
+            if file is not None:
+                check_key(file, config.key, config.embedding)
     if config.generated:
         check_has_labels(config.generated, conditions)
+        model = model_at(config)[1] if config.model else {}
+        if config.control and (judged := config.conditions or model.get("conditions", ())):
+            from scldm.evaluate.named import check_controls
+
+            check_controls(config.control, judged)
+    if config.layer:
+        check_has(config.real or config.embedding, (), config.layer)
     if config.generated and config.real:
         check_has_labels(config.real, [*conditions, ("split", config.split)])
     if config.shards and not ANYWHERE.match(config.shards):
-        check_conditions_of_set(config.shards, [name for _, name in conditions])
+        check_kind(config.shards, "cells")
+        check_conditions_of_set(config.shards, [*(name for _, name in conditions), *config.control])
     if not config.generated:
         check_run(config.vae, "vae", of_latents=False)
+    if config.published:
+        from scldm.evaluate.named import check_published
+
+        check_published(config.published)
 
 
 # --- names of a model ----------------------------------------------------------------------------------------------
@@ -159,24 +217,26 @@ def check_transformed(config: Any) -> None:
     folder, told = model_at(config)
     to = moves_of(config)
     check_conditions(folder, told, {**dict.fromkeys(config.by, ()), **{name: [to[name]] for name in to}})
-    check_has(config.h5ad, [*config.by, *to])
+    check_has(config.h5ad, [*config.by, *to], config.layer)
     check_genes(folder, config.genes)
 
 
 def check_reconstructed(config: Any) -> None:
     folder, _ = model_at(config)
-    check_has(config.h5ad, ())
+    check_has(config.h5ad, (), config.layer)
     check_genes(folder, getattr(config, "genes", ()))
 
 
 def labels_in(path: str) -> dict[str, list[str]]:
-    """The labels that a table of conditions asks for, by its columns. None of what is no table: its reader says so."""
+    """The labels that a table of conditions asks for, by its columns. None of what may be none: its reader says so."""
     if not os.path.exists(path):
         raise InputError(f"conditions={path}: no such file")
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             columns, *rows = islice(csv.reader(file), MOST_ROWS)
-    except (OSError, ValueError, csv.Error):
+    except (OSError, UnicodeDecodeError) as error:
+        raise no_table(path, error) from None
+    except (ValueError, csv.Error):
         return {}
     if any(len(row) > len(columns) for row in rows):
         return {}
@@ -184,6 +244,11 @@ def labels_in(path: str) -> dict[str, list[str]]:
     rows = [row for row in rows if row.pop("n_cells", "1").strip() != "0"]
     missing = ("", "nan")  # for which the model may have a label
     return {of: [row[of] for row in rows if row.get(of, "") not in missing] for of in columns if of != "n_cells"}
+
+
+def no_table(path: str | Path, error: Exception) -> InputError:
+    """What is said of a table of conditions that can't be read."""
+    return InputError(f"conditions={path}: not a readable CSV file: {' '.join(str(error).split())}")
 
 
 def check_conditions(folder: Path, told: Mapping[str, Any], asked: Mapping[str, Sequence[str]]) -> None:
@@ -208,8 +273,12 @@ def check_genes(folder: Path, genes: Sequence[str]) -> None:
 # --- kinds of sets and runs ----------------------------------------------------------------------------------------
 
 
+def manifest_of(folder: str) -> dict[str, Any]:
+    return read_json(Path(folder).expanduser() / "manifest.json")
+
+
 def check_conditions_of_set(folder: str, conditions: Sequence[str]) -> None:
-    there = list(read_json(Path(folder).expanduser() / "manifest.json").get("conditions", {}))
+    there = list(manifest_of(folder).get("conditions", {}))
     if unknown := [name for name in conditions if name not in there]:
         raise InputError(f"{folder} has no condition={unknown[0]!r}. It has {', '.join(there) or 'none'}")
 
@@ -217,7 +286,7 @@ def check_conditions_of_set(folder: str, conditions: Sequence[str]) -> None:
 def check_kind(folder: str, kind: str) -> None:
     """kind: cells or latents. Raises: InputError for a set of the other."""
     if not ANYWHERE.match(folder):
-        found = read_json(Path(folder).expanduser() / "manifest.json").get("kind", kind)
+        found = manifest_of(folder).get("kind", kind)
         if found != kind:
             raise InputError(f"{folder}: a set of {found}, not of {kind}")
 
@@ -233,23 +302,52 @@ def check_run(folder: str, key: str, of_latents: bool) -> None:
 def check_encoded(config: Any) -> None:
     check_run(config.vae, "vae", of_latents=False)
     check_kind(config.shards, "cells")
+    if (Path(config.out) / "manifest.json").is_file():
+        check_kind(config.out, "latents")
 
 
 def check_exported(config: Any) -> None:
     check_run(config.vae, "vae", of_latents=False)
+    if config.register:
+        check_followed(Path(config.ldm))
+        if find_spec("mlflow") is None:
+            raise ModuleNotFoundError(name="mlflow")
     check_run(config.ldm, "ldm", of_latents=True)
+    check_names(Path(config.out))
 
 
 def check_trained(config: Any) -> None:
-    check_kind(config.data.shards, "cells")
+    if (Path(config.run_dir) / "latents.json").is_file():
+        raise InputError(f"{config.run_dir} holds another run, of `scldm train ldm`; choose another run_dir")
+    check_stream(config, "cells")
 
 
 def check_trained_ldm(config: Any) -> None:
     check_run(config.vae, "vae", of_latents=False)
-    check_kind(config.data.shards, "cells" if config.vae else "latents")
+    check_stream(config, "cells" if config.vae else "latents")
+
+
+def check_stream(config: Any, kind: str) -> None:
+    """What both trainings read: a set of this kind, with the conditions that are named, and the run that they go on
+    with."""
+    from scldm.train import branch
+    from scldm.vocab import ConditionVocab
+
+    check_kind(config.data.shards, kind)
+    if not ANYWHERE.match(config.data.shards):
+        of = ConditionVocab.from_json(manifest_of(config.data.shards).get("conditions", {}), config.data.shards)
+        for name, labels in config.data.select.items():
+            of.encode(name, labels)
+        for name in sorted(config.data.balance):
+            of.require(name, "balance")
+        for name, path in getattr(config, "label_embeddings", {}).items():
+            of.require(name, f"label_embeddings.{name}={path}")
+    if branch.begins(config.branch_from, Path(config.run_dir)):
+        branch.named(config.branch_from)
 
 
 NAMES: Mapping[str, Callable[[Any], None]] = {
+    "soma write": check_soma,
     "shards write": check_sources,
     "train vae": check_trained,
     "train ldm": check_trained_ldm,

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.cli import run_verb
-from scldm.cells_opened import column_names, frame_of, open_cells, reading
+from scldm.cells_opened import column_names, frame_of, layer_in, open_cells, reading
 from scldm.checked import Checked, checked
 from scldm.errors import REQUEUE, STOPPED, InputError, Stopped
 from scldm.files import made_aside, write_json, written_aside
@@ -230,6 +230,8 @@ def check_cells(config: QuickstartConfig) -> None:
             if name not in columns:
                 told = f"obs of {config.h5ad} has no such column; it has {', '.join(columns)}"
                 raise InputError(f"condition={name}: {told}")
+        if config.layer:
+            layer_in(file, config.layer, config.h5ad, "layer")
         # below what takes no time: these take seconds to import
         from data_pipeline.convert.config import ShardsWriteConfig
         from data_pipeline.convert.source_h5ad import find_counts

@@ -20,15 +20,9 @@ from scldm.errors import Busy, InputError
 from scldm.model_folder import read_config
 from scldm.pretrained import Pretrained
 from scldm.train.mlflow_run import MLFLOW_ENVIRONMENT, Sender, cause_of, may_pass
-from scldm.train.tracked import NOTE, followed_alone, read_note
+from scldm.train.tracked import check_followed, followed_alone, read_note
 
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
-
-
-def check_followed(run: Path) -> None:
-    """Raises: InputError for a run that MLflow does not have."""
-    if read_note(run) is None:
-        raise InputError(f"register: {run} was trained without MLflow: it has no {NOTE}. Leave register out")
 
 
 def register(folder: Path, run: Path, name: str, alias: str = "") -> str:

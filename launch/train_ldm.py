@@ -306,8 +306,7 @@ def described(vocab: ConditionVocab, files: dict[str, str]) -> tuple[ConditionVo
     labels, features = dict(vocab.labels), {}
     for name, path in files.items():
         key = f"label_embeddings.{name}={path}"
-        if name not in labels:
-            raise InputError(f"{key}: condition {name!r} is unknown. The set has {', '.join(labels) or 'none'}")
+        vocab.require(name, key)
         try:
             table = pd.read_csv(path, index_col=0, dtype={0: str}, keep_default_na=False)
             vectors = table.to_numpy("float32")

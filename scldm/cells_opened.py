@@ -1,18 +1,18 @@
 """AnnData on the disk, h5ad or zarr, opened by h5py alone: within a tenth of a second, what is asked of a file that has
 no such name is refused. What reads it is in cells_file.py.
 
-Reading order: open_cells, reading, frame_of, column_names, check_columns, check_out.
+Reading order: open_cells, reading, frame_of, column_names, check_columns, layer_in, check_key, check_out.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from scldm.errors import InputError
+from scldm.files import check_writable
 
 ZARR_MARKS = ("zarr.json", ".zgroup", ".zmetadata")  # of version 3, and of version 2
 MOST_NAMES = 30  # in a message
@@ -152,9 +152,51 @@ def check_columns(obs: Any, columns: Iterable[str], path: str | Path) -> None:
     """Raises: InputError for a column that obs, as in a file, has not."""
     for name in columns:
         if name not in obs:
-            names = column_names(obs)
-            there = ", ".join(names[:MOST_NAMES]) + (", ..." if len(names) > MOST_NAMES else "") or "none"
-            raise InputError(f"{path}: obs has no column {name!r}. It has {there}")
+            raise no_column(path, name, column_names(obs))
+
+
+def no_column(path: str | Path, name: str, names: Sequence[str], of: str = "obs") -> InputError:
+    """The error that says so. names: the columns that there are"""
+    there = ", ".join(names[:MOST_NAMES]) + (", ..." if len(names) > MOST_NAMES else "") or "none"
+    return InputError(f"{path}: {of} has no column {name!r}. It has {there}")
+
+
+def matrix_name(layer: str, there: Collection[str]) -> str:
+    """What a user means by X, raw, raw/X, NAME or layers/NAME. Without an AnnData's raw, `raw` is the layer."""
+    if layer in ("X", "raw/X") or (layer == "raw" and "raw/X" in there):
+        return "raw/X" if layer == "raw" else layer
+    return f"layers/{layer.removeprefix('layers/')}"
+
+
+def matrices(file: Any) -> list[str]:
+    """Those of a file, by their names."""
+    names = ["X", *(f"layers/{n}" for n in file.get("layers", ())), "raw/X"]
+    return [n for n in names if _has_matrix(file, n)]
+
+
+def _has_matrix(file: Any, name: str) -> bool:
+    folder = name.rpartition("/")[0]  # "raw" is an array where it says that there is none
+    return (not folder or (folder in file and not is_array(file[folder]))) and name in file and _is_matrix(file[name])
+
+
+def _is_matrix(node: Any) -> bool:
+    return node.ndim == 2 if is_array(node) else {"data", "indices", "indptr"} <= set(node)
+
+
+def layer_in(file: Any, layer: str, path: str | Path, key: str = "source.layer") -> str:
+    """The name of a file's matrix that a user means. Raises: InputError where it has none such."""
+    there = matrices(file)
+    name = matrix_name(layer, there)
+    if name not in there:
+        raise InputError(f"{path}: {key}={layer!r} is not in the file. It has {', '.join(there) or 'none'}")
+    return name
+
+
+def check_key(file: Any, key: str, path: str | Path) -> None:
+    """Raises: InputError for a key that obsm of a file has not."""
+    there = list(file["obsm"]) if "obsm" in file else []
+    if key not in there:
+        raise InputError(f"{path}: obsm has no key={key}. It has {', '.join(there) or 'none'}")
 
 
 # --- before a file is written -----------------------------------------------------------------------------------------
@@ -171,6 +213,6 @@ def check_out(out: str | Path, endings: Sequence[str], **inputs: str) -> None:
     for key, given in inputs.items():
         if given and path.resolve() == Path(given).resolve():
             raise InputError(f"out={out} is {key}={given}, which would be lost. Choose another out")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise InputError(f"out={out}: {path if path.is_dir() else folder} can't be written to")
+    if path.is_dir():
+        raise InputError(f"out={out}: {path} can't be written to")
+    check_writable("out", str(out), is_file=True)

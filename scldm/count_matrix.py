@@ -1,12 +1,12 @@
 """Which matrix of an AnnData, or of its file, holds raw counts: X, a layer or raw. Its cells may be in memory, in a
 file (anndata's backed="r") or lazy (anndata.experimental.read_lazy), and are read some at a time.
 
-Reading order: count_matrix, matrix_name, check_adata; x_of, row_blocks, rows_in_memory, in_memory, table_in_memory.
+Reading order: count_matrix, check_adata; x_of, row_blocks, rows_in_memory, in_memory, table_in_memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from scldm.cells_opened import matrix_name
 from scldm.errors import InputError
 
 LOOKED_FOR = ("X", "layers/counts", "raw/X")
@@ -58,13 +59,6 @@ def count_matrix(adata: ad.AnnData, layer: str | None = None, what: str = "the c
         if there[name].shape != there[first].shape or not np.array_equal(looks[name], looks[first]):
             raise InputError(f"{what}: {first} and {name} hold counts and differ; name one, as layer={first}")
     return _found(adata, first, there)
-
-
-def matrix_name(layer: str, there: Collection[str]) -> str:
-    """What a user means by X, raw, raw/X, NAME or layers/NAME. Without an AnnData's raw, `raw` is the layer."""
-    if layer in ("X", "raw/X") or (layer == "raw" and "raw/X" in there):
-        return "raw/X" if layer == "raw" else layer
-    return f"layers/{layer.removeprefix('layers/')}"
 
 
 def check_adata(adata: Any, name: str = "adata") -> None:

@@ -1,8 +1,8 @@
 """Local files: whole or not there, whatever goes down while they are written. Locks, hashes, what a disk refuses as a
 sentence, and nested mappings as dotted keys. What is at a URL is data_pipeline/stores.py.
 
-Reading order: written_aside, made_aside, put_in_place, left_aside, remove_marked, write_json, sync, sha256_of,
-of_bytes, locked, no_space, space_explained, disk_explained, outlived, flat.
+Reading order: check_writable, check_new, written_aside, made_aside, put_in_place, left_aside, remove_marked,
+write_json, sync, sha256_of, of_bytes, locked, no_space, space_explained, disk_explained, outlived, flat.
 """
 
 from __future__ import annotations
@@ -24,6 +24,31 @@ from scldm.errors import InputError
 
 PARTIAL = ".partial"  # ends the name of what was never finished
 ASIDE = re.compile(rf"\.(.+)\.[0-9a-f]{{12}}{re.escape(PARTIAL)}")  # no name that anybody else would give
+
+# --- before anything is computed ------------------------------------------------------------------------------------
+
+
+def check_writable(key: str, value: str, is_file: bool = False) -> None:
+    """Raises: InputError where a file, or what is in a folder, can't be written. It is tried: a system may permit root
+    what it then refuses, as in /proc.
+
+    key, value: that name it. It need not exist
+    """
+    path = Path(value).absolute()
+    folder = next(at for at in [path, *path.parents][is_file:] if os.path.exists(at))
+    tried = _unique(folder / "tried")
+    try:
+        tried.touch()
+    except OSError as error:
+        raise InputError(no_space(error, f"{key}={value}") or f"{key}={value}: {folder} can't be written to") from None
+    tried.unlink(missing_ok=True)
+
+
+def check_new(out: str) -> None:
+    """Raises: InputError where a SOMA collection is to be written to what is there."""
+    if os.path.exists(out):
+        raise InputError(f"out={out}: exists. A SOMA collection is written to a new folder")
+
 
 # --- whole or not there --------------------------------------------------------------------------------------------
 

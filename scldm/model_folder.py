@@ -27,15 +27,11 @@ from scldm.given_json import sealed, typed, unsealed
 from scldm.library_size import LibrarySizeModel
 from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE, VAEConfig
+from scldm.model_files import CONFIG, GENE_COLUMNS, HISTORY, TABLES, check_names
 from scldm.vocab import ConditionVocab, GeneVocab
 from scldm.weights import weights_hash
 
 FORMAT_VERSION = 4
-CONFIG = "config.json"
-HISTORY, GENE_COLUMNS = "history.json", "gene_columns.json"
-VOCABULARIES = ("genes.json", "conditions.json", "library_sizes.json")
-TABLES = (*VOCABULARIES, HISTORY, GENE_COLUMNS)  # the last two where they are known
-FILES = ("model.safetensors", CONFIG, *TABLES)
 
 
 @dataclass(frozen=True)
@@ -89,14 +85,7 @@ def check_files(folder: Path, stored: Stored, own: Mapping[str, Mapping[str, Ten
 
 def check_replaceable(folder: Path) -> None:
     """Raises: InputError for a folder that holds anything but a model folder's files."""
-    if not folder.exists():
-        return
-    found = {entry.name for entry in folder.iterdir()} if folder.is_dir() else {folder.name}
-    if found and CONFIG not in found:
-        raise InputError(f"{folder} is not empty and not a model folder. Choose another out")
-    if others := sorted(found - set(FILES)):
-        raise InputError(f"{folder} holds {others[0]}, which is none of a model's files. Choose another out")
-    if found:
+    if check_names(folder):
         read_config(folder)  # ours, and not another program's config.json
 
 

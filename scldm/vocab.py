@@ -221,6 +221,11 @@ class ConditionVocab:
                 raise InputError(f"condition {name!r} has no label {value!r}. {told}")
         return np.fromiter((index[known[v]] for v in values), dtype=np.int64, count=len(values))
 
+    def require(self, name: str, key: str) -> None:
+        """Raises: InputError for a condition that a shard set, whose vocabulary this is, lacks. key: that names it"""
+        if name not in self.labels:
+            raise InputError(f"{key}: condition {name!r} is unknown. The set has {', '.join(self.labels) or 'none'}")
+
     def decode(self, name: str, ids: Iterable[int]) -> list[str]:
         return [self.labels[name][k] for k in ids]
 

@@ -22,8 +22,8 @@ from data_pipeline.convert.narrow import FAULTS, Rows, coo_to_rows, fault_of
 from data_pipeline.convert.row_filter import matches, where_true
 from data_pipeline.convert.source import OpenSource, SourceSpec, size_and_time, spans
 from scldm.cells_file import read_column, read_frame, read_names
-from scldm.cells_opened import check_columns, frame_of, is_array, open_cells, reading
-from scldm.count_matrix import LOOKED_FOR, matrix_name
+from scldm.cells_opened import check_columns, frame_of, is_array, layer_in, matrices, no_column, open_cells, reading
+from scldm.count_matrix import LOOKED_FOR
 from scldm.errors import InputError
 from scldm.files import written_aside
 from scldm.label_text import as_labels
@@ -76,10 +76,6 @@ def matrix_shape(node: Any) -> tuple[int, int]:
     if shape is None or len(shape) != 2:
         raise InputError(f"{node.name}: not a matrix")
     return int(shape[0]), int(shape[1])
-
-
-def _is_matrix(node: Any) -> bool:
-    return node.ndim == 2 if is_array(node) else {"data", "indices", "indptr"} <= set(node)
 
 
 def _probe(node: Any) -> tuple[int, np.ndarray, np.ndarray]:
@@ -148,19 +144,16 @@ def find_counts(file: Any, layer: str = "") -> str:
     """
     path = file.filename
     if layer:
-        there = _matrices(file)
-        name = matrix_name(layer, there)
-        if name not in there:
-            raise InputError(f"{path}: source.layer={layer!r} is not in the file. It has {', '.join(there) or 'none'}")
+        name = layer_in(file, layer, path)
         candidate = look_at(file, name)
         if not candidate.holds_counts:
             raise InputError(
                 f"{path}: source.layer={layer!r} does not hold counts: {candidate}: {candidate.first_wrong}"
             )
         return name
-    seen = [look_at(file, n) for n in LOOKED_FOR if _has_matrix(file, n)]
+    seen = [look_at(file, n) for n in LOOKED_FOR if n in matrices(file)]
     counts = [c for c in seen if c.holds_counts]
-    others = [n for n in _matrices(file) if n not in {c.name for c in seen}]
+    others = [n for n in matrices(file) if n not in {c.name for c in seen}]
     more = f"; also there: {', '.join(others)}" if others else ""
     if not counts:
         # of a few wrong values among counts the first is worth a look; scaled values are all wrong
@@ -174,16 +167,6 @@ def find_counts(file: Any, layer: str = "") -> str:
             f"{path}: several matrices hold counts and differ: {held}{more}. Choose one with source.layer=NAME"
         )
     return counts[0].name
-
-
-def _matrices(file: Any) -> list[str]:
-    names = ["X", *(f"layers/{n}" for n in file.get("layers", ())), "raw/X"]
-    return [n for n in names if _has_matrix(file, n)]
-
-
-def _has_matrix(file: Any, name: str) -> bool:
-    folder = name.rpartition("/")[0]  # "raw" is an array where it says that there is none
-    return (not folder or (folder in file and not is_array(file[folder]))) and name in file and _is_matrix(file[name])
 
 
 def _same(file: Any, a: Candidate, b: Candidate) -> bool:
@@ -204,9 +187,7 @@ def open_h5ad_source(path: str, config: SourceConfig, columns: tuple[str, ...], 
         n_rows, n_columns = matrix_shape(file[layer])
         var = read_frame(file["raw/var" if layer == "raw/X" else "var"])
         if config.gene_column and config.gene_column not in var:
-            raise InputError(
-                f"{path}: var has no column {config.gene_column!r}. It has {', '.join(var.columns) or 'none'}"
-            )
+            raise no_column(path, config.gene_column, list(var.columns), "var")
         ids = gene_names(var[config.gene_column] if config.gene_column else var.index)
         barcodes = read_names(obs_group)
         if (len(barcodes), len(ids)) != (n_rows, n_columns):

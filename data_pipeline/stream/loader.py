@@ -427,10 +427,7 @@ def balanced(cells: ShardSet, units: Units, config: StreamConfig) -> Balance:
     at += units.cell_rows()
     group, n_groups = np.zeros(units.n_cells, np.uint32), 1
     for name in sorted(config.balance):  # a group's number draws its cells, and state() knows no order either
-        if name not in conditions.names:
-            raise InputError(
-                f"balance: condition {name!r} is unknown. The set has {', '.join(conditions.names) or 'none'}"
-            )
+        conditions.require(name, "balance")
         n_labels = conditions.n_labels(name)
         if n_groups * n_labels >= 1 << 32:
             raise InputError(f"balance: {', '.join(sorted(config.balance))} have more than 2^32 combinations of labels")

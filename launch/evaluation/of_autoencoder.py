@@ -28,9 +28,8 @@ from scldm.errors import InputError
 from scldm.evaluate.baselines import with_relatives
 from scldm.evaluate.cells import NO_TYPE, Cells
 from scldm.evaluate.intervals import WIDTH
+from scldm.evaluate.named import PROTOCOL_NOTE, PUBLISHED, check_published
 from scldm.evaluate.reconstruction import (
-    PROTOCOL_NOTE,
-    PUBLISHED,
     MeanProfile,
     Reconstruction,
     fit_mean_profile,
@@ -61,8 +60,7 @@ def evaluate_vae(config: EvaluateVerbConfig) -> dict:
 
     Raises: InputError for what is not there, or does not belong together.
     """
-    if config.published and config.published not in PUBLISHED:
-        raise InputError(f"published={config.published!r} must be one of {', '.join(PUBLISHED)}")
+    check_published(config.published)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder, seed = config.vae or config.model, config.evaluate.seed
     model, origin = autoencoder(Path(folder), device, config.batch, config.precision)

@@ -20,7 +20,7 @@ from data_pipeline.convert.source_h5ad import find_counts
 from launch.evaluation.config import EvaluateVerbConfig
 from launch.evaluation.terminal import console, started
 from scldm.cells_file import read_frame, read_names
-from scldm.cells_opened import frame_of, open_cells, reading
+from scldm.cells_opened import check_key, frame_of, open_cells, reading
 from scldm.environment import describe
 from scldm.errors import InputError
 from scldm.evaluate.representation import N_COMPONENTS, SCORES, probe
@@ -65,9 +65,7 @@ def embedded(path: str, key: str) -> tuple[np.ndarray, pd.DataFrame]:
     Raises: InputError where there is none of that name.
     """
     with open_cells(path) as file, reading(path):
-        there = list(file["obsm"]) if "obsm" in file else []
-        if key not in there:
-            raise InputError(f"{path}: obsm has no key={key}. It has {', '.join(there) or 'none'}")
+        check_key(file, key, path)
         found: Any = read_elem(file[f"obsm/{key}"])
         obs = read_frame(frame_of(file, "obs", path))
     matrix = found.toarray() if sp.issparse(found) else np.asarray(found, np.float64)

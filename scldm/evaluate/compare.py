@@ -32,6 +32,7 @@ from scldm.evaluate.intervals import IntervalConfig
 from scldm.evaluate.map_of_cells import cell_map
 from scldm.evaluate.memorisation import memorisation_errors, memorisation_scores, nearness
 from scldm.evaluate.metrics import score
+from scldm.evaluate.named import check_controls
 from scldm.evaluate.protocols import PROTOCOLS, Protocol
 from scldm.evaluate.response import guess_control, responses
 from scldm.evaluate.sample import SPLITS
@@ -199,11 +200,8 @@ def known_controls(test: Cells, given: Mapping[str, str]) -> dict[str, str]:
 
     Raises: InputError for a condition or a label that the test cells do not have.
     """
+    check_controls(given, test.labels)
     for condition, label in given.items():
-        if condition not in test.labels:
-            raise InputError(
-                f"control.{condition}={label}: the conditions are {', '.join(test.labels) or 'none'}. Give one of these"
-            )
         there = np.unique(test.labels[condition]).tolist()
         if known_label(label, there) not in there:
             raise InputError(f"control.{condition}={label}: no test cell has this label. There are {there[:10]}")

@@ -11,7 +11,7 @@ ours: the other side is the expected counts, and batches do not matter. PCC is P
 A draw adds noise that no model can foresee, so that PCC is lower and MSE higher in the published reading.
 Scores are fed block by block and keep a few numbers for each gene, whatever the number of cells.
 
-Reading order: log_profile, PublishedScores, OurScores, Reconstruction, MeanProfile, published numbers.
+Reading order: log_profile, PublishedScores, OurScores, Reconstruction, MeanProfile. Published numbers are in named.py.
 Letters: B cells of a block, G genes, K combinations.
 """
 
@@ -335,29 +335,3 @@ def nb_nll(counts: sp.csr_matrix, mean_BG: np.ndarray, theta_G: np.ndarray) -> n
     count_E = torch.from_numpy(counts.data.astype(np.float64))
     log_prob_E = nb_log_prob(count_E, torch.from_numpy(mean_E), torch.from_numpy(theta_E)).numpy()
     return nll_B - np.bincount(cell_E, log_prob_E + theta_E * np.log1p(mean_E / theta_E), minlength=len(nll_B))
-
-
-# --- published numbers ---------------------------------------------------------------------------------------------
-
-PROTOCOL_NOTE = "protocol not fully known"
-# data -> method -> (RE, PCC, MSE). Source: Palla et al., arXiv 2511.02986: workshop version, and version 2 of the paper
-PUBLISHED: dict[str, dict[str, tuple[float, float, float]]] = {
-    "dentate_gyrus": {
-        "scVI": (5193, 0.058, 0.378),
-        "CFGen": (5469, 0.076, 0.253),
-        "scLDM workshop": (5233, 0.103, 0.249),
-        "scLDM v2": (4572, 0.273, 0.206),
-    },
-    "tabula_muris": {
-        "scVI": (5588, 0.221, 0.132),
-        "CFGen": (5548, 0.136, 0.127),
-        "scLDM workshop": (4570, 0.391, 0.092),
-        "scLDM v2": (4994, 0.376, 0.106),
-    },
-    "hlca": {
-        "scVI": (5659, 0.125, 0.238),
-        "CFGen": (5429, 0.146, 0.117),
-        "scLDM workshop": (4102, 0.421, 0.069),
-        "scLDM v2": (4899, 0.310, 0.095),
-    },
-}

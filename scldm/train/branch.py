@@ -3,7 +3,7 @@
 The checkpoint is hard-linked into the new folder, or copied where it can't be. No file of a checkpoint ever changes, so
 that neither run depends on the other.
 
-Reading order: Branch, to_begin, find, begin.
+Reading order: Branch, to_begin, begins, named, find, begin.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from typing import Any
 from scldm.errors import InputError, read_json
 from scldm.files import PARTIAL, put_in_place, remove, sync
 from scldm.train import changes
-from scldm.train.checkpoint import BESIDE, Checkpoint
-from scldm.train.steps import candidates, point, pointed
+from scldm.train.steps import BESIDE, candidates, point, pointed
 
 CONFIG = BESIDE[0]
 
@@ -44,31 +43,33 @@ class Branch:
 
 
 def to_begin(text: str, run_dir: Path) -> Branch | None:
-    """The branch that `branch_from` asks for. None where there is none to begin: the run resumes, or is no branch.
+    """The branch that `branch_from` asks for. None where there is none to begin. Errors as for `begins` and `find`."""
+    return find(text) if begins(text, run_dir) else None
 
-    Raises: InputError where the folder holds another run, or there is no such checkpoint.
-    """
+
+def begins(text: str, run_dir: Path) -> bool:
+    """Whether a run begins as a branch: else it resumes, or is none. Raises: InputError for a folder of another run."""
     known = next((entry for entry in changes.read(run_dir) if "branched_from" in entry), None)
     place = f"{known['branched_from']}@{known['step']}" if known else ""
     has_begun = (run_dir / "checkpoints" / "latest").is_file()
     if not text:
         if known and not has_begun:
             raise InputError(f"{run_dir} was to branch from {place} and has not begun. Give branch_from={place}")
-        return None
+        return False
     run, step = _parsed(text)
     if known is None and (run_dir / CONFIG).is_file():
         raise InputError(f"branch_from={text}: {run_dir} holds a run that is no branch. Choose another run_dir")
     if known is None or not has_begun:
-        return find(text)
+        return True
     if known["branched_from"] != str(run) or (step.isdecimal() and int(step) != known["step"]):
         raise InputError(f"branch_from={text}: {run_dir} is a branch from {place}. Choose another run_dir")
-    return None  # `latest` may have moved since
+    return False  # `latest` may have moved since
 
 
-def find(text: str) -> Branch:
-    """The branch that RUN@STEP says. Every byte of the checkpoint is checked.
+def named(text: str) -> tuple[Path, Path]:
+    """The run and the checkpoint that RUN@STEP says, by the names of folders alone.
 
-    Raises: InputError where there is no such run or checkpoint, with the steps that there are. Damaged.
+    Raises: InputError where there is no such run or checkpoint, with the steps that there are.
     """
     run, step = _parsed(text)
     folder = run / "checkpoints"
@@ -81,7 +82,15 @@ def find(text: str) -> Branch:
         target, said = pointed(folder / step), "train it first"
     if target is None:
         raise InputError(f"branch_from={text}: the run has no checkpoint of step {step}; {said}")
-    best = pointed(folder / "best")
+    return run, target
+
+
+def find(text: str) -> Branch:
+    """The branch that RUN@STEP says. Every byte of the checkpoint is checked. Raises: as `named`, and Damaged."""
+    from scldm.train.checkpoint import Checkpoint  # with torch, once there is something to read
+
+    run, target = named(text)
+    best = pointed(run / "checkpoints" / "best")
     best = best if best and best.name <= target.name else None
     for each in {target, best} - {None}:
         Checkpoint(each).check()

@@ -48,8 +48,6 @@ BROKEN = ".broken"
 SEEN_S = 20.0  # in which what another host wrote is to be seen on this one. Network file systems cache what was
 FILE_NAME = re.compile(r"\w[\w.-]*")
 KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")
-# of the run folder, copied into every checkpoint, which can so be used without it
-BESIDE = ("config.json", "genes.json", "conditions.json", "library_sizes.json", "missing.json", "latents.json")
 Which = Literal["best", "latest"]
 
 

@@ -34,7 +34,7 @@ from scldm.given_json import sorted_json
 from scldm.parallel.dist import World
 from scldm.parallel.surface import Engine
 from scldm.train import steps
-from scldm.train.checkpoint import BESIDE, FORMAT
+from scldm.train.checkpoint import FORMAT
 from scldm.train.ema import EMA
 
 CHUNK = 8 << 20  # bytes hashed and written in turn
@@ -225,7 +225,7 @@ def commit(target: Path, n_parts: int, state: dict[str, Any], run_dir: Path) -> 
         noted = aside / f"part-{k}-of-{n_parts}.json"
         parts[f"{noted.stem}.safetensors"] = json.loads(noted.read_text())
         noted.unlink()
-    for name in BESIDE:
+    for name in steps.BESIDE:
         with contextlib.suppress(FileNotFoundError):
             data = (run_dir / name).read_bytes()
             with written_aside(aside / name) as file:

@@ -14,6 +14,8 @@ from scldm.files import PARTIAL, left_aside, put_in_place, written_aside
 from scldm.files import remove as remove_path
 
 STATE = "state.json"
+# of the run folder, copied into every checkpoint, which can so be used without it
+BESIDE = ("config.json", "genes.json", "conditions.json", "library_sizes.json", "missing.json", "latents.json")
 STEP = re.compile(r"step-\d{8,}")
 UNFINISHED = re.compile(rf"{STEP.pattern}{re.escape(PARTIAL)}")
 

@@ -63,6 +63,12 @@ def read_note(folder: Path) -> dict[str, Any] | None:
     return read_json(folder / NOTE) if (folder / NOTE).is_file() else None
 
 
+def check_followed(run: Path) -> None:
+    """Raises: InputError for a run that MLflow does not have."""
+    if read_note(run) is None:
+        raise InputError(f"register: {run} was trained without MLflow: it has no {NOTE}. Leave register out")
+
+
 def parent_of(folder: Path, note: Mapping[str, Any]) -> Path | None:
     return Path(os.path.normpath(folder.resolve() / note["parent"])) if note["parent"] else None
 

@@ -22,6 +22,7 @@ HEAVY = ("anndata", "mlflow", "numba", "pandas", "scanpy", "scipy", "sklearn", "
 # runs each command line in a fork of one process, and prints its exit code, its last words and what it imported
 CODE = f"""
 import json, os, sys
+sys.modules["mlflow"] = None  # as where it is not installed
 from launch.cli import main
 for words in json.load(sys.stdin):
     if not (child := os.fork()):
@@ -34,7 +35,7 @@ for words in json.load(sys.stdin):
             code = error.code
         sys.stdout.flush(), sys.stderr.flush()
         said = open("log").read().splitlines()[-1:]
-        os.write(out, (json.dumps([code, said, [m for m in {HEAVY} if m in sys.modules]]) + "\\n").encode())
+        os.write(out, (json.dumps([code, said, [m for m in {HEAVY} if sys.modules.get(m)]]) + "\\n").encode())
         os._exit(0)
     os.waitpid(child, 0)
 """
@@ -55,6 +56,14 @@ CASES = [
     (JUDGE + "shards=shards conditions=typ", "cells.h5ad: obs has no column condition='typ'; it has type, batch"),
     (JUDGE + "shards=shards conditions=batch", "shards has no condition='batch'. It has type"),
     (JUDGE + "real=cells.h5ad split=part", "cells.h5ad: obs has no column split='part'; it has type, batch"),
+    (JUDGE + "shards=latents", "latents: a set of latents, not of cells"),
+    (JUDGE + "shards=shards model=vae", "vae is not a model folder: its config.json is no model's"),
+    (JUDGE + "shards=shards control.typ=B", "shards has no condition='typ'. It has type"),
+    (JUDGE + "real=cells.h5ad split=type conditions=type control.batch=1", "control.batch=1: the conditions are type"),
+    (JUDGE + "shards=shards model=model control.batch=1", "control.batch=1: the conditions are type"),
+    ("evaluate vae=vae shards=shards published=mars", "published='mars' must be one of dentate_gyrus"),
+    ("evaluate embedding=cells.h5ad label=type key=X_pca", "cells.h5ad: obsm has no key=X_pca. It has X_scldm"),
+    (JUDGE + "real=cells.h5ad split=type layer=umis", "cells.h5ad: layer='umis' is not in the file"),
     ("evaluate vae=none shards=shards", NO_RUN),
     ("evaluate vae=ldm shards=shards", "vae=ldm is a run of `scldm train ldm`, not of `scldm train vae`"),
     ("evaluate embedding=cells.h5ad label=typ", "cells.h5ad: obs has no column label='typ'; it has type, batch"),
@@ -68,6 +77,8 @@ CASES = [
     ("shards write source.paths=n*.h5ad out=o", "source.paths: n*.h5ad: no file matches"),
     ("shards write source.paths=wanted.csv out=o", "wanted.csv: a table, no AnnData file"),
     (SHARDS + "conditions=typ", "cells.h5ad: obs has no column 'typ'. It has type, batch"),
+    (SHARDS + "source.layer=umis", "cells.h5ad: source.layer='umis' is not in the file. It has X, layers/counts"),
+    (SHARDS + "source.gene_column=id", "cells.h5ad: var has no column 'id'. It has name"),
     (SHARDS + "split.by=donor", "cells.h5ad: obs has no column 'donor'. It has type, batch"),
     (SHARDS + "filter.gene_list=none.txt", "filter.gene_list: none.txt: no such file"),
     (SHARDS + "split.validation=0.6 split.test=0.6", "must be fractions with a sum below 1"),
@@ -77,6 +88,10 @@ CASES = [
     ("shards info path=none", NO_SET),
     ("soma write h5ad=none.h5ad out=o", "none.h5ad: no such file"),
     ("quickstart h5ad=cells.h5ad condition=typ out=o", "condition=typ: obs of cells.h5ad has no such column; it has"),
+    ("soma write h5ad=cells.h5ad out=vae", "out=vae: exists. A SOMA collection is written to a new folder"),
+    ("soma write h5ad=cells.h5ad out=o layer=umis", "cells.h5ad: layer='umis' is not in the file"),
+    ("soma write h5ad=cells.h5ad out=o gene_column=id", "cells.h5ad: var has no column 'id'. It has name"),
+    ("quickstart h5ad=cells.h5ad condition=type layer=umis out=o", "cells.h5ad: layer='umis' is not in the file"),
     ("quickstart h5ad=cells.h5ad out=o", "h5ad and condition go together"),
     ("quickstart h5ad=cells.h5ad condition=type out=vae", "vae is not empty and not a quickstart's folder"),
     ("submit train vae vae/tiny data.shards=shards run_dir=o", "there is no Slurm on this machine"),
@@ -85,6 +100,17 @@ CASES = [
     (TRAIN.replace("shards=shards", "shards=none"), NO_SET),
     (TRAIN.replace("shards=shards", "shards=latents"), "latents: a set of latents, not of cells"),
     (TRAIN + "init_from=none", NO_MODEL),
+    (TRAIN + "data.balance=typ", "balance: condition 'typ' is unknown. The set has type"),
+    (TRAIN + "data.select.typ=B", "condition 'typ' is unknown. The model knows type"),
+    (TRAIN + "data.select.type=NK", "condition 'type' has no label 'NK'"),
+    (TRAIN + "branch_from=vae", "branch_from=vae must be RUN@STEP, a run folder and a step"),
+    (TRAIN + "branch_from=none@5", "none is not a run folder: it has no config.json"),
+    (TRAIN + "branch_from=vae@7", "the run has no checkpoint of step 7; there are 5"),
+    (TRAIN.replace("run_dir=o", "run_dir=ldm"), "ldm holds another run, of `scldm train ldm`"),
+    (
+        "train ldm ldm/tiny data.shards=latents run_dir=o label_embeddings.typ=other.csv",
+        "label_embeddings.typ=other.csv: condition 'typ' is unknown. The set has type",
+    ),
     (TRAIN + "model.width=10 model.n_heads=3", "model.n_heads=3 does not divide model.width=10"),
     (
         TRAIN + "data.given.policy=all data.given.share=1 data.given.n_genes=3",
@@ -96,13 +122,32 @@ CASES = [
     ("encode vae=vae shards=latents out=o", "latents: a set of latents, not of cells"),
     ("encode vae=vae shards=shards out=o genes.share=0.5", "genes.share=0.5 has no effect with genes.policy=all"),
     ("export vae=vae ldm=vae out=o", "ldm=vae is not a run of `scldm train ldm`"),
+    ("encode vae=vae shards=shards out=shards", "shards: a set of cells, not of latents"),
     ("export vae=vae out=o register=x", "register=x needs ldm"),
+    ("export vae=vae out=latents", "latents is not empty and not a model folder. Choose another out"),
+    ("export vae=vae out=ldm", "ldm holds latents.json, which is none of a model's files"),
+    ("export vae=vae ldm=ldm out=o register=x", "register: ldm was trained without MLflow: it has no tracked.json"),
+    ("export vae=vae ldm=followed out=o register=x", "the package mlflow is missing"),
+    ("checkpoint convert at=vae out=/proc/new.pt to=torch", "out=/proc/new.pt: /proc can't be written to"),
+    ("embed out=/proc/new.h5ad model=model h5ad=cells.h5ad", "out=/proc/new.h5ad: /proc can't be written to"),
+    ("encode vae=vae shards=shards out=wanted.csv/new", "wanted.csv can't be written to"),
+    ("evaluate generated=cells.h5ad shards=shards out=/proc/new", "out=/proc/new: /proc can't be written to"),
+    ("evaluate generated=cells.h5ad shards=shards out=wanted.csv", "wanted.csv can't be written to"),
+    ("evaluate vae=vae shards=shards out=/proc/new", "out=/proc/new: /proc can't be written to"),
+    ("export vae=vae out=/proc/new", "out=/proc/new: /proc can't be written to"),
+    ("quickstart out=/proc/new", "out=/proc/new: /proc can't be written to"),
+    ("report vae out=/proc/new.html", "out=/proc/new.html: /proc can't be written to"),
+    ("shards write source.paths=cells.h5ad out=/proc/new", "out=/proc/new: /proc can't be written to"),
+    ("soma write h5ad=cells.h5ad out=/proc/new", "out=/proc/new: /proc can't be written to"),
+    ("train vae vae/tiny data.shards=shards run_dir=/proc/new", "run_dir=/proc/new: /proc can't be written to"),
     ("generate model=vae n=3 out=o.h5ad", "vae is not a model folder: its config.json is no model's"),
     ("generate model=part n=3 out=o.h5ad", ALONE),
     (GENERATE, "give exactly one of conditions, like, shards and n. Given: none"),
     ("generate model=model n=3 out=o.csv", "out=o.csv must end in .h5ad, .zarr, .soma"),
     (GENERATE + "conditions=none.csv", "conditions=none.csv: no such file"),
     (GENERATE + "conditions=wanted.csv", "condition 'type' has no label 'NK'. It has 'B', 'T'"),
+    (GENERATE + "conditions=cells.h5ad", "conditions=cells.h5ad: not a readable CSV file"),
+    (GENERATE + "conditions=marked.csv", "condition 'type' has no label 'NK'"),
     (GENERATE + "conditions=other.csv", "condition 'typ' is unknown. The model knows type"),
     (GENERATE + "like=cells.h5ad", "like needs by"),
     (GENERATE + "like=cells.h5ad by=typ", "cells.h5ad: obs has no column 'typ'. It has type, batch"),
@@ -115,6 +160,9 @@ CASES = [
     ("transform to=type=B genes=g9 " + A_MODEL, "gene 'g9' is not among the model's 2"),
     ("embed out=cells.h5ad model=model h5ad=cells.h5ad", "out=cells.h5ad is h5ad=cells.h5ad, which would be lost"),
     ("embed model=model h5ad=wanted.csv out=o.h5ad", "wanted.csv: a table, no AnnData file"),
+    ("embed layer=raw " + A_MODEL, "cells.h5ad: layer='raw' is not in the file. It has X, layers/counts"),
+    ("reconstruct layer=umis " + A_MODEL, "cells.h5ad: layer='umis' is not in the file"),
+    ("transform to=type=B layer=umis " + A_MODEL, "cells.h5ad: layer='umis' is not in the file"),
     ("reconstruct genes=g9 " + A_MODEL, "gene 'g9' is not among the model's 2"),
     ("plan vae/tiny", "n_genes=0: give it, or data.shards"),
     ("plan vae/tiny data.shards=none", NO_SET),
@@ -136,6 +184,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, 
         **{f"{run}/config.json": {} for run in ("vae", "ldm")},
         "vae/checkpoints/step-00000005/state.json": {},
         "ldm/latents.json": {},
+        **{f"followed/{file}.json": {} for file in ("config", "latents", "tracked")},
         "shards/manifest.json": {**of_set, "kind": "cells"},
         "latents/manifest.json": {**of_set, "kind": "latents"},
         "model/config.json": model,
@@ -146,11 +195,16 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, 
         (at / name).write_text(json.dumps(document))
     GeneVocab(("g0", "g1"), "symbol").save(at / "model" / "genes.json")
     (at / "wanted.csv").write_text("type,n_cells\nB,2\nNK,3\n")
+    (at / "marked.csv").write_text("\ufefftype\nNK\n")  # as a spreadsheet marks UTF-8
     (at / "other.csv").write_text("typ\nB\n")
     with h5py.File(at / "cells.h5ad", "w") as file:
         obs = file.create_group("obs")
         obs.attrs["column-order"] = ["type", "batch"]
         obs["type"], obs["batch"] = [0], [0]
+        file["obsm/X_scldm"] = file["X"] = file["layers/counts"] = [[0.0]]
+        var = file.create_group("var")
+        var.attrs["column-order"] = ["name"]
+        var["name"] = [0]
     words = [line.split() for line, _ in CASES]
     done = subprocess.run(
         [sys.executable, "-c", CODE], cwd=at, input=json.dumps(words), capture_output=True, text=True,

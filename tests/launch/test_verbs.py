@@ -345,7 +345,7 @@ def run_words(made: Path, stage: str, *more: str) -> list[str]:
         (lambda at: ["embed", f"model={at}/model", f"h5ad={at}/no.h5ad", f"out={at}/new.h5ad"], "no such file"),
         (
             lambda at: ["embed", f"model={at}/model", f"h5ad={at}/cells.h5ad", f"out={at}/new.h5ad", "layer=raw"],
-            "layer 'raw' is not there",
+            "cells.h5ad: layer='raw' is not in the file. It has X",
         ),
         (
             lambda at: ["embed", f"model={at}/model", f"h5ad={at}/cells.h5ad", f"out={at}/new.h5ad", "device=tpu"],

@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from scldm.files import PARTIAL, made_aside, of_bytes, put_in_place, sha256_of, written_aside
+from scldm.errors import InputError
+from scldm.files import PARTIAL, check_writable, made_aside, of_bytes, put_in_place, sha256_of, written_aside
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CODE = ("benchmarks", "data_pipeline", "launch", "scldm")
@@ -47,6 +48,17 @@ def test_a_file_that_replaces_none_leaves_what_another_made_meanwhile(
         file.write(b"second")
     assert path.read_bytes() == b"first"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_can_not_be_written_is_known_before_and_the_trial_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    check_writable("out", str(tmp_path / "new" / "folder"))
+    check_writable("out", str(tmp_path))
+    check_writable("out", str(tmp_path / "a"), is_file=True)
+    for place in ("/proc/new/folder", "/proc", f"{tmp_path}/a", f"{tmp_path}/a/b"):
+        with pytest.raises(InputError, match=f"^out={place}: (/proc|{tmp_path}/a) can't be written to"):
+            check_writable("out", place)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_bytes_are_said_in_the_unit_that_shows_them() -> None:

@@ -10,8 +10,8 @@ import scipy.sparse as sp
 from scipy import optimize, stats
 
 from scldm.errors import InputError
+from scldm.evaluate.named import PUBLISHED
 from scldm.evaluate.reconstruction import (
-    PUBLISHED,
     THETA_RANGE,
     OurScores,
     PublishedScores,
