@@ -57,6 +57,7 @@ INPUTS = {
 FILES = ("report", "checkpoint convert")  # verbs that make a file. That of convert may be a folder
 SETS = ("path", "shards", "data.shards")  # keys of shard sets, whose stores know `~`
 PLANS: Mapping[str, Literal["vae", "ldm"]] = {"plan": "vae", "plan ldm": "ldm"}
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar")  # endings of tables that pandas unpacks
 MOST_ROWS = 10_000  # of a table of conditions that are looked at here: they take a tenth of a second
 
 
@@ -148,7 +149,8 @@ def check_has_labels(path: str, columns: Iterable[tuple[str, str]]) -> None:
 
 def check_sources(config: Any) -> None:
     """Of `scldm shards write`. A set that was begun needs no source, or says itself what it lacks."""
-    if ANYWHERE.match(config.out) or (os.path.isdir(config.out) and os.listdir(config.out)):
+    out = os.path.expanduser(config.out)
+    if ANYWHERE.match(out) or (os.path.isdir(out) and os.listdir(out)):
         return
     kind, uris = named(config.source)
     columns = [*config.conditions, *config.split.stratify, *filter(None, [config.split.by])]
@@ -228,9 +230,12 @@ def check_reconstructed(config: Any) -> None:
 
 
 def labels_in(path: str) -> dict[str, list[str]]:
-    """The labels that a table of conditions asks for, by its columns. None of what may be none: its reader says so."""
+    """The labels that a table of conditions asks for, by its columns. None of what may be none, or of what its reader
+    unpacks: that says so."""
     if not os.path.exists(path):
         raise InputError(f"conditions={path}: no such file")
+    if path.endswith(PACKED):
+        return {}
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             columns, *rows = islice(csv.reader(file), MOST_ROWS)
@@ -240,8 +245,8 @@ def labels_in(path: str) -> dict[str, list[str]]:
         return {}
     if any(len(row) > len(columns) for row in rows):
         return {}
-    rows = [dict(zip(columns, row)) for row in rows]
-    rows = [row for row in rows if row.pop("n_cells", "1").strip() != "0"]
+    rows = [dict(zip(columns, row)) for row in rows if any(cell.strip() for cell in row)]
+    rows = [row for row in rows if row.pop("n_cells", "1").strip("0 ")]  # of none, no label is asked for
     missing = ("", "nan")  # for which the model may have a label
     return {of: [row[of] for row in rows if row.get(of, "") not in missing] for of in columns if of != "n_cells"}
 

@@ -44,7 +44,7 @@ from scldm.train.machine import place_of
 from scldm.train.optim import OptimConfig, make_optimizer
 from scldm.train.previews import Make, Previews
 from scldm.train.requests import Requests
-from scldm.train.run_folder import PLAN, open_run_folder, outcome_noted, step_of
+from scldm.train.run_folder import DIFFS, PLAN, open_run_folder, outcome_noted, step_of
 from scldm.train.step_cost import StepCost
 from scldm.train.steps import pointed
 from scldm.train.throughput import PEAK_TFLOPS, Meter, gpu_name, peak_flops
@@ -76,7 +76,6 @@ WHY_NEVER = {
 OF_A_START = ("branch_from", "allow_changes")
 
 # files that MLflow gets too
-DIFFS = "diffs"  # how the code of a start differed from its commit
 STARTED_WITH = ("config.json", "environment.json", "deepspeed.json", "init_from.json", CHANGES)
 
 

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -36,12 +37,11 @@ def check_writable(key: str, value: str, is_file: bool = False) -> None:
     """
     path = Path(value).absolute()
     folder = next(at for at in [path, *path.parents][is_file:] if os.path.exists(at))
-    tried = _unique(folder / "tried")
     try:
-        tried.touch()
+        with tempfile.TemporaryFile(dir=folder):  # without a name: nobody who lists the folder sees it
+            pass
     except OSError as error:
         raise InputError(no_space(error, f"{key}={value}") or f"{key}={value}: {folder} can't be written to") from None
-    tried.unlink(missing_ok=True)
 
 
 def check_new(out: str) -> None:

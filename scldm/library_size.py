@@ -51,7 +51,7 @@ class LibrarySizeModel:
     names: tuple[str, ...]
     fitted: dict[tuple[str, ...], dict[tuple[str, ...], LogNormal]]
 
-    def of(self, labels: pd.DataFrame) -> Sizes:
+    def of(self, labels: pd.DataFrame, or_all: bool = False) -> Sizes:
         """The log-normal of each row of labels.
 
         A combination that no training cell had backs off to the largest choice of its labels that some had together:
@@ -61,6 +61,7 @@ class LibrarySizeModel:
         largest part of these labels that 10 or more had together, or else of all cells.
 
         labels: one column for each condition that is given, in any order. None for any cell
+        or_all: where no label was fitted, take all cells
 
         Raises: InputError for the first row of which no label was fitted.
         """
@@ -70,7 +71,7 @@ class LibrarySizeModel:
         of_row, backed_off, tables = {}, [], dict(self.fitted)
         for row in dict.fromkeys(rows):
             given: dict[str, str] = dict(zip(by, row, strict=True))
-            used, taken = self._best(given, tables)
+            used, taken = self._best(given, tables, or_all)
             spread_by, spread = self._spread({name: given[name] for name in used}, taken, tables)
             of_row[row] = taken._replace(log_std=spread.log_std)
             said = []
@@ -95,7 +96,7 @@ class LibrarySizeModel:
         )
 
     def _best(
-        self, given: dict[str, str], tables: dict[tuple[str, ...], dict[tuple[str, ...], LogNormal]]
+        self, given: dict[str, str], tables: dict[tuple[str, ...], dict[tuple[str, ...], LogNormal]], or_all: bool
     ) -> tuple[tuple[str, ...], LogNormal]:
         """The conditions by which library sizes of these labels are known best, and what is known of them.
 
@@ -104,7 +105,7 @@ class LibrarySizeModel:
 
         # a label that no training cell had is in no combination that some had
         seen = {name: label for name, label in given.items() if (name, label) in self.known_labels}
-        for n in range(len(seen), 0 if given else -1, -1):
+        for n in range(len(seen), 0 if given and not or_all else -1, -1):
             known = self._of_parts(seen, n, tables)
             if known:
                 return min(known, key=lambda found: (found[1].n_cells < FEW_CELLS, found[1].log_std))

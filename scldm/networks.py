@@ -28,6 +28,7 @@ from scldm.model.attention import Choice
 from scldm.model.dit import DiT
 from scldm.model.vae import VAE, Predicted, VAEConfig, chosen
 from scldm.request import labels as asked
+from scldm.request.told_sizes import ToldSizes
 from scldm.request.wanted import Wanted, distinct
 from scldm.version import VERSION
 from scldm.vocab import MIN_GENE_SHARE, ConditionVocab, GeneVocab
@@ -166,28 +167,17 @@ class Networks:
         asked.check_sampler(dit, base, sampler, self.origin)
         notes = asked.without_token(dit, base, labels)
         notes += asked.of_other_labels(dit, self.conditions, base, ids, labels, asked.DRAWN)
-        base_shift = self._base_shift(ids, base, labels)
+        told = None
+        if dit.config.library_size:
+            told = ToldSizes.of(self.library_sizes, labels, asked.labels_of_base(dit, self.conditions, base, labels))
         if "library_size" in conditions:
             size_n = _given_sizes(conditions["library_size"].array)
-            return Wanted(seed, combination_n, labels, ids, base, size_n, base_shift=base_shift, notes=notes)
+            if told is not None:
+                notes += told.note(torch.from_numpy(size_n), torch.from_numpy(combination_n))
+            return Wanted(seed, combination_n, labels, ids, base, size_n, told_sizes=told, notes=notes)
         log_mean, log_std, backed_off = self.library_sizes.of(labels)
         notes = (*notes, *backed_off)
-        return Wanted(seed, combination_n, labels, ids, base, None, log_mean, log_std, base_shift, notes)
-
-    def _base_shift(
-        self, ids: dict[str, np.ndarray], base: dict[str, np.ndarray], labels: pd.DataFrame
-    ) -> np.ndarray | None:
-        """Log of how many times as large cells of the base labels usually are, by combination, where they differ."""
-        if base is ids:
-            return None
-        rows = np.flatnonzero(
-            np.logical_or.reduce([base[name] != ids[name] for name in self._dit().means.names.values()])
-        )
-        of_base = asked.labels_of_base(self._dit(), self.conditions, base, labels)
-        log_mean = [self.library_sizes.of(of.iloc[rows]).log_mean_n for of in (of_base, labels)]
-        shift = np.zeros(len(labels))
-        shift[rows] = log_mean[0] - log_mean[1]
-        return shift
+        return Wanted(seed, combination_n, labels, ids, base, None, log_mean, log_std, told, notes)
 
     # --- cells ---
 
@@ -220,11 +210,11 @@ class Networks:
             of_base = of_batch
             if wanted.base_ids is not wanted.ids:
                 of_base = {name: torch.from_numpy(ids) for name, ids in wanted.base_ids_of(batch).items()}
-            size_B, base_size_B = (
-                self._here(of(batch).astype(np.float32)) for of in (wanted.library_size, wanted.base_size)
+            size_B, told_B = (
+                self._here(of(batch).astype(np.float32)) for of in (wanted.library_size, wanted.told_size)
             )
             with self._computing():
-                drawn = generate_latents(self._dit(), of_batch, numbers_B, wanted.seed, sampler, of_base, base_size_B)
+                drawn = generate_latents(self._dit(), of_batch, numbers_B, wanted.seed, sampler, of_base, told_B)
             own = slice(max(rows.start - first, 0), rows.stop - first)
             parts.append(self.decoded(drawn.latent_BLZ, columns_Q, size_B, numbers_B, wanted.seed, kind)[own])
             n_evaluations.append(drawn.n_evaluations_B[own].int().cpu().numpy())

@@ -52,6 +52,7 @@ from scldm.own_cells import Given, before, given_cells, kept_beside, var_of
 from scldm.progress import Progress
 from scldm.request import labels as asked
 from scldm.request.cells import Asked, table_of
+from scldm.request.told_sizes import ToldSizes
 from scldm.shown import as_html, as_text
 from scldm.vocab import MIN_GENE_SHARE, ConditionVocab, GeneMatch, GeneVocab
 from scldm.weights import network_of, read_weights, weights_hash
@@ -249,7 +250,8 @@ class Pretrained(Networks):
         kind: Kind = "counts",
     ) -> ad.AnnData:
         """The cells as they would be under other conditions, and on the way there. Their latents are taken to noise
-        along the flow of their own conditions, and back along another. Library sizes stay the cells' own.
+        along the flow of their own conditions, and back along another. Library sizes stay the cells' own. The flow is
+        told a size as usual for the labels as the cell's own is for its own.
 
         adata: raw counts, as for `embed`, and obs with the cells' own conditions
         to: condition -> label
@@ -289,6 +291,11 @@ class Pretrained(Networks):
             print(note, file=sys.stderr)
         var, at = var_of(self, adata, asked_ids.cpu().numpy())
         encode = encoder_of(self.vae, given_ids, given.share_S)
+        told_own = told_other = None
+        if dit.config.library_size:
+            told_own, told_other = (
+                ToldSizes.of(self.library_sizes, moves.labels, of) for of in (moves.labels, moves.flow_labels)
+            )
         n_evaluations = torch.zeros((), dtype=torch.int64, device=self.device)
         parts: list[list[sp.csr_matrix]] = [[] for _ in alphas]
         with Progress("transform", adata.n_obs * len(alphas), "cells") as bar, self._computing():
@@ -302,7 +309,11 @@ class Pretrained(Networks):
                     for of in (moves.own, moves.by_flow, moves.other)
                 )
                 way_BLZ = way(dit, by_flow, of_other) if sampler.guidance == "shift" else 0.0
-                v_own, v_other = (guided(dit, of, sampler, size_B) for of in (of_own, by_flow))
+                row_B = self._here(moves.row_n[rows])
+                v_own, v_other = (
+                    guided(dit, of, sampler, told and told.tell(size_B, row_B).float())
+                    for of, told in ((of_own, told_own), (by_flow, told_other))
+                )
                 noise_BLZ = to_noise(v_own, z_BLZ, sampler)
                 keys_BQ = draws.keys(seed, "counts", torch.arange(rows.start, rows.stop, device=self.device), asked_ids)
                 for alpha, part in zip(alphas, parts):

@@ -94,15 +94,19 @@ class Moves(NamedTuple):
     """Where cells go, by combination of labels.
 
     row_n: the combination that each cell has, int32 (n,)
+    labels: the combinations' own labels, as text
     own, other: of each combination its labels as the model takes them, and the labels to go to
     by_flow: those that the flow leads to, from which `way` goes on
+    flow_labels: these as text
     notes: a sentence for each thing that a reader of the cells should know
     """
 
     row_n: np.ndarray
+    labels: pd.DataFrame
     own: dict[str, np.ndarray]
     other: dict[str, np.ndarray]
     by_flow: dict[str, np.ndarray]
+    flow_labels: pd.DataFrame
     notes: tuple[str, ...]
 
 
@@ -147,7 +151,8 @@ def own_and_other(
         by_flow = _arrays(stays(dit, _tensors(own), _tensors(other)))
     notes = (*without_token(dit, own, own_labels), *without_token(dit, by_flow, other_labels))
     notes += of_other_labels(dit, vocab, by_flow, other, other_labels, MOVED)
-    return Moves(row_n, own, other, by_flow, tuple(dict.fromkeys(notes)))
+    flow_labels = labels_of_base(dit, vocab, by_flow, other_labels)
+    return Moves(row_n, own_labels, own, other, by_flow, flow_labels, tuple(dict.fromkeys(notes)))
 
 
 def moved_obs(

@@ -16,6 +16,7 @@ import torch
 from scldm import draws
 from scldm.errors import InputError
 from scldm.label_text import texts
+from scldm.request.told_sizes import ToldSizes
 
 ABSENT = ("", "nan")  # texts that are no label, as in `as_labels`
 
@@ -33,7 +34,7 @@ class Wanted:
         trained
     given_size_n: library sizes that were given, float64 (n,)
     log_mean, log_std: else those of the combinations' log-normals
-    base_shift: log of how many times as large cells of the base labels usually are, by combination. None for as large
+    told_sizes: what the network is told of library sizes, if it is
     notes: a sentence for each thing that a reader of the cells should know
     """
 
@@ -45,7 +46,7 @@ class Wanted:
     given_size_n: np.ndarray | None
     log_mean: np.ndarray | None = None
     log_std: np.ndarray | None = None
-    base_shift: np.ndarray | None = None
+    told_sizes: ToldSizes | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -91,10 +92,12 @@ class Wanted:
             parts.append(np.exp(self.log_mean[of] + self.log_std[of] * normal.double().numpy()))
         return np.concatenate(parts)
 
-    def base_size(self, rows: range) -> np.ndarray:
-        """What the network is told: the library sizes, as they would be of the base labels."""
+    def told_size(self, rows: range) -> np.ndarray:
+        """The library sizes as the network is told them: of the base labels."""
         size_n = self.library_size(rows)
-        return size_n if self.base_shift is None else size_n * np.exp(self.base_shift[self._of(rows)])
+        if self.told_sizes is None:
+            return size_n
+        return self.told_sizes.tell(torch.from_numpy(size_n), torch.from_numpy(self._of(rows))).numpy()
 
 
 def distinct(conditions: pd.DataFrame, missing: Mapping[str, str]) -> tuple[np.ndarray, pd.DataFrame]:

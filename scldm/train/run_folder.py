@@ -46,11 +46,13 @@ if TYPE_CHECKING:  # it imports torch, which `scldm status` needs nothing of
 
 CONFIG = "config.json"
 PLAN, PREVIEWS = "plan.json", "previews"
+DIFFS = "diffs"  # how the code of a start differed from its commit
 ENVIRONMENT = "environment.json"
 NOTES = "slurm"
 OUTCOME = "outcome.json"
 LOCK = "lock"
 OWNER = "lock.owner"
+LATER = {"model.library_size": False}  # keys that the config of a run begun before them lacks -> what it did
 WAIT_S = 120.0  # for a lock that another process holds
 
 
@@ -116,11 +118,10 @@ def open_run_folder(
 
 
 def _clean(run_dir: Path) -> None:
-    """Remove what killed starts left in the folder and in those in it. A job may be writing its notes."""
-    for left in left_aside(run_dir):
-        remove(left)
-    for folder in [path for path in run_dir.iterdir() if path.is_dir() and path.name != NOTES]:
-        for left in left_aside(folder):
+    """Remove what killed starts left in the folder and in those that only training writes. In others, verbs may be
+    writing."""
+    for folder in (run_dir, run_dir / DIFFS, run_dir / PREVIEWS):
+        for left in left_aside(folder) if folder.is_dir() else ():
             remove(left)
 
 
@@ -137,6 +138,7 @@ def _latest(run_dir: Path) -> Path | None:
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any], free: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
     """Key -> (before, now) of all that differs, but what is free to."""
     was, is_ = dict(flat(before)), dict(flat(now))
+    was |= {key: value for key, value in LATER.items() if key in is_ and key not in was}
     keys = sorted(key for key in was.keys() | is_.keys() if was.get(key) != is_.get(key))
     return {key: (was.get(key), is_.get(key)) for key in keys if not _within(key, free)}
 

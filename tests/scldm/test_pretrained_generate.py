@@ -303,6 +303,26 @@ def test_the_network_is_told_the_library_sizes_that_the_labels_it_is_asked_for_h
     np.testing.assert_allclose(told[0], size_n, rtol=1e-5)
 
 
+def test_a_library_size_unlike_all_of_its_kind_is_told_as_the_nearest_and_said(model: Pretrained, capsys) -> None:
+    """Else the network makes cells of a kind that has such sizes. Counts have the size that was given."""
+    told: list[torch.Tensor] = []
+    hook = model.dit.register_forward_pre_hook(lambda _, __, named: told.append(named["size_B"]), with_kwargs=True)
+    of_type = {("T cell",): LogNormal(50, 5.0, 0.1), ("B cell",): LogNormal(50, 7.0, 0.1)}
+    every = {(): {(): LogNormal(100, 6.0, 1.0)}, ("type",): of_type}
+    model = replace(model, library_sizes=LibrarySizeModel(("type",), every), batch=3)
+    table = pd.DataFrame({"type": ["T cell", "B cell", "NK"], "library_size": [5_000.0, 1_000.0, 4.0]})
+    made: Any = model.generate(table, seed=0, sampler=SamplerConfig("euler", 1))
+    hook.remove()
+    np.testing.assert_allclose(told[0], [np.exp(5.25), 1_000, np.exp(3.5)], rtol=1e-5)  # of NK nothing is known
+    assert made.obs["library_size"].tolist() == [5_000.0, 1_000.0, 4.0]
+    assert made.X[0].sum() > 1_000
+    note = (
+        "2 of 3 cells have a library size unlike their kind's, such as 5,000, where most training cells of type=T cell"
+    )
+    assert f"{note} have 116 to 191" in capsys.readouterr().err
+    assert "unlike their kind's" in made.uns["scldm"]["notes"]
+
+
 # --- conditions that are more than a label -------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from scldm.errors import InputError
 from scldm.flow.sampler import SamplerConfig
+from scldm.library_size import LibrarySizeModel, LogNormal
 from scldm.model.dit import DiT, DiTConfig
 from scldm.pretrained import Pretrained
 from tests.scldm.small_model import FEW, GENES, L, Z, cells, of_doses
@@ -86,16 +88,24 @@ def test_cells_are_shifted_to_a_combination_that_was_never_trained(model: Pretra
     np.testing.assert_allclose(moved.X[b].toarray(), torch.cat(expected)[b].numpy(), rtol=1e-3)
 
 
-def test_the_network_is_told_the_cells_own_library_sizes(model: Pretrained) -> None:
-    """On the way to noise and on the way back."""
+def test_the_network_is_told_the_cells_own_library_sizes_and_what_they_are_of_other_labels(model: Pretrained) -> None:
+    """On the way to noise the cells' own. On the way back twice these, as NK have twice the counts of the others. A
+    size unlike all of its kind, here 9,000, is told as the nearest."""
+    usual = math.log(70)
+    of_type = {("T cell",): LogNormal(50, usual, 0.5), ("B cell",): LogNormal(50, usual, 0.5)}
+    of_type["NK",] = LogNormal(50, usual + math.log(2), 0.5)
+    model = replace(model, library_sizes=LibrarySizeModel(("type",), {("type",): of_type}))
     told: list[torch.Tensor] = []
     hook = model.dit.register_forward_pre_hook(lambda _, __, named: told.append(named["size_B"]), with_kwargs=True)
     adata = labelled_cells(6)
+    adata.X[0, 0] = 9_000
     model.transform(adata, {"type": "NK"}, sampler=FEW)
     hook.remove()
     assert len(told) == 2 * FEW.n_steps
-    for size_B in told:
-        np.testing.assert_allclose(size_B, np.asarray(adata.X.sum(1)).ravel())
+    expected = np.asarray(adata.X.sum(1)).ravel()
+    expected[0] = 70 * math.exp(2.5 * 0.5)
+    for k, size_B in enumerate(told):
+        np.testing.assert_allclose(size_B, expected * (1 if k < FEW.n_steps else 2), rtol=1e-5)
 
 
 def test_a_files_own_columns_are_kept(model: Pretrained) -> None:

@@ -93,13 +93,23 @@ def test_a_start_that_died_before_its_first_file_was_whole_can_start_again(tmp_p
     assert [p.name for p in tmp_path.glob("*.partial")] == []
 
 
-def test_what_killed_starts_left_goes_from_every_folder_but_the_jobs_own(tmp_path: Path) -> None:
+def test_a_run_begun_before_a_key_goes_on_as_it_was(tmp_path: Path) -> None:
     opened(tmp_path, CONFIG, FREE)
-    for folder in ("diffs", "previews", ".profiles.0123456789ab.partial", "slurm"):
+    opened(tmp_path, {**CONFIG, "model": {"library_size": False}}, FREE)
+    later = tmp_path / "later"
+    opened(later, CONFIG, FREE)
+    with pytest.raises(InputError, match="model.library_size was False, now True"):
+        opened(later, {**CONFIG, "model": {"library_size": True}}, FREE)
+
+
+def test_what_killed_starts_left_goes_from_the_folders_of_training(tmp_path: Path) -> None:
+    """In others a verb or a job may be writing."""
+    opened(tmp_path, CONFIG, FREE)
+    for folder in ("diffs", "previews", ".profiles.0123456789ab.partial", "slurm", "samples"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / ".one.0123456789ab.partial").write_text("ha")
     opened(tmp_path, CONFIG, FREE)
-    assert [p.parent.name for p in tmp_path.rglob("*.partial")] == ["slurm"]  # a job may be writing it
+    assert sorted(p.parent.name for p in tmp_path.rglob("*.partial")) == ["samples", "slurm"]
 
 
 def test_a_file_that_only_ends_as_ours_do_is_left(tmp_path: Path) -> None:
