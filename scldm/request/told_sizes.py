@@ -15,7 +15,7 @@ from torch import Tensor
 
 from scldm.library_size import LibrarySizeModel
 
-MOST_STDS = 2.5  # of log library sizes: 1 % of training cells lie further from the mean of their combination
+MOST_STDS = 2.0  # of log library sizes: 5 % of training cells lie further from the mean of their combination
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def test_the_network_is_told_the_cells_own_library_sizes_and_what_they_are_of_ot
     hook.remove()
     assert len(told) == 2 * FEW.n_steps
     expected = np.asarray(adata.X.sum(1)).ravel()
-    expected[0] = 70 * math.exp(2.5 * 0.5)
+    expected[0] = 70 * math.exp(2 * 0.5)
     for k, size_B in enumerate(told):
         np.testing.assert_allclose(size_B, expected * (1 if k < FEW.n_steps else 2), rtol=1e-5)
 
