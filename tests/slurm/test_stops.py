@@ -91,8 +91,8 @@ def test_an_exception_of_one_rank_is_no_signal(
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     out, there = cluster.runs / "failing", cluster.runs / "there"
     there.mkdir()
-    for name in ("config.json", "manifest.json"):  # it fails before it reads them
-        (there / name).touch()
+    for name in ("config.json", "manifest.json"):  # it fails before it reads more of them
+        (there / name).write_text("{}")
     words = [
         f"vae={there}",
         f"shards={there}",
