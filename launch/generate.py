@@ -20,8 +20,7 @@ import torch
 import scldm
 from data_pipeline.write_cells import N_EVALUATIONS, CellWriter, require_room
 from launch.cli import run_verb
-from launch.inputs import no_table
-from launch.together import WRITES, check_generate
+from launch.together import WRITES, check_generate, no_table
 from scldm.cells_file import read_obs
 from scldm.cells_opened import check_out
 from scldm.checked import SEEDS, Checked, checked

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from data_pipeline.convert.open import ANYWHERE, named
 from launch.planned import needs_shards
-from launch.together import WRITES, moves_of
+from launch.together import WRITES, moves_of, no_table
 from scldm.cells_opened import (
     check_columns,
     check_key,
@@ -54,7 +54,7 @@ INPUTS = {
         ("config.json", "{value} is not a model folder: it has no config.json. `scldm export` writes one"),
     ),
 }
-FILES = ("report", "checkpoint convert")  # verbs that make a file. That of convert may be a folder
+MAKE_A_FILE = ("report", "checkpoint convert")  # that of convert may be a folder
 SETS = ("path", "shards", "data.shards")  # keys of shard sets, whose stores know `~`
 PLANS: Mapping[str, Literal["vae", "ldm"]] = {"plan": "vae", "plan ldm": "ldm"}
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar")  # endings of tables that pandas unpacks
@@ -89,7 +89,7 @@ def check_made(verb: str, config: Any) -> None:
         if (value := getattr(config, key, "")) and not ANYWHERE.match(value):
             path = os.path.expanduser(value) if verb == "shards write" else value  # its store knows `~`
             if not os.path.isfile(os.path.join(path, "manifest.json")):
-                check_writable(key, path, is_file=verb in FILES)
+                check_writable(key, path, is_file=verb in MAKE_A_FILE)
 
 
 def unread(key: str, verb: str, config: Any) -> bool:
@@ -136,7 +136,7 @@ def check_has(path: str, columns: Iterable[str], layer: str = "", key: str = "la
 
 def check_has_labels(path: str, columns: Iterable[tuple[str, str]]) -> None:
     """The same as evaluations say it. columns: the key that names a column, and the column"""
-    from scldm.label_text import no_column  # with numpy, as vocabularies below
+    from scldm.label_text import obs_lacks  # with numpy, as vocabularies below
 
     with file_at(path) as file:
         if file is None:
@@ -144,7 +144,7 @@ def check_has_labels(path: str, columns: Iterable[tuple[str, str]]) -> None:
         obs = frame_of(file, "obs", path)
         for key, column in columns:
             if column and column not in obs:
-                raise no_column(column, path, key, column_names(obs))
+                raise obs_lacks(column, path, key, column_names(obs))
 
 
 def check_sources(config: Any) -> None:
@@ -249,11 +249,6 @@ def labels_in(path: str) -> dict[str, list[str]]:
     rows = [row for row in rows if row.pop("n_cells", "1").strip("0 ")]  # of none, no label is asked for
     missing = ("", "nan")  # for which the model may have a label
     return {of: [row[of] for row in rows if row.get(of, "") not in missing] for of in columns if of != "n_cells"}
-
-
-def no_table(path: str | Path, error: Exception) -> InputError:
-    """What is said of a table of conditions that can't be read."""
-    return InputError(f"conditions={path}: not a readable CSV file: {' '.join(str(error).split())}")
 
 
 def check_conditions(folder: Path, told: Mapping[str, Any], asked: Mapping[str, Sequence[str]]) -> None:

@@ -2,13 +2,14 @@
 which takes seconds. Each function takes the verb's config, or one of its keys' kinds. What `scldm evaluate` takes is in
 judged.py.
 
-Reading order: check_generate, moves_of, check_export, groups of keys, TOGETHER.
+Reading order: check_generate, no_table, moves_of, check_export, groups of keys, TOGETHER.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from data_pipeline.stream.gene_set_config import GeneSetConfig
@@ -31,6 +32,11 @@ def check_generate(config: Any) -> None:
         raise InputError(f"by={','.join(config.by)} names columns of like, which is not given")
     if config.like and not config.by:
         raise InputError("like needs by: the columns of its obs that are conditions of the model, as by=cell_type")
+
+
+def no_table(path: str | Path, error: Exception) -> InputError:
+    """What is said of a table of conditions that can't be read."""
+    return InputError(f"conditions={path}: not a readable CSV file: {' '.join(str(error).split())}")
 
 
 def moves_of(config: Any) -> dict[str, str]:

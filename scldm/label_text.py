@@ -96,7 +96,7 @@ def labels_of(
     import pandas as pd
 
     if column not in obs:
-        raise no_column(column, where, key, obs.columns if there is None else there)
+        raise obs_lacks(column, where, key, obs.columns if there is None else there)
     values = pd.Series(obs[column])
     if n := 0 if missing else int(_absent(values, texts(values)).sum()):
         raise InputError(
@@ -105,7 +105,7 @@ def labels_of(
     return as_labels(values, where, missing).to_numpy(str)
 
 
-def no_column(column: str, where: str, key: str, there: Iterable[object]) -> InputError:
+def obs_lacks(column: str, where: str, key: str, there: Iterable[object]) -> InputError:
     """The error that says so. The arguments are those of `labels_of`."""
     return InputError(
         f"{where}: obs has no column {_named(column, key)}; it has {', '.join(map(str, there)) or 'none'}"
