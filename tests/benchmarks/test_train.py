@@ -83,4 +83,4 @@ def vae_shape() -> VAEConfig:
 
 
 def dit_cost() -> StepCost:
-    return dit_step(DiTConfig(64, 1, 4), 64, 16, {}, 4, bf16=True)
+    return dit_step(DiTConfig(64, 1, 4, library_size=True), 64, 16, {}, 4, bf16=True)
