@@ -102,7 +102,7 @@ def problem_of_words(module: ModuleType, words: list[str]) -> str:
         if "--help" not in words:
             cli.config_of(module, words)
     except InputError as error:
-        return str(error)
+        return "" if str(error).endswith("no such file") else str(error)  # a page's files are its reader's
     return ""
 
 

@@ -73,7 +73,7 @@ class SizeEmbedding(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.register_buffer("log_moments", torch.tensor([0.0, 1.0]))
+        self.register_buffer("log_moments", torch.arange(2.0))
         self.mlp = _mlp(width)
 
     def forward(self, size_B: Tensor) -> Tensor:
