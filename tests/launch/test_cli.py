@@ -313,7 +313,7 @@ def test_what_the_words_say_wrong_is_refused_before_anything_is_imported(
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "config.json").write_text('{"format_version": 4, "ldm": {"width": 1}}')
     (tmp_path / "there" / "conditions.json").write_text('{"treatment": ["stim"], "drug": ["x"], "dose": ["1"]}')
-    conditions = dict.fromkeys(("treatment", "tissue", "age", "a", "b"), [])
+    conditions = {"treatment": [], "tissue": ["lung", "gut"], "age": [">65"], "a": [], "b": []}
     (tmp_path / "there" / "manifest.json").write_text(json.dumps({"conditions": conditions}))
     (tmp_path / "ldm" / "first").mkdir(parents=True)
     (tmp_path / "ldm" / "first" / "config.json").touch()
