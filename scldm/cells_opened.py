@@ -213,6 +213,6 @@ def check_out(out: str | Path, endings: Sequence[str], **inputs: str) -> None:
     for key, given in inputs.items():
         if given and path.resolve() == Path(given).resolve():
             raise InputError(f"out={out} is {key}={given}, which would be lost. Choose another out")
-    if path.is_dir():
+    if path.is_dir() and path.suffix == ".h5ad":  # of others the writer says whether it goes on
         raise InputError(f"out={out}: {path} can't be written to")
     check_writable("out", str(out), is_file=True)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from scldm.cells_opened import check_out
 from scldm.errors import InputError
 from scldm.files import PARTIAL, check_writable, made_aside, of_bytes, put_in_place, sha256_of, written_aside
 
@@ -237,3 +238,12 @@ def test_files_are_put_in_place_by_one_module_alone() -> None:
 def test_a_rename_elsewhere_is_found(line: str) -> None:
     assert renames(line) == [1]
     assert renames("a.replace('x', 'y'); s.rename('n'); replace(a, b=1); dataclasses.replace(a, b=1)") == []
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused_and_one_that_is_the_output_is_not(tmp_path: Path) -> None:
+    """A second `scldm generate out=cells.zarr` finds what the first one made."""
+    for name in ("cells.zarr", "cells.h5ad"):
+        (tmp_path / name).mkdir()
+    check_out(tmp_path / "cells.zarr", (".h5ad", ".zarr"))
+    with pytest.raises(InputError, match="cells.h5ad can't be written to"):
+        check_out(tmp_path / "cells.h5ad", (".h5ad", ".zarr"))
