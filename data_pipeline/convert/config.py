@@ -154,6 +154,8 @@ class ShardsWriteConfig(Checked):
         for name in self.conditions:
             if not SPLIT_NAME.fullmatch(name.replace("-", "_").replace(" ", "_").replace(".", "_")):
                 raise InputError(f"conditions: {name!r} can't be part of a file name")
+            if self.conditions.count(name) > 1:
+                raise InputError(f"conditions: {name!r} stands twice")
         _ = self.share
 
     @property

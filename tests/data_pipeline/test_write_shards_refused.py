@@ -102,6 +102,7 @@ def test_no_space_left(tmp_path, source, monkeypatch):
         ({"memory": "much"}, r"memory='much' is no amount of memory"),
         ({"task": "3/3"}, r"task='3/3' must be i/n"),
         ({"shard_cells": 100}, r"shard_cells=100 must be a multiple of block_cells=32"),
+        ({"conditions": ("donor", "donor")}, r"conditions: 'donor' stands twice"),
         ({"conditions": ("donour",)}, r"obs has no column 'donour'. It has cell_type, donor, batch"),
         ({"max_labels": 2}, r"obs column 'cell_type' has 3 labels for 600 cells.*max_labels"),
         ({"source": {"obs_filter": "cell_type == 'X'"}}, r"obs_filter=.* selects no cell"),
