@@ -198,14 +198,14 @@ def wanted_cells(config: GenerateConfig) -> pd.DataFrame:
     if config.conditions:
         table = read_table(path)
         if "n_cells" not in table:
-            return numeric_library_size(table)
+            return table
         numbers = table["n_cells"].astype(str).str.strip()
         if not numbers.str.fullmatch(r"\d{1,18}").all():
             raise InputError(f"{path}: column n_cells must hold whole numbers, 0 or more")
         require_room(config.out, sum(map(int, numbers)))
         rows = np.repeat(np.arange(len(table)), numbers.astype(int))
-        return numeric_library_size(table.drop(columns="n_cells").iloc[rows].reset_index(drop=True))
-    return numeric_library_size(read_obs(path, config.by))
+        return table.drop(columns="n_cells").iloc[rows].reset_index(drop=True)
+    return read_obs(path, config.by)
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -216,14 +216,6 @@ def read_table(path: Path) -> pd.DataFrame:
             return pd.read_csv(path, dtype="category", keep_default_na=False, index_col=False)
     except (ValueError, OSError, pd.errors.ParserWarning) as error:  # ParserError and EmptyDataError are ValueErrors
         raise no_table(path, error) from None
-
-
-def numeric_library_size(table: pd.DataFrame) -> pd.DataFrame:
-    """Labels stay text. A column library_size holds numbers."""
-    if "library_size" in table:
-        sizes = pd.Series(pd.to_numeric(table["library_size"].astype(object), errors="coerce"))
-        table = table.assign(library_size=sizes.astype(float))
-    return table
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ class Networks:
         if "library_size" in conditions:
             size_n = _given_sizes(conditions["library_size"].array)
             if told is not None:
-                notes += told.note(torch.from_numpy(size_n), torch.from_numpy(combination_n))
+                notes += told.note(torch.from_numpy(size_n), torch.from_numpy(combination_n), labels)
             return Wanted(seed, combination_n, labels, ids, base, size_n, told_sizes=told, notes=notes)
         log_mean, log_std, backed_off = self.library_sizes.of(labels)
         notes = (*notes, *backed_off)
@@ -284,7 +284,7 @@ class Networks:
 
 def _given_sizes(column: Any) -> np.ndarray:
     """Library sizes of a table, float64 (n,). Raises: InputError for one that none can be."""
-    size_n = np.array(pd.to_numeric(pd.Series(column), errors="coerce"), dtype=np.float64)
+    size_n = np.array(pd.to_numeric(pd.Series(column).astype(object), errors="coerce"), dtype=np.float64)
     if not (ok := (size_n > 0) & (size_n <= MAX_LIBRARY_SIZE)).all():
         at = int(np.argmin(ok))
         raise InputError(

@@ -52,7 +52,7 @@ from scldm.own_cells import Given, before, given_cells, kept_beside, var_of
 from scldm.progress import Progress
 from scldm.request import labels as asked
 from scldm.request.cells import Asked, table_of
-from scldm.request.told_sizes import ToldSizes
+from scldm.request.told_sizes import USUALLY_FAR, ToldSizes
 from scldm.shown import as_html, as_text
 from scldm.vocab import MIN_GENE_SHARE, ConditionVocab, GeneMatch, GeneVocab
 from scldm.weights import network_of, read_weights, weights_hash
@@ -297,6 +297,7 @@ class Pretrained(Networks):
                 ToldSizes.of(self.library_sizes, moves.labels, of) for of in (moves.labels, moves.flow_labels)
             )
         n_evaluations = torch.zeros((), dtype=torch.int64, device=self.device)
+        n_far = torch.zeros_like(n_evaluations)
         parts: list[list[sp.csr_matrix]] = [[] for _ in alphas]
         with Progress("transform", adata.n_obs * len(alphas), "cells") as bar, self._computing():
             for rows, counts_BS in given.batches(self.batch):
@@ -310,6 +311,7 @@ class Pretrained(Networks):
                 )
                 way_BLZ = way(dit, by_flow, of_other) if sampler.guidance == "shift" else 0.0
                 row_B = self._here(moves.row_n[rows])
+                n_far += 0 if told_own is None else told_own.far(size_B, row_B).sum()
                 v_own, v_other = (
                     guided(dit, of, sampler, told and told.tell(size_B, row_B).float())
                     for of, told in ((of_own, told_own), (by_flow, told_other))
@@ -326,6 +328,12 @@ class Pretrained(Networks):
                     n_evaluations += (
                         v.n_evaluations_B.sum() if isinstance(v.n_evaluations_B, Tensor) else v.n_evaluations_B
                     )
+        if (far := int(n_far)) > adata.n_obs * USUALLY_FAR:
+            print(
+                f"{far:,} of {adata.n_obs:,} cells have a library size that few training cells of their labels "
+                "have, as of deeper data. The flow is told the nearest usual one. Counts keep the cells' own",
+                file=sys.stderr,
+            )
         matrix = sp.csr_matrix(sp.vstack([block for part in parts for block in part]))
         more: dict[str, Any] = {
             "kind": kind,

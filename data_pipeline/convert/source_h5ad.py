@@ -151,9 +151,10 @@ def find_counts(file: Any, layer: str = "") -> str:
                 f"{path}: source.layer={layer!r} does not hold counts: {candidate}: {candidate.first_wrong}"
             )
         return name
-    seen = [look_at(file, n) for n in LOOKED_FOR if n in matrices(file)]
+    there = matrices(file)
+    seen = [look_at(file, n) for n in LOOKED_FOR if n in there]
     counts = [c for c in seen if c.holds_counts]
-    others = [n for n in matrices(file) if n not in {c.name for c in seen}]
+    others = [n for n in there if n not in {c.name for c in seen}]
     more = f"; also there: {', '.join(others)}" if others else ""
     if not counts:
         # of a few wrong values among counts the first is worth a look; scaled values are all wrong

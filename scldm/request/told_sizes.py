@@ -16,6 +16,7 @@ from torch import Tensor
 from scldm.library_size import LibrarySizeModel
 
 MOST_STDS = 2.0  # of log library sizes: 5 % of training cells lie further from the mean of their combination
+USUALLY_FAR = 0.1  # of cells like those of training, at most this share lies further
 
 
 @dataclass(frozen=True)
@@ -24,33 +25,35 @@ class ToldSizes:
 
     own_K2: of the cells' own labels
     asked_K2: of the labels that the network is asked for
-    labels: the own ones, as text
     """
 
     own_K2: Tensor
     asked_K2: Tensor
-    labels: pd.DataFrame
 
     @classmethod
     def of(cls, sizes: LibrarySizeModel, labels: pd.DataFrame, asked: pd.DataFrame) -> Self:
         """labels, asked: a row for each combination. Where no label was fitted, all cells stand for it."""
         own, of_asked = (sizes.of(of, or_all=True) for of in (labels, asked))
         own_K2, asked_K2 = (torch.from_numpy(np.stack(of[:2], axis=1)) for of in (own, of_asked))
-        return cls(own_K2, asked_K2, labels)
+        return cls(own_K2, asked_K2)
 
     def tell(self, size_B: Tensor, combination_B: Tensor) -> Tensor:
         """The sizes to tell, (B,) float64: as far from the mean as the cells' own, at most MOST_STDS away."""
         mean_B, std_B = self.asked_K2.to(size_B.device, non_blocking=True)[combination_B].unbind(1)
         return torch.exp(mean_B + std_B * self._stds(size_B, combination_B).clamp(-MOST_STDS, MOST_STDS))
 
-    def note(self, size_B: Tensor, combination_B: Tensor) -> tuple[str, ...]:
-        """A sentence where some sizes are unlike their kind's."""
-        far_B = self._stds(size_B, combination_B).abs() > MOST_STDS
+    def far(self, size_B: Tensor, combination_B: Tensor) -> Tensor:
+        """Which sizes are unlike their kind's, (B,) bool."""
+        return self._stds(size_B, combination_B).abs() > MOST_STDS
+
+    def note(self, size_B: Tensor, combination_B: Tensor, labels: pd.DataFrame) -> tuple[str, ...]:
+        """A sentence where some sizes are unlike their kind's. labels: those of each combination, as text"""
+        far_B = self.far(size_B, combination_B)
         if not far_B.any():
             return ()
         first = int(far_B.int().argmax())
         row = int(combination_B[first])
-        kind = ", ".join(f"{name}={label}" for name, label in self.labels.iloc[row].items()) or "any kind"
+        kind = ", ".join(f"{name}={label}" for name, label in labels.iloc[row].items()) or "any kind"
         mean, std = self.own_K2[row].tolist()
         low, high = np.exp([mean - MOST_STDS * std, mean + MOST_STDS * std])
         return (

@@ -88,7 +88,9 @@ def test_cells_are_shifted_to_a_combination_that_was_never_trained(model: Pretra
     np.testing.assert_allclose(moved.X[b].toarray(), torch.cat(expected)[b].numpy(), rtol=1e-3)
 
 
-def test_the_network_is_told_the_cells_own_library_sizes_and_what_they_are_of_other_labels(model: Pretrained) -> None:
+def test_the_network_is_told_the_cells_own_library_sizes_and_what_they_are_of_other_labels(
+    model: Pretrained, capsys: pytest.CaptureFixture
+) -> None:
     """On the way to noise the cells' own. On the way back twice these, as NK have twice the counts of the others. A
     size unlike all of its kind, here 9,000, is told as the nearest."""
     usual = math.log(70)
@@ -106,6 +108,10 @@ def test_the_network_is_told_the_cells_own_library_sizes_and_what_they_are_of_ot
     expected[0] = 70 * math.exp(2 * 0.5)
     for k, size_B in enumerate(told):
         np.testing.assert_allclose(size_B, expected * (1 if k < FEW.n_steps else 2), rtol=1e-5)
+    assert "1 of 6 cells have a library size that few training cells of their labels have" in capsys.readouterr().err
+    adata.X[0, 0] = 1
+    model.transform(adata, {"type": "NK"}, sampler=FEW)
+    assert "library size" not in capsys.readouterr().err
 
 
 def test_a_files_own_columns_are_kept(model: Pretrained) -> None:
