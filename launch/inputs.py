@@ -48,7 +48,10 @@ INPUTS = {
         ("shards", "data.shards", "path"),
         ("manifest.json", "{value}: no manifest.json: not a shard set, or one that is not finished"),
     ),
-    **dict.fromkeys(("source.gene_table", "filter.gene_list", "split.held_out"), ("", "{key}: {value}: no such file")),
+    **dict.fromkeys(
+        ("source.gene_table", "filter.gene_list", "split.held_out", "label_embeddings"),
+        ("", "{key}: {value}: no such file"),
+    ),
     **dict.fromkeys(
         ("model", "init_from"),
         ("config.json", "{value} is not a model folder: it has no config.json. `scldm export` writes one"),
@@ -73,6 +76,7 @@ def check_inputs(verb: str, config: Any) -> None:
         if key in ("vae", "ldm") and getattr(config, "generated", ""):
             file, said = "metrics.jsonl", NO_CURVES
         given = _at(config, key)
+        given = list(given.values()) if isinstance(given, Mapping) else given
         for value in given if isinstance(given, list) else [given]:
             if not isinstance(value, str) or not value or ANYWHERE.match(value):
                 continue

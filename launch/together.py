@@ -71,7 +71,7 @@ def check_sampler(config: Any) -> None:
     SamplerConfig(**vars(config.sampler))
 
 
-def check_encoded(config: Any) -> None:
+def check_encoded_genes(config: Any) -> None:
     GeneSetConfig(**vars(config.genes)).check("genes")
 
 
@@ -90,7 +90,7 @@ def check_ldm(config: Any) -> None:
 TOGETHER: Mapping[str, Sequence[Callable[[Any], object]]] = {
     "train vae": [check_vae],
     "plan": [check_vae],
-    "encode": [check_encoded],
+    "encode": [check_encoded_genes],
     "train ldm": [check_ldm],
     "plan ldm": [check_ldm],
     "export": [check_export],

@@ -210,9 +210,8 @@ class Networks:
             of_base = of_batch
             if wanted.base_ids is not wanted.ids:
                 of_base = {name: torch.from_numpy(ids) for name, ids in wanted.base_ids_of(batch).items()}
-            size_B, told_B = (
-                self._here(of(batch).astype(np.float32)) for of in (wanted.library_size, wanted.told_size)
-            )
+            size_n = wanted.library_size(batch)
+            size_B, told_B = (self._here(n.astype(np.float32)) for n in (size_n, wanted.told_size(batch, size_n)))
             with self._computing():
                 drawn = generate_latents(self._dit(), of_batch, numbers_B, wanted.seed, sampler, of_base, told_B)
             own = slice(max(rows.start - first, 0), rows.stop - first)

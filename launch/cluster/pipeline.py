@@ -58,7 +58,7 @@ def jobs_of_pipeline(
             check_words(verb, words_of[link], there=False)
             options[link] = options_of(own[link])
     for link, (verb, _) in LINKS.items():
-        check_sources(verb, words_of[link])
+        check_atlas(verb, words_of[link])
 
     def jobs() -> list[Job]:
         made = []
@@ -75,7 +75,7 @@ def jobs_of_pipeline(
     return jobs
 
 
-def check_sources(verb: str, words: Sequence[str]) -> None:
+def check_atlas(verb: str, words: Sequence[str]) -> None:
     """Raises: InputError where `shards write` is to read an atlas that is not there."""
     if verb == "shards write":
         named_sources(compose(config_of_kinds(verb), words).source)

@@ -25,7 +25,7 @@ from launch.cluster.job import (
     usable_counts,
 )
 from launch.cluster.notes import bad_nodes
-from launch.cluster.pipeline import check_sources, follow, jobs_of_pipeline, jobs_of_shards
+from launch.cluster.pipeline import check_atlas, follow, jobs_of_pipeline, jobs_of_shards
 from launch.cluster.site import read_site, site_path
 from launch.config import compose, public_words, with_options_read
 from launch.keys import ANY, check_words, keys_of
@@ -88,7 +88,7 @@ def read(words: Sequence[str]) -> Submission:
         if word.startswith("-") and not {ANY, word.lstrip("-").partition("=")[0].replace("-", "_")} & {*keys_of(verb)}:
             raise InputError(f"{word}: neither submit nor {verb} has it; words for sbatch stand at the end, after --")
     check_words(verb, rest, there=False)
-    check_sources(verb, rest)
+    check_atlas(verb, rest)
 
     def jobs() -> list[Job]:
         job = job_of(verb, rest, options)._replace(sbatch=sbatch)

@@ -17,6 +17,7 @@ from scldm.library_size import LibrarySizeModel
 
 MOST_STDS = 2.0  # of log library sizes: 5 % of training cells lie further from the mean of their combination
 USUALLY_FAR = 0.1  # of cells like those of training, at most this share lies further
+EVER_FAR = 2 * MOST_STDS  # and none this far
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,11 @@ class ToldSizes:
         return self._stds(size_B, combination_B).abs() > MOST_STDS
 
     def note(self, size_B: Tensor, combination_B: Tensor, labels: pd.DataFrame) -> tuple[str, ...]:
-        """A sentence where some sizes are unlike their kind's. labels: those of each combination, as text"""
-        far_B = self.far(size_B, combination_B)
-        if not far_B.any():
+        """A sentence where sizes are unlike their kind's. labels: those of each combination, as text"""
+        far_B, stds_B = self.far(size_B, combination_B), self._stds(size_B, combination_B).abs()
+        if far_B.double().mean() <= USUALLY_FAR and stds_B.max() <= EVER_FAR:
             return ()
-        first = int(far_B.int().argmax())
+        first = int(stds_B.argmax())
         row = int(combination_B[first])
         kind = ", ".join(f"{name}={label}" for name, label in labels.iloc[row].items()) or "any kind"
         mean, std = self.own_K2[row].tolist()

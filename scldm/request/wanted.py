@@ -92,9 +92,8 @@ class Wanted:
             parts.append(np.exp(self.log_mean[of] + self.log_std[of] * normal.double().numpy()))
         return np.concatenate(parts)
 
-    def told_size(self, rows: range) -> np.ndarray:
-        """The library sizes as the network is told them: of the base labels."""
-        size_n = self.library_size(rows)
+    def told_size(self, rows: range, size_n: np.ndarray) -> np.ndarray:
+        """Library sizes of some cells as the network is told them: of the base labels, float64."""
         if self.told_sizes is None:
             return size_n
         return self.told_sizes.tell(torch.from_numpy(size_n), torch.from_numpy(self._of(rows))).numpy()

@@ -93,6 +93,7 @@ def open_run_folder(
         if wrong := [key for key in changed if not _within(key, allowed)]:
             named = f", or name what may change: allow_changes={','.join(wrong)}"
             hint = named if all(_within(key, can_change) for key in wrong) else ""
+            hint += "".join(f", or go on as it was: {key}={str(LATER[key]).lower()}" for key in wrong if key in LATER)
             raise InputError(f"{run_dir} holds another run: {_told(changed, wrong)}; choose another run_dir{hint}")
         if every := _differing(read_json(path), config, ()):
             told = without_passwords(_told(every, list(every), len(every)))  # an earlier scldm kept one

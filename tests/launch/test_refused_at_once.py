@@ -108,8 +108,12 @@ CASES = [
     (TRAIN + "branch_from=vae@7", "the run has no checkpoint of step 7; there are 5"),
     (TRAIN.replace("run_dir=o", "run_dir=ldm"), "ldm holds another run, of `scldm train ldm`"),
     (
-        "train ldm ldm/tiny data.shards=latents run_dir=o label_embeddings.typ=other.csv",
-        "label_embeddings.typ=other.csv: condition 'typ' is unknown. The set has type",
+        "train ldm ldm/tiny data.shards=latents run_dir=o label_embeddings.typ=cells.h5ad",
+        "label_embeddings.typ=cells.h5ad: condition 'typ' is unknown. The set has type",
+    ),
+    (
+        "train ldm ldm/tiny data.shards=latents run_dir=o label_embeddings.type=none.csv",
+        "label_embeddings: none.csv: no such file",
     ),
     (TRAIN + "model.width=10 model.n_heads=3", "model.n_heads=3 does not divide model.width=10"),
     (
