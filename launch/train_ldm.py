@@ -271,7 +271,8 @@ def moments(vae: VAE, every: CellLoader, world: World) -> tuple[torch.Tensor, to
 
 @torch.no_grad()
 def fit_means(stage: LDMStage, every: LatentLoader | CellLoader, world: World) -> None:
-    """The shifts of labels from the latents of the first training cells. The same on every rank."""
+    """The shifts of labels, and what labels do together, from the latents of the first training cells. The same on
+    every rank."""
     module, labels_KC = stage.module, stage.module.combinations.labels_KC
     if not module.means.names:
         return
@@ -292,7 +293,7 @@ def fit_means(stage: LDMStage, every: LatentLoader | CellLoader, world: World) -
                 break
     seen = sorted(k for k, n in n_of.items() if n and k < len(labels_KC))
     n_K = torch.tensor([n_of[k] for k in seen])
-    module.means.fit(labels_KC[seen], n_K, torch.stack([total[k] for k in seen]) / n_K[:, None, None])
+    module.fit_means(labels_KC[seen], n_K, torch.stack([total[k] for k in seen]) / n_K[:, None, None])
 
 
 # --- what the conditions are ---------------------------------------------------------------------------------------

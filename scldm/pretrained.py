@@ -39,7 +39,6 @@ from scldm.environment import install_hint
 from scldm.errors import InputError
 from scldm.flow.generate import guided
 from scldm.flow.sampler import SamplerConfig
-from scldm.flow.shift import way
 from scldm.flow.transform import blend, from_noise, to_noise
 from scldm.label_text import known_label
 from scldm.library_size import LibrarySizeModel
@@ -305,11 +304,11 @@ class Pretrained(Networks):
                 latent_BLZ = encode(dense_BS).mean_BLZ
                 size_B = self.vae.library_size_B(dense_BS.sum(1).float(), latent_BLZ, given_ids)
                 z_BLZ = dit.standardise(latent_BLZ)
-                of_own, by_flow, of_other = (
+                of_own, by_flow = (
                     {k: torch.from_numpy(v[moves.row_n[rows]]) for k, v in of.items()}
-                    for of in (moves.own, moves.by_flow, moves.other)
+                    for of in (moves.own, moves.by_flow)
                 )
-                way_BLZ = way(dit, by_flow, of_other) if sampler.guidance == "shift" else 0.0
+                way_BLZ = 0.0 if moves.way_KLZ is None else self._here(moves.way_KLZ[moves.row_n[rows]])
                 row_B = self._here(moves.row_n[rows])
                 n_far += 0 if told_own is None else told_own.far(size_B, row_B).sum()
                 v_own, v_other = (

@@ -35,7 +35,7 @@ def generate_latents(
     cell_numbers_B: Tensor,
     seed: int,
     sampler: SamplerConfig,
-    base: dict[str, Tensor] | None = None,
+    base: tuple[dict[str, Tensor], Tensor | float] | None = None,
     size_B: Tensor | None = None,
 ) -> Drawn:
     """Draw latent tokens of new cells.
@@ -43,16 +43,16 @@ def generate_latents(
     conditions: of each of the model's conditions, label ids (B,), of continuous ones values. `null` where not given.
         On the CPU, else the host waits for them
     cell_numbers_B: the key of each cell's draws, int64
-    base: what `nearest_trained` gives for the conditions, where it is known already
+    base: what `nearest_trained` gives for the conditions, and `way` from there, where they are known already
     size_B: library sizes, where the model's latents are, for a model that is told them. Of base's labels
 
     Raises: InputError for guidance that the model can't follow.
     """
-    if sampler.guidance != "shift":
-        base = conditions
-    elif base is None:
-        base = nearest_trained(dit, conditions)
-    v = guided(dit, base, sampler, size_B)
+    if base is None:
+        labels = nearest_trained(dit, conditions) if sampler.guidance == "shift" else conditions
+        base = labels, way(dit, labels, conditions)
+    labels, way_BLZ = base
+    v = guided(dit, labels, sampler, size_B)
     z_BLZ = draws.normal(seed, "generate noise", 0, cell_numbers_B, dit.latent_shape)
 
     def noise(step: int) -> Tensor:
@@ -64,9 +64,7 @@ def generate_latents(
         z_BLZ = solver.sde_heun(v, z_BLZ, sampler.n_steps, noise, sampler.diffusion)
     else:
         z_BLZ = solve_ode(v, z_BLZ, sampler)
-    return Drawn(
-        dit.unstandardise(z_BLZ + way(dit, base, conditions)), torch.zeros_like(cell_numbers_B) + v.n_evaluations_B
-    )
+    return Drawn(dit.unstandardise(z_BLZ + way_BLZ), torch.zeros_like(cell_numbers_B) + v.n_evaluations_B)
 
 
 def guided(

@@ -1,9 +1,7 @@
 """Combinations that were never trained, from trained ones: their latents, moved by what differs between the two.
 
-Each label has a shift of the mean latent, fitted on the means of all trained combinations (`ConditionMeans`). A cell of
-an unseen combination is one of a trained combination, moved by the labels' shifts. Source: latent arithmetic of scGen
-(Lotfollahi et al. 2019), with additive shifts instead of one difference, so that groups of other composition serve.
-Conditions given as a number or a vector have no shifts: they are left to the network.
+A cell of an unseen combination is one of a trained combination, moved by the difference of the two's means
+(`CombinationMeans`). Conditions given as a number or a vector have no shifts: they are left to the network.
 Reading order: nearest_trained, way, stays.
 """
 
@@ -15,24 +13,25 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from scldm.flow.means import CombinationMeans
 from scldm.model.dit import DiT
 
+ROWS = 1024  # combinations whose means are in memory at once
 Conditions = dict[str, Tensor]  # of each of the model's conditions label ids or values, (B,), `null` where not given
-ROWS = 1024  # combinations whose shifts are in memory at once
 
 
 def nearest_trained(dit: DiT, conditions: Conditions) -> Conditions:
     """For each cell the labels of a trained combination: its own, if that was trained. The very same dict, if all were.
 
     Of the combinations that differ in the fewest labels it is the one with the smallest d^2 / u. Here d is the distance
-    between the two, and u the usual distance of two labels of the conditions that differ. A short shift has a small
-    error. A label that has a close relative responds to other conditions as its relative does. The rule was chosen on
-    Kang et al. (benchmarks/README.md). Where the model does not know its training combinations, or a label has no
-    shift, the combination itself is asked for.
+    between the two means, and u the usual distance of two labels of the conditions that differ. A short way has a small
+    error, and cells of a label that has a close relative vary as the relative does. The rule was chosen on Kang et al.
+    (benchmarks/README.md). Where the model does not know its training combinations, or a label has no shift, the
+    combination itself is asked for.
     """
     if not conditions or not len(dit.combinations.labels_KC):
         return conditions
-    usual_C = cache(lambda: _usual_way(dit))
+    usual_C, means = cache(lambda: _usual_way(dit)), cache(lambda: CombinationMeans(dit))
 
     def nearest(ids_C: Tensor, given_C: Tensor) -> Tensor:
         same_KC = _matching(dit, ids_C, given_C)
@@ -45,10 +44,10 @@ def nearest_trained(dit: DiT, conditions: Conditions) -> Conditions:
             return ids_C
         near_KC = labels_KC[n_same_K == n_same_K.max()]
         near_KC = torch.where(given_C & _shifted(dit), near_KC, ids_C).unique(dim=0)
-        way_K = torch.cat(
-            [(_shift(dit, ids_C[None]) - _shift(dit, of)).square().sum((1, 2)) for of in near_KC.split(ROWS)]
-        )
         usual_K = ((near_KC != ids_C) * usual_C()).sum(1).sqrt()
+        mean_LZ = means()(ids_C, given_C)
+        ways = [(mean_LZ - means().of_trained(of, given_C)).square().sum((1, 2)) for of in near_KC.split(ROWS)]
+        way_K = torch.cat(ways).to(usual_K)
         return near_KC[int((way_K / usual_K.clamp_min(1e-6)).argmin())]
 
     base_BC = _of_rows(dit, conditions, nearest)
@@ -61,10 +60,13 @@ def nearest_trained(dit: DiT, conditions: Conditions) -> Conditions:
 
 
 def way(dit: DiT, base: Conditions, conditions: Conditions) -> Tensor | float:
-    """From cells of some labels to those of others, (B, L, Z), of standardised latents. 0 for the very same dict."""
+    """From cells of some labels to those of others, (B, L, Z), of standardised latents. 0 for the very same dict. The
+    host waits for the conditions: once for all cells that are asked for, not batch by batch."""
     if base is conditions:
         return 0.0
-    return dit.means(_on_device(dit, conditions)) - dit.means(_on_device(dit, base))
+    means = CombinationMeans(dit)
+    to, of = (_of_rows(dit, x, means).to(dit.latent_mean_LZ) for x in (conditions, base))
+    return to - of
 
 
 def stays(dit: DiT, own: Conditions, other: Conditions) -> Conditions:
@@ -95,7 +97,7 @@ def _of_rows(dit: DiT, conditions: Conditions, of: Callable[[Tensor, Tensor], Te
     ids_BC, given_BC = dit.label_ids(there), dit.is_given(there)
     rows, row_B = torch.cat([ids_BC, given_BC], 1).unique(dim=0, return_inverse=True)
     C = ids_BC.shape[1]
-    return torch.stack([of(row[:C], row[C:].bool()) for row in rows])[row_B]
+    return torch.stack([of(row[:C], row[C:].bool()) for row in rows]).to(row_B.device)[row_B]
 
 
 def _has_shift(dit: DiT, ids_BC: Tensor) -> Tensor:
@@ -133,7 +135,3 @@ def _matching(dit: DiT, ids_C: Tensor, given_C: Tensor) -> Tensor:
 
 def _known(same_KC: Tensor) -> Tensor:
     return same_KC.all(1).any() | (len(same_KC) == 0)
-
-
-def _shift(dit: DiT, ids_BC: Tensor) -> Tensor:
-    return torch.as_tensor(dit.means(dict(zip(dit.n_labels, ids_BC.unbind(1), strict=True))))

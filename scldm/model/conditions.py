@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from scldm.errors import InputError
 
 VALUE_SCALES = ("linear", "log")
+FEW_CELLS = 10  # a mean of n cells counts n / (n + 10)
+INTERACTION_BYTES = 2**28  # that interactions may take: of 65,536 combinations with latents of 64 x 16
 FREQUENCIES = (0.5, 1.0, 2.0)  # of sines and cosines over the standardised value, whose training labels lie within +-2
 
 
@@ -121,16 +123,29 @@ class CombinationTokens(nn.Module):
     """The combinations of all conditions that training cells had, and a vector for each, if asked for.
 
     labels_KC: label ids of each combination
+    interaction_KLZ: by how much each one's mean of standardised latents differs from the sum of its labels' shifts, 0
+        until fitted. None where they would take more than `INTERACTION_BYTES`, or `latent_shape` is not given
     """
 
     labels_KC: Tensor
+    interaction_KLZ: Tensor | None
 
-    def __init__(self, labels_KC: Tensor, n_labels: tuple[int, ...], width: int, tokens: bool) -> None:
+    def __init__(
+        self,
+        labels_KC: Tensor,
+        n_labels: tuple[int, ...],
+        width: int,
+        tokens: bool,
+        latent_shape: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__()
         self.n_labels, labels_KC = n_labels, labels_KC.to(torch.int64)
         for column in reversed(range(len(n_labels))):  # sorted by the first condition, then the second, and so on
             labels_KC = labels_KC[labels_KC[:, column].argsort(stable=True)]
         self.register_buffer("labels_KC", labels_KC)
+        shape = (len(labels_KC), *latent_shape) if latent_shape else (0,)
+        fits = 0 < 4 * math.prod(shape) <= INTERACTION_BYTES
+        self.register_buffer("interaction_KLZ", torch.zeros(shape) if fits else None)
         if tokens:
             self.embedding = nn.Embedding(len(labels_KC) + 1, width, padding_idx=len(labels_KC))
 
@@ -195,7 +210,7 @@ class ConditionMeans(nn.Module):
 
     def fit(self, labels_KC: Tensor, n_K: Tensor, mean_KLZ: Tensor) -> None:
         """Shifts that together come nearest to the means of trained combinations, by least squares. Each combination
-        counts once, but less where it has few cells (n / (n + 10)). A shift is drawn to 0 as by one tenth of a
+        counts once, but less where it has few cells (`FEW_CELLS`). A shift is drawn to 0 as by one tenth of a
         combination. A label of none of these combinations has no shift.
 
         labels_KC: label ids of all conditions. n_K: cells. mean_KLZ: of standardised latents
@@ -204,7 +219,7 @@ class ConditionMeans(nn.Module):
         column_KC = np.stack([labels_KC[:, k].numpy() for k in self.names], 1) + np.cumsum([0, *sizes[:-1]])
         n, C = column_KC.shape
         of_label = sp.csr_matrix((np.ones(n * C), column_KC.ravel(), np.arange(n + 1) * C), shape=(n, sum(sizes)))
-        weighted = sp.diags_array((n_K / (n_K + 10)).double().numpy()) @ of_label
+        weighted = sp.diags_array((n_K / (n_K + FEW_CELLS)).double().numpy()) @ of_label
         normal = sp.csc_matrix(of_label.T @ weighted + 0.1 * sp.eye_array(sum(sizes)))
         shift = splu(normal).solve(weighted.T @ mean_KLZ.flatten(1).double().numpy())
         seen = np.asarray(of_label.sum(0)).ravel() > 0

@@ -20,6 +20,7 @@ from scldm.errors import InputError
 from scldm.model.attention import AttentionKind, SelfAttention
 from scldm.model.blocks import SwiGLU
 from scldm.model.conditions import (
+    FEW_CELLS,
     VALUE_SCALES,
     CombinationTokens,
     ConditionMeans,
@@ -111,6 +112,7 @@ class DiT(nn.Module):
     values: of each condition in `config.continuous`, the number that each label is, (n_labels,)
     features: of conditions whose labels are described by vectors, those of each label, (n_labels, F)
     combinations_KC: label ids of all conditions in every combination that training cells had
+    interactions: whether it knows what labels do together. Weights that hold none are of a network without
     """
 
     latent_mean_LZ: Tensor
@@ -126,6 +128,7 @@ class DiT(nn.Module):
         values: Mapping[str, Tensor] | None = None,
         features: Mapping[str, Tensor] | None = None,
         combinations_KC: Tensor | None = None,
+        interactions: bool = True,
     ) -> None:
         super().__init__()
         self.config, self.n_labels = config, n_labels
@@ -149,7 +152,13 @@ class DiT(nn.Module):
         self.means = ConditionMeans(n_labels, plain, (n_latents, latent_width))
         if combinations_KC is None:
             combinations_KC = torch.zeros(0, len(n_labels), dtype=torch.int64)
-        self.combinations = CombinationTokens(combinations_KC, tuple(n_labels.values()), D, config.combination_tokens)
+        self.combinations = CombinationTokens(
+            combinations_KC,
+            tuple(n_labels.values()),
+            D,
+            config.combination_tokens,
+            self.latent_shape if interactions else None,
+        )
         self.blocks = nn.ModuleList(DiTBlock(D, config.n_heads, config.attention) for _ in range(config.n_layers))
         self.norm_out = nn.LayerNorm(D, elementwise_affine=False)
         self.modulation_out = nn.Linear(D, 2 * D)
@@ -185,7 +194,14 @@ class DiT(nn.Module):
                 raise InputError(f"combinations.labels_KC {tuple(labels_KC.shape)} are not labels of {list(n_labels)}")
         values, features = tables["values_K"], tables["features_KF"]
         return cls(
-            config, n_latents, latent_width, n_labels, values=values, features=features, combinations_KC=labels_KC
+            config,
+            n_latents,
+            latent_width,
+            n_labels,
+            values=values,
+            features=features,
+            combinations_KC=labels_KC,
+            interactions="combinations.interaction_KLZ" in tensors,
         )
 
     @torch.no_grad()
@@ -211,6 +227,21 @@ class DiT(nn.Module):
 
     def unstandardise(self, z_BLZ: Tensor) -> Tensor:
         return z_BLZ * self.latent_std_LZ + self.latent_mean_LZ
+
+    @torch.no_grad()
+    def fit_means(self, labels_KC: Tensor, n_K: Tensor, mean_KLZ: Tensor) -> None:
+        """What is known of mean latents: the shift of each label, and of each combination what labels do together. An
+        interaction is drawn to 0 where it comes from few cells. A trained combination that is not given has none.
+
+        labels_KC: label ids of trained combinations. n_K: cells. mean_KLZ: of standardised latents
+        """
+        self.means.fit(labels_KC, n_K, mean_KLZ)
+        if (interaction_KLZ := self.combinations.interaction_KLZ) is None:
+            return
+        sum_KLZ = self.means(dict(zip(self.n_labels, labels_KC.unbind(1), strict=True)))
+        share_K = (n_K / (n_K + FEW_CELLS))[:, None, None]
+        interaction_KLZ.zero_()
+        interaction_KLZ[self.combinations.index(labels_KC)] = (share_K * (mean_KLZ - sum_KLZ)).float()
 
     # --- conditions ---
 

@@ -15,7 +15,7 @@ import torch
 from scldm.errors import InputError
 from scldm.flow.guidance import GuidedField
 from scldm.flow.sampler import SamplerConfig
-from scldm.flow.shift import nearest_trained, stays
+from scldm.flow.shift import nearest_trained, stays, way
 from scldm.label_text import texts
 from scldm.model.conditions import FeatureEmbedding, ValueEmbedding
 from scldm.model.dit import DiT
@@ -23,7 +23,7 @@ from scldm.request.wanted import distinct
 from scldm.vocab import ConditionVocab
 
 DRAWN = "It is drawn as {}, and moved by the difference"
-MOVED = "Cells of {} are moved there by the labels' shifts alone"
+MOVED = "Cells of {} are moved there by the difference of the means alone"
 MOVED_COLUMNS = ("scldm_alpha", "scldm_source")  # how far a cell was taken, and its name before
 
 
@@ -95,17 +95,17 @@ class Moves(NamedTuple):
 
     row_n: the combination that each cell has, int32 (n,)
     labels: the combinations' own labels, as text
-    own, other: of each combination its labels as the model takes them, and the labels to go to
-    by_flow: those that the flow leads to, from which `way` goes on
-    flow_labels: these as text
+    own, by_flow: of each combination its labels as the model takes them, and those that the flow leads to
+    way_KLZ: how far cells are moved from there, float32. None where the flow leads to the labels that were asked for
+    flow_labels: those of by_flow as text
     notes: a sentence for each thing that a reader of the cells should know
     """
 
     row_n: np.ndarray
     labels: pd.DataFrame
     own: dict[str, np.ndarray]
-    other: dict[str, np.ndarray]
     by_flow: dict[str, np.ndarray]
+    way_KLZ: np.ndarray | None
     flow_labels: pd.DataFrame
     notes: tuple[str, ...]
 
@@ -146,13 +146,15 @@ def own_and_other(
     row_n, labels = distinct(pd.DataFrame({name: obs[name].array for name in by}), missing)
     own, own_labels = encode_labels(dit, vocab, labels)
     other, other_labels = encode_labels(dit, vocab, labels.assign(**to))
-    by_flow = other
+    by_flow, way_KLZ = other, None
     if sampler.guidance == "shift":
-        by_flow = _arrays(stays(dit, _tensors(own), _tensors(other)))
+        there = _tensors(other)
+        stay = stays(dit, _tensors(own), there)
+        by_flow, way_KLZ = _arrays(stay), way_between(dit, stay, there)
     notes = (*without_token(dit, own, own_labels), *without_token(dit, by_flow, other_labels))
     notes += of_other_labels(dit, vocab, by_flow, other, other_labels, MOVED)
     flow_labels = labels_of_base(dit, vocab, by_flow, other_labels)
-    return Moves(row_n, own_labels, own, other, by_flow, flow_labels, tuple(dict.fromkeys(notes)))
+    return Moves(row_n, own_labels, own, by_flow, way_KLZ, flow_labels, tuple(dict.fromkeys(notes)))
 
 
 def moved_obs(
@@ -172,14 +174,22 @@ def moved_obs(
     return moved
 
 
-def base_of(dit: DiT, taken: dict[str, np.ndarray], sampler: SamplerConfig) -> dict[str, np.ndarray]:
+def base_of(
+    dit: DiT, taken: dict[str, np.ndarray], sampler: SamplerConfig
+) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     """What the network is asked for, combination by combination: of the sampler `shift` the nearest trained one, of
-    others the same."""
+    others the same. And the way from there, (K, L, Z), None where all are the same."""
     if sampler.guidance != "shift":
-        return taken
+        return taken, None
     conditions = _tensors(taken)
     base = nearest_trained(dit, conditions)
-    return taken if base is conditions else _arrays(base)
+    return (taken, None) if base is conditions else (_arrays(base), way_between(dit, base, conditions))
+
+
+def way_between(dit: DiT, of: dict[str, torch.Tensor], to: dict[str, torch.Tensor]) -> np.ndarray | None:
+    """The way from the means of some combinations to those of others, (K, L, Z). None where all are the same."""
+    way_KLZ = way(dit, of, to)
+    return way_KLZ.float().cpu().numpy() if isinstance(way_KLZ, torch.Tensor) else None
 
 
 def labels_of_base(dit: DiT, vocab: ConditionVocab, base: dict[str, np.ndarray], labels: pd.DataFrame) -> pd.DataFrame:

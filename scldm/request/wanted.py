@@ -32,6 +32,7 @@ class Wanted:
         float32. Its null where not given
     base_ids: what the sampler asks the network for instead, as `ids`: other labels where it shifts to what was never
         trained
+    way_KLZ: how far a combination's cells are moved from there, float32. None where the sampler moves none
     given_size_n: library sizes that were given, float64 (n,)
     log_mean, log_std: else those of the combinations' log-normals
     told_sizes: what the network is told of library sizes, if it is
@@ -43,6 +44,7 @@ class Wanted:
     labels: pd.DataFrame
     ids: dict[str, np.ndarray]
     base_ids: dict[str, np.ndarray]
+    way_KLZ: np.ndarray | None
     given_size_n: np.ndarray | None
     log_mean: np.ndarray | None = None
     log_std: np.ndarray | None = None
@@ -77,6 +79,10 @@ class Wanted:
     def base_ids_of(self, rows: range) -> dict[str, np.ndarray]:
         """The same of what the network is asked for."""
         return {name: ids[self._of(rows)] for name, ids in self.base_ids.items()}
+
+    def way_of(self, rows: range) -> np.ndarray:
+        """How far some cells are moved from there, (B, L, Z). 0 where the sampler moves none."""
+        return np.zeros(1, np.float32) if self.way_KLZ is None else self.way_KLZ[self._of(rows)]
 
     def library_size(self, rows: range) -> np.ndarray:
         """Expected total counts of some cells, float64: those given, or drawn, each by its number."""
