@@ -14,6 +14,7 @@ import torch
 
 from scldm import draws, networks, pretrained
 from scldm.errors import InputError
+from scldm.flow.generate import generate_latents
 from scldm.flow.sampler import SamplerConfig
 from scldm.library_size import LibrarySizeModel, LogNormal
 from scldm.model.dit import DiT, DiTConfig
@@ -275,6 +276,27 @@ def test_a_combination_that_is_drawn_as_another_is_told(model: Pretrained) -> No
     ]
     joint = model.check_conditions(table, 0, SamplerConfig(guidance="joint")).notes
     assert not [note for note in joint if "moved" in note]
+
+
+def test_each_cell_of_a_batch_goes_its_own_way(model: Pretrained) -> None:
+    """Whichever combination it has, and whatever stands beside it, as where its latents are asked for directly."""
+    trained, labels = torch.tensor([[0, 0], [0, 1], [1, 0], [2, 0]]), {"type": 3, "donor": 2}
+    dit = DiT(DiTConfig(16, 1, 2), L, Z, labels, combinations_KC=trained).eval().requires_grad_(False)
+    place_K = torch.tensor([0.0, 1.0, 5.0, 9.0]).double()
+    dit.fit_means(trained, torch.full((4,), 1e5), place_K[:, None, None].expand(-1, L, Z))
+    model = replace(model, dit=dit, batch=2)
+    rows = [("B cell", "d2", 1, 1), ("T cell", "d2", 0, 1), ("NK", "d2", 2, 1), ("B cell", "d1", 1, 0)]
+    table = pd.DataFrame({"type": [r[0] for r in rows], "donor": [r[1] for r in rows], "library_size": 500.0})
+    made: Any = model.generate(table, seed=3, sampler=FEW, kind="means")
+    ids = {"type": torch.tensor([r[2] for r in rows]), "donor": torch.tensor([r[3] for r in rows])}
+    drawn = generate_latents(dit, ids, torch.arange(4), 3, replace(FEW, guidance="shift"))
+    every = torch.arange(1, G + 1)
+    with torch.no_grad():
+        expected = model.vae.decode(model.vae.normalised(drawn.latent_BLZ), every).expected(torch.full((4,), 500.0))
+    np.testing.assert_allclose(made.X.toarray(), expected.numpy(), rtol=1e-4)
+    joint: Any = model.generate(table, seed=3, sampler=replace(FEW, guidance="joint"), kind="means")
+    moved = np.abs(made.X.toarray() - joint.X.toarray()).sum(1) > 1
+    assert moved.tolist() == [True, False, True, False]
 
 
 @pytest.mark.parametrize("given", [False, True])
