@@ -62,7 +62,8 @@ scldm train ldm ldm/tiny hardware/cpu vae=runs/vae data.shards=shards given.poli
   run_dir=runs/ldm
 """
 MIN_STD = 1e-6  # a latent number that is the same in every cell can't be scaled to variance 1
-MEAN_CELLS = 65_536  # training cells that the shifts of labels are fitted on
+# training cells that the shifts of labels are fitted on: so many a combination, and least and most in all
+MEAN_CELLS, LEAST_MEAN_CELLS, MOST_MEAN_CELLS = 64, 65_536, 1_048_576
 MOMENT_CELLS = 4_096  # training cells whose latents give the moments, where there is no latent set that has them
 
 
@@ -276,6 +277,7 @@ def fit_means(stage: LDMStage, every: LatentLoader | CellLoader, world: World) -
     module, labels_KC = stage.module, stage.module.combinations.labels_KC
     if not module.means.names:
         return
+    most = min(max(LEAST_MEAN_CELLS, MEAN_CELLS * len(labels_KC)), MOST_MEAN_CELLS)
     total: dict[int, torch.Tensor] = {}
     n_of: dict[int, float] = {}
     with every as loader:
@@ -289,7 +291,7 @@ def fit_means(stage: LDMStage, every: LatentLoader | CellLoader, world: World) -
             for k, of_cells, n in zip(found.tolist(), own, weight.tolist(), strict=True):
                 total[k] = total.get(k, 0.0) + of_cells
                 n_of[k] = n_of.get(k, 0.0) + n
-            if sum(n_of.values()) >= MEAN_CELLS:
+            if sum(n_of.values()) >= most:
                 break
     seen = sorted(k for k, n in n_of.items() if n and k < len(labels_KC))
     n_K = torch.tensor([n_of[k] for k in seen])
