@@ -318,8 +318,9 @@ def test_a_flow_learns_where_each_label_lies():
         assert 2.0 < drawn[k][:, 1].std() < 4.0
 
 
-def test_shifted_control_cells_show_the_response(held_out: Task, tmp_path: Path):
-    row, made = made_by("control_shift", held_out, tmp_path)
+@pytest.mark.parametrize("method", ["control_shift", "control_near_shift"])
+def test_shifted_control_cells_show_the_response(method: str, held_out: Task, tmp_path: Path):
+    row, made = made_by(method, held_out, tmp_path)
     assert set(row["impossible"]) == set(held_out.numbers) - {UNSEEN}
     control = held_out.train.select(held_out.train.rows({"cell_type": "B", "treatment": "ctrl"}))
     real = held_out.test.select(held_out.test.rows({"cell_type": "B", "treatment": "stim"}))
@@ -332,9 +333,23 @@ def test_shifted_control_cells_show_the_response(held_out: Task, tmp_path: Path)
     assert np.log(share(real.counts) / share(control.counts)) > 0.6
 
 
+def test_the_shift_of_a_near_kind_counts_most(held_out: Task):
+    """The kinds lie at 0 (B), 1 and 2, and respond by 4 and 8."""
+    labels = held_out.train.labels
+    kinds = ["B", *sorted(set(labels["cell_type"]) - {"B"})][:3]
+
+    def mean(rows: np.ndarray) -> np.ndarray:
+        kind, treatment = labels.iloc[rows[0]][["cell_type", "treatment"]]
+        at = kinds.index(kind) if kind in kinds else 50
+        return np.array([at, (0.0, 4.0, 8.0, 0.0)[min(at, 3)] if treatment == "stim" else 0.0])
+
+    assert naive.mean_shift(held_out, UNSEEN, mean, near=True)[1] == pytest.approx((4 * 256 + 8) / 257, rel=1e-3)
+    assert naive.mean_shift(held_out, UNSEEN, mean)[1] == pytest.approx(12 / (labels["cell_type"].nunique() - 1))
+
+
 @needs_scvi
 def test_scvi_makes_cells_from_its_prior_and_its_latents(held_out: Task, tmp_path: Path):
-    for name in ("scvi_prior", "scvi_gaussian", "scvi_flow", "scvi_shift"):
+    for name in ("scvi_prior", "scvi_gaussian", "scvi_flow", "scvi_shift", "scvi_near_shift"):
         row, made = made_by(name, held_out, tmp_path, seconds=3.0)
         assert row["ended"] == "budget"
         if METHODS[name].known:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,13 +77,23 @@ METHODS: Mapping[str, Method] = {
     "independent_genes": Method("each gene from another training cell", "naive", naive.independent_genes),
     "poisson_mean": Method("Poisson at each gene's mean", "naive", naive.poisson_mean, known=naive.known_by_means),
     "ours_transformed": Method(
-        "ours, control cells + the labels' shift in latents", "ours", ours.transformed, "ours", shifts=True
+        "ours, control cells through `scldm transform`", "ours", ours.transformed, "ours", shifts=True
     ),
     "control_shift": Method(
         "control cells + the other types' mean log-shift", "naive", naive.control_shift, shifts=True
     ),
     "scvi_shift": Method(
         "scVI, control latents + the other types' mean shift", "scvi", scvi_tools.shift, "scvi", shifts=True
+    ),
+    "control_near_shift": Method(
+        "control cells + the near types' mean log-shift", "naive", partial(naive.control_shift, near=True), shifts=True
+    ),
+    "scvi_near_shift": Method(
+        "scVI, control latents + the near types' mean shift",
+        "scvi",
+        partial(scvi_tools.shift, near=True),
+        "scvi",
+        shifts=True,
     ),
 }
 

@@ -5,6 +5,7 @@ Reading order: training_cells, independent_genes, poisson_mean; control_shift an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from scldm.errors import InputError
 from scldm.evaluate import baselines as draws
 from scldm.evaluate.reconstruction import fit_mean_profile
 from scldm.evaluate.space import TARGET_SUM, log_normalise
+from scldm.flow.means import POWER
 
 UNSEEN = "not possible: no training cell has this combination"
 SEEN = "not asked: the method takes control cells to combinations that are held out"
@@ -70,9 +72,10 @@ def _drawn(task: Task, draw: draws.Draw, numbers: dict[str, int], seed: int) -> 
 # --- shifts --------------------------------------------------------------------------------------------------------
 
 
-def control_shift(task: Task, seed: int, model: Path, place: Place) -> Made:
+def control_shift(task: Task, seed: int, model: Path, place: Place, near: bool = False) -> Made:
     """Control cells of the same kind, plus the shift that the treatment has in the others.
 
+    near: as for `mean_shift`
     The shift of a gene is the mean, over the other kinds, of the difference of its mean log expression, treated less
     control. Whole counts come of rounding up with the probability of the fraction: it keeps the mean, and adds less
     noise than a Poisson draw would.
@@ -87,7 +90,7 @@ def control_shift(task: Task, seed: int, model: Path, place: Place) -> Made:
     for key in task.unseen:
         n = task.numbers[key]
         rows = control_rows(task, key, n, rng)
-        shifted = np.maximum(log[rows].toarray() + mean_shift(task, key, mean), 0)
+        shifted = np.maximum(log[rows].toarray() + mean_shift(task, key, mean, near), 0)
         share = np.expm1(shifted) / TARGET_SUM
         share /= share.sum(1, keepdims=True)
         counts = share * task.train.library_size[rows, None]
@@ -113,23 +116,26 @@ def control_rows(task: Task, key: str, n: int, rng: np.random.Generator) -> np.n
     return rng.choice(rows, n, replace=n > len(rows))
 
 
-def mean_shift(task: Task, key: str, mean) -> np.ndarray:
+def mean_shift(task: Task, key: str, mean: Callable[[np.ndarray], np.ndarray], near: bool = False) -> np.ndarray:
     """The mean difference, treated less control, over the kinds of training cells that have both.
 
     A kind is a combination of the other conditions.
     mean: of the cells with these row numbers
+    near: kinds whose control cells are near count most, by the power of this project's sampler `shift`
     Raises: InputError where no kind has both.
     """
     assert task.control is not None
     name, label = task.control
-    treated = task.labels_of[key][name]
+    own = task.labels_of[key]
+    control = mean(task.train.rows({**own, name: label}))
     others: pd.DataFrame = task.train.labels.drop(columns=name).drop_duplicates()
-    shifts = []
+    shifts, ways = [], []
     for kind in others.to_dict("records"):
         of_kind = matching(task.train.labels, kind) if kind else np.ones(len(task.train), bool)
-        of = [np.flatnonzero(of_kind & (task.train.labels[name].to_numpy() == one)) for one in (treated, label)]
+        of = [np.flatnonzero(of_kind & (task.train.labels[name].to_numpy() == one)) for one in (own[name], label)]
         if all(map(len, of)):
             shifts.append(mean(of[0]) - mean(of[1]))
+            ways.append(np.linalg.norm(mean(of[1]) - control))
     if not shifts:
-        raise InputError(f"{key}: no other kind of cell has both {name}={treated} and {name}={label} in training")
-    return np.mean(shifts, axis=0)
+        raise InputError(f"{key}: no other kind of cell has both {name}={own[name]} and {name}={label} in training")
+    return np.average(shifts, axis=0, weights=np.array(ways) ** -float(POWER) if near else None)

@@ -251,9 +251,12 @@ def flow(task: Task, seed: int, folder: Path, place: Place) -> Made:
     return flow_on(task, seed, left, train, validation, decode)
 
 
-def shift(task: Task, seed: int, folder: Path, place: Place) -> Made:
+def shift(task: Task, seed: int, folder: Path, place: Place, near: bool = False) -> Made:
     """Control cells of the same kind: a draw of their posterior, plus the mean shift that the treatment has in the
-    others' latents, decoded at their own library sizes."""
+    others' latents, decoded at their own library sizes.
+
+    near: as for `mean_shift`
+    """
     model, rng = Trained.load(task, folder, conditioned=False), np.random.default_rng([seed, 9])
     mean, std = model.encode(task.train)
     values, sizes, keys = [], [], []
@@ -261,7 +264,7 @@ def shift(task: Task, seed: int, folder: Path, place: Place) -> Made:
         n = task.numbers[key]
         rows = control_rows(task, key, n, rng)
         drawn = mean[rows] + std[rows] * rng.standard_normal((n, mean.shape[1]))
-        values.append(drawn + mean_shift(task, key, lambda of: mean[of].mean(0)))
+        values.append(drawn + mean_shift(task, key, lambda of: mean[of].mean(0), near))
         sizes.append(task.train.library_size[rows])
         keys += [key] * n
     labels = labels_frame(task, np.array(keys, object))
