@@ -62,7 +62,7 @@ scldm train ldm ldm/tiny hardware/cpu vae=runs/vae data.shards=shards given.poli
   run_dir=runs/ldm
 """
 MIN_STD = 1e-6  # a latent number that is the same in every cell can't be scaled to variance 1
-# training cells that the shifts of labels are fitted on: so many a combination, and least and most in all
+# training cells that means are fitted on: so many a combination, and least and most in all
 MEAN_CELLS, LEAST_MEAN_CELLS, MOST_MEAN_CELLS = 64, 65_536, 1_048_576
 MOMENT_CELLS = 4_096  # training cells whose latents give the moments, where there is no latent set that has them
 
@@ -274,28 +274,36 @@ def moments(vae: VAE, every: CellLoader, world: World) -> tuple[torch.Tensor, to
 def fit_means(stage: LDMStage, every: LatentLoader | CellLoader, world: World) -> None:
     """The shifts of labels, and what labels do together, from the latents of the first training cells. The same on
     every rank."""
-    module, labels_KC = stage.module, stage.module.combinations.labels_KC
+    module, combinations = stage.module, stage.module.combinations
     if not module.means.names:
         return
-    most = min(max(LEAST_MEAN_CELLS, MEAN_CELLS * len(labels_KC)), MOST_MEAN_CELLS)
-    total: dict[int, torch.Tensor] = {}
-    n_of: dict[int, float] = {}
+    K = len(combinations.labels_KC)
+    # cells that are encoded as they come cost more than latents that are read
+    most = LEAST_MEAN_CELLS if combinations.interaction_KLZ is None or stage.encode else MOST_MEAN_CELLS
+    most = min(max(LEAST_MEAN_CELLS, MEAN_CELLS * K), most)
+    row_of: dict[int, int] = {}
+    total_RLZ = torch.zeros(min(K, 2 * most) + 1, *module.latent_shape, dtype=torch.float64)
+    n_R, square_R = (torch.zeros(len(total_RLZ), dtype=torch.float64) for _ in range(2))
+    n_cells = 0.0
     with every as loader:
         for (one,) in loader.one_pass():
-            z_BLZ = module.standardise(stage.latents(one.to(world.device)).cpu())
-            index_B = module.combinations.index(module.label_ids(module.of_labels(one.conditions)))
-            found, at_B = index_B.unique(return_inverse=True)
-            own = torch.zeros(len(found), *z_BLZ.shape[1:], dtype=torch.float64)
-            own.index_add_(0, at_B, z_BLZ.double() * one.weight_B[:, None, None])
-            weight = torch.zeros(len(found)).index_add_(0, at_B, one.weight_B)
-            for k, of_cells, n in zip(found.tolist(), own, weight.tolist(), strict=True):
-                total[k] = total.get(k, 0.0) + of_cells
-                n_of[k] = n_of.get(k, 0.0) + n
-            if sum(n_of.values()) >= most:
+            z_BLZ = module.standardise(stage.latents(one.to(world.device)).cpu()).double()
+            weight_B = one.weight_B.cpu().double()
+            index_B = combinations.index(module.label_ids(module.of_labels(one.conditions)).cpu())
+            row_B = torch.tensor([row_of.setdefault(k, len(row_of)) for k in index_B.tolist()])
+            total_RLZ.index_add_(0, row_B, z_BLZ * weight_B[:, None, None])
+            square_R.index_add_(0, row_B, z_BLZ.square().sum((1, 2)) * weight_B)
+            n_R.index_add_(0, row_B, weight_B)
+            n_cells += float(weight_B.sum())
+            if n_cells >= most:
                 break
-    seen = sorted(k for k, n in n_of.items() if n and k < len(labels_KC))
-    n_K = torch.tensor([n_of[k] for k in seen])
-    module.fit_means(labels_KC[seen], n_K, torch.stack([total[k] for k in seen]) / n_K[:, None, None])
+    seen = [(k, row) for k, row in sorted(row_of.items()) if k < K and n_R[row] > 0]
+    seen_K, rows = torch.tensor([k for k, _ in seen]), [row for _, row in seen]
+    n_K, mean_KLZ = n_R[rows], total_RLZ[rows]
+    mean_KLZ /= n_K[:, None, None]
+    within_K = square_R[rows] - n_K * mean_KLZ.square().sum((1, 2))
+    variance = float(within_K.sum() / (n_K - 1).clamp_min(0).sum().clamp_min(1))
+    module.fit_means(combinations.labels_KC[seen_K], n_K, mean_KLZ, variance)
 
 
 # --- what the conditions are ---------------------------------------------------------------------------------------

@@ -163,7 +163,7 @@ class Networks:
         combination_n, labels = distinct(conditions.drop(columns="library_size", errors="ignore"), self.missing)
         ids, labels = asked.encode_labels(dit, self.conditions, labels)
         sampler = sampler or SamplerConfig()
-        base, way_KLZ = asked.base_of(dit, ids, sampler)
+        base, ways = asked.base_of(dit, ids, sampler)
         asked.check_sampler(dit, base, sampler, self.origin)
         notes = asked.without_token(dit, base, labels)
         notes += asked.of_other_labels(dit, self.conditions, base, ids, labels, asked.DRAWN)
@@ -174,10 +174,10 @@ class Networks:
             size_n = _given_sizes(conditions["library_size"].array)
             if told is not None:
                 notes += told.note(torch.from_numpy(size_n), torch.from_numpy(combination_n), labels)
-            return Wanted(seed, combination_n, labels, ids, base, way_KLZ, size_n, told_sizes=told, notes=notes)
+            return Wanted(seed, combination_n, labels, ids, base, ways, size_n, told_sizes=told, notes=notes)
         log_mean, log_std, backed_off = self.library_sizes.of(labels)
         notes = (*notes, *backed_off)
-        return Wanted(seed, combination_n, labels, ids, base, way_KLZ, None, log_mean, log_std, told, notes)
+        return Wanted(seed, combination_n, labels, ids, base, ways, None, log_mean, log_std, told, notes)
 
     # --- cells ---
 

@@ -308,7 +308,7 @@ class Pretrained(Networks):
                     {k: torch.from_numpy(v[moves.row_n[rows]]) for k, v in of.items()}
                     for of in (moves.own, moves.by_flow)
                 )
-                way_BLZ = 0.0 if moves.way_KLZ is None else self._here(moves.way_KLZ[moves.row_n[rows]])
+                way_BLZ = self._here(moves.ways.of(moves.row_n[rows]))
                 row_B = self._here(moves.row_n[rows])
                 n_far += 0 if told_own is None else told_own.far(size_B, row_B).sum()
                 v_own, v_other = (

@@ -25,8 +25,7 @@ class SamplerConfig(Checked):
     n_steps: steps from noise to latent. adaptive chooses its own
     guidance: joint (all conditions at once) or additive (each by itself, with a weight of its own). Two more kinds are
         as joint for trained combinations. For a combination that was never trained, shift takes latents of the nearest
-        trained one and moves them by the mean shift of the labels that differ. compositional composes it of its
-        trained parts
+        trained one and moves them by the way between the two means. compositional composes it of its trained parts
     guidance_scale: 0 ignores the conditions, 1 follows them, above 1 exaggerates them
     guidance_weights: additive: the scale of each condition by itself. guidance_scale for those not named
     guidance_from: flow time, 0 (cell) to 1 (noise), below which all scales are 1

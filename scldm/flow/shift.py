@@ -1,8 +1,8 @@
 """Combinations that were never trained, from trained ones: their latents, moved by what differs between the two.
 
-A cell of an unseen combination is one of a trained combination, moved by the difference of the two's means
+A cell of an unseen combination is one of a trained combination, moved by the way between the two's means
 (`CombinationMeans`). Conditions given as a number or a vector have no shifts: they are left to the network.
-Reading order: nearest_trained, way, stays.
+Reading order: nearest_trained, way, ways, stays.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROWS = 1024  # combinations whose means are in memory at once
 Conditions = dict[str, Tensor]  # of each of the model's conditions label ids or values, (B,), `null` where not given
 
 
-def nearest_trained(dit: DiT, conditions: Conditions) -> Conditions:
+def nearest_trained(dit: DiT, conditions: Conditions, means: CombinationMeans | None = None) -> Conditions:
     """For each cell the labels of a trained combination: its own, if that was trained. The very same dict, if all were.
 
     Of the combinations that differ in the fewest labels it is the one with the smallest d^2 / u. Here d is the distance
@@ -28,10 +28,12 @@ def nearest_trained(dit: DiT, conditions: Conditions) -> Conditions:
     error, and cells of a label that has a close relative vary as the relative does. The rule was chosen on Kang et al.
     (benchmarks/README.md). Where the model does not know its training combinations, or a label has no shift, the
     combination itself is asked for.
+
+    means: those of `dit`, where they were read already
     """
     if not conditions or not len(dit.combinations.labels_KC):
         return conditions
-    usual_C, means = cache(lambda: _usual_way(dit)), cache(lambda: CombinationMeans(dit))
+    usual_C, means = cache(lambda: _usual_way(dit)), means or CombinationMeans(dit)
 
     def nearest(ids_C: Tensor, given_C: Tensor) -> Tensor:
         same_KC = _matching(dit, ids_C, given_C)
@@ -45,8 +47,7 @@ def nearest_trained(dit: DiT, conditions: Conditions) -> Conditions:
         near_KC = labels_KC[n_same_K == n_same_K.max()]
         near_KC = torch.where(given_C & _shifted(dit), near_KC, ids_C).unique(dim=0)
         usual_K = ((near_KC != ids_C) * usual_C()).sum(1).sqrt()
-        mean_LZ = means()(ids_C, given_C)
-        ways = [(mean_LZ - means().of_trained(of, given_C)).square().sum((1, 2)) for of in near_KC.split(ROWS)]
+        ways = [means.way(of, ids_C, given_C).square().sum((1, 2)) for of in near_KC.split(ROWS)]
         way_K = torch.cat(ways).to(usual_K)
         return near_KC[int((way_K / usual_K.clamp_min(1e-6)).argmin())]
 
@@ -60,13 +61,32 @@ def nearest_trained(dit: DiT, conditions: Conditions) -> Conditions:
 
 
 def way(dit: DiT, base: Conditions, conditions: Conditions) -> Tensor | float:
-    """From cells of some labels to those of others, (B, L, Z), of standardised latents. 0 for the very same dict. The
-    host waits for the conditions: once for all cells that are asked for, not batch by batch."""
+    """From cells of some labels to those of others, (B, L, Z), of standardised latents. 0 for the very same dict."""
     if base is conditions:
         return 0.0
-    means = CombinationMeans(dit)
-    to, of = (_of_rows(dit, x, means).to(dit.latent_mean_LZ) for x in (conditions, base))
-    return to - of
+    way_nLZ, way_B = ways(dit, base, conditions)
+    return way_nLZ[way_B].to(dit.latent_mean_LZ)
+
+
+def ways(
+    dit: DiT, base: Conditions, conditions: Conditions, means: CombinationMeans | None = None
+) -> tuple[Tensor, Tensor]:
+    """The different ways, (n, L, Z), the first of which is 0, and each cell's, (B,) int64. On the CPU.
+
+    means: as for `nearest_trained`
+    """
+    means = means or CombinationMeans(dit)
+    of_BC, to_BC = (dit.label_ids(_on_device(dit, x)).cpu() for x in (base, conditions))
+    given_BC, C = dit.is_given(_on_device(dit, conditions)).cpu() & _shifted(dit).cpu(), to_BC.shape[1]
+    moved_B = ((of_BC != to_BC) & given_BC).any(1)
+    way_B = torch.zeros(len(to_BC), dtype=torch.int64)
+    found = [torch.zeros(1, *dit.latent_shape)]
+    if moved_B.any():
+        of_to_given = [(x * given_BC)[moved_B] for x in (of_BC, to_BC)] + [given_BC[moved_B]]
+        rows, row_M = torch.cat(of_to_given, 1).unique(dim=0, return_inverse=True)
+        found += [means.way(row[None, :C], row[C : 2 * C], row[2 * C :].bool()) for row in rows]
+        way_B[moved_B] = 1 + row_M
+    return torch.cat(found), way_B
 
 
 def stays(dit: DiT, own: Conditions, other: Conditions) -> Conditions:

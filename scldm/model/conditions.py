@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from scldm.errors import InputError
 
 VALUE_SCALES = ("linear", "log")
-FEW_CELLS = 10  # a mean of n cells counts n / (n + 10)
+FEW_CELLS = 10  # a mean of n cells counts n / (n + 10) where shifts are fitted
 INTERACTION_BYTES = 2**28  # that interactions may take: of 65,536 combinations with latents of 64 x 16
 FREQUENCIES = (0.5, 1.0, 2.0)  # of sines and cosines over the standardised value, whose training labels lie within +-2
 
@@ -123,12 +123,16 @@ class CombinationTokens(nn.Module):
     """The combinations of all conditions that training cells had, and a vector for each, if asked for.
 
     labels_KC: label ids of each combination
-    interaction_KLZ: by how much each one's mean of standardised latents differs from the sum of its labels' shifts, 0
-        until fitted. None where they would take more than `INTERACTION_BYTES`, or `latent_shape` is not given
+    interaction_KLZ: by how much each one's mean of standardised latents differs from the sum of its labels' shifts, as
+        measured. None without `latent_shape`, as where they would take too much
+    cells_K: training cells that it was measured on, 0 before
+    noise: so many cells say as much as is usual for an interaction: the variance within combinations over that between
     """
 
     labels_KC: Tensor
     interaction_KLZ: Tensor | None
+    cells_K: Tensor
+    noise: Tensor
 
     def __init__(
         self,
@@ -143,11 +147,35 @@ class CombinationTokens(nn.Module):
         for column in reversed(range(len(n_labels))):  # sorted by the first condition, then the second, and so on
             labels_KC = labels_KC[labels_KC[:, column].argsort(stable=True)]
         self.register_buffer("labels_KC", labels_KC)
-        shape = (len(labels_KC), *latent_shape) if latent_shape else (0,)
-        fits = 0 < 4 * math.prod(shape) <= INTERACTION_BYTES
-        self.register_buffer("interaction_KLZ", torch.zeros(shape) if fits else None)
+        K = len(labels_KC)
+        self.register_buffer("interaction_KLZ", None if latent_shape is None else torch.zeros(K, *latent_shape))
+        if latent_shape is not None:
+            self.register_buffer("cells_K", torch.zeros(K))
+            self.register_buffer("noise", torch.tensor(float(FEW_CELLS)))
         if tokens:
             self.embedding = nn.Embedding(len(labels_KC) + 1, width, padding_idx=len(labels_KC))
+
+    @torch.no_grad()
+    def fit(self, index_K: Tensor, n_K: Tensor, mean_KLZ: Tensor, sum_KLZ: Tensor, variance: float) -> None:
+        """What labels do together, of the combinations at `index_K`. The others are not known.
+
+        n_K: cells. mean_KLZ: of standardised latents. sum_KLZ: of the labels' shifts
+        variance: of cells within combinations, summed over L and Z
+        """
+        if self.interaction_KLZ is None:
+            return
+        self.interaction_KLZ.zero_()
+        self.cells_K.zero_()
+        self.interaction_KLZ[index_K] = (mean_KLZ - sum_KLZ).float()
+        self.cells_K[index_K] = n_K.float()
+        # the fit of the sum takes as many numbers as there are labels, less one for each condition but the first
+        n_labels = sum(len(column.unique()) for column in self.labels_KC[index_K].T)
+        n_free = len(index_K) - (n_labels - len(self.n_labels) + 1)
+        if n_free <= 0:
+            return
+        square = float(self.interaction_KLZ[index_K].double().square().sum((1, 2)).sum()) / n_free
+        between = square - variance * float((1 / n_K).mean())
+        self.noise.fill_(min(variance / max(between, 1e-9), 1e9))
 
     def forward(self, label_ids_BC: Tensor, with_token_B: Tensor | None) -> Tensor:
         """(B, D). 0 for a combination that was not trained, or where a condition is not given."""

@@ -20,7 +20,7 @@ from scldm.errors import InputError
 from scldm.model.attention import AttentionKind, SelfAttention
 from scldm.model.blocks import SwiGLU
 from scldm.model.conditions import (
-    FEW_CELLS,
+    INTERACTION_BYTES,
     VALUE_SCALES,
     CombinationTokens,
     ConditionMeans,
@@ -112,7 +112,8 @@ class DiT(nn.Module):
     values: of each condition in `config.continuous`, the number that each label is, (n_labels,)
     features: of conditions whose labels are described by vectors, those of each label, (n_labels, F)
     combinations_KC: label ids of all conditions in every combination that training cells had
-    interactions: whether it knows what labels do together. Weights that hold none are of a network without
+    interactions: whether it knows what labels do together. By default it does where two conditions have shifts, and
+        all combinations take at most `INTERACTION_BYTES`
     """
 
     latent_mean_LZ: Tensor
@@ -128,7 +129,7 @@ class DiT(nn.Module):
         values: Mapping[str, Tensor] | None = None,
         features: Mapping[str, Tensor] | None = None,
         combinations_KC: Tensor | None = None,
-        interactions: bool = True,
+        interactions: bool | None = None,
     ) -> None:
         super().__init__()
         self.config, self.n_labels = config, n_labels
@@ -152,6 +153,9 @@ class DiT(nn.Module):
         self.means = ConditionMeans(n_labels, plain, (n_latents, latent_width))
         if combinations_KC is None:
             combinations_KC = torch.zeros(0, len(n_labels), dtype=torch.int64)
+        if interactions is None:
+            n_bytes = 4 * len(combinations_KC) * n_latents * latent_width
+            interactions = len(plain) > 1 and 0 < n_bytes <= INTERACTION_BYTES
         self.combinations = CombinationTokens(
             combinations_KC,
             tuple(n_labels.values()),
@@ -229,19 +233,19 @@ class DiT(nn.Module):
         return z_BLZ * self.latent_std_LZ + self.latent_mean_LZ
 
     @torch.no_grad()
-    def fit_means(self, labels_KC: Tensor, n_K: Tensor, mean_KLZ: Tensor) -> None:
-        """What is known of mean latents: the shift of each label, and of each combination what labels do together. An
-        interaction is drawn to 0 where it comes from few cells. A trained combination that is not given has none.
+    def fit_means(self, labels_KC: Tensor, n_K: Tensor, mean_KLZ: Tensor, variance: float) -> None:
+        """What is known of mean latents: the shift of each label, and what labels do together.
 
         labels_KC: label ids of trained combinations. n_K: cells. mean_KLZ: of standardised latents
+        variance: of cells within combinations, summed over L and Z
         """
         self.means.fit(labels_KC, n_K, mean_KLZ)
-        if (interaction_KLZ := self.combinations.interaction_KLZ) is None:
-            return
-        sum_KLZ = self.means(dict(zip(self.n_labels, labels_KC.unbind(1), strict=True)))
-        share_K = (n_K / (n_K + FEW_CELLS))[:, None, None]
-        interaction_KLZ.zero_()
-        interaction_KLZ[self.combinations.index(labels_KC)] = (share_K * (mean_KLZ - sum_KLZ)).float()
+        index_K = self.combinations.index(labels_KC)
+        assert (index_K < len(self.combinations.labels_KC)).all(), "not all of them were trained"
+        if self.combinations.interaction_KLZ is not None:
+            sum_KLZ = self.means(dict(zip(self.n_labels, labels_KC.unbind(1), strict=True)))
+            assert isinstance(sum_KLZ, Tensor)
+            self.combinations.fit(index_K, n_K, mean_KLZ, sum_KLZ, variance)
 
     # --- conditions ---
 

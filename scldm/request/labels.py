@@ -14,12 +14,13 @@ import torch
 
 from scldm.errors import InputError
 from scldm.flow.guidance import GuidedField
+from scldm.flow.means import CombinationMeans
 from scldm.flow.sampler import SamplerConfig
-from scldm.flow.shift import nearest_trained, stays, way
+from scldm.flow.shift import nearest_trained, stays, ways
 from scldm.label_text import texts
 from scldm.model.conditions import FeatureEmbedding, ValueEmbedding
 from scldm.model.dit import DiT
-from scldm.request.wanted import distinct
+from scldm.request.wanted import Ways, distinct
 from scldm.vocab import ConditionVocab
 
 DRAWN = "It is drawn as {}, and moved by the difference"
@@ -96,7 +97,7 @@ class Moves(NamedTuple):
     row_n: the combination that each cell has, int32 (n,)
     labels: the combinations' own labels, as text
     own, by_flow: of each combination its labels as the model takes them, and those that the flow leads to
-    way_KLZ: how far cells are moved from there, float32. None where the flow leads to the labels that were asked for
+    ways: from there to the labels that were asked for
     flow_labels: those of by_flow as text
     notes: a sentence for each thing that a reader of the cells should know
     """
@@ -105,7 +106,7 @@ class Moves(NamedTuple):
     labels: pd.DataFrame
     own: dict[str, np.ndarray]
     by_flow: dict[str, np.ndarray]
-    way_KLZ: np.ndarray | None
+    ways: Ways
     flow_labels: pd.DataFrame
     notes: tuple[str, ...]
 
@@ -146,15 +147,15 @@ def own_and_other(
     row_n, labels = distinct(pd.DataFrame({name: obs[name].array for name in by}), missing)
     own, own_labels = encode_labels(dit, vocab, labels)
     other, other_labels = encode_labels(dit, vocab, labels.assign(**to))
-    by_flow, way_KLZ = other, None
+    by_flow, moved = other, _no_ways(other)
     if sampler.guidance == "shift":
         there = _tensors(other)
         stay = stays(dit, _tensors(own), there)
-        by_flow, way_KLZ = _arrays(stay), way_between(dit, stay, there)
+        by_flow, moved = _arrays(stay), _ways(dit, stay, there, CombinationMeans(dit))
     notes = (*without_token(dit, own, own_labels), *without_token(dit, by_flow, other_labels))
     notes += of_other_labels(dit, vocab, by_flow, other, other_labels, MOVED)
     flow_labels = labels_of_base(dit, vocab, by_flow, other_labels)
-    return Moves(row_n, own_labels, own, by_flow, way_KLZ, flow_labels, tuple(dict.fromkeys(notes)))
+    return Moves(row_n, own_labels, own, by_flow, moved, flow_labels, tuple(dict.fromkeys(notes)))
 
 
 def moved_obs(
@@ -174,22 +175,25 @@ def moved_obs(
     return moved
 
 
-def base_of(
-    dit: DiT, taken: dict[str, np.ndarray], sampler: SamplerConfig
-) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+def base_of(dit: DiT, taken: dict[str, np.ndarray], sampler: SamplerConfig) -> tuple[dict[str, np.ndarray], Ways]:
     """What the network is asked for, combination by combination: of the sampler `shift` the nearest trained one, of
-    others the same. And the way from there, (K, L, Z), None where all are the same."""
-    if sampler.guidance != "shift":
-        return taken, None
+    others the same. And the way from there."""
     conditions = _tensors(taken)
-    base = nearest_trained(dit, conditions)
-    return (taken, None) if base is conditions else (_arrays(base), way_between(dit, base, conditions))
+    if sampler.guidance != "shift":
+        return taken, _no_ways(taken)
+    means = CombinationMeans(dit)
+    base = nearest_trained(dit, conditions, means)
+    return (taken, _no_ways(taken)) if base is conditions else (_arrays(base), _ways(dit, base, conditions, means))
 
 
-def way_between(dit: DiT, of: dict[str, torch.Tensor], to: dict[str, torch.Tensor]) -> np.ndarray | None:
-    """The way from the means of some combinations to those of others, (K, L, Z). None where all are the same."""
-    way_KLZ = way(dit, of, to)
-    return way_KLZ.float().cpu().numpy() if isinstance(way_KLZ, torch.Tensor) else None
+def _ways(dit: DiT, of: dict[str, torch.Tensor], to: dict[str, torch.Tensor], means: CombinationMeans) -> Ways:
+    way_nLZ, way_K = ways(dit, of, to, means)
+    return Ways(way_nLZ.numpy(), way_K.int().numpy())
+
+
+def _no_ways(taken: dict[str, np.ndarray]) -> Ways:
+    n = len(next(iter(taken.values()))) if taken else 1
+    return Ways(np.zeros((1, 1, 1), np.float32), np.zeros(n, np.int32))
 
 
 def labels_of_base(dit: DiT, vocab: ConditionVocab, base: dict[str, np.ndarray], labels: pd.DataFrame) -> pd.DataFrame:

@@ -1,6 +1,6 @@
 """Which cells are asked for: a table of conditions as its distinct rows, and a number a cell.
 
-Reading order: Wanted, distinct.
+Reading order: Ways, Wanted, distinct.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,19 @@ from scldm.request.told_sizes import ToldSizes
 ABSENT = ("", "nan")  # texts that are no label, as in `as_labels`
 
 
+class Ways(NamedTuple):
+    """How far cells are moved from what the network is asked for.
+
+    way_nLZ: the different ways, float32, the first of which is 0. way_K: each combination's, int32
+    """
+
+    way_nLZ: np.ndarray
+    way_K: np.ndarray
+
+    def of(self, combination_n: np.ndarray) -> np.ndarray:
+        return self.way_nLZ[self.way_K[combination_n]]
+
+
 @dataclass(frozen=True)
 class Wanted:
     """Cells to make, numbered from 0, as checked against a model.
@@ -32,7 +46,7 @@ class Wanted:
         float32. Its null where not given
     base_ids: what the sampler asks the network for instead, as `ids`: other labels where it shifts to what was never
         trained
-    way_KLZ: how far a combination's cells are moved from there, float32. None where the sampler moves none
+    ways: how far cells are moved from there
     given_size_n: library sizes that were given, float64 (n,)
     log_mean, log_std: else those of the combinations' log-normals
     told_sizes: what the network is told of library sizes, if it is
@@ -44,7 +58,7 @@ class Wanted:
     labels: pd.DataFrame
     ids: dict[str, np.ndarray]
     base_ids: dict[str, np.ndarray]
-    way_KLZ: np.ndarray | None
+    ways: Ways
     given_size_n: np.ndarray | None
     log_mean: np.ndarray | None = None
     log_std: np.ndarray | None = None
@@ -81,8 +95,8 @@ class Wanted:
         return {name: ids[self._of(rows)] for name, ids in self.base_ids.items()}
 
     def way_of(self, rows: range) -> np.ndarray:
-        """How far some cells are moved from there, (B, L, Z). 0 where the sampler moves none."""
-        return np.zeros(1, np.float32) if self.way_KLZ is None else self.way_KLZ[self._of(rows)]
+        """How far some cells are moved from there, (B, L, Z), or (B, 1, 1) where none is."""
+        return self.ways.of(self._of(rows))
 
     def library_size(self, rows: range) -> np.ndarray:
         """Expected total counts of some cells, float64: those given, or drawn, each by its number."""

@@ -283,7 +283,7 @@ def test_each_cell_of_a_batch_goes_its_own_way(model: Pretrained) -> None:
     trained, labels = torch.tensor([[0, 0], [0, 1], [1, 0], [2, 0]]), {"type": 3, "donor": 2}
     dit = DiT(DiTConfig(16, 1, 2), L, Z, labels, combinations_KC=trained).eval().requires_grad_(False)
     place_K = torch.tensor([0.0, 1.0, 5.0, 9.0]).double()
-    dit.fit_means(trained, torch.full((4,), 1e5), place_K[:, None, None].expand(-1, L, Z))
+    dit.fit_means(trained, torch.full((4,), 1e5).double(), place_K[:, None, None].expand(-1, L, Z), 1.0)
     model = replace(model, dit=dit, batch=2)
     rows = [("B cell", "d2", 1, 1), ("T cell", "d2", 0, 1), ("NK", "d2", 2, 1), ("B cell", "d1", 1, 0)]
     table = pd.DataFrame({"type": [r[0] for r in rows], "donor": [r[1] for r in rows], "library_size": 500.0})
