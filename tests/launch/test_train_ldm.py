@@ -226,5 +226,14 @@ def test_only_combinations_of_training_cells_are_known(made: Path) -> None:
     z = parts.module.standardise(torch.cat([parts.stage.latents(batch) for batch in batches]))
     assert z.mean().abs() < 0.05
     assert abs(z.std() - 1) < 0.1
+    # and so are their means: the sum of the labels' shifts, and what they do together
+    module, known = parts.module, parts.module.combinations
+    assert known.interaction_KLZ is not None
+    assert known.cells_K.sum() == 160
+    index = torch.cat([known.index(module.label_ids(module.of_labels(batch.conditions))) for batch in batches])
+    measured = module.means(dict(zip(module.n_labels, known.labels_KC.unbind(1)))) + known.interaction_KLZ
+    for k in range(4):  # of the first 160, which is each training cell once
+        torch.testing.assert_close(z[:160][index[:160] == k].mean(0), measured[k], atol=1e-4, rtol=0)
+    assert known.interaction_KLZ.abs().max() > 0.02
     for loader in (parts.loader, parts.validation):
         loader.close()

@@ -120,8 +120,8 @@ def test_where_no_donor_has_both_treatments_the_types_response_is_kept_and_the_d
 
 @pytest.mark.parametrize("few", [(0, 0), (0, 1), (1, 0)])
 def test_a_mean_of_few_cells_hardly_counts_and_one_of_none_not_at_all(few: Labels) -> None:
-    """Type 0 is the nearest relative of type 1, and responds by 6, the others by 1. Of 5 cells that is not certain. What
-    is drawn to 0 is the whole answer, not one corner of it."""
+    """Type 0 is the nearest relative of type 1, and responds by 6, the others by 1. Of 5 cells that is not certain.
+    What is drawn to 0 is the whole answer, not one corner of it."""
     place = {
         (kind, drug): (0.0, 1, 30, 33)[kind] + drug * (6.0, 6, 1, 1)[kind] for kind in range(4) for drug in range(2)
     }
