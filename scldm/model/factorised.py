@@ -5,12 +5,13 @@ A gene's token is `e_g + sum_k phi_k u_k`: a vector per gene, and a few numbers 
 all genes share. So keys, values and scores are sums of two table entries, one by gene and one by count, scaled by one
 over the token's standard deviation (`pool`). Of an asked gene only a few numbers leave the decoder (`unpool`). So the
 SwiGLU's last product and the head fold into one. Where the latent tokens are few beside the width, its first product is
-taken per latent token instead of per gene.
+taken per latent token instead of per gene, also where cells have sets of their own that hold a gene several times.
 
 What is large, scores and hidden layers, is made tile by tile and made again in backward: within a processor's cache, or
 within a share of a GPU's memory.
 
-Reading order: pool, tables, _OneOverDeviation, _Pool, unpool, pays_by_latents, _HeadByLatents, _Head.
+Reading order: pool, tables, _OneOverDeviation, _Pool, unpool, pays_by_latents, _HeadByLatents, pays_by_table,
+_TimesRows, _HeadByTable, _Head.
 """
 
 from __future__ import annotations
@@ -48,6 +49,11 @@ MASKED = -1e30
 # what a multiply-accumulate by latents costs beside one by gene: measured, 0.5 as many take 0.67 of the time, 1.4 times
 # as many 1.27 of it (width 256, 64 latent tokens, 4 cells x 2,048 genes, one and four heads, forward and backward, CPU)
 PAYS = 0.8
+# what a number of a table's row costs a cell that fetches it and adds to its gradient, in multiply-accumulates: from
+# memory, and where the whole table stays in the cache. Measured, 1.20 times the speed of a step where 65,536 genes are
+# rows of 20,001 (width 256, 64 latent tokens), 0.94 with 32,768, and 1.28 with 12,660 of 1,268 (width 64, 8 tokens)
+FETCHED, FETCHED_CACHED = 60, 20
+CACHED = 1 << 22
 
 
 # --- genes -> latent tokens ----------------------------------------------------------------------------------------
@@ -199,7 +205,7 @@ class _Pool(torch.autograd.Function):
         space = _Space(B, M * S, r_BS, N if len(values) == 1 else 1)
         for n, b in space.tiles(N):
             phi, r, alpha_nMK = phi_BSK[b], r_BS[b], alpha_NMK[n]
-            score, w = space.two(*alpha_nMK.shape[:2], *r.shape)
+            score, w = space.held(*alpha_nMK.shape[:2], *r.shape)
             _scores(alpha_nMK, phi, _of(A[n], 2, b), out=score).mul_(r)
             torch.softmax(score, -1, out=w).mul_(r)
             out[n, :, b] = _times(w, _of(values[:, :, n], 0, b))
@@ -223,7 +229,7 @@ class _Pool(torch.autograd.Function):
         for n, b in space.tiles(N):
             phi, r, alpha_nMK = phi_BSK[b], r_BS[b], alpha_NMK[n]
             A_b, values_b = _of(A[n], 2, b), _of(values[:, :, n], 0, b)
-            w, p = space.two(*alpha_nMK.shape[:2], *r.shape)
+            w, p = space.held(*alpha_nMK.shape[:2], *r.shape)
             torch.softmax(_scores(alpha_nMK, phi, A_b, out=w).mul_(r), -1, out=p)
             torch.mul(p, r, out=w)
             of_A, of_values = _of(d_A[n], 2, b), _of(d_values[:, :, n], 0, b)
@@ -271,16 +277,17 @@ def on_gpu(like: Tensor) -> bool:
 
 
 class _Space:
-    """Tiles of as many cells (or rows) as fill them, and memory for two, made once. Fresh memory costs a page fault for
-    every 4 kB, which is more than what is then done with it.
+    """Tiles of as many cells (or rows) as fill them, and memory for some, made once. Fresh memory costs a page fault
+    for every 4 kB, which is more than what is then done with it.
 
     n_outer: of the outer, such as heads, a tile takes as many as fill it with all cells, and at most so many
+    held: tiles that there is memory for
     """
 
-    def __init__(self, n: int, numbers_each: int, like: Tensor, n_outer: int = 1) -> None:
+    def __init__(self, n: int, numbers_each: int, like: Tensor, n_outer: int = 1, held: int = 2) -> None:
         fits = tile_numbers(like) // max(1, numbers_each)
         self.n, self.step, self.outer = n, min(n, max(1, fits)), min(n_outer, max(1, fits // max(1, n)))
-        self.memory = like.new_empty(2, self.outer * self.step * numbers_each)
+        self.memory = like.new_empty(held, self.outer * self.step * numbers_each)
 
     def slices(self) -> Iterator[slice]:
         for start in range(0, self.n, max(1, self.step)):
@@ -292,9 +299,10 @@ class _Space:
             for part in self.slices():
                 yield slice(outer, min(outer + self.outer, n_outer)), part
 
-    def two(self, *shape: int) -> tuple[Tensor, Tensor]:
+    def held(self, *shape: int) -> list[Tensor]:
+        """As many tensors of a tile's shape as there is memory for."""
         n = math.prod(shape)
-        return self.memory[0, :n].view(shape), self.memory[1, :n].view(shape)
+        return [memory[:n].view(shape) for memory in self.memory]
 
 
 def _of(x: Tensor, dim: int, cells: slice) -> Tensor:
@@ -336,13 +344,18 @@ def unpool(mcab: MCAB, head: nn.Linear, rows: GeneRows, x_BLD: Tensor) -> Tensor
     """
     dtype, kind, wide, N = compute_dtype(head.weight), x_BLD.device.type, head.weight.dtype, mcab.n_heads
     query = mcab.query(rows.table_TD)
+    k_BLD, v_BLD = mcab.key(mcab.norm_key(x_BLD)), mcab.value(mcab.norm_value(x_BLD))
+    hidden = mcab.mlp.value.out_features
+    if rows.row is not None and rows.per_cell and pays_by_table(rows, x_BLD, N, hidden):
+        with torch.autocast(kind, enabled=False):
+            U_BRD = heads_out(mcab, v_BLD.to(wide))
+            return _by_table(mcab, head, query.to(wide), rows.row, k_BLD.to(wide), U_BRD, dtype)
     if rows.per_cell:
         query = F.embedding(rows.row, query) if rows.row is not None else query.view(*rows.shape, -1)
     q = mcab.norm_query(query)
-    k_BLD, v_BLD = mcab.key(mcab.norm_key(x_BLD)), mcab.value(mcab.norm_value(x_BLD))
     p_BNLQ = _weights(q, k_BLD, N)
     p_BRQ = p_BNLQ.flatten(1, 2)
-    if not rows.per_cell and pays_by_latents(p_BNLQ.shape, x_BLD.shape[-1], mcab.mlp.value.out_features):
+    if not rows.per_cell and pays_by_latents(p_BNLQ.shape, x_BLD.shape[-1], hidden):
         with torch.autocast(kind, enabled=False), tf32_products(dtype == torch.bfloat16):
             return _by_latents(mcab, head, query.to(wide), p_BRQ.to(wide), heads_out(mcab, v_BLD.to(wide)), dtype)
     # a head's weights sum to 1, so that each gene gets the bias once
@@ -459,6 +472,128 @@ class _HeadByLatents(torch.autograd.Function):
         return d_p, d_r, d_T.to(T_QF.dtype), d_B.to(B_BRF.dtype), d_b.to(b_F.dtype)
 
 
+def pays_by_table(rows: GeneRows, x_BLD: Tensor, n_heads: int, hidden: int) -> bool:
+    """Whether the decoder's first product is cheaper per (head, latent token) and row of the table than per gene of a
+    cell, in multiply-accumulates per cell and gene. Cells have sets of their own. On a CPU: it goes cell by cell.
+    """
+    (_, L, D), R, F2, T = x_BLD.shape, n_heads * x_BLD.shape[1], 2 * hidden, len(rows.table_TD)
+    fetched = FETCHED_CACHED if T * F2 <= CACHED else FETCHED
+    by_table = R * F2 + 2 * R * D + R**2 + F2 * D * T / max(1, rows.shape.numel()) + fetched * F2
+    return not on_gpu(x_BLD) and by_table < 2 * L * D + F2 * D
+
+
+def by_head(k_BLD: Tensor, n_heads: int) -> Tensor:
+    """Keys of each head, 0 in the channels of the others: (B, N L, D), so that one product gives all scores."""
+    if n_heads == 1:
+        return k_BLD
+    k_BNLH = k_BLD.unflatten(-1, (n_heads, -1)).transpose(1, 2)
+    own_NN = torch.eye(n_heads, dtype=k_BLD.dtype, device=k_BLD.device)
+    return (k_BNLH[:, :, :, None] * own_NN[:, None, :, None]).flatten(3).flatten(1, 2)
+
+
+def _by_table(
+    mcab: MCAB, head: nn.Linear, query_TD: Tensor, row_BQ: Tensor, k_BLD: Tensor, U_BRD: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """`_by_latents` of genes that are rows of a table, for each cell others. The first product is taken once a row. A
+    cell fetches its genes' rows of t, for scores and LayerNorm's moments, and those of the product.
+    """
+    N, D, norm_query, norm = mcab.n_heads, query_TD.shape[1], mcab.norm_query, mcab.norm_mlp
+    linear_TK, linear_BRK = head(query_TD + mcab.out.bias), head(U_BRD)
+    t_TD, U_BRD = query_TD - query_TD.mean(1, keepdim=True), U_BRD - U_BRD.mean(2, keepdim=True)
+    r_query_T = (t_TD.square().mean(1) + norm_query.eps).rsqrt()
+    shift_D = mcab.out.bias - mcab.out.bias.mean()
+    t_TD = t_TD + shift_D
+    numbers_TX = torch.cat((r_query_T[:, None], t_TD.square().sum(1, keepdim=True), linear_TK), dim=1)
+    r_query_BQ1, square_BQ1, linear_BQK = F.embedding(row_BQ, numbers_TX).split((1, 1, linear_TK.shape[1]), dim=-1)
+    k_BRD = by_head(k_BLD * (D // N) ** -0.5, N)
+    scaled_BRD = k_BRD * norm_query.weight
+    read_BRQ, cross_BRQ = apply(_TimesRows, torch.cat((scaled_BRD, U_BRD), 1), t_TD, row_BQ).chunk(2, dim=1)
+    scores_BRQ = (read_BRQ - (scaled_BRD @ shift_D)[..., None]) * r_query_BQ1.transpose(1, 2)
+    scores_BRQ = scores_BRQ + (k_BRD @ norm_query.bias)[..., None]
+    p_BRQ = scores_BRQ.unflatten(1, (N, -1)).softmax(2).flatten(1, 2)
+    cross_BRQ = torch.baddbmm(cross_BRQ, U_BRD @ U_BRD.transpose(1, 2), p_BRQ, beta=2)
+    r_BQ = ((square_BQ1[..., 0] + (p_BRQ * cross_BRQ).sum(1)).clamp_min(0) / D + norm.eps).rsqrt()
+    w_BXQ = torch.cat((p_BRQ * r_BQ[:, None], torch.ones_like(r_BQ)[:, None]), 1).to(dtype)
+    mlp_BQ = []
+    for W_FD, b_F in folded(mcab.mlp, head):
+        scaled_FD, b_F = (W_FD * norm.weight).to(dtype), F.linear(norm.bias, W_FD, b_F).to(dtype)
+        T_TF, B_BRF = F.linear(t_TD.to(dtype), scaled_FD), F.linear(U_BRD.to(dtype), scaled_FD)
+        B_BXF = torch.cat((B_BRF, b_F.expand(len(B_BRF), 1, -1)), 1)
+        mlp_BQ.append(apply(_HeadByTable, w_BXQ, r_BQ, T_TF, B_BXF, row_BQ))
+    return torch.baddbmm(linear_BQK, p_BRQ.transpose(1, 2), linear_BRK) + _side_by_side(mlp_BQ)
+
+
+class _TimesRows(torch.autograd.Function):
+    """Each cell's vectors times its genes' rows of a table: (B, X, Q). x (B, X, D); table (T, D); row (B, Q)"""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        x_BXD, table_TD, row_BQ = inputs
+        ctx.save_for_backward(*inputs)
+        out_BXQ = x_BXD.new_empty(*x_BXD.shape[:2], row_BQ.shape[1])
+        rows_QD = table_TD.new_empty(row_BQ.shape[1], table_TD.shape[1])
+        for x_XD, row_Q, out_XQ in zip(x_BXD, row_BQ, out_BXQ):
+            torch.index_select(table_TD, 0, row_Q, out=rows_QD)
+            torch.mm(x_XD, rows_QD.T, out=out_XQ)
+        return out_BXQ
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x_BXD, table_TD, row_BQ = ctx.saved_tensors
+        d_x, d_table = torch.empty_like(x_BXD), torch.zeros_like(table_TD)
+        rows_QD = table_TD.new_empty(row_BQ.shape[1], table_TD.shape[1])
+        for x_XD, row_Q, d_XQ, d_x_XD in zip(x_BXD, row_BQ, grad_outputs[0], d_x):
+            torch.index_select(table_TD, 0, row_Q, out=rows_QD)
+            torch.mm(d_XQ, rows_QD, out=d_x_XD)
+            d_table.index_add_(0, row_Q, torch.mm(d_XQ.T, x_XD, out=rows_QD))
+        return d_x, d_table, None
+
+
+class _HeadByTable(torch.autograd.Function):
+    """sum of value * silu(gate) with (value, gate) = r T + w B: (B, Q), in the precision of r.
+
+    w (B, X, Q); r (B, Q), in full precision; T (T, 2F); B (B, X, 2F); row of T, (B, Q)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        w_BXQ, r_BQ, T_TF, B_BXF, row_BQ = inputs
+        ctx.save_for_backward(*inputs)
+        out_BQ = torch.empty_like(r_BQ)
+        for b, q, (hidden,) in _gene_tiles(r_BQ, T_TF, 1):
+            torch.index_select(T_TF, 0, row_BQ[b, q], out=hidden)
+            hidden.mul_(r_BQ[b, q, None]).addmm_(w_BXQ[b, :, q].T, B_BXF[b])
+            out_BQ[b, q] = _gated_sum(hidden, hidden)
+        return out_BQ
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (d_out,) = grad_outputs
+        w_BXQ, r_BQ, T_TF, B_BXF, row_BQ = ctx.saved_tensors
+        d_w, d_r = torch.empty_like(w_BXQ), torch.empty_like(r_BQ)
+        d_T, d_B = (torch.zeros_like(x, dtype=r_BQ.dtype) for x in (T_TF, B_BXF))
+        for b, q, (hidden, other, T) in _gene_tiles(r_BQ, T_TF, 3):
+            w, r, row = w_BXQ[b, :, q], r_BQ[b, q, None], row_BQ[b, q]
+            torch.index_select(T_TF, 0, row, out=T)
+            torch.mul(T, r.to(T.dtype), out=hidden).addmm_(w.T, B_BXF[b])
+            d_hidden = _gated_sum_backward(hidden, d_out[b, q], other)
+            torch.mm(B_BXF[b], d_hidden.T, out=d_w[b, :, q])
+            _add_product(d_B[b], w, d_hidden)
+            d_r[b, q] = T.mul_(d_hidden).sum(-1, dtype=r.dtype)
+            d_T.index_add_(0, row, d_hidden.mul_(r).to(d_T.dtype))
+        return d_w, d_r, d_T.to(T_TF.dtype), d_B.to(B_BXF.dtype), None
+
+
+def _gene_tiles(r_BQ: Tensor, T_TF: Tensor, held: int) -> Iterator[tuple[int, slice, list[Tensor]]]:
+    """Of one cell after another as many genes as fill a tile, and memory for so many of its size."""
+    space = _Space(r_BQ.shape[1], T_TF.shape[1], T_TF, held=held)
+    for cell in range(len(r_BQ)):
+        for genes in space.slices():
+            yield cell, genes, space.held(genes.stop - genes.start, T_TF.shape[1])
+
+
 class _Head(torch.autograd.Function):
     """sum of value * silu(gate) with (value, gate) = W y + b: (rows,), at least in float32.
 
@@ -474,7 +609,7 @@ class _Head(torch.autograd.Function):
         n_kept = kept_numbers(y_RD) // len(b_F) if any(ctx.needs_input_grad) else 0
         kept_KF = y_RD.new_empty(min(n_kept, len(y_RD)), len(b_F))
         for rows in space.slices():
-            hidden, other = space.two(rows.stop - rows.start, len(b_F))
+            hidden, other = space.held(rows.stop - rows.start, len(b_F))
             if rows.stop <= len(kept_KF):
                 hidden = torch.addmm(b_F, y_RD[rows], W_FD.T, out=kept_KF[rows])
                 out_R[rows] = _gated_sum(hidden, other)
@@ -492,7 +627,7 @@ class _Head(torch.autograd.Function):
         d_W, d_b = (torch.zeros_like(x, dtype=d_out.dtype) for x in (W_FD, b_F))
         space = _Space(len(y_RD), len(b_F), y_RD)
         for rows in space.slices():
-            hidden, other = space.two(rows.stop - rows.start, len(b_F))
+            hidden, other = space.held(rows.stop - rows.start, len(b_F))
             if rows.stop <= len(kept_KF):
                 hidden = kept_KF[rows]
             else:
@@ -540,7 +675,7 @@ def _cell_gene_tiles(r_BQ: Tensor, T_QF: Tensor) -> Iterator[tuple[slice, slice,
     for start in range(0, Q, n_genes):
         genes = slice(start, min(start + n_genes, Q))
         for cells in space.slices():
-            yield cells, genes, *space.two(cells.stop - cells.start, genes.stop - start, F2)
+            yield cells, genes, *space.held(cells.stop - cells.start, genes.stop - start, F2)
 
 
 def apply(function: type[torch.autograd.Function], *inputs: Tensor | float) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from scldm import kernels
 from scldm.batch import GeneCounts
-from scldm.model.factorised import compute_dtype, folded, heads_out, tables
+from scldm.model.factorised import by_head, compute_dtype, folded, heads_out, tables
 from scldm.model.gene_rows import GeneRows
 from scldm.model.mcab import MCAB
 from scldm.model.token import GeneToken
@@ -59,7 +59,7 @@ def unpool(mcab: MCAB, head: nn.Linear, rows: GeneRows, x_BLD: Tensor) -> Tensor
     q_TD = mcab.norm_query(query_TD) * (D // N) ** -0.5
     k_BLD, v_BLD = mcab.key(mcab.norm_key(x_BLD)), mcab.value(mcab.norm_value(x_BLD))
     with torch.autocast(x_BLD.device.type, enabled=False), tf32_products(dtype == torch.bfloat16):
-        k_BRD = _by_head(k_BLD.to(dtype), N)
+        k_BRD = by_head(k_BLD.to(dtype), N)
         U_BRD, t_TD = heads_out(mcab, v_BLD.to(wide)), query_TD.to(wide) + mcab.out.bias
         line_KT, line_KBR = head(t_TD).T, head(U_BRD).permute(2, 0, 1)
         t_TD, U_BRD = t_TD - t_TD.mean(1, keepdim=True), U_BRD - U_BRD.mean(2, keepdim=True)
@@ -70,12 +70,3 @@ def unpool(mcab: MCAB, head: nn.Linear, rows: GeneRows, x_BLD: Tensor) -> Tensor
             of_weights = (q_TD.to(dtype), k_BRD, t_TD, U_BRD, line_T, line_BR)
             numbers.append(unpool_kernel(*of_weights, T_TF, B_BRF, b_F, row, N, norm.eps))
     return torch.stack(numbers, dim=-1)
-
-
-def _by_head(k_BLD: Tensor, n_heads: int) -> Tensor:
-    """Keys of each head, 0 in the channels of the others: (B, N L, D), so that one product gives all scores."""
-    if n_heads == 1:
-        return k_BLD
-    k_BNLH = k_BLD.unflatten(-1, (n_heads, -1)).transpose(1, 2)
-    own_NN = torch.eye(n_heads, dtype=k_BLD.dtype, device=k_BLD.device)
-    return (k_BNLH[:, :, :, None] * own_NN[:, None, :, None]).flatten(3).flatten(1, 2)

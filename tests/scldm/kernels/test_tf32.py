@@ -74,8 +74,7 @@ def test_the_unpooling_takes_its_weights_again_in_tf32(name):
 def test_tables_are_in_tf32_beside_bf16(name, monkeypatch):
     """By default: 0.7 to 1.3 times the error without TF32, and at most twice the formula's in bf16."""
     case = CASES[name]
-    if case.by_latents is not None:
-        monkeypatch.setattr(factorised, "PAYS", 1e9 if case.by_latents else 0.0)
+    case.choose(monkeypatch)
     found, n_cut = ratios("factorised", case, only_scoped=True)
     assert n_cut >= 5, "scores, values and spreads of a gene's table"
     assert max(found) < 2, found

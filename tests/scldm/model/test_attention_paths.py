@@ -34,6 +34,7 @@ class Case:
     padding: bool = False
     zero_cell: bool = False
     by_latents: bool | None = None
+    by_table: bool | None = None
     tile: int = factorised.TILE_CPU
 
     def batch(self) -> GeneCounts:
@@ -53,6 +54,13 @@ class Case:
             counts[:, -7:] = 0
         return GeneCounts(ids, counts)
 
+    def choose(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The decoder's way, where the case names one."""
+        if self.by_latents is not None:
+            monkeypatch.setattr(factorised, "PAYS", 1e9 if self.by_latents else 0.0)
+        if self.by_table is not None:
+            monkeypatch.setattr(factorised, "pays_by_table", lambda *_: self.by_table)
+
 
 CASES = {
     "shared, by latents": Case(by_latents=True),
@@ -61,9 +69,14 @@ CASES = {
     "shared, by gene in tiles": Case(by_latents=False, tile=200),
     "per cell": Case(per_cell=True, n_genes=1_000),
     "per cell, in tiles": Case(per_cell=True, n_genes=1_000, tile=200),
-    "per cell, tables by vocabulary": Case(per_cell=True),
+    "per cell, tables by vocabulary": Case(per_cell=True, by_table=False),
+    "per cell, by table": Case(per_cell=True, by_table=True),
+    "per cell, by table in tiles": Case(per_cell=True, by_table=True, tile=1_000),
+    "per cell, by table, two heads, two numbers": Case(
+        replace(CONFIG, decoder_cross_heads=2, likelihood="zinb"), per_cell=True, by_table=True
+    ),
     "padding": Case(padding=True, by_latents=True),
-    "padding per cell": Case(padding=True, per_cell=True),
+    "padding per cell": Case(padding=True, per_cell=True, by_table=True),
     "one gene": Case(n_given=1, by_latents=True),
     "a cell of zeros": Case(zero_cell=True, by_latents=True),
     "counts of a million": Case(large=True, by_latents=True),
@@ -76,7 +89,7 @@ CASES = {
 }
 
 # those in which the kernels do something else
-FUSED = [name for name in CASES if "by gene" not in name and "tile" not in name]
+FUSED = [name for name in CASES if not any(words in name for words in ("by gene", "by table", "tile"))]
 QUICK = ["per cell"]
 BF16 = ["padding", *(pytest.param(name, marks=pytest.mark.slow) for name in ("per cell", "two decoder heads, KL"))]
 KINDS = ["plain", "sdpa", "factorised", pytest.param("fused", marks=pytest.mark.slow)]
@@ -150,8 +163,7 @@ def test_a_path_is_the_formula(kind, name, monkeypatch):
     monkeypatch.setattr(factorised, "GENES", 64 if case.tile > 1_000 else 16)
     if case.tile < 1_000:  # the first tiles of the hidden layer are kept for backward, the others made again
         monkeypatch.setattr(factorised, "KEPT_CPU", 3 * case.tile)
-    if case.by_latents is not None:
-        monkeypatch.setattr(factorised, "PAYS", 1e9 if case.by_latents else 0.0)
+    case.choose(monkeypatch)
     given = case.batch()
     plain: dict[str, list[float]] = {}
     found: dict[str, list[float]] = {}
@@ -187,11 +199,12 @@ def test_fused_kernels_are_the_formula(name, kernels):
         assert fused <= 2 * max(formula, 1e-7)
 
 
-@pytest.mark.parametrize("name", ["shared, by latents", "shared, by gene", "per cell", "counts of a million"])
+@pytest.mark.parametrize(
+    "name", ["shared, by latents", "shared, by gene", "per cell", "per cell, by table", "counts of a million"]
+)
 def test_bf16_errs_at_most_twice_as_much_as_the_formula(name, monkeypatch):
     case = CASES[name]
-    if case.by_latents is not None:
-        monkeypatch.setattr(factorised, "PAYS", 1e9 if case.by_latents else 0.0)
+    case.choose(monkeypatch)
     check_bf16("factorised", case)
 
 
