@@ -145,14 +145,14 @@ class Tables:
 def tables(mcab: MCAB, q_MD: Tensor, token: GeneToken, rows_TD: Tensor, dtype: torch.dtype) -> Tables:
     """What depends on the gene alone. rows_TD: embeddings. dtype: of the large products but the scores'."""
     N, (M, D), wide = mcab.n_heads, q_MD.shape, q_MD.dtype
-    u_KD = token.count - token.count.mean(1, keepdim=True)
+    u_KD = centred(token.count)
     mean_DK = u_KD.T / D
     key_NHD = (mcab.key.weight * mcab.norm_key.weight).view(N, D // N, D)
     q_NMD = q_MD.view(M, N, D // N).transpose(0, 1) @ key_NHD * (D // N) ** -0.5
     value_DD = mcab.value.weight * mcab.norm_value.weight
     e_TD = F.linear(rows_TD.to(dtype), token.gene.weight.to(dtype), token.gene.bias.to(dtype)).to(wide)
     # not in the weights: float32 gradients would err by up to 1.4 times as much
-    e_TD = e_TD - e_TD.mean(1, keepdim=True)
+    e_TD = centred(e_TD)
     return Tables(
         alpha_NMK=q_NMD @ u_KD.T,
         A_RT=q_NMD.flatten(0, 1) @ e_TD.T,
@@ -164,6 +164,23 @@ def tables(mcab: MCAB, q_MD: Tensor, token: GeneToken, rows_TD: Tensor, dtype: t
         ee_T=e_TD.square().mean(1),
         eps=mcab.norm_key.eps,
     )
+
+
+def centred(x: Tensor) -> Tensor:
+    """x less its mean over the last axis."""
+    return apply(_Centred, x)
+
+
+class _Centred(torch.autograd.Function):
+    """Its gradient is centred too: two passes, of which torch makes four, with the sum of both ways to x."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        return inputs[0] - inputs[0].mean(-1, keepdim=True)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        return grad_outputs[0] - grad_outputs[0].mean(-1, keepdim=True)
 
 
 class _OneOverDeviation(torch.autograd.Function):
@@ -242,10 +259,10 @@ class _Pool(torch.autograd.Function):
             d_r_direct = ones @ d_score.view(len(ones), -1)
             d_t = d_score.addcmul_(p, delta[n, :, b, None], value=-1).mul_(r)  # of A + alpha phi
             of_A.add_(d_t.sum(2, keepdim=True)) if shared else of_A.copy_(d_t)
-            d_alpha[n] += (d_t.view(len(ones), -1) @ phi.reshape(-1, K)).view_as(alpha_nMK)
+            d_alpha[n].view(len(ones), K).addmm_(d_t.view(len(ones), -1), phi.reshape(-1, K))
             by_alpha = (d_t.view(len(ones), -1).T @ alpha_nMK.flatten(0, 1)).view_as(phi).mul_(phi).sum(-1)
             by_A = ones @ d_t.mul_(A_b).view(len(ones), -1)
-            d_r[b] += (d_r_direct + by_A).view_as(r).add_(by_alpha).div_(r)
+            d_r[b].add_((d_r_direct + by_A).view_as(r).add_(by_alpha).div_(r))
         return None, d_r, d_alpha, d_A, d_values.to(values.dtype), d_a
 
 
@@ -423,7 +440,7 @@ def _by_latents(
     D, norm = query_QD.shape[1], mcab.norm_mlp
     t_QD = query_QD + mcab.out.bias
     linear_BKQ = torch.baddbmm(head(t_QD).T, head(U_BRD).transpose(1, 2), p_BRQ)
-    t_QD, U_BRD = t_QD - t_QD.mean(1, keepdim=True), U_BRD - U_BRD.mean(2, keepdim=True)
+    t_QD, U_BRD = centred(t_QD), centred(U_BRD)
     cross_BRQ = torch.baddbmm(U_BRD @ t_QD.T, U_BRD @ U_BRD.transpose(1, 2), p_BRQ, beta=2)
     variance_BQ = (t_QD.square().sum(1) + (p_BRQ * cross_BRQ).sum(1)).clamp_min(0) / D
     r_BQ = (variance_BQ + norm.eps).rsqrt()
@@ -464,11 +481,11 @@ class _HeadByLatents(torch.autograd.Function):
             p, r, T = p_BRQ[b, :, q], r_BQ[b, q, None].to(T_QF.dtype), T_QF[q]
             torch.baddbmm(b_F, p.transpose(1, 2), B_BRF[b], out=hidden).addcmul_(T, r)
             d_hidden = _gated_sum_backward(hidden, d_out[b, q], other)
-            d_p[b, :, q] = B_BRF[b] @ d_hidden.transpose(1, 2)
-            d_B[b] += p @ d_hidden
+            torch.bmm(B_BRF[b], d_hidden.transpose(1, 2), out=d_p[b, :, q])
+            _add_product(d_B[b], p, d_hidden)
             d_b += d_hidden.sum((0, 1))
-            d_r[b, q] = torch.mul(d_hidden, T, out=other).sum(-1)
-            d_T[q] += d_hidden.mul_(r).sum(0)
+            torch.sum(torch.mul(d_hidden, T, out=other), -1, dtype=r_BQ.dtype, out=d_r[b, q])
+            d_T[q].add_(d_hidden.mul_(r).sum(0))
         return d_p, d_r, d_T.to(T_QF.dtype), d_B.to(B_BRF.dtype), d_b.to(b_F.dtype)
 
 
@@ -499,9 +516,9 @@ def _by_table(
     """
     N, D, norm_query, norm = mcab.n_heads, query_TD.shape[1], mcab.norm_query, mcab.norm_mlp
     linear_TK, linear_BRK = head(query_TD + mcab.out.bias), head(U_BRD)
-    t_TD, U_BRD = query_TD - query_TD.mean(1, keepdim=True), U_BRD - U_BRD.mean(2, keepdim=True)
+    t_TD, U_BRD = centred(query_TD), centred(U_BRD)
     r_query_T = (t_TD.square().mean(1) + norm_query.eps).rsqrt()
-    shift_D = mcab.out.bias - mcab.out.bias.mean()
+    shift_D = centred(mcab.out.bias)
     t_TD = t_TD + shift_D
     numbers_TX = torch.cat((r_query_T[:, None], t_TD.square().sum(1, keepdim=True), linear_TK), dim=1)
     r_query_BQ1, square_BQ1, linear_BQK = F.embedding(row_BQ, numbers_TX).split((1, 1, linear_TK.shape[1]), dim=-1)
@@ -658,11 +675,13 @@ def _gated_sum_backward(hidden: Tensor, d_out: Tensor, other: Tensor) -> Tensor:
 
 
 def _add_product(out: Tensor, x: Tensor, y: Tensor) -> None:
-    """out += x y. It takes no memory of its own where they are of one precision."""
-    if out.dtype == x.dtype:
-        out.addmm_(x, y)
-    else:
+    """out += x y, or of several. It takes no memory of its own where they are of one precision."""
+    if out.dtype != x.dtype:
         out += x @ y
+    elif x.ndim == 3:
+        out.baddbmm_(x, y)
+    else:
+        out.addmm_(x, y)
 
 
 def _cell_gene_tiles(r_BQ: Tensor, T_QF: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from scldm import kernels
 from scldm.batch import GeneCounts
-from scldm.model.factorised import by_head, compute_dtype, folded, heads_out, tables
+from scldm.model.factorised import by_head, centred, compute_dtype, folded, heads_out, tables
 from scldm.model.gene_rows import GeneRows
 from scldm.model.mcab import MCAB
 from scldm.model.token import GeneToken
@@ -62,7 +62,7 @@ def unpool(mcab: MCAB, head: nn.Linear, rows: GeneRows, x_BLD: Tensor) -> Tensor
         k_BRD = by_head(k_BLD.to(dtype), N)
         U_BRD, t_TD = heads_out(mcab, v_BLD.to(wide)), query_TD.to(wide) + mcab.out.bias
         line_KT, line_KBR = head(t_TD).T, head(U_BRD).permute(2, 0, 1)
-        t_TD, U_BRD = t_TD - t_TD.mean(1, keepdim=True), U_BRD - U_BRD.mean(2, keepdim=True)
+        t_TD, U_BRD = centred(t_TD), centred(U_BRD)
         numbers = []
         for (W_FD, b_F), line_T, line_BR in zip(folded(mcab.mlp, head), line_KT, line_KBR):
             scaled_FD, b_F = (W_FD * norm.weight).to(dtype), (b_F + W_FD @ norm.bias).to(dtype)

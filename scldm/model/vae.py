@@ -384,7 +384,7 @@ class VAE(nn.Module):
         """
         x_BLD = self._through(self.decoder, self.from_latent(latent_BLZ))
         out_BQK = self._read_out(x_BLD, asked_ids, embedded)
-        value_BQ = out_BQK[..., 0]
+        value_BQ, *more_BQ = out_BQK.unbind(-1)
         if self.config.likelihood == "gaussian":
             return Predicted("gaussian", value_BQ, self._of_genes(self.log_std, asked_ids).exp())
         logit_BQ = (value_BQ + self._log_share(asked_ids)).masked_fill(asked_ids == 0, -torch.inf)
@@ -398,7 +398,7 @@ class VAE(nn.Module):
         theta = self._of_genes(self.log_theta, asked_ids).exp()
         if self.config.likelihood == "nb":
             return Predicted("nb", log_share_BQ, theta)
-        dropout_BQ = out_BQK[..., 1] + self._of_genes(self.log_odds_dropout, asked_ids)
+        dropout_BQ = more_BQ[0] + self._of_genes(self.log_odds_dropout, asked_ids)
         return Predicted("zinb", log_share_BQ, theta, dropout_BQ)
 
     def library_size_B(self, total_B: Tensor, latent_BLZ: Tensor, given_ids: Tensor) -> Tensor:
@@ -435,7 +435,7 @@ class VAE(nn.Module):
                 parts.append(checkpoint(self.reads_latents, *read, use_reentrant=False))
             else:
                 parts.append(self.reads_latents(self._read_out_chunk, x_BLD, cell_BD, ids, of_chunk))
-        return torch.cat(parts, dim=1)
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
     def _read_out_chunk(
         self, x_BLD: Tensor, cell_BD: Tensor | None, asked_ids: Tensor, embedded: Tensor | None
@@ -445,6 +445,8 @@ class VAE(nn.Module):
         if cell_BD is None:
             return out_BQK
         direct_BQ1 = self.direct_out(cell_BD, asked_ids, embedded)[..., None]
+        if out_BQK.shape[-1] == 1:
+            return out_BQK + direct_BQ1
         return torch.cat((out_BQK[..., :1] + direct_BQ1, out_BQK[..., 1:]), dim=-1)
 
     def _cell(self, x_BLD: Tensor) -> Tensor:
