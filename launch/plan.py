@@ -22,7 +22,8 @@ from scldm.parallel.deepspeed_json import check_overrides
 from scldm.train.run_folder import read_config
 
 PURPOSE = """Say what training a config takes: parameters, memory of a rank at each ZeRO stage, bytes between ranks,
-FLOPs, cells/s and days, what the loader must deliver, and what makes it fit if it does not. Nothing is computed.
+FLOPs, cells/s and days, what the loader must deliver, and what makes it fit if it does not. Of an autoencoder it says
+what `scldm encode` takes then. Nothing is computed.
 It takes the line of a run: the presets and keys of `scldm train vae`, listed here, or of `scldm train ldm`, beside some
 of its own."""
 EXAMPLE = """
@@ -66,15 +67,17 @@ def with_data(config: PlanConfig) -> PlanConfig:
     known: dict[str, int] = {}
     if config.data.shards and needs_shards(config, stage):
         manifest = read_manifest(config.data.shards)
-        for name, of in (("n_cells", "train"), ("n_validation", "validation")):
+        for name, of in (("n_cells", "train"), ("n_validation", "validation"), ("n_test", "test")):
             known[name] = sum(split.n_cells for split in manifest.splits if split.name == of)
         known["n_genes"] = manifest.genes.n_genes
+        known["cell_bytes"] = sum(shard.bytes for shard in manifest.shards) // max(1, manifest.n_cells)
         if manifest.kind == "latents":
             known["n_latents"], known["latent_width"] = manifest.extra["shape"]
     if isinstance(config, PlanLDMConfig) and config.vae:
         model = read_config(Path(config.vae))["model"]
         known |= {name: model[name] for name in ("n_latents", "latent_width")}
-    filled = {name: getattr(config, name) or known.get(name, 0) for name in (*SIZES[stage], "n_validation")}
+    names = (*SIZES[stage], "n_validation", *(("n_test", "cell_bytes") if stage == "vae" else ()))
+    filled = {name: getattr(config, name) or known.get(name, 0) for name in names}
     config = replace(config, **filled)
     check_sizes(config, stage)
     return config

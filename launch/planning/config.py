@@ -121,9 +121,15 @@ class Planned(Checked):
 
 @dataclass(frozen=True)
 class PlanVAEConfig(Planned, TrainVAEConfig):
-    """What `scldm train vae` takes."""
+    """What `scldm train vae` takes.
+
+    n_test: cells that are neither trained nor validated on, and are encoded too. 0 takes those of data.shards
+    cell_bytes: bytes of a cell in the shards. 0 takes those of data.shards, or 1.05 for each expressed gene
+    """
 
     data: LoaderConfig = field(default_factory=lambda: LoaderConfig(shards=""))
+    n_test: int = checked(0, at_least=0)
+    cell_bytes: int = checked(0, at_least=0)
 
 
 @dataclass(frozen=True)

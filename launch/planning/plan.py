@@ -13,6 +13,7 @@ from typing import Any
 
 from data_pipeline.stream.order import reads_of_a_block
 from launch.planning.config import GB, PlanConfig, PlanLDMConfig, PlanVAEConfig, is_of_latents
+from launch.planning.of_encode import EncodePlan, encode_of
 from launch.train_vae import genes_of, sets_per_cell
 from launch.training import whole_cells
 from scldm.model.dit import DiTConfig
@@ -45,6 +46,7 @@ class Plan:
     loader_s: in which the loader delivers a step's cells: a step takes no less. 0 for latents, which are copied
     save_s: of a step, for what a checkpoint holds training up
     validation_s: of one pass over the validation cells, with all their genes. None where their number is not known
+    encode: of all cells by the trained autoencoder. None for the second stage
     """
 
     config: PlanConfig
@@ -64,6 +66,7 @@ class Plan:
     save_s: float
     step_s: float
     validation_s: float | None
+    encode: EncodePlan | None
 
     @property
     def busy(self) -> float:
@@ -157,6 +160,7 @@ class Plan:
             "epochs": config.train.steps * config.train.global_batch / config.n_cells,
             "reads_of_a_block": self.reads,
             "loader_bytes_per_s_and_node": self.loader_bytes / config.hardware.nodes,
+            "encode": self.encode and self.encode.to_json(),
         }
 
     @property
@@ -228,6 +232,10 @@ class Plan:
             lines.append(
                 f"as data.lanes={config.data.lanes}, a block is read by {self.reads:.3g} ranks; data.lanes={N}: by one"
             )
+        if self.encode is not None:
+            lines += self.encode.told(room)
+        elif isinstance(config, PlanVAEConfig):
+            lines.append("`scldm encode` is not planned, as it computes in float32: give hardware.gpu")
         return "\n".join(lines)
 
 
@@ -276,6 +284,7 @@ def plan_of(config: PlanConfig) -> Plan:
         save_s,
         step_s,
         validation_s_of(config) if config.n_validation else None,
+        encode_of(config) if isinstance(config, PlanVAEConfig) else None,
     )
 
 

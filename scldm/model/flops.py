@@ -1,7 +1,7 @@
 """What a forward pass of the autoencoder takes: floating-point operations of its matrix products, by the formula.
 
 Twice the multiply-accumulates. A training step is three forward passes. Whatever path computes it, this is the work
-that it is credited with. Reading order: vae_flops.
+that it is credited with. Reading order: vae_flops, expressed_flops.
 """
 
 from __future__ import annotations
@@ -34,3 +34,17 @@ def vae_flops(config: VAEConfig, n_cells: int, n_given: int, n_asked: int) -> di
     if config.direct:
         parts |= {"direct, in": direct_in, "direct, out": direct_out}
     return {name: 2 * macs for name, macs in parts.items()}
+
+
+def expressed_flops(config: VAEConfig, n_genes: int, n_expressed: int) -> int:
+    """FLOPs of encoding one cell from all genes by the expressed ones (all_genes.py), its tables not counted. A product
+    in float64 counts twice, as it takes twice as long."""
+    D, L, N, S, X = config.width, config.n_latents, config.n_heads, n_genes, n_expressed
+    R, K = N * L, N_BINS if config.token == "bins" else 1
+    read = X * (2 * K * R + K * K) + (X + K) * L * D  # scores, sums of phi, deviations; values
+    taken_away = 2 * X * L * D
+    out = L * (D * D + 3 * D * hidden_width(D))
+    direct = D * (S + D) if config.direct else 0
+    rest = vae_flops(config, 1, 1, 1)
+    latent = 2 * L * D * config.latent_width * (2 if config.kl_weight > 0 else 1)
+    return 2 * (read + taken_away + out + direct) + rest["encoder blocks"] + latent

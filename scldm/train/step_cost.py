@@ -1,7 +1,8 @@
-"""What a forward and backward pass takes, found by running it on tensors without storage: nothing is computed.
+"""What a pass takes, forward alone or backward too, found by running it on tensors without storage: nothing is
+computed.
 
 The operations are those of the path that is configured, at the sizes that are configured, in tiles as for a GPU.
-Reading order: StepCost, step_cost, vae_step, dit_step.
+Reading order: StepCost, step_cost, vae_step, vae_encode, dit_step.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def step_cost(
     """Trace a pass of a network.
 
     make: the network. It is called where tensors have no storage
-    loss_of: from the network to the loss. It makes its own inputs
+    loss_of: from the network to the loss. It makes its own inputs. What asks for no gradient has no backward pass
     device: whose tiles. The trace itself runs as on a CPU, since torch slices tensors of a device only where it is
     memory_gb: of a GPU, in 1e9 bytes: its tiles are a share of it
     """
@@ -80,7 +81,8 @@ def step_cost(
                 parameter.register_post_accumulate_grad_hook(watch.drop)
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):  # at its end it forgets the weights that it cast
                 loss = loss_of(network)
-            loss.backward()
+            if loss.requires_grad:
+                loss.backward()
     n, n_linear = sum(n for n, _ in sizes), sum(n for n, is_linear in sizes if is_linear)
     of_blocks = [sum(p.numel() for p in block) for block in blocks]
     return StepCost(
@@ -109,8 +111,7 @@ def vae_step(
 
     per_cell: whether each cell has genes of its own, given and asked
     """
-    attention = "factorised" if config.attention in ("auto", "fused") else config.attention
-    config = replace(config, attention=attention, compile=False)
+    config = _traced(config)
 
     def loss_of(run: nn.Module) -> Tensor:
         counts = torch.ones((n_cells, max(n_given, n_asked)), dtype=torch.int32)
@@ -124,6 +125,28 @@ def vae_step(
         return (nll_B + config.kl_weight * posterior.kl_B()).sum()
 
     return step_cost(lambda: VAE(config, n_genes), loss_of, **how)
+
+
+def vae_encode(config: VAEConfig, n_genes: int, n_cells: int, n_given: int, per_cell: bool, **how: Any) -> StepCost:
+    """Of the encoder alone, forward: from counts to posterior means.
+
+    per_cell: whether each cell has genes of its own
+    """
+    config = _traced(config)
+
+    def means_of(run: nn.Module) -> Tensor:
+        counts = torch.ones((n_cells, n_given), dtype=torch.int32)
+        ids = torch.ones((n_cells, n_given) if per_cell else n_given, dtype=torch.int64)
+        assert isinstance(run, VAE)
+        with torch.no_grad():
+            return run.encode(GeneCounts(ids, counts)).mean_BLZ
+
+    return step_cost(lambda: VAE(config, n_genes), means_of, **how)
+
+
+def _traced(config: VAEConfig) -> VAEConfig:
+    attention = "factorised" if config.attention in ("auto", "fused") else config.attention
+    return replace(config, attention=attention, compile=False)
 
 
 def dit_step(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.format.read_shards import ShardSet
+from data_pipeline.format.schema import read_manifest
 from data_pipeline.stream.loader import shard_batches
 from data_pipeline.write_latents import LatentWriter
 from launch.cli import main
@@ -17,6 +18,7 @@ from launch.config import flatten
 from launch.plan import cut, read, with_data
 from launch.planning.config import PlanLDMConfig, PlanVAEConfig
 from launch.planning.layouts import NEAR, compared
+from launch.planning.of_encode import WRITTEN_BYTES_S, EncodePlan
 from launch.planning.plan import cost_of, does_fit, memory_of, plan_of, preview_bytes, remedies, within_node
 from launch.train_ldm import TrainLDMConfig
 from launch.train_vae import TrainVAEConfig
@@ -158,6 +160,61 @@ def test_validation_is_planned_on_whole_cells_and_said_where_it_is_much() -> Non
     whole = plan_of(read([*words, "data.given.n_genes=36130", "hardware.micro_batch=16"]))
     of_a_pass = max(whole.compute_s, whole.launch_s) / whole.accumulation / 3  # 16 of 128 cells have no more genes
     assert many.validation_s == pytest.approx(6_000_000 / 8 / 16 * of_a_pass, rel=0.02)
+
+
+def encode_plan(*words: str) -> EncodePlan:
+    plan = plan_of(read(["vae/tiny", "hardware/node_8gpu", "train.preview_share=0", "n_genes=3000", *words])).encode
+    assert plan is not None
+    return plan
+
+
+MILLION = ("n_cells=1000000", "train.global_batch=64", "hardware.micro_batch=8")
+
+
+def test_encoding_is_planned_in_float32_for_whole_cells_of_all_splits() -> None:
+    fp32, bf16 = (encode_plan(*MILLION, f"hardware.precision={kind}") for kind in ("fp32", "bf16"))
+    assert fp32 == bf16, "the verb computes in float32 after either training"
+    assert fp32.compute_s == pytest.approx(fp32.n_busiest * fp32.flops_per_cell / (67e12 * 0.35))
+    drawn = encode_plan(*MILLION, "data.given.share=0.1")
+    assert drawn == encode_plan(*MILLION, "data.given.share=1"), "training draws genes, encoding takes all"
+    assert "writes 1,168 GB" in " ".join(encode_plan(*MILLION, "n_cells=2000000000").told(80))
+    held_out = encode_plan(*MILLION, "n_validation=500000", "n_test=250000")
+    assert held_out.n_cells == 1_750_000
+    assert held_out.written_bytes == pytest.approx(1.75 * fp32.written_bytes)
+    assert encode_plan(*MILLION, "cell_bytes=2000").read_bytes == 2e9
+    few = encode_plan(*MILLION, "data.given.policy=expressed", "data.given.share=0", "expressed=300")
+    assert few.genes == "expressed"
+    assert few.flops_per_cell < fp32.flops_per_cell
+    # a decoder as deep as the encoder has no part in it
+    plan = plan_of(read(["vae/tiny", "hardware/node_8gpu", "n_genes=3000", *MILLION, "data.given.share=1"]))
+    assert fp32.flops_per_cell < plan.cost.flops / 8 / 3
+
+
+def test_a_rank_encodes_whole_shards_and_writes_what_it_has_encoded() -> None:
+    """16 shards of 65,536 cells: 24 ranks encode no sooner than 16."""
+    gpus = {n: (f"hardware.gpus_per_node={n}", f"train.global_batch={8 * n}") for n in (1, 16, 24)}
+    alone, all_, more = (encode_plan(*MILLION, *words) for words in gpus.values())
+    assert alone.n_busiest == 1_000_000
+    assert all_.n_busiest == more.n_busiest == 65_536
+    assert all_.seconds == more.seconds
+    assert not any("shards are few" in line for line in (*alone.told(80), *all_.told(80)))
+    assert any("shards are few for 24 ranks" in line for line in more.told(80))
+    fast = encode_plan(*MILLION, "hardware.launch_us=0", "hardware.loader_cells_s=1e9")
+    assert fast.seconds == pytest.approx(fast.compute_s + fast.n_busiest * 4 * 8 * 16 / WRITTEN_BYTES_S)
+    slow = encode_plan(*MILLION, "hardware.loader_cells_s=10")
+    assert (slow.seconds, slow.bound_by) == (slow.n_busiest / 10, "the loader")
+
+
+def test_encoding_that_does_not_fit_or_is_not_known_is_said(capsys: pytest.CaptureFixture) -> None:
+    words = ["plan", "vae/tiny", "hardware/node_8gpu", "n_genes=3000", *MILLION]
+    assert main([*words, "compare=false", "hardware.memory_gb=3.001"]) == 0
+    assert "give `scldm encode` a smaller batch" in capsys.readouterr().out
+    assert main([*words, "json=true"]) == 0
+    found = json.loads(capsys.readouterr().out)["encode"]
+    assert found["cells_per_s"] == pytest.approx(found["n_cells"] / found["seconds"])
+    unknown = [*words, "compare=false", "hardware.gpu=Z9", "hardware.peak_tflops=9", "hardware.memory_tb_s=1"]
+    assert main([*unknown, "hardware.precision=bf16"]) == 0
+    assert "`scldm encode` is not planned" in capsys.readouterr().out
 
 
 def test_ranks_of_a_cpu_do_not_exchange_over_nvlink() -> None:
@@ -335,6 +392,11 @@ def test_a_plan_knows_the_sizes_of_the_data_it_is_given(tmp_path: Path, capsys: 
     cells, latents = f"data.shards={tmp_path}/cells", f"data.shards={tmp_path}/latents"
     found = with_data(read(["vae", cells]))
     assert (found.n_genes, found.n_cells) == (700, 64)
+    assert isinstance(found, PlanVAEConfig)
+    manifest = read_manifest(str(tmp_path / "cells"))
+    assert found.n_test == manifest.n_cells - 64 - 32
+    on_disk = sum(file.stat().st_size for file in (tmp_path / "cells").rglob("*.tar"))
+    assert found.cell_bytes == on_disk // manifest.n_cells
     assert with_data(read(["vae", cells, "n_cells=9"])).n_cells == 9
     found = with_data(read(["ldm", latents]))
     assert (found.n_latents, found.latent_width, found.n_cells) == (3, 2, 64)

@@ -8,10 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from launch.planning.of_encode import KERNELS_OF_A_CELL
 from scldm.batch import GeneCounts
+from scldm.count_basis import TokenKind
 from scldm.model import all_genes
 from scldm.model.all_genes import AllGenesEncoder
+from scldm.model.flops import expressed_flops
 from scldm.model.vae import VAE, VAEConfig
+from scldm.train.step_cost import _Watch, vae_encode
 from tests.rounding import APART
 
 G, B, N_PREVALENT = 2_000, 6, 60
@@ -99,3 +103,30 @@ def test_a_set_of_prevalent_genes_alone():
     counts, _ = cells()
     found, plain = errors(network(favour=0), counts, torch.ones(G))
     assert found < APART * max(plain, 2**-20)
+
+
+@pytest.mark.parametrize("kl_weight, token, direct", [(0.0, "bins", True), (0.1, "linear", False)])
+def test_the_plan_counts_what_is_computed(kl_weight: float, token: TokenKind, direct: bool) -> None:
+    """FLOPs and kernels of a cell, by torch's own count, in which float64 costs no more than float32."""
+    # of torch's fused attention among latent tokens, torch counts nothing on a CPU
+    config = replace(CONFIG, n_layers=2, kl_weight=kl_weight, token=token, direct=direct, attention="plain")
+    vae = VAE(config, G).requires_grad_(False)
+    encoder = AllGenesEncoder(vae, EVERY, torch.zeros(G))
+    counts = torch.zeros(B, G, dtype=torch.int32)
+    counts[:, : (n_expressed := 70)] = 1
+    with _Watch([]) as watch:
+        encoder.encode(counts)
+    in_float64 = B * 2 * n_expressed * CONFIG.n_latents * CONFIG.width
+    assert watch.flops == B * expressed_flops(config, G, n_expressed) - in_float64
+    with _Watch([]) as fewer:
+        encoder.encode(counts[1:])
+    assert watch.kernels - fewer.kernels == pytest.approx(KERNELS_OF_A_CELL, rel=0.15)
+
+
+def test_the_traced_encoder_is_the_one_that_runs() -> None:
+    config = replace(CONFIG, n_layers=3)
+    vae, counts = VAE(config, 50).requires_grad_(False), torch.ones(B, 50, dtype=torch.int32)
+    with _Watch([]) as watch:
+        vae.encode(GeneCounts(EVERY[:50], counts))
+    traced = vae_encode(config, 50, B, 50, False, device="cpu")
+    assert (traced.flops, traced.n_parameters) == (watch.flops, sum(p.numel() for p in vae.parameters()))
