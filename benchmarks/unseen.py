@@ -133,17 +133,17 @@ def train_both(config: BenchUnseenConfig, out: Path) -> None:
     todo = Stages(out, note, NOTE)
     todo.call("cells", "name the donor of every cell", lambda: write_cells(config, out))
     conditions = json.dumps([config.type, "donor", config.treatment])
-    todo.verb("shards", "shards_write", [
+    todo.verb("shards", "shards write", [
         f"source.paths={out}/cells.h5ad", f"out={out}/shards", "block_cells=64", f"conditions={conditions}",
         f"split.held_out={out}/held_out.csv", "split.validation=0.15", "split.test=0", f"split.stratify={conditions}",
     ])  # fmt: skip
     common = ["hardware/cpu", "hardware.engine=plain", "tracking.enabled=false", f"train.seed={config.seed}"]
-    todo.verb("vae", "train_vae", [
+    todo.verb("vae", "train vae", [
         "vae/tiny", *common, f"data.shards={out}/shards", "data.given.n_genes=423", f"run_dir={out}/vae", *config.vae,
     ])  # fmt: skip
     todo.verb("latents", "encode", [f"vae={out}/vae", f"shards={out}/shards", f"out={out}/latents"])
     todo.verb(
-        "ldm", "train_ldm", ["ldm/tiny", *common, f"data.shards={out}/latents", f"run_dir={out}/ldm", *config.ldm]
+        "ldm", "train ldm", ["ldm/tiny", *common, f"data.shards={out}/latents", f"run_dir={out}/ldm", *config.ldm]
     )
     todo.verb("model", "export", [f"vae={out}/vae", f"ldm={out}/ldm", f"out={out}/model"])
 

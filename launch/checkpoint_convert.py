@@ -5,13 +5,11 @@ Resuming needs none of it: training reads any checkpoint at any number of ranks 
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from launch.checkpoints import found_checkpoint
-from launch.cli import run_verb
 from scldm.checked import Checked, checked
 from scldm.errors import InputError
 
@@ -80,7 +78,3 @@ def main(config: CheckpointConvertConfig) -> Path:
         write_weights(checkpoint, out, config.to, kind, int(1e9 * config.file_gb))
     print(f"{checkpoint.folder.name} -> {out}")
     return out
-
-
-if __name__ == "__main__":
-    sys.exit(run_verb("checkpoint convert", sys.argv[1:]))

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from launch.checkpoints import found_checkpoint
-from launch.cli import run_verb
 from scldm.errors import read_json
 
 if TYPE_CHECKING:  # it imports torch, for which nobody waits who named no checkpoint
@@ -79,7 +77,3 @@ def summary(checkpoint: Checkpoint, parameters: bool) -> dict[str, Any]:
     if parameters:
         told["parameters"] = {name: "x".join(map(str, shape)) or "scalar" for name, shape in shapes.items()}
     return told
-
-
-if __name__ == "__main__":
-    sys.exit(run_verb("checkpoint inspect", sys.argv[1:]))

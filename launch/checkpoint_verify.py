@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from launch.checkpoints import folder_of_checkpoints
-from launch.cli import run_verb
 from scldm.errors import InputError
 from scldm.train.steps import STATE, candidates, steps_in
 
@@ -56,7 +54,3 @@ def main(config: CheckpointVerifyConfig) -> None:
             print(f"{target.name}: whole, {sum(entry.bytes for entry in checkpoint.files.values()):,} bytes")
     if damaged:
         raise InputError(f"{len(damaged)} of {len(targets)} checkpoints are damaged: {', '.join(damaged)}")
-
-
-if __name__ == "__main__":
-    sys.exit(run_verb("checkpoint verify", sys.argv[1:]))

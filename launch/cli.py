@@ -63,7 +63,7 @@ def find_verb(words: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def run_verb(verb: str, words: Sequence[str]) -> int:
-    """Run one verb with the rest of its command line. Modules run by torchrun or srun enter here."""
+    """Run one verb with the rest of its command line."""
     return run(f"scldm {verb}", VERBS[verb][0], words, None if verb == "submit" else PRESETS.get(verb, ()))
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from launch.cli import run_verb
 from launch.config import compose, preset_names
 from launch.keys import ANY, keys_of
 from launch.verbs import PRESETS, VERBS
@@ -79,7 +77,3 @@ def words_of(verb: str) -> list[str]:
         return ["bash", "zsh"]
     keys = [key.removesuffix(ANY) if key.endswith(ANY) else f"{key}=" for key in keys_of(verb) if key != ANY]
     return [*preset_names(PRESETS.get(verb, ())), *keys, "--help"]
-
-
-if __name__ == "__main__":
-    sys.exit(run_verb("completion", sys.argv[1:]))

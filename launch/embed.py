@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from launch.cli import run_verb
 from launch.own_cells import OwnCellsConfig, model_and_cells, write_whole
 
 PURPOSE = 'Embed the cells of an h5ad file: writes a copy of it with posterior means in obsm["X_scldm"].'
@@ -39,7 +37,3 @@ def main(config: EmbedConfig) -> Path:
         write_whole(adata, Path(config.out))
     print(f'{n:,} cells, obsm["X_scldm"] of width {width}: {config.out}')
     return Path(config.out)
-
-
-if __name__ == "__main__":
-    sys.exit(run_verb("embed", sys.argv[1:]))

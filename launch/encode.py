@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
@@ -16,7 +15,6 @@ from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.stream.gene_set_config import GeneSetConfig
 from data_pipeline.stream.loader import shard_batches
 from data_pipeline.write_latents import LatentWriter
-from launch.cli import run_verb
 from launch.evaluation.gate import GATE, gate_of, warn
 from launch.run_data import check_encodes, data_of, keep_encoded_from
 from launch.staged import at_hand
@@ -139,7 +137,3 @@ def latents(
         batch = made.to(world.device)
         yield encode(batch.given).mean_BLZ.float().cpu().numpy()
         bar.advance(len(batch))
-
-
-if __name__ == "__main__":
-    sys.exit(run_verb("encode", sys.argv[1:]))

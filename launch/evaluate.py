@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from launch.cli import run_verb
 from launch.evaluation.config import EvaluateVerbConfig
 from launch.judged import check_judged
 from scldm.files import write_json
@@ -54,7 +52,3 @@ def main(config: EvaluateVerbConfig) -> dict:
         write_json(out / "evaluation.json", evaluation)
     show(evaluation)
     return evaluation
-
-
-if __name__ == "__main__":
-    sys.exit(run_verb("evaluate", sys.argv[1:]))

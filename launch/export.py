@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from launch.cli import run_verb
 from launch.registry import register
 from launch.run_data import MISSING, check_encodes, kept_data
 from launch.together import check_export
@@ -77,7 +75,3 @@ def main(config: ExportConfig) -> Path:
     if config.register:
         print(f"registered: {register(out, Path(config.ldm), config.register, config.alias)}")
     return out
-
-
-if __name__ == "__main__":
-    sys.exit(run_verb("export", sys.argv[1:]))

@@ -19,7 +19,6 @@ import torch
 
 import scldm
 from data_pipeline.write_cells import N_EVALUATIONS, CellWriter, require_room
-from launch.cli import run_verb
 from launch.together import WRITES, check_generate, no_table
 from scldm.cells_file import read_obs
 from scldm.cells_opened import check_out
@@ -216,7 +215,3 @@ def read_table(path: Path) -> pd.DataFrame:
             return pd.read_csv(path, dtype="category", keep_default_na=False, index_col=False)
     except (ValueError, OSError, pd.errors.ParserWarning) as error:  # ParserError and EmptyDataError are ValueErrors
         raise no_table(path, error) from None
-
-
-if __name__ == "__main__":
-    sys.exit(run_verb("generate", sys.argv[1:]))

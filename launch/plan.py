@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from data_pipeline.format.schema import read_manifest
-from launch.cli import run_verb
 from launch.config import compose
 from launch.planned import SIZES, check_sizes, needs_shards, stage_of
 from launch.planning.config import PlanConfig, PlanLDMConfig, PlanVAEConfig
@@ -101,7 +100,3 @@ def cut(config: PlanConfig) -> PlanConfig:
         train=replace(config.train, global_batch=whole),
         hardware=replace(config.hardware, micro_batch=near),
     )
-
-
-if __name__ == "__main__":
-    sys.exit(run_verb("plan", sys.argv[1:]))

@@ -20,7 +20,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.cli import run_verb
 from scldm.cells_opened import column_names, frame_of, layer_in, open_cells, reading
 from scldm.checked import Checked, checked
 from scldm.errors import REQUEUE, STOPPED, InputError, Stopped
@@ -88,15 +87,15 @@ def main(config: QuickstartConfig) -> None:
         if not note["cells"]:
             todo.call("input", "the built-in cells", lambda: write_builtin_cells(Path(cells)))
         layer = [f"layer={note['layer']}"] if note["layer"] else []
-        todo.verb("soma", "soma_write", [f"h5ad={cells}", f"out={out}/soma", *layer])
+        todo.verb("soma", "soma write", [f"h5ad={cells}", f"out={out}/soma", *layer])
         # small blocks, so that a few hundred cells still are many blocks to shuffle
-        todo.verb("shards", "shards_write", [
+        todo.verb("shards", "shards write", [
             f"source.paths={out}/soma", f"out={out}/shards", "block_cells=64", "shard_cells=1024",
             f"conditions={json.dumps(conditions)}", f"split.stratify={json.dumps(conditions)}",
             "split.validation=0.2", "split.test=0.2",
             f"filter.n_top_genes={note['top_genes']}",
         ])  # fmt: skip
-        todo.verb("vae", "train_vae", [
+        todo.verb("vae", "train vae", [
             "vae/tiny", "hardware/cpu", *threads, f"data.shards={out}/shards", f"run_dir={out}/vae",
             "gate=false",  # the next stage says more
         ], ranks=config.ranks)  # fmt: skip
@@ -108,7 +107,7 @@ def main(config: QuickstartConfig) -> None:
         todo.verb("latents", "encode", [
             f"vae={out}/vae", f"shards={out}/shards", f"out={out}/latents",
         ], ranks=config.ranks)  # fmt: skip
-        todo.verb("ldm", "train_ldm", [
+        todo.verb("ldm", "train ldm", [
             "ldm/tiny", "hardware/cpu", *threads, f"data.shards={out}/latents", f"run_dir={out}/ldm",
         ], ranks=config.ranks)  # fmt: skip
         todo.verb("model", "export", [f"vae={out}/vae", f"ldm={out}/ldm", f"out={out}/model"])
@@ -138,10 +137,10 @@ class Stages:
         self.path, self.note, self.n_run = out / name, note, 0
         self.env = {PARENT: str(parent)} if parent else {}
 
-    def verb(self, stage: str, module: str, arguments: Iterable[str], ranks: int = 1) -> None:
+    def verb(self, stage: str, verb: str, arguments: Iterable[str], ranks: int = 1) -> None:
         """A verb as a command of its own, on one process or under torchrun."""
         # -P: a launch.py in the user's folder is not ours
-        command = [sys.executable, "-P", "-m", f"launch.{module}", *arguments]
+        command = [sys.executable, "-P", "-m", "launch.cli", *verb.split(), *arguments]
         if ranks > 1:
             torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--no-python"]
             command = [*torchrun, f"--nproc-per-node={ranks}", *command]
@@ -290,7 +289,3 @@ def write_builtin_cells(path: Path) -> None:
 
     with made_aside(path) as part:
         write_cells(pbmc(), part, compression=None)
-
-
-if __name__ == "__main__":
-    sys.exit(run_verb("quickstart", sys.argv[1:]))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.cli import run_verb
 from launch.own_cells import OwnCellsConfig, model_and_cells, write_whole
 
 PURPOSE = """Encode and decode the cells of an h5ad file: writes expected counts of the chosen genes, and every cell's
@@ -39,7 +37,3 @@ def main(config: ReconstructConfig) -> Path:
     mean = expected.obs["log_likelihood"].mean()
     print(f"{expected.n_obs:,} cells x {expected.n_vars:,} genes, {mean:.1f} nats a cell: {config.out}")
     return Path(config.out)
-
-
-if __name__ == "__main__":
-    sys.exit(run_verb("reconstruct", sys.argv[1:]))

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from launch.cli import run_verb
 from launch.cluster.status import state_of_run, training, training_config
 from launch.config import compose, preset_names, with_folders
 from launch.evaluation.gate import RISE, line_of, read_gate
@@ -342,7 +340,3 @@ def weak(
     if len({start["git"] for start in starts}) > 1 or len({json.dumps(s["versions"]) for s in starts}) > 1:
         out.append("Its starts ran different commits or versions.")
     return out
-
-
-if __name__ == "__main__":
-    sys.exit(run_verb("report", sys.argv[1:]))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.format.describe import describe_text
 from data_pipeline.format.schema import read_manifest
-from launch.cli import run_verb
 from scldm.files import disk_explained, written_aside
 
 PURPOSE = "Print what a shard set holds: splits, conditions, sources, sizes. Or draw it as a page with figures."
@@ -40,7 +38,3 @@ def main(config: ShardsInfoConfig) -> None:
         with disk_explained(config.html), written_aside(Path(config.html)) as file:
             file.write(describe_html(config.path, manifest).encode())
         print(f"{config.html}: the same with figures")
-
-
-if __name__ == "__main__":
-    sys.exit(run_verb("shards info", sys.argv[1:]))

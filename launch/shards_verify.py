@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 
 from data_pipeline.convert.verify import verify_shards
-from launch.cli import run_verb
 from scldm.checked import Checked, checked
 from scldm.errors import InputError
 
@@ -41,7 +39,3 @@ def main(config: ShardsVerifyConfig) -> None:
     compared = f", {verdict.n_compared} cells compared with their sources" if verdict.n_compared else ""
     n_blocks = sum(s.n_blocks for s in verdict.manifest.shards)
     print(f"{config.path}: sound: {verdict.manifest.n_cells:,} cells in {n_blocks:,} blocks{compared}")
-
-
-if __name__ == "__main__":
-    sys.exit(run_verb("shards verify", sys.argv[1:]))

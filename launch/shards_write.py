@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
 from data_pipeline.convert.config import ShardsWriteConfig
-from launch.cli import run_verb
 from scldm.files import of_bytes
 
 PURPOSE = """Turn an atlas (h5ad files, a SOMA experiment, the Census) into shuffled training shards with splits.
@@ -42,7 +39,3 @@ def main(config: ShardsWriteConfig) -> None:
             f"{config.out}: {manifest.n_cells:,} cells ({splits}) x {manifest.genes.n_genes:,} genes, "
             f"{len(manifest.shards)} shards, {of_bytes(size)}, {size / manifest.n_cells:,.0f} bytes a cell"
         )
-
-
-if __name__ == "__main__":
-    sys.exit(run_verb("shards write", sys.argv[1:]))

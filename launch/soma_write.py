@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
 from data_pipeline.write_soma import SomaWriteConfig, write_soma
-from launch.cli import run_verb
 
 PURPOSE = "Write the counts of an h5ad file as a SOMA collection laid out as the Census."
 EXAMPLE = """scldm soma write h5ad=cells.h5ad out=cells-soma
@@ -16,7 +13,3 @@ CONFIG = SomaWriteConfig
 def main(config: SomaWriteConfig) -> None:
     layer = write_soma(config)
     print(f"{config.out}: counts of {config.h5ad}: {layer}, experiment census_data/{config.organism}")
-
-
-if __name__ == "__main__":
-    sys.exit(run_verb("soma write", sys.argv[1:]))

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.cli import run_verb
 from launch.config import compose, with_folders
 from scldm.errors import InputError
 from scldm.train.mlflow_run import cause_of
@@ -72,7 +71,3 @@ def runs_in(folder: Path) -> list[Path]:
     if not (found := followed_in(folder)):
         raise InputError(f"{folder}: no run there is followed in MLflow: there is no tracked.json in it or below")
     return found
-
-
-if __name__ == "__main__":
-    sys.exit(run_verb("track replay", sys.argv[1:]))

@@ -8,7 +8,6 @@ Reading order: TrainLDMConfig, main, set_up, where the latents come from, what t
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -20,7 +19,6 @@ import torch
 from data_pipeline.format.schema import Manifest
 from data_pipeline.stream.gene_set_config import GeneSetConfig, as_whole_cells
 from data_pipeline.stream.loader import CellLoader, LatentLoader, LoaderConfig, StreamConfig
-from launch.cli import run_verb
 from launch.evaluation.gate import gate_of, warn
 from launch.evaluation.preview import Trained, of_ldm
 from launch.run_data import EncodedFrom, check_encodes, data_of, encoded_from, library_sizes_of
@@ -370,7 +368,3 @@ def trained_combinations(manifest: Manifest, select: Mapping[str, Sequence[str]]
         ids = torch.from_numpy(manifest.conditions.encode(name, list(wanted)))
         labels_KC = labels_KC[torch.isin(labels_KC[:, counts.by.index(name)], ids)]
     return labels_KC
-
-
-if __name__ == "__main__":
-    sys.exit(run_verb("train ldm", sys.argv[1:]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -11,7 +10,6 @@ import torch
 
 from data_pipeline.stream.gene_set_config import GeneSetConfig, as_whole_cells
 from data_pipeline.stream.loader import CellLoader, LoaderConfig
-from launch.cli import run_verb
 from launch.evaluation.gate import judge_run
 from launch.evaluation.preview import Trained, of_vae
 from launch.staged import at_hand
@@ -137,7 +135,3 @@ def sets_per_cell(data: LoaderConfig, n_genes: int) -> tuple[bool, bool]:
     """Whether each cell of a micro-batch has genes of its own in training, given and asked."""
     given = data.given.is_per_cell(n_genes)
     return given, given if data.asked.policy == "same" else data.asked.is_per_cell(n_genes)
-
-
-if __name__ == "__main__":
-    sys.exit(run_verb("train vae", sys.argv[1:]))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.cli import run_verb
 from launch.own_cells import OwnCellsConfig, model_and_cells, write_whole
 from launch.together import moves_of
 from scldm.checked import SEEDS, checked
@@ -63,7 +61,3 @@ def main(config: TransformConfig) -> Path:
         write_whole(made, out)
     print(f"{made.n_obs:,} cells x {made.n_vars:,} genes: {out}")
     return out
-
-
-if __name__ == "__main__":
-    sys.exit(run_verb("transform", sys.argv[1:]))

@@ -69,9 +69,8 @@ def problem(words: list[str]) -> str:
         module, *arguments = rest[rest.index("-m") + 1 :]
         if module == "pip":
             return problem_of_install(arguments)
-        verb = next((verb for verb, (name, _) in VERBS.items() if name == module), None)
-        if verb is not None:
-            return problem_of_verb([*verb.split(), *arguments])
+        if module in (name for name, _ in VERBS.values()):
+            return f"{module} is no command: a verb is run by the scldm command"
         if not importlib.util.find_spec(module):
             return f"no module {module}"
         if module.startswith("benchmarks.") and hasattr(found := importlib.import_module(module), "CONFIG"):
@@ -139,7 +138,7 @@ def test_every_command_of_a_page_resolves(page: Path) -> None:
         ("torchrun --no-python --nproc-per-node 2 scldm train gan", "unknown verb 'train gan'"),
         ("srun --ntasks 2 scldm train vae vae/none", "preset 'vae/none' is unknown"),
         ("python -m benchmarks.mcab no.such=1", "unknown key"),
-        ("srun --ntasks 2 python -m launch.train_vae vae/none", "preset 'vae/none' is unknown"),
+        ("srun --ntasks 2 python -m launch.train_vae vae/tiny", "launch.train_vae is no command"),
         ('pip install -e ".[gpu]"', "no extra gpu"),
         ("python3 -m pip install -c nothing.txt .", "no file nothing.txt"),
         ("pip install scldm", "another project"),

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from launch.cli import run_verb
 from launch.cluster.notes import ENDED, find_notes, state_of, with_run
 from launch.config import compose
 from scldm.checked import Checked, checked
@@ -80,7 +79,3 @@ def show(notes: Path, follow: bool, rank: int | None = None) -> None:
                 file.close()
             return
         time.sleep(LOOK_EVERY_S)
-
-
-if __name__ == "__main__":
-    sys.exit(run_verb("logs", sys.argv[1:]))

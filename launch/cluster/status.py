@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 import socket
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.cli import run_verb
 from launch.cluster.notes import BAD_NODES, State, find_notes, nodes_in, state_of, with_run
 from launch.config import compose
 from launch.evaluation.gate import line_of
@@ -164,7 +162,3 @@ def duration(seconds: float) -> str:
 
 def ago(seconds: float) -> str:
     return f"{duration(max(seconds, 0.0))} ago"
-
-
-if __name__ == "__main__":
-    sys.exit(run_verb("status", sys.argv[1:]))

@@ -289,7 +289,7 @@ def test_what_can_not_be_made_is_said_before_a_device_is_used(
 
 def command(ranks: int, *words: str) -> list[str]:
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    return [sys.executable, *torchrun, "-m", "launch.generate", *words]
+    return [sys.executable, *torchrun, "-m", "launch.cli", "generate", *words]
 
 
 @pytest.mark.slow

@@ -117,7 +117,7 @@ def test_two_nodes_train_as_two_local_ranks(cluster: Cluster, chain: Path, stage
     words, data = (VAE, "shards") if stage == "vae" else (LDM, "latents")
     run = cluster.runs / f"local {stage}"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", f"launch.train_{stage}", *words, f"data.shards={chain}/{data}", f"run_dir={run}"]
+    command += ["-m", "launch.cli", "train", stage, *words, f"data.shards={chain}/{data}", f"run_dir={run}"]
     subprocess.run(command, check=True, cwd=ROOT, timeout=200, capture_output=True)
     assert_same_weights(chain / stage, run)
     assert json.loads((run / "deepspeed.json").read_text())["zero_optimization"]["stage"] == 2
