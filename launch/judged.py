@@ -1,7 +1,5 @@
 """What `scldm evaluate` is to judge, and which of its keys that takes, by the words of its command line alone: known
 before packages are imported, which takes seconds.
-
-Reading order: the keys that a kind takes, check_judged, refuse_unused.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """The keys of every verb with their kinds, kept in `keys.json`. What a command line says wrong by itself is refused,
 and a key completed, before a verb's packages are imported, which takes seconds. `python -m launch.keys` writes the
 file anew after a change of a config.
-
-Reading order: keys_of, check_words, the config of the kinds alone, found.
 """
 
 from __future__ import annotations

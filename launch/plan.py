@@ -1,7 +1,4 @@
-"""`scldm plan`: what a training run will take, before a GPU is touched.
-
-Reading order: read, main, with_data, cut.
-"""
+"""`scldm plan`: what a training run will take, before a GPU is touched."""
 
 from __future__ import annotations
 

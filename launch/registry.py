@@ -1,7 +1,4 @@
-"""An exported model in MLflow's registry: as pyfunc, with its code, in the run that trained it.
-
-Reading order: register, save_pyfunc.
-"""
+"""An exported model in MLflow's registry: as pyfunc, with its code, in the run that trained it."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 Every verb asks `other_data`. Training resumes on the very same data alone. An autoencoder may encode other cells of the
 same genes, and a warning says so where the training cells differ: its test cells may have been trained on.
-
-Reading order: data_of, kept_data, keep_data, other_data, check_data, check_encodes, keep_encoded_from, encoded_from.
 """
 
 from __future__ import annotations

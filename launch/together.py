@@ -1,8 +1,6 @@
 """What the keys of a verb say together, by the words of its command line alone: known before packages are imported,
 which takes seconds. Each function takes the verb's config, or one of its keys' kinds. What `scldm evaluate` takes is in
 judged.py.
-
-Reading order: check_generate, no_table, moves_of, check_export, groups of keys, TOGETHER.
 """
 
 from __future__ import annotations
@@ -60,9 +58,6 @@ def check_export(config: Any) -> None:
         raise InputError(
             f"alias={config.alias}: give letters, digits, _ and -, and not latest or v1, as MLflow wants it"
         )
-
-
-# --- groups of keys, by what the verbs' configs have of them -------------------------------------------------------
 
 
 def check_sampler(config: Any) -> None:

@@ -1,7 +1,4 @@
-"""Trained runs read back: their networks with the EMA of the weights, and whether cells suit them.
-
-Reading order: trained_vae, trained_dit, check_given.
-"""
+"""Trained runs read back: their networks with the EMA of the weights, and whether cells suit them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What a user of the Python API gives, checked: words, numbers, seeds, lists of names, mappings, labels, folders.
-
-Reading order: one_of; whole_of, number_of, numbers_of, seed_of; names_of, mapping_of, text_of, label_of, folder_of.
-"""
+"""What a user of the Python API gives, checked: words, numbers, seeds, lists of names, mappings, labels, folders."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What `model.evaluate` and `model.log_fold_changes` find: cells in AnnData compared, as tables and figures.
-
-Reading order: evaluation, Evaluation, gene_changes.
-"""
+"""What `model.evaluate` and `model.log_fold_changes` find: cells in AnnData compared, as tables and figures."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A few functions of a count, of which a gene's token is made (scldm/model/token.py). They are 0 at count 0.
-
-Reading order: TokenKind, position, basis.
-"""
+"""A few functions of a count, of which a gene's token is made (scldm/model/token.py). They are 0 at count 0."""
 
 from __future__ import annotations
 

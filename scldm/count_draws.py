@@ -5,7 +5,6 @@ Poisson number of logarithmic ones (Quenouille 1949), so that most genes of a ce
 comparison. Where that number is large, it is a Poisson draw whose rate is a gamma draw.
 The host waits for a GPU wherever it is asked which elements are left. So there several tries, or terms, are computed
 before that is asked: the counts are the same.
-Reading order: poisson, negative_binomial, zero_inflated, gaussian, inversion, rejection, gamma, _first_accepted.
 """
 
 from __future__ import annotations

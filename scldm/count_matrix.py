@@ -1,7 +1,5 @@
 """Which matrix of an AnnData, or of its file, holds raw counts: X, a layer or raw. Its cells may be in memory, in a
 file (anndata's backed="r") or lazy (anndata.experimental.read_lazy), and are read some at a time.
-
-Reading order: count_matrix, check_adata; x_of, row_blocks, rows_in_memory, in_memory, table_in_memory.
 """
 
 from __future__ import annotations

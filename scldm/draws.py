@@ -5,7 +5,6 @@ no generator and no state. A cell draws the same numbers in any micro-batch. A G
 numbers: a round takes four, and what a step draws for several purposes goes through the rounds at once (`uniforms`). No
 Python number is copied to the device, for which the host would wait. Where a row is addressed by two numbers, as a
 cell's gene, Philox gives each a key, and SplitMix64 draws from their sum.
-Reading order: uniform, uniforms, normal, philox, keys, uniform_of.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What a user or a scheduler is meant to read: InputError, Stopped, the exit codes, and JSON files read with it.
-
-Reading order: the exit codes, InputError, Busy, Diverged, Stopped, read_json.
-"""
+"""What a user or a scheduler is meant to read: InputError, Stopped, the exit codes, and JSON files read with it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Cells to try things on: real ones that come with scanpy, and simulated ones whose truth is known.
-
-Reading order: pbmc, perturbed.
-"""
+"""Cells to try things on: real ones that come with scanpy, and simulated ones whose truth is known."""
 
 from __future__ import annotations
 

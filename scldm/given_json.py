@@ -1,7 +1,4 @@
-"""JSON that somebody else may have written: read as the dataclass it stands for, or refused by its dotted key.
-
-Reading order: Count, typed, sealed and unsealed (a document with a hash of its own).
-"""
+"""JSON that somebody else may have written: read as the dataclass it stands for, or refused by its dotted key."""
 
 from __future__ import annotations
 

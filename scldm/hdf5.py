@@ -1,7 +1,4 @@
-"""HDF5 files to write, on a disk that may become full, by a user who may press Ctrl-C.
-
-Reading order: hdf5_made, signals_later, _Kept.
-"""
+"""HDF5 files to write, on a disk that may become full, by a user who may press Ctrl-C."""
 
 from __future__ import annotations
 

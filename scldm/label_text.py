@@ -1,7 +1,4 @@
-"""Values of a column as labels: the one place that says which text a number, a category or a missing value is.
-
-Reading order: texts, known_label, as_labels, labels_of.
-"""
+"""Values of a column as labels: the one place that says which text a number, a category or a missing value is."""
 
 from __future__ import annotations
 

@@ -5,8 +5,6 @@ config.json         shapes of both networks, format version, where the weights c
 genes.json  conditions.json  library_sizes.json
 history.json        stage -> rows of its metrics, where they are known
 gene_columns.json   name -> a text for each gene, such as symbols, where there are any
-
-Reading order: Stored, read_config, check_files, check_replaceable, save_pretrained, read_gene_columns, read_history.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""A user's own cells as a model takes them: checked, read in batches, and with what is kept of them beside the counts.
-
-Reading order: given_cells, Given; var_of, kept_beside, before.
-"""
+"""A user's own cells as a model takes them: checked, read in batches, and with what is kept of them beside the counts."""
 
 from __future__ import annotations
 

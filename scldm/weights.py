@@ -1,7 +1,4 @@
-"""Weights: read from a file, put into a network that they fit, named by a hash.
-
-Reading order: read_weights, network_of, weights_hash.
-"""
+"""Weights: read from a file, put into a network that they fit, named by a hash."""
 
 from __future__ import annotations
 

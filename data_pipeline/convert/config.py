@@ -1,7 +1,4 @@
-"""What `scldm shards write` is asked for. It imports no package that takes long, so that what is wrong is said at once.
-
-Reading order: SourceConfig, FilterConfig, SplitConfig, ShardsWriteConfig, parse_bytes.
-"""
+"""What `scldm shards write` is asked for. It imports no package that takes long, so that what is wrong is said at once."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Genes of several sources as one vocabulary, joined by name in one namespace. What has no place is counted.
-
-Reading order: gene_names, SourceGenes, JoinedGenes, join_genes, choose.
-"""
+"""Genes of several sources as one vocabulary, joined by name in one namespace. What has no place is counted."""
 
 from __future__ import annotations
 

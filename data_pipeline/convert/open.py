@@ -1,7 +1,5 @@
 """Opens what a config names: h5ad files, SOMA experiments, the Census. Each kind's library is imported late. Who asks
 what lies there waits for none.
-
-Reading order: open_sources, resolve, named, open_matrix.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 A comparison with a missing value is neither true nor false, and only rows of which all is true are chosen. Nothing else
 of Python is evaluated.
-
-Reading order: matches, where_true, Expression.
 """
 
 from __future__ import annotations

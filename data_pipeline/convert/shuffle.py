@@ -4,8 +4,6 @@ A cell's position in set order is drawn before anything is read. The scatter pas
 budget is full, then writes them in the order of their positions: a run. The gather pass reads, for a range of
 positions, one slice of each run, and sorts what it has read. What has no place in a set (cells with too few genes)
 leaves a gap in the positions, which the gather pass doesn't notice.
-
-Reading order: set_positions, Arena, RunWriter, Run, read_range.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 A source is opened twice (open.py). The plan opens it once, for its genes and for the rows that the filters choose, with
 their obs columns (`OpenSource`). Every worker opens it for its counts, in bounded chunks of those rows (`Matrix`).
-
-Reading order: SourceSpec, OpenSource, Matrix, spans.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Which split a cell belongs to, drawn from its identity: neither the order of reading nor the workers matter.
-
-Reading order: columns_of, keys (the random numbers), draw_splits and its three kinds: held-out combinations, values of
-a column, fractions.
-"""
+"""Which split a cell belongs to, drawn from its identity: neither the order of reading nor the workers matter."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 """Cells into a block's sections and back (block.py), by numba. The kernels release the GIL.
 
-Reading order: some cells of many (take_parts), NarrowCells to sections (count_entries, pack), sections to CSR (widen).
 CSR becomes NarrowCells in ../convert/narrow.py.
 """
 

@@ -1,7 +1,4 @@
-"""A block of latents as bytes: 64 bytes of header, then sections. ../write_latents.py says what is in them.
-
-Reading order: encode_latent_block, LatentSlots decodes.
-"""
+"""A block of latents as bytes: 64 bytes of header, then sections. ../write_latents.py says what is in them."""
 
 from __future__ import annotations
 

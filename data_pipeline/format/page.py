@@ -1,8 +1,6 @@
 """A shard set as one self-contained HTML page: the text of describe.py, and figures. No block is read.
 
 The figures are computed here, as marks at places. templates/set.html.j2 writes them as SVG, and escapes every text.
-
-Reading order: describe_html, marks, the figures.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What a set's manifest says about its cells, computed from the per-cell columns.
-
-Reading order: compute_statistics, marginals, and the two tables.
-"""
+"""What a set's manifest says about its cells, computed from the per-cell columns."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Which genes of a cell are taken, as a user says it. It imports no package, so that what is wrong is said at once.
-
-Reading order: GeneSetConfig, as_whole_cells.
-"""
+"""Which genes of a cell are taken, as a user says it. It imports no package, so that what is wrong is said at once."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What is asked of Slurm's own commands: partitions, jobs, submission. Every call ends within a minute.
-
-Reading order: is_here, call, partitions, job_state, accounted, sbatch.
-"""
+"""What is asked of Slurm's own commands: partitions, jobs, submission. Every call ends within a minute."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What one rank of the preflight finds on its node: versions, GPU, folders and disk, and how fast it computes.
-
-Reading order: findings_of; time_matmul, time_all_reduce.
-"""
+"""What one rank of the preflight finds on its node: versions, GPU, folders and disk, and how fast it computes."""
 
 from __future__ import annotations
 

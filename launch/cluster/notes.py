@@ -11,8 +11,6 @@ late_nodes   nodes that did not come up in time once; the second time they are u
 preflight    folder of files that nodes leave there in a preflight. A store would not do: they show that the notes are
              shared, and a rank that can't reach the store tells by its file that it came up
 failure      exit code and error of the rank that failed first; of an array, failure.TASK
-
-Reading order: find_notes, state_of; nodes_in, note_nodes; leave_word, left_word.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@
 Its words are those of the verbs: a preset goes to the links that its group is for, `vae.train.steps=9` to the link vae
 as `train.steps=9`, and `vae=FILE.yaml` is a preset of that link. `vae.--nodes=8` is an option of submit for that link's
 job, and `vae.--exclusive` one of sbatch. What one link makes for another lies below `out`.
-Reading order: LINKS, jobs_of_pipeline, jobs_of_shards.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ One grammar, for `scldm submit` and for jobs that are sent with sbatch. It is a 
     SCLDM_KEY="two words"     blanks and `#` need quotes, "" or ''
     SCLDM_KEY=~/x/$USER       ~, $HOME and $USER are filled in, but not between ''. Any other $ is refused
 
-Reading order: KEYS, read_site, gpus_of_node, for_nodes. `python -m launch.cluster.site` prints the file for a shell.
+`python -m launch.cluster.site` prints the file for a shell.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """How well a label is told from an embedding, beside principal components of the same cells.
 
 `scldm evaluate embedding=FILE label=cell_type` calls evaluate_embedding.
-
-Reading order: evaluate_embedding, what it reads, the table.
 """
 
 from __future__ import annotations
@@ -56,9 +54,6 @@ def evaluate_embedding(config: EvaluateVerbConfig) -> dict:
     }
 
 
-# --- what it reads -------------------------------------------------------------------------------------------------
-
-
 def embedded(path: str, key: str) -> tuple[np.ndarray, pd.DataFrame]:
     """The embedding of a file, (cells, width), and its obs.
 
@@ -101,9 +96,6 @@ def counts_of(path: str, layer: str, names: pd.Index, embedding: str) -> sp.csr_
         first = names[np.flatnonzero(rows < 0)[0]]
         raise InputError(f"{path} lacks {n:,} of the {len(names):,} cells of {embedding}, such as {first!r}")
     return counts[rows]
-
-
-# --- the table -----------------------------------------------------------------------------------------------------
 
 
 def show(evaluation: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 An encoder may learn which genes a cell expresses and nothing of how much. Every score of reconstruction stays decent
 then, and nothing but such a test shows it.
-Reading order: sight of counts, what latents tell, both.
 """
 
 from __future__ import annotations
@@ -25,8 +24,6 @@ from scldm.pretrained import Pretrained
 MOST_CELLS = 2_000  # that are looked at
 NEIGHBOURS = 15
 BLIND = 0.02  # of the distance between cells: a change of latents below it counts as none
-
-# --- sight of counts -----------------------------------------------------------------------------------------------
 
 
 def binarised(counts: sp.csr_matrix, rng: np.random.Generator) -> sp.csr_matrix:
@@ -94,9 +91,6 @@ def _nll(model: Pretrained, counts: sp.csr_matrix, latent_ND: np.ndarray, gene_i
     return np.concatenate(parts)
 
 
-# --- what latents tell ---------------------------------------------------------------------------------------------
-
-
 def effective_dimension(latent_ND: np.ndarray) -> float:
     """In how many directions latents vary: (sum of l)^2 / sum of l^2 over the eigenvalues l of their covariance. It
     is 1 where all lie on a line. Source: the participation ratio, Gao et al. 2017."""
@@ -109,9 +103,6 @@ def label_recall(train_ND: np.ndarray, train_n: np.ndarray, test_ND: np.ndarray,
     neighbours = KNeighborsClassifier(min(NEIGHBOURS, len(train_n))).fit(train_ND, train_n)
     named = neighbours.predict(test_ND)
     return float(np.mean([(named[test_n == label] == label).mean() for label in np.unique(test_n)]))
-
-
-# --- both ----------------------------------------------------------------------------------------------------------
 
 
 def known_by_latents(model: Pretrained, train: Cells, test: Cells, gene_ids_G: Tensor, seed: int) -> dict:

@@ -1,7 +1,4 @@
-"""The keys of `scldm plan`: a training's, and the machine that it is planned for.
-
-Reading order: PlannedHardware, Planned and its two kinds.
-"""
+"""The keys of `scldm plan`: a training's, and the machine that it is planned for."""
 
 from __future__ import annotations
 

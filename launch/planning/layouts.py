@@ -1,7 +1,4 @@
-"""The same training on fewer nodes, at other ZeRO stages and micro-batches, with one recommended.
-
-Reading order: compared, comparison.
-"""
+"""The same training on fewer nodes, at other ZeRO stages and micro-batches, with one recommended."""
 
 from __future__ import annotations
 

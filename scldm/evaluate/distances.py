@@ -1,7 +1,4 @@
-"""Distances between two clouds of points, the reference first. All are in the units of the components.
-
-Reading order: kernels and energies, optimal transport, Gaussians.
-"""
+"""Distances between two clouds of points, the reference first. All are in the units of the components."""
 
 from __future__ import annotations
 
@@ -11,9 +8,6 @@ from scipy.spatial.distance import cdist, pdist
 from scldm.errors import InputError
 
 SIGMAS = (0.01, 0.1, 1.0, 10.0, 100.0)
-
-
-# --- kernels and energies ------------------------------------------------------------------------------------------
 
 
 def mmd2(reference: np.ndarray, other: np.ndarray) -> float:
@@ -65,9 +59,6 @@ def energy_distance(reference: np.ndarray, other: np.ndarray) -> float:
     return 2 * across - float(pdist(reference).mean()) - float(pdist(other).mean())
 
 
-# --- optimal transport ---------------------------------------------------------------------------------------------
-
-
 def w2(reference: np.ndarray, other: np.ndarray) -> float:
     """2-Wasserstein distance of the empirical distributions: the square root of the exact optimal transport cost under
     squared Euclidean distance, every cell of a set weighing the same. Finite sets of the same distribution are not at
@@ -89,9 +80,6 @@ def _transport(cost: np.ndarray) -> float:
 
     weights, others = (np.full(n, 1 / n) for n in cost.shape)
     return max(np.asarray(ot.emd2(weights, others, cost, numItermax=10_000_000)).item(), 0.0)
-
-
-# --- Gaussians -----------------------------------------------------------------------------------------------------
 
 
 def frechet(reference: np.ndarray, other: np.ndarray) -> float:

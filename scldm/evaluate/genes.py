@@ -1,7 +1,4 @@
-"""Scores of genes and of library sizes: what principal components do not show.
-
-Reading order: moments, library size, by expression level, correlations between genes.
-"""
+"""Scores of genes and of library sizes: what principal components do not show."""
 
 from __future__ import annotations
 
@@ -17,9 +14,6 @@ N_LEVELS = 10
 N_CORRELATED = 200
 MIN_CELLS = 3  # a correlation of two cells is 1 or -1
 LEAST_VARIANCE = 1e-6  # of log expression: below it a gene counts as constant
-
-
-# --- moments -------------------------------------------------------------------------------------------------------
 
 
 def gene_moments(log: sp.csr_matrix) -> Moments:
@@ -38,15 +32,9 @@ def pearson(x: np.ndarray, y: np.ndarray) -> float:
     return float(x @ y / norm) if norm > 0 else 0.0
 
 
-# --- library size --------------------------------------------------------------------------------------------------
-
-
 def library_w1(reference_total: np.ndarray, other_total: np.ndarray) -> float:
     """1-Wasserstein distance of log(1 + total counts), natural log."""
     return float(wasserstein_distance(np.log1p(reference_total), np.log1p(other_total)))
-
-
-# --- by expression level -------------------------------------------------------------------------------------------
 
 
 def by_expression_level(reference: Moments, other: Moments, n_levels: int = N_LEVELS) -> tuple[float, float]:
@@ -68,9 +56,6 @@ def by_expression_level(reference: Moments, other: Moments, n_levels: int = N_LE
     zeros, of_other = levels(1 - reference[2]), levels(1 - other[2])
     log_variance, log_of_other = (np.log2(np.maximum(levels(of[1]), LEAST_VARIANCE)) for of in (reference, other))
     return float(np.abs(of_other - zeros).mean()), float(np.abs(log_of_other - log_variance).mean())
-
-
-# --- correlations between genes ------------------------------------------------------------------------------------
 
 
 def gene_correlation(

@@ -5,8 +5,6 @@ every score that looks at neighbours, and bias those that compare pairs. Parts w
 
 An interval is score +- 1.96 standard errors. It speaks of the cells that were judged: of which cells were sequenced and
 which were generated, given how many there are of each type. It does not speak of another training run.
-
-Reading order: config, draw a part, standard errors, of a mean over types.
 """
 
 from __future__ import annotations
@@ -35,9 +33,6 @@ class IntervalConfig(Checked):
     max_part: int = checked(10_000, at_least=100)
 
 
-# --- draw a part ---------------------------------------------------------------------------------------------------
-
-
 def part_of_each_type(types: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
     """Sorted indices of a share of the cells, without replacement. Each type gives its share, to within one cell, and
     every cell is as likely as any other: cells are ordered by type, at random within it, and one in 1/share is taken.
@@ -47,9 +42,6 @@ def part_of_each_type(types: np.ndarray, share: float, rng: np.random.Generator)
     order = np.lexsort((rng.random(n), types))
     marks = np.floor(np.arange(n + 1) * share + rng.random())
     return np.sort(order[np.diff(marks) > 0])
-
-
-# --- standard errors -----------------------------------------------------------------------------------------------
 
 
 def standard_errors(
@@ -91,9 +83,6 @@ def standard_errors(
     factor = {name: 1.0 if m.sampled else np.sqrt(share / (1 - share)) for m in measures for name in m.names}
     wanted = [name for name in METRICS if name in (draws if only is None else only)]
     return {name: float(factor[name] * np.std(draws[name], ddof=1)) for name in wanted}
-
-
-# --- of a mean over types ------------------------------------------------------------------------------------------
 
 
 def error_of_mean(errors: Sequence[Mapping[str, float]], weights: Sequence[float]) -> dict[str, float]:

@@ -1,7 +1,4 @@
-"""Marker genes of each type, chosen on real training cells, and whether generated cells have them too.
-
-Reading order: choose, fold change, check.
-"""
+"""Marker genes of each type, chosen on real training cells, and whether generated cells have them too."""
 
 from __future__ import annotations
 

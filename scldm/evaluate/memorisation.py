@@ -1,8 +1,6 @@
 """Are generated cells copies of training cells? Held-out real cells say how near a new cell is expected to lie.
 
 A set of copies scores better than anything else in every other metric, so that this check stands beside all of them.
-
-Reading order: the table, nearest training cells, scores, their standard errors.
 """
 
 from __future__ import annotations

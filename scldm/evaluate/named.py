@@ -1,7 +1,4 @@
-"""What the words of an evaluation may name, known before packages are imported, which takes seconds.
-
-Reading order: check_controls, published numbers, check_published.
-"""
+"""What the words of an evaluation may name, known before packages are imported, which takes seconds."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """Scores that look at nearest neighbours, the reference first. Copies of a cell would be its nearest: none of these may
 be computed on cells that were drawn with replacement.
-
-Reading order: 1-NN accuracy, precision and recall.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """What a preview says in a training: genes of a few held-out cells beside what the model makes of these cells.
 
 Moments are of raw counts. The library sizes are those of the held-out cells, so that nothing is normalised.
-
-Reading order: gene_agreement, responses_to, memorised.
 """
 
 from __future__ import annotations

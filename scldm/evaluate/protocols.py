@@ -2,8 +2,6 @@
 
 A score means something only beside its protocol: the same cells have a W2 of 8 or 12 according to genes, components
 and cells that it took. Every table names its protocol.
-
-Reading order: protocols, variable genes, means over labels, the paper's numbers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Which real cells are taken of an atlas whose splits are larger than memory or patience: a seeded draw of each.
-
-Reading order: Sample, rows_of_blocks.
-"""
+"""Which real cells are taken of an atlas whose splits are larger than memory or patience: a seeded draw of each."""
 
 from __future__ import annotations
 

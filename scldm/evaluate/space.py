@@ -1,7 +1,4 @@
-"""Sets of cells as the metrics see them: counts, log expression, and points in a space of principal components.
-
-Reading order: normalise, principal components, the space, a set of cells in it.
-"""
+"""Sets of cells as the metrics see them: counts, log expression, and points in a space of principal components."""
 
 from __future__ import annotations
 
@@ -15,9 +12,6 @@ from scldm.errors import InputError
 
 TARGET_SUM = 10_000
 N_COMPONENTS = 10
-
-
-# --- normalise -----------------------------------------------------------------------------------------------------
 
 
 def log_normalise(counts: sp.csr_matrix | sp.csr_array) -> sp.csr_matrix:
@@ -43,9 +37,6 @@ def shape_of(matrix: sp.csr_matrix) -> tuple[int, int]:
     return matrix.shape
 
 
-# --- principal components ------------------------------------------------------------------------------------------
-
-
 def fit_pca(log: sp.csr_matrix, n_components: int = N_COMPONENTS, seed: int = 0, which: str = "validation") -> PCA:
     """Principal components of log-normalised cells. Sparse input stays sparse.
 
@@ -61,9 +52,6 @@ def fit_pca(log: sp.csr_matrix, n_components: int = N_COMPONENTS, seed: int = 0,
             f"There are {n_cells} cells x {n_genes} genes"
         )
     return PCA(n_components, svd_solver="arpack", random_state=seed).fit(log)
-
-
-# --- the space -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -91,9 +79,6 @@ class Space:
             "explained_variance": float(self.pca.explained_variance_ratio_.sum()),
             "fitted_on": self.fitted_on,
         }
-
-
-# --- a set of cells ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

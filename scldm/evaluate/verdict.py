@@ -2,7 +2,6 @@
 
 The order is that of harm. Cells that were copied are worth nothing however well they score. A lost effect may hide
 behind good distances. Which stage to train further can be told where the model's parts were judged too.
-Reading order: counts for the headline, the sentence, which part limits.
 """
 
 from __future__ import annotations

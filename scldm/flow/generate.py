@@ -1,7 +1,6 @@
 """From conditions to latent tokens: noise -> latent tokens.
 
 Every draw is keyed by (seed, number of the cell), so a cell does not depend on the batch that it was made in.
-Reading order: Drawn, generate_latents, guided and solve_ode.
 """
 
 from __future__ import annotations

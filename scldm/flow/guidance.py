@@ -10,7 +10,6 @@ of a cell's conditions y. One call of the network per evaluation, on a row for e
 
 Guidance may be limited to an interval of flow time (Kynkaanniemi et al. 2024). Outside it all weights are 1. The joint
 kind then follows v(y), and the others their own unexaggerated form.
-Reading order: subset_weights, the composition, GuidedField.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 ODE: dz/dt = v(z, t). SDE, with the same distribution at every t: dz = (v - g^2/2 * score) dt + g dW, run backwards. On
 the linear path the score is -(z + (1 - t) v) / t, so that g^2 = diffusion * t keeps every term finite. 0 is the ODE.
 Source: Ma et al. 2024 (SiT), Eq. 5 and section 3.5, whose choice "w = sigma" is diffusion = 1.
-Reading order: euler, heun, adaptive, sde_euler, sde_heun.
 """
 
 from __future__ import annotations
@@ -18,8 +17,6 @@ from scldm.errors import InputError
 from scldm.flow.guidance import VelocityField
 
 Noise = Callable[[int], Tensor]  # number of the step -> standard normal draws of the latents' shape
-
-# --- ODE -----------------------------------------------------------------------------------------------------------
 
 
 def euler(v: VelocityField, z: Tensor, n_steps: int) -> Tensor:
@@ -61,9 +58,6 @@ def adaptive(v: VelocityField, z: Tensor, tolerance: float) -> Tensor:
         lambda t, y: v(y, float(t)), z, ends, rtol=tolerance, atol=tolerance, method="dopri5", options=options
     )
     return path[-1]
-
-
-# --- SDE -----------------------------------------------------------------------------------------------------------
 
 
 def sde_euler(v: VelocityField, z: Tensor, n_steps: int, noise: Noise, diffusion: float) -> Tensor:

@@ -2,7 +2,6 @@
 
 The noise keeps what the conditions do not say of a cell. Source: Su et al. 2023 (dual diffusion implicit bridges), here
 for flow matching.
-Reading order: to_noise, from_noise, blend.
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@ The K functions phi of a count are made where they are needed: nothing of size c
 Forward: a program takes a block of genes of one cell. Backward: it takes a block of genes and goes over all cells, so
 that a gene's gradients are summed in registers. Where each cell has its own set, a table's row has genes of several
 cells, and their gradients meet in atomic additions, in no fixed order.
-
-Reading order: one_over_deviation, _OneOverDeviation, the kernels.
 """
 
 from __future__ import annotations

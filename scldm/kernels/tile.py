@@ -1,7 +1,4 @@
-"""What both kernels are written with: sizes of tiles, and a matrix product of two of them.
-
-Reading order: Tile, power_of_two, launch, dot, dot_tf32, phi_of.
-"""
+"""What both kernels are written with: sizes of tiles, and a matrix product of two of them."""
 
 from __future__ import annotations
 

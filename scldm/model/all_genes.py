@@ -5,8 +5,6 @@ The direct way alone takes them all, for D multiply-accumulates each.
 A gene that a cell does not express has the same score and value in every such cell. The sums over all genes at count 0
 are taken once. A cell adds its expressed genes and takes their zeros away again. Genes that are expressed in many
 cells are not in those sums: there, what is taken away would be most of what there is.
-
-Reading order: AllGenesEncoder, encoder_of.
 """
 
 from __future__ import annotations

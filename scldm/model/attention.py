@@ -2,7 +2,6 @@
 
 Keys have neither a bias nor, where they come from a LayerNorm, a shift. Both add one number to all scores of a query,
 which the softmax removes. So their true gradient is zero, and AdamW would turn its rounding noise into full steps.
-Reading order: Way, fastest, attention, sdpa, SelfAttention.
 """
 
 from __future__ import annotations

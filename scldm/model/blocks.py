@@ -1,4 +1,4 @@
-"""What the networks are built from. Reading order: SwiGLU, TransformerBlock, Within."""
+"""What the networks are built from."""
 
 from __future__ import annotations
 

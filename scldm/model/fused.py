@@ -1,7 +1,6 @@
 """The factorised cross-attention in kernels of our own (scldm/kernels): the same function, the same parameters.
 
 What depends on a gene or a cell alone is made here by torch. What depends on both is made and summed within a kernel.
-Reading order: read_genes, unpool.
 """
 
 from __future__ import annotations

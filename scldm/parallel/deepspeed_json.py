@@ -1,7 +1,4 @@
-"""DeepSpeed's own configuration: what ours says in its words, and any other of its keys that cannot change the result.
-
-Reading order: ELSEWHERE, RESULT, UNSUPPORTED, FREE, FREE_ZERO, deepspeed_json, check_overrides.
-"""
+"""DeepSpeed's own configuration: what ours says in its words, and any other of its keys that cannot change the result."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 Three engines with one surface (surface.py): DeepSpeedEngine, which users run, FSDPEngine, which needs torch alone, and
 PlainEngine, a lone process, which is also what the others are tested against. All hold float32 master weights. bf16 is
 autocast around the forward pass.
-Reading order: check_engine, start_engine.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ zero_stage=2 all stay whole from the first micro-batch of a step to the last. In
 backward has used them, unless model.recompute is on.
 
 Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html.
-Reading order: FSDPEngine, check_torch.
 """
 
 from __future__ import annotations

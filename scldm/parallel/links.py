@@ -3,8 +3,6 @@
 The kernel closes it when the process at the other end dies, and its keep-alive finds a host that is gone. So a busy
 interpreter is never taken for a dead one, as a heartbeat of ours would. torch's TCPStore can't stand in for it: the
 store tells nobody whose connection ended, and it listens on every interface.
-
-Reading order: meet, listen, admit, Link.
 """
 
 from __future__ import annotations

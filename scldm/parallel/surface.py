@@ -1,7 +1,4 @@
-"""What all engines show the training loop, and what they share.
-
-Reading order: HardwareConfig, Piece, Engine, Autocast, the optimizer.
-"""
+"""What all engines show the training loop, and what they share."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 The checkpoint is hard-linked into the new folder, or copied where it can't be. No file of a checkpoint ever changes, so
 that neither run depends on the other.
-
-Reading order: Branch, to_begin, begins, named, find, begin.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What training takes of a machine, before there is one: memory of a rank, bytes between ranks, time.
-
-Reading order: Memory, rank_memory, fsdp_memory, plain_memory, sent_bytes, fsdp_sent_bytes.
-"""
+"""What training takes of a machine, before there is one: memory of a rank, bytes between ranks, time."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A checkpoint as other tools, or fewer files, want it.
-
-Reading order: write_weights, Weights, save_files, save_distributed, repartition.
-"""
+"""A checkpoint as other tools, or fewer files, want it."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 All that is known of a run lies in its folder first. A Follower sends what its place lacks of it. For a place of your
 own, subclass Follower, give it `send`, and name it: `tracking.also=mylab.followers:OurTracker`.
-
-Reading order: Follower, follower_named, rows: where they are, writing, reading.
 """
 
 from __future__ import annotations
@@ -78,8 +76,6 @@ def follower_named(name: str) -> type[Follower]:
         )
     return found
 
-
-# --- rows ----------------------------------------------------------------------------------------------------------
 
 _unreadable: set[Path] = set()
 

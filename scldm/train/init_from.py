@@ -1,7 +1,4 @@
-"""Starting from trained weights on other data: genes and labels are joined by name, what is new gets new rows.
-
-Reading order: Joined, vae_from, dit_from, joined_rows.
-"""
+"""Starting from trained weights on other data: genes and labels are joined by name, what is new gets new rows."""
 
 from __future__ import annotations
 

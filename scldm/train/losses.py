@@ -2,7 +2,6 @@
 
 Losses and metrics are sums over a micro-batch's cells, by weight. They are divided by the number of cells in the global
 batch, and added over micro-batches and ranks. So they are means over the global batch whatever the world size.
-Reading order: Draws, Stage, VAEStage, LDMStage.
 """
 
 from __future__ import annotations

@@ -5,8 +5,6 @@
 
 Followers read these files, so the first rank alone talks to MLflow. A row's split is `system`. In a run on several
 nodes it is `system/NODE`, as MLflow names the metrics of nodes.
-
-Reading order: Place, place_of, place_from_environment, Sampler, Machine.
 """
 
 from __future__ import annotations

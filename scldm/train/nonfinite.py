@@ -1,7 +1,7 @@
 """A loss or gradient that is no number: which rank and which cells it came from.
 
 The norm of the gradient is summed over all ranks, so that all know of it without another message, and none of them
-applies the step. Only then is it asked where it came from. Reading order: Culprit, report, find_culprits, told.
+applies the step. Only then is it asked where it came from.
 """
 
 from __future__ import annotations

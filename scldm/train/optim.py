@@ -1,4 +1,4 @@
-"""AdamW and the learning rate. Reading order: OptimConfig, learning_rate, make_optimizer."""
+"""AdamW and the learning rate."""
 
 from __future__ import annotations
 

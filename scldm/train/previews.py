@@ -4,8 +4,6 @@
 
 The first rank makes a preview with the EMA of the weights, while the others wait. It changes nothing of the training:
 random states stay as they were. Where one fails, or two take too long, a line says why, and the run goes on without.
-
-Reading order: Preview, Previews.
 """
 
 from __future__ import annotations

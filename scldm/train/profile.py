@@ -4,8 +4,6 @@
     RUN/profiles/step-N/parts.txt        the parts of a step, and the operations that took most
 
 The parts are what the loop tells the watch over hangs: it marks each as it begins. On a GPU they are NVTX ranges too.
-
-Reading order: StepProfile, part_of, table.
 """
 
 from __future__ import annotations

@@ -8,8 +8,6 @@
 Ranks see a signal at different times, and the first rank alone looks for the files. So each step begins with one
 all-reduce of a few integers over gloo, on the CPU, that is on its way while the step is computed, and ends with its
 result: what any rank knew when it began the step, all know when they end it. A validation pass asks after every batch.
-
-Reading order: Asked, Requests.
 """
 
 from __future__ import annotations

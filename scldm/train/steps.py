@@ -1,7 +1,5 @@
 """The folder of a run's checkpoints: its steps, and which of them `latest` and `best` name. It knows no tensor, so that
 who only looks waits for no package.
-
-Reading order: candidates, point and pointed, retain.
 """
 
 from __future__ import annotations

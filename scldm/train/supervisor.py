@@ -2,7 +2,7 @@
 a profile.
 
 The loop tells it where it is. Once a step, and once a validation batch, all ranks agree on what was asked and on how
-far the checkpoint is: one message carries both. Reading order: Supervisor.
+far the checkpoint is: one message carries both.
 """
 
 from __future__ import annotations

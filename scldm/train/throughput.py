@@ -1,7 +1,4 @@
-"""How fast cells pass and what they cost: the metrics of training between two rows of the log.
-
-Reading order: PEAK_TFLOPS, MEMORY_TB_S, peak_flops, gpu_name, Meter, note_rank.
-"""
+"""How fast cells pass and what they cost: the metrics of training between two rows of the log."""
 
 from __future__ import annotations
 

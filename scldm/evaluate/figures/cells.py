@@ -1,7 +1,4 @@
-"""Single cells: on a map, and by their library size.
-
-Reading order: map, library sizes.
-"""
+"""Single cells: on a map, and by their library size."""
 
 from __future__ import annotations
 
@@ -27,8 +24,6 @@ from scldm.evaluate.figures.looks import (
 
 LIBRARY_ROWS = 40
 POINTS = 400  # cells drawn of a row
-
-# --- map -----------------------------------------------------------------------------------------------------------
 
 
 def umap(evaluation: dict) -> Figure:
@@ -66,9 +61,6 @@ def umap(evaluation: dict) -> Figure:
         ax.spines[["left", "bottom"]].set_color(FAINT)
     axes[0, 0].set(xlabel="UMAP 1", ylabel="UMAP 2")
     return fig
-
-
-# --- library sizes -------------------------------------------------------------------------------------------------
 
 
 def library_groups(evaluation: dict) -> dict[str, list[str]]:

@@ -1,7 +1,4 @@
-"""Loss curves of the training runs, and all that one or two of them logged.
-
-Reading order: Panel, loss_curves; run_panels, run_curves.
-"""
+"""Loss curves of the training runs, and all that one or two of them logged."""
 
 from __future__ import annotations
 

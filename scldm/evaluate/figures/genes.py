@@ -1,7 +1,4 @@
-"""Genes: markers that tell labels apart, and every gene's moments.
-
-Reading order: markers, moments.
-"""
+"""Genes: markers that tell labels apart, and every gene's moments."""
 
 from __future__ import annotations
 

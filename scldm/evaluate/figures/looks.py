@@ -5,7 +5,6 @@ model, grey are the baselines. The colours are Okabe and Ito's and Tol's "muted"
 readers. A shape or a word says it again.
 
 Labels and gene names are text: `style` turns mathematical notation off, and `label` replaces what a font can't draw.
-Reading order: colours, style, text, looks of labels.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What a preview draws in a training: genes of held-out cells beside what the model makes of them, and a map.
-
-Reading order: reconstruction, generation, the panels.
-"""
+"""What a preview draws in a training: genes of held-out cells beside what the model makes of them, and a map."""
 
 from __future__ import annotations
 
@@ -48,9 +45,6 @@ def generation(
     _genes(list(axes[0]), real, made, metrics, "generated cells")
     _map(list(axes[1]), map_name, places)
     return fig
-
-
-# --- panels --------------------------------------------------------------------------------------------------------
 
 
 def _genes(axes: Sequence[Axes], real: Moments, made: Moments, metrics: Mapping[str, float], words: str) -> None:

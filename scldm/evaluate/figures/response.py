@@ -13,8 +13,6 @@ from scldm.evaluate.response import FIGURE_GENES
 PANELS = 12
 MOST_COLUMNS = 4
 
-# --- what there is to draw -----------------------------------------------------------------------------------------
-
 
 def drawn_responses(evaluation: dict) -> dict[str, dict]:
     """condition -> its response, where some contrast had enough cells."""
@@ -40,9 +38,6 @@ def beside_ceiling(title: str, score: dict, interval: bool = False) -> str:
     reach = f" [{number(score['low'], 2)}, {number(score['high'], 2)}]" if interval and "low" in score else ""
     real = "" if score["ceiling"] is None else f" (real {number(score['ceiling'], 2)})"
     return f"{title} {number(score['value'], 2)}{reach}{real}"
-
-
-# --- figure --------------------------------------------------------------------------------------------------------
 
 
 def responses(evaluation: dict) -> Figure:

@@ -1,7 +1,4 @@
-"""Where generated cells stand: between the floor and the baselines, all together and combination by combination.
-
-Reading order: what there is to draw, scores, heat map.
-"""
+"""Where generated cells stand: between the floor and the baselines, all together and combination by combination."""
 
 from __future__ import annotations
 
