@@ -394,9 +394,6 @@ def _type_name(kind: Any) -> str:
     return str(kind).replace("typing.", "") if typing.get_origin(kind) else getattr(kind, "__name__", str(kind))
 
 
-MOST_FIRST = 10  # keys that a help shows before the others
-
-
 def help_text(
     command: str,
     purpose: str,

@@ -1,4 +1,4 @@
-"""A user's own cells as a model takes them: checked, read in batches, and with what is kept of them beside the counts."""
+"""A user's own cells as a model takes them: checked, read in batches, with what is kept of them beside the counts."""
 
 from __future__ import annotations
 

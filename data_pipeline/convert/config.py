@@ -1,4 +1,4 @@
-"""What `scldm shards write` is asked for. It imports no package that takes long, so that what is wrong is said at once."""
+"""What `scldm shards write` is asked for. It imports no package that takes long: what is wrong is said at once."""
 
 from __future__ import annotations
 

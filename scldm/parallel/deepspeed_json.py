@@ -1,4 +1,4 @@
-"""DeepSpeed's own configuration: what ours says in its words, and any other of its keys that cannot change the result."""
+"""DeepSpeed's own configuration: what ours says in its words, and any other key that can't change the result."""
 
 from __future__ import annotations
 
