@@ -268,7 +268,7 @@ def vae_work(
     size_B = given.counts_BS.sum(1).float()
     return Work(
         lambda: VAEStage(VAE(model, n_genes)),
-        CellBatch(given, given, size_B, size_B, **_identities(n_cells)),
+        CellBatch(given, given, size_B, library_size_all_B=size_B, **_identities(n_cells)),
         optim,
         lambda: vae_step(model, n_genes, n_cells, n_given, n_given, (per_cell, per_cell), bf16=True),
         lambda: 3 * sum(vae_flops(model, n_cells, n_given, n_given).values()),

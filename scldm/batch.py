@@ -11,15 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
+class Moved:
+    """What is sent to a device with every tensor that it has."""
+
+    def to(self, device: torch.device | str) -> Self:
+        return _to(self, device)
+
+
 @dataclass(frozen=True)
-class GeneCounts:
+class GeneCounts(Moved):
     """Raw counts of a set of genes.
 
     gene_ids: vocabulary indices, int64. (S,) where the cells share one set, (B, S) where each has its own.
@@ -37,17 +44,11 @@ class GeneCounts:
         """True where a gene stands, False at padding. The shape is that of `gene_ids`."""
         return self.gene_ids != 0
 
-    def to(self, device: torch.device | str) -> GeneCounts:
-        return _to(self, device)
 
+@dataclass(frozen=True, kw_only=True)
+class _Cells:
+    """What every micro-batch says of its cells.
 
-@dataclass(frozen=True)
-class CellBatch:
-    """A micro-batch of cells as a loader yields it and the VAE's loss takes it.
-
-    given: what the encoder sees
-    asked: what the decoder is asked for and the likelihood judges
-    library_size_B: total counts over the asked genes (padding excluded), float32
     library_size_all_B: total counts over all genes of the vocabulary, float32
     weight_B: 1.0, or 0.0 for the copies that fill up an epoch's last global batch
     conditions: condition name -> label ids (B,), int64
@@ -56,9 +57,6 @@ class CellBatch:
     n_cells: real cells in the whole global batch: sums of losses are divided by it
     """
 
-    given: GeneCounts
-    asked: GeneCounts
-    library_size_B: Tensor
     library_size_all_B: Tensor
     weight_B: Tensor
     conditions: dict[str, Tensor]
@@ -69,12 +67,23 @@ class CellBatch:
     def __len__(self) -> int:
         return self.weight_B.shape[0]  # len() of a tensor costs ten times as much
 
-    def to(self, device: torch.device | str) -> CellBatch:
-        return _to(self, device)
+
+@dataclass(frozen=True)
+class CellBatch(_Cells, Moved):
+    """A micro-batch of cells as a loader yields it and the VAE's loss takes it.
+
+    given: what the encoder sees
+    asked: what the decoder is asked for and the likelihood judges
+    library_size_B: total counts over the asked genes (padding excluded), float32
+    """
+
+    given: GeneCounts
+    asked: GeneCounts
+    library_size_B: Tensor
 
 
 @dataclass(frozen=True)
-class CompactCounts:
+class CompactCounts(Moved):
     """All counts of some cells in CSR as narrow as they come: 3 bytes an expressed gene up to 65,535 genes.
 
     start: (B + 1,) int32, where each cell's genes begin
@@ -106,9 +115,6 @@ class CompactCounts:
         a, c, d, e = (torch.from_numpy(part) for part in (start, counts, large_at, large))
         return cls(a, narrow_ids(gene_ids), c, d, e, table_size)
 
-    def to(self, device: torch.device | str) -> CompactCounts:
-        return _to(self, device)
-
     def dense(self) -> Tensor:
         """Counts of every vocabulary index, (B, table_size) on the device where the parts lie. Column 0, padding, is 0.
         The dtype of `large`: one for all batches of a set."""
@@ -124,36 +130,24 @@ class CompactCounts:
 
 
 @dataclass(frozen=True)
-class CompactCellBatch:
+class CompactCellBatch(_Cells):
     """A CellBatch before its gene sets were gathered: `to(device)` sends this and gathers there, giving the CellBatch.
 
     csr: all counts of the cells
     given_ids, asked_ids: the gene sets, (S,) or (B, S), any integer dtype, int16 as `narrow_ids` gives it. The same
         tensor where the sets are the same
-    The other fields are CellBatch's.
     """
 
     csr: CompactCounts
     given_ids: Tensor
     asked_ids: Tensor
-    library_size_all_B: Tensor
-    weight_B: Tensor
-    conditions: dict[str, Tensor]
-    cell_ids_B2: Tensor
-    positions_B: Tensor
-    n_cells: int
-
-    def __len__(self) -> int:
-        return self.weight_B.shape[0]  # len() of a tensor costs ten times as much
 
     def to(self, device: torch.device | str) -> CellBatch:
         moved = _to(self, device)
         dense = moved.csr.dense()
         given = _gathered(dense, moved.given_ids, _padded(self.given_ids))
         asked = given if moved.asked_ids is moved.given_ids else _gathered(dense, moved.asked_ids, True)
-        rest = {
-            f.name: getattr(moved, f.name) for f in fields(moved) if f.name not in ("csr", "given_ids", "asked_ids")
-        }
+        rest = {f.name: getattr(moved, f.name) for f in fields(_Cells)}
         return CellBatch(given=given, asked=asked, library_size_B=asked.counts_BS.sum(1).float(), **rest)
 
 
@@ -180,31 +174,18 @@ def _wide_ids(ids: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class LatentBatch:
+class LatentBatch(_Cells, Moved):
     """A micro-batch of encoded cells, for stage 2.
 
     latent_BLZ: posterior means, float32
-    The other fields are CellBatch's.
     """
 
     latent_BLZ: Tensor
-    library_size_all_B: Tensor
-    weight_B: Tensor
-    conditions: dict[str, Tensor]
-    cell_ids_B2: Tensor
-    positions_B: Tensor
-    n_cells: int
-
-    def __len__(self) -> int:
-        return self.weight_B.shape[0]  # len() of a tensor costs ten times as much
-
-    def to(self, device: torch.device | str) -> LatentBatch:
-        return _to(self, device)
 
 
 # --- moving batches --------------------------------------------------------------------------------------------------
 
-Batch = TypeVar("Batch", GeneCounts, CellBatch, CompactCellBatch, CompactCounts, LatentBatch)
+Batch = TypeVar("Batch")
 
 
 def pinned(batch: Batch) -> Batch:

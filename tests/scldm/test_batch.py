@@ -21,8 +21,9 @@ def compact(counts, given, asked, n_genes, dtype: type = np.uint16):
     )
     n = len(counts)
     return CompactCellBatch(
-        csr, given, asked, torch.tensor(counts.sum(1)).float(), torch.ones(n), {"type": torch.arange(n)},
-        torch.zeros(n, 2, dtype=torch.int64), torch.arange(n), n,
+        csr, given, asked, library_size_all_B=torch.tensor(counts.sum(1)).float(), weight_B=torch.ones(n),
+        conditions={"type": torch.arange(n)}, cell_ids_B2=torch.zeros(n, 2, dtype=torch.int64),
+        positions_B=torch.arange(n), n_cells=n,
     )  # fmt: skip
 
 
@@ -62,7 +63,7 @@ def test_what_is_one_tensor_is_moved_once_and_stays_one(monkeypatch):
     given = GeneCounts(ids, torch.tensor([[7, 1, 0]]))
     rest = {name: getattr(small, name) for name in ("weight_B", "conditions", "cell_ids_B2", "positions_B", "n_cells")}
     totals = torch.ones(1)
-    dense = CellBatch(given, given, totals, totals, **rest)
+    dense = CellBatch(given, given, totals, library_size_all_B=totals, **rest)
     moved, to = [], torch.Tensor.to
 
     def counted(tensor, *args, **kwargs):

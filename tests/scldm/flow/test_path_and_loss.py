@@ -85,7 +85,10 @@ def test_tokens_and_continuous_conditions_are_hidden_too() -> None:
         return torch.zeros_like(z)
 
     one, ids = torch.ones(n), torch.arange(n) % 2
-    batch = LatentBatch(torch.zeros(n, L, Z), one, one, {"dose": ids}, torch.zeros(n, 2), torch.arange(n), n)
+    batch = LatentBatch(
+        torch.zeros(n, L, Z), library_size_all_B=one, weight_B=one, conditions={"dose": ids},
+        cell_ids_B2=torch.zeros(n, 2), positions_B=torch.arange(n), n_cells=n,
+    )  # fmt: skip
     draw = Draws(0, 0, batch.positions_B)
     stage.loss(network, batch, draw)
     stage.validation(network, batch, draw)
