@@ -63,19 +63,9 @@ KEEPER = 'trap "" TERM USR1; echo here; cat >/dev/null; rm -rf "${1:?}"/* "$1"'
 LATE_S = 90  # Slurm sends the signal before the time limit up to a minute too soon
 
 
-class End(Exception):
-    """The job is over.
-
-    code: its exit code
-    """
-
-    def __init__(self, code: int) -> None:
-        super().__init__(code)
-        self.code = code
-
-
 def main(words: Sequence[str]) -> int:
-    """The job of a verb's command line; stdin names the signals that Slurm sends. Returns the exit code."""
+    """The job of a verb's command line; stdin names the signals that Slurm sends. Raises: SystemExit with its code, but
+    for words that are refused."""
     for number in (signal.SIGUSR1, signal.SIGTERM):  # ignored until here; a step would inherit that
         signal.signal(number, lambda *_: None)
     try:
@@ -84,17 +74,12 @@ def main(words: Sequence[str]) -> int:
         print(f"scldm: error: {error}", file=sys.stderr)
         return REFUSED
     try:
-        try:
-            job.run()
-        except InputError as error:
-            job.fail(str(error))
-        except Exception as error:
-            if not isinstance(error, End):
-                traceback.print_exc()
-                job.fail(f"{type(error).__name__}: {error}")
-            raise
-    except End as end:
-        return end.code
+        job.run()
+    except InputError as error:
+        job.fail(str(error))
+    except Exception as error:
+        traceback.print_exc()
+        job.fail(f"{type(error).__name__}: {error}")
 
 
 def seconds_until(time_of_slurm: str) -> float:
@@ -178,7 +163,7 @@ class JobSteps:
             self.hosts = self.hosts[:1]
 
     def preflight(self) -> list[str]:
-        """The nodes to run on. Raises: End where there are none."""
+        """The nodes to run on. Raises: SystemExit where there are none."""
         shutil.rmtree(self.notes / CAME, ignore_errors=True)
         report = self.notes / REPORT
         report.unlink(missing_ok=True)
@@ -297,7 +282,7 @@ class JobSteps:
         """Take up the signals that the script wrote down; waits for one so long."""
         if select.select([0], [], [], within_s)[0]:
             if not os.read(0, 4096):
-                raise End(1)  # the script is gone, and with it the job
+                raise SystemExit(1)  # the script is gone, and with it the job
             self.unheard = self.stopping = True
 
     def told_to_stop(self, code: int) -> bool:
@@ -378,7 +363,7 @@ class JobSteps:
                 note_failed(Path(parent))
         for number, name in self.waiting() if code else ():
             self.say(f"job {number} ({name}) depends on this one and will not run")
-        raise End(code)
+        raise SystemExit(code)
 
     def fail(self, why: str, code: int = 1) -> NoReturn:
         self.heed(why)
@@ -415,7 +400,7 @@ class JobSteps:
         for pause_s in (1, 2, 4, 8, 16):  # Slurm's controller may be away for a moment
             told = self.ask()
             if told.get("JobState") == "PENDING" and said:
-                raise End(0)  # it did take the requeue, and could not say so
+                raise SystemExit(0)  # it did take the requeue, and could not say so
             self.end_with(told, f"{why}, at {now}")
             if told.get("Requeue") == "0":
                 self.hand_on(why, now)
@@ -430,7 +415,7 @@ class JobSteps:
                 time.sleep(pause_s)
             else:
                 self.listen(600)  # until Slurm ends it
-                raise End(0)
+                raise SystemExit(0)
         self.end(1, "FAILED", f"stopped by {why}, and Slurm refused the requeue")
 
     def hand_on(self, why: str, now: str) -> NoReturn:
