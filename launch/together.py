@@ -66,10 +66,6 @@ def check_sampler(config: Any) -> None:
     SamplerConfig(**vars(config.sampler))
 
 
-def check_encoded_genes(config: Any) -> None:
-    GeneSetConfig(**vars(config.genes)).check("genes")
-
-
 def check_vae(config: Any) -> None:
     for key in ("given", "asked"):
         GeneSetConfig(**vars(getattr(config.data, key))).check(f"data.{key}")
@@ -85,7 +81,7 @@ def check_ldm(config: Any) -> None:
 TOGETHER: Mapping[str, Sequence[Callable[[Any], object]]] = {
     "train vae": [check_vae],
     "plan": [check_vae],
-    "encode": [check_encoded_genes],
+    "encode": [lambda config: GeneSetConfig(**vars(config.genes)).check("genes")],
     "train ldm": [check_ldm],
     "plan ldm": [check_ldm],
     "export": [check_export],

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -34,7 +35,7 @@ from scldm.parallel.engine import HardwareConfig, check_engine, start_engine
 from scldm.parallel.surface import Engine
 from scldm.parallel.watch import SOONER_S, Watch
 from scldm.pretrained import Pretrained
-from scldm.train.branch import to_begin
+from scldm.train.branch import begins, find
 from scldm.train.changes import CHANGES
 from scldm.train.follower import follower_named
 from scldm.train.init_from import Joined
@@ -158,7 +159,7 @@ def run_training(
             notes = {"attention": str(parts.attention)} if parts.attention else {}
             if diff := git_diff():
                 notes["diff"] = f"{DIFFS}/{hashlib.sha256(diff.encode()).hexdigest()[:12]}.diff"
-            branch = to_begin(config.branch_from, run_dir)
+            branch = find(config.branch_from) if begins(config.branch_from, run_dir) else None
             if branch is not None:
                 check_data(branch.checkpoint, data_of(parts.manifest), f"branch_from={branch}")
             check_data(run_dir, data_of(parts.manifest), str(run_dir))  # before anything there is written
@@ -182,7 +183,7 @@ def run_training(
                     keep_joined(run_dir, config.init_from, parts.joined)
         world.barrier()  # no rank goes on where the first refuses
         watch.folder = run_dir
-        make = make_optimizer_of(config.optim)
+        make = partial(make_optimizer, config.optim)
         engine = start_engine(
             parts.module, make, config.hardware, config.optim.clip, world, config.train.global_batch, config.deepspeed
         )
@@ -195,7 +196,8 @@ def run_training(
         place = place_of(hosts, world.rank)
         told: dict[str, Any] = {"stage": name, "params": as_dict, "place": place}
         if world.is_first and config.tracking.enabled:
-            told["datasets"] = datasets_of(as_dict)
+            shards = as_dict.get("data", {}).get("shards", "")
+            told["datasets"] = [dataset_of(shards, "training")] if shards else []
             told["tags"] = {"branch_from": config.branch_from} if config.branch_from else {}
             if place.node and "SLURM_JOB_NODELIST" not in os.environ:
                 told["tags"]["hosts"] = ",".join(dict.fromkeys(hosts))
@@ -297,12 +299,6 @@ def planned(stage: str, run_dir: Path, machine: Mapping[str, Any]) -> Iterator[N
                     print(f"scldm: no {PLAN}: the run ended before it was made", file=sys.stderr, flush=True)
 
 
-def datasets_of(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The shard set that a run is trained on, for MLflow, with its manifest as it lies there."""
-    shards = config.get("data", {}).get("shards", "")
-    return [dataset_of(shards, "training")] if shards else []
-
-
 def tag_checkpoints(tracker: Tracker, run_dir: Path) -> None:
     """Where the checkpoints lie: MLflow gets no copies."""
     of = {which: pointed(run_dir.resolve() / "checkpoints" / which) for which in ("latest", "best")}
@@ -359,10 +355,6 @@ def keep_joined(run_dir: Path, model: str, joined: Sequence[Joined]) -> None:
     for table in joined:
         print(f"init_from {model}: {table}")
     write_json(run_dir / "init_from.json", {"model": model, **{table.what: table.to_json() for table in joined}})
-
-
-def make_optimizer_of(optim: OptimConfig) -> Callable[[torch.nn.Module], torch.optim.Optimizer]:
-    return lambda module: make_optimizer(optim, module)
 
 
 def check_has_validation(manifest: Manifest, shards: str) -> None:

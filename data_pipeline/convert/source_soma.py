@@ -50,7 +50,8 @@ def open_collection(uri: str, census_version: str) -> Any:
 
             return cellxgene_census.open_soma(census_version=census_version, tiledb_config=TILEDB)
     with explained(f"source.paths: {uri} can't be opened"):  # a Census too: cellxgene_census would send no credentials
-        return tiledbsoma.open(_absolute(uri), context=context())
+        absolute = uri if "://" in uri else str(Path(uri).absolute())  # TileDB finds nothing at `./atlas`
+        return tiledbsoma.open(absolute, context=context())
 
 
 @contextmanager
@@ -65,11 +66,6 @@ def explained(what: str) -> Iterator[None]:
         why = re.sub(r"\s*\[(Error Type|Remote IP|Request ID|Headers): [^\]]*\]", "", why)
         failed = re.search(r"HTTP Response Code: (5..|-1)|curlCode", why)
         raise (Busy if failed else InputError)(f"{what}: {why}") from None
-
-
-def _absolute(uri: str) -> str:
-    """TileDB takes `./atlas` for a URI without a scheme and finds nothing there."""
-    return uri if "://" in uri else str(Path(uri).absolute())
 
 
 def census_release(version: str) -> str:

@@ -59,7 +59,8 @@ class ShardSet:
         fs, root = fsspec.core.url_to_fs(self.url)
         self.fs, self.root = fs, str(root).rstrip("/")
         self.local = isinstance(fs, LocalFileSystem)
-        self.manifest = self._read_manifest()
+        text = self._tried(f"{self.url}/{schema.MANIFEST}", lambda: schema.manifest_text(self.url))
+        self.manifest = schema.parsed_manifest(self.url, text)
         self.hash = manifest_hash(self.manifest)
         self.files = _OpenFiles(OPEN_FILES)
         self.cache: _BlockCache | None = None
@@ -83,10 +84,6 @@ class ShardSet:
             path = self.cache_root / "blocks.bin"
             with _cache_explained(cache_folder):
                 self.cache = _BlockCache(self.files, path, self.blocks["length"], cache_bytes)
-
-    def _read_manifest(self) -> Manifest:
-        text = self._tried(f"{self.url}/{schema.MANIFEST}", lambda: schema.manifest_text(self.url))
-        return schema.parsed_manifest(self.url, text)
 
     def _check_index(self) -> None:
         """The block index fits the manifest, and every shard is there by name. Sizes are checked when one is opened."""

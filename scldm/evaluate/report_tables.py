@@ -162,18 +162,14 @@ def groups_table(e: dict, tables: Mapping[str, Mapping[str, dict]], sizes: Mappi
     pairs = [head for _ in main for head in (Head("generated", kind="edge"), Head("floor"))]
     rows = []
     for name, table in tables.items():
-        cells = [name_cell(e, name), count(sizes[name])]
+        unseen = e["cells"]["by_combination"].get(name, {}).get("unseen")
+        cells = [Cell(name, "unseen" if unseen else "", kind="name"), count(sizes[name])]
         for m in main:
             row = table[m]
             score, floor, *_ = row_texts(row)
             cells += [_with_reach(*score, row["score"], "generated edge"), _with_reach(*floor, row["floor"]["mean"])]
         rows.append(cells)
     return Table([top, [Head(title), Head("cells"), *pairs]], [("", rows)])
-
-
-def name_cell(e: dict, name: str) -> Cell:
-    of = e["cells"]["by_combination"].get(name, {})
-    return Cell(name, "unseen" if of.get("unseen") else "", kind="name")
 
 
 def cells_table(e: dict) -> Table:

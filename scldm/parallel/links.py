@@ -38,7 +38,9 @@ def meet(world: World) -> tuple[list[str], dict[int, Link]]:
     Raises: OSError where the first rank can't listen, or another can't reach it.
     """
     host = socket.gethostname()
-    seen = world.gather((host, f"{host}, process {os.getpid()}", _addresses_of_first()))
+    of_first = socket.getaddrinfo(os.environ["MASTER_ADDR"], None, type=socket.SOCK_STREAM)
+    addresses = [str(address[0]) for *_, address in of_first]
+    seen = world.gather((host, f"{host}, process {os.getpid()}", addresses))
     server = listen([(host, addresses) for host, _, addresses in seen]) if world.is_first else None
     address, token = world.of_first(server and (server.getsockname()[:2], secrets.token_bytes(TOKEN)))
     if server is not None:
@@ -64,11 +66,6 @@ def listen(seen: list[tuple[str, list[str]]]) -> socket.socket:
         with contextlib.suppress(OSError):
             return socket.create_server((address, 0), family=family, backlog=len(seen) + STRANGERS)
     raise OSError(f"MASTER_ADDR must be rank 0's host, {own_host}. Its addresses {candidates} are not of this host")
-
-
-def _addresses_of_first() -> list[str]:
-    found = socket.getaddrinfo(os.environ["MASTER_ADDR"], None, type=socket.SOCK_STREAM)
-    return [str(address[0]) for *_, address in found]
 
 
 def admit(server: socket.socket, token: bytes, n: int, within_s: float = MEET_S) -> dict[int, Link]:

@@ -40,11 +40,6 @@ class Branch:
         return f"{self.run}@{self.step}"
 
 
-def to_begin(text: str, run_dir: Path) -> Branch | None:
-    """The branch that `branch_from` asks for. None where there is none to begin. Errors as for `begins` and `find`."""
-    return find(text) if begins(text, run_dir) else None
-
-
 def begins(text: str, run_dir: Path) -> bool:
     """Whether a run begins as a branch: else it resumes, or is none. Raises: InputError for a folder of another run."""
     known = next((entry for entry in changes.read(run_dir) if "branched_from" in entry), None)

@@ -137,10 +137,6 @@ def place(row: dict) -> float | None:
     return row["normalised"][min(told, key=lambda key: abs(row["baselines"][key]["mean"] - row["floor"]["mean"]))]
 
 
-def place_text(value: float) -> str:
-    return number(value, 2 if abs(value) < 1 else 1 if abs(value) < 10 else 0)
-
-
 def heat_map(evaluation: dict) -> Figure:
     """Combinations by metrics: `place`, as a number on its colour."""
     main, further = ordered_metrics(evaluation)
@@ -157,7 +153,7 @@ def heat_map(evaluation: dict) -> Figure:
     image = ax.imshow(values, aspect="auto", cmap=shades, norm=scale)
     for i, row in enumerate(found):
         for j, p in enumerate(row):
-            text = "\N{EN DASH}" if p is None else place_text(p)
+            text = "\N{EN DASH}" if p is None else number(p, 2 if abs(p) < 1 else 1 if abs(p) < 10 else 0)
             dark = p is not None and np.dot(shades(scale(p))[:3], [0.299, 0.587, 0.114]) < 0.55
             ax.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if dark else INK)
     for gap in range(1, len(rows)):
