@@ -20,18 +20,7 @@ from typing import Any, Literal
 from data_pipeline.convert.open import ANYWHERE, named
 from launch.planned import needs_shards
 from launch.together import WRITES, moves_of, no_table
-from scldm.cells_opened import (
-    check_columns,
-    check_key,
-    check_out,
-    column_names,
-    frame_of,
-    is_zarr,
-    layer_in,
-    no_column,
-    open_cells,
-    reading,
-)
+from scldm import cells_opened
 from scldm.errors import InputError, read_json
 from scldm.files import check_new, check_writable
 from scldm.model_files import check_names
@@ -67,7 +56,9 @@ MOST_ROWS = 10_000  # of a table of conditions that are looked at here: they tak
 def check_inputs(verb: str, config: Any) -> None:
     """config: of the verb, or one of its keys' kinds. Raises: InputError for what is not there, or can't be written."""
     if verb in WRITES:
-        check_out(config.out, WRITES[verb], **{key: getattr(config, key, "") for key in ("h5ad", "like", "conditions")})
+        cells_opened.check_out(
+            config.out, WRITES[verb], **{key: getattr(config, key, "") for key in ("h5ad", "like", "conditions")}
+        )
     elif verb not in PLANS:
         check_made(verb, config)
     for key, (file, said) in INPUTS.items():
@@ -115,10 +106,10 @@ def _at(config: Any, dotted_key: str) -> Any:
 @contextmanager
 def file_at(path: str) -> Iterator[Any]:
     """An h5ad file. None for what other packages open: zarr and SOMA."""
-    if path.rstrip("/").endswith(".soma") or is_zarr(path):
+    if path.rstrip("/").endswith(".soma") or cells_opened.is_zarr(path):
         yield None
         return
-    with open_cells(path) as file, reading(path):
+    with cells_opened.open_cells(path) as file, cells_opened.reading(path):
         yield file
 
 
@@ -130,12 +121,14 @@ def check_has(path: str, columns: Iterable[str], layer: str = "", key: str = "la
     with file_at(path) as file:
         if file is None:
             return
-        check_columns(frame_of(file, "obs", path), columns, path)
+        cells_opened.check_columns(cells_opened.frame_of(file, "obs", path), columns, path)
         if layer:
-            layer_in(file, layer, path, key)
-        frames = [frame_of(file, name, path) for name in ("var", "raw/var") if gene_column and name in file]
+            cells_opened.layer_in(file, layer, path, key)
+        frames = [
+            cells_opened.frame_of(file, name, path) for name in ("var", "raw/var") if gene_column and name in file
+        ]
         if frames and not any(gene_column in frame for frame in frames):  # which of them, its counts say
-            raise no_column(path, gene_column, column_names(frames[0]), "var")
+            raise cells_opened.no_column(path, gene_column, cells_opened.column_names(frames[0]), "var")
 
 
 def check_has_labels(path: str, columns: Iterable[tuple[str, str]]) -> None:
@@ -145,10 +138,10 @@ def check_has_labels(path: str, columns: Iterable[tuple[str, str]]) -> None:
     with file_at(path) as file:
         if file is None:
             return
-        obs = frame_of(file, "obs", path)
+        obs = cells_opened.frame_of(file, "obs", path)
         for key, column in columns:
             if column and column not in obs:
-                raise obs_lacks(column, path, key, column_names(obs))
+                raise obs_lacks(column, path, key, cells_opened.column_names(obs))
 
 
 def check_sources(config: Any) -> None:
@@ -173,7 +166,7 @@ def check_evaluated(config: Any) -> None:
         check_has_labels(config.embedding, [("label", config.label), ("held_out_by", config.held_out_by)])
         with file_at(config.embedding) as file:
             if file is not None:
-                check_key(file, config.key, config.embedding)
+                cells_opened.check_key(file, config.key, config.embedding)
     if config.generated:
         check_has_labels(config.generated, conditions)
         model = model_at(config)[1] if config.model else {}

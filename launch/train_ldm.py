@@ -19,21 +19,12 @@ import torch
 from data_pipeline.format.schema import Manifest
 from data_pipeline.stream.gene_set_config import GeneSetConfig, as_whole_cells
 from data_pipeline.stream.loader import CellLoader, LatentLoader, LoaderConfig, StreamConfig
+from launch import training
 from launch.evaluation.gate import gate_of, warn
 from launch.evaluation.preview import Trained, of_ldm
 from launch.run_data import EncodedFrom, check_encodes, data_of, encoded_from, library_sizes_of
 from launch.staged import at_hand
 from launch.trained import check_given, trained_vae
-from launch.training import (
-    Parts,
-    check_changes,
-    check_has_validation,
-    check_waits,
-    has_started,
-    run_training,
-    start_of,
-    whole_cells,
-)
 from scldm.batch import GeneCounts
 from scldm.checked import Checked
 from scldm.errors import InputError
@@ -109,8 +100,8 @@ class TrainLDMConfig(Checked):
             raise InputError(
                 f"given.policy={self.given.policy} has no effect on latents. With vae=RUN cells are encoded"
             )
-        check_waits(self)
-        check_changes(self)
+        training.check_waits(self)
+        training.check_changes(self)
 
 
 CONFIG = TrainLDMConfig
@@ -122,10 +113,10 @@ FIRST = (
 
 def main(config: TrainLDMConfig) -> dict[str, float]:
     """Train. Returns the last validation metrics."""
-    return run_training("train ldm", config, lambda world: set_up(config, world))
+    return training.run_training("train ldm", config, lambda world: set_up(config, world))
 
 
-def set_up(config: TrainLDMConfig, world: World) -> Parts:
+def set_up(config: TrainLDMConfig, world: World) -> training.Parts:
     as_given, config = config, at_hand(config)  # a copy that a job staged has the cells alone
     source = cells(config, world) if config.vae else latents(config, world)
     if world.is_first:
@@ -146,7 +137,7 @@ def set_up(config: TrainLDMConfig, world: World) -> Parts:
     if config.model.library_size:
         of_all = library_sizes_of(manifest).of(pd.DataFrame(index=range(1)))
         module.size.log_moments.copy_(torch.tensor([of_all.log_mean_n[0], max(of_all.log_std_n[0], MIN_STD)]))
-    trained, joined = start_of(config), ()
+    trained, joined = training.start_of(config), ()
     if trained is not None:
         if trained.dit is None:
             raise InputError(f"init_from={config.init_from} holds an autoencoder alone. It can start `scldm train vae`")
@@ -160,7 +151,7 @@ def set_up(config: TrainLDMConfig, world: World) -> Parts:
     module.latent_mean_LZ.copy_(source.mean_LZ)
     module.latent_std_LZ.copy_(source.std_LZ.clamp_min(MIN_STD))
     stage = LDMStage(module, config.guidance, config.flow, source.encode)
-    if not has_started(config):  # else they are in its checkpoint
+    if not training.has_started(config):  # else they are in its checkpoint
         fit_means(stage, source.alone(config.hardware.micro_batch), world)
 
     def cost() -> StepCost:
@@ -168,7 +159,7 @@ def set_up(config: TrainLDMConfig, world: World) -> Parts:
         return dit_step(config.model, n_latents, latent_width, {}, n_cells, bf16=bf16)
 
     preview = preview_of(as_given, module, manifest, world) if world.is_first and config.train.preview_share else None
-    return Parts(module, stage, source.loader, source.validation, manifest, joined, cost, preview=preview)
+    return training.Parts(module, stage, source.loader, source.validation, manifest, joined, cost, preview=preview)
 
 
 def preview_of(config: TrainLDMConfig, module: DiT, manifest: Manifest, world: World) -> Make | None:
@@ -215,7 +206,7 @@ def place(config: TrainLDMConfig, world: World) -> dict[str, Any]:
 def latents(config: TrainLDMConfig, world: World) -> Source:
     """A latent set, in which every cell was encoded once from all its genes."""
     loader = LatentLoader(config.data, split="train", **place(config, world))
-    check_has_validation(loader.manifest, config.data.shards)
+    training.check_has_validation(loader.manifest, config.data.shards)
     every, most_cells = replace(config.data, balance=[]), config.train.validation_cells
     validation = LatentLoader(every, split="validation", most_cells=most_cells, **place(config, world))
     extra = loader.manifest.extra
@@ -233,12 +224,12 @@ def cells(config: TrainLDMConfig, world: World) -> Source:
     vae = vae.to(world.device)
     stream = {f.name: getattr(config.data, f.name) for f in fields(StreamConfig)}
     loader = CellLoader(LoaderConfig(**stream, given=config.given), split="train", **place(config, world))
-    check_has_validation(loader.manifest, config.data.shards)
+    training.check_has_validation(loader.manifest, config.data.shards)
     check_encodes(Path(config.vae), data_of(loader.manifest), f"data.shards={config.data.shards}", world.is_first)
     check_given(config.given, Path(config.vae), "given", world)
     whole = LoaderConfig(**{**stream, "balance": []}, given=as_whole_cells(config.given))
     n_genes = loader.vocab.n_genes
-    batch = whole_cells(config.hardware.micro_batch, config.given.of(n_genes).n_genes or n_genes, n_genes)
+    batch = training.whole_cells(config.hardware.micro_batch, config.given.of(n_genes).n_genes or n_genes, n_genes)
     of_pass = {"micro_batch": batch, "most_cells": config.train.validation_cells}
     validation = CellLoader(whole, split="validation", **{**place(config, world), **of_pass})
 

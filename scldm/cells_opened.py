@@ -7,7 +7,7 @@ Reading order: open_cells, reading, frame_of, column_names, check_columns, layer
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def _is_mtx(path: str | Path) -> bool:
     return any(Path(path).glob("*matrix.mtx*")) if Path(path).is_dir() else ".mtx" in Path(path).suffixes
 
 
-class ZarrFile:
+class ZarrFile(AbstractContextManager["ZarrFile"]):
     """A zarr group that is opened, read and closed as an h5py.File."""
 
     def __init__(self, group: Any, path: str | Path) -> None:
@@ -50,9 +50,6 @@ class ZarrFile:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.group)
-
-    def __enter__(self) -> ZarrFile:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -144,7 +144,7 @@ class Networks:
         """The same model on another device. Its networks are moved, not copied."""
         return replace(self, vae=self.vae.to(device), dit=self.dit and self.dit.to(device))
 
-    def _computing(self) -> torch.autocast:
+    def computing(self) -> torch.autocast:
         """Within, the networks compute in `precision`."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
@@ -212,7 +212,7 @@ class Networks:
                 of_base = {name: torch.from_numpy(ids) for name, ids in wanted.base_ids_of(batch).items()}
             size_n = wanted.library_size(batch)
             size_B, told_B = (self._here(n.astype(np.float32)) for n in (size_n, wanted.told_size(batch, size_n)))
-            with self._computing():
+            with self.computing():
                 base = of_base, self._here(wanted.way_of(batch))
                 drawn = generate_latents(self._dit(), of_batch, numbers_B, wanted.seed, sampler, base, told_B)
             own = slice(max(rows.start - first, 0), rows.stop - first)
@@ -227,7 +227,7 @@ class Networks:
     ) -> sp.csr_matrix:
         """Generated latents as what is written of them, (B, Q)."""
         all_genes_G = torch.arange(1, self.genes.n_genes + 1, device=self.device)
-        with self._computing():
+        with self.computing():
             predicted = self.vae.decode(self.vae.normalised(latent_BLZ), all_genes_G).take(columns_Q)
         return written(predicted, kind, library_size_B, draws.keys(seed, "counts", numbers_B, all_genes_G[columns_Q]))
 

@@ -19,19 +19,8 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from scldm import arguments as check
 from scldm import draws
-from scldm.arguments import (
-    folder_of,
-    label_of,
-    mapping_of,
-    names_of,
-    number_of,
-    numbers_of,
-    one_of,
-    seed_of,
-    text_of,
-    whole_of,
-)
 from scldm.batch import GeneCounts
 from scldm.cells_file import storable
 from scldm.count_matrix import check_adata, count_matrix, table_in_memory
@@ -84,11 +73,11 @@ def load(
 
     Raises: InputError for a folder that is not one, is damaged, or of an unknown version.
     """
-    folder = folder_of("folder", folder)
+    folder = check.folder_of("folder", folder)
     usable(device)
-    batch = None if batch is None else whole_of("batch", batch)
-    one_of("precision", precision, Precision)
-    min_gene_share = number_of("min_gene_share", min_gene_share, 0, 1)
+    batch = None if batch is None else check.whole_of("batch", batch)
+    check.one_of("precision", precision, Precision)
+    min_gene_share = check.number_of("min_gene_share", min_gene_share, 0, 1)
     stored = read_config(folder)
     genes = GeneVocab.load(folder / "genes.json")
     conditions = ConditionVocab.load(folder / "conditions.json")
@@ -132,7 +121,7 @@ class Pretrained(Networks):
 
     def save(self, folder: str | Path) -> None:
         """Write the model as a folder that `scldm.load` reads. A model that is there is replaced."""
-        folder = folder_of("folder", folder)
+        folder = check.folder_of("folder", folder)
         if folder.exists() and not (folder / "config.json").is_file() and any(folder.iterdir()):
             raise InputError(f"folder={folder} is not empty and not a model folder. Choose another")
         rows = {stage: json.loads(str(table.to_json(orient="records"))) for stage, table in self.history.items()}
@@ -158,10 +147,10 @@ class Pretrained(Networks):
 
         Raises: InputError for counts that are none, or no gene in common.
         """
-        one_of("pool", pool, Pool)
+        check.one_of("pool", pool, Pool)
         check_adata(adata)
         if key_added is not None:
-            text_of("key_added", key_added, "X_scldm")
+            check.text_of("key_added", key_added, "X_scldm")
         if key_added is not None and adata.is_view:
             raise InputError(f"key_added={key_added!r}: adata is a view, which can't be added to. Give adata.copy()")
         given, given_ids = self._given(adata, layer)
@@ -169,7 +158,7 @@ class Pretrained(Networks):
         encode = encoder_of(self.vae, given_ids, given.share_S)
         width = self.vae.config.latent_width * (1 if pool == "mean" else self.vae.config.n_latents)
         out = np.empty((adata.n_obs, width), np.float32)
-        with Progress("embed", adata.n_obs, "cells") as bar, torch.no_grad(), self._computing():
+        with Progress("embed", adata.n_obs, "cells") as bar, torch.no_grad(), self.computing():
             for rows, counts_BS in given.batches(self.batch):
                 latent_BLZ = encode(self._here(counts_BS)).mean_BLZ.float()
                 out[rows] = (latent_BLZ.mean(1) if pool == "mean" else latent_BLZ.flatten(1)).cpu().numpy()
@@ -201,7 +190,7 @@ class Pretrained(Networks):
         var, at = var_of(self, adata, asked_ids.cpu().numpy())
         encode = encoder_of(self.vae, given_ids, given.share_S)
         expected, log_likelihood = np.empty((adata.n_obs, len(asked_ids)), np.float32), []
-        with Progress("reconstruct", adata.n_obs, "cells") as bar, torch.no_grad(), self._computing():
+        with Progress("reconstruct", adata.n_obs, "cells") as bar, torch.no_grad(), self.computing():
             for rows, counts_BS in given.batches(self.batch):
                 cells = GeneCounts(given_ids, self._here(counts_BS))
                 latent_BLZ = encode(cells.counts_BS).mean_BLZ
@@ -269,21 +258,21 @@ class Pretrained(Networks):
         Raises: InputError as `embed`, for unknown conditions and labels, and for SDE samplers.
         """
         sampler, dit = _sampler(sampler), self._dit()
-        one_of("kind", kind, Kind)
-        seed = seed_of(seed)
-        to = mapping_of("to", to, '{"treatment": "stim"}')
+        check.one_of("kind", kind, Kind)
+        seed = check.seed_of(seed)
+        to = check.mapping_of("to", to, '{"treatment": "stim"}')
         to = {
-            name: known_label(label_of(f"to: {name}", label), self.conditions.labels.get(name, ()))
+            name: known_label(check.label_of(f"to: {name}", label), self.conditions.labels.get(name, ()))
             for name, label in to.items()
         }
         check_adata(adata)
         obs = storable(table_in_memory(adata.obs))
         own = tuple(name for name in self.conditions.names if name in obs)
-        by = own if by is None else names_of("by", by, "columns of obs", '["cell_type", "treatment"]')
+        by = own if by is None else check.names_of("by", by, "columns of obs", '["cell_type", "treatment"]')
         moves = asked.own_and_other(dit, self.conditions, obs, by, to, sampler, self.missing)
         for of in (moves.own, moves.by_flow):
             asked.check_sampler(dit, of, sampler, self.origin)
-        alphas = numbers_of("alphas", alphas, 0, 1)
+        alphas = check.numbers_of("alphas", alphas, 0, 1)
         given, given_ids = self._given(adata, layer)
         asked_ids = given_ids if genes is None else self._here(self.columns(genes) + 1)
         for note in (given.match, *moves.notes):
@@ -298,7 +287,7 @@ class Pretrained(Networks):
         n_evaluations = torch.zeros((), dtype=torch.int64, device=self.device)
         n_far = torch.zeros_like(n_evaluations)
         parts: list[list[sp.csr_matrix]] = [[] for _ in alphas]
-        with Progress("transform", adata.n_obs * len(alphas), "cells") as bar, self._computing():
+        with Progress("transform", adata.n_obs * len(alphas), "cells") as bar, self.computing():
             for rows, counts_BS in given.batches(self.batch):
                 dense_BS = self._here(counts_BS)
                 latent_BLZ = encode(dense_BS).mean_BLZ
@@ -379,8 +368,8 @@ class Pretrained(Networks):
         Raises: InputError for a condition or label that the model does not know, or library sizes never fitted.
         """
         sampler, dit = _sampler(sampler), self._dit()
-        one_of("kind", kind, Kind)
-        seed = seed_of(seed)
+        check.one_of("kind", kind, Kind)
+        seed = check.seed_of(seed)
         wanted = self.check_conditions(table_of(conditions, n, list(dit.n_labels)), seed, sampler)
         for note in wanted.notes:
             print(note, file=sys.stderr)
@@ -425,11 +414,11 @@ class Pretrained(Networks):
             raise InputError(f"evaluate needs the package {package}; {install_hint(package)}") from error
         names = self.conditions.names if self.dit is None else tuple(self.dit.n_labels)
         if conditions is not None:
-            names = names_of("conditions", conditions, "conditions", '["cell_type"]')
-        control = mapping_of("control", control or {}, '{"treatment": "control"}')
+            names = check.names_of("conditions", conditions, "conditions", '["cell_type"]')
+        control = check.mapping_of("control", control or {}, '{"treatment": "control"}')
         check_adata(generated, "generated")
         check_adata(real, "real")
-        split, seed = text_of("split", split, "scldm_split"), seed_of(seed, SEEDS_OF_EVALUATE)
+        split, seed = check.text_of("split", split, "scldm_split"), check.seed_of(seed, SEEDS_OF_EVALUATE)
         return evaluation(generated, real, names, split, layer, control, protocol, seed, self)
 
     def log_fold_changes(
@@ -457,10 +446,10 @@ class Pretrained(Networks):
         """
         from scldm.comparison import gene_changes
 
-        by, dit = names_of("by", by, "conditions", '["cell_type"]'), self._dit()
-        condition = text_of("condition", condition, "treatment")
-        n, seed, sampler = whole_of("n", n, 2), seed_of(seed), _sampler(sampler)
-        a, b = label_of("a", a), label_of("b", b)
+        by, dit = check.names_of("by", by, "conditions", '["cell_type"]'), self._dit()
+        condition = check.text_of("condition", condition, "treatment")
+        n, seed, sampler = check.whole_of("n", n, 2), check.seed_of(seed), _sampler(sampler)
+        a, b = check.label_of("a", a), check.label_of("b", b)
         for name in (condition, *by):
             if name not in dit.n_labels:
                 raise InputError(f"condition {name!r} is unknown. The model knows {', '.join(dit.n_labels) or 'none'}")

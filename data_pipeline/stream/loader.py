@@ -24,23 +24,11 @@ import numpy as np
 import torch
 
 from data_pipeline.format.read_shards import ShardSet
+from data_pipeline.stream import order as orders
 from data_pipeline.stream.collate import CellCollator, LatentCollator
 from data_pipeline.stream.feed import Collator, Feed, Plan, Running, from_outside, read_block
 from data_pipeline.stream.gene_set_config import OF_THE_CELL, GeneSetConfig
 from data_pipeline.stream.gene_sets import GeneSets
-from data_pipeline.stream.order import (
-    DRAW_ASKED,
-    DRAW_GIVEN,
-    FIXED_PASS,
-    MOST_REPEATS,
-    Balance,
-    EpochOrder,
-    Order,
-    Regrouped,
-    Units,
-    rank_slice,
-    reads_of_a_block,
-)
 from scldm.batch import CellBatch, CompactCellBatch, LatentBatch
 from scldm.checked import SEEDS, Checked, checked
 from scldm.errors import InputError
@@ -80,7 +68,7 @@ class StreamConfig(Checked):
     window_blocks: int = checked(2, at_least=1)
     select: dict[str, list[str]] = field(default_factory=dict)
     balance: list[str] = field(default_factory=list)
-    balance_max_repeats: int = checked(10, at_least=1, at_most=MOST_REPEATS)
+    balance_max_repeats: int = checked(10, at_least=1, at_most=orders.MOST_REPEATS)
     prefetch: int = checked(2, at_least=0)
     read_threads: int = checked(2, at_least=1)
     read_ahead: int = checked(16, at_least=0)
@@ -141,7 +129,7 @@ class _Loader(ABC, Generic[Batch]):
         """
         self.config, self.split, self.global_batch, self.device = config, split, global_batch, torch.device(device)
         self.pass_steps = -(-most_cells // global_batch) or None
-        low, high = rank_slice(rank, world_size, global_batch, micro_batch)
+        low, high = orders.rank_slice(rank, world_size, global_batch, micro_batch)
         self.cells = cells or ShardSet(
             config.shards, cache_folder=config.cache_folder, cache_bytes=int(config.cache_gb * 1e9)
         )
@@ -154,7 +142,7 @@ class _Loader(ABC, Generic[Batch]):
             self.conditions: ConditionVocab = self.manifest.conditions
             self.units = chosen_units(self.cells, split, config.select)
             self.population = balanced(self.cells, self.units, config) if config.balance else self.units
-            self.order = Order(self.population, config.seed, config.lanes, global_batch, config.window_blocks)
+            self.order = orders.Order(self.population, config.seed, config.lanes, global_batch, config.window_blocks)
             self.n_cells = self.population.n_cells
             self.steps_per_epoch = self.order.steps_per_epoch
             self.feed = Feed(
@@ -174,7 +162,7 @@ class _Loader(ABC, Generic[Batch]):
             raise
         lanes = min(config.lanes, global_batch)
         if rank == 0 and split == "train" and world_size > lanes and self.feed.n_slots < len(self.units):
-            reads = reads_of_a_block(lanes, world_size, global_batch)
+            reads = orders.reads_of_a_block(lanes, world_size, global_batch)
             print(
                 f"data.lanes={lanes} are shared by {world_size} ranks: a block is read and decompressed by {reads:.3g} "
                 f"of them, with data.lanes={world_size} by one (of a new run: lanes are part of the order)",
@@ -219,7 +207,7 @@ class _Loader(ABC, Generic[Batch]):
         """Every cell of the split (and selection) once, in stored order, always with the same gene sets. With
         `most_cells` the first ones, which are as good as drawn: sets are shuffled when they are written."""
         assert not self._closed, "the loader is closed"
-        order = EpochOrder(self.units, self.config.seed, FIXED_PASS, 1, self.global_batch, 0)
+        order = orders.EpochOrder(self.units, self.config.seed, orders.FIXED_PASS, 1, self.global_batch, 0)
         running = self.feed.start(islice(self.feed.plans_of(order), self.pass_steps), self.config.prefetch)
         try:
             yield from running
@@ -257,7 +245,7 @@ class _Loader(ABC, Generic[Batch]):
         found, own = dict(state), self.state()
         own.pop("regrouped", None)
         try:
-            regrouped = typed(Regrouped, found.pop("regrouped"), "regrouped") if "regrouped" in found else None
+            regrouped = typed(orders.Regrouped, found.pop("regrouped"), "regrouped") if "regrouped" in found else None
         except InputError as error:
             raise InputError(f"the stream can't be resumed: {error}") from None
         for names, text in ((own.keys() - found, "lacks {}"), (found.keys() - own, "has {}, which is unknown")):
@@ -323,9 +311,9 @@ class CellLoader(_Loader[CellBatch | CompactCellBatch]):
 
     def _collator(self, micro_batch: int, loud: bool) -> Collator[CellBatch | CompactCellBatch]:
         config, how = self.config, {"seed": self.config.seed, "micro_batch": micro_batch, "loud": loud}
-        given = _gene_sets(self.cells, config.given, "given", purpose=DRAW_GIVEN, **how)
+        given = _gene_sets(self.cells, config.given, "given", purpose=orders.DRAW_GIVEN, **how)
         same = config.asked.policy == "same"
-        asked = None if same else _gene_sets(self.cells, config.asked, "asked", purpose=DRAW_ASKED, **how)
+        asked = None if same else _gene_sets(self.cells, config.asked, "asked", purpose=orders.DRAW_ASKED, **how)
         return CellCollator(self.manifest.conditions.names, given, asked, **_how(self.device, config.form))
 
 
@@ -363,7 +351,7 @@ def shard_batches(
     if config.policy not in ("all", *OF_THE_CELL):
         raise InputError(f"cells are encoded from all their genes or all expressed ones, not policy={config.policy}")
     loud = shard == 0  # else every shard would say it
-    sets = _gene_sets(cells, config, "given", seed=0, purpose=DRAW_GIVEN, micro_batch=micro_batch, loud=loud)
+    sets = _gene_sets(cells, config, "given", seed=0, purpose=orders.DRAW_GIVEN, micro_batch=micro_batch, loud=loud)
     collate = CellCollator(manifest.conditions.names, sets, None, **_how(torch.device(device)))
     slots = collate.make_slots(cells, 1)
 
@@ -373,7 +361,7 @@ def shard_batches(
             n = int(cells.blocks["n_cells"][block])
             for low in range(0, n, micro_batch):
                 rows = np.arange(low, min(low + micro_batch, n))
-                plan = Plan(FIXED_PASS, block, np.full(len(rows), block), rows, n)
+                plan = Plan(orders.FIXED_PASS, block, np.full(len(rows), block), rows, n)
                 yield collate(np.zeros_like(rows), rows, plan, rows, np.ones(len(rows), np.float32))
 
     running = Running(batches(), prefetch)
@@ -399,12 +387,12 @@ def _how(device: torch.device, form: str = "auto") -> dict[str, bool]:
     return {"compact": device.type != "cpu" if form == "auto" else form == "compact", "pin": device.type == "cuda"}
 
 
-def chosen_units(cells: ShardSet, split: str, select: dict[str, list[str]]) -> Units:
+def chosen_units(cells: ShardSet, split: str, select: dict[str, list[str]]) -> orders.Units:
     """The cells of a split that have one of the labels in each condition of `select`. Reads the index alone."""
     manifest = cells.manifest
     entry = manifest.splits[manifest.split_number(split)]
     block = np.arange(entry.first_block, entry.first_block + entry.n_blocks, dtype=np.int32)
-    units = Units.whole(block, cells.blocks["n_cells"][entry.first_block : entry.first_block + entry.n_blocks])
+    units = orders.Units.whole(block, cells.blocks["n_cells"][entry.first_block : entry.first_block + entry.n_blocks])
     if not select:
         if not units.n_cells:
             raise InputError(f"split {split!r} has no cell")
@@ -420,7 +408,7 @@ def chosen_units(cells: ShardSet, split: str, select: dict[str, list[str]]) -> U
     return units.where(keep)
 
 
-def balanced(cells: ShardSet, units: Units, config: StreamConfig) -> Balance:
+def balanced(cells: ShardSet, units: orders.Units, config: StreamConfig) -> orders.Balance:
     """The cells drawn so that every combination of the conditions in `balance` comes equally often."""
     conditions = cells.manifest.conditions
     at = np.repeat(cells.blocks["first_cell"][units.block].astype(np.int64), np.diff(units.start))
@@ -435,7 +423,7 @@ def balanced(cells: ShardSet, units: Units, config: StreamConfig) -> Balance:
         group += cells.cell_column(f"condition.{name}")[at]
         group, n_groups = _numbered(group, n_groups * n_labels)
     del at
-    return Balance(units, group, config.balance_max_repeats, config.seed)
+    return orders.Balance(units, group, config.balance_max_repeats, config.seed)
 
 
 def _numbered(group: np.ndarray, n: int) -> tuple[np.ndarray, int]:

@@ -68,7 +68,7 @@ def encoded(model: Pretrained, counts: sp.csr_matrix, gene_ids_G: Tensor) -> Ite
     for start in range(0, n, model.batch):
         rows = slice(start, min(start + model.batch, n))
         dense_BG = torch.from_numpy(counts[rows].toarray().astype(np.int32)).to(model.device)
-        with computing(model):
+        with model.computing():
             latent_BLZ = encode(dense_BG).mean_BLZ
         yield Block(rows, GeneCounts(gene_ids_G, dense_BG), latent_BLZ, dense_BG.sum(1).float())
 
@@ -82,13 +82,8 @@ def latents(model: Pretrained, counts: sp.csr_matrix, gene_ids_G: Tensor) -> np.
 @torch.no_grad()
 def decoded(model: Pretrained, latent_BLZ: Tensor, gene_ids_G: Tensor) -> Predicted:
     """The distributions of counts, of which the library size is a cell's total over these genes."""
-    with computing(model):
+    with model.computing():
         return model.vae.decode(latent_BLZ, gene_ids_G)
-
-
-def computing(model: Pretrained) -> torch.autocast:
-    """Within, the networks compute in the model's precision."""
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.precision == "bfloat16")
 
 
 def drawn(

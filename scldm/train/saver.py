@@ -50,7 +50,7 @@ DTYPES = {
 }
 
 
-class Saver:
+class Saver(contextlib.AbstractContextManager["Saver"]):
     """Saves into `run_dir/checkpoints`, one checkpoint at a time. All methods but the properties are collective.
 
     keep, keep_every: see steps.retain
@@ -66,9 +66,6 @@ class Saver:
         self._error: BaseException | None = None
         self._state: dict[str, Any] = {}
         self._is_best = False
-
-    def __enter__(self) -> Saver:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         """After a failure a lone rank still ends what it began. Many could not agree that they have."""

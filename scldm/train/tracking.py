@@ -28,21 +28,10 @@ from scldm.checked import Checked, checked
 from scldm.environment import describe, without_passwords
 from scldm.errors import InputError
 from scldm.files import flat, write_json
+from scldm.train import tracked
 from scldm.train.follower import METRICS, Follower, append_row, follower_named, row_of, say
 from scldm.train.machine import Place, Sampler
 from scldm.train.mlflow_run import Sender, cause_of, database_of, database_uri
-from scldm.train.tracked import (
-    NOTE,
-    Status,
-    followed_alone,
-    is_followed,
-    new_note,
-    note_end,
-    note_failed,
-    parent_of,
-    read_note,
-    unsent,
-)
 
 PARENT = "SCLDM_PARENT"  # variable: the folder of the run that all runs started here are nested in
 OF_STAGES = "tracking"  # folder in a run's own, of stages whose folders are not theirs to write in
@@ -97,7 +86,7 @@ class TrackingConfig(Checked):
             raise InputError(f"tracking.also={self.also}: give module:Class, as scldm.train.tensorboard:TensorBoard")
 
 
-class Tracker:
+class Tracker(contextlib.AbstractContextManager["Tracker"]):
     """Writes metrics and forwards them. All ranks may make one. The active one does all but to sample other nodes.
 
     run_dir: the run's folder; metrics.jsonl in it is appended to
@@ -150,14 +139,14 @@ class Tracker:
             self._start_sampler(cfg, place, is_first=True)
         if not cfg.enabled:
             return
-        with self._reported("opening", NOTE):
+        with self._reported("opening", tracked.NOTE):
             self.note = begin_note(self.run_dir, cfg, stage, params or {}, tags, datasets, started)
-            self.parent = parent_of(self.run_dir, self.note)
+            self.parent = tracked.parent_of(self.run_dir, self.note)
             for path in cfg.attach:
                 self.log_artifact(path, "attached")
             self._note_parent("RUNNING")
-            if by_parent and self.parent is not None and is_followed(self.parent):
-                self._alive.enter_context(followed_alone(self.run_dir))
+            if by_parent and self.parent is not None and tracked.is_followed(self.parent):
+                self._alive.enter_context(tracked.followed_alone(self.run_dir))
             else:
                 self._forwarder = _Forwarder(self.run_dir, cfg, self.note["uri"])
                 self._forwarder.start()
@@ -197,12 +186,12 @@ class Tracker:
 
     def log_on_parent(self, metrics: Mapping[str, Any], split: str) -> None:
         """A row of the parent's, such as the scores by which whole pipelines are compared; nothing without a parent."""
-        if self.parent is None or not (self.parent / NOTE).is_file():
+        if self.parent is None or not (self.parent / tracked.NOTE).is_file():
             return
         with self._reported("writing", METRICS), (self.parent / METRICS).open("ab", buffering=0) as file:
             append_row(file, 0, {}, metrics, split)
 
-    def close(self, status: Status = "FINISHED") -> None:
+    def close(self, status: tracked.Status = "FINISHED") -> None:
         """Note the end and forward the rest. A local database is waited for DATABASE_S at most, a server `close_s`,
         either HURRY_S for a run that did not finish. A second call does nothing."""
         if self._sampler is not None:
@@ -212,8 +201,8 @@ class Tracker:
             self._file.close()
             self._file = None
         if self.note:
-            with self._reported("writing", NOTE):
-                note_end(self.run_dir, self.note, status)
+            with self._reported("writing", tracked.NOTE):
+                tracked.note_end(self.run_dir, self.note, status)
                 self._note_parent(status)
             self.note = {}
             self._alive.close()
@@ -224,20 +213,17 @@ class Tracker:
             self._also.close(in_a_hurry=status != "FINISHED")
             self._also = None
 
-    def _note_parent(self, status: Status) -> None:
+    def _note_parent(self, status: tracked.Status) -> None:
         """A parent that no process follows is what its children are, and ends with the last of them."""
-        of = read_note(self.parent) if self.parent else None
+        of = tracked.read_note(self.parent) if self.parent else None
         if self.parent is None or of is None or not of["closed_by"]:
             return
         if status != "FINISHED" or self.stage == of["closed_by"]:
-            note_end(self.parent, of, status)
+            tracked.note_end(self.parent, of, status)
 
     def _write_note(self) -> None:
-        with self._reported("writing", NOTE):
-            write_json(self.run_dir / NOTE, self.note)
-
-    def __enter__(self) -> Tracker:
-        return self
+        with self._reported("writing", tracked.NOTE):
+            write_json(self.run_dir / tracked.NOTE, self.note)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if kind is None:
@@ -273,7 +259,7 @@ class _Forwarder(threading.Thread):
         else:
             self.join(DATABASE_S if database_of(self.place) else self.cfg.close_s)
         if self.is_alive() or self.lacks:
-            lacks = ", ".join(unsent(self.run_dir)) or "rows of runs below"
+            lacks = ", ".join(tracked.unsent(self.run_dir)) or "rows of runs below"
             say(
                 f"not everything reached {self.place} (it lacks {lacks}); all is in {self.run_dir}: "
                 f"`scldm track replay {self.run_dir}` sends the rest"
@@ -282,7 +268,7 @@ class _Forwarder(threading.Thread):
     def run(self) -> None:
         while True:
             try:
-                with followed_alone(self.run_dir):
+                with tracked.followed_alone(self.run_dir):
                     return self._follow()
             except InputError as error:  # a replay that is not done, or an earlier process that still ends
                 self.lacks = str(error)
@@ -319,13 +305,13 @@ class _Forwarder(threading.Thread):
         """What stages left to this process; at the end also what is left of runs below that have ended."""
         for folder in followed_in(self.run_dir if last else self.run_dir / OF_STAGES):
             stage = folder.is_relative_to(self.run_dir / OF_STAGES)
-            note = None if folder == self.run_dir else read_note(folder)
+            note = None if folder == self.run_dir else tracked.read_note(folder)
             lost = last and note is not None and note["status"] == "RUNNING"
-            if note is None or not (lost or unsent(folder)):
+            if note is None or not (lost or tracked.unsent(folder)):
                 continue
-            followed = (lost or not stage) and is_followed(folder)
+            followed = (lost or not stage) and tracked.is_followed(folder)
             if lost and not followed:
-                note_end(folder, note, "KILLED")  # its process is gone, and said nothing
+                tracked.note_end(folder, note, "KILLED")  # its process is gone, and said nothing
             if stage or not followed:
                 Sender(folder, self.uri).send()
 
@@ -375,12 +361,12 @@ def begin_note(
     given = cfg.parent or ("" if cfg.parent_run_id else os.environ.get(PARENT, ""))
     parent = Path(given).resolve() if given else None
     parent = None if parent == run_dir.resolve() else parent
-    above = (read_note(parent) if parent else None) or {}
+    above = (tracked.read_note(parent) if parent else None) or {}
     environment = without_passwords(os.environ.get("MLFLOW_TRACKING_URI", ""))
     own = database_uri((run_dir / "mlflow.db").resolve())
     place = without_passwords(cfg.uri) or above.get("uri") or environment or own
     experiment = cfg.experiment or above.get("experiment") or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "scldm"
-    note = read_note(run_dir) or new_note(place, experiment, cfg.run_name or stage or run_dir.name)
+    note = tracked.read_note(run_dir) or tracked.new_note(place, experiment, cfg.run_name or stage or run_dir.name)
     first, now = note["params"], _texts(params)
     note["started"] = min(note["started"], started or note["started"])
     note |= {
@@ -395,7 +381,7 @@ def begin_note(
     if cfg.parent_run_id:
         note["tags"]["mlflow.parentRunId"] = cfg.parent_run_id
     run_dir.mkdir(parents=True, exist_ok=True)
-    note_end(run_dir, note, "RUNNING")
+    tracked.note_end(run_dir, note, "RUNNING")
     return note
 
 
@@ -411,16 +397,16 @@ def check_attached(attach: Sequence[str], run_dir: Path) -> None:
 def fail_parent(folder: Path) -> None:
     """Note and send that a pipeline failed, where no process follows it and no run of a stage says so."""
     try:
-        if not note_failed(folder):
+        if not tracked.note_failed(folder):
             return
     except (OSError, InputError) as error:  # the failure of the stage is what is to be told
         say(f"{folder} is not noted as failed: {error}")
         return
     try:
-        with followed_alone(folder):
+        with tracked.followed_alone(folder):
             Sender(folder).send()
     except Exception as error:
-        place = (read_note(folder) or {}).get("uri", "")
+        place = (tracked.read_note(folder) or {}).get("uri", "")
         say(f"{folder}: MLflow at {place} failed: {cause_of(error, place)}")
 
 
@@ -452,15 +438,15 @@ def replay(folder: Path) -> str:
 
     Raises: InputError where its own process still follows it; else whatever MLflow raises.
     """
-    lacks = unsent(folder)
-    with followed_alone(folder):
-        note = read_note(folder)
+    lacks = tracked.unsent(folder)
+    with tracked.followed_alone(folder):
+        note = tracked.read_note(folder)
         assert note is not None
         if note["status"] == "RUNNING" and not note["closed_by"]:
-            note_end(folder, note, "KILLED")
-            if parent := parent_of(folder, note):
-                note_failed(parent)  # a stage of it is gone
-            lacks = unsent(folder)
+            tracked.note_end(folder, note, "KILLED")
+            if parent := tracked.parent_of(folder, note):
+                tracked.note_failed(parent)  # a stage of it is gone
+            lacks = tracked.unsent(folder)
         if not lacks:
             return f"{folder}: MLflow at {note['uri']} has all"
         Sender(folder).send()
@@ -469,7 +455,7 @@ def replay(folder: Path) -> str:
 
 def followed_in(folder: Path) -> list[Path]:
     """The folders of the runs that are followed below a folder, a parent before its children."""
-    return sorted(path.parent for path in folder.rglob(NOTE))
+    return sorted(path.parent for path in folder.rglob(tracked.NOTE))
 
 
 def read_metrics(run_dir: Path | str, split: str | None = None) -> list[dict[str, Any]]:
