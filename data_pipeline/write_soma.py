@@ -11,6 +11,7 @@ Reading order: SomaWriteConfig, write_soma (from an h5ad file), write_census (fr
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,11 +65,8 @@ def write_soma(config: SomaWriteConfig) -> str:
         obs = read_frame(file["obs"])
         var = read_frame(file["raw/var" if opened.spec.layer == "raw/X" else "var"])
     var["feature_id"] = list(opened.genes.ids)
-    matrix = open_matrix(opened.spec)
-    try:
+    with closing(open_matrix(opened.spec)) as matrix:
         write_census(config.out, obs, var, matrix.read(opened.rows, CHUNK_BYTES), config.organism)
-    finally:
-        matrix.close()
     return opened.spec.layer
 
 

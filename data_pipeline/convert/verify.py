@@ -11,6 +11,7 @@ import json
 import tarfile
 import zlib
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -373,8 +374,7 @@ def _compare_with_sources(
             continue
         column_of = np.where(joined.column_of[number] >= 0, place[joined.column_of[number]], -1).astype(np.int32)
         sums = GeneSums(manifest.genes.n_genes)
-        matrix = open_matrix(source.spec)
-        try:
+        with closing(open_matrix(source.spec)) as matrix:
             at = 0
             for chunk in matrix.read(rows, 64 << 20):
                 check_columns(chunk, source.spec.n_columns, source.genes.uri)
@@ -392,8 +392,6 @@ def _compare_with_sources(
                         name = matrix.row_name(int(rows[at + k]))
                         faults.append(Fault(source.genes.uri, f"the {what} of cell {name} are not the set's"))
                 at += len(chunk.rows)
-        finally:
-            matrix.close()
     return faults, [], len(chosen)
 
 

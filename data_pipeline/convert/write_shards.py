@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +34,7 @@ from data_pipeline.convert.plan import Plan, differences, make_plan, settings_of
 from data_pipeline.convert.source import SourceSpec
 from data_pipeline.convert.stages import STAGES, Layout, Worker, deliver, delivered_bytes
 from data_pipeline.convert.variable_genes import CELLS, clip_values, top_genes
-from data_pipeline.format.schema import (
-    BLOCK_INDEX_PATH,
-    CELL_COLUMNS,
-    GENE_COLUMNS,
-    MANIFEST,
-    FileEntry,
-    Manifest,
-    ShardEntry,
-    SplitEntry,
-    cell_column_path,
-    gene_column_path,
-    read_manifest,
-    shard_name,
-)
+from data_pipeline.format import schema
 from data_pipeline.format.statistics import compute_statistics
 from data_pipeline.stores import check_bucket, file_system, local_folder, store_explained
 from scldm.errors import InputError
@@ -59,7 +46,7 @@ WORK_FILES = {*STAGES, "plan", "csc", "runs", "tars", "index", "genes.json", "cl
 LOCK = re.compile(r"lock(\.\d+-of-\d+)?")  # beside them
 
 
-def write_shards(config: ShardsWriteConfig) -> Manifest | None:
+def write_shards(config: ShardsWriteConfig) -> schema.Manifest | None:
     """Write the shard set of a config, or go on with it. Returns its manifest, or None where tasks' shares are undone.
 
     Raises: InputError for what is wrong with sources or settings, or where `out` holds another command's set.
@@ -160,12 +147,12 @@ def _remove_work(config: ShardsWriteConfig) -> None:
             shutil.rmtree(work, ignore_errors=True)  # another task may be removing it too
 
 
-def finished_set(config: ShardsWriteConfig) -> Manifest | None:
+def finished_set(config: ShardsWriteConfig) -> schema.Manifest | None:
     """The set at `out`, if it is this command's.
 
     Raises: InputError where a set of another command lies there.
     """
-    if delivered_bytes(config.out, MANIFEST) is None:
+    if delivered_bytes(config.out, schema.MANIFEST) is None:
         folder = local_folder(config.out)
         there = sorted(p.name for p in folder.iterdir()) if folder is not None and folder.is_dir() else []
         ours = ["shards", "index", ".work"]
@@ -177,7 +164,7 @@ def finished_set(config: ShardsWriteConfig) -> Manifest | None:
                 f"out={config.out}: holds other files, such as {strange[0]}. Give a new or an empty folder"
             )
         return None
-    manifest = read_manifest(config.out)
+    manifest = schema.read_manifest(config.out)
     differ = differences(manifest.query, settings_of(config))
     if differ:
         raise InputError(f"out={config.out}: holds the set of another command: {'; '.join(differ)}. Give another out")
@@ -246,12 +233,12 @@ def _workers(config: ShardsWriteConfig, bar: Progress) -> Iterator[Any]:
     work, arguments = work_folder(config), (str(work_folder(config)), config.out, config.process_bytes)
 
     def here(stage: str, units: list[int]) -> None:
-        worker = Worker(work, config.out, config.process_bytes, lambda n: bar.advance(min(n, bar.total - bar.done)))
-        try:
+        def tick(n: int) -> None:
+            bar.advance(min(n, bar.total - bar.done))
+
+        with closing(Worker(work, config.out, config.process_bytes, tick)) as worker:
             for unit in units:
                 worker.do(stage, unit)
-        finally:
-            worker.close()
 
     def in_pool(stage: str, units: list[int]) -> None:
         if not units:
@@ -369,14 +356,16 @@ def make_layout(plan: Plan, work: Path) -> Layout:
     if not (splits == 0).any():
         raise InputError("the filters leave no cell for training")
     per_block, per_shard = plan.settings["block_cells"], plan.settings["shard_cells"]
-    shards: list[ShardEntry] = []
+    shards: list[schema.ShardEntry] = []
     first_cell = first_block = 0
     for number, name in enumerate(plan.splits):
         n = int((splits == number).sum())
         for k, start in enumerate(range(0, n, per_shard)):
             n_cells = min(per_shard, n - start)
             n_blocks = -(-n_cells // per_block)
-            shards.append(ShardEntry(shard_name(name, k), number, n_cells, first_cell, n_blocks, first_block, 0, ""))
+            shards.append(
+                schema.ShardEntry(schema.shard_name(name, k), number, n_cells, first_cell, n_blocks, first_block, 0, "")
+            )
             first_block += n_blocks
             first_cell += n_cells
     n_runs = tuple(int(n) for n in _scattered(plan, work, "n_runs"))
@@ -388,31 +377,31 @@ def make_layout(plan: Plan, work: Path) -> Layout:
 # --- finish --------------------------------------------------------------------------------------------------------
 
 
-def finish_set(config: ShardsWriteConfig, plan: Plan, layout: Layout, work: Path) -> Manifest:
+def finish_set(config: ShardsWriteConfig, plan: Plan, layout: Layout, work: Path) -> schema.Manifest:
     """Index and manifest, the manifest last."""
     shards, blocks = _gathered(layout, work)
     index = _Index(config.out, work / "index")
-    index.write(BLOCK_INDEX_PATH, blocks)
+    index.write(schema.BLOCK_INDEX_PATH, blocks)
     cell = np.asarray(plan.cell_at)[layout.kept]
     columns: dict[str, np.ndarray] = {"source": plan.source[cell], "row": np.asarray(plan.row)[cell]}
     for name in ("total_counts", "n_expressed"):
         columns[name] = np.concatenate(list(_scattered(plan, work, name)))[cell]
-    for name, dtype in CELL_COLUMNS.items():
-        index.write(cell_column_path(name), columns[name].astype(dtype))
+    for name, dtype in schema.CELL_COLUMNS.items():
+        index.write(schema.cell_column_path(name), columns[name].astype(dtype))
     conditions = {name: np.asarray(ids)[cell] for name, ids in zip(plan.conditions.names, plan.condition_ids)}
     for name, ids in conditions.items():
-        index.write(cell_column_path(f"condition.{name}"), ids)
+        index.write(schema.cell_column_path(f"condition.{name}"), ids)
 
     split = np.asarray(plan.split)[cell]
     n_train = int((split == 0).sum())
     gene_total = sum(_scattered(plan, work, "gene_total"), np.zeros((), np.int64))
     gene_cells = sum(_scattered(plan, work, "gene_cells"), np.zeros((), np.int64))
     gene_columns = {"mean": gene_total / n_train, "fraction_expressed": gene_cells / n_train}
-    for name, dtype in GENE_COLUMNS.items():
-        index.write(gene_column_path(name), gene_columns[name].astype(dtype))
+    for name, dtype in schema.GENE_COLUMNS.items():
+        index.write(schema.gene_column_path(name), gene_columns[name].astype(dtype))
 
     largest = max(int(n) for n in _scattered(plan, work, "largest_count"))
-    manifest = Manifest(
+    manifest = schema.Manifest(
         kind="cells",
         n_cells=len(cell),
         genes=Worker(work, config.out, 0, lambda n: None).chosen[0],
@@ -435,7 +424,7 @@ def finish_set(config: ShardsWriteConfig, plan: Plan, layout: Layout, work: Path
             split, len(plan.splits), conditions, columns["total_counts"], columns["n_expressed"], largest
         ),
     )
-    index.deliver(MANIFEST, manifest.file())
+    index.deliver(schema.MANIFEST, manifest.file())
     return manifest
 
 
@@ -443,14 +432,14 @@ class _Index:
     """Files of the set beside its tars. `files` are those that the manifest names."""
 
     def __init__(self, out: str, folder: Path) -> None:
-        self.out, self.folder, self.files = out, folder, list[FileEntry]()
+        self.out, self.folder, self.files = out, folder, list[schema.FileEntry]()
         folder.mkdir(exist_ok=True)
 
     def write(self, path: str, array: np.ndarray) -> None:
         buffer = io.BytesIO()
         np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0))
         data = buffer.getbuffer()
-        self.files.append(FileEntry(path, len(data), hashlib.sha256(data).hexdigest()))
+        self.files.append(schema.FileEntry(path, len(data), hashlib.sha256(data).hexdigest()))
         self.deliver(path, data)
 
     def deliver(self, path: str, data: bytes | memoryview) -> None:
@@ -460,7 +449,7 @@ class _Index:
         deliver(local, self.out, path)
 
 
-def _gathered(layout: Layout, work: Path) -> tuple[list[ShardEntry], np.ndarray]:
+def _gathered(layout: Layout, work: Path) -> tuple[list[schema.ShardEntry], np.ndarray]:
     """The tars as they were written, and the records of all blocks."""
     shards, blocks = [], []
     for number, shard in enumerate(layout.shards):
@@ -470,10 +459,10 @@ def _gathered(layout: Layout, work: Path) -> tuple[list[ShardEntry], np.ndarray]
     return shards, np.concatenate(blocks)
 
 
-def _split_entry(name: str, shards: list[ShardEntry]) -> SplitEntry:
+def _split_entry(name: str, shards: list[schema.ShardEntry]) -> schema.SplitEntry:
     n_cells, n_blocks = sum(s.n_cells for s in shards), sum(s.n_blocks for s in shards)
     first_cell, first_block = (shards[0].first_cell, shards[0].first_block) if shards else (0, 0)
-    return SplitEntry(name, n_cells, first_cell, n_blocks, first_block)
+    return schema.SplitEntry(name, n_cells, first_cell, n_blocks, first_block)
 
 
 def _report(plan: Plan, work: Path, n_cells: int) -> dict[str, Any]:

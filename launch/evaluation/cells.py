@@ -7,6 +7,7 @@ Reading order: shards, files.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -64,8 +65,7 @@ def cells_of_splits(
 
     Raises: InputError for a set, a split or a condition that is not there.
     """
-    shards = ShardSet(url, cache_folder=cache_folder, cache_bytes=int(cache_gb * 1e9))
-    try:
+    with closing(ShardSet(url, cache_folder=cache_folder, cache_bytes=int(cache_gb * 1e9))) as shards:
         there = shards.manifest.conditions.names
         for condition in conditions:
             if condition not in there:
@@ -81,8 +81,6 @@ def cells_of_splits(
         for condition, wanted in (select or {}).items():
             chosen_K &= np.isin(labels[condition], list(wanted))
         return [_split(shards, split, of, labels, chosen_K, sample) for split in splits]
-    finally:
-        shards.close()
 
 
 def some_cells(
@@ -103,11 +101,8 @@ def some_cells(
     select: condition -> labels: only cells that have one of the labels
     check: is called before each block, and may raise
     """
-    shards = ShardSet(url, cache_folder=cache_folder, cache_bytes=int(cache_gb * 1e9))
-    try:
+    with closing(ShardSet(url, cache_folder=cache_folder, cache_bytes=int(cache_gb * 1e9))) as shards:
         return [_some_of_split(shards, split, conditions, n_cells, seed, select or {}, check) for split in splits]
-    finally:
-        shards.close()
 
 
 def _some_of_split(
@@ -164,25 +159,19 @@ def _block(shards: ShardSet, number: int, buffers: BlockBuffers) -> sp.csr_matri
 
 def conditions_of_shards(url: str, cache_folder: str = "") -> tuple[str, ...]:
     """All conditions of a shard set."""
-    shards = ShardSet(url, cache_folder=cache_folder)
-    try:
+    with closing(ShardSet(url, cache_folder=cache_folder)) as shards:
         return tuple(shards.manifest.conditions.names)
-    finally:
-        shards.close()
 
 
 def labels_of_split(url: str, split: str, conditions: Sequence[str] = ()) -> pd.DataFrame:
     """The conditions of every cell of a split. All of the set's, where none is named."""
-    shards = ShardSet(url)
-    try:
+    with closing(ShardSet(url)) as shards:
         known = shards.manifest.conditions
         names = tuple(conditions) or tuple(known.names)
         if unknown := [name for name in names if name not in known.names]:
             raise InputError(f"{url} has no condition={unknown[0]!r}. It has {', '.join(known.names) or 'none'}")
         ids = _label_ids(shards, split, names)
         return pd.DataFrame({c: pd.Categorical.from_codes(ids[:, k], known.labels[c]) for k, c in enumerate(names)})
-    finally:
-        shards.close()
 
 
 def _label_ids(shards: ShardSet, split: str, conditions: Sequence[str]) -> np.ndarray:
