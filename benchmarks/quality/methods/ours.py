@@ -79,7 +79,7 @@ def shards_of(task: Task, place: Place, out: Path) -> None:
 
 def verb(module: str, words: list[str]) -> Any:
     """Run a verb in this process, so that its start is not paid again; it is printed as a user would type it."""
-    say(shlex.join(["python", "-m", f"launch.{module}", *words]))
+    say(shlex.join(["scldm", module.replace("_", " "), *words]))
     found = importlib.import_module(f"launch.{module}")
     return found.main(config_of(found, words))
 
