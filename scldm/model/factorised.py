@@ -694,7 +694,8 @@ def _cell_gene_tiles(r_BQ: Tensor, T_QF: Tensor) -> Iterator[tuple[slice, slice,
     for start in range(0, Q, n_genes):
         genes = slice(start, min(start + n_genes, Q))
         for cells in space.slices():
-            yield cells, genes, *space.held(cells.stop - cells.start, genes.stop - start, F2)
+            hidden, other = space.held(cells.stop - cells.start, genes.stop - start, F2)
+            yield cells, genes, hidden, other
 
 
 def apply(function: type[torch.autograd.Function], *inputs: Tensor | float) -> Tensor:

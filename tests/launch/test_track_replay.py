@@ -10,7 +10,8 @@ import pytest
 
 from launch.cli import main
 from launch.followed import dataset_of
-from scldm.train.tracking import NOTE, PARENT, Tracker, TrackingConfig, begin_note
+from scldm.train.tracked import NOTE
+from scldm.train.tracking import PARENT, Tracker, TrackingConfig, begin_note
 from tests.launch.test_verbs import write_cells
 from tests.scldm.train.test_tracking import free_port, run_id_of
 
