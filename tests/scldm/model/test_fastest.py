@@ -9,10 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks.ways import of_preset
 from scldm.batch import GeneCounts
 from scldm.errors import InputError
 from scldm.model import factorised, vae
 from scldm.model.attention import fastest
+from scldm.model.blocks import hidden_width
+from scldm.model.gene_rows import GeneRows
 from scldm.model.vae import VAE, VAEConfig, chosen
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -95,3 +98,20 @@ def test_a_gpu_takes_the_genes_in_few_tiles(cells: int, most: int, monkeypatch: 
     for some, genes in tiles:
         seen[some, genes] += 1
     assert (seen == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("preset", "cells", "n_genes", "vocabulary", "pays"),
+    [("tiny", 30, 422, 1_268, True), ("20m", 32, 2_048, 20_001, True), ("20m", 4, 8_192, 20_001, False)],
+)
+def test_a_table_of_the_first_product_pays_where_cells_hold_a_gene_several_times(
+    preset: str, cells: int, n_genes: int, vocabulary: int, pays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As measured on a CPU. On a GPU it would be launches for each cell."""
+    shape = of_preset(preset, SHAPE)
+    rows = GeneRows(torch.empty(vocabulary, shape.width, device="meta"), None, torch.Size((cells, n_genes)))
+    x_BLD = torch.empty(cells, shape.n_latents, shape.width, device="meta")
+    hidden = hidden_width(shape.width)
+    assert factorised.pays_by_table(rows, x_BLD, shape.decoder_cross_heads, hidden) == pays
+    monkeypatch.setattr(factorised, "planned_memory", 80_000_000_000)
+    assert not factorised.pays_by_table(rows, x_BLD, shape.decoder_cross_heads, hidden)
