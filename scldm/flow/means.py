@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -34,17 +35,20 @@ class CombinationMeans:
     """Ways between the means of standardised latents. All is computed on the CPU, and once for each combination."""
 
     def __init__(self, dit: DiT) -> None:
-        names, combinations = dit.means.names, dit.combinations
+        names = dit.means.names
         self.shifts = {k: dit.means.get_buffer(f"shift_{k}").cpu().flatten(1) for k in names}
         self.has_shift = {k: dit.means.get_buffer(f"has_shift_{k}").cpu() for k in names}
-        self.latent_shape = dit.latent_shape
-        self.measured = None
-        if (raw_KLZ := combinations.interaction_KLZ) is not None:
-            n_K = combinations.cells_K.cpu()
-            seen_K = n_K > 0
-            self.measured = combinations.labels_KC.cpu()[seen_K], raw_KLZ.cpu().flatten(1)[seen_K], n_K[seen_K]
-            self.noise = float(combinations.noise)
+        self.latent_shape, self.combinations = dit.latent_shape, dit.combinations
         self.tables: dict[tuple[int, ...], _Table] = {}
+
+    @cached_property
+    def measured(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Labels, interactions and cells of the combinations that were measured. Read where an unseen one comes."""
+        if (raw_KLZ := self.combinations.interaction_KLZ) is None:
+            return None
+        n_K = self.combinations.cells_K.cpu()
+        seen_K = n_K > 0
+        return self.combinations.labels_KC.cpu()[seen_K], raw_KLZ.cpu().flatten(1)[seen_K], n_K[seen_K]
 
     def way(self, of_NC: Tensor, to_C: Tensor, given_C: Tensor) -> Tensor:
         """From several combinations to another, (N, L, Z).
@@ -88,7 +92,8 @@ class CombinationMeans:
             assert self.measured is not None
             labels_KC, raw_KD, n_K = self.measured
             shifts = [(self.shifts[k], self.has_shift[k]) for k in columns]
-            self.tables[columns] = _Table(labels_KC[:, list(columns)], raw_KD, n_K, self.noise, shifts)
+            noise = float(self.combinations.noise)
+            self.tables[columns] = _Table(labels_KC[:, list(columns)], raw_KD, n_K, noise, shifts)
         return self.tables[columns]
 
 
