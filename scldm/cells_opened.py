@@ -84,7 +84,9 @@ def open_cells(path: str | Path) -> Any:
             raise InputError(f"{path}: locked: another process has it open for writing. Wait for it to close") from None
         why = "truncated" if "truncated" in text else "not an HDF5 file, damaged, or not permitted to be read"
         raise InputError(f"{path}: can't be opened: {why}") from None
-    if "obs" not in file and "matrix" in file:
+    with reading(path):
+        is_10x = "obs" not in file and "matrix" in file
+    if is_10x:
         file.close()
         raise InputError(f"{path}: {_told('a 10x file', 'read_10x_h5', Path(path))}")
     return file
