@@ -39,11 +39,11 @@ def main(last: int, every: int, words: list[str]) -> int:
         mb = {name: round(n_bytes / 1e6, 2) for name, n_bytes in parts.items()}
         print(json.dumps({"rank": rank, "at": at, "objects": len(gc.get_objects()), "MB": mb}), flush=True)
 
-    def updated(ema: EMA) -> None:
-        update(ema)
-        if ema.n_updates % every == 1:
-            sample(f"step {ema.n_updates}")
-        if ema.n_updates == last:
+    def updated(self: EMA) -> None:
+        update(self)
+        if self.n_updates % every == 1:
+            sample(f"step {self.n_updates}")
+        if self.n_updates == last:
             gc.collect()
             libc.malloc_trim(0)
             sample("trimmed")
