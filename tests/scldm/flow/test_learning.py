@@ -44,12 +44,12 @@ def trained(config: DiTConfig, points: torch.Tensor, labels: dict[str, torch.Ten
         rows = torch.from_numpy(order.choice(N, GLOBAL_BATCH, replace=False))
         batch = LatentBatch(
             points[rows],
-            size_N[rows],
-            torch.ones(GLOBAL_BATCH),
-            {name: of[rows] for name, of in labels.items()},
-            rows[:, None].expand(-1, 2),
-            torch.arange(GLOBAL_BATCH),
-            GLOBAL_BATCH,
+            library_size_all_B=size_N[rows],
+            weight_B=torch.ones(GLOBAL_BATCH),
+            conditions={name: of[rows] for name, of in labels.items()},
+            cell_ids_B2=rows[:, None].expand(-1, 2),
+            positions_B=torch.arange(GLOBAL_BATCH),
+            n_cells=GLOBAL_BATCH,
         )
         loss, _ = stage.loss(model, batch, Draws(0, step, batch.positions_B))
         optimizer.zero_grad()
