@@ -51,7 +51,7 @@ scldm train ldm ldm/tiny hardware/cpu vae=runs/vae data.shards=shards given.poli
   run_dir=runs/ldm
 """
 MIN_STD = 1e-6  # a latent number that is the same in every cell can't be scaled to variance 1
-# training cells that means are fitted on: so many a combination, and least and most in all
+# training cells that means are fitted on, the first ones: so many a combination on average, least and most in all
 MEAN_CELLS, LEAST_MEAN_CELLS, MOST_MEAN_CELLS = 64, 65_536, 1_048_576
 MOMENT_CELLS = 4_096  # training cells whose latents give the moments, where there is no latent set that has them
 

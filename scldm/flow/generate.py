@@ -42,7 +42,7 @@ def generate_latents(
     conditions: of each of the model's conditions, label ids (B,), of continuous ones values. `null` where not given.
         On the CPU, else the host waits for them
     cell_numbers_B: the key of each cell's draws, int64
-    base: what `nearest_trained` gives for the conditions, and `way` from there, where they are known already
+    base: what `nearest_trained` gives for the conditions, and the `way` from there, (B, L, Z), where they are known
     size_B: library sizes, where the model's latents are, for a model that is told them. Of base's labels
 
     Raises: InputError for guidance that the model can't follow.

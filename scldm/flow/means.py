@@ -25,7 +25,7 @@ from torch import Tensor
 
 from scldm.model.dit import DiT
 
-# a weight is (the way from a to y's label x the way from r to y)^-8, of shifts. 6 to infinity are ties, 2 is worse
+# a weight is (the way from a to y's label x the way from r to y)^-8, of shifts. 6 to 12 are ties, 4 is worse
 # (Kang et al., benchmarks/README.md)
 POWER = 8
 NEIGHBOURS, PAIRS = 16, 256  # nearest ones that are looked at
@@ -53,7 +53,7 @@ class CombinationMeans:
     def way(self, of_NC: Tensor, to_C: Tensor, given_C: Tensor) -> Tensor:
         """From several combinations to another, (N, L, Z).
 
-        of_NC, to_C: label ids of all conditions. given_C: which of them are given
+        of_NC, to_C: label ids of all conditions, int64 (N, C) and (C,). given_C: which of them are given, bool (C,)
         """
         of_NC, to_C = of_NC.cpu(), to_C.cpu()
         columns = [k for k in self.shifts if given_C[k]]
@@ -69,7 +69,7 @@ class CombinationMeans:
         return way_ND.view(-1, *self.latent_shape)
 
     def _together(self, of_NC: Tensor, to_C: Tensor, columns: list[int], differing: set[int]) -> Tensor | float:
-        """The difference of interactions, in the most conditions in which both ends are known and differ."""
+        """The difference of interactions, (N, L * Z), in the most conditions in which both ends are known."""
         sets = (set(some) for size in range(len(columns), 1, -1) for some in itertools.combinations(columns, size))
         for some in sorted(sets, key=lambda some: (-len(some), -len(some & differing))):
             if not some & differing:
@@ -100,7 +100,7 @@ class CombinationMeans:
 class _Table:
     """The measured combinations of some conditions. Over the other conditions it is the mean of all cells.
 
-    labels_KC, raw_KD, n_K: labels, interactions as measured and cells of all combinations
+    labels_KC: labels, int64. raw_KD: interactions as measured, D = L * Z. n_K: cells
     noise: so many cells say as much as is usual for an interaction, as in `CombinationTokens`
     shifts: of each of the conditions, (labels, L * Z), and which labels have one
     """

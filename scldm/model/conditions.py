@@ -159,13 +159,14 @@ class CombinationTokens(nn.Module):
     def fit(self, index_K: Tensor, n_K: Tensor, mean_KLZ: Tensor, sum_KLZ: Tensor, variance: float) -> None:
         """What labels do together, of the combinations at `index_K`. The others are not known.
 
-        n_K: cells. mean_KLZ: of standardised latents. sum_KLZ: of the labels' shifts
+        index_K: int64 (k,). n_K: cells, (k,). mean_KLZ: of standardised latents, (k, L, Z). sum_KLZ: of the labels' shifts
         variance: of cells within combinations, summed over L and Z
         """
         if self.interaction_KLZ is None:
             return
         self.interaction_KLZ.zero_()
         self.cells_K.zero_()
+        self.noise.fill_(FEW_CELLS)
         self.interaction_KLZ[index_K] = (mean_KLZ - sum_KLZ).float()
         self.cells_K[index_K] = n_K.float()
         # the fit of the sum takes as many numbers as there are labels, less one for each condition but the first

@@ -192,6 +192,7 @@ def _ways(dit: DiT, of: dict[str, torch.Tensor], to: dict[str, torch.Tensor], me
 
 
 def _no_ways(taken: dict[str, np.ndarray]) -> Ways:
+    """Of combinations that stay where the network makes them."""
     n = len(next(iter(taken.values()))) if taken else 1
     return Ways(np.zeros((1, 1, 1), np.float32), np.zeros(n, np.int32))
 
