@@ -159,7 +159,7 @@ class CombinationTokens(nn.Module):
     def fit(self, index_K: Tensor, n_K: Tensor, mean_KLZ: Tensor, sum_KLZ: Tensor, variance: float) -> None:
         """What labels do together, of the combinations at `index_K`. The others are not known.
 
-        index_K: int64 (k,). n_K: cells, (k,). mean_KLZ: of standardised latents, (k, L, Z). sum_KLZ: of the labels' shifts
+        index_K: int64. n_K: cells. mean_KLZ: of standardised latents. sum_KLZ: of the labels' shifts
         variance: of cells within combinations, summed over L and Z
         """
         if self.interaction_KLZ is None:

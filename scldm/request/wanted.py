@@ -25,7 +25,8 @@ ABSENT = ("", "nan")  # texts that are no label, as in `as_labels`
 class Ways(NamedTuple):
     """How far cells are moved from what the network is asked for.
 
-    way_nLZ: the different ways, float32, the first of which is 0; (1, 1, 1) where none is gone. way_K: each combination's, int32
+    way_nLZ: the different ways, float32, the first of which is 0. (1, 1, 1) where none is gone
+    way_K: each combination's, int32
     """
 
     way_nLZ: np.ndarray
