@@ -10,7 +10,11 @@ from torch import Tensor, nn
 
 from scldm import kernels
 from scldm.batch import GeneCounts
-from scldm.model.factorised import by_head, centred, compute_dtype, folded, heads_out, tables
+from scldm.model.factorised import compute_dtype, tables
+from scldm.model.factorised.by_table import by_head
+from scldm.model.factorised.functions import centred
+from scldm.model.factorised.gated import folded
+from scldm.model.factorised.unpooling import heads_out
 from scldm.model.gene_rows import GeneRows
 from scldm.model.mcab import MCAB
 from scldm.model.token import GeneToken

@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from scldm.batch import GeneCounts
-from scldm.model import factorised
 from scldm.model.dit import DiT, DiTConfig
+from scldm.model.factorised import tiles
 from scldm.model.vae import VAE, VAEConfig
 
 LossOf = Callable[[nn.Module], Tensor]
@@ -165,11 +165,11 @@ def dit_step(
 
 @contextmanager
 def _tiles_of(memory_gb: float) -> Iterator[None]:
-    factorised.planned_memory = int(1e9 * memory_gb)
+    tiles.planned_memory = int(1e9 * memory_gb)
     try:
         yield
     finally:
-        factorised.planned_memory = 0
+        tiles.planned_memory = 0
 
 
 class _Watch(TorchDispatchMode):

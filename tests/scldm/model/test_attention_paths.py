@@ -12,8 +12,8 @@ from torch import Tensor
 
 from scldm.batch import GeneCounts
 from scldm.likelihood import LikelihoodKind
-from scldm.model import factorised
 from scldm.model.attention import AttentionKind
+from scldm.model.factorised import tiles, unpooling
 from scldm.model.vae import VAE, VAEConfig
 from tests.rounding import worse
 
@@ -35,7 +35,7 @@ class Case:
     zero_cell: bool = False
     by_latents: bool | None = None
     by_table: bool | None = None
-    tile: int = factorised.TILE_CPU
+    tile: int = tiles.TILE_CPU
 
     def batch(self) -> GeneCounts:
         generator = torch.Generator().manual_seed(1)
@@ -57,9 +57,9 @@ class Case:
     def choose(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The decoder's way, where the case names one."""
         if self.by_latents is not None:
-            monkeypatch.setattr(factorised, "PAYS", 1e9 if self.by_latents else 0.0)
+            monkeypatch.setattr(unpooling, "PAYS", 1e9 if self.by_latents else 0.0)
         if self.by_table is not None:
-            monkeypatch.setattr(factorised, "pays_by_table", lambda *_: self.by_table)
+            monkeypatch.setattr(unpooling, "pays_by_table", lambda *_: self.by_table)
 
 
 CASES = {
@@ -159,10 +159,10 @@ def whole_errors(
 @pytest.mark.parametrize("kind", ["sdpa", "factorised"])
 def test_a_path_is_the_formula(kind, name, monkeypatch):
     case = CASES[name]
-    monkeypatch.setattr(factorised, "TILE_CPU", case.tile)
-    monkeypatch.setattr(factorised, "GENES", 64 if case.tile > 1_000 else 16)
+    monkeypatch.setattr(tiles, "TILE_CPU", case.tile)
+    monkeypatch.setattr(unpooling, "GENES", 64 if case.tile > 1_000 else 16)
     if case.tile < 1_000:  # the first tiles of the hidden layer are kept for backward, the others made again
-        monkeypatch.setattr(factorised, "KEPT_CPU", 3 * case.tile)
+        monkeypatch.setattr(tiles, "KEPT_CPU", 3 * case.tile)
     case.choose(monkeypatch)
     given = case.batch()
     plain: dict[str, list[float]] = {}
@@ -329,7 +329,7 @@ def test_every_parameter_has_a_true_gradient(likelihood, kl_weight):
 def test_less_memory_is_the_same_result(attention, by_latents, monkeypatch, request):
     """Blocks recomputed, genes in chunks of a size that does not divide them: outputs and every gradient."""
     only_where_it_runs(attention, request)
-    monkeypatch.setattr(factorised, "PAYS", 1e9 if by_latents else 0.0)
+    monkeypatch.setattr(unpooling, "PAYS", 1e9 if by_latents else 0.0)
     vae, given = trained_like(CONFIG, N_GENES), Case(padding=True).batch()
     true = outcome(vae, attention, given, torch.float64)
     vae.config = replace(vae.config, recompute=True, gene_chunk=17)

@@ -12,9 +12,10 @@ import torch
 from benchmarks.ways import of_preset
 from scldm.batch import GeneCounts
 from scldm.errors import InputError
-from scldm.model import factorised, vae
+from scldm.model import vae
 from scldm.model.attention import fastest
 from scldm.model.blocks import hidden_width
+from scldm.model.factorised import tiles, unpooling
 from scldm.model.gene_rows import GeneRows
 from scldm.model.vae import VAE, VAEConfig, chosen
 
@@ -83,19 +84,19 @@ def test_a_gpus_tiles_are_a_share_of_its_memory(monkeypatch: pytest.MonkeyPatch)
     for memory in (16_000_000_000, 80_000_000_000):
         there = SimpleNamespace(total_memory=memory)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, there=there: there)
-        assert factorised.tile_numbers(like) == memory // 64 // 2
-    assert factorised.tile_numbers(torch.zeros(1)) == factorised.TILE_CPU
+        assert tiles.tile_numbers(like) == memory // 64 // 2
+    assert tiles.tile_numbers(torch.zeros(1)) == tiles.TILE_CPU
 
 
 @pytest.mark.parametrize("cells, most", [(1, 1), (32, 1), (128, 3)])
 def test_a_gpu_takes_the_genes_in_few_tiles(cells: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """8,192 genes of a network of width 256, on 80 GB: each tile is 28 launches. All genes of all cells, once."""
-    monkeypatch.setattr(factorised, "planned_memory", 80_000_000_000)
+    monkeypatch.setattr(tiles, "planned_memory", 80_000_000_000)
     r_BQ, T_QF = torch.empty(cells, 8192, device="meta"), torch.empty(8192, 1376, dtype=BF16, device="meta")
-    tiles = [(cells, genes) for cells, genes, *_ in factorised._cell_gene_tiles(r_BQ, T_QF)]
-    assert len(tiles) <= most
+    found = [(cells, genes) for cells, genes, *_ in unpooling._cell_gene_tiles(r_BQ, T_QF)]
+    assert len(found) <= most
     seen = torch.zeros(cells, 8192, dtype=torch.int64)
-    for some, genes in tiles:
+    for some, genes in found:
         seen[some, genes] += 1
     assert (seen == 1).all()
 
@@ -112,6 +113,6 @@ def test_a_table_of_the_first_product_pays_where_cells_hold_a_gene_several_times
     rows = GeneRows(torch.empty(vocabulary, shape.width, device="meta"), None, torch.Size((cells, n_genes)))
     x_BLD = torch.empty(cells, shape.n_latents, shape.width, device="meta")
     hidden = hidden_width(shape.width)
-    assert factorised.pays_by_table(rows, x_BLD, shape.decoder_cross_heads, hidden) == pays
-    monkeypatch.setattr(factorised, "planned_memory", 80_000_000_000)
-    assert not factorised.pays_by_table(rows, x_BLD, shape.decoder_cross_heads, hidden)
+    assert unpooling.pays_by_table(rows, x_BLD, shape.decoder_cross_heads, hidden) == pays
+    monkeypatch.setattr(tiles, "planned_memory", 80_000_000_000)
+    assert not unpooling.pays_by_table(rows, x_BLD, shape.decoder_cross_heads, hidden)
