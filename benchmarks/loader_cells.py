@@ -64,7 +64,7 @@ def prepare(config: BenchLoaderConfig, folder: Path) -> None:
     """The same cells in every format that the chosen parts read."""
     folder.mkdir(parents=True, exist_ok=True)
     atlas = BenchShardsConfig(cells=config.cells, genes=config.genes, expressed=config.expressed)
-    bench_shards.keep_to_one_atlas(folder, config.cells, config.genes, config.expressed)
+    bench_shards.keep_to_one_atlas(folder, cells=config.cells, genes=config.genes, expressed=config.expressed)
 
     def once(name: str, write: Callable[[Path], Any]) -> None:
         if not (folder / name).exists():

@@ -1,7 +1,7 @@
 """What it costs to turn an atlas into shards, beside what it costs to read it and do nothing.
 
 The cells are synthetic: each gene has its own probability to be expressed, so that a cell expresses about 1,763 of
-20,000 genes; 65 % of the counts are 1, 88 % at most 3, 0.01 % over 255.
+20,000 genes; 65 % of the counts are 1, 88 % at most 3, 0.01 % over 255. With `spread` that differs by cell type.
 
 Reading order: BenchShardsConfig, the synthetic atlas, the controls, main.
 """
@@ -42,6 +42,7 @@ EXAMPLE = """python -m benchmarks.shards
 python -m benchmarks.shards cells=1000000 soma=false repeats=1 workers=2 --json --save benchmarks/shards-1m.json"""
 
 CHUNK_CELLS = 4096
+N_TYPES = 12
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class BenchShardsConfig:
     cells: synthetic cells
     genes: synthetic genes
     expressed: genes with a count, per cell
+    spread: how much genes differ between the 12 cell types, as the standard deviation of the log of their levels
     h5ad: measure from an uncompressed h5ad file
     soma: measure from a SOMA experiment
     repeats: of every timing; the median counts
@@ -64,6 +66,7 @@ class BenchShardsConfig:
     cells: int = 40_000
     genes: int = 20_000
     expressed: int = 1_763
+    spread: float = 0.0
     h5ad: bool = True
     soma: bool = True
     repeats: int = 3
@@ -80,7 +83,7 @@ CONFIG = BenchShardsConfig
 # --- the synthetic atlas -------------------------------------------------------------------------------------------
 
 
-def synthetic_rows(n_cells: int, n_genes: int, expressed: int, seed: int = 0) -> Iterator[Rows]:
+def synthetic_rows(n_cells: int, n_genes: int, expressed: int, seed: int = 0, spread: float = 0.0) -> Iterator[Rows]:
     """Cells by chunks, the same for every run; float32 counts as atlases have them."""
     rng = np.random.default_rng(seed)
     weight = rng.lognormal(0, 1.6, n_genes)
@@ -91,7 +94,9 @@ def synthetic_rows(n_cells: int, n_genes: int, expressed: int, seed: int = 0) ->
             high = factor
         else:
             low = factor
-    threshold = (np.minimum(weight * factor, 0.98) * 2**32).astype(np.uint64)
+    types = synthetic_types(n_cells)
+    level_TG = np.random.default_rng(2).lognormal(-(spread**2) / 2, spread, (N_TYPES, n_genes)) * weight * factor
+    threshold_TG = (np.minimum(level_TG, 0.98) * 2**32).astype(np.uint64)
     table = np.sort(np.concatenate([
         np.full(65_000, 1.0), np.full(15_000, 2.0), np.full(8_000, 3.0),
         np.floor(4 + rng.exponential(6.0, 11_990)), np.floor(256 + rng.exponential(300.0, 10)),
@@ -100,14 +105,16 @@ def synthetic_rows(n_cells: int, n_genes: int, expressed: int, seed: int = 0) ->
         n = min(CHUNK_CELLS, n_cells - start)
         indptr = np.zeros(n + 1, np.int64)
         columns, values = np.empty(n * n_genes // 2, np.int32), np.empty(n * n_genes // 2, np.float32)
-        used = _draw(start, seed, threshold, table, indptr, columns, values)
+        of_types = types[start : start + n]
+        used = _draw(start, seed, threshold_TG, of_types, table, indptr, columns, values)
         yield Rows(np.arange(start, start + n), indptr, columns[:used].copy(), values[:used].copy())
 
 
 @njit(cache=True)
-def _draw(first, seed, threshold, table, indptr, columns, values):
+def _draw(first, seed, threshold_TG, types, table, indptr, columns, values):
     at = 0
     for cell in range(len(indptr) - 1):
+        threshold = threshold_TG[types[cell]]
         state = np.uint64((first + cell + 1) * 0x9E3779B97F4A7C15 + seed)
         depth = np.uint64(50 + (state >> np.uint64(20)) % np.uint64(101))  # cells differ in depth, 0.5 to 1.5
         for gene in range(len(threshold)):
@@ -122,17 +129,20 @@ def _draw(first, seed, threshold, table, indptr, columns, values):
     return at
 
 
+def synthetic_types(n_cells: int) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, N_TYPES, n_cells)
+
+
 def synthetic_obs(n_cells: int) -> pd.DataFrame:
-    rng = np.random.default_rng(1)
-    types = pd.Categorical.from_codes(rng.integers(0, 12, n_cells), [f"type {k}" for k in range(12)])
+    types = pd.Categorical.from_codes(synthetic_types(n_cells), [f"type {k}" for k in range(N_TYPES)])
     return pd.DataFrame(
         {"cell_type": types, "number": np.arange(n_cells)}, index=pd.Index([f"cell{k}" for k in range(n_cells)])
     )
 
 
-def keep_to_one_atlas(folder: Path, cells: int, genes: int, expressed: int) -> None:
-    """Raises: InputError where the folder holds an atlas of other cells; it notes whose it is."""
-    note, asked = folder / "atlas.json", {"cells": cells, "genes": genes, "expressed": expressed}
+def keep_to_one_atlas(folder: Path, **asked: float) -> None:
+    """asked: what its cells are. Raises: InputError where the folder holds an atlas of others; it notes whose it is."""
+    note = folder / "atlas.json"
     if note.exists() and json.loads(note.read_text()) != asked:
         raise InputError(f"folder={folder}: holds other cells ({note.read_text()}); give another folder")
     note.write_text(json.dumps(asked))
@@ -152,7 +162,7 @@ def write_h5ad(path: Path, config: BenchShardsConfig) -> None:
         data = x.create_dataset("data", (0,), "f4", maxshape=(None,), chunks=(1 << 18,))
         indices = x.create_dataset("indices", (0,), "i4", maxshape=(None,), chunks=(1 << 18,))
         ends = [np.zeros(1, np.int64)]
-        for rows in synthetic_rows(config.cells, config.genes, config.expressed):
+        for rows in synthetic_rows(config.cells, config.genes, config.expressed, spread=config.spread):
             at = int(ends[-1][-1])
             for dataset, values in ((data, rows.values), (indices, rows.columns)):
                 dataset.resize(at + len(values), axis=0)
@@ -164,7 +174,7 @@ def write_h5ad(path: Path, config: BenchShardsConfig) -> None:
 
 def write_soma(path: Path, config: BenchShardsConfig) -> None:
     var = pd.DataFrame(index=pd.Index([f"GENE{k}" for k in range(config.genes)]))
-    rows = synthetic_rows(config.cells, config.genes, config.expressed)
+    rows = synthetic_rows(config.cells, config.genes, config.expressed, spread=config.spread)
     write_census(str(path), synthetic_obs(config.cells), var, rows, "homo_sapiens")
 
 
@@ -281,7 +291,9 @@ def main(config: BenchShardsConfig) -> Report:
     settings = {"cells": config.cells, "genes": config.genes, "workers": config.workers, "memory": config.memory}
     report = Report("shards", {**settings, "repeats": config.repeats})
     with _folder(config.folder) as folder:
-        keep_to_one_atlas(folder, config.cells, config.genes, config.expressed)
+        keep_to_one_atlas(
+            folder, cells=config.cells, genes=config.genes, expressed=config.expressed, spread=config.spread
+        )
         if config.h5ad:
             path = folder / "atlas.h5ad"
             if not path.exists():

@@ -6,9 +6,10 @@ import json
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 
 from benchmarks.report import Report, Row, median
-from benchmarks.shards import BenchShardsConfig, main, synthetic_rows
+from benchmarks.shards import N_TYPES, BenchShardsConfig, main, synthetic_rows, synthetic_types
 
 
 @pytest.mark.heavy
@@ -22,6 +23,17 @@ def test_the_synthetic_cells_are_as_described():
     again = next(synthetic_rows(400, 20_000, 1_763))
     assert np.array_equal(rows.values, again.values)
     assert np.array_equal(rows.columns, again.columns)
+
+
+@pytest.mark.heavy
+def test_cell_types_differ_where_a_spread_is_asked_for():
+    def profiles(spread):
+        rows, types = next(synthetic_rows(600, 2_000, 200, spread=spread)), synthetic_types(600)
+        expressed = sp.csr_matrix((np.ones(len(rows.values)), rows.columns, rows.indptr), (600, 2_000)).toarray()
+        return np.array([expressed[types == k].mean(0) for k in range(N_TYPES)])
+
+    same, apart = (np.corrcoef(profiles(spread))[np.triu_indices(N_TYPES, 1)] for spread in (0.0, 1.0))
+    assert same.min() > 0.85 > 0.75 > apart.max()
 
 
 def test_rows_know_their_targets(capsys):
