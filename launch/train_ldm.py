@@ -8,6 +8,7 @@ Reading order: TrainLDMConfig, main, set_up, where the latents come from, what t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -287,6 +288,13 @@ def fit_means(stage: LDMStage, every: LatentLoader | CellLoader, world: World) -
             if n_cells >= most:
                 break
     seen = [(k, row) for k, row in sorted(row_of.items()) if k < K and n_R[row] > 0]
+    if world.rank == 0 and (n_lacking := K - len(seen)):
+        print(
+            f"scldm: train ldm: {n_lacking:,} of {K:,} combinations have no cell among the first {n_cells:,.0f} "
+            "training cells, of which means are taken. Theirs will follow from their relatives",
+            file=sys.stderr,
+            flush=True,
+        )
     seen_K, rows = torch.tensor([k for k, _ in seen]), [row for _, row in seen]
     n_K, mean_KLZ = n_R[rows], total_RLZ[rows]
     mean_KLZ /= n_K[:, None, None]

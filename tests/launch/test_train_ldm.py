@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import anndata as ad
@@ -162,6 +163,20 @@ def test_a_run_on_a_gpu_takes_its_batches_compact_and_pinned(made: Path, monkeyp
     config = encode.EncodeConfig(f"{made}/vae", stream, "out")
     assert list(encode.latents(None, None, 0, config, there, None)) == []  # pyright: ignore[reportArgumentType]
     assert asked[-1] == there.device
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [3, 160])
+def test_how_many_combinations_were_not_measured_is_said(made: Path, monkeypatch, capsys, first: int) -> None:
+    monkeypatch.setattr(train_ldm, "MEAN_CELLS", 0)
+    monkeypatch.setattr(train_ldm, "LEAST_MEAN_CELLS", first)
+    small = {"train": TrainConfig(global_batch=6), "hardware": HardwareConfig("plain", 3)}
+    set_up(
+        TrainLDMConfig("run", StreamConfig(f"{made}/shards"), vae=f"{made}/vae", **small),
+        World(0, 1, torch.device("cpu")),
+    )
+    said = re.search(r"(\d) of 4 combinations have no cell among the first 3 training cells", capsys.readouterr().err)
+    assert (said is not None and int(said[1]) >= 1) if first == 3 else said is None
 
 
 # --- what the conditions are ---------------------------------------------------------------------------------------
