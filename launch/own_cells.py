@@ -33,7 +33,7 @@ class OwnCellsConfig(Checked):
     device: torch device. Empty is a GPU where there is one
     batch: cells that go through the networks at once. Another number differs in the last bits. null takes 64 on a CPU,
         and on a GPU what a quarter of its memory holds, at most 1,024
-    precision: float32, or for GPUs bfloat16. Its expected counts are off by 0.6 %
+    precision: float32 or bfloat16, whose expected counts are off by 0.6 %. null takes bfloat16 on a GPU that has it
     min_gene_share: of the model's genes that the file must have. With fewer it is refused
     """
 
@@ -44,7 +44,7 @@ class OwnCellsConfig(Checked):
     drop_empty: bool = False
     device: str = ""
     batch: int | None = checked(None, at_least=1)
-    precision: Precision = "float32"
+    precision: Precision | None = None
     min_gene_share: float = checked(MIN_GENE_SHARE, at_least=0, at_most=1)
 
 

@@ -52,6 +52,13 @@ def batch_on(device: str | torch.device, vae: VAE) -> int:
     return min(MOST_CELLS, 1 << max(0, math.floor(math.log2(max(fits, 1)))))
 
 
+def precision_on(device: str | torch.device) -> Precision:
+    """bfloat16 on a GPU whose matrix units take it, NVIDIA's from compute capability 8.0 on, else float32."""
+    if torch.device(device).type != "cuda":
+        return "float32"
+    return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
+
+
 def cell_bytes(config: VAEConfig, n_genes: int) -> int:
     """That a cell takes while all its genes are decoded. It has for each gene five numbers a pair of a head and a
     latent token (weights, and what goes into a norm's variance), and of its counts and their draws 64 at most."""

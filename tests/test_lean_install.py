@@ -19,14 +19,14 @@ from tests.data_pipeline.small_sets import known_cells, write_set
 from tests.packages import hide
 
 ROOT = Path(__file__).resolve().parent.parent
-UNWANTED = ("deepspeed", "mlflow", "tiledbsoma")
+UNWANTED = ("deepspeed", "mlflow", "tensorboard", "tiledbsoma")
 IMPORTS = f"""
 import importlib, importlib.util, pkgutil, platform
 print([name for name in {UNWANTED} if importlib.util.find_spec(name)])
 import scldm
 for module in pkgutil.walk_packages(scldm.__path__, "scldm."):
-    # these need packages of the extras `evaluate` and `test`, or know DeepSpeed
-    if not module.name.startswith(("scldm.comparison", "scldm.evaluate", "scldm.kernels.")):
+    # these need packages of the extras `evaluate` and `test`, or know DeepSpeed or TensorBoard
+    if not module.name.startswith(("scldm.comparison", "scldm.evaluate", "scldm.kernels.", "scldm.train.tensorboard")):
         importlib.import_module(module.name)
 import torch
 print(platform.python_version(), torch.__version__)

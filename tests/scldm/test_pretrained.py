@@ -27,7 +27,7 @@ from scldm.batch import GeneCounts
 from scldm.errors import InputError
 from scldm.model.vae import VAE, VAEConfig
 from scldm.model_folder import save_pretrained
-from scldm.networks import batch_on
+from scldm.networks import batch_on, precision_on
 from scldm.pretrained import Pretrained
 from scldm.weights import weights_hash
 from tests.rounding import assert_rounded, error_of
@@ -295,6 +295,13 @@ def test_a_gpus_batch_is_a_share_of_its_memory(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80e9))
     assert batch_on("cuda", cast(Any, few)) == 1_024
     assert batch_on("cpu", cast(Any, vae)) == 64
+
+
+def test_a_gpu_that_has_bfloat16_computes_in_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert scldm.load(folder).precision == precision_on("cpu") == "float32"
+    for capability, taken in (((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, of=capability: of)
+        assert precision_on("cuda:1") == taken
 
 
 def test_cells_without_a_count_can_be_told_and_left_out(model: Pretrained) -> None:
