@@ -16,12 +16,14 @@ SCLDM_TASKS_PER_NODE=
 SCLDM_CPUS_PER_TASK=
 SCLDM_MEMORY=
 
-# environment modules ("cuda/12.8 python/3.12"), the Python that has scldm, or a container image (pyxis); with one, the
-# job's own steps need a Python outside of it that has scldm: JOB_PYTHON, else that of the submitting shell
+# environment modules ("cuda/12.8 python/3.12"), the Python that has scldm, or a container image. With one, the job's own
+# steps need a Python outside of it that has scldm: JOB_PYTHON, else that of the submitting shell
 SCLDM_MODULES=
 SCLDM_PYTHON=
 SCLDM_JOB_PYTHON=
 SCLDM_CONTAINER=
+# pyxis (the default), apptainer, singularity or podman; mounts as /lustre,/data:/data:ro
+SCLDM_CONTAINER_RUNTIME=
 SCLDM_CONTAINER_MOUNTS=
 
 # folder on a node's own disk for staged shards; folders that all nodes see (/lustre:/home)

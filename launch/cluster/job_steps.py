@@ -1,6 +1,7 @@
 """What a Slurm job does, from its first word to its exit code. slurm/job.sbatch runs it once, on the job's first node.
 
     begin        note the start
+    image        bring the container's image to each node, where the site has one
     preflight    check the nodes, and choose those to run on
     stage        copy the shards to each node's own disk
     verb         one rank per GPU
@@ -42,10 +43,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import NoReturn
+from typing import IO, NoReturn
 
 from launch.cluster import commands as slurm
-from launch.cluster.notes import BAD_NODES, CAME, REPORT, note_nodes
+from launch.cluster.containers import container_of
+from launch.cluster.notes import BAD_NODES, CAME, IMAGE, REPORT, note_nodes
 from launch.cluster.site import PASSED_ON, gpus_of_node
 from scldm.environment import without_passwords
 from scldm.errors import LOST, REFUSED, REQUEUE, STOPPED, InputError, read_json
@@ -58,6 +60,8 @@ SIGKILLED = (128 + signal.SIGKILL, 253)  # 253: Slurm's word for just that
 CRASHED = (signal.SIGILL, signal.SIGTRAP, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV)
 # on each node: removes a folder there once the job lets go of the step's stdin, or is gone
 KEEPER = 'trap "" TERM USR1; echo here; cat >/dev/null; rm -rf "${1:?}"/* "$1"'
+# in the container on each node
+HERE = "import os; print('here', os.environ['SLURMD_NODENAME'])"
 
 
 LATE_S = 90  # Slurm sends the signal before the time limit up to a minute too soon
@@ -118,7 +122,7 @@ class JobSteps:
         self.made, self.notes = settings["SCLDM_MADE"], Path(settings["SCLDM_NOTES"])
         self.soft = settings["SCLDM_STOP_SIGNAL"]
         self.failure = self.notes / f"failure{self.part}"
-        self.python = settings["SCLDM_PYTHON"]
+        self.container = container_of(settings)
         self.unheard = self.stopping = False  # a signal that no step was told of yet; whether there was one
         self.keeper: subprocess.Popen[bytes] | None = None
         self.hosts: list[str] = []
@@ -131,6 +135,7 @@ class JobSteps:
     def run(self) -> NoReturn:
         self.begin()
         self.set_up()
+        self.image()
         if self.settings["SCLDM_RANKS"] == "all" and self.settings["SCLDM_PREFLIGHT"] != "off":
             self.hosts = self.preflight()
         if self.settings.get("SCLDM_STAGE") == "on":
@@ -145,7 +150,8 @@ class JobSteps:
         now = self.progress()
         self.note_progress("start", now)
         where = f"at {now}, on {self.settings['SLURM_JOB_NODELIST']}"
-        self.note("RUNNING", f"{without_passwords(' '.join(self.words))} (start {self.restart + 1}, {where})")
+        self.what = f"{without_passwords(' '.join(self.words))} (start {self.restart + 1}, {where})"
+        self.note("RUNNING", self.what)
 
     def set_up(self) -> None:
         """What every step starts with."""
@@ -162,6 +168,37 @@ class JobSteps:
         if self.settings["SCLDM_RANKS"] != "all":
             self.hosts = self.hosts[:1]
 
+    def image(self) -> None:
+        """Bring the container's image to each node. It is no part of preflight: a slow copy is no node that hangs."""
+        if self.container is None:
+            return
+        began, told = time.monotonic(), f"image {self.container.image} ({self.container.runtime})"
+        self.note("RUNNING", f"{self.what}; brings {told} to {len(self.hosts)} nodes")
+        if self.container.is_archive:
+            loaded = self.print_on_nodes("podman", "load", "--quiet", f"--input={self.container.image}")
+            if not (names := re.findall(r"^Loaded image.*: (\S+)$", loaded, re.MULTILINE)):
+                self.fail(f"{told}: no node could load it; see the log")
+            self.container = self.container._replace(image=names[-1])
+        came = re.findall(r"^here (\S+)$", self.print_on_nodes(*self.python("-c", HERE)), re.MULTILINE)
+        if missing := [host for host in self.hosts if host not in came]:
+            why = f"{told}: {self.settings['SCLDM_PYTHON']} did not start in it on {', '.join(missing)}; see the log"
+            self.heed(why)
+            if came:  # what all nodes meet alike is the fault of the job or of the site file
+                note_nodes(self.notes / BAD_NODES, dict.fromkeys(missing, f"no Python started in {told}"))
+            self.fail(why)
+        self.note("RUNNING", f"{self.what}; {told} is there after {time.monotonic() - began:.0f} s")
+
+    def print_on_nodes(self, *words: str) -> str:
+        """What a command prints, run in the container or beside it, once on every node."""
+        place = self.notes / f"{IMAGE}{self.part}"
+        with place.open("w") as file:
+            # a node that fails ends no other, so that all are named
+            command = [*self.each_node(), "--kill-on-bad-exit=0", "--wait=0", *words]
+            code = self.step("TERM", command, stdout=file)
+        if self.told_to_stop(code):
+            self.requeue("while the container's image came")
+        return place.read_text()
+
     def preflight(self) -> list[str]:
         """The nodes to run on. Raises: SystemExit where there are none."""
         shutil.rmtree(self.notes / CAME, ignore_errors=True)
@@ -170,7 +207,7 @@ class JobSteps:
         # a rank that dies or fails must not end the others, which would be blamed for it; all end within its time
         wait_s = int(self.settings["SCLDM_PREFLIGHT_S"]) + 5
         command = [*self.ranks(), "--kill-on-bad-exit=0", f"--wait={wait_s}"]
-        command += [self.python, "-P", "-m", "launch.cluster.preflight", *self.words]
+        command += self.python("-m", "launch.cluster.preflight", *self.words)
         code = self.step("TERM", command, TORCH_CPP_LOG_LEVEL="ERROR")
         if self.told_to_stop(code):
             self.requeue("during preflight")
@@ -197,7 +234,7 @@ class JobSteps:
             if self.stopping:
                 self.requeue("before shards were staged")
             self.fail(f"staging: the step that removes what is staged did not start on all of {len(self.hosts)} nodes")
-        command = [*self.each_node(), *self.container(), self.python, "-P", "-m", "launch.cluster.copy_shards"]
+        command = [*self.each_node(), *self.python("-m", "launch.cluster.copy_shards")]
         code = self.step("TERM", [*command, f"source={source}", f"out={staged}", f"running={running}"])
         if self.told_to_stop(code):
             self.requeue("while shards were staged")
@@ -212,7 +249,7 @@ class JobSteps:
             first, n = int(self.settings.get("SLURM_ARRAY_TASK_MIN", 0)), self.settings.get("SLURM_ARRAY_TASK_COUNT", 1)
             words.append(f"task={int(self.settings['SLURM_ARRAY_TASK_ID']) - first}/{n}")
         self.failure.unlink(missing_ok=True)
-        code = self.step(self.soft, [*self.ranks(), self.python, "-P", "-m", "launch.cli", *words])
+        code = self.step(self.soft, [*self.ranks(), *self.python("-m", "launch.cli", *words)])
         told = self.told_to_stop(code)
         if failed := self.failed(code):
             self.fail(f"exit code {failed[0]}{': ' if failed[1] else ''}{failed[1]}", failed[0])
@@ -251,9 +288,9 @@ class JobSteps:
 
     # --- how a step is run ------------------------------------------------------------------------------------------
 
-    def step(self, signal_name: str, command: Sequence[str], **more_env: str) -> int:
+    def step(self, signal_name: str, command: Sequence[str], stdout: IO[str] | None = None, **more_env: str) -> int:
         """Run a step; it is sent the signal when the job is told to stop. Returns its exit code as a shell has it."""
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=self.env | more_env)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, env=self.env | more_env)
         while True:
             self.listen()
             if self.unheard:
@@ -305,7 +342,7 @@ class JobSteps:
         common += ["--cpu-bind=cores", "--distribution=block:block", "--label"]  # each line with its rank
         if cpus := self.settings.get("SCLDM_CPUS_PER_TASK"):
             common.append(f"--cpus-per-task={cpus}")
-        return ["srun", *common, *self.container(), *self.on_hosts(per_node)]
+        return ["srun", *common, *self.on_hosts(per_node)]
 
     def each_node(self) -> list[str]:
         """srun, with its arguments for one task on every node."""
@@ -317,11 +354,12 @@ class JobSteps:
         place = [f"--nodelist={','.join(self.hosts)}", f"--nodes={n}"]
         return [*place, f"--ntasks={n * per_node}", f"--ntasks-per-node={per_node}"]
 
-    def container(self) -> list[str]:
-        image, mounts = (self.settings.get(f"SCLDM_CONTAINER{what}") for what in ("", "_MOUNTS"))
-        if not image:
-            return []
-        return [f"--container-image={image}", *([f"--container-mounts={mounts}"] if mounts else [])]
+    def python(self, *words: str) -> list[str]:
+        """The ranks' Python, in the site's container where there is one. It stands after srun's arguments."""
+        # not of the start before: pyxis may have left half of it there
+        name, gpus = f"scldm-{self.id}-{self.restart}", int(self.settings.get("SLURM_GPUS_ON_NODE") or 0) > 0
+        within = self.container.before_python(name, gpus) if self.container else []
+        return [*within, self.settings["SCLDM_PYTHON"], "-P", *words]
 
     # --- what is staged goes away with the job ----------------------------------------------------------------------
 

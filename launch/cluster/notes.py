@@ -6,10 +6,11 @@ log.txt      the one log of all its ranks and starts; of an array, log-TASK.txt
 state        state, job, time, restarts, reason; of an array, state.TASK
 history      a line for every start, stop (by Slurm or a signal) and failure: how far the work was; and for a job that
              another one goes on for, its number
-bad_nodes    nodes that preflight found unfit, with the reason; preflight.json has its last report, and what to run on
+bad_nodes    nodes that were found unfit, with the reason; preflight.json has its last report, and what to run on
 late_nodes   nodes that did not come up in time once; the second time they are unfit
 preflight    folder of files that nodes leave there in a preflight. A store would not do: they show that the notes are
              shared, and a rank that can't reach the store tells by its file that it came up
+image        the nodes that the container's image has come to; of an array, image.TASK
 failure      exit code and error of the rank that failed first; of an array, failure.TASK
 """
 
@@ -24,7 +25,7 @@ from typing import NamedTuple
 from launch.cluster import commands as slurm
 from scldm.errors import InputError, read_json
 
-BAD_NODES, LATE_NODES, CAME, REPORT = "bad_nodes", "late_nodes", "preflight", "preflight.json"
+BAD_NODES, LATE_NODES, CAME, REPORT, IMAGE = "bad_nodes", "late_nodes", "preflight", "preflight.json", "image"
 ENDED = ("DONE", "STOPPED", "LOST", "NOT SUBMITTED", *slurm.ENDED)  # by the job's own word, by nobody's, by Slurm's
 
 

@@ -35,8 +35,9 @@ KEYS = {
     "SCLDM_MODULES": "environment modules to load, separated by spaces",
     "SCLDM_PYTHON": "the Python that has scldm; else that of the submitting shell",
     "SCLDM_JOB_PYTHON": "with a container, a Python outside of it that has scldm, to run the job's steps",
-    "SCLDM_CONTAINER": "image for srun --container-image (pyxis)",
-    "SCLDM_CONTAINER_MOUNTS": "its mounts, as /lustre:/lustre",
+    "SCLDM_CONTAINER": "image of a container that the ranks run in, as its runtime names images",
+    "SCLDM_CONTAINER_RUNTIME": "what runs it: pyxis (by default), apptainer, singularity or podman",
+    "SCLDM_CONTAINER_MOUNTS": "its mounts, as /lustre,/data:/data:ro",
     "SCLDM_SCRATCH": "folder on a node's local disk, for staged shards",
     "SCLDM_SHARED": "folders that all nodes see, separated by colons; run folders lie below one of them",
 }

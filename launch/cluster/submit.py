@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from launch.cli import find_verb
 from launch.cluster import commands as slurm
+from launch.cluster.containers import container_of
 from launch.cluster.job import (
     OF_SITE,
     Job,
@@ -127,6 +128,7 @@ def main(submission: Submission) -> list[str]:
     texts = []
     for job in chain:
         site = site_of_job(job, of_all)
+        check_container(job, site)
         check_stage(job, site)
         check_notes(job, site)
         check_gpus(job, site)
@@ -241,17 +243,22 @@ def check_stage(job: Job, site: Mapping[str, str]) -> None:
     scratch = site.get("SCLDM_SCRATCH", "")
     if not scratch:
         raise InputError("--stage needs SCLDM_SCRATCH in the site file: a folder on each node's own disk")
-    if "SCLDM_CONTAINER" in site:
-        places = [mount.split(":") for mount in site.get("SCLDM_CONTAINER_MOUNTS", "").split(",") if mount]
-        same = [Path(place[0]) for place in places if place[0] == (place[1:] or place)[0]]
-        if not any(Path(scratch).is_relative_to(place) for place in same):
-            raise InputError(
-                f"--stage: what is staged must outlive a container; SCLDM_CONTAINER_MOUNTS needs {scratch}:{scratch}"
-            )
+    container = container_of(site)
+    if container and not container.shows(scratch):
+        raise InputError(
+            f"--stage: what is staged must outlive a container; SCLDM_CONTAINER_MOUNTS needs {scratch}:{scratch}"
+        )
     if "://" in job.shards:
         raise InputError(
             f"--stage: {job.shards} is no folder that the nodes see; leave --stage out, and set data.cache_folder"
         )
+
+
+def check_container(job: Job, site: Mapping[str, str]) -> None:
+    """Raises: InputError for a container that the site file says wrong, or in which a job could not leave its notes."""
+    container, folder = container_of(site), job.notes.parent
+    if container and container.runtime == "podman" and not container.shows(folder):  # others may mount by themselves
+        raise InputError(f"{folder}: Podman mounts no folder by itself; SCLDM_CONTAINER_MOUNTS needs one that holds it")
 
 
 def check_nodes(job: Job, site: Mapping[str, str], partition: slurm.Partition) -> None:

@@ -647,8 +647,7 @@ esac
 @pytest.fixture
 def staging(fake: Path, tmp_path: Path) -> Life:
     with (tmp_path / "site.sh").open("a") as file:
-        file.write(f'SCLDM_SCRATCH="{tmp_path}/its disk"\nSCLDM_CONTAINER=image.sqsh\n')
-        file.write(f'SCLDM_CONTAINER_MOUNTS="/data:/data,{tmp_path}:{tmp_path}:rw"\n')
+        file.write(f'SCLDM_SCRATCH="{tmp_path}/its disk"\n')
     (fake / "bin" / "srun").write_text(NODE)
     return Life(fake, tmp_path, "--stage")
 
@@ -684,15 +683,6 @@ def test_what_is_staged_is_removed_although_slurm_starts_no_step_any_more(
     (fake / "bin" / "srun").write_text(text)
     assert staging.start(0, step=5, hosts="n1") == "TIMEOUT"
     assert not (tmp_path / "its disk" / "scldm-7").exists()
-
-
-def test_staging_runs_in_the_sites_container(staging: Life, fake: Path) -> None:
-    (fake / "code").write_text("0")
-    staging.start(0, step=5, hosts="n1")
-    steps = {line.split()[0]: line for line in (fake / "steps").read_text().splitlines()}
-    for name in ("stage", "verb"):
-        assert "--container-image=image.sqsh --container-mounts=/data:/data," in steps[name], steps[name]
-    assert "container" not in steps["keeper"]
 
 
 def test_the_ranks_read_what_is_staged_and_their_words_name_the_set(staging: Life, fake: Path, tmp_path: Path) -> None:

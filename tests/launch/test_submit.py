@@ -230,6 +230,12 @@ def test_nodes_that_a_preflight_named_are_left_out(fake: Path, tmp_path: Path, c
         ("", ["--nodes", "2", "train.global_batch=30"], "on nodes of 8 ranks can use no number of nodes"),
         ("", ["--nodes", "3", "train.global_batch=16", "--preflight", "false"], "and preflight chooses one"),
         ("SCLDM_SCRATCH=/disk\nSCLDM_CONTAINER=i", ["--stage"], "SCLDM_CONTAINER_MOUNTS needs /disk:/disk"),
+        ("SCLDM_CONTAINER=i\nSCLDM_CONTAINER_RUNTIME=docker", [], "SCLDM_CONTAINER_RUNTIME=docker: give one of pyxis,"),
+        (
+            "SCLDM_CONTAINER=i\nSCLDM_CONTAINER_RUNTIME=podman",
+            [],
+            "50 % vae: Podman mounts no folder by itself; SCLDM_C",
+        ),
         ("", ["--nodes", "4-2"], "--nodes 4-2: give a number of nodes, or MIN-MAX"),
         ("", ["--nodes"], "--nodes needs a value"),
         ("", ["--stage"], "--stage needs SCLDM_SCRATCH"),
