@@ -43,7 +43,8 @@ from scldm.library_size import LibrarySizeModel, LogNormal
 from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE, Predicted, VAEConfig
 from scldm.model_folder import save_pretrained
-from scldm.pretrained import Precision, Pretrained, written
+from scldm.networks import Precision, written
+from scldm.pretrained import Pretrained
 from scldm.request.wanted import Wanted
 from scldm.vocab import ConditionVocab, GeneVocab
 

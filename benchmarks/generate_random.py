@@ -23,7 +23,7 @@ from scldm.library_size import LibrarySizeModel, LogNormal
 from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE, VAEConfig
 from scldm.model_folder import save_pretrained
-from scldm.pretrained import Precision
+from scldm.networks import Precision
 from scldm.vocab import ConditionVocab, GeneVocab
 
 LABELS = tuple(f"type {k}" for k in range(10))

@@ -21,8 +21,8 @@ class EmbedConfig(OwnCellsConfig):
 
     out: h5ad file to write: the same cells with obsm["X_scldm"]
     pool: flat writes all tokens one after another, (n, L * Z). mean writes their average, (n, Z)
-    precision: float32 or bfloat16, whose coordinates are off by 0.003 of their deviation. null takes bfloat16 on a GPU
-        that has it
+    precision: float32, bfloat16, whose coordinates are off by 0.003 of their deviation, or auto: bfloat16 on a GPU that
+        has it
     """
 
     pool: Literal["flat", "mean"] = "flat"

@@ -27,7 +27,7 @@ from scldm.count_draws import DRAWS_VERSION
 from scldm.environment import cpu_maker
 from scldm.errors import InputError
 from scldm.flow.sampler import SamplerConfig
-from scldm.networks import Kind, Precision, batch_on, precision_on, usable
+from scldm.networks import AskedPrecision, Kind, batch_on, precision_on, usable
 from scldm.parallel.dist import close_world, world_of_environment
 from scldm.pretrained import Pretrained
 from scldm.progress import Progress
@@ -62,7 +62,7 @@ class GenerateConfig(Checked):
     device: torch device. Empty is the rank's GPU where there is one
     batch: cells that go through the networks at once. null takes 64 on a CPU, and on a GPU what a quarter of its memory
         holds, at most 1,024
-    precision: float32 or bfloat16, whose expected counts are off by 0.6 %. null takes bfloat16 on a GPU that has it
+    precision: float32, bfloat16, whose expected counts are off by 0.6 %, or auto: bfloat16 on a GPU that has it
     threads: CPU threads per rank for torch. On a CPU, rather start a rank for each core
     """
 
@@ -78,7 +78,7 @@ class GenerateConfig(Checked):
     seed: int = checked(0, at_least=0, below=SEEDS)
     device: str = ""
     batch: int | None = checked(None, at_least=1)
-    precision: Precision | None = None
+    precision: AskedPrecision = "auto"
     threads: int = checked(1, at_least=1)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
@@ -101,12 +101,11 @@ def main(config: GenerateConfig) -> Path:
     table = wanted_cells(config)
     if config.device:
         usable(config.device)
-    model = scldm.load(config.model, batch=config.batch, precision=config.precision)
+    model = scldm.load(config.model, batch=config.batch)
     device = device_of(config.device)  # it is on the CPU until it is known whether anything is missing
     if config.batch is None:
         model = replace(model, batch=batch_on(device, model.vae))
-    if config.precision is None:
-        model = replace(model, precision=precision_on(device))
+    model = replace(model, precision=precision_on(device, config.precision))
     wanted = model.check_conditions(table, config.seed, config.sampler)
     del table
     columns = model.columns(config.genes or None)

@@ -17,7 +17,7 @@ from scldm.cells_file import cells_in_file, check_storable, write_cells
 from scldm.cells_opened import check_out
 from scldm.checked import Checked, checked
 from scldm.files import made_aside
-from scldm.pretrained import Precision
+from scldm.networks import AskedPrecision
 from scldm.vocab import MIN_GENE_SHARE
 
 
@@ -33,7 +33,7 @@ class OwnCellsConfig(Checked):
     device: torch device. Empty is a GPU where there is one
     batch: cells that go through the networks at once. Another number differs in the last bits. null takes 64 on a CPU,
         and on a GPU what a quarter of its memory holds, at most 1,024
-    precision: float32 or bfloat16, whose expected counts are off by 0.6 %. null takes bfloat16 on a GPU that has it
+    precision: float32, bfloat16, whose expected counts are off by 0.6 %, or auto: bfloat16 on a GPU that has it
     min_gene_share: of the model's genes that the file must have. With fewer it is refused
     """
 
@@ -44,7 +44,7 @@ class OwnCellsConfig(Checked):
     drop_empty: bool = False
     device: str = ""
     batch: int | None = checked(None, at_least=1)
-    precision: Precision | None = None
+    precision: AskedPrecision = "auto"
     min_gene_share: float = checked(MIN_GENE_SHARE, at_least=0, at_most=1)
 
 

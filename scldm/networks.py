@@ -1,6 +1,6 @@
 """Both trained networks, and what they know of genes, conditions and library sizes: cells in batches.
 
-Reading order: batch_on, usable, Networks, written.
+Reading order: batch_on, precision_on, usable, Networks, written.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ MAX_LIBRARY_SIZE = 1e8  # a thousand times a large cell's. Above, a gene's count
 NOT_GIVEN = "not given"
 Kind = Literal["counts", "means"]
 Precision = Literal["float32", "bfloat16"]
+AskedPrecision = Literal["auto", "float32", "bfloat16"]
 # a batch decodes its cells for all genes: 64 cells x 60,000 genes x width 512 x 4 B = 8 GB
 BATCH_CELLS = 64  # on a CPU
 PREVIEW_BYTES = 2e9  # that a preview's batch may take beside what trains, but for a single cell that takes more
@@ -52,11 +53,12 @@ def batch_on(device: str | torch.device, vae: VAE) -> int:
     return min(MOST_CELLS, 1 << max(0, math.floor(math.log2(max(fits, 1)))))
 
 
-def precision_on(device: str | torch.device) -> Precision:
-    """bfloat16 on a GPU whose matrix units take it, NVIDIA's from compute capability 8.0 on, else float32."""
-    if torch.device(device).type != "cuda":
-        return "float32"
-    return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
+def precision_on(device: str | torch.device, asked: AskedPrecision) -> Precision:
+    """`auto` is bfloat16 on a GPU whose matrix units take it, NVIDIA's from compute capability 8.0 on, else float32."""
+    if asked != "auto":
+        return asked
+    has_it = torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "bfloat16" if has_it else "float32"
 
 
 def cell_bytes(config: VAEConfig, n_genes: int) -> int:

@@ -35,7 +35,7 @@ from scldm.model.all_genes import encoder_of
 from scldm.model.dit import DiT
 from scldm.model.vae import VAE
 from scldm.model_folder import check_files, read_config, read_gene_columns, read_history, save_pretrained
-from scldm.networks import Kind, Networks, Precision, batch_on, precision_on, usable, written
+from scldm.networks import AskedPrecision, Kind, Networks, batch_on, precision_on, usable, written
 from scldm.own_cells import Given, before, given_cells, kept_beside, var_of
 from scldm.progress import Progress
 from scldm.request import labels as asked
@@ -57,7 +57,7 @@ def load(
     device: str | torch.device = "cpu",
     *,
     batch: int | None = None,
-    precision: Precision | None = None,
+    precision: AskedPrecision = "auto",
     min_gene_share: float = MIN_GENE_SHARE,
 ) -> Pretrained:
     """The model in a folder that `scldm export` wrote.
@@ -65,7 +65,7 @@ def load(
     device: torch device, such as cpu, cuda or cuda:1
     batch: cells that go through the networks at once. Another number changes the last bits, by the order of sums. None:
         64 on a CPU, on a GPU what a quarter of its memory holds
-    precision: of the networks' matrix products. None: float32 on a CPU, bfloat16 on a GPU that has it. bfloat16 keeps 8
+    precision: of the networks' matrix products. auto: bfloat16 on a GPU that has it, else float32. bfloat16 keeps 8
         bits of a number. Expected counts are then off by 0.6 % in the median, and 1 % of them by 3 % or more (cells of
         Kang et al.). Generated cells score the same (benchmarks/README.md). What is between the products, the flow's
         state and the draws are float32
@@ -77,8 +77,7 @@ def load(
     folder = check.folder_of("folder", folder)
     usable(device)
     batch = None if batch is None else check.whole_of("batch", batch)
-    precision = precision_on(device) if precision is None else precision
-    check.one_of("precision", precision, Precision)
+    check.one_of("precision", precision, AskedPrecision)
     min_gene_share = check.number_of("min_gene_share", min_gene_share, 0, 1)
     stored = read_config(folder)
     genes = GeneVocab.load(folder / "genes.json")
@@ -105,7 +104,7 @@ def load(
     check_files(folder, stored, own, weights := weights_hash(tensors))
     batch = batch_on(device, vae) if batch is None else batch
     model = Pretrained(
-        vae, dit, genes, conditions, sizes, stored.origin, weights, batch, precision,
+        vae, dit, genes, conditions, sizes, stored.origin, weights, batch, precision_on(device, precision),
         read_gene_columns(folder, genes), read_history(folder), min_gene_share,
     )  # fmt: skip
     return model.to(device)

@@ -298,10 +298,11 @@ def test_a_gpus_batch_is_a_share_of_its_memory(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_gpu_that_has_bfloat16_computes_in_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert scldm.load(folder).precision == precision_on("cpu") == "float32"
+    assert scldm.load(folder).precision == precision_on("cpu", "auto") == "float32"
     for capability, taken in (((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, of=capability: of)
-        assert precision_on("cuda:1") == taken
+        assert precision_on("cuda:1", "auto") == taken
+        assert precision_on("cuda:1", "float32") == "float32"
 
 
 def test_cells_without_a_count_can_be_told_and_left_out(model: Pretrained) -> None:
