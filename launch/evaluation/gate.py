@@ -138,13 +138,13 @@ def not_judged(of: Mapping[str, Any], why: str) -> dict[str, Any]:
 def cells_of(data: StreamConfig, conditions: tuple[str, ...], seed: int) -> list[Cells]:
     """A seeded draw of the training and validation cells that the run was trained and validated on. Test cells are not
     read: they are for what is chosen in the end."""
-    from launch.evaluation.cells import cells_of_splits
+    from launch.evaluation.cells import cells_of_shards
     from launch.evaluation.of_autoencoder import AsManyAsThere
     from scldm.evaluate.sample import Sample
 
     sample = Sample(MOST_CELLS, AsManyAsThere(), seed)
-    splits, place = ("train", "validation"), (data.cache_folder, data.cache_gb)
-    return cells_of_splits(data.shards, conditions, splits, sample, *place, data.select)
+    place, splits = (data.cache_folder, data.cache_gb), ("train", "validation")
+    return cells_of_shards(data.shards, conditions, sample, *place, splits, data.select)
 
 
 def judged_conditions(manifest: Manifest) -> tuple[str, ...]:
