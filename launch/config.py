@@ -358,8 +358,20 @@ def _texts(values: Any) -> Iterator[tuple[str, str]]:
 # --- help ----------------------------------------------------------------------------------------------------------
 
 
-def flatten(schema: type, prefix: str = "", made: Any = None) -> list[tuple[str, str, str, str]]:
-    """Every dotted key of a schema with its type, its default and the line of its class's docstring about it.
+def flatten(schema: type) -> list[tuple[str, str, str, str]]:
+    """Every dotted key of a schema with its type, its default and the line of its class's docstring about it."""
+    rows = []
+    for key, field, kind, value, text in declared(schema):
+        if value is dataclasses.MISSING:
+            default = "required"
+        else:
+            default = repr(value) if field.default_factory is not dataclasses.MISSING else str(value) or "empty"
+        rows.append((key, kind, default, text))
+    return rows
+
+
+def declared(schema: type, prefix: str = "", made: Any = None) -> Iterator[tuple[str, Any, str, Any, str]]:
+    """(dotted key, field, type, default, text about it) of every key. The default is MISSING where it must be given.
 
     made: what stands there by default, where the schema is a group of another's keys
     """
@@ -367,25 +379,18 @@ def flatten(schema: type, prefix: str = "", made: Any = None) -> list[tuple[str,
     texts = {}
     for kind in reversed(schema.__mro__):  # a config may add keys to another
         texts |= dict(re.findall(r"^ *(\w+): (.+(?:\n {4,}\S.*)*)", inspect.cleandoc(kind.__doc__ or ""), re.MULTILINE))
-    rows = []
     for field in dataclasses.fields(schema):
-        kind = hints[field.name]
-        value = field.default
+        key, kind, value = f"{prefix}{field.name}", hints[field.name], field.default
         if made is not None:
             value = getattr(made, field.name)
         elif field.default_factory is not dataclasses.MISSING:
             value = field.default_factory()
         if dataclasses.is_dataclass(kind):
-            group = value if dataclasses.is_dataclass(value) else None
-            rows += flatten(typing.cast(type, kind), f"{prefix}{field.name}.", group)
-            continue
-        if value is dataclasses.MISSING or (isinstance(value, str) and value == "???"):
-            default = "required"
+            yield from declared(typing.cast(type, kind), f"{key}.", value if dataclasses.is_dataclass(value) else None)
         else:
-            default = repr(value) if field.default_factory is not dataclasses.MISSING else str(value) or "empty"
-        text = " ".join(texts.get(field.name, "").split())
-        rows.append((prefix + field.name, _type_name(kind), default, text))
-    return rows
+            is_missing = isinstance(value, str) and value == "???"
+            text = " ".join(texts.get(field.name, "").split())
+            yield key, field, _type_name(kind), dataclasses.MISSING if is_missing else value, text
 
 
 def _type_name(kind: Any) -> str:

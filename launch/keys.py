@@ -9,14 +9,14 @@ import dataclasses
 import importlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from copy import copy
 from functools import cache, partial
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
-from launch.config import PLACES, compose, flatten, preset_names, unknown_key, with_folders, with_options_read
+from launch.config import PLACES, compose, declared, preset_names, unknown_key, with_folders, with_options_read
 from launch.inputs import check_inputs
 from launch.planned import check_sizes, stage_of
 from launch.together import TOGETHER
@@ -92,14 +92,14 @@ def check_words(verb: str, words: Sequence[str], there: bool = True) -> None:
 def config_of_kinds(verb: str) -> type:
     """A dataclass with the verb's keys and their kinds, which takes what the verb's own takes, and more."""
     tree: dict[str, Any] = {}
-    for dotted, declared in kinds_of(verb).items():
+    for dotted, said in kinds_of(verb).items():
         if dotted == ANY:
             continue
         *above, name = dotted.removesuffix(f".{ANY}").split(".")
         at = tree
         for group in above:
             at = at.setdefault(group, {})
-        at[name] = declared
+        at[name] = said
     return _made(verb.title().replace(" ", ""), tree)
 
 
@@ -137,22 +137,13 @@ def _kind(text: str) -> Any:
 # --- the file ------------------------------------------------------------------------------------------------------
 
 
-def _declared(schema: type, made: Any = None) -> Iterator[tuple[str, list[Any]]]:
-    """(BOUNDS of its numbers, its default) of every key, in the order of `flatten`. Without one, it must be given."""
-    kinds = get_type_hints(schema)
-    for field in dataclasses.fields(schema):
-        value = field.default
-        if made is not None:
-            value = getattr(made, field.name)
-        elif field.default_factory is not dataclasses.MISSING:
-            value = field.default_factory()
-        if dataclasses.is_dataclass(kinds[field.name]):
-            yield from _declared(kinds[field.name], value if dataclasses.is_dataclass(value) else None)
-            continue
-        of, bounds = field.metadata.get(RANGE), ""
-        if of is not None:
-            bounds = BOUNDS + ",".join("" if bound is None else f"{bound}" for bound in dataclasses.astuple(of))
-        yield bounds, [] if value is dataclasses.MISSING or value == "???" else [value]
+def _noted(key: str, field: Any, kind: str, default: Any) -> tuple[str, list[Any]]:
+    """What the file says of a key: its kind, BOUNDS of its numbers, and its default, unless it must be given."""
+    of, bounds = field.metadata.get(RANGE), ""
+    if of is not None:
+        bounds = BOUNDS + ",".join("" if bound is None else f"{bound}" for bound in dataclasses.astuple(of))
+    said = [] if default is dataclasses.MISSING else [default]
+    return f"{key}.{ANY}" if kind.startswith("dict[") else key, [kind + bounds, *said]
 
 
 def found() -> dict[str, dict[str, list[Any]]]:
@@ -161,10 +152,7 @@ def found() -> dict[str, dict[str, list[Any]]]:
     for verb, (name, _) in VERBS.items():
         module: Any = importlib.import_module(name)
         for told, schema in {verb: module.CONFIG, **getattr(module, "OTHER_CONFIGS", {})}.items():
-            keys[told] = {
-                f"{key}.{ANY}" if kind.startswith("dict[") else key: [kind + bounds, *default]
-                for (key, kind, *_), (bounds, default) in zip(flatten(schema), _declared(schema), strict=True)
-            }
+            keys[told] = dict(_noted(*of) for *of, _ in declared(schema))
             keys[told] |= {ANY: [""]} if hasattr(module, "read") else {}
     return json.loads(json.dumps(keys))
 

@@ -104,7 +104,7 @@ def facts(run: Path) -> dict[str, Any]:
         "scores": judged,
         "throughput": throughput(run, train),
         "starts and changes": starts_of(run, starts),
-        "environment": environment(config, starts),
+        "environment": environment(starts),
     }
     return {
         "name": str(run),
@@ -227,7 +227,7 @@ def starts_of(run: Path, starts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return out | {f"{name}, {k + 1}" if name == "changed" else name: text for k, (name, text) in enumerate(told)}
 
 
-def environment(config: Mapping[str, Any], starts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def environment(starts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Of the last start."""
     if not starts:
         return {}

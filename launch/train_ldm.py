@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -27,19 +26,15 @@ from launch.run_data import EncodedFrom, check_encodes, data_of, encoded_from, l
 from launch.staged import at_hand
 from launch.trained import check_given, trained_vae
 from scldm.batch import GeneCounts
-from scldm.checked import Checked
 from scldm.errors import InputError
 from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE, Posterior
 from scldm.parallel.dist import World
-from scldm.parallel.engine import HardwareConfig
 from scldm.train.init_from import dit_from
-from scldm.train.loop import TrainConfig
 from scldm.train.losses import FlowConfig, GuidanceConfig, LDMStage
 from scldm.train.optim import OptimConfig
 from scldm.train.previews import Make
 from scldm.train.step_cost import StepCost, dit_step
-from scldm.train.tracking import TrackingConfig
 from scldm.vocab import ConditionVocab
 from scldm.weights import weights_hash
 
@@ -58,10 +53,9 @@ MOMENT_CELLS = 4_096  # training cells whose latents give the moments, where the
 
 
 @dataclass(frozen=True)
-class TrainLDMConfig(Checked):
+class TrainLDMConfig(training.RunConfig):
     """Stage 2. The conditions are those of the latent set.
 
-    run_dir: folder of the run
     vae: run folder of the autoencoder, best checkpoint: encode the cells of data.shards as they come
     given: gene set that they are encoded from
     label_embeddings: condition -> CSV file of its labels (first column) and a vector of numbers for each. The model is
@@ -73,26 +67,15 @@ class TrainLDMConfig(Checked):
         differ, and of guidance and flow
     allow_changes: keys that may differ from the run's config.json, as optim.lr,train.steps. Each change is noted in
         changes.json with its step. Those of optim, train and hardware.precision can change, and of guidance and flow
-    deepspeed: any key of DeepSpeed's own configuration that does not change the result, as deepspeed.steps_per_print=9.
-        Other engines have no use for it
     """
 
-    run_dir: str
-    data: StreamConfig
     vae: str = ""
     given: GeneSetConfig = field(default_factory=GeneSetConfig)
     label_embeddings: dict[str, str] = field(default_factory=dict)
-    init_from: str = ""
-    branch_from: str = ""
-    allow_changes: list[str] = field(default_factory=list)
     model: DiTConfig = field(default_factory=DiTConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-4, schedule="cosine"))
-    train: TrainConfig = field(default_factory=TrainConfig)
-    hardware: HardwareConfig = field(default_factory=HardwareConfig)
-    deepspeed: dict[str, Any] = field(default_factory=dict)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,8 +84,6 @@ class TrainLDMConfig(Checked):
             raise InputError(
                 f"given.policy={self.given.policy} has no effect on latents. With vae=RUN cells are encoded"
             )
-        training.check_waits(self)
-        training.check_changes(self)
 
 
 CONFIG = TrainLDMConfig
@@ -165,13 +146,13 @@ def set_up(config: TrainLDMConfig, world: World) -> training.Parts:
 
 def preview_of(config: TrainLDMConfig, module: DiT, manifest: Manifest, world: World) -> Make | None:
     """What makes previews: with the autoencoder and the cells that the latents come from."""
-    shards, precision = config.data.shards, "bfloat16" if config.hardware.precision == "bf16" else "float32"
-    of = ("train ldm", asdict(config), config.data, manifest, config.train.seed, world.device, precision)
-    source = (
-        EncodedFrom(Path(config.vae), "best", at_hand(config).data.shards) if config.vae else encoded_from(Path(shards))
-    )
+    shards = config.data.shards
+    if config.vae:
+        source = EncodedFrom(Path(config.vae), "best", at_hand(config).data.shards)
+    else:
+        source = encoded_from(Path(shards))
     hashes = {name: manifest.extra[name] for name in ("vae", "cells") if name in manifest.extra}
-    return of_ldm(Trained(*of), module, source, hashes)
+    return of_ldm(Trained.of("train ldm", config, manifest, world.device), module, source, hashes)
 
 
 # --- where the latents come from -----------------------------------------------------------------------------------
@@ -194,22 +175,12 @@ class Source:
     encode: Callable[[GeneCounts], Posterior] | None = None
 
 
-def place(config: TrainLDMConfig, world: World) -> dict[str, Any]:
-    return {
-        "rank": world.rank,
-        "world_size": world.size,
-        "global_batch": config.train.global_batch,
-        "micro_batch": config.hardware.micro_batch,
-        "device": world.device,
-    }
-
-
 def latents(config: TrainLDMConfig, world: World) -> Source:
     """A latent set, in which every cell was encoded once from all its genes."""
-    loader = LatentLoader(config.data, split="train", **place(config, world))
+    loader = LatentLoader(config.data, split="train", **config.place(world))
     training.check_has_validation(loader.manifest, config.data.shards)
     every, most_cells = replace(config.data, balance=[]), config.train.validation_cells
-    validation = LatentLoader(every, split="validation", most_cells=most_cells, **place(config, world))
+    validation = LatentLoader(every, split="validation", most_cells=most_cells, **config.place(world))
     extra = loader.manifest.extra
 
     def alone(batch: int) -> LatentLoader:
@@ -224,7 +195,7 @@ def cells(config: TrainLDMConfig, world: World) -> Source:
     vae, origin = trained_vae(Path(config.vae), "best")
     vae = vae.to(world.device)
     stream = {f.name: getattr(config.data, f.name) for f in fields(StreamConfig)}
-    loader = CellLoader(LoaderConfig(**stream, given=config.given), split="train", **place(config, world))
+    loader = CellLoader(LoaderConfig(**stream, given=config.given), split="train", **config.place(world))
     training.check_has_validation(loader.manifest, config.data.shards)
     check_encodes(Path(config.vae), data_of(loader.manifest), f"data.shards={config.data.shards}", world.is_first)
     check_given(config.given, Path(config.vae), "given", world)
@@ -232,7 +203,7 @@ def cells(config: TrainLDMConfig, world: World) -> Source:
     n_genes = loader.vocab.n_genes
     batch = training.whole_cells(config.hardware.micro_batch, config.given.of(n_genes).n_genes or n_genes, n_genes)
     of_pass = {"micro_batch": batch, "most_cells": config.train.validation_cells}
-    validation = CellLoader(whole, split="validation", **{**place(config, world), **of_pass})
+    validation = CellLoader(whole, split="validation", **{**config.place(world), **of_pass})
 
     def alone(size: int) -> CellLoader:
         size = min(size, batch)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import hashlib
 import json
@@ -14,17 +13,20 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
 from data_pipeline.format.schema import Manifest
+from data_pipeline.stream.loader import StreamConfig
 from launch.followed import dataset_of
 from launch.planned import CPU
 from launch.run_data import check_data, data_of, keep_data
 from scldm import pretrained
+from scldm.checked import Checked
 from scldm.environment import git_diff
 from scldm.errors import InputError, Stopped
 from scldm.files import disk_explained, flat, space_explained, write_json, written_aside
@@ -80,27 +82,46 @@ OF_A_START = ("branch_from", "allow_changes")
 STARTED_WITH = ("config.json", "environment.json", "deepspeed.json", "init_from.json", CHANGES)
 
 
-class RunConfig(Protocol):
-    """The fields that both verbs' configs have."""
+@dataclass(frozen=True)
+class RunConfig(Checked):
+    """What the configs of both stages have. `data` and `model` are the stage's own.
 
-    @property
-    def run_dir(self) -> str: ...
-    @property
-    def init_from(self) -> str: ...
-    @property
-    def branch_from(self) -> str: ...
-    @property
-    def allow_changes(self) -> list[str]: ...
-    @property
-    def optim(self) -> OptimConfig: ...
-    @property
-    def train(self) -> TrainConfig: ...
-    @property
-    def hardware(self) -> HardwareConfig: ...
-    @property
-    def deepspeed(self) -> dict[str, Any]: ...
-    @property
-    def tracking(self) -> TrackingConfig: ...
+    run_dir: folder of the run
+    branch_from: RUN@STEP, as runs/vae@15000 or @latest or @best: a new run that begins with that checkpoint, its place
+        in the cells' order included. Give the parent's keys again. Those of optim, train and hardware.precision may
+        differ
+    allow_changes: keys that may differ from the run's config.json, as optim.lr,train.steps. Each change is noted in
+        changes.json with its step. Those of optim, train and hardware.precision can change
+    deepspeed: any key of DeepSpeed's own configuration that does not change the result, as deepspeed.steps_per_print=9.
+        Other engines have no use for it
+    """
+
+    run_dir: str
+    data: StreamConfig
+    init_from: str = ""
+    branch_from: str = ""
+    allow_changes: list[str] = field(default_factory=list)
+    model: Any = None
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_waits(self)
+        check_changes(self)
+
+    def place(self, world: World) -> dict[str, Any]:
+        """Which batches a loader gives, and where."""
+        return {
+            "rank": world.rank,
+            "world_size": world.size,
+            "global_batch": self.train.global_batch,
+            "micro_batch": self.hardware.micro_batch,
+            "device": world.device,
+        }
 
 
 class Parts(NamedTuple):
@@ -144,7 +165,7 @@ def run_training(
         follower_named(config.tracking.also)  # on every rank, before any waits for another
     check_attached(config.tracking.attach, Path(config.run_dir))
     run_dir = Path(config.run_dir)
-    as_dict = dataclasses.asdict(config)  # pyright: ignore[reportArgumentType]
+    as_dict = asdict(config)
     for key in OF_A_START:
         del as_dict[key]
     # what is at the end told to the scheduler and to the other ranks comes before what takes its time: the tracker
@@ -196,7 +217,7 @@ def run_training(
         place = place_of(hosts, world.rank)
         told: dict[str, Any] = {"stage": name, "params": as_dict, "place": place}
         if world.is_first and config.tracking.enabled:
-            shards = as_dict.get("data", {}).get("shards", "")
+            shards = config.data.shards
             told["datasets"] = [dataset_of(shards, "training")] if shards else []
             told["tags"] = {"branch_from": config.branch_from} if config.branch_from else {}
             if place.node and "SLURM_JOB_NODELIST" not in os.environ:
@@ -207,7 +228,7 @@ def run_training(
         for path in sorted(run_dir.glob(f"{DIFFS}/*")):
             tracker.log_artifact(path, DIFFS)
         last.callback(tag_checkpoints, tracker, run_dir)
-        machine = machine_of(config.hardware, world, place.n_nodes) if hasattr(config, "data") else {}
+        machine = machine_of(config.hardware, world, place.n_nodes) if config.data.shards else {}
         if machine and config.tracking.enabled and world.is_first:
             last.enter_context(planned(name.split()[-1], run_dir, machine))
             tracker.log_artifact(run_dir / PLAN)  # sent once it is there
@@ -317,7 +338,7 @@ def check_waits(config: RunConfig) -> None:
 
 def check_changes(config: RunConfig) -> None:
     """Raises: InputError for a key of allow_changes that there is not, or that can never change."""
-    keys = [key for key, _ in flat(dataclasses.asdict(config))]  # pyright: ignore[reportArgumentType]
+    keys = [key for key, _ in flat(asdict(config))]
     for name in config.allow_changes:
         within = [key for key in keys if f"{key}.".startswith(f"{name}.")]
         if not within:

@@ -115,7 +115,7 @@ def fit(
         settings |= {"start_from": start_from.hash if start_from else "", "cells": _digest(adata, path, used)}
         _note(work, json.loads(json.dumps(settings)))
         try:
-            with _calm(seed):
+            with _calm():
                 model = _train(adata, path, names, layer or "", words, start_from, seed, work)
         except InputError as error:
             cells = "adata" if isinstance(adata, ad.AnnData) else str(adata)
@@ -266,7 +266,7 @@ def _note(work: Path, settings: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _calm(seed: int) -> Iterator[None]:
+def _calm() -> Iterator[None]:
     """What training sets in this process is afterwards what it was: torch's threads and random state."""
     threads = torch.get_num_threads()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []

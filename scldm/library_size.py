@@ -29,6 +29,9 @@ class LogNormal(NamedTuple):
     log_std: float
 
 
+Tables = dict[tuple[str, ...], dict[tuple[str, ...], LogNormal]]  # names of conditions -> labels -> distribution
+
+
 class Sizes(NamedTuple):
     """log_mean_n, log_std_n: mean and standard deviation of the log library size of n cells
     backed_off: a sentence for each combination whose own were never fitted, or on too few cells
@@ -49,7 +52,7 @@ class LibrarySizeModel:
     """
 
     names: tuple[str, ...]
-    fitted: dict[tuple[str, ...], dict[tuple[str, ...], LogNormal]]
+    fitted: Tables
 
     def of(self, labels: pd.DataFrame, or_all: bool = False) -> Sizes:
         """The log-normal of each row of labels.
@@ -95,9 +98,7 @@ class LibrarySizeModel:
             np.array([one.log_mean for one in found]), np.array([one.log_std for one in found]), tuple(backed_off)
         )
 
-    def _best(
-        self, given: dict[str, str], tables: dict[tuple[str, ...], dict[tuple[str, ...], LogNormal]], or_all: bool
-    ) -> tuple[tuple[str, ...], LogNormal]:
+    def _best(self, given: dict[str, str], tables: Tables, or_all: bool) -> tuple[tuple[str, ...], LogNormal]:
         """The conditions by which library sizes of these labels are known best, and what is known of them.
 
         tables: those fitted. What is pooled on the way is added
@@ -114,9 +115,7 @@ class LibrarySizeModel:
             "any of these labels. Give sizes of your own in a column `library_size`"
         )
 
-    def _spread(
-        self, given: dict[str, str], taken: LogNormal, tables: dict[tuple[str, ...], dict[tuple[str, ...], LogNormal]]
-    ) -> tuple[tuple[str, ...], LogNormal]:
+    def _spread(self, given: dict[str, str], taken: LogNormal, tables: Tables) -> tuple[tuple[str, ...], LogNormal]:
         """The conditions by which it is known best how much cells of these labels differ, and what is known of them."""
         n, known = len(given), [(tuple(given), taken)]
         while n and not any(one.n_cells >= FEW_CELLS for _, one in known):
@@ -125,9 +124,7 @@ class LibrarySizeModel:
         enough = [(by, one) for by, one in known if n == 0 or one.n_cells >= FEW_CELLS]
         return min(enough, key=lambda found: found[1].log_std, default=(tuple(given), taken))
 
-    def _of_parts(
-        self, given: dict[str, str], n: int, tables: dict[tuple[str, ...], dict[tuple[str, ...], LogNormal]]
-    ) -> list[tuple[tuple[str, ...], LogNormal]]:
+    def _of_parts(self, given: dict[str, str], n: int, tables: Tables) -> list[tuple[tuple[str, ...], LogNormal]]:
         """What is known of cells that have n of these labels, for every choice of which."""
         found = []
         for by in combinations(given, n):
@@ -165,7 +162,7 @@ class LibrarySizeModel:
     def from_json(cls, obj: Any, where: str) -> LibrarySizeModel:
         """Raises: InputError for anything else."""
         stored = typed(_Stored, obj, where)
-        fitted: dict[tuple[str, ...], dict[tuple[str, ...], LogNormal]] = {}
+        fitted: Tables = {}
         for row in stored.fitted:
             if not set(row.by) <= set(stored.names) or len(row.by) != len(row.labels) or row.log_std < 0:
                 raise InputError(f"{where}: no library sizes can be by {row.by} of {row.labels} (std {row.log_std})")

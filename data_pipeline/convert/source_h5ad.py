@@ -136,20 +136,19 @@ def name_at(frame: Any, k: int) -> str:
         return str(k)
 
 
-def find_counts(file: Any, layer: str = "") -> str:
+def find_counts(file: Any, layer: str = "", key: str = "source.layer") -> str:
     """The name of the matrix with the counts: X, layers/NAME or raw/X.
 
     layer: what the user named (X, raw, raw/X, NAME or layers/NAME), or empty to look in X, layers/counts and raw/X
+    key: that names it
     Raises: InputError that lists what each holds, where none or several different ones hold counts.
     """
     path = file.filename
     if layer:
-        name = layer_in(file, layer, path)
+        name = layer_in(file, layer, path, key)
         candidate = look_at(file, name)
         if not candidate.holds_counts:
-            raise InputError(
-                f"{path}: source.layer={layer!r} does not hold counts: {candidate}: {candidate.first_wrong}"
-            )
+            raise InputError(f"{path}: {key}={layer!r} does not hold counts: {candidate}: {candidate.first_wrong}")
         return name
     there = matrices(file)
     seen = [look_at(file, n) for n in LOOKED_FOR if n in there]
@@ -159,14 +158,10 @@ def find_counts(file: Any, layer: str = "") -> str:
     if not counts:
         # of a few wrong values among counts the first is worth a look; scaled values are all wrong
         held = "; ".join(f"{c}: {c.first_wrong}" if c.wrong < FEW else str(c) for c in seen) or "neither is there"
-        raise InputError(
-            f"{path}: no counts in {', '.join(LOOKED_FOR)}: {held}{more}. Choose another with source.layer=NAME"
-        )
+        raise InputError(f"{path}: no counts in {', '.join(LOOKED_FOR)}: {held}{more}. Choose another with {key}=NAME")
     if any(not _same(file, counts[0], c) for c in counts[1:]):
         held = "; ".join(map(str, counts))
-        raise InputError(
-            f"{path}: several matrices hold counts and differ: {held}{more}. Choose one with source.layer=NAME"
-        )
+        raise InputError(f"{path}: several matrices hold counts and differ: {held}{more}. Choose one with {key}=NAME")
     return counts[0].name
 
 

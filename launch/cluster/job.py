@@ -133,9 +133,7 @@ class Job(NamedTuple):
         return getattr(place, "shards", "") if self.on_all_ranks else ""
 
 
-def job_of(
-    verb: str, words: Sequence[str], options: SubmitConfig, notes: Path | None = None, name: str = "", array: int = 0
-) -> Job:
+def job_of(verb: str, words: Sequence[str], options: SubmitConfig, notes: Path | None = None, name: str = "") -> Job:
     """The job of a verb's command line. Raises: InputError for all that the verb itself would refuse.
 
     notes: by default in the run folder, or beside what the verb makes
@@ -147,7 +145,7 @@ def job_of(
         raise InputError(f"scldm submit {verb}: the job's notes need run_dir or out, a folder that all nodes see")
     made = os.path.abspath(made)
     notes = notes or (Path(made) / "slurm" if hasattr(config, "run_dir") else Path(f"{made}.slurm"))
-    return Job(name or verb.replace(" ", "-"), verb, list(words), config, options, notes, array)
+    return Job(name or verb.replace(" ", "-"), verb, list(words), config, options, notes)
 
 
 # --- the script -----------------------------------------------------------------------------------------------------

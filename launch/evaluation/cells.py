@@ -41,35 +41,19 @@ def cells_of_shards(
     sample: Sample | None = None,
     cache_folder: str = "",
     cache_gb: float = 0.0,
-) -> tuple[Cells, Cells, Cells]:
-    """Training, validation and test cells of a shard set, as `cells_of_splits`."""
-    train, validation, test = cells_of_splits(url, conditions, SPLITS, sample, cache_folder, cache_gb)
-    return train, validation, test
-
-
-def cells_of_splits(
-    url: str,
-    conditions: Sequence[str],
-    splits: Sequence[str],
-    sample: Sample | None = None,
-    cache_folder: str = "",
-    cache_gb: float = 0.0,
+    splits: Sequence[str] = SPLITS,
     select: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Cells]:
     """Cells of some splits of a shard set, with the labels of these conditions. Nothing of other splits is read.
 
-    splits: in the order of the answer. The last is the one that is judged
     sample: which of them are read, a block at a time. None reads all
     cache_folder, cache_gb: where the index and, up to so many 1e9 bytes, blocks of a remote set are kept
+    splits: in the order of the answer. The last is the one that is judged
     select: condition, one of these -> labels: only cells that have one of the labels
 
     Raises: InputError for a set, a split or a condition that is not there.
     """
     with closing(ShardSet(url, cache_folder=cache_folder, cache_bytes=int(cache_gb * 1e9))) as shards:
-        there = shards.manifest.conditions.names
-        for condition in conditions:
-            if condition not in there:
-                raise InputError(f"{url} has no condition={condition!r}. It has {', '.join(there) or 'none'}")
         ids: dict[str, np.ndarray] = {split: _label_ids(shards, split, conditions) for split in splits}
         # each combination that some cell has, by its labels' numbers. A cell's combination is its row here
         rows_KC, of_all = np.unique(np.concatenate(list(ids.values())), axis=0, return_inverse=True)
@@ -168,14 +152,15 @@ def labels_of_split(url: str, split: str, conditions: Sequence[str] = ()) -> pd.
     with closing(ShardSet(url)) as shards:
         known = shards.manifest.conditions
         names = tuple(conditions) or tuple(known.names)
-        if unknown := [name for name in names if name not in known.names]:
-            raise InputError(f"{url} has no condition={unknown[0]!r}. It has {', '.join(known.names) or 'none'}")
         ids = _label_ids(shards, split, names)
         return pd.DataFrame({c: pd.Categorical.from_codes(ids[:, k], known.labels[c]) for k, c in enumerate(names)})
 
 
 def _label_ids(shards: ShardSet, split: str, conditions: Sequence[str]) -> np.ndarray:
     """Each cell's label of each condition, by its number, (cells, conditions)."""
+    there = shards.manifest.conditions.names
+    if unknown := [name for name in conditions if name not in there]:
+        raise InputError(f"{shards.url} has no condition={unknown[0]!r}. It has {', '.join(there) or 'none'}")
     entry = shards.manifest.splits[shards.manifest.split_number(split)]
     if not entry.n_cells:
         raise InputError(f"{shards.url} ({split}) holds no cells")
@@ -235,7 +220,7 @@ def cells_of_h5ad(
     layer: str,
     sample: Sample | None = None,
     missing: Mapping[str, str] | None = None,
-) -> tuple[Cells, Cells, Cells]:
+) -> list[Cells]:
     """Training, validation and test cells of a file with a column that tells them apart, with the labels of these
     conditions. The file is read whole.
 
@@ -266,8 +251,7 @@ def cells_of_h5ad(
             of, rows = len(rows), rows[np.sort(rows_per_type(types[rows], wanted, sample.rng(name)))]
         own = {condition: column[rows] for condition, column in labels.items()}
         parts.append(Cells.of_labels(counts[rows], own, genes, f"{path} ({name})", of))
-    train, validation, test = parts
-    return train, validation, test
+    return parts
 
 
 def _numbers(types: np.ndarray) -> dict[str, int]:
@@ -301,10 +285,7 @@ def obs_columns(path: str) -> set[str]:
 def _read(path: str, layer: str, columns: Sequence[str]) -> tuple[sp.csr_matrix, pd.DataFrame, tuple[str, ...]]:
     """Counts, some columns of obs (those that are there) and gene ids of a file."""
     with open_cells(path) as file, reading(path):
-        try:
-            name = find_counts(file, layer)
-        except InputError as error:
-            raise InputError(str(error).replace("source.layer", "layer")) from None
+        name = find_counts(file, layer, "layer")
         group = frame_of(file, "obs", path)
         there = {str(k): read_column(group, k).array for k in columns if k in group}
         obs = pd.DataFrame(there, index=read_names(group))

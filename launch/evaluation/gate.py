@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from scldm.errors import InputError, read_json
 from scldm.files import outlived, write_json
@@ -34,19 +34,9 @@ if TYPE_CHECKING:  # what an evaluation imports takes seconds, and a node that t
     import torch
 
     from data_pipeline.format.schema import Manifest
-    from data_pipeline.stream.loader import LoaderConfig
+    from data_pipeline.stream.loader import StreamConfig
     from launch.training import RunConfig
     from scldm.evaluate.cells import Cells
-    from scldm.model.vae import VAEConfig
-
-    class VAERunConfig(RunConfig, Protocol):
-        """The fields of `scldm train vae` that are read here."""
-
-        @property
-        def data(self) -> LoaderConfig: ...
-        @property
-        def model(self) -> VAEConfig: ...
-
 
 GATE = "gate.json"
 MOST_CELLS = 2_000  # of a split that are read
@@ -105,7 +95,7 @@ def told_by_the_caller() -> Iterator[None]:
 # --- after training ------------------------------------------------------------------------------------------------
 
 
-def judge_run(config: VAERunConfig, tracker: Tracker, device: torch.device) -> None:
+def judge_run(config: RunConfig, tracker: Tracker, device: torch.device) -> None:
     """Judge the best checkpoint of a finished run, unless that was done: gate.json, metrics `gate/...`, a line.
 
     Whatever goes wrong is printed and noted, and the run is finished all the same.
@@ -145,16 +135,16 @@ def not_judged(of: Mapping[str, Any], why: str) -> dict[str, Any]:
     return {**of, "passed": None, "line": f"not judged beside mean profiles: {why}", "error": why}
 
 
-def cells_of(data: LoaderConfig, conditions: tuple[str, ...], seed: int) -> list[Cells]:
+def cells_of(data: StreamConfig, conditions: tuple[str, ...], seed: int) -> list[Cells]:
     """A seeded draw of the training and validation cells that the run was trained and validated on. Test cells are not
     read: they are for what is chosen in the end."""
-    from launch.evaluation.cells import cells_of_splits
+    from launch.evaluation.cells import cells_of_shards
     from launch.evaluation.of_autoencoder import AsManyAsThere
     from scldm.evaluate.sample import Sample
 
     sample = Sample(MOST_CELLS, AsManyAsThere(), seed)
-    splits, place = ("train", "validation"), (data.cache_folder, data.cache_gb)
-    return cells_of_splits(data.shards, conditions, splits, sample, *place, data.select)
+    place, splits = (data.cache_folder, data.cache_gb), ("train", "validation")
+    return cells_of_shards(data.shards, conditions, sample, *place, splits, data.select)
 
 
 def judged_conditions(manifest: Manifest) -> tuple[str, ...]:
@@ -164,7 +154,7 @@ def judged_conditions(manifest: Manifest) -> tuple[str, ...]:
     return manifest.conditions.names if n_combinations * FEWEST_CELLS <= MOST_CELLS else ()
 
 
-def found(config: VAERunConfig, model: Any) -> dict[str, Any]:
+def found(config: RunConfig, model: Any) -> dict[str, Any]:
     """The finding, without the checkpoint that it is of. JSON-ready.
 
     Raises: InputError where the cells can't be read, or the model can't be given whole cells.
@@ -188,7 +178,7 @@ def found(config: VAERunConfig, model: Any) -> dict[str, Any]:
     return {**gate, **finding(config, scores, gate, likelihood)}
 
 
-def finding(config: VAERunConfig, scores: Mapping[str, Any], gate: dict[str, Any], likelihood: str) -> dict[str, Any]:
+def finding(config: RunConfig, scores: Mapping[str, Any], gate: dict[str, Any], likelihood: str) -> dict[str, Any]:
     """passed and line."""
     from launch.evaluation.of_autoencoder import blindness, least_of_means, verdict
     from scldm.evaluate.intervals import WIDTH
@@ -214,10 +204,12 @@ def finding(config: VAERunConfig, scores: Mapping[str, Any], gate: dict[str, Any
     return {"passed": False, "line": ". ".join(["; ".join([says, *latents]), *blind, f"What to change: {change}"])}
 
 
-def to_change(config: VAERunConfig, gate: Mapping[str, Any]) -> list[str]:
+def to_change(config: RunConfig, gate: Mapping[str, Any]) -> list[str]:
     """What the run's own numbers speak for. Another run needs another run_dir, as these keys are part of the result."""
     from data_pipeline.format.schema import read_manifest
+    from data_pipeline.stream.loader import LoaderConfig
 
+    assert isinstance(config.data, LoaderConfig)
     rows = [row for row in read_metrics(config.run_dir, "validation") if row.get("nll") is not None]
     best, last = min(comparable(rows), key=lambda row: row["nll"]), rows[-1]
     n_train = gate["cells"]["drawn_of"]["train"] or gate["cells"]["train"]

@@ -78,11 +78,10 @@ def counts_of(path: str, layer: str, names: pd.Index, embedding: str) -> sp.csr_
     """
     with open_cells(path) as file, reading(path):
         try:
-            name = find_counts(file, layer)
+            name = find_counts(file, layer, "layer")
         except InputError as error:
-            text = str(error).replace("source.layer", "layer")
             more = "" if embedding else ". The baseline, PCA, needs them: real=FILE gives them for the same cells"
-            raise InputError(text + more) from None
+            raise InputError(f"{error}{more}") from None
         counts: Any = read_elem(file[name])
         there = read_names(frame_of(file, "obs", path))
     counts = sp.csr_matrix(counts)

@@ -52,12 +52,13 @@ def evaluate_generated(config: EvaluateVerbConfig) -> dict:
     generated = generated_cells(config.generated, conditions, missing)
     sample = Sample(config.evaluate.max_real_cells, generated.numbers(), config.evaluate.seed)
     if config.shards:
-        real = cells_of_shards(config.shards, conditions, sample, config.cache_folder, config.cache_gb)
+        every = cells_of_shards(config.shards, conditions, sample, config.cache_folder, config.cache_gb)
     else:
-        real = cells_of_h5ad(config.real, conditions, config.split, config.layer, sample, missing)
+        every = cells_of_h5ad(config.real, conditions, config.split, config.layer, sample, missing)
+    train, validation, test = every
     began = time.time()
-    parts = parts_of(model, real[0], real[2], config) if model else {}
-    evaluation = compare(*real, generated, config.evaluate, config.protocol, config.control, parts)
+    parts = parts_of(model, train, test, config) if model else {}
+    evaluation = compare(train, validation, test, generated, config.evaluate, config.protocol, config.control, parts)
     evaluation["curves"] = curves
     evaluation["made_with"] = made_with(config)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ from scldm.train.previews import Check, Make, Preview
 
 if TYPE_CHECKING:  # what an evaluation imports takes seconds, and a node that trains may lack it
     from data_pipeline.stream.loader import StreamConfig
+    from launch.training import RunConfig
     from scldm.evaluate.cells import Cells
     from scldm.evaluate.map_of_cells import FixedMap
     from scldm.evaluate.memorisation import Nearness
@@ -62,6 +63,11 @@ class Trained:
     seed: int
     device: torch.device
     precision: Precision
+
+    @classmethod
+    def of(cls, name: str, config: RunConfig, manifest: Manifest, device: torch.device) -> Trained:
+        precision = "bfloat16" if config.hardware.precision == "bf16" else "float32"
+        return cls(name, asdict(config), config.data, manifest, config.train.seed, device, precision)
 
     def model(self, vae: VAE, dit: DiT | None) -> Pretrained:
         from scldm.networks import preview_cells

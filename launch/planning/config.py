@@ -57,14 +57,9 @@ class PlannedHardware(HardwareConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.peak_tflops and self.gpu not in PEAK_TFLOPS:
-            raise InputError(
-                f"hardware.gpu={self.gpu}: known are {', '.join(PEAK_TFLOPS)}. Or give hardware.peak_tflops"
-            )
-        if not self.memory_tb_s and self.gpu not in MEMORY_TB_S:
-            raise InputError(
-                f"hardware.gpu={self.gpu}: known are {', '.join(MEMORY_TB_S)}. Or give hardware.memory_tb_s"
-            )
+        for key, known in (("peak_tflops", PEAK_TFLOPS), ("memory_tb_s", MEMORY_TB_S)):
+            if not getattr(self, key) and self.gpu not in known:
+                raise InputError(f"hardware.gpu={self.gpu}: known are {', '.join(known)}. Or give hardware.{key}")
 
     @property
     def n_ranks(self) -> int:

@@ -18,17 +18,22 @@ from launch.train_vae import genes_of, sets_per_cell
 from launch.training import whole_cells
 from scldm.model.dit import DiTConfig
 from scldm.model.flops import vae_flops
-from scldm.model.vae import VAEConfig
 from scldm.networks import PREVIEW_BYTES, cell_bytes, preview_cells
 from scldm.parallel.deepspeed_json import BUCKET
 from scldm.train.budget import Memory, fsdp_memory, fsdp_sent_bytes, rank_memory, sent_bytes
-from scldm.train.step_cost import SHARED, StepCost, dit_step, vae_step
+from scldm.train.step_cost import StepCost, dit_step, vae_step
 
 # bytes of a rank's share of the parameters that a step moves once the pass is done, 4 B a number: the norm reads the
 # gradient, clipping reads and writes it, AdamW reads gradient, weight and two moments and writes three of them, the EMA
 # reads weight and EMA and writes one: 1 + 2 + 7 + 3
 OPTIMIZER_BYTES = 4 * 13
+# what JSON calls as the plan does
+IN_JSON = (
+    *("launch_s", "optimizer_s", "exchange_s", "loader_s", "save_s", "step_s", "validation_s", "validations"),
+    *("busy", "bound_by", "cells_per_s", "days"),
+)
 MOST_VALIDATION = 0.1  # of the time of the steps, before the plan says how to validate less
+_vae = cache(vae_step)
 
 
 @dataclass(frozen=True)
@@ -145,18 +150,7 @@ class Plan:
             "formula_flops_per_cell": self.formula_flops,
             "sent_bytes_per_step": self.sent_bytes,
             "kernels_per_step": self.kernels,
-            "launch_s": self.launch_s,
-            "optimizer_s": self.optimizer_s,
-            "exchange_s": self.exchange_s,
-            "loader_s": self.loader_s,
-            "save_s": self.save_s,
-            "step_s": self.step_s,
-            "validation_s": self.validation_s,
-            "validations": self.validations,
-            "busy": self.busy,
-            "bound_by": self.bound_by,
-            "cells_per_s": self.cells_per_s,
-            "days": self.days,
+            **{name: getattr(self, name) for name in IN_JSON},
             "epochs": config.train.steps * config.train.global_batch / config.n_cells,
             "reads_of_a_block": self.reads,
             "loader_bytes_per_s_and_node": self.loader_bytes / config.hardware.nodes,
@@ -294,7 +288,7 @@ def validation_s_of(config: PlanConfig) -> float:
     if isinstance(config, PlanVAEConfig):
         G, bf16 = config.n_genes, hardware.precision == "bf16"
         n_cells = whole_cells(n_cells, max(genes_of(config.data, G)), G)
-        cost = _vae(config.model, G, n_cells, G, G, SHARED, bf16, hardware.memory_gb)
+        cost = _vae(config.model, G, n_cells, G, G, bf16=bf16, memory_gb=hardware.memory_gb)
     launch_s = 0.0 if config.model.compile else 1e-6 * hardware.launch_us * cost.kernels / 3
     forward_s = max(cost.flops / 3 / (hardware.peak * hardware.mfu), launch_s)
     return validated(config) / hardware.n_ranks / n_cells * forward_s
@@ -312,7 +306,7 @@ def cost_of(config: PlanConfig) -> StepCost:
     if isinstance(config, PlanVAEConfig):
         sizes = (config.n_genes, n_cells, *genes_of(config.data, config.n_genes))
         per_cell = sets_per_cell(config.data, config.n_genes)
-        return _vae(config.model, *sizes, per_cell, bf16, config.hardware.memory_gb)
+        return _vae(config.model, *sizes, per_cell, bf16=bf16, memory_gb=config.hardware.memory_gb)
     return _dit(config.model, config.n_latents, config.latent_width, n_cells, bf16)
 
 
@@ -322,20 +316,6 @@ def kernels_of(config: PlanConfig) -> int:
     if isinstance(config, PlanVAEConfig) and config.model.attention not in ("plain", "sdpa", "factorised"):
         config = replace(config, model=replace(config.model, attention="plain"))
     return cost_of(config).kernels
-
-
-@cache
-def _vae(
-    model: VAEConfig,
-    n_genes: int,
-    n_cells: int,
-    n_given: int,
-    n_asked: int,
-    per_cell: tuple[bool, bool],
-    bf16: bool,
-    memory_gb: float,
-) -> StepCost:
-    return vae_step(model, n_genes, n_cells, n_given, n_asked, per_cell, bf16=bf16, memory_gb=memory_gb)
 
 
 @cache

@@ -17,7 +17,6 @@ import getpass
 import os
 import re
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -276,30 +275,25 @@ class _Forwarder(threading.Thread):
                     return None
 
     def _follow(self) -> None:
-        sender, warned, failures, tries = Sender(self.run_dir, self.uri), False, 0, 0
-        next_pass = time.monotonic()
-        while True:
-            last = self.closing.is_set()
-            if last or time.monotonic() >= next_pass:
-                try:
-                    sender.send()
-                    self._send_below(last)
-                except Exception as error:  # whatever MLflow raises: none of it may end the run
-                    failures, self.lacks = failures + 1, cause_of(error, self.uri or sender.uri)
-                    if not warned:
-                        warned = True
-                        say(f"MLflow at {self.place} failed: {self.lacks}. {METRICS} goes on, sent later")
-                else:
-                    if failures:
-                        say(f"MLflow at {self.place} answers again; all rows are sent")
-                    failures, self.lacks = 0, ""
-                next_pass = time.monotonic() + min(self.cfg.every_s * 2**failures, LONGEST_WAIT_S)
+        sender, warned, failures, wait_s = Sender(self.run_dir, self.uri), False, 0, 0.0
+        tries = LAST_TRIES if database_of(self.place) else 1
+        while tries:
+            last = self.closing.wait(wait_s)
+            try:
+                sender.send()
+                self._send_below(last)
+            except Exception as error:  # whatever MLflow raises: none of it may end the run
+                failures, self.lacks = failures + 1, cause_of(error, self.uri or sender.uri)
+                if not warned:
+                    warned = True
+                    say(f"MLflow at {self.place} failed: {self.lacks}. {METRICS} goes on, sent later")
+            else:
+                if failures:
+                    say(f"MLflow at {self.place} answers again; all rows are sent")
+                failures, self.lacks = 0, ""
+            wait_s = min(self.cfg.every_s * 2**failures, LONGEST_WAIT_S)
             if last:
-                tries += 1
-                if not self.lacks or tries == (LAST_TRIES if database_of(self.place) else 1):
-                    return
-                continue
-            self.closing.wait(max(0.0, next_pass - time.monotonic()))
+                tries = tries - 1 if self.lacks else 0
 
     def _send_below(self, last: bool) -> None:
         """What stages left to this process; at the end also what is left of runs below that have ended."""

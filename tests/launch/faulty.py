@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from launch.training import Parts, run_training
+from data_pipeline.stream.loader import StreamConfig
+from launch.training import Parts, RunConfig, run_training
 from scldm.errors import InputError
 from scldm.parallel.dist import World, close_world, world_of_environment
 from scldm.parallel.engine import HardwareConfig
@@ -53,19 +54,18 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class SmallConfig:
+class SmallConfig(RunConfig):
     """stage: vae or ldm; the rest as the verbs have it"""
 
-    run_dir: str
-    stage: str = "vae"
+    data: StreamConfig = field(default_factory=lambda: StreamConfig(shards=""))
     optim: OptimConfig = OPTIM
     train: TrainConfig = field(default_factory=lambda: TrainConfig(global_batch=GLOBAL_BATCH, **EVERY))  # pyright: ignore[reportArgumentType]
     hardware: HardwareConfig = field(default_factory=lambda: HardwareConfig("deepspeed", micro_batch=4))
-    deepspeed: dict[str, Any] = field(default_factory=dict)
-    init_from: str = ""
-    branch_from: str = ""
-    allow_changes: list[str] = field(default_factory=list)
     tracking: TrackingConfig = field(default_factory=lambda: TrackingConfig(enabled=False))
+    stage: str = "vae"
+
+    def __post_init__(self) -> None:
+        """Takes what verbs refuse, such as a wait shorter than a hang."""
 
 
 class Ranks:

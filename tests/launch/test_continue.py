@@ -33,7 +33,7 @@ LOW = dataclasses.replace(faulty.OPTIM, lr=3e-4)
 
 def config(run_dir: Path, stage: str = "vae", **changes: Any) -> SmallConfig:
     train = dataclasses.replace(SmallConfig("").train, **{"keep": 9, **changes.pop("train", {})})
-    return SmallConfig(str(run_dir), stage, train=train, hardware=HardwareConfig("plain", 16), **changes)
+    return SmallConfig(str(run_dir), stage=stage, train=train, hardware=HardwareConfig("plain", 16), **changes)
 
 
 def rows(run_dir: Path, after: int = 0) -> list[dict]:

@@ -31,7 +31,7 @@ def setting_of(
     engine: Literal["deepspeed", "fsdp"] = "deepspeed",
 ) -> SmallConfig:
     hardware = HardwareConfig(engine, micro_batch=4, zero_stage=zero_stage, precision=precision)
-    return SmallConfig("", stage, hardware=hardware, deepspeed=SHARD_ALL if zero_stage == 3 else {})
+    return SmallConfig("", stage=stage, hardware=hardware, deepspeed=SHARD_ALL if zero_stage == 3 else {})
 
 
 # what is trained, and how; every fault is met in the first, some in the next two, the rest where time is no matter

@@ -16,7 +16,7 @@ from data_pipeline.format.schema import read_manifest
 from launch.cli import main
 from launch.config import compose
 from launch.evaluation import gate
-from launch.evaluation.cells import cells_of_splits, some_cells
+from launch.evaluation.cells import cells_of_shards, some_cells
 from launch.evaluation.gate import gate_of, line_of, read_gate, to_change
 from launch.train_vae import TrainVAEConfig
 from scldm.errors import InputError
@@ -242,14 +242,14 @@ def test_without_conditions_there_is_one_mean_profile(tmp_path: Path) -> None:
 
 
 def test_a_split_that_is_not_asked_for_need_not_be_there(at: Path) -> None:
-    train_cells, validation = cells_of_splits(f"{at}/set", ["type"], ("train", "validation"))
+    train_cells, validation = cells_of_shards(f"{at}/set", ["type"], splits=("train", "validation"))
     assert (len(train_cells), len(validation)) == (N_TRAIN, N_VALIDATION)
     with pytest.raises(InputError, match="holds no cells of the labels that are selected"):
-        cells_of_splits(f"{at}/set", ["type"], ("train",), select={"type": ["z"]})
+        cells_of_shards(f"{at}/set", ["type"], splits=("train",), select={"type": ["z"]})
 
 
 def test_some_cells_are_of_a_few_blocks(at: Path) -> None:
-    every = cells_of_splits(f"{at}/set", ["type"], ("train", "validation"))
+    every = cells_of_shards(f"{at}/set", ["type"], splits=("train", "validation"))
     some = some_cells(f"{at}/set", ["type"], ("train", "validation"), 10**6, 0)
     for whole, part in zip(every, some, strict=True):
         rows = [sorted(map(tuple, np.c_[of.counts.toarray(), of.types.astype(str)])) for of in (whole, part)]

@@ -24,7 +24,7 @@ from data_pipeline import write_cells
 from launch import generate as verb
 from launch.cli import main
 from launch.config import compose
-from launch.evaluation.cells import cells_of_splits, labels_of_split
+from launch.evaluation.cells import cells_of_shards, labels_of_split
 from scldm import networks as networks_module
 from scldm.errors import InputError
 from scldm.flow.sampler import SamplerConfig
@@ -111,7 +111,7 @@ def test_as_many_cells_as_a_split_has_of_each_combination(tmp_path: Path) -> Non
     write_set(tmp_path / "shards", known_cells(n_train=64, n_validation=32, n_genes=700))
     url = f"{tmp_path}/shards"
     for names in (["type"], ["donor", "type"]):
-        (read,) = cells_of_splits(url, names, ["validation"])
+        (read,) = cells_of_shards(url, names, splits=["validation"])
         wanted = labels_of_split(url, "validation", names)
         assert {name: list(wanted[name]) for name in wanted} == {name: list(of) for name, of in read.labels.items()}
     assert list(labels_of_split(url, "validation")) == ["type", "donor"]
