@@ -71,7 +71,7 @@ class KernelsCompiledConfig:
 def main(config: KernelsCompiledConfig) -> Report:
     command = shlex.join(["python", "-m", "benchmarks.kernels_compiled", *sys.argv[1:]])
     settings = {"triton": triton.__version__, "torch": torch.__version__, "genes": N_GENES}
-    report = Report("kernels_compiled", settings, command=command)
+    report = Report("kernels_compiled", settings, command=command, save=config.save)
     names: set[str] = set()
     for architecture in config.architectures:
         for preset in config.presets:
@@ -83,7 +83,7 @@ def main(config: KernelsCompiledConfig) -> Report:
                 for row in rows_of(launches, where, architecture, LEAST_BLOCKS[precision]):
                     report.add(row)
     report.settings["kernels"] = sorted(names)
-    report.print(False, config.save)
+    report.print(False)
     return report
 
 
