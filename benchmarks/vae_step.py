@@ -182,7 +182,7 @@ def calls_of(
     return forward, step
 
 
-def torchs_fused_attention(step: Callable[[], None], device: torch.device) -> Row:
+def torchs_fused_attention(step: Callable[[], object], device: torch.device) -> Row:
     """Whether a step runs where torch may take its fused kernels of attention alone, not the formula in disguise."""
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
         why = failure_of(step, device)
