@@ -96,7 +96,7 @@ def main(config: BenchCheckpointConfig) -> Report:
     cost = {name: median(values) for name, values in times.items()}
     whole = [sum(parts) for parts in zip(times["stall"], times["step while saving"], times["rest of save"])]
     settings = {"parameters": sum(p.numel() for p in module.parameters()), "GB": round(n_bytes / 1e9, 3)}
-    report = Report("checkpoint", {**settings, "repeats": config.repeats, "threads": config.threads})
+    report = Report("checkpoint", {**settings, "repeats": config.repeats, "threads": config.threads}, save=config.save)
     report.add(Row("torch.save and fsync", n_bytes / cost["save plain"] / 1e9, "GB/s"))
     report.add(Row("save, hashed, until durable, beside training", n_bytes / median(whole) / 1e9, "GB/s"))
     report.add(Row("torch.load", n_bytes / cost["load plain"] / 1e9, "GB/s"))
@@ -106,7 +106,7 @@ def main(config: BenchCheckpointConfig) -> Report:
     ratios = [stall / plain for stall, plain in zip(times["stall"], times["save plain"])]
     report.add(Row.at_most("training waits / torch.save and fsync", median(ratios), "x", 0.2))
     report.add(Row("a step while saving / a step", cost["step while saving"] / cost["step"], "x"))
-    report.print(config.json, config.save)
+    report.print(config.json)
     return report
 
 

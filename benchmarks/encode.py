@@ -58,7 +58,9 @@ def main(config: BenchEncodeConfig) -> Report:
     manifest, expressed = cells.manifest, float(cells.gene_column("fraction_expressed").sum())
     cells.close()
     n_cells, peak = manifest.n_cells, peak_flops(torch.device("cpu"), torch.float32)
-    report = Report("encode", {"cells": n_cells, "genes": manifest.genes.n_genes, "expressed": round(expressed)})
+    report = Report(
+        "encode", {"cells": n_cells, "genes": manifest.genes.n_genes, "expressed": round(expressed)}, save=config.save
+    )
     seconds, written = 0.0, 0
     with tempfile.TemporaryDirectory() as folder:
         for name in ("first", "second"):
@@ -76,7 +78,7 @@ def main(config: BenchEncodeConfig) -> Report:
         report.add(Row(f"{name}, CPU time / measured", plan.seconds / seconds, ""))
     report.add(Row("planned, bytes read", plan.read_bytes / n_cells, "a cell"))
     report.add(Row("planned, bytes written", plan.written_bytes / n_cells, "a cell"))
-    report.print(config.json, config.save)
+    report.print(config.json)
     return report
 
 

@@ -66,13 +66,13 @@ def main(config: EvaluationConfig) -> Report:
     wall, cpu = time.perf_counter(), time.process_time()
     found = compare(*sets, EvaluateConfig())  # pyright: ignore[reportCallIssue]  # four sets
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    report = Report("evaluation", {"cells a side": config.cells, "genes": config.genes})
+    report = Report("evaluation", {"cells a side": config.cells, "genes": config.genes}, save=config.save)
     report.add(Row("combinations scored one by one", len(found["scored_combinations"]), ""))
     report.add(Row.at_most("time", wall, "s", 600.0))
     report.add(Row("CPU time", cpu, "s"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     report.add(Row.at_most("peak memory, with the cells", peak / 2**30, "GiB", 8.0))
-    report.print(False, config.save)
+    report.print(False)
     return report
 
 

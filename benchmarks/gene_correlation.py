@@ -83,7 +83,7 @@ def main(config: BenchGeneCorrelationConfig) -> Report:
     cells, split = read_cells(config)
     groups = Groups.of(cells, split, config)
     n = {"combinations": len(groups.test), "test cells": sum(map(len, groups.test.values()))}
-    report = Report("gene_correlation", {"models": len(config.models), **n, "draws": config.draws})
+    report = Report("gene_correlation", {"models": len(config.models), **n, "draws": config.draws}, save=config.save)
     real = groups.compare([groups.halves(cells.counts, k) for k in range(config.draws)])
     amount = (real["own"] + 2 * real["shared"]) / 3  # three sets of real cells, three pairs of them
     found: dict[str, list[dict[str, float]]] = {}
@@ -96,7 +96,7 @@ def main(config: BenchGeneCorrelationConfig) -> Report:
         report.add(Row(f"{name}: own r", of["own r"], ""))
         report.add(Row(f"{name}: amount", of["own"] / amount, "of real cells'"))
         report.add(Row(f"{name}: agreement", of["shared"] / (of["own"] * amount) ** 0.5, ""))
-    report.print(config.json, config.save)
+    report.print(config.json)
     return report
 
 

@@ -82,7 +82,9 @@ def main(config: BenchGeneSubsetsConfig) -> Report:
         place.out.mkdir(parents=True, exist_ok=True)
         write_task(task, place.cells)
     about = {"genes": len(task.genes), "training cells": len(task.train)}
-    report = Report("gene_subsets", {**about, "seconds": config.seconds, "words": " ".join(config.words)})
+    report = Report(
+        "gene_subsets", {**about, "seconds": config.seconds, "words": " ".join(config.words)}, save=config.save
+    )
     with threadpool_limits(1):
         judge = GivenBack(task, 0)
         for share in config.shares:
@@ -97,7 +99,7 @@ def main(config: BenchGeneSubsetsConfig) -> Report:
             for name, title, unit in (("nll", "nats", "nats"), ("w2", "W2", ""), ("r", "gene-gene r", "")):
                 mean = statistics.mean(getattr(of, name) for of in found)
                 report.add(Row(f"{share:g} of the genes: {title}, mean", mean, unit))
-    report.print(config.json, config.save)
+    report.print(config.json)
     return report
 
 

@@ -69,6 +69,7 @@ class BenchGenerateConfig:
     genes: its number of genes
     batch: its numbers of cells that go through the networks at once
     precision: its precisions, float32 or bfloat16
+    compile: torch.compile the blocks of its transformer, at the fastest of these
     condition: of the model; its labels are asked for as the test cells have them
     cells: of a timing
     repeats: of a timing
@@ -89,6 +90,7 @@ class BenchGenerateConfig:
     genes: int = 3_699
     batch: tuple[int, ...] = (64, 512)
     precision: tuple[Precision, ...] = ("float32", "bfloat16")
+    compile: bool = False
     condition: str = "cell_type"
     cells: int = 128
     repeats: int = 3
@@ -112,16 +114,16 @@ def main(config: BenchGenerateConfig) -> Report:
     """Print the table; returns it."""
     torch.set_num_threads(config.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    report = Report("generate", {"threads": config.threads})
+    report = Report("generate", {"threads": config.threads}, save=config.save)
     if config.random:
         presets = (config.random, config.random_ldm)
-        how = (config.batch, config.precision, config.sampler, config.repeats, device)
+        how = (config.batch, config.precision, config.sampler, config.repeats, device, config.compile)
         random_speed(report, presets, config.genes, *how)
     elif config.speed:
         speed(report, config, device)
     if config.memory and not config.random:
         memory(report)
-    report.print(config.json, config.save)
+    report.print(config.json)
     return report
 
 

@@ -72,7 +72,7 @@ def main(config: GPUProfileConfig) -> Report:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = {"preset": config.preset, "genes": config.genes, "vocabulary": config.n_genes}
     settings |= {"precision": config.precision, "counted": "kernels" if device.type == "cuda" else "operations"}
-    report = Report("gpu_profile", settings)
+    report = Report("gpu_profile", settings, save=config.save)
     for cells in config.cells:
         shape = of_preset(config.preset, config.model)
         step_config = BenchVAEStepConfig(
@@ -90,7 +90,7 @@ def main(config: GPUProfileConfig) -> Report:
             for row in profiled(step, config, device):
                 report.add(replace(row, name=f"{name}: {row.name}"))
             del step
-    report.print(config.json, config.save)
+    report.print(config.json)
     return report
 
 

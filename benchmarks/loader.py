@@ -34,13 +34,13 @@ RUN: dict[str, Callable[[BenchLoaderConfig, Report], None]] = {
 
 def main(config: BenchLoaderConfig) -> Report:
     keys = ("cells", "genes", "expressed", "batch", "n_genes", "rounds")
-    report = Report("loader", {key: getattr(config, key) for key in keys})
+    report = Report("loader", {key: getattr(config, key) for key in keys}, save=config.save)
     if set(config.parts) - {"scale"}:
         prepare(config, Path(config.folder))
     Path(config.folder).mkdir(parents=True, exist_ok=True)
     for part in config.parts:
         RUN[part](config, report)
-    report.print(config.json, config.save)
+    report.print(config.json)
     return report
 
 

@@ -73,7 +73,7 @@ CONFIG = BenchRanksConfig
 def main(config: BenchRanksConfig) -> Report:
     """Print the table; returns it."""
     torch.set_num_threads(1)  # a forked process has no threads of its parent's
-    report = Report("ranks", {"cores": os.cpu_count(), "steps": STEPS})
+    report = Report("ranks", {"cores": os.cpu_count(), "steps": STEPS}, save=config.save)
     for n in config.ranks:
         ours = met(n, lazy=True)
         most = 4 + 2 * math.ceil(math.log2(n))  # a barrier's partners, a ring's, the store and the watch
@@ -89,7 +89,7 @@ def main(config: BenchRanksConfig) -> Report:
             report.add(Row(f"{n} ranks: until all have met, all connected at once", eager.join_s, "s"))
     for n in config.parts:
         checkpoint_rows(report, n, config.genes)
-    report.print(config.json, config.save)
+    report.print(config.json)
     return report
 
 

@@ -14,10 +14,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from launch import cli
+from scldm.files import write_json
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,15 @@ class Report:
     benchmark: its module in this package, such as `shards`
     settings: what was measured on: cells, genes, repeats
     command: the command line; without the folder of `h5ad=`, which says nothing on another machine
+    save: JSON file that every row is written to as it comes, so that a benchmark that is ended leaves what it found;
+        empty writes none
     """
 
     benchmark: str
     settings: dict[str, Any] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     command: str = ""
+    save: str = ""
 
     def __post_init__(self) -> None:
         words = [f"h5ad={Path(word).name}" if word.startswith("h5ad=") else word for word in sys.argv[1:]]
@@ -64,6 +69,7 @@ class Report:
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
+        self.write()
 
     @property
     def met(self) -> bool:
@@ -97,12 +103,16 @@ class Report:
         ]
         return "\n".join([head, *lines])
 
-    def print(self, as_json: bool, path: str = "") -> None:
-        """The table, or with as_json the JSON, to stdout; the JSON to a file as well where one is named."""
+    def print(self, as_json: bool) -> None:
+        """The table, or with as_json the JSON, to stdout."""
+        self.write()  # settings may have come after the last row
         print(json.dumps(self.to_json(), indent=1) if as_json else self.table())
-        if path:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n")
+
+    def write(self) -> None:
+        """The JSON to the file, whole or not at all."""
+        if self.save:
+            Path(self.save).parent.mkdir(parents=True, exist_ok=True)
+            write_json(Path(self.save), self.to_json())
 
 
 def device_name() -> str:
@@ -120,6 +130,7 @@ def device_name() -> str:
     return f"{model}, {cores} cores"
 
 
+@cache  # git runs once, before the first row: the file of rows may be one of the checkout
 def commit() -> str:
     """The commit of the checkout that runs, `+` where files differ from it; `unknown` outside one."""
     root = Path(__file__).parent

@@ -289,7 +289,7 @@ def _folder(name: str) -> Iterator[Path]:
 
 def main(config: BenchShardsConfig) -> Report:
     settings = {"cells": config.cells, "genes": config.genes, "workers": config.workers, "memory": config.memory}
-    report = Report("shards", {**settings, "repeats": config.repeats})
+    report = Report("shards", {**settings, "repeats": config.repeats}, save=config.save)
     with _folder(config.folder) as folder:
         keep_to_one_atlas(
             folder, cells=config.cells, genes=config.genes, expressed=config.expressed, spread=config.spread
@@ -305,7 +305,7 @@ def main(config: BenchShardsConfig) -> Report:
                 write_soma(path, config)
             path = path / "census_data" / "homo_sapiens"
             _measure(report, config, "soma", path, folder, "read_soma", "SOMA / read with tiledbsoma", 1.5)
-    report.print(config.json, config.save)
+    report.print(config.json)
     return report
 
 

@@ -84,7 +84,7 @@ def main(config: BenchSubsetEmbeddingConfig) -> Report:
     if train.all() or not train.any():
         raise InputError(f"split={config.split}: training cells and others are needed, and there are none of one kind")
     settings = {"models": len(config.models), "training cells": int(train.sum()), "asked": int((~train).sum())}
-    report = Report("subset_embedding", {**settings, "genes": adata.n_vars, "draws": config.draws})
+    report = Report("subset_embedding", {**settings, "genes": adata.n_vars, "draws": config.draws}, save=config.save)
     models = [scldm.load(folder) for folder in config.models]
     full = [model.embed(adata) for model in models]
     of_all = [named_rightly(x[train], x[~train], label_n, train) for x in full]
@@ -113,7 +113,7 @@ def main(config: BenchSubsetEmbeddingConfig) -> Report:
         report.add(Row(f"{percent} % of the genes removed: cells without a count", n_empty / config.draws, "cells"))
     if config.figure:
         draw(kept_of, Path(config.figure))
-    report.print(config.json, config.save)
+    report.print(config.json)
     return report
 
 

@@ -80,12 +80,12 @@ def main(config: SustainedConfig) -> Report:
             train(config, out, name)
     if not all(Path(f"{out / name}.samples.jsonl").exists() for name in NAMES):
         raise InputError(f"out={out}: both runs are compared, and only one is there")
-    report = Report("sustained", {"words": " ".join(config.words)})
+    report = Report("sustained", {"words": " ".join(config.words)}, save=config.save)
     for row in rows(out):
         report.add(row)
     if config.figure:
         draw(out, Path(config.figure))
-    report.print(config.json, config.save)
+    report.print(config.json)
     return report
 
 

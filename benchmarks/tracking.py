@@ -89,13 +89,15 @@ def main(config: BenchTrackingConfig) -> Report:
             train(stage, engine, cells, cells, course, optim, world, Path(own), tracker, "bench")
             followed, whole = tracker.cpu_s() - followed, time.process_time() - begin
             clock = time.monotonic() - clock
-    report = Report("tracking", {"preset": config.preset, "genes": config.n_genes, "steps": config.steps})
+    report = Report(
+        "tracking", {"preset": config.preset, "genes": config.n_genes, "steps": config.steps}, save=config.save
+    )
     report.add(Row("training", whole - followed, "s of CPU time"))
     report.add(Row("training", clock, "s of the clock"))
     report.add(Row.at_most("tracking / training", followed / (whole - followed), "of CPU times", 0.01))
     report.add(Row("a second of CPU time took", slow, "s of the clock"))
     report.add(Row("tracking's start, once a run", start, "s of CPU time"))
-    report.print(config.json, config.save)
+    report.print(config.json)
     return report
 
 

@@ -2,7 +2,7 @@
 
 Every way takes the same cells, weights and optimizer, and the ways take turns in one process. On a GPU presets of the
 atlas are measured as well: cells/s, memory, and the share of the device's peak.
-Reading order: BenchTrainConfig, main, ways_of, time_ways, preset_rows; Work, SameCells, bare, ours.
+Reading order: BenchTrainConfig, main, ways_of, time_ways, preset_rows, compiled_row; Work, SameCells, bare, ours.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from benchmarks.measure import peak_of
+from benchmarks.measure import failure_of, peak_of
 from benchmarks.report import Report, Row, median, run_benchmark
 from benchmarks.ways import NO_GPU
 from launch.config import compose
@@ -34,6 +35,7 @@ from scldm.model.flops import vae_flops
 from scldm.model.vae import VAE, VAEConfig
 from scldm.parallel.dist import World, close_world, world_of_environment
 from scldm.parallel.engine import HardwareConfig, start_engine
+from scldm.tf32 import tf32_products
 from scldm.train.budget import plain_memory, rank_memory
 from scldm.train.loop import TrainConfig, train
 from scldm.train.losses import Draws, LDMStage, VAEStage
@@ -68,7 +70,8 @@ class BenchTrainConfig:
     zero_stage: of DeepSpeed on one rank. FSDP2 has at least 2
     precision: fp32 or bf16
     threads: of torch
-    presets: of training, for a GPU: with their own micro-batch, through ZeRO-2 in bf16
+    presets: of training, for a GPU: with the micro-batch of hardware/one_gpu, through ZeRO-2 in bf16
+    compile: of these, measured with model.compile=true as well
     json: print JSON, not the table
     save: write the JSON to this file as well
     """
@@ -83,6 +86,7 @@ class BenchTrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     threads: int = 1
     presets: list[str] = field(default_factory=lambda: ["vae/20m", "vae/70m", "ldm/base"])
+    compile: list[str] = field(default_factory=list)
     json: bool = False
     save: str = ""
 
@@ -101,7 +105,11 @@ def main(config: BenchTrainConfig) -> Report:
     world = world_of_environment()
     world.join()
     settings = {"cells": config.cells, "genes": config.n_genes, "width": config.model.width, "steps": config.steps}
-    report = Report("train", {**settings, "rounds": config.rounds, "precision": config.precision, "ranks": world.size})
+    report = Report(
+        "train",
+        {**settings, "rounds": config.rounds, "precision": config.precision, "ranks": world.size},
+        save=config.save if world.is_first else "",
+    )
     work = vae_work(config.model, config.n_genes, config.n_genes, config.cells, OptimConfig())
     hardware = HardwareConfig(zero_stage=config.zero_stage, precision=config.precision)
     seconds = time_ways(work, hardware, config, world)
@@ -113,32 +121,34 @@ def main(config: BenchTrainConfig) -> Report:
             row = f"fsdp / deepspeed at zero_stage={stage}"
             report.add(Row(row, ratio(seconds, f"fsdp at zero_stage={stage}", f"deepspeed at zero_stage={stage}"), "x"))
     else:
-        for row in rows_of_one_rank(seconds, config, world):
+        for row in rows_of_one_rank(seconds, config, world):  # each as it is found
             report.add(row)
     close_world()
     if world.is_first:
-        report.print(config.json, config.save)
+        report.print(config.json)
     return report
 
 
-def rows_of_one_rank(seconds: dict[str, list[float]], config: BenchTrainConfig, world: World) -> list[Row]:
+def rows_of_one_rank(seconds: dict[str, list[float]], config: BenchTrainConfig, world: World) -> Iterator[Row]:
     """What the loop and the engines add, and presets where there is a GPU."""
     added = median([1e3 * (a - b) for a, b in zip(seconds["plain"], seconds["bare"], strict=True)])
-    rows = [Row.at_most("loop on the plain engine - bare step", added, "ms", 2.0)]
+    yield Row.at_most("loop on the plain engine - bare step", added, "ms", 2.0)
     for engine in ("deepspeed", "fsdp"):
         if engine in seconds:
             added = median([1e3 * (a - b) for a, b in zip(seconds[engine], seconds["plain"], strict=True)])
-            rows.append(Row(f"{engine} - plain, the loop around both", added, "ms"))
-            rows.append(Row(f"{engine} / plain", ratio(seconds, engine, "plain"), "x"))
+            yield Row(f"{engine} - plain, the loop around both", added, "ms")
+            yield Row(f"{engine} / plain", ratio(seconds, engine, "plain"), "x")
         else:
-            rows.append(Row.not_measured(f"{engine}: a step", NO_DEEPSPEED, "ms"))
-    if world.device.type == "cuda":
-        return rows + [row for preset in config.presets for row in preset_rows([preset], ATLAS_GENES, config, world)]
-    rows.append(Row.not_measured("loop's share of a step", NO_GPU, "share", "<= 0.05"))
+            yield Row.not_measured(f"{engine}: a step", NO_DEEPSPEED, "ms")
+    on_gpu = world.device.type == "cuda"
+    if not on_gpu:
+        yield Row.not_measured("loop's share of a step", NO_GPU, "share", "<= 0.05")
     for preset in config.presets:
-        name = f"{preset}, ZeRO-2, bf16, cells/s, memory and MFU"
-        rows.append(Row.not_measured(name, NO_GPU, "share", "MFU >= 0.35"))
-    return rows
+        if on_gpu:
+            yield from preset_rows([preset], ATLAS_GENES, config, world)
+        else:
+            name = f"{preset}, ZeRO-2, bf16, cells/s, memory and MFU"
+            yield Row.not_measured(name, NO_GPU, "share", "MFU >= 0.35")
 
 
 def installed() -> bool:
@@ -184,6 +194,7 @@ def preset_rows(words: Sequence[str], n_genes: int, config: BenchTrainConfig, wo
     by those of the formula, which are more where the path saves some.
     """
     engine = "deepspeed" if installed() else "plain"
+    words = on_device(words, world.device)
     work, hardware = preset_work(words, n_genes), HardwareConfig(engine=engine, zero_stage=2, precision="bf16")
     peak_bytes = peak_of(lambda: ours(work, hardware, 3, 1, world), world.device)
     cost, lazy = work.cost(), world.device.type == "cpu"
@@ -203,7 +214,23 @@ def preset_rows(words: Sequence[str], n_genes: int, config: BenchTrainConfig, wo
     ]
     if installed():
         rows[-1] = Row("deepspeed / bare step", ratio(seconds, "deepspeed", "bare"), "x")
+    if words[0] in config.compile:
+        rows.append(compiled_row(preset_work([*words, "model.compile=true"], n_genes), seconds["bare"], config, world))
     return [replace(row, name=f"{words[0]}: {row.name}") for row in rows]
+
+
+def on_device(words: Sequence[str], device: torch.device) -> list[str]:
+    """A preset and further words, as a user of such a device composes them: one GPU has a micro-batch of its own."""
+    return [words[0], *(["hardware/one_gpu"] if device.type == "cuda" else []), *words[1:]]
+
+
+def compiled_row(work: Work, plain_s: list[float], config: BenchTrainConfig, world: World) -> Row:
+    """What compiled transformer blocks gain."""
+    took: list[float] = []
+    run = partial(bare, work, "bf16", config.steps, world.device)
+    why = failure_of(lambda: took.extend(run() for _ in range(config.rounds)), world.device)
+    name = "bare step / bare step, compiled"
+    return Row.not_measured(name, why, "x") if why else Row(name, median(plain_s) / median(took), "x")
 
 
 def mfu_row(name: str, flops_per_s: float, peak: float, target: float | None = None) -> Row:
@@ -337,7 +364,8 @@ def bare(work: Work, precision: str, n_steps: int, device: torch.device) -> floa
         (batch,) = next(cells)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             loss, _ = loss_of(module, batch, Draws(0, step, batch.positions_B))
-        (loss / batch.n_cells).backward()
+        with tf32_products(precision == "bf16"):  # as engines have it
+            (loss / batch.n_cells).backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), optim.clip)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(optim, step, n_steps) * group["lr_scale"]

@@ -100,13 +100,13 @@ def main(config: BenchUnseenConfig) -> Report:
     model = scldm.load(out / "model")
     train, validation, test = real_cells(config, str(out / "shards"))
     pca = fit_pca(validation.log)
-    report = Report("unseen", {"held out": " and ".join(config.held_out), "repeats": config.repeats})
+    report = Report("unseen", {"held out": " and ".join(config.held_out), "repeats": config.repeats}, save=config.save)
     report.settings |= {"guidance": config.sampler.guidance, "scale": config.sampler.guidance_scale}
     report.settings |= {"steps": config.sampler.n_steps, "seed": config.seed}
     report.settings |= {"vae": " ".join(config.vae), "ldm": " ".join(config.ldm)}
     for kind in config.held_out:
         compare(config, model, kind, train, test, pca, report)
-    report.print(config.json, config.save)
+    report.print(config.json)
     return report
 
 

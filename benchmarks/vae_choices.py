@@ -60,9 +60,9 @@ def main(config: BenchVAEChoicesConfig) -> Report:
     with tempfile.TemporaryDirectory(prefix="scldm-bench-") as folder:
         cells = RealCells(config.cells, Path(folder))
         settings = {"study": config.study, "cells": cells.n_cells, "genes": cells.n_genes}
-        report = Report("vae_choices", {**settings, "steps": config.steps, "seeds": config.seeds})
+        report = Report("vae_choices", {**settings, "steps": config.steps, "seeds": config.seeds}, save=config.save)
         {"latents": latents, "heads": heads, "decode_few": decode_few}[config.study](config, cells, report)
-    report.print(config.json, config.save)
+    report.print(config.json)
     return report
 
 

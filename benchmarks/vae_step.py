@@ -1,6 +1,6 @@
 """A training step of the autoencoder by each way of computing attention, on the same inputs.
 
-Reading order: BenchVAEStepConfig, main, calls_of, PublishedToken, targets.
+Reading order: BenchVAEStepConfig, main, calls_of, torchs_fused_attention, auto_rows, PublishedToken, targets.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.measure import Cost, failure_of, measure_in_turn
 from benchmarks.report import Report, Row, run_benchmark
@@ -22,6 +23,7 @@ from benchmarks.ways import (
     NO_GPU,
     OPPONENT,
     PLAIN,
+    SDPA,
     Way,
     as_way,
     of_preset,
@@ -32,6 +34,7 @@ from benchmarks.ways import (
 from scldm.batch import GeneCounts
 from scldm.model.flops import vae_flops
 from scldm.model.vae import VAE, VAEConfig, chosen
+from scldm.tf32 import tf32_products
 from scldm.train.optim import OptimConfig, make_optimizer
 
 PURPOSE = """Measure a training step of the autoencoder (forward, backward, AdamW) and its forward pass alone, by the
@@ -56,7 +59,7 @@ class BenchVAEStepConfig:
     own_sets: draw these genes for each cell, as the paper does; false lets the cells share them
     preset: name of a shape in configs/vae; empty takes `model`
     gene_chunk: genes that the decoder takes at once, made again in backward; 0 takes all
-    compile: torch.compile torch's kernels too, the strongest rival; minutes on a CPU
+    compile: torch.compile torch's kernels too, the strongest rival, and the blocks of `auto`; minutes on a CPU
     precision: fp32, or bf16 by autocast
     threads: of torch
     repeats: of a step
@@ -83,11 +86,11 @@ class BenchVAEStepConfig:
 CONFIG = BenchVAEStepConfig
 # the network of the published code: of a token embedding times log1p(count), no linear ways, padding attended
 PUBLISHED = Way("published", "sdpa")
+BLOCKS = Way("auto, compiled", "auto")  # with model.compile=true: the transformer blocks alone
 # what is asked of a GPU, in bf16
 GPU_TARGETS = {
-    f"{PLAIN.name} / fused, time, 8,000 given and 36,130 asked, GPU": ">= 5",
-    f"{OPPONENT.name} / fused, time, 8,000 given and 36,130 asked, GPU": ">= 2",
-    f"fused / {OPPONENT.name}, peak memory, 8,000 given and 36,130 asked, GPU": "<= 0.25",
+    f"{OPPONENT.name} / fused, time, 20m, 128 cells x 8,192, GPU": ">= 1.2",
+    f"fused / {OPPONENT.name}, peak memory, 20m, 128 cells x 8,192, GPU": "<= 0.25",
     "dentate_gyrus at batch 128, peak memory, GPU": "<= 2 GB",
 }
 
@@ -101,37 +104,38 @@ def main(config: BenchVAEStepConfig) -> Report:
     config = replace(config, model=chunked)
     settings = {"cells": config.cells, "given": config.n_given, "asked": config.n_asked, "precision": config.precision}
     settings |= {"width": shape.width, "latents": shape.n_latents, "layers": shape.n_layers, "threads": config.threads}
-    report = Report("vae_step", {**settings, "gene_chunk": config.gene_chunk, "own_sets": config.own_sets})
+    report = Report(
+        "vae_step", {**settings, "gene_chunk": config.gene_chunk, "own_sets": config.own_sets}, save=config.save
+    )
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     most = peak_flops(device, dtype)
     report.add(Row("large matrix product", most / 1e9, "GFLOP/s"))
     flops = sum(vae_flops(shape, config.cells, config.n_given, config.n_asked).values())
-    every = [*ways(config.compile), PUBLISHED]
-    measured = [way for way in every if not unable(way, device)]
-    calls = {way.name: calls_of(config, way, device) for way in measured}
-    failed = {}
-    for name, (forward, step) in list(calls.items()):
-        # the optimizer's moments are made, and what is compiled is compiled
-        if why := failure_of(forward, device) or failure_of(step, device):
-            failed[name] = why
-            del calls[name], forward, step  # with what they hold of the GPU's memory
-    forwards = measure_in_turn({name: forward for name, (forward, _) in calls.items()}, config.repeats, device)
-    steps = measure_in_turn({name: step for name, (_, step) in calls.items()}, config.repeats, device)
+    every = [*ways(config.compile), *([BLOCKS] if config.compile else []), PUBLISHED]
+    calls: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {}
     for way in every:
-        if why := unable(way, device) or failed.get(way.name):
+        if not (why := unable(way, device)):
+            calls[way.name] = calls_of(config, way, device)
+            # the optimizer's moments are made, and what is compiled is compiled
+            why = next(filter(None, (failure_of(call, device) for call in calls[way.name])), "")
+        if why:
+            calls.pop(way.name, None)  # with what it holds of the GPU's memory
             report.add(Row.not_measured(way.name, why, "ms"))
-            continue
-        report.add(Row(f"{way.name}, forward", 1e3 * forwards[way.name].seconds, "ms"))
-        report.add(Row(way.name, 1e3 * steps[way.name].seconds, "ms"))
-        report.add(Row(f"{way.name}: peak memory", steps[way.name].peak_bytes / 2**20, "MiB"))
-        speed = 3 * flops / steps[way.name].seconds
-        report.add(Row(f"{way.name}: FLOPs of the formula by time", speed / 1e9, "GFLOP/s"))
-        report.add(Row(f"{way.name}: share of the matrix product's FLOP/s", speed / most, "x"))
-    auto = chosen(replace(shape, attention="auto"), device, dtype).way
-    fastest = min(cost.seconds for name, cost in steps.items() if name != PUBLISHED.name)
-    report.add(Row.at_most(f"auto, here {auto}, / the fastest way, time", steps[auto].seconds / fastest, "x", 1.05))
+    if device.type == "cuda" and SDPA.name in calls:
+        report.add(torchs_fused_attention(calls[SDPA.name][1], device))
+    forwards = measure_in_turn({name: forward for name, (forward, _) in calls.items()}, config.repeats, device)
+    for name, cost in forwards.items():
+        report.add(Row(f"{name}, forward", 1e3 * cost.seconds, "ms"))
+    steps = measure_in_turn({name: step for name, (_, step) in calls.items()}, config.repeats, device)
+    for name, cost in steps.items():
+        report.add(Row(name, 1e3 * cost.seconds, "ms"))
+        report.add(Row(f"{name}: peak memory", cost.peak_bytes / 2**20, "MiB"))
+        speed = 3 * flops / cost.seconds
+        report.add(Row(f"{name}: FLOPs of the formula by time", speed / 1e9, "GFLOP/s"))
+        report.add(Row(f"{name}: share of the matrix product's FLOP/s", speed / most, "x"))
+    auto_rows(report, chosen(replace(shape, attention="auto"), device, dtype).way, steps)
     targets(report, config, steps, device)
-    report.print(config.json, config.save)
+    report.print(config.json)
     return report
 
 
@@ -140,7 +144,7 @@ def calls_of(
 ) -> tuple[Callable[[], None], Callable[[], None]]:
     """A forward pass, and a whole step, on counts and weights that are the same for every way."""
     torch.manual_seed(0)
-    shape = replace(config.model, attention=way.kind)
+    shape = replace(config.model, attention=way.kind, compile=way is BLOCKS)
     most = min(max(config.n_given, config.n_asked), config.n_genes)
     if way is PUBLISHED:
         shape = replace(shape, token="linear", direct=False)
@@ -159,12 +163,15 @@ def calls_of(
     # the published code takes torch's as it comes
     optimizer = torch.optim.AdamW(vae.parameters()) if way is PUBLISHED else make_optimizer(OptimConfig(), vae)
     run = as_way(way, vae, device)
-    autocast = torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext()
+    is_bf16 = config.precision == "bf16"
+    autocast = torch.autocast(device.type, torch.bfloat16) if is_bf16 else nullcontext()
 
     def step() -> None:
         with autocast:
             _, predicted = run(given, asked.gene_ids)
-        predicted.nll_B(asked, library_size_B).mean().backward()
+        loss = predicted.nll_B(asked, library_size_B).mean()
+        with tf32_products(is_bf16 and way is not PUBLISHED):  # as engines have it
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -173,6 +180,27 @@ def calls_of(
             run(given, asked.gene_ids)
 
     return forward, step
+
+
+def torchs_fused_attention(step: Callable[[], object], device: torch.device) -> Row:
+    """Whether a step runs where torch may take its fused kernels of attention alone, not the formula in disguise."""
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
+        why = failure_of(step, device)
+    name = f"sdpa: runs by torch's fused attention{why and f': {why}'}"
+    return Row.at_least(name, float(not why), "", 1)
+
+
+def auto_rows(report: Report, auto: str, steps: dict[str, Cost]) -> None:
+    """What `auto` takes, beside the fastest way of attention, and beside itself with compiled blocks."""
+    name = f"auto, here {auto}, / the fastest way, time"
+    if auto not in steps:
+        report.add(Row.not_measured(name, f"{auto} failed", "x", "<= 1.05"))
+        return
+    fastest = min(cost.seconds for way, cost in steps.items() if way not in (PUBLISHED.name, BLOCKS.name))
+    report.add(Row.at_most(name, steps[auto].seconds / fastest, "x", 1.05))
+    if BLOCKS.name in steps:
+        gain = steps[auto].seconds / steps[BLOCKS.name].seconds
+        report.add(Row(f"auto, here {auto}, / {BLOCKS.name}, time", gain, "x"))
 
 
 class PublishedToken(nn.Module):
@@ -202,16 +230,15 @@ def targets(report: Report, config: BenchVAEStepConfig, steps: dict[str, Cost], 
             report.add(Row.not_measured(name, NO_GPU, "x" if "GB" not in target else "GB", target.removesuffix(" GB")))
     if on_cpu or config.precision != "bf16" or FUSED.name not in steps:
         return
-    seconds, most = steps[FUSED.name].seconds, steps[FUSED.name].peak_bytes
-    against_plain, against_opponent, memory_of_it, dentate_gyrus = GPU_TARGETS
-    if (config.n_given, config.n_asked) == (8_000, 36_130):
-        if plain:
-            report.add(Row.at_least(against_plain, plain.seconds / seconds, "x", 5))
-        if opponent := steps.get(OPPONENT.name):
-            report.add(Row.at_least(against_opponent, opponent.seconds / seconds, "x", 2))
-            report.add(Row.at_most(memory_of_it, most / opponent.peak_bytes, "x", 0.25))
+    fused = steps[FUSED.name]
+    against_opponent, memory_of_it, dentate_gyrus = GPU_TARGETS
+    step_128 = ("20m", 128, 8_192, 8_192)
+    opponent = steps.get(OPPONENT.name)
+    if opponent and (config.preset, config.cells, config.n_given, config.n_asked) == step_128 and not config.own_sets:
+        report.add(Row.at_least(against_opponent, opponent.seconds / fused.seconds, "x", 1.2))
+        report.add(Row.at_most(memory_of_it, fused.peak_bytes / opponent.peak_bytes, "x", 0.25))
     if config.preset == "dentate_gyrus" and config.cells == 128:
-        report.add(Row.at_most(dentate_gyrus, most / 1e9, "GB", 2))
+        report.add(Row.at_most(dentate_gyrus, fused.peak_bytes / 1e9, "GB", 2))
 
 
 if __name__ == "__main__":

@@ -65,15 +65,21 @@ def test_every_row_and_target_is_there(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("target", [bench_random.TARGET, ("tiny", "tiny", 60)])
 def test_random_weights_generate_at_any_size(target: tuple[str, str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_random, "TARGET", target)
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
     few = SamplerConfig("euler", 1)
     words = {"random": "tiny", "random_ldm": "tiny", "genes": 60, "batch": (2, 5), "precision": ("float32",)}
-    report = bench.main(bench.BenchGenerateConfig(**words, sampler=few, repeats=1))  # pyright: ignore[reportArgumentType]
+    report = bench.main(bench.BenchGenerateConfig(**words, sampler=few, repeats=1, compile=True))  # pyright: ignore[reportArgumentType]
     rows = {row.name: row for row in report.rows}
     for n in (2, 5):
         found = rows.pop(f"random weights, whole, few steps, batch {n}, float32").value
         assert found is not None
         assert found > 0
         rows.pop(f"random weights, whole, few steps, batch {n}, float32: peak memory")
+    assert compiled, "the transformer's blocks, once more at the faster of both"
+    names = [name for name in rows if name.endswith(("compiled", "compiled: peak memory"))]
+    assert all((rows.pop(name).value or 0) >= 0 for name in names)
+    assert len(names) == 2
     judged = "base DiT, 70m VAE, 3,699 genes, few steps, on an H100-class GPU: not measured on a GPU"
     assert {name: (row.value, row.target) for name, row in rows.items()} == (
         {judged: (None, ">= 2000")} if target[0] == "tiny" else {}

@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks import train
 from scldm.model.dit import DiTConfig
 from scldm.model.flops import vae_flops
 from scldm.model.vae import VAEConfig
+from scldm.parallel.dist import World
 from scldm.train.step_cost import StepCost, dit_step, vae_step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +41,22 @@ def test_it_says_what_the_loop_adds(tmp_path: Path) -> None:
     rows = {row["name"]: row["value"] for row in report["rows"]}
     assert {f"fsdp / deepspeed at zero_stage={stage}" for stage in (2, 3)} < rows.keys()
     assert all(value > 0 for value in rows.values())
+
+
+def test_presets_are_composed_as_users_of_one_gpu_do() -> None:
+    for kind, micro_batch in (("cuda", 128), ("cpu", 32)):
+        words = train.on_device(["vae/20m", "model.n_layers=1"], torch.device(kind))
+        assert train.preset_work(words, 300).batch.n_cells == micro_batch
+
+
+def test_compiled_blocks_are_measured_beside_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    work = train.preset_work(["ldm/tiny", "hardware.micro_batch=2", "model.n_layers=1", "model.compile=true"], 300)
+    config = train.BenchTrainConfig(steps=3, rounds=1)
+    row = train.compiled_row(work, [1.0], config, World(0, 1, torch.device("cpu")))
+    assert len(compiled) == 1
+    assert (row.value or 0) > 0
 
 
 # as for a GPU, but for tiny shapes; a plan's memory is asked for too, and MFU needs a peak

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass, replace
 from typing import get_args
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.ways import of_preset
 from scldm.batch import GeneCounts
 from scldm.likelihood import LikelihoodKind
 from scldm.model.attention import AttentionKind
@@ -30,6 +32,7 @@ class Case:
     n_genes: int = N_GENES
     per_cell: bool = False
     n_given: int = S
+    n_cells: int = B
     large: bool = False
     padding: bool = False
     zero_cell: bool = False
@@ -43,8 +46,10 @@ class Case:
         def drawn() -> Tensor:
             return torch.randperm(self.n_genes, generator=generator)[: self.n_given] + 1
 
-        ids = torch.stack([drawn() for _ in range(B)]) if self.per_cell else drawn()
-        counts = torch.poisson(3 * torch.rand(B, self.n_given, generator=generator), generator=generator).int()
+        ids = torch.stack([drawn() for _ in range(self.n_cells)]) if self.per_cell else drawn()
+        counts = torch.poisson(
+            3 * torch.rand(self.n_cells, self.n_given, generator=generator), generator=generator
+        ).int()
         if self.large:
             counts[:, :2] = 1_000_000
         if self.zero_cell:
@@ -220,6 +225,28 @@ def check_bf16(kind: AttentionKind, case: Case) -> None:
     plain = whole_errors(vae, "plain", given, true, bf16=True)
     for fast, formula in zip(whole_errors(vae, kind, given, true, bf16=True), plain):
         assert fast < 2 * formula
+
+
+def at_preset(preset: str, n_cells: int, n_given: int, per_cell: bool) -> Case:
+    """Width, latents and heads of a preset, without blocks; of the vocabulary a half is given."""
+    return Case(replace(of_preset(preset, CONFIG), n_layers=0), 2 * n_given, per_cell, n_given, n_cells)
+
+
+def check_preset(case: Case, bf16: bool) -> None:
+    """In bf16 at most twice the formula's own error, in float32 likewise, or a float32's last digit."""
+    vae, given = trained_like(case.shape, case.n_genes), case.batch()
+    true = outcome(vae, "plain", given, torch.float64)
+    found, plain = whole_errors(vae, "fused", given, true, bf16), whole_errors(vae, "plain", given, true, bf16)
+    assert all(fused <= 2 * max(formula, 1e-7) for fused, formula in zip(found, plain)), (found, plain)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(
+    os.environ.get("SCLDM_TEST_GPU") == "1", reason="needs Triton's interpreter: test_on_gpu.py has a GPU"
+)
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_fused_kernels_at_the_shape_of_20m(bf16, kernels):
+    check_preset(at_preset("20m", 2, 128, per_cell=False), bf16)
 
 
 @pytest.mark.slow
