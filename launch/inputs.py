@@ -22,7 +22,7 @@ from launch.planned import needs_shards
 from launch.together import WRITES, moves_of, no_table
 from scldm import cells_opened
 from scldm.errors import InputError, read_json
-from scldm.files import check_page, check_writable
+from scldm.files import check_new, check_page, check_writable
 from scldm.model_files import check_names
 from scldm.train.tracked import check_followed
 

@@ -13,6 +13,7 @@ import pytest
 
 from launch.together import WRITES
 from launch.verbs import VERBS
+from scldm.train.tracked import new_note
 from scldm.vocab import GeneVocab
 
 pytestmark = pytest.mark.heavy
@@ -194,7 +195,8 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, 
         **{f"{run}/config.json": {} for run in ("vae", "ldm")},
         "vae/checkpoints/step-00000005/state.json": {},
         "ldm/latents.json": {},
-        **{f"followed/{file}.json": {} for file in ("config", "latents", "tracked")},
+        **{f"followed/{file}.json": {} for file in ("config", "latents")},
+        "followed/tracked.json": new_note("", "scldm", "ldm"),
         "shards/manifest.json": {**of_set, "kind": "cells"},
         "latents/manifest.json": {**of_set, "kind": "latents"},
         "model/config.json": model,
