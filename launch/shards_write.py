@@ -25,6 +25,8 @@ FIRST = (
 def report_lines(manifest: Manifest) -> Iterator[str]:
     """What became of each source's genes."""
     lost = manifest.genes_report
+    for uri, n in lost.without_version.items():
+        yield f"{uri}: {n:,} of its Ensembl ids have a version, and are joined without it"
     for uri, n in lost.not_in_vocabulary.items():
         nameless = lost.without_name.get(uri, 0)
         yield f"{uri}: {n:,} of its genes are not in the set" + (f", {nameless:,} have no name" if nameless else "")

@@ -183,6 +183,7 @@ class GenesReport:
 
     not_in_vocabulary: dict[str, Count] = field(default_factory=dict)
     without_name: dict[str, Count] = field(default_factory=dict)
+    without_version: dict[str, Count] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
