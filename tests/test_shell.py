@@ -135,6 +135,16 @@ def test_the_set_up_installs_once_and_prints_the_python(checkout: Checkout) -> N
     assert checkout.installs() == []
 
 
+def test_it_removes_no_environment_of_others(checkout: Checkout) -> None:
+    (checkout.root / ".venv").mkdir()
+    (checkout.root / ".venv" / "mine").touch()
+    script = ["bash", str(checkout.root / "launch" / "setup.sh")]
+    done = subprocess.run(script, env=os.environ | {"VIRTUAL_ENV": ""}, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "was not made by this script: rename it, or remove it" in done.stderr
+    assert (checkout.root / ".venv" / "mine").exists()
+
+
 def test_it_installs_again_for_what_changed(checkout: Checkout) -> None:
     checkout.setup("all")
     assert len(checkout.installs()) == 1
