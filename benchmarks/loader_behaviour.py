@@ -144,7 +144,7 @@ def write_index(folder: Path, n_cells: int) -> None:
     manifest = schema.Manifest(
         "cells", n_cells, GeneVocab(tuple(f"GENE{k}" for k in range(60_000)), "symbol"), ConditionVocab({}),
         (SplitEntry("train", n_cells, 0, n_blocks, 0),), {}, tuple(shards),
-        (), schema.BLOCK_CELLS, "zstd", 1, 0, ({},), {}, {}, {}, statistics,
+        (), schema.BLOCK_CELLS, "zstd", 1, 0, (), {}, {}, {}, statistics,
     )  # fmt: skip
     # of the index only that of blocks is there: nothing else is read before a block
     sha256 = hashlib.sha256((folder / schema.BLOCK_INDEX_PATH).read_bytes()).hexdigest()

@@ -18,7 +18,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from anndata.io import read_elem, sparse_dataset, write_elem
 from data_pipeline.read_cells import LAYER, MEASUREMENT
 from scldm.errors import InputError, read_json
 from scldm.files import disk_explained, left_aside, locked, made_aside, of_bytes, remove, remove_marked, written_aside
+from scldm.given_json import typed
 from scldm.hdf5 import hdf5_made
 from scldm.progress import Progress
 
@@ -80,9 +81,9 @@ class CellWriter:
         if self.finished:
             self._refuse_others(_made_by(self.out), "exists and holds other cells")
         elif (self.parts / "made_by.json").is_file():
-            self._refuse_others(
-                read_json(self.parts / "made_by.json"), "is unfinished and of another command", self.parts
-            )
+            note = self.parts / "made_by.json"
+            before = typed(dict[str, Any], read_json(note), str(note))
+            self._refuse_others(before, "is unfinished and of another command", self.parts)
         elif self.parts.exists() and any(of.name != "lock" and of.name[0] != "." for of in self.parts.iterdir()):
             raise InputError(f"{self.parts} is in the way of unfinished cells. Remove it, or choose another out")
         if not self.finished and not (self._folder.is_dir() and os.access(self._folder, os.W_OK)):
@@ -322,7 +323,10 @@ def _made_by(out: Path) -> dict[str, Any]:
 def _flat(made_by: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """(key, value), with the dotted keys of what is a JSON object."""
     for key, value in made_by.items():
-        inner = json.loads(value) if isinstance(value, str) and value.startswith("{") else value
+        inner = value
+        if isinstance(value, str) and value.startswith("{"):
+            with suppress(ValueError):  # text that only begins so
+                inner = json.loads(value)
         if isinstance(inner, dict) and inner:
             yield from ((f"{key}.{name}", of) for name, of in _flat(inner))
         else:

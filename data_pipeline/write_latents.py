@@ -35,6 +35,7 @@ from data_pipeline.format.schema import FileEntry, ShardEntry
 from data_pipeline.stream.gene_set_config import GeneSetConfig
 from scldm.errors import InputError, read_json
 from scldm.files import disk_explained, left_aside, locked, remove, remove_marked, sha256_of, written_aside
+from scldm.given_json import typed
 
 
 class LatentWriter:
@@ -66,7 +67,7 @@ class LatentWriter:
             there = schema.read_manifest(str(self.out)).extra
         else:
             note = self.parts / "set.json"
-            there = read_json(note) if note.is_file() else self.identity
+            there = typed(dict[str, Any], read_json(note), str(note)) if note.is_file() else self.identity
         for key, value in self.identity.items():
             if there.get(key) != value:
                 raise InputError(

@@ -18,7 +18,7 @@ from data_pipeline.write_latents import LatentWriter
 from launch.evaluation.gate import GATE, gate_of, warn
 from launch.run_data import check_encodes, data_of, keep_encoded_from
 from launch.staged import at_hand
-from launch.trained import check_given, trained_vae
+from launch.trained import check_given, checkpoint_of, trained_vae
 from scldm.batch import GeneCounts
 from scldm.checked import Checked, checked
 from scldm.errors import InputError
@@ -85,8 +85,9 @@ def main(config: EncodeConfig) -> Path:
     with closing(ShardSet(config.shards, cache_folder=config.cache_folder, cache_bytes=cache_bytes)) as cells:
         if cells.manifest.kind != "cells":
             raise InputError(f"{config.shards}: a set of {cells.manifest.kind}, not of cells")
-        check_encodes(Path(config.vae), data_of(cells.manifest), f"shards={config.shards}", world.is_first)
-        check_given(config.genes, Path(config.vae), "genes", world)
+        of_vae = checkpoint_of(origin)
+        check_encodes(config.vae, of_vae, data_of(cells.manifest), f"shards={config.shards}", world.is_first)
+        check_given(config.genes, origin, "genes", world)
         shape = (vae.config.n_latents, vae.config.latent_width)
         writer = LatentWriter(config.out, cells, origin["hash"], shape, config.genes)
         with writer.begun() if world.is_first else nullcontext():

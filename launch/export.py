@@ -9,7 +9,7 @@ from typing import Literal
 from launch.registry import register
 from launch.run_data import MISSING, check_encodes, kept_data
 from launch.together import check_export
-from launch.trained import trained_dit, trained_vae
+from launch.trained import checkpoint_of, trained_dit, trained_vae
 from scldm.environment import describe
 from scldm.library_size import LibrarySizeModel
 from scldm.model_folder import check_replaceable, save_pretrained
@@ -58,11 +58,11 @@ def main(config: ExportConfig) -> Path:
     if config.register:
         check_followed(Path(config.ldm))
     vae, vae_origin = trained_vae(Path(config.vae), config.which)
-    dit, ldm_origin, data = None, None, Path(config.vae)
+    dit, ldm_origin, data = None, None, checkpoint_of(vae_origin)
     if config.ldm:
-        data = Path(config.ldm)
-        dit, ldm_origin = trained_dit(data, vae, config.which)
-        check_encodes(Path(config.vae), kept_data(data), f"ldm={data}", is_first=True)
+        dit, ldm_origin = trained_dit(Path(config.ldm), vae, config.which)
+        check_encodes(config.vae, data, kept_data(checkpoint_of(ldm_origin)), f"ldm={config.ldm}", is_first=True)
+        data = checkpoint_of(ldm_origin)
     missing = kept_data(data).get(MISSING, {}).get("label", "")
     origin = {"vae": vae_origin, "ldm": ldm_origin, "missing": missing, "exported": describe()}
     genes = GeneVocab.load(data / "genes.json")

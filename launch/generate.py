@@ -201,10 +201,11 @@ def wanted_cells(config: GenerateConfig) -> pd.DataFrame:
         table = read_table(path)
         if "n_cells" not in table:
             return table
-        numbers = table["n_cells"].astype(str).str.strip()
-        if not numbers.str.fullmatch(r"\d{1,18}").all():
+        # 1e12 and 10.0 are whole numbers too
+        numbers = np.asarray(pd.to_numeric(table["n_cells"].astype(str), errors="coerce"), np.float64)
+        if not ((numbers >= 0) & (numbers < 1e18) & (numbers % 1 == 0)).all():
             raise InputError(f"{path}: column n_cells must hold whole numbers, 0 or more")
-        require_room(config.out, sum(map(int, numbers)))
+        require_room(config.out, int(numbers.sum()))
         rows = np.repeat(np.arange(len(table)), numbers.astype(int))
         return table.drop(columns="n_cells").iloc[rows].reset_index(drop=True)
     return read_obs(path, config.by)

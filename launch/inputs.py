@@ -22,7 +22,7 @@ from launch.planned import needs_shards
 from launch.together import WRITES, moves_of, no_table
 from scldm import cells_opened
 from scldm.errors import InputError, read_json
-from scldm.files import check_new, check_writable
+from scldm.files import check_new, check_page, check_writable
 from scldm.model_files import check_names
 from scldm.train.tracked import check_followed
 
@@ -46,7 +46,8 @@ INPUTS = {
         ("config.json", "{value} is not a model folder: it has no config.json. `scldm export` writes one"),
     ),
 }
-MAKE_A_FILE = ("report", "checkpoint convert")  # that of convert may be a folder
+MAKE_A_FILE = ("checkpoint convert",)  # which may be a folder
+PAGES = {"report": "out", "shards info": "html"}  # verb -> the key that names its page
 SETS = ("path", "shards", "data.shards")  # keys of shard sets, whose stores know `~`
 PLANS: Mapping[str, Literal["vae", "ldm"]] = {"plan": "vae", "plan ldm": "ldm"}
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar")  # endings of tables that pandas unpacks
@@ -80,6 +81,10 @@ def check_inputs(verb: str, config: Any) -> None:
 
 def check_made(verb: str, config: Any) -> None:
     """Raises: InputError where the file or folder that a verb makes can't be written. A finished set is only read."""
+    if verb in PAGES:
+        if page := getattr(config, PAGES[verb], ""):
+            check_page(PAGES[verb], page)
+        return
     for key in ("out", "run_dir"):
         if (value := getattr(config, key, "")) and not ANYWHERE.match(value):
             path = os.path.expanduser(value) if verb == "shards write" else value  # its store knows `~`

@@ -17,13 +17,14 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from scldm.cells_opened import column_names, frame_of, layer_in, open_cells, reading
 from scldm.checked import Checked, checked
-from scldm.errors import REQUEUE, STOPPED, InputError, Stopped
+from scldm.errors import REQUEUE, STOPPED, InputError, Stopped, read_json
 from scldm.files import made_aside, write_json, written_aside
+from scldm.given_json import typed
 from scldm.train.mlflow_run import database_uri
 from scldm.train.tracking import PARENT, Tracker, TrackingConfig
 
@@ -209,7 +210,7 @@ def open_folder(config: QuickstartConfig, out: Path) -> dict:
             made = out / name
             shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)
     if path.is_file():
-        note = json.loads(path.read_text())
+        note = asdict(typed(_Note, read_json(path), str(path)))
         for key, value in settings.items():
             if note[key] != value:
                 told = f"{key} was {note[key]!r}, now {value!r}"
@@ -219,6 +220,17 @@ def open_folder(config: QuickstartConfig, out: Path) -> dict:
     note = {**settings, "stages": {}}
     write_json(path, note)
     return note
+
+
+@dataclass(frozen=True)
+class _Note:
+    """What was asked for, and the seconds of each stage that is done."""
+
+    cells: str
+    condition: list[str]
+    layer: str
+    top_genes: int
+    stages: dict[str, float]
 
 
 def check_cells(config: QuickstartConfig) -> None:

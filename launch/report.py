@@ -26,9 +26,11 @@ from scldm.evaluate.metrics import METRICS
 from scldm.evaluate.report_tables import row_texts
 from scldm.evaluate.run_page import run_page
 from scldm.files import disk_explained, flat, written_aside
+from scldm.given_json import known_of
 from scldm.train.follower import row_files, row_of
-from scldm.train.run_folder import ENVIRONMENT, OUTCOME, PREVIEWS
+from scldm.train.run_folder import PREVIEWS, outcome_of, starts_of
 from scldm.train.run_state import comparable
+from scldm.train.tracked import read_note
 from scldm.train.tracking import read_metrics
 from scldm.vocab import ConditionVocab
 
@@ -91,7 +93,8 @@ def facts(run: Path) -> dict[str, Any]:
     Raises: InputError for a folder that is no training run's.
     """
     config, rows = training_config(run), read_metrics(run)
-    starts = read_json(run / ENVIRONMENT) if (run / ENVIRONMENT).is_file() else []
+    starts = starts_of(run)
+    known_of(_Data, config.get("data"), f"{run}/config.json: data")
     train = [row for row in rows if row["split"] == "train"]
     judged, wrong = gate_of_run(run, config), weak(run, config, rows, starts)
     for path, evaluation in evaluations(run):
@@ -103,7 +106,7 @@ def facts(run: Path) -> dict[str, Any]:
         "data": data(run, config),
         "scores": judged,
         "throughput": throughput(run, train),
-        "starts and changes": starts_of(run, starts),
+        "starts and changes": starts_told(run, starts),
         "environment": environment(starts),
     }
     return {
@@ -115,6 +118,11 @@ def facts(run: Path) -> dict[str, Any]:
         "preview": last_preview(run),
         "settings": {key: str(value) for key, value in flat(config)},
     }
+
+
+@dataclass(frozen=True)
+class _Data:
+    shards: str
 
 
 def last_preview(run: Path) -> bytes | None:
@@ -159,7 +167,7 @@ def data(run: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """The set, as it was when the run began, where tracking noted it; else as it lies there now."""
     shards = config["data"]["shards"]
     out = {"shards": shards}
-    noted = read_json(run / "tracked.json")["datasets"] if (run / "tracked.json").is_file() else []
+    noted = (read_note(run) or {"datasets": []})["datasets"]
     if not noted:
         try:
             noted = [dataset_of(shards, "training")]
@@ -213,7 +221,7 @@ def system_of(run: Path) -> dict[str, str]:
     return out
 
 
-def starts_of(run: Path, starts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def starts_told(run: Path, starts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     out = {"starts": str(len(starts))}
     for k, start in enumerate(starts):
         job = f", job {start['slurm_job']}" if start.get("slurm_job") else ""
@@ -318,7 +326,7 @@ def weak(
         out.append("It was never validated.")
     else:
         best, last = min(comparable(judged), key=lambda row: row[name]), judged[-1]
-        if best is last and (run / OUTCOME).is_file() and read_json(run / OUTCOME)["state"] == "finished":
+        if best is last and (ended := outcome_of(run)) and ended.state == "finished":
             steps = config["train"]["steps"]
             out.append(f"Validation was at its best at the last step: train on, with more than train.steps={steps}.")
         elif last[name] - best[name] > RISE * abs(best[name]):

@@ -11,6 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +19,9 @@ from data_pipeline.format.schema import Manifest
 from scldm.environment import without_passwords
 from scldm.errors import InputError, read_json
 from scldm.files import write_json
+from scldm.given_json import typed
 from scldm.library_size import LibrarySizeModel, LogNormal
+from scldm.vocab import GeneVocab
 
 GENES, CONDITIONS, SIZES, LATENTS = "genes.json", "conditions.json", "library_sizes.json", "latents.json"
 MISSING = "missing.json"
@@ -41,9 +44,23 @@ def data_of(manifest: Manifest) -> dict[str, Any]:
 
 
 def kept_data(run_dir: Path) -> dict[str, Any]:
-    """The same from a run folder."""
+    """The same from a run folder. Raises: InputError for a file that holds something else."""
     files = (GENES, CONDITIONS, SIZES, MISSING, LATENTS)
-    return {name: read_json(run_dir / name) for name in files if (run_dir / name).is_file()}
+    return {name: _kept(run_dir / name) for name in files if (run_dir / name).is_file()}
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    """One of these files. Raises: InputError."""
+    if path.name == GENES:
+        return GeneVocab.load(path).to_json()
+    if path.name == MISSING:
+        return asdict(typed(_Missing, read_json(path), str(path)))
+    return typed(dict[str, Any], read_json(path), str(path))
+
+
+@dataclass(frozen=True)
+class _Missing:
+    label: str
 
 
 def library_sizes_of(manifest: Manifest) -> LibrarySizeModel:
@@ -73,7 +90,7 @@ def other_data(folder: Path, now: Mapping[str, Any]) -> dict[str, str]:
     """File -> in words, what data has that is not what the folder of a run keeps. Empty where it is the same."""
     found = {}
     for name, value in now.items():
-        if (folder / name).is_file() and (kept := read_json(folder / name)) != value:
+        if (folder / name).is_file() and (kept := _kept(folder / name)) != value:
             found[name] = _told(name, kept, value)
     return found
 
@@ -109,14 +126,15 @@ def check_data(folder: Path, now: Mapping[str, Any], who: str) -> None:
         raise InputError(f"{who} was trained on other data: {told}. Choose another run_dir")
 
 
-def check_encodes(vae_run: Path, now: Mapping[str, Any], given: str, is_first: bool) -> None:
+def check_encodes(vae_run: str, kept: Path, now: Mapping[str, Any], given: str, is_first: bool) -> None:
     """Warn where the autoencoder of this run was trained on other cells than this data's training cells.
 
+    kept: folder of its checkpoint
     given: the key and value that named the data
 
     Raises: InputError where the genes are others, or stand in another order.
     """
-    found = other_data(vae_run, {name: now[name] for name in (GENES, SIZES)})
+    found = other_data(kept, {name: now[name] for name in (GENES, SIZES)})
     if GENES in found:
         raise InputError(
             f"{vae_run} was trained on other data: {given} has {found[GENES]} ({GENES}). Write it from cells with the "
@@ -139,6 +157,13 @@ class EncodedFrom(NamedTuple):
     shards: str
 
 
+@dataclass(frozen=True)
+class _Noted:
+    vae: str
+    which: Literal["best", "latest"]
+    shards: str
+
+
 def keep_encoded_from(latents: Path, vae: str, which: str, shards: str) -> None:
     """Note beside latents where they come from. Paths are from the latents' folder: all may be moved together."""
     of = {"vae": _seen_from(latents, vae), "which": which, "shards": _seen_from(latents, without_passwords(shards))}
@@ -150,9 +175,9 @@ def encoded_from(latents: Path) -> EncodedFrom | None:
     path = latents / ENCODED_FROM
     if not path.is_file():
         return None
-    of = read_json(path)
-    shards = of["shards"] if "://" in of["shards"] else os.path.normpath(latents / of["shards"])
-    return EncodedFrom(Path(os.path.normpath(latents / of["vae"])), of["which"], shards)
+    of = typed(_Noted, read_json(path), str(path))
+    shards = of.shards if "://" in of.shards else os.path.normpath(latents / of.shards)
+    return EncodedFrom(Path(os.path.normpath(latents / of.vae)), of.which, shards)
 
 
 def _seen_from(folder: Path, path: str) -> str:

@@ -9,6 +9,7 @@ from scldm.checked import Checked, checked
 from scldm.errors import InputError
 
 PURPOSE = """Read every byte of a shard set: hashes, counts, order, statistics. Compare some cells with their sources.
+Of latents, the mean and standard deviation that training scales them by are computed again.
 Exit code 2 where something is wrong, with shard and block of each fault."""
 EXAMPLE = "scldm shards verify path=shards"
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from data_pipeline.convert.config import ShardsWriteConfig
+from data_pipeline.format.schema import Manifest
 from scldm.files import of_bytes
 
 PURPOSE = """Turn an atlas (h5ad files, a SOMA experiment, the Census) into shuffled training shards with splits.
@@ -19,6 +22,16 @@ FIRST = (
 )
 
 
+def report_lines(manifest: Manifest) -> Iterator[str]:
+    """What became of each source's genes."""
+    lost = manifest.genes_report
+    for uri, n in lost.without_version.items():
+        yield f"{uri}: {n:,} of its Ensembl ids have a version, and are joined without it"
+    for uri, n in lost.not_in_vocabulary.items():
+        nameless = lost.without_name.get(uri, 0)
+        yield f"{uri}: {n:,} of its genes are not in the set" + (f", {nameless:,} have no name" if nameless else "")
+
+
 def main(config: ShardsWriteConfig) -> None:
     _ = config.process_bytes
     from data_pipeline.convert.write_shards import write_shards  # with pandas, once nothing is known to be wrong
@@ -29,12 +42,8 @@ def main(config: ShardsWriteConfig) -> None:
         size = sum(s.bytes for s in manifest.shards)
         layers = sorted({f"{s['uri'] or 'Census'}: {s['layer']}" for s in manifest.sources})
         print(f"counts from {'; '.join(layers[:3])}{' and others' if len(layers) > 3 else ''}")
-        lost = manifest.report.get("genes", {})
-        for uri, n in lost.get("not_in_vocabulary", {}).items():
-            nameless = lost.get("without_name", {}).get(uri, 0)
-            print(
-                f"{uri}: {n:,} of its genes are not in the set" + (f", {nameless:,} have no name" if nameless else "")
-            )
+        for line in report_lines(manifest):
+            print(line)
         print(
             f"{config.out}: {manifest.n_cells:,} cells ({splits}) x {manifest.genes.n_genes:,} genes, "
             f"{len(manifest.shards)} shards, {of_bytes(size)}, {size / manifest.n_cells:,.0f} bytes a cell"

@@ -24,7 +24,7 @@ from launch.evaluation.gate import gate_of, warn
 from launch.evaluation.preview import Trained, of_ldm
 from launch.run_data import EncodedFrom, check_encodes, data_of, encoded_from, library_sizes_of
 from launch.staged import at_hand
-from launch.trained import check_given, trained_vae
+from launch.trained import check_given, checkpoint_of, trained_vae
 from scldm.batch import GeneCounts
 from scldm.errors import InputError
 from scldm.model.dit import DiT, DiTConfig
@@ -197,8 +197,9 @@ def cells(config: TrainLDMConfig, world: World) -> Source:
     stream = {f.name: getattr(config.data, f.name) for f in fields(StreamConfig)}
     loader = CellLoader(LoaderConfig(**stream, given=config.given), split="train", **config.place(world))
     training.check_has_validation(loader.manifest, config.data.shards)
-    check_encodes(Path(config.vae), data_of(loader.manifest), f"data.shards={config.data.shards}", world.is_first)
-    check_given(config.given, Path(config.vae), "given", world)
+    of_set, named = data_of(loader.manifest), f"data.shards={config.data.shards}"
+    check_encodes(config.vae, checkpoint_of(origin), of_set, named, world.is_first)
+    check_given(config.given, origin, "given", world)
     whole = LoaderConfig(**{**stream, "balance": []}, given=as_whole_cells(config.given))
     n_genes = loader.vocab.n_genes
     batch = training.whole_cells(config.hardware.micro_batch, config.given.of(n_genes).n_genes or n_genes, n_genes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -22,12 +23,17 @@ Kind = TypeVar("Kind", VAEConfig, DiTConfig, GeneSetConfig)
 
 
 def trained_vae(run_dir: Path, which: Literal["best", "latest"]) -> tuple[VAE, dict[str, Any]]:
-    """The autoencoder of a run, and where it comes from. `hash` is that of its weights."""
-    run = read_config(run_dir)
+    """The autoencoder of a run, and where it comes from. `hash` is that of its weights.
+
+    All is read from the checkpoint, which has config and vocabularies by their hashes: those of the run's folder may
+    have been changed.
+    """
+    read_config(run_dir)
     if (run_dir / "latents.json").is_file():
         raise InputError(f"vae={run_dir} is a run of `scldm train ldm`, not of `scldm train vae`")
-    of, n_genes = _part_of(VAEConfig, run, run_dir, "model").portable, GeneVocab.load(run_dir / "genes.json").n_genes
     tensors, step, target = read_ema(run_dir, which)
+    run, n_genes = read_config(target), GeneVocab.load(target / "genes.json").n_genes
+    of = _part_of(VAEConfig, run, target, "model").portable
     vae = network_of(lambda: VAE(of, n_genes), tensors, str(target))
     origin = {"run": str(run_dir), "step": step, "hash": weights_hash(vae.state_dict()), "config": run}
     return vae.eval().requires_grad_(False), origin
@@ -38,22 +44,28 @@ def trained_dit(run_dir: Path, vae: VAE, which: Literal["best", "latest"]) -> tu
 
     Raises: InputError where its latents are another autoencoder's.
     """
-    run = read_config(run_dir)
+    read_config(run_dir)
     if not (run_dir / "latents.json").is_file():
         raise InputError(f"ldm={run_dir} is not a run of `scldm train ldm`")
-    path = run_dir / "latents.json"
+    tensors, step, target = read_ema(run_dir, which)
+    run, path = read_config(target), target / "latents.json"
     latents = typed(OfLatents, read_json(path), str(path))
     if latents.vae != weights_hash(vae.state_dict()):
         raise InputError(
             f"{run_dir} was trained on the latents of another autoencoder (weights {latents.vae[:12]}, "
             f"this one {weights_hash(vae.state_dict())[:12]}). Name the run and checkpoint that encoded them"
         )
-    conditions = ConditionVocab.load(run_dir / "conditions.json")
+    conditions = ConditionVocab.load(target / "conditions.json")
     n_labels = {name: conditions.n_labels(name) for name in conditions.names}
     shape = (vae.config.n_latents, vae.config.latent_width)
-    of, (tensors, step, target) = _part_of(DiTConfig, run, run_dir, "model").portable, read_ema(run_dir, which)
+    of = _part_of(DiTConfig, run, target, "model").portable
     dit = network_of(lambda: DiT.of_tensors(of, *shape, n_labels, tensors), tensors, str(target))
     return dit.eval(), {"run": str(run_dir), "step": step, "hash": weights_hash(dit.state_dict()), "config": run}
+
+
+def checkpoint_of(origin: Mapping[str, Any]) -> Path:
+    """The checkpoint that a network comes from: its folder has config and vocabularies, whose hashes were compared."""
+    return Path(origin["run"]) / "checkpoints" / f"step-{origin['step']:08d}"
 
 
 def _part_of(kind: type[Kind], run: Any, run_dir: Path, key: str) -> Kind:
@@ -64,13 +76,16 @@ def _part_of(kind: type[Kind], run: Any, run_dir: Path, key: str) -> Kind:
     return typed(kind, run, f"{where}: {key}")
 
 
-def check_given(given: GeneSetConfig, vae_run: Path, key: str, world: World) -> None:
+def check_given(given: GeneSetConfig, origin: Mapping[str, Any], key: str, world: World) -> None:
     """Says where genes were drawn by weight in training alone, or now alone: the shares of genes are then others.
+
+    origin: of the autoencoder, from `trained_vae`
 
     Raises: InputError where cells would be given to the autoencoder otherwise than it was trained. It is another
     function of all genes (or of a random choice of them, zeros included) than of the genes that a cell expresses.
     """
-    trained = _part_of(GeneSetConfig, read_config(vae_run), vae_run, "data.given")
+    vae_run = origin["run"]
+    trained = _part_of(GeneSetConfig, origin["config"], checkpoint_of(origin), "data.given")
     right = as_whole_cells(trained)
     padded = "expressed_plus_zeros"  # whose n_genes says how many zeros a cell has
     same = given.policy == trained.policy and (given.policy != padded or given.n_genes == trained.n_genes)

@@ -294,7 +294,8 @@ def planned(stage: str, run_dir: Path, machine: Mapping[str, Any]) -> Iterator[N
     """Within, after PLAN_AFTER_S, a process with little priority writes the run's plan. It ends with the run."""
     root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    words = [sys.executable, "-m", "launch.planning.of_run", stage, str(run_dir), json.dumps(machine)]
+    # -P: a launch.py in the user's folder is not ours
+    words = [sys.executable, "-P", "-m", "launch.planning.of_run", stage, str(run_dir), json.dumps(machine)]
     words.append(str(os.getpid()))
     env, started = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}, list[subprocess.Popen]()
 

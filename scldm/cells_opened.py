@@ -15,6 +15,7 @@ from scldm.errors import InputError
 from scldm.files import check_writable
 
 ZARR_MARKS = ("zarr.json", ".zgroup", ".zmetadata")  # of version 3, and of version 2
+NO_STORE = "a folder, and no zarr store. An AnnData file ends in .h5ad or .zarr"
 MOST_NAMES = 30  # in a message
 
 
@@ -73,7 +74,7 @@ def open_cells(path: str | Path) -> Any:
     if convert := _by_scanpy(Path(path)):
         raise InputError(f"{path}: {convert}")
     if Path(path).is_dir():
-        raise InputError(f"{path}: a folder, and no zarr store. An AnnData file ends in .h5ad or .zarr")
+        raise InputError(f"{path}: {NO_STORE}")
     import h5py  # which who asks for less needs nothing of
 
     try:

@@ -93,7 +93,8 @@ def check_ranges(config: Any, schema: type | None = None, prefix: str = "") -> N
                 if isinstance(number, bool) or not isinstance(number, Integral if whole else Real):
                     raise InputError(f"{key}={number!r} must be a {'whole ' * whole}number")
                 if number not in range_:
-                    raise InputError(f"{key}={number} must be {range_}")
+                    finite = "" if math.isfinite(number) or str(range_) == "finite" else "a finite number, "
+                    raise InputError(f"{key}={number} must be {finite}{range_}")
 
 
 @cache

@@ -24,7 +24,7 @@ def describe() -> dict[str, Any]:
     """Versions, git commit, host and command line, in JSON types. Imports none of the packages that it names."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": without_passwords(shlex.join(sys.argv)),
+        "command": shlex.join(map(without_passwords, sys.argv)),
         "host": platform.node(),
         "platform": platform.platform(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -35,14 +35,23 @@ def describe() -> dict[str, Any]:
     }
 
 
-# of URLs: `user:password@`, and what signs a query
-_USER = re.compile(r"(?<=://)[^\s/@'\"]*:[^\s/@'\"]*@")
-_SIGNED = re.compile(r"(?<=[?&])([\w-]*(?:password|passwd|secret|token|signature)|sig)=[^\s&'\"]+", re.IGNORECASE)
+# of URLs: who logs in, up to the last `@` of the host's part, and what signs a query
+_USER = re.compile(r"([\w+.-]+://)([^\s/?#]*)@")
+_PLACES = re.compile(r"(?:abfss?|wasbs?|sftp|ssh|hdfs|smb)://", re.IGNORECASE)  # a name before `@` says where it lies
+_SIGNED = re.compile(
+    r"(?<=[?&;#])((?:[\w-]*(?:password|passwd|pwd|secret|token|signature|credential|key(?:[-_]?id)?)|sig|odbc_connect))="
+    r"[^\s&#]+?(?=['\"]?(?:[\s&#]|$))",
+    re.IGNORECASE,
+)
 
 
 def without_passwords(text: str) -> str:
     """Text as it may stand in files and messages: without who logs in, and by what, in the URLs of it."""
-    return _SIGNED.sub(r"\1=...", _USER.sub("", text)) if "://" in text else text
+    return _SIGNED.sub(r"\1=...", _USER.sub(_without_user, text)) if "://" in text else text
+
+
+def _without_user(found: re.Match[str]) -> str:
+    return found[0] if _PLACES.fullmatch(found[1]) and ":" not in found[2] else found[1]
 
 
 def cpu_maker() -> str:
@@ -83,7 +92,6 @@ _SECRET = re.compile(
 )
 _HUNK = re.compile(r"(@@ -\S+ \+\S+ @@).*")  # after which git shows a line of the file, whatever it holds
 _KEY = re.compile(r"-----BEGIN[A-Z ]*PRIVATE KEY-----.*?(?:-----END[A-Z ]*-----|\Z)", re.DOTALL)
-_ANYONE = re.compile(r"(?<=://)[^\s/@'\"]+@")  # a token can stand for a user
 
 
 def git_diff() -> str:
@@ -104,7 +112,7 @@ def git_diff() -> str:
         late = overdue.finished.is_set()
         overdue.cancel()
         git.kill()  # of a larger one the rest is not wanted
-    text = _KEY.sub("...", without_passwords(_ANYONE.sub("", data[:MOST_OF_A_DIFF].decode(errors="replace"))))
+    text = _KEY.sub("...", without_passwords(data[:MOST_OF_A_DIFF].decode(errors="replace")))
     lines, in_head = list[str](), True
     for line in text.splitlines(keepends=True):
         in_head = (in_head or line.startswith("diff --git ")) and not line.startswith("@@ ")

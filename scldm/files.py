@@ -24,6 +24,7 @@ from typing import IO, Any
 from scldm.errors import InputError
 
 PARTIAL = ".partial"  # ends the name of what was never finished
+PAGE = b"<!doctype html"  # begins every page that we write
 ASIDE = re.compile(rf"\.(.+)\.[0-9a-f]{{12}}{re.escape(PARTIAL)}")  # no name that anybody else would give
 
 # --- before anything is computed ------------------------------------------------------------------------------------
@@ -42,6 +43,22 @@ def check_writable(key: str, value: str, is_file: bool = False) -> None:
             pass
     except OSError as error:
         raise InputError(no_space(error, f"{key}={value}") or f"{key}={value}: {folder} can't be written to") from None
+
+
+def check_page(key: str, value: str) -> None:
+    """Raises: InputError where an HTML page can't be written, or would replace what is no page.
+
+    key, value: that name it
+    """
+    path = Path(value)
+    if path.is_dir():
+        raise InputError(f"{key}={value} is a folder. Name the file to write, such as {key}={path / 'page.html'}")
+    check_writable(key, value, is_file=True)
+    if path.exists():
+        with path.open("rb") as file:
+            begins = file.read(len(PAGE))
+        if begins and begins.lower() != PAGE:
+            raise InputError(f"{key}={value} exists and is no HTML page, which would be lost. Name another file")
 
 
 def check_new(out: str) -> None:

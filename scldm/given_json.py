@@ -10,9 +10,10 @@ import reprlib
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from scldm.errors import InputError
+from scldm.errors import InputError, read_json
 
 Kind = TypeVar("Kind")
 LARGEST = 2**63  # numbers go into int64
@@ -37,6 +38,22 @@ def typed(kind: type[Kind], value: Any, where: str) -> Kind:
     return _typed(kind, value, where, "")
 
 
+def known_of(kind: type[Kind], value: Any, where: str) -> Kind:
+    """The same of a document that may say more than the dataclass has fields for."""
+    if not isinstance(value, dict):
+        return typed(kind, value, where)
+    return typed(kind, {field.name: value[field.name] for field in _fields(kind) if field.name in value}, where)
+
+
+def read_known(kind: type[Kind], path: Path) -> Kind:
+    """The same of a file."""
+    return known_of(kind, read_json(path), str(path))
+
+
+def _fields(kind: Any) -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(kind)
+
+
 def _typed(kind: Any, value: Any, where: str, key: str) -> Any:
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
 
@@ -44,6 +61,8 @@ def _typed(kind: Any, value: Any, where: str, key: str) -> Any:
         return InputError(f"{where}: {key or 'it'} is {reprlib.repr(value)}, must be {right}")
 
     if kind is Any:
+        if not _is_text(json.dumps(value, ensure_ascii=False, default=str)):
+            raise wrong("text of Unicode characters")
         return value
     if origin is Annotated:
         number = _typed(inner[0], value, where, key)
@@ -73,6 +92,8 @@ def _typed(kind: Any, value: Any, where: str, key: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise wrong("a mapping")
+        if not all(map(_is_text, value)):
+            raise wrong("a mapping whose keys are text of Unicode characters")
         return {name: _typed(inner[1], item, where, _dotted(key, name)) for name, item in value.items()}
     if kind is float:
         if type(value) not in (int, float) or not (

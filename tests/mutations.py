@@ -1,6 +1,6 @@
 """Harm that files meet: bytes that change, go or come, and JSON values that are others. Drawn by a seed.
 
-Reading order: harmed_bytes, harmed_json, check_every_harm.
+Reading order: harmed_bytes, harmed_json, check_every_harm and its like.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def check_every_harm(path: Path, read: Callable[[], Any], n: int, seed: int = 0)
         if path.suffix == ".json" and k % 2:
             harmed = json.dumps(harmed_json(json.loads(whole), rng)).encode()
         path.write_bytes(harmed)
-        found, refusal = _outcome(path, read, f"harm {k} of {path.name}, seed {seed}")
+        found, refusal = outcome(path, read, f"harm {k} of {path.name}, seed {seed}")
         path.write_bytes(whole)
         assert refusal or found == before, f"harm {k} of {path.name}, seed {seed}, is read as if it were sound"
         n_refused += bool(refusal)
@@ -95,12 +95,25 @@ def check_nothing_else_is_raised(path: Path, read: Callable[[], Any], within: st
         harmed = harmed_json(inside, rng)
         sealed = {"sha256": hash_of(harmed), within: harmed} if within else {**harmed, "sha256": hash_of(harmed)}
         path.write_text(json.dumps(sealed))
-        n_refused += bool(_outcome(path, read, f"harm {k} of {path.name}, seed {seed}")[1])
+        n_refused += bool(outcome(path, read, f"harm {k} of {path.name}, seed {seed}")[1])
         path.write_bytes(whole)
     return n_refused
 
 
-def _outcome(path: Path, read: Callable[[], Any], which: str) -> tuple[Any, str]:
+def check_taken_or_refused(path: Path, read: Callable[[], Any], n: int, seed: int = 0) -> int:
+    """Harm a JSON file without a hash n times, in a value or as a whole: `read` takes it or refuses. Returns how often
+    it refused."""
+    whole, rng, n_refused = path.read_bytes(), np.random.default_rng(seed), 0
+    for k in range(n):
+        harmed = harmed_json({"": json.loads(whole)}, rng).get("", [{}])
+        data = harmed_bytes(whole, rng) if k % 4 == 3 else json.dumps(harmed).encode()
+        path.write_bytes(data)
+        n_refused += bool(outcome(path, read, f"harm {k} of {path.name}, seed {seed}, {data[:200]!r}")[1])
+        path.write_bytes(whole)
+    return n_refused
+
+
+def outcome(path: Path, read: Callable[[], Any], which: str) -> tuple[Any, str]:
     """What is read, or why it is refused: in one line, which names the place."""
     try:
         return read(), ""

@@ -170,6 +170,44 @@ def python_3_12() -> str | None:
     return None
 
 
+# extra -> command lines of the verbs that it claims, on what the other extras' verbs made of small cells
+CALLS = {
+    "mlflow": ["track replay {made}/vae"],
+    "data": ["shards write source.paths={made}/cells.h5ad out=s", "shards verify path=s", "shards info path=s"],
+    "": ["status {made}/vae", "checkpoint verify at={made}/vae", "checkpoint inspect at={made}/vae"],
+    "shards": ["export vae={made}/vae out=model", "encode vae={made}/vae shards={made}/shards out=latents"],
+    "evaluate": ["report {made}/vae out=r.html"],
+    "data,train,evaluate": ["quickstart --help"],
+}
+
+
+@pytest.mark.exhaustive  # installs torch for each extra
+@pytest.mark.timeout(3_600)
+@pytest.mark.parametrize("extra", CLAIMS)
+def test_each_verb_runs_in_an_environment_with_its_extra_alone(extra: str, tmp_path: Path) -> None:
+    """Nothing is hidden: the packages of other extras are not there."""
+    from launch.cli import main
+    from tests.launch.test_verbs import VAE, write_cells
+
+    made = tmp_path / "made"
+    made.mkdir()
+    write_cells(made / "cells.h5ad")
+    words = ["shards", "write", f"source.paths={made}/cells.h5ad", f"out={made}/shards", "conditions=type"]
+    assert main([*words, "block_cells=32", "shard_cells=128", "split.validation=0.2"]) == 0
+    followed = f"tracking.enabled={str(extra == 'mlflow').lower()}"
+    assert main(["train", "vae", f"data.shards={made}/shards", f"run_dir={made}/vae", *VAE, followed]) == 0
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    own = str(tmp_path / "venv" / "bin" / "python")
+    pip = [own, "-m", "pip", "install", "--quiet", "--no-compile", "--no-cache-dir", "-c", "constraints.txt"]
+    subprocess.run([*pip, f"{ROOT}[{extra}]" if extra else str(ROOT)], cwd=ROOT, check=True, stdin=subprocess.DEVNULL)
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    helps = [f"{verb} --help" for verb in CLAIMS[extra] if verb in VERBS]
+    for line in [*helps, *CALLS[extra]]:
+        words = [own, "-P", "-m", "launch.cli", *line.format(made=made).split()]
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, (line, done.stderr[-2_000:])
+
+
 @pytest.mark.exhaustive  # installs torch: minutes, and 6 GB where the index has it for CUDA alone
 @pytest.mark.timeout(3_600)
 def test_training_under_python_3_12_with_the_pinned_torch(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ with the harm, as somebody who means ill would have it, nothing but an InputErro
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from contextlib import closing
@@ -18,17 +19,32 @@ import numpy as np
 import pytest
 
 import scldm
+from data_pipeline.convert.config import ShardsWriteConfig
+from data_pipeline.convert.plan import settings_of
+from data_pipeline.convert.source import SourceSpec
+from data_pipeline.convert.write_shards import finished_set
 from data_pipeline.format.block import decode_block
+from data_pipeline.format.describe import describe_text
 from data_pipeline.format.latent_block import LatentSlots
+from data_pipeline.format.page import describe_html
 from data_pipeline.format.read_shards import ShardSet
-from data_pipeline.format.schema import CELL_COLUMNS, GENE_COLUMNS, vocab_tag
+from data_pipeline.format.schema import CELL_COLUMNS, GENE_COLUMNS, read_manifest, vocab_tag
+from data_pipeline.write_cells import CellWriter
 from data_pipeline.write_latents import LatentWriter
+from launch import quickstart
+from launch.cluster.status import state_of_run, training
+from launch.quickstart import QuickstartConfig
+from launch.report import facts
+from launch.run_data import encoded_from, kept_data
+from launch.shards_write import report_lines
 from scldm.errors import InputError
+from scldm.given_json import sealed
 from scldm.model_folder import save_pretrained
 from scldm.train.checkpoint import Checkpoint, read_ema
+from scldm.train.tracked import new_note, unsent
 from scldm.weights import weights_hash
 from tests.data_pipeline.small_sets import known_cells, write_set
-from tests.mutations import check_every_harm, check_nothing_else_is_raised
+from tests.mutations import check_every_harm, check_nothing_else_is_raised, check_taken_or_refused, harmed_json, outcome
 from tests.scldm.small_model import CONDITIONS, GENES, library_sizes, networks
 from tests.scldm.train.small_runs import small_run
 
@@ -136,6 +152,108 @@ def test_a_harm_whose_hash_agrees_is_taken_or_refused(
 ) -> None:
     folder = Path(shutil.copytree(sound[kind], tmp_path / kind))
     assert check_nothing_else_is_raised(folder / path, lambda: READ[kind](folder), within, n) > n // 4
+
+
+def followed_run(at: Path) -> Path:
+    """A run folder with all that verbs read of it. Nothing was trained."""
+    at.mkdir()
+    GENES.save(at / "genes.json")
+    CONDITIONS.save(at / "conditions.json")
+    start = {"time": "2026-01-01T00:00:00+00:00", "command": "scldm train vae vae/tiny", "host": "n1", "git": "0" * 40}
+    of_set = {"name": "shards", "source": "shards", "digest": "0", "context": "training", "profile": {"n_cells": 3}}
+    note = {**new_note("", "scldm", "vae"), "datasets": [of_set], "artifacts": [["plan.json", ""]]}
+    for name, document in {
+        "config.json": {"train": {"steps": 9, "global_batch": 4, "hang_s": 0}, "data": {"shards": "shards"}},
+        "outcome.json": {"state": "failed", "exit_code": 1, "reason": "x", "time": "now"},
+        "environment.json": [{**start, "slurm_job": None, "versions": {"torch": "2"}}],
+        "tracked.json": note,
+        "changes.json": [{"step": 3, "time": "now", "changed": {"optim.lr": [0.1, 0.2]}}],
+        "gate.json": {"line": "better", "step": 3, "hash": "0", "passed": True},
+        "missing.json": {"label": "none"},
+        "encoded_from.json": {"vae": "../vae", "which": "best", "shards": "s3://a/shards"},
+    }.items():
+        (at / name).write_text(json.dumps(document))
+    row = {"step": 3, "split": "train", "loss": 1.0, "cells_per_s": 2.0, "cells_seen": 12, "time": 1.0}
+    (at / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    return at
+
+
+def told_of_run(run: Path) -> Any:
+    """As `scldm status`, `report` and `track replay` read it."""
+    return state_of_run(run), training(run, with_outcome=True), facts(run)["headline"], unsent(run)
+
+
+def begun_latents(at: Path) -> Path:
+    """An unfinished set of latents."""
+    with closing(ShardSet(str(small(at / "cells")))) as cells, LatentWriter(at / "l", cells, "v", (2, 3)).begun():
+        return at / "l"
+
+
+def unfinished_latents(folder: Path) -> Any:
+    with closing(ShardSet(str(folder.parent / "cells"))) as cells:
+        return LatentWriter(folder, cells, "v", (2, 3)).identity
+
+
+def begun_cells(at: Path) -> Path:
+    at.mkdir()
+    with cells_in(at).begun():
+        return at
+
+
+def cells_in(folder: Path) -> CellWriter:
+    return CellWriter(folder / "o.h5ad", 3, ["a"], np.int32, {"model": "m", "sampler": json.dumps({"n_steps": 2})})
+
+
+def begun_quickstart(at: Path) -> Path:
+    quickstart.open_folder(QuickstartConfig(), at)
+    return at
+
+
+@pytest.mark.parametrize("n", [FEW, pytest.param(MANY, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "make, path, read",
+    [
+        *((followed_run, f"{name}.json", told_of_run) for name in ("config", "outcome", "environment", "tracked")),
+        *((followed_run, f"{name}.json", told_of_run) for name in ("changes", "gate")),
+        *((followed_run, f"{name}.json", kept_data) for name in ("genes", "missing", "conditions")),
+        (followed_run, "encoded_from.json", encoded_from),
+        (begun_latents, "parts/set.json", unfinished_latents),
+        (begun_cells, "o.h5ad.parts/made_by.json", lambda folder: cells_in(folder).missing),
+        (begun_quickstart, "quickstart.json", lambda folder: quickstart.open_folder(QuickstartConfig(), folder)),
+    ],
+)
+def test_a_harmed_file_of_a_verb_is_taken_or_refused(tmp_path: Path, make, path: str, read, n: int) -> None:
+    folder = make(tmp_path / "at")
+    read(folder)
+    assert check_taken_or_refused(folder / path, lambda: read(folder), n) > n // 8
+
+
+@pytest.mark.parametrize("n", [FEW, pytest.param(MANY, marks=pytest.mark.exhaustive)])
+def test_a_set_that_is_described_is_taken_or_refused(tmp_path: Path, n: int) -> None:
+    """`shards info`, its page, and `shards write` over a finished set."""
+    folder = small(tmp_path / "set")
+    path = folder / "manifest.json"
+    source = SourceSpec("h5ad", "cells.h5ad", "X", 100, 60, 3.0)
+    genes = {"not_in_vocabulary": {"cells.h5ad": 3}, "without_name": {"cells.h5ad": 1}}
+    query = settings_of(ShardsWriteConfig(str(folder)))
+    said = {"sources": [{**source.to_json(), "n_cells": 100}], "report": {"genes": genes}, "query": query}
+    said |= {"split_rule": {"validation": 0.1, "stratify": ["type"]}}
+    whole = {key: of for key, of in json.loads(path.read_text()).items() if key != "sha256"} | said
+    path.write_text(json.dumps(sealed(whole)))
+
+    def read() -> Any:
+        manifest = read_manifest(str(folder))
+        report_lines(manifest)
+        finished_set(ShardsWriteConfig(str(folder)))
+        return describe_text(str(folder), manifest).encode(), describe_html(str(folder), manifest).encode()
+
+    read()
+    rng, n_refused = np.random.default_rng(0), 0
+    for k in range(n):
+        harmed = harmed_json({key: whole[key] for key in ("sources", "report", "split_rule", "query")}, rng)
+        path.write_text(json.dumps(sealed({**whole, **harmed})))
+        n_refused += bool(outcome(path, read, f"harm {k}, {json.dumps(harmed)[:300]}")[1])
+    assert n_refused > n // 8
 
 
 @pytest.mark.parametrize("text", ["../../model", "/etc", "step-1", "step-00000002/../..", "", "step-00000002\nx"])

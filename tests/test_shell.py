@@ -31,6 +31,23 @@ def test_shellcheck_passes_every_script() -> None:
     assert done.returncode == 0, done.stdout
 
 
+def test_every_start_of_a_module_of_ours_leaves_the_current_folder_out() -> None:
+    """Python's -P. Without it, a user's launch.py there is run in place of ours."""
+    start = re.compile(r"""(?<=[\s"'])-m["']?,?\s+f?["']?(launch|scldm|data_pipeline|torch)\b""")
+    kinds = [ROOT / "launch", ROOT / "scldm", ROOT / "data_pipeline", ROOT / "slurm", ROOT / "container"]
+    files = [path for folder in kinds for path in folder.rglob("*") if path.suffix in (".py", ".sh", ".sbatch", ".def")]
+    n_found, wrong = 0, []
+    for path in files:
+        for line in path.read_text().splitlines():
+            code = re.sub(r"`[^`]*`|^\s*#.*|^    python .*", "", line)  # text about them
+            for found in start.finditer(code):
+                n_found += 1
+                if not re.search(r"""-P["']?,?\s+["']?$""", code[: found.start()]):
+                    wrong.append(f"{path.relative_to(ROOT)}: {line.strip()}")
+    assert not wrong
+    assert n_found >= 9
+
+
 @pytest.mark.parametrize(
     "missing, root, installs, code",
     [
@@ -116,6 +133,16 @@ def test_the_set_up_installs_once_and_prints_the_python(checkout: Checkout) -> N
     assert checkout.setup().stdout == done.stdout
     assert checkout.setup("test").returncode == 0
     assert checkout.installs() == []
+
+
+def test_it_removes_no_environment_of_others(checkout: Checkout) -> None:
+    (checkout.root / ".venv").mkdir()
+    (checkout.root / ".venv" / "mine").touch()
+    script = ["bash", str(checkout.root / "launch" / "setup.sh")]
+    done = subprocess.run(script, env=os.environ | {"VIRTUAL_ENV": ""}, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "was not made by this script: rename it, or remove it" in done.stderr
+    assert (checkout.root / ".venv" / "mine").exists()
 
 
 def test_it_installs_again_for_what_changed(checkout: Checkout) -> None:

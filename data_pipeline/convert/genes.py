@@ -15,7 +15,7 @@ import pandas as pd
 from data_pipeline.convert.config import Join
 from scldm.errors import InputError
 from scldm.label_text import texts
-from scldm.vocab import MIN_GENE_SHARE, GeneVocab, Namespace, why_few, without_version
+from scldm.vocab import MIN_GENE_SHARE, GeneVocab, Namespace, namespace_of, why_few, without_version
 
 
 def gene_names(names: Iterable[object]) -> tuple[str, ...]:
@@ -26,11 +26,23 @@ def gene_names(names: Iterable[object]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class SourceGenes:
-    """The gene ids of a source's columns, in their order, as `gene_names` gives them. An empty one is dropped."""
+    """The gene ids of a source's columns, in their order, as `gene_names` gives them. An empty one is dropped.
+
+    n_versions: Ensembl ids that had a version
+    """
 
     uri: str
     ids: tuple[str, ...]
     namespace: Namespace
+    n_versions: int = 0
+
+    @classmethod
+    def of(cls, uri: str, names: Iterable[object]) -> SourceGenes:
+        """Of the names as the source has them."""
+        names = list(names)
+        ids = gene_names(names)
+        n_versions = sum(bool(g) and str(name).strip() != g and g in str(name) for g, name in zip(ids, names))
+        return cls(uri, ids, namespace_of(ids), n_versions)
 
     def __post_init__(self) -> None:
         twice = [g for g, n in Counter(self.ids).items() if n > 1 and g]
@@ -110,6 +122,7 @@ def join_genes(
         "join": how if len(sources) > 1 else "",
         "not_in_vocabulary": {s.uri: int((c < 0).sum()) for s, c in zip(sources, column_of) if (c < 0).any()},
         "without_name": {s.uri: n for s in sources if (n := s.ids.count(""))},
+        "without_version": {s.uri: s.n_versions for s in sources if s.n_versions},
         "not_in_table": unknown,
         "ambiguous_in_table": ambiguous,
     }
@@ -146,11 +159,11 @@ def choose(joined: JoinedGenes, keep: np.ndarray, why: str) -> JoinedGenes:
     return JoinedGenes(vocab, column_of, {**joined.report, why: int((~keep).sum())})
 
 
-def in_list(vocab: GeneVocab, path: Path) -> tuple[np.ndarray, int]:
-    """Which genes of a vocabulary a file names (one id a line), and how many of its ids the vocabulary lacks."""
+def in_list(vocab: GeneVocab, path: Path) -> tuple[np.ndarray, list[str]]:
+    """Which genes of a vocabulary a file names (one id a line), and those of its ids that the vocabulary lacks."""
     if not path.is_file():
         raise InputError(f"filter.gene_list: {path}: no such file")
     lines = path.read_text(encoding="utf-8-sig").splitlines()
     wanted = {without_version(line.strip()) for line in lines if line.strip()}
     keep = np.fromiter((g in wanted for g in vocab.ids), bool, vocab.n_genes)
-    return keep, len(wanted) - int(keep.sum())
+    return keep, sorted(wanted - set(vocab.ids))

@@ -10,13 +10,14 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from scldm.cells_opened import is_cells_file
+from scldm.cells_opened import NO_STORE, is_cells_file
 from scldm.errors import InputError
 
 if TYPE_CHECKING:  # it imports pandas
     from data_pipeline.convert.config import Kind, SourceConfig
     from data_pipeline.convert.source import Matrix, OpenSource, SourceSpec
 
+OF_TILEDB = ("__group", "__tiledb_group.tdb", "__schema")  # one of them is in every SOMA folder
 ANYWHERE = re.compile(r"[A-Za-z][\w+.-]*:")  # how a URL begins
 
 
@@ -95,6 +96,8 @@ def named(config: SourceConfig) -> tuple[Kind, list[str]]:
     for uri in uris:
         if not ANYWHERE.match(uri) and not Path(uri).exists():
             raise InputError(f"source.paths: {uri}: no such file or folder")
+        if os.path.isdir(uri) and not any(os.path.exists(os.path.join(uri, name)) for name in OF_TILEDB):
+            raise InputError(f"source.paths: {uri}: {NO_STORE}. It is no SOMA experiment either")
     return kind, uris
 
 

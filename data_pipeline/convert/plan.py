@@ -260,8 +260,10 @@ def _choose_genes(config: ShardsWriteConfig, joined: JoinedGenes, keep_gene: lis
             keep[chosen[chosen >= 0]] = True
         joined = choose(joined, keep, "source.var_filter")
     if config.filter.gene_list:
-        keep, n_unknown = in_list(joined.vocab, Path(config.filter.gene_list))
+        keep, unknown = in_list(joined.vocab, Path(config.filter.gene_list))
         joined = choose(joined, keep, "filter.gene_list")
-        if n_unknown:
-            joined.report["filter.gene_list, not in the sources"] = n_unknown
+        if unknown:
+            joined.report["filter.gene_list, not in the sources"] = len(unknown)
+            some = f"{', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}"
+            print(f"filter.gene_list={config.filter.gene_list}: {len(unknown):,} of its ids are in no source: {some}")
     return joined

@@ -17,7 +17,7 @@ import scipy.sparse as sp
 from numba import njit
 
 from data_pipeline.convert.config import SourceConfig
-from data_pipeline.convert.genes import SourceGenes, gene_names
+from data_pipeline.convert.genes import SourceGenes
 from data_pipeline.convert.narrow import FAULTS, Rows, coo_to_rows, fault_of
 from data_pipeline.convert.row_filter import matches, where_true
 from data_pipeline.convert.source import OpenSource, SourceSpec, size_and_time, spans
@@ -27,7 +27,6 @@ from scldm.count_matrix import LOOKED_FOR
 from scldm.errors import InputError
 from scldm.files import written_aside
 from scldm.label_text import as_labels
-from scldm.vocab import namespace_of
 
 CHUNK_BYTES = 24 << 20  # larger chunks are no faster: they leave the caches
 PROBE = 200_000  # values looked at, in each of three places, to tell counts from anything else
@@ -184,7 +183,8 @@ def open_h5ad_source(path: str, config: SourceConfig, columns: tuple[str, ...], 
         var = read_frame(file["raw/var" if layer == "raw/X" else "var"])
         if config.gene_column and config.gene_column not in var:
             raise no_column(path, config.gene_column, list(var.columns), "var")
-        ids = gene_names(var[config.gene_column] if config.gene_column else var.index)
+        genes = SourceGenes.of(path, var[config.gene_column] if config.gene_column else var.index)
+        ids = genes.ids
         barcodes = read_names(obs_group)
         if (len(barcodes), len(ids)) != (n_rows, n_columns):
             raise InputError(
@@ -214,7 +214,7 @@ def open_h5ad_source(path: str, config: SourceConfig, columns: tuple[str, ...], 
         mean_nonzeros = candidate.n_stored * candidate.nonzero / max(n_rows, 1)
     spec = SourceSpec("h5ad", path, layer, n_rows, n_columns, mean_nonzeros, *size_and_time(path))
     report = {"cells_not_selected": n_rows - len(rows), "genes_not_selected": int((~keep_gene).sum())}
-    return OpenSource(spec, SourceGenes(path, ids, namespace_of(ids)), keep_gene, rows, obs, report)
+    return OpenSource(spec, genes, keep_gene, rows, obs, report)
 
 
 def matrix_format(node: Any) -> str:

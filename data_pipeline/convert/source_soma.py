@@ -18,12 +18,11 @@ import pandas as pd
 import tiledbsoma
 
 from data_pipeline.convert.config import SourceConfig
-from data_pipeline.convert.genes import SourceGenes, gene_names
+from data_pipeline.convert.genes import SourceGenes
 from data_pipeline.convert.narrow import Coordinates, RowBuffers, Rows, coo_to_rows
 from data_pipeline.convert.source import OpenSource, SourceSpec, spans
 from scldm.errors import Busy, InputError
 from scldm.label_text import as_labels
-from scldm.vocab import namespace_of
 
 TILEDB: dict[str, Any] = {
     # a read hands its result over in tables of this size. The default of 1 GiB a column would break any memory bound
@@ -154,13 +153,12 @@ def open_soma_source(uri: str, kind: str, config: SourceConfig, columns: tuple[s
         for column in columns:
             obs[column] = as_labels(pd.Series(table[column]), name, missing)
         n_obs, mean_nonzeros = experiment.obs.count, _mean_nonzeros(matrix, rows)
-    ids = gene_names(var[gene_column])
     spec = SourceSpec(
         kind, uri, layer, n_rows, n_columns, mean_nonzeros, measurement=config.measurement,
         organism=config.organism if kind == "census" else "", census_version=version,
     )  # fmt: skip
     report = {"cells_not_selected": n_obs - len(rows), "genes_not_selected": int((~keep_gene).sum())}
-    return OpenSource(spec, SourceGenes(name, ids, namespace_of(ids)), keep_gene, rows, obs, report)
+    return OpenSource(spec, SourceGenes.of(name, var[gene_column]), keep_gene, rows, obs, report)
 
 
 def _matrix(experiment: Any, measurement: str, layer: str, name: str) -> tuple[Any, str]:

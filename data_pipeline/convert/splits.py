@@ -13,6 +13,7 @@ import pandas as pd
 from data_pipeline.convert.config import SplitConfig
 from data_pipeline.format.schema import SPLIT_NAME
 from scldm.errors import InputError
+from scldm.label_text import known_label
 
 BASE = ("train", "validation", "test")
 
@@ -114,7 +115,8 @@ def read_held_out(path: str) -> pd.DataFrame:
 
 def _hold_out(split: np.ndarray, table: pd.DataFrame, obs: pd.DataFrame, names: list[str], path: str) -> None:
     columns = [c for c in table.columns if c != "split"]
-    combinations = pd.MultiIndex.from_frame(pd.DataFrame(table[columns]))
+    wanted = pd.DataFrame({c: [known_label(v, known) for v in table[c]] for c in columns for known in [set(obs[c])]})
+    combinations = pd.MultiIndex.from_frame(wanted)
     if combinations.has_duplicates:
         raise InputError(f"split.held_out: {path}: {combinations[combinations.duplicated()][0]} stands twice")
     which = combinations.get_indexer(pd.MultiIndex.from_frame(pd.DataFrame(obs[columns])))
@@ -128,9 +130,10 @@ def _hold_out(split: np.ndarray, table: pd.DataFrame, obs: pd.DataFrame, names: 
 
 def _by_values(split: np.ndarray, column: str, values: tuple[str, ...], obs: pd.DataFrame, number: int) -> None:
     present = obs[column].to_numpy()
-    for value in values:
-        if not (present == value).any():
-            known = sorted(set(present))
+    known = sorted(set(present))
+    asked, values = values, tuple(known_label(value, known) for value in values)
+    for value in asked:
+        if known_label(value, known) not in known:
             raise InputError(
                 f"split.by={column}: no cell has {value!r}. There are {len(known)} values, such as {known[:5]}"
             )

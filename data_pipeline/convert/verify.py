@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from data_pipeline.convert.narrow import GeneSums, check_columns, narrow_rows
 from data_pipeline.convert.open import open_matrix, open_sources
 from data_pipeline.convert.splits import keys
 from data_pipeline.format.block import Block, BlockBuffers, decode_block
+from data_pipeline.format.latent_block import LATENT_HEADER, LatentSlots
 from data_pipeline.format.schema import (
     BLOCK_INDEX_PATH,
     Manifest,
@@ -79,8 +81,6 @@ def verify_shards(url: str, sample: int = 256) -> Verdict:
     with store_explained(url):
         text = manifest_text(url)
     manifest, is_sealed = parsed_manifest(url, text), SEAL in json.loads(text)
-    if manifest.kind != "cells":
-        raise InputError(f"{url}: holds {manifest.kind}. shards verify checks sets of cells")
     strays, notes = _check_strays(url, manifest)
     index, more = _read_index(url, manifest)
     faults = [*strays, *more]
@@ -99,8 +99,9 @@ def verify_shards(url: str, sample: int = 256) -> Verdict:
             faults += _check_shard(url, manifest, number, shard, index, seen, bar)
     faults += _check_order(manifest, index)
     faults += _check_statistics(manifest, index, seen)
+    faults += _check_moments(manifest, seen)
     n_compared = 0
-    if not faults and sample:
+    if not faults and sample and manifest.kind == "cells":
         found, more_notes, n_compared = _compare_with_sources(url, manifest, index, sample)
         faults += found
         notes += more_notes
@@ -108,13 +109,18 @@ def verify_shards(url: str, sample: int = 256) -> Verdict:
 
 
 class Seen:
-    """What the blocks themselves say, to be compared with statistics."""
+    """What the blocks themselves say, to be compared with statistics.
+
+    latents: sum and sum of squares over the training cells, (2, L, Z). None for a set of cells
+    """
 
     def __init__(self, manifest: Manifest) -> None:
         self.gene_total = np.zeros(manifest.genes.n_genes)
         self.gene_cells = np.zeros(manifest.genes.n_genes)
         self.largest_count = 0
         self.whole = True
+        self.slots = LatentSlots(manifest, 1) if manifest.kind == "latents" else None
+        self.latents = np.zeros((2, *self.slots.shape)) if self.slots else None
 
 
 # --- manifest and index --------------------------------------------------------------------------------------------
@@ -258,6 +264,9 @@ def _check_block(
         seen.whole = False
         yield Fault(where, "its checksum is not the index's: changed or damaged")
         return
+    if seen.slots is not None:
+        yield from _check_latents(where, data, record, index, manifest, seen, seen.slots)
+        return
     try:
         block = decode_block(data, buffers, vocab_tag=tag, where=where)
     except InputError as error:
@@ -279,10 +288,46 @@ def _check_block(
         stored[f"condition.{name}"] = (ids, index[f"cells.condition.{name}"][mine])
     if len(block.conditions) != len(manifest.conditions.names):
         yield Fault(where, f"{len(block.conditions)} conditions, the manifest has {len(manifest.conditions.names)}")
+    yield from _unlike(where, stored)
+    _add(seen, block)
+
+
+def _unlike(where: str, stored: dict[str, tuple[Any, Any]]) -> Iterator[Fault]:
+    """What a block says otherwise than the index: name -> (in the block, in the index)."""
     for name, (in_block, in_index) in stored.items():
         if not np.array_equal(in_block, in_index):
             yield Fault(where, f"its {name} is not the index's")
-    _add(seen, block)
+
+
+def _check_latents(
+    where: str, data: bytes, record: np.void, index: dict[str, np.ndarray], manifest: Manifest, seen: Seen,
+    slots: LatentSlots,
+) -> Iterator[Fault]:  # fmt: skip
+    assert seen.latents is not None
+    try:
+        slots.fill(0, np.frombuffer(data, np.uint8), where)
+    except InputError as error:
+        seen.whole = False
+        yield Fault(where, str(error).removeprefix(f"{where}: "))
+        return
+    n, first = int(slots.n_cells[0]), int(record["first_cell"])
+    mine = slice(first, first + n)
+    stored = {
+        "n_cells": (n, int(record["n_cells"])),
+        "split": (int(np.frombuffer(data, LATENT_HEADER, count=1)["split"][0]), int(record["split"])),
+        "source": (slots.identity[0, :n, 0], index["cells.source"][mine]),
+        "row": (slots.identity[0, :n, 1], index["cells.row"][mine]),
+        "total_counts": (slots.total_counts[0, :n], index["cells.total_counts"][mine]),
+    }
+    for k, name in enumerate(manifest.conditions.names):
+        stored[f"condition.{name}"] = (slots.labels[0, :n, k], index[f"cells.condition.{name}"][mine])
+    yield from _unlike(where, stored)
+    latent_BLZ = slots.latent[0, :n]
+    if not np.isfinite(latent_BLZ).all():
+        seen.whole = False
+        yield Fault(where, "its latents are not finite")
+    if record["split"] == 0:
+        seen.latents += latent_BLZ.sum(0, dtype=np.float64), np.square(latent_BLZ, dtype=np.float64).sum(0)
 
 
 def _add(seen: Seen, block: Block) -> None:
@@ -319,7 +364,8 @@ def _check_statistics(manifest: Manifest, index: dict[str, np.ndarray], seen: Se
     totals, expressed = index["cells.total_counts"], index["cells.n_expressed"]
     stated = manifest.statistics
     # what the index says. Where every block could be read, what the blocks say
-    largest = seen.largest_count if seen.whole else stated.largest_count
+    counted = seen.whole and seen.slots is None  # latents have no counts
+    largest = seen.largest_count if counted else stated.largest_count
     right = compute_statistics(split, len(manifest.splits), conditions, totals, expressed, largest)
     for name in ("combinations", "n_expressed_largest", "n_nonzeros", "largest_count"):
         if getattr(right, name) != getattr(stated, name):
@@ -332,8 +378,19 @@ def _check_statistics(manifest: Manifest, index: dict[str, np.ndarray], seen: Se
             yield Fault("manifest.json", f"statistics.library_sizes by {', '.join(ours.by) or 'nothing'} are wrong")
     n_train = manifest.splits[0].n_cells
     for name, sums in (("mean", seen.gene_total), ("fraction_expressed", seen.gene_cells)):
-        if seen.whole and not np.allclose(index[f"genes.{name}"], sums / n_train, rtol=1e-9):
+        if counted and not np.allclose(index[f"genes.{name}"], sums / n_train, rtol=1e-9):
             yield Fault(gene_column_path(name), "is not what the training cells say")
+
+
+def _check_moments(manifest: Manifest, seen: Seen) -> Iterator[Fault]:
+    """Mean and standard deviation of latents, by which training scales them."""
+    n_train = manifest.splits[0].n_cells
+    if seen.latents is None or not (seen.whole and n_train):
+        return
+    mean, of_squares = seen.latents / n_train
+    for name, right in (("mean", mean), ("std", np.sqrt(np.maximum(of_squares - mean**2, 0)))):
+        if not np.allclose(manifest.extra[name], right, rtol=1e-6, atol=1e-6):
+            yield Fault("manifest.json", f"extra.{name} is not that of the training cells' latents")
 
 
 # --- sources -------------------------------------------------------------------------------------------------------

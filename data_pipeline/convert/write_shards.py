@@ -39,6 +39,7 @@ from data_pipeline.format.statistics import compute_statistics
 from data_pipeline.stores import check_bucket, file_system, local_folder, store_explained
 from scldm.errors import InputError
 from scldm.files import disk_explained, left_aside, locked, of_bytes, written_aside
+from scldm.given_json import known_of
 from scldm.progress import Progress
 
 DISK_BYTES_PER_COUNT = 2.1  # of the runs, before they have become tars
@@ -168,9 +169,8 @@ def finished_set(config: ShardsWriteConfig) -> schema.Manifest | None:
     differ = differences(manifest.query, settings_of(config))
     if differ:
         raise InputError(f"out={config.out}: holds the set of another command: {'; '.join(differ)}. Give another out")
-    fields = {f.name for f in dataclasses.fields(SourceSpec)}
-    for entry in manifest.sources:
-        source = SourceSpec(**{k: v for k, v in entry.items() if k in fields})
+    for k, entry in enumerate(manifest.sources):
+        source = known_of(SourceSpec, entry, f"{config.out}/{schema.MANIFEST}: sources[{k}]")
         if source.has_changed:
             raise InputError(f"out={config.out}: {source.uri} has changed since this set was written. Give another out")
     return manifest

@@ -19,7 +19,7 @@ import numpy as np
 from data_pipeline.stores import file_system, store_explained
 from scldm.errors import InputError
 from scldm.files import disk_explained
-from scldm.given_json import Count, sealed, typed, unsealed
+from scldm.given_json import Count, known_of, sealed, typed, unsealed
 from scldm.vocab import ConditionVocab, GeneVocab
 
 FORMAT = "scldm-shards"
@@ -160,6 +160,33 @@ class Statistics:
 
 
 @dataclass(frozen=True)
+class SourceEntry:
+    """What verbs read of a source. SourceSpec in convert/source.py says what each is, and may have more."""
+
+    kind: str
+    uri: str
+    layer: str
+    n_rows: Count
+    n_cells: Count
+    n_columns: Count = 0
+    mean_nonzeros: float = 0.0
+    size: Count = 0
+    modified_ns: int = 0
+    measurement: str = ""
+    organism: str = ""
+    census_version: str = ""
+
+
+@dataclass(frozen=True)
+class GenesReport:
+    """What verbs read of the report on genes: numbers of genes by source."""
+
+    not_in_vocabulary: dict[str, Count] = field(default_factory=dict)
+    without_name: dict[str, Count] = field(default_factory=dict)
+    without_version: dict[str, Count] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a shard set is. The JSON has these keys, and `format` and `version`. README.md says what each is."""
 
@@ -181,6 +208,11 @@ class Manifest:
     tools: dict[str, str]
     statistics: Statistics
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def genes_report(self) -> GenesReport:
+        """Raises: InputError."""
+        return known_of(GenesReport, self.report.get("genes", {}), "report.genes")
 
     def split_number(self, name: str) -> int:
         """Raises: InputError with the splits that there are."""
@@ -284,9 +316,20 @@ def misfits(m: Manifest) -> Iterator[str]:
     if sorted(paths) != sorted(expected):
         missing, more = sorted(set(expected) - set(paths)), sorted(set(paths) - set(expected))
         yield f"index: {missing[0]} is not listed" if missing else f"index: {(more or paths)[0]} can't be in it"
+    yield from _misfits_of_origin(m)
     yield from _misfits_of_statistics(m)
     if m.kind == "latents":
         yield from _misfits_of_latents(m)
+
+
+def _misfits_of_origin(m: Manifest) -> Iterator[str]:
+    try:
+        for k, source in enumerate(m.sources):
+            known_of(SourceEntry, source, f"sources[{k}]")
+        _ = m.genes_report
+        typed(str, m.query.get("missing", ""), "query.missing")
+    except InputError as error:
+        yield str(error)
 
 
 def _misfits_of_statistics(m: Manifest) -> Iterator[str]:

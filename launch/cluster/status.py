@@ -6,17 +6,18 @@ import math
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from launch.cluster.notes import BAD_NODES, State, find_notes, nodes_in, state_of, with_run
 from launch.config import compose
 from launch.evaluation.gate import line_of
-from scldm.errors import InputError, read_json
+from scldm.errors import InputError
+from scldm.given_json import LARGEST, Count, known_of
 from scldm.parallel import START_S
 from scldm.train import changes
-from scldm.train.run_folder import OUTCOME, is_trained, read_config, started_at, trained_on
+from scldm.train.run_folder import is_trained, outcome_of, read_config, started_at, trained_on
 from scldm.train.tracking import read_metrics
 
 PURPOSE = """How far a run is: its job's state, step, cells/s, time left, last checkpoint, last error of each rank.
@@ -87,12 +88,12 @@ def unfit(notes: Path) -> list[tuple[str, str]]:
 
 def state_of_run(run: Path) -> str:
     """Of a run that no job trains, by its files and its lock."""
-    outcome = read_json(run / OUTCOME) if (run / OUTCOME).is_file() else {"state": "running"}
+    outcome = outcome_of(run)
     if is_trained(run):
         return "RUNNING"
-    if outcome["state"] != "running":
-        code = f", exit code {outcome['exit_code']}" if outcome["exit_code"] else ""
-        return f"{outcome['state'].upper()}{code}{': ' if outcome['reason'] else ''}{outcome['reason']}"
+    if outcome and outcome.state != "running":
+        code = f", exit code {outcome.exit_code}" if outcome.exit_code else ""
+        return f"{outcome.state.upper()}{code}{': ' if outcome.reason else ''}{outcome.reason}"
     files = [path for name in ("", "checkpoints") for path in (run / name).glob("*") if path.is_file()]
     silent_s = time.time() - max(path.stat().st_mtime for path in files)
     last, host = ago(silent_s), trained_on(run)
@@ -115,7 +116,15 @@ def training_config(run: Path) -> Any:
     config = read_config(run)
     if "train" not in config:
         raise InputError(f"{run} is not the folder of a training run: its config.json has no train.steps")
-    return config
+    known = known_of(_Train, config["train"], f"{run}/config.json: train")
+    return {**config, "train": {**asdict(known), **config["train"]}}
+
+
+@dataclass(frozen=True)
+class _Train:
+    steps: Annotated[int, range(1, LARGEST)]
+    global_batch: Count = 1
+    hang_s: float = 0.0
 
 
 def training(run: Path, with_outcome: bool) -> list[tuple[str, str]]:
@@ -133,10 +142,8 @@ def training(run: Path, with_outcome: bool) -> list[tuple[str, str]]:
         told = {"waiting_share": "waits {:.1%} of the time", "mfu": "{:.1%} of peak FLOP/s", "memory_gb": "{:.1f} GB"}
         said = [form.format(last[key]) for key, form in told.items() if last.get(key) is not None]
         lines += [("a rank", ", ".join(said))] if said else []
-    if with_outcome and (run / OUTCOME).is_file():
-        outcome = read_json(run / OUTCOME)
-        if outcome["reason"]:
-            lines.append(("outcome", f"{outcome['state']}: {outcome['reason']}"))
+    if with_outcome and (outcome := outcome_of(run)) and outcome.reason:
+        lines.append(("outcome", f"{outcome.state}: {outcome.reason}"))
     pointer = run / "checkpoints" / "latest"
     if pointer.is_file():
         written = ago(time.time() - pointer.stat().st_mtime)

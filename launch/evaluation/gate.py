@@ -22,11 +22,13 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scldm.errors import InputError, read_json
 from scldm.files import outlived, write_json
+from scldm.given_json import known_of
 from scldm.train.run_state import comparable
 from scldm.train.tracking import Tracker, read_metrics
 
@@ -49,7 +51,19 @@ KL_NATS = 1.0  # a cell: latents below it hardly differ between cells
 
 def read_gate(folder: Path) -> dict[str, Any] | None:
     """What a run folder, or a set of latents, says. None where the autoencoder was not judged."""
-    return read_json(folder / GATE) if (folder / GATE).is_file() else None
+    if not (folder / GATE).is_file():
+        return None
+    gate = read_json(folder / GATE)
+    known_of(_Gate, gate, str(folder / GATE))
+    return gate
+
+
+@dataclass(frozen=True)
+class _Gate:
+    line: str
+    step: int | None
+    hash: str | None
+    passed: bool | None
 
 
 def gate_of(folder: Path, weights: str) -> dict[str, Any] | None:

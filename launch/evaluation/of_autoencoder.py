@@ -21,7 +21,7 @@ from launch.evaluation.config import EvaluateVerbConfig
 from launch.evaluation.reconstructed_cells import decoded, encoded, known_genes
 from launch.evaluation.sight import blind_spots, known_by_latents
 from launch.evaluation.terminal import console, started
-from launch.trained import trained_vae
+from launch.trained import checkpoint_of, trained_vae
 from scldm import count_draws, draws
 from scldm.environment import describe
 from scldm.errors import InputError
@@ -99,8 +99,9 @@ def autoencoder(
     else:
         usable(device)
         vae, origin = trained_vae(folder, "best")
-        genes, conditions = GeneVocab.load(folder / "genes.json"), ConditionVocab.load(folder / "conditions.json")
-        sizes = LibrarySizeModel.load(folder / "library_sizes.json")
+        kept = checkpoint_of(origin)
+        genes, conditions = GeneVocab.load(kept / "genes.json"), ConditionVocab.load(kept / "conditions.json")
+        sizes = LibrarySizeModel.load(kept / "library_sizes.json")
         words = (genes, conditions, sizes, {"vae": origin}, origin["hash"], batch, precision)
         model = Pretrained(vae, None, *words).to(device)
     said = {name: origin[name] for name in ("run", "step", "hash") if name in origin}

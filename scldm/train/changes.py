@@ -9,12 +9,14 @@ A change holds from its step on. Only a run whose course was changed has the fil
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from scldm.errors import read_json
 from scldm.files import write_json
+from scldm.given_json import Count, known_of, typed
 
 CHANGES = "changes.json"
 
@@ -22,7 +24,16 @@ CHANGES = "changes.json"
 def read(run_dir: Path) -> list[dict[str, Any]]:
     """All changes of a run's course, in their order."""
     path = run_dir / CHANGES
-    return read_json(path) if path.is_file() else []
+    entries = typed(list[dict[str, Any]], read_json(path), str(path)) if path.is_file() else []
+    for k, entry in enumerate(entries):
+        known_of(_Change, entry, f"{path}: [{k}]")
+    return entries
+
+
+@dataclass(frozen=True)
+class _Change:
+    step: Count
+    changed: dict[str, tuple[Any, Any]]
 
 
 def note(run_dir: Path, step: int, changed: Mapping[str, tuple[Any, Any]], branched_from: Path | None = None) -> None:

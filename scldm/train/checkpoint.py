@@ -25,7 +25,7 @@ import reprlib
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -37,11 +37,11 @@ from torch import Tensor
 from scldm.errors import InputError, json_of
 from scldm.files import remove as remove_path
 from scldm.files import sha256_of
-from scldm.given_json import Count, hash_of, typed
+from scldm.given_json import Count, hash_of, known_of
 from scldm.parallel.dist import World
 from scldm.parallel.surface import Engine
 from scldm.train.ema import EMA
-from scldm.train.steps import STATE, candidates, point, pointed, rename, unfinished
+from scldm.train.steps import BESIDE, STATE, candidates, point, pointed, rename, unfinished
 
 FORMAT = 4
 BROKEN = ".broken"
@@ -122,8 +122,7 @@ class Checkpoint:
             raise InputError(f"{folder} has checkpoint format {version}. This version of scldm reads {FORMAT}")
         self.folder, self.state = folder, state
         try:
-            own = {field.name: self.state[field.name] for field in fields(Held) if field.name in self.state}
-            self.held = typed(Held, own, str(folder / STATE))
+            self.held = known_of(Held, self.state, str(folder / STATE))
         except InputError as error:
             raise Damaged(str(error)) from None
         self._check_held()
@@ -145,6 +144,8 @@ class Checkpoint:
 
     def check(self, names: Iterable[str] | None = None) -> None:
         """Read these of its files, or all, and compare. Raises: Damaged, with the file."""
+        if added := [name for name in BESIDE if name not in self.files and (self.folder / name).exists()]:
+            raise Damaged(f"{self.folder / added[0]} is not noted in {STATE}: it was added later. Remove it")
         for name in self.files if names is None else names:
             path, expected = self.folder / name, self.files[name]
             if not path.is_file():

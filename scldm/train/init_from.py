@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from scldm.errors import InputError
 from scldm.model.dit import DiT
 from scldm.model.vae import VAE
-from scldm.vocab import ConditionVocab, GeneVocab, unversioned
+from scldm.vocab import MIN_GENE_SHARE, ConditionVocab, GeneVocab, unversioned, why_few
 
 PER_GENE = tuple(
     f"{name}.weight" for name in ("gene_embedding", "log_share", "log_theta", "log_std", "log_odds_dropout")
@@ -49,17 +49,19 @@ class Joined:
 def vae_from(vae: VAE, genes: GeneVocab, trained: VAE, trained_genes: GeneVocab) -> list[Joined]:
     """Put trained weights into an autoencoder of other genes.
 
-    Raises: InputError where the networks are of different shape, or no gene is in both.
+    Raises: InputError where the networks are of different shape, or too few genes are in both.
     """
     if genes.namespace != trained_genes.namespace:
         raise InputError(
             f"init_from: its genes are {trained_genes.namespace} ids, those of data.shards {genes.namespace}"
         )
     joined, rows = _join("genes", unversioned(genes.ids), unversioned(trained_genes.ids))
-    if not joined.known:
+    fewest = min(genes.n_genes, trained_genes.n_genes)
+    if not joined.known or joined.known < MIN_GENE_SHARE * fewest:
         raise InputError(
-            f"init_from: none of the {genes.n_genes} genes of data.shards (such as {genes.ids[0]!r}) is among its "
-            f"{trained_genes.n_genes} (such as {trained_genes.ids[0]!r})"
+            f"init_from: {joined.known:,} of {fewest:,} genes matched, and at least {MIN_GENE_SHARE:.0%} are needed. "
+            f"Those of data.shards are named like {genes.ids[0]!r}, its own like {trained_genes.ids[0]!r}"
+            f"{why_few(genes.ids, trained_genes.ids)}"
         )
     if vae.config.direct != trained.config.direct:
         raise InputError(f"init_from: it was trained with model.direct={trained.config.direct}. Give model.direct that")

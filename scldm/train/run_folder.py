@@ -24,19 +24,22 @@ import errno
 import fcntl
 import json
 import os
+import shlex
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from scldm.environment import describe, without_passwords
 from scldm.errors import Busy, InputError, Stopped, read_json
 from scldm.files import ASIDE, flat, left_aside, outlived, remove, write_json
+from scldm.given_json import known_of, read_known, typed
 from scldm.train import changes
 from scldm.train.changes import CHANGES
 from scldm.train.steps import pointed
@@ -89,13 +92,13 @@ def open_run_folder(
             can = f"a branch may differ in {', '.join(can_change)}, and in what changes no result"
             raise InputError(f"branch_from={branch}: {_told(changed, wrong)}; {can}")
     elif path.is_file():
-        changed = _differing(read_json(path), config, free)
+        changed = _differing(read_config(run_dir), config, free)
         if wrong := [key for key in changed if not _within(key, allowed)]:
             named = f", or name what may change: allow_changes={','.join(wrong)}"
             hint = named if all(_within(key, can_change) for key in wrong) else ""
             hint += "".join(f", or go on as it was: {key}={str(LATER[key]).lower()}" for key in wrong if key in LATER)
             raise InputError(f"{run_dir} holds another run: {_told(changed, wrong)}; choose another run_dir{hint}")
-        if every := _differing(read_json(path), config, ()):
+        if every := _differing(read_config(run_dir), config, ()):
             told = without_passwords(_told(every, list(every), len(every)))  # an earlier scldm kept one
             print(f"scldm: {run_dir} goes on with: {told}", file=sys.stderr, flush=True)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -156,19 +159,62 @@ def _may_lie_there(entry: Path) -> bool:
 
 def started_at(run_dir: Path) -> float:
     """When the run was last started, in seconds since 1970; 0 where that is not noted."""
-    starts = _starts(run_dir)
+    starts = starts_of(run_dir)
     return datetime.fromisoformat(starts[-1]["time"]).timestamp() if starts else 0.0
+
+
+@dataclass(frozen=True)
+class Start:
+    """What verbs read of a start. It is noted with more, see scldm/environment.py."""
+
+    time: str
+    command: str = ""
+    host: str = ""
+    git: str | None = None
+    diff: str = ""
+    slurm_job: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        try:
+            datetime.fromisoformat(self.time)
+            shlex.split(self.command)
+        except ValueError as error:
+            raise InputError(f"a start at time={self.time!r} with command={self.command!r}: {error}") from None
+
+
+def starts_of(run_dir: Path) -> list[dict[str, Any]]:
+    """The notes of all starts of a run, the first one first. Raises: InputError for a file that says anything else."""
+    path = run_dir / ENVIRONMENT
+    starts = typed(list[dict[str, Any]], read_json(path), str(path)) if path.is_file() else []
+    without = {key: value for key, value in asdict(Start("2000-01-01")).items() if key not in ("time", "diff")}
+    for k, start in enumerate(starts):
+        known_of(Start, start, f"{path}: [{k}]")
+    return [{**without, **start} for start in starts]
 
 
 def _starts(run_dir: Path) -> list[Any]:
     """The notes of earlier starts; none where they can't be read: no run ends for want of them."""
-    path = run_dir / ENVIRONMENT
     try:
-        starts = read_json(path) if path.is_file() else []
+        return starts_of(run_dir)
     except InputError as error:
-        starts = []
         print(f"scldm: {error}; it is begun again", file=sys.stderr, flush=True)
-    return starts if isinstance(starts, list) else []
+        return []
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended, or that it has not."""
+
+    state: Literal["running", "finished", "stopped", "failed"]
+    exit_code: int | None = None
+    reason: str = ""
+
+
+def outcome_of(run_dir: Path) -> Outcome | None:
+    """None where no start has noted any. Raises: InputError for a file that says anything else."""
+    path = run_dir / OUTCOME
+    return read_known(Outcome, path) if path.is_file() else None
 
 
 def is_trained(run_dir: Path) -> bool:
@@ -314,7 +360,7 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     path = run_dir / CONFIG
     if not path.is_file():
         raise InputError(f"{run_dir} is not a run folder: it has no {CONFIG}")
-    return read_json(path)
+    return typed(dict[str, Any], read_json(path), str(path))
 
 
 def _within(key: str, groups: tuple[str, ...]) -> bool:

@@ -16,11 +16,13 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from scldm.errors import InputError, read_json
 from scldm.files import locked, write_json
+from scldm.given_json import known_of, typed
 from scldm.train.follower import row_files
 
 NOTE, STATE, LOCK = "tracked.json", "mlflow_run.json", "tracking.lock"
@@ -60,7 +62,43 @@ def new_note(place: str, experiment: str, run_name: str) -> dict[str, Any]:
 
 def read_note(folder: Path) -> dict[str, Any] | None:
     """What MLflow is to get of the run in a folder; None where no run there is followed. Raises: InputError."""
-    return read_json(folder / NOTE) if (folder / NOTE).is_file() else None
+    if not (folder / NOTE).is_file():
+        return None
+    note = read_json(folder / NOTE)
+    known_of(_Note, note, str(folder / NOTE))
+    return note
+
+
+@dataclass(frozen=True)
+class _Dataset:
+    name: str
+    source: str
+    digest: str
+    context: str
+    profile: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        typed(str, self.profile.get("kind", ""), "profile.kind")
+        typed(dict[str, int], {key: n for key, n in self.profile.items() if key != "kind"}, "profile")
+
+
+@dataclass(frozen=True)
+class _Note:
+    """The keys of `new_note`."""
+
+    uri: str
+    experiment: str
+    run_name: str
+    parent: str
+    closed_by: str
+    started: float
+    ended: float | None
+    status: Status
+    params: dict[str, str]
+    resumed: dict[str, str]
+    tags: dict[str, str]
+    datasets: list[_Dataset]
+    artifacts: list[tuple[str, str]]
 
 
 def check_followed(run: Path) -> None:

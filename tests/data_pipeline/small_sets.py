@@ -113,9 +113,11 @@ def write_set(folder: Path, cells: Known, codec: schema.Codec = "zstd", block_ce
         (cells.counts > 0).sum(1),
         int(cells.counts.max()),
     )
+    n = len(cells.counts)
+    source = {"kind": "h5ad", "uri": "cells.h5ad", "layer": "X", "n_rows": n, "n_cells": n}
     manifest = Manifest(
         "cells", len(cells.counts), cells.genes, cells.conditions, tuple(splits), {}, tuple(shards), tuple(index),
-        block_cells, codec, 1, 0, ({},), {}, {}, {}, statistics,
+        block_cells, codec, 1, 0, (source,), {}, {}, {}, statistics,
     )  # fmt: skip
     document = manifest.to_json()
     document["sha256"] = _sha(json.dumps(document, sort_keys=True).encode())

@@ -126,8 +126,8 @@ def test_a_byte_order_mark_begins_no_name(tmp_path):
     """As Excel writes tables."""
     (tmp_path / "list.txt").write_bytes("\ufeffG1\r\nENSG00000000001.3\r\n".encode())
     vocab = GeneVocab(("G1", "ENSG00000000001", "G3"), "symbol")
-    keep, n_unknown = in_list(vocab, tmp_path / "list.txt")
-    assert (keep.tolist(), n_unknown) == ([True, True, False], 0)
+    keep, unknown = in_list(vocab, tmp_path / "list.txt")
+    assert (keep.tolist(), len(unknown)) == ([True, True, False], 0)
     (tmp_path / "table.csv").write_bytes("\ufeffensembl,symbol\nENSG00000000001.2,A\n".encode())
     ensembl, symbol = SourceGenes("e", ("ENSG00000000001",), "ensembl"), SourceGenes("s", ("A",), "symbol")
     assert join_genes([ensembl, symbol], "union", None, str(tmp_path / "table.csv")).vocab.ids == ("ENSG00000000001",)
@@ -177,3 +177,11 @@ def test_long_labels_take_no_memory_for_each_cell(tmp_path):
     assert peak < 60e6  # each cell's own text would be 320 MB
     assert [label[0] for label in plan.conditions.labels["text"]] == ["a", "b", "c"]
     assert plan.condition_ids[0][:4].tolist() == [2, 0, 1, 2]
+
+
+def test_versions_that_are_left_out_are_counted_by_source() -> None:
+    names = [f"ENSG0000000000{k}" for k in range(4)]
+    sources = [SourceGenes.of("a", [f"{names[0]}.7", f"{names[1]}.12", names[2]]), SourceGenes.of("b", names)]
+    joined = join_genes(sources, "intersection", None, "")
+    assert joined.vocab.n_genes == 3
+    assert joined.report["without_version"] == {"a": 2}

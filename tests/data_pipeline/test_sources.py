@@ -15,7 +15,7 @@ import pytest
 import scipy.sparse as sp
 
 from data_pipeline.convert.config import SourceConfig
-from data_pipeline.convert.open import open_matrix, open_sources
+from data_pipeline.convert.open import named, open_matrix, open_sources
 from data_pipeline.convert.row_filter import matches
 from data_pipeline.convert.source import spans
 from data_pipeline.convert.source_h5ad import find_counts
@@ -394,3 +394,8 @@ def test_a_file_that_is_damaged_where_its_groups_are_listed_is_named(
     monkeypatch.setattr(h5py.Group, "__contains__", broken)
     with pytest.raises(InputError, match=r"cells\.h5ad: can't be read: damaged or truncated \(Unable to synchr"):
         open_cells(path)
+
+
+def test_a_folder_that_is_no_source_is_called_one(tmp_path):
+    with pytest.raises(InputError, match="a folder, and no zarr store. An AnnData file ends in .h5ad or .zarr"):
+        named(SourceConfig(paths=(str(tmp_path),)))

@@ -11,6 +11,7 @@ import pytest
 from data_pipeline.convert.config import SplitConfig
 from data_pipeline.convert.splits import columns_of, draw_splits, keys
 from scldm.errors import InputError
+from scldm.label_text import texts
 
 
 def identities(n: int):
@@ -49,6 +50,19 @@ def test_small_strata_have_the_shares_together(size, validation, test):
     order = np.random.default_rng(1).permutation(n)
     again, _, _ = draw_splits(config, 0, obs.iloc[order].reset_index(drop=True), source, row[order])
     np.testing.assert_array_equal(again, split[order])
+
+
+def test_a_number_is_asked_for_as_its_own_file_writes_it(tmp_path):
+    """pandas writes 10.0 from the column of floats whose label is 10."""
+    doses = pd.Series(np.repeat([0.5, 10.0, 20.0], 100), name="dose")
+    obs, (source, row) = pd.DataFrame({"dose": texts(doses)}), identities(300)
+    config = SplitConfig(by="dose", validation_values=("10.0",), test_values=("0.50",))
+    split, _, _ = draw_splits(config, 0, obs, source, row)
+    assert split.tolist() == [2] * 100 + [1] * 100 + [0] * 100
+    doses[100:200].drop_duplicates().to_csv(tmp_path / "held_out.csv", index=False)
+    assert "10.0" in (tmp_path / "held_out.csv").read_text()
+    split, _, _ = draw_splits(SplitConfig(held_out=f"{tmp_path}/held_out.csv"), 0, obs, source, row)
+    assert (split[100:200] == 2).all()
 
 
 def test_values_and_combinations(tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline.convert.verify import verify_shards
 from data_pipeline.format import schema
 from data_pipeline.format.latent_block import LatentSlots, encode_latent_block
 from data_pipeline.format.read_shards import ShardSet
@@ -18,6 +19,7 @@ from data_pipeline.stream.gene_set_config import GeneSetConfig
 from data_pipeline.stream.loader import CellLoader, LatentLoader, LoaderConfig, StreamConfig, shard_batches
 from data_pipeline.write_latents import LatentWriter
 from scldm.errors import InputError
+from scldm.given_json import sealed
 from tests.data_pipeline.small_sets import known_cells, write_set
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -245,3 +247,34 @@ def test_a_block_of_latents_that_is_none_of_the_set_is_refused(latent_slots, dat
     assert latent_slots.labels[0, 7].tolist() == [2, 299]
     with pytest.raises(InputError, match=f"the liar: {text}"):
         latent_slots.fill(0, np.frombuffer(data, np.uint8), "the liar")
+
+
+def test_verify_finds_what_is_wrong_with_latents(cells, tmp_path):
+    """Also moments that were changed together with the hash."""
+    out = tmp_path / "latents"
+    writer = writer_of(out, cells)
+    rng = np.random.default_rng(0)
+    for shard in writer.missing_shards():
+        n_cells = cells.manifest.shards[shard].n_cells
+        writer.write_shard(shard, rng.normal(size=(n_cells, *SHAPE)).astype(np.float32))
+    writer.finish()
+
+    def faults():  # but for the order: these cells were never shuffled
+        return [fault for fault in verify_shards(str(out)).faults if "order of its seed" not in fault.what]
+
+    assert faults() == []
+    path = out / "manifest.json"
+    whole = json.loads(path.read_text())
+    for name in ("mean", "std"):
+        document = json.loads(json.dumps({key: of for key, of in whole.items() if key != "sha256"}))
+        document["extra"][name][0][0] += 0.5
+        path.write_text(json.dumps(sealed(document)))
+        (fault,) = faults()
+        assert str(fault) == f"manifest.json: extra.{name} is not that of the training cells' latents"
+    path.write_text(json.dumps(whole))
+    shard = out / cells.manifest.shards[1].path
+    data = bytearray(shard.read_bytes())
+    data[512 + 200] ^= 1
+    shard.write_bytes(data)
+    (fault,) = faults()
+    assert fault.what == "its checksum is not the index's: changed or damaged"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,9 +24,9 @@ ALL, EXPRESSED, PADDED = GeneSetConfig(), GeneSetConfig("expressed"), GeneSetCon
 RANDOM, WEIGHTED = GeneSetConfig("random", 9), GeneSetConfig("weighted", 9)
 
 
-def run_folder(at: Path, given: GeneSetConfig) -> Path:
-    (at / "config.json").write_text(json.dumps({"data": {"given": vars(given)}}))
-    return at
+def run_with(given: GeneSetConfig) -> dict[str, Any]:
+    """The origin of an autoencoder that was trained so."""
+    return {"run": "runs/vae", "step": 1, "config": {"data": {"given": vars(given)}}}
 
 
 @pytest.mark.parametrize(
@@ -42,8 +42,8 @@ def run_folder(at: Path, given: GeneSetConfig) -> Path:
         (WEIGHTED, EXPRESSED, "trained with data.given.policy=weighted. Give genes.policy=all"),
     ],
 )
-def test_cells_given_otherwise_than_in_training_are_refused(tmp_path: Path, trained, given, said: str) -> None:
-    run = run_folder(tmp_path, trained)
+def test_cells_given_otherwise_than_in_training_are_refused(trained, given, said: str) -> None:
+    run = run_with(trained)
     with pytest.raises(InputError, match=said):
         check_given(given, run, "genes", ONE)
     check_given(as_whole_cells(trained), run, "genes", ONE)
@@ -61,8 +61,8 @@ def test_cells_given_otherwise_than_in_training_are_refused(tmp_path: Path, trai
         (ALL, WEIGHTED, True),
     ],
 )
-def test_genes_in_other_shares_than_in_training_are_told(tmp_path: Path, capsys, trained, given, told: bool) -> None:
-    run = run_folder(tmp_path, trained)
+def test_genes_in_other_shares_than_in_training_are_told(capsys, trained, given, told: bool) -> None:
+    run = run_with(trained)
     for rank in (0, 1):
         check_given(given, run, "genes", World(rank, 2, torch.device("cpu")))
     said = capsys.readouterr().err
@@ -82,9 +82,9 @@ def test_the_ranks_wait_for_the_slowest_as_long_as_a_shard_may_take(tmp_path: Pa
     cells = known_cells(64, 32, n_genes=40)
     write_set(tmp_path / "cells", cells, block_cells=32)
     cells.genes.save(tmp_path / "genes.json")
-    monkeypatch.setattr(encode, "trained_vae", lambda run, which: (vae, {"hash": "h"}))
+    monkeypatch.setattr(encode, "trained_vae", lambda run, which: (vae, {"hash": "h", **run_with(PADDED)}))
     monkeypatch.setattr(World, "join", lambda self, timeout_s=1_800: waits.append(timeout_s))
-    config = EncodeConfig(str(run_folder(tmp_path, PADDED)), f"{tmp_path}/cells", f"{tmp_path}/out", genes=PADDED)
+    config = EncodeConfig(str(tmp_path), f"{tmp_path}/cells", f"{tmp_path}/out", genes=PADDED)
     encode.main(config)
     assert len(waits) == 1
     assert waits[0] > 86_400

@@ -25,6 +25,7 @@ from launch import generate as verb
 from launch.cli import main
 from launch.config import compose
 from launch.evaluation.cells import cells_of_shards, labels_of_split
+from launch.generate import GenerateConfig, wanted_cells
 from scldm import networks as networks_module
 from scldm.errors import InputError
 from scldm.flow.sampler import SamplerConfig
@@ -351,3 +352,16 @@ def test_cells_of_a_file_are_taken_to_another_condition(
         assert main([*words, *more]) == 2
         assert said in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cells.h5ad", "made.h5ad"]
+
+
+@pytest.mark.parametrize(
+    "number, said", [("1e12", "are needed for 1,000,000,000,000 cells"), ("2.5", "whole numbers"), ("inf", "whole")]
+)
+def test_a_number_of_cells_may_be_written_as_a_float(tmp_path: Path, number: str, said: str) -> None:
+    """As pandas writes a column of floats. What is too much meets the check of the disk."""
+    (tmp_path / "wanted.csv").write_text(f"type,n_cells\nT,{number}\n")
+    config = GenerateConfig(model="m", out=f"{tmp_path}/o.h5ad", conditions=f"{tmp_path}/wanted.csv")
+    with pytest.raises(InputError, match=said):
+        wanted_cells(config)
+    (tmp_path / "wanted.csv").write_text("type,n_cells\nT,3.0\nB,1e1\n")
+    assert len(wanted_cells(config)) == 13

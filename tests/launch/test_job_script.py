@@ -556,7 +556,7 @@ def test_a_python_that_can_not_run_the_job_is_noted_and_named(
     assert life.done.returncode in (1, 127, 137)
     _, job, _, restart, why = (life.notes / "state").read_text().split("\t")
     assert (job, restart) == ("7", "1")
-    assert why.startswith(f"{tmp_path}/bin python -m launch.cluster.job_steps {said}")
+    assert why.startswith(f"{tmp_path}/bin python -P -m launch.cluster.job_steps {said}")
 
 
 def test_an_error_of_the_steps_themselves_is_noted(fake: Path, tmp_path: Path) -> None:

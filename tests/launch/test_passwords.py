@@ -44,6 +44,23 @@ def holding(folder: Path) -> list[str]:
         ("https://mlflow.lab:5000/a:b@c", "https://mlflow.lab:5000/a:b@c"),
         ("s3://bucket/a?b=c", "s3://bucket/a?b=c"),
         ("donor:1@2", "donor:1@2"),
+        (f"http://ann:p@ss{WORD}@host", "http://host"),
+        (f"http://ann:'{WORD}\"@host?a=b@c", "http://host?a=b@c"),
+        (f"https://{WORD}@host/x", "https://host/x"),
+        (f"s3://AKIA:{WORD}@bucket/x", "s3://bucket/x"),
+        ("abfs://container@account.net/x", "abfs://container@account.net/x"),
+        (f"abfs://a:{WORD}@account.net/x", "abfs://account.net/x"),
+        *(
+            (f"https://host/x?{name}={WORD}&a=b", f"https://host/x?{name}=...&a=b")
+            for name in (
+                *("api_key", "apikey", "key", "access_key", "AWSAccessKeyId", "account_key", "pwd", "PWD", "token"),
+                *("access_token", "client_secret", "X-Amz-Credential", "X-Amz-Signature", "X-Amz-Security-Token"),
+            )
+        ),
+        (f"https://host/x#token={WORD}", "https://host/x#token=..."),
+        (f"mssql://db?Database=x;Pwd={WORD}", "mssql://db?Database=x;Pwd=..."),
+        (f"mssql+pyodbc:///?odbc_connect=UID%3Da%3BPWD%3D{WORD}", "mssql+pyodbc:///?odbc_connect=..."),
+        (f"no answer of 'https://host/x?token={WORD}' yet", "no answer of 'https://host/x?token=...' yet"),
     ],
 )
 def test_what_is_taken_out(text: str, without: str) -> None:

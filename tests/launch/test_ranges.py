@@ -18,6 +18,7 @@ from launch.planning.config import PlanLDMConfig
 from launch.verbs import VERBS
 from scldm.checked import RANGE, Checked, Range, checked
 from scldm.errors import InputError
+from scldm.flow.sampler import SamplerConfig
 
 SCHEMAS: dict[str, type] = {
     verb: importlib.import_module(module).CONFIG for verb, (module, _) in VERBS.items() if verb != "plan"
@@ -133,6 +134,12 @@ def test_python_is_refused_the_same_with_the_fields_own_name(verb: str) -> None:
             with pytest.raises(InputError, match=rf"^{number.name}(\[0\]|\.x)?=") as refused:
                 number.owner(**{**others, number.name: number.given(wrong)})
             assert str(refused.value).endswith(f"={wrong} must be {number.range}")
+
+
+def test_what_is_not_finite_is_called_so() -> None:
+    for value in (math.inf, math.nan):
+        with pytest.raises(InputError, match=f"guidance_scale={value} must be a finite number, at least 0"):
+            SamplerConfig(guidance_scale=value)
 
 
 def test_a_range_says_what_is_right() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from launch.together import WRITES
 from launch.verbs import VERBS
+from scldm.train.tracked import new_note
 from scldm.vocab import GeneVocab
 
 pytestmark = pytest.mark.heavy
@@ -141,6 +142,12 @@ CASES = [
     ("export vae=vae out=/proc/new", "out=/proc/new: /proc can't be written to"),
     ("quickstart out=/proc/new", "out=/proc/new: /proc can't be written to"),
     ("report vae out=/proc/new.html", "out=/proc/new.html: /proc can't be written to"),
+    ("report vae out=vae", "out=vae is a folder. Name the file to write, such as out=vae/page.html"),
+    ("report vae out=vae/config.json", "out=vae/config.json exists and is no HTML page, which would be lost"),
+    ("report vae out=cells.h5ad", "out=cells.h5ad exists and is no HTML page"),
+    ("shards info path=shards html=shards/manifest.json", "html=shards/manifest.json exists and is no HTML page"),
+    ("shards info path=shards html=/proc/new", "html=/proc/new: /proc can't be written to"),
+    ("checkpoint convert at=vae which=5 out=vae/config.json", "out=vae/config.json exists already"),
     ("shards write source.paths=cells.h5ad out=/proc/new", "out=/proc/new: /proc can't be written to"),
     ("soma write h5ad=cells.h5ad out=/proc/new", "out=/proc/new: /proc can't be written to"),
     ("train vae vae/tiny data.shards=shards run_dir=/proc/new", "run_dir=/proc/new: /proc can't be written to"),
@@ -188,7 +195,8 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, 
         **{f"{run}/config.json": {} for run in ("vae", "ldm")},
         "vae/checkpoints/step-00000005/state.json": {},
         "ldm/latents.json": {},
-        **{f"followed/{file}.json": {} for file in ("config", "latents", "tracked")},
+        **{f"followed/{file}.json": {} for file in ("config", "latents")},
+        "followed/tracked.json": new_note("", "scldm", "ldm"),
         "shards/manifest.json": {**of_set, "kind": "cells"},
         "latents/manifest.json": {**of_set, "kind": "latents"},
         "model/config.json": model,

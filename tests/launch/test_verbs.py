@@ -411,6 +411,32 @@ def test_a_damaged_checkpoint_is_named(made: Path, tmp_path: Path, capsys, name:
     )
 
 
+def test_a_changed_run_folder_changes_no_model(made: Path, tmp_path: Path, capsys) -> None:
+    """Export reads config and vocabularies from the checkpoint, which has their hashes."""
+    for run in ("vae", "ldm"):
+        shutil.copytree(made / run, tmp_path / run)
+    words = [f"vae={tmp_path}/vae", f"ldm={tmp_path}/ldm"]
+    changes = {
+        "conditions.json": lambda of: of["type"].reverse(),
+        "genes.json": lambda of: of["ids"].reverse(),
+        "latents.json": lambda of: of.update(mean=[[1e9] * len(row) for row in of["mean"]]),
+        "config.json": lambda of: of["model"].update(n_heads=of["model"]["n_heads"] * 2),
+        "library_sizes.json": lambda of: of.clear(),
+    }
+    for path in [path for run in ("vae", "ldm") for path in (tmp_path / run).glob("*.json") if path.name in changes]:
+        document = json.loads(path.read_text())
+        changes[path.name](document)
+        path.write_text(json.dumps(document))
+    scldm("export", *words, f"out={tmp_path}/model")
+    for name in ("conditions.json", "genes.json", "library_sizes.json", "model.safetensors"):
+        assert (tmp_path / "model" / name).read_bytes() == (made / "model" / name).read_bytes(), name
+    ours, theirs = (json.loads((at / "model" / "config.json").read_text()) for at in (tmp_path, made))
+    assert {**ours, "sha256": 0, "origin": 0} == {**theirs, "sha256": 0, "origin": 0}
+    for path in (tmp_path / "ldm" / "checkpoints").glob("step-*"):
+        (path / "missing.json").write_text('{"label": "B"}')
+    refused(["export", *words, f"out={tmp_path}/other"], "missing.json is not noted in state.json", capsys, tmp_path)
+
+
 def test_stages_that_do_not_belong_together_are_not_joined(made: Path, tmp_path: Path, capsys) -> None:
     """Another autoencoder's latents, in encode's folder and in export."""
     scldm(

@@ -16,7 +16,16 @@ from safetensors.torch import save_file
 
 from scldm.cells_opened import check_out
 from scldm.errors import InputError
-from scldm.files import PARTIAL, check_writable, made_aside, of_bytes, put_in_place, sha256_of, written_aside
+from scldm.files import (
+    PARTIAL,
+    check_page,
+    check_writable,
+    made_aside,
+    of_bytes,
+    put_in_place,
+    sha256_of,
+    written_aside,
+)
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CODE = ("benchmarks", "data_pipeline", "launch", "scldm")
@@ -60,6 +69,17 @@ def test_what_can_not_be_written_is_known_before_and_the_trial_leaves_nothing(tm
         with pytest.raises(InputError, match=f"^out={place}: (/proc|{tmp_path}/a) can't be written to"):
             check_writable("out", place)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_page_replaces_nothing_but_a_page(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    check_page("out", str(page))
+    for begins in ("", "<!DOCTYPE html>\n<html", "<!doctype html><meta"):
+        page.write_text(begins)
+        check_page("out", str(page))
+    page.write_text("{}")
+    with pytest.raises(InputError, match=f"^out={page} exists and is no HTML page, which would be lost"):
+        check_page("out", str(page))
 
 
 def test_bytes_are_said_in_the_unit_that_shows_them() -> None:

@@ -57,6 +57,14 @@ def test_genes_are_joined_by_name() -> None:
         assert torch.equal(one, other)
 
 
+def test_too_few_genes_are_refused_with_a_guess_at_the_cause() -> None:
+    """One of twenty by chance, as between the symbols of two species."""
+    old = GeneVocab((*(f"Gene{k}" for k in range(19)), "X"), "symbol")
+    new = GeneVocab((*(f"GENE{k}" for k in range(19)), "X"), "symbol")
+    with pytest.raises(InputError, match="1 of 20 genes matched, .* 20 match but for upper and lower case"):
+        vae_from(VAE(SHAPE, 20), new, VAE(SHAPE, 20), old)
+
+
 def test_new_genes_have_the_share_beside_known_ones_that_they_start_with() -> None:
     """The trained shares are of another vocabulary and have drifted since: only their differences mean anything."""
     trained, vae = trained_vae(), VAE(SHAPE, NEW.n_genes)
@@ -79,7 +87,11 @@ def test_an_autoencoder_without_the_direct_ways_is_none_to_start_from_with_them(
     [
         (replace(SHAPE, width=32), NEW, r"its latent_queries is \(2, 16\), that of model is \(2, 32\)"),
         (replace(SHAPE, n_layers=2), NEW, "its encoder.1.* is missing"),
-        (SHAPE, GeneVocab(("X", "Y"), "symbol"), "none of the 2 genes .* is among its 4"),
+        (
+            SHAPE,
+            GeneVocab(("X", "Y"), "symbol"),
+            "0 of 2 genes matched, and at least 10% are needed. Those of data.shards are",
+        ),
         (SHAPE, GeneVocab(("A", "B"), "ensembl"), "its genes are symbol ids, those of data.shards ensembl"),
     ],
 )
