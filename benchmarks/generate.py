@@ -131,7 +131,7 @@ def speed(report: Report, config: BenchGenerateConfig, device: torch.device) -> 
     """Cost and quality of cells with the labels of the test cells."""
     if not (config.model and config.shards):
         raise InputError("model and shards must be given: a trained model and its cells; or speed=false")
-    model = scldm.load(config.model, device)
+    model = scldm.load(config.model, device, precision="float32")
     _, validation, test = cells_of_shards(config.shards, [config.condition] if config.condition else [])
     if test.genes != model.genes.ids:
         raise InputError(f"shards={config.shards} has other genes than model={config.model}")

@@ -62,6 +62,7 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     command: str = ""
     save: str = ""
+    finished: bool = False
 
     def __post_init__(self) -> None:
         words = [f"h5ad={Path(word).name}" if word.startswith("h5ad=") else word for word in sys.argv[1:]]
@@ -83,6 +84,7 @@ class Report:
             "commit": commit(),
             "device": device_name(),
             "settings": self.settings,
+            **({} if self.finished else {"unfinished": True}),
             "rows": [dataclasses.asdict(row) for row in self.rows],
         }
 
@@ -105,7 +107,8 @@ class Report:
 
     def print(self, as_json: bool) -> None:
         """The table, or with as_json the JSON, to stdout."""
-        self.write()  # settings may have come after the last row
+        self.finished = True
+        self.write()
         print(json.dumps(self.to_json(), indent=1) if as_json else self.table())
 
     def write(self) -> None:

@@ -64,7 +64,8 @@ CONFIG = CheckpointConvertConfig
 def main(config: CheckpointConvertConfig) -> Path:
     """Write it, whole or not at all. Returns where. Raises: InputError for a damaged checkpoint."""
     found, out = found_checkpoint(config.at, config.which), Path(config.out)
-    of_the_run = Path(config.at).resolve() in out.resolve().parents
+    run = found.resolve().parent.parent if found.resolve().parent.name == "checkpoints" else found.resolve()
+    of_the_run = run in out.resolve().parents
     if out.is_dir() or (out.exists() and (config.makes_folder or of_the_run)):  # which may be anybody's
         raise InputError(f"out={out} exists already")
     from scldm.train.checkpoint import Checkpoint  # with torch, once there is something to read

@@ -30,13 +30,13 @@ else
             say "error: scldm needs Python >= 3.11; python3 here is $(python3 --version 2>&1 || true)"
             exit 2
         fi
-        if [ -e "$venv" ] && [ ! -f "$venv/.scldm-setup" ]; then
+        if [ -e "$venv" ] && [ ! -f "$venv/.scldm-made" ]; then
             say "error: $venv has no Python >= 3.11 and was not made by this script: rename it, or remove it"
             exit 2
         fi
         say "making $venv with $("$base" --version)"
         rm -rf "$venv"
-        mkdir "$venv" && touch "$venv/.scldm-setup" # ours from here on, also if this is killed
+        mkdir "$venv" && touch "$venv/.scldm-made" # ours from here on, also if this is killed
         "$base" -m venv "$venv" >&2 || { rm -rf "$venv"; say "error: $base -m venv failed"; exit 1; }
     fi
 fi

@@ -37,9 +37,11 @@ def describe() -> dict[str, Any]:
 
 # of URLs: who logs in, up to the last `@` of the host's part, and what signs a query
 _USER = re.compile(r"([\w+.-]+://)([^\s/?#]*)@")
-_PLACES = re.compile(r"(?:abfss?|wasbs?|sftp|ssh|hdfs|smb)://", re.IGNORECASE)  # a name before `@` says where it lies
+# of a URL whose user may be a token, also without a password. Elsewhere a name says where something lies
+_WEB = re.compile(r"(?:[\w.-]+\+)?https?://", re.IGNORECASE)
 _SIGNED = re.compile(
-    r"(?<=[?&;#])((?:[\w-]*(?:password|passwd|pwd|secret|token|signature|credential|key(?:[-_]?id)?)|sig|odbc_connect))="
+    r"(?<=[?&;#])([\w-]*(?:password|passwd|pwd|secret|token|signature|credential"
+    r"|(?:api|access|account|secret|private|signing)[-_]?key(?:[-_]?id)?)|key|sig|odbc_connect)="
     r"[^\s&#]+?(?=['\"]?(?:[\s&#]|$))",
     re.IGNORECASE,
 )
@@ -51,7 +53,7 @@ def without_passwords(text: str) -> str:
 
 
 def _without_user(found: re.Match[str]) -> str:
-    return found[0] if _PLACES.fullmatch(found[1]) and ":" not in found[2] else found[1]
+    return found[1] if ":" in found[2] or _WEB.fullmatch(found[1]) else found[0]
 
 
 def cpu_maker() -> str:

@@ -68,7 +68,7 @@ def load(
     precision: of the networks' matrix products. auto: bfloat16 on a GPU that has it, else float32. bfloat16 keeps 8
         bits of a number. Expected counts are then off by 0.6 % in the median, and 1 % of them by 3 % or more (cells of
         Kang et al.). Generated cells score the same (benchmarks/README.md). What is between the products, the flow's
-        state and the draws are float32
+        state and the draws are float32. `to` leaves it as it is
     min_gene_share: of the model's genes that cells must have to be embedded, reconstructed or transformed, 0 to 1.
         Cells with fewer are refused, since most often their genes are named otherwise
 

@@ -243,7 +243,7 @@ def test_a_set_that_is_described_is_taken_or_refused(tmp_path: Path, n: int) -> 
 
     def read() -> Any:
         manifest = read_manifest(str(folder))
-        report_lines(manifest)
+        list(report_lines(manifest))
         finished_set(ShardsWriteConfig(str(folder)))
         return describe_text(str(folder), manifest).encode(), describe_html(str(folder), manifest).encode()
 

@@ -138,6 +138,7 @@ def test_the_set_up_installs_once_and_prints_the_python(checkout: Checkout) -> N
 def test_it_removes_no_environment_of_others(checkout: Checkout) -> None:
     (checkout.root / ".venv").mkdir()
     (checkout.root / ".venv" / "mine").touch()
+    (checkout.root / ".venv" / ".scldm-setup").touch()  # scldm was installed into it once
     script = ["bash", str(checkout.root / "launch" / "setup.sh")]
     done = subprocess.run(script, env=os.environ | {"VIRTUAL_ENV": ""}, capture_output=True, text=True)
     assert done.returncode == 2

@@ -62,10 +62,16 @@ def draw_splits(
         explicit |= set(table["split"])
         _hold_out(split, table, obs, names, config.held_out)
         rule["held_out"] = table.to_dict("list")
+    taken: set[str] = set()
     for name, values in (("validation", config.validation_values), ("test", config.test_values)):
         if values:
             explicit.add(name)
-            _by_values(split, config.by, values, obs, names.index(name))
+            labels = _by_values(split, config.by, values, obs, names.index(name))
+            if both := taken & labels:  # written in two ways, as 10 and 10.0
+                raise InputError(
+                    f"split.by={config.by}: {min(both)!r} stands in both validation_values and test_values"
+                )
+            taken |= labels
             rule[f"{name}_values"] = {config.by: list(values)}
     left = np.flatnonzero(split == 255)
     shares = {name: getattr(config, name) for name in ("validation", "test") if name not in explicit}
@@ -128,16 +134,18 @@ def _hold_out(split: np.ndarray, table: pd.DataFrame, obs: pd.DataFrame, names: 
     split[which >= 0] = numbers[which[which >= 0]]
 
 
-def _by_values(split: np.ndarray, column: str, values: tuple[str, ...], obs: pd.DataFrame, number: int) -> None:
+def _by_values(split: np.ndarray, column: str, values: tuple[str, ...], obs: pd.DataFrame, number: int) -> set[str]:
+    """Gives cells of these values the split's number. Returns the labels that the values are."""
     present = obs[column].to_numpy()
     known = sorted(set(present))
-    asked, values = values, tuple(known_label(value, known) for value in values)
-    for value in asked:
-        if known_label(value, known) not in known:
+    found = {value: known_label(value, known) for value in values}
+    for value, label in found.items():
+        if label not in known:
             raise InputError(
                 f"split.by={column}: no cell has {value!r}. There are {len(known)} values, such as {known[:5]}"
             )
-    split[np.isin(present, values) & (split == 255)] = number
+    split[np.isin(present, list(found.values())) & (split == 255)] = number
+    return set(found.values())
 
 
 def _fractions(shares: dict[str, float], strata: np.ndarray, key: np.ndarray, names: list[str]) -> np.ndarray:

@@ -76,7 +76,7 @@ def container_of(site: Mapping[str, str]) -> Container | None:
     runtime, mounts = runtime or "pyxis", []
     for text in filter(None, site.get("SCLDM_CONTAINER_MOUNTS", "").split(",")):
         # pyxis also mounts what is no folder, as tmpfs:/tmp
-        match = re.fullmatch(rf"({'[^:]+' if runtime == 'pyxis' else '/[^:]*'})(?::(/[^:]*)(?::([\w+]+))?)?", text)
+        match = re.fullmatch(rf"({'[^:]+' if runtime == 'pyxis' else '/[^:]*'})(?::(/[^:]*)(?::([\w+=-]+))?)?", text)
         if not match:
             told = f"SCLDM_CONTAINER_MOUNTS: {text!r} is no mount of {runtime}"
             raise InputError(f"{told}; give /data, /data:/inside or /data:/inside:ro, separated by commas")

@@ -185,7 +185,9 @@ class JobSteps:
             self.heed(why)
             if came:  # what all nodes meet alike is the fault of the job or of the site file
                 note_nodes(self.notes / BAD_NODES, dict.fromkeys(missing, f"no Python started in {told}"))
-            self.fail(why)
+            if len(came) < int(self.settings.get("SCLDM_MIN_NODES") or len(self.hosts)):
+                self.fail(why)
+            self.hosts = [host for host in self.hosts if host in came]
         self.note("RUNNING", f"{self.what}; {told} is there after {time.monotonic() - began:.0f} s")
 
     def print_on_nodes(self, *words: str) -> str:

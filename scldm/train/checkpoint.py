@@ -145,7 +145,8 @@ class Checkpoint:
     def check(self, names: Iterable[str] | None = None) -> None:
         """Read these of its files, or all, and compare. Raises: Damaged, with the file."""
         if added := [name for name in BESIDE if name not in self.files and (self.folder / name).exists()]:
-            raise Damaged(f"{self.folder / added[0]} is not noted in {STATE}: it was added later. Remove it")
+            # its weights may be sound: a run that goes on puts damaged checkpoints aside, and not this one
+            raise InputError(f"{self.folder / added[0]} is not noted in {STATE}: it was added later. Remove it")
         for name in self.files if names is None else names:
             path, expected = self.folder / name, self.files[name]
             if not path.is_file():

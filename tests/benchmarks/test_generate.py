@@ -78,7 +78,8 @@ def test_random_weights_generate_at_any_size(target: tuple[str, str, int], monke
         rows.pop(f"random weights, whole, few steps, batch {n}, float32: peak memory")
     assert compiled, "the transformer's blocks, once more at the faster of both"
     names = [name for name in rows if name.endswith(("compiled", "compiled: peak memory"))]
-    assert all((rows.pop(name).value or 0) >= 0 for name in names)
+    values = {name: rows.pop(name).value for name in names}
+    assert all(value is not None and (value > 0 or "memory" in name) for name, value in values.items())
     assert len(names) == 2
     judged = "base DiT, 70m VAE, 3,699 genes, few steps, on an H100-class GPU: not measured on a GPU"
     assert {name: (row.value, row.target) for name, row in rows.items()} == (

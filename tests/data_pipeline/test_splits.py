@@ -59,6 +59,9 @@ def test_a_number_is_asked_for_as_its_own_file_writes_it(tmp_path):
     config = SplitConfig(by="dose", validation_values=("10.0",), test_values=("0.50",))
     split, _, _ = draw_splits(config, 0, obs, source, row)
     assert split.tolist() == [2] * 100 + [1] * 100 + [0] * 100
+    twice = SplitConfig(by="dose", validation_values=("10",), test_values=("10.0",))
+    with pytest.raises(InputError, match="'10' stands in both"):
+        draw_splits(twice, 0, obs, source, row)
     doses[100:200].drop_duplicates().to_csv(tmp_path / "held_out.csv", index=False)
     assert "10.0" in (tmp_path / "held_out.csv").read_text()
     split, _, _ = draw_splits(SplitConfig(held_out=f"{tmp_path}/held_out.csv"), 0, obs, source, row)

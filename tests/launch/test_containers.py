@@ -234,6 +234,15 @@ def test_a_node_that_an_image_does_not_come_to_is_named(site: Site, runtime: str
 
 
 @pytest.mark.heavy
+def test_the_job_goes_on_without_it_where_fewer_nodes_will_do(site: Site) -> None:
+    life = site.job("pyxis", "scldm.sqsh", "--nodes", "1-2")
+    (site.fake / "broken").write_text("n2")
+    assert life.start(0, step=5) == "DONE", life.done.stdout + life.done.stderr
+    assert (life.notes / "bad_nodes").read_text().startswith("n2\t")
+    assert [line for line in site.did() if line.startswith("verb")] == ["verb in pyxis on n1"]
+
+
+@pytest.mark.heavy
 def test_a_signal_while_an_image_comes_sends_the_job_back(site: Site) -> None:
     life = site.job("apptainer")
     script = '#!/bin/bash\ntrap "exit 143" TERM; touch "$FAKE/step"; kill -USR1 $SCRIPT; '

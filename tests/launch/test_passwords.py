@@ -50,6 +50,9 @@ def holding(folder: Path) -> list[str]:
         (f"s3://AKIA:{WORD}@bucket/x", "s3://bucket/x"),
         ("abfs://container@account.net/x", "abfs://container@account.net/x"),
         (f"abfs://a:{WORD}@account.net/x", "abfs://account.net/x"),
+        *((f"{kind}://name@place/x", f"{kind}://name@place/x") for kind in ("az", "oci", "webhdfs", "ftp", "sftp")),
+        (f"git+https://{WORD}@host/x", "git+https://host/x"),
+        ("https://host/set?partition_key=3&monkey=1", "https://host/set?partition_key=3&monkey=1"),
         *(
             (f"https://host/x?{name}={WORD}&a=b", f"https://host/x?{name}=...&a=b")
             for name in (

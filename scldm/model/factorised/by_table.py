@@ -48,8 +48,8 @@ def by_head(k_BLD: Tensor, n_heads: int) -> Tensor:
 def by_table(
     mcab: MCAB, head: nn.Linear, query_TD: Tensor, row_BQ: Tensor, k_BLD: Tensor, U_BRD: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """`_by_latents` of genes that are rows of a table, for each cell others. The first product is taken once a row. A
-    cell fetches its genes' rows of t, for scores and LayerNorm's moments, and those of the product.
+    """`unpooling._by_latents` of genes that are rows of a table, for each cell others. The first product is taken once
+    a row. A cell fetches its genes' rows of t, for scores and LayerNorm's moments, and those of the product.
     """
     N, D, norm_query, norm = mcab.n_heads, query_TD.shape[1], mcab.norm_query, mcab.norm_mlp
     linear_TK, linear_BRK = head(query_TD + mcab.out.bias), head(U_BRD)

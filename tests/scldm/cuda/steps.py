@@ -51,14 +51,14 @@ def rest(B: int) -> dict[str, Any]:
     return {"library_size_all_B": torch.ones(B), "weight_B": torch.ones(B), "conditions": labels, **identity}
 
 
-def cells(B: int, own: bool) -> CompactCellBatch:
+def cells(B: int, own: bool, n_given: int = S, n_asked: int = S) -> CompactCellBatch:
     X = 2_000 * B
     where, counts = torch.zeros(37, dtype=torch.int32), torch.zeros(X, dtype=torch.uint8)
     csr = CompactCounts(
         torch.zeros(B + 1, dtype=torch.int32), torch.zeros(X, dtype=torch.int16), counts, where, where, G + 1
     )
-    ids = torch.ones((B, S) if own else (S,), dtype=torch.int16)
-    return CompactCellBatch(csr=csr, given_ids=ids, asked_ids=ids, **rest(B))
+    given, asked = (torch.ones((B, n) if own else (n,), dtype=torch.int16) for n in (n_given, n_asked))
+    return CompactCellBatch(csr=csr, given_ids=given, asked_ids=given if n_given == n_asked else asked, **rest(B))
 
 
 def train(name: str, stage: Any, batch: Any, precision: str) -> None:
@@ -80,9 +80,9 @@ def train(name: str, stage: Any, batch: Any, precision: str) -> None:
     note(f"{name}: validation", counts)
 
 
-def vae_of(preset: str, attention: str = "auto") -> VAE:
+def vae_of(preset: str, attention: str = "auto", **more: int) -> VAE:
     with torch.device(GPU.device):
-        return VAE(dataclasses.replace(of_preset(preset, None), attention=attention), G)
+        return VAE(dataclasses.replace(of_preset(preset, None), attention=attention, **more), G)
 
 
 def dit_of(n_latents: int) -> DiT:
@@ -94,6 +94,13 @@ def vae_steps(B: int, own: bool, precision: str, ways: tuple[str, ...]) -> None:
     for way in ways:
         sets = "own sets" if own else "shared set"
         train(f"vae/20m {precision} {sets}, {way}", VAEStage(vae_of("20m", way)), cells(B, own), precision)
+
+
+def few_cells(ways: tuple[str, ...]) -> None:
+    """Four cells that are asked for every gene, and two layers each way."""
+    for way in ways:
+        stage = VAEStage(vae_of("20m", way, n_layers=2))
+        train(f"vae/20m bf16 every gene asked, {way}", stage, cells(4, False, 8_000, G), "bf16")
 
 
 def ldm_steps() -> None:
@@ -157,6 +164,7 @@ def every_step() -> dict[str, Any]:
         vae_steps(32, False, "bf16", ("auto", "plain", "sdpa"))
         for precision, own in (("fp32", False), ("bf16", True)):
             vae_steps(32, own, precision, ("auto", "sdpa"))
+        few_cells(("auto", "plain", "sdpa"))
         ldm_steps()
         verbs()
         encode()
