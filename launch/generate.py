@@ -203,7 +203,7 @@ def wanted_cells(config: GenerateConfig) -> pd.DataFrame:
             return table
         # 1e12 and 10.0 are whole numbers too
         numbers = np.asarray(pd.to_numeric(table["n_cells"].astype(str), errors="coerce"), np.float64)
-        if not ((numbers >= 0) & (numbers < 1e18) & (numbers % 1 == 0)).all():
+        if not ((numbers >= 0) & (numbers < 1e18) & (numbers == np.floor(numbers))).all():
             raise InputError(f"{path}: column n_cells must hold whole numbers, 0 or more")
         require_room(config.out, int(numbers.sum()))
         rows = np.repeat(np.arange(len(table)), numbers.astype(int))
