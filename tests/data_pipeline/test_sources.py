@@ -136,7 +136,7 @@ def test_broken_files(tmp_path):
     with pytest.raises(InputError, match="no-soma: no such file or folder"):
         open_sources(SourceConfig(paths=(str(tmp_path / "no-soma"),)), (), "")
     (tmp_path / "no-soma").mkdir()
-    with pytest.raises(InputError, match="can't be opened"):
+    with pytest.raises(InputError, match="a folder, and no zarr store.*no SOMA experiment"):
         open_sources(SourceConfig(paths=(str(tmp_path / "no-soma"),)), (), "")
     for key, change in (
         ("X/indptr", lambda d: d[-1:] * 0 + d[-1] + 5),

@@ -288,7 +288,7 @@ def test_the_keys_of_the_file_are_those_of_the_configs() -> None:
         ("train vae", f"'data.select.age=>65' {A_RUN}", ""),
         ("status", "vae/run1", ""),
         ("train vae", f"train.steps=-1 {A_RUN}", "train.steps=-1 must be at least 1"),
-        ("train vae", f"optim.lr=nan {A_RUN}", "optim.lr=nan must be above 0"),
+        ("train vae", f"optim.lr=nan {A_RUN}", "optim.lr=nan must be a finite number, above 0"),
         ("train vae", f"hardware.zero_stage=4 {A_RUN}", "hardware.zero_stage=4 must be from 1 to 3"),
         ("evaluate", "shards=set", "give what is to be judged: generated=FILE"),
         ("evaluate", "generated=g.h5ad", "generated needs out=FOLDER"),

@@ -133,7 +133,8 @@ def test_python_is_refused_the_same_with_the_fields_own_name(verb: str) -> None:
         for wrong in outside(number):
             with pytest.raises(InputError, match=rf"^{number.name}(\[0\]|\.x)?=") as refused:
                 number.owner(**{**others, number.name: number.given(wrong)})
-            assert str(refused.value).endswith(f"={wrong} must be {number.range}")
+            finite = "" if math.isfinite(wrong) or str(number.range) == "finite" else "a finite number, "
+            assert str(refused.value).endswith(f"={wrong} must be {finite}{number.range}")
 
 
 def test_what_is_not_finite_is_called_so() -> None:
