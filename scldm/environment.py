@@ -38,7 +38,7 @@ def describe() -> dict[str, Any]:
 # of URLs: who logs in, up to the last `@` of the host's part, and what signs a query
 _USER = re.compile(r"([\w+.-]+://)([^\s/?#]*)@")
 # of a URL whose user may be a token, also without a password. Elsewhere a name says where something lies
-_WEB = re.compile(r"(?:[\w.-]+\+)?https?://", re.IGNORECASE)
+_WEB = re.compile(r"https?://$", re.IGNORECASE)
 _SIGNED = re.compile(
     r"(?<=[?&;#])([\w-]*(?:password|passwd|pwd|secret|token|signature|credential"
     r"|(?:api|access|account|secret|private|signing)[-_]?key(?:[-_]?id)?)|key|sig|odbc_connect)="
@@ -53,7 +53,7 @@ def without_passwords(text: str) -> str:
 
 
 def _without_user(found: re.Match[str]) -> str:
-    return found[1] if ":" in found[2] or _WEB.fullmatch(found[1]) else found[0]
+    return found[1] if ":" in found[2] or _WEB.search(found[1]) else found[0]
 
 
 def cpu_maker() -> str:
