@@ -50,6 +50,15 @@ def read_known(kind: type[Kind], path: Path) -> Kind:
     return known_of(kind, read_json(path), str(path))
 
 
+def read_checked(kind: type, path: Path) -> dict[str, Any] | None:
+    """All that a file says, once the dataclass's fields of it are checked. None where there is no file."""
+    if not path.is_file():
+        return None
+    value = read_json(path)
+    known_of(kind, value, str(path))
+    return value
+
+
 def _fields(kind: Any) -> tuple[dataclasses.Field, ...]:
     return dataclasses.fields(kind)
 

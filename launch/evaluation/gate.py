@@ -26,9 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scldm.errors import InputError, read_json
+from scldm.errors import InputError
 from scldm.files import outlived, write_json
-from scldm.given_json import known_of
+from scldm.given_json import read_checked
 from scldm.train.run_state import comparable
 from scldm.train.tracking import Tracker, read_metrics
 
@@ -51,11 +51,7 @@ KL_NATS = 1.0  # a cell: latents below it hardly differ between cells
 
 def read_gate(folder: Path) -> dict[str, Any] | None:
     """What a run folder, or a set of latents, says. None where the autoencoder was not judged."""
-    if not (folder / GATE).is_file():
-        return None
-    gate = read_json(folder / GATE)
-    known_of(_Gate, gate, str(folder / GATE))
-    return gate
+    return read_checked(_Gate, folder / GATE)
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from scldm.errors import InputError, read_json
+from scldm.errors import InputError
 from scldm.files import locked, write_json
-from scldm.given_json import known_of, typed
+from scldm.given_json import read_checked, typed
 from scldm.train.follower import row_files
 
 NOTE, STATE, LOCK = "tracked.json", "mlflow_run.json", "tracking.lock"
@@ -62,11 +62,7 @@ def new_note(place: str, experiment: str, run_name: str) -> dict[str, Any]:
 
 def read_note(folder: Path) -> dict[str, Any] | None:
     """What MLflow is to get of the run in a folder; None where no run there is followed. Raises: InputError."""
-    if not (folder / NOTE).is_file():
-        return None
-    note = read_json(folder / NOTE)
-    known_of(_Note, note, str(folder / NOTE))
-    return note
+    return read_checked(_Note, folder / NOTE)
 
 
 @dataclass(frozen=True)
