@@ -64,6 +64,7 @@ def test_a_diff_shows_what_changed_and_no_secret(checkout: Path) -> None:
         "Authorization: Bearer hidden11",
         "https://hidden12@place/y",
         "x = 'hf_hidden'",
+        *(f"x = '{begin}hidden-of-sixteen'" for begin in ("gho_", "glpat-", "xoxb-", "sk-proj-")),
         'password = "hidden words of several"',
         "-----BEGIN RSA PRIVATE KEY-----\nhidden\nhidden\n-----END RSA PRIVATE KEY-----",
         'token: str = "hidden13"',
@@ -75,7 +76,7 @@ def test_a_diff_shows_what_changed_and_no_secret(checkout: Path) -> None:
     assert "hidden" not in diff
     assert diff.startswith("diff --git a/file.py b/file.py\n")
     assert 'latent_tokens + 3; "sk-learn"' in diff
-    assert diff.count("...") == 14
+    assert diff.count("...") == 18
     assert "https://place/x" in diff
 
 

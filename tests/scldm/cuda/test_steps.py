@@ -22,7 +22,7 @@ SETS = ("bf16 shared set", "bf16 own sets", "fp32 shared set", "bf16 every gene 
 MOST = 1.2
 # of four cells that are asked for 36,130 genes. With two layers each way the cross-attentions count for more: 1.212 in
 # a step (1,034 over 853)
-MOST_FEW = 1.25
+MOST_FEW = 1.22
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_auto_launches_about_as_little_as_any_way(sets: str, what: str, found: d
     of = {name: n for name, n in ways.items() if name.endswith(f": {what}")}
     auto = of.pop(f"vae/20m {sets}, auto: {what}")
     assert of
-    assert auto <= (MOST_FEW if sets.endswith("every gene asked") else MOST) * min(of.values()), ways
+    assert auto <= (MOST_FEW if (sets, what) == ("bf16 every gene asked", "step") else MOST) * min(of.values()), ways
 
 
 def test_a_step_of_the_diffusion_transformer_is_mostly_its_network(found: dict[str, Any]) -> None:
