@@ -90,7 +90,7 @@ MOST_OF_A_DIFF = 1_000_000  # bytes
 # what follows one of these in its line is not kept. `token` alone is a word of this project: model.token=linear
 _SECRET = re.compile(
     r"((?i:password|passwd|passphrase|\bpwd\b|secret|api[-_]?key|access[-_]?key|credential|authorization|bearer)"
-    r"|TOKEN|_KEY[\"']|token[\"']?\s?[=:]\s?(?:str\s?=\s?)?[\"']|\b(?:hf_|gh[a-z]_|github_pat_|glpat-|xox[a-z]-|sk-[\w-]{16}|AKIA|eyJ)).*"
+    r"|TOKEN|_KEY[\"']|token[\"']?\s?[=:]\s?(?:str\s?=\s?)?[\"']|\b(?:hf_|gh[a-z]_|github_pat_|glpat-|xox[a-z]-|sk-(?=[\w-]{16})|AKIA|eyJ)).*"
 )
 _HUNK = re.compile(r"(@@ -\S+ \+\S+ @@).*")  # after which git shows a line of the file, whatever it holds
 _KEY = re.compile(r"-----BEGIN[A-Z ]*PRIVATE KEY-----.*?(?:-----END[A-Z ]*-----|\Z)", re.DOTALL)
