@@ -9,7 +9,6 @@ Reading order: FoundationConfig, main, stages, foretold.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,12 @@ from typing import Any
 
 from benchmarks.report import Report, Row, run_benchmark
 from benchmarks.shards import BenchShardsConfig, bytes_in, keep_to_one_atlas, run_and_watch, write_soma
-from launch.config import compose
-from launch.planning.config import PlanLDMConfig, PlannedHardware, PlanVAEConfig
+from launch import plan as plan_verb
+from launch.planning.config import PlanVAEConfig
+from launch.planning.plan import Plan, plan_of, validated
 from launch.quickstart import write_wanted
 from scldm.files import write_json
 from scldm.flow.sampler import SamplerConfig
-from scldm.train.throughput import PEAK_TFLOPS
 
 PURPOSE = """Go from SOMA to the report at 1/1,000 of docs/foundation.md, and put what was foretold of each stage beside
 what it took. Run again, it goes on after the last finished stage."""
@@ -152,39 +151,38 @@ def foretold(config: FoundationConfig) -> dict[str, dict[str, float]]:
     """Stage -> numbers as in MEASURES, from sizes alone, as docs/foundation.md has them."""
     n_held_out = round(config.cells / 10)  # validation, and as many of test
     cells = {"n_cells": config.cells - 2 * n_held_out, "n_validation": n_held_out}
-    vae_config = compose(PlanVAEConfig, config.vae)
-    shape = {"n_latents": vae_config.model.n_latents, "latent_width": vae_config.model.latent_width}
     vae = plan("vae", *config.vae, **cells, n_test=n_held_out, n_genes=config.genes, expressed=config.expressed)
+    assert isinstance(vae.config, PlanVAEConfig)
+    assert vae.encode is not None
+    shape = {"n_latents": vae.config.model.n_latents, "latent_width": vae.config.model.latent_width}
     ldm = plan("ldm", *config.ldm, **cells, **shape)
     # Heun evaluates the network twice a step. Forward is a third of one. Validation decodes a cell with all its genes
-    per_s = PEAK_TFLOPS["CPU"]["fp32"] * 1e12 * PlannedHardware.mfu
-    drawn_s = 2 * SamplerConfig.n_steps * ldm["flops_per_cell"] / 3 / per_s
-    decoded_s = vae["validation_s"] / vae_config.train.validation_cells
-    judged_s = measured("evaluation-atlas.json", "CPU time") / 100_000
+    a_step_s = (
+        ldm.cost.flops / 3 / ldm.config.hardware.micro_batch / (ldm.config.hardware.peak * ldm.config.hardware.mfu)
+    )
+    decoded_s = (vae.validation_s or 0.0) / validated(vae.config)
     return {
         "shards": {
             "s": config.cells / measured("shards-20k-soma.json", "soma: rate"),
             "written": config.cells * config.expressed * BYTES_OF_A_COUNT / 1e9,
         },
-        "vae": of_training(vae, vae_config.train.steps),
-        "encode": {"s": vae["encode"]["seconds"], "written": vae["encode"]["written_bytes"] / 1e9},
-        "ldm": of_training(ldm, compose(PlanLDMConfig, config.ldm).train.steps),
-        "generate": {"s": n_held_out * (drawn_s + decoded_s)},
-        "evaluate": {"s": n_held_out * judged_s},
+        "vae": of_training(vae),
+        "encode": {"s": vae.encode.seconds, "written": vae.encode.written_bytes / 1e9},
+        "ldm": of_training(ldm),
+        "generate": {"s": n_held_out * (2 * SamplerConfig.n_steps * a_step_s + decoded_s)},
+        "evaluate": {"s": n_held_out * measured("evaluation-atlas.json", "CPU time") / 100_000},
     }
 
 
-def plan(*words: str, **sizes: int) -> dict[str, Any]:
-    """What `scldm plan` prints as JSON."""
-    numbers = [f"{key}={value}" for key, value in sizes.items()]
-    command = [sys.executable, "-P", "-m", "launch.cli", "plan", *words, *numbers, "compare=false", "json=true"]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def plan(*words: str, **sizes: int) -> Plan:
+    """That of `scldm plan`."""
+    return plan_of(plan_verb.cut(plan_verb.read([*words, *(f"{key}={value}" for key, value in sizes.items())])))
 
 
-def of_training(planned: dict[str, Any], steps: int) -> dict[str, float]:
-    """steps: of the training"""
-    seconds = steps * planned["step_s"] + planned["validations"] * planned["validation_s"]
-    return {"s": seconds, "memory": planned["memory"]["1"]["peak"] / 1e9}
+def of_training(planned: Plan) -> dict[str, float]:
+    """One rank holds gradients and optimizer whole, as under ZeRO-1."""
+    seconds = planned.config.train.steps * planned.step_s + planned.validations * (planned.validation_s or 0.0)
+    return {"s": seconds, "memory": planned.by_stage[1].peak / 1e9}
 
 
 def measured(file: str, name: str) -> float:
