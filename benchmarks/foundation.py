@@ -54,9 +54,9 @@ class FoundationConfig:
     spread: float = 0.7
     vae: tuple[str, ...] = (
         *("vae/70m", "hardware/cpu", "model.width=64", "model.n_latents=8", "model.n_layers=1", "model.n_heads=4"),
-        *("optim.lr=2e-3", "data.lanes=64", "data.given.gene_set_group=32", "hardware.micro_batch=32"),
-        *("train.global_batch=128", "train.steps=1600", "train.ema_decay=0.99", "train.validate_every=400"),
-        *("train.validation_cells=512", "train.save_every=400", "train.log_every=20"),
+        *("optim.lr=2e-3", "data.lanes=64", "data.given.n_genes=2048", "data.given.gene_set_group=32"),
+        *("hardware.micro_batch=32", "train.global_batch=128", "train.steps=1600", "train.ema_decay=0.99"),
+        *("train.validate_every=400", "train.validation_cells=512", "train.save_every=400", "train.log_every=20"),
     )
     ldm: tuple[str, ...] = (
         *("ldm/base", "hardware/cpu", "model.width=128", "model.n_layers=4", "model.n_heads=4", "optim.lr=1e-3"),
