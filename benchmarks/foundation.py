@@ -1,8 +1,8 @@
 """The foundation run of docs/foundation.md at 1/1,000 of its size, on one CPU core: from SOMA to the report, each stage
 by its verb, with what was foretold of it beside what it took.
 
-Foretold by `scldm plan` are both trainings and encoding. Conversion and evaluation go by the rates of committed
-benchmarks, generation by the plan's FLOPs.
+Foretold by `scldm plan` are both trainings and encoding, from the measured peak of the core. Conversion and evaluation
+go by the rates of committed benchmarks, generation by the plan's FLOPs.
 Reading order: FoundationConfig, main, stages, foretold.
 """
 
@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.report import Report, Row, run_benchmark
 from benchmarks.shards import BenchShardsConfig, bytes_in, keep_to_one_atlas, run_and_watch, write_soma
+from benchmarks.ways import peak_flops
 from launch import plan as plan_verb
 from launch.planning.config import PlanVAEConfig
 from launch.planning.plan import Plan, plan_of, validated
@@ -151,11 +154,13 @@ def foretold(config: FoundationConfig) -> dict[str, dict[str, float]]:
     """Stage -> numbers as in MEASURES, from sizes alone, as docs/foundation.md has them."""
     n_held_out = round(config.cells / 10)  # validation, and as many of test
     cells = {"n_cells": config.cells - 2 * n_held_out, "n_validation": n_held_out}
-    vae = plan("vae", *config.vae, **cells, n_test=n_held_out, n_genes=config.genes, expressed=config.expressed)
+    torch.set_num_threads(1)
+    peak = f"hardware.peak_tflops={peak_flops(torch.device('cpu'), torch.float32) / 1e12}"  # of this machine's core
+    vae = plan("vae", *config.vae, peak, **cells, n_test=n_held_out, n_genes=config.genes, expressed=config.expressed)
     assert isinstance(vae.config, PlanVAEConfig)
     assert vae.encode is not None
     shape = {"n_latents": vae.config.model.n_latents, "latent_width": vae.config.model.latent_width}
-    ldm = plan("ldm", *config.ldm, **cells, **shape)
+    ldm = plan("ldm", *config.ldm, peak, **cells, **shape)
     # Heun evaluates the network twice a step. Forward is a third of one. Validation decodes a cell with all its genes
     a_step_s = (
         ldm.cost.flops / 3 / ldm.config.hardware.micro_batch / (ldm.config.hardware.peak * ldm.config.hardware.mfu)

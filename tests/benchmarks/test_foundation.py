@@ -15,7 +15,9 @@ SMALL = {
 
 
 @pytest.mark.slow
-def test_what_is_foretold_grows_with_steps_and_cells(tmp_path):
+def test_what_is_foretold_grows_with_steps_and_cells(tmp_path, monkeypatch):
+    monkeypatch.setattr(foundation, "peak_flops", lambda *_: 1e11)
+
     def told(cells: int, steps: int) -> dict[str, dict[str, float]]:
         vae = (*SMALL["vae"], f"train.steps={steps}", f"train.validate_every={steps}")
         return foundation.foretold(
