@@ -31,7 +31,7 @@ from anndata.io import read_elem, sparse_dataset, write_elem
 
 from data_pipeline.read_cells import LAYER, MEASUREMENT
 from scldm.errors import InputError, read_json
-from scldm.files import disk_explained, left_aside, locked, made_aside, of_bytes, remove, remove_marked, written_aside
+from scldm.files import disk_explained, locked, made_aside, of_bytes, remove_left, remove_marked, written_aside
 from scldm.given_json import typed
 from scldm.hdf5 import hdf5_made
 from scldm.progress import Progress
@@ -124,8 +124,7 @@ class CellWriter:
                 self.parts.mkdir(parents=True, exist_ok=True)
                 busy = f"{self.parts}: another process is making these cells. Wait for it, or end it"
                 stack.enter_context(locked(self.parts / "lock", busy))
-                for left in left_aside(self.parts):
-                    remove(left)
+                remove_left(self.parts)
                 with written_aside(self.parts / "made_by.json") as file:
                     file.write(json.dumps(self.made_by, indent=1).encode())
             yield

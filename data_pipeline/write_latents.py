@@ -34,7 +34,7 @@ from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.format.schema import FileEntry, ShardEntry
 from data_pipeline.stream.gene_set_config import GeneSetConfig
 from scldm.errors import InputError, read_json
-from scldm.files import disk_explained, left_aside, locked, remove, remove_marked, sha256_of, written_aside
+from scldm.files import disk_explained, locked, remove_left, remove_marked, sha256_of, written_aside
 from scldm.given_json import typed
 
 
@@ -91,8 +91,8 @@ class LatentWriter:
                 folder.mkdir(parents=True, exist_ok=True)
         busy = f"{self.out}: another process is writing these latents. Wait for it, or end it"
         with locked(self.parts / "lock", busy):
-            for left in [*left_aside(self.parts), *left_aside(self.out / "shards")]:
-                remove(left)
+            for folder in (self.out, self.parts, self.out / "shards", self.out / "index"):
+                remove_left(folder)
             self._write(self.parts / "set.json", json.dumps(self.identity).encode())
             yield
 

@@ -101,10 +101,11 @@ def main(config: EncodeConfig) -> Path:
                     writer.write_shard(shard, latents(encode, cells, shard, config, world, bar))
             world.barrier()
             if world.is_first:
-                writer.finish()
+                # before the set is finished, as what a kill leaves of them is removed until then
                 keep_encoded_from(Path(config.out), as_given.vae, config.which, as_given.shards)
                 if gate:  # for who trains on these latents
                     write_json(Path(config.out) / GATE, gate)
+                writer.finish()
                 print(f"{cells.manifest.n_cells:,} cells as {shape[0]} tokens of width {shape[1]}: {config.out}")
     close_world()
     return Path(config.out)

@@ -25,7 +25,7 @@ from scldm.evaluate.intervals import WIDTH
 from scldm.evaluate.metrics import METRICS
 from scldm.evaluate.report_tables import row_texts
 from scldm.evaluate.run_page import run_page
-from scldm.files import disk_explained, flat, written_aside
+from scldm.files import flat, write_page
 from scldm.given_json import known_of
 from scldm.train.follower import row_files, row_of
 from scldm.train.run_folder import PREVIEWS, outcome_of, starts_of
@@ -74,8 +74,7 @@ def main(config: ReportConfig) -> Path:
     """Write the page, and print what matters most; returns the page."""
     runs = [facts(Path(run)) for run in config.runs]
     out = Path(config.out or Path(config.runs[0]) / ("run.html" if len(runs) == 1 else "runs.html"))
-    with disk_explained(str(out)), written_aside(out) as file:
-        file.write(run_page(runs).encode())
+    write_page(out, run_page(runs))
     for run in runs:
         print(f"{run['name']}: {run['headline']}")
         for sentence in run["weak"]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_pipeline.format.describe import describe_text
 from data_pipeline.format.schema import read_manifest
-from scldm.files import disk_explained, written_aside
+from scldm.files import write_page
 
 PURPOSE = "Print what a shard set holds: splits, conditions, sources, sizes. Or draw it as a page with figures."
 EXAMPLE = """scldm shards info path=shards
@@ -35,6 +35,5 @@ def main(config: ShardsInfoConfig) -> None:
     if config.html:
         from data_pipeline.format.page import describe_html  # the text alone needs no jinja2
 
-        with disk_explained(config.html), written_aside(Path(config.html)) as file:
-            file.write(describe_html(config.path, manifest).encode())
+        write_page(Path(config.html), describe_html(config.path, manifest))
         print(f"{config.html}: the same with figures")

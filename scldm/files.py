@@ -1,8 +1,9 @@
 """Local files: whole or not there, whatever goes down while they are written. Locks, hashes, what a disk refuses as a
 sentence, and nested mappings as dotted keys. What is at a URL is data_pipeline/stores.py.
 
-Reading order: check_writable, check_new, written_aside, made_aside, put_in_place, left_aside, remove_marked,
-write_json, sync, sha256_of, of_bytes, locked, no_space, space_explained, disk_explained, outlived, flat.
+Reading order: check_writable, check_new, written_aside, made_aside, put_in_place, left_aside, remove_left,
+remove_marked, write_json, write_page, sync, sha256_of, of_bytes, locked, no_space, space_explained, disk_explained,
+outlived, flat.
 """
 
 from __future__ import annotations
@@ -103,8 +104,9 @@ def made_aside(path: Path, replaces: bool = True, at: Path | None = None) -> Ite
     part = at or _unique(path)
     part.parent.mkdir(parents=True, exist_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in [part, *(left_aside(path.parent, path.name) if replaces else ())]:
-        remove(left)
+    remove(part)
+    if replaces:
+        remove_left(path.parent, path.name)
     try:
         yield part
         _open_to_others(part)
@@ -145,6 +147,12 @@ def left_aside(folder: Path, name: str | None = None) -> list[Path]:
     return [path for path, match in found if match and name in (None, match[1])]
 
 
+def remove_left(folder: Path, name: str | None = None) -> None:
+    """Remove what `left_aside` finds, where no other process writes there."""
+    for path in left_aside(folder, name) if folder.is_dir() else ():
+        remove(path)
+
+
 def remove_marked(folder: Path, mark: str) -> None:
     """Remove a folder of ours, as far as it can be: one with this file in it, which goes last. Others stay."""
     if not (folder / mark).is_file():
@@ -161,6 +169,14 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all."""
     with written_aside(path) as file:
         file.write(json.dumps(value, indent=1).encode())
+
+
+def write_page(path: Path, html: str) -> None:
+    """Write a page whole or not at all, by one process at a time. Raises: InputError where the disk refuses it."""
+    with disk_explained(str(path)):
+        remove_left(path.parent, path.name)
+        with written_aside(path) as file:
+            file.write(html.encode())
 
 
 def remove(path: Path) -> None:

@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from scldm.environment import describe, without_passwords
 from scldm.errors import Busy, InputError, Stopped, read_json
-from scldm.files import ASIDE, flat, left_aside, outlived, remove, write_json
+from scldm.files import ASIDE, flat, outlived, remove_left, write_json
 from scldm.given_json import known_of, read_known, typed
 from scldm.train import changes
 from scldm.train.changes import CHANGES
@@ -125,8 +125,7 @@ def _clean(run_dir: Path) -> None:
     """Remove what killed starts left in the folder and in those that only training writes. In others, verbs may be
     writing."""
     for folder in (run_dir, run_dir / DIFFS, run_dir / PREVIEWS):
-        for left in left_aside(folder) if folder.is_dir() else ():
-            remove(left)
+        remove_left(folder)
 
 
 def step_of(run_dir: Path) -> int:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +35,11 @@ STEPS = ["train.steps=60", "train.validate_every=20", "train.save_every=4", "tra
 WRITE = ["conditions=type", "block_cells=8", "shard_cells=16", "split.validation=0.2", "split.test=0.2"]
 VERBS = ("write", "train", "encode", "generate")
 CONVERT = ("safetensors", "torch", "dcp")
-AFTER = [
-    pytest.param(verb, marks=pytest.mark.exhaustive) for verb in ("export", "evaluate", "report", "embed", *CONVERT)
-]
+AFTER = ("export", "evaluate", "report", "embed", *CONVERT)
+
+
+def exhaustive(cases: Iterable[tuple[Any, ...]]) -> list[Any]:
+    return [pytest.param(*case, marks=pytest.mark.exhaustive) for case in cases]
 
 
 def words_of(verb: str, made: Path, out: Path) -> list[str]:
@@ -156,8 +158,15 @@ def assert_left_clean(folder: Path) -> None:
     assert not [path for path in folder.rglob("*") if path.suffix in (".partial", ".broken", ".parts")]
 
 
-@pytest.mark.parametrize("kills", [FEW, pytest.param(MANY, marks=pytest.mark.exhaustive)])
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize(
+    "verb, kills",
+    [
+        *((verb, FEW) for verb in VERBS),
+        *exhaustive((verb, MANY) for verb in VERBS),
+        *exhaustive((verb, FEW) for verb in AFTER),
+    ],
+)
+@pytest.mark.usefixtures("made_for")
 def test_killed_at_random_moments(
     verb: str, kills: int, start: Callable, whole: Callable, made: Path, tmp_path: Path
 ) -> None:
@@ -177,6 +186,22 @@ def test_killed_at_random_moments(
     assert start(words).end() == 0
     assert result(verb, tmp_path / "out") == expected
     assert_left_clean(tmp_path)
+
+
+def test_what_a_kill_leaves_of_a_file_goes(start: Callable, whole: Callable, made: Path, tmp_path: Path) -> None:
+    """In any of the folders that encoding writes to, at whatever file it was."""
+    words, out = words_of("encode", made, tmp_path / "out"), tmp_path / "out"
+    started = start(words)
+    while not list(out.glob("shards/*.tar")) and started.process.exitcode is None:
+        time.sleep(0.001)
+    started.process.kill()
+    assert started.end() != 0
+    for folder in (out, out / "parts", out / "shards", out / "index"):
+        folder.mkdir(exist_ok=True)
+        (folder / ".blocks.npy.0123456789ab.partial").touch()
+    assert start(words).end() == 0
+    assert_left_clean(tmp_path)
+    assert result("encode", out) == whole("encode")[0]
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -235,7 +260,7 @@ def made_for(verb: str, made: Path) -> None:
         assert main(words) == 0, words
 
 
-@pytest.mark.parametrize("verb", [*VERBS, *AFTER])
+@pytest.mark.parametrize("verb", [*VERBS, *exhaustive((verb,) for verb in AFTER)])
 @pytest.mark.usefixtures("made_for")
 def test_a_disk_that_fills_up(verb: str, start: Callable, whole: Callable, made: Path, tmp_path: Path) -> None:
     """Whatever it was at. With room again, the same command goes on."""

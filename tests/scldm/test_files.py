@@ -24,6 +24,7 @@ from scldm.files import (
     of_bytes,
     put_in_place,
     sha256_of,
+    write_page,
     written_aside,
 )
 
@@ -80,6 +81,15 @@ def test_a_page_replaces_nothing_but_a_page(tmp_path: Path) -> None:
     page.write_text("{}")
     with pytest.raises(InputError, match=f"^out={page} exists and is no HTML page, which would be lost"):
         check_page("out", str(page))
+
+
+def test_a_page_takes_what_a_killed_one_left_with_it(tmp_path: Path) -> None:
+    mine, others = (tmp_path / f".{name}.0123456789ab.partial" for name in ("page.html", "other.html"))
+    for left in (mine, others):
+        left.touch()
+    write_page(tmp_path / "page.html", "<!doctype html>é")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [others.name, "page.html"]
+    assert (tmp_path / "page.html").read_text() == "<!doctype html>é"
 
 
 def test_bytes_are_said_in_the_unit_that_shows_them() -> None:

@@ -359,6 +359,9 @@ def test_names_in_a_column_keep_apart_and_in_order():
 def test_report_is_whole_and_needs_nothing_from_elsewhere(strange, tmp_path, monkeypatch):
     monkeypatch.setitem(STYLE, "savefig.dpi", 40)  # 6 s otherwise
     made = {"command": "scldm evaluate", "created": "today", "versions": {"numpy": "2"}}
+    (tmp_path / "out" / "figures").mkdir(parents=True)
+    for folder in (tmp_path / "out", tmp_path / "out" / "figures"):
+        (folder / ".killed.0123456789ab.partial").touch()
     written = write_report(strange | {"made_with": made}, tmp_path / "out")
     assert [p.name for p in written] == ["report.html", *(f"{name}.png" for name in FIGURES)]
     html = written[0].read_text()
@@ -370,7 +373,7 @@ def test_report_is_whole_and_needs_nothing_from_elsewhere(strange, tmp_path, mon
     assert f"script-src 'sha256-{digest}'" in html  # else a browser won't run it
     targets = set(re.findall(r'href="#([^"]+)"', html))
     assert targets == set(re.findall(r'<(?:section|figure) id="([^"]+)"', html))
-    assert not list((tmp_path / "out").rglob("*.part"))
+    assert not list((tmp_path / "out").rglob("*.partial"))
 
 
 def test_every_row_of_a_table_has_a_cell_for_every_column(strange):
