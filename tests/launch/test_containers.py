@@ -235,7 +235,9 @@ def test_a_node_that_an_image_does_not_come_to_is_named(site: Site, runtime: str
     assert (life.notes / "bad_nodes").read_text().startswith("n2\t")
     (life.notes / "bad_nodes").unlink()
     assert life.start(1, step=5, hosts="n2") == "FAILED"  # no other node has it
-    assert (life.notes / "state").read_text().endswith(f"\tstopped by {why}: 2 failures without progress (still at 5)\n")
+    assert (
+        (life.notes / "state").read_text().endswith(f"\tstopped by {why}: 2 failures without progress (still at 5)\n")
+    )
     assert life.requeued == 1
     assert not (life.notes / "bad_nodes").exists()
     assert not (site.fake / "did").exists() or all(line.startswith("unpack") for line in site.did())
