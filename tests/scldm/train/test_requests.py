@@ -214,6 +214,17 @@ def test_a_run_that_agrees_every_third_step_stops_and_resumes_as_one_that_was_no
     assert_same_run(uninterrupted, tmp_path)
 
 
+def test_a_run_that_agrees_every_third_step_still_asks_after_every_batch_of_a_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests, "steps_between", lambda n_ranks, step_ms: 3)
+    seen: list[int] = []
+    with pytest.raises(Stopped):
+        small_run("vae", tmp_path, disturb=asking(4, lambda: os.kill(os.getpid(), signal.SIGTERM), seen), **EVERY)
+    state, _ = stored(tmp_path)
+    assert (state["step"], state["unvalidated"], len(seen)) == (4, True, 1)
+
+
 def test_a_run_that_agrees_every_third_step_answers_a_save_once(
     uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
