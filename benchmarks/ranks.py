@@ -158,7 +158,7 @@ def as_rank(rank: int, n: int, port: int, lazy: bool, out: int) -> None:
 
 
 def agree(world: World) -> None:
-    world.begin_max([0, 0, 0, 0, 0])()
+    world.begin_max([0, 0, 0, 0, 0, 0])()
 
 
 def n_sockets() -> int:

@@ -25,6 +25,8 @@ SCLDM_CONTAINER=
 # pyxis (the default), apptainer, singularity or podman; mounts as /lustre,/data:/data:ro
 SCLDM_CONTAINER_RUNTIME=
 SCLDM_CONTAINER_MOUNTS=
+# seconds in which a node has to have the image (1800); 0 for no limit
+SCLDM_IMAGE_S=
 
 # folder on a node's own disk for staged shards; folders that all nodes see (/lustre:/home)
 SCLDM_SCRATCH=

@@ -60,10 +60,12 @@ SIGKILLED = (128 + signal.SIGKILL, 253)  # 253: Slurm's word for just that
 CRASHED = (signal.SIGILL, signal.SIGTRAP, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV)
 # on each node: removes a folder there once the job lets go of the step's stdin, or is gone
 KEEPER = 'trap "" TERM USR1; echo here; cat >/dev/null; rm -rf "${1:?}"/* "$1"'
-# in the container on each node
+# in the container on each node, and beside it
 HERE = "import os; print('here', os.environ['SLURMD_NODENAME'])"
+LOAD = 'podman load --quiet --input="$1" && echo "here $SLURMD_NODENAME"'
+NO_PROGRAM = (2, 126, 127)  # of srun, a shell or a container that finds no such command, or may not run it
 
-
+TOO_LONG, END_S = 124, 10  # exit code of a step that is ended for its time, as of `timeout`; seconds to end in
 LATE_S = 90  # Slurm sends the signal before the time limit up to a minute too soon
 
 
@@ -120,6 +122,7 @@ class JobSteps:
         self.restart = int(settings.get("SLURM_RESTART_COUNT", 0))
         self.max_failures, self.warn_s = int(settings["SCLDM_MAX_FAILURES"]), int(settings["SCLDM_WARN_S"])
         self.made, self.notes = settings["SCLDM_MADE"], Path(settings["SCLDM_NOTES"])
+        self.image_s = int(settings.get("SCLDM_IMAGE_S") or 1_800)
         self.soft = settings["SCLDM_STOP_SIGNAL"]
         self.failure = self.notes / f"failure{self.part}"
         self.container = container_of(settings)
@@ -175,31 +178,42 @@ class JobSteps:
         began, told = time.monotonic(), f"image {self.container.image} ({self.container.runtime})"
         self.note("RUNNING", f"{self.what}; brings {told} to {len(self.hosts)} nodes")
         if self.container.is_archive:
-            loaded = self.print_on_nodes("podman", "load", "--quiet", f"--input={self.container.image}")
+            loaded = self.bring(told, "podman did not load it", "bash", "-c", LOAD, "load", self.container.image)
             if not (names := re.findall(r"^Loaded image.*: (\S+)$", loaded, re.MULTILINE)):
-                self.fail(f"{told}: no node could load it; see the log")
+                self.fail(f"{told}: podman load printed no image's name; see {self.notes / IMAGE}{self.part}")
             self.container = self.container._replace(image=names[-1])
-        came = re.findall(r"^here (\S+)$", self.print_on_nodes(*self.python("-c", HERE)), re.MULTILINE)
-        if missing := [host for host in self.hosts if host not in came]:
-            why = f"{told}: {self.settings['SCLDM_PYTHON']} did not start in it on {', '.join(missing)}; see the log"
-            self.heed(why)
-            if came:  # what all nodes meet alike is the fault of the job or of the site file
-                note_nodes(self.notes / BAD_NODES, dict.fromkeys(missing, f"no Python started in {told}"))
-            if len(came) < int(self.settings.get("SCLDM_MIN_NODES") or len(self.hosts)):
-                self.fail(why)
-            self.hosts = [host for host in self.hosts if host in came]
+        python = self.settings["SCLDM_PYTHON"]
+        self.bring(told, f"{python} did not start in it", *self.python("-c", HERE))
         self.note("RUNNING", f"{self.what}; {told} is there after {time.monotonic() - began:.0f} s")
 
-    def print_on_nodes(self, *words: str) -> str:
-        """What a command prints, run in the container or beside it, once on every node."""
+    def bring(self, told: str, failed: str, *words: str) -> str:
+        """Run a command once on every node, in the container or beside it, and go on with the nodes that say `here`.
+
+        A node that says nothing within SCLDM_IMAGE_S is left out as one that fails. Returns what the command prints.
+
+        Raises: SystemExit where too few nodes are left. A registry that is away for a moment is tried again.
+        """
         place = self.notes / f"{IMAGE}{self.part}"
         with place.open("w") as file:
             # a node that fails ends no other, so that all are named
             command = [*self.each_node(), "--kill-on-bad-exit=0", "--wait=0", *words]
-            code = self.step("TERM", command, stdout=file)
+            code = self.step("TERM", command, stdout=file, within_s=self.image_s or math.inf)
         if self.told_to_stop(code):
             self.requeue("while the container's image came")
-        return place.read_text()
+        printed = place.read_text()
+        came = re.findall(r"^here (\S+)$", printed, re.MULTILINE)
+        if missing := [host for host in self.hosts if host not in came]:
+            late = f" within {self.image_s} s (SCLDM_IMAGE_S)" if code == TOO_LONG else ""
+            why = f"{told}: {failed} on {', '.join(missing)}{late}; see the log"
+            self.heed(why)
+            if came:  # what all nodes meet alike is the fault of the job or of the site file
+                note_nodes(self.notes / BAD_NODES, dict.fromkeys(missing, f"{told}: {failed}{late}"))
+            elif code in NO_PROGRAM:
+                self.fail(f"{why}: exit code {code}, no such program")
+            if len(came) < int(self.settings.get("SCLDM_MIN_NODES") or len(self.hosts)):
+                self.retry(why)
+            self.hosts = [host for host in self.hosts if host in came]
+        return printed
 
     def preflight(self) -> list[str]:
         """The nodes to run on. Raises: SystemExit where there are none."""
@@ -290,8 +304,17 @@ class JobSteps:
 
     # --- how a step is run ------------------------------------------------------------------------------------------
 
-    def step(self, signal_name: str, command: Sequence[str], stdout: IO[str] | None = None, **more_env: str) -> int:
-        """Run a step; it is sent the signal when the job is told to stop. Returns its exit code as a shell has it."""
+    def step(
+        self,
+        signal_name: str,
+        command: Sequence[str],
+        stdout: IO[str] | None = None,
+        within_s: float = math.inf,
+        **more_env: str,
+    ) -> int:
+        """Run a step. It is sent the signal when the job is told to stop. Returns its exit code as a shell has it, or
+        TOO_LONG where it took longer than `within_s`."""
+        end = time.monotonic() + within_s
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, env=self.env | more_env)
         while True:
             self.listen()
@@ -302,6 +325,13 @@ class JobSteps:
                 process.send_signal(signal.Signals[f"SIG{signal_name}"])
             if process.poll() is not None:
                 return process.returncode if process.returncode >= 0 else 128 - process.returncode
+            if time.monotonic() > end:
+                process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(END_S)
+                process.kill()  # srun waits for a node that hangs
+                process.wait()
+                return TOO_LONG
             self.listen(0.1)
 
     def wait_for_step(self, process: subprocess.Popen[bytes]) -> None:

@@ -38,12 +38,16 @@ KEYS = {
     "SCLDM_CONTAINER": "image of a container that the ranks run in, as its runtime names images",
     "SCLDM_CONTAINER_RUNTIME": "what runs it: pyxis (by default), apptainer, singularity or podman",
     "SCLDM_CONTAINER_MOUNTS": "its mounts, as /lustre,/data:/data:ro",
+    "SCLDM_IMAGE_S": "seconds in which a node has to have the image, by default 1800; 0 for no limit",
     "SCLDM_SCRATCH": "folder on a node's local disk, for staged shards",
     "SCLDM_SHARED": "folders that all nodes see, separated by colons; run folders lie below one of them",
 }
 FOR_SBATCH = (*("SCLDM_PARTITION", "SCLDM_CPU_PARTITION", "SCLDM_ACCOUNT", "SCLDM_QOS", "SCLDM_TIME", "SCLDM_MEMORY"),)
 NUMBER, GPUS = r"\d+", r"(?:([\w.-]+):)?(\d+)"
-NUMBERS = {"SCLDM_GPUS_PER_NODE": GPUS, "SCLDM_TASKS_PER_NODE": NUMBER, "SCLDM_CPUS_PER_TASK": NUMBER}
+NUMBERS = {
+    "SCLDM_GPUS_PER_NODE": GPUS,
+    **dict.fromkeys(("SCLDM_TASKS_PER_NODE", "SCLDM_CPUS_PER_TASK", "SCLDM_IMAGE_S"), NUMBER),
+}
 # SCLDM_NCCL_X=value sets NCCL_X on the nodes; NCCL has too many variables for a list that stays true
 PASSED_ON = ("SCLDM_NCCL_", "SCLDM_GLOO_", "SCLDM_UCX_", "SCLDM_FI_")
 

@@ -5,9 +5,10 @@
     a file `save` in the run folder                        save, and go on
     a file `profile` in the run folder                     the first rank profiles some steps, see profile.py
 
-Ranks see a signal at different times, and the first rank alone looks for the files. So each step begins with one
+Ranks see a signal at different times, and the first rank alone looks for the files. So a step begins with one
 all-reduce of a few integers over gloo, on the CPU, that is on its way while the step is computed, and ends with its
 result: what any rank knew when it began the step, all know when they end it. A validation pass asks after every batch.
+Gloo's all-reduce is a ring of all ranks. Many ranks give it as many steps as take a second, and all act at one step.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ STOP_FILE, SAVE_FILE, PROFILE_FILE = "stop", "save", "profile"
 LOOK_EVERY_S = 1.0  # on a shared file system, looking is a request to its server
 PATIENCE_S = 1.0  # within which one Ctrl-C may come twice: from the terminal, and from torchrun
 RANKS = 1 << 24  # signal and rank are told in one integer
+MANY, WITHIN_S = 128, 1.0  # from so many ranks on, an all-reduce may be on its way for so long
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Requests:
         self._looked_at, self._files = 0.0, (0, 0)
         self.profile = False  # known to the first rank alone, which needs no other for it
         self._wait: Callable[[], list[int]] | None = None
+        self._steps, self._of, self._began = 0, 1, 0.0  # steps since what was told began, those that it has, and when
 
     def __enter__(self) -> Requests:
         self._before = {number: signal.signal(number, self._catch) for number in self.signals}
@@ -71,14 +74,28 @@ class Requests:
             signal.signal(number, handler)
 
     def begin(self, save_failed: bool, save_unfinished: bool) -> None:
-        """Tell the other ranks what this one knows. Collective."""
+        """Tell the other ranks what this one knows, unless what it told before is still on its way. Collective."""
+        if self._wait is not None:
+            return
+        now = time.monotonic()
+        step_ms = int(1e3 * (now - self._began) / self._steps) if self._began else 0
+        self._steps, self._began = 0, now
         caught = self.caught * RANKS + self.world.rank if self.caught else 0
-        self._wait = self.world.begin_max([caught, *self._look(), int(save_failed), int(save_unfinished)])
+        told = [caught, *self._look(), int(save_failed), int(save_unfinished), step_ms]
+        self._wait = self.world.begin_max(told)
 
-    def end(self) -> Asked:
-        """What any rank told when this step began. Collective."""
+    def end(self, at_once: bool = False) -> Asked:
+        """What any rank told when this step began. Nothing while that may still be on its way. Collective.
+
+        at_once: wait for it, as after what is no step
+        """
         assert self._wait is not None
-        caught, stop, save, save_failed, save_unfinished = self._wait()
+        self._steps += 1
+        if self._steps < self._of and not at_once:
+            return Asked(save_unfinished=True)
+        (caught, stop, save, save_failed, save_unfinished, step_ms), self._wait = self._wait(), None
+        self._of = 1 if at_once else steps_between(self.world.size, step_ms)
+        self._began = 0.0 if at_once else self._began  # its time says nothing of a step's
         code, reason = 0, ""
         if stop:
             code, reason = STOPPED, f"the file {self.run_dir / STOP_FILE}"
@@ -116,6 +133,11 @@ class Requests:
             self._files = (int((self.run_dir / STOP_FILE).exists()), int((self.run_dir / SAVE_FILE).exists()))
             self.profile = (self.run_dir / PROFILE_FILE).exists()
         return self._files
+
+
+def steps_between(n_ranks: int, step_ms: int) -> int:
+    """Steps that an all-reduce has to come, where the slowest rank's step takes `step_ms`."""
+    return max(1, int(1e3 * WITHIN_S / max(1, step_ms))) if n_ranks >= MANY and step_ms else 1
 
 
 def signal_named(name: str) -> signal.Signals:

@@ -2,7 +2,7 @@
 a profile.
 
 The loop tells it where it is. Once a step, and once a validation batch, all ranks agree on what was asked and on how
-far the checkpoint is: one message carries both.
+far the checkpoint is: one message carries both. Many ranks agree once a second (requests.py).
 """
 
 from __future__ import annotations
@@ -49,19 +49,21 @@ class Supervisor:
         """Send the other ranks what this one knows. It travels while they compute."""
         self.requests.begin(self.saver.failed, self.saver.unfinished)
 
-    def agree(self, when: str) -> None:
+    def agree(self, when: str, at_once: bool = False) -> None:
         """Set `asked` to what any rank knew at `begin`. A checkpoint that all ranks have written is made whole.
+
+        at_once: wait for what is still on its way
 
         Raises: InputError on all ranks where one could not write its part.
         """
         self.mark(f"agrees on requests after {when}")
-        self.asked = self.requests.end()
+        self.asked = self.requests.end(at_once)
         self.saver.advance(self.asked.save_failed, self.asked.save_unfinished)
 
     def is_stopped(self, when: str) -> bool:
         """Whether the ranks agree, between two steps, that the run was asked to stop."""
         self._send()
-        self.agree(when)
+        self.agree(when, at_once=True)
         return self.asked.stop > 0
 
     @property

@@ -99,10 +99,15 @@ for host in ${hosts//,/ }; do
     if [ -n "$image" ] && [ ! -e "$FAKE/$host-$name" ]; then
         echo "unpack $image as $name on $host" >>"$FAKE/did"
         if [ "$host" = "$(cat "$FAKE/broken" 2>/dev/null)" ]; then code=1; continue; fi
+        if [ "$host" = "$(cat "$FAKE/hangs" 2>/dev/null)" ]; then hangs=1; continue; fi
         touch "$FAKE/$host-$name"
     fi
     SLURMD_NODENAME=$host IN=${image:+pyxis} "$@" || code=$?
 done
+if [ -n "$hangs" ]; then
+    [ ! -e "$FAKE/deaf" ] || trap "" TERM
+    exec sleep 60
+fi
 exit ${code:-0}
 """
 # a command that runs another in a container, and hands signals on
@@ -221,16 +226,85 @@ def test_podman_loads_an_archive_on_each_node(site: Site) -> None:
 @pytest.mark.heavy
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_a_node_that_an_image_does_not_come_to_is_named(site: Site, runtime: str) -> None:
-    life = site.job(runtime)
+    """A registry may be away for a moment, so the job is tried again, and not for ever."""
+    life = site.job(runtime, "scldm.sqsh", "--max-failures", "2")
     (site.fake / "broken").write_text("n2")
-    assert life.start(0, step=5) == "FAILED"
-    why = f"image scldm.sqsh ({runtime}): {site.fake}/rank's python did not start in it on n2; see the log\n"
-    assert (life.notes / "state").read_text().endswith(f"\t{why}")
+    assert life.start(0, step=5) == "REQUEUED"
+    why = f"image scldm.sqsh ({runtime}): {site.fake}/rank's python did not start in it on n2; see the log"
+    assert (life.notes / "state").read_text().endswith(f"\tby {why}, at 5\n")
     assert (life.notes / "bad_nodes").read_text().startswith("n2\t")
     (life.notes / "bad_nodes").unlink()
-    assert life.start(0, step=5, hosts="n2") == "FAILED"  # no other node has it
+    assert life.start(1, step=5, hosts="n2") == "FAILED"  # no other node has it
+    assert (
+        (life.notes / "state").read_text().endswith(f"\tstopped by {why}: 2 failures without progress (still at 5)\n")
+    )
+    assert life.requeued == 1
     assert not (life.notes / "bad_nodes").exists()
     assert not (site.fake / "did").exists() or all(line.startswith("unpack") for line in site.did())
+
+
+@pytest.mark.heavy
+def test_an_image_that_comes_the_second_time_is_no_failure(site: Site) -> None:
+    life = site.job("pyxis")
+    (site.fake / "broken").write_text("n2")
+    assert life.start(0, step=0) == "REQUEUED"
+    (site.fake / "broken").unlink()
+    assert life.start(1, step=0) == "DONE", life.done.stdout + life.done.stderr
+    assert [line for line in site.did() if line.startswith("verb")] == ["verb in pyxis on n1", "verb in pyxis on n2"]
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("code, state", [(127, "FAILED"), (126, "FAILED"), (2, "FAILED"), (125, "REQUEUED")])
+def test_a_runtime_that_is_on_no_node_is_not_tried_again(site: Site, code: int, state: str) -> None:
+    """127 of a shell that finds no such command. 125 of Podman, also where a registry gives no answer."""
+    life = site.job("podman")
+    (site.fake / "bin" / "podman").write_text(f"#!/bin/sh\nexit {code}\n")
+    assert life.start(0, step=5) == state
+    assert life.requeued == (state == "REQUEUED")
+    assert not (life.notes / "bad_nodes").exists()
+    if state == "FAILED":
+        assert f"did not start in it on n1, n2; see the log: exit code {code}, no such program" in life.done.stdout
+
+
+@pytest.mark.heavy
+def test_a_runtime_that_some_nodes_have_is_tried_again(site: Site) -> None:
+    life = site.job("apptainer")
+    (site.fake / "broken").write_text("n2")
+    (site.fake / "bin" / "apptainer").write_text(RUNTIME.replace("exit 125", "exit 127"))
+    assert life.start(0, step=5) == "REQUEUED", life.done.stdout + life.done.stderr
+    assert (life.notes / "bad_nodes").read_text().startswith("n2\t")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("least, state", [("1-2", "DONE"), ("2", "REQUEUED")])
+def test_a_node_that_hangs_while_its_image_comes_is_named_and_left_out(site: Site, least: str, state: str) -> None:
+    with (site.tmp_path / "site.sh").open("a") as file:
+        file.write("SCLDM_IMAGE_S=1\n")
+    life = site.job("pyxis", "scldm.sqsh", "--nodes", least)
+    (site.fake / "hangs").write_text("n2")
+    if state == "DONE":
+        (site.fake / "deaf").touch()  # as srun, which waits for the node after SIGTERM too
+    assert life.start(0, step=5) == state, life.done.stdout + life.done.stderr
+    why = f"image scldm.sqsh (pyxis): {site.fake}/rank's python did not start in it"
+    assert (life.notes / "bad_nodes").read_text().endswith(f"\t{why} within 1 s (SCLDM_IMAGE_S)\n")
+    assert [line for line in site.did() if line.startswith("verb")] == ["verb in pyxis on n1"] * (state == "DONE")
+    if state == "REQUEUED":
+        assert f"by {why} on n2 within 1 s (SCLDM_IMAGE_S); see the log, at 5" in life.done.stdout
+
+
+@pytest.mark.heavy
+def test_a_node_that_hangs_while_it_loads_an_archive_is_left_out(site: Site) -> None:
+    with (site.tmp_path / "site.sh").open("a") as file:
+        file.write("SCLDM_IMAGE_S=1\n")
+    life = site.job("podman", "/images/scldm.tar", "--nodes", "1-2")
+    hangs = '[ "$1.$SLURMD_NODENAME" != load.n2 ] || exec sleep 60\n'
+    (site.fake / "bin" / "srun").write_text(SRUN.replace('"$@" ||', '"$@" 2>/dev/null ||'))  # what outlives it
+    (site.fake / "bin" / "podman").write_text(RUNTIME.replace("echo", hangs + "echo", 1))
+    assert life.start(0, step=5) == "DONE", life.done.stdout + life.done.stderr
+    why = "image /images/scldm.tar (podman): podman did not load it within 1 s (SCLDM_IMAGE_S)"
+    assert (life.notes / "bad_nodes").read_text().startswith("n2\t")
+    assert why in (life.notes / "bad_nodes").read_text()
+    assert all("on n1" in line for line in site.did())
 
 
 @pytest.mark.heavy

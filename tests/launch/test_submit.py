@@ -75,6 +75,7 @@ def test_a_site_file_is_read_and_never_run(tmp_path: Path, monkeypatch: pytest.M
         ("export SCLDM_QOS=a", "is no SCLDM_KEY=value line"),
         ("SCLDM_GPUS_PER_NODE=eight", "SCLDM_GPUS_PER_NODE='eight' must be a whole number, or a type and a number"),
         ("SCLDM_TASKS_PER_NODE=a:1", "SCLDM_TASKS_PER_NODE='a:1' must be a whole number$"),
+        ("SCLDM_IMAGE_S=30m", "SCLDM_IMAGE_S='30m' must be a whole number$"),
     ],
 )
 def test_what_a_site_file_can_not_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, said: str) -> None:

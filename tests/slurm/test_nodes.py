@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from launch.cli import main
 from launch.cluster import submit
-from launch.cluster.notes import state_of
+from launch.cluster.notes import nodes_in, state_of
 from tests.slurm.runs import ROOT, VAE, Cluster, Run, assert_same_weights, curve, wait_for
 
 pytestmark = pytest.mark.slow
@@ -37,6 +38,36 @@ def test_a_lost_node_is_done_without(cluster: Cluster, chain: Path) -> None:
         cluster.call("scontrol", "update", "nodename=sim[3-4]", "state=resume")
         wait_for(lambda: cluster.call("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D").strip() == "4", 60)
         cluster.call("srun", "--partition=high", "--nodes=4", "true")  # idle a moment before it is given to jobs
+
+
+# in the place of Apptainer: on one node an image never comes, and whoever waits for it does not end by SIGTERM
+HANGS = """#!/bin/bash
+if [ "$SLURMD_NODENAME" = sim2 ]; then trap "" TERM; while true; do sleep 1; done; fi
+while [ "$1" != "$RANKS_PYTHON" ]; do shift; done
+exec "$@"
+"""
+
+
+@pytest.mark.exhaustive  # tests/launch/test_containers.py has a stand-in for Slurm too
+def test_a_node_on_which_an_image_never_comes_is_done_without(
+    cluster: Cluster, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "apptainer").write_text(HANGS)
+    (tmp_path / "apptainer").chmod(0o755)
+    (tmp_path / ".bash_profile").write_text(f'PATH="{tmp_path}:$PATH"\n')
+    lines = {"CONTAINER": "scldm.sif", "CONTAINER_RUNTIME": "apptainer", "IMAGE_S": 8, "PYTHON": sys.executable}
+    own = "".join(f"SCLDM_{key}={value}\n" for key, value in lines.items())
+    (tmp_path / "site.sh").write_text((cluster.folder / "site.sh").read_text() + own)
+    for name, value in (("HOME", tmp_path), ("SCLDM_SITE", tmp_path / "site.sh"), ("RANKS_PYTHON", sys.executable)):
+        monkeypatch.setenv(name, str(value))
+    run = Run(cluster, "no image", shards, "--nodes", "1-2", "--preflight-s", "120", "--", "--nodelist=sim[1-2]")
+    assert run.ends() == "DONE", run.log
+    ((node, (_, why)),) = nodes_in(run.notes / "bad_nodes").items()
+    assert node == "sim2"
+    assert why.endswith("did not start in it within 8 s (SCLDM_IMAGE_S)")
+    assert "preflight of 1 nodes" in run.log
+    assert len(run.events()) == 1
+    wait_for(lambda: cluster.call("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D").strip() == "4", 60)
 
 
 PLANTED = """

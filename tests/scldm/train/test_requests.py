@@ -1,4 +1,4 @@
-"""What is asked while a run validates is heard there, and costs nothing."""
+"""What is asked while a run validates is heard there, and costs nothing. Many ranks ask less often."""
 
 from __future__ import annotations
 
@@ -110,3 +110,127 @@ def test_ctrl_c_saves_and_a_second_one_does_not_wait(
         with pytest.raises(KeyboardInterrupt) if ends else nullcontext():
             os.kill(os.getpid(), signal.SIGINT)
     assert asked.caught == signal.SIGINT
+
+
+# --- many ranks ------------------------------------------------------------------------------------------------------
+
+
+class Ranks:
+    """As many as are many, of which two are there. A step takes some seconds, by a clock that only it moves."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, n: int = requests.MANY) -> None:
+        self.now, self.told = 100.0, list[list[list[int]]]()
+        monkeypatch.setattr(requests.time, "monotonic", lambda: self.now)
+        self.each = [requests.Requests(folder, (), Rank(rank, n, torch.device("cpu"))) for rank in (0, 1)]
+        for one in self.each:
+            object.__setattr__(one.world, "begin_max", self.begin_max)
+
+    def begin_max(self, values: list[int]) -> Any:
+        if not self.told or len(self.told[-1]) == 2:
+            self.told.append([])
+        mine = self.told[-1]
+        mine.append(values)
+        return lambda: [max(one) for one in zip(*mine, strict=True)]
+
+    def step(self, seconds: float, at_once: bool = False) -> requests.Asked:
+        for one in self.each:
+            one.begin(False, False)
+        self.now += seconds
+        one, other = [one.end(at_once) for one in self.each]
+        assert one == other  # whatever is done is done by all at one step
+        return one
+
+
+class Rank(World):
+    """Whose exchange may be taken over."""
+
+
+def test_many_ranks_agree_once_a_second_and_at_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Ranks(tmp_path, monkeypatch)
+    for _ in range(43):
+        assert ranks.step(0.2) in (requests.Asked(), requests.Asked(save_unfinished=True))
+    assert len(ranks.told) == 2 + 8 + 1  # the first two for a step each, while none knows how long one takes
+    ranks.each[1].caught = signal.SIGTERM
+    answers = [ranks.step(0.2) for _ in range(9)]
+    assert [answer.stop for answer in answers] == [*[0] * 8, 85]  # what is on its way was told before the signal came
+    assert answers[-1].reason == "SIGTERM on rank 1"
+
+
+def test_what_was_not_told_yet_makes_no_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Ranks(tmp_path, monkeypatch)
+    answers = [ranks.step(0.2).save_unfinished for _ in range(12)]
+    assert answers == [False, False, *[True] * 4, False, *[True] * 4, False]
+
+
+@pytest.mark.parametrize("n, seconds", [(requests.MANY - 1, 0.2), (requests.MANY, 1.1)])
+def test_few_ranks_or_long_steps_agree_in_every_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int, seconds: float
+) -> None:
+    ranks = Ranks(tmp_path, monkeypatch, n)
+    for _ in range(6):
+        ranks.step(seconds)
+    assert len(ranks.told) == 6
+
+
+@pytest.mark.parametrize("n_batches", [1, 8])
+def test_the_short_batches_of_a_validation_do_not_make_long_steps_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_batches: int
+) -> None:
+    """And each asks."""
+    ranks = Ranks(tmp_path, monkeypatch)
+    for _ in range(4):
+        ranks.step(0.2)
+    before = len(ranks.told)
+    for _ in range(n_batches):
+        assert ranks.step(0.01, at_once=True) == requests.Asked()
+    assert len(ranks.told) == before + n_batches - 1  # the first waits for what the steps had begun
+    before = len(ranks.told)
+    for _ in range(4):
+        ranks.step(3.0)
+    assert len(ranks.told) == before + 4
+
+
+@pytest.mark.parametrize("at", [2, 5, 9])
+def test_a_run_that_agrees_every_third_step_stops_and_resumes_as_one_that_was_not_stopped(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    monkeypatch.setattr(requests, "steps_between", lambda n_ranks, step_ms: 3)
+
+    def disturb(stage: Stage, loader: Any) -> None:
+        loss = stage.loss
+
+        def asks(model: Any, batch: Any, draws: Any) -> Any:
+            if draws.step == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return loss(model, batch, draws)
+
+        stage.loss = asks  # pyright: ignore[reportAttributeAccessIssue]
+
+    with pytest.raises(Stopped):
+        small_run("vae", tmp_path, disturb=disturb, **EVERY)
+    state, _ = stored(tmp_path)
+    assert at < state["step"] <= at + 6
+    small_run("vae", tmp_path, **EVERY)
+    assert_same_run(uninterrupted, tmp_path)
+
+
+def test_a_run_that_agrees_every_third_step_still_asks_after_every_batch_of_a_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests, "steps_between", lambda n_ranks, step_ms: 3)
+    seen: list[int] = []
+    with pytest.raises(Stopped):
+        small_run("vae", tmp_path, disturb=asking(4, lambda: os.kill(os.getpid(), signal.SIGTERM), seen), **EVERY)
+    state, _ = stored(tmp_path)
+    assert (state["step"], state["unvalidated"], len(seen)) == (4, True, 1)
+
+
+def test_a_run_that_agrees_every_third_step_answers_a_save_once(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(requests, "steps_between", lambda n_ranks, step_ms: 3)
+    tmp_path.joinpath("save").touch()
+    small_run("vae", tmp_path, **EVERY)
+    assert capfd.readouterr().err.count("asked by the file") == 1
+    assert not (tmp_path / "save").exists()
+    assert_same_run(uninterrupted, tmp_path)
