@@ -62,7 +62,7 @@ FREE_ON_RESUME = (
     *("model.attention", "model.compile", "model.recompute", "model.gene_chunk"),
     *("hardware.engine", "hardware.require_gpu", "hardware.micro_batch", "hardware.zero_stage", "hardware.threads"),
     *("hardware.offload_optimizer", "hardware.collective_timeout_s", "hardware.peak_tflops"),
-    *("deepspeed", "train.rank_logs", "gate"),
+    *("deepspeed", "train.rank_logs", "gate", "min_gene_share"),
     *("data.shards", "data.form", "data.prefetch", "data.read_threads", "data.read_ahead"),
     *("data.cache_folder", "data.cache_gb"),
 )
