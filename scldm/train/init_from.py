@@ -61,8 +61,8 @@ def vae_from(vae: VAE, genes: GeneVocab, trained: VAE, trained_genes: GeneVocab,
     if not joined.known or joined.known < min_gene_share * fewest:
         raise InputError(
             f"init_from: {joined.known:,} of {fewest:,} genes matched, and at least {100 * min_gene_share:.3g} % are "
-            f"needed (min_gene_share={min_gene_share:g}). Those of data.shards are named like {genes.ids[0]!r}, its own like {trained_genes.ids[0]!r}"
-            f"{why_few(genes.ids, trained_genes.ids)}"
+            f"needed (min_gene_share={min_gene_share:g}). Those of data.shards are named like {genes.ids[0]!r}, its "
+            f"own like {trained_genes.ids[0]!r}{why_few(genes.ids, trained_genes.ids)}"
         )
     if vae.config.direct != trained.config.direct:
         raise InputError(f"init_from: it was trained with model.direct={trained.config.direct}. Give model.direct that")
