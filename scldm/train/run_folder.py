@@ -34,7 +34,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from scldm.environment import describe, without_passwords
 from scldm.errors import Busy, InputError, Stopped, read_json
@@ -227,14 +227,13 @@ def is_trained(run_dir: Path) -> bool:
     except OSError:  # no lock, or a file system without locks
         pass
     owner = run_dir / OWNER
-    return owner.is_file() and not _ended(owner.read_text())
+    return owner.is_file() and not _ended(owner)
 
 
 def trained_on(run_dir: Path) -> str:
     """The host that last trained in the folder; empty where that is not noted."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return str(json.loads((run_dir / LOCK).read_text())["host"])
-    return ""
+    owner = _owner_in(run_dir / LOCK)
+    return owner.host if owner else ""
 
 
 @contextmanager
@@ -248,8 +247,7 @@ def locked(run_dir: Path) -> Iterator[None]:
     with (run_dir / LOCK).open("a+") as file:
         end, told = time.monotonic() + WAIT_S, False
         while not (held := _try_lock(run_dir, file.fileno())):
-            file.seek(0)
-            who = f"{run_dir}: another process is training in it ({_named(file.read())})"
+            who = f"{run_dir}: another process is training in it ({_named(run_dir / LOCK)})"
             if time.monotonic() > end:
                 kind = Busy if int(os.environ.get("SLURM_RESTART_COUNT") or 0) else InputError
                 raise kind(f"{who}; wait for it, or end it")
@@ -283,7 +281,7 @@ def _try_lock(run_dir: Path, descriptor: int) -> Callable[[], None] | None:
         with path.open("x") as file:
             file.write(_owner())
     except FileExistsError:
-        if not _ended(path.read_text()):
+        if not _ended(path):
             return None
         path.unlink(missing_ok=True)
         return _try_lock(run_dir, descriptor)
@@ -296,32 +294,48 @@ def _try_lock(run_dir: Path, descriptor: int) -> Callable[[], None] | None:
     return lambda: path.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class _Owner:
+    """The process that holds a lock. job: of Slurm; empty for none"""
+
+    host: str
+    pid: Annotated[int, range(1, 1 << 31)]
+    job: str = ""
+
+
 def _owner() -> str:
-    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID", "")})
+    return json.dumps(asdict(_Owner(socket.gethostname(), os.getpid(), os.environ.get("SLURM_JOB_ID", ""))))
 
 
-def _ended(owner: str) -> bool:
+def _owner_in(path: Path) -> _Owner | None:
+    """None where the file does not say."""
+    with suppress(OSError, InputError):
+        return read_known(_Owner, path)
+    return None
+
+
+def _ended(path: Path) -> bool:
     """Whether the process that made an owner file is known to have ended: Slurm starts no job anew beside itself."""
+    owner = _owner_in(path)
+    if owner is None:
+        return False
+    if owner.job and owner.job == os.environ.get("SLURM_JOB_ID"):
+        return True
+    if owner.host != socket.gethostname():
+        return False
     try:
-        told = json.loads(owner)
-        if told["job"] and told["job"] == os.environ.get("SLURM_JOB_ID"):
-            return True
-        if told["host"] != socket.gethostname():
-            return False
-        os.kill(told["pid"], 0)
+        os.kill(owner.pid, 0)
     except ProcessLookupError:
         return True
-    except (ValueError, KeyError, TypeError, OSError):
+    except OSError:
         return False
     return False
 
 
-def _named(owner: str) -> str:
-    try:
-        told = json.loads(owner)
-        return f"process {told['pid']} on {told['host']}" + (f", job {told['job']}" if told["job"] else "")
-    except (ValueError, KeyError, TypeError):
+def _named(path: Path) -> str:
+    if (owner := _owner_in(path)) is None:
         return "which does not say who it is"
+    return f"process {owner.pid} on {owner.host}" + (f", job {owner.job}" if owner.job else "")
 
 
 @contextmanager

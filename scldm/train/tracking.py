@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from scldm.checked import Checked, checked
-from scldm.environment import describe, without_passwords
+from scldm.environment import check_uri, describe, without_passwords
 from scldm.errors import InputError
 from scldm.files import flat, write_json
 from scldm.train import tracked
@@ -77,6 +77,7 @@ class TrackingConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_uri("tracking.uri", self.uri)
         if self.parent and self.parent_run_id:
             raise InputError(f"tracking.parent={self.parent} and tracking.parent_run_id name two parents; give one")
         if len({Path(path).name for path in self.attach}) < len(self.attach):
@@ -138,6 +139,7 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
             self._start_sampler(cfg, place, is_first=True)
         if not cfg.enabled:
             return
+        uri_of_environment()  # is refused. What fails from here on is told, and training goes on
         with self._reported("opening", tracked.NOTE):
             self.note = begin_note(self.run_dir, cfg, stage, params or {}, tags, datasets, started)
             self.parent = tracked.parent_of(self.run_dir, self.note)
@@ -338,6 +340,13 @@ class _Also(threading.Thread):
                     say(f"{self.name} failed: {self.lacks}. {METRICS} goes on, sent later")
 
 
+def uri_of_environment() -> str:
+    """Raises: InputError where it can't be told what in it is a password."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    check_uri("MLFLOW_TRACKING_URI", uri)
+    return uri
+
+
 def begin_note(
     run_dir: Path,
     cfg: TrackingConfig,
@@ -356,7 +365,7 @@ def begin_note(
     parent = Path(given).resolve() if given else None
     parent = None if parent == run_dir.resolve() else parent
     above = (tracked.read_note(parent) if parent else None) or {}
-    environment = without_passwords(os.environ.get("MLFLOW_TRACKING_URI", ""))
+    environment = without_passwords(uri_of_environment())
     own = database_uri((run_dir / "mlflow.db").resolve())
     place = without_passwords(cfg.uri) or above.get("uri") or environment or own
     experiment = cfg.experiment or above.get("experiment") or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "scldm"
