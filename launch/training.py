@@ -39,7 +39,6 @@ from scldm.parallel.watch import SOONER_S, Watch
 from scldm.pretrained import Pretrained
 from scldm.train.branch import begins, find
 from scldm.train.changes import CHANGES
-from scldm.train.follower import follower_named
 from scldm.train.init_from import Joined
 from scldm.train.loop import Loader, TrainConfig, train
 from scldm.train.losses import Stage
@@ -51,7 +50,7 @@ from scldm.train.run_folder import DIFFS, PLAN, open_run_folder, outcome_noted, 
 from scldm.train.step_cost import StepCost
 from scldm.train.steps import pointed
 from scldm.train.throughput import PEAK_TFLOPS, Meter, gpu_name, peak_flops
-from scldm.train.tracking import Tracker, TrackingConfig, check_attached
+from scldm.train.tracking import Tracker, TrackingConfig, check_tracking
 
 PLAN_AFTER_S = 60.0  # a run that ends sooner needs no plan
 # what a resume may change: where and how fast a run goes, how it is followed, but not what it computes. `data.shards`
@@ -161,9 +160,7 @@ def run_training(
     config.hardware.accumulation(config.train.global_batch, world.size)
     check_overrides(config.deepspeed)
     check_engine(config.hardware, world, config.deepspeed)
-    if config.tracking.also:
-        follower_named(config.tracking.also)  # on every rank, before any waits for another
-    check_attached(config.tracking.attach, Path(config.run_dir))
+    check_tracking(config.tracking, Path(config.run_dir))  # on every rank, before any waits for another
     run_dir = Path(config.run_dir)
     as_dict = asdict(config)
     for key in OF_A_START:

@@ -31,7 +31,7 @@ from scldm.evaluate.metrics import METRICS
 from scldm.evaluate.report import drawn_text, row_texts, tiles, write_report
 from scldm.evaluate.sample import Sample
 from scldm.files import written_aside
-from scldm.train.tracking import Tracker, read_metrics
+from scldm.train.tracking import Tracker, check_tracking, read_metrics
 
 if TYPE_CHECKING:
     from launch.evaluation.config import EvaluateVerbConfig
@@ -44,6 +44,7 @@ INPUTS = ("generated", "model", "vae", "ldm", "conditions", "protocol", "split",
 
 def evaluate_generated(config: EvaluateVerbConfig) -> dict:
     """Returns the evaluation, as in evaluation.json."""
+    check_tracking(config.tracking, Path(config.out) / "evaluation")
     runs = {stage: run for stage, run in (("vae", config.vae), ("ldm", config.ldm)) if run}
     curves = {stage: loss_curves(run, stage) for stage, run in runs.items()}
     model = load_model(config) if config.model else None

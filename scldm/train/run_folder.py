@@ -2,7 +2,8 @@
 
 config.json       the resolved config, as given
 changes.json      what changed the course of the run, see changes.py
-environment.json  versions, commit, host, command line, how attention is computed; one entry per start
+environment.json  versions, commit, host, command line, how attention is computed; one entry per start. A damaged one
+                  is begun again, and kept as environment.json.broken
 plan.json         what training this config was planned to take, see launch/planning/of_run.py
 metrics.jsonl     see tracking.py
 previews/         see previews.py
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import shlex
@@ -42,7 +44,7 @@ from scldm.files import ASIDE, flat, left_aside, outlived, remove, write_json
 from scldm.given_json import known_of, read_known, typed
 from scldm.train import changes
 from scldm.train.changes import CHANGES
-from scldm.train.steps import pointed
+from scldm.train.steps import BROKEN, pointed
 
 if TYPE_CHECKING:  # it imports torch, which `scldm status` needs nothing of
     from scldm.train.branch import Branch
@@ -194,11 +196,14 @@ def starts_of(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _starts(run_dir: Path) -> list[Any]:
-    """The notes of earlier starts; none where they can't be read: no run ends for want of them."""
+    """The notes of earlier starts. Where they can't be read the file is put aside: no run ends for want of them."""
     try:
         return starts_of(run_dir)
     except InputError as error:
-        print(f"scldm: {error}; it is begun again", file=sys.stderr, flush=True)
+        names = (f"{ENVIRONMENT}{BROKEN}{k or ''}" for k in itertools.count())
+        aside = next(path for name in names if not (path := run_dir / name).exists())
+        (run_dir / ENVIRONMENT).rename(aside)
+        print(f"scldm: {error}; it is begun again, and what it held is now {aside}", file=sys.stderr, flush=True)
         return []
 
 

@@ -128,6 +128,8 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
             if place.node and (cfg.enabled or cfg.also):
                 self._start_sampler(cfg, place, is_first=False)
             return
+        if cfg.enabled:
+            uri_of_environment()  # to be refused. What fails from here on is told, and training goes on
         if cfg.also:
             self._also = _Also(follower_named(cfg.also)(self.run_dir), cfg)
         with self._reported("opening"):
@@ -139,7 +141,6 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
             self._start_sampler(cfg, place, is_first=True)
         if not cfg.enabled:
             return
-        uri_of_environment()  # is refused. What fails from here on is told, and training goes on
         with self._reported("opening", tracked.NOTE):
             self.note = begin_note(self.run_dir, cfg, stage, params or {}, tags, datasets, started)
             self.parent = tracked.parent_of(self.run_dir, self.note)
@@ -388,9 +389,17 @@ def begin_note(
     return note
 
 
-def check_attached(attach: Sequence[str], run_dir: Path) -> None:
-    """Raises: InputError for a file that is not there when a run begins. A resume goes on without it."""
-    missing = [path for path in attach if not Path(path).is_file()]
+def check_tracking(cfg: TrackingConfig, run_dir: Path) -> None:
+    """What a Tracker would refuse or lack, before anything is computed.
+
+    Raises: InputError for a class of `also` or a URI that is none, and for a file of `attach` that is not there when a
+    run begins. A resume goes on without it.
+    """
+    if cfg.also:
+        follower_named(cfg.also)
+    if cfg.enabled:
+        uri_of_environment()
+    missing = [path for path in cfg.attach if not Path(path).is_file()]
     if missing and not (run_dir / "config.json").is_file():
         raise InputError(f"tracking.attach={','.join(missing)}: no such file")
     if missing:
