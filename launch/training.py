@@ -372,7 +372,7 @@ def has_started(config: RunConfig) -> bool:
 def keep_joined(run_dir: Path, model: str, joined: Sequence[Joined]) -> None:
     """Print how the data's names met the trained ones, and keep all of them in the run folder."""
     for table in joined:
-        print(f"init_from {model}: {table}")
+        print(f"init_from {model}: {table}", file=sys.stderr, flush=True)
     write_json(run_dir / "init_from.json", {"model": model, **{table.what: table.to_json() for table in joined}})
 
 
