@@ -190,7 +190,7 @@ def test_generated_cells_are_judged(fitted: tuple[Pretrained, ad.AnnData, Path],
     assert found.figure("scores").axes
     assert (found.save(tmp_path).stat().st_size, "<table" in found._repr_html_()) > (10_000, True)
     assert found.verdict in repr(found)
-    assert "of 40 genes matched (" in repr(found)
+    assert "genes matched (100 %)" in repr(found)
     assert (found.numbers["made_with"]["model"], found.numbers["config"]["seed"]) == (model.hash, 0)
     with pytest.raises(InputError, match="figure 'score' is not there. There are scores"):
         found.figure("score")
