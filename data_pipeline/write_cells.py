@@ -324,7 +324,7 @@ def _flat(made_by: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in made_by.items():
         inner = value
         if isinstance(value, str) and value.startswith("{"):
-            with suppress(ValueError):  # text that only begins so
+            with suppress(ValueError, RecursionError):  # text that only begins so
                 inner = json.loads(value)
         if isinstance(inner, dict) and inner:
             yield from ((f"{key}.{name}", of) for name, of in _flat(inner))

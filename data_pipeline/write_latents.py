@@ -22,9 +22,9 @@ import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -35,7 +35,24 @@ from data_pipeline.format.schema import FileEntry, ShardEntry
 from data_pipeline.stream.gene_set_config import GeneSetConfig
 from scldm.errors import InputError, read_json
 from scldm.files import disk_explained, locked, remove_left, remove_marked, sha256_of, written_aside
-from scldm.given_json import typed
+from scldm.given_json import Count, typed
+
+
+@dataclass(frozen=True)
+class _Block:
+    length: Annotated[int, range(1 << 32)]
+    crc32: Annotated[int, range(1 << 32)]
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What is noted of a shard. sum, sum_of_squares: over its latents, (L, Z)"""
+
+    blocks: list[_Block]
+    bytes: Count
+    sha256: str
+    sum: list[list[float]]
+    sum_of_squares: list[list[float]]
 
 
 class LatentWriter:
@@ -113,7 +130,7 @@ class LatentWriter:
         total, total_of_squares = np.zeros(self.shape), np.zeros(self.shape)
         columns = {name: cells.cell_column(name) for name in ("source", "row", "total_counts")}
         conditions = [cells.cell_column(f"condition.{name}") for name in cells.manifest.conditions.names]
-        path, blocks = self.out / entry.path, []
+        path, blocks = self.out / entry.path, list[_Block]()
         with (
             disk_explained(str(self.out)),
             written_aside(path) as file,
@@ -144,12 +161,12 @@ class LatentWriter:
                 member = tarfile.TarInfo(schema.member_name(block))
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
-                blocks.append({"length": len(data), "crc32": zlib.crc32(data)})
+                blocks.append(_Block(len(data), zlib.crc32(data)))
             assert not len(held), f"shard {shard}: more latents than its {entry.n_cells} cells"
             assert next(pieces, None) is None, f"shard {shard}: more latents than its {entry.n_cells} cells"
         size, sha = sha256_of(path)
-        sums = {"sum": total.tolist(), "sum_of_squares": total_of_squares.tolist()}
-        self._write(self._note(shard), json.dumps({"blocks": blocks, "bytes": size, "sha256": sha, **sums}).encode())
+        note = _Written(blocks, size, sha, total.tolist(), total_of_squares.tolist())
+        self._write(self._note(shard), json.dumps(asdict(note)).encode())
 
     def finish(self) -> None:
         """Writes index and manifest, once every shard is there. Does nothing where they are."""
@@ -158,17 +175,17 @@ class LatentWriter:
         missing = self.missing_shards()
         assert not missing, f"{len(missing)} shards are missing, the first is {missing[0]}"
         source = self.cells.manifest
-        notes = [json.loads(self._note(k).read_text()) for k in range(len(source.shards))]
+        notes = [self.written(k) for k in range(len(source.shards))]
         shards: list[ShardEntry] = []
         index = np.array(self.cells.blocks)
         for entry, note in zip(source.shards, notes):
-            shards.append(replace(entry, bytes=note["bytes"], sha256=note["sha256"]))
+            shards.append(replace(entry, bytes=note.bytes, sha256=note.sha256))
             at = 0
-            for block, made in enumerate(note["blocks"], entry.first_block):
+            for block, made in enumerate(note.blocks, entry.first_block):
                 record = index[block]
-                record["offset"], record["length"], record["crc32"] = at + 512, made["length"], made["crc32"]
+                record["offset"], record["length"], record["crc32"] = at + 512, made.length, made.crc32
                 index[block] = record
-                at += 512 + -(-made["length"] // 512) * 512
+                at += 512 + -(-made.length // 512) * 512
         files = []
         for path in [e.path for e in source.index]:
             kind, _, name = Path(path).stem.partition(".")
@@ -189,19 +206,24 @@ class LatentWriter:
         self.finished = True
         remove_marked(self.parts, "set.json")
 
-    def _moments(self, notes: list[dict[str, Any]]) -> dict[str, Any]:
+    def _moments(self, notes: list[_Written]) -> dict[str, Any]:
         """Mean and standard deviation over the training cells, float64 (L, Z)."""
         manifest = self.cells.manifest
         train = [note for note, entry in zip(notes, manifest.shards) if manifest.splits[entry.split].name == "train"]
         n = sum(e.n_cells for e in manifest.shards if manifest.splits[e.split].name == "train")
         if not n:
             return {}
-        mean = np.sum([note["sum"] for note in train], axis=0) / n
-        variance = np.sum([note["sum_of_squares"] for note in train], axis=0) / n - mean**2
+        mean = np.sum([note.sum for note in train], axis=0) / n
+        variance = np.sum([note.sum_of_squares for note in train], axis=0) / n - mean**2
         return {"mean": mean.tolist(), "std": np.sqrt(np.maximum(variance, 0)).tolist()}
 
     def _note(self, shard: int) -> Path:
         return self.parts / f"{shard:06d}.json"
+
+    def written(self, shard: int) -> _Written:
+        """What is noted of a shard that is written. Raises: InputError for a note that is damaged."""
+        path = self._note(shard)
+        return typed(_Written, read_json(path), str(path))
 
     def _write(self, path: Path, data: bytes) -> None:
         with disk_explained(str(self.out)), written_aside(path) as file:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from launch.checkpoints import found_checkpoint
-from scldm.errors import read_json
+from scldm.given_json import read_known
 
 if TYPE_CHECKING:  # it imports torch, for which nobody waits who named no checkpoint
     from scldm.train.checkpoint import Checkpoint
@@ -57,6 +57,13 @@ def main(config: CheckpointInspectConfig) -> dict[str, Any]:
     return told
 
 
+@dataclass(frozen=True)
+class _Config:
+    """What is shown of a run's config, which holds more."""
+
+    hardware: dict[str, Any]
+
+
 def summary(checkpoint: Checkpoint, parameters: bool) -> dict[str, Any]:
     state, shapes = checkpoint.state, checkpoint.shapes
     told: dict[str, Any] = {
@@ -73,7 +80,7 @@ def summary(checkpoint: Checkpoint, parameters: bool) -> dict[str, Any]:
         "files": {name: f"{entry.bytes:,} bytes" for name, entry in checkpoint.files.items()},
     }
     if "config.json" in state["files"]:
-        told["hardware"] = read_json(checkpoint.folder / "config.json")["hardware"]
+        told["hardware"] = read_known(_Config, checkpoint.folder / "config.json").hardware
     if parameters:
         told["parameters"] = {name: "x".join(map(str, shape)) or "scalar" for name, shape in shapes.items()}
     return told

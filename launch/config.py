@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from scldm.checked import check_ranges
-from scldm.environment import without_passwords
+from scldm.environment import check_uri, without_passwords
 from scldm.errors import InputError
 from scldm.files import flat
 
@@ -325,6 +325,8 @@ def public(key: str, text: str) -> str:
 
     Raises: InputError for a key whose password has no place there.
     """
+    if key in KEEPS_PASSWORD:
+        check_uri(key, text)
     without = without_passwords(text)
     if without != text:
         if key not in KEEPS_PASSWORD:

@@ -11,6 +11,7 @@ import csv
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import reduce
 from importlib.util import find_spec
 from itertools import islice
@@ -21,8 +22,9 @@ from data_pipeline.convert.open import ANYWHERE, named
 from launch.planned import needs_shards
 from launch.together import WRITES, moves_of, no_table
 from scldm import cells_opened
-from scldm.errors import InputError, read_json
+from scldm.errors import InputError
 from scldm.files import check_new, check_page, check_writable
+from scldm.given_json import read_checked, typed
 from scldm.model_files import check_names
 from scldm.train.tracked import check_followed
 
@@ -197,11 +199,19 @@ def check_evaluated(config: Any) -> None:
 # --- names of a model ----------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Model:
+    """What is asked here of a model's config.json, which holds more."""
+
+    ldm: dict[str, Any] | None = None
+    conditions: tuple[str, ...] = ()
+
+
 def model_at(config: Any) -> tuple[Path, dict[str, Any]]:
     """The folder of a model and its config.json. Raises: InputError for a run folder."""
     folder = Path(config.model)
-    told = read_json(folder / "config.json")
-    if not isinstance(told, dict) or "format_version" not in told:
+    told = read_checked(_Model, folder / "config.json") or {}
+    if "format_version" not in told:
         raise InputError(f"{folder} is not a model folder: its config.json is no model's. `scldm export` writes one")
     return folder, told
 
@@ -261,8 +271,9 @@ def check_conditions(folder: Path, told: Mapping[str, Any], asked: Mapping[str, 
 
     labels = ConditionVocab.load(folder / "conditions.json").labels
     vocab = ConditionVocab({name: labels[name] for name in told.get("conditions", labels) if name in labels})
+    continuous = typed(dict[str, str], of.get("continuous", {}), f"{folder / 'config.json'}: ldm.continuous")
     for name, wanted in asked.items():
-        vocab.encode(name, () if name in of.get("continuous", ()) else wanted)
+        vocab.encode(name, () if name in continuous else wanted)
 
 
 def check_genes(folder: Path, genes: Sequence[str]) -> None:
@@ -275,8 +286,16 @@ def check_genes(folder: Path, genes: Sequence[str]) -> None:
 # --- kinds of sets and runs ----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Set:
+    """The same of a set's manifest."""
+
+    kind: str = "cells"
+    conditions: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
 def manifest_of(folder: str) -> dict[str, Any]:
-    return read_json(Path(folder).expanduser() / "manifest.json")
+    return read_checked(_Set, Path(folder).expanduser() / "manifest.json") or {}
 
 
 def check_conditions_of_set(folder: str, conditions: Sequence[str]) -> None:

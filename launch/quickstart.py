@@ -273,7 +273,7 @@ def say_where(out: Path, todo: Stages, seconds: float) -> None:
     if todo.n_run == 0:
         from launch.evaluation.of_generated import show
 
-        show(json.loads((out / "evaluation.json").read_text()), out / "report.html")
+        show(read_json(out / "evaluation.json"), out / "report.html")
         print(f"\nall is done already ({sum(todo.note['stages'].values()):.0f} s in all); --fresh starts over")
     else:
         print(f"\n{todo.n_run} stages in {seconds:.0f} s")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,7 +17,7 @@ from launch.cluster.status import state_of_run, training, training_config
 from launch.config import compose, preset_names, with_folders
 from launch.evaluation.gate import RISE, line_of, read_gate
 from launch.followed import dataset_of
-from scldm.errors import InputError, read_json
+from scldm.errors import InputError, json_of
 from scldm.evaluate.curves import curves_of
 from scldm.evaluate.figures import score_sections
 from scldm.evaluate.figures.scores import place
@@ -26,7 +26,7 @@ from scldm.evaluate.metrics import METRICS
 from scldm.evaluate.report_tables import row_texts
 from scldm.evaluate.run_page import run_page
 from scldm.files import flat, write_page
-from scldm.given_json import known_of
+from scldm.given_json import Count, known_of, read_checked, read_known
 from scldm.train.follower import row_files, row_of
 from scldm.train.run_folder import PREVIEWS, outcome_of, starts_of
 from scldm.train.run_state import comparable
@@ -254,19 +254,49 @@ def gate_of_run(run: Path, config: Mapping[str, Any]) -> dict[str, str]:
 # --- scores --------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Evaluation:
+    """What tells of which run an evaluation is. Each part of it holds more."""
+
+    made_with: dict[str, Any] = field(default_factory=dict)
+    vae: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _MadeWith:
+    vae: str = ""
+    ldm: str = ""
+    model: str = ""
+
+
+@dataclass(frozen=True)
+class _Judged:
+    folder: str = ""
+
+
+@dataclass(frozen=True)
+class _Exported:
+    origin: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Origin:
+    run: str = ""
+
+
 def evaluations(run: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Evaluations beside a run that name it, or a model that was exported from it."""
     places = [
         path for at in (run, run.resolve().parent) for glob in ("", "*/") for path in at.glob(f"{glob}evaluation.json")
     ]
     for path in sorted({path.resolve() for path in places}):
-        evaluation = read_json(path)
-        made = evaluation.get("made_with", {})
-        named = [made.get("vae"), made.get("ldm"), evaluation.get("vae", {}).get("folder")]
-        model = Path(made.get("model") or "") / "config.json"
-        if made.get("model") and model.is_file():
-            origin = read_json(model).get("origin", {}).values()
-            named += [of["run"] for of in origin if isinstance(of, dict) and "run" in of]
+        evaluation = read_checked(_Evaluation, path) or {}
+        made = known_of(_MadeWith, evaluation.get("made_with", {}), f"{path}: made_with")
+        named = [made.vae, made.ldm, known_of(_Judged, evaluation.get("vae", {}), f"{path}: vae").folder]
+        model = Path(made.model) / "config.json"
+        if made.model and model.is_file():
+            origin = read_known(_Exported, model).origin
+            named += [known_of(_Origin, of, f"{model}: origin").run for of in origin.values() if isinstance(of, dict)]
         if any(name and is_at(run, name) for name in named):
             yield path, evaluation
 
@@ -284,6 +314,8 @@ def scores(path: Path, e: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]
         return _of_autoencoder(name, e) if "scores" in e else _of_generated(name, e)
     except KeyError as error:
         return {name: f"not shown, as it has no {error}: another version of scldm made it; evaluate again"}, []
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        return {name: f"not shown, as it is damaged ({error}); evaluate again"}, []
 
 
 def _of_autoencoder(name: str, e: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
@@ -314,6 +346,11 @@ def _of_generated(name: str, e: Mapping[str, Any]) -> tuple[dict[str, str], list
 # --- where it is weak ----------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Skipped:
+    step: Count
+
+
 def weak(
     run: Path, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], starts: Sequence[Mapping[str, Any]]
 ) -> list[str]:
@@ -339,7 +376,8 @@ def weak(
         )
     if (run / "nonfinite.jsonl").is_file():
         *lines, _ = (run / "nonfinite.jsonl").read_text().split("\n")  # the last one may be under way
-        steps = {json.loads(line)["step"] for line in lines}
+        path = run / "nonfinite.jsonl"
+        steps = {known_of(_Skipped, json_of(line.encode(), path), str(path)).step for line in lines}
         out.append(f"{len(steps)} steps were skipped, as their gradient was not finite: nonfinite.jsonl has the cells.")
     if any((start["git"] or "").endswith("-dirty") for start in starts):
         noted = ", ".join(dict.fromkeys(start["diff"] for start in starts if "diff" in start))

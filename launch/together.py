@@ -48,6 +48,12 @@ def moves_of(config: Any) -> dict[str, str]:
     return to
 
 
+def check_device(config: Any) -> None:
+    """Raises: InputError for a device that can be none of torch's. Whether it is there, torch says later."""
+    if config.device and (config.device == "gpu" or not re.fullmatch(r"[a-z]+(:\d+)?", config.device, re.ASCII)):
+        raise InputError(f"device={config.device}: torch knows cpu, cuda, cuda:1 and others")
+
+
 def check_export(config: Any) -> None:
     """Raises: InputError for a model that MLflow's registry does not take."""
     if config.register and not config.ldm:
@@ -85,7 +91,9 @@ TOGETHER: Mapping[str, Sequence[Callable[[Any], object]]] = {
     "train ldm": [check_ldm],
     "plan ldm": [check_ldm],
     "export": [check_export],
-    "generate": [check_generate, check_sampler],
-    "transform": [moves_of, check_sampler],
-    "evaluate": [check_judged],
+    "generate": [check_generate, check_sampler, check_device],
+    "transform": [moves_of, check_sampler, check_device],
+    "embed": [check_device],
+    "reconstruct": [check_device],
+    "evaluate": [check_judged, check_device],
 }

@@ -13,6 +13,7 @@ from launch.evaluation.gate import judge_run
 from launch.evaluation.preview import Trained, of_vae
 from launch.staged import at_hand
 from launch.training import Parts, RunConfig, check_has_validation, run_training, start_of, whole_cells
+from scldm.checked import checked
 from scldm.kernels import check_available
 from scldm.model.vae import VAE, VAEConfig, chosen
 from scldm.parallel.dist import World
@@ -20,6 +21,7 @@ from scldm.train.init_from import vae_from
 from scldm.train.loop import TrainConfig
 from scldm.train.losses import VAEStage
 from scldm.train.step_cost import StepCost, vae_step
+from scldm.vocab import MIN_GENE_SHARE
 
 PURPOSE = """Train the autoencoder on a shard set. Run again with the same run_dir, it resumes.
 At its end the best checkpoint is judged on validation cells, beside mean profiles: gate.json, and one line."""
@@ -34,6 +36,8 @@ class TrainVAEConfig(RunConfig):
     """Stage 1.
 
     init_from: model folder whose autoencoder to start from. Genes are joined by name, new ones get new rows
+    min_gene_share: of its genes or of those of data.shards, whichever are fewer, that both must have. With fewer it is
+        refused
     gate: at the end, judge the best checkpoint on at most 2,000 validation cells beside mean profiles. There is one for
         each combination too, where there are at most 200. false leaves that out
     """
@@ -42,6 +46,7 @@ class TrainVAEConfig(RunConfig):
     model: VAEConfig = field(default_factory=VAEConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(patience=5))
     gate: bool = True
+    min_gene_share: float = checked(MIN_GENE_SHARE, at_least=0, at_most=1)
 
 
 CONFIG = TrainVAEConfig
@@ -75,7 +80,9 @@ def set_up(config: TrainVAEConfig, world: World) -> Parts:
     mean_G = torch.tensor(loader.cells.gene_column("mean"), dtype=torch.float32)
     module.start_at(mean_G + 0.5 / loader.manifest.n_cells)  # half a count where no training cell has one
     trained = start_of(config)
-    joined = vae_from(module, loader.vocab, trained.vae, trained.genes) if trained is not None else ()
+    joined = ()
+    if trained is not None:
+        joined = vae_from(module, loader.vocab, trained.vae, trained.genes, config.min_gene_share)
 
     bf16 = config.hardware.precision == "bf16"
 

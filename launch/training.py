@@ -39,7 +39,6 @@ from scldm.parallel.watch import SOONER_S, Watch
 from scldm.pretrained import Pretrained
 from scldm.train.branch import begins, find
 from scldm.train.changes import CHANGES
-from scldm.train.follower import follower_named
 from scldm.train.init_from import Joined
 from scldm.train.loop import Loader, TrainConfig, train
 from scldm.train.losses import Stage
@@ -51,7 +50,7 @@ from scldm.train.run_folder import DIFFS, PLAN, open_run_folder, outcome_noted, 
 from scldm.train.step_cost import StepCost
 from scldm.train.steps import pointed
 from scldm.train.throughput import PEAK_TFLOPS, Meter, gpu_name, peak_flops
-from scldm.train.tracking import Tracker, TrackingConfig, check_attached
+from scldm.train.tracking import Tracker, TrackingConfig, check_tracking
 
 PLAN_AFTER_S = 60.0  # a run that ends sooner needs no plan
 # what a resume may change: where and how fast a run goes, how it is followed, but not what it computes. `data.shards`
@@ -62,7 +61,7 @@ FREE_ON_RESUME = (
     *("model.attention", "model.compile", "model.recompute", "model.gene_chunk"),
     *("hardware.engine", "hardware.require_gpu", "hardware.micro_batch", "hardware.zero_stage", "hardware.threads"),
     *("hardware.offload_optimizer", "hardware.collective_timeout_s", "hardware.peak_tflops"),
-    *("deepspeed", "train.rank_logs", "gate"),
+    *("deepspeed", "train.rank_logs", "gate", "min_gene_share"),
     *("data.shards", "data.form", "data.prefetch", "data.read_threads", "data.read_ahead"),
     *("data.cache_folder", "data.cache_gb"),
 )
@@ -161,9 +160,7 @@ def run_training(
     config.hardware.accumulation(config.train.global_batch, world.size)
     check_overrides(config.deepspeed)
     check_engine(config.hardware, world, config.deepspeed)
-    if config.tracking.also:
-        follower_named(config.tracking.also)  # on every rank, before any waits for another
-    check_attached(config.tracking.attach, Path(config.run_dir))
+    check_tracking(config.tracking, Path(config.run_dir))  # on every rank, before any waits for another
     run_dir = Path(config.run_dir)
     as_dict = asdict(config)
     for key in OF_A_START:
@@ -375,7 +372,7 @@ def has_started(config: RunConfig) -> bool:
 def keep_joined(run_dir: Path, model: str, joined: Sequence[Joined]) -> None:
     """Print how the data's names met the trained ones, and keep all of them in the run folder."""
     for table in joined:
-        print(f"init_from {model}: {table}")
+        print(f"init_from {model}: {table}", file=sys.stderr, flush=True)
     write_json(run_dir / "init_from.json", {"model": model, **{table.what: table.to_json() for table in joined}})
 
 

@@ -26,7 +26,7 @@ from scldm.evaluate.figures.scores import all_baselines_of
 from scldm.evaluate.intervals import WIDTH
 from scldm.evaluate.metrics import METRICS
 from scldm.evaluate.protocols import PROTOCOLS
-from scldm.evaluate.report import write_report
+from scldm.evaluate.report import matched_text, write_report
 from scldm.evaluate.sample import SPLITS
 from scldm.files import write_json
 from scldm.label_text import labels_of
@@ -156,10 +156,10 @@ class Evaluation:
 
     def __repr__(self) -> str:
         tables = (f"{name}\n{table.to_string(float_format='{:.3g}'.format)}" for name, table in self.tables.items())
-        return "\n\n".join([self.verdict, *tables])
+        return "\n\n".join([self.verdict, matched_text(self.numbers), *tables])
 
     def _repr_html_(self) -> str:
-        said = pd.Series([self.verdict]).to_frame("verdict").to_html(index=False)
+        said = pd.Series([self.verdict, matched_text(self.numbers)]).to_frame("verdict").to_html(index=False)
         tables = (
             table.rename_axis(columns=name).to_html(float_format="{:.3g}".format) for name, table in self.tables.items()
         )

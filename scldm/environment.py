@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from scldm.errors import InputError
+
 PACKAGES = (
     *("scldm", "torch", "deepspeed", "mlflow", "tiledbsoma", "cellxgene-census", "anndata", "scanpy"),
     *("numpy", "scipy", "pandas", "omegaconf", "safetensors"),
@@ -37,6 +39,8 @@ def describe() -> dict[str, Any]:
 
 # of URLs: who logs in, up to the last `@` of the host's part, and what signs a query
 _USER = re.compile(r"([\w+.-]+://)([^\s/?#]*)@")
+# the same where the password ends what looks like host and port: `user:pa/ss@host`
+_BARE = re.compile(r"([\w+.-]+://)(?!\[)[^\s/?#@:]*:(?!\d*[/?#])[^\s/?#@]*[/?#]\S*@")
 # of a URL whose user may be a token, also without a password. Elsewhere a name says where something lies
 _WEB = re.compile(r"https?://$", re.IGNORECASE)
 _SIGNED = re.compile(
@@ -49,7 +53,23 @@ _SIGNED = re.compile(
 
 def without_passwords(text: str) -> str:
     """Text as it may stand in files and messages: without who logs in, and by what, in the URLs of it."""
-    return _SIGNED.sub(r"\1=...", _USER.sub(_without_user, text)) if "://" in text else text
+    if "://" not in text:
+        return text
+    return _SIGNED.sub(r"\1=...", _USER.sub(_without_user, _BARE.sub(r"\1", text)))
+
+
+def check_uri(what: str, uri: str) -> None:
+    """Raises: InputError for a URI of a server in which an `@` stands after the first `/`, `?` or `#`.
+
+    It may end a password that holds such a character. Nobody can tell, so it would be kept. The message has no part of
+    the URI.
+    """
+    if re.match(r"[\w+.-]+://[^\s/?#]+[/?#].*@", uri):
+        raise InputError(
+            f"{what}: an `@` stands after a `/`, `?` or `#`, so that it can't be told what is a password. Write these "
+            "characters percent-encoded, but for those that part host, path and query: / as %2F, ? as %3F, # as %23, "
+            "@ as %40"
+        )
 
 
 def _without_user(found: re.Match[str]) -> str:

@@ -31,6 +31,7 @@ from scldm.count_matrix import FILE_ROWS, row_blocks, table_in_memory, x_of
 from scldm.environment import install_hint
 from scldm.errors import InputError, read_json
 from scldm.files import flat, made_aside, write_json
+from scldm.given_json import typed
 from scldm.label_text import texts
 from scldm.parallel.dist import address_from_environment
 from scldm.pretrained import Pretrained, load
@@ -253,7 +254,7 @@ def _note(work: Path, settings: dict[str, Any]) -> None:
     """Raises: InputError where the folder holds what another call made, or anything else."""
     note = work / NOTE
     if note.is_file():
-        before = read_json(note)
+        before = typed(dict[str, Any], read_json(note), str(note))
         differ = [key for key in settings if before.get(key) != settings[key]]
         if differ:
             told = "; ".join(f"{key} was {before.get(key)!r}, now {settings[key]!r}" for key in differ)

@@ -14,14 +14,17 @@ from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 import scldm
-from data_pipeline.convert.config import ShardsWriteConfig
-from data_pipeline.convert.plan import settings_of
+from data_pipeline.convert import write_shards
+from data_pipeline.convert.config import ShardsWriteConfig, SourceConfig, SplitConfig
+from data_pipeline.convert.plan import Plan, settings_of
 from data_pipeline.convert.source import SourceSpec
+from data_pipeline.convert.stages import ChosenGenes, Layout
 from data_pipeline.convert.write_shards import finished_set
 from data_pipeline.format.block import decode_block
 from data_pipeline.format.describe import describe_text
@@ -32,9 +35,10 @@ from data_pipeline.format.schema import CELL_COLUMNS, GENE_COLUMNS, read_manifes
 from data_pipeline.write_cells import CellWriter
 from data_pipeline.write_latents import LatentWriter
 from launch import quickstart
+from launch.cluster.notes import find_notes, submitted
 from launch.cluster.status import state_of_run, training
 from launch.quickstart import QuickstartConfig
-from launch.report import facts
+from launch.report import evaluations, facts
 from launch.run_data import encoded_from, kept_data
 from launch.shards_write import report_lines
 from scldm.errors import InputError
@@ -46,6 +50,7 @@ from scldm.weights import weights_hash
 from tests.data_pipeline.small_sets import known_cells, write_set
 from tests.mutations import check_every_harm, check_nothing_else_is_raised, check_taken_or_refused, harmed_json, outcome
 from tests.scldm.small_model import CONDITIONS, GENES, library_sizes, networks
+from tests.scldm.small_model import cells as small_cells
 from tests.scldm.train.small_runs import small_run
 
 pytestmark = pytest.mark.heavy
@@ -173,6 +178,13 @@ def followed_run(at: Path) -> Path:
         "encoded_from.json": {"vae": "../vae", "which": "best", "shards": "s3://a/shards"},
     }.items():
         (at / name).write_text(json.dumps(document))
+    for name, document in {"slurm/job.json": {"id": "7", "words": []}, "chain/chain.json": [str(at / "slurm")]}.items():
+        (at / name).parent.mkdir()
+        (at / name).write_text(json.dumps(document))
+    has = {"uri": "x", "run_id": "1", "sent": {"metrics.jsonl": 0}, "artifacts": {"plan.json": [3, 4]}}
+    (at / "mlflow_run.json").write_text(json.dumps({**has, "datasets": [of_set], "refused": {"tags a": 1}}))
+    (at / "evaluation.json").write_text(json.dumps({"made_with": {"vae": "x", "model": ""}, "vae": {"folder": "x"}}))
+    (at / "nonfinite.jsonl").write_text(json.dumps({"step": 3, "rank": 0, "what": "loss nan", "cells": []}) + "\n")
     row = {"step": 3, "split": "train", "loss": 1.0, "cells_per_s": 2.0, "cells_seen": 12, "time": 1.0}
     (at / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     return at
@@ -185,8 +197,28 @@ def told_of_run(run: Path) -> Any:
 
 def begun_latents(at: Path) -> Path:
     """An unfinished set of latents."""
-    with closing(ShardSet(str(small(at / "cells")))) as cells, LatentWriter(at / "l", cells, "v", (2, 3)).begun():
+    with closing(ShardSet(str(small(at / "cells")))) as cells:
+        writer = LatentWriter(at / "l", cells, "v", (2, 3))
+        with writer.begun():
+            writer.write_shard(0, np.ones((cells.manifest.shards[0].n_cells, 2, 3), np.float32))
         return at / "l"
+
+
+def written_latents(folder: Path) -> Any:
+    with closing(ShardSet(str(folder.parent / "cells"))) as cells:
+        return LatentWriter(folder, cells, "v", (2, 3)).written(0)
+
+
+def begun_shards(at: Path) -> Path:
+    """The work folder of a set whose end was never reached."""
+    at.mkdir()
+    small_cells(12).write_h5ad(at / "a.h5ad")
+    source, split = SourceConfig(paths=(str(at / "a.h5ad"),)), SplitConfig(validation=0, test=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(write_shards, "finish_set", Mock(side_effect=InterruptedError))
+        with pytest.raises(InterruptedError):
+            write_shards.write_shards(ShardsWriteConfig(str(at / "set"), source=source, split=split))
+    return at / "set" / ".work"
 
 
 def unfinished_latents(folder: Path) -> Any:
@@ -217,7 +249,15 @@ def begun_quickstart(at: Path) -> Path:
         *((followed_run, f"{name}.json", told_of_run) for name in ("changes", "gate")),
         *((followed_run, f"{name}.json", kept_data) for name in ("genes", "missing", "conditions")),
         (followed_run, "encoded_from.json", encoded_from),
+        (followed_run, "slurm/job.json", lambda run: submitted(run / "slurm")),
+        (followed_run, "chain/chain.json", lambda run: find_notes(run / "chain")),
+        (followed_run, "evaluation.json", lambda run: list(evaluations(run))),
         (begun_latents, "parts/set.json", unfinished_latents),
+        (begun_latents, "parts/000000.json", written_latents),
+        (begun_shards, "plan/plan.json", lambda work: str(Plan.load(work / "plan"))),
+        (begun_shards, "plan/gene_ids.0.json", lambda work: Plan.load(work / "plan").gene_ids(0)),
+        (begun_shards, "genes.json", ChosenGenes.load),
+        (begun_shards, "layout.json", lambda work: str(Layout.load(work))),
         (begun_cells, "o.h5ad.parts/made_by.json", lambda folder: cells_in(folder).missing),
         (begun_quickstart, "quickstart.json", lambda folder: quickstart.open_folder(QuickstartConfig(), folder)),
     ],
@@ -226,6 +266,20 @@ def test_a_harmed_file_of_a_verb_is_taken_or_refused(tmp_path: Path, make, path:
     folder = make(tmp_path / "at")
     read(folder)
     assert check_taken_or_refused(folder / path, lambda: read(folder), n) > n // 8
+
+
+@pytest.mark.parametrize("n", [FEW, pytest.param(MANY, marks=pytest.mark.exhaustive)])
+def test_a_harmed_note_of_what_mlflow_has_is_taken_or_counts_as_none(tmp_path: Path, n: int) -> None:
+    run = followed_run(tmp_path / "at")
+    whole, found = unsent(run), list[Any]()
+
+    def read() -> None:
+        found.append(unsent(run))
+
+    assert check_taken_or_refused(run / "mlflow_run.json", read, n) == 0
+    (run / "mlflow_run.json").unlink()
+    assert unsent(run) in found
+    assert whole in found
 
 
 @pytest.mark.parametrize("n", [FEW, pytest.param(MANY, marks=pytest.mark.exhaustive)])

@@ -27,8 +27,9 @@ from data_pipeline.convert.shuffle import set_positions
 from data_pipeline.convert.source import SourceSpec
 from data_pipeline.convert.splits import columns_of, draw_splits
 from data_pipeline.format.schema import VERSION, condition_dtype
-from scldm.errors import InputError
+from scldm.errors import InputError, read_json
 from scldm.files import made_aside, sha256_of
+from scldm.given_json import sealed, sorted_json, typed, unsealed
 from scldm.vocab import ConditionVocab, GeneVocab
 
 UNIT_CELLS = 1 << 15  # cells that one process reads and scatters before it notes that they are done
@@ -81,15 +82,14 @@ def tool_versions() -> dict[str, str]:
 # --- plan ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A plan, read from its folder. The arrays are memory-mapped.
+@dataclass(frozen=True, kw_only=True)
+class _Chosen:
+    """What plan.json says, with a hash of its own.
 
     units: (source, first cell, end) of every share of reading, cells counted in source order
     csc_groups: for each source, the column groups of a CSC matrix, or ()
     """
 
-    folder: Path
     settings: dict[str, Any]
     tools: dict[str, str]
     sources: tuple[SourceSpec, ...]
@@ -100,6 +100,13 @@ class Plan:
     splits: tuple[str, ...]
     split_rule: dict[str, Any]
     report: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(_Chosen):
+    """A plan, read from its folder. The arrays are memory-mapped."""
+
+    folder: Path
 
     @property
     def n_cells(self) -> int:
@@ -143,24 +150,14 @@ class Plan:
         return self.array(f"column_of.{source}")
 
     def gene_ids(self, source: int) -> list[str]:
-        return json.loads((self.folder / f"gene_ids.{source}.json").read_text())
+        path = self.folder / f"gene_ids.{source}.json"
+        return typed(list[str], read_json(path), str(path))
 
     @classmethod
     def load(cls, folder: Path) -> Plan:
-        obj = json.loads((folder / "plan.json").read_text())
-        return cls(
-            folder=folder,
-            settings=obj["settings"],
-            tools=obj["tools"],
-            sources=tuple(SourceSpec(**s) for s in obj["sources"]),
-            units=tuple(tuple(u) for u in obj["units"]),
-            csc_groups=tuple(tuple(tuple(g) for g in groups) for groups in obj["csc_groups"]),
-            genes=GeneVocab.from_json(obj["genes"]),
-            conditions=ConditionVocab.from_json(obj["conditions"]),
-            splits=tuple(obj["splits"]),
-            split_rule=obj["split_rule"],
-            report=obj["report"],
-        )
+        """Raises: InputError for a file that is damaged."""
+        path = folder / "plan.json"
+        return cls(folder=folder, **vars(typed(_Chosen, unsealed(read_json(path), str(path)), str(path))))
 
 
 def make_plan(config: ShardsWriteConfig, folder: Path) -> Plan:
@@ -248,7 +245,7 @@ def _draft_plan(config: ShardsWriteConfig, settings: dict[str, Any], folder: Pat
         "split_rule": rule,
         "report": {k: v for k, v in report.items() if v},
     }
-    (folder / "plan.json").write_text(json.dumps(obj))
+    (folder / "plan.json").write_bytes(sorted_json(sealed(obj)))
 
 
 def _choose_genes(config: ShardsWriteConfig, joined: JoinedGenes, keep_gene: list[np.ndarray]) -> JoinedGenes:

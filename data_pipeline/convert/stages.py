@@ -13,7 +13,6 @@ Reading order: Worker, then its methods in that order.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import tarfile
 import zlib
@@ -34,8 +33,9 @@ from data_pipeline.convert.variable_genes import add_moments
 from data_pipeline.format.block import encode_block
 from data_pipeline.format.schema import BLOCK_INDEX, ShardEntry, member_name, vocab_tag
 from data_pipeline.stores import file_system, local_folder, store_explained
-from scldm.errors import InputError
+from scldm.errors import InputError, read_json
 from scldm.files import disk_explained, made_aside, put_in_place, written_aside
+from scldm.given_json import Count, sealed, sorted_json, typed, unsealed
 from scldm.vocab import GeneVocab
 
 STAGES = ("transpose", "scan", "clip", "scatter", "gather")
@@ -62,8 +62,8 @@ class Worker:
     @cached_property
     def chosen(self) -> tuple[GeneVocab, np.ndarray]:
         """The set's genes, and for each gene of the plan its column among them or -1. Known after the scan."""
-        obj = json.loads((self.work / "genes.json").read_text())
-        return GeneVocab.from_json(obj["genes"]), np.array(obj["place"], np.int32)
+        chosen = ChosenGenes.load(self.work)
+        return chosen.genes, np.array(chosen.place, np.int32)
 
     @cached_property
     def arena(self) -> Arena:
@@ -237,7 +237,39 @@ class Worker:
         }
 
 
+# --- genes.json: the set's vocabulary ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ChosenGenes:
+    """place: of each gene of the plan its column among them, or -1
+    dropped: genes by the filter that left them out"""
+
+    genes: GeneVocab
+    place: list[int]
+    dropped: dict[str, int]
+
+    def save(self, work: Path) -> None:
+        with written_aside(work / "genes.json") as file:
+            file.write(sorted_json(sealed({**vars(self), "genes": self.genes.to_json()})))
+
+    @classmethod
+    def load(cls, work: Path) -> ChosenGenes:
+        """Raises: InputError for a file that is damaged."""
+        path = work / "genes.json"
+        return typed(cls, unsealed(read_json(path), str(path)), str(path))
+
+
 # --- layout: which cells are in which tar --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Shards:
+    """What layout.json says of a Layout."""
+
+    shards: tuple[ShardEntry, ...]
+    n_runs: tuple[Count, ...]
+    cell_bytes: float
 
 
 @dataclass(frozen=True)
@@ -260,15 +292,16 @@ class Layout:
     def save(self, work: Path) -> None:
         with written_aside(work / "kept.npy") as file:
             np.save(file, self.kept)
-        obj = {"shards": [vars(s) for s in self.shards], "n_runs": self.n_runs, "cell_bytes": self.cell_bytes}
+        obj = {"shards": [vars(s) for s in self.shards], "n_runs": list(self.n_runs), "cell_bytes": self.cell_bytes}
         with written_aside(work / "layout.json") as file:
-            file.write(json.dumps(obj).encode())
+            file.write(sorted_json(sealed(obj)))
 
     @classmethod
     def load(cls, work: Path) -> Layout:
-        obj = json.loads((work / "layout.json").read_text())
-        shards = tuple(ShardEntry(**s) for s in obj["shards"])
-        return cls(shards, tuple(obj["n_runs"]), obj["cell_bytes"], np.load(work / "kept.npy", mmap_mode="r"))
+        """Raises: InputError for a file that is damaged."""
+        path = work / "layout.json"
+        of = typed(_Shards, unsealed(read_json(path), str(path)), str(path))
+        return cls(of.shards, of.n_runs, of.cell_bytes, np.load(work / "kept.npy", mmap_mode="r"))
 
 
 # --- tars and where they go ----------------------------------------------------------------------------------------

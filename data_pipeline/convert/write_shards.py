@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
-import json
 import multiprocessing
 import os
 import re
@@ -32,7 +31,7 @@ from data_pipeline.convert.config import ShardsWriteConfig
 from data_pipeline.convert.genes import JoinedGenes, choose
 from data_pipeline.convert.plan import Plan, differences, make_plan, settings_of
 from data_pipeline.convert.source import SourceSpec
-from data_pipeline.convert.stages import STAGES, Layout, Worker, deliver, delivered_bytes
+from data_pipeline.convert.stages import STAGES, ChosenGenes, Layout, Worker, deliver, delivered_bytes
 from data_pipeline.convert.variable_genes import CELLS, clip_values, top_genes
 from data_pipeline.format import schema
 from data_pipeline.format.statistics import compute_statistics
@@ -295,8 +294,7 @@ def _do_unit(task: tuple[str, int]) -> None:
 
 def choose_genes(config: ShardsWriteConfig, plan: Plan, work: Path) -> bool:
     """Writes genes.json, the set's vocabulary, after a scan where genes are chosen by counts. False: undone."""
-    path = work / "genes.json"
-    if path.exists():
+    if (work / "genes.json").exists():
         return True
     keep = np.ones(plan.genes.n_genes, bool)
     dropped: dict[str, int] = {}
@@ -320,9 +318,7 @@ def choose_genes(config: ShardsWriteConfig, plan: Plan, work: Path) -> bool:
             dropped["filter.n_top_genes"] = int((~top).sum())
             keep[np.flatnonzero(keep)[~top]] = False
     chosen = choose(JoinedGenes(plan.genes, (np.arange(len(keep), dtype=np.int32),), {}), keep, "filter")
-    obj = {"genes": chosen.vocab.to_json(), "place": chosen.column_of[0].tolist(), "dropped": dropped}
-    with written_aside(path) as file:
-        file.write(json.dumps(obj).encode())
+    ChosenGenes(chosen.vocab, chosen.column_of[0].tolist(), dropped).save(work)
     return True
 
 
@@ -467,11 +463,10 @@ def _split_entry(name: str, shards: list[schema.ShardEntry]) -> schema.SplitEntr
 
 def _report(plan: Plan, work: Path, n_cells: int) -> dict[str, Any]:
     """What was left out and why, with what was found since the plan was made."""
-    genes = json.loads((work / "genes.json").read_text())
     too_few = sum(int(n) for n in _scattered(plan, work, "too_few_genes"))
     return {
         **plan.report,
-        "genes": {**plan.report.get("genes", {}), **genes["dropped"]},
+        "genes": {**plan.report.get("genes", {}), **ChosenGenes.load(work).dropped},
         "cells_with_too_few_genes": too_few,
         "cells_without_counts_of_the_chosen_genes": plan.n_cells - n_cells - too_few,
     }

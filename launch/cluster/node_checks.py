@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ import torch.distributed as dist
 from launch.cluster.notes import leave_word
 from launch.cluster.site import gpus_of_node
 from scldm.environment import describe
-from scldm.errors import InputError, read_json
+from scldm.errors import InputError
+from scldm.given_json import Count, known_of, read_known
 
 MATMUL_S, MATMUL_ROUNDS = 0.15, 3
 LEAST_DISK = 1 << 30  # bytes free on a node's own disk
@@ -94,6 +95,18 @@ def memory_errors(local: int) -> list[str]:
     return [f"GPU {index}: {n} uncorrected memory errors" for index, n in bad if n.isdigit() and int(n)]
 
 
+@dataclass(frozen=True)
+class _Set:
+    """What is asked here of a set's manifest, which holds more."""
+
+    shards: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Shard:
+    bytes: Count
+
+
 def folder_troubles(config: Any, notes: Path, node: str) -> list[str]:
     """The run's folder and its data must be there; the node's own disk must have room, also for what is staged."""
     found = []
@@ -109,7 +122,7 @@ def folder_troubles(config: Any, notes: Path, node: str) -> list[str]:
             return [*found, f"{shards}: no shard set is seen here"]
         if os.environ.get("SCLDM_STAGE") == "on":
             try:
-                need += sum(shard["bytes"] for shard in read_json(manifest)["shards"])
+                need += sum(known_of(_Shard, of, str(manifest)).bytes for of in read_known(_Set, manifest).shards)
             except InputError as error:
                 return [*found, str(error)]
     disk = own_disk()

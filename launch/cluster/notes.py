@@ -19,11 +19,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from launch.cluster import commands as slurm
 from scldm.errors import InputError, read_json
+from scldm.given_json import read_known, typed
 
 BAD_NODES, LATE_NODES, CAME, REPORT, IMAGE = "bad_nodes", "late_nodes", "preflight", "preflight.json", "image"
 ENDED = ("DONE", "STOPPED", "LOST", "NOT SUBMITTED", *slurm.ENDED)  # by the job's own word, by nobody's, by Slurm's
@@ -52,8 +54,21 @@ def find_notes(path: Path) -> list[Path]:
         if (place / "job.json").is_file() or any(place.glob("history*")):  # by submit, or sbatch
             return [place]
         if (place / "chain.json").is_file():
-            return [Path(folder) for folder in read_json(place / "chain.json")]
+            chain = place / "chain.json"
+            return [Path(folder) for folder in typed(list[str], read_json(chain), str(chain))]
     raise InputError(f"{path}: no job was submitted for it; `scldm submit` notes its jobs in the folder of the run")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """job.json, which holds more."""
+
+    id: str
+
+
+def submitted(notes: Path) -> str:
+    """The number of the job that was submitted last. Raises: InputError where it is not noted."""
+    return read_known(_Job, notes / "job.json").id
 
 
 def state_of(notes: Path) -> State:
@@ -61,7 +76,7 @@ def state_of(notes: Path) -> State:
     told = [path.read_text().strip("\n").split("\t") for path in sorted(notes.glob("state*"))]
     told = [line for line in told if len(line) == 5]
     if (notes / "job.json").is_file():
-        job = str(read_json(notes / "job.json")["id"])
+        job = submitted(notes)
     elif told:  # by sbatch
         job = told[0][1]
     else:

@@ -25,12 +25,12 @@ from launch.cluster.job import (
     site_of_job,
     usable_counts,
 )
-from launch.cluster.notes import bad_nodes
+from launch.cluster.notes import bad_nodes, submitted
 from launch.cluster.pipeline import check_atlas, follow, jobs_of_pipeline, jobs_of_shards
 from launch.cluster.site import read_site, site_path
 from launch.config import compose, public_words, with_options_read
 from launch.keys import ANY, check_words, keys_of
-from scldm.errors import InputError, read_json
+from scldm.errors import InputError
 from scldm.files import write_json
 
 PURPOSE = """Run a verb as a Slurm job on one or many nodes, one rank per GPU: writes the batch script, submits it,
@@ -319,9 +319,8 @@ def check_notes(job: Job, site: Mapping[str, str]) -> None:
                 f"{folder} is {why}, which is each node's own; choose a folder on a shared file system, or name the "
                 "shared ones in SCLDM_SHARED"
             )
-    before = job.notes / "job.json"
-    if before.is_file() and not job.options.dry_run:
-        number = str(read_json(before)["id"])
+    if (job.notes / "job.json").is_file() and not job.options.dry_run:
+        number = submitted(job.notes)
         state, _ = slurm.job_state(number) or ("", "")
         if state and state not in slurm.ENDED:
             raise InputError(f"{job.notes}: job {number} of this run is {state}; wait for it, or scancel {number}")

@@ -28,10 +28,10 @@ from scldm.evaluate.figures import baselines_of, score_sections
 from scldm.evaluate.intervals import WIDTH
 from scldm.evaluate.memorisation import MEMORISATION
 from scldm.evaluate.metrics import METRICS
-from scldm.evaluate.report import drawn_text, row_texts, tiles, write_report
+from scldm.evaluate.report import drawn_text, matched_text, row_texts, tiles, write_report
 from scldm.evaluate.sample import Sample
 from scldm.files import written_aside
-from scldm.train.tracking import Tracker, read_metrics
+from scldm.train.tracking import Tracker, check_tracking, read_metrics
 
 if TYPE_CHECKING:
     from launch.evaluation.config import EvaluateVerbConfig
@@ -44,6 +44,7 @@ INPUTS = ("generated", "model", "vae", "ldm", "conditions", "protocol", "split",
 
 def evaluate_generated(config: EvaluateVerbConfig) -> dict:
     """Returns the evaluation, as in evaluation.json."""
+    check_tracking(config.tracking, Path(config.out) / "evaluation")
     runs = {stage: run for stage, run in (("vae", config.vae), ("ldm", config.ldm)) if run}
     curves = {stage: loss_curves(run, stage) for stage, run in runs.items()}
     model = load_model(config) if config.model else None
@@ -241,9 +242,7 @@ def show(evaluation: dict, report: Path) -> None:
         terminal.print(line, soft_wrap=True)
     for figure, text in tiles(evaluation):
         terminal.print(f"{figure:>9}  {text}", soft_wrap=True)
-    n = evaluation["protocol"]["n_genes"]
-    fewer = min(n["real"], n["generated"])
-    terminal.print(f"{n['common']:,} of {fewer:,} genes matched ({100 * n['common'] / fewer:.0f} %)")
+    terminal.print(matched_text(evaluation))
     terminal.print(f"{evaluation['verdict']['says']} {evaluation['verdict']['next']}", soft_wrap=True)
     terminal.print(f"report: {report}", soft_wrap=True)
 

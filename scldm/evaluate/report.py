@@ -215,6 +215,13 @@ def drawn_text(e: dict) -> str:
     )
 
 
+def matched_text(e: dict) -> str:
+    """How many genes both files have, of those of the one that has fewer."""
+    n = e["protocol"]["n_genes"]
+    fewer = min(n["real"], n["generated"])
+    return f"{n['common']:,} of {fewer:,} genes matched ({100 * n['common'] / fewer:.0f} %)"
+
+
 APART = "They count neither in the means nor in the scores of all cells. "
 
 

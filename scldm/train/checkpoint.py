@@ -41,10 +41,9 @@ from scldm.given_json import Count, hash_of, known_of
 from scldm.parallel.dist import World
 from scldm.parallel.surface import Engine
 from scldm.train.ema import EMA
-from scldm.train.steps import BESIDE, STATE, candidates, point, pointed, rename, unfinished
+from scldm.train.steps import BESIDE, BROKEN, STATE, candidates, point, pointed, rename, unfinished
 
 FORMAT = 4
-BROKEN = ".broken"
 SEEN_S = 20.0  # in which what another host wrote is to be seen on this one. Network file systems cache what was
 FILE_NAME = re.compile(r"\w[\w.-]*")
 KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")

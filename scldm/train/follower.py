@@ -6,7 +6,6 @@ own, subclass Follower, give it `send`, and name it: `tracking.also=mylab.follow
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import math
@@ -18,8 +17,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from scldm.errors import InputError
+from scldm.errors import InputError, read_json
 from scldm.files import write_json
+from scldm.given_json import Count, typed
 
 METRICS, SYSTEM = "metrics.jsonl", "system.jsonl"
 SYSTEM_OF = "system"  # folder with a file of each node but the first, see machine.py
@@ -48,8 +48,10 @@ class Follower(ABC):
         kind = type(self)
         state = self.folder / f"followed_by-{kind.__module__}.{kind.__qualname__}.json"
         sent: dict[str, int] = {}
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            sent = json.loads(state.read_text())
+        try:
+            sent = typed(dict[str, Count], read_json(state), str(state)) if state.is_file() else {}
+        except InputError as error:
+            say_once(state, f"{error}; all rows are sent again")
         for name in row_files(self.folder):
             for rows, end in rows_from(self.folder / name, sent.get(name, 0)):
                 yield rows
@@ -127,12 +129,17 @@ def row_of(line: bytes, path: Path) -> dict[str, Any] | None:
         row = json.loads(line)
         if isinstance(row["step"], int) and isinstance(row["time"], int | float) and isinstance(row["split"], str):
             return row
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
+    say_once(path, f"{path} has lines that are no rows; they are passed over")
+    return None
+
+
+def say_once(path: Path, text: str) -> None:
+    """What is wrong with a file, once in a process."""
     if path not in _unreadable:
         _unreadable.add(path)
-        say(f"{path} has lines that are no rows; they are passed over")
-    return None
+        say(text)
 
 
 def say(text: str) -> None:

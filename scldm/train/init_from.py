@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from scldm.errors import InputError
 from scldm.model.dit import DiT
 from scldm.model.vae import VAE
-from scldm.vocab import MIN_GENE_SHARE, ConditionVocab, GeneVocab, unversioned, why_few
+from scldm.vocab import ConditionVocab, GeneVocab, unversioned, why_few
 
 PER_GENE = tuple(
     f"{name}.weight" for name in ("gene_embedding", "log_share", "log_theta", "log_std", "log_odds_dropout")
@@ -46,9 +46,10 @@ class Joined:
         return {"known": self.known, "new": list(self.new), "left_out": list(self.left_out)}
 
 
-def vae_from(vae: VAE, genes: GeneVocab, trained: VAE, trained_genes: GeneVocab) -> list[Joined]:
+def vae_from(vae: VAE, genes: GeneVocab, trained: VAE, trained_genes: GeneVocab, min_gene_share: float) -> list[Joined]:
     """Put trained weights into an autoencoder of other genes.
 
+    min_gene_share: of the genes of either, whichever are fewer, that both must have
     Raises: InputError where the networks are of different shape, or too few genes are in both.
     """
     if genes.namespace != trained_genes.namespace:
@@ -57,11 +58,11 @@ def vae_from(vae: VAE, genes: GeneVocab, trained: VAE, trained_genes: GeneVocab)
         )
     joined, rows = _join("genes", unversioned(genes.ids), unversioned(trained_genes.ids))
     fewest = min(genes.n_genes, trained_genes.n_genes)
-    if not joined.known or joined.known < MIN_GENE_SHARE * fewest:
+    if not joined.known or joined.known < min_gene_share * fewest:
         raise InputError(
-            f"init_from: {joined.known:,} of {fewest:,} genes matched, and at least {MIN_GENE_SHARE:.0%} are needed. "
-            f"Those of data.shards are named like {genes.ids[0]!r}, its own like {trained_genes.ids[0]!r}"
-            f"{why_few(genes.ids, trained_genes.ids)}"
+            f"init_from: {joined.known:,} of {fewest:,} genes matched, and at least {100 * min_gene_share:.3g} % are "
+            f"needed (min_gene_share={min_gene_share:g}). Those of data.shards are named like {genes.ids[0]!r}, its "
+            f"own like {trained_genes.ids[0]!r}{why_few(genes.ids, trained_genes.ids)}"
         )
     if vae.config.direct != trained.config.direct:
         raise InputError(f"init_from: it was trained with model.direct={trained.config.direct}. Give model.direct that")

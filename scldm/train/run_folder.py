@@ -2,7 +2,8 @@
 
 config.json       the resolved config, as given
 changes.json      what changed the course of the run, see changes.py
-environment.json  versions, commit, host, command line, how attention is computed; one entry per start
+environment.json  versions, commit, host, command line, how attention is computed; one entry per start. A damaged one
+                  is begun again, and kept as environment.json.broken
 plan.json         what training this config was planned to take, see launch/planning/of_run.py
 metrics.jsonl     see tracking.py
 previews/         see previews.py
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import shlex
@@ -34,7 +36,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from scldm.environment import describe, without_passwords
 from scldm.errors import Busy, InputError, Stopped, read_json
@@ -42,7 +44,7 @@ from scldm.files import ASIDE, flat, outlived, remove_left, write_json
 from scldm.given_json import known_of, read_known, typed
 from scldm.train import changes
 from scldm.train.changes import CHANGES
-from scldm.train.steps import pointed
+from scldm.train.steps import BROKEN, pointed
 
 if TYPE_CHECKING:  # it imports torch, which `scldm status` needs nothing of
     from scldm.train.branch import Branch
@@ -193,11 +195,14 @@ def starts_of(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _starts(run_dir: Path) -> list[Any]:
-    """The notes of earlier starts; none where they can't be read: no run ends for want of them."""
+    """The notes of earlier starts. Where they can't be read the file is put aside: no run ends for want of them."""
     try:
         return starts_of(run_dir)
     except InputError as error:
-        print(f"scldm: {error}; it is begun again", file=sys.stderr, flush=True)
+        names = (f"{ENVIRONMENT}{BROKEN}{k or ''}" for k in itertools.count())
+        aside = next(path for name in names if not (path := run_dir / name).exists())
+        (run_dir / ENVIRONMENT).rename(aside)
+        print(f"scldm: {error}; it is begun again, and what it held is now {aside}", file=sys.stderr, flush=True)
         return []
 
 
@@ -226,14 +231,13 @@ def is_trained(run_dir: Path) -> bool:
     except OSError:  # no lock, or a file system without locks
         pass
     owner = run_dir / OWNER
-    return owner.is_file() and not _ended(owner.read_text())
+    return owner.is_file() and not _ended(owner)
 
 
 def trained_on(run_dir: Path) -> str:
     """The host that last trained in the folder; empty where that is not noted."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return str(json.loads((run_dir / LOCK).read_text())["host"])
-    return ""
+    owner = _owner_in(run_dir / LOCK)
+    return owner.host if owner else ""
 
 
 @contextmanager
@@ -247,8 +251,7 @@ def locked(run_dir: Path) -> Iterator[None]:
     with (run_dir / LOCK).open("a+") as file:
         end, told = time.monotonic() + WAIT_S, False
         while not (held := _try_lock(run_dir, file.fileno())):
-            file.seek(0)
-            who = f"{run_dir}: another process is training in it ({_named(file.read())})"
+            who = f"{run_dir}: another process is training in it ({_named(run_dir / LOCK)})"
             if time.monotonic() > end:
                 kind = Busy if int(os.environ.get("SLURM_RESTART_COUNT") or 0) else InputError
                 raise kind(f"{who}; wait for it, or end it")
@@ -282,7 +285,7 @@ def _try_lock(run_dir: Path, descriptor: int) -> Callable[[], None] | None:
         with path.open("x") as file:
             file.write(_owner())
     except FileExistsError:
-        if not _ended(path.read_text()):
+        if not _ended(path):
             return None
         path.unlink(missing_ok=True)
         return _try_lock(run_dir, descriptor)
@@ -295,32 +298,48 @@ def _try_lock(run_dir: Path, descriptor: int) -> Callable[[], None] | None:
     return lambda: path.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class _Owner:
+    """The process that holds a lock. job: of Slurm; empty for none"""
+
+    host: str
+    pid: Annotated[int, range(1, 1 << 31)]
+    job: str = ""
+
+
 def _owner() -> str:
-    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID", "")})
+    return json.dumps(asdict(_Owner(socket.gethostname(), os.getpid(), os.environ.get("SLURM_JOB_ID", ""))))
 
 
-def _ended(owner: str) -> bool:
+def _owner_in(path: Path) -> _Owner | None:
+    """None where the file does not say."""
+    with suppress(OSError, InputError):
+        return read_known(_Owner, path)
+    return None
+
+
+def _ended(path: Path) -> bool:
     """Whether the process that made an owner file is known to have ended: Slurm starts no job anew beside itself."""
+    owner = _owner_in(path)
+    if owner is None:
+        return False
+    if owner.job and owner.job == os.environ.get("SLURM_JOB_ID"):
+        return True
+    if owner.host != socket.gethostname():
+        return False
     try:
-        told = json.loads(owner)
-        if told["job"] and told["job"] == os.environ.get("SLURM_JOB_ID"):
-            return True
-        if told["host"] != socket.gethostname():
-            return False
-        os.kill(told["pid"], 0)
+        os.kill(owner.pid, 0)
     except ProcessLookupError:
         return True
-    except (ValueError, KeyError, TypeError, OSError):
+    except OSError:
         return False
     return False
 
 
-def _named(owner: str) -> str:
-    try:
-        told = json.loads(owner)
-        return f"process {told['pid']} on {told['host']}" + (f", job {told['job']}" if told["job"] else "")
-    except (ValueError, KeyError, TypeError):
+def _named(path: Path) -> str:
+    if (owner := _owner_in(path)) is None:
         return "which does not say who it is"
+    return f"process {owner.pid} on {owner.host}" + (f", job {owner.job}" if owner.job else "")
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from scldm.files import PARTIAL, left_aside, put_in_place, written_aside
 from scldm.files import remove as remove_path
 
 STATE = "state.json"
+BROKEN = ".broken"  # ends the name of what was damaged and is kept
 # of the run folder, copied into every checkpoint, which can so be used without it
 BESIDE = ("config.json", "genes.json", "conditions.json", "library_sizes.json", "missing.json", "latents.json")
 STEP = re.compile(r"step-\d{8,}")

@@ -12,18 +12,17 @@ Reading order: the note, what MLflow lacks, who follows the run.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from scldm.errors import InputError
 from scldm.files import locked, write_json
-from scldm.given_json import read_checked, typed
-from scldm.train.follower import row_files
+from scldm.given_json import Count, read_checked, typed
+from scldm.train.follower import row_files, say_once
 
 NOTE, STATE, LOCK = "tracked.json", "mlflow_run.json", "tracking.lock"
 
@@ -144,25 +143,32 @@ def _rows_after(path: Path, offset: int) -> int:
         return file.read().count(b"\n")
 
 
-NOTHING: dict[str, Any] = {
-    "uri": "",
-    "run_id": "",
-    "status": "",
-    "sent": {},
-    "params": {},
-    "resumed": {},
-    "tags": {},
-    "datasets": [],
-    "artifacts": {},
-    "refused": {},
-}
+@dataclass(frozen=True)
+class _State:
+    """sent: bytes of each file of rows; artifacts: the `stamp_of` each; refused: how often, by name; the rest as in the
+    note"""
+
+    uri: str = ""
+    run_id: str = ""
+    status: str = ""
+    sent: dict[str, Count] = field(default_factory=dict)
+    params: dict[str, str] = field(default_factory=dict)
+    resumed: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    datasets: list[_Dataset] = field(default_factory=list)
+    artifacts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    refused: dict[str, Count] = field(default_factory=dict)
+
+
+NOTHING = asdict(_State())
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """What MLflow has got; nothing where that is not noted, or the note is damaged: then all is sent again."""
     try:
-        return {**NOTHING, **json.loads((folder / STATE).read_text())}
-    except (FileNotFoundError, ValueError, TypeError):
+        return {**NOTHING, **(read_checked(_State, folder / STATE) or {})}
+    except InputError as error:
+        say_once(folder / STATE, f"{error}; all is sent again, to a new run of MLflow")
         return dict(NOTHING)
 
 

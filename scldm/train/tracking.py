@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from scldm.checked import Checked, checked
-from scldm.environment import describe, without_passwords
+from scldm.environment import check_uri, describe, without_passwords
 from scldm.errors import InputError
 from scldm.files import flat, write_json
 from scldm.train import tracked
@@ -77,6 +77,7 @@ class TrackingConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_uri("tracking.uri", self.uri)
         if self.parent and self.parent_run_id:
             raise InputError(f"tracking.parent={self.parent} and tracking.parent_run_id name two parents; give one")
         if len({Path(path).name for path in self.attach}) < len(self.attach):
@@ -127,6 +128,8 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
             if place.node and (cfg.enabled or cfg.also):
                 self._start_sampler(cfg, place, is_first=False)
             return
+        if cfg.enabled:
+            uri_of_environment()  # to be refused. What fails from here on is told, and training goes on
         if cfg.also:
             self._also = _Also(follower_named(cfg.also)(self.run_dir), cfg)
         with self._reported("opening"):
@@ -338,6 +341,13 @@ class _Also(threading.Thread):
                     say(f"{self.name} failed: {self.lacks}. {METRICS} goes on, sent later")
 
 
+def uri_of_environment() -> str:
+    """Raises: InputError where it can't be told what in it is a password."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    check_uri("MLFLOW_TRACKING_URI", uri)
+    return uri
+
+
 def begin_note(
     run_dir: Path,
     cfg: TrackingConfig,
@@ -356,7 +366,7 @@ def begin_note(
     parent = Path(given).resolve() if given else None
     parent = None if parent == run_dir.resolve() else parent
     above = (tracked.read_note(parent) if parent else None) or {}
-    environment = without_passwords(os.environ.get("MLFLOW_TRACKING_URI", ""))
+    environment = without_passwords(uri_of_environment())
     own = database_uri((run_dir / "mlflow.db").resolve())
     place = without_passwords(cfg.uri) or above.get("uri") or environment or own
     experiment = cfg.experiment or above.get("experiment") or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "scldm"
@@ -379,9 +389,17 @@ def begin_note(
     return note
 
 
-def check_attached(attach: Sequence[str], run_dir: Path) -> None:
-    """Raises: InputError for a file that is not there when a run begins. A resume goes on without it."""
-    missing = [path for path in attach if not Path(path).is_file()]
+def check_tracking(cfg: TrackingConfig, run_dir: Path) -> None:
+    """What a Tracker would refuse or lack, before anything is computed.
+
+    Raises: InputError for a class of `also` or a URI that is none, and for a file of `attach` that is not there when a
+    run begins. A resume goes on without it.
+    """
+    if cfg.also:
+        follower_named(cfg.also)
+    if cfg.enabled:
+        uri_of_environment()
+    missing = [path for path in cfg.attach if not Path(path).is_file()]
     if missing and not (run_dir / "config.json").is_file():
         raise InputError(f"tracking.attach={','.join(missing)}: no such file")
     if missing:

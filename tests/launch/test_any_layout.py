@@ -19,15 +19,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import zarr
 
 import scldm
 from launch import cli
+from launch.evaluation import of_embedding, of_generated
 from launch.evaluation.cells import generated_cells
-from launch.evaluation.of_embedding import embedded
 from scldm import cells_file
 from scldm.count_matrix import is_in_memory
 from scldm.errors import InputError
-from scldm.label_text import labels_of
 from scldm.model_folder import save_pretrained
 from tests.data_pipeline.atlases import read_set
 from tests.scldm.small_model import CONDITIONS, GENES, library_sizes, networks
@@ -52,9 +52,11 @@ def cells() -> Any:
     adata.obs_names = [f"cell-{k}" for k in range(N)]
     adata.obs["type"] = pd.Categorical(TYPES)
     adata.obs["dose"] = [0.5, 10.0, np.nan, 1.0] * 3
+    adata.obs["part"] = PARTS
     return adata
 
 
+PARTS = ["train", "validation", "test"] * 4
 DOSES = ["0.5", "10", "none", "1"] * 3
 
 
@@ -92,13 +94,24 @@ def nullable(adata: Any) -> Any:
 def of_0_13_h5ad(adata: Any, path: Path) -> Path:
     """The same cells as anndata 0.13.4 with pandas 3.1.1 wrote them, with those columns and nullable names."""
     (path / "a.h5ad").write_bytes(gzip.decompress((GOLDEN / "anndata-0.13-pandas-3.h5ad.gz").read_bytes()))
+    with h5py.File(path / "a.h5ad", "r+") as file:
+        add_parts(file["obs"])
     return path / "a.h5ad"
 
 
 def of_0_13_zarr(adata: Any, path: Path) -> Path:
     with tarfile.open(GOLDEN / "anndata-0.13-pandas-3.zarr.tar.gz") as tar:
         tar.extractall(path, filter="data")
+    with ad.settings.override(auto_shard_zarr_v3=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of metadata that zarr itself consolidated
+        add_parts(zarr.open_group(path / "zarr3.zarr", use_consolidated=False)["obs"])
+        zarr.consolidate_metadata(path / "zarr3.zarr")
     return path / "zarr3.zarr"
+
+
+def add_parts(obs: Any) -> None:
+    ad.io.write_elem(obs, "part", np.array(PARTS, object))
+    obs.attrs["column-order"] = [*obs.attrs["column-order"], "part"]
 
 
 def nullable_raw(adata: Any, path: Path) -> Path:
@@ -172,8 +185,29 @@ def made_of(path: Path, model: Path, out: Path, layer: str) -> dict[str, Any]:
     run("generate", f"model={model}", f"like={path}", "by=type", f"out={out}/made.h5ad", "sampler.n_steps=2")
     run("shards", "write", f"source.paths=[{json.dumps(str(path))}]", f"out={out}/shards", *SHARDS)
     found = {name: ad.read_h5ad(out / f"{name}.h5ad") for name in ("embedded", "expected", "moved", "made")}
-    real = generated_cells(str(path), ["type"])
-    return found | {"set": read_set(str(out / "shards"))[1], "cells": real}
+    return found | {"set": read_set(str(out / "shards"))[1]} | judged(path, out, layer)
+
+
+def judged(path: Path, out: Path, layer: str) -> dict[str, Any]:
+    """What `scldm evaluate` compares where a file is the generated cells, the real ones, or those of an embedding."""
+    seen: dict[str, Any] = {}
+
+    def compared(train: Any, validation: Any, test: Any, generated: Any, *_: Any) -> dict:
+        seen.update(train=train, validation=validation, test=test, generated=generated)
+        raise InputError("twelve cells are too few for scores")
+
+    def probed(latents: Any, labels: Any, _groups: Any, _seed: int, counts: Any) -> None:
+        seen["probed"] = latents, labels, counts
+        raise InputError("twelve cells are too few for a probe")
+
+    real = [f"real={path}", *([f"layer={layer}"] if layer else [])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(of_generated, "compare", compared)
+        patch.setattr(of_embedding, "probe", probed)
+        words = [f"generated={path}", "split=part", "conditions=type", f"out={out}/evaluation"]
+        assert cli.main(["evaluate", *words, *real]) == 2
+        assert cli.main(["evaluate", f"embedding={out}/embedded.h5ad", "label=type", *real]) == 2
+    return {"judged": seen}
 
 
 @pytest.fixture(scope="module")
@@ -192,8 +226,17 @@ def test_what_is_made_of_a_file_does_not_depend_on_its_layout(layout: str, model
         of_set = made["set"][0, row]
         assert of_set["labels"] == {"type": TYPES[row], "dose": DOSES[row]}
         assert of_set["counts"] == {g: int(n) for g, n in zip(GENES.ids, counts[row], strict=True) if n}
-    assert made["cells"].labels["type"].tolist() == TYPES
-    np.testing.assert_array_equal(made["cells"].counts.toarray(), counts)
+    every = range(N)
+    parts = {"generated": every, **{part: [k for k in every if PARTS[k] == part] for part in set(PARTS)}}
+    for part, rows in parts.items():
+        of_part = made["judged"][part]
+        assert of_part.labels["type"].tolist() == [TYPES[k] for k in rows]
+        assert of_part.genes == GENES.ids
+        np.testing.assert_array_equal(of_part.counts.toarray(), counts[rows])
+    latents, labels, of_probe = made["judged"]["probed"]
+    np.testing.assert_array_equal(latents, made["embedded"].obsm["X_scldm"])
+    assert labels.tolist() == TYPES
+    np.testing.assert_array_equal(of_probe.toarray(), counts)
     for name, key in (("embedded", "X_scldm"), ("expected", ""), ("moved", ""), ("made", "")):
         ours, theirs = made[name], right[name]
         for of in (ours, theirs):
@@ -207,9 +250,6 @@ def test_what_is_made_of_a_file_does_not_depend_on_its_layout(layout: str, model
         obs = made["embedded"].obs
         assert obs["note"].isna().tolist() == obs["age"].isna().tolist() == [False, True] * 6
         assert obs["ill"].tolist() == [True, pd.NA, False] * 4
-    latents, obs = embedded(str(tmp_path / "embedded.h5ad"), "X_scldm")
-    assert latents.shape == (N, 12)
-    assert labels_of(obs, "type", "x", "label").tolist() == TYPES
 
 
 def test_a_file_that_was_opened_and_not_read_is_embedded_by_rows(model: Path, tmp_path: Path, monkeypatch) -> None:

@@ -69,6 +69,18 @@ def test_h5ad_cells_are_dealt_by_their_split(files):
     assert [c.numbers() for c in untyped] == [{NO_TYPE: len(c.types)} for c in dealt]
 
 
+def test_what_can_not_follow_an_evaluation_is_refused_before_it(files, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(evaluate_generated, "compare", lambda *_: pytest.fail("it was computed"))
+    words = [f"generated={files}/generated.h5ad", f"real={files}/real.h5ad", "split=part", f"out={files}/out"]
+    for wrong, said in (
+        ("tracking.attach=none.pdf", "tracking.attach=none.pdf: no such file"),
+        ("tracking.also=nomodule:Class", "tracking.also=nomodule:Class: no module 'nomodule' is found"),
+    ):
+        assert main(["evaluate", *words, wrong]) == 2
+        assert said in capsys.readouterr().err
+    assert not (files / "out").exists()
+
+
 @pytest.mark.heavy
 def test_a_missing_value_is_the_label_of_training_for_the_verb_and_in_python(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(map_of_cells, "umap_coordinates", lambda components, seed: components[:, :2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from launch.train_vae import CONFIG
 from scldm.environment import describe, without_passwords
 from scldm.errors import InputError
 from scldm.train.mlflow_run import with_password
+from scldm.train.tracking import Tracker, TrackingConfig
 from tests.launch.fake_slurm import train
 from tests.launch.test_verbs import VAE, write_cells
 
@@ -63,6 +65,8 @@ def holding(folder: Path) -> list[str]:
         (f"https://host/x#token={WORD}", "https://host/x#token=..."),
         (f"mssql://db?Database=x;Pwd={WORD}", "mssql://db?Database=x;Pwd=..."),
         (f"mssql+pyodbc:///?odbc_connect=UID%3Da%3BPWD%3D{WORD}", "mssql+pyodbc:///?odbc_connect=..."),
+        *((f"http://ann:x{bare}{WORD}@host/y z@b", "http://host/y z@b") for bare in "/?#"),
+        ("http://[::1]:5000/a@b", "http://[::1]:5000/a@b"),
         (f"no answer of 'https://host/x?token={WORD}' yet", "no answer of 'https://host/x?token=...' yet"),
     ],
 )
@@ -82,6 +86,32 @@ def test_the_config_has_none_and_the_tracker_has_it(tmp_path: Path, monkeypatch:
         assert with_password(config.tracking.uri) == SERVER
     monkeypatch.setattr(sys, "argv", ["scldm", "train", "vae", f"tracking.uri={SERVER}"])
     assert describe()["command"] == "scldm train vae tracking.uri=https://mlflow.lab:5000/x"
+
+
+@pytest.mark.parametrize("bare", ["x/", "x?", "x#", "5000/", "a@b/"])
+def test_a_password_that_can_not_be_told_from_the_rest_is_refused(
+    bare: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"http://ann:{bare}{WORD}@host"
+    said = "an `@` stands after a `/`, .* / as %2F"
+    assert main(["train", "vae", "data.shards=x", f"run_dir={tmp_path}/run", f"tracking.uri={uri}"]) == 2
+    assert main(["submit", *train(tmp_path), "--tracking.uri", uri]) == 2
+    told = capsys.readouterr().err
+    assert len(re.findall(f"tracking.uri: {said}", told)) == 2
+    assert WORD not in told
+    with pytest.raises(InputError, match=f"tracking.uri: {said}"):
+        TrackingConfig(uri=uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(InputError, match=f"MLFLOW_TRACKING_URI: {said}"):
+        Tracker(tmp_path / "run", TrackingConfig())
+    assert holding(tmp_path) == []
+    for fine in (
+        f"http://ann:x%2F{WORD}%40@host/a",
+        "sqlite:////data/ann@lab/mlflow.db",
+        "http://host:5000/a",
+        "mlruns@1",
+    ):
+        TrackingConfig(uri=fine)
 
 
 def test_a_password_with_no_place_outside_the_config_is_refused(capsys: pytest.CaptureFixture) -> None:

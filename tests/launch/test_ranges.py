@@ -79,6 +79,15 @@ def required(schema: type) -> list[str]:
     return [f"{key}=x" for key, _, default, _ in flatten(schema) if default == "required"]
 
 
+def needed(schema: type) -> dict[str, Any]:
+    """The fields of a config that must be given."""
+    hints = typing.get_type_hints(schema)
+    without = [f.name for f in dataclasses.fields(schema) if f.default is f.default_factory is dataclasses.MISSING]
+    return {
+        name: hints[name](**needed(hints[name])) if dataclasses.is_dataclass(hints[name]) else "x" for name in without
+    }
+
+
 def outside(number: Number) -> list[float]:
     """Just below the range, just above it, and what no range has."""
     assert number.range is not None
@@ -128,8 +137,7 @@ def test_a_number_outside_its_range_is_refused_with_its_full_key(verb: str) -> N
 @pytest.mark.parametrize("verb", SCHEMAS)
 def test_python_is_refused_the_same_with_the_fields_own_name(verb: str) -> None:
     for number in numbers(SCHEMAS[verb]):
-        others = {f.name: "x" for f in dataclasses.fields(number.owner) if f.default is dataclasses.MISSING}
-        others = {k: v for k, v in others.items() if k in {of.partition("=")[0] for of in required(number.owner)}}
+        others = needed(number.owner)
         for wrong in outside(number):
             with pytest.raises(InputError, match=rf"^{number.name}(\[0\]|\.x)?=") as refused:
                 number.owner(**{**others, number.name: number.given(wrong)})

@@ -163,6 +163,13 @@ CASES = [
     (GENERATE + "like=cells.h5ad", "like needs by"),
     (GENERATE + "like=cells.h5ad by=typ", "cells.h5ad: obs has no column 'typ'. It has type, batch"),
     (GENERATE + "like=cells.h5ad by=batch", "condition 'batch' is unknown. The model knows type"),
+    *(
+        (f"{verb} device=gpu", "device=gpu: torch knows cpu, cuda, cuda:1")
+        for verb in (GENERATE + "n=3", "embed " + A_MODEL)
+    ),
+    ("reconstruct device=cuda1 " + A_MODEL, "device=cuda1: torch knows cpu, cuda, cuda:1"),
+    ("transform to=type=B device=CPU " + A_MODEL, "device=CPU: torch knows cpu, cuda, cuda:1"),
+    (JUDGE + "shards=shards model=model device=cuda:", "device=cuda:: torch knows cpu, cuda, cuda:1"),
     (GENERATE + "n=3 genes=g9", "gene 'g9' is not among the model's 2"),
     (GENERATE + "n=3 sampler.guidance_from=0.8 sampler.guidance_to=0.2", "must be 0 <= from < to <= 1"),
     ("transform to=type " + A_MODEL, "to=type must be CONDITION=LABEL"),

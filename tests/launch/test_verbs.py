@@ -153,19 +153,22 @@ def test_a_run_starts_from_an_exported_model_on_other_genes(made: Path, capsys: 
           "split.validation=0.2", "split.stratify=type")  # fmt: skip
     capsys.readouterr()
     command = ["train", "vae", f"data.shards={made}/other", f"run_dir={made}/tuned", f"init_from={made}/model", *VAE]
+    assert main([*command, "min_gene_share=0.95"]) == 2
+    assert "37 of 40 genes matched, and at least 95 % are needed (min_gene_share=0.95)" in capsys.readouterr().err
+    assert not (made / "tuned").exists()
     scldm(*command)
     assert (
-        "genes: 37 known, 3 new (gene40, gene41, gene42), 3 left out (gene0, gene1, gene2)" in capsys.readouterr().out
+        "genes: 37 known, 3 new (gene40, gene41, gene42), 3 left out (gene0, gene1, gene2)" in capsys.readouterr().err
     )
     assert json.loads((made / "tuned" / "init_from.json").read_text())["genes"]["new"][0] == "gene40"
     scldm("train", "vae", f"data.shards={made}/other", f"run_dir={made}/fresh", *VAE)
     start = [read_metrics(made / run, "train")[0]["loss"] for run in ("fresh", "tuned")]
     # of the first five steps, on the same cells in the same order; a fresh start is at the mean cell already
     assert start[1] < 0.98 * start[0]
-    scldm(*command)  # resumes, and starts from nothing again
-    assert "init_from" not in capsys.readouterr().out
+    scldm(*command, "min_gene_share=0.95")  # resumes, and starts from nothing again
+    assert "37 known" not in "".join(capsys.readouterr())
     scldm("train", "ldm", f"data.shards={made}/latents", f"run_dir={made}/tuned-ldm", f"init_from={made}/model", *LDM)
-    assert "type: 3 known" in capsys.readouterr().out
+    assert "type: 3 known" in capsys.readouterr().err
     scldm("encode", f"vae={made}/tuned", f"shards={made}/other", f"out={made}/tuned-latents")
     words = [
         "train",

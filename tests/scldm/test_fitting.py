@@ -154,7 +154,10 @@ def test_the_same_call_goes_on_and_another_is_refused(
 
 @pytest.mark.slow
 def test_it_starts_from_a_model_and_leaves_nothing(
-    fitted: tuple[Pretrained, ad.AnnData, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fitted: tuple[Pretrained, ad.AnnData, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """On fewer genes, from a file, whose labels differ."""
     model, adata, _ = fitted
@@ -164,6 +167,7 @@ def test_it_starts_from_a_model_and_leaves_nothing(
     some.write_h5ad(tmp_path / "some.h5ad")
     found = scldm.fit(tmp_path / "some.h5ad", ["treatment"], vae=FEW | {"optim.lr": 1e-9}, ldm=FEW, start_from=model)
     assert os.listdir(tmp_path / "temporary") == []
+    assert "genes: 20 known" in capsys.readouterr().err
     assert found.genes.n_genes == 20
     assert list(found.gene_columns) == ["symbol"]
     own, before = found.vae.gene_embedding.weight, model.vae.gene_embedding.weight
@@ -186,6 +190,7 @@ def test_generated_cells_are_judged(fitted: tuple[Pretrained, ad.AnnData, Path],
     assert found.figure("scores").axes
     assert (found.save(tmp_path).stat().st_size, "<table" in found._repr_html_()) > (10_000, True)
     assert found.verdict in repr(found)
+    assert "genes matched (100 %)" in repr(found)
     assert (found.numbers["made_with"]["model"], found.numbers["config"]["seed"]) == (model.hash, 0)
     with pytest.raises(InputError, match="figure 'score' is not there. There are scores"):
         found.figure("score")

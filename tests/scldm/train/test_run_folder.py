@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -130,10 +131,13 @@ def test_what_can_not_be_read_of_earlier_starts_does_not_keep_a_run_from_its_nex
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     opened(tmp_path, CONFIG, FREE)
-    (tmp_path / "environment.json").write_text("")
-    opened(tmp_path, CONFIG, FREE)
-    assert "environment.json is damaged" in capsys.readouterr().err
-    assert len(json.loads((tmp_path / "environment.json").read_text())) == 1
+    for held, aside in (("", "environment.json.broken"), ('[{"time": 3}]', "environment.json.broken1")):
+        (tmp_path / "environment.json").write_text(held)
+        opened(tmp_path, CONFIG, FREE)
+        assert re.search(f"environment.json.*begun again, .* now .*/{aside}\n", capsys.readouterr().err)
+        assert len(json.loads((tmp_path / "environment.json").read_text())) == 1
+        assert (tmp_path / aside).read_text() == held
+    assert (tmp_path / "environment.json.broken").read_text() == ""
 
 
 def test_a_config_is_durable_before_it_has_its_name_and_not_written_again(
