@@ -169,13 +169,12 @@ def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unsealed(document: Any, where: str) -> dict[str, Any]:
-    """The document without its hash. One without a hash is of an earlier scldm, and is taken as it is.
-
-    Raises: InputError where it does not say what was sealed.
-    """
+    """The document without its hash. Raises: InputError where it has none, or does not say what was sealed."""
     if not isinstance(document, dict):
         raise InputError(f"{where}: must be a mapping")
+    if SEAL not in document:
+        raise InputError(f"{where}: it has no {SEAL} of its own. Write it again")
     rest = {key: value for key, value in document.items() if key != SEAL}
-    if SEAL in document and document[SEAL] != hash_of(rest):
+    if document[SEAL] != hash_of(rest):
         raise InputError(f"{where}: its SHA-256 is not that of what it says: damaged or changed")
     return rest

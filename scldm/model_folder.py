@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from safetensors.torch import save_file
-from torch import Tensor
 
 from scldm.errors import InputError, read_json
 from scldm.files import made_aside, sha256_of, write_json
@@ -39,7 +38,7 @@ class Stored:
     ldm: none for an autoencoder alone
     conditions: of the diffusion transformer, in its order
     origin: where the weights come from
-    weights: hash of all weights. Like `files` it is not there in folders of an earlier scldm, which have no hashes
+    weights: hash of all weights
     files: SHA-256 of the other files but the weights
     """
 
@@ -48,8 +47,8 @@ class Stored:
     ldm: DiTConfig | None
     conditions: tuple[str, ...]
     origin: dict[str, Any]
-    weights: str = ""
-    files: dict[str, str] = field(default_factory=dict)
+    weights: str
+    files: dict[str, str]
 
 
 def read_config(folder: Path) -> Stored:
@@ -57,28 +56,21 @@ def read_config(folder: Path) -> Stored:
     path = folder / CONFIG
     if not path.is_file():
         raise InputError(f"{folder} is not a model folder: it has no config.json. `scldm export` writes one")
-    document = unsealed(read_json(path), str(path))
-    if (version := document.get("format_version")) != FORMAT_VERSION:
+    document = read_json(path)
+    version = document.get("format_version") if isinstance(document, dict) else None
+    if version != FORMAT_VERSION:
         raise InputError(f"{folder}: format version {version!r}. This scldm reads {FORMAT_VERSION}")
-    return typed(Stored, document, str(path))
+    return typed(Stored, unsealed(document, str(path)), str(path))
 
 
-def check_files(folder: Path, stored: Stored, own: Mapping[str, Mapping[str, Tensor]], weights: str) -> None:
-    """Raises: InputError where weights or vocabularies are not those that were exported.
-
-    own: each network's tensors. weights: the hash of all
-    """
+def check_files(folder: Path, stored: Stored, weights: str) -> None:
+    """Raises: InputError where weights, by their hash, or vocabularies are not those that were exported."""
     for name, sha256 in stored.files.items():
         if name not in TABLES or sha256_of(folder / name)[1] != sha256:
             raise InputError(f"{folder / name}: its SHA-256 is not that of config.json: damaged or changed")
-    path = folder / "model.safetensors"
-    if stored.weights and stored.weights != weights:
+    if stored.weights != weights:
+        path = folder / "model.safetensors"
         raise InputError(f"{path}: its weights are not those that were exported: damaged or changed")
-    if not stored.weights:  # of an earlier scldm: what the runs' own weights were
-        for net, tensors in own.items():
-            origin = stored.origin.get(net)
-            if isinstance(origin, dict) and "hash" in origin and origin["hash"] != weights_hash(tensors):
-                raise InputError(f"{path}: its {net} is not that of its origin: damaged or changed")
 
 
 def check_replaceable(folder: Path) -> None:

@@ -101,7 +101,7 @@ def load(
         dit = network_of(lambda: DiT.of_tensors(of_ldm, *shape, n_labels, own["ldm"]), own["ldm"], str(path))
         dit = dit.eval().requires_grad_(False)
     sizes = LibrarySizeModel.load(folder / "library_sizes.json")
-    check_files(folder, stored, own, weights := weights_hash(tensors))
+    check_files(folder, stored, weights := weights_hash(tensors))
     batch = batch_on(device, vae) if batch is None else batch
     model = Pretrained(
         vae, dit, genes, conditions, sizes, stored.origin, weights, batch, precision_on(device, precision),

@@ -36,7 +36,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from scldm.environment import describe, without_passwords
+from scldm.environment import describe
 from scldm.errors import Busy, InputError, Stopped, read_json
 from scldm.files import ASIDE, flat, left_aside, outlived, remove, write_json
 from scldm.given_json import known_of, read_known, typed
@@ -55,7 +55,6 @@ NOTES = "slurm"
 OUTCOME = "outcome.json"
 LOCK = "lock"
 OWNER = "lock.owner"
-LATER = {"model.library_size": False}  # keys that the config of a run begun before them lacks -> what it did
 WAIT_S = 120.0  # for a lock that another process holds
 
 
@@ -96,10 +95,9 @@ def open_run_folder(
         if wrong := [key for key in changed if not _within(key, allowed)]:
             named = f", or name what may change: allow_changes={','.join(wrong)}"
             hint = named if all(_within(key, can_change) for key in wrong) else ""
-            hint += "".join(f", or go on as it was: {key}={str(LATER[key]).lower()}" for key in wrong if key in LATER)
             raise InputError(f"{run_dir} holds another run: {_told(changed, wrong)}; choose another run_dir{hint}")
         if every := _differing(read_config(run_dir), config, ()):
-            told = without_passwords(_told(every, list(every), len(every)))  # an earlier scldm kept one
+            told = _told(every, list(every), len(every))
             print(f"scldm: {run_dir} goes on with: {told}", file=sys.stderr, flush=True)
     run_dir.mkdir(parents=True, exist_ok=True)
     with locked(run_dir):
@@ -142,7 +140,6 @@ def _latest(run_dir: Path) -> Path | None:
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any], free: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
     """Key -> (before, now) of all that differs, but what is free to."""
     was, is_ = dict(flat(before)), dict(flat(now))
-    was |= {key: value for key, value in LATER.items() if key in is_ and key not in was}
     keys = sorted(key for key in was.keys() | is_.keys() if was.get(key) != is_.get(key))
     return {key: (was.get(key), is_.get(key)) for key in keys if not _within(key, free)}
 
