@@ -49,8 +49,8 @@ class SamplerConfig(Checked):
         return hash(tuple(frozenset(of.items()) if isinstance(of, Mapping) else of for of in vars(self).values()))
 
     @property
-    def guidance_interval(self) -> tuple[float, float]:
-        return self.guidance_from, self.guidance_to
+    def is_sde(self) -> bool:
+        return self.method.startswith("sde")
 
     def __post_init__(self) -> None:
         super().__post_init__()
