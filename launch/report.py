@@ -25,7 +25,7 @@ from scldm.evaluate.intervals import WIDTH
 from scldm.evaluate.metrics import METRICS
 from scldm.evaluate.report_tables import row_texts
 from scldm.evaluate.run_page import run_page
-from scldm.files import disk_explained, flat, written_aside
+from scldm.files import disk_explained, flat, write_bytes
 from scldm.given_json import known_of
 from scldm.train.follower import row_files, row_of
 from scldm.train.run_folder import PREVIEWS, outcome_of, starts_of
@@ -74,8 +74,8 @@ def main(config: ReportConfig) -> Path:
     """Write the page, and print what matters most; returns the page."""
     runs = [facts(Path(run)) for run in config.runs]
     out = Path(config.out or Path(config.runs[0]) / ("run.html" if len(runs) == 1 else "runs.html"))
-    with disk_explained(str(out)), written_aside(out) as file:
-        file.write(run_page(runs).encode())
+    with disk_explained(str(out)):
+        write_bytes(out, run_page(runs).encode())
     for run in runs:
         print(f"{run['name']}: {run['headline']}")
         for sentence in run["weak"]:
@@ -335,9 +335,7 @@ def weak(
             )
     waits = [row["waiting_share"] for row in rows if row.get("waiting_share") is not None]
     if waits and median(waits) > WAITS:
-        out.append(
-            f"{median(waits):.0%} of the time is spent waiting for cells: raise data.read_threads or data.prefetch."
-        )
+        out.append(f"{median(waits):.0%} of the time it waits for cells: raise data.read_threads or data.prefetch.")
     if (run / "nonfinite.jsonl").is_file():
         *lines, _ = (run / "nonfinite.jsonl").read_text().split("\n")  # the last one may be under way
         steps = {json.loads(line)["step"] for line in lines}

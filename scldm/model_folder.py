@@ -124,19 +124,14 @@ def save_pretrained(
 def read_gene_columns(folder: Path, genes: GeneVocab) -> pd.DataFrame:
     """Raises: InputError where the file is not one text a gene in each column."""
     path = folder / GENE_COLUMNS
-    columns = read_json(path) if path.is_file() else {}
-    values = columns.values() if isinstance(columns, dict) else [None]
-    if not all(isinstance(of, list) and len(of) == genes.n_genes and {type(v) for v in of} <= {str} for of in values):
-        raise InputError(f"{path} is damaged: each of its columns must hold a text for each of {genes.n_genes} genes")
+    columns = typed(dict[str, list[str]], read_json(path), str(path)) if path.is_file() else {}
+    if wrong := [name for name, texts in columns.items() if len(texts) != genes.n_genes]:
+        raise InputError(f"{path} is damaged: {wrong[0]} must hold a text for each of {genes.n_genes} genes")
     return pd.DataFrame(columns, index=pd.Index(genes.ids)) if columns else pd.DataFrame()
 
 
 def read_history(folder: Path) -> dict[str, pd.DataFrame]:
     """Raises: InputError where the file holds no rows by stage."""
     path = folder / HISTORY
-    rows = read_json(path) if path.is_file() else {}
-    if not isinstance(rows, dict) or not all(
-        isinstance(of, list) and all(isinstance(row, dict) for row in of) for of in rows.values()
-    ):
-        raise InputError(f"{path} is damaged: it must hold a list of rows for each stage")
+    rows = typed(dict[str, list[dict[str, Any]]], read_json(path), str(path)) if path.is_file() else {}
     return {stage: pd.DataFrame(of) for stage, of in rows.items()}

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pandas as pd
@@ -28,7 +28,8 @@ from data_pipeline.convert.source import SourceSpec
 from data_pipeline.convert.splits import columns_of, draw_splits
 from data_pipeline.format.schema import VERSION, condition_dtype
 from scldm.errors import InputError
-from scldm.files import made_aside, sha256_of
+from scldm.files import flat, made_aside, sha256_of
+from scldm.given_json import typed
 from scldm.vocab import ConditionVocab, GeneVocab
 
 UNIT_CELLS = 1 << 15  # cells that one process reads and scatters before it notes that they are done
@@ -56,16 +57,11 @@ def settings_of(config: ShardsWriteConfig) -> dict[str, Any]:
     return json.loads(json.dumps({**settings, "sha256": digests}))
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Where two settings differ, as `key: was ..., is ...`."""
-    out = []
-    for key in sorted({*before, *now}):
-        was, is_ = before.get(key), now.get(key)
-        if isinstance(was, dict) and isinstance(is_, dict):
-            out += differences(was, is_, f"{prefix}{key}.")
-        elif was != is_:
-            out.append(f"{prefix}{key}: was {was!r}, is {is_!r}")
-    return out
+    was, is_ = dict(flat(before)), dict(flat(now))
+    differ = sorted(key for key in {*was, *is_} if was.get(key) != is_.get(key))
+    return [f"{key}: was {was.get(key)!r}, is {is_.get(key)!r}" for key in differ]
 
 
 def tool_versions() -> dict[str, str]:
@@ -147,20 +143,11 @@ class Plan:
 
     @classmethod
     def load(cls, folder: Path) -> Plan:
-        obj = json.loads((folder / "plan.json").read_text())
-        return cls(
-            folder=folder,
-            settings=obj["settings"],
-            tools=obj["tools"],
-            sources=tuple(SourceSpec(**s) for s in obj["sources"]),
-            units=tuple(tuple(u) for u in obj["units"]),
-            csc_groups=tuple(tuple(tuple(g) for g in groups) for groups in obj["csc_groups"]),
-            genes=GeneVocab.from_json(obj["genes"]),
-            conditions=ConditionVocab.from_json(obj["conditions"]),
-            splits=tuple(obj["splits"]),
-            split_rule=obj["split_rule"],
-            report=obj["report"],
-        )
+        kinds, where = get_type_hints(cls), str(folder / "plan.json")
+        stored = json.loads((folder / "plan.json").read_text())
+        read = {"genes": GeneVocab.from_json, "conditions": ConditionVocab.from_json}
+        vocabs = {name: from_json(stored.pop(name)) for name, from_json in read.items()}
+        return cls(folder, **vocabs, **{name: typed(kinds[name], value, where) for name, value in stored.items()})
 
 
 def make_plan(config: ShardsWriteConfig, folder: Path) -> Plan:

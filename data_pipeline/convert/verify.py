@@ -236,9 +236,7 @@ def _check_shard(
     if not named and n_bytes != shard.bytes:
         yield Fault(shard.path, f"{n_bytes} bytes, the manifest says {shard.bytes}")
     elif not named and digest.hexdigest() != shard.sha256:
-        yield Fault(
-            shard.path, "its SHA-256 is not the manifest's, though its blocks are sound: padding or end was changed"
-        )
+        yield Fault(shard.path, "its SHA-256 is not the manifest's. Its blocks are sound: padding or end was changed")
 
 
 def _check_block(

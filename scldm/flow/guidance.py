@@ -110,9 +110,7 @@ class GuidedField:
                     f"{', '.join(names) or 'none'}"
                 )
         if kind == "compositional" and names and not len(model.combinations.labels_KC):
-            raise InputError(
-                "sampler.guidance=compositional: the model does not say which combinations it was trained on"
-            )
+            raise InputError("sampler.guidance=compositional: the model names no combinations that it was trained on")
         by_position = {j: sampler.guidance_weights.get(name, scale) for j, name in enumerate(names)}
         self.inside = self.outside = self._rows(conditions, kind, by_position, scale)
         if (sampler.guidance_from, sampler.guidance_to) != (0.0, 1.0):

@@ -31,7 +31,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from scldm.environment import describe
 from scldm.errors import Busy, InputError, Stopped, read_json
 from scldm.files import ASIDE, flat, left_aside, outlived, remove, write_json
-from scldm.given_json import known_of, read_known, typed
+from scldm.given_json import read_entries, read_known, typed
 from scldm.train import changes
 from scldm.train.changes import CHANGES
 from scldm.train.steps import pointed
@@ -165,12 +165,12 @@ class Start:
     """What verbs read of a start. It is noted with more, see scldm/environment.py."""
 
     time: str
-    command: str = ""
-    host: str = ""
-    git: str | None = None
+    command: str
+    host: str
+    git: str | None
+    slurm_job: str | None
+    versions: dict[str, str]
     diff: str = ""
-    slurm_job: str | None = None
-    versions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         try:
@@ -182,12 +182,7 @@ class Start:
 
 def starts_of(run_dir: Path) -> list[dict[str, Any]]:
     """The notes of all starts of a run, the first one first. Raises: InputError for a file that says anything else."""
-    path = run_dir / ENVIRONMENT
-    starts = typed(list[dict[str, Any]], read_json(path), str(path)) if path.is_file() else []
-    without = {key: value for key, value in asdict(Start("2000-01-01")).items() if key not in ("time", "diff")}
-    for k, start in enumerate(starts):
-        known_of(Start, start, f"{path}: [{k}]")
-    return [{**without, **start} for start in starts]
+    return read_entries(Start, run_dir / ENVIRONMENT)
 
 
 def _starts(run_dir: Path) -> list[Any]:

@@ -185,7 +185,7 @@ def test_a_label_that_no_cell_had_is_left_out_of_no_part() -> None:
 
 def test_a_model_that_does_not_know_what_it_was_trained_on_composes_nothing(model: DiT) -> None:
     model.combinations.labels_KC = torch.zeros(0, 2, dtype=torch.int64)
-    with pytest.raises(InputError, match="does not say which combinations"):
+    with pytest.raises(InputError, match="names no combinations"):
         field_of(model, IDS, "compositional")
 
 
@@ -254,7 +254,7 @@ def test_a_model_without_conditions_is_sampled_all_the_same() -> None:
         ({"guidance_scale": -1.0}, "guidance_scale=-1"),
         ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
         ({"guidance_scale": float("inf")}, "guidance_scale=inf"),
-        ({"guidance_weights": {"type": 1.0}}, "belong to sampler.guidance=additive. shift has one scale"),
+        ({"guidance_weights": {"type": 1.0}}, "are for guidance=additive. shift has one scale"),
         ({"guidance": "additive", "guidance_weights": {"type": -1.0}}, "guidance_weights.type=-1"),
         ({"guidance_from": 0.7, "guidance_to": 0.3}, "sampler.guidance_from=0.7 and sampler.guidance_to=0.3"),
         ({"guidance_to": 1.5}, "guidance_to=1.5"),
