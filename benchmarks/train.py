@@ -36,7 +36,7 @@ from scldm.model.vae import VAE, VAEConfig
 from scldm.parallel.dist import World, close_world, world_of_environment
 from scldm.parallel.engine import HardwareConfig, start_engine
 from scldm.tf32 import tf32_products
-from scldm.train.budget import plain_memory, rank_memory
+from scldm.train.budget import Memory, rank_memory
 from scldm.train.loop import TrainConfig, train
 from scldm.train.losses import Draws, LDMStage, VAEStage
 from scldm.train.optim import OptimConfig, learning_rate, make_optimizer
@@ -217,6 +217,25 @@ def preset_rows(words: Sequence[str], n_genes: int, config: BenchTrainConfig, wo
     if words[0] in config.compile:
         rows.append(compiled_row(preset_work([*words, "model.compile=true"], n_genes), seconds["bare"], config, world))
     return [replace(row, name=f"{words[0]}: {row.name}") for row in rows]
+
+
+def plain_memory(cost: StepCost) -> Memory:
+    """Of a lone process without DeepSpeed: no masters beside the weights, and all gradients stay to the end of the
+    pass, where AdamW makes three tensors as large as the weights."""
+    P = cost.n_parameters
+    return Memory(
+        weights=4 * P,
+        gathered=0.0,
+        masters=0.0,
+        moments=8 * P,
+        ema=4 * P,
+        gradients=0.0,
+        buckets=0.0,
+        activations=cost.peak_with_gradients_bytes,
+        step=4 * P + 3 * 4 * P,
+        validation=4 * P + cost.peak_bytes,
+        saved=4 * 4 * P,
+    )
 
 
 def on_device(words: Sequence[str], device: torch.device) -> list[str]:

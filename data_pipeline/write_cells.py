@@ -31,7 +31,16 @@ from anndata.io import read_elem, sparse_dataset, write_elem
 
 from data_pipeline.read_cells import LAYER, MEASUREMENT
 from scldm.errors import InputError, read_json
-from scldm.files import disk_explained, locked, made_aside, of_bytes, remove_left, remove_marked, written_aside
+from scldm.files import (
+    disk_explained,
+    locked,
+    made_aside,
+    of_bytes,
+    remove_left,
+    remove_marked,
+    write_json,
+    written_aside,
+)
 from scldm.given_json import typed
 from scldm.hdf5 import hdf5_made
 from scldm.progress import Progress
@@ -125,8 +134,7 @@ class CellWriter:
                 busy = f"{self.parts}: another process is making these cells. Wait for it, or end it"
                 stack.enter_context(locked(self.parts / "lock", busy))
                 remove_left(self.parts)
-                with written_aside(self.parts / "made_by.json") as file:
-                    file.write(json.dumps(self.made_by, indent=1).encode())
+                write_json(self.parts / "made_by.json", self.made_by)
             yield
 
     def rows(self, part: int) -> range:
@@ -314,9 +322,7 @@ def _made_by(out: Path) -> dict[str, Any]:
         return {k: value if isinstance(value, str) else int(value) for k, value in found.items() if k not in COSTS}
     except Exception as error:  # each library has its own for what is none of its files
         told = (str(error).splitlines() or [""])[0]
-        raise InputError(
-            f"out={out} exists and is not of this command ({told}). Remove it, or choose another out"
-        ) from None
+        raise InputError(f"out={out} exists and is not of this command ({told}). Choose another out") from None
 
 
 def _flat(made_by: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

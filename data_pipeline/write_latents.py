@@ -15,7 +15,6 @@ Its block is in format/latent_block.py.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import tarfile
@@ -31,10 +30,10 @@ import numpy as np
 from data_pipeline.format import schema
 from data_pipeline.format.latent_block import encode_latent_block
 from data_pipeline.format.read_shards import ShardSet
-from data_pipeline.format.schema import FileEntry, ShardEntry
+from data_pipeline.format.schema import ShardEntry
 from data_pipeline.stream.gene_set_config import GeneSetConfig
 from scldm.errors import InputError, read_json
-from scldm.files import disk_explained, locked, remove_left, remove_marked, sha256_of, written_aside
+from scldm.files import disk_explained, locked, remove_left, remove_marked, sha256_of, write_bytes, written_aside
 from scldm.given_json import Count, typed
 
 
@@ -193,11 +192,9 @@ class LatentWriter:
             if path != schema.BLOCK_INDEX_PATH:
                 values = self.cells.cell_column(name) if kind == "cells" else self.cells.gene_column(name)
             (self.out / path).parent.mkdir(parents=True, exist_ok=True)
-            buffer = io.BytesIO()
-            np.lib.format.write_array(buffer, np.asarray(values), version=(1, 0))
-            data = buffer.getvalue()
+            entry, data = schema.array_file(path, values)
             self._write(self.out / path, data)
-            files.append(FileEntry(path, len(data), hashlib.sha256(data).hexdigest()))
+            files.append(entry)
         extra = {**self.identity, **self._moments(notes)}
         manifest = replace(
             source, kind="latents", shards=tuple(shards), index=tuple(files), codec="none", codec_level=0, extra=extra
@@ -225,6 +222,6 @@ class LatentWriter:
         path = self._note(shard)
         return typed(_Written, read_json(path), str(path))
 
-    def _write(self, path: Path, data: bytes) -> None:
-        with disk_explained(str(self.out)), written_aside(path) as file:
-            file.write(data)
+    def _write(self, path: Path, data: bytes | memoryview) -> None:
+        with disk_explained(str(self.out)):
+            write_bytes(path, data)

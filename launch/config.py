@@ -225,7 +225,8 @@ def _nested(schema: type, override: str) -> dict[str, Any]:
         if is_list:
             value = [part.strip() for part in text.split(",")] if text else []
         else:
-            value = _yaml_text(text, override)
+            # every value is text as it stands there
+            value = _parsed(lambda: yaml.load(text, Loader=yaml.BaseLoader), text, override)
     elif _is_text(kind) and (kind in (str, Path) or text != "null"):
         value = text
     else:
@@ -240,8 +241,12 @@ def _at(dotted_key: str, value: Any) -> dict[str, Any]:
 
 
 def _yaml(text: str, override: str) -> Any:
+    return _parsed(lambda: _read(lambda text: OmegaConf.from_dotlist([f"value={text}"]), text)["value"], text, override)
+
+
+def _parsed(parse: Callable[[], Any], text: str, override: str) -> Any:
     try:
-        return _read(lambda text: OmegaConf.from_dotlist([f"value={text}"]), text)["value"]
+        return parse()
     except (yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise InputError(f"{override}: {text!r} can't be read: {' '.join(str(error).split())}") from None
 
@@ -260,14 +265,6 @@ def _read(read: Callable[[str], Any], text: str) -> Any:
         return value.replace(DOLLAR, "${") if isinstance(value, str) else value
 
     return restored(OmegaConf.to_container(read(text.replace("${", DOLLAR)), resolve=False))
-
-
-def _yaml_text(text: str, override: str) -> Any:
-    """YAML in which every value is text as it stands there."""
-    try:
-        return yaml.load(text, Loader=yaml.BaseLoader)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{override}: {text!r} can't be read: {' '.join(str(error).split())}") from None
 
 
 def _merge(config: DictConfig, other: Any, where: str) -> DictConfig:

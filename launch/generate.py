@@ -27,7 +27,7 @@ from scldm.count_draws import DRAWS_VERSION
 from scldm.environment import cpu_maker
 from scldm.errors import InputError
 from scldm.flow.sampler import SamplerConfig
-from scldm.networks import AskedPrecision, Kind, batch_on, precision_on, usable
+from scldm.networks import AskedPrecision, Kind, batch_on, device_of, precision_on, usable
 from scldm.parallel.dist import close_world, world_of_environment
 from scldm.pretrained import Pretrained
 from scldm.progress import Progress
@@ -171,15 +171,10 @@ def made_by(config: GenerateConfig, model: Pretrained, wanted: Wanted, genes: li
 def kind_of(device: str) -> str:
     """What of a device decides the last bits of its sums: which GPU, or a CPU's maker and vector instructions, by which
     the libraries choose their code."""
-    kind = device_of(device).type
+    kind = torch.device(device_of(device)).type
     if kind == "cuda":
         return torch.cuda.get_device_name(device or "cuda")
     return f"{kind} {cpu_maker()} {torch.backends.cpu.get_cpu_capability()}"
-
-
-def device_of(device: str) -> torch.device:
-    """The configured device. Where none is, a GPU if there is one."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 # --- which cells ---------------------------------------------------------------------------------------------------

@@ -4,11 +4,12 @@ before packages are imported, which takes seconds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from scldm.errors import InputError
+from scldm.files import flat
 
 # what is judged -> the keys it takes. A key takes those below it too
 TAKES: Mapping[str, tuple[str, ...]] = {
@@ -46,9 +47,7 @@ def check_judged(config: Any) -> None:
     if mode := "generated" if config.generated else "embedding" if config.embedding else "":
         refuse_unused(config, mode)
         if mode == "generated" and bool(config.real) == bool(config.shards):
-            raise InputError(
-                "give the real cells once: as shards=FOLDER, or as real=FILE.h5ad whose obs has a split column"
-            )
+            raise InputError("give real cells once: as shards=FOLDER, or real=FILE.h5ad whose obs has a split column")
         return
     if not (config.vae or config.model):
         raise InputError(
@@ -65,20 +64,11 @@ def check_judged(config: Any) -> None:
 def refuse_unused(config: Any, mode: str) -> None:
     """Raises: InputError for a key that was changed from its default, and that this mode does not use."""
     given = mode if getattr(config, mode) else "model"
-    for key, value in changed(config, type(config)()):
+    default = dict(flat(asdict(type(config)())))
+    for key, value in flat(asdict(config)):
+        if value == default.get(key):
+            continue
         if not any(key == taken or key.startswith(f"{taken}.") for taken in TAKES[mode]):
-            raise InputError(
-                f"{key}={value} has no effect with {given}=: leave it out. It takes {', '.join(TAKES[mode])}"
-            )
+            raise InputError(f"{key}={value} has no effect with {given}=, which takes {', '.join(TAKES[mode])}")
         if mode == "generated" and (needed := NEEDS.get(key)) and not getattr(config, needed):
             raise InputError(f"{key}={value} has no effect with generated= without {needed}=: leave it out")
-
-
-def changed(config: Any, default: Any, above: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted keys whose value is not that of `default`, with their values."""
-    for key in (of.name for of in fields(config)):
-        value, other = getattr(config, key), getattr(default, key)
-        if is_dataclass(value):
-            yield from changed(value, other, f"{above}{key}.")
-        elif value != other:
-            yield above + key, value

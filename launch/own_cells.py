@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import anndata as ad
-import torch
 
 import scldm
 from launch.together import WRITES
@@ -17,7 +16,7 @@ from scldm.cells_file import cells_in_file, check_storable, write_cells
 from scldm.cells_opened import check_out
 from scldm.checked import Checked, checked
 from scldm.files import made_aside
-from scldm.networks import AskedPrecision
+from scldm.networks import AskedPrecision, device_of
 from scldm.vocab import MIN_GENE_SHARE
 
 
@@ -58,10 +57,8 @@ def model_and_cells(config: OwnCellsConfig) -> Iterator[tuple[scldm.Pretrained, 
     check_out(config.out, WRITES["embed"], h5ad=config.h5ad)
     with cells_in_file(config.h5ad) as adata:
         check_storable(adata, f"h5ad={config.h5ad}")
-        device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = scldm.load(
-            config.model, device, batch=config.batch, precision=config.precision, min_gene_share=config.min_gene_share
-        )
+        how = {"batch": config.batch, "precision": config.precision, "min_gene_share": config.min_gene_share}
+        model = scldm.load(config.model, device_of(config.device), **how)
         if config.drop_empty and not (counted_n := model.counted(adata, config.layer or None)).all():
             n = adata.n_obs
             adata = adata[counted_n].copy()

@@ -113,7 +113,7 @@ def main(config: QuickstartConfig) -> None:
         ], ranks=config.ranks)  # fmt: skip
         todo.verb("model", "export", [f"vae={out}/vae", f"ldm={out}/ldm", f"out={out}/model"])
         todo.call(
-            "wanted", "as many cells of each combination as the test split holds", lambda: write_wanted(out, conditions)
+            "wanted", "as many cells of each combination as are test cells", lambda: write_wanted(out, conditions)
         )
         todo.verb("generated", "generate", [
             f"model={out}/model", f"conditions={out}/wanted.csv", f"out={out}/generated.h5ad",

@@ -371,9 +371,7 @@ def weak(
             )
     waits = [row["waiting_share"] for row in rows if row.get("waiting_share") is not None]
     if waits and median(waits) > WAITS:
-        out.append(
-            f"{median(waits):.0%} of the time is spent waiting for cells: raise data.read_threads or data.prefetch."
-        )
+        out.append(f"{median(waits):.0%} of the time it waits for cells: raise data.read_threads or data.prefetch.")
     if (run / "nonfinite.jsonl").is_file():
         *lines, _ = (run / "nonfinite.jsonl").read_text().split("\n")  # the last one may be under way
         path = run / "nonfinite.jsonl"

@@ -61,9 +61,7 @@ def check_export(config: Any) -> None:
     if config.alias and not config.register:
         raise InputError(f"alias={config.alias} needs register=NAME, the model that it is an alias of")
     if config.alias and not re.fullmatch(r"(?!latest$|v\d+$)[\w-]+", config.alias, re.ASCII):
-        raise InputError(
-            f"alias={config.alias}: give letters, digits, _ and -, and not latest or v1, as MLflow wants it"
-        )
+        raise InputError(f"alias={config.alias}: give letters, digits, _ and -, and not latest or v1")
 
 
 def check_sampler(config: Any) -> None:

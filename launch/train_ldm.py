@@ -62,11 +62,6 @@ class TrainLDMConfig(training.RunConfig):
         told the vector, so that every label of the file can be asked for, trained or not
     init_from: model folder whose diffusion transformer to start from. Conditions and labels are joined by name, new
         ones get new rows
-    branch_from: RUN@STEP, as runs/vae@15000 or @latest or @best: a new run that begins with that checkpoint, its place
-        in the cells' order included. Give the parent's keys again. Those of optim, train and hardware.precision may
-        differ, and of guidance and flow
-    allow_changes: keys that may differ from the run's config.json, as optim.lr,train.steps. Each change is noted in
-        changes.json with its step. Those of optim, train and hardware.precision can change, and of guidance and flow
     """
 
     vae: str = ""
@@ -81,9 +76,7 @@ class TrainLDMConfig(training.RunConfig):
         super().__post_init__()
         self.given.check("given")
         if self.given.policy != "all" and not self.vae:
-            raise InputError(
-                f"given.policy={self.given.policy} has no effect on latents. With vae=RUN cells are encoded"
-            )
+            raise InputError(f"given.policy={self.given.policy} has no effect on latents. Give vae=RUN too")
 
 
 CONFIG = TrainLDMConfig

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from torch.nn import Module
+
 from data_pipeline.format.schema import OfLatents
 from data_pipeline.stream.gene_set_config import OF_THE_CELL, GeneSetConfig, as_whole_cells
 from scldm.errors import InputError, read_json
@@ -35,8 +37,7 @@ def trained_vae(run_dir: Path, which: Literal["best", "latest"]) -> tuple[VAE, d
     run, n_genes = read_config(target), GeneVocab.load(target / "genes.json").n_genes
     of = _part_of(VAEConfig, run, target, "model").portable
     vae = network_of(lambda: VAE(of, n_genes), tensors, str(target))
-    origin = {"run": str(run_dir), "step": step, "hash": weights_hash(vae.state_dict()), "config": run}
-    return vae.eval().requires_grad_(False), origin
+    return vae.eval().requires_grad_(False), _origin(run_dir, step, target, vae, run)
 
 
 def trained_dit(run_dir: Path, vae: VAE, which: Literal["best", "latest"]) -> tuple[DiT, dict[str, Any]]:
@@ -60,12 +61,17 @@ def trained_dit(run_dir: Path, vae: VAE, which: Literal["best", "latest"]) -> tu
     shape = (vae.config.n_latents, vae.config.latent_width)
     of = _part_of(DiTConfig, run, target, "model").portable
     dit = network_of(lambda: DiT.of_tensors(of, *shape, n_labels, tensors), tensors, str(target))
-    return dit.eval(), {"run": str(run_dir), "step": step, "hash": weights_hash(dit.state_dict()), "config": run}
+    return dit.eval(), _origin(run_dir, step, target, dit, run)
+
+
+def _origin(run_dir: Path, step: int, target: Path, network: Module, config: dict[str, Any]) -> dict[str, Any]:
+    found = {"run": str(run_dir), "step": step, "checkpoint": str(target)}
+    return {**found, "hash": weights_hash(network.state_dict()), "config": config}
 
 
 def checkpoint_of(origin: Mapping[str, Any]) -> Path:
     """The checkpoint that a network comes from: its folder has config and vocabularies, whose hashes were compared."""
-    return Path(origin["run"]) / "checkpoints" / f"step-{origin['step']:08d}"
+    return Path(origin["checkpoint"])
 
 
 def _part_of(kind: type[Kind], run: Any, run_dir: Path, key: str) -> Kind:

@@ -87,10 +87,10 @@ class RunConfig(Checked):
 
     run_dir: folder of the run
     branch_from: RUN@STEP, as runs/vae@15000 or @latest or @best: a new run that begins with that checkpoint, its place
-        in the cells' order included. Give the parent's keys again. Those of optim, train and hardware.precision may
-        differ
+        in the cells' order included. Give the parent's keys again. Those of optim, train, guidance,
+        flow and hardware.precision may differ
     allow_changes: keys that may differ from the run's config.json, as optim.lr,train.steps. Each change is noted in
-        changes.json with its step. Those of optim, train and hardware.precision can change
+        changes.json with its step. Those of optim, train, guidance, flow and hardware.precision can change
     deepspeed: any key of DeepSpeed's own configuration that does not change the result, as deepspeed.steps_per_print=9.
         Other engines have no use for it
     """
@@ -267,9 +267,7 @@ def previews_of(
     """What the first rank shows at validations. Nothing where a rank has no whole network."""
     make, train = parts.preview, config.train
     if make is not None and not engine.is_whole:
-        print(
-            "scldm: no previews, as no rank has the whole network under ZeRO-3 and FSDP2", file=sys.stderr, flush=True
-        )
+        print("scldm: no previews: no rank has the whole network under ZeRO-3 and FSDP2", file=sys.stderr, flush=True)
         make = None
     limit_s = min(train.hang_s or math.inf, config.hardware.collective_timeout_s) / 2
     device = requests.world.device
@@ -345,9 +343,7 @@ def check_changes(config: RunConfig) -> None:
         may = (*CAN_CHANGE, *FREE_ON_RESUME)
         if never := [key for key in within if not any(f"{key}.".startswith(f"{group}.") for group in may)]:
             why = WHY_NEVER.get(never[0].split(".")[0], "it would be another run")
-            raise InputError(
-                f"allow_changes={name}: {never[0]} can never change in a run: {why}. Choose another run_dir"
-            )
+            raise InputError(f"allow_changes={name}: {never[0]} can't change in a run: {why}. Choose another run_dir")
 
 
 def check_steps(config: RunConfig, step: int) -> None:

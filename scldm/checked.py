@@ -51,19 +51,14 @@ class Range:
 
 
 def checked(
-    default: Value | None = None,
-    *,
-    factory: Callable[[], Value] | None = None,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
+    default: Value | None = None, *, factory: Callable[[], Value] | None = None, **bounds: float | None
 ) -> Value:
     """A dataclass field whose number, or each of whose numbers, lies in a range. Without bounds it is finite.
 
     factory: makes the default, where it is a mapping
+    bounds: of the Range
     """
-    metadata = {RANGE: Range(at_least, above, at_most, below)}
+    metadata = {RANGE: Range(**bounds)}
     if factory is not None:
         return dataclasses.field(default_factory=factory, metadata=metadata)
     return typing.cast(Value, dataclasses.field(default=default, metadata=metadata))

@@ -13,7 +13,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from scldm.count_matrix import count_matrix, rows_in_memory, table_in_memory
-from scldm.environment import describe
+from scldm.environment import made_with
 from scldm.errors import InputError
 from scldm.evaluate.baselines import SHIFTED
 from scldm.evaluate.cells import Cells
@@ -27,7 +27,7 @@ from scldm.evaluate.intervals import WIDTH
 from scldm.evaluate.metrics import METRICS
 from scldm.evaluate.protocols import PROTOCOLS
 from scldm.evaluate.report import matched_text, write_report
-from scldm.evaluate.sample import SPLITS
+from scldm.evaluate.sample import SPLITS, check_splits
 from scldm.files import write_json
 from scldm.label_text import labels_of
 
@@ -55,12 +55,7 @@ def evaluation(
     if protocol not in PROTOCOLS:
         raise InputError(f"protocol={protocol!r} must be one of {', '.join(map(repr, PROTOCOLS))}")
     of_cell = labels_of(table_in_memory(real.obs), split, "real", "split")
-    for name in SPLITS:
-        if not (of_cell == name).any():
-            raise InputError(
-                f"real: obs column split={split!r} marks no {name} cells. It must say {', '.join(SPLITS)}, and says "
-                f"{', '.join(sorted(set(of_cell))[:5])}"
-            )
+    check_splits(of_cell, "real", split)
     known = {name: model.missing.get(name, "") for name in conditions}
     parts = [_cells(real, np.flatnonzero(of_cell == name), known, layer, f"real ({name})") for name in SPLITS]
     made = _cells(generated, np.arange(generated.n_obs), known, "X", "generated")
@@ -69,17 +64,7 @@ def evaluation(
     found["curves"] = {
         stage: curves_of({str(k): v for k, v in row.items()} for row in of) for stage, of in rows.items()
     }
-    here = describe()
-    found["made_with"] = {
-        "created": here["time"].replace("T", " ").removesuffix("+00:00") + " UTC",
-        "command": here["command"],
-        "commit": here["git"],
-        "python": here["python"],
-        "conditions": ", ".join(conditions),
-        "protocol": protocol,
-        "model": model.hash,
-        "versions": dict(sorted(here["versions"].items())),
-    }
+    found["made_with"] = made_with({"conditions": ", ".join(conditions), "protocol": protocol, "model": model.hash})
     return Evaluation(found)
 
 

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -34,6 +35,20 @@ def describe() -> dict[str, Any]:
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
         "git": git_commit(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
+    }
+
+
+def made_with(inputs: Mapping[str, Any], packages: Sequence[str] = ()) -> dict[str, Any]:
+    """The same for a person, of an evaluation. packages: whose versions are named too"""
+    here = describe()
+    versions = {**here["versions"], **{name: metadata.version(name) for name in packages}}
+    return {
+        "created": here["time"].replace("T", " ").removesuffix("+00:00") + " UTC",
+        "command": here["command"],
+        "commit": here["git"],
+        "python": here["python"],
+        **inputs,
+        "versions": dict(sorted(versions.items())),
     }
 
 

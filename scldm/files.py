@@ -2,8 +2,8 @@
 sentence, and nested mappings as dotted keys. What is at a URL is data_pipeline/stores.py.
 
 Reading order: check_writable, check_new, written_aside, made_aside, put_in_place, left_aside, remove_left,
-remove_marked, write_json, write_page, sync, sha256_of, of_bytes, locked, no_space, space_explained, disk_explained,
-outlived, flat.
+remove_marked, write_bytes, write_json, write_page, sync, sha256_of, of_bytes, locked, no_space, space_explained,
+disk_explained, outlived, flat.
 """
 
 from __future__ import annotations
@@ -165,18 +165,22 @@ def remove_marked(folder: Path, mark: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Write a file whole or not at all."""
     with written_aside(path) as file:
-        file.write(json.dumps(value, indent=1).encode())
+        file.write(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """The same of JSON."""
+    write_bytes(path, json.dumps(value, indent=1).encode())
 
 
 def write_page(path: Path, html: str) -> None:
     """Write a page whole or not at all, by one process at a time. Raises: InputError where the disk refuses it."""
     with disk_explained(str(path)):
         remove_left(path.parent, path.name)
-        with written_aside(path) as file:
-            file.write(html.encode())
+        write_bytes(path, html.encode())
 
 
 def remove(path: Path) -> None:

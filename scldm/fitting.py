@@ -178,7 +178,8 @@ def _train(
             compose(verb.CONFIG, [*presets, *words[name].keys, "data.shards=-", "run_dir=-"])
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
-    config = compose(ShardsWriteConfig, [*defaults, *given, *own, f"source.paths={json.dumps([_file(path, work)])}"])
+    file = str(path or work.resolve() / "cells.h5ad")
+    config = compose(ShardsWriteConfig, [*defaults, *given, *own, f"source.paths={json.dumps([file])}"])
     if path is None:
         assert isinstance(adata, ad.AnnData)
         _write_cells(adata, config, Path(config.source.paths[0]))
@@ -294,7 +295,7 @@ def _checked(adata: Any, conditions: tuple[str, ...]) -> Path | None:
     if isinstance(adata, ad.AnnData):
         if adata.isbacked and adata.is_view:
             raise InputError(
-                f'adata is a view of cells in a file, whose obs can\'t get the column "{SPLIT}". Give adata.to_memory()'
+                f'adata is a view of a file, whose obs can\'t get the column "{SPLIT}". Give adata.to_memory()'
             )
         for name in conditions:
             if name not in adata.obs:
@@ -307,10 +308,6 @@ def _checked(adata: Any, conditions: tuple[str, ...]) -> Path | None:
     with open_cells(path) as file:  # which says what it is, if it is no such file
         frame_of(file, "obs", path)
     return path.resolve()
-
-
-def _file(path: Path | None, work: Path) -> str:
-    return str(path or work.resolve() / "cells.h5ad")
 
 
 def _n_cells(path: Path) -> int:
@@ -340,11 +337,9 @@ def _write_cells(adata: ad.AnnData, config: ShardsWriteConfig, path: Path) -> No
     kept = {name: matrix for name, matrix in adata.layers.items() if name in wanted}
     slim = ad.AnnData(x_of(adata), **parts, layers=kept)
     if adata.raw is not None:
-        index: dict[str, Any] = {
-            "obs": pd.DataFrame(index=adata.obs_names),
-            "var": pd.DataFrame(index=adata.raw.var_names),
-        }
-        slim.raw = ad.AnnData(adata.raw.X, **index)
+        names = {"obs": adata.obs_names, "var": adata.raw.var_names}
+        frames: dict[str, Any] = {of: pd.DataFrame(index=index) for of, index in names.items()}
+        slim.raw = ad.AnnData(adata.raw.X, **frames)
     with made_aside(path) as part:
         write_cells(made_storable(slim), part, compression=None)
 

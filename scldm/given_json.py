@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from scldm.errors import InputError, read_json
 
@@ -48,6 +48,14 @@ def known_of(kind: type[Kind], value: Any, where: str) -> Kind:
 def read_known(kind: type[Kind], path: Path) -> Kind:
     """The same of a file."""
     return known_of(kind, read_json(path), str(path))
+
+
+def read_entries(kind: type, path: Path) -> list[dict[str, Any]]:
+    """All that a file of entries says, once the dataclass's fields of each are checked. None where there is no file."""
+    entries = typed(list[dict[str, Any]], read_json(path), str(path)) if path.is_file() else []
+    for k, entry in enumerate(entries):
+        known_of(kind, entry, f"{path}: [{k}]")
+    return entries
 
 
 def read_checked(kind: type, path: Path) -> dict[str, Any] | None:
@@ -151,6 +159,17 @@ def _is_text(value: str) -> bool:
     return True
 
 
+class JsonFile:
+    """What is kept as a JSON file of its own: a class with `to_json` and `from_json`."""
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(typing.cast(Any, self).to_json()))
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        return typing.cast(Any, cls).from_json(read_json(path), str(path))
+
+
 # --- a hash of its own ---------------------------------------------------------------------------------------------
 
 
@@ -169,13 +188,12 @@ def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unsealed(document: Any, where: str) -> dict[str, Any]:
-    """The document without its hash. One without a hash is of an earlier scldm, and is taken as it is.
-
-    Raises: InputError where it does not say what was sealed.
-    """
+    """The document without its hash. Raises: InputError where it has none, or does not say what was sealed."""
     if not isinstance(document, dict):
         raise InputError(f"{where}: must be a mapping")
+    if SEAL not in document:
+        raise InputError(f"{where}: it has no {SEAL} of its own. Write it again")
     rest = {key: value for key, value in document.items() if key != SEAL}
-    if SEAL in document and document[SEAL] != hash_of(rest):
+    if document[SEAL] != hash_of(rest):
         raise InputError(f"{where}: its SHA-256 is not that of what it says: damaged or changed")
     return rest

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from scldm.errors import InputError, read_json
-from scldm.given_json import Count, typed
+from scldm.errors import InputError
+from scldm.given_json import Count, JsonFile, typed
 
 FEW_CELLS = 10  # below, a standard deviation says little
 
@@ -43,7 +43,7 @@ class Sizes(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LibrarySizeModel:
+class LibrarySizeModel(JsonFile):
     """A distribution for each combination of labels that training cells had, of all conditions or of some.
 
     names: the conditions. A subset keeps their order
@@ -147,6 +147,9 @@ class LibrarySizeModel:
             parts.setdefault(tuple(of_name[name] for name in by), []).append(one)
         return {labels: _pool(of_labels) for labels, of_labels in parts.items()}
 
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(self.to_json(), indent=1))
+
     def to_json(self) -> dict:
         fitted = [
             {"by": list(by), "labels": list(labels), **of_labels._asdict()}
@@ -154,9 +157,6 @@ class LibrarySizeModel:
             for labels, of_labels in table.items()
         ]
         return {"names": list(self.names), "fitted": fitted}
-
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_json(), indent=1))
 
     @classmethod
     def from_json(cls, obj: Any, where: str) -> LibrarySizeModel:
@@ -168,10 +168,6 @@ class LibrarySizeModel:
                 raise InputError(f"{where}: no library sizes can be by {row.by} of {row.labels} (std {row.log_std})")
             fitted.setdefault(row.by, {})[row.labels] = LogNormal(row.n_cells, row.log_mean, row.log_std)
         return cls(stored.names, fitted)
-
-    @classmethod
-    def load(cls, path: Path) -> LibrarySizeModel:
-        return cls.from_json(read_json(path), str(path))
 
 
 @dataclass(frozen=True)

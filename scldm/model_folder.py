@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from safetensors.torch import save_file
-from torch import Tensor
 
 from scldm.errors import InputError, read_json
 from scldm.files import made_aside, sha256_of, write_json
@@ -39,7 +38,7 @@ class Stored:
     ldm: none for an autoencoder alone
     conditions: of the diffusion transformer, in its order
     origin: where the weights come from
-    weights: hash of all weights. Like `files` it is not there in folders of an earlier scldm, which have no hashes
+    weights: hash of all weights
     files: SHA-256 of the other files but the weights
     """
 
@@ -48,8 +47,8 @@ class Stored:
     ldm: DiTConfig | None
     conditions: tuple[str, ...]
     origin: dict[str, Any]
-    weights: str = ""
-    files: dict[str, str] = field(default_factory=dict)
+    weights: str
+    files: dict[str, str]
 
 
 def read_config(folder: Path) -> Stored:
@@ -57,28 +56,21 @@ def read_config(folder: Path) -> Stored:
     path = folder / CONFIG
     if not path.is_file():
         raise InputError(f"{folder} is not a model folder: it has no config.json. `scldm export` writes one")
-    document = unsealed(read_json(path), str(path))
-    if (version := document.get("format_version")) != FORMAT_VERSION:
+    document = read_json(path)
+    version = document.get("format_version") if isinstance(document, dict) else None
+    if version != FORMAT_VERSION:
         raise InputError(f"{folder}: format version {version!r}. This scldm reads {FORMAT_VERSION}")
-    return typed(Stored, document, str(path))
+    return typed(Stored, unsealed(document, str(path)), str(path))
 
 
-def check_files(folder: Path, stored: Stored, own: Mapping[str, Mapping[str, Tensor]], weights: str) -> None:
-    """Raises: InputError where weights or vocabularies are not those that were exported.
-
-    own: each network's tensors. weights: the hash of all
-    """
+def check_files(folder: Path, stored: Stored, weights: str) -> None:
+    """Raises: InputError where weights, by their hash, or vocabularies are not those that were exported."""
     for name, sha256 in stored.files.items():
         if name not in TABLES or sha256_of(folder / name)[1] != sha256:
             raise InputError(f"{folder / name}: its SHA-256 is not that of config.json: damaged or changed")
-    path = folder / "model.safetensors"
-    if stored.weights and stored.weights != weights:
+    if stored.weights != weights:
+        path = folder / "model.safetensors"
         raise InputError(f"{path}: its weights are not those that were exported: damaged or changed")
-    if not stored.weights:  # of an earlier scldm: what the runs' own weights were
-        for net, tensors in own.items():
-            origin = stored.origin.get(net)
-            if isinstance(origin, dict) and "hash" in origin and origin["hash"] != weights_hash(tensors):
-                raise InputError(f"{path}: its {net} is not that of its origin: damaged or changed")
 
 
 def check_replaceable(folder: Path) -> None:
@@ -132,19 +124,14 @@ def save_pretrained(
 def read_gene_columns(folder: Path, genes: GeneVocab) -> pd.DataFrame:
     """Raises: InputError where the file is not one text a gene in each column."""
     path = folder / GENE_COLUMNS
-    columns = read_json(path) if path.is_file() else {}
-    values = columns.values() if isinstance(columns, dict) else [None]
-    if not all(isinstance(of, list) and len(of) == genes.n_genes and {type(v) for v in of} <= {str} for of in values):
-        raise InputError(f"{path} is damaged: each of its columns must hold a text for each of {genes.n_genes} genes")
+    columns = typed(dict[str, list[str]], read_json(path), str(path)) if path.is_file() else {}
+    if wrong := [name for name, texts in columns.items() if len(texts) != genes.n_genes]:
+        raise InputError(f"{path} is damaged: {wrong[0]} must hold a text for each of {genes.n_genes} genes")
     return pd.DataFrame(columns, index=pd.Index(genes.ids)) if columns else pd.DataFrame()
 
 
 def read_history(folder: Path) -> dict[str, pd.DataFrame]:
     """Raises: InputError where the file holds no rows by stage."""
     path = folder / HISTORY
-    rows = read_json(path) if path.is_file() else {}
-    if not isinstance(rows, dict) or not all(
-        isinstance(of, list) and all(isinstance(row, dict) for row in of) for of in rows.values()
-    ):
-        raise InputError(f"{path} is damaged: it must hold a list of rows for each stage")
+    rows = typed(dict[str, list[dict[str, Any]]], read_json(path), str(path)) if path.is_file() else {}
     return {stage: pd.DataFrame(of) for stage, of in rows.items()}

@@ -82,6 +82,11 @@ def usable(device: str | torch.device) -> None:
         raise InputError(f"device={device}: {'torch knows cpu, cuda, cuda:1 and others' if unknown else why}") from None
 
 
+def device_of(device: str) -> str:
+    """The device that is named. Where none is, a GPU if there is one."""
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 class Made(NamedTuple):
     """matrix: (n, genes) int32 counts or float32 means. n_evaluations_n: of the network for each cell, int32"""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from scldm.cells_file import storable
 from scldm.count_matrix import CountMatrix, count_matrix, in_memory, row_blocks, table_in_memory
 from scldm.errors import InputError
 from scldm.networks import Networks
-from scldm.vocab import GeneMatch
+from scldm.vocab import GeneMatch, stands_twice
 
 MAX_COUNT = 2**31 - 1  # of int32, as cells are given to the encoder and written
 
@@ -78,8 +77,7 @@ def given_cells(of: Networks, adata: ad.AnnData, layer: str | None, empty_too: b
         )
     found_in = count_matrix(adata, layer)
     names = found_in.genes
-    if len(set(names)) < len(names):
-        twice = next(name for name, n in Counter(names).items() if n > 1)
+    if (twice := stands_twice(names)) is not None:
         raise InputError(f"gene {twice!r} stands twice in var_names. They must be unique")
     match = of.genes.match(names, "the cells", of.min_gene_share)
     expressed_S, counted, whole = 0, [], None
@@ -136,9 +134,7 @@ def kept_beside(made: ad.AnnData, adata: ad.AnnData, at: np.ndarray | None, time
         else:
             made.obsm[name] = of[rows]
     if at is None and adata.layers:
-        print(
-            f"layers are left out ({', '.join(adata.layers)}): var_names lack genes that are written", file=sys.stderr
-        )
+        print(f"layers are left out ({', '.join(adata.layers)}): they lack genes that are written", file=sys.stderr)
     for name, of in adata.layers.items() if at is not None else ():
         some = in_memory(of)[:, at]
         made.layers[name] = some if rows is None else some[rows]

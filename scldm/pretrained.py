@@ -26,9 +26,10 @@ from scldm.cells_file import storable
 from scldm.count_matrix import check_adata, count_matrix, table_in_memory
 from scldm.environment import install_hint
 from scldm.errors import InputError
-from scldm.flow.generate import guided
+from scldm.flow.generate import solve
+from scldm.flow.guidance import GuidedField
 from scldm.flow.sampler import SamplerConfig
-from scldm.flow.transform import blend, from_noise, to_noise
+from scldm.flow.transform import blend, to_noise
 from scldm.label_text import known_label
 from scldm.library_size import LibrarySizeModel
 from scldm.model.all_genes import encoder_of
@@ -101,7 +102,7 @@ def load(
         dit = network_of(lambda: DiT.of_tensors(of_ldm, *shape, n_labels, own["ldm"]), own["ldm"], str(path))
         dit = dit.eval().requires_grad_(False)
     sizes = LibrarySizeModel.load(folder / "library_sizes.json")
-    check_files(folder, stored, own, weights := weights_hash(tensors))
+    check_files(folder, stored, weights := weights_hash(tensors))
     batch = batch_on(device, vae) if batch is None else batch
     model = Pretrained(
         vae, dit, genes, conditions, sizes, stored.origin, weights, batch, precision_on(device, precision),
@@ -302,13 +303,13 @@ class Pretrained(Networks):
                 row_B = self._here(moves.row_n[rows])
                 n_far += 0 if told_own is None else told_own.far(size_B, row_B).sum()
                 v_own, v_other = (
-                    guided(dit, of, sampler, told and told.tell(size_B, row_B).float())
+                    GuidedField(dit, of, sampler, told and told.tell(size_B, row_B).float())
                     for of, told in ((of_own, told_own), (by_flow, told_other))
                 )
                 noise_BLZ = to_noise(v_own, z_BLZ, sampler)
                 keys_BQ = draws.keys(seed, "counts", torch.arange(rows.start, rows.stop, device=self.device), asked_ids)
                 for alpha, part in zip(alphas, parts):
-                    moved_BLZ = from_noise(blend(v_own, v_other, alpha), noise_BLZ, sampler) + alpha * way_BLZ
+                    moved_BLZ = solve(blend(v_own, v_other, alpha), noise_BLZ, sampler) + alpha * way_BLZ
                     latent_BLZ = self.vae.normalised(dit.unstandardise(moved_BLZ))
                     predicted = self.vae.decode(latent_BLZ, asked_ids, among_ids=given_ids)
                     part.append(written(predicted, kind, size_B, keys_BQ))

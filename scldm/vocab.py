@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from scldm.errors import InputError, read_json
-from scldm.given_json import typed
+from scldm.errors import InputError
+from scldm.given_json import JsonFile, typed
 from scldm.label_text import known_label
 
 Namespace = Literal["ensembl", "symbol"]
@@ -44,6 +42,12 @@ def unversioned(ids: Sequence[str]) -> tuple[str, ...]:
     """Ids without versions. As they are where two would then be one."""
     bare = tuple(map(without_version, ids))
     return bare if len(set(bare)) == len(set(ids)) else tuple(ids)
+
+
+def stands_twice(ids: Sequence[str]) -> str | None:
+    """The first id that stands before it too."""
+    seen: set[str] = set()
+    return None if len(set(ids)) == len(ids) else next(g for g in ids if g in seen or seen.add(g))
 
 
 def why_few(theirs: Sequence[str], ours: Sequence[str]) -> str:
@@ -71,7 +75,7 @@ class _StoredGenes:
 
 
 @dataclass(frozen=True)
-class GeneVocab:
+class GeneVocab(JsonFile):
     """The genes of a run. Index 0 is padding. Gene `ids[k]` has index k + 1.
 
     ids: the source's gene ids, without duplicates
@@ -82,9 +86,7 @@ class GeneVocab:
     namespace: Namespace
 
     def __post_init__(self) -> None:
-        if len(set(self.ids)) < len(self.ids):
-            seen: set[str] = set()
-            twice = next(g for g in self.ids if g in seen or seen.add(g))
+        if (twice := stands_twice(self.ids)) is not None:
             raise InputError(f"gene vocabulary: {twice!r} stands twice. Gene ids must be unique")
 
     @property
@@ -158,13 +160,6 @@ class GeneVocab:
             raise InputError(f"{where}: hash {stored.hash!r} does not match its {vocab.n_genes} genes ({vocab.hash})")
         return vocab
 
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_json()))
-
-    @classmethod
-    def load(cls, path: Path) -> GeneVocab:
-        return cls.from_json(read_json(path), str(path))
-
 
 @dataclass(frozen=True)
 class GeneMatch:
@@ -183,7 +178,7 @@ class GeneMatch:
 
 
 @dataclass(frozen=True)
-class ConditionVocab:
+class ConditionVocab(JsonFile):
     """The labels of every condition: id k of condition `name` is `labels[name][k]`.
 
     labels: condition name -> its labels. {} for an unconditional model
@@ -240,10 +235,3 @@ class ConditionVocab:
             if len(set(labels)) < len(labels):
                 raise InputError(f"{where}: {name}: a label stands twice")
         return vocab
-
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_json()))
-
-    @classmethod
-    def load(cls, path: Path) -> ConditionVocab:
-        return cls.from_json(read_json(path), str(path))

@@ -187,7 +187,7 @@ CALLS = {
 def test_each_verb_runs_in_an_environment_with_its_extra_alone(extra: str, tmp_path: Path) -> None:
     """Nothing is hidden: the packages of other extras are not there."""
     from launch.cli import main
-    from tests.launch.test_verbs import VAE, write_cells
+    from tests.launch.small_verbs import VAE, write_cells
 
     made = tmp_path / "made"
     made.mkdir()

@@ -93,9 +93,7 @@ class SplitConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.validation + self.test >= 1:
-            raise InputError(
-                f"split.validation={self.validation} and split.test={self.test} must be fractions with a sum below 1"
-            )
+            raise InputError(f"split.validation={self.validation} and split.test={self.test} must add up to below 1")
         if (self.validation_values or self.test_values) and not self.by:
             raise InputError("split.validation_values and split.test_values are values of the column split.by: name it")
         if self.stratify and self.by:

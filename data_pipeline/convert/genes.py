@@ -136,9 +136,7 @@ def _read_table(path: Path, to: Namespace) -> dict[str, str]:
     with path.open(newline="", encoding="utf-8-sig") as file:  # Excel begins a table with a byte order mark
         reader = csv.DictReader(file)
         if not {"ensembl", "symbol"} <= set(reader.fieldnames or ()):
-            raise InputError(
-                f"source.gene_table: {path}: needs the columns ensembl and symbol, has {reader.fieldnames}"
-            )
+            raise InputError(f"source.gene_table: {path}: needs columns ensembl and symbol, has {reader.fieldnames}")
         rows = [(without_version(row["ensembl"]), row["symbol"]) for row in reader if row["ensembl"] and row["symbol"]]
     pairs = {(s, e) if to == "ensembl" else (e, s) for e, s in rows}
     times = Counter(old for old, _ in pairs)

@@ -72,14 +72,10 @@ def named(config: SourceConfig) -> tuple[Kind, list[str]]:
     kind = config.kind
     if kind == "auto" and not uris:
         if not config.census_version:
-            raise InputError(
-                "source.paths must be given: h5ad or zarr files, or a SOMA URI. Or give source.census_version"
-            )
+            raise InputError("source.paths must name h5ad or zarr files, or a SOMA URI. Or give source.census_version")
         kind = "census"
     if len(endings) == 2:
-        raise InputError(
-            "source.paths: AnnData files and SOMA URIs can't be mixed. `scldm soma write` writes files as SOMA"
-        )
+        raise InputError("source.paths: AnnData files and SOMA URIs can't be mixed. `scldm soma write` converts one")
     if kind == "h5ad" or (kind == "auto" and endings == {True}):
         for uri in uris:
             if "://" in uri:

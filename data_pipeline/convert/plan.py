@@ -28,7 +28,7 @@ from data_pipeline.convert.source import SourceSpec
 from data_pipeline.convert.splits import columns_of, draw_splits
 from data_pipeline.format.schema import VERSION, condition_dtype
 from scldm.errors import InputError, read_json
-from scldm.files import made_aside, sha256_of
+from scldm.files import flat, made_aside, sha256_of
 from scldm.given_json import sealed, sorted_json, typed, unsealed
 from scldm.vocab import ConditionVocab, GeneVocab
 
@@ -57,16 +57,11 @@ def settings_of(config: ShardsWriteConfig) -> dict[str, Any]:
     return json.loads(json.dumps({**settings, "sha256": digests}))
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Where two settings differ, as `key: was ..., is ...`."""
-    out = []
-    for key in sorted({*before, *now}):
-        was, is_ = before.get(key), now.get(key)
-        if isinstance(was, dict) and isinstance(is_, dict):
-            out += differences(was, is_, f"{prefix}{key}.")
-        elif was != is_:
-            out.append(f"{prefix}{key}: was {was!r}, is {is_!r}")
-    return out
+    was, is_ = dict(flat(before)), dict(flat(now))
+    differ = sorted(key for key in {*was, *is_} if was.get(key) != is_.get(key))
+    return [f"{key}: was {was.get(key)!r}, is {is_.get(key)!r}" for key in differ]
 
 
 def tool_versions() -> dict[str, str]:

@@ -17,28 +17,12 @@ import pandas as pd
 
 from data_pipeline.convert.genes import SourceGenes
 from data_pipeline.convert.narrow import Rows
+from data_pipeline.format.schema import Source
 
 
 @dataclass(frozen=True)
-class SourceSpec:
-    """One source as the manifest names it, and all that it takes to read its counts again.
-
-    n_rows, n_columns: shape of the matrix, before filters
-    mean_nonzeros: stored values a row, without a dense matrix's zeros. Of some rows, where counting all takes long
-    size, modified_ns: bytes and modification time of the file, 0 where it is none
-    """
-
-    kind: str
-    uri: str
-    layer: str
-    n_rows: int
-    n_columns: int
-    mean_nonzeros: float
-    size: int = 0
-    modified_ns: int = 0
-    measurement: str = ""
-    organism: str = ""
-    census_version: str = ""
+class SourceSpec(Source):
+    """A source that can be opened."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -187,9 +187,7 @@ def open_h5ad_source(path: str, config: SourceConfig, columns: tuple[str, ...], 
         ids = genes.ids
         barcodes = read_names(obs_group)
         if (len(barcodes), len(ids)) != (n_rows, n_columns):
-            raise InputError(
-                f"{path}: {layer} is {n_rows} x {n_columns}, obs and var have {len(barcodes)} and {len(ids)}"
-            )
+            raise InputError(f"{path}: {layer} is {n_rows} x {n_columns}, obs x var {len(barcodes)} x {len(ids)}")
         if not barcodes.is_unique:
             twice = barcodes[barcodes.duplicated()][0]
             raise InputError(f"{path}: cell {twice!r} stands twice in obs. Names must be unique within a file")
@@ -247,9 +245,7 @@ class H5adMatrix:
                 n = {"csr": spec.n_rows, "csc": spec.n_columns}[self.format]
                 stored = min(self.node[name].shape[0] for name in ("data", "indices"))
                 if len(self.indptr) != n + 1 or self.indptr[-1] != stored or (np.diff(self.indptr) < 0).any():
-                    raise InputError(
-                        f"{spec.uri}: {spec.layer}: indptr, indices and data don't fit each other: damaged"
-                    )
+                    raise InputError(f"{spec.uri}: {spec.layer}: damaged: indptr, indices and data don't fit")
         self.groups = None if transposed is None else open_transposed(transposed)
 
     def read(self, rows: np.ndarray, chunk_bytes: int) -> Iterator[Rows]:
@@ -347,9 +343,9 @@ def groups_to_transpose(spec: SourceSpec, chunk_bytes: int) -> list[tuple[int, i
     """The column groups of a CSC matrix; none for any other. Transposing one takes about three times chunk_bytes."""
     with open_cells(spec.uri) as file, reading(spec.uri):
         node = file[spec.layer]
-        return (
-            column_groups(node, node["indptr"][:].astype(np.int64), chunk_bytes) if matrix_format(node) == "csc" else []
-        )
+        if matrix_format(node) != "csc":
+            return []
+        return column_groups(node, node["indptr"][:].astype(np.int64), chunk_bytes)
 
 
 def transpose_csc(spec: SourceSpec, group: tuple[int, int], folder: Path, number: int) -> None:

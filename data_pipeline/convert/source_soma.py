@@ -126,14 +126,11 @@ def open_soma_source(uri: str, kind: str, config: SourceConfig, columns: tuple[s
         var = experiment.ms[config.measurement].var.read(column_names=["soma_joinid", gene_column]).concat().to_pandas()
         n_rows, n_columns = matrix.shape
         if (var["soma_joinid"].to_numpy() != np.arange(len(var))).any() or len(var) > n_columns:
-            raise InputError(
-                f"{name}: var's soma_joinids are not 0 ... {n_columns - 1} in order: this layout can't be read"
-            )
+            raise InputError(f"{name}: var's soma_joinids are not 0 ... {n_columns - 1} in order: it can't be read")
         keep_gene = np.ones(len(var), bool)
         if config.var_filter:
-            query = _read(
-                experiment.ms[config.measurement].var, ["soma_joinid"], config.var_filter, name, "source.var_filter"
-            )
+            of_var = experiment.ms[config.measurement].var
+            query = _read(of_var, ["soma_joinid"], config.var_filter, name, "source.var_filter")
             keep_gene[:] = False
             keep_gene[query["soma_joinid"].to_numpy()] = True
         schema = experiment.obs.schema.names

@@ -34,7 +34,7 @@ from data_pipeline.format.block import encode_block
 from data_pipeline.format.schema import BLOCK_INDEX, ShardEntry, member_name, vocab_tag
 from data_pipeline.stores import file_system, local_folder, store_explained
 from scldm.errors import InputError, read_json
-from scldm.files import disk_explained, made_aside, put_in_place, written_aside
+from scldm.files import disk_explained, made_aside, put_in_place, write_bytes, written_aside
 from scldm.given_json import Count, sealed, sorted_json, typed, unsealed
 from scldm.vocab import GeneVocab
 
@@ -164,9 +164,7 @@ class Worker:
             if not min_genes and (found.n_genes_all == 0).any():
                 row = int(rows.rows[np.flatnonzero(found.n_genes_all == 0)[0]])
                 spec, name = self.plan.sources[source], self.matrices[source].row_name(row)
-                raise InputError(
-                    f"{spec.uri or spec.kind}: cell {name} has no counts. Drop such cells with filter.min_genes=1"
-                )
+                raise InputError(f"{spec.uri or spec.kind}: cell {name} has no counts. filter.min_genes=1 drops it")
             kept = (found.n_genes_all >= min_genes) & (found.cells.nonzeros > 0)
             too_few += int((found.n_genes_all < min_genes).sum())
             cells, positions = found.cells, np.asarray(self.plan.position[mine])
@@ -293,8 +291,7 @@ class Layout:
         with written_aside(work / "kept.npy") as file:
             np.save(file, self.kept)
         obj = {"shards": [vars(s) for s in self.shards], "n_runs": list(self.n_runs), "cell_bytes": self.cell_bytes}
-        with written_aside(work / "layout.json") as file:
-            file.write(sorted_json(sealed(obj)))
+        write_bytes(work / "layout.json", sorted_json(sealed(obj)))
 
     @classmethod
     def load(cls, work: Path) -> Layout:

@@ -95,9 +95,7 @@ def clip_values(sums: np.ndarray, n_cells: int) -> np.ndarray:
     """
     too_large = int((sums[CLIPPED] > 0).sum())  # nothing else is clipped yet
     if too_large:
-        raise InputError(
-            f"filter.n_top_genes: counts of {too_large} genes are too large to sum their squares. 0 keeps all genes"
-        )
+        raise InputError(f"filter.n_top_genes: counts of {too_large} genes are too large to square. 0 keeps all genes")
     mean, std = expected_std(sums, n_cells)
     return std * np.sqrt(n_cells) + mean
 

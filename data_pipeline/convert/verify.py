@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -32,17 +31,16 @@ from data_pipeline.format.schema import (
     count_dtype,
     gene_column_path,
     index_kinds,
-    manifest_text,
     member_name,
     misfits_of_index,
-    parsed_manifest,
+    read_manifest,
     vocab_tag,
 )
 from data_pipeline.format.statistics import compute_statistics
-from data_pipeline.stores import file_system, opened, store_explained
+from data_pipeline.stores import file_system, opened
 from scldm.errors import InputError
 from scldm.files import sha256_of
-from scldm.given_json import SEAL, typed
+from scldm.given_json import typed
 from scldm.progress import Progress
 
 
@@ -78,17 +76,10 @@ def verify_shards(url: str, sample: int = 256) -> Verdict:
     sample: cells to compare with the sources, where those are reachable
     Raises: InputError where there is no set.
     """
-    with store_explained(url):
-        text = manifest_text(url)
-    manifest, is_sealed = parsed_manifest(url, text), SEAL in json.loads(text)
+    manifest = read_manifest(url)
     strays, notes = _check_strays(url, manifest)
     index, more = _read_index(url, manifest)
     faults = [*strays, *more]
-    if not is_sealed:
-        notes.append(
-            "manifest.json has no SHA-256 of its own, as sets of an earlier scldm: what it says of sources, query and "
-            "tools was not checked"
-        )
     if index is None:  # without it nothing more can be said than whether the tars are whole
         faults += [f for shard in manifest.shards for f in _check_bytes(url, shard)]
         notes.append("the index is damaged: blocks and statistics were not checked")
@@ -245,9 +236,7 @@ def _check_shard(
     if not named and n_bytes != shard.bytes:
         yield Fault(shard.path, f"{n_bytes} bytes, the manifest says {shard.bytes}")
     elif not named and digest.hexdigest() != shard.sha256:
-        yield Fault(
-            shard.path, "its SHA-256 is not the manifest's, though its blocks are sound: padding or end was changed"
-        )
+        yield Fault(shard.path, "its SHA-256 is not the manifest's. Its blocks are sound: padding or end was changed")
 
 
 def _check_block(

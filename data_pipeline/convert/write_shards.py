@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import multiprocessing
 import os
 import re
@@ -37,7 +36,7 @@ from data_pipeline.format import schema
 from data_pipeline.format.statistics import compute_statistics
 from data_pipeline.stores import check_bucket, file_system, local_folder, store_explained
 from scldm.errors import InputError
-from scldm.files import disk_explained, left_aside, locked, of_bytes, written_aside
+from scldm.files import disk_explained, left_aside, locked, of_bytes, write_bytes, written_aside
 from scldm.given_json import known_of
 from scldm.progress import Progress
 
@@ -107,9 +106,7 @@ def work_folder(config: ShardsWriteConfig) -> Path:
         name = str(folder) if folder is not None else config.out.rstrip("/")
         return Path(config.work) / f".scldm-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
     if folder is None:
-        raise InputError(
-            f"work must name a local folder for unfinished work, since out={config.out} is not on this machine"
-        )
+        raise InputError(f"work must name a local folder for unfinished work, as out={config.out} is elsewhere")
     return folder / ".work"
 
 
@@ -160,9 +157,7 @@ def finished_set(config: ShardsWriteConfig) -> schema.Manifest | None:
             ours.append(work_folder(config).name)
         strange = [name for name in there if name not in ours]
         if strange:
-            raise InputError(
-                f"out={config.out}: holds other files, such as {strange[0]}. Give a new or an empty folder"
-            )
+            raise InputError(f"out={config.out}: holds other files, as {strange[0]}. Give a new or an empty folder")
         return None
     manifest = schema.read_manifest(config.out)
     differ = differences(manifest.query, settings_of(config))
@@ -346,7 +341,7 @@ def make_layout(plan: Plan, work: Path) -> Layout:
     kept = np.flatnonzero(n_expressed[in_order] > 0)
     if not len(kept):
         raise InputError(
-            f"no cell is left by filter.min_genes={plan.settings['filter']['min_genes']} and the choice of genes"
+            f"no cell is left by filter.min_genes={plan.settings['filter']['min_genes']} and the genes chosen"
         )
     splits = np.asarray(plan.split)[in_order[kept]]
     if not (splits == 0).any():
@@ -432,16 +427,13 @@ class _Index:
         folder.mkdir(exist_ok=True)
 
     def write(self, path: str, array: np.ndarray) -> None:
-        buffer = io.BytesIO()
-        np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0))
-        data = buffer.getbuffer()
-        self.files.append(schema.FileEntry(path, len(data), hashlib.sha256(data).hexdigest()))
+        entry, data = schema.array_file(path, array)
+        self.files.append(entry)
         self.deliver(path, data)
 
     def deliver(self, path: str, data: bytes | memoryview) -> None:
         local = self.folder / Path(path).name
-        with written_aside(local) as file:
-            file.write(data)
+        write_bytes(local, data)
         deliver(local, self.out, path)
 
 

@@ -79,9 +79,7 @@ class LatentSlots:
         header = np.frombuffer(data, LATENT_HEADER, count=1)[0]
         n, at = int(header["n_cells"]), LATENT_HEADER.itemsize
         if header["version"] != 1 or (header["n_tokens"], header["width"]) != self.shape:
-            raise InputError(
-                f"{where}: version {header['version']}, latents of {header['n_tokens']} x {header['width']}"
-            )
+            raise InputError(f"{where}: version {header['version']}, latents {header['n_tokens']} x {header['width']}")
         block_cells, n_conditions = self.latent.shape[1], int(header["n_conditions"])
         if n > block_cells or n_conditions != len(self.names):
             raise InputError(f"{where}: {n} cells, {n_conditions} conditions do not fit the manifest")

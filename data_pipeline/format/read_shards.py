@@ -30,11 +30,12 @@ from data_pipeline.format import schema
 from data_pipeline.format.schema import Manifest
 from data_pipeline.stores import denies, refused
 from scldm.errors import InputError
-from scldm.files import sha256_of, written_aside
+from scldm.files import sha256_of, write_bytes
 from scldm.given_json import hash_of
 
 OPEN_FILES = 128
 ATTEMPTS = 5
+CHANGED = "its CRC-32 is not that of the index: the shard is damaged or was changed"
 BACK_OFF_S = 0.5  # then 1, 2 and 4 s
 Read = TypeVar("Read")
 
@@ -66,9 +67,7 @@ class ShardSet:
         self.cache: _BlockCache | None = None
         if not self.local:
             if not cache_folder:
-                raise InputError(
-                    f"{url}: a remote shard set needs cache_folder, a local folder for its index and blocks"
-                )
+                raise InputError(f"{url}: a remote set needs cache_folder, a local folder for its index and blocks")
             self.cache_root = Path(cache_folder).expanduser() / self.hash[:16]
             with _cache_explained(cache_folder):
                 self.cache_root.mkdir(parents=True, exist_ok=True)
@@ -100,9 +99,7 @@ class ShardSet:
             there = set()
         missing = [s.path for s in m.shards if s.path.split("/")[-1] not in there]
         if missing:
-            raise InputError(
-                f"{self.url}: {len(missing)} of {len(m.shards)} shards are missing, the first is {missing[0]}"
-            )
+            raise InputError(f"{self.url}: {len(missing)} of {len(m.shards)} shards are missing, first {missing[0]}")
 
     def cell_column(self, name: str) -> np.ndarray:
         """One value per cell in set order, memory-mapped: source, row, total_counts, n_expressed, condition.NAME.
@@ -140,9 +137,7 @@ class ShardSet:
         except OSError as error:
             raise InputError(f"{self.where(block)}: can't be read: {error.strerror}") from None
         if n_read != len(data) or crc32(data.data) != record["crc32"]:
-            raise InputError(
-                f"{self.where(block)}: its CRC-32 is not that of the index: the shard is damaged or was changed"
-            )
+            raise InputError(f"{self.where(block)}: {CHANGED}")
         return data
 
     def close(self) -> None:
@@ -166,7 +161,7 @@ class ShardSet:
 
         def fault(data: bytes) -> str:
             wrong = len(data) != length or crc32(data) != crc
-            return "its CRC-32 is not that of the index: the shard is damaged or was changed" if wrong else ""
+            return CHANGED if wrong else ""
 
         data = self._fetched(path, name, fault, start, start + length)
         if self.cache:
@@ -227,8 +222,7 @@ class ShardSet:
             data = self._fetched(path, f"{self.url}/{path}", lambda data: _index_fault(io.BytesIO(data), entry))
             with _cache_explained(self.cache_folder):
                 local.parent.mkdir(parents=True, exist_ok=True)
-                with written_aside(local) as file:
-                    file.write(data)
+                write_bytes(local, data)
                 fault = _index_fault(local, entry)
         if fault:
             raise InputError(f"{self.url}/{path}: {fault}")
@@ -335,9 +329,7 @@ def _cache_explained(folder: str) -> Iterator[None]:
         yield
     except OSError as error:
         why = f"{error.filename or folder}: {error.strerror or error}"
-        raise InputError(
-            f"cache_folder={folder}: {why}. Give a local folder that can be written and has room"
-        ) from None
+        raise InputError(f"cache_folder={folder}: {why}. Give a local folder that can be written, with room") from None
 
 
 class _BlockCache:

@@ -8,6 +8,8 @@ set.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -127,6 +129,14 @@ class FileEntry:
     sha256: str
 
 
+def array_file(path: str, array: np.ndarray) -> tuple[FileEntry, memoryview]:
+    """An index file of an array: what the manifest says of it, and its bytes."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0))
+    data = buffer.getbuffer()
+    return FileEntry(path, len(data), hashlib.sha256(data).hexdigest()), data
+
+
 @dataclass(frozen=True)
 class LibrarySizes:
     """Log library sizes of the training cells, natural log, by combination of the conditions `by`. README.md says
@@ -160,14 +170,18 @@ class Statistics:
 
 
 @dataclass(frozen=True)
-class SourceEntry:
-    """What verbs read of a source. SourceSpec in convert/source.py says what each is, and may have more."""
+class Source:
+    """One source of cells, and all that it takes to read its counts again.
+
+    n_rows, n_columns: shape of the matrix, before filters
+    mean_nonzeros: stored values a row, without a dense matrix's zeros. Of some rows, where counting all takes long
+    size, modified_ns: bytes and modification time of the file, 0 where it is none
+    """
 
     kind: str
     uri: str
     layer: str
     n_rows: Count
-    n_cells: Count
     n_columns: Count = 0
     mean_nonzeros: float = 0.0
     size: Count = 0
@@ -175,6 +189,13 @@ class SourceEntry:
     measurement: str = ""
     organism: str = ""
     census_version: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceEntry(Source):
+    """What the manifest says of a source: that, and how many of its cells are in the set."""
+
+    n_cells: Count
 
 
 @dataclass(frozen=True)

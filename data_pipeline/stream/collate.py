@@ -64,8 +64,8 @@ class CellCollator:
     def _compact(
         self, slots: np.ndarray, rows: np.ndarray, plan: Plan, positions: np.ndarray, rest: dict[str, Any]
     ) -> CompactCellBatch:
-        csr = self.slots.take_csr(slots, rows)
         ids = [self._ids(sets, slots, rows, plan, positions) for sets in (self.given, self.asked) if sets is not None]
+        csr = self.slots.take_csr(slots, rows)
         counts = CompactCounts.from_numpy(
             csr.start, csr.gene_ids, csr.counts, csr.large_at, csr.large, self.slots.n_genes + 1
         )

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,23 +22,6 @@ from data_pipeline.format.schema import CODECS, Manifest, column_dtype, vocab_ta
 from data_pipeline.stream.gather_kernels import locate, put_cells, take_csr, take_each, take_expressed, take_shared
 from data_pipeline.stream.gene_sets import WIDTH_STEP, GeneSets
 from scldm.errors import InputError
-
-
-@dataclass(frozen=True)
-class Csr:
-    """The counts of some cells, as they go to a GPU.
-
-    start: (B + 1,) int32, where each cell's begin
-    gene_ids: vocabulary indices, uint16 up to 65,535 genes, else int32
-    counts: uint8. 0 where the count is over 255, and at a few genes that are not expressed, or padding
-    large_at, large: where those stand, int32, and what they are, int32, or int64 in a set with a count over 2^31
-    """
-
-    start: np.ndarray
-    gene_ids: np.ndarray
-    counts: np.ndarray
-    large_at: np.ndarray
-    large: np.ndarray
 
 
 class Slab:
@@ -92,9 +74,8 @@ class CellSlots:
         self.columns: dict[int, np.ndarray] = {}  # width of a gene set -> table from gene to its place in the set
         self.largest_count = manifest.statistics.largest_count
         self.count_dtype = np.dtype(np.int64 if self.largest_count >= 1 << 31 else np.int32)
-        self.id_dtype = (
-            column_dtype(self.n_genes + 1) if column_dtype(self.n_genes + 1) == np.uint16 else np.dtype("i4")
-        )
+        narrow = column_dtype(self.n_genes + 1)
+        self.id_dtype = narrow if narrow == np.uint16 else np.dtype("i4")
 
     def buffer(self, slot: int, n_bytes: int) -> np.ndarray:
         """Memory to read a block into: the slot's own if blocks are not compressed, else the thread's."""
@@ -122,9 +103,7 @@ class CellSlots:
         n_cells, n_conditions = int(header["n_cells"]), int(header["n_conditions"])
         codec = CODECS[header["codec"]]
         if n_cells > self.block_cells or n_conditions != len(self.names) or codec != self.codec:
-            raise InputError(
-                f"{where}: {n_cells} cells, {n_conditions} conditions, codec {codec} do not fit the manifest"
-            )
+            raise InputError(f"{where}: {n_cells} cells, {n_conditions} conditions, codec {codec} do not fit the set")
         stored = stored[HEADER.itemsize : HEADER.itemsize + int(header["stored_bytes"])]
         self.where[slot], self.n_cells[slot] = where, 0
         try:
@@ -193,12 +172,12 @@ class CellSlots:
         self._run(take_expressed, slots, rows, *of_genes, words, ids, counts, totals)
         return ids, counts, totals
 
-    def take_csr(self, slots: np.ndarray, rows: np.ndarray) -> Csr:
-        """All counts of the cells."""
+    def take_csr(self, slots: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, ...]:
+        """All counts of the cells, as `CompactCounts.from_numpy` takes them."""
         first, last = self.begin[slots, rows], self.begin[slots, rows + 1]
         start = np.concatenate([[0], np.cumsum(last[:, 0] - first[:, 0])]).astype(np.int32)
         n_large = int((last[:, 2] - first[:, 2]).sum())
         ids, counts = np.empty(start[-1], self.id_dtype), np.empty(start[-1], np.uint8)
         large_at, large = np.empty(n_large, np.int32), np.empty(n_large, self.count_dtype)
         self._run(take_csr, slots, rows, self.n_genes, ids, counts, large_at, large)
-        return Csr(start, ids, counts, large_at, large)
+        return start, ids, counts, large_at, large

@@ -69,9 +69,7 @@ class GeneSets:
                     f"n_genes={n_expressed_largest} takes all. overflow=sample takes a random part of such cells' genes"
                 )
             if loud:
-                text = (
-                    f"{key}: cells with over {config.n_genes} expressed genes (up to {n_expressed_largest}) lose some"
-                )
+                text = f"{key}: cells of over {config.n_genes} expressed genes (up to {n_expressed_largest}) lose some"
                 print(text, file=sys.stderr)
         self.rates: np.ndarray | None = None
         self.soon, self.least = np.inf, np.empty(0, np.int64)

@@ -242,28 +242,10 @@ class _Loader(ABC, Generic[Batch]):
 
         Raises: InputError naming what differs or is missing, where the rest of the stream might not be the same.
         """
-        found, own = dict(state), self.state()
-        own.pop("regrouped", None)
         try:
-            regrouped = typed(orders.Regrouped, found.pop("regrouped"), "regrouped") if "regrouped" in found else None
+            found, regrouped = self._checked_state(state)
         except InputError as error:
             raise InputError(f"the stream can't be resumed: {error}") from None
-        for names, text in ((own.keys() - found, "lacks {}"), (found.keys() - own, "has {}, which is unknown")):
-            if names:
-                raise InputError(
-                    f"the stream can't be resumed: the checkpoint's state {text.format(', '.join(sorted(names)))}"
-                )
-        for name, value in found.items():
-            if name not in ("step", "global_batch") and own[name] != value:
-                raise InputError(
-                    f"the stream can't be resumed: {name} is {own[name]!r}, the checkpoint's was {value!r}"
-                )
-        for name, least in (("step", 0), ("global_batch", 1)):
-            if not isinstance(found[name], int) or found[name] < least:
-                raise InputError(
-                    f"the stream can't be resumed: the checkpoint's {name}={found[name]!r} is no number of "
-                    f"{'global batches' if name == 'step' else 'cells'}"
-                )
         step = found["step"]
         before = replace(self.order, global_batch=found["global_batch"], regrouped=regrouped)
         if self.global_batch != before.global_batch:
@@ -280,6 +262,22 @@ class _Loader(ABC, Generic[Batch]):
                 file=sys.stderr,
                 flush=True,
             )
+
+    def _checked_state(self, state: dict[str, Any]) -> tuple[dict[str, Any], orders.Regrouped | None]:
+        """Raises: InputError where it is not this stream's."""
+        found, own = dict(state), self.state()
+        own.pop("regrouped", None)
+        regrouped = typed(orders.Regrouped, found.pop("regrouped"), "regrouped") if "regrouped" in found else None
+        for names, text in ((own.keys() - found, "lacks {}"), (found.keys() - own, "has {}, which is unknown")):
+            if names:
+                raise InputError(f"the checkpoint's state {text.format(', '.join(sorted(names)))}")
+        for name, value in found.items():
+            if name not in ("step", "global_batch") and own[name] != value:
+                raise InputError(f"{name} is {own[name]!r}, the checkpoint's was {value!r}")
+        for name, least, of in (("step", 0, "global batches"), ("global_batch", 1, "cells")):
+            if not isinstance(found[name], int) or found[name] < least:
+                raise InputError(f"the checkpoint's {name}={found[name]!r} is no number of {of}")
+        return found, regrouped
 
     def close(self) -> None:
         """Stops the threads and closes the files, but those of `cells` that the loader was given. May be called again,

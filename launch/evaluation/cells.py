@@ -25,7 +25,7 @@ from scldm.cells_opened import column_names, frame_of, open_cells, reading
 from scldm.errors import InputError
 from scldm.evaluate.baselines import rows_per_type
 from scldm.evaluate.cells import Cells, combination_names
-from scldm.evaluate.sample import SPLITS, Sample, rows_of_blocks
+from scldm.evaluate.sample import SPLITS, Sample, check_splits, rows_of_blocks
 from scldm.label_text import labels_of
 from scldm.vocab import unversioned
 
@@ -85,18 +85,13 @@ def some_cells(
     select: condition -> labels: only cells that have one of the labels
     check: is called before each block, and may raise
     """
+    select = select or {}
     with closing(ShardSet(url, cache_folder=cache_folder, cache_bytes=int(cache_gb * 1e9))) as shards:
-        return [_some_of_split(shards, split, conditions, n_cells, seed, select or {}, check) for split in splits]
+        return [_some_of_split(shards, split, conditions, n_cells, seed, select, check) for split in splits]
 
 
 def _some_of_split(
-    shards: ShardSet,
-    split: str,
-    conditions: Sequence[str],
-    n_cells: int,
-    seed: int,
-    select: Mapping[str, Sequence[str]],
-    check: Callable[[], None],
+    shards: ShardSet, split: str, conditions: Sequence[str], n_cells: int, seed: int, select: Any, check: Any
 ) -> Cells:
     manifest, names = shards.manifest, list(dict.fromkeys([*conditions, *select]))
     entry, buffers = manifest.splits[manifest.split_number(split)], _buffers(shards)
@@ -234,13 +229,7 @@ def cells_of_h5ad(
     labels = _columns(obs, conditions, path, missing)
     splits = labels_of(obs, split, path, "split", obs.attrs["columns"])
     types = combination_names(labels, len(obs))
-    found = sorted(set(splits))
-    for name in SPLITS:
-        if name not in found:
-            raise InputError(
-                f"{path}: obs column split={split!r} marks no {name} cells. It must say {', '.join(SPLITS)}, "
-                f"and says {', '.join(map(repr, found[:5]))}"
-            )
+    check_splits(splits, path, split)
     of_test = _numbers(types[splits == "test"])
     parts = []
     for name in SPLITS:

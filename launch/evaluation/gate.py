@@ -149,10 +149,9 @@ def cells_of(data: StreamConfig, conditions: tuple[str, ...], seed: int) -> list
     """A seeded draw of the training and validation cells that the run was trained and validated on. Test cells are not
     read: they are for what is chosen in the end."""
     from launch.evaluation.cells import cells_of_shards
-    from launch.evaluation.of_autoencoder import AsManyAsThere
     from scldm.evaluate.sample import Sample
 
-    sample = Sample(MOST_CELLS, AsManyAsThere(), seed)
+    sample = Sample(MOST_CELLS, None, seed)
     place, splits = (data.cache_folder, data.cache_gb), ("train", "validation")
     return cells_of_shards(data.shards, conditions, sample, *place, splits, data.select)
 

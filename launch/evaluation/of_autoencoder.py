@@ -39,19 +39,12 @@ from scldm.evaluate.reconstruction import (
 )
 from scldm.evaluate.sample import Sample
 from scldm.library_size import LibrarySizeModel
-from scldm.networks import Precision, usable
+from scldm.networks import Precision, device_of, usable
 from scldm.pretrained import Pretrained, load
 from scldm.progress import Progress
 from scldm.vocab import ConditionVocab, GeneVocab
 
 TITLES = {"model": "autoencoder", "mean_profile": "mean profile", "mean_of_combination": "mean profile per combination"}
-
-
-class AsManyAsThere(dict[str, int]):
-    """Generated cells of each type, for a Sample where there are none: no type is limited by them."""
-
-    def get(self, key: str, default: Any = None) -> int:
-        return 2**62
 
 
 def evaluate_vae(config: EvaluateVerbConfig) -> dict:
@@ -61,14 +54,13 @@ def evaluate_vae(config: EvaluateVerbConfig) -> dict:
     Raises: InputError for what is not there, or does not belong together.
     """
     check_published(config.published)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder, seed = config.vae or config.model, config.evaluate.seed
-    model, origin = autoencoder(Path(folder), device, config.batch, config.precision)
+    model, origin = autoencoder(Path(folder), device_of(config.device), config.batch, config.precision)
     there = tuple(read_manifest(config.shards).conditions.names)
     conditions = config.conditions or there
     if conditions == ("none",):
         conditions = tuple(c for c in conditions if c in there)
-    sample = Sample(config.evaluate.max_real_cells, AsManyAsThere(), seed)
+    sample = Sample(config.evaluate.max_real_cells, None, seed)
     train, _, test = cells_of_shards(config.shards, conditions, sample, config.cache_folder, config.cache_gb)
     evaluation = {
         "kind": "reconstruction",

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ from rich.console import Console
 from launch.evaluation.cells import cells_of_h5ad, cells_of_shards, conditions_of_shards, generated_cells, obs_columns
 from launch.evaluation.terminal import console, started
 from launch.followed import dataset_of
-from scldm.environment import describe
+from scldm.environment import made_with
 from scldm.errors import InputError
 from scldm.evaluate.baselines import rows_per_type
 from scldm.evaluate.cells import Cells
@@ -30,7 +29,7 @@ from scldm.evaluate.memorisation import MEMORISATION
 from scldm.evaluate.metrics import METRICS
 from scldm.evaluate.report import drawn_text, matched_text, row_texts, tiles, write_report
 from scldm.evaluate.sample import Sample
-from scldm.files import written_aside
+from scldm.files import write_bytes
 from scldm.train.tracking import Tracker, check_tracking, read_metrics
 
 if TYPE_CHECKING:
@@ -61,12 +60,14 @@ def evaluate_generated(config: EvaluateVerbConfig) -> dict:
     parts = parts_of(model, train, test, config) if model else {}
     evaluation = compare(train, validation, test, generated, config.evaluate, config.protocol, config.control, parts)
     evaluation["curves"] = curves
-    evaluation["made_with"] = made_with(config)
+    inputs = {k: getattr(config, k) for k in INPUTS}
+    inputs |= {"conditions": ", ".join(config.conditions), "real": config.real or config.shards}
+    evaluation["made_with"] = made_with({k: v for k, v in inputs.items() if v}, PACKAGES)
 
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    with written_aside(out / "evaluation.json") as file:  # before anything is drawn of it
-        file.write(json.dumps(evaluation, allow_nan=False).encode())
+    # before anything is drawn of it
+    write_bytes(out / "evaluation.json", json.dumps(evaluation, allow_nan=False).encode())
     tracked = config.shards and config.tracking.enabled
     datasets = [dataset_of(config.shards, "evaluation")] if tracked else []
     of = {"stage": "evaluate", "params": asdict(config), "datasets": datasets, "started": began}
@@ -102,12 +103,10 @@ def judged_conditions(config: EvaluateVerbConfig, model: Pretrained | None) -> t
 
 
 def load_model(config: EvaluateVerbConfig) -> Pretrained:
-    import torch
-
     import scldm
+    from scldm.networks import device_of
 
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return scldm.load(config.model, device, batch=config.batch, precision=config.precision)
+    return scldm.load(config.model, device_of(config.device), batch=config.batch, precision=config.precision)
 
 
 def parts_of(model: Pretrained, train: Cells, test: Cells, config: EvaluateVerbConfig) -> dict[str, Part]:
@@ -160,23 +159,6 @@ def loss_curves(run: str, stage: str) -> dict:
     if not curves:
         raise InputError(f"{stage}={run}: no metrics.jsonl with metrics in it. Give the folder of a training run")
     return curves
-
-
-def made_with(config: EvaluateVerbConfig) -> dict:
-    """Inputs, command, commit and versions."""
-    here = describe()
-    versions = {**here["versions"], **{p: metadata.version(p) for p in PACKAGES}}
-    inputs = {k: getattr(config, k) for k in INPUTS}
-    inputs["conditions"] = ", ".join(config.conditions)
-    inputs["real"] = config.real or config.shards
-    return {
-        "created": here["time"].replace("T", " ").removesuffix("+00:00") + " UTC",
-        "command": here["command"],
-        "commit": here["git"],
-        "python": here["python"],
-        **{k: v for k, v in inputs.items() if v},
-        "versions": dict(sorted(versions.items())),
-    }
 
 
 def flat_scores(evaluation: dict) -> dict[str, float]:

@@ -12,7 +12,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from scldm.errors import InputError
-from scldm.vocab import MIN_GENE_SHARE, why_few
+from scldm.vocab import MIN_GENE_SHARE, stands_twice, why_few
 
 NO_TYPE = ""  # of all cells where no condition tells them apart. No label is empty
 BETWEEN = " · "  # the labels of a combination, in a table
@@ -73,9 +73,7 @@ class Cells:
                 f"{self.name}: the matrix holds {wrong[0]:g}, which is not a count. "
                 "Give raw counts (integers from 0), not normalised ones"
             )
-        if len(set(self.genes)) < len(self.genes):
-            seen: set[str] = set()
-            twice = next(g for g in self.genes if g in seen or seen.add(g))
+        if (twice := stands_twice(self.genes)) is not None:
             raise InputError(f"{self.name}: gene {twice!r} stands twice. Gene ids must be unique")
 
     @classmethod
@@ -181,26 +179,15 @@ def scored_combinations(
             f"evaluate.min_cells={min_cells} are needed. Give more cells, or set it lower"
         )
     if NO_TYPE in numbers:
-        return (
-            [],
-            [],
-            (
-                "No condition was given, so that all cells count as one group. Scores are pooled only, and there are "
-                "no marker genes."
-            ),
-        )
+        why = "No condition was given, so that all cells count as one group. Scores are pooled only, and there are "
+        return [], [], why + "no marker genes."
     order = sorted(numbers, key=lambda t: -numbers[t])
     scored = [t for t in order if numbers[t] >= min_cells][:max_combinations]
     if scored:
         return scored, [t for t in order if t not in set(scored)], ""
-    return (
-        [],
-        order,
-        (
-            f"No combination has {min_cells} cells to compare (the most are {numbers[order[0]]} of {order[0]!r}), so "
-            "that scores are pooled only. evaluate.min_cells lowers that number."
-        ),
-    )
+    most = f"the most are {numbers[order[0]]} of {order[0]!r}"
+    why = f"No combination has {min_cells} cells to compare ({most}), so that scores are pooled only. "
+    return [], order, why + "evaluate.min_cells lowers that number."
 
 
 def names(labels: Sequence[str], shown: int = 5) -> str:

@@ -22,9 +22,7 @@ def mmd2(reference: np.ndarray, other: np.ndarray) -> float:
     # the median of squares, not the square of the median: they differ by interpolation only
     bandwidth2 = float(np.median(pairs))
     if bandwidth2 == 0:
-        raise InputError(
-            "MMD2: more than half of the pairs of reference cells coincide. Is the test split made of copies?"
-        )
+        raise InputError("MMD2: over half of the pairs of reference cells coincide. Is the test split made of copies?")
     n, m = len(reference), len(other)
 
     def kernel_sum(squares: np.ndarray) -> float:

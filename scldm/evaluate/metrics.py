@@ -136,9 +136,7 @@ METRICS: Mapping[str, Metric] = {
     ),
     "mean_r": Metric("gene means, r", "Pearson correlation over genes of mean log expression", "highest", False),
     "variance_r": Metric("gene variances, r", "Pearson correlation over genes of its variance", "highest", False),
-    "fraction_r": Metric(
-        "fraction expressing, r", "Pearson correlation over genes of the share of cells > 0", "highest", False
-    ),
+    "fraction_r": Metric("fraction expressing, r", "Pearson correlation over genes of the share > 0", "highest", False),
     "zeros_by_level": Metric(
         "zeros by level",
         "difference of the share of zeros, mean over 10 groups of genes by their expression. 0.05 is 5 % of cells",

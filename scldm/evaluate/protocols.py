@@ -135,9 +135,7 @@ def variable_genes(counts: sp.csr_matrix, n: int) -> np.ndarray:
                 cells, flavor="seurat_v3", n_top_genes=n, span=span, check_values=False, inplace=False
             )
         except ImportError as error:
-            raise InputError(
-                f"protocol=cfgen chooses variable genes with scikit-misc ({error}): pip install scikit-misc"
-            ) from None
+            raise InputError(f"protocol=cfgen needs scikit-misc ({error}): pip install scikit-misc") from None
         except ValueError as error:  # loess: near singularities
             why = str(error)
             continue

@@ -132,7 +132,8 @@ class OurScores:
     def __init__(self) -> None:
         self.n, self.squares = 0, 0.0
         self.r_cells: list[np.ndarray] = []
-        self.mean_2G = self.moment_3G = self.least_2G = self.most_2G = np.empty(0)
+        self.mean_2G, self.moment_3G = np.zeros((2, 1)), np.zeros((3, 1))
+        self.least_2G, self.most_2G = np.full((2, 1), np.inf), np.full((2, 1), -np.inf)
 
     def add(self, real_BG: np.ndarray, expected_BG: np.ndarray) -> None:
         """The next cells: log profiles of their counts and of their expected counts, (B, G)."""
@@ -145,10 +146,6 @@ class OurScores:
         dx, dy = x - mean_2G[0], y - mean_2G[1]
         moment_3G = np.stack([(dx * dx).sum(0), (dy * dy).sum(0), (dx * dy).sum(0)])
         least_2G, most_2G = np.stack([x.min(0), y.min(0)]), np.stack([x.max(0), y.max(0)])
-        if not self.n:
-            self.n, self.mean_2G, self.moment_3G = n, mean_2G, moment_3G
-            self.least_2G, self.most_2G = least_2G, most_2G
-            return
         step_2G, total = mean_2G - self.mean_2G, self.n + n
         between_3G = np.stack([step_2G[0] ** 2, step_2G[1] ** 2, step_2G[0] * step_2G[1]])
         self.moment_3G = self.moment_3G + moment_3G + between_3G * (self.n * n / total)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from scldm.evaluate.metrics import METRICS
 from scldm.evaluate.protocols import PUBLISHED_NOTE
 from scldm.evaluate.report_tables import normalised_text, row_texts
 from scldm.evaluate.verdict import headline_tables
-from scldm.files import remove_left, written_aside
+from scldm.files import remove_left, write_bytes
 from scldm.progress import Progress
 
 __all__ = ["drawn_text", "normalised_text", "page", "row_texts", "tiles", "write_report"]
@@ -60,8 +59,7 @@ def write_report(evaluation: dict, folder: Path) -> list[Path]:
     files = {folder / "report.html": page(evaluation, images).encode()}
     files |= {folder / "figures" / f"{name}.png": image for name, image in images.items()}
     for path, content in files.items():
-        with written_aside(path) as file:
-            file.write(content)
+        write_bytes(path, content)
     return list(files)
 
 
@@ -316,9 +314,5 @@ def settings(e: dict) -> list[tuple[str, str]]:
         if isinstance(value, dict):
             out += [(f"{key}.{k}", str(v)) for k, v in value.items()]
         elif value not in ("", None):
-            out.append((key, _plain(value)))
+            out.append((key, ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)))
     return out
-
-
-def _plain(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)

@@ -7,7 +7,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from scldm.errors import InputError
+
 SPLITS = ("train", "validation", "test")
+
+
+def check_splits(of_cell: np.ndarray, where: str, column: str) -> None:
+    """of_cell: what a column of obs says of each cell. Raises: InputError where it leaves a split without cells."""
+    found = sorted(set(of_cell))
+    for name in SPLITS:
+        if name not in found:
+            raise InputError(
+                f"{where}: obs column split={column!r} marks no {name} cells. It must say {', '.join(SPLITS)}, "
+                f"and says {', '.join(map(repr, found[:5]))}"
+            )
 
 
 @dataclass(frozen=True)
@@ -18,12 +31,12 @@ class Sample:
     leaves its place to the others: a uniform draw would have lost the rare ones. Validation cells are drawn uniformly.
 
     n_cells: of a split at most
-    generated: generated cells per type, which with the test cells say how many of a type are compared
+    generated: generated cells per type, which with the test cells say how many of a type are compared. None limits none
     seed: of the draws
     """
 
     n_cells: int
-    generated: Mapping[str, int]
+    generated: Mapping[str, int] | None
     seed: int
 
     def numbers(self, split: str, of_split: Mapping[str, int], of_test: Mapping[str, int]) -> dict[str, int]:
@@ -31,7 +44,8 @@ class Sample:
         test split, so that one that was never generated or trained on is missed by name."""
         if sum(of_split.values()) <= self.n_cells:
             return dict(of_split)
-        compared = {t: max(1, min(n, self.generated.get(t, 0))) for t, n in of_test.items()}
+        made = of_test if self.generated is None else self.generated
+        compared = {t: max(1, min(n, made.get(t, 0))) for t, n in of_test.items()}
         share = of_split if split == "validation" else compared
         types = [t for t in of_split if share.get(t)]
         there, wanted = (np.array([of[t] for t in types], np.float64) for of in (of_split, share))

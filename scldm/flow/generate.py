@@ -51,41 +51,23 @@ def generate_latents(
         labels = nearest_trained(dit, conditions) if sampler.guidance == "shift" else conditions
         base = labels, way(dit, labels, conditions)
     labels, way_BLZ = base
-    v = guided(dit, labels, sampler, size_B)
+    v = GuidedField(dit, labels, sampler, size_B)
     z_BLZ = draws.normal(seed, "generate noise", 0, cell_numbers_B, dit.latent_shape)
 
     def noise(step: int) -> Tensor:
         return draws.normal(seed, "sampler noise", step, cell_numbers_B, dit.latent_shape)
 
-    if sampler.method == "sde_euler":
-        z_BLZ = solver.sde_euler(v, z_BLZ, sampler.n_steps, noise, sampler.diffusion)
-    elif sampler.method == "sde_heun":
-        z_BLZ = solver.sde_heun(v, z_BLZ, sampler.n_steps, noise, sampler.diffusion)
-    else:
-        z_BLZ = solve_ode(v, z_BLZ, sampler)
+    z_BLZ = solve(v, z_BLZ, sampler, noise)
     return Drawn(dit.unstandardise(z_BLZ + way_BLZ), torch.zeros_like(cell_numbers_B) + v.n_evaluations_B)
 
 
-def guided(
-    dit: DiT, conditions: dict[str, Tensor], sampler: SamplerConfig, size_B: Tensor | None = None
-) -> GuidedField:
-    """The field that a sampler follows. Raises: InputError for guidance that the model can't follow."""
-    return GuidedField(
-        dit,
-        conditions,
-        sampler.guidance,
-        sampler.guidance_scale,
-        sampler.guidance_weights,
-        sampler.guidance_interval,
-        size_B,
-    )
-
-
-def solve_ode(v: VelocityField, z_BLZ: Tensor, sampler: SamplerConfig) -> Tensor:
-    """From t = 1 to 0 by one of the ODE methods."""
-    if sampler.method == "euler":
-        return solver.euler(v, z_BLZ, sampler.n_steps)
-    if sampler.method == "heun":
-        return solver.heun(v, z_BLZ, sampler.n_steps)
-    assert sampler.method == "adaptive", sampler.method
-    return solver.adaptive(v, z_BLZ, sampler.tolerance)
+@torch.no_grad()
+def solve(v: VelocityField, z_BLZ: Tensor, sampler: SamplerConfig, noise: solver.Noise | None = None) -> Tensor:
+    """From t = 1 to 0 by the sampler's method. noise: for an SDE"""
+    if sampler.method == "adaptive":
+        return solver.adaptive(v, z_BLZ, sampler.tolerance)
+    kick, step = solver.no_kick, solver.heun if sampler.method.endswith("heun") else solver.euler
+    if sampler.is_sde:
+        assert noise is not None
+        v, kick = solver.sde(v, sampler.n_steps, noise, sampler.diffusion)
+    return step(v, z_BLZ, sampler.n_steps, kick)

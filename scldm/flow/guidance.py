@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from scldm.errors import InputError
-from scldm.flow.sampler import GuidanceKind
+from scldm.flow.sampler import GuidanceKind, SamplerConfig
 from scldm.model.dit import DiT
 
 VelocityField = Callable[[Tensor, float], Tensor]
@@ -89,9 +89,7 @@ class GuidedField:
     """The guided velocity v(z, t) of a batch of cells, (B, L, Z), and what it has cost.
 
     conditions: (B,) of each of the model's conditions, `null` where not given. On the CPU, else the host waits for them
-    scale: 0 ignores the conditions, 1 follows them. For the joint and the compositional kind
-    weights: condition -> weight, for the additive kind. `scale` where it names none
-    interval: flow times between which guidance acts. Outside, scale and weights are 1
+    sampler: its guidance
     size_B: library sizes, for a model that is told them. No subset of the conditions is without
     n_evaluations_B: rows that the network has answered for each cell, int64 (B,). One number without conditions
 
@@ -99,36 +97,27 @@ class GuidedField:
     """
 
     def __init__(
-        self,
-        model: DiT,
-        conditions: dict[str, Tensor],
-        kind: GuidanceKind = "joint",
-        scale: float = 1.0,
-        weights: Mapping[str, float] | None = None,
-        interval: tuple[float, float] = (0.0, 1.0),
-        size_B: Tensor | None = None,
+        self, model: DiT, conditions: dict[str, Tensor], sampler: SamplerConfig, size_B: Tensor | None = None
     ) -> None:
-        self.model, self.interval = model, interval
+        self.model, self.sampler = model, sampler
         self.size_B = size_B if model.config.library_size else None
         self.n_evaluations_B: Tensor | int = 0
-        names = list(conditions)
-        for name in weights or {}:
+        names, kind, scale = list(conditions), sampler.guidance, sampler.guidance_scale
+        for name in sampler.guidance_weights:
             if name not in names:
                 raise InputError(
                     f"sampler.guidance_weights: condition {name!r} is unknown. The model knows "
                     f"{', '.join(names) or 'none'}"
                 )
         if kind == "compositional" and names and not len(model.combinations.labels_KC):
-            raise InputError(
-                "sampler.guidance=compositional: the model does not say which combinations it was trained on"
-            )
-        by_position = {j: (weights or {}).get(name, scale) for j, name in enumerate(names)}
+            raise InputError("sampler.guidance=compositional: the model names no combinations that it was trained on")
+        by_position = {j: sampler.guidance_weights.get(name, scale) for j, name in enumerate(names)}
         self.inside = self.outside = self._rows(conditions, kind, by_position, scale)
-        if interval != (0.0, 1.0):
+        if (sampler.guidance_from, sampler.guidance_to) != (0.0, 1.0):
             self.outside = self._rows(conditions, kind, dict.fromkeys(by_position, 1.0), 1.0)
 
     def __call__(self, z: Tensor, t: float) -> Tensor:
-        low, high = self.interval
+        low, high = self.sampler.guidance_from, self.sampler.guidance_to
         # a time that is 1 - s, on the way to noise, is off by its rounding
         rows = self.inside if low - ROUNDING <= t <= high + ROUNDING else self.outside
         n_rows = len(z) if rows is None else len(rows.cell_R)

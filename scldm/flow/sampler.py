@@ -49,8 +49,8 @@ class SamplerConfig(Checked):
         return hash(tuple(frozenset(of.items()) if isinstance(of, Mapping) else of for of in vars(self).values()))
 
     @property
-    def guidance_interval(self) -> tuple[float, float]:
-        return self.guidance_from, self.guidance_to
+    def is_sde(self) -> bool:
+        return self.method.startswith("sde")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,9 +61,7 @@ class SamplerConfig(Checked):
         one_of("sampler.method", self.method, Method)
         one_of("sampler.guidance", self.guidance, GuidanceKind)
         if self.guidance_weights and self.guidance != "additive":
-            raise InputError(
-                f"sampler.guidance_weights belong to sampler.guidance=additive. {self.guidance} has one scale"
-            )
+            raise InputError(f"sampler.guidance_weights are for guidance=additive. {self.guidance} has one scale")
         low, high = self.guidance_from, self.guidance_to
         if low >= high:
             raise InputError(f"sampler.guidance_from={low} and sampler.guidance_to={high} must be 0 <= from < to <= 1")

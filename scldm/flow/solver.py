@@ -17,23 +17,31 @@ from scldm.errors import InputError
 from scldm.flow.guidance import VelocityField
 
 Noise = Callable[[int], Tensor]  # number of the step -> standard normal draws of the latents' shape
+Kick = Callable[[int], Tensor | float]  # number of the step -> what is added to the latents after it
 
 
-def euler(v: VelocityField, z: Tensor, n_steps: int) -> Tensor:
-    """First order, one evaluation of v per step."""
+def no_kick(k: int) -> float:
+    """That of an ODE."""
+    return 0.0
+
+
+def euler(v: VelocityField, z: Tensor, n_steps: int, kick: Kick = no_kick) -> Tensor:
+    """First order, one evaluation of v per step. With kicks Euler-Maruyama, of weak order 1."""
     dt = 1 / n_steps
     for k in range(n_steps):
-        z = z - dt * v(z, _time(k, n_steps))
+        z = z - dt * v(z, _time(k, n_steps)) + kick(k)
     return z
 
 
-def heun(v: VelocityField, z: Tensor, n_steps: int) -> Tensor:
-    """Second order (explicit trapezoid), two evaluations of v per step."""
+def heun(v: VelocityField, z: Tensor, n_steps: int, kick: Kick = no_kick) -> Tensor:
+    """Second order (explicit trapezoid), two evaluations of v per step. With kicks, which must not depend on z, weak
+    order 2. Source: Kloeden & Platen 1992, section 15.1, for additive noise."""
     dt = 1 / n_steps
     for k in range(n_steps):
+        kicked = kick(k)
         slope = v(z, _time(k, n_steps))
-        slope_ahead = v(z - dt * slope, _time(k + 1, n_steps))
-        z = z - dt * (slope + slope_ahead) / 2
+        slope_ahead = v(z - dt * slope + kicked, _time(k + 1, n_steps))
+        z = z - dt * (slope + slope_ahead) / 2 + kicked
     return z
 
 
@@ -60,36 +68,18 @@ def adaptive(v: VelocityField, z: Tensor, tolerance: float) -> Tensor:
     return path[-1]
 
 
-def sde_euler(v: VelocityField, z: Tensor, n_steps: int, noise: Noise, diffusion: float) -> Tensor:
-    """Euler-Maruyama: weak order 1, one evaluation of v per step."""
-    dt = 1 / n_steps
-    for k in range(n_steps):
-        z = z - dt * _drift(v, z, _time(k, n_steps), diffusion) + _kick(noise, k, n_steps, diffusion)
-    return z
+def sde(v: VelocityField, n_steps: int, noise: Noise, diffusion: float) -> tuple[VelocityField, Kick]:
+    """What `euler` and `heun` solve the SDE by: the drift v - g^2/2 * score, and the noise of each step."""
 
+    def drift(z: Tensor, t: float) -> Tensor:
+        velocity = v(z, t)
+        return velocity + 0.5 * diffusion * (z + (1 - t) * velocity)
 
-def sde_heun(v: VelocityField, z: Tensor, n_steps: int, noise: Noise, diffusion: float) -> Tensor:
-    """Stochastic Heun: weak order 2, as the noise does not depend on z. Two evaluations of v per step.
-    Source: Kloeden & Platen 1992, section 15.1, for additive noise."""
-    dt = 1 / n_steps
-    for k in range(n_steps):
-        kick = _kick(noise, k, n_steps, diffusion)
-        slope = _drift(v, z, _time(k, n_steps), diffusion)
-        slope_ahead = _drift(v, z - dt * slope + kick, _time(k + 1, n_steps), diffusion)
-        z = z - dt * (slope + slope_ahead) / 2 + kick
-    return z
+    def kick(k: int) -> Tensor:
+        t, t_ahead = _time(k, n_steps), _time(k + 1, n_steps)  # the variance is the integral of g^2 over the step
+        return (0.5 * diffusion * (t**2 - t_ahead**2)) ** 0.5 * noise(k)
 
-
-def _drift(v: VelocityField, z: Tensor, t: float, diffusion: float) -> Tensor:
-    """v - g^2/2 * score."""
-    velocity = v(z, t)
-    return velocity + 0.5 * diffusion * (z + (1 - t) * velocity)
-
-
-def _kick(noise: Noise, k: int, n_steps: int, diffusion: float) -> Tensor:
-    """The noise of a step. Its variance is the integral of g^2 over it."""
-    t, t_ahead = _time(k, n_steps), _time(k + 1, n_steps)
-    return (0.5 * diffusion * (t**2 - t_ahead**2)) ** 0.5 * noise(k)
+    return drift, kick
 
 
 def _time(k: int, n_steps: int) -> float:

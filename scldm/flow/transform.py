@@ -6,31 +6,23 @@ for flow matching.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from scldm.errors import InputError
-from scldm.flow.generate import solve_ode
+from scldm.flow.generate import solve
 from scldm.flow.guidance import VelocityField
 from scldm.flow.sampler import SamplerConfig
 
 
-@torch.no_grad()
 def to_noise(v_own: VelocityField, z_BLZ: Tensor, sampler: SamplerConfig) -> Tensor:
     """Standardised latents to their noise, from t = 0 to 1 along the flow of their own conditions, (B, L, Z).
 
     Raises: InputError for a method that is no ODE: only such a way leads back.
     """
-    if sampler.method not in ("euler", "heun", "adaptive"):
+    if sampler.is_sde:
         raise InputError(f"sampler.method={sampler.method} can't be followed to noise: euler, heun and adaptive can")
     # with s = 1 - t: a solver that goes from s = 1 to 0 goes from t = 0 to 1
-    return solve_ode(lambda z, s: -v_own(z, 1 - s), z_BLZ, sampler)
-
-
-@torch.no_grad()
-def from_noise(v_other: VelocityField, noise_BLZ: Tensor, sampler: SamplerConfig) -> Tensor:
-    """And back, from t = 1 to 0 along another flow, (B, L, Z)."""
-    return solve_ode(v_other, noise_BLZ, sampler)
+    return solve(lambda z, s: -v_own(z, 1 - s), z_BLZ, sampler)
 
 
 def blend(v_own: VelocityField, v_other: VelocityField, alpha: float) -> VelocityField:

@@ -35,9 +35,7 @@ def check_engine(
     required.
     """
     if hardware.require_gpu and world.device.type == "cpu":
-        raise InputError(
-            "hardware.require_gpu=true: torch finds no GPU here; give hardware.require_gpu=false to train on the CPU"
-        )
+        raise InputError("hardware.require_gpu=true: torch finds no GPU. hardware.require_gpu=false trains on the CPU")
     if hardware.engine == "fsdp":
         check_torch()
         return "fsdp"

@@ -65,9 +65,7 @@ class HardwareConfig(Checked):
         would, or for an engine that can't run on so many.
         """
         if self.engine == "plain" and n_ranks > 1:
-            raise InputError(
-                f"hardware.engine=plain runs on one rank, not on {n_ranks}. deepspeed and fsdp run on many"
-            )
+            raise InputError(f"hardware.engine=plain runs on one rank, not {n_ranks}. deepspeed and fsdp run on many")
         return accumulation(global_batch, n_ranks, self.micro_batch)
 
 

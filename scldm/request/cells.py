@@ -46,7 +46,5 @@ def table_of(conditions: Asked, n: int | None, names: Sequence[str]) -> pd.DataF
         raise InputError(f"conditions={asked} does not say how many cells. Give n, as n=500")
     for name, label in asked.items():
         if not isinstance(label, str | Real | np.bool_):  # a column of yes and no has the labels True and False
-            raise InputError(
-                f"conditions: {name}={label!r} must be one label. For several, give a DataFrame with a row per cell"
-            )
+            raise InputError(f"conditions: {name}={label!r} must be one label. For several, give a DataFrame")
     return pd.DataFrame(asked, index=pd.RangeIndex(n))

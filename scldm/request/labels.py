@@ -217,10 +217,7 @@ def check_sampler(dit: DiT, asked: dict[str, np.ndarray], sampler: SamplerConfig
 
     asked: what the network is asked for, combination by combination
     """
-    conditions = _tensors(asked)
-    field = GuidedField(
-        dit, conditions, sampler.guidance, sampler.guidance_scale, sampler.guidance_weights, sampler.guidance_interval
-    )
+    field = GuidedField(dit, _tensors(asked), sampler)
     hidden = ((origin.get("ldm") or {}).get("config") or {}).get("guidance")
     if hidden is None or not dit.n_labels:
         return

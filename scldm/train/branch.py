@@ -103,9 +103,7 @@ def begin(branch: Branch, run_dir: Path) -> None:
 def _parsed(text: str) -> tuple[Path, str]:
     run, _, step = text.rpartition("@")
     if not run or not (step.isdecimal() or step in ("latest", "best")):
-        raise InputError(
-            f"branch_from={text} must be RUN@STEP, a run folder and a step, latest or best, as runs/vae@15000"
-        )
+        raise InputError(f"branch_from={text} must be RUN@STEP, with a step, latest or best, as runs/vae@15000")
     return Path(os.path.abspath(run)), step
 
 

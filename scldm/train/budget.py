@@ -145,25 +145,6 @@ def fsdp_memory(cost: StepCost, zero_stage: int, n_ranks: int, accumulation: int
     )
 
 
-def plain_memory(cost: StepCost) -> Memory:
-    """Of a lone process without DeepSpeed: no masters beside the weights, and all gradients stay to the end of the
-    pass, where AdamW makes three tensors as large as the weights."""
-    P = cost.n_parameters
-    return Memory(
-        weights=4 * P,
-        gathered=0.0,
-        masters=0.0,
-        moments=8 * P,
-        ema=4 * P,
-        gradients=0.0,
-        buckets=0.0,
-        activations=cost.peak_with_gradients_bytes,
-        step=4 * P + 3 * 4 * P,
-        validation=4 * P + cost.peak_bytes,
-        saved=4 * 4 * P,
-    )
-
-
 def sent_bytes(cost: StepCost, zero_stage: int, n_ranks: int, accumulation: int, bf16: bool = False) -> float:
     """Bytes that a rank sends in a step, and receives as many, around a ring: (N - 1) / N of what is exchanged for a
     gather or a scattered sum, twice that for a sum that all get.

@@ -14,20 +14,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from scldm.errors import read_json
 from scldm.files import write_json
-from scldm.given_json import Count, known_of, typed
+from scldm.given_json import Count, read_entries
 
 CHANGES = "changes.json"
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
     """All changes of a run's course, in their order."""
-    path = run_dir / CHANGES
-    entries = typed(list[dict[str, Any]], read_json(path), str(path)) if path.is_file() else []
-    for k, entry in enumerate(entries):
-        known_of(_Change, entry, f"{path}: [{k}]")
-    return entries
+    return read_entries(_Change, run_dir / CHANGES)
 
 
 @dataclass(frozen=True)

@@ -241,7 +241,7 @@ def load(checkpoint: Checkpoint, engine: Engine, ema: EMA) -> None:
         stored = dict(checkpoint.buffers())
         for name, buffer in engine.module.named_buffers():
             if name not in stored or stored[name].shape != buffer.shape:
-                why = f"has {tuple(stored[name].shape)}" if name in stored else "is missing, as in one of earlier code"
+                why = f"has {tuple(stored[name].shape)}" if name in stored else "is missing"
                 raise InputError(f"{checkpoint.folder}: buffer {name} {why}: it is a checkpoint of another model")
             buffer.copy_(stored[name])
     engine.publish()

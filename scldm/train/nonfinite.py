@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -47,41 +48,29 @@ def report(
     run_dir: Path,
 ) -> str:
     """Find where a skipped step went wrong, print it and note all cells in the run's folder. Returns what is printed.
-    Collective."""
-    culprits = find_culprits(stage, engine, batches, losses, seed, step, world)
-    line = told(step, culprits)
-    if world.is_first:
-        note(run_dir, step, culprits)
-        print(f"scldm: {line}. The step is skipped", file=sys.stderr, flush=True)
-    return line
+    Collective.
 
-
-def find_culprits(
-    stage: Stage,
-    engine: Engine,
-    batches: list[Any],
-    losses: list[dict[str, Tensor]],
-    seed: int,
-    step: int,
-    world: World,
-) -> list[Culprit]:
-    """Of all ranks, for the micro-batches of one step. Collective. Where every loss is finite, all are computed again
-    for their gradients. None is found where those are finite too, and their sum alone is not."""
+    Where every loss is finite, all are computed again for their gradients. Nothing is found where those are finite too,
+    and their sum alone is not.
+    """
     found = [
         _culprit(world, f"loss {parts['loss'].item()}", batch)
         for batch, parts in zip(batches, losses, strict=True)
         if not torch.isfinite(parts["loss"])
     ]
-    everywhere = world.gather(found)
-    if any(everywhere):
-        return [culprit for of_rank in everywhere for culprit in of_rank]
-    for batch in batches:
+    culprits = list(chain.from_iterable(world.gather(found)))
+    for batch in () if culprits else batches:
         here = batch.to(world.device)
         loss, _ = stage.loss(engine.bare, here, Draws(seed, step, here.positions_B))
         bad = [name for name, g in engine.gradients(loss).items() if not torch.isfinite(g).all()]
         if bad:
             found.append(_culprit(world, f"gradient of {bad[0]}", batch))
-    return [culprit for of_rank in world.gather(found) for culprit in of_rank]
+    culprits = culprits or list(chain.from_iterable(world.gather(found)))
+    line = told(step, culprits)
+    if world.is_first:
+        note(run_dir, step, culprits)
+        print(f"scldm: {line}. The step is skipped", file=sys.stderr, flush=True)
+    return line
 
 
 def told(step: int, culprits: list[Culprit]) -> str:

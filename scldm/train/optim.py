@@ -37,9 +37,7 @@ class OptimConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.warmup + self.decay > 1:
-            raise InputError(
-                f"optim.warmup={self.warmup} and optim.decay={self.decay} must be shares that add up to at most 1"
-            )
+            raise InputError(f"optim.warmup={self.warmup} and optim.decay={self.decay} must add up to at most 1")
 
 
 def learning_rate(config: OptimConfig, step: int, n_steps: int, end: int | None = None) -> float:

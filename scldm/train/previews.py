@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from scldm.errors import InputError
-from scldm.files import written_aside
+from scldm.files import write_bytes
 from scldm.train.run_folder import PREVIEWS
 from scldm.train.tracking import Tracker
 
@@ -96,8 +96,7 @@ class Previews:
             with apart(self.device):
                 made = self._make(step, check)
             path.parent.mkdir(exist_ok=True)
-            with written_aside(path) as file:
-                file.write(made.image)
+            write_bytes(path, made.image)
         except LeftOut:
             return
         except TimeoutError as error:

@@ -33,15 +33,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from scldm.environment import describe, without_passwords
+from scldm.environment import describe
 from scldm.errors import Busy, InputError, Stopped, read_json
 from scldm.files import ASIDE, flat, outlived, remove_left, write_json
-from scldm.given_json import known_of, read_known, typed
+from scldm.given_json import read_entries, read_known, typed
 from scldm.train import changes
 from scldm.train.changes import CHANGES
 from scldm.train.steps import BROKEN, pointed
@@ -57,7 +57,6 @@ NOTES = "slurm"
 OUTCOME = "outcome.json"
 LOCK = "lock"
 OWNER = "lock.owner"
-LATER = {"model.library_size": False}  # keys that the config of a run begun before them lacks -> what it did
 WAIT_S = 120.0  # for a lock that another process holds
 
 
@@ -98,10 +97,9 @@ def open_run_folder(
         if wrong := [key for key in changed if not _within(key, allowed)]:
             named = f", or name what may change: allow_changes={','.join(wrong)}"
             hint = named if all(_within(key, can_change) for key in wrong) else ""
-            hint += "".join(f", or go on as it was: {key}={str(LATER[key]).lower()}" for key in wrong if key in LATER)
             raise InputError(f"{run_dir} holds another run: {_told(changed, wrong)}; choose another run_dir{hint}")
         if every := _differing(read_config(run_dir), config, ()):
-            told = without_passwords(_told(every, list(every), len(every)))  # an earlier scldm kept one
+            told = _told(every, list(every), len(every))
             print(f"scldm: {run_dir} goes on with: {told}", file=sys.stderr, flush=True)
     run_dir.mkdir(parents=True, exist_ok=True)
     with locked(run_dir):
@@ -143,7 +141,6 @@ def _latest(run_dir: Path) -> Path | None:
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any], free: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
     """Key -> (before, now) of all that differs, but what is free to."""
     was, is_ = dict(flat(before)), dict(flat(now))
-    was |= {key: value for key, value in LATER.items() if key in is_ and key not in was}
     keys = sorted(key for key in was.keys() | is_.keys() if was.get(key) != is_.get(key))
     return {key: (was.get(key), is_.get(key)) for key in keys if not _within(key, free)}
 
@@ -169,12 +166,12 @@ class Start:
     """What verbs read of a start. It is noted with more, see scldm/environment.py."""
 
     time: str
-    command: str = ""
-    host: str = ""
-    git: str | None = None
+    command: str
+    host: str
+    git: str | None
+    slurm_job: str | None
+    versions: dict[str, str]
     diff: str = ""
-    slurm_job: str | None = None
-    versions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         try:
@@ -186,12 +183,7 @@ class Start:
 
 def starts_of(run_dir: Path) -> list[dict[str, Any]]:
     """The notes of all starts of a run, the first one first. Raises: InputError for a file that says anything else."""
-    path = run_dir / ENVIRONMENT
-    starts = typed(list[dict[str, Any]], read_json(path), str(path)) if path.is_file() else []
-    without = {key: value for key, value in asdict(Start("2000-01-01")).items() if key not in ("time", "diff")}
-    for k, start in enumerate(starts):
-        known_of(Start, start, f"{path}: [{k}]")
-    return [{**without, **start} for start in starts]
+    return read_entries(Start, run_dir / ENVIRONMENT)
 
 
 def _starts(run_dir: Path) -> list[Any]:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from scldm.errors import InputError
-from scldm.files import PARTIAL, put_in_place, written_aside
+from scldm.files import PARTIAL, put_in_place, write_bytes
 from scldm.given_json import sorted_json
 from scldm.parallel.dist import World
 from scldm.parallel.surface import Engine
@@ -208,8 +208,7 @@ def write_part(path: Path, tensors: Mapping[str, Tensor], ranges: Mapping[str, t
         file.flush()
         os.fsync(file.fileno())
     noted = {"sha256": digest.hexdigest(), "bytes": n_bytes, "ranges": ranges}
-    with written_aside(path.with_suffix(".json")) as file:
-        file.write(json.dumps(noted).encode())
+    write_bytes(path.with_suffix(".json"), json.dumps(noted).encode())
 
 
 def commit(target: Path, n_parts: int, state: dict[str, Any], run_dir: Path) -> None:
@@ -225,11 +224,10 @@ def commit(target: Path, n_parts: int, state: dict[str, Any], run_dir: Path) -> 
     for name in steps.BESIDE:
         with contextlib.suppress(FileNotFoundError):
             data = (run_dir / name).read_bytes()
-            with written_aside(aside / name) as file:
-                file.write(data)
+            write_bytes(aside / name, data)
             files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     state = json.loads(json.dumps({"format": FORMAT, **state}, allow_nan=False))
     text = sorted_json({**state, "parts": parts, "files": files})  # once: training waits for the interpreter meanwhile
-    with written_aside(aside / steps.STATE) as file:
-        file.write(f'{{"sha256": "{hashlib.sha256(text).hexdigest()}", "state": '.encode() + text + b"}")
+    sealed = f'{{"sha256": "{hashlib.sha256(text).hexdigest()}", "state": '.encode() + text + b"}"
+    write_bytes(aside / steps.STATE, sealed)
     put_in_place(aside, target)  # which may be there, of a run that went on from an earlier step

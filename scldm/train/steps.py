@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from scldm.errors import InputError
-from scldm.files import PARTIAL, left_aside, put_in_place, written_aside
+from scldm.files import PARTIAL, left_aside, put_in_place, write_bytes
 from scldm.files import remove as remove_path
 
 STATE = "state.json"
@@ -42,8 +42,7 @@ def unfinished(folder: Path) -> list[Path]:
 
 def point(pointer: Path, target: Path) -> None:
     """Let `latest` or `best` name another checkpoint, at once or not at all."""
-    with written_aside(pointer) as file:
-        file.write(target.name.encode())
+    write_bytes(pointer, target.name.encode())
 
 
 def pointed(pointer: Path) -> Path | None:

@@ -244,28 +244,39 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
                 say(f"{doing} {self.run_dir / name} failed ({error}); training goes on without it")
 
 
-class _Forwarder(threading.Thread):
-    """The background thread: sends what MLflow lacks, and tries again."""
+class _Background(threading.Thread):
+    """Sends what a place lacks, beside training.
 
-    def __init__(self, run_dir: Path, cfg: TrackingConfig, place: str) -> None:
-        super().__init__(name="mlflow", daemon=True)  # never keeps a finished program alive
-        self.run_dir, self.cfg, self.place = run_dir, cfg, place
-        self.uri = cfg.uri if cfg.uri != place and without_passwords(cfg.uri) == place else ""
-        self.closing = threading.Event()
-        self.lacks = ""  # why not all is sent
+    lacks: why not all is sent
+    """
+
+    def __init__(self, name: str, cfg: TrackingConfig, close_s: float) -> None:
+        super().__init__(name=name, daemon=True)  # never keeps a finished program alive
+        self.cfg, self.close_s, self.closing, self.lacks = cfg, close_s, threading.Event(), ""
 
     def close(self, in_a_hurry: bool) -> None:
         self.closing.set()
-        if in_a_hurry:
-            self.join(min(self.cfg.close_s, HURRY_S))
-        else:
-            self.join(DATABASE_S if database_of(self.place) else self.cfg.close_s)
+        self.join(min(self.cfg.close_s, HURRY_S) if in_a_hurry else self.close_s)
         if self.is_alive() or self.lacks:
-            lacks = ", ".join(tracked.unsent(self.run_dir)) or "rows of runs below"
-            say(
-                f"not everything reached {self.place} (it lacks {lacks}); all is in {self.run_dir}: "
-                f"`scldm track replay {self.run_dir}` sends the rest"
-            )
+            say(f"not everything reached {self.left()}")
+
+    def left(self) -> str:
+        """The place that lacks something, where it is, and what sends it."""
+        raise NotImplementedError
+
+
+class _Forwarder(_Background):
+    """Sends to MLflow, and tries again."""
+
+    def __init__(self, run_dir: Path, cfg: TrackingConfig, place: str) -> None:
+        super().__init__("mlflow", cfg, DATABASE_S if database_of(place) else cfg.close_s)
+        self.run_dir, self.place = run_dir, place
+        self.uri = cfg.uri if cfg.uri != place and without_passwords(cfg.uri) == place else ""
+
+    def left(self) -> str:
+        lacks = ", ".join(tracked.unsent(self.run_dir)) or "rows of runs below"
+        replay = f"`scldm track replay {self.run_dir}` sends the rest"
+        return f"{self.place} (it lacks {lacks}); all is in {self.run_dir}: {replay}"
 
     def run(self) -> None:
         while True:
@@ -313,19 +324,15 @@ class _Forwarder(threading.Thread):
                 Sender(folder, self.uri).send()
 
 
-class _Also(threading.Thread):
-    """The same for another place than MLflow, each in a thread of its own: none waits for another's server."""
+class _Also(_Background):
+    """Sends to another place than MLflow, each in a thread of its own: none waits for another's server."""
 
     def __init__(self, follower: Follower, cfg: TrackingConfig) -> None:
-        super().__init__(name=cfg.also, daemon=True)
-        self.follower, self.cfg, self.closing, self.lacks = follower, cfg, threading.Event(), ""
+        super().__init__(cfg.also, cfg, cfg.close_s)
+        self.follower = follower
 
-    def close(self, in_a_hurry: bool) -> None:
-        self.closing.set()
-        self.join(min(self.cfg.close_s, HURRY_S) if in_a_hurry else self.cfg.close_s)
-        if self.is_alive() or self.lacks:
-            folder = self.follower.folder
-            say(f"not everything reached {self.name}; all is in {folder}, and the next start there sends it")
+    def left(self) -> str:
+        return f"{self.name}; all is in {self.follower.folder}, and the next start there sends it"
 
     def run(self) -> None:
         warned, last = False, False

@@ -22,7 +22,7 @@ from scldm.library_size import LibrarySizeModel, LogNormal
 from scldm.model.dit import DiT, DiTConfig
 from scldm.model_folder import save_pretrained
 from scldm.vocab import ConditionVocab, GeneVocab
-from tests.launch.test_verbs import LABELS, write_cells
+from tests.launch.small_verbs import LABELS, write_cells
 from tests.scldm.train.small_runs import LATENT_WIDTH, N_GENES, N_LATENTS, make_vae
 
 

@@ -103,3 +103,10 @@ def vae_shape() -> VAEConfig:
 
 def dit_cost() -> StepCost:
     return dit_step(DiTConfig(64, 1, 4, library_size=True), 64, 16, {}, 4, bf16=True)
+
+
+def test_a_lone_process_without_deepspeed_keeps_one_copy_of_the_weights() -> None:
+    cost = StepCost(1_000, 800, 0, 0, 20_000, 23_000)
+    memory = train.plain_memory(cost)
+    assert memory.training == 4_000 + 8_000 + 4_000 + 23_000  # weights, moments, EMA; gradients in the pass
+    assert train.plain_memory(StepCost(1_000, 800, 0, 0, 0, 0)).training == 16_000 + 16_000  # then AdamW's are the most

@@ -96,8 +96,8 @@ def test_every_kernel_gives_the_counts_that_were_stored(manifest, n_genes):
     np.testing.assert_array_equal(totals, wanted.sum(1))
 
     csr = slots.take_csr(here, rows)
-    assert csr.gene_ids.dtype == (np.uint16 if n_genes < 65_536 else np.int32)  # where padding fits beside the genes
-    compact = CompactCounts.from_numpy(csr.start, csr.gene_ids, csr.counts, csr.large_at, csr.large, n_genes + 1)
+    assert csr[1].dtype == (np.uint16 if n_genes < 65_536 else np.int32)  # where padding fits beside the genes
+    compact = CompactCounts.from_numpy(*csr, n_genes + 1)
     np.testing.assert_array_equal(compact.dense()[:, 1:].numpy(), wanted)
     assert not compact.dense()[:, 0].any()
 

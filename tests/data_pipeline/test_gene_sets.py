@@ -182,7 +182,7 @@ def test_compact_counts_have_the_dtype_of_the_set_in_every_batch(tmp_path):
         shards.close()
         for rows in (np.array([0]), np.array([3, 4])):
             csr = slots.take_csr(np.zeros_like(rows), rows)
-            compact = CompactCounts.from_numpy(csr.start, csr.gene_ids, csr.counts, csr.large_at, csr.large, 701)
+            compact = CompactCounts.from_numpy(*csr, 701)
             assert compact.dense().dtype == dtype
             np.testing.assert_array_equal(compact.dense()[:, 1:].numpy(), cells.counts[rows])
 
@@ -197,9 +197,9 @@ def test_the_last_gene_of_a_large_vocabulary_is_sent_as_itself(tmp_path, n_genes
     slots.fill(0, shards.fetch(0), "block 0")
     shards.close()
     csr = slots.take_csr(np.zeros(6, np.int64), np.arange(6))
-    assert csr.gene_ids.dtype == dtype
-    assert csr.gene_ids[csr.start[1:] - 1].tolist() == [n_genes] * 6
-    compact = CompactCounts.from_numpy(csr.start, csr.gene_ids, csr.counts, csr.large_at, csr.large, n_genes + 1)
+    assert csr[1].dtype == dtype
+    assert csr[1][csr[0][1:] - 1].tolist() == [n_genes] * 6
+    compact = CompactCounts.from_numpy(*csr, n_genes + 1)
     np.testing.assert_array_equal(compact.dense()[:, 1:].numpy(), cells.counts[:6])
 
 

@@ -81,7 +81,7 @@ def test_what_goes_in_at_the_edges_comes_out(name: str, backwards: bool, manifes
     np.testing.assert_array_equal(slots.take(here, rows, np.tile(all_genes, (n, 1)))[0], wanted)
     np.testing.assert_array_equal(slots.take(here, rows, np.zeros((n, 1), np.int64))[0], 0 * wanted[:, :1])
     csr = slots.take_csr(here, rows)
-    compact = CompactCounts.from_numpy(csr.start, csr.gene_ids, csr.counts, csr.large_at, csr.large, n_genes + 1)
+    compact = CompactCounts.from_numpy(*csr, n_genes + 1)
     np.testing.assert_array_equal(compact.dense()[:, 1:].numpy(), wanted)
     most = max(int((counts > 0).sum(1).max()), 1)
     for policy, width in (("expressed", most), ("expressed_plus_zeros", n_genes)):

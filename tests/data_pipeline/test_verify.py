@@ -202,14 +202,12 @@ def test_swapped_labels_are_found(copy):
     assert faults(copy)
 
 
-def test_a_manifest_without_a_hash_is_read_and_said(copy):
-    """Sets of an earlier scldm have none."""
+def test_a_manifest_without_a_hash_is_refused(copy):
     manifest = json.loads((copy / "manifest.json").read_text())
     del manifest["sha256"]
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    verdict = verify_shards(str(copy))
-    assert verdict.faults == ()
-    assert "manifest.json has no SHA-256 of its own" in verdict.notes[0]
+    with pytest.raises(InputError, match="manifest.json: it has no sha256 of its own. Write it again"):
+        verify_shards(str(copy))
 
 
 def test_a_source_that_says_otherwise_is_found(tmp_path):

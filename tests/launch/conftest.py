@@ -24,3 +24,13 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "site.sh").write_text(f'SCLDM_PARTITION=low\nSCLDM_GPUS_PER_NODE=8\nSCLDM_SHARED="{tmp_path}"\n')
     monkeypatch.setenv("SCLDM_SITE", str(tmp_path / "site.sh"))
     return folder
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all that the verbs make of 200 small cells. Tests may add files, and change none."""
+    from tests.launch.small_verbs import make_all
+
+    at = tmp_path_factory.mktemp("verbs")
+    make_all(at)
+    return at

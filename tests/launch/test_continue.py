@@ -143,7 +143,7 @@ def test_a_branch_that_was_cut_short_has_not_begun(
 def test_what_no_branch_can_begin_with_is_refused_and_makes_no_folder(parent: dict[str, Path], tmp_path: Path) -> None:
     vae, new = parent["vae"], tmp_path / "new"
     for given, said in (
-        (f"{vae}", "must be RUN@STEP, a run folder and a step, latest or best, as runs/vae@15000"),
+        (f"{vae}", "must be RUN@STEP, with a step, latest or best, as runs/vae@15000"),
         (f"{vae}@12", "the run has no checkpoint of step 12; there are 5, 8, 10, 15, 16"),
         (f"{tmp_path}@5", "is not a run folder: it has no config.json"),
         (f"{parent['ldm']}@5", "stage was 'ldm', now 'vae'; a branch may differ in optim, train"),
@@ -236,9 +236,9 @@ def test_cells_seen_go_on_where_the_batch_was_changed(parent: dict[str, Path], t
 @pytest.mark.parametrize(
     "key, said",
     [
-        ("model.width", "model.width can never change in a run: the weights have the shape"),
-        ("model", "model.* can never change in a run: the weights have the shape"),
-        ("data.seed", "data.seed can never change in a run: a run is of one set of cells, in one order"),
+        ("model.width", "model.width can't change in a run: the weights have the shape"),
+        ("model", "model.* can't change in a run: the weights have the shape"),
+        ("data.seed", "data.seed can't change in a run: a run is of one set of cells, in one order"),
         ("data.shard", "no such key; did you mean data.shards"),
     ],
 )

@@ -25,7 +25,7 @@ from launch.cli import main
 from scldm.errors import LOST, REFUSED
 from scldm.model_folder import save_pretrained
 from tests.data_pipeline.atlases import digest
-from tests.launch.test_verbs import LDM, VAE, write_cells
+from tests.launch.small_verbs import LDM, VAE, write_cells
 from tests.scldm.small_model import CONDITIONS, GENES, library_sizes, networks
 from tests.scldm.train.small_runs import stored
 

@@ -26,7 +26,11 @@ RANDOM, WEIGHTED = GeneSetConfig("random", 9), GeneSetConfig("weighted", 9)
 
 def run_with(given: GeneSetConfig) -> dict[str, Any]:
     """The origin of an autoencoder that was trained so."""
-    return {"run": "runs/vae", "step": 1, "config": {"data": {"given": vars(given)}}}
+    return {
+        "run": "runs/vae",
+        "checkpoint": "runs/vae/checkpoints/step-00000001",
+        "config": {"data": {"given": vars(given)}},
+    }
 
 
 @pytest.mark.parametrize(

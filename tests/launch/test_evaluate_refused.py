@@ -13,7 +13,7 @@ from launch.cli import main
 from launch.evaluation import of_generated as evaluate_generated
 from launch.evaluation.config import EvaluateVerbConfig
 from launch.evaluation.of_generated import judged_conditions
-from launch.judged import TAKES, changed
+from launch.judged import TAKES
 from scldm.evaluate import map_of_cells
 from tests.launch.test_evaluate import FEW, treated, write
 
@@ -34,7 +34,7 @@ EMBEDDING = "embedding=e.h5ad label=kind "
         (GENERATED + "real=r.h5ad cache_folder=c", "cache_folder=c has no effect with generated= without shards="),
         (GENERATED + "shards=set split=part", "split=part has no effect with generated= without real="),
         (VAE + "protocol=cfgen", "protocol=cfgen has no effect with vae="),
-        (VAE + "control.drug=x", "control={'drug': 'x'} has no effect with vae="),
+        (VAE + "control.drug=x", "control.drug=x has no effect with vae="),
         (VAE + "real=r.h5ad", "real=r.h5ad has no effect with vae="),
         (VAE + "evaluate.n_draws=3", "evaluate.n_draws=3 has no effect with vae="),
         (VAE + "tracking.uri=here", "tracking.uri=here has no effect with vae="),
@@ -71,7 +71,6 @@ def test_the_table_of_keys_names_keys_alone() -> None:
             value: Any = every
             for part in key.split("."):
                 value = getattr(value, part)
-    assert list(changed(every, EvaluateVerbConfig())) == []
 
 
 def test_none_stands_for_no_condition_unless_one_has_that_name(monkeypatch: Any) -> None:

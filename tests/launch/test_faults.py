@@ -303,7 +303,7 @@ def test_the_plain_engine_on_two_ranks_is_refused_before_a_folder_is_made(ranks:
     config = SmallConfig(str(tmp_path / "run"), hardware=faulty.HardwareConfig("plain", 8))
     codes, outputs = ranks.run(faulty.train, config)
     assert codes == [2, 2]
-    assert all("hardware.engine=plain runs on one rank, not on 2" in output for output in outputs)
+    assert all("hardware.engine=plain runs on one rank, not 2" in output for output in outputs)
     assert not (tmp_path / "run").exists()
 
 

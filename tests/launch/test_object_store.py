@@ -17,7 +17,7 @@ from launch.cli import main
 from scldm.errors import LOST, REFUSED
 from tests.data_pipeline.atlases import digest
 from tests.launch.object_store import BUCKET, ObjectStore, credentials
-from tests.launch.test_verbs import VAE, write_cells
+from tests.launch.small_verbs import VAE, write_cells
 from tests.scldm.train.small_runs import stored
 
 pytestmark = pytest.mark.slow

@@ -18,7 +18,7 @@ from scldm.errors import InputError
 from scldm.train.mlflow_run import with_password
 from scldm.train.tracking import Tracker, TrackingConfig
 from tests.launch.fake_slurm import train
-from tests.launch.test_verbs import VAE, write_cells
+from tests.launch.small_verbs import VAE, write_cells
 
 WORD = "geheim"
 SERVER = f"https://ann:{WORD}@mlflow.lab:5000/x"

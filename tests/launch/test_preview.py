@@ -245,7 +245,7 @@ def test_ranks_wait_for_the_first_and_stay_in_step(ranks: Ranks, tmp_path: Path,
     assert "preview of step" not in second
     whole = sum(t.numel() for name, t in tensors.items() if name.startswith("ema/"))
     if zero == 3:
-        assert first.count("no previews, as no rank has the whole network under ZeRO-3 and FSDP2") == 1
+        assert first.count("no previews: no rank has the whole network under ZeRO-3 and FSDP2") == 1
         assert "preview of step" not in first
     else:
         assert [f"preview of step {step}: {whole} numbers" in first for step in (8, 16)] == [True, True]

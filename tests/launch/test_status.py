@@ -15,6 +15,7 @@ from launch.cli import main
 from launch.cluster import commands as slurm
 from launch.cluster import logs
 from launch.cluster.status import duration, seconds_per_step
+from scldm.environment import describe
 from scldm.train import changes
 from scldm.train.run_folder import locked
 
@@ -115,7 +116,7 @@ def test_a_run_without_a_job_has_a_status_too(run: Path, capsys: pytest.CaptureF
     (run / "outcome.json").write_text(json.dumps({"state": "stopped", "exit_code": 85, "reason": "SIGTERM"}))
     assert told(capsys, "status", str(run))[0] == ("state", "STOPPED, exit code 85: SIGTERM")
     # what a start before the last one left is over
-    (run / "environment.json").write_text(json.dumps([{"time": datetime.now(UTC).isoformat()}]))
+    (run / "environment.json").write_text(json.dumps([describe() | {"time": datetime.now(UTC).isoformat()}]))
     assert not any(name.startswith("rank") for name, _ in told(capsys, "status", str(run)))
 
 

@@ -336,7 +336,7 @@ def test_what_the_texts_submit_is_taken_and_leaves_no_node_idle(
     [
         (["data/census"], "source.census_version must be given, such as 2025-01-30"),
         (["source.paths=none.h5ad"], "source.paths: none.h5ad: no such file"),
-        ([], "source.paths must be given"),
+        ([], "source.paths must name"),
     ],
 )
 @pytest.mark.parametrize("tasks", ["1", "4"])

@@ -12,7 +12,7 @@ from launch.cli import main
 from launch.followed import dataset_of
 from scldm.train.tracked import NOTE
 from scldm.train.tracking import PARENT, Tracker, TrackingConfig, begin_note
-from tests.launch.test_verbs import write_cells
+from tests.launch.small_verbs import write_cells
 from tests.scldm.train.test_tracking import free_port, run_id_of
 
 pytestmark = pytest.mark.heavy

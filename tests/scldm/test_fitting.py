@@ -124,7 +124,7 @@ def test_the_cells_are_the_same_wherever_they_lie(tmp_path: Path, monkeypatch: p
     assert fitting._digest(adata, None, "") == fitting._digest(backed, None, "") == fitting._digest(dense, None, "")
     adata.layers["counts"][3, 0] += 1
     assert fitting._digest(adata, None, "") != fitting._digest(backed, None, "")
-    with pytest.raises(InputError, match=r"adata is a view of cells in a file, .* Give adata.to_memory\(\)"):
+    with pytest.raises(InputError, match=r"adata is a view of a file, .* Give adata.to_memory\(\)"):
         scldm.fit(backed[:20], ["cell_type"])
     backed.file.close()
 

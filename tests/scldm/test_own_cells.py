@@ -252,7 +252,7 @@ def test_layers_are_repeated_for_each_alpha_and_left_out_where_the_file_lacks_a_
     np.testing.assert_array_equal(some.layers["before"].toarray(), adata[:, some.var_names].layers["before"].toarray())
     lacking = model.transform(adata, {"type": "NK"}, sampler=FEW, genes=[GENES.ids[9], GENES.ids[1]])
     assert list(lacking.layers) == []
-    assert "layers are left out (before): var_names lack genes" in capsys.readouterr().err
+    assert "layers are left out (before): they lack genes" in capsys.readouterr().err
     assert list(two.obsm["table"]["a"]) == [*range(6), *range(6)]  # pyright: ignore[reportArgumentType]
 
 

@@ -25,11 +25,11 @@ import torch
 import scldm
 from scldm.batch import GeneCounts
 from scldm.errors import InputError
+from scldm.given_json import sealed
 from scldm.model.vae import VAE, VAEConfig
 from scldm.model_folder import save_pretrained
 from scldm.networks import batch_on, precision_on
 from scldm.pretrained import Pretrained
-from scldm.weights import weights_hash
 from tests.rounding import assert_rounded, error_of
 from tests.scldm.small_model import CONDITIONS, GENES, G, L, Z, cells, library_sizes, networks
 
@@ -144,21 +144,15 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         scldm.load(tmp_path / "model")
 
 
-def test_the_hash_that_was_exported_is_checked_in_a_folder_without_hashes_of_its_own(tmp_path: Path) -> None:
-    """As an earlier scldm wrote it: the weights' hashes stand in `origin` alone."""
-    vae, dit = networks()
-    origin = {net: {"hash": weights_hash(of.state_dict())} for net, of in (("vae", vae), ("ldm", dit))}
-    save_pretrained(tmp_path / "model", vae, dit, GENES, CONDITIONS, library_sizes(), origin)
-    path = tmp_path / "model" / "config.json"
+def test_a_folder_without_a_hash_of_its_own_is_refused(folder: Path, tmp_path: Path) -> None:
+    """What nothing vouches for: its vocabularies may be another model's."""
+    path = Path(shutil.copytree(folder, tmp_path / "model")) / "config.json"
     config = json.loads(path.read_text())
-    for key in ("sha256", "weights", "files"):
-        del config[key]
-    path.write_text(json.dumps(config))
-    scldm.load(tmp_path / "model")
-    config["origin"]["ldm"]["hash"] = config["origin"]["vae"]["hash"]
-    path.write_text(json.dumps(config))
-    with pytest.raises(InputError, match="its ldm is not that of its origin"):
-        scldm.load(tmp_path / "model")
+    for key in ("sha256", "weights"):
+        without = {name: of for name, of in config.items() if name not in (key, "sha256")}
+        path.write_text(json.dumps(without if key == "sha256" else sealed(without)))
+        with pytest.raises(InputError, match=f"config.json: (it has no sha256 of its own|key '{key}' is missing)"):
+            scldm.load(path.parent)
 
 
 def test_only_a_model_folder_is_replaced_and_nothing_beside_it(folder: Path, tmp_path: Path) -> None:

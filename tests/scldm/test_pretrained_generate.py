@@ -217,7 +217,7 @@ def origin_of(**hidden: float) -> dict[str, Any]:
         ((0.1, 0.0), {"type": ["T cell"], "donor": ["d1"]}, {"guidance": "additive"}, "drop_each=0"),
         ((0.0, 0.0), {"type": ["T cell"], "donor": ["d1"]}, {"guidance_scale": 2.0}, "never saw: .*drop_all=0"),
         ((0.0, 0.0), {"library_size": [9.0]}, {}, "drop_all=0"),
-        ((0.1, 0.1), {"type": ["T cell"]}, {"guidance": "compositional"}, "does not say which combinations"),
+        ((0.1, 0.1), {"type": ["T cell"]}, {"guidance": "compositional"}, "names no combinations"),
         (
             (0.1, 0.1),
             {"type": ["T cell"]},

@@ -71,16 +71,19 @@ def loss_curves(evaluation: dict) -> Figure:
                     ha="center",
                     fontsize=9,
                 )
-        # the first steps would flatten the rest
-        low = min(points[:, 1].min() for points in lines.values())
-        high = max(np.quantile(points[:, 1], 0.98) for points in lines.values())
-        pad = 0.08 * (high - low) or 1.0
-        ax.set_ylim(low - pad, high + pad)
+        _limit(ax, [points[:, 1] for points in lines.values()])
         ax.set_title(panel.title)
         ax.set_ylabel(panel.unit)
         _along_cells(ax)
         ax.legend(loc="upper right")
     return fig
+
+
+def _limit(ax: Axes, curves: Sequence[np.ndarray]) -> None:
+    """The first steps would flatten the rest."""
+    low, high = min(v.min() for v in curves), max(np.quantile(v, 0.98) for v in curves)
+    pad = 0.08 * (high - low) or 1.0
+    ax.set_ylim(low - pad, high + pad)
 
 
 def _along_cells(ax: Axes) -> None:
@@ -153,9 +156,7 @@ def run_curves(runs: Mapping[str, Curves]) -> Figure:
                 marker = "o" if split == "preview" else None  # there may be a single one
                 shown_value = _smooth(value) if split == "train" else value
                 ax.plot(seen, shown_value, color=color, marker=marker, markersize=3.5)
-        low, high = min(v.min() for v in shown), max(np.quantile(v, 0.98) for v in shown)
-        pad = 0.08 * (high - low) or 1.0
-        ax.set_ylim(low - pad, high + pad)  # the first steps would flatten the rest
+        _limit(ax, shown)
         ax.set_title(label(f"{metric}, {SPLITS[split]}", 44))
         ax.set_ylabel(UNITS.get(metric, "slope on real changes, 1 is right"))
         _along_cells(ax)

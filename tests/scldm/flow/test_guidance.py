@@ -52,6 +52,12 @@ def evaluations(field: GuidedField) -> Tensor:
     return field.n_evaluations_B
 
 
+def field_of(model: DiT, ids: dict[str, Tensor], guidance: Any = "joint", size_B: Any = None, **of: Any) -> GuidedField:
+    """of: keys of the sampler that begin with guidance_"""
+    sampler = SamplerConfig(guidance=guidance, **{f"guidance_{key}": value for key, value in of.items()})
+    return GuidedField(model, ids, sampler, size_B)
+
+
 def null(name: str) -> Tensor:
     return torch.full((5,), LABELS[name])
 
@@ -64,10 +70,10 @@ def test_guidance_is_eq_11_and_costs_one_call(model: DiT, rows_asked: list[int])
     given, free = answer(model, IDS), answer(model, {name: null(name) for name in LABELS})
     assert (given - free)[:2].abs().max() > 0.1  # else this tests nothing
     rows_asked.clear()
-    torch.testing.assert_close(GuidedField(model, IDS, scale=0)(Z, T), free)
-    torch.testing.assert_close(GuidedField(model, IDS, scale=1)(Z, T), given)
+    torch.testing.assert_close(field_of(model, IDS, scale=0)(Z, T), free)
+    torch.testing.assert_close(field_of(model, IDS, scale=1)(Z, T), given)
     assert rows_asked == [5, 5]
-    field = GuidedField(model, IDS, scale=2)
+    field = field_of(model, IDS, scale=2)
     close(field(Z, T), free + 2 * (given - free))
     # one call on a doubled batch
     assert rows_asked == [5, 5, 10]
@@ -78,16 +84,16 @@ def test_every_subset_of_the_conditions_is_told_the_library_size() -> None:
     model, size_B = random_model(LABELS, [[0, 0]], library_size=True), torch.tensor([1.0, 2, 3, 4, 5]).double()
     t, free = torch.full((5,), T), {name: null(name) for name in LABELS}
     given_v, free_v = (model(Z, t, shown, size_B=size_B) for shown in (IDS, free))
-    close(GuidedField(model, IDS, scale=2, size_B=size_B)(Z, T), free_v + 2 * (given_v - free_v))
-    close(GuidedField(model, IDS, size_B=size_B)(Z, T), given_v)
+    close(field_of(model, IDS, scale=2, size_B=size_B)(Z, T), free_v + 2 * (given_v - free_v))
+    close(field_of(model, IDS, size_B=size_B)(Z, T), given_v)
     assert (given_v - model(Z, t, IDS, size_B=size_B.flip(0)))[[0, 1, 3, 4]].abs().amax((1, 2)).min() > 1e-3
     alone = random_model({}, [[]], library_size=True)
-    close(GuidedField(alone, {}, size_B=size_B)(Z, T), alone(Z, t, {}, size_B=size_B))
+    close(field_of(alone, {}, size_B=size_B)(Z, T), alone(Z, t, {}, size_B=size_B))
 
 
 def test_a_cell_without_conditions_is_asked_for_once(model: DiT) -> None:
     some = {name: torch.where(torch.arange(5) < 2, null(name), torch.zeros(5, dtype=torch.int64)) for name in LABELS}
-    field = GuidedField(model, some, scale=2)
+    field = field_of(model, some, scale=2)
     found = field(Z, T)
     assert evaluations(field).tolist() == [1, 1, 2, 2, 2]
     free = answer(model, {name: null(name) for name in LABELS})
@@ -99,23 +105,23 @@ def test_additive_guidance_has_a_weight_for_each_condition(model: DiT, rows_aske
     of_type = answer(model, {**IDS, "donor": null("donor")})
     of_donor = answer(model, {**IDS, "type": null("type")})
     rows_asked.clear()
-    field = GuidedField(model, IDS, "additive", weights={"type": 1.5, "donor": 0.25})
+    field = field_of(model, IDS, "additive", weights={"type": 1.5, "donor": 0.25})
     close(field(Z, T), free + 1.5 * (of_type - free) + 0.25 * (of_donor - free))
     assert len(rows_asked) == 1
     assert rows_asked[0] == 2 + 3 + 3 + 2 + 3  # cell 2 has no donor, cell 3 no type
     # one condition of weight 1 alone, and all of weight 0
-    close(GuidedField(model, IDS, "additive", weights={"type": 1, "donor": 0})(Z, T), of_type)
-    close(GuidedField(model, IDS, "additive", scale=0)(Z, T), free)
+    close(field_of(model, IDS, "additive", weights={"type": 1, "donor": 0})(Z, T), of_type)
+    close(field_of(model, IDS, "additive", scale=0)(Z, T), free)
     assert rows_asked[1:] == [5, 5]
     # a condition without a weight of its own has the scale
-    close(GuidedField(model, IDS, "additive", scale=0.25, weights={"type": 1.5})(Z, T), field(Z, T))
+    close(field_of(model, IDS, "additive", scale=0.25, weights={"type": 1.5})(Z, T), field(Z, T))
     with pytest.raises(InputError, match="condition 'typ' is unknown. The model knows type, donor"):
-        GuidedField(model, IDS, "additive", weights={"typ": 1})
+        field_of(model, IDS, "additive", weights={"typ": 1})
 
 
 def test_guidance_acts_within_its_interval(model: DiT) -> None:
-    field = GuidedField(model, IDS, scale=2, interval=(0.3, 0.7))
-    everywhere, nowhere = GuidedField(model, IDS, scale=2), GuidedField(model, IDS, scale=1)
+    field = field_of(model, IDS, scale=2, **{"from": 0.3, "to": 0.7})
+    everywhere, nowhere = field_of(model, IDS, scale=2), field_of(model, IDS, scale=1)
     for t, other in ((0.29, nowhere), (0.3, everywhere), (0.7, everywhere), (0.71, nowhere)):
         field.n_evaluations_B = other.n_evaluations_B = 0
         assert torch.equal(field(Z, t), other(Z, t)), t
@@ -161,17 +167,17 @@ def test_compositional_guidance_composes_only_what_was_never_trained(model: DiT)
     composed = answer(model, {**ids, "donor": null("donor")}) + answer(model, {**ids, "type": null("type")}) - free
     followed = torch.where(unseen[:, None, None], composed, joint)
     assert (composed - joint)[unseen].abs().max() > 0.01
-    field = GuidedField(model, ids, "compositional")
+    field = field_of(model, ids, "compositional")
     close(field(Z, T), followed)
     assert evaluations(field).tolist() == [1, 3, 1, 3, 1]  # what was trained costs one evaluation
-    close(GuidedField(model, ids, "compositional", scale=3)(Z, T), free + 3 * (followed - free))
-    close(GuidedField(model, ids, "compositional", scale=0)(Z, T), free)
+    close(field_of(model, ids, "compositional", scale=3)(Z, T), free + 3 * (followed - free))
+    close(field_of(model, ids, "compositional", scale=0)(Z, T), free)
 
 
 def test_a_label_that_no_cell_had_is_left_out_of_no_part() -> None:
     """As one known by its features alone: with it, what was trained of the others is shown."""
     model = random_model({"type": 3, "gene": 3}, [[0, 0], [1, 1]])  # nothing of gene 2 nor type 2
-    field = GuidedField(model, {"type": torch.tensor([0]), "gene": torch.tensor([2])}, "compositional")
+    field = field_of(model, {"type": torch.tensor([0]), "gene": torch.tensor([2])}, "compositional")
     assert field.inside is not None
     assert field.inside.plain
     assert {name: int(ids) for name, ids in field.inside.conditions.items()} == {"type": 0, "gene": 2}
@@ -179,8 +185,8 @@ def test_a_label_that_no_cell_had_is_left_out_of_no_part() -> None:
 
 def test_a_model_that_does_not_know_what_it_was_trained_on_composes_nothing(model: DiT) -> None:
     model.combinations.labels_KC = torch.zeros(0, 2, dtype=torch.int64)
-    with pytest.raises(InputError, match="does not say which combinations"):
-        GuidedField(model, IDS, "compositional")
+    with pytest.raises(InputError, match="names no combinations"):
+        field_of(model, IDS, "compositional")
 
 
 # --- sampling ------------------------------------------------------------------------------------------------------
@@ -248,7 +254,7 @@ def test_a_model_without_conditions_is_sampled_all_the_same() -> None:
         ({"guidance_scale": -1.0}, "guidance_scale=-1"),
         ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
         ({"guidance_scale": float("inf")}, "guidance_scale=inf"),
-        ({"guidance_weights": {"type": 1.0}}, "belong to sampler.guidance=additive. shift has one scale"),
+        ({"guidance_weights": {"type": 1.0}}, "are for guidance=additive. shift has one scale"),
         ({"guidance": "additive", "guidance_weights": {"type": -1.0}}, "guidance_weights.type=-1"),
         ({"guidance_from": 0.7, "guidance_to": 0.3}, "sampler.guidance_from=0.7 and sampler.guidance_to=0.3"),
         ({"guidance_to": 1.5}, "guidance_to=1.5"),

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from scldm.errors import InputError
-from scldm.flow.solver import adaptive, euler, heun, sde_euler, sde_heun
+from scldm.flow.solver import adaptive, euler, heun, sde
 
 MEAN, STD = 1.5, 0.3
 ODE = {"euler": euler, "heun": heun}
-SDE = {"sde_euler": sde_euler, "sde_heun": sde_heun}
+SDE = {"sde_euler": euler, "sde_heun": heun}
 
 
 class GaussianFlow:
@@ -45,7 +45,8 @@ def weak_error(method: str, n_steps: int, diffusion: float) -> float:
     def one_at(row: int) -> Tensor:
         return (torch.arange(n) == row).double()[:, None, None]
 
-    end = SDE[method](GaussianFlow(), one_at(1), n_steps, lambda step: one_at(2 + step), diffusion)[:, 0, 0]
+    drift, kick = sde(GaussianFlow(), n_steps, lambda step: one_at(2 + step), diffusion)
+    end = SDE[method](drift, one_at(1), n_steps, kick)[:, 0, 0]
     mean, std = end[0], (end[1:] - end[0]).square().sum().sqrt()
     return max(abs(float(mean) - MEAN), abs(float(std) - STD))
 
@@ -100,7 +101,8 @@ def test_times_run_from_noise_to_data_and_never_below_zero(method: str, calls: i
     if method in ODE:
         ODE[method](flow, NOISE, 7)
     else:
-        SDE[method](flow, NOISE, 7, lambda step: torch.zeros_like(NOISE), 1.0)
+        drift, kick = sde(flow, 7, lambda step: torch.zeros_like(NOISE), 1.0)
+        SDE[method](drift, NOISE, 7, kick)
     assert len(flow.times) == 7 * calls
     assert flow.times[0] == 1
     assert flow.times == sorted(flow.times, reverse=True)

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from scldm.errors import InputError
+from scldm.flow.generate import solve
 from scldm.flow.guidance import GuidedField, VelocityField
 from scldm.flow.sampler import SamplerConfig
-from scldm.flow.transform import blend, from_noise, to_noise
+from scldm.flow.transform import blend, to_noise
 from tests.scldm.flow.test_guidance import random_model
 
 
@@ -24,7 +25,7 @@ def of_gaussian(mean: float, std: float) -> VelocityField:
 
 
 def through_noise(own: VelocityField, other: VelocityField, z: Tensor, sampler: SamplerConfig) -> Tensor:
-    return from_noise(other, to_noise(own, z, sampler), sampler)
+    return solve(other, to_noise(own, z, sampler), sampler)
 
 
 CELLS = torch.linspace(-3, 5, 24, dtype=torch.float64).view(4, 2, 3)
@@ -84,9 +85,10 @@ def test_guidance_acts_at_the_same_times_there_and_back(n_steps: int, end: float
     """1 - s is not t to the last bit: 1 - 0.7 lies above 0.3."""
     model = random_model({"type": 3}, [[0], [1], [2]]).float()
     for interval in ((0.0, end), (end, 1.0)):
-        v = GuidedField(model, {"type": torch.tensor([0, 1])}, scale=2.0, interval=interval)
+        guided = SamplerConfig(guidance_scale=2.0, guidance_from=interval[0], guidance_to=interval[1])
+        v = GuidedField(model, {"type": torch.tensor([0, 1])}, guided)
         cost = []
-        for way in (to_noise, from_noise):
+        for way in (to_noise, solve):
             v.n_evaluations_B = 0
             way(v, torch.zeros(2, 3, 4), SamplerConfig("heun", n_steps))
             cost.append(torch.as_tensor(v.n_evaluations_B).tolist())

@@ -10,6 +10,7 @@ import torch
 from scldm.errors import InputError
 from scldm.flow.guidance import GuidedField
 from scldm.flow.path import interpolate
+from scldm.flow.sampler import SamplerConfig
 from scldm.flow.solver import heun
 from scldm.model.conditions import CombinationTokens, FeatureEmbedding, ValueEmbedding
 from scldm.model.dit import DiT, DiTConfig
@@ -213,7 +214,7 @@ def test_the_network_sees_the_flow_around_the_mean() -> None:
     ids = {"type": torch.tensor([3, 1, 4]), "drug": torch.tensor([2, 0, 3])}
     noise = torch.randn(3, 3, 4, dtype=torch.float64)
     mean = model.means(ids)
-    torch.testing.assert_close(heun(GuidedField(model, ids), noise, 5), noise + mean)
+    torch.testing.assert_close(heun(GuidedField(model, ids, SamplerConfig()), noise, 5), noise + mean)
     randomised(model)
     plain = DiT(DiTConfig(16, 1, 2), 3, 4, {"type": 4, "drug": 3}).double()
     plain.load_state_dict(model.state_dict())

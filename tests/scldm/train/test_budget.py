@@ -18,7 +18,7 @@ from scldm.count_basis import N_BINS
 from scldm.model.dit import DiTConfig
 from scldm.model.flops import vae_flops
 from scldm.model.vae import VAEConfig
-from scldm.train.budget import fsdp_memory, fsdp_sent_bytes, plain_memory, rank_memory, sent_bytes
+from scldm.train.budget import fsdp_memory, fsdp_sent_bytes, rank_memory, sent_bytes
 from scldm.train.step_cost import StepCost, dit_step, step_cost, vae_step
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -52,13 +52,6 @@ def test_gradients_of_a_table_that_is_read_twice_are_added_in_place() -> None:
 
     cost = step_cost(lambda: nn.Embedding(1_000, 8), loss_of)
     assert 0 <= cost.peak_bytes - 2 * 4 * cost.n_parameters < 1_000  # torch takes two tables' memory, not three
-
-
-def test_a_lone_process_without_deepspeed_keeps_one_copy_of_the_weights() -> None:
-    cost = StepCost(1_000, 800, 0, 0, 20_000, 23_000)
-    memory = plain_memory(cost)
-    assert memory.training == 4_000 + 8_000 + 4_000 + 23_000  # weights, moments, EMA; gradients in the pass
-    assert plain_memory(StepCost(1_000, 800, 0, 0, 0, 0)).training == 16_000 + 16_000  # then AdamW's are the most
 
 
 @pytest.mark.heavy

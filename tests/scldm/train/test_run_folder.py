@@ -94,13 +94,10 @@ def test_a_start_that_died_before_its_first_file_was_whole_can_start_again(tmp_p
     assert [p.name for p in tmp_path.glob("*.partial")] == []
 
 
-def test_a_run_begun_before_a_key_goes_on_as_it_was(tmp_path: Path) -> None:
+def test_a_run_whose_config_lacks_a_key_is_another_run(tmp_path: Path) -> None:
     opened(tmp_path, CONFIG, FREE)
-    opened(tmp_path, {**CONFIG, "model": {"library_size": False}}, FREE)
-    later = tmp_path / "later"
-    opened(later, CONFIG, FREE)
-    with pytest.raises(InputError, match="was False, now True; .* go on as it was: model.library_size=false"):
-        opened(later, {**CONFIG, "model": {"library_size": True}}, FREE)
+    with pytest.raises(InputError, match="holds another run: model.library_size was None, now False"):
+        opened(tmp_path, {**CONFIG, "model": {"library_size": False}}, FREE)
 
 
 def test_what_killed_starts_left_goes_from_the_folders_of_training(tmp_path: Path) -> None:
