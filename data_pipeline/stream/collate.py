@@ -65,11 +65,9 @@ class CellCollator:
         self, slots: np.ndarray, rows: np.ndarray, plan: Plan, positions: np.ndarray, rest: dict[str, Any]
     ) -> CompactCellBatch:
         ids = [self._ids(sets, slots, rows, plan, positions) for sets in (self.given, self.asked) if sets is not None]
-        csr = self.slots.take_csr(slots, rows)
-        counts = CompactCounts.from_numpy(
-            csr.start, csr.gene_ids, csr.counts, csr.large_at, csr.large, self.slots.n_genes + 1
-        )
-        return CompactCellBatch(csr=counts, given_ids=ids[0], asked_ids=ids[-1], **rest)
+        start, gene_ids, counts, large_at, large = self.slots.take_csr(slots, rows)
+        csr = CompactCounts.from_numpy(start, gene_ids, counts, large_at, large, self.slots.n_genes + 1)
+        return CompactCellBatch(csr=csr, given_ids=ids[0], asked_ids=ids[-1], **rest)
 
     def _ids(
         self, sets: GeneSets, slots: np.ndarray, rows: np.ndarray, plan: Plan, positions: np.ndarray
