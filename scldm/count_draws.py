@@ -22,7 +22,7 @@ DRAWS_VERSION = 2  # 1: NumPy generators, one a cell. Files of another version a
 MAX_RATE = 1e9  # counts stay below 2^31
 SERIES_BELOW = 1.5  # Poisson numbers of a series
 INVERTED_BELOW = 10.0  # Poisson rates. From there Hoermann's rejection is valid
-TRIES, MORE = 8, 4  # on a GPU: tries of all elements, and how many times as many those have that are left
+TRIES, MORE = 8, 2  # on a GPU: tries of all elements, and how many times as many those have that are left
 # which of a key's uniform draws are whose
 _NUMBER, _DROPOUT, _NORMAL, _SERIES, _REJECTED, _BOOST, _GAMMA = 0, 1, 2, 1 << 10, 1 << 20, 1 << 30, 1 << 31
 
@@ -81,9 +81,14 @@ def _drawn(draw: Callable[..., Tensor], *of_N: Tensor) -> Tensor:
     """
     n_tries = _tries(of_N[0])
     counts_N = draw(*of_N, n_tries)
-    while n_tries is not None and len(left := counts_N.isnan().nonzero()[:, 0]):
+    if n_tries is None:
+        return counts_N
+    left = counts_N.isnan().nonzero()[:, 0]
+    while len(left):
         n_tries *= MORE
-        counts_N[left] = draw(*(x[left] for x in of_N), n_tries)
+        again = draw(*(x[left] for x in of_N), n_tries)
+        counts_N[left] = again
+        left = left[again.isnan().nonzero()[:, 0]]
     return counts_N
 
 
