@@ -137,22 +137,25 @@ def _small_poisson(rate_N: Tensor, keys_N: Tensor, n_tries: int | None) -> Tenso
 
 def _inverted(rate_N: Tensor, v_N: Tensor, most: int | None) -> Tensor:
     """Poisson(rate) of a uniform draw v: of how many k it lies below P(more than k). NaN where it is above `most`."""
-    counts_N, left, k = torch.zeros_like(rate_N), torch.arange(len(rate_N), device=rate_N.device), 0
     p_N, above_N = torch.exp(-rate_N), -torch.expm1(-rate_N)
     beyond_N = v_N < above_N
-    while k != most:
-        if most is None:
-            more = beyond_N.nonzero()[:, 0]
-            if not len(more):
-                return counts_N
-            left, rate_N, v_N, p_N, above_N, beyond_N = (x[more] for x in (left, rate_N, v_N, p_N, above_N, beyond_N))
-        counts_N.index_add_(0, left, beyond_N.double())
+    # p is 0 in the end, while rounding may leave something above
+    if most is not None:
+        p_TN = p_N * (rate_N / torch.arange(1, most + 1, device=rate_N.device)[:, None]).cumprod(0)
+        beyond_TN = (v_N < above_N - p_TN.cumsum(0)) & (p_TN > 0)
+        beyond_TN = torch.cat((beyond_N[None], beyond_TN)).cumprod(0, dtype=torch.int8)
+        return beyond_TN.sum(0).double().masked_fill_(beyond_TN[-1] > 0, math.nan)
+    counts_N, left, k = torch.zeros_like(rate_N), torch.arange(len(rate_N)), 0
+    while True:
+        more = beyond_N.nonzero()[:, 0]
+        if not len(more):
+            return counts_N
+        left, rate_N, v_N, p_N, above_N = (x[more] for x in (left, rate_N, v_N, p_N, above_N))
         k += 1
+        counts_N.index_fill_(0, left, k)
         p_N = p_N * rate_N / k
         above_N = above_N - p_N
-        # p is 0 in the end, while rounding may leave something above
-        beyond_N = beyond_N & (v_N < above_N) & (p_N > 0)
-    return counts_N.masked_fill(beyond_N, math.nan)
+        beyond_N = (v_N < above_N) & (p_N > 0)
 
 
 def _logarithmic_sum(log_scale_N: Tensor, number_N: Tensor, keys_N: Tensor, n_tries: int | None) -> Tensor:
