@@ -2,7 +2,8 @@
 
 A set of kind `latents` has the layout of README.md, with the index of cells and genes, vocabularies, splits and
 statistics of the cell set that it comes from. Its manifest's `extra` says `cells` (that set's hash), `vae` (hash of the
-model), `shape` (L, Z), and `mean` and `std` over the training cells, each (L, Z). A block is 64 bytes of header
+model), `shape` (L, Z), `precision` (float32 or bfloat16, in which it computed), and `mean` and `std` over the
+training cells, each (L, Z). Latents are float32 whatever that was. A block is 64 bytes of header
 (LATENT_HEADER), then these sections, each filled up with zero bytes to a multiple of 8: total counts u8, source u2, row
 i8, condition widths u1, label ids of each condition, latents f4 (n_cells, L, Z). Blocks are not compressed: floats
 hardly shrink.
@@ -30,7 +31,7 @@ import numpy as np
 from data_pipeline.format import schema
 from data_pipeline.format.latent_block import encode_latent_block
 from data_pipeline.format.read_shards import ShardSet
-from data_pipeline.format.schema import ShardEntry
+from data_pipeline.format.schema import OfLatents, ShardEntry
 from data_pipeline.stream.gene_set_config import GeneSetConfig
 from scldm.errors import InputError, read_json
 from scldm.files import disk_explained, locked, remove_left, remove_marked, sha256_of, write_bytes, written_aside
@@ -62,6 +63,7 @@ class LatentWriter:
     vae_hash: of the model that encodes
     shape: (L, Z)
     genes: gene set that the encoder is given
+    precision: in which the model computes
 
     Raises: InputError where the folder holds other latents. Writes nothing.
     """
@@ -73,10 +75,13 @@ class LatentWriter:
         vae_hash: str,
         shape: tuple[int, int],
         genes: GeneSetConfig | None = None,
+        precision: str = OfLatents.precision,
     ) -> None:
         self.out, self.cells, self.shape = Path(out), cells, shape
         of_genes = asdict(genes or GeneSetConfig())
-        self.identity: dict[str, Any] = {"cells": cells.hash, "vae": vae_hash, "shape": list(shape), "genes": of_genes}
+        self.identity: dict[str, Any] = {
+            "cells": cells.hash, "vae": vae_hash, "shape": list(shape), "genes": of_genes, "precision": precision
+        }  # fmt: skip
         self.parts = self.out / "parts"
         self.finished = (self.out / schema.MANIFEST).is_file()
         if self.finished:
@@ -84,6 +89,7 @@ class LatentWriter:
         else:
             note = self.parts / "set.json"
             there = typed(dict[str, Any], read_json(note), str(note)) if note.is_file() else self.identity
+        there = {"precision": OfLatents.precision, **there}
         for key, value in self.identity.items():
             if there.get(key) != value:
                 raise InputError(

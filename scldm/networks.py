@@ -231,9 +231,9 @@ class Networks:
                 drawn = generate_latents(self._dit(), of_batch, numbers_B, wanted.seed, sampler, base, told_B)
             own = slice(max(rows.start - first, 0), rows.stop - first)
             parts.append(self.decoded(drawn.latent_BLZ, columns_Q, size_B, numbers_B, wanted.seed, kind)[own])
-            n_evaluations.append(drawn.n_evaluations_B[own].int().cpu().numpy())
+            n_evaluations.append(drawn.n_evaluations_B[own])
             tick(parts[-1].shape[0])
-        return Made(sp.csr_matrix(sp.vstack(parts)), np.concatenate(n_evaluations))
+        return Made(sp.csr_matrix(sp.vstack(parts)), torch.cat(n_evaluations).int().cpu().numpy())
 
     @torch.no_grad()
     def decoded(

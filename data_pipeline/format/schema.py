@@ -289,6 +289,7 @@ class OfLatents:
     vae: hash of the autoencoder's weights
     shape: (L, Z)
     genes: gene set that the encoder was given
+    precision: in which the autoencoder computed. Sets from before this was noted were computed in float32
     cells: hash of the set of cells. A run has none whose cells came as counts
     encoded: how such a run had them
     """
@@ -296,6 +297,7 @@ class OfLatents:
     vae: str
     shape: tuple[Annotated[int, range(1, 1 << 32)], Annotated[int, range(1, 1 << 32)]]
     genes: dict[str, Any]
+    precision: Literal["float32", "bfloat16"] = "float32"
     cells: str = ""
     encoded: str = ""
     mean: tuple[tuple[float, ...], ...] = ()

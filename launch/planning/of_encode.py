@@ -1,8 +1,8 @@
 """What `scldm encode` takes once the autoencoder is trained: time, bytes and memory of the encoder's pass over all
 cells, on the ranks of the training.
 
-The verb computes in float32, whatever the precision of training was, and not compiled. Reading order: EncodePlan,
-encode_of, gigabytes, shards_of.
+The verb computes as its precision=auto does: in bfloat16 on a GPU, in float32 on a CPU, whatever the precision of
+training was, and not compiled. Reading order: EncodePlan, encode_of, gigabytes, shards_of.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from launch.encode import EncodeConfig
 from launch.planning.config import GB, PlanVAEConfig
 from scldm.model.flops import expressed_flops
 from scldm.model.vae import VAEConfig
+from scldm.networks import Precision
 from scldm.train.step_cost import StepCost, vae_encode
 from scldm.train.throughput import PEAK_TFLOPS
 
@@ -31,6 +32,7 @@ UNEVEN = 1.5  # times the mean that the busiest rank may have, before the plan s
 class EncodePlan:
     """Of all cells, once.
 
+    precision: that it computes in
     n_cells: of all splits that are known
     n_busiest: cells of the rank with most, as a rank encodes whole shards
     genes: what the encoder is given of a cell
@@ -42,6 +44,7 @@ class EncodePlan:
     read_bytes, written_bytes: of shards, and of latents, by all ranks
     """
 
+    precision: Precision
     n_cells: int
     n_ranks: int
     n_busiest: int
@@ -64,7 +67,7 @@ class EncodePlan:
     def bound_by(self) -> str:
         """What takes most of it."""
         parts = {
-            "computing in float32": self.compute_s,
+            f"computing in {self.precision}": self.compute_s,
             "launching kernels": self.launch_s,
             "writing latents": self.write_s,
             "the loader": self.loader_s,
@@ -101,21 +104,21 @@ class EncodePlan:
 
 
 def encode_of(config: PlanVAEConfig) -> EncodePlan | None:
-    """None where the GPU's peak in float32 is not known."""
+    """None where the GPU's peak in bfloat16 is not known."""
     hardware, model, G = config.hardware, config.model.portable, config.n_genes
     batch, given = EncodeConfig.batch, as_whole_cells(config.data.given)
     on_cpu = hardware.gpu == "CPU"
-    if hardware.precision == "fp32" or hardware.gpu in PEAK_TFLOPS:
-        stated = hardware.peak_tflops if hardware.precision == "fp32" else 0.0
-        peak = 1e12 * (stated or PEAK_TFLOPS[hardware.gpu]["fp32"])
-    else:
+    precision, kind = ("float32", "fp32") if on_cpu else ("bfloat16", "bf16")
+    stated = hardware.peak_tflops if hardware.precision == kind else 0.0
+    if not stated and hardware.gpu not in PEAK_TFLOPS:
         return None
+    peak = 1e12 * (stated or PEAK_TFLOPS[hardware.gpu][kind])
     shards = shards_of(config)
     n_busiest = max(sum(shards[rank :: hardware.n_ranks]) for rank in range(hardware.n_ranks))
     n_given = G if given.policy == "all" else min(given.n_genes or config.expressed, G)
     if on_cpu and given.policy == "all":
         # what reads genes counts by the formula, and by its kernels. The rest is that of any batch
-        cost = _encode(model, 1, batch, 1, False, 0.0)
+        cost = _encode(model, 1, batch, 1, False)
         flops = batch * expressed_flops(model, G, min(config.expressed, G))
         kernels, peak_bytes = cost.kernels + batch * KERNELS_OF_A_CELL, None
     else:
@@ -125,6 +128,7 @@ def encode_of(config: PlanVAEConfig) -> EncodePlan | None:
     read = config.cell_bytes or BYTES_OF_A_COUNT * min(config.expressed, G)
     latent = 4 * model.n_latents * model.latent_width
     return EncodePlan(
+        precision=precision,
         n_cells=sum(shards),
         n_ranks=hardware.n_ranks,
         n_busiest=n_busiest,
@@ -154,7 +158,10 @@ def shards_of(config: PlanVAEConfig) -> list[int]:
 
 
 @cache
-def _encode(model: VAEConfig, n_genes: int, n_cells: int, n_given: int, per_cell: bool, memory_gb: float) -> StepCost:
-    """memory_gb: of a GPU. 0 for a CPU"""
-    device = "cuda" if memory_gb else "cpu"
-    return vae_encode(model, n_genes, n_cells, n_given, per_cell, device=device, memory_gb=memory_gb)
+def _encode(
+    model: VAEConfig, n_genes: int, n_cells: int, n_given: int, per_cell: bool, gpu_memory_gb: float = 0.0
+) -> StepCost:
+    """gpu_memory_gb: of a GPU, where it computes in bfloat16. 0 for a CPU"""
+    device, bf16 = ("cuda", True) if gpu_memory_gb else ("cpu", False)
+    how = {"device": device, "bf16": bf16, "memory_gb": gpu_memory_gb}
+    return vae_encode(model, n_genes, n_cells, n_given, per_cell, **how)

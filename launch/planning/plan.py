@@ -229,7 +229,7 @@ class Plan:
         if self.encode is not None:
             lines += self.encode.told(room)
         elif isinstance(config, PlanVAEConfig):
-            lines.append("`scldm encode` is not planned, as it computes in float32: give hardware.gpu")
+            lines.append("`scldm encode` is not planned, as it computes in bfloat16: give hardware.gpu")
         return "\n".join(lines)
 
 

@@ -19,7 +19,7 @@ from data_pipeline.stream.gene_set_config import GeneSetConfig
 from data_pipeline.stream.loader import CellLoader, LatentLoader, LoaderConfig, StreamConfig, shard_batches
 from data_pipeline.write_latents import LatentWriter
 from scldm.errors import InputError
-from scldm.given_json import sealed
+from scldm.given_json import SEAL, sealed
 from tests.data_pipeline.small_sets import known_cells, write_set
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -136,6 +136,23 @@ def test_latents_of_other_gene_sets_are_refused(cells, tmp_path, done):
 
 
 @pytest.mark.heavy
+@pytest.mark.parametrize("done", [False, True])
+def test_latents_of_two_precisions_are_never_one_set(cells, tmp_path, done):
+    """A set from before the precision was noted is one of float32."""
+    writer = writer_of(tmp_path / "out", cells)
+    if done:
+        write(writer, writer.missing_shards())
+        writer.finish()
+    name = schema.MANIFEST if done else "parts/set.json"
+    told = json.loads((tmp_path / "out" / name).read_text())
+    of = told["extra"] if done else told
+    assert of.pop("precision") == "float32"
+    (tmp_path / "out" / name).write_text(json.dumps(sealed({k: told[k] for k in told if k != SEAL}) if done else told))
+    LatentWriter(tmp_path / "out", cells, "model", SHAPE, precision="float32")
+    with pytest.raises(InputError, match="holds latents of another run: precision is 'float32', not 'bfloat16'"):
+        LatentWriter(tmp_path / "out", cells, "model", SHAPE, precision="bfloat16")
+
+
 def test_what_a_kill_left_half_written_is_gone_from_the_set(cells, tmp_path):
     out, script = tmp_path / "out", Path(__file__).with_name("killed_writer.py")
     killed = subprocess.run([sys.executable, script, cells.url, out], cwd=ROOT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.stream.gene_set_config import GeneSetConfig, as_whole_cells
+from data_pipeline.stream.loader import LatentLoader, StreamConfig
 from launch import encode
 from launch.encode import EncodeConfig
 from launch.trained import check_given
@@ -80,13 +82,37 @@ def test_a_drawn_set_is_a_part_of_the_whole_cell_and_one_of_expressed_genes_is_n
     assert as_whole_cells(PADDED) == PADDED
 
 
+def cells_and_vae(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small shard set in the folder, and an autoencoder that was trained with genes PADDED."""
+    vae = VAE(VAEConfig(8, 2, 3, 1, 2), 40).eval().requires_grad_(False)
+    cells = known_cells(64, 32, n_genes=40)
+    write_set(folder / "cells", cells, block_cells=32)
+    cells.genes.save(folder / "genes.json")
+    monkeypatch.setattr(encode, "trained_vae", lambda run, which: (vae, {"hash": "h", **run_with(PADDED)}))
+
+
+def test_latents_are_float32_and_say_in_what_precision_they_were_computed(tmp_path: Path, monkeypatch) -> None:
+    cells_and_vae(tmp_path, monkeypatch)
+    made = {}
+    for precision, taken in (("auto", "float32"), ("float32", "float32"), ("bfloat16", "bfloat16")):
+        out = f"{tmp_path}/{precision}"
+        encode.main(EncodeConfig(str(tmp_path), f"{tmp_path}/cells", out, genes=PADDED, precision=precision))
+        with closing(ShardSet(out)) as latents:
+            assert latents.manifest.extra["precision"] == taken
+        loader = LatentLoader(StreamConfig(out, lanes=1), global_batch=64, micro_batch=64)
+        (batch,) = next(loader)
+        loader.close()
+        assert batch.latent_BLZ.dtype == torch.float32
+        made[precision] = batch.latent_BLZ
+    assert torch.equal(made["auto"], made["float32"])
+    off = (made["bfloat16"] - made["float32"]).std() / made["float32"].std()
+    assert 1e-4 < off < 0.05
+
+
 def test_the_ranks_wait_for_the_slowest_as_long_as_a_shard_may_take(tmp_path: Path, monkeypatch) -> None:
     """A shard of 65,536 cells is longer on a CPU than the half hour that ranks wait for each other elsewhere."""
-    vae, waits = VAE(VAEConfig(8, 2, 3, 1, 2), 40).eval().requires_grad_(False), []
-    cells = known_cells(64, 32, n_genes=40)
-    write_set(tmp_path / "cells", cells, block_cells=32)
-    cells.genes.save(tmp_path / "genes.json")
-    monkeypatch.setattr(encode, "trained_vae", lambda run, which: (vae, {"hash": "h", **run_with(PADDED)}))
+    waits: list[float] = []
+    cells_and_vae(tmp_path, monkeypatch)
     monkeypatch.setattr(World, "join", lambda self, timeout_s=1_800: waits.append(timeout_s))
     config = EncodeConfig(str(tmp_path), f"{tmp_path}/cells", f"{tmp_path}/out", genes=PADDED)
     encode.main(config)

@@ -171,23 +171,26 @@ def encode_plan(*words: str) -> EncodePlan:
 MILLION = ("n_cells=1000000", "train.global_batch=64", "hardware.micro_batch=8")
 
 
-def test_encoding_is_planned_in_float32_for_whole_cells_of_all_splits() -> None:
-    fp32, bf16 = (encode_plan(*MILLION, f"hardware.precision={kind}") for kind in ("fp32", "bf16"))
-    assert fp32 == bf16, "the verb computes in float32 after either training"
-    assert fp32.compute_s == pytest.approx(fp32.n_busiest * fp32.flops_per_cell / (67e12 * 0.35))
+def test_encoding_is_planned_in_its_own_precision_for_whole_cells_of_all_splits() -> None:
+    plan, other = (encode_plan(*MILLION, f"hardware.precision={kind}") for kind in ("bf16", "fp32"))
+    assert plan == other, "the verb computes in bfloat16 on a GPU after either training"
+    assert plan.compute_s == pytest.approx(plan.n_busiest * plan.flops_per_cell / (989.5e12 * 0.35))
+    by_peak = encode_plan(*MILLION, "hardware.precision=bf16", "hardware.peak_tflops=500")
+    assert by_peak.compute_s == pytest.approx(plan.compute_s * 989.5 / 500)
+    assert encode_plan(*MILLION, "hardware.precision=fp32", "hardware.peak_tflops=9") == plan
     drawn = encode_plan(*MILLION, "data.given.share=0.1")
     assert drawn == encode_plan(*MILLION, "data.given.share=1"), "training draws genes, encoding takes all"
     assert "writes 1,168 GB" in " ".join(encode_plan(*MILLION, "n_cells=2000000000").told(80))
     held_out = encode_plan(*MILLION, "n_validation=500000", "n_test=250000")
     assert held_out.n_cells == 1_750_000
-    assert held_out.written_bytes == pytest.approx(1.75 * fp32.written_bytes)
+    assert held_out.written_bytes == pytest.approx(1.75 * plan.written_bytes)
     assert encode_plan(*MILLION, "cell_bytes=2000").read_bytes == 2e9
     few = encode_plan(*MILLION, "data.given.policy=expressed", "data.given.share=0", "expressed=300")
     assert few.genes == "expressed"
-    assert few.flops_per_cell < fp32.flops_per_cell
+    assert few.flops_per_cell < plan.flops_per_cell
     # a decoder as deep as the encoder has no part in it
-    plan = plan_of(read(["vae/tiny", "hardware/node_8gpu", "n_genes=3000", *MILLION, "data.given.share=1"]))
-    assert fp32.flops_per_cell < plan.cost.flops / 8 / 3
+    trained = plan_of(read(["vae/tiny", "hardware/node_8gpu", "n_genes=3000", *MILLION, "data.given.share=1"]))
+    assert plan.flops_per_cell < trained.cost.flops / 8 / 3
 
 
 def test_a_rank_encodes_whole_shards_and_writes_what_it_has_encoded() -> None:
@@ -213,7 +216,7 @@ def test_encoding_that_does_not_fit_or_is_not_known_is_said(capsys: pytest.Captu
     found = json.loads(capsys.readouterr().out)["encode"]
     assert found["cells_per_s"] == pytest.approx(found["n_cells"] / found["seconds"])
     unknown = [*words, "compare=false", "hardware.gpu=Z9", "hardware.peak_tflops=9", "hardware.memory_tb_s=1"]
-    assert main([*unknown, "hardware.precision=bf16"]) == 0
+    assert main([*unknown, "hardware.precision=fp32"]) == 0
     assert "`scldm encode` is not planned" in capsys.readouterr().out
 
 

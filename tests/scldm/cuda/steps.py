@@ -139,10 +139,10 @@ def verbs(n: int = 70, n_genes: int = 3_699) -> None:
 
 
 def encode() -> None:
-    """`scldm encode`: two batches of its 64 cells, all genes, in the precision it has."""
+    """`scldm encode`: two batches of its 64 cells, all genes, in bfloat16."""
     with torch.device(GPU.device):
         vae = VAE(of_preset("20m", None), G).eval().requires_grad_(False)
-    config = encode_verb.EncodeConfig(vae="run", shards="shards", out="latents")
+    config = encode_verb.EncodeConfig(vae="run", shards="shards", out="latents", precision="bfloat16")
     every = torch.ones(G, dtype=torch.int16)
     batch = dataclasses.replace(cells(config.batch, False), given_ids=every, asked_ids=every)
     shard_set: Any = SimpleNamespace(
