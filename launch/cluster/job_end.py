@@ -1,4 +1,4 @@
-"""How one start of a Slurm job ends: done, failed, back to the queue, or handed on to a new job. And what is noted of it.
+"""How one start of a Slurm job ends: done, failed, back to the queue, or handed on to a new job. It is noted too.
 
 What Slurm does (preemption, a lost node, a requeue) never ends a job. Failures of its own do, some in a row without
 progress. Before anything is called a failure, Slurm is asked.
