@@ -322,7 +322,9 @@ def _made_by(out: Path) -> dict[str, Any]:
         return {k: value if isinstance(value, str) else int(value) for k, value in found.items() if k not in COSTS}
     except Exception as error:  # each library has its own for what is none of its files
         told = (str(error).splitlines() or [""])[0]
-        raise InputError(f"out={out} exists and is not of this command ({told}). Choose another out") from None
+        raise InputError(
+            f"out={out} exists and is not of this command ({told}). Remove it, or choose another out"
+        ) from None
 
 
 def _flat(made_by: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -55,6 +55,23 @@ class _Written:
     sum_of_squares: list[list[float]]
 
 
+def noted(out: Path) -> dict[str, Any] | None:
+    """The identity of the latents that a folder holds, finished or not. None where there are none."""
+    note = out / "parts" / "set.json"
+    if (out / schema.MANIFEST).is_file():
+        there = schema.read_manifest(str(out)).extra
+    elif note.is_file():
+        there = typed(dict[str, Any], read_json(note), str(note))
+    else:
+        return None
+    return {"precision": OfLatents.precision, **there}
+
+
+def precision_of(out: str) -> str:
+    """In which the latents of a folder were computed. Empty where there are none."""
+    return str((noted(Path(out)) or {}).get("precision", ""))
+
+
 class LatentWriter:
     """Writes the latents of a cell set shard by shard. After an interruption, the next one writes what is missing.
 
@@ -84,17 +101,13 @@ class LatentWriter:
         }  # fmt: skip
         self.parts = self.out / "parts"
         self.finished = (self.out / schema.MANIFEST).is_file()
-        if self.finished:
-            there = schema.read_manifest(str(self.out)).extra
-        else:
-            note = self.parts / "set.json"
-            there = typed(dict[str, Any], read_json(note), str(note)) if note.is_file() else self.identity
-        there = {"precision": OfLatents.precision, **there}
+        there = noted(self.out) or self.identity
         for key, value in self.identity.items():
             if there.get(key) != value:
+                give = f"Give precision={there.get(key)}, or another folder"
                 raise InputError(
                     f"{self.out}: holds latents of another run: {key} is {there.get(key)!r}, not {value!r}. "
-                    "Give another folder, or remove this one"
+                    f"{give if key == 'precision' else 'Give another folder, or remove this one'}"
                 )
 
     @contextmanager

@@ -14,7 +14,7 @@ import torch
 from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.stream.gene_set_config import GeneSetConfig
 from data_pipeline.stream.loader import shard_batches
-from data_pipeline.write_latents import LatentWriter
+from data_pipeline.write_latents import LatentWriter, precision_of
 from launch.evaluation.gate import GATE, gate_of, warn
 from launch.run_data import check_encodes, data_of, keep_encoded_from
 from launch.staged import at_hand
@@ -79,7 +79,9 @@ def main(config: EncodeConfig) -> Path:
     """Write this rank's shards, and on the first rank the manifest when all are there. Returns the folder."""
     as_given, config = config, at_hand(config)  # a copy that a job staged is gone after it
     world = world_of_environment()
-    config = replace(config, precision=precision_on(world.device, config.precision))
+    # of all ranks, on whatever device: that of latents that are there, or of the first rank's device
+    asked = precision_of(config.out) if config.precision == "auto" else ""
+    config = replace(config, precision=world.of_first(asked or precision_on(world.device, config.precision)))
     torch.set_num_threads(config.threads)
     vae, origin = trained_vae(Path(config.vae), config.which)
     vae = vae.to(world.device)

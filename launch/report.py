@@ -74,7 +74,7 @@ def main(config: ReportConfig) -> Path:
     """Write the page, and print what matters most; returns the page."""
     runs = [facts(Path(run)) for run in config.runs]
     out = Path(config.out or Path(config.runs[0]) / ("run.html" if len(runs) == 1 else "runs.html"))
-    write_page(out, run_page(runs))
+    write_page(out, run_page(runs).encode())
     for run in runs:
         print(f"{run['name']}: {run['headline']}")
         for sentence in run["weak"]:

@@ -35,5 +35,5 @@ def main(config: ShardsInfoConfig) -> None:
     if config.html:
         from data_pipeline.format.page import describe_html  # the text alone needs no jinja2
 
-        write_page(Path(config.html), describe_html(config.path, manifest))
+        write_page(Path(config.html), describe_html(config.path, manifest).encode())
         print(f"{config.html}: the same with figures")

@@ -87,10 +87,11 @@ class RunConfig(Checked):
 
     run_dir: folder of the run
     branch_from: RUN@STEP, as runs/vae@15000 or @latest or @best: a new run that begins with that checkpoint, its place
-        in the cells' order included. Give the parent's keys again. Those of optim, train, guidance,
-        flow and hardware.precision may differ
+        in the cells' order included. Give the parent's keys again. Those of optim, train and
+        hardware.precision may differ, and of ldm those of guidance and flow
     allow_changes: keys that may differ from the run's config.json, as optim.lr,train.steps. Each change is noted in
-        changes.json with its step. Those of optim, train, guidance, flow and hardware.precision can change
+        changes.json with its step. Those of optim, train and hardware.precision can change, and of ldm
+        those of guidance and flow
     deepspeed: any key of DeepSpeed's own configuration that does not change the result, as deepspeed.steps_per_print=9.
         Other engines have no use for it
     """

@@ -5,7 +5,7 @@ Poisson number of logarithmic ones (Quenouille 1949), so that most genes of a ce
 comparison. Where that number is large, it is a Poisson draw whose rate is a gamma draw.
 A CPU splits elements by how they are drawn, which saves it work. The host would wait for a GPU at every split. So
 there each element is drawn in every way, with a few tries each. Those for which they do not suffice stay NaN, and they
-alone are drawn again with more tries. The counts are the same.
+alone are drawn again with more tries. But for rounding, the counts are the same.
 """
 
 from __future__ import annotations

@@ -16,9 +16,10 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +27,7 @@ from scldm.errors import InputError
 
 PARTIAL = ".partial"  # ends the name of what was never finished
 PAGE = b"<!doctype html"  # begins every page that we write
+LEFT_S = 600.0  # nobody writes a page for so long
 ASIDE = re.compile(rf"\.(.+)\.[0-9a-f]{{12}}{re.escape(PARTIAL)}")  # no name that anybody else would give
 
 # --- before anything is computed ------------------------------------------------------------------------------------
@@ -147,10 +149,12 @@ def left_aside(folder: Path, name: str | None = None) -> list[Path]:
     return [path for path, match in found if match and name in (None, match[1])]
 
 
-def remove_left(folder: Path, name: str | None = None) -> None:
-    """Remove what `left_aside` finds, where no other process writes there."""
+def remove_left(folder: Path, name: str | None = None, older_s: float = 0.0) -> None:
+    """Remove what `left_aside` finds, where no other process writes there, or nothing newer than `older_s` seconds."""
     for path in left_aside(folder, name) if folder.is_dir() else ():
-        remove(path)
+        with suppress(FileNotFoundError):  # it got its name meanwhile
+            if not older_s or time.time() - path.stat().st_mtime > older_s:
+                remove(path)
 
 
 def remove_marked(folder: Path, mark: str) -> None:
@@ -176,11 +180,14 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, json.dumps(value, indent=1).encode())
 
 
-def write_page(path: Path, html: str) -> None:
-    """Write a page whole or not at all, by one process at a time. Raises: InputError where the disk refuses it."""
+def write_page(path: Path, content: bytes) -> None:
+    """Write a page or a figure whole or not at all. What a killed process left of it goes, that of a living one stays.
+
+    Raises: InputError where the disk refuses it.
+    """
     with disk_explained(str(path)):
-        remove_left(path.parent, path.name)
-        write_bytes(path, html.encode())
+        remove_left(path.parent, path.name, LEFT_S)
+        write_bytes(path, content)
 
 
 def remove(path: Path) -> None:

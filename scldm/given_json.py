@@ -51,7 +51,7 @@ def read_known(kind: type[Kind], path: Path) -> Kind:
 
 
 def read_entries(kind: type, path: Path) -> list[dict[str, Any]]:
-    """All that a file of entries says, once the dataclass's fields of each are checked. None where there is no file."""
+    """All that a file of entries says, once the dataclass's fields of each are checked. Empty without a file."""
     entries = typed(list[dict[str, Any]], read_json(path), str(path)) if path.is_file() else []
     for k, entry in enumerate(entries):
         known_of(kind, entry, f"{path}: [{k}]")
@@ -192,7 +192,7 @@ def unsealed(document: Any, where: str) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise InputError(f"{where}: must be a mapping")
     if SEAL not in document:
-        raise InputError(f"{where}: it has no {SEAL} of its own. Write it again")
+        raise InputError(f"{where}: it has no {SEAL} of its own, as what was made by another version. Make it again")
     rest = {key: value for key, value in document.items() if key != SEAL}
     if document[SEAL] != hash_of(rest):
         raise InputError(f"{where}: its SHA-256 is not that of what it says: damaged or changed")

@@ -63,8 +63,9 @@ def precision_on(device: str | torch.device, asked: AskedPrecision) -> Precision
 
 def cell_bytes(config: VAEConfig, n_genes: int) -> int:
     """That a cell takes while all its genes are decoded. It has for each gene five numbers a pair of a head and a
-    latent token (weights, and what goes into a norm's variance), and of its counts and their draws 64 at most."""
-    return 4 * n_genes * (5 * config.decoder_cross_heads * config.n_latents + 64)
+    latent token (weights, and what goes into a norm's variance), and of its counts and their draws 192 at most: a GPU
+    takes up to 675 bytes for a count that may be positive."""
+    return 4 * n_genes * (5 * config.decoder_cross_heads * config.n_latents + 192)
 
 
 def preview_cells(config: VAEConfig, n_genes: int) -> int:

@@ -75,7 +75,9 @@ def named(config: SourceConfig) -> tuple[Kind, list[str]]:
             raise InputError("source.paths must name h5ad or zarr files, or a SOMA URI. Or give source.census_version")
         kind = "census"
     if len(endings) == 2:
-        raise InputError("source.paths: AnnData files and SOMA URIs can't be mixed. `scldm soma write` converts one")
+        raise InputError(
+            "source.paths: AnnData files and SOMA URIs can't be mixed. `scldm soma write` writes files as SOMA"
+        )
     if kind == "h5ad" or (kind == "auto" and endings == {True}):
         for uri in uris:
             if "://" in uri:

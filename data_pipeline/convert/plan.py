@@ -29,7 +29,7 @@ from data_pipeline.convert.splits import columns_of, draw_splits
 from data_pipeline.format.schema import VERSION, condition_dtype
 from scldm.errors import InputError, read_json
 from scldm.files import flat, made_aside, sha256_of
-from scldm.given_json import sealed, sorted_json, typed, unsealed
+from scldm.given_json import sealed, typed, unsealed
 from scldm.vocab import ConditionVocab, GeneVocab
 
 UNIT_CELLS = 1 << 15  # cells that one process reads and scatters before it notes that they are done
@@ -240,7 +240,7 @@ def _draft_plan(config: ShardsWriteConfig, settings: dict[str, Any], folder: Pat
         "split_rule": rule,
         "report": {k: v for k, v in report.items() if v},
     }
-    (folder / "plan.json").write_bytes(sorted_json(sealed(obj)))
+    (folder / "plan.json").write_text(json.dumps(sealed(obj)))  # in their order: conditions have one
 
 
 def _choose_genes(config: ShardsWriteConfig, joined: JoinedGenes, keep_gene: list[np.ndarray]) -> JoinedGenes:

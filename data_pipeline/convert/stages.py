@@ -13,6 +13,7 @@ Reading order: Worker, then its methods in that order.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import tarfile
 import zlib
@@ -35,7 +36,7 @@ from data_pipeline.format.schema import BLOCK_INDEX, ShardEntry, member_name, vo
 from data_pipeline.stores import file_system, local_folder, store_explained
 from scldm.errors import InputError, read_json
 from scldm.files import disk_explained, made_aside, put_in_place, write_bytes, written_aside
-from scldm.given_json import Count, sealed, sorted_json, typed, unsealed
+from scldm.given_json import Count, sealed, typed, unsealed
 from scldm.vocab import GeneVocab
 
 STAGES = ("transpose", "scan", "clip", "scatter", "gather")
@@ -248,8 +249,7 @@ class ChosenGenes:
     dropped: dict[str, int]
 
     def save(self, work: Path) -> None:
-        with written_aside(work / "genes.json") as file:
-            file.write(sorted_json(sealed({**vars(self), "genes": self.genes.to_json()})))
+        write_bytes(work / "genes.json", json.dumps(sealed({**vars(self), "genes": self.genes.to_json()})).encode())
 
     @classmethod
     def load(cls, work: Path) -> ChosenGenes:
@@ -291,7 +291,7 @@ class Layout:
         with written_aside(work / "kept.npy") as file:
             np.save(file, self.kept)
         obj = {"shards": [vars(s) for s in self.shards], "n_runs": list(self.n_runs), "cell_bytes": self.cell_bytes}
-        write_bytes(work / "layout.json", sorted_json(sealed(obj)))
+        write_bytes(work / "layout.json", json.dumps(sealed(obj)).encode())
 
     @classmethod
     def load(cls, work: Path) -> Layout:

@@ -11,7 +11,7 @@ def check_controls(given: Mapping[str, str], conditions: Iterable[str]) -> None:
     """given: condition -> its reference label. Raises: InputError for a condition that is not judged."""
     for condition, label in given.items():
         if condition not in conditions:
-            raise InputError(f"control.{condition}={label}: there are {', '.join(conditions) or 'none'}")
+            raise InputError(f"control.{condition}={label}: the conditions are {', '.join(conditions) or 'none'}")
 
 
 PROTOCOL_NOTE = "protocol not fully known"

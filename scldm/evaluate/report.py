@@ -34,7 +34,7 @@ from scldm.evaluate.metrics import METRICS
 from scldm.evaluate.protocols import PUBLISHED_NOTE
 from scldm.evaluate.report_tables import normalised_text, row_texts
 from scldm.evaluate.verdict import headline_tables
-from scldm.files import remove_left, write_bytes
+from scldm.files import write_page
 from scldm.progress import Progress
 
 __all__ = ["drawn_text", "normalised_text", "page", "row_texts", "tiles", "write_report"]
@@ -48,8 +48,6 @@ def write_report(evaluation: dict, folder: Path) -> list[Path]:
     """Draw every figure as folder/figures/NAME.png and the page over them as folder/report.html; returns what was
     written, the page first."""
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    remove_left(folder)
-    remove_left(folder / "figures")
     images: dict[str, bytes] = {}
     drawn = [name for name in FIGURES if has(evaluation, name)]
     with Progress("draw report", len(drawn), "figures") as bar:
@@ -59,7 +57,7 @@ def write_report(evaluation: dict, folder: Path) -> list[Path]:
     files = {folder / "report.html": page(evaluation, images).encode()}
     files |= {folder / "figures" / f"{name}.png": image for name, image in images.items()}
     for path, content in files.items():
-        write_bytes(path, content)
+        write_page(path, content)
     return list(files)
 
 

@@ -31,7 +31,8 @@ class Sample:
     leaves its place to the others: a uniform draw would have lost the rare ones. Validation cells are drawn uniformly.
 
     n_cells: of a split at most
-    generated: generated cells per type, which with the test cells say how many of a type are compared. None limits none
+    generated: generated cells per type, which with the test cells say how many of a type are compared.
+        None: no type is limited
     seed: of the draws
     """
 

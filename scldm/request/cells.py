@@ -46,5 +46,7 @@ def table_of(conditions: Asked, n: int | None, names: Sequence[str]) -> pd.DataF
         raise InputError(f"conditions={asked} does not say how many cells. Give n, as n=500")
     for name, label in asked.items():
         if not isinstance(label, str | Real | np.bool_):  # a column of yes and no has the labels True and False
-            raise InputError(f"conditions: {name}={label!r} must be one label. For several, give a DataFrame")
+            raise InputError(
+                f"conditions: {name}={label!r} must be one label. Else give a DataFrame with a row for each cell"
+            )
     return pd.DataFrame(asked, index=pd.RangeIndex(n))

@@ -30,7 +30,8 @@ STOP_FILE, SAVE_FILE, PROFILE_FILE = "stop", "save", "profile"
 LOOK_EVERY_S = 1.0  # on a shared file system, looking is a request to its server
 PATIENCE_S = 1.0  # within which one Ctrl-C may come twice: from the terminal, and from torchrun
 RANKS = 1 << 24  # signal and rank are told in one integer
-MANY, WITHIN_S = 128, 1.0  # from so many ranks on, an all-reduce may be on its way for so long
+# from so many ranks on, an all-reduce may be on its way for so long, and for so many steps, should these become slower
+MANY, WITHIN_S, MOST_STEPS = 128, 1.0, 20
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Requests:
         self.profile = False  # known to the first rank alone, which needs no other for it
         self._wait: Callable[[], list[int]] | None = None
         self._steps, self._of, self._began = 0, 1, 0.0  # steps since what was told began, those that it has, and when
+        self._saves = False  # whether a save began after what is on its way was told
 
     def __enter__(self) -> Requests:
         self._before = {number: signal.signal(number, self._catch) for number in self.signals}
@@ -79,10 +81,14 @@ class Requests:
             return
         now = time.monotonic()
         step_ms = int(1e3 * (now - self._began) / self._steps) if self._began else 0
-        self._steps, self._began = 0, now
+        self._steps, self._began, self._saves = 0, now, False
         caught = self.caught * RANKS + self.world.rank if self.caught else 0
         told = [caught, *self._look(), int(save_failed), int(save_unfinished), step_ms]
         self._wait = self.world.begin_max(told)
+
+    def save_begins(self) -> None:
+        """What is on its way says nothing of this save."""
+        self._saves = self._wait is not None
 
     def end(self, at_once: bool = False) -> Asked:
         """What any rank told when this step began. Nothing while that may still be on its way. Collective.
@@ -103,7 +109,7 @@ class Requests:
             code, reason = REQUEUE, f"{signal.Signals(caught // RANKS).name} on rank {caught % RANKS}"
         elif save:
             reason = f"the file {self.run_dir / SAVE_FILE}"
-        return Asked(code, reason, bool(save), bool(save_failed), bool(save_unfinished))
+        return Asked(code, reason, bool(save), bool(save_failed), bool(save_unfinished) or self._saves)
 
     def done(self, asked: Asked, more: bool) -> None:
         """The checkpoint that was asked for is durable: take the files away, so that they ask once.
@@ -137,7 +143,7 @@ class Requests:
 
 def steps_between(n_ranks: int, step_ms: int) -> int:
     """Steps that an all-reduce has to come, where the slowest rank's step takes `step_ms`."""
-    return max(1, int(1e3 * WITHIN_S / max(1, step_ms))) if n_ranks >= MANY and step_ms else 1
+    return min(MOST_STEPS, max(1, int(1e3 * WITHIN_S / step_ms))) if n_ranks >= MANY and step_ms else 1
 
 
 def signal_named(name: str) -> signal.Signals:

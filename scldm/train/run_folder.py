@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from scldm.environment import describe
 from scldm.errors import Busy, InputError, Stopped, read_json
-from scldm.files import ASIDE, flat, outlived, remove_left, write_json
+from scldm.files import ASIDE, flat, outlived, put_in_place, remove_left, write_json
 from scldm.given_json import read_entries, read_known, typed
 from scldm.train import changes
 from scldm.train.changes import CHANGES
@@ -193,7 +193,7 @@ def _starts(run_dir: Path) -> list[Any]:
     except InputError as error:
         names = (f"{ENVIRONMENT}{BROKEN}{k or ''}" for k in itertools.count())
         aside = next(path for name in names if not (path := run_dir / name).exists())
-        (run_dir / ENVIRONMENT).rename(aside)
+        put_in_place(run_dir / ENVIRONMENT, aside)
         print(f"scldm: {error}; it is begun again, and what it held is now {aside}", file=sys.stderr, flush=True)
         return []
 

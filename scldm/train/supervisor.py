@@ -74,6 +74,7 @@ class Supervisor:
         """Begin a checkpoint. Training waits while this rank's part is copied to host memory, and no longer."""
         self.mark(f"saves step {state['step']}")
         self.saver.begin(state, is_best)
+        self.requests.save_begins()
 
     def answer(self, step: int, more: bool) -> None:
         """Where a save was asked for, wait for it, say so, and take the request away.

@@ -135,7 +135,6 @@ def test_latents_of_other_gene_sets_are_refused(cells, tmp_path, done):
             LatentWriter(tmp_path / "out", cells, "model", SHAPE, other)
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize("done", [False, True])
 def test_latents_of_two_precisions_are_never_one_set(cells, tmp_path, done):
     """A set from before the precision was noted is one of float32."""
@@ -149,10 +148,14 @@ def test_latents_of_two_precisions_are_never_one_set(cells, tmp_path, done):
     assert of.pop("precision") == "float32"
     (tmp_path / "out" / name).write_text(json.dumps(sealed({k: told[k] for k in told if k != SEAL}) if done else told))
     LatentWriter(tmp_path / "out", cells, "model", SHAPE, precision="float32")
-    with pytest.raises(InputError, match="holds latents of another run: precision is 'float32', not 'bfloat16'"):
+    with pytest.raises(
+        InputError,
+        match=r"precision is 'float32', not 'bfloat16'\. Give precision=float32, or",
+    ):
         LatentWriter(tmp_path / "out", cells, "model", SHAPE, precision="bfloat16")
 
 
+@pytest.mark.heavy
 def test_what_a_kill_left_half_written_is_gone_from_the_set(cells, tmp_path):
     out, script = tmp_path / "out", Path(__file__).with_name("killed_writer.py")
     killed = subprocess.run([sys.executable, script, cells.url, out], cwd=ROOT)

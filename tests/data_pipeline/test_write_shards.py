@@ -83,6 +83,7 @@ def test_splits_statistics_and_order(tmp_path, source):
     shares = obs.groupby("cell_type", observed=True)["split"].value_counts(normalize=True).unstack()
     np.testing.assert_allclose(shares[["train", "validation", "test"]], [[0.6, 0.2, 0.2]] * 3, atol=0.01)
     assert manifest.conditions.labels["batch"] == ("0", "1", "2")
+    assert manifest.conditions.names == manifest.statistics.combinations.by == ("cell_type", "batch")  # as asked for
 
     total = np.asarray(x.sum(axis=1)).ravel()
     train = (obs["split"] == "train").to_numpy()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import closing
-from dataclasses import asdict
+from contextlib import closing, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.stream.gene_set_config import GeneSetConfig, as_whole_cells
 from data_pipeline.stream.loader import LatentLoader, StreamConfig
+from data_pipeline.write_latents import LatentWriter
 from launch import encode
 from launch.encode import EncodeConfig
 from launch.trained import check_given
@@ -107,6 +108,36 @@ def test_latents_are_float32_and_say_in_what_precision_they_were_computed(tmp_pa
     assert torch.equal(made["auto"], made["float32"])
     off = (made["bfloat16"] - made["float32"]).std() / made["float32"].std()
     assert 1e-4 < off < 0.05
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_auto_goes_on_in_the_precision_of_latents_that_are_there(tmp_path: Path, monkeypatch, done: bool) -> None:
+    cells_and_vae(tmp_path, monkeypatch)
+    config = EncodeConfig(str(tmp_path), f"{tmp_path}/cells", f"{tmp_path}/out", genes=PADDED)
+    finish = LatentWriter.finish
+
+    def ends(writer: LatentWriter) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(encode, "precision_on", lambda device, asked: "bfloat16")  # as on a GPU
+    monkeypatch.setattr(LatentWriter, "finish", finish if done else ends)
+    with nullcontext() if done else pytest.raises(KeyboardInterrupt):
+        encode.main(config)
+    monkeypatch.setattr(LatentWriter, "finish", finish)
+    monkeypatch.setattr(encode, "precision_on", lambda device, asked: asked if asked != "auto" else "float32")
+    with pytest.raises(InputError, match="precision is 'bfloat16', not 'float32'. Give precision=bfloat16, or"):
+        encode.main(replace(config, precision="float32"))
+    encode.main(config)
+    with closing(ShardSet(f"{tmp_path}/out")) as latents:
+        assert latents.manifest.extra["precision"] == "bfloat16"
+
+
+def test_all_ranks_compute_in_the_precision_of_the_first(tmp_path: Path, monkeypatch) -> None:
+    cells_and_vae(tmp_path, monkeypatch)
+    monkeypatch.setattr(World, "of_first", lambda self, value: "bfloat16" if value == "float32" else value)
+    encode.main(EncodeConfig(str(tmp_path), f"{tmp_path}/cells", f"{tmp_path}/out", genes=PADDED))
+    with closing(ShardSet(f"{tmp_path}/out")) as latents:
+        assert latents.manifest.extra["precision"] == "bfloat16"
 
 
 def test_the_ranks_wait_for_the_slowest_as_long_as_a_shard_may_take(tmp_path: Path, monkeypatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from launch.cli import main
 from launch.evaluation import of_generated as evaluate_generated
 from launch.evaluation.config import EvaluateVerbConfig
 from launch.evaluation.of_generated import judged_conditions
-from launch.judged import TAKES
+from launch.judged import TAKES, refuse_unused
 from scldm.evaluate import map_of_cells
 from tests.launch.test_evaluate import FEW, treated, write
 
@@ -66,11 +67,12 @@ def test_a_key_that_is_used_is_not_refused(tmp_path: Path, monkeypatch: Any, cap
 
 def test_the_table_of_keys_names_keys_alone() -> None:
     every = EvaluateVerbConfig()
-    for taken in TAKES.values():
+    for mode, taken in TAKES.items():
         for key in taken:
             value: Any = every
             for part in key.split("."):
                 value = getattr(value, part)
+        refuse_unused(replace(every, **{mode: mode}), mode)  # a default is no key that was given
 
 
 def test_none_stands_for_no_condition_unless_one_has_that_name(monkeypatch: Any) -> None:

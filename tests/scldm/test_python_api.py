@@ -71,7 +71,7 @@ def test_all_ways_to_ask_make_the_same_cells(known: Pretrained) -> None:
             {"conditions": "T cell", "n": 3},
             r"conditions='T cell' must map names to values, as conditions=\{\"cell_type",
         ),
-        ({"conditions": {"type": ["T cell"]}, "n": 3}, "type=.*must be one label. For several, give a DataFrame"),
+        ({"conditions": {"type": ["T cell"]}, "n": 3}, "type=.*must be one label. Else give a DataFrame"),
         ({"conditions": {"type": "T cell"}, "n": 0}, "n=0 must be a whole number, at least 1"),
         ({"conditions": {"type": "T cell"}, "n": 2.5}, "n=2.5 must be a whole number"),
         (

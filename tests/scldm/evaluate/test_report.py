@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import itertools
+import os
 import re
 from html.parser import HTMLParser
 
@@ -360,8 +361,10 @@ def test_report_is_whole_and_needs_nothing_from_elsewhere(strange, tmp_path, mon
     monkeypatch.setitem(STYLE, "savefig.dpi", 40)  # 6 s otherwise
     made = {"command": "scldm evaluate", "created": "today", "versions": {"numpy": "2"}}
     (tmp_path / "out" / "figures").mkdir(parents=True)
-    for folder in (tmp_path / "out", tmp_path / "out" / "figures"):
-        (folder / ".killed.0123456789ab.partial").touch()
+    left, others = (tmp_path / "out" / f".{name}.0123456789ab.partial" for name in ("report.html", "x.h5ad"))
+    for path in (left, others):
+        path.touch()
+        os.utime(path, (0, 0))
     written = write_report(strange | {"made_with": made}, tmp_path / "out")
     assert [p.name for p in written] == ["report.html", *(f"{name}.png" for name in FIGURES)]
     html = written[0].read_text()
@@ -373,7 +376,7 @@ def test_report_is_whole_and_needs_nothing_from_elsewhere(strange, tmp_path, mon
     assert f"script-src 'sha256-{digest}'" in html  # else a browser won't run it
     targets = set(re.findall(r'href="#([^"]+)"', html))
     assert targets == set(re.findall(r'<(?:section|figure) id="([^"]+)"', html))
-    assert not list((tmp_path / "out").rglob("*.partial"))
+    assert list((tmp_path / "out").rglob("*.partial")) == [others]  # another verb may be writing
 
 
 def test_every_row_of_a_table_has_a_cell_for_every_column(strange):

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from scldm.errors import Stopped
+from scldm.errors import InputError, Stopped
 from scldm.parallel.dist import World
-from scldm.train import requests
+from scldm.train import requests, saver
 from scldm.train.losses import Stage
 from scldm.train.tracking import read_metrics
 from tests.scldm.train.small_runs import small_run, stored
@@ -110,6 +110,30 @@ def test_ctrl_c_saves_and_a_second_one_does_not_wait(
         with pytest.raises(KeyboardInterrupt) if ends else nullcontext():
             os.kill(os.getpid(), signal.SIGINT)
     assert asked.caught == signal.SIGINT
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_save_that_begins_while_an_answer_is_on_its_way_is_not_taken_for_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: bool
+) -> None:
+    """As where 128 ranks agree every few steps, and parts take longer than these."""
+    apart = {**EVERY, "validate_every": 12, "save_every": 3, "keep": 9}
+    small_run("vae", tmp_path / "whole", **apart)
+    write, slow = saver.write_part, list[Path]()
+
+    def write_slowly(path: Path, *rest: Any) -> None:
+        time.sleep(0.5)
+        slow.append(path)
+        write(path, *rest)
+
+    monkeypatch.setattr(saver, "write_part", write_slowly)
+    monkeypatch.setattr(requests, "steps_between", lambda *_: 3)
+    if not waits:
+        monkeypatch.setattr(requests.Requests, "save_begins", lambda _: None)
+    with nullcontext() if waits else pytest.raises(InputError, match="could not be written"):
+        small_run("vae", tmp_path / "run", **apart)
+        assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert len(slow) == 4 or not waits
 
 
 # --- many ranks ------------------------------------------------------------------------------------------------------
