@@ -79,9 +79,8 @@ def main(config: EncodeConfig) -> Path:
     """Write this rank's shards, and on the first rank the manifest when all are there. Returns the folder."""
     as_given, config = config, at_hand(config)  # a copy that a job staged is gone after it
     world = world_of_environment()
-    # of all ranks, on whatever device: that of latents that are there, or of the first rank's device
-    asked = precision_of(config.out) if config.precision == "auto" else ""
-    config = replace(config, precision=world.of_first(asked or precision_on(world.device, config.precision)))
+    there = precision_of(config.out) if config.precision == "auto" else ""  # latents go on in their own
+    config = replace(config, precision=there or precision_on(world.device, config.precision))
     torch.set_num_threads(config.threads)
     vae, origin = trained_vae(Path(config.vae), config.which)
     vae = vae.to(world.device)
@@ -100,6 +99,7 @@ def main(config: EncodeConfig) -> Path:
         with writer.begun() if world.is_first else nullcontext():
             missing = writer.missing_shards()
             world.join(LONGEST_WAIT_S)  # all ranks have seen the same missing shards before the first is written
+            config = replace(config, precision=world.of_first(config.precision))  # whatever device a rank has
             own = missing[world.rank :: world.size]
             n_cells = sum(cells.manifest.shards[k].n_cells for k in own)
             with Progress("encode", n_cells, "cells", shown=world.is_first) as bar:

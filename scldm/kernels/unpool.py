@@ -26,6 +26,7 @@ from scldm.kernels.tile import LEAST, Tile, ceil_div, dot, dot_tf32, launch, pow
 from scldm.tf32 import tf32_products
 
 CHUNK = 1 << 24  # weights that backward makes at once: 64 MB of float32, and a few times that while it does
+OF_WEIGHTS = 6  # of the inputs of `unpool`, those that `weights` takes come first
 
 
 def tile_of(pairs: int, bf16: bool) -> tuple[Tile, int]:
@@ -96,24 +97,28 @@ class _Unpool(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         *tensors, row = ctx.saved_tensors
         d_out = grad_outputs[0]
-        d_tensors = [torch.zeros_like(x, dtype=d_out.dtype) for x in tensors]
+        d_of_weights: list[Tensor] = []  # what comes first, and then sums in the precision of d_out
+        d_of_kernels = [torch.zeros_like(x, dtype=d_out.dtype) for x in tensors[OF_WEIGHTS:]]
         (B, R), dtype = tensors[1].shape[:2], tensors[7].dtype
         step = max(1, CHUNK // (B * R))
         for start in range(0, row.shape[-1], step):
             genes = slice(start, start + step)
             # beside bf16 the weights' products in TF32, as in forward: tests/scldm/kernels/test_tf32.py has the error
             with tf32_products(dtype == torch.bfloat16):
-                _backward_of(row[..., genes], d_out[:, genes].contiguous(), tensors, d_tensors, ctx.n_heads, ctx.eps)
-        d_inputs = (d.to(x.dtype) for d, x in zip(d_tensors, tensors))
+                found = _backward_of(
+                    row[..., genes], d_out[:, genes].contiguous(), tensors, d_of_kernels, ctx.n_heads, ctx.eps
+                )
+            d_of_weights = [d.to(d_out.dtype) + more for d, more in zip(d_of_weights, found)] or list(found)
+        d_inputs = (d.to(x.dtype) for d, x in zip([*d_of_weights, *d_of_kernels], tensors))
         return (*d_inputs, None, None, None)
 
 
 def _backward_of(
-    row: Tensor, d_out: Tensor, tensors: list[Tensor], d_tensors: list[Tensor], n_heads: int, eps: float
-) -> None:
-    """Add the gradients from some genes."""
-    *of_weights, T_TF, B_BRF, b_F = tensors
-    *d_of_weights, d_T, d_B, d_b = d_tensors
+    row: Tensor, d_out: Tensor, tensors: list[Tensor], d_of_kernels: list[Tensor], n_heads: int, eps: float
+) -> tuple[Tensor, ...]:
+    """Gradients from some genes: returns those of what `weights` takes, and adds the others."""
+    of_weights, (T_TF, B_BRF, b_F) = tensors[:OF_WEIGHTS], tensors[OF_WEIGHTS:]
+    d_T, d_B, d_b = d_of_kernels
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in of_weights]
         q, k, t, U, line_T, line_B = leaves
@@ -135,9 +140,7 @@ def _backward_of(
     launch(_to_latents, (B, pieces), *inputs, d_B, d_b_B, *sizes, **tiles)
     launch(_to_weights, (B, blocks), *inputs, d_p, d_r, *sizes, **tiles)
     d_b += d_b_B.sum(0)
-    found = torch.autograd.grad((scaled_BQR, r_BQ, line_BQ), leaves, (d_p.to(scaled_BQR.dtype), d_r, d_out))
-    for d_x, more in zip(d_of_weights, found):
-        d_x += more
+    return torch.autograd.grad((scaled_BQR, r_BQ, line_BQ), leaves, (d_p.to(scaled_BQR.dtype), d_r, d_out))
 
 
 def weights(
