@@ -157,7 +157,7 @@ def finished_set(config: ShardsWriteConfig) -> schema.Manifest | None:
             ours.append(work_folder(config).name)
         strange = [name for name in there if name not in ours]
         if strange:
-            raise InputError(f"out={config.out}: holds other files, as {strange[0]}. Give a new or an empty folder")
+            raise InputError(f"out={config.out}: holds other files, such as {strange[0]}. Give an empty folder")
         return None
     manifest = schema.read_manifest(config.out)
     differ = differences(manifest.query, settings_of(config))

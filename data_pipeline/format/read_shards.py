@@ -99,7 +99,8 @@ class ShardSet:
             there = set()
         missing = [s.path for s in m.shards if s.path.split("/")[-1] not in there]
         if missing:
-            raise InputError(f"{self.url}: {len(missing)} of {len(m.shards)} shards are missing, first {missing[0]}")
+            told = f"{len(missing)} of {len(m.shards)} shards are missing, the first is {missing[0]}"
+            raise InputError(f"{self.url}: {told}")
 
     def cell_column(self, name: str) -> np.ndarray:
         """One value per cell in set order, memory-mapped: source, row, total_counts, n_expressed, condition.NAME.
