@@ -62,7 +62,7 @@ def test_stopped_and_resumed_is_uninterrupted(
     assert again.metrics == resumed.metrics
 
 
-@pytest.mark.parametrize("at", ["write_part", "written_aside", "os.replace", "best", "latest"])
+@pytest.mark.parametrize("at", ["write_part", "write_bytes", "os.replace", "best", "latest"])
 def test_a_save_cut_short_costs_only_what_came_after_the_last_whole_one(
     uninterrupted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
@@ -70,7 +70,7 @@ def test_a_save_cut_short_costs_only_what_came_after_the_last_whole_one(
     it fails in the background, training ends by it; test_kills.py kills the process instead."""
     checkpoints = tmp_path / "checkpoints"
     name = {"os.replace": "replace", "best": "point", "latest": "point"}.get(at, at)
-    holder = {"os.replace": os, "write_part": saver, "written_aside": saver}.get(at, steps)
+    holder = {"os.replace": os, "write_part": saver, "write_bytes": saver}.get(at, steps)
     real = getattr(holder, name)
 
     def cut_short(*args, **kwargs):
