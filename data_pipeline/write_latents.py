@@ -59,12 +59,8 @@ def noted(out: Path) -> dict[str, Any] | None:
     """The identity of the latents that a folder holds, finished or not. None where there are none."""
     note = out / "parts" / "set.json"
     if (out / schema.MANIFEST).is_file():
-        there = schema.read_manifest(str(out)).extra
-    elif note.is_file():
-        there = typed(dict[str, Any], read_json(note), str(note))
-    else:
-        return None
-    return {"precision": OfLatents.precision, **there}
+        return schema.read_manifest(str(out)).extra
+    return typed(dict[str, Any], read_json(note), str(note)) if note.is_file() else None
 
 
 def precision_of(out: str) -> str:
@@ -104,10 +100,10 @@ class LatentWriter:
         there = noted(self.out) or self.identity
         for key, value in self.identity.items():
             if there.get(key) != value:
-                give = f"Give precision={there.get(key)}, or another folder"
+                go_on = f"precision={there[key]}" if key == "precision" and key in there else "another folder"
                 raise InputError(
                     f"{self.out}: holds latents of another run: {key} is {there.get(key)!r}, not {value!r}. "
-                    f"{give if key == 'precision' else 'Give another folder, or remove this one'}"
+                    f"Give {go_on}, or remove this one"
                 )
 
     @contextmanager

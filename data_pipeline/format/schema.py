@@ -289,7 +289,7 @@ class OfLatents:
     vae: hash of the autoencoder's weights
     shape: (L, Z)
     genes: gene set that the encoder was given
-    precision: in which the autoencoder computed. Sets from before this was noted were computed in float32
+    precision: in which the autoencoder computed. A run whose cells came as counts does not say
     cells: hash of the set of cells. A run has none whose cells came as counts
     encoded: how such a run had them
     """

@@ -17,6 +17,7 @@ import getpass
 import os
 import re
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -244,7 +245,7 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
                 say(f"{doing} {self.run_dir / name} failed ({error}); training goes on without it")
 
 
-class _Background(threading.Thread):
+class _Background(threading.Thread, ABC):
     """Sends what a place lacks, beside training.
 
     lacks: why not all is sent
@@ -260,9 +261,9 @@ class _Background(threading.Thread):
         if self.is_alive() or self.lacks:
             say(f"not everything reached {self.left()}")
 
+    @abstractmethod
     def left(self) -> str:
         """The place that lacks something, where it is, and what sends it."""
-        raise NotImplementedError
 
 
 class _Forwarder(_Background):

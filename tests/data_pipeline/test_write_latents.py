@@ -137,22 +137,20 @@ def test_latents_of_other_gene_sets_are_refused(cells, tmp_path, done):
 
 @pytest.mark.parametrize("done", [False, True])
 def test_latents_of_two_precisions_are_never_one_set(cells, tmp_path, done):
-    """A set from before the precision was noted is one of float32."""
+    """One that does not say its own is of no precision."""
     writer = writer_of(tmp_path / "out", cells)
     if done:
         write(writer, writer.missing_shards())
         writer.finish()
+    LatentWriter(tmp_path / "out", cells, "model", SHAPE, precision="float32")
+    with pytest.raises(InputError, match=r"precision is 'float32', not 'bfloat16'\. Give precision=float32, or"):
+        LatentWriter(tmp_path / "out", cells, "model", SHAPE, precision="bfloat16")
     name = schema.MANIFEST if done else "parts/set.json"
     told = json.loads((tmp_path / "out" / name).read_text())
-    of = told["extra"] if done else told
-    assert of.pop("precision") == "float32"
+    assert (told["extra"] if done else told).pop("precision") == "float32"
     (tmp_path / "out" / name).write_text(json.dumps(sealed({k: told[k] for k in told if k != SEAL}) if done else told))
-    LatentWriter(tmp_path / "out", cells, "model", SHAPE, precision="float32")
-    with pytest.raises(
-        InputError,
-        match=r"precision is 'float32', not 'bfloat16'\. Give precision=float32, or",
-    ):
-        LatentWriter(tmp_path / "out", cells, "model", SHAPE, precision="bfloat16")
+    with pytest.raises(InputError, match=r"precision is None, not 'float32'\. Give another folder, or"):
+        LatentWriter(tmp_path / "out", cells, "model", SHAPE, precision="float32")
 
 
 @pytest.mark.heavy
