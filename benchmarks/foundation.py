@@ -23,11 +23,11 @@ from launch import plan as plan_verb
 from launch.planning.config import PlanVAEConfig
 from launch.planning.plan import Plan, plan_of, validated
 from launch.quickstart import write_wanted
-from scldm.files import write_json
+from scldm.files import remove, write_json
 from scldm.flow.sampler import SamplerConfig
 
 PURPOSE = """Go from SOMA to the report at 1/1,000 of docs/foundation.md, and put what was foretold of each stage beside
-what it took. Run again, it goes on after the last finished stage."""
+what it took. Run again, it goes on with the first unfinished stage, from its beginning."""
 EXAMPLE = """
 python -m benchmarks.foundation out=runs/foundation save=benchmarks/foundation-cpu.json
 """
@@ -87,7 +87,8 @@ def main(config: FoundationConfig) -> Report:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     atlas = BenchShardsConfig(config.cells, config.genes, config.expressed, config.spread)
-    keep_to_one_atlas(out, **{key: getattr(atlas, key) for key in ("cells", "genes", "expressed", "spread")})
+    of_atlas = {key: getattr(atlas, key) for key in ("cells", "genes", "expressed", "spread")}
+    keep_to_one_atlas(out, **of_atlas, vae=" ".join(config.vae), ldm=" ".join(config.ldm))
     if not (out / "atlas-soma").exists():
         write_soma(out / "atlas-soma", atlas)
     note = out / "stages.json"
@@ -98,6 +99,8 @@ def main(config: FoundationConfig) -> Report:
         if stage.name == "generate":
             write_wanted(out, ["cell_type"])
         print(f"[{stage.name}] scldm {' '.join(stage.words)}", file=sys.stderr, flush=True)
+        if stage.name != "start":
+            remove(stage.out)  # of one that was cut off, whose time nobody knows
         cost = run_and_watch([sys.executable, "-P", "-m", "launch.cli", *stage.words])
         known[stage.name] = {"s": cost.cpu, "wall": cost.wall, "memory": cost.peak / 1e9, "written": size(stage.out)}
         write_json(note, known)

@@ -140,7 +140,7 @@ def synthetic_obs(n_cells: int) -> pd.DataFrame:
     )
 
 
-def keep_to_one_atlas(folder: Path, **asked: float) -> None:
+def keep_to_one_atlas(folder: Path, **asked: float | str) -> None:
     """asked: what its cells are. Raises: InputError where the folder holds an atlas of others; it notes whose it is."""
     note = folder / "atlas.json"
     if note.exists() and json.loads(note.read_text()) != asked:

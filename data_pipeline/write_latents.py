@@ -64,8 +64,9 @@ def noted(out: Path) -> dict[str, Any] | None:
 
 
 def precision_of(out: str) -> str:
-    """In which the latents of a folder were computed. Empty where there are none."""
-    return str((noted(Path(out)) or {}).get("precision", ""))
+    """In which the latents of a folder were computed. Empty where there are none, or where that is not told."""
+    told = (noted(Path(out)) or {}).get("precision")
+    return told if told in ("float32", "bfloat16") else ""
 
 
 class LatentWriter:

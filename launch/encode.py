@@ -95,11 +95,12 @@ def main(config: EncodeConfig) -> Path:
         check_encodes(config.vae, of_vae, data_of(cells.manifest), f"shards={config.shards}", world.is_first)
         check_given(config.genes, origin, "genes", world)
         shape = (vae.config.n_latents, vae.config.latent_width)
+        world.join(LONGEST_WAIT_S)
+        config = replace(config, precision=world.of_first(config.precision))  # whatever device a rank has
         writer = LatentWriter(config.out, cells, origin["hash"], shape, config.genes, config.precision)
         with writer.begun() if world.is_first else nullcontext():
             missing = writer.missing_shards()
-            world.join(LONGEST_WAIT_S)  # all ranks have seen the same missing shards before the first is written
-            config = replace(config, precision=world.of_first(config.precision))  # whatever device a rank has
+            world.barrier()  # all ranks have seen the same missing shards before the first is written
             own = missing[world.rank :: world.size]
             n_cells = sum(cells.manifest.shards[k].n_cells for k in own)
             with Progress("encode", n_cells, "cells", shown=world.is_first) as bar:

@@ -16,7 +16,6 @@ import re
 import shutil
 import sys
 import tempfile
-import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,7 +26,6 @@ from scldm.errors import InputError
 
 PARTIAL = ".partial"  # ends the name of what was never finished
 PAGE = b"<!doctype html"  # begins every page that we write
-LEFT_S = 600.0  # nobody writes a page for so long
 ASIDE = re.compile(rf"\.(.+)\.[0-9a-f]{{12}}{re.escape(PARTIAL)}")  # no name that anybody else would give
 
 # --- before anything is computed ------------------------------------------------------------------------------------
@@ -82,6 +80,7 @@ def written_aside(path: Path, replaces: bool = True) -> Iterator[IO[bytes]]:
     part = _unique(path)
     try:
         with part.open("wb") as file:
+            _hold(file)
             yield file
             file.flush()
             os.fsync(file.fileno())  # else a machine that goes down may leave a name without its bytes
@@ -149,12 +148,11 @@ def left_aside(folder: Path, name: str | None = None) -> list[Path]:
     return [path for path, match in found if match and name in (None, match[1])]
 
 
-def remove_left(folder: Path, name: str | None = None, older_s: float = 0.0) -> None:
-    """Remove what `left_aside` finds, where no other process writes there, or nothing newer than `older_s` seconds."""
+def remove_left(folder: Path, name: str | None = None) -> None:
+    """Remove what `left_aside` finds, but for files that a living process writes (`written_aside`)."""
     for path in left_aside(folder, name) if folder.is_dir() else ():
-        with suppress(FileNotFoundError):  # it got its name meanwhile
-            if not older_s or time.time() - path.stat().st_mtime > older_s:
-                remove(path)
+        if not _is_held(path):
+            remove(path)
 
 
 def remove_marked(folder: Path, mark: str) -> None:
@@ -186,7 +184,7 @@ def write_page(path: Path, content: bytes) -> None:
     Raises: InputError where the disk refuses it.
     """
     with disk_explained(str(path)):
-        remove_left(path.parent, path.name, LEFT_S)
+        remove_left(path.parent, path.name)
         write_bytes(path, content)
 
 
@@ -224,6 +222,27 @@ def sync_folder(folder: Path) -> None:
 def _unique(path: Path) -> Path:
     """A name beside a path that nobody else writes to: tasks on several hosts may have the same process id."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL}")
+
+
+def _hold(file: IO[bytes]) -> None:
+    """Show others, for as long as it is open, that a file is being written."""
+    with suppress(ImportError, OSError):  # Windows, and file systems without locks
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _is_held(path: Path) -> bool:
+    try:
+        import fcntl
+
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):
+        return False
+    return False
 
 
 def _link(part: Path, path: Path) -> None:

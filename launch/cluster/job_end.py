@@ -30,7 +30,7 @@ LATE_S = 90  # Slurm sends the signal before the time limit up to a minute too s
 
 
 def seconds_until(time_of_slurm: str) -> float:
-    """From now; without end for a time that it does not know."""
+    """Seconds from now. They have no end where Slurm does not know the time."""
     try:
         return (datetime.fromisoformat(time_of_slurm) - datetime.now()).total_seconds()
     except ValueError:
@@ -40,7 +40,8 @@ def seconds_until(time_of_slurm: str) -> float:
 class JobEnd:
     """One start of one job, or of one task of an array.
 
-    unheard, stopping: a signal that no step was told of yet; whether there was one
+    unheard: whether there was a signal that no step was told of yet
+    stopping: whether there was any
     keeper: a step that removes what is staged once this process lets go of its stdin, or is gone
     """
 
@@ -57,7 +58,7 @@ class JobEnd:
         self.keeper: subprocess.Popen[bytes] | None = None
 
     def listen(self, within_s: float = 0.0) -> None:
-        """Take up the signals that the script wrote down; waits for one so long."""
+        """Take up the signals that the script wrote down. It waits so long for one."""
         if select.select([0], [], [], within_s)[0]:
             if not os.read(0, 4096):
                 raise SystemExit(1)  # the script is gone, and with it the job
@@ -165,7 +166,7 @@ class JobEnd:
             self.end(1, state, f"by Slurm ({why})")
 
     def ask(self) -> dict[str, str]:
-        """What Slurm says of the job, by its names; nothing where it does not answer."""
+        """What Slurm says of the job, by its names. It is empty where Slurm does not answer."""
         try:
             told = slurm.call("scontrol", "--oneliner", "show", "job", self.me)
         except InputError:

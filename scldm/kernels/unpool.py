@@ -97,7 +97,8 @@ class _Unpool(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         *tensors, row = ctx.saved_tensors
         d_out = grad_outputs[0]
-        d_of_weights: list[Tensor] = []  # what comes first, and then sums in the precision of d_out
+        assert row.shape[-1], "no genes are asked"
+        d_of_weights: list[Tensor] = []  # those of the first genes as they come, then sums
         d_of_kernels = [torch.zeros_like(x, dtype=d_out.dtype) for x in tensors[OF_WEIGHTS:]]
         (B, R), dtype = tensors[1].shape[:2], tensors[7].dtype
         step = max(1, CHUNK // (B * R))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import os
 import stat
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -86,13 +85,14 @@ def test_a_page_replaces_nothing_but_a_page(tmp_path: Path) -> None:
 
 def test_a_page_takes_what_a_killed_one_left_with_it(tmp_path: Path) -> None:
     mine, others = (tmp_path / f".{name}.0123456789ab.partial" for name in ("page.html", "other.html"))
-    under_way = tmp_path / ".page.html.ba9876543210.partial"  # of a process that writes it too
-    for left in (mine, others, under_way):
-        left.touch()
     for left in (mine, others):
-        os.utime(left, (time.time() - 3_600,) * 2)
-    write_page(tmp_path / "page.html", "<!doctype html>é".encode())
-    assert sorted(path.name for path in tmp_path.iterdir()) == [others.name, under_way.name, "page.html"]
+        left.touch()
+    with written_aside(tmp_path / "page.html"):  # of a process that writes it too
+        (under_way,) = set(tmp_path.iterdir()) - {mine, others}
+        write_page(tmp_path / "page.html", "<!doctype html>é".encode())
+        assert {path.name for path in tmp_path.iterdir()} == {others.name, under_way.name, "page.html"}
+        under_way.write_bytes((tmp_path / "page.html").read_bytes())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [others.name, "page.html"]
     assert (tmp_path / "page.html").read_text() == "<!doctype html>é"
 
 

@@ -169,6 +169,12 @@ class Rank(World):
     """Whose exchange may be taken over."""
 
 
+def test_an_answer_has_few_steps_however_fast_they_are() -> None:
+    n = requests.MANY
+    assert [requests.steps_between(n, of) for of in (0, 1, 5, 60, 400, 3_000)] == [1, 20, 20, 16, 2, 1]
+    assert requests.steps_between(n - 1, 5) == 1
+
+
 def test_many_ranks_agree_once_a_second_and_at_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = Ranks(tmp_path, monkeypatch)
     for _ in range(43):
