@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from scldm.model.vae import VAE
 from scldm.parallel.dist import LAZY, World
 from scldm.parallel.links import meet
 from scldm.train import checkpoint, steps
+from scldm.train.parts import UNWRITTEN, layouts
 from scldm.train.saver import commit
 
 PURPOSE = """Measure what grows with the number of ranks: sockets, the time until all have met, a step's agreement, and
@@ -42,7 +43,8 @@ python -m benchmarks.ranks ranks=16,64,256 parts=16,64,256,1024
 STEPS = 10
 MOST_S = 900.0  # that a rank waits for the others
 MOST_EAGER = 256  # ranks that all connect at once: more have more sockets than a machine gives
-SHA256 = "0" * 64
+SHA256 = b"0" * 64
+PER_NODE = 8  # ranks
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class BenchRanksConfig:
     """What to measure.
 
     ranks: numbers of processes that meet; each takes 8 MB of memory
-    parts: numbers of a checkpoint's parts
+    parts: numbers of ranks that write a checkpoint, 8 on each node
     genes: of the checkpoint's network
     json: print JSON, not the table
     save: write the JSON to this file as well
@@ -173,31 +175,35 @@ def n_sockets() -> int:
 
 
 def checkpoint_rows(report: Report, n: int, genes: int) -> None:
-    """What the first rank writes, and what every rank reads, of parts that are noted and not there."""
+    """What the first rank writes, and what every rank reads, of parts of which only the headers are there."""
     words = ["vae/20m", "hardware/cpu", "data.shards=none", "run_dir=none"]
     with torch.device("meta"):
         network = VAE(compose(train_vae.CONFIG, words).model, genes)
     shapes = {name: list(parameter.shape) for name, parameter in network.named_parameters()}
+    bounds = {name: [math.prod(shape) * k // n for k in range(n + 1)] for name, shape in shapes.items()}
+    held = [{name: (at[k], at[k + 1]) for name, at in bounds.items()} for k in range(n)]
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "step-00000001"
         aside = target.with_suffix(PARTIAL)
         aside.mkdir()
-        for k in range(n):
-            (aside / f"part-{k}-of-{n}.json").write_text(json.dumps(part(shapes, k, n)))
+        began = time.perf_counter()
+        parts = layouts([str(k // PER_NODE) for k in range(n)], held)
+        first = parts[0].header
+        layout_s = time.perf_counter() - began
+        for part in parts:
+            with (aside / part.name).open("wb") as file:
+                file.write(part.header.replace(UNWRITTEN.encode(), SHA256))
+                file.truncate(part.ends[-1])  # a hole, which takes no room
         state = {"step": 1, "n_updates": 1, "shapes": shapes}
-        commit_s = timed(lambda: commit(target, n, state, Path(scratch)))
+        commit_s = timed(lambda: commit(target, parts, {}, state, Path(scratch)))
         read_s = timed(lambda: checkpoint.Checkpoint(target))
         n_bytes = (target / steps.STATE).stat().st_size
-    report.add(Row(f"{n} parts: {steps.STATE}", n_bytes / 1e6, "MB"))
-    report.add(Row(f"{n} parts: the first rank makes them one", commit_s, "s"))
-    report.add(Row(f"{n} parts: a rank opens them", read_s, "s"))
-
-
-def part(shapes: Mapping[str, list[int]], k: int, n: int) -> dict:
-    numbers = {name: math.prod(shape) for name, shape in shapes.items()}
-    ranges = {name: [size * k // n, size * (k + 1) // n] for name, size in numbers.items()}
-    held = sum(stop - start for start, stop in ranges.values())
-    return {"sha256": SHA256, "bytes": 4 * len(checkpoint.KINDS) * held + 4_096, "ranges": ranges}
+    report.add(Row(f"{n} ranks: files of tensors", len(parts), ""))
+    report.add(Row(f"{n} ranks: a part's header", len(first) / 1e6, "MB"))
+    report.add(Row(f"{n} ranks: a rank makes the layout of its part", layout_s, "s"))
+    report.add(Row(f"{n} ranks: {steps.STATE}", n_bytes / 1e6, "MB"))
+    report.add(Row(f"{n} ranks: the first rank makes them one", commit_s, "s"))
+    report.add(Row(f"{n} ranks: a rank opens them", read_s, "s"))
 
 
 def timed(work: Callable[[], object]) -> float:

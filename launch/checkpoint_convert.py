@@ -13,14 +13,14 @@ from launch.checkpoints import found_checkpoint
 from scldm.checked import Checked, checked
 from scldm.errors import InputError
 
-PURPOSE = """Write a checkpoint as plain weights, for any tool (safetensors, a state_dict for torch.load, or torch's
-distributed checkpoint), or as a checkpoint again in another number of parts. No GPU is needed. To resume on other ranks
-or ZeRO stages, nothing has to be converted; for a model folder that scldm.load reads, there is `scldm export`."""
+PURPOSE = """Write a checkpoint as plain weights, for any tool (safetensors, or torch's distributed checkpoint), or as a
+checkpoint again in another number of parts. One tensor at a time is in memory, and no GPU is needed. To resume on other
+ranks or ZeRO stages, nothing has to be converted. For a model folder that scldm.load reads, there is `scldm export`."""
 EXAMPLE = """
 scldm checkpoint convert at=runs/vae which=best out=weights.safetensors
 scldm checkpoint convert at=runs/vae file_gb=5 out=weights
 scldm checkpoint convert at=runs/vae to=dcp out=weights.dcp
-scldm checkpoint convert at=runs/vae to=torch weights=raw out=weights.pt
+scldm checkpoint convert at=runs/vae weights=raw out=raw.safetensors
 scldm checkpoint convert at=runs/vae to=checkpoint parts=1 out=archive/step-00001500
 """
 
@@ -32,10 +32,10 @@ class CheckpointConvertConfig(Checked):
     at: folder of a run, or of one checkpoint
     out: file to write. With file_gb, and for to=dcp, a folder; for to=checkpoint, one that does not exist yet
     which: in a run's folder: latest, best, or the number of a step
-    to: weights and buffers by name, float32, as safetensors, torch (one file) or dcp (torch.distributed.checkpoint); or
-        checkpoint. With dcp one tensor at a time is in memory
-    file_gb: safetensors in files of at most so many 1e9 bytes (or one larger tensor), one in memory at a time, and an
-        index, as Hugging Face has them. 0 is one file
+    to: weights and buffers by name, float32, as safetensors or dcp (torch.distributed.checkpoint, a file
+        for each), or checkpoint
+    file_gb: safetensors in files of at most so many 1e9 bytes (or one larger tensor), and an index, as Hugging Face has
+        them. 0 is one file
     weights: ema, which are validated and exported, or raw, which are trained
     parts: files of a checkpoint
     """
@@ -43,7 +43,7 @@ class CheckpointConvertConfig(Checked):
     at: str
     out: str
     which: str = "latest"
-    to: Literal["safetensors", "torch", "dcp", "checkpoint"] = "safetensors"
+    to: Literal["safetensors", "dcp", "checkpoint"] = "safetensors"
     file_gb: float = checked(0.0, at_least=0)
     weights: Literal["ema", "raw"] = "ema"
     parts: int = checked(1, at_least=1)
@@ -55,7 +55,7 @@ class CheckpointConvertConfig(Checked):
 
     @property
     def makes_folder(self) -> bool:
-        return self.to in ("dcp", "checkpoint") or self.file_gb > 0
+        return self.to != "safetensors" or self.file_gb > 0
 
 
 CONFIG = CheckpointConvertConfig

@@ -75,7 +75,7 @@ def summary(checkpoint: Checkpoint, parameters: bool) -> dict[str, Any]:
         "validation": state["validation"],
         "loader": state["loader"],
         "n_parameters": sum(math.prod(shape) for shape in shapes.values()),
-        "n_ranks": len(state["parts"]),
+        "n_ranks": checkpoint.n_ranks,
         "bytes": sum(entry.bytes for entry in checkpoint.files.values()),
         "files": {name: f"{entry.bytes:,} bytes" for name, entry in checkpoint.files.items()},
     }

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from launch.registry import register
 from launch.run_data import MISSING, check_encodes, kept_data
 from launch.together import check_export
-from launch.trained import checkpoint_of, trained_dit, trained_vae
+from launch.trained import Trained, dit_of, vae_of
 from scldm.environment import describe
 from scldm.library_size import LibrarySizeModel
 from scldm.model_folder import check_replaceable, save_pretrained
@@ -57,20 +57,24 @@ def main(config: ExportConfig) -> Path:
     check_replaceable(out)
     if config.register:
         check_followed(Path(config.ldm))
-    vae, vae_origin = trained_vae(Path(config.vae), config.which)
-    dit, ldm_origin, data = None, None, checkpoint_of(vae_origin)
+    trained: dict[str, Trained[Any]] = {"vae": vae_of(Path(config.vae), config.which)}
+    vae, dit, data = trained["vae"].shape(), None, trained["vae"].folder
     if config.ldm:
-        dit, ldm_origin = trained_dit(Path(config.ldm), vae, config.which)
-        check_encodes(config.vae, data, kept_data(checkpoint_of(ldm_origin)), f"ldm={config.ldm}", is_first=True)
-        data = checkpoint_of(ldm_origin)
+        of = vae.config.n_latents, vae.config.latent_width
+        trained["ldm"] = dit_of(Path(config.ldm), trained["vae"], of, config.which)
+        dit = trained["ldm"].shape()
+        check_encodes(config.vae, data, kept_data(trained["ldm"].folder), f"ldm={config.ldm}", is_first=True)
+        data = trained["ldm"].folder
     missing = kept_data(data).get(MISSING, {}).get("label", "")
-    origin = {"vae": vae_origin, "ldm": ldm_origin, "missing": missing, "exported": describe()}
+    origin = {stage: trained[stage].origin if stage in trained else None for stage in ("vae", "ldm")}
+    origin |= {"missing": missing, "exported": describe()}
     genes = GeneVocab.load(data / "genes.json")
     conditions = ConditionVocab.load(data / "conditions.json")
     runs = {"vae": config.vae, **({"ldm": config.ldm} if config.ldm else {})}
     history = {stage: read_metrics(run) for stage, run in runs.items()}
     sizes = LibrarySizeModel.load(data / "library_sizes.json")
-    save_pretrained(out, vae, dit, genes, conditions, sizes, origin, history)
+    weights = {stage: of.weights for stage, of in trained.items()}
+    save_pretrained(out, vae, dit, genes, conditions, sizes, origin, history, weights=weights)
     print(f"model: {out}")
     if config.register:
         print(f"registered: {register(out, Path(config.ldm), config.register, config.alias)}")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
-from torch.nn import Module
+import torch
+from torch import Tensor
 
 from data_pipeline.format.schema import OfLatents
 from data_pipeline.stream.gene_set_config import OF_THE_CELL, GeneSetConfig, as_whole_cells
@@ -16,16 +19,61 @@ from scldm.given_json import typed
 from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE, VAEConfig
 from scldm.parallel.dist import World
-from scldm.train.checkpoint import read_ema
+from scldm.train.checkpoint import Weights, Which, read_ema
 from scldm.train.run_folder import read_config
 from scldm.vocab import ConditionVocab, GeneVocab
-from scldm.weights import network_of, weights_hash
+from scldm.weights import Network, fitting, network_of, weights_hash
 
 Kind = TypeVar("Kind", VAEConfig, DiTConfig, GeneSetConfig)
 
 
-def trained_vae(run_dir: Path, which: Literal["best", "latest"]) -> tuple[VAE, dict[str, Any]]:
-    """The autoencoder of a run, and where it comes from. `hash` is that of its weights.
+@dataclass(frozen=True)
+class Trained(Generic[Network]):
+    """A network of a run, of which nothing is in memory.
+
+    make: makes one of its shape
+    run: its folder
+    weights: EMA, of one of its checkpoints
+    config: of the run, as the checkpoint has it
+    """
+
+    make: Callable[[], Network]
+    run: Path
+    weights: Weights
+    config: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        return self.weights.checkpoint.folder
+
+    def shape(self) -> Network:
+        """On the meta device. Raises: InputError where the weights do not fit into it, or are not finite."""
+
+        def made() -> Network:
+            with torch.device("meta"):
+                return self.make()
+
+        return fitting(made, self.weights, self.weights.empty, str(self.folder)).eval()
+
+    @cached_property
+    def origin(self) -> dict[str, Any]:
+        """Where the weights come from. All are read for their hash."""
+        return self.origin_of(self.weights)
+
+    def origin_of(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The same where they were read."""
+        step, sha256 = self.weights.checkpoint.step, weights_hash(tensors)
+        return {
+            "run": str(self.run),
+            "step": step,
+            "checkpoint": str(self.folder),
+            "hash": sha256,
+            "config": self.config,
+        }
+
+
+def vae_of(run_dir: Path, which: Which) -> Trained[VAE]:
+    """The autoencoder of a run.
 
     All is read from the checkpoint, which has config and vocabularies by their hashes: those of the run's folder may
     have been changed.
@@ -33,40 +81,42 @@ def trained_vae(run_dir: Path, which: Literal["best", "latest"]) -> tuple[VAE, d
     read_config(run_dir)
     if (run_dir / "latents.json").is_file():
         raise InputError(f"vae={run_dir} is a run of `scldm train ldm`, not of `scldm train vae`")
-    tensors, step, target = read_ema(run_dir, which)
-    run, n_genes = read_config(target), GeneVocab.load(target / "genes.json").n_genes
-    of = _part_of(VAEConfig, run, target, "model").portable
-    vae = network_of(lambda: VAE(of, n_genes), tensors, str(target))
-    return vae.eval().requires_grad_(False), _origin(run_dir, step, target, vae, run)
+    weights = read_ema(run_dir, which)
+    target = weights.checkpoint.folder
+    config, n_genes = read_config(target), GeneVocab.load(target / "genes.json").n_genes
+    of = _part_of(VAEConfig, config, target, "model").portable
+    return Trained(lambda: VAE(of, n_genes), run_dir, weights, config)
 
 
-def trained_dit(run_dir: Path, vae: VAE, which: Literal["best", "latest"]) -> tuple[DiT, dict[str, Any]]:
+def trained_vae(run_dir: Path, which: Which) -> tuple[VAE, dict[str, Any]]:
+    """The autoencoder of a run in memory, and where its weights come from."""
+    trained = vae_of(run_dir, which)
+    vae = network_of(trained.make, dict(trained.weights), str(trained.folder))
+    return vae.eval().requires_grad_(False), trained.origin_of(vae.state_dict())
+
+
+def dit_of(run_dir: Path, vae: Trained[VAE], shape: tuple[int, int], which: Which) -> Trained[DiT]:
     """The diffusion transformer of a run on this autoencoder's latents.
 
+    shape: tokens of a latent, and their width
     Raises: InputError where its latents are another autoencoder's.
     """
     read_config(run_dir)
     if not (run_dir / "latents.json").is_file():
         raise InputError(f"ldm={run_dir} is not a run of `scldm train ldm`")
-    tensors, step, target = read_ema(run_dir, which)
-    run, path = read_config(target), target / "latents.json"
+    weights = read_ema(run_dir, which)
+    target = weights.checkpoint.folder
+    config, path = read_config(target), target / "latents.json"
     latents = typed(OfLatents, read_json(path), str(path))
-    if latents.vae != weights_hash(vae.state_dict()):
+    if latents.vae != vae.origin["hash"]:
         raise InputError(
             f"{run_dir} was trained on the latents of another autoencoder (weights {latents.vae[:12]}, "
-            f"this one {weights_hash(vae.state_dict())[:12]}). Name the run and checkpoint that encoded them"
+            f"this one {vae.origin['hash'][:12]}). Name the run and checkpoint that encoded them"
         )
     conditions = ConditionVocab.load(target / "conditions.json")
     n_labels = {name: conditions.n_labels(name) for name in conditions.names}
-    shape = (vae.config.n_latents, vae.config.latent_width)
-    of = _part_of(DiTConfig, run, target, "model").portable
-    dit = network_of(lambda: DiT.of_tensors(of, *shape, n_labels, tensors), tensors, str(target))
-    return dit.eval(), _origin(run_dir, step, target, dit, run)
-
-
-def _origin(run_dir: Path, step: int, target: Path, network: Module, config: dict[str, Any]) -> dict[str, Any]:
-    found = {"run": str(run_dir), "step": step, "checkpoint": str(target)}
-    return {**found, "hash": weights_hash(network.state_dict()), "config": config}
+    of = _part_of(DiTConfig, config, target, "model").portable
+    return Trained(lambda: DiT.of_tensors(of, *shape, n_labels, weights), run_dir, weights, config)
 
 
 def checkpoint_of(origin: Mapping[str, Any]) -> Path:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -275,13 +276,14 @@ def _open_to_others(part: Path) -> None:
 # --- hashed, locked, refused ---------------------------------------------------------------------------------------
 
 
-def sha256_of(file: Path | IO[bytes], piece: int = 1 << 20) -> tuple[int, str]:
-    """Bytes and SHA-256 of a file. Of an open one, from where it stands."""
+def sha256_of(file: Path | IO[bytes], piece: int = 1 << 20, start: int = 0, most: float = math.inf) -> tuple[int, str]:
+    """Bytes and SHA-256 of a file, or of `most` of its bytes from `start` on. Of an open one, from where it stands."""
     if isinstance(file, Path):
         with file.open("rb") as opened:
-            return sha256_of(opened, piece)
+            opened.seek(start)
+            return sha256_of(opened, piece, most=most)
     digest, n = hashlib.sha256(), 0
-    while data := file.read(piece):
+    while data := file.read(int(min(piece, most - n))):
         digest.update(data)
         n += len(data)
     return n, digest.hexdigest()

@@ -10,13 +10,13 @@ gene_columns.json   name -> a text for each gene, such as symbols, where there a
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from safetensors.torch import save_file
+from torch import Tensor
 
 from scldm.errors import InputError, read_json
 from scldm.files import made_aside, sha256_of, write_json
@@ -26,7 +26,7 @@ from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE, VAEConfig
 from scldm.model_files import CONFIG, GENE_COLUMNS, HISTORY, TABLES, check_names
 from scldm.vocab import ConditionVocab, GeneVocab
-from scldm.weights import weights_hash
+from scldm.weights import weights_hash, write_weights
 
 FORMAT_VERSION = 4
 
@@ -89,20 +89,23 @@ def save_pretrained(
     origin: dict[str, Any],
     history: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     gene_columns: Mapping[str, Sequence[str]] | None = None,
+    weights: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Write a model folder, whole or not at all. One that is there is replaced.
 
     dit: None for an autoencoder alone, which embeds but does not generate
     origin: JSON of where the weights come from
+    weights: of networks on the meta device, by `vae` and `ldm`. One tensor at a time is asked for
     Raises: InputError where the folder holds other files.
     """
     folder = folder.resolve()
     check_replaceable(folder)
     networks = {"vae": vae} if dit is None else {"vae": vae, "ldm": dit}
-    tensors = {f"{net}/{k}": v.contiguous() for net, m in networks.items() for k, v in m.state_dict().items()}
+    empty = {net: network.state_dict() for net, network in networks.items()}
+    tensors = _Prefixed(weights or empty)
     with made_aside(folder) as part:
         part.mkdir()
-        save_file(tensors, part / "model.safetensors")
+        write_weights(part / "model.safetensors", tensors, _Prefixed(empty), {"format": "pt"})
         genes.save(part / "genes.json")
         conditions.save(part / "conditions.json")
         library_sizes.save(part / "library_sizes.json")
@@ -119,6 +122,23 @@ def save_pretrained(
             "files": {name: sha256_of(part / name)[1] for name in TABLES if (part / name).is_file()},
         }
         write_json(part / CONFIG, sealed(config))
+
+
+class _Prefixed(Mapping[str, Tensor]):
+    """NETWORK/NAME -> the tensor NAME of the network."""
+
+    def __init__(self, of: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.of = of
+
+    def __getitem__(self, key: str) -> Tensor:
+        network, _, name = key.partition("/")
+        return self.of[network][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"{network}/{name}" for network, tensors in self.of.items() for name in tensors)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.of.values()))
 
 
 def read_gene_columns(folder: Path, genes: GeneVocab) -> pd.DataFrame:

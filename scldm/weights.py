@@ -1,9 +1,11 @@
-"""Weights: read from a file, put into a network that they fit, named by a hash."""
+"""Weights: read from a file or written to one, put into a network that they fit, named by a hash."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +21,16 @@ from scldm.errors import InputError
 Network = TypeVar("Network", bound=torch.nn.Module)
 MAKE = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)  # what layers are made of
 SLACK = 100_000  # numbers: what is made and not kept
+DTYPES = {
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -31,9 +43,54 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} is damaged ({error}). Export the model again") from None
 
 
-def network_of(make: Callable[[], Network], tensors: Mapping[str, Tensor], where: str) -> Network:
-    """What `make` makes, with these tensors in it. It may take little more memory than they do.
+def write_weights(
+    path: Path, tensors: Mapping[str, Tensor], empty: Mapping[str, Tensor], noted: dict[str, str]
+) -> None:
+    """A safetensors file, durable when this returns. One tensor at a time is in memory where `tensors` reads them so.
 
+    empty: the same tensors on the meta device, which say what there is
+    noted: metadata of the file
+    Source: the format of https://github.com/huggingface/safetensors, whose own writer takes all at once.
+    """
+    order = sorted(empty, key=lambda name: (-empty[name].element_size(), name))  # each at a multiple of its size
+    with path.open("wb") as file:
+        file.write(header_of({name: empty[name] for name in order}, noted))
+        for name in order:
+            file.write(bytes_of(tensors[name]))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def header_of(tensors: Mapping[str, Tensor], noted: Mapping[str, str]) -> bytes:
+    """The first bytes of a safetensors file that holds these in their order. They may be on the meta device."""
+    header, at = dict[str, Any](__metadata__=dict(noted)), 0
+    for name, tensor in tensors.items():
+        ends = [at, at + tensor.nbytes]
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": ends}
+        at = ends[1]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def network_of(make: Callable[[], Network], tensors: Mapping[str, Tensor], where: str) -> Network:
+    """What `make` makes, with these tensors in it. Raises: InputError, as `fitting`."""
+    network = fitting(make, tensors, tensors, where)
+    network.load_state_dict(dict(tensors))
+    return network
+
+
+def fitting(
+    make: Callable[[], Network], tensors: Mapping[str, Tensor], empty: Mapping[str, Tensor], where: str
+) -> Network:
+    """What `make` makes, which these tensors fit into. It may take little more memory than they do.
+
+    empty: the same tensors, for what they are alone. They may be on the meta device
     where: the file of the tensors
     Raises: InputError where they are another network's, or a number of them is not finite.
     """
@@ -41,19 +98,18 @@ def network_of(make: Callable[[], Network], tensors: Mapping[str, Tensor], where
         if value.is_floating_point() and not value.isfinite().all():
             raise InputError(f"{where}: {name} has numbers that are not finite: the training failed, or it is damaged")
     try:
-        with _Room(2 * sum(value.numel() for value in tensors.values()) + SLACK):
+        with _Room(2 * sum(value.numel() for value in empty.values()) + SLACK):
             network = make()
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     expected = network.state_dict()
-    for name in sorted(expected.keys() | tensors.keys()):
-        ours, theirs = (_kind(of.get(name)) for of in (expected, tensors))
+    for name in sorted(expected.keys() | empty.keys()):
+        ours, theirs = (_kind(of.get(name)) for of in (expected, empty))
         if ours != theirs:
             raise InputError(
                 f"{where}: weights, config and vocabularies do not belong together: {name} is {theirs}, the network "
                 f"has {ours}"
             )
-    network.load_state_dict(dict(tensors))
     return network
 
 
@@ -90,5 +146,5 @@ def weights_hash(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for key in sorted(tensors):
         digest.update(key.encode())
-        digest.update(tensors[key].detach().cpu().contiguous().numpy().tobytes())
+        digest.update(bytes_of(tensors[key]))
     return digest.hexdigest()

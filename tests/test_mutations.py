@@ -44,7 +44,7 @@ from launch.shards_write import report_lines
 from scldm.errors import InputError
 from scldm.given_json import sealed
 from scldm.model_folder import save_pretrained
-from scldm.train.checkpoint import Checkpoint, read_ema
+from scldm.train.checkpoint import read_ema
 from scldm.train.tracked import new_note, unsent
 from scldm.weights import weights_hash
 from tests.data_pipeline.small_sets import known_cells, write_set
@@ -94,8 +94,8 @@ def read_model(folder: Path) -> Any:
 
 
 def read_checkpoint(run: Path) -> Any:
-    tensors, step, target = read_ema(run, "latest")
-    return weights_hash(tensors), step, Checkpoint(target).state
+    found = read_ema(run, "latest")
+    return weights_hash(found), found.checkpoint.state
 
 
 def small(folder: Path) -> Path:
@@ -131,7 +131,8 @@ FILES = [
     *(("latents", path) for path in ("manifest.json", "index/blocks.npy", "shards/train-000000.tar")),
     *(("model", path) for path in ("config.json", "model.safetensors", "genes.json", "conditions.json")),
     ("model", "library_sizes.json"),
-    *(("run", path) for path in (f"{STEP}/state.json", f"{STEP}/part-0-of-1.safetensors", "checkpoints/latest")),
+    *(("run", f"{STEP}/{name}") for name in ("state.json", "part-0-of-1.safetensors", "buffers.safetensors")),
+    ("run", "checkpoints/latest"),
 ]
 
 

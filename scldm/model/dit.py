@@ -176,7 +176,12 @@ class DiT(nn.Module):
 
     @classmethod
     def of_tensors(
-        cls, config: DiTConfig, n_latents: int, latent_width: int, n_labels: dict[str, int], tensors: dict[str, Tensor]
+        cls,
+        config: DiTConfig,
+        n_latents: int,
+        latent_width: int,
+        n_labels: dict[str, int],
+        tensors: Mapping[str, Tensor],
     ) -> DiT:
         """A network that these tensors, of a `state_dict`, fit into. The weights are not put in yet.
 

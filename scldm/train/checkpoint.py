@@ -1,30 +1,33 @@
 """The checkpoint format, which knows neither world size nor ZeRO stage, and how it is read.
 
-    checkpoints/step-00001500/part-0-of-2.safetensors   {weight,ema,exp_avg,exp_avg_sq}/NAME, buffer/NAME
+    checkpoints/step-00001500/part-0-of-2.safetensors   K/{weight,ema,exp_avg,exp_avg_sq}/NAME
+    checkpoints/step-00001500/buffers.safetensors       NAME
     checkpoints/step-00001500/state.json                what follows, and a SHA-256 of it
         what run_state.py keeps, such as step. loader and meter: their places. n_updates: steps that were not skipped
         format    of this folder
         shapes    parameter name -> shape
-        parts     file -> SHA-256, bytes, ranges: parameter name -> [start, stop] of the flattened parameter in it
-        files     file -> SHA-256 of the config and the vocabularies that lie beside it
+        parts     file -> its bytes, ends and SHA-256 of its header and of each rank's stretch, ranges: parameter name
+                  -> where the flattened parameter begins in stretch 0, 1, .., and where it ends in the last
+        files     file -> SHA-256 of the buffers, the config and the vocabularies
     checkpoints/latest, checkpoints/best                the name of a step's folder
 
-A part holds what one rank held, flat, in float32 (weights are the masters). All parts hold every number once. Any
-engine reads the ranges that it holds itself out of the parts that have them.
+A part holds what the ranks of one node held, flat, in float32 (weights are the masters). All parts hold every number
+once. Any engine reads the ranges that it holds itself out of the parts that have them.
 
-Reading order: Held, Checkpoint, load, read_ema, resume. Writing is in saver.py, the folder of all in steps.py.
+Reading order: Held, Checkpoint, Weights, load, read_ema, resume. Writing is in saver.py, the folder of all in steps.py.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import re
 import reprlib
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -41,12 +44,13 @@ from scldm.given_json import Count, hash_of, known_of
 from scldm.parallel.dist import World
 from scldm.parallel.surface import Engine
 from scldm.train.ema import EMA
+from scldm.train.parts import KINDS
 from scldm.train.steps import BESIDE, BROKEN, STATE, candidates, point, pointed, rename, unfinished
 
-FORMAT = 4
+FORMAT = 5
+BUFFERS = "buffers.safetensors"
 SEEN_S = 20.0  # in which what another host wrote is to be seen on this one. Network file systems cache what was
 FILE_NAME = re.compile(r"\w[\w.-]*")
-KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")
 Which = Literal["best", "latest"]
 
 
@@ -68,23 +72,31 @@ class File:
     bytes: Count
 
 
-class Ranges(dict[str, list[int]]):
-    """Parameter name -> start and stop of its numbers in a part. At a thousand ranks there are 150,000: they are read
-    without the care of `typed`, which takes ten times as long."""
+class Bounds(dict[str, list[int]]):
+    """Parameter name -> where its numbers begin in each stretch of a part, and where they end.
+
+    At a thousand ranks these are 170,000 numbers. They are read without the care of `typed`, which takes ten times as
+    long.
+    """
 
     @classmethod
-    def from_json(cls, value: Any, where: str) -> Ranges:
+    def from_json(cls, value: Any, where: str) -> Bounds:
         if not isinstance(value, dict):
             raise InputError(f"{where} is a {type(value).__name__}, must be a mapping")
-        for name, ends in value.items():
-            if not (type(ends) is list and [type(end) for end in ends] == [int, int]):
-                raise InputError(f"{where}.{name} is {reprlib.repr(ends)}, must be two whole numbers")
+        for name, bounds in value.items():
+            if not (type(bounds) is list and {type(bound) for bound in bounds} == {int}):
+                raise InputError(f"{where}.{name} is {reprlib.repr(bounds)}, must be whole numbers")
         return cls(value)
 
 
 @dataclass(frozen=True)
-class Part(File):
-    ranges: Ranges
+class Part:
+    """ends, sha256: of the header, and of each stretch"""
+
+    bytes: Count
+    ends: tuple[Count, ...]
+    sha256: tuple[str, ...]
+    ranges: Bounds
 
 
 @dataclass(frozen=True)
@@ -126,7 +138,7 @@ class Checkpoint:
             raise Damaged(str(error)) from None
         self._check_held()
         self.step, self.shapes = self.held.step, {name: list(shape) for name, shape in self.held.shapes.items()}
-        self.files: dict[str, File] = {**self.held.parts, **self.held.files}
+        self.files: dict[str, File | Part] = {**self.held.parts, **self.held.files}
 
     def _check_held(self) -> None:
         """Raises: Damaged for what can't be, before anything is read or made room for."""
@@ -135,39 +147,55 @@ class Checkpoint:
             raise Damaged(f"{where}: {wrong[0]!r} is no name of a file in the checkpoint")
         numbers = {name: math.prod(shape) for name, shape in held.shapes.items()}
         for part, entry in held.parts.items():
-            for name, (start, stop) in entry.ranges.items():
-                if not 0 <= start <= stop <= numbers.get(name, -1):
-                    raise Damaged(f"{where}: {part} has numbers {start} to {stop} of {name}, which has no such")
+            n, ends = len(entry.ends), (0, *entry.ends)
+            if n < 2 or len(entry.sha256) != n or list(ends) != sorted(ends) or ends[-1] != entry.bytes:
+                raise Damaged(f"{where}: the ends of {part} and its hashes do not fit its {entry.bytes} bytes")
+            for name, bounds in entry.ranges.items():
+                if (
+                    len(bounds) != n
+                    or not (0 <= bounds[0] and bounds[-1] <= numbers.get(name, -1))
+                    or bounds != sorted(bounds)
+                ):
+                    raise Damaged(f"{where}: {part} has numbers {reprlib.repr(bounds)} of {name}, which has no such")
         if (size := 4 * len(KINDS) * sum(numbers.values())) > (n_bytes := sum(p.bytes for p in held.parts.values())):
             raise Damaged(f"{where}: parameters of {size} bytes, its parts have {n_bytes}")
 
-    def check(self, names: Iterable[str] | None = None) -> None:
-        """Read these of its files, or all, and compare. Raises: Damaged, with the file."""
+    @property
+    def n_ranks(self) -> int:
+        """That wrote it."""
+        return sum(len(part.ends) - 1 for part in self.held.parts.values())
+
+    def check(self, share: slice = slice(None)) -> None:
+        """Read all of its files, or a share of their stretches, and compare. Raises: Damaged, with the file."""
         if added := [name for name in BESIDE if name not in self.files and (self.folder / name).exists()]:
             # its weights may be sound: a run that goes on puts damaged checkpoints aside, and not this one
             raise InputError(f"{self.folder / added[0]} is not noted in {STATE}: it was added later. Remove it")
-        for name in self.files if names is None else names:
-            path, expected = self.folder / name, self.files[name]
+        stretches = [(name, 0, of.bytes, of.sha256) for name, of in self.held.files.items()]
+        for name, part in self.held.parts.items():
+            starts = (0, *part.ends)
+            stretches += [(name, *of) for of in zip(starts, part.ends, part.sha256, strict=False)]
+        for name, start, stop, sha256 in stretches[share]:
+            path, n_bytes = self.folder / name, self.files[name].bytes
             if not path.is_file():
                 raise Missing(f"{path} is missing")
-            if (size := path.stat().st_size) != expected.bytes:
-                kind = Short if size < expected.bytes else Damaged
-                raise kind(f"{path} is damaged: it has {size} bytes of {expected.bytes}")
-            if sha256_of(path)[1] != expected.sha256:
+            if (size := path.stat().st_size) != n_bytes:
+                kind = Short if size < n_bytes else Damaged
+                raise kind(f"{path} is damaged: it has {size} bytes of {n_bytes}")
+            if sha256_of(path, start=start, most=stop - start)[1] != sha256:
                 raise Damaged(f"{path} is damaged: its SHA-256 is not the one noted in {STATE}")
 
     def read(self, kind: str, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Numbers start to stop of a flattened parameter, float32 (stop - start,)."""
         stop = math.prod(self.shapes[name]) if stop is None else stop
         out, n_read = torch.empty(stop - start), 0
-        for part, first, last in self._where.get(name, ()):
+        for part, k, first, last in self._where.get(name, ()):
             low, high = max(start, first), min(stop, last)
             if low < high:
                 try:
-                    found = self._opened(part).get_slice(f"{kind}/{name}")[low - first : high - first]
+                    found = self._opened(part).get_slice(f"{k}/{kind}/{name}")[low - first : high - first]
                     out[low - start : high - start] = found
                 except (SafetensorError, RuntimeError) as error:
-                    raise Damaged(f"{self.folder / part}: {kind}/{name}: {error}") from None
+                    raise Damaged(f"{self.folder / part}: {k}/{kind}/{name}: {error}") from None
                 n_read += high - low
         if n_read != stop - start:
             raise Damaged(f"{self.folder} holds {n_read} of {stop - start} numbers of {kind}/{name}")
@@ -175,7 +203,7 @@ class Checkpoint:
 
     def holds(self, name: str) -> None:
         """Raises: Damaged where some numbers of a parameter are in no part, or in two."""
-        ends = sorted((start, stop) for _, start, stop in self._where.get(name, ()))
+        ends = sorted((start, stop) for *_, start, stop in self._where.get(name, ()))
         expected = 0
         for start, stop in ends:
             if start != expected:
@@ -188,25 +216,18 @@ class Checkpoint:
         """A parameter's weight, EMA or moment in its shape."""
         return self.read(kind, name).view(self.shapes[name])
 
-    def buffers(self) -> Iterator[tuple[str, Tensor]]:
-        for part in self.held.parts:
-            file = self._opened(part)
-            for key in file.keys():  # noqa: SIM118 - it is no mapping
-                kind, _, name = key.partition("/")
-                if kind == "buffer":
-                    yield name, file.get_tensor(key)
-
-    def ema(self) -> dict[str, Tensor]:
-        """EMA of the weights, and buffers: what is validated, exported and sampled."""
-        return {**{name: self.whole("ema", name) for name in self.shapes}, **dict(self.buffers())}
+    def buffers(self) -> dict[str, Tensor]:
+        file = self._opened(BUFFERS)
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
 
     @cached_property
-    def _where(self) -> dict[str, list[tuple[str, int, int]]]:
-        """Parameter name -> the parts that have something of it, and which numbers."""
-        where: dict[str, list[tuple[str, int, int]]] = {}
+    def _where(self) -> dict[str, list[tuple[str, int, int, int]]]:
+        """Parameter name -> the parts and their stretches that have something of it, and which numbers."""
+        where: dict[str, list[tuple[str, int, int, int]]] = {}
         for part, entry in self.held.parts.items():
-            for name, (start, stop) in entry.ranges.items():
-                where.setdefault(name, []).append((part, start, stop))
+            for name, bounds in entry.ranges.items():
+                found = enumerate(itertools.pairwise(bounds))
+                where.setdefault(name, []).extend((part, k, *ends) for k, ends in found if ends[0] < ends[1])
         return where
 
     def _opened(self, part: str) -> Any:
@@ -217,6 +238,28 @@ class Checkpoint:
             except (SafetensorError, OSError) as error:
                 raise Damaged(f"{self.folder / part} is damaged: {error}") from None
         return self._open[part]
+
+
+class Weights(Mapping[str, Tensor]):
+    """Weights of a checkpoint, each read when it is asked for, and its buffers.
+
+    kind: `ema`, which is validated, exported and sampled, or `weight`
+    empty: the same on the meta device
+    """
+
+    def __init__(self, checkpoint: Checkpoint, kind: str) -> None:
+        self.checkpoint, self.kind, self.buffers = checkpoint, kind, checkpoint.buffers()
+        self.empty = {name: torch.empty(shape, device="meta") for name, shape in checkpoint.shapes.items()}
+        self.empty |= {name: torch.empty_like(buffer, device="meta") for name, buffer in self.buffers.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.buffers[name] if name in self.buffers else self.checkpoint.whole(self.kind, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.empty)
+
+    def __len__(self) -> int:
+        return len(self.empty)
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -238,7 +281,7 @@ def load(checkpoint: Checkpoint, engine: Engine, ema: EMA) -> None:
         for piece, ema_weight in zip(engine.pieces, ema.weights, strict=True):
             for kind, value in {"weight": piece.weight, "ema": ema_weight, **piece.moments}.items():
                 value.copy_(checkpoint.read(kind, piece.name, piece.start, piece.stop))
-        stored = dict(checkpoint.buffers())
+        stored = checkpoint.buffers()
         for name, buffer in engine.module.named_buffers():
             if name not in stored or stored[name].shape != buffer.shape:
                 why = f"has {tuple(stored[name].shape)}" if name in stored else "is missing"
@@ -249,8 +292,8 @@ def load(checkpoint: Checkpoint, engine: Engine, ema: EMA) -> None:
     ema.n_updates = checkpoint.held.n_updates
 
 
-def read_ema(run_dir: Path, which: Which) -> tuple[dict[str, Tensor], int, Path]:
-    """EMA of the weights, and buffers, of one of a run's checkpoints, its step and its folder.
+def read_ema(run_dir: Path, which: Which) -> Weights:
+    """EMA of the weights, and buffers, of one of a run's checkpoints, all of whose bytes were compared.
 
     which: `best` by the validation metric, or `latest`
 
@@ -261,7 +304,7 @@ def read_ema(run_dir: Path, which: Which) -> tuple[dict[str, Tensor], int, Path]
         raise InputError(f"{run_dir} has no {which} checkpoint yet. Train it first")
     checkpoint = Checkpoint(target)
     checkpoint.check()
-    return checkpoint.ema(), checkpoint.step, target
+    return Weights(checkpoint, "ema")
 
 
 def resume(folder: Path, engine: Engine, ema: EMA, world: World) -> dict[str, Any] | None:
@@ -284,7 +327,7 @@ def resume(folder: Path, engine: Engine, ema: EMA, world: World) -> dict[str, An
         if checkpoint is not None and not problems:
             load(checkpoint, engine, ema)
             if world.is_first:
-                wrote = f"written by {len(checkpoint.state['parts'])} ranks, read by {world.size}"
+                wrote = f"written by {checkpoint.n_ranks} ranks, read by {world.size}"
                 print(f"scldm: goes on from {folder / name}, {wrote}", file=sys.stderr, flush=True)
                 if name != names[0]:
                     point(folder / "latest", checkpoint.folder)
@@ -324,7 +367,7 @@ def _checked_share(target: Path, note: bytes | None, world: World) -> tuple[Chec
         checkpoint = Checkpoint(target, note)
         for _ in _while_unseen(target):
             try:
-                checkpoint.check(list(checkpoint.files)[world.rank :: world.size])
+                checkpoint.check(slice(world.rank, None, world.size))
             except Missing as error:
                 missing = error
             else:

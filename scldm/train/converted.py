@@ -3,59 +3,38 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from scldm.files import PARTIAL, made_aside, write_json
-from scldm.train.checkpoint import KINDS, Checkpoint
-from scldm.train.saver import commit, write_part
+from scldm.train.checkpoint import Checkpoint, Weights
+from scldm.train.parts import layouts
+from scldm.train.saver import commit
+from scldm.weights import write_weights as write_file
 
 
 def write_weights(checkpoint: Checkpoint, out: Path, to: str, kind: str, file_bytes: int) -> None:
-    """Weights and buffers by name, float32, whole or not at all.
+    """Weights and buffers by name, float32, whole or not at all. One tensor at a time is in memory.
 
-    to: safetensors, torch or dcp
+    to: safetensors or dcp
     kind: ema or weight
     file_bytes: of safetensors, what a file holds at most. 0 is one file
     """
     weights = Weights(checkpoint, kind)
     noted = {"format": "pt", "step": str(checkpoint.step), "weights": "ema" if kind == "ema" else "raw"}
     with made_aside(out) as part:
-        if file_bytes:
-            save_files(weights, part, file_bytes, noted)
-        elif to == "safetensors":
-            save_file(dict(weights), part, noted)
-        elif to == "dcp":
+        if to == "dcp":
             save_distributed(weights, part)
+        elif file_bytes:
+            save_files(weights, part, file_bytes, noted)
         else:
-            with part.open("wb") as file:  # by a path, torch does not say why it failed
-                torch.save(dict(weights), file)
-
-
-class Weights(Mapping[str, Tensor]):
-    """The weights of a checkpoint, each read when it is asked for, and its buffers."""
-
-    def __init__(self, checkpoint: Checkpoint, kind: str) -> None:
-        self.checkpoint, self.kind, self.buffers = checkpoint, kind, dict(checkpoint.buffers())
-        self.empty = {name: torch.empty(shape, device="meta") for name, shape in checkpoint.shapes.items()}
-        self.empty |= {name: torch.empty_like(buffer, device="meta") for name, buffer in self.buffers.items()}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.buffers[name] if name in self.buffers else self.checkpoint.whole(self.kind, name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.empty)
-
-    def __len__(self) -> int:
-        return len(self.empty)
+            write_file(part, weights, weights.empty, noted)
 
 
 def save_files(weights: Weights, folder: Path, most_bytes: int, noted: dict[str, str]) -> None:
@@ -71,7 +50,7 @@ def save_files(weights: Weights, folder: Path, most_bytes: int, noted: dict[str,
     where: dict[str, str] = {}
     for k, names in enumerate(groups, 1):
         file = f"model-{k:05d}-of-{len(groups):05d}.safetensors"
-        save_file({name: weights[name] for name in names}, folder / file, noted)
+        write_file(folder / file, weights, {name: weights.empty[name] for name in names}, noted)
         where |= dict.fromkeys(names, file)
     total = sum(empty.nbytes for empty in weights.empty.values())
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
@@ -84,7 +63,9 @@ def save_distributed(weights: Weights, folder: Path) -> None:
         def lookup_object(self, index: MetadataIndex) -> Tensor:
             return weights[index.fqn]
 
-    writer = FileSystemWriter(folder, single_file_per_rank=True)
+    writer = FileSystemWriter(
+        folder, single_file_per_rank=False
+    )  # torch keeps all tensors of a file until it is written
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is meant
         try:
@@ -93,19 +74,16 @@ def save_distributed(weights: Weights, folder: Path) -> None:
             raise next(iter(error.failures.values()))[0] from None
 
 
-def repartition(checkpoint: Checkpoint, out: Path, parts: int) -> None:
-    """The same checkpoint in this many parts, of which each has an equal stretch of every parameter."""
-    for k in range(parts):
-        tensors: dict[str, Tensor] = {}
-        ranges: dict[str, tuple[int, int]] = {}
-        for name, shape in checkpoint.shapes.items():
-            n = torch.Size(shape).numel()
-            start, stop = n * k // parts, n * (k + 1) // parts
-            if start < stop:
-                ranges[name] = (start, stop)
-                tensors |= {f"{kind}/{name}": checkpoint.read(kind, name, start, stop) for kind in KINDS}
-        if k == 0:
-            tensors |= {f"buffer/{name}": buffer for name, buffer in checkpoint.buffers()}
-        write_part(out.with_suffix(PARTIAL) / f"part-{k}-of-{parts}.safetensors", tensors, ranges)
+def repartition(checkpoint: Checkpoint, out: Path, n_parts: int) -> None:
+    """The same checkpoint in this many parts, of which each has an equal stretch of every parameter. One stretch of a
+    parameter at a time is in memory."""
+    sizes = {name: torch.Size(shape).numel() for name, shape in checkpoint.shapes.items()}
+    bounds = {name: [n * k // n_parts for k in range(n_parts + 1)] for name, n in sizes.items()}
+    held = [{name: of for name, at in bounds.items() if (of := (at[k], at[k + 1]))[0] < of[1]} for k in range(n_parts)]
+    parts = layouts([str(k) for k in range(n_parts)], held)
+    for part in parts:
+        part.write(
+            out.with_suffix(PARTIAL), 0, lambda kind, name, of=part.ranges[0]: checkpoint.read(kind, name, *of[name])
+        )
     state = {key: value for key, value in checkpoint.state.items() if key not in ("format", "parts", "files")}
-    commit(out, parts, state, checkpoint.folder)
+    commit(out, parts, checkpoint.buffers(), state, checkpoint.folder)

@@ -1,14 +1,15 @@
 """Writes checkpoints while training goes on. The format is in checkpoint.py.
 
     begin     copy what this rank holds to host memory: all that training waits for
-    a thread  write it as this rank's part, aside, hash and sync it
-    advance   every rank's part is on disk (told with the step's requests): on the first rank, a thread writes
+    a thread  write it as this rank's stretch of its node's part (parts.py), aside, hash and sync it
+    advance   every stretch is on disk (told with the step's requests): on the first rank, a thread writes
               state.json, renames the folder, moves `best`, then `latest`, and removes what is not kept
     finish    wait for what is under way
 
-No rank gathers another's tensors, and no message but the step's own is sent. A failure on any rank is raised on all.
+No rank gathers another's tensors. Before the first save all hear once which numbers each holds. After that no message
+but the step's own is sent. A failure on any rank is raised on all.
 
-Reading order: Saver, write_part, commit.
+Reading order: Saver, own_share, commit.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -29,25 +29,15 @@ import torch
 from torch import Tensor
 
 from scldm.errors import InputError
-from scldm.files import PARTIAL, put_in_place, write_bytes
+from scldm.files import PARTIAL, put_in_place, sha256_of, write_bytes
 from scldm.given_json import sorted_json
 from scldm.parallel.dist import World
 from scldm.parallel.surface import Engine
 from scldm.train import steps
-from scldm.train.checkpoint import FORMAT
+from scldm.train.checkpoint import BUFFERS, FORMAT
 from scldm.train.ema import EMA
-
-CHUNK = 8 << 20  # bytes hashed and written in turn
-DTYPES = {
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+from scldm.train.parts import Layout, layouts, node
+from scldm.weights import write_weights
 
 
 class Saver(contextlib.AbstractContextManager["Saver"]):
@@ -61,6 +51,7 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
         self.engine, self.ema, self.world = engine, ema, world
         self.keep, self.keep_every = keep, keep_every
         self._host: dict[str, Tensor] = {}
+        self._layouts: list[Layout] = []
         self._phase: Literal["idle", "parts", "commit"] = "idle"
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -92,9 +83,11 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
         self._copy()
         self._state = {**state, "n_updates": self.ema.n_updates}
         self._is_best, self._phase = is_best, "parts"
-        ranges = {piece.name: (piece.start, piece.stop) for piece in self.engine.pieces}
-        part = self._aside / f"part-{self.world.rank}-of-{self.world.size}.safetensors"
-        self._start(lambda: write_part(part, self._host, ranges))
+        if not self._layouts:
+            ranges = {piece.name: (piece.start, piece.stop) for piece in self.engine.pieces}
+            self._layouts = layouts(*zip(*self.world.gather((node(), ranges)), strict=True))
+        part, k = [(part, k) for part in self._layouts for k in range(len(part.ranges))][self.world.rank]
+        self._start(lambda: part.write(self._aside, k, lambda kind, name: self._host[f"{kind}/{name}"]))
 
     def advance(self, failed: bool, unfinished: bool) -> None:
         """Go on where all ranks are through with what is under way. Takes what `failed` and `unfinished` are on any.
@@ -150,7 +143,8 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
 
     def _commit(self) -> None:
         shapes = {name: list(shape) for name, shape in self.engine.shapes.items()}
-        commit(self._target, self.world.size, {**self._state, "shapes": shapes}, self.run_dir)
+        buffers = {name: self._host[f"buffer/{name}"] for name, _ in self.engine.module.named_buffers()}
+        commit(self._target, self._layouts, buffers, {**self._state, "shapes": shapes}, self.run_dir)
         if self._is_best:
             steps.point(self.folder / "best", self._target)
         steps.point(self.folder / "latest", self._target)
@@ -183,51 +177,25 @@ def own_share(engine: Engine, ema: EMA, world: World) -> dict[str, Tensor]:
     return share
 
 
-def write_part(path: Path, tensors: Mapping[str, Tensor], ranges: Mapping[str, tuple[int, int]]) -> None:
-    """Tensors on the CPU as a safetensors file, and beside it, once that is durable, what `commit` notes of it.
-
-    Source: the format of https://github.com/huggingface/safetensors, written here to hash and write in one pass.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    header, at = {}, 0
-    for key, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        header[key] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    digest, n_bytes = hashlib.sha256(), 0
-    with path.open("wb", buffering=1 << 20) as file:
-        arrays: Any = (tensor.reshape(-1).view(torch.uint8).numpy() for tensor in tensors.values())
-        for block in map(memoryview, (len(text).to_bytes(8, "little"), text, *arrays)):
-            for first in range(0, len(block), CHUNK):
-                chunk = block[first : first + CHUNK]
-                digest.update(chunk)
-                file.write(chunk)
-            n_bytes += len(block)
-        file.flush()
-        os.fsync(file.fileno())
-    noted = {"sha256": digest.hexdigest(), "bytes": n_bytes, "ranges": ranges}
-    write_bytes(path.with_suffix(".json"), json.dumps(noted).encode())
-
-
-def commit(target: Path, n_parts: int, state: dict[str, Any], run_dir: Path) -> None:
+def commit(
+    target: Path, parts: Sequence[Layout], buffers: Mapping[str, Tensor], state: dict[str, Any], run_dir: Path
+) -> None:
     """Make a checkpoint of the parts that lie aside: it is there when this returns, and is not if it does not.
 
     run_dir: where the config and the vocabularies are
     """
-    aside, parts, files = target.with_suffix(PARTIAL), {}, {}
-    for k in range(n_parts):
-        noted = aside / f"part-{k}-of-{n_parts}.json"
-        parts[f"{noted.stem}.safetensors"] = json.loads(noted.read_text())
-        noted.unlink()
+    aside, files = target.with_suffix(PARTIAL), {}
+    noted = {part.name: part.noted(aside) for part in parts}
+    write_weights(aside / BUFFERS, buffers, buffers, {"format": "pt"})
     for name in steps.BESIDE:
         with contextlib.suppress(FileNotFoundError):
-            data = (run_dir / name).read_bytes()
-            write_bytes(aside / name, data)
-            files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+            write_bytes(aside / name, (run_dir / name).read_bytes())
+    for name in (BUFFERS, *steps.BESIDE):
+        if (aside / name).is_file():
+            n_bytes, sha256 = sha256_of(aside / name)
+            files[name] = {"sha256": sha256, "bytes": n_bytes}
     state = json.loads(json.dumps({"format": FORMAT, **state}, allow_nan=False))
-    text = sorted_json({**state, "parts": parts, "files": files})  # once: training waits for the interpreter meanwhile
+    text = sorted_json({**state, "parts": noted, "files": files})  # once: training waits for the interpreter meanwhile
     sealed = f'{{"sha256": "{hashlib.sha256(text).hexdigest()}", "state": '.encode() + text + b"}"
     write_bytes(aside / steps.STATE, sealed)
     put_in_place(aside, target)  # which may be there, of a run that went on from an earlier step

@@ -66,7 +66,6 @@ def test_convert_writes_what_other_tools_read(run: Path, tmp_path: Path) -> None
         expected = {key.split("/", 1)[1]: v for key, v in tensors.items() if key.split("/")[0] in (kind, "buffer")}
         words = ["checkpoint", "convert", f"at={run}", f"weights={weights}"]
         assert scldm([*words, f"out={tmp_path}/a/plain.safetensors"]) == 0
-        assert scldm([*words, "to=torch", f"out={tmp_path}/a/plain.pt"]) == 0
         assert scldm([*words, "file_gb=0.00002", f"out={tmp_path}/{weights}/hub"]) == 0
         assert scldm([*words, "to=dcp", f"out={tmp_path}/{weights}/dcp"]) == 0
         index = json.loads((tmp_path / weights / "hub" / "model.safetensors.index.json").read_text())
@@ -85,7 +84,6 @@ def test_convert_writes_what_other_tools_read(run: Path, tmp_path: Path) -> None
         assert all(path.stat().st_mode == mode for path in (tmp_path / "a").iterdir())
         for found in (
             load_file(tmp_path / "a" / "plain.safetensors"),
-            torch.load(tmp_path / "a" / "plain.pt", weights_only=True),
             in_files,
             distributed,
         ):
@@ -94,7 +92,7 @@ def test_convert_writes_what_other_tools_read(run: Path, tmp_path: Path) -> None
             assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("kind", [[], ["to=torch"], ["file_gb=1"], ["to=dcp"], ["to=checkpoint"]])
+@pytest.mark.parametrize("kind", [[], ["file_gb=1"], ["to=dcp"], ["to=checkpoint"]])
 def test_a_folder_that_is_there_is_not_replaced(run: Path, tmp_path: Path, kind: list[str], capsys) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")

@@ -27,7 +27,7 @@ from scldm.parallel.engine import HardwareConfig
 from scldm.train.loop import TrainConfig
 from scldm.train.tracking import read_metrics
 from scldm.vocab import ConditionVocab
-from tests.scldm.train.small_runs import make_cells
+from tests.scldm.train.small_runs import make_cells, tensors_at_a_time
 
 SMALL = [
     *("hardware.engine=plain", "hardware.micro_batch=30", "train.global_batch=60", "train.steps=20"),
@@ -61,7 +61,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_cells_are_encoded_as_they_come_and_all_conditions_reach_the_model(made: Path, capsys) -> None:
+def test_cells_are_encoded_as_they_come_and_all_conditions_reach_the_model(made: Path, capsys, monkeypatch) -> None:
     """Every option at once, from training to cells of a drug, a dose and a combination that were never trained."""
     run(
         "train", "ldm", *LDM, f"vae={made}/vae", f"data.shards={made}/shards", f"run_dir={made}/live",
@@ -72,7 +72,10 @@ def test_cells_are_encoded_as_they_come_and_all_conditions_reach_the_model(made:
     losses = [row["loss"] for row in read_metrics(made / "live", "train")]
     assert losses[-1] < losses[0]
     assert json.loads((made / "live" / "conditions.json").read_text())["drug"] == ["a", "b", "c"]
+    at_a_time = tensors_at_a_time(monkeypatch)
     run("export", f"vae={made}/vae", f"ldm={made}/live", f"out={made}/model")
+    assert len(at_a_time) > 100
+    assert max(at_a_time) <= 2, "of a network of any size one tensor is in memory, and the one before it"
     model = scldm.load(made / "model")
     asked = pd.DataFrame({"drug": ["a", "b", "c", "a", "a"], "dose": ["0", "10", "0.1", "10.0", "1.5"]})
     capsys.readouterr()

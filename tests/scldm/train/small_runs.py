@@ -5,12 +5,14 @@ Reading order: Cells, the loaders, small_run.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from scldm.batch import CellBatch, GeneCounts, LatentBatch
@@ -23,6 +25,7 @@ from scldm.train import checkpoint, steps
 from scldm.train.loop import TrainConfig, train
 from scldm.train.losses import GuidanceConfig, LDMStage, Stage, VAEStage
 from scldm.train.optim import OptimConfig, make_optimizer
+from scldm.train.parts import KINDS
 from scldm.train.previews import Make, Previews
 from scldm.train.requests import Requests
 from scldm.train.tracking import Tracker, TrackingConfig
@@ -172,8 +175,22 @@ def stored(run_dir: Path, which: str = "latest") -> tuple[dict[str, Any], dict[s
     assert target is not None
     found = checkpoint.Checkpoint(target)
     found.check()
-    tensors = {f"{kind}/{name}": found.whole(kind, name) for kind in checkpoint.KINDS for name in found.shapes}
-    return found.state, tensors | {f"buffer/{name}": value for name, value in found.buffers()}
+    tensors = {f"{kind}/{name}": found.whole(kind, name) for kind in KINDS for name in found.shapes}
+    return found.state, tensors | {f"buffer/{name}": value for name, value in found.buffers().items()}
+
+
+def tensors_at_a_time(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tensors of checkpoints that are in memory, each time that one was read from now on."""
+    read, alive, found = checkpoint.Checkpoint.read, list[weakref.ref[Any]](), list[int]()
+
+    def counted(self: checkpoint.Checkpoint, *what: Any) -> torch.Tensor:
+        tensor = read(self, *what)
+        alive.append(weakref.ref(tensor.untyped_storage()))
+        found.append(sum(one() is not None for one in alive))
+        return tensor
+
+    monkeypatch.setattr(checkpoint.Checkpoint, "read", counted)
+    return found
 
 
 @dataclass

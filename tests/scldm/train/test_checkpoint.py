@@ -36,9 +36,9 @@ def latest(run: Path) -> Path:
 def test_the_ema_comes_back(run: Path) -> None:
     finished = small_run("vae", run, steps=12, validate_every=4, save_every=12)  # loads, and has nothing to do
     assert finished.loader.read == []
-    found, step, target = checkpoint.read_ema(run, "latest")
-    assert (step, target) == (12, latest(run))
-    module = network_of(make_vae, found, str(target))
+    found = checkpoint.read_ema(run, "latest")
+    assert (found.checkpoint.step, found.checkpoint.folder) == (12, latest(run))
+    module = network_of(make_vae, found, str(latest(run)))
     _, tensors = stored(run)
     live = dict(finished.engine.module.named_parameters())
     for name, parameter in module.named_parameters():
@@ -145,7 +145,7 @@ def test_a_checkpoint_of_a_later_version_is_refused_and_left_alone(run: Path) ->
     path = latest(run) / "state.json"
     state = {**json.loads(path.read_text())["state"], "format": 99}
     path.write_text(json.dumps({"sha256": hash_of(state), "state": state}))
-    with pytest.raises(InputError, match=r"checkpoint format 99. This version of scldm reads 4"):
+    with pytest.raises(InputError, match=r"checkpoint format 99. This version of scldm reads 5"):
         small_run("vae", run, steps=12)
     assert path.is_file()
 
@@ -153,7 +153,7 @@ def test_a_checkpoint_of_a_later_version_is_refused_and_left_alone(run: Path) ->
 @pytest.mark.heavy
 def test_a_checkpoint_of_another_network_is_refused(run: Path) -> None:
     wider = VAE(VAEConfig(32, 2, 4, 1, 2, 1, 0.01), N_GENES)
-    found, _, target = checkpoint.read_ema(run, "latest")
+    found, target = checkpoint.read_ema(run, "latest"), latest(run)
     for module in (make_dit(), wider):
         with pytest.raises(InputError, match="step-00000012: weights, config and vocabularies do not belong together"):
             network_of(lambda module=module: module, found, str(target))

@@ -14,8 +14,9 @@ import torch
 
 from scldm.errors import InputError, Stopped
 from scldm.parallel.dist import World
-from scldm.train import requests, saver
+from scldm.train import requests
 from scldm.train.losses import Stage
+from scldm.train.parts import Layout
 from scldm.train.tracking import read_metrics
 from tests.scldm.train.small_runs import small_run, stored
 from tests.scldm.train.test_resume import assert_same_run
@@ -119,14 +120,14 @@ def test_a_save_that_begins_while_an_answer_is_on_its_way_is_not_taken_for_writt
     """As where 128 ranks agree every few steps, and parts take longer than these."""
     apart = {**EVERY, "validate_every": 12, "save_every": 3, "keep": 9}
     small_run("vae", tmp_path / "whole", **apart)
-    write, slow = saver.write_part, list[Path]()
+    write, slow = Layout.write, list[Path]()
 
-    def write_slowly(path: Path, *rest: Any) -> None:
+    def write_slowly(part: Layout, folder: Path, *rest: Any) -> None:
         time.sleep(0.5)
-        slow.append(path)
-        write(path, *rest)
+        slow.append(folder)
+        write(part, folder, *rest)
 
-    monkeypatch.setattr(saver, "write_part", write_slowly)
+    monkeypatch.setattr(Layout, "write", write_slowly)
     monkeypatch.setattr(requests, "steps_between", lambda *_: 3)
     if not waits:
         monkeypatch.setattr(requests.Requests, "save_begins", lambda _: None)

@@ -10,6 +10,7 @@ import torch
 
 from scldm.errors import InputError
 from scldm.train import saver, steps
+from scldm.train.parts import Layout
 from scldm.train.tracking import read_metrics
 from tests.scldm.train.small_runs import small_run, stored
 
@@ -62,23 +63,24 @@ def test_stopped_and_resumed_is_uninterrupted(
     assert again.metrics == resumed.metrics
 
 
-@pytest.mark.parametrize("at", ["write_part", "write_bytes", "os.replace", "best", "latest"])
+@pytest.mark.parametrize("at", ["write_a_part", "write_bytes", "os.replace", "best", "latest"])
 def test_a_save_cut_short_costs_only_what_came_after_the_last_whole_one(
     uninterrupted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     """At the second save, of step 6: within the tensors, before the rename, before either pointer moves. Where
     it fails in the background, training ends by it; test_kills.py kills the process instead."""
     checkpoints = tmp_path / "checkpoints"
-    name = {"os.replace": "replace", "best": "point", "latest": "point"}.get(at, at)
-    holder = {"os.replace": os, "write_part": saver, "write_bytes": saver}.get(at, steps)
+    name = {"os.replace": "replace", "best": "point", "latest": "point", "write_a_part": "write"}.get(at, at)
+    holder = {"os.replace": os, "write_a_part": Layout, "write_bytes": saver}.get(at, steps)
     real = getattr(holder, name)
 
     def cut_short(*args, **kwargs):
         latest = steps.pointed(checkpoints / "latest")
         if latest is not None and (checkpoints / "step-00000005").exists() and (name != "point" or args[0].name == at):
-            if name == "write_part":
-                args[0].parent.mkdir()
-                args[0].write_bytes(b"torn")
+            if name == "write":
+                part, folder, *_ = args
+                folder.mkdir()
+                (folder / part.name).write_bytes(b"torn")
             raise OSError("no more")
         return real(*args, **kwargs)
 
