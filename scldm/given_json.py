@@ -77,10 +77,6 @@ def _typed(kind: Any, value: Any, where: str, key: str) -> Any:
     def wrong(right: str) -> InputError:
         return InputError(f"{where}: {key or 'it'} is {reprlib.repr(value)}, must be {right}")
 
-    if kind is Any:
-        if not _is_text(json.dumps(value, ensure_ascii=False, default=str)):
-            raise wrong("text of Unicode characters")
-        return value
     if origin is Annotated:
         number = _typed(inner[0], value, where, key)
         if number not in inner[1]:
@@ -91,10 +87,6 @@ def _typed(kind: Any, value: Any, where: str, key: str) -> Any:
             return None
         (kind,) = (one for one in inner if one is not type(None))
         return _typed(kind, value, where, key)
-    if origin is Literal:
-        if not any(value == one and type(value) is type(one) for one in inner):
-            raise wrong(f"one of {', '.join(map(str, inner))}")
-        return value
     if hasattr(kind, "from_json"):
         return kind.from_json(value, f"{where}: {key}" if key else where)
     if dataclasses.is_dataclass(kind):
@@ -112,21 +104,29 @@ def _typed(kind: Any, value: Any, where: str, key: str) -> Any:
         if not all(map(_is_text, value)):
             raise wrong("a mapping whose keys are text of Unicode characters")
         return {name: _typed(inner[1], item, where, _dotted(key, name)) for name, item in value.items()}
+    if right := _must_be(kind, value):
+        raise wrong(right)
+    return float(value) if kind is float else value
+
+
+def _must_be(kind: Any, value: Any) -> str:
+    """What a value of a type without parts must be. Empty where `value` is just that."""
+    if kind is Any:
+        return "" if _is_text(json.dumps(value, ensure_ascii=False, default=str)) else "text of Unicode characters"
+    if typing.get_origin(kind) is Literal:
+        among = typing.get_args(kind)
+        known = any(value == one and type(value) is type(one) for one in among)
+        return "" if known else f"one of {', '.join(map(str, among))}"
     if kind is float:
-        if type(value) not in (int, float) or not (
-            abs(value) < LARGEST if type(value) is int else math.isfinite(value)
-        ):
-            raise wrong("a finite number")
-        return float(value)
+        finite = abs(value) < LARGEST if type(value) is int else type(value) is float and math.isfinite(value)
+        return "" if finite else "a finite number"
     if kind not in (bool, int, str):
         raise TypeError(f"typed: {kind} is no type of JSON")
     if type(value) is not kind:
-        raise wrong({bool: "true or false", int: "a whole number", str: "text"}[kind])
+        return {bool: "true or false", int: "a whole number", str: "text"}[kind]
     if isinstance(value, int) and not -LARGEST <= value < LARGEST:
-        raise wrong("a number of 64 bits")
-    if isinstance(value, str) and not _is_text(value):
-        raise wrong("text of Unicode characters")
-    return value
+        return "a number of 64 bits"
+    return "" if not isinstance(value, str) or _is_text(value) else "text of Unicode characters"
 
 
 def _typed_fields(kind: Any, value: Any, where: str, key: str) -> Any:

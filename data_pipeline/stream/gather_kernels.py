@@ -227,6 +227,23 @@ def take_each(slots, rows, place, begin, escaped, gene_ids, table, flat, totals)
     return -1
 
 
+@njit(nogil=True)
+def _fill_up(ids, n, n_genes, word, others):
+    """Writes a uniform choice of a cell's unexpressed genes behind its n expressed ones, which ascend. `word` seeds the
+    draws, and `others` (n_genes,) is room for all unexpressed genes."""
+    gene, n_others = np.int64(0), 0
+    for j in range(n + 1):
+        end = ids[j] if j < n else n_genes + 1
+        for other in range(gene + 1, end):
+            others[n_others] = other
+            n_others += 1
+        gene = end
+    for j in range(min(len(ids) - n, n_others)):
+        chosen = j + below(nth_word(word, j), n_others - j)
+        ids[n + j] = others[chosen]
+        others[chosen] = others[j]
+
+
 @njit(nogil=True, cache=True)
 def take_expressed(slots, rows, place, begin, escaped, n_genes, fill_up, words, ids, out, totals):
     """A cell's expressed genes in ascending order. Where they are too many, a uniform choice of them. Filled up with
@@ -238,8 +255,8 @@ def take_expressed(slots, rows, place, begin, escaped, n_genes, fill_up, words, 
         n, steps, packed, columns, medium, large = _parts(place, begin, escaped, slots[i], rows[i])
         if not _sound(n, steps, packed, len(columns), n_genes):
             return i
-        gene, before, seen, written, total = np.int64(0), np.int64(0), 0, 0, np.int64(0)
-        m, g, n_others = 0, 0, 0
+        gene, total = np.int64(0), np.int64(0)
+        m, g, seen, written = 0, 0, 0, 0
         too_many = n > width
         for j in range(len(steps)):
             gene += np.int64(steps[j])
@@ -258,11 +275,6 @@ def take_expressed(slots, rows, place, begin, escaped, n_genes, fill_up, words, 
                     return i
             if seen == n:
                 return i
-            if fill_up and not too_many:
-                for other in range(before + 1, gene):
-                    others[n_others] = other
-                    n_others += 1
-            before = gene
             seen += 1
             if too_many:
                 # selection sampling: keep with probability (still wanted) / (still to come). Knuth vol. 2, 3.4.2 S
@@ -278,13 +290,7 @@ def take_expressed(slots, rows, place, begin, escaped, n_genes, fill_up, words, 
             return i
         totals[i] = total
         if fill_up and not too_many:
-            for other in range(before + 1, n_genes + 1):
-                others[n_others] = other
-                n_others += 1
-            for j in range(min(width - written, n_others)):
-                chosen = j + below(nth_word(words[i], j), n_others - j)
-                ids[i, written + j] = others[chosen]
-                others[chosen] = others[j]
+            _fill_up(ids[i], n, n_genes, words[i], others)
     return -1
 
 
