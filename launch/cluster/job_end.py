@@ -3,7 +3,7 @@
 What Slurm does (preemption, a lost node, a requeue) never ends a job. Failures of its own do, some in a row without
 progress. Before anything is called a failure, Slurm is asked.
 
-Reading order: JobEnd.
+Reading order: StartedJob.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def seconds_until(time_of_slurm: str) -> float:
         return math.inf
 
 
-class JobEnd:
+class StartedJob:
     """One start of one job, or of one task of an array.
 
     unheard: whether there was a signal that no step was told of yet
@@ -72,7 +72,7 @@ class JobEnd:
         try:
             keeper.wait(60)
         except subprocess.TimeoutExpired:
-            self.say("what was staged may still lie on a node; the next job that stages there removes it")
+            self.say("what was staged may still lie on a node. The next job that stages there removes it")
 
     def end(self, code: int, state: str, reason: str = "") -> NoReturn:
         self.note(state, reason)
@@ -130,7 +130,7 @@ class JobEnd:
             try:
                 slurm.call("scontrol", "requeue", self.me)
             except InputError as error:
-                self.say(f"Slurm did not take the requeue ({error}); once more in {pause_s} s")
+                self.say(f"Slurm did not take the requeue ({error}). It is asked once more in {pause_s} s")
                 time.sleep(pause_s)
             else:
                 self.listen(600)  # until Slurm ends it
@@ -141,7 +141,7 @@ class JobEnd:
         """Where Slurm lets this job not requeue, submit its script again. What waits for this job then waits for it."""
         script, job = self.notes / "job.sbatch", self.notes / "job.json"
         if self.part or not job.is_file():
-            self.end(1, "FAILED", f"stopped by {why}, at {now}: Slurm lets this job not requeue; submit it again")
+            self.end(1, "FAILED", f"stopped by {why}, at {now}: Slurm lets this job not requeue. Submit it again")
         waiting = self.waiting()  # before the new job does too
         number = slurm.sbatch(script, f"--dependency=afterany:{self.id}")
         self.note_progress("next", number)
@@ -151,7 +151,7 @@ class JobEnd:
             try:
                 slurm.call("scontrol", "update", f"jobid={one}", f"dependency=afterok:{number}")
             except InputError as error:  # it must not run now
-                code, failed = 1, f"; {name} does not wait for it ({error})"
+                code, failed = 1, f". {name} does not wait for it ({error})"
         self.end(code, "REQUEUED", f"as job {number}, by {why}, at {now}: Slurm lets this one not requeue{failed}")
 
     def end_with(self, told: Mapping[str, str], why: str) -> None:

@@ -11,18 +11,18 @@ Slurm does (preemption, a lost node, a requeue) never ends it. Failures of its o
 Before anything is called a failure, Slurm is asked. Where it lets no job requeue, a new job of the same script goes on.
 
 It needs Python and Slurm's commands, but none of the verbs' packages. Its settings are SCLDM_ variables, which `scldm
-submit` writes into the script; with sbatch they are in the environment, if anywhere. Those of slurm/site.sh, and
+submit` writes into the script. With sbatch they are in the environment, if anywhere. Those of slurm/site.sh, and
 
-    SCLDM_NOTES         folder for notes: state, history, preflight.json, bad_nodes; by default beside what is made
+    SCLDM_NOTES         folder for notes: state, history, preflight.json, bad_nodes. By default beside what is made
     SCLDM_PREFLIGHT     off leaves out the check of the nodes before the first rank starts
     SCLDM_PREFLIGHT_S   seconds that it may take, half of them until every rank is up
     SCLDM_STAGE         on copies the shards to each node's SCLDM_SCRATCH first
-    SCLDM_MAX_FAILURES  how often in a row it may fail without progress; the last time it does not go back to the queue
+    SCLDM_MAX_FAILURES  how often in a row it may fail without progress. The last time it does not go back to the queue
     SCLDM_WARN_S        seconds before the time limit at which Slurm sends SIGUSR1
-    SCLDM_STOP_SIGNAL   what tells the ranks to stop; by default the first of train.stop_signals that srun passes on
-    SCLDM_MIN_NODES     the fewest nodes to run on, where preflight finds broken ones; by default all that it got
+    SCLDM_STOP_SIGNAL   what tells the ranks to stop. By default the first of train.stop_signals that srun passes on
+    SCLDM_MIN_NODES     the fewest nodes to run on, where preflight finds broken ones. By default all that it got
 
-Reading order: main, JobSteps. How a job ends is in job_end.py.
+Reading order: main, JobSteps. StartedJob (job_end.py) is what they note, the signals they get, and how a job ends.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import IO, NoReturn
 
 from launch.cluster import commands as slurm
 from launch.cluster.containers import container_of
-from launch.cluster.job_end import JobEnd
+from launch.cluster.job_end import StartedJob
 from launch.cluster.notes import BAD_NODES, CAME, IMAGE, REPORT, note_nodes
 from launch.cluster.site import PASSED_ON, gpus_of_node
 from scldm.environment import without_passwords
@@ -60,21 +60,23 @@ HERE = "import os; print('here', os.environ['SLURMD_NODENAME'])"
 LOAD = 'podman load --quiet --input="$1" && echo "here $SLURMD_NODENAME"'
 NO_PROGRAM = (2, 126, 127)  # of srun, a shell or a container that finds no such command, or may not run it
 
-TOO_LONG, END_S = 124, 10  # exit code of a step that is ended for its time, as of `timeout`; seconds to end in
+TOO_LONG = 124  # exit code of a step that is ended for its time, as of `timeout`
+END_S = 10  # seconds that such a step has to end in
 
 
 def main(words: Sequence[str]) -> int:
-    """The job of a verb's command line; stdin names the signals that Slurm sends. Raises: SystemExit with its code, but
+    """The job of a verb's command line. Stdin names the signals that Slurm sends. Raises: SystemExit with its code, but
     for words that are refused."""
-    for number in (signal.SIGUSR1, signal.SIGTERM):  # ignored until here; a step would inherit that
+    for number in (signal.SIGUSR1, signal.SIGTERM):  # ignored until here. A step would inherit that
         signal.signal(number, lambda *_: None)
     try:
-        job = JobSteps(words, settings_of(words))
+        job = StartedJob(settings_of(words), trains=words[0] == "train")
+        steps = JobSteps(words, job)
     except InputError as error:
         print(f"scldm: error: {error}", file=sys.stderr)
         return REFUSED
     try:
-        job.run()
+        steps.run()
     except InputError as error:
         job.fail(str(error))
     except Exception as error:
@@ -83,7 +85,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def settings_of(words: Sequence[str]) -> dict[str, str]:
-    """The job's settings; of one that was sent with sbatch, also what its words say. Raises: InputError."""
+    """The job's settings. Of one that was sent with sbatch, also what its words say. Raises: InputError."""
     given = {key: value for key, value in os.environ.items() if value}
     if "SCLDM_MADE" in given:
         return given
@@ -92,18 +94,19 @@ def settings_of(words: Sequence[str]) -> dict[str, str]:
     return settings_by_hand(words) | given
 
 
-class JobSteps(JobEnd):
-    """One start of one job, or of one task of an array.
+class JobSteps:
+    """The steps of a job that has started, on its nodes.
 
-    env: what its steps start with
+    hosts: the nodes to run on
+    env: what each step starts with
     """
 
-    def __init__(self, words: Sequence[str], settings: Mapping[str, str]) -> None:
-        super().__init__(settings, trains=words[0] == "train")
-        self.words = list(words)
+    def __init__(self, words: Sequence[str], job: StartedJob) -> None:
+        self.words, self.job, self.notes = list(words), job, job.notes
+        self.settings = settings = job.settings
         self.image_s = int(settings.get("SCLDM_IMAGE_S") or 1_800)
         self.soft = settings["SCLDM_STOP_SIGNAL"]
-        self.failure = self.notes / f"failure{self.part}"
+        self.failure = self.notes / f"failure{self.job.part}"
         self.container = container_of(settings)
         self.hosts: list[str] = []
         self.env = {key: value for key, value in os.environ.items() if key not in NOT_FOR_RANKS}
@@ -127,11 +130,11 @@ class JobSteps(JobEnd):
     def begin(self) -> None:
         """Note the start."""
         self.notes.mkdir(parents=True, exist_ok=True)
-        now = self.progress()
-        self.note_progress("start", now)
+        now = self.job.progress()
+        self.job.note_progress("start", now)
         where = f"at {now}, on {self.settings['SLURM_JOB_NODELIST']}"
-        self.what = f"{without_passwords(' '.join(self.words))} (start {self.restart + 1}, {where})"
-        self.note("RUNNING", self.what)
+        self.what = f"{without_passwords(' '.join(self.words))} (start {self.job.restart + 1}, {where})"
+        self.job.note("RUNNING", self.what)
 
     def set_up(self) -> None:
         """What every step starts with."""
@@ -142,8 +145,8 @@ class JobSteps(JobEnd):
         named = {key: self.settings[key] for key in ("SCLDM_NOTES", "SCLDM_PREFLIGHT_S")}
         self.env |= passed_on | named | {"SCLDM_FAILURE": str(self.failure), "PYTHONUNBUFFERED": "1"}
         self.env.setdefault("OMP_NUM_THREADS", "1")
-        # jobs that share a node must not share a port; below Linux's ephemeral ones
-        self.env["MASTER_PORT"] = str(12_000 + int(self.id) % 20_000)
+        # jobs that share a node must not share a port. It lies below Linux's ephemeral ones
+        self.env["MASTER_PORT"] = str(12_000 + int(self.job.id) % 20_000)
         self.hosts = slurm.call("scontrol", "show", "hostnames", self.settings["SLURM_JOB_NODELIST"]).split()
         if self.settings["SCLDM_RANKS"] != "all":
             self.hosts = self.hosts[:1]
@@ -153,15 +156,15 @@ class JobSteps(JobEnd):
         if self.container is None:
             return
         began, told = time.monotonic(), f"image {self.container.image} ({self.container.runtime})"
-        self.note("RUNNING", f"{self.what}; brings {told} to {len(self.hosts)} nodes")
+        self.job.note("RUNNING", f"{self.what}. It brings {told} to {len(self.hosts)} nodes")
         if self.container.is_archive:
             loaded = self.bring(told, "podman did not load it", "bash", "-c", LOAD, "load", self.container.image)
             if not (names := re.findall(r"^Loaded image.*: (\S+)$", loaded, re.MULTILINE)):
-                self.fail(f"{told}: podman load printed no image's name; see {self.notes / IMAGE}{self.part}")
+                self.job.fail(f"{told}: podman load printed no image's name. See {self.notes / IMAGE}{self.job.part}")
             self.container = self.container._replace(image=names[-1])
         python = self.settings["SCLDM_PYTHON"]
         self.bring(told, f"{python} did not start in it", *self.python("-c", HERE))
-        self.note("RUNNING", f"{self.what}; {told} is there after {time.monotonic() - began:.0f} s")
+        self.job.note("RUNNING", f"{self.what}. {told} is there after {time.monotonic() - began:.0f} s")
 
     def bring(self, told: str, failed: str, *words: str) -> str:
         """Run a command once on every node, in the container or beside it, and go on with the nodes that say `here`.
@@ -170,25 +173,25 @@ class JobSteps(JobEnd):
 
         Raises: SystemExit where too few nodes are left. A registry that is away for a moment is tried again.
         """
-        place = self.notes / f"{IMAGE}{self.part}"
+        place = self.notes / f"{IMAGE}{self.job.part}"
         with place.open("w") as file:
             # a node that fails ends no other, so that all are named
             command = [*self.each_node(), "--kill-on-bad-exit=0", "--wait=0", *words]
             code = self.step("TERM", command, stdout=file, within_s=self.image_s or math.inf)
         if self.told_to_stop(code):
-            self.requeue("while the container's image came")
+            self.job.requeue("while the container's image came")
         printed = place.read_text()
         came = re.findall(r"^here (\S+)$", printed, re.MULTILINE)
         if missing := [host for host in self.hosts if host not in came]:
             late = f" within {self.image_s} s (SCLDM_IMAGE_S)" if code == TOO_LONG else ""
-            why = f"{told}: {failed} on {', '.join(missing)}{late}; see the log"
-            self.heed(why)
+            why = f"{told}: {failed} on {', '.join(missing)}{late}. See the log"
+            self.job.heed(why)
             if came:  # what all nodes meet alike is the fault of the job or of the site file
                 note_nodes(self.notes / BAD_NODES, dict.fromkeys(missing, f"{told}: {failed}{late}"))
             elif code in NO_PROGRAM:
-                self.fail(f"{why}: exit code {code}, no such program")
+                self.job.fail(f"{why}: exit code {code}, no such program")
             if len(came) < int(self.settings.get("SCLDM_MIN_NODES") or len(self.hosts)):
-                self.retry(why)
+                self.job.retry(why)
             self.hosts = [host for host in self.hosts if host in came]
         return printed
 
@@ -197,69 +200,71 @@ class JobSteps(JobEnd):
         shutil.rmtree(self.notes / CAME, ignore_errors=True)
         report = self.notes / REPORT
         report.unlink(missing_ok=True)
-        # a rank that dies or fails must not end the others, which would be blamed for it; all end within its time
+        # a rank that dies or fails must not end the others, which would be blamed for it. All end within its time
         wait_s = int(self.settings["SCLDM_PREFLIGHT_S"]) + 5
         command = [*self.ranks(), "--kill-on-bad-exit=0", f"--wait={wait_s}"]
         command += self.python("-m", "launch.cluster.preflight", *self.words)
         code = self.step("TERM", command, TORCH_CPP_LOG_LEVEL="ERROR")
         if self.told_to_stop(code):
-            self.requeue("during preflight")
+            self.job.requeue("during preflight")
         if not report.exists():
-            self.heed(f"preflight, exit code {code}")
-            # the first rank reports on all; every rank that comes up leaves word, also where it can't reach the first
+            self.job.heed(f"preflight, exit code {code}")
+            # the first rank reports on all. Every rank that comes up leaves word, also where it can't reach the first
             if not list(self.notes.glob(f"{CAME}/*")):
-                self.fail(f"preflight, exit code {code}: no rank came up on any node; see the log")
+                self.job.fail(f"preflight, exit code {code}: no rank came up on any node. See the log")
             if len(self.hosts) > 1:  # of a single node, it may be the job
                 note_nodes(self.notes / BAD_NODES, {self.hosts[0]: "its first rank gave no report in preflight"})
-            self.fail(f"preflight, exit code {code}: the first rank, on {self.hosts[0]}, gave no report")
+            self.job.fail(f"preflight, exit code {code}: the first rank, on {self.hosts[0]}, gave no report")
         told = read_json(report)
         if not told["use"]:
-            why = f"{told['note']}; " if told["note"] else ""
-            self.fail(f"preflight: {why}see {REPORT} and {BAD_NODES} in {self.notes}")
+            see = f"{told['note']}. See" if told["note"] else "see"
+            self.job.fail(f"preflight: {see} {REPORT} and {BAD_NODES} in {self.notes}")
         return told["use"]
 
     def stage(self) -> None:
-        """Copy the shards; the ranks read the copies, but what they note of the run names the set itself."""
-        source, staged = self.settings["SCLDM_SHARDS"], f"{self.settings['SCLDM_SCRATCH']}/scldm-{self.id}"
+        """Copy the shards. The ranks read the copies, but what they note of the run names the set itself."""
+        source, staged = self.settings["SCLDM_SHARDS"], f"{self.settings['SCLDM_SCRATCH']}/scldm-{self.job.id}"
         running = ",".join(slurm.call("squeue", "--me", "--noheader", "--format=%A").split())
         if not self.keep(staged):
-            self.listen()
-            if self.stopping:
-                self.requeue("before shards were staged")
-            self.fail(f"staging: the step that removes what is staged did not start on all of {len(self.hosts)} nodes")
+            self.job.listen()
+            if self.job.stopping:
+                self.job.requeue("before shards were staged")
+            self.job.fail(
+                f"staging: the step that removes what is staged did not start on all of {len(self.hosts)} nodes"
+            )
         command = [*self.each_node(), *self.python("-m", "launch.cluster.copy_shards")]
         code = self.step("TERM", [*command, f"source={source}", f"out={staged}", f"running={running}"])
         if self.told_to_stop(code):
-            self.requeue("while shards were staged")
+            self.job.requeue("while shards were staged")
         if code:
-            self.fail(f"staging {source}, exit code {code}", code)
+            self.job.fail(f"staging {source}, exit code {code}", code)
         self.env["SCLDM_STAGED"] = staged
 
     def verb(self) -> NoReturn:
         """Run the verb's ranks, and conclude from their exit code."""
         words = list(self.words)
-        if self.part:
+        if self.job.part:
             first, n = int(self.settings.get("SLURM_ARRAY_TASK_MIN", 0)), self.settings.get("SLURM_ARRAY_TASK_COUNT", 1)
             words.append(f"task={int(self.settings['SLURM_ARRAY_TASK_ID']) - first}/{n}")
         self.failure.unlink(missing_ok=True)
         code = self.step(self.soft, [*self.ranks(), *self.python("-m", "launch.cli", *words)])
         told = self.told_to_stop(code)
         if failed := self.failed(code):
-            self.fail(f"exit code {failed[0]}{': ' if failed[1] else ''}{failed[1]}", failed[0])
+            self.job.fail(f"exit code {failed[0]}{': ' if failed[1] else ''}{failed[1]}", failed[0])
         if code == 0:
-            self.end(0, "DONE")
+            self.job.end(0, "DONE")
         if code == STOPPED:
-            self.end(code, "STOPPED", f"by the file stop in {self.made}")
+            self.job.end(code, "STOPPED", f"by the file stop in {self.job.made}")
         if code == REQUEUE or (told and code > 128):
-            self.requeue()
+            self.job.requeue()
         # no exception: the kernel or a library ended a rank, which another start may be spared
         if code == LOST:
-            self.retry("a rank that is gone or hangs")
+            self.job.retry("a rank that is gone or hangs")
         if code in SIGKILLED:
-            self.retry("a rank killed by SIGKILL, as where memory is used up")
+            self.job.retry("a rank killed by SIGKILL, as where memory is used up")
         if code - 128 in CRASHED:
-            self.retry(f"a rank killed by {signal.Signals(code - 128).name}")
-        self.fail(f"exit code {code}", code)
+            self.job.retry(f"a rank killed by {signal.Signals(code - 128).name}")
+        self.job.fail(f"exit code {code}", code)
 
     def failed(self, code: int) -> tuple[int, str] | None:
         """The exit code and the error of the first rank that failed by an exception, where one left word of it.
@@ -267,8 +272,8 @@ class JobSteps(JobEnd):
         Of most verbs, srun ends the other ranks by signals, and returns those. Of a training it ends none: there a rank
         that died by a signal is what makes the others fail.
         """
-        ended_by_srun = code in (128 + signal.SIGKILL, 128 + signal.SIGTERM) and not self.trains
-        if self.stopping or not (code in (1, REFUSED) or ended_by_srun):
+        ended_by_srun = code in (128 + signal.SIGKILL, 128 + signal.SIGTERM) and not self.job.trains
+        if self.job.stopping or not (code in (1, REFUSED) or ended_by_srun):
             return None
         for look in range(5 if ended_by_srun else 1):  # on a network file system it may show up a moment later
             if look:
@@ -294,10 +299,10 @@ class JobSteps(JobEnd):
         end = time.monotonic() + within_s
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, env=self.env | more_env)
         while True:
-            self.listen()
-            if self.unheard:
-                self.unheard = False
-                self.say(f"told to stop: sending SIG{signal_name} to the ranks")
+            self.job.listen()
+            if self.job.unheard:
+                self.job.unheard = False
+                self.job.say(f"told to stop: sending SIG{signal_name} to the ranks")
                 self.wait_for_step(process)
                 process.send_signal(signal.Signals[f"SIG{signal_name}"])
             if process.poll() is not None:
@@ -309,15 +314,15 @@ class JobSteps(JobEnd):
                 process.kill()  # srun waits for a node that hangs
                 process.wait()
                 return TOO_LONG
-            self.listen(0.1)
+            self.job.listen(0.1)
 
     def wait_for_step(self, process: subprocess.Popen[bytes]) -> None:
         """Until Slurm has the step: an srun that has only begun does not pass a signal on."""
         for _ in range(60):
             told = ""
             with suppress(InputError):
-                told = slurm.call("squeue", "--noheader", "--steps", f"--jobs={self.id}", "--format=%i")
-            if len(re.findall(r"\.\d+$", told, re.MULTILINE)) > bool(self.keeper):
+                told = slurm.call("squeue", "--noheader", "--steps", f"--jobs={self.job.id}", "--format=%i")
+            if len(re.findall(r"\.\d+$", told, re.MULTILINE)) > bool(self.job.keeper):
                 break
             time.sleep(1)
             if process.poll() is not None:
@@ -325,10 +330,10 @@ class JobSteps(JobEnd):
         time.sleep(1)
 
     def told_to_stop(self, code: int) -> bool:
-        """By a signal to the script; or, as the exit code of a step tells, to its ranks, before they catch it."""
-        self.listen()
+        """Whether a signal came to the script, or to a step's ranks before they catch it, as its exit code tells."""
+        self.job.listen()
         soft = (signal.SIGUSR1, signal.SIGTERM, signal.Signals[f"SIG{self.soft}"])
-        return self.stopping or code - 128 in soft
+        return self.job.stopping or code - 128 in soft
 
     def ranks(self) -> list[str]:
         """srun, with its arguments for every rank."""
@@ -336,11 +341,12 @@ class JobSteps(JobEnd):
         if self.settings["SCLDM_RANKS"] == "all":
             without = self.settings.get("SCLDM_TASKS_PER_NODE") or self.settings.get("SLURM_NTASKS_PER_NODE") or 1
             per_node = gpus_of_node(self.settings)[1] or int(without)
-        # of a training run, a rank that ends early must not take the others' last save with it, nor may they wait for
-        # it for ever; of the rest, all end with one that failed, and the first may take its time to join what all made
-        common = ["--kill-on-bad-exit=0", "--wait=120"] if self.trains else ["--kill-on-bad-exit=1", "--wait=0"]
-        # in the order of `hosts`, as preflight names nodes by rank; and of a node's sockets, as its GPUs mostly are:
-        # Slurm's own order is a socket for every other rank, away from its GPU
+        # In a training run, a rank that ends early must not take the others' last save with it, and they must not wait
+        # for it for ever. In the other verbs all end with one that failed, and the first may take its time to join what
+        # all made.
+        common = ["--kill-on-bad-exit=0", "--wait=120"] if self.job.trains else ["--kill-on-bad-exit=1", "--wait=0"]
+        # Ranks stand in the order of `hosts`, as preflight names nodes by rank. On a node they stand in the order of
+        # its sockets, as its GPUs mostly do. Slurm's own order puts every other rank on a socket away from its GPU.
         common += ["--cpu-bind=cores", "--distribution=block:block", "--label"]  # each line with its rank
         if cpus := self.settings.get("SCLDM_CPUS_PER_TASK"):
             common.append(f"--cpus-per-task={cpus}")
@@ -359,7 +365,7 @@ class JobSteps(JobEnd):
     def python(self, *words: str) -> list[str]:
         """The ranks' Python, in the site's container where there is one. It stands after srun's arguments."""
         # not of the start before: pyxis may have left half of it there
-        name, gpus = f"scldm-{self.id}-{self.restart}", int(self.settings.get("SLURM_GPUS_ON_NODE") or 0) > 0
+        name, gpus = f"scldm-{self.job.id}-{self.job.restart}", int(self.settings.get("SLURM_GPUS_ON_NODE") or 0) > 0
         within = self.container.before_python(name, gpus) if self.container else []
         return [*within, self.settings["SCLDM_PYTHON"], "-P", *words]
 
@@ -371,14 +377,14 @@ class JobSteps(JobEnd):
         It is there before the folder is: for a job that Slurm ends, it starts no step any more. False where it does not
         come.
         """
-        here = self.notes / f"keepers{self.part}"  # of this node's srun alone, which is told by all
+        here = self.notes / f"keepers{self.job.part}"  # of this node's srun alone, which is told by all
         with here.open("w") as file:
             command = [*self.each_node(), "bash", "-c", KEEPER, "keeper", folder]
-            self.keeper = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, env=self.env)
+            self.job.keeper = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, env=self.env)
         for _ in range(600):
             if here.read_text().split().count("here") == len(self.hosts):
                 return True
-            if self.keeper.poll() is not None:
+            if self.job.keeper.poll() is not None:
                 break
             time.sleep(0.1)
         return False
