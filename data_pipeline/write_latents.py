@@ -1,12 +1,17 @@
 """Latent shard sets: every cell of a cell set encoded once, in the same blocks, shards, splits and order.
 
 A set of kind `latents` has the layout of README.md, with the index of cells and genes, vocabularies, splits and
-statistics of the cell set that it comes from. Its manifest's `extra` says `cells` (that set's hash), `vae` (hash of the
-model), `shape` (L, Z), `precision` (float32 or bfloat16, in which it computed), and `mean` and `std` over the
-training cells, each (L, Z). Latents are float32 whatever that was. A block is 64 bytes of header
-(LATENT_HEADER), then these sections, each filled up with zero bytes to a multiple of 8: total counts u8, source u2, row
-i8, condition widths u1, label ids of each condition, latents f4 (n_cells, L, Z). Blocks are not compressed: floats
-hardly shrink.
+statistics of the cell set that it comes from. Its manifest's `extra` has
+
+    cells        hash of that set
+    vae          hash of the model
+    shape        (L, Z)
+    precision    float32 or bfloat16, in which the model computed. Latents are float32 whatever that was
+    mean, std    over the training cells, each (L, Z)
+
+A block is 64 bytes of header (LATENT_HEADER), then sections, each filled up with zero bytes to a multiple of 8. They
+are total counts u8, source u2, row i8, condition widths u1, label ids of each condition, latents f4 (n_cells, L, Z).
+Blocks are not compressed: floats hardly shrink.
 
 Any number of processes write shards side by side. A shard counts as written once its note under `parts/` is there.
 `finish` writes index and manifest last. Every file gets its name when it is whole, and on the disk.

@@ -58,8 +58,8 @@ def find_verb(words: Sequence[str]) -> tuple[str | None, list[str]]:
     given = " ".join(words[: 2 if begun else 1])
     near = difflib.get_close_matches(" ".join(words[:2]), begun or VERBS, n=1, cutoff=0.8)
     near = near or difflib.get_close_matches(words[0], [] if begun else VERBS, n=1)
-    guess = f"did you mean {near[0]}? " if near else ""
-    raise InputError(f"unknown verb {given!r}; {guess}there are: {', '.join(begun or VERBS)}")
+    guess = f"Did you mean {near[0]}? " if near else ""
+    raise InputError(f"unknown verb {given!r}. {guess}There are: {', '.join(begun or VERBS)}")
 
 
 def run_verb(verb: str, words: Sequence[str]) -> int:
@@ -104,7 +104,7 @@ def run(command: str, module_name: str, words: Sequence[str], presets: Sequence[
         if package in ("", "benchmarks", "data_pipeline", "launch", "scldm"):
             note_failure(1, without_passwords(f"{type(error).__name__}: {error}"), error.__traceback__)
             raise
-        code = refuse(command, f"the package {package} is missing; {install_hint(package)}")
+        code = refuse(command, f"the package {package} is missing. {install_hint(package)}")
         if not began:
             refused_early(command.removeprefix("scldm "))
         return code

@@ -67,7 +67,7 @@ def preset_path(name: str) -> Path:
     if not path.is_file():
         known = sorted(str(p.relative_to(root).with_suffix("")) for p in root.glob("*/*.yaml"))
         near = [k for k in known if k.split("/")[0] == name.split("/")[0]] or known
-        raise InputError(f"preset {name!r} is unknown; there are: {', '.join([*near, 'a path to a .yaml file'])}")
+        raise InputError(f"preset {name!r} is unknown. There are: {', '.join([*near, 'a path to a .yaml file'])}")
     return path
 
 
@@ -306,12 +306,12 @@ def unknown_key(where: str, key: str, known: Sequence[str]) -> InputError:
     places = [k for k in PLACES if k in known]
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or same
     if key.replace("-", "_") in PLACES and not same and places:
-        guess = f"files and folders are named by {', '.join(f'{k}=' for k in places)} here"
+        guess = f"Files and folders are named by {', '.join(f'{k}=' for k in places)} here"
     elif near:
-        guess = f"did you mean {', '.join(near)}?"
+        guess = f"Did you mean {', '.join(near)}?"
     else:
         guess = "--help lists the keys"
-    return InputError(f"{where}: unknown key {key!r}; {guess}")
+    return InputError(f"{where}: unknown key {key!r}. {guess}")
 
 
 # --- passwords -----------------------------------------------------------------------------------------------------

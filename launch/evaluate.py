@@ -9,9 +9,10 @@ from launch.judged import check_judged
 from scldm.files import write_json
 
 PURPOSE = """
-generated=FILE judges generated cells: distances to the test cells beside those of the training cells (the floor) and of
-baselines drawn from them, pooled, per combination of conditions and per condition. Also memorisation, responses to a
-treatment, marker genes, library sizes and a map. Writes report.html, evaluation.json and figures/*.png.
+generated=FILE judges generated cells. Their distances to the test cells stand beside those of the training cells (the
+floor) and of baselines drawn from them: pooled, per combination of conditions and per condition. It also judges
+memorisation, responses to a treatment, marker genes and library sizes, and draws a map. It writes report.html,
+evaluation.json and figures/*.png.
 vae=RUN without generated judges the reconstruction of test cells, beside mean profiles.
 embedding=FILE judges how well labels can be read from an embedding, beside principal components.
 """

@@ -2,7 +2,7 @@
 asks of them. Small JSON files and h5py alone tell it, before packages are imported, which takes seconds. What is said
 is what those say who read them. They check the same again, and more.
 
-Reading order: INPUTS, check_inputs; columns of files, names of a model, kinds of sets and runs.
+Reading order: INPUTS, check_inputs, columns of files, names of a model, kinds of sets and runs.
 """
 
 from __future__ import annotations
@@ -339,7 +339,7 @@ def check_exported(config: Any) -> None:
 
 def check_trained(config: Any) -> None:
     if (Path(config.run_dir) / "latents.json").is_file():
-        raise InputError(f"{config.run_dir} holds another run, of `scldm train ldm`; choose another run_dir")
+        raise InputError(f"{config.run_dir} holds another run, of `scldm train ldm`. Choose another run_dir")
     check_stream(config, "cells")
 
 

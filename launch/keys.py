@@ -31,7 +31,7 @@ PATH = Path(str(resources.files("launch"))) / "keys.json"
 
 @cache
 def kinds_of(verb: str) -> dict[str, list[Any]]:
-    """Dotted key -> its kind as `--help` prints it, with BOUNDS of its numbers; and its default, unless it must be
+    """Dotted key -> its kind as `--help` prints it, with BOUNDS of its numbers, and its default unless it must be
     given."""
     return json.loads(PATH.read_text(encoding="utf-8")).get(verb, {ANY: [""]})
 
@@ -47,9 +47,9 @@ def takes_folders(verb: str) -> bool:
 
 
 def check_words(verb: str, words: Sequence[str], there: bool = True) -> None:
-    """Raises: InputError for a word that is no preset, an unknown key, a value of another kind, a key that must be
-    given and is not, a number out of its range, and a local file or folder that is not there. What keys say together,
-    the verb's own config checks. The words of a verb to be submitted are checked when its job is made.
+    """Raises: InputError for a word that is no preset, an unknown key, or a required key that is missing. Also for a
+    value of another kind or out of its range, and for a local file or folder that is not there. The verb's own config
+    checks what keys say together. The words of a verb to be submitted are checked when its job is made.
 
     there: whether the files and folders that it reads must be there already
     """

@@ -18,8 +18,8 @@ from scldm.parallel.deepspeed_json import check_overrides
 from scldm.train.run_folder import read_config
 
 PURPOSE = """Say what training a config takes: parameters, memory of a rank at each ZeRO stage, bytes between ranks,
-FLOPs, cells/s and days, what the loader must deliver, and what makes it fit if it does not. Of an autoencoder it says
-what `scldm encode` takes then. Nothing is computed.
+FLOPs, cells/s and days. It says what the loader must deliver, and what makes the config fit if it does not. For an
+autoencoder it also says what `scldm encode` takes then. Nothing is computed.
 It takes the line of a run: the presets and keys of `scldm train vae`, listed here, or of `scldm train ldm`, beside some
 of its own."""
 EXAMPLE = """
@@ -45,7 +45,7 @@ def read(words: Sequence[str]) -> PlanConfig:
 
 
 def main(config: PlanConfig) -> Plan:
-    """Print the plan; returns it. Raises: InputError for knowledge that is missing."""
+    """Print and return the plan. Raises: InputError for knowledge that is missing."""
     check_overrides(config.deepspeed)
     config = cut(with_data(config))
     plan = plan_of(config)
@@ -88,7 +88,7 @@ def cut(config: PlanConfig) -> PlanConfig:
     near = next(m for m in range(most, 0, -1) if batch // n_ranks % m == 0) if batch % n_ranks == 0 else most
     whole = max(1, round(batch / (n_ranks * near))) * n_ranks * near
     print(
-        f"train.global_batch={batch} can't be split over {n_ranks} ranks with hardware.micro_batch={micro}; this is a "
+        f"train.global_batch={batch} can't be split over {n_ranks} ranks with hardware.micro_batch={micro}. This is a "
         f"plan of train.global_batch={whole} hardware.micro_batch={near}",
         file=sys.stderr,
     )

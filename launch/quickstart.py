@@ -1,7 +1,7 @@
 """`bash launch/quickstart.sh`: every stage of the project on one small set of real cells, each by its own verb.
 
 Each stage is a command that a user could type, and is printed as such. A finished stage is noted in the folder's
-quickstart.json and not repeated; an unfinished one resumes by itself.
+quickstart.json and not repeated. An unfinished one resumes by itself.
 Reading order: QuickstartConfig, main, the stages, the built-in cells.
 """
 
@@ -36,8 +36,8 @@ bash launch/quickstart.sh
 bash launch/quickstart.sh --h5ad cells.h5ad --condition cell_type --condition treatment
 """
 NOTE = "quickstart.json"
-MOST_THREADS = 4  # beyond it steps this small are no faster; half the cores, as threads that wait for one are slow
-# all that it leaves in its folder; the note is removed last, so that an interrupted removal is known for what it is
+MOST_THREADS = 4  # beyond it steps this small are no faster. Half the cores, as threads that wait for one are slow
+# all that it leaves in its folder. The note is removed last, so that an interrupted removal is known for what it is
 MADE = (
     *("input.h5ad", "soma", "shards", "vae", "reconstruction", "latents", "ldm", "model", "wanted.csv"),
     *("generated.h5ad", "generated.h5ad.parts", "evaluation", "evaluation.json", "report.html", "figures"),
@@ -50,12 +50,12 @@ MADE = (
 class QuickstartConfig(Checked):
     """What to run it on.
 
-    h5ad: h5ad or zarr file with raw counts; empty takes the built-in cells
-    condition: obs columns whose labels are conditions, such as cell_type; several with a comma, or one after another
-    layer: where the counts are, as X, layers/counts or raw/X; empty finds out
-    top_genes: of a file with more genes, only so many most variable ones are kept; 0 keeps all
+    h5ad: h5ad or zarr file with raw counts. Empty takes the built-in cells
+    condition: obs columns whose labels are conditions, such as cell_type. Several with a comma, or one after another
+    layer: where the counts are, as X, layers/counts or raw/X. Empty finds out
+    top_genes: of a file with more genes, only so many most variable ones are kept. 0 keeps all
     out: folder of everything that it makes
-    ranks: processes that train and encode; several run under torchrun and DeepSpeed, as on a cluster
+    ranks: processes that train and encode. Several run under torchrun and DeepSpeed, as on a cluster
     fresh: start over: remove what an earlier quickstart left in that folder
     """
 
@@ -176,18 +176,18 @@ def signals_passed_to(child: subprocess.Popen[bytes]) -> Iterator[None]:
 
 
 def run(stage: str, command: list[str], own: Mapping[str, str]) -> None:
-    """Raises: InputError where the command fails, and Stopped where it saved what it had; it has said why itself."""
+    """Raises: InputError where the command fails, and Stopped where it saved what it had. It has said why itself."""
     root = Path(__file__).resolve().parent.parent
     path = os.pathsep.join(p for p in (str(root), os.environ.get("PYTHONPATH")) if p)
-    # one thread a process but where a verb asks for more; torchrun would say so at length
+    # one thread a process but where a verb asks for more. Torchrun would say so at length
     env = {"OMP_NUM_THREADS": "1", **os.environ, **own, "PYTHONPATH": path}
     with subprocess.Popen(command, env=env) as child, signals_passed_to(child):
         code = child.wait()
     if code in (REQUEUE, STOPPED):
-        print(f"scldm: stopped in stage {stage}, which is saved; the same command goes on", file=sys.stderr, flush=True)
+        print(f"scldm: stopped in stage {stage}, which is saved. The same command goes on", file=sys.stderr, flush=True)
         raise Stopped(code, f"stage {stage}")
     if code:
-        raise InputError(f"stage {stage} failed with exit code {code}; its own message stands above")
+        raise InputError(f"stage {stage} failed with exit code {code}. Its own message stands above")
 
 
 def open_folder(config: QuickstartConfig, out: Path) -> dict:
@@ -199,7 +199,7 @@ def open_folder(config: QuickstartConfig, out: Path) -> dict:
         raise InputError("h5ad and condition go together: the file, and the obs columns that cells are generated for")
     path = out / NOTE
     if not path.is_file() and out.is_dir() and any(out.iterdir()):
-        raise InputError(f"{out} is not empty and not a quickstart's folder; choose another --out")
+        raise InputError(f"{out} is not empty and not a quickstart's folder. Choose another --out")
     if config.h5ad:
         check_cells(config)
     cells = str(Path(config.h5ad).resolve()) if config.h5ad else ""
@@ -214,7 +214,7 @@ def open_folder(config: QuickstartConfig, out: Path) -> dict:
         for key, value in settings.items():
             if note[key] != value:
                 told = f"{key} was {note[key]!r}, now {value!r}"
-                raise InputError(f"{out} holds another run: {told}; --fresh starts over")
+                raise InputError(f"{out} holds another run: {told}. --fresh starts over")
         return note
     out.mkdir(parents=True, exist_ok=True)
     note = {**settings, "stages": {}}
@@ -239,7 +239,7 @@ def check_cells(config: QuickstartConfig) -> None:
         columns = column_names(frame_of(file, "obs", config.h5ad))
         for name in config.condition:
             if name not in columns:
-                told = f"obs of {config.h5ad} has no such column; it has {', '.join(columns)}"
+                told = f"obs of {config.h5ad} has no such column. It has {', '.join(columns)}"
                 raise InputError(f"condition={name}: {told}")
         if config.layer:
             layer_in(file, config.layer, config.h5ad, "layer")
@@ -274,7 +274,7 @@ def say_where(out: Path, todo: Stages, seconds: float) -> None:
         from launch.evaluation.of_generated import show
 
         show(read_json(out / "evaluation.json"), out / "report.html")
-        print(f"\nall is done already ({sum(todo.note['stages'].values()):.0f} s in all); --fresh starts over")
+        print(f"\nall is done already ({sum(todo.note['stages'].values()):.0f} s in all). --fresh starts over")
     else:
         print(f"\n{todo.n_run} stages in {seconds:.0f} s")
     what = {

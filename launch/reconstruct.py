@@ -7,8 +7,8 @@ from pathlib import Path
 
 from launch.own_cells import OwnCellsConfig, model_and_cells, write_whole
 
-PURPOSE = """Encode and decode the cells of an h5ad file: writes expected counts of the chosen genes, and every cell's
-log-likelihood in obs["log_likelihood"]: nats, over the file's genes that the model knows."""
+PURPOSE = """Encode and decode the cells of an h5ad file. It writes expected counts of the chosen genes. Every cell's
+log-likelihood is in obs["log_likelihood"], in nats over the file's genes that the model knows."""
 EXAMPLE = """
 scldm reconstruct model=model h5ad=cells.h5ad out=expected.h5ad
 scldm reconstruct model=model h5ad=cells.h5ad out=expected.h5ad genes=CD3E,MS4A1 --layer counts

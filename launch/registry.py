@@ -23,7 +23,7 @@ TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 
 
 def register(folder: Path, run: Path, name: str, alias: str = "") -> str:
-    """Send a model folder to the MLflow run of the folder `run`, and register it; returns its URI.
+    """Send a model folder to the MLflow run of the folder `run`, and register it. Returns its URI.
 
     Raises: InputError for a run without MLflow and for what a server refuses, Busy for one that is away.
     """
@@ -37,10 +37,10 @@ def register(folder: Path, run: Path, name: str, alias: str = "") -> str:
         raise
     except Exception as error:  # MLflow's, and those of the stores behind it
         uri = (read_note(run) or {}).get("uri", "")
-        kind, what = (Busy, "run the same command again") if may_pass(error) else (InputError, "mend that")
+        kind, what = (Busy, "Run the same command again") if may_pass(error) else (InputError, "Mend that")
         raise kind(
             f"register={name}: the model folder {folder} is written, MLflow at {uri} failed: "
-            f"{cause_of(error, uri)}; {what}"
+            f"{cause_of(error, uri)}. {what}"
         ) from error
 
 

@@ -1,6 +1,6 @@
 """`scldm report RUN [RUN2]`: what was trained on what, how it went and where it is weak, from the run's own files.
 
-Reading order: main; facts, its groups, the evaluations beside a run, where it is weak.
+Reading order: main, facts, its groups, the evaluations beside a run, where it is weak.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from scldm.train.tracked import read_note
 from scldm.train.tracking import read_metrics
 from scldm.vocab import ConditionVocab
 
-PURPOSE = """One page on a training run, or on two beside each other, by the files in their folders: data set, settings,
-curves, the gate, scores of an evaluation that lies beside it, where it is weak, throughput, restarts, environment.
+PURPOSE = """One page on a training run, or on two beside each other, by the files in their folders. It shows data set,
+settings, curves, the gate, scores of an evaluation beside the run, weak points, throughput, restarts and environment.
 An evaluation lies beside RUN if its evaluation.json is in RUN, in RUN's parent, or one folder below either."""
 EXAMPLE = """
 scldm report runs/vae
@@ -49,8 +49,8 @@ WAITS = 0.1  # share of the time from which on a loader is worth a look
 class ReportConfig:
     """What to report on.
 
-    runs: folder of a training run, or of two; given as the first words
-    out: HTML file to write; empty means run.html in the first run's folder, of two runs.html
+    runs: folder of a training run, or of two. Given as the first words
+    out: HTML file to write. Empty means run.html in the first run's folder, of two runs.html
     """
 
     runs: tuple[str, ...]
@@ -71,7 +71,7 @@ def read(words: Sequence[str]) -> ReportConfig:
 
 
 def main(config: ReportConfig) -> Path:
-    """Write the page, and print what matters most; returns the page."""
+    """Write the page, and print what matters most. Returns the page."""
     runs = [facts(Path(run)) for run in config.runs]
     out = Path(config.out or Path(config.runs[0]) / ("run.html" if len(runs) == 1 else "runs.html"))
     write_page(out, run_page(runs).encode())
@@ -163,7 +163,7 @@ def described(config: Mapping[str, Any], starts: Sequence[Mapping[str, Any]]) ->
 
 
 def data(run: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """The set, as it was when the run began, where tracking noted it; else as it lies there now."""
+    """The set, as it was when the run began, where tracking noted it. Else as it lies there now."""
     shards = config["data"]["shards"]
     out = {"shards": shards}
     noted = (read_note(run) or {"datasets": []})["datasets"]
@@ -313,9 +313,9 @@ def scores(path: Path, e: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]
     try:
         return _of_autoencoder(name, e) if "scores" in e else _of_generated(name, e)
     except KeyError as error:
-        return {name: f"not shown, as it has no {error}: another version of scldm made it; evaluate again"}, []
+        return {name: f"not shown, as it has no {error}: another version of scldm made it. Evaluate again"}, []
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        return {name: f"not shown, as it is damaged ({error}); evaluate again"}, []
+        return {name: f"not shown, as it is damaged ({error}). Evaluate again"}, []
 
 
 def _of_autoencoder(name: str, e: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
@@ -331,7 +331,7 @@ def _of_generated(name: str, e: Mapping[str, Any]) -> tuple[dict[str, str], list
     out, section = {name: e["verdict"]["says"]}, score_sections(dict(e))[0]
     for m in e["protocol"]["main"]:
         (score, reach), (floor, _), *_ = row_texts(row := e[section][m])
-        stands = "" if (at := place(row)) is None else f"; {at:.2f} of the way to the best baseline"
+        stands = "" if (at := place(row)) is None else f", {at:.2f} of the way to the best baseline"
         out[f"{METRICS[m].title}, {SECTIONS[section]}"] = f"{score}{f' ± {reach}' * bool(reach)}, floor {floor}{stands}"
     tables = {"all cells": e["pooled"], **e.get("by_combination", {})}
     at = {(of, m): p for of, table in tables.items() for m, row in table.items() if (p := place(row)) is not None}

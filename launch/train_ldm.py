@@ -38,8 +38,8 @@ from scldm.train.step_cost import StepCost, dit_step
 from scldm.vocab import ConditionVocab
 from scldm.weights import weights_hash
 
-PURPOSE = """Train the diffusion transformer on latents that `scldm encode` wrote, or with vae=RUN on cells that are
-encoded as they come, each time from a fresh gene set. Run again with the same run_dir, it resumes."""
+PURPOSE = """Train the diffusion transformer on latents that `scldm encode` wrote. With vae=RUN it trains on cells that
+are encoded as they come, each time from a fresh gene set. Run again with the same run_dir, it resumes."""
 EXAMPLE = """
 scldm train ldm ldm/tiny hardware/cpu data.shards=latents run_dir=runs/ldm
 torchrun --standalone --no-python --nproc-per-node 8 scldm train ldm ldm/base data.shards=latents run_dir=runs/ldm

@@ -340,7 +340,7 @@ def check_changes(config: RunConfig) -> None:
         within = [key for key in keys if f"{key}.".startswith(f"{name}.")]
         if not within:
             near = difflib.get_close_matches(name, keys, n=3, cutoff=0.5)
-            raise InputError(f"allow_changes={name}: no such key; did you mean {', '.join(near or CAN_CHANGE)}?")
+            raise InputError(f"allow_changes={name}: no such key. Did you mean {', '.join(near or CAN_CHANGE)}?")
         may = (*CAN_CHANGE, *FREE_ON_RESUME)
         if never := [key for key in within if not any(f"{key}.".startswith(f"{group}.") for group in may)]:
             why = WHY_NEVER.get(never[0].split(".")[0], "it would be another run")

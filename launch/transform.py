@@ -11,8 +11,8 @@ from scldm.checked import SEEDS, checked
 from scldm.flow.sampler import SamplerConfig
 from scldm.pretrained import Kind
 
-PURPOSE = """Take the cells of an h5ad file to other conditions, as control cells to a perturbation: each to its noise
-along the flow of its own conditions and back along that of others. What the conditions do not say of a cell is kept."""
+PURPOSE = """Take the cells of an h5ad file to other conditions, as control cells to a perturbation. Each goes to
+its noise along the flow of its own conditions, and back along that of others. What no condition says is kept."""
 EXAMPLE = """
 scldm transform model=model h5ad=control.h5ad by=cell_type,treatment to=treatment=IFN out=stimulated.h5ad
 scldm transform model=model h5ad=control.h5ad by=treatment to=treatment=IFN alphas=0,0.5,1 kind=means out=way.h5ad

@@ -21,7 +21,7 @@ def one_of(name: str, value: Any, choices: Any) -> None:
     if value in known:
         return
     near = difflib.get_close_matches(str(value), map(str, known), n=1, cutoff=0.5)
-    guess = f"; did you mean {near[0]!r}?" if near else ""
+    guess = f". Did you mean {near[0]!r}?" if near else ""
     raise InputError(f"{name}={value!r} must be one of {', '.join(map(repr, known))}{guess}")
 
 
@@ -67,7 +67,7 @@ def names_of(name: str, value: Iterable[str] | None, what: str, example: str) ->
     names = tuple(value)
     for k, one in enumerate(names):
         if not isinstance(one, str):
-            raise InputError(f"{name}: {one!r} is of type {type(one).__name__}; {what} are text, as {name}={example}")
+            raise InputError(f"{name}: {one!r} is of type {type(one).__name__}. {what} are text, as {name}={example}")
         if one in names[:k]:
             raise InputError(f"{name}: {one!r} stands twice")
     return names

@@ -206,8 +206,8 @@ def _to(batch: Batch, device: torch.device | str) -> Batch:
 
 
 def _mapped(value: Any, f: Callable[[Tensor], Tensor], done: dict[int, Any]) -> Any:
-    """A batch, or a part of one, with f(tensor) for every tensor: of each once, so that what was one object stays one
-    (the genes given and asked, where they are the same)."""
+    """A batch, or a part of one, with f(tensor) for every tensor. f is called once for each, so that what was one
+    object stays one, as the genes given and asked may be."""
     if isinstance(value, dict):
         return {name: _mapped(v, f, done) for name, v in value.items()}
     if not isinstance(value, Tensor) and not is_dataclass(value):

@@ -1,5 +1,5 @@
-"""AnnData on the disk, h5ad or zarr, opened by h5py alone: within a tenth of a second, what is asked of a file that has
-no such name is refused. What reads it is in cells_file.py.
+"""AnnData on the disk, h5ad or zarr, opened by h5py alone. So a name that a file does not have is refused within a
+tenth of a second. What reads it is in cells_file.py.
 
 Reading order: open_cells, reading, frame_of, column_names, check_columns, layer_in, check_key, check_out.
 """

@@ -159,8 +159,9 @@ def _inverted(rate_N: Tensor, v_N: Tensor, most: int | None) -> Tensor:
 
 
 def _logarithmic_sum(log_scale_N: Tensor, number_N: Tensor, keys_N: Tensor, n_tries: int | None) -> Tensor:
-    """The sum of `number` draws with P(k) = q^k / (k log(1 / (1 - q))), k >= 1, where log(1 / (1 - q)) = log_scale: of
-    geometric ones whose q is drawn, and at most this q. Source: Kemp 1981, algorithm LK with its shortcut."""
+    """The sum of `number` draws with P(k) = q^k / (k log(1 / (1 - q))), k >= 1, where log(1 / (1 - q)) = log_scale.
+    Each is a geometric draw whose own q is drawn, and at most this q. Source: Kemp 1981, algorithm LK with its
+    shortcut."""
     most_q_N = -torch.expm1(-log_scale_N)  # a uniform draw above it is above every q: a draw of 1
     if n_tries is not None:
         term_T1 = torch.arange(n_tries, device=keys_N.device)[:, None]

@@ -23,7 +23,9 @@ PROBE_ROWS = 100  # cells looked at, in each of three places, to tell counts fro
 
 @dataclass(frozen=True)
 class CountMatrix:
-    """name: X, layers/NAME or raw/X; matrix: (n, its genes), as the AnnData has it; genes: (its genes) names"""
+    """name: X, layers/NAME or raw/X
+    matrix: (n, its genes), as the AnnData has it
+    genes: (its genes) names"""
 
     name: str
     matrix: Any
@@ -33,7 +35,7 @@ class CountMatrix:
 def count_matrix(adata: ad.AnnData, layer: str | None = None, what: str = "the cells") -> CountMatrix:
     """The matrix that is named, or that holds counts, by a look at some cells: whoever reads it all checks all.
 
-    layer: X, raw, raw/X, NAME or layers/NAME; none looks in X, layers/counts and raw/X
+    layer: X, raw, raw/X, NAME or layers/NAME. Without one, it looks in X, layers/counts and raw/X
     what: names the cells in errors
 
     Raises: InputError for a layer that is not there, for no counts, and for counts in several that differ.
@@ -45,24 +47,24 @@ def count_matrix(adata: ad.AnnData, layer: str | None = None, what: str = "the c
     if layer:
         name = matrix_name(layer, there)
         if name not in there:
-            raise InputError(f"{what}: layer {layer!r} is not there; there are {', '.join(there) or 'none'}")
+            raise InputError(f"{what}: layer {layer!r} is not there. There are {', '.join(there) or 'none'}")
         return _found(adata, name, there)
     looks = {name: _values(there[name]) for name in LOOKED_FOR if name in there}
     counts = [name for name, values in looks.items() if not len(_wrong(values))]
     if not counts:
         held = "; ".join(f"{name} holds {_wrong(values)[0]:g}, which is not a count" for name, values in looks.items())
-        raise InputError(f"{what}: {held or 'X is empty'}; give raw counts, or name their layer (layer=NAME)")
+        raise InputError(f"{what}: {held or 'X is empty'}. Give raw counts, or name their layer (layer=NAME)")
     first = counts[0]
     for name in counts[1:]:
         if there[name].shape != there[first].shape or not np.array_equal(looks[name], looks[first]):
-            raise InputError(f"{what}: {first} and {name} hold counts and differ; name one, as layer={first}")
+            raise InputError(f"{what}: {first} and {name} hold counts and differ. Name one, as layer={first}")
     return _found(adata, first, there)
 
 
 def check_adata(adata: Any, name: str = "adata") -> None:
     """Raises: InputError for what is none, and for none of a cell."""
     if not isinstance(adata, ad.AnnData):
-        raise InputError(f"{name} is of type {type(adata).__name__}; it must be an AnnData, as anndata.read_h5ad gives")
+        raise InputError(f"{name} is of type {type(adata).__name__}. It must be an AnnData, as anndata.read_h5ad gives")
     if adata.n_obs == 0:
         raise InputError("there are no cells" if name == "adata" else f"{name}: there are no cells")
 

@@ -132,7 +132,7 @@ _KEY = re.compile(r"-----BEGIN[A-Z ]*PRIVATE KEY-----.*?(?:-----END[A-Z ]*-----|
 
 
 def git_diff() -> str:
-    """How tracked files of the checkout differ from its commit, at most a megabyte; empty where they don't.
+    """How tracked files of the checkout differ from its commit, at most a megabyte. Empty where they don't.
 
     Users and passwords in URLs are left out, and so is the rest of a line after a word such as `api_key` or `PASSWORD`.
     A secret without any such word beside it stays: what is not to be seen belongs in no tracked file.

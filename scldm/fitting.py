@@ -126,7 +126,7 @@ def fit(
             raise InputError(said) from None
         except ModuleNotFoundError as error:
             package = str(error.name).partition(".")[0]
-            raise InputError(f"fit needs the package {package}; {install_hint(package)}") from error
+            raise InputError(f"fit needs the package {package}. {install_hint(package)}") from error
         if isinstance(adata, ad.AnnData):
             adata.obs[SPLIT] = pd.Categorical(_splits(work / "shards", adata.n_obs))
     return model

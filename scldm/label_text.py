@@ -13,7 +13,7 @@ from scldm.errors import InputError
 if TYPE_CHECKING:  # it takes a third of a second to import, and a vocabulary of labels needs nothing of it
     import pandas as pd
 
-# a text that is a number as people write one; `1_0`, `1e3` and `infinity` are numbers to Python, and names to people
+# a text that is a number as people write one. `1_0`, `1e3` and `infinity` are numbers to Python, and names to people
 NUMBER = re.compile(r"-?[0-9]+(\.[0-9]*)?")
 
 
@@ -54,9 +54,9 @@ def known_label(label: object, known: Collection[str]) -> str:
 
 
 def as_labels(column: pd.Series, where: str, missing: str) -> pd.Series:
-    """A column of obs as strings, by `texts`; no value, an empty text and `nan` are missing.
+    """A column of obs as strings, by `texts`. No value, an empty text and `nan` are missing.
 
-    missing: the label of missing values; empty refuses them
+    missing: the label of missing values. Empty refuses them
     Raises: InputError for a missing value where no label for it is named, and for an infinite one.
     """
     import pandas as pd
@@ -69,7 +69,7 @@ def as_labels(column: pd.Series, where: str, missing: str) -> pd.Series:
         if not missing:
             at = int(np.flatnonzero(absent)[0])
             raise InputError(
-                f"{where}: column {column.name!r} has no value in {int(absent.sum())} cells, first at position {at}; "
+                f"{where}: column {column.name!r} has no value in {int(absent.sum())} cells, first at position {at}. "
                 "missing=LABEL gives them one"
             )
         labels[absent] = missing
@@ -86,8 +86,9 @@ def labels_of(
 ) -> np.ndarray:
     """A column that every cell must have a label in, (cells,) str.
 
-    key: of the configuration, that named the column; there: the columns to name, where obs has not all of them
-    missing: the label that training gave missing values; empty refuses them
+    key: of the configuration, that named the column
+    there: the columns to name, where obs has not all of them
+    missing: the label that training gave missing values. Empty refuses them
     Raises: InputError where the column is not there, or has no value in some cells.
     """
     import pandas as pd
@@ -97,7 +98,7 @@ def labels_of(
     values = pd.Series(obs[column])
     if n := 0 if missing else int(_absent(values, texts(values)).sum()):
         raise InputError(
-            f"{where}: obs column {_named(column, key)} has no value in {n:,} cells; leave them out or label them"
+            f"{where}: obs column {_named(column, key)} has no value in {n:,} cells. Leave them out or label them"
         )
     return as_labels(values, where, missing).to_numpy(str)
 
@@ -105,7 +106,7 @@ def labels_of(
 def obs_lacks(column: str, where: str, key: str, there: Iterable[object]) -> InputError:
     """The error that says so. The arguments are those of `labels_of`."""
     return InputError(
-        f"{where}: obs has no column {_named(column, key)}; it has {', '.join(map(str, there)) or 'none'}"
+        f"{where}: obs has no column {_named(column, key)}. It has {', '.join(map(str, there)) or 'none'}"
     )
 
 

@@ -57,11 +57,11 @@ class LibrarySizeModel(JsonFile):
     def of(self, labels: pd.DataFrame, or_all: bool = False) -> Sizes:
         """The log-normal of each row of labels.
 
-        A combination that no training cell had backs off to the largest choice of its labels that some had together:
-        all but one of them, then all but two, and so on to one alone. Of several as large, it is that in which cells
-        differ least, by the standard deviation of the log over 10 cells or more. It does not back off to all cells
-        whatever their labels. Of fewer than 10 cells the mean alone is taken. How much cells differ is that of the
-        largest part of these labels that 10 or more had together, or else of all cells.
+        A combination that no training cell had backs off to the largest choice of its labels that some had together.
+        That is all but one of them, then all but two, and so on to one alone. Among choices of one size, the one is
+        taken in which cells differ least, by the standard deviation of the log over 10 cells or more. It does not back
+        off to all cells whatever their labels. Fewer than 10 cells give the mean alone. The spread then comes from the
+        largest choice of these labels that 10 or more cells had together, or else from all cells.
 
         labels: one column for each condition that is given, in any order. None for any cell
         or_all: where no label was fitted, take all cells

@@ -62,14 +62,14 @@ def precision_on(device: str | torch.device, asked: AskedPrecision) -> Precision
 
 
 def cell_bytes(config: VAEConfig, n_genes: int) -> int:
-    """That a cell takes while all its genes are decoded. It has for each gene five numbers a pair of a head and a
-    latent token (weights, and what goes into a norm's variance), and of its counts and their draws 192 at most: a GPU
-    takes up to 675 bytes for a count that may be positive."""
+    """Bytes of a cell while all its genes are decoded. For each gene, a pair of a head and a latent token has five
+    numbers: weights, and what goes into a norm's variance. Counts and their draws have at most 192 more, as a GPU takes
+    up to 675 bytes for a count that may be positive."""
     return 4 * n_genes * (5 * config.decoder_cross_heads * config.n_latents + 192)
 
 
 def preview_cells(config: VAEConfig, n_genes: int) -> int:
-    """That a preview of a training decodes at once, on the device of the training."""
+    """How many cells a preview of a training decodes at once, on the device of the training."""
     return min(BATCH_CELLS, max(1, int(PREVIEW_BYTES / cell_bytes(config, n_genes))))
 
 

@@ -413,7 +413,7 @@ class Pretrained(Networks):
             from scldm.comparison import evaluation  # takes seconds to import
         except ModuleNotFoundError as error:
             package = str(error.name).partition(".")[0]
-            raise InputError(f"evaluate needs the package {package}; {install_hint(package)}") from error
+            raise InputError(f"evaluate needs the package {package}. {install_hint(package)}") from error
         names = self.conditions.names if self.dit is None else tuple(self.dit.n_labels)
         if conditions is not None:
             names = check.names_of("conditions", conditions, "conditions", '["cell_type"]')

@@ -55,15 +55,15 @@ def why_few(theirs: Sequence[str], ours: Sequence[str]) -> str:
     kinds = namespace_of(theirs), namespace_of(ours)
     if kinds[0] != kinds[1]:
         named = {"ensembl": "Ensembl ids", "symbol": "symbols"}
-        return f"; {named[kinds[0]]} here, {named[kinds[1]]} there"
+        return f": {named[kinds[0]]} here, {named[kinds[1]]} there"
     if kinds[0] == "ensembl":
         prefix, own = (
             Counter(m[1] for g in ids if (m := ENSEMBL.fullmatch(g))).most_common(1)[0][0] for ids in (theirs, ours)
         )
-        return f"; ids of another species: {prefix}... here, {own}... there" if prefix != own else ""
+        return f". Ids of another species: {prefix}... here, {own}... there" if prefix != own else ""
     exact, folded = len(set(theirs) & set(ours)), len({g.upper() for g in theirs} & {g.upper() for g in ours})
     if folded > 2 * exact:
-        return f"; {folded:,} match but for upper and lower case, in which symbols of mouse and human differ"
+        return f". {folded:,} match but for upper and lower case, in which symbols of mouse and human differ"
     return ""
 
 
@@ -128,9 +128,9 @@ class GeneVocab(JsonFile):
         index = self.lookup(ids)
         found = GeneMatch(index, len(set(index.tolist()) - {PADDING}), self.n_genes)
         if not found.n_matched or found.n_matched < min_share * self.n_genes:
-            named = f"they are named like {ids[0]!r}, the model's like {self.ids[0]!r}"
+            named = f"They are named like {ids[0]!r}, the model's like {self.ids[0]!r}"
             raise InputError(
-                f"{what}: {found}, and at least {100 * min_share:.3g} % are needed (min_gene_share={min_share:g}); "
+                f"{what}: {found}, and at least {100 * min_share:.3g} % are needed (min_gene_share={min_share:g}). "
                 f"{named}{why_few(ids, self.ids)}"
             )
         times = Counter(index[index != PADDING].tolist())

@@ -144,7 +144,7 @@ def test_every_verb_is_claimed() -> None:
 @pytest.mark.parametrize(
     "package, said",
     [
-        ("tiledbsoma", """the package tiledbsoma is missing; scldm's extra 'data' brings it: pip install -c """
+        ("tiledbsoma", """the package tiledbsoma is missing. scldm's extra 'data' brings it: pip install -c """
          """constraints.txt -e ".[data]", in scldm's folder"""),
         ("sklearn", "scldm's extra 'evaluate' brings it"),
         ("numba", "scldm's extra 'shards' brings it"),

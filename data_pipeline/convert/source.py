@@ -74,8 +74,8 @@ class Matrix(Protocol):
 
 
 def spans(rows: np.ndarray, start: np.ndarray, end: np.ndarray, budget: float, gap: float) -> Iterator[tuple[int, int]]:
-    """Positions a, b such that reading all rows from rows[a] to rows[b - 1] costs at most `budget` (or is one row), and
-    no rows between chosen ones that cost more than `gap` are read in vain.
+    """Positions a, b such that reading all rows from rows[a] to rows[b - 1] costs at most `budget`, or is one row. Rows
+    between chosen ones that cost more than `gap` are not read.
 
     start, end: cost of all rows of the source before and up to each chosen row
     """

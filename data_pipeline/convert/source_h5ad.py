@@ -78,7 +78,7 @@ def matrix_shape(node: Any) -> tuple[int, int]:
 
 
 def _probe(node: Any) -> tuple[int, np.ndarray, np.ndarray]:
-    """How many values a matrix stores; those at its beginning, middle and end; and where they are stored."""
+    """How many values a matrix stores, those at its beginning, middle and end, and where they are stored."""
     if is_array(node):
         n_rows = max(1, PROBE // max(node.shape[1], 1))
         starts = {0, max(0, (node.shape[0] - n_rows) // 2), max(0, node.shape[0] - n_rows)}
@@ -128,7 +128,7 @@ def _place(file: Any, name: str, at: int) -> str:
 
 
 def name_at(frame: Any, k: int) -> str:
-    """The k-th name of obs or var; its number where a broken file has none."""
+    """The k-th name of obs or var, or its number where a broken file has none."""
     try:
         return str(read_names(frame)[k])
     except (AttributeError, IndexError, KeyError, TypeError):
@@ -153,9 +153,9 @@ def find_counts(file: Any, layer: str = "", key: str = "source.layer") -> str:
     seen = [look_at(file, n) for n in LOOKED_FOR if n in there]
     counts = [c for c in seen if c.holds_counts]
     others = [n for n in there if n not in {c.name for c in seen}]
-    more = f"; also there: {', '.join(others)}" if others else ""
+    more = f". Also there: {', '.join(others)}" if others else ""
     if not counts:
-        # of a few wrong values among counts the first is worth a look; scaled values are all wrong
+        # of a few wrong values among counts the first is worth a look. Scaled values are all wrong
         held = "; ".join(f"{c}: {c.first_wrong}" if c.wrong < FEW else str(c) for c in seen) or "neither is there"
         raise InputError(f"{path}: no counts in {', '.join(LOOKED_FOR)}: {held}{more}. Choose another with {key}=NAME")
     if any(not _same(file, counts[0], c) for c in counts[1:]):
@@ -231,7 +231,7 @@ def matrix_format(node: Any) -> str:
 class H5adMatrix:
     """A matrix of an h5ad file, by chunks of rows.
 
-    transposed: where `transpose_csc` has put a CSC matrix; without it, all of a CSC matrix is read for every `read`
+    transposed: where `transpose_csc` has put a CSC matrix. Without it, all of a CSC matrix is read for every `read`
     """
 
     def __init__(self, spec: SourceSpec, transposed: Path | None = None) -> None:
@@ -340,7 +340,7 @@ def column_groups(node: Any, indptr: np.ndarray, chunk_bytes: int) -> list[tuple
 
 
 def groups_to_transpose(spec: SourceSpec, chunk_bytes: int) -> list[tuple[int, int]]:
-    """The column groups of a CSC matrix; none for any other. Transposing one takes about three times chunk_bytes."""
+    """The column groups of a CSC matrix. None for any other. Transposing one takes about three times chunk_bytes."""
     with open_cells(spec.uri) as file, reading(spec.uri):
         node = file[spec.layer]
         if matrix_format(node) != "csc":

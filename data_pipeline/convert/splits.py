@@ -151,8 +151,8 @@ def _by_values(split: np.ndarray, column: str, values: tuple[str, ...], obs: pd.
 def _fractions(shares: dict[str, float], strata: np.ndarray, key: np.ndarray, names: list[str]) -> np.ndarray:
     """Within each stratum, the cells with the smallest keys are training, the next validation, the last test.
 
-    Numbers are rounded over all strata so far, in the order of their smallest keys: the shares hold of small strata
-    together, and of each as well as whole cells can.
+    Numbers are rounded over all strata so far, in the order of their smallest keys. So the shares hold for small strata
+    together, and for each as well as whole cells can.
     """
     out = np.zeros(len(key), np.uint8)
     if not len(key):

@@ -22,7 +22,7 @@ def describe_text(url: str, manifest: Manifest) -> str:
         f"  {len(manifest.shards)} shards, {n_blocks:,} blocks of {manifest.block_cells} cells, {manifest.codec}, "
         f"{size / 1e6:,.1f} MB, {size / max(manifest.n_cells, 1):,.0f} bytes a cell",
         f"  expressed genes a cell: {stats.n_nonzeros / max(manifest.n_cells, 1):,.0f} on average, at most "
-        f"{stats.n_expressed_largest:,}; largest count {stats.largest_count:,}",
+        f"{stats.n_expressed_largest:,}, largest count {stats.largest_count:,}",
         "  splits",
     ]
     lines += [f"    {s.name:<14}{s.n_cells:>14,} cells{s.n_blocks:>10,} blocks" for s in manifest.splits if s.n_cells]
@@ -30,7 +30,7 @@ def describe_text(url: str, manifest: Manifest) -> str:
     names = [s.name for s in manifest.splits]
     for name in manifest.conditions.names:
         labels = manifest.conditions.labels[name]
-        lines.append(f"  {name}: {len(labels)} labels; cells in {', '.join(names)}")
+        lines.append(f"  {name}: {len(labels)} labels, cells in {', '.join(names)}")
         table = cells_by_label(manifest, name)
         width = max(len(label) for label in labels[:MANY])
         for label, n in list(zip(labels, table))[:MANY]:

@@ -61,7 +61,7 @@ def _load(url: str, path: str) -> np.ndarray:
     try:  # out of the store's hands: a damaged file is not a store that is away
         return np.load(io.BytesIO(data))
     except (ValueError, EOFError) as error:
-        raise InputError(f"{url}: {path} is damaged ({error}); scldm shards verify says what else is") from None
+        raise InputError(f"{url}: {path} is damaged ({error}). scldm shards verify says what else is") from None
 
 
 # --- marks ---------------------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def histogram(groups: Sequence[np.ndarray], names: Sequence[str], title: str) ->
 
 
 def scatter(mean: np.ndarray, fraction: np.ndarray) -> Figure:
-    """Genes: mean count against share of expressing cells; up to 3,000 of them, evenly by rank."""
+    """Genes: mean count against share of expressing cells. Up to 3,000 of them, evenly by rank."""
     seen = np.flatnonzero(mean > 0)
     chosen = seen[np.argsort(mean[seen])][:: max(len(seen) // 3000, 1)]
     if not len(chosen):

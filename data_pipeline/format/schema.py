@@ -319,7 +319,7 @@ def misfits(m: Manifest) -> Iterator[str]:
             yield f"split {split.name}: its shards don't add up to its {split.n_cells} cells in {split.n_blocks} blocks"
         if split.n_cells and (split.first_cell, split.first_block) != (cell, block):
             yield (
-                f"split {split.name}: first_cell={split.first_cell}, first_block={split.first_block}; the splits "
+                f"split {split.name}: first_cell={split.first_cell}, first_block={split.first_block}. The splits "
                 f"before it end at cell {cell}, block {block}"
             )
         for k, shard in enumerate(mine):

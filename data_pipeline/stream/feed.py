@@ -93,9 +93,9 @@ class Feed(Generic[Batch]):
             self.running.stop()
         self.order = order
         low, high, n_blocks = self.low, self.high, self.n_blocks
-        # all blocks of a small set, else the windows of this rank's lanes and half as many again, and those read ahead:
-        # few blocks where all of their cells are used, up to as many again as the windows where few are selected. At
-        # least those of one step: of each lane the windows that it begins and ends in, and what lies whole between.
+        # All blocks of a small set. Else the windows of this rank's lanes, half as many again, and the blocks read
+        # ahead: few where all of their cells are used, up to as many as the windows where few are selected. At least
+        # the blocks of one step: of each lane the windows that it begins and ends in, and those between.
         # Where the batch was changed within an epoch, any lane may be this rank's until its end
         edge = np.arange(order.lanes + 1) * order.global_batch // order.lanes
         own = ((edge[:-1] < high) & (edge[1:] > low)) | (step < order.regular_from)
@@ -178,8 +178,8 @@ class _Blocks:
         self.loading: dict[int, Future[None]] = {}  # block -> its read, until it was waited for
 
     def want(self, block: np.ndarray, since: int) -> int:
-        """Begins to read what is not there, and returns when that was. 0, with nothing begun, where that would take the
-        slot of a block that was asked for since then."""
+        """Begins to read what is not there, and returns when that was. Returns 0, with nothing begun, where reading
+        would take the slot of a block that was asked for after `since`."""
         self.now += 1
         if _ask_for(block, self.slot, self.needed, self.now):
             return self.now
@@ -253,8 +253,8 @@ def _find(block, slot_of, read, slots):
 
 
 def read_block(cells: ShardSet, slots: Slots, block: int, slot: int) -> None:
-    """Raises: InputError for a block that can't be read, is damaged, or has another number of cells than the index says
-    (rows beyond its own would be those of a block that was in the slot before)."""
+    """Raises: InputError for a block that can't be read or is damaged. Also where it has another number of cells than
+    the index says: rows beyond its own would be those of the block that was in the slot before."""
     record = cells.blocks[block]
     slots.fill(slot, cells.fetch(block, slots.buffer(slot, int(record["length"]))), cells.where(block))
     if slots.n_cells[slot] != record["n_cells"]:

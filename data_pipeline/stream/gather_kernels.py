@@ -185,8 +185,8 @@ def take_cells(slots, rows, about):
 
 @njit(nogil=True, cache=True)
 def take_shared(slots, rows, place, begin, escaped, gene_ids, table, flat, totals):
-    """The first cell that is not sound, or -1. flat is (B * S + 1,): a count outside of the set lands where the next
-    cell begins, which is cleared after it."""
+    """The first cell that is not sound, or -1. flat is (B * S + 1,). A count outside of the set lands where the next
+    cell begins, and that place is cleared after it."""
     width, refused = len(gene_ids), -1
     for j in range(width):
         table[gene_ids[j]] = j

@@ -75,8 +75,8 @@ class GeneSetConfig(Checked):
 
 
 def as_whole_cells(given: GeneSetConfig) -> GeneSetConfig:
-    """How whole cells are given to an encoder that is trained on such sets, to be judged, encoded or standardised: all
-    genes, where a drawn set was a part of them. Else as in training, as all genes would be another function."""
+    """How whole cells are given to an encoder that is trained on such sets, to be judged, encoded or standardised. It
+    gets all genes where a drawn set was a part of them. Else as in training, as all genes would be another function."""
     if given.policy == "expressed":
         return GeneSetConfig("expressed")
     return given if given.policy in OF_THE_CELL else GeneSetConfig()

@@ -145,8 +145,8 @@ def below(word, n):
 
 @njit(nogil=True, cache=True)
 def _draw_without_replacement(n, seed, purpose, first, step, epoch, out):
-    """Sets of out.shape[1] of the indices 1 ... n, a row for each position's random word: by drawing again what was
-    drawn before, or, where that would be often, by the first steps of a Fisher-Yates shuffle."""
+    """Sets of out.shape[1] of the indices 1 ... n, a row for each position's random word. What was drawn before is
+    drawn again. Where that would be often, the first steps of a Fisher-Yates shuffle draw them."""
     width = out.shape[1]
     often = 2 * width > n
     items, taken = np.empty(n if often else 0, np.int32), np.zeros(0 if often else n, np.uint8)

@@ -165,7 +165,7 @@ class _Loader(ABC, Generic[Batch]):
             reads = orders.reads_of_a_block(lanes, world_size, global_batch)
             print(
                 f"data.lanes={lanes} are shared by {world_size} ranks: a block is read and decompressed by {reads:.3g} "
-                f"of them, with data.lanes={world_size} by one (of a new run: lanes are part of the order)",
+                f"of them. In a new run, data.lanes={world_size} has it read by one. Lanes are part of the order",
                 file=sys.stderr,
             )
         if rank == 0 and self.pass_cells < self.units.n_cells:

@@ -367,8 +367,8 @@ def rank_slice(rank: int, world_size: int, global_batch: int, micro_batch: int) 
 
 
 def reads_of_a_block(lanes: int, world_size: int, global_batch: int) -> float:
-    """How many ranks read a block, as a mean: those that have a share of its lane's positions. 1 where no rank's share
-    begins within a lane, as with as many lanes as ranks, or a multiple. For ranks that divide the global batch."""
+    """How many ranks read a block, as a mean: those that have a share of its lane's positions. It is 1 where no rank's
+    share begins within a lane. So it is with as many lanes as ranks, or a multiple. Ranks divide the global batch."""
     lanes = min(lanes, global_batch)
     edge = np.arange(lanes + 1) * global_batch // lanes
     begins = np.arange(1, world_size) * (global_batch // world_size)

@@ -34,7 +34,7 @@ class Partition(NamedTuple):
         return max(n_gpus(gpus, kind) for gpus, _ in self.nodes.values())
 
     def cpus_of_rank(self, kind: str, gpus: int, n_ranks: int) -> int:
-        """A rank's even share of the CPUs, on every node that has so many such GPUs; with GPUs, a GPU's share."""
+        """A rank's even share of the CPUs, on every node that has so many such GPUs. With GPUs, it is a GPU's share."""
         fit = [(of_node.total(), cpus) for of_node, cpus in self.nodes.values() if n_gpus(of_node, kind) >= gpus]
         return max(1, min(cpus // (n if gpus else n_ranks) for n, cpus in fit))
 
@@ -50,11 +50,11 @@ def is_here(command: str = "squeue") -> bool:
 def call(*words: str) -> str:
     """What a command of Slurm prints. Raises: InputError with its own words where it fails, or is not there."""
     if not is_here(words[0]):
-        raise InputError(f"there is no Slurm on this machine ({words[0]} is not on the PATH); submit from a login node")
+        raise InputError(f"there is no Slurm on this machine ({words[0]} is not on the PATH). Submit from a login node")
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
-        raise InputError(f"{words[0]} gave no answer within a minute; is Slurm's controller up?") from None
+        raise InputError(f"{words[0]} gave no answer within a minute. Is Slurm's controller up?") from None
     if done.returncode:
         told = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
         raise InputError(told if told.startswith(words[0]) else f"{words[0]}: {told}")
@@ -74,7 +74,7 @@ def partitions() -> dict[str, Partition]:
 
 
 def job_state(job: str) -> tuple[str, str] | None:
-    """State and reason of a job, of an array those of a task that waits or runs; None where Slurm has forgotten it."""
+    """State and reason of a job, of an array those of a task that waits or runs. None where Slurm has forgotten it."""
     try:
         lines = call("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T|%r").splitlines()
     except InputError as error:
@@ -86,7 +86,7 @@ def job_state(job: str) -> tuple[str, str] | None:
 
 
 def accounted(job: str) -> tuple[str, str] | None:
-    """The same by Slurm's accounting, which forgets no job; None where there is none. Of an array, the worst task."""
+    """The same by Slurm's accounting, which forgets no job. None where there is none. Of an array, the worst task."""
     try:
         told = call("sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job}", "--format=State,ExitCode")
     except InputError:
@@ -97,7 +97,7 @@ def accounted(job: str) -> tuple[str, str] | None:
 
 
 def sbatch(script: Path, *options: str) -> str:
-    """Submit a script; returns the job's id."""
+    """Submit a script. Returns the job's id."""
     return call("sbatch", "--parsable", *options, str(script)).strip().split(";")[0]
 
 

@@ -22,14 +22,14 @@ PODMAN_OPTIONS = (
     # ranks find each other by the node's names and ports, and share its memory and limits
     *("--network=host", "--uts=host", "--ipc=host", "--ulimit=host"),
     "--cgroups=disabled",  # it stays in Slurm's, which then limits and ends what runs in it
-    "--init",  # the first process of a container ignores the signals that it does not catch; so Python is the second
+    "--init",  # the first process of a container ignores the signals that it does not catch. So Python is the second
     # files are made by the user, who is 0 within where Podman runs without root, and with all of the user's groups
     *("--user=0:0", "--group-add=keep-groups", "--security-opt=label=disable"),
 )
 
 
 class Container(NamedTuple):
-    """mounts: source, target and flags (as ro, or ro+rprivate; mostly none)"""
+    """mounts: source, target and flags (as ro, or ro+rprivate, mostly none)"""
 
     runtime: str
     image: str
@@ -79,6 +79,6 @@ def container_of(site: Mapping[str, str]) -> Container | None:
         match = re.fullmatch(rf"({'[^:]+' if runtime == 'pyxis' else '/[^:]*'})(?::(/[^:]*)(?::([\w+=-]+))?)?", text)
         if not match:
             told = f"SCLDM_CONTAINER_MOUNTS: {text!r} is no mount of {runtime}"
-            raise InputError(f"{told}; give /data, /data:/inside or /data:/inside:ro, separated by commas")
+            raise InputError(f"{told}. Give /data, /data:/inside or /data:/inside:ro, separated by commas")
         mounts.append((match[1], match[2] or match[1], match[3] or ""))
     return Container(runtime, image, mounts)

@@ -1,4 +1,4 @@
-"""Copy a shard set to a node's own disk, every byte checked against the manifest; a job's steps run it once a node.
+"""Copy a shard set to a node's own disk, every byte checked against the manifest. A job's steps run it once a node.
 
 What jobs that no longer run left there is removed first: folders with their name that hold their mark, and no others. A
 copy that is whole already, as after a requeue to the same node, is kept. The job's ranks then read it where it lies.
@@ -42,7 +42,7 @@ class StageConfig:
 
 
 def main(config: StageConfig) -> Path:
-    """Copy; returns the folder. Raises: InputError for a full disk, or a file that is not as the manifest says."""
+    """Copy. Returns the folder. Raises: InputError for a full disk, or a file that is not as the manifest says."""
     began, out = time.monotonic(), Path(config.out)
     running = config.running.strip(",").split(",")
     if (
@@ -70,7 +70,7 @@ def main(config: StageConfig) -> Path:
 
 
 def copy(source: Path, target: Path, entry: Any) -> int:
-    """Copy one file, checking it on the way; returns the bytes copied, 0 where it is there already."""
+    """Copy one file, checking it on the way. Returns the bytes copied, 0 where it is there already."""
     if target.is_file() and sha256_of(target)[1] == entry.sha256:
         return 0
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """One Slurm job to be, and the batch script that it is submitted as.
 
 The script is slurm/job.sbatch with the settings of this job in place of the site file's. It lies in the notes of the
-job, a folder beside what it makes (for a training run, `slurm` in the run folder), with the log and the job's state.
+job, with the log and the job's state. The notes are a folder beside what it makes, or `slurm` in a training run's.
 
 Reading order: SubmitConfig, Job, job_of, site_of_job, script, settings.
 """
@@ -35,7 +35,7 @@ OF_SITE = {
     "gpus_per_node": "SCLDM_GPUS_PER_NODE",
     "cpus_per_task": "SCLDM_CPUS_PER_TASK",
 }
-# a verb whose ranks share its work: one per GPU on every node; and those that want one GPU. The others want none
+# verbs whose ranks share the work, one per GPU on every node. Then those that want one GPU. The others want none
 ON_ALL_RANKS = ("train vae", "train ldm", "encode", "generate")
 ON_ONE_GPU = ("transform", "embed", "reconstruct")
 BEGIN, SETTINGS, THE_JOB = "# --- begin ---", "# --- settings", "# --- the job ---"  # the parts of slurm/job.sbatch
@@ -43,25 +43,25 @@ BEGIN, SETTINGS, THE_JOB = "# --- begin ---", "# --- settings", "# --- the job -
 
 @dataclass(frozen=True)
 class SubmitConfig(Checked):
-    """How a job runs; given as --option value. All other words are the verb's.
+    """How a job runs. Its options are given as --option value. All other words are the verb's.
 
     nodes: nodes, or MIN-MAX: as many as are free, and fewer where one is lost
-    partition: as sbatch has it, like the next six; each goes before the site file's
+    partition: as sbatch has it, like the next six. Each goes before the site file's
     account: to charge
     qos: quality of service
     time: limit, as 24:00:00
-    mem: of a node, as 200G; 0 is all of it
-    gpus_per_node: a number, or a type too, as a100:4; so many ranks run on a node
+    mem: of a node, as 200G. 0 is all of it
+    gpus_per_node: a number, or a type too, as a100:4. So many ranks run on a node
     cpus_per_task: cores of a rank
     tasks: `shards write` alone: tasks that share the work as arrays, before a closing job
-    at_once: tasks of an array that run at the same time; 0 is all
+    at_once: tasks of an array that run at the same time. 0 is all
     warn_s: seconds before the time limit at which the job saves, stops and goes back to the queue
-    max_failures: how often in a row it may fail without progress; each time but the last it goes back to the queue.
+    max_failures: how often in a row it may fail without progress. Each time but the last it goes back to the queue.
         What Slurm does (preemption, a lost node, a requeue) is no failure
     preflight: check the nodes before the first rank starts
-    preflight_s: seconds that this may take; a rank that is not up after half of them is missing
+    preflight_s: seconds that this may take. A rank that is not up after half of them is missing
     stage: copy the shards to each node's own disk (the site's SCLDM_SCRATCH) first
-    dry_run: print the script; submit nothing. It needs no Slurm
+    dry_run: print the script, and submit nothing. It needs no Slurm
     """
 
     nodes: str = "1"
@@ -109,7 +109,7 @@ class Job(NamedTuple):
     config: Any
     options: SubmitConfig
     notes: Path
-    array: int = 0  # tasks; 0 is no array
+    array: int = 0  # tasks. 0 is no array
     parent: str = ""  # folder of the MLflow run that the job's is nested in
     sbatch: Sequence[str] = ()  # further words for sbatch
 
@@ -128,7 +128,7 @@ class Job(NamedTuple):
 
     @property
     def shards(self) -> str:
-        """The shard set that each rank reads; empty for a verb without."""
+        """The shard set that each rank reads. Empty for a verb without."""
         place = getattr(self.config, "data", self.config)
         return getattr(place, "shards", "") if self.on_all_ranks else ""
 
@@ -254,7 +254,7 @@ def settings_by_hand(words: Sequence[str]) -> dict[str, str]:
 
 
 def stop_signal(config: Any) -> str:
-    """What tells the ranks of a training to save and stop, as USR1; TERM for other verbs.
+    """What tells the ranks of a training to save and stop, as USR1. For other verbs it is TERM.
 
     Raises: InputError where the ranks catch none that srun passes on.
     """
@@ -264,6 +264,6 @@ def stop_signal(config: Any) -> str:
     if not passed_on:
         given = ", ".join(config.train.stop_signals) or "none"
         raise InputError(
-            f"train.stop_signals={given}: a job is told to stop by SIGUSR1, SIGUSR2 or SIGTERM; name one of them"
+            f"train.stop_signals={given}: a job is told to stop by SIGUSR1, SIGUSR2 or SIGTERM. Name one of them"
         )
     return passed_on[0].removeprefix("SIG")

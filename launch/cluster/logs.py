@@ -15,8 +15,8 @@ from launch.cluster.notes import ENDED, find_notes, state_of, with_run
 from launch.config import compose
 from scldm.checked import Checked, checked
 
-PURPOSE = """Follow the log of a run that was submitted, over all its starts, until its job ends; of a pipeline's
-folder, those of its jobs, one after another."""
+PURPOSE = """Follow the log of a run that was submitted, over all its starts, until its job ends. In a
+pipeline's folder, follow those of its jobs, one after another."""
 EXAMPLE = """
 scldm logs runs/vae
 scldm logs runs/vae follow=false
@@ -30,8 +30,8 @@ ASK_SLURM_EVERY_S = 10.0
 class LogsConfig(Checked):
     """What to follow.
 
-    run: run folder, pipeline folder, or what a submitted verb makes; given as the first word
-    follow: go on until the job has ended; false prints what there is
+    run: run folder, pipeline folder, or what a submitted verb makes. Given as the first word
+    follow: go on until the job has ended. Without it, print what there is
     rank: print the lines of this rank alone
     """
 

@@ -27,8 +27,10 @@ from scldm.given_json import Count, known_of, read_known
 MATMUL_S, MATMUL_ROUNDS = 0.15, 3
 LEAST_DISK = 1 << 30  # bytes free on a node's own disk
 
-# gpu: troubles of this rank's GPU, which the site's settings may be the reason of; broken: those that no setting makes;
-# of a node's first rank also folders: what is wrong with folders and disk; same: what must be the same on all nodes
+# gpu: troubles of this rank's GPU for which the site's settings may be the reason
+# broken: those that no setting makes
+# folders: what is wrong with folders and disk (of a node's first rank alone, like the next)
+# same: what must be the same on all nodes
 Findings = dict[str, Any]
 
 
@@ -82,7 +84,7 @@ def gpu_troubles(local: int) -> tuple[list[str], list[str]]:
 
 
 def memory_errors(local: int) -> list[str]:
-    """Uncorrected memory errors since the driver was loaded, where nvidia-smi tells; the node's first rank asks."""
+    """Uncorrected memory errors since the driver was loaded, where nvidia-smi tells. The node's first rank asks."""
     if local or shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=index,ecc.errors.uncorrected.volatile.total", "--format=csv,noheader,nounits"]
@@ -108,7 +110,7 @@ class _Shard:
 
 
 def folder_troubles(config: Any, notes: Path, node: str) -> list[str]:
-    """The run's folder and its data must be there; the node's own disk must have room, also for what is staged."""
+    """The run's folder and its data must be there. The node's own disk must have room, also for what is staged."""
     found = []
     try:
         leave_word(notes, node)
@@ -152,7 +154,7 @@ def device_of(local: int) -> torch.device:
 
 
 def time_matmul(device: torch.device) -> float:
-    """Seconds of one product, the best round's mean; square, bf16 of 8,192 on a GPU, fp32 of 384 on a CPU."""
+    """Seconds of one product, the best round's mean. It is square: bf16 of 8,192 on a GPU, fp32 of 384 on a CPU."""
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (384, torch.float32)
     a = torch.ones(n, n, dtype=dtype, device=device)
     best = float("inf")
@@ -167,7 +169,7 @@ def time_matmul(device: torch.device) -> float:
 
 
 def time_all_reduce(device: torch.device, store: dist.Store, rank: int, size: int) -> float:
-    """Seconds of an all-reduce among `size` ranks, the best of a few: of 64 MiB on GPUs, 1 MiB on CPUs; collective.
+    """Seconds of an all-reduce among `size` ranks, the best of a few: of 64 MiB on GPUs, 1 MiB on CPUs. Collective.
 
     The group is of these ranks alone, with a store and a stream of its own: one that hangs holds up no other.
     """

@@ -1,9 +1,8 @@
-"""What follows from what the ranks of the preflight found: which nodes are not fit, and why; on which the job runs.
+"""What follows from what the ranks of the preflight found: which nodes are unfit, and on which the job runs.
 
-A node is not fit where a rank of it did not come up, failed, died or hangs; where it differs from the others; where it
-is slow beside the median of all. What all nodes meet alike is held against none: then it is the job that is wrong, or
-the site's settings are. Of a single node that is what all of its ranks meet, but for what no setting can make, such as
-a memory error.
+A node is unfit where a rank of it did not come up, failed, died or hangs. So is one that differs from the others, and
+one that is slow beside the median of all. What all nodes meet alike is held against none: then the job is wrong, or
+the site's settings are. On a single node, so is what all of its ranks meet. A memory error is not: no setting makes it.
 
 Reading order: Course, Report, nodes_to_use.
 """
@@ -27,7 +26,7 @@ from launch.cluster.notes import BAD_NODES, LATE_NODES, REPORT, left_word, nodes
 from scldm.files import write_json
 
 SLOW = 2.0  # times the median of the nodes
-ABSENT = "did not come up in time; --preflight-s gives more"
+ABSENT = "did not come up in time. --preflight-s gives more"
 SEEN_S = 5.0  # in which a file written on one node is visible on another
 Pair = tuple[str, str]
 # pair of nodes -> of its ranks, seconds of an all-reduce, and what became of those that gave none
@@ -74,9 +73,10 @@ class Report:
             self.troubles[node].append(trouble)
 
     def hold(self, told: Mapping[int, Sequence[str]], of_rank: bool = False) -> None:
-        """What each of the ranks that answered has met, if anything: held against its node; what was met on all of
-        their nodes alike, numbers aside, against the job. Of a single node that is what all of its ranks met.
+        """Hold what each of the ranks that answered has met against its node, and against the job what all of their
+        nodes have met alike, numbers aside. On a single node that is what all of its ranks met.
 
+        told: rank -> what it has met, if anything
         of_rank: the words are about the rank, not about its node
         """
         met: dict[str, set[int]] = defaultdict(set)
@@ -148,9 +148,9 @@ class Report:
     def pairs(self, outcomes: Outcomes) -> None:
         """All-reduces between neighbours: of a node's pairs, the faster one.
 
-        Where one does not end, a rank that died in it is to blame; else a node of which none ends; else both of its
-        nodes, since one of them or what lies between is broken. Where none at all ends and no death explains it, none
-        is: then the network is set wrong, or nothing tells the nodes apart.
+        Where one does not end, a rank that died in it is to blame. Without one, a node of which no pair ends is. Else
+        both of its nodes are, since one of them or what lies between is broken. Where no pair at all ends and no death
+        explains it, no node is to blame: the network is set wrong, or nothing tells the nodes apart.
         """
         broken = {pair: missing for pair, (_, missing) in outcomes.items() if missing}
         whole = {pair: max(done.values()) for pair, (done, missing) in outcomes.items() if not missing}
@@ -215,7 +215,7 @@ class Report:
             note_nodes(course.notes / name, {node: "; ".join(why) for node, why in told.items() if node in nodes})
         write_json(course.notes / REPORT, whole)  # last: the job takes it as the word that all is noted
         print(
-            f"preflight of {len(course.hosts)} nodes x {course.per_node} ranks in {seconds:.1f} s; "
+            f"preflight of {len(course.hosts)} nodes x {course.per_node} ranks in {seconds:.1f} s: "
             f"config {same.get('config')}, commit {same.get('commit')}"
         )
         for row in rows:
@@ -251,5 +251,5 @@ def nodes_to_use(config: Any, fit: Sequence[str], course: Course) -> tuple[list[
     if not usable:
         span = f"{least or 1} to {len(fit)}" if (least or 1) < len(fit) else str(len(fit))
         return [], f"{what} {span} nodes of {course.per_node} ranks"
-    note = f"{what} {len(fit)} nodes of {course.per_node} ranks; running on {usable[-1]}"
+    note = f"{what} {len(fit)} nodes of {course.per_node} ranks. It runs on {usable[-1]}"
     return list(fit[: usable[-1]]), "" if usable[-1] == len(fit) else note

@@ -2,16 +2,16 @@
 
 job.json     id, name and words of the job that was submitted last
 job.sbatch   its script
-log.txt      the one log of all its ranks and starts; of an array, log-TASK.txt
-state        state, job, time, restarts, reason; of an array, state.TASK
-history      a line for every start, stop (by Slurm or a signal) and failure: how far the work was; and for a job that
-             another one goes on for, its number
-bad_nodes    nodes that were found unfit, with the reason; preflight.json has its last report, and what to run on
-late_nodes   nodes that did not come up in time once; the second time they are unfit
+log.txt      the one log of all its ranks and starts (log-TASK.txt in an array)
+state        state, job, time, restarts, reason (state.TASK in an array)
+history      a line for every start, stop (by Slurm or a signal) and failure: how far the work was. Where another job
+             goes on, a line with its number
+bad_nodes    nodes that were found unfit, with the reason. preflight.json has its last report, and what to run on
+late_nodes   nodes that did not come up in time once. The second time they are unfit
 preflight    folder of files that nodes leave there in a preflight. A store would not do: they show that the notes are
              shared, and a rank that can't reach the store tells by its file that it came up
-image        the nodes that the container's image has come to; of an array, image.TASK
-failure      exit code and error of the rank that failed first; of an array, failure.TASK
+image        the nodes that the container's image has come to (image.TASK in an array)
+failure      exit code and error of the rank that failed first (failure.TASK in an array)
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def find_notes(path: Path) -> list[Path]:
         if (place / "chain.json").is_file():
             chain = place / "chain.json"
             return [Path(folder) for folder in typed(list[str], read_json(chain), str(chain))]
-    raise InputError(f"{path}: no job was submitted for it; `scldm submit` notes its jobs in the folder of the run")
+    raise InputError(f"{path}: no job was submitted for it. `scldm submit` notes its jobs in the folder of the run")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def state_of(notes: Path) -> State:
     if known and known[0] != "COMPLETED":
         return State(known[0], job, known[1] if known[1] != "None" else "")
     if not known and (past := slurm.accounted(job)):
-        return State(past[0], job, f"by Slurm's accounting, {past[1]}; its script could not say why it ended")
+        return State(past[0], job, f"by Slurm's accounting, {past[1]}. Its script could not say why it ended")
     return State("LOST", job, "Slurm no longer knows the job, and its script could not say why it ended")
 
 
@@ -104,7 +104,7 @@ _ORDER = ("FAILED", "TIMEOUT", "CANCELLED", "STOPPED", "REQUEUED", "RUNNING", "D
 
 
 def nodes_in(path: Path) -> dict[str, tuple[str, str]]:
-    """Node -> when and why it was noted; a line that is not whole, as where a disk was full, is passed over."""
+    """Node -> when and why it was noted. A line that is not whole, as where a disk was full, is passed over."""
     lines = path.read_text().splitlines() if path.is_file() else []
     rows = [line.split("\t", 2) for line in lines]
     return {row[0]: (row[1], row[2]) for row in rows if len(row) == 3}

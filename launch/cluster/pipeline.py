@@ -2,9 +2,9 @@
 
     shards (arrays, and a closing job) -> vae -> encode -> ldm -> export -> generate -> evaluate
 
-Its words are those of the verbs: a preset goes to the links that its group is for, `vae.train.steps=9` to the link vae
-as `train.steps=9`, and `vae=FILE.yaml` is a preset of that link. `vae.--nodes=8` is an option of submit for that link's
-job, and `vae.--exclusive` one of sbatch. What one link makes for another lies below `out`.
+Its words are those of the verbs. A preset goes to the links that its group is for. `vae.train.steps=9` goes to the link
+vae as `train.steps=9`, and `vae=FILE.yaml` is a preset of that link. `vae.--nodes=8` is an option of submit for that
+link's job, and `vae.--exclusive` one of sbatch. What one link makes for another lies below `out`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from launch.keys import check_words, config_of_kinds
 from scldm.errors import InputError
 from scldm.train.tracking import TrackingConfig, begin_note
 
-# link -> its verb, and its keys that the pipeline sets; {out} is the pipeline's folder
+# link -> its verb, and its keys that the pipeline sets. {out} is the pipeline's folder
 LINKS = {
     "shards": ("shards write", ["out={out}/shards"]),
     "vae": ("train vae", ["data.shards={out}/shards", "run_dir={out}/vae"]),
@@ -116,7 +116,7 @@ def words_of_links(words: Sequence[str]) -> tuple[str, dict[str, list[str]], dic
             words_of[link].append(f"{rest}={value}" if rest else value)
         else:
             raise InputError(
-                f"{word}: a pipeline takes presets, out=FOLDER, LINK.key=value, LINK=PRESET and LINK.--option=value; "
+                f"{word}: a pipeline takes presets, out=FOLDER, LINK.key=value, LINK=PRESET and LINK.--option=value. "
                 f"its links are {', '.join(LINKS)}"
             )
     if not out:
@@ -131,11 +131,11 @@ def words_of_links(words: Sequence[str]) -> tuple[str, dict[str, list[str]], dic
 
 
 def jobs_of_shards(job: Job) -> list[Job]:
-    """Arrays that share the work, one for each of its stages, then the closing job; one job alone for one task."""
+    """Arrays that share the work, one for each of its stages, then the closing job. One task is one job alone."""
     n_tasks, filters = job.options.tasks, job.config.filter
     if n_tasks == 1:
         return [job]
-    # transpose (of files that need it), scatter, gather; counting genes, and again for the most variable ones
+    # transpose (of files that need it), scatter, gather. Genes may be counted, and again for the most variable ones
     n_stages = 3 + bool(filters.min_cells or filters.n_top_genes) + bool(filters.n_top_genes)
     arrays = [
         job._replace(name=f"shards-{k + 1}", notes=job.notes / f"stage-{k + 1}", array=n_tasks) for k in range(n_stages)

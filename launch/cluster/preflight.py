@@ -6,10 +6,10 @@ The first rank serves a store, judges, and leads from stage to stage. Every rank
     product         a matrix product, on the nodes that came up with a GPU that works
     pair            an all-reduce between neighbours in a ring of the nodes that nothing was found against by then
 
-Each rank writes the result of each stage as soon as it has it, and before it what it does next; it also beats. So a
-rank that never came up, failed, died or hangs is named with what it was doing, and no other is blamed with it. The
-first rank adds the nodes that are not fit to bad_nodes in the job's notes, and writes preflight.json there with those
-to run on: of the fit ones as many as the global batch can be split over.
+Each rank writes the result of each stage as soon as it has it, and before it what it does next. It also sends a
+heartbeat. So a rank that never came up, failed, died or hangs is named with what it was doing, and no other is blamed
+with it. The first rank adds the nodes that are unfit to bad_nodes in the job's notes. It writes preflight.json there
+with those to run on: as many fit ones as the global batch can be split over.
 
 Reading order: main, lead, take_part. What a rank finds is in node_checks.py, what follows from it in node_judgement.py.
 """
@@ -40,7 +40,7 @@ from scldm.parallel.dist import address_from_environment
 
 JOIN = 0.5  # of the time that there is: a rank that has not given its findings by then is missing
 PRODUCT_S = 6.0
-PAIR_S, LEAST_PAIR_S = 12.0, 6.0  # a round of pairs; one that has less time left is not begun
+PAIR_S, LEAST_PAIR_S = 12.0, 6.0  # a round of pairs. One that has less time left is not begun
 BEAT_S = 0.5
 
 
@@ -68,7 +68,7 @@ def main(words: Sequence[str]) -> int:
     except RuntimeError as error:
         why = " ".join(str(error).split())[:200]
         report, port = Report(course), f"port {os.environ['MASTER_PORT']} of {course.hosts[0]}"
-        report.blame_the_job(f"{port} can't be served; where another program has it, submit again ({why})")
+        report.blame_the_job(f"{port} can't be served. Where another program has it, submit again ({why})")
         report.write(config)
         return 1
     threading.Thread(target=take_part, args=(course, config, rank, local), daemon=True).start()
@@ -137,7 +137,7 @@ def lead(course: Course, config: Any, store: dist.TCPStore) -> int:
 def collect(
     store: dist.TCPStore, what: str, ranks: Sequence[int], until: float
 ) -> tuple[dict[int, Any], dict[int, str]]:
-    """What these ranks came to, by rank; and of those without a result what became of them, in words."""
+    """What these ranks came to, by rank. Of those without a result, what became of them, in words."""
     told: dict[int, dict[str, Any]] = {}
     while True:
         late = time.monotonic() > until  # before a last look: this process, too, may have stood still until now
@@ -170,7 +170,7 @@ def silent(store: dist.TCPStore, ranks: Sequence[int]) -> dict[int, str]:
 
 
 def take_part(course: Course, config: Any, rank: int, local: int) -> int:
-    """What every rank does, at the first one's word; returns the exit code.
+    """What every rank does, at the first one's word. Returns the exit code.
 
     config: the verb's, or what was raised instead
     """
@@ -229,7 +229,7 @@ def reduce(course: Course, number: int, pair: tuple[str, str], rank: int, local:
 
 
 def _beat(course: Course, rank: int, done: threading.Event) -> None:
-    """Tell that this process lives; where the first one's does not, end."""
+    """Send heartbeats. End this process where the first rank is gone."""
     try:
         store = open_store()
         while True:

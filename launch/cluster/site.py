@@ -2,7 +2,7 @@
 
 One grammar, for `scldm submit` and for jobs that are sent with sbatch. It is a part of the shell's, and nothing is run:
 
-    SCLDM_KEY=word            one key a line; `#` begins a comment, at the start of a line or after a blank
+    SCLDM_KEY=word            one key a line. `#` begins a comment, at the start of a line or after a blank
     SCLDM_KEY="two words"     blanks and `#` need quotes, "" or ''
     SCLDM_KEY=~/x/$USER       ~, $HOME and $USER are filled in, but not between ''. Any other $ is refused
 
@@ -21,26 +21,26 @@ from pathlib import Path
 
 from scldm.errors import REFUSED, InputError
 
-# key -> what it says; a site gives those that it needs
+# key -> what it says. A site gives those that it needs
 KEYS = {
     "SCLDM_PARTITION": "partition",
-    "SCLDM_CPU_PARTITION": "partition of jobs that want no GPU, as shards write; by default the same",
+    "SCLDM_CPU_PARTITION": "partition of jobs that want no GPU, as shards write. By default the same",
     "SCLDM_ACCOUNT": "account",
     "SCLDM_QOS": "quality of service",
     "SCLDM_TIME": "time limit of a job, as 24:00:00",
-    "SCLDM_GPUS_PER_NODE": "GPUs of a node, as 8 or a100:8: as many ranks run there; 0 on nodes without",
+    "SCLDM_GPUS_PER_NODE": "GPUs of a node, as 8 or a100:8: as many ranks run there. 0 on nodes without",
     "SCLDM_TASKS_PER_NODE": "ranks on a node without GPUs",
-    "SCLDM_CPUS_PER_TASK": "CPU cores of a rank, bound to it; by default the node's, shared out evenly",
+    "SCLDM_CPUS_PER_TASK": "CPU cores of a rank, bound to it. By default the node's, shared out evenly",
     "SCLDM_MEMORY": "memory of a node, as 0 for all of it, or 200G",
     "SCLDM_MODULES": "environment modules to load, separated by spaces",
-    "SCLDM_PYTHON": "the Python that has scldm; else that of the submitting shell",
+    "SCLDM_PYTHON": "the Python that has scldm, by default that of the submitting shell",
     "SCLDM_JOB_PYTHON": "with a container, a Python outside of it that has scldm, to run the job's steps",
     "SCLDM_CONTAINER": "image of a container that the ranks run in, as its runtime names images",
     "SCLDM_CONTAINER_RUNTIME": "what runs it: pyxis (by default), apptainer, singularity or podman",
     "SCLDM_CONTAINER_MOUNTS": "its mounts, as /lustre,/data:/data:ro",
-    "SCLDM_IMAGE_S": "seconds in which a node has to have the image, by default 1800; 0 for no limit",
+    "SCLDM_IMAGE_S": "seconds in which a node has to have the image, by default 1800. 0 for no limit",
     "SCLDM_SCRATCH": "folder on a node's local disk, for staged shards",
-    "SCLDM_SHARED": "folders that all nodes see, separated by colons; run folders lie below one of them",
+    "SCLDM_SHARED": "folders that all nodes see, separated by colons. Run folders lie below one of them",
 }
 FOR_SBATCH = (*("SCLDM_PARTITION", "SCLDM_CPU_PARTITION", "SCLDM_ACCOUNT", "SCLDM_QOS", "SCLDM_TIME", "SCLDM_MEMORY"),)
 NUMBER, GPUS = r"\d+", r"(?:([\w.-]+):)?(\d+)"
@@ -48,7 +48,7 @@ NUMBERS = {
     "SCLDM_GPUS_PER_NODE": GPUS,
     **dict.fromkeys(("SCLDM_TASKS_PER_NODE", "SCLDM_CPUS_PER_TASK", "SCLDM_IMAGE_S"), NUMBER),
 }
-# SCLDM_NCCL_X=value sets NCCL_X on the nodes; NCCL has too many variables for a list that stays true
+# SCLDM_NCCL_X=value sets NCCL_X on the nodes. NCCL has too many variables for a list that stays true
 PASSED_ON = ("SCLDM_NCCL_", "SCLDM_GLOO_", "SCLDM_UCX_", "SCLDM_FI_")
 
 
@@ -79,7 +79,9 @@ def read_site(path: Path) -> dict[str, str]:
         key, text = match.groups()
         if key not in KEYS and not (key.startswith(PASSED_ON) and not key.endswith("_")):
             near = difflib.get_close_matches(key, KEYS, n=2, cutoff=0.6)
-            raise InputError(f"{where}: unknown key {key}; {'did you mean ' if near else ''}{', '.join(near or KEYS)}")
+            raise InputError(
+                f"{where}: unknown key {key}. {'Did you mean' if near else 'There are'} {', '.join(near or KEYS)}"
+            )
         if key in found:
             raise InputError(f"{where}: {key} is given twice")
         found[key] = _value(text, f"{where}: {key}={text}")
@@ -92,7 +94,7 @@ def read_site(path: Path) -> dict[str, str]:
 def _value(text: str, where: str) -> str:
     match = re.fullmatch(r"""(?:"([^"]*)"|'([^']*)'|([^\s"'#][^\s"']*)?)(?:\s+#.*|\s*)""", text)
     if not match:
-        raise InputError(f"{where}: write one word, or put the value into quotes; a comment begins with a blank and #")
+        raise InputError(f"{where}: write one word, or put the value into quotes. A comment begins with a blank and #")
     if match[2] is not None:
         return match[2]
     value = match[1] or match[3] or ""
@@ -100,7 +102,7 @@ def _value(text: str, where: str) -> str:
         value = f"$HOME{value[1:]}"
     value = re.sub(r"\$(?:(HOME|USER)\b|\{(HOME|USER)\})", lambda name: _variable(name[1] or name[2], where), value)
     if re.search(r"[$`\\]|^~", value):
-        raise InputError(f"{where}: only ~, $HOME and $USER are filled in; write the value itself, or put it into ''")
+        raise InputError(f"{where}: only ~, $HOME and $USER are filled in. Write the value itself, or put it into ''")
     return value
 
 
@@ -131,7 +133,7 @@ def exports(settings: Mapping[str, str]) -> str:
 
 
 def main() -> int:
-    """Print the settings of a job that was sent with sbatch; what its environment says goes before the site file."""
+    """Print the settings of a job that was sent with sbatch. What its environment says goes before the site file."""
     try:
         site = read_site(site_path())
     except InputError as error:

@@ -31,7 +31,7 @@ scldm status runs/vae
 class StatusConfig:
     """What to look at.
 
-    run: run folder, pipeline folder, or what a submitted verb makes; given as the first word
+    run: run folder, pipeline folder, or what a submitted verb makes. Given as the first word
     """
 
     run: str
@@ -70,7 +70,7 @@ def main(config: StatusConfig) -> None:
 
 
 def table(states: Sequence[tuple[str, State]]) -> str:
-    """A line for every job of a chain; what comes after a failed one will not run."""
+    """A line for every job of a chain. What comes after a failed one will not run."""
     lines, failed = [], ""
     for name, state in states:
         text = f"{state.state:<12}job {state.job:<8}{state.reason}" if state.job else state.state
@@ -128,7 +128,7 @@ class _Train:
 
 
 def training(run: Path, with_outcome: bool) -> list[tuple[str, str]]:
-    """What a training run's own files say; of errors, those since its last start."""
+    """What a training run's own files say, and of errors those since its last start."""
     config = training_config(run)
     steps, lines = config["train"]["steps"], []
     rows = read_metrics(run, "train")

@@ -1,6 +1,6 @@
 """`scldm submit`: a verb as a Slurm job. Everything that can be wrong is said before anything is submitted.
 
-Reading order: read, options_of, main, checks. What a job is, and its script, are in job.py; chains in pipeline.py.
+Reading order: read, options_of, main, checks. What a job is, and its script, are in job.py, and chains in pipeline.py.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from scldm.errors import InputError
 from scldm.files import write_json
 
 PURPOSE = """Run a verb as a Slurm job on one or many nodes, one rank per GPU: writes the batch script, submits it,
-prints the job's id. `scldm submit pipeline` does so for the whole path, as jobs that follow one another; an option of
-one of them is LINK.--option=value. The options below are given as --option value; presets and keys are the verb's.
+prints the job's id. `scldm submit pipeline` does so for the whole path, as jobs that follow one another. An option of
+one of them is LINK.--option=value. The options below are given as --option value. Presets and keys are the verb's.
 The site's partition, account, GPUs per node and so on stand in slurm/site.sh, or in the file that $SCLDM_SITE names."""
 EXAMPLE = """
 scldm submit train vae vae/70m data.shards=shards run_dir=runs/vae --nodes 4
@@ -43,7 +43,7 @@ scldm submit train vae vae/70m data.shards=shards run_dir=runs/vae --nodes 1-4 -
 scldm submit shards write data/census source.census_version=2025-01-30 out=shards --tasks 16
 """
 NOT_AS_A_JOB = ("submit", "status", "logs", "quickstart", "track")
-# sbatch's letter -> its name; and its names that a job sets itself -> what to give
+# LETTERS: sbatch's letter -> its name. SET_HERE: its names that a job sets itself -> what to give
 LETTERS = {"p": "partition", "A": "account", "q": "qos", "t": "time", "c": "cpus-per-task", "N": "nodes"}
 LETTERS |= {"n": "ntasks", "G": "gpus", "a": "array", "o": "output", "e": "error"}
 RANKS = "--gpus-per-node, or SCLDM_TASKS_PER_NODE in the site file: so many ranks run on a node"
@@ -87,7 +87,7 @@ def read(words: Sequence[str]) -> Submission:
         raise InputError("name a verb that can run as a job: train vae, encode, pipeline, ...")
     for word in rest:
         if word.startswith("-") and not {ANY, word.lstrip("-").partition("=")[0].replace("-", "_")} & {*keys_of(verb)}:
-            raise InputError(f"{word}: neither submit nor {verb} has it; words for sbatch stand at the end, after --")
+            raise InputError(f"{word}: neither submit nor {verb} has it. Words for sbatch stand at the end, after --")
     check_words(verb, rest, there=False)
     check_atlas(verb, rest)
 
@@ -99,7 +99,7 @@ def read(words: Sequence[str]) -> Submission:
 
 
 def options_of(given: Sequence[str], sbatch: Sequence[str]) -> tuple[SubmitConfig, list[str]]:
-    """submit's options, also of those words for sbatch that mean one of them; and the words that mean none.
+    """submit's options, also of those words for sbatch that mean one of them. Then the words that mean none.
 
     given: options as key=value
     Raises: InputError for a word of sbatch that a job sets itself, with what to give in its place.
@@ -111,7 +111,7 @@ def options_of(given: Sequence[str], sbatch: Sequence[str]) -> tuple[SubmitConfi
             word = f"--{LETTERS[letter[1]]}{'=' if letter[2] else ''}{letter[2]}"
         name = word.removeprefix("--").partition("=")[0] if word.startswith("--") else ""
         if name in SET_HERE and (name != "gres" or "gpu" in (word if "=" in word else following)):
-            raise InputError(f"{word}: submit sets this itself; give {SET_HERE[name]}")
+            raise InputError(f"{word}: submit sets this itself. Give {SET_HERE[name]}")
         spelled.append(word)
     told = list(with_options_read(SubmitConfig, spelled, only_known=True))
     options = compose(SubmitConfig, [*given, *(word for word, is_option in told if is_option)])
@@ -119,7 +119,7 @@ def options_of(given: Sequence[str], sbatch: Sequence[str]) -> tuple[SubmitConfi
 
 
 def main(submission: Submission) -> list[str]:
-    """Submit; returns the ids of the jobs (none for a dry run), the last one's last."""
+    """Submit. Returns the ids of the jobs (none for a dry run), the last one's last."""
     options = submission.options
     of_all = read_site(site_path())
     partitions = ask_slurm(options)
@@ -141,7 +141,7 @@ def main(submission: Submission) -> list[str]:
         texts.append(script(job, site, bad_nodes(job.notes)))
         for node, why in bad_nodes(job.notes).items():
             print(
-                f"left out: {node} ({why}); remove its line from {job.notes / 'bad_nodes'} to use it", file=sys.stderr
+                f"left out: {node} ({why}). Remove its line from {job.notes / 'bad_nodes'} to use it", file=sys.stderr
             )
     if options.dry_run:
         print("\n".join(texts))
@@ -161,10 +161,10 @@ def main(submission: Submission) -> list[str]:
 
 
 def take_back(ids: Sequence[str], chain: Sequence[Job]) -> str:
-    """Cancel the first jobs of a chain whose next one can't be submitted; returns what to say of it."""
+    """Cancel the first jobs of a chain whose next one can't be submitted. Returns what to say of it."""
     if not ids:
         return ""
-    told = f"; {chain[len(ids)].name} was not submitted, the jobs before it ({', '.join(ids)})"
+    told = f". {chain[len(ids)].name} was not submitted, the jobs before it ({', '.join(ids)})"
     try:
         slurm.call("scancel", *ids)
     except InputError as error:
@@ -173,7 +173,7 @@ def take_back(ids: Sequence[str], chain: Sequence[Job]) -> str:
 
 
 def submit(job: Job, text: str, after: Sequence[str]) -> str:
-    """Write the script and submit it, to run once the job `after` has succeeded; prints and returns the id."""
+    """Write the script and submit it, to run once the job `after` has succeeded. Prints and returns the id."""
     job.notes.mkdir(parents=True, exist_ok=True)
     path = job.notes / "job.sbatch"
     path.write_text(text)
@@ -183,8 +183,8 @@ def submit(job: Job, text: str, after: Sequence[str]) -> str:
     for old in job.notes.glob("state*"):
         old.unlink()
     print(number, flush=True)
-    place = f"after {after[0]}; " if after else ""
-    print(f"job {number}: {job.name}; {place}script, log and state in {job.notes}", file=sys.stderr)
+    place = f", after {after[0]}" if after else ""
+    print(f"job {number}: {job.name}{place}. Script, log and state in {job.notes}", file=sys.stderr)
     return number
 
 
@@ -192,7 +192,7 @@ def submit(job: Job, text: str, after: Sequence[str]) -> str:
 
 
 def ask_slurm(options: SubmitConfig) -> dict[str, slurm.Partition]:
-    """The partitions; none for a dry run where Slurm does not answer, which is said. Raises: InputError."""
+    """The partitions. None for a dry run where Slurm does not answer, which is said. Raises: InputError."""
     try:
         return slurm.partitions()
     except InputError as error:
@@ -207,7 +207,7 @@ def check_partition(job: Job, site: Mapping[str, str], known: Mapping[str, slurm
     name = site.get("SCLDM_PARTITION") or next((p.name for p in known.values() if p.is_default), "")
     if name not in known:
         told = f"partition {name!r} is unknown" if name else "no partition is given, and Slurm has no default"
-        raise InputError(f"{given_as('partition', job, site)}: {told}; there are: {slurm.listed(sorted(known))}")
+        raise InputError(f"{given_as('partition', job, site)}: {told}. There are: {slurm.listed(sorted(known))}")
     kind, wanted = gpus_of(job, site)
     if wanted > (most := known[name].gpus_per_node(kind)):
         told = f"{given_as('gpus_per_node', job, site)}: {job.name} wants {wanted} on a node"
@@ -246,11 +246,11 @@ def check_stage(job: Job, site: Mapping[str, str]) -> None:
     container = container_of(site)
     if container and not container.shows(scratch):
         raise InputError(
-            f"--stage: what is staged must outlive a container; SCLDM_CONTAINER_MOUNTS needs {scratch}:{scratch}"
+            f"--stage: what is staged must outlive a container. SCLDM_CONTAINER_MOUNTS needs {scratch}:{scratch}"
         )
     if "://" in job.shards:
         raise InputError(
-            f"--stage: {job.shards} is no folder that the nodes see; leave --stage out, and set data.cache_folder"
+            f"--stage: {job.shards} is no folder that the nodes see. Leave --stage out, and set data.cache_folder"
         )
 
 
@@ -258,7 +258,7 @@ def check_container(job: Job, site: Mapping[str, str]) -> None:
     """Raises: InputError for a container that the site file says wrong, or in which a job could not leave its notes."""
     container, folder = container_of(site), job.notes.parent
     if container and container.runtime == "podman" and not container.shows(folder):  # others may mount by themselves
-        raise InputError(f"{folder}: Podman mounts no folder by itself; SCLDM_CONTAINER_MOUNTS needs one that holds it")
+        raise InputError(f"{folder}: Podman mounts no folder by itself. SCLDM_CONTAINER_MOUNTS needs one that holds it")
 
 
 def check_nodes(job: Job, site: Mapping[str, str], partition: slurm.Partition) -> None:
@@ -285,7 +285,7 @@ def check_nodes(job: Job, site: Mapping[str, str], partition: slurm.Partition) -
     told = f"train.global_batch={cells} with hardware.micro_batch={micro} on nodes of {n_ranks} ranks"
     if not usable or (options.least < options.most and usable[-1] < options.least):
         can = f"only {slurm.listed(list(map(str, usable)))}" if usable else "no number"
-        raise InputError(f"--nodes {options.nodes}: {told} can use {can} of nodes; change one of them")
+        raise InputError(f"--nodes {options.nodes}: {told} can use {can} of nodes. Change one of them")
     if not options.preflight and not {*range(options.least, options.most + 1)} <= {*usable}:
         raise InputError(f"--nodes {options.nodes}: {told} can't use every number of nodes, and preflight chooses one")
     if usable[-1] < options.most:
@@ -316,18 +316,18 @@ def check_notes(job: Job, site: Mapping[str, str]) -> None:
         if local or kind in LOCAL_FILE_SYSTEMS:
             why = f"below {local}" if local else f"on {kind}"
             raise InputError(
-                f"{folder} is {why}, which is each node's own; choose a folder on a shared file system, or name the "
+                f"{folder} is {why}, which is each node's own. Choose a folder on a shared file system, or name the "
                 "shared ones in SCLDM_SHARED"
             )
     if (job.notes / "job.json").is_file() and not job.options.dry_run:
         number = submitted(job.notes)
         state, _ = slurm.job_state(number) or ("", "")
         if state and state not in slurm.ENDED:
-            raise InputError(f"{job.notes}: job {number} of this run is {state}; wait for it, or scancel {number}")
+            raise InputError(f"{job.notes}: job {number} of this run is {state}. Wait for it, or scancel {number}")
 
 
 def file_system_of(folder: Path) -> str:
-    """The type of the file system that holds a folder, which need not exist yet; empty where it can't be known."""
+    """The type of the file system that holds a folder, which need not exist yet. Empty where it can't be known."""
     best, kind = "", ""
     try:
         mounts = Path("/proc/mounts").read_text().splitlines()

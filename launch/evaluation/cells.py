@@ -78,9 +78,9 @@ def some_cells(
     select: Mapping[str, Sequence[str]] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> list[Cells]:
-    """So many cells of each split, or all where it has fewer, out of as few blocks as hold them, in random order: a
-    uniform draw, as a set's cells were shuffled before they were put into blocks. At most MOST_BLOCKS are read: of rare
-    labels that are selected, there may be fewer cells.
+    """So many cells of each split, or all where it has fewer, out of as few blocks as hold them, in random order. It is
+    a uniform draw, as a set's cells were shuffled before they were put into blocks. At most MOST_BLOCKS are read, so
+    that there may be fewer cells where rare labels are selected.
 
     select: condition -> labels: only cells that have one of the labels
     check: is called before each block, and may raise

@@ -245,7 +245,7 @@ def show_latents(terminal: Console, known: Mapping[str, Any]) -> None:
         table.add_row(of["title"], _text(of["moved"]), f"{of['nats']['mean']:.1f}{error}")
     terminal.print(table)
     recall = [f"{c} {value:.3f}" for c, value in known["label_recall"].items()]
-    told = f"; recall of labels by the 15 nearest training cells: {', '.join(recall)}" if recall else ""
+    told = f". Recall of labels by the 15 nearest training cells: {', '.join(recall)}" if recall else ""
     terminal.print(f"effective dimension of the latents: {known['effective_dimension']:.1f}{told}", soft_wrap=True)
 
 

@@ -113,7 +113,7 @@ def is_lacking() -> bool:
     """Whether a package is missing. Previews are then off, which is said."""
     lacking = next((package for package in PACKAGES if find_spec(package) is None), None)
     if lacking:
-        told = f"scldm: no previews, as the package {lacking} is missing; {install_hint(lacking)}"
+        told = f"scldm: no previews, as the package {lacking} is missing. {install_hint(lacking)}"
         print(told, file=sys.stderr, flush=True)
     return lacking is not None
 
@@ -159,8 +159,8 @@ class Reconstructions:
 
 
 class Generations:
-    """Cells of the held-out cells' conditions and library sizes, generated with few steps: their genes, where they lie
-    on a map of the held-out cells, how they respond to conditions, and how near they lie to training cells."""
+    """Cells of the held-out cells' conditions and library sizes, generated with few steps. It shows their genes, their
+    places on a map of the held-out cells, their response to conditions, and how near they are to training cells."""
 
     def __init__(self, trained: Trained, module: DiT, source: EncodedFrom, hashes: Mapping[str, str]) -> None:
         self.trained, self.module, self.source, self.hashes = trained, module, source, hashes

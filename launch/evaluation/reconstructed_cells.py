@@ -133,11 +133,11 @@ def decoded_from_training(
 
 def gaussian_latents(model: Pretrained, train: Cells, numbers: Mapping[str, int], rng: np.random.Generator) -> Cells:
     """Cells whose latents are drawn from a Gaussian for each combination, fitted to its training cells' latents
-    (`GaussianFit`), and decoded with library sizes drawn, with replacement, from these training cells.
+    (`GaussianFit`). They are decoded with library sizes drawn, with replacement, from these training cells.
 
     A combination of more than MOST_CELLS training cells is fitted to that many of them. One of fewer than LEAST_CELLS
-    has its own mean, and the covariance within the combinations of LEAST_CELLS or more (of 2 or more, where no
-    combination has so many): that is printed.
+    has its own mean, and the covariance within the combinations of LEAST_CELLS or more, which is printed. Where no
+    combination has so many, 2 cells do.
 
     Raises: InputError for a combination without training cells, where every combination has a single cell, and as
         `known_genes`.

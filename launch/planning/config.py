@@ -29,7 +29,7 @@ class PlannedHardware(HardwareConfig):
         with a gene set for each cell (benchmarks/README.md, "The stream"). A shared set takes half as long
     host_copy_gb_s: at which a rank's share is copied to the host's memory for a checkpoint, in 1e9 bytes a second. 25
         is an assumption, half of what PCIe 5 has
-    launch_us: what the host takes to launch a kernel, in microseconds: a micro-batch takes no less than that for each
+    launch_us: what the host takes to launch a kernel, in microseconds. A micro-batch takes no less than that for each
         of its kernels. 5 is an assumption, as torch takes 5 to 10 for an operation that is not compiled. It was not
         measured here: `python -m benchmarks.gpu_profile` measures it
     memory_tb_s: of a GPU's memory, in 1e12 bytes a second, at which the optimizer runs. 0 takes that of `gpu`, from
@@ -78,7 +78,7 @@ class PlannedHardware(HardwareConfig):
     @property
     def ring(self) -> float:
         """Bytes a second that each rank sends around a ring of all. A ring crosses the network of a node once, not once
-        a GPU: with as many rings as adapters, a node's whole network carries what each of its ranks sends."""
+        a GPU. With as many rings as adapters, a node's whole network carries what each of its ranks sends."""
         within = GB * self.node_link_gb_s
         return within if self.nodes == 1 else min(within, GB * self.network_gb_s)
 

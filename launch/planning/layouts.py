@@ -8,15 +8,15 @@ from dataclasses import replace
 from launch.planning.config import PlanConfig
 from launch.planning.plan import Plan, does_fit, plan_of, replace_hardware, stages_of
 
-# of layouts that reach so much of the fastest one's cells/s, the simplest is as good: a plan knows no better, and does
-# not count the launches by which ZeRO-3 gathers weights
+# Of layouts that reach so much of the fastest one's cells/s, the simplest is as good. A plan knows no better, and does
+# not count the launches by which ZeRO-3 gathers weights.
 NEAR = 0.9
 WORTH = 0.5  # a GPU among many shall do at least so much of what it does in the best layout
 
 
 def compared(plan: Plan) -> list[Plan]:
-    """The best layout that fits for each number of nodes up to the configured one, halved each time: over ZeRO stages,
-    and micro-batches up to four times the configured one. The recommended one comes first."""
+    """The best layout that fits for each number of nodes: the configured one, halved each time. It is sought over ZeRO
+    stages, and micro-batches up to four times the configured one. The recommended one comes first."""
     config, best = plan.config, []
     nodes = config.hardware.nodes
     while nodes:
@@ -38,7 +38,7 @@ def compared(plan: Plan) -> list[Plan]:
 
 
 def simplest(layouts: Sequence[Plan]) -> list[Plan]:
-    """Of those nearly as fast as the fastest, that with the fewest nodes and the lowest ZeRO stage; none of none."""
+    """Of those nearly as fast as the fastest, that with the fewest nodes and the lowest ZeRO stage. Empty for none."""
     fast = NEAR * max((layout.cells_per_s for layout in layouts), default=0.0)
     near = [layout for layout in layouts if layout.cells_per_s >= fast]
     hardware = [layout.config.hardware for layout in near]

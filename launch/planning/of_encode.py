@@ -88,7 +88,7 @@ class EncodePlan:
         takes = f"{self.seconds / 3_600:,.2f} hours" if self.seconds >= 360 else f"{self.seconds:,.1f} s"
         lines = [
             f"then `scldm encode` of {self.n_cells:,} cells by {of} on these ranks: {takes}, {self.cells_per_s:,.0f} "
-            f"cells/s, bound by {self.bound_by}; {self.flops_per_cell / 1e9:,.3g} GFLOP a cell; it reads "
+            f"cells/s, bound by {self.bound_by}. {self.flops_per_cell / 1e9:,.3g} GFLOP a cell. It reads "
             f"{gigabytes(self.read_bytes)} and writes {gigabytes(self.written_bytes)}"
         ]
         if self.peak_bytes is not None:

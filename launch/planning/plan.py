@@ -213,10 +213,10 @@ class Plan:
             f"FLOPs of a cell, forward and backward: {cost.flops / cells / 1e9:,.2f} G{formula}",
             f"sent by a rank in a step: {self.sent_bytes / GB:,.2f} GB",
             f"a step: {self.compute_s * 1e3:,.1f} ms of computing at {hardware.mfu:.0%} of {hardware.peak / 1e12:g} "
-            f"TFLOP/s, or {launches}; {optimizer}; {self.exchange_s * 1e3:,.1f} ms of exchange"
-            f"{' beside the pass' if overlaps(config) else ''}; the loader takes {self.loader_s * 1e3:,.1f} ms: "
-            f"{self.step_s * 1e3:,.1f} ms, bound by {self.bound_by}; a GPU is busy for {self.busy:.0%} of it",
-            f"{self.cells_per_s:,.0f} cells/s, {self.cells_per_s / N:,.0f} of a GPU; {n_steps:,} steps in "
+            f"TFLOP/s, or {launches}, {optimizer}, {self.exchange_s * 1e3:,.1f} ms of exchange"
+            f"{' beside the pass' if overlaps(config) else ''}, {self.loader_s * 1e3:,.1f} ms of the loader: "
+            f"{self.step_s * 1e3:,.1f} ms, bound by {self.bound_by}. A GPU is busy for {self.busy:.0%} of it",
+            f"{self.cells_per_s:,.0f} cells/s, {self.cells_per_s / N:,.0f} of a GPU. {n_steps:,} steps in "
             f"{self.days:,.2f} days, {epochs:,.1f} epochs of {config.n_cells:,} cells",
             f"the loader must deliver {loader:,.0f} cells/s to a node, from {read:,.1f} MB/s of counts (3 bytes each) "
             "or latents",
@@ -224,7 +224,8 @@ class Plan:
         ]
         if self.reads > 1:
             lines.append(
-                f"as data.lanes={config.data.lanes}, a block is read by {self.reads:.3g} ranks; data.lanes={N}: by one"
+                f"as data.lanes={config.data.lanes}, a block is read by {self.reads:.3g} ranks, "
+                f"and by one with data.lanes={N}"
             )
         if self.encode is not None:
             lines += self.encode.told(room)
@@ -311,8 +312,8 @@ def cost_of(config: PlanConfig) -> StepCost:
 
 
 def kernels_of(config: PlanConfig) -> int:
-    """Of a micro-batch. What fused kernels take the place of is counted as the plain formula has it, which is few
-    kernels too, not as tiles of `factorised`, by which memory and FLOPs are planned."""
+    """Kernels of a micro-batch. Where kernels are fused, those of the plain formula are counted, few as well. They are
+    not counted as tiles of `factorised`, by which memory and FLOPs are planned."""
     if isinstance(config, PlanVAEConfig) and config.model.attention not in ("plain", "sdpa", "factorised"):
         config = replace(config, model=replace(config.model, attention="plain"))
     return cost_of(config).kernels

@@ -145,10 +145,10 @@ def with_relatives(
 def shifted_controls(
     train: Cells, labels: Sequence[str], control: Mapping[str, str], n: int, rng: np.random.Generator
 ) -> Counts | None:
-    """(d) n cells of an unseen combination: control cells of the same other labels, whose log expression is moved by
-    the mean difference of treated and control cells over the other groups that have both. Where there are fewer than
-    n, they are drawn with replacement. The log is turned back into counts of the cell's own total, rounded at random.
-    None where the combination is of no treatment, or where no control cells or no other groups have it.
+    """(d) n cells of an unseen combination: control cells of the same other labels, with moved log expression. It moves
+    by the mean difference of treated and control cells, over the other groups that have both. Fewer than n are drawn
+    with replacement. The log is turned back into counts of the cell's own total, rounded at random. None where the
+    combination is of no treatment, or where no control cells or no other groups have it.
     """
     conditions, of = list(train.labels), train.combinations()
     by_labels = {of_labels: name for name, of_labels in of.items()}

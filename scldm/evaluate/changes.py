@@ -185,8 +185,8 @@ def variance_of_sum(
 
 
 def instruments(test: Pair, parts_MK: np.ndarray) -> sp.csr_matrix:
-    """The weights of genes, CSR (parts, genes), whose product with changes is their covariance with the change z in
-    that part of the test cells, over the genes of the largest Welch t there."""
+    """Weights of genes, CSR (parts, genes), over the genes of the largest Welch t in each part of the test cells. Their
+    product with changes is the covariance of these with the change z in that part."""
     z, t = test.changes(parts_MK), np.abs(test.welch_t(parts_MK))
     k = max(2, min(N_RESPONDING, z.shape[1] // 5))
     chosen = np.argpartition(-t, k - 1, axis=1)[:, :k]

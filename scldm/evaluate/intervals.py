@@ -35,7 +35,7 @@ class IntervalConfig(Checked):
 
 def part_of_each_type(types: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
     """Sorted indices of a share of the cells, without replacement. Each type gives its share, to within one cell, and
-    every cell is as likely as any other: cells are ordered by type, at random within it, and one in 1/share is taken.
+    every cell is as likely as any other. Cells are ordered by type, at random within it, and one in 1/share is taken.
     """
     assert 0 < share <= 1, share
     n = len(types)

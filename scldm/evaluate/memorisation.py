@@ -167,8 +167,8 @@ def _scores(held_out: Nearness, generated: Nearness) -> dict[str, float]:
 
 def memorisation_errors(held_out: Nearness, generated: Nearness, seed: int, n_halves: int = 20) -> dict[str, float]:
     """Standard errors of `memorisation_scores` by the delete-half jackknife over both sets (intervals.py). The training
-    cells stay as they are. That of `closer_to_training` is of clusters of cells with the same nearest real cell, as
-    these are closer to the same side: sqrt(sum over clusters of (sum of x - mean)^2) / n.
+    cells stay as they are. That of `closer_to_training` goes by clusters: cells with the same nearest real cell are
+    closer to the same side. It is sqrt(sum over clusters of (sum of x - mean)^2) / n.
     That of the ratio is NaN where half of the held-out cells of a part coincide with training cells.
     Source: Liang & Zeger 1986.
     """

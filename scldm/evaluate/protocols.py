@@ -96,10 +96,10 @@ PROTOCOLS: Mapping[str, Protocol] = {
         title="CFGen",
         meaning=(
             "What CFGen's repository computes (2026): 2,000 variable genes (seurat_v3) of the real cells that are "
-            "judged, counts per 10,000 of all genes, log1p, 30 principal components fitted on the same cells. Exact "
-            "W2 and W1, biased MMD² summed over widths of 0.01 to 100. Per label, then the plain mean over labels. "
-            "FD, 1-NN accuracy, precision and recall are added. Two things differ: generated cells are centred as "
-            "real ones are (the repository multiplies them with the loadings without centring), and both sides are "
+            "judged, counts per 10,000 of all genes, and log1p. 30 principal components are fitted on these cells. "
+            "Exact W2 and W1, biased MMD² summed over widths of 0.01 to 100. Per label, then the plain mean over "
+            "labels. FD, 1-NN accuracy, precision and recall are added. Two things differ. Generated cells are centred "
+            "as real ones are, while the repository multiplies them with the loadings without centring. Both sides are "
             "cut to the same number of cells in every score, not in MMD² alone."
         ),
         main=("w2", "w1", "mmd2_multiscale", "fd", "nn_accuracy", "precision", "recall"),
@@ -116,8 +116,8 @@ PROTOCOLS: Mapping[str, Protocol] = {
 
 def variable_genes(counts: sp.csr_matrix, n: int) -> np.ndarray:
     """Ascending columns of the n genes of the highest variance of counts, standardised by a loess fit of log variance
-    against log mean (`seurat_v3`, as scanpy computes it). The fit takes the narrowest span of 0.3 (scanpy's and
-    Seurat's), 0.5, 0.7 and 1 that works: few cells of few counts have too few different means for a narrow one.
+    against log mean (`seurat_v3`, as scanpy computes it). The fit takes the narrowest span that works, of 0.3
+    (scanpy's and Seurat's), 0.5, 0.7 and 1. Few cells of few counts have too few different means for a narrow one.
     Source: Stuart et al. 2019.
     Raises: InputError where no span works, or where scikit-misc is missing.
     """

@@ -45,7 +45,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_report(evaluation: dict, folder: Path) -> list[Path]:
-    """Draw every figure as folder/figures/NAME.png and the page over them as folder/report.html; returns what was
+    """Draw every figure as folder/figures/NAME.png and the page over them as folder/report.html. Returns what was
     written, the page first."""
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     images: dict[str, bytes] = {}
@@ -63,7 +63,7 @@ def write_report(evaluation: dict, folder: Path) -> list[Path]:
 
 # --- page ----------------------------------------------------------------------------------------------------------
 
-# macro in sections.html.j2 -> title; a section that comes out empty is left out
+# macro in sections.html.j2 -> title. A section that comes out empty is left out
 SECTIONS = {
     "scores": "Scores",
     "parts": "Which part costs what",
@@ -81,7 +81,7 @@ SECTIONS = {
 
 
 def page(evaluation: dict, images: dict[str, bytes]) -> str:
-    """The whole page; `images` are PNGs by figure name."""
+    """The whole page. `images` are PNGs by figure name."""
     env = environment(images)
     env.globals |= {
         "e": evaluation,
@@ -150,7 +150,7 @@ def tiles(evaluation: dict) -> list[tuple[str, str]]:
         scored, skipped = len(evaluation["scored_combinations"]), len(evaluation["not_scored"])
         text = f"{unit(evaluation)}s have cells enough to be scored one by one"
         n_small = len(small_groups(evaluation))
-        more = f"; {n_small} {'is' if n_small == 1 else 'are'} too small" if skipped else ""
+        more = f". {n_small} {'is' if n_small == 1 else 'are'} too small" if skipped else ""
         out.append((f"{scored} of {scored + skipped}", text + more))
     return [*out, *_copies_tile(evaluation), *_response_tiles(evaluation), *_marker_tile(evaluation)]
 
@@ -160,9 +160,9 @@ def _copies_tile(evaluation: dict) -> list[tuple[str, str]]:
     if "closer_to_training" not in of:
         return []
     text = (
-        "of generated cells are closer to a training cell than to a held-out one (memorisation check: 50 % is ideal); "
-        f"{100 * of['near_copies']:.1f} % near copies (1 % expected), {100 * of['exact_copies']:.1f} % exact copies "
-        f"(real cells: {100 * of['exact_copies_real']:.1f} %)"
+        "of generated cells are closer to a training cell than to a held-out one (memorisation check: 50 % is ideal). "
+        f"{100 * of['near_copies']:.1f} % are near copies (1 % expected), {100 * of['exact_copies']:.1f} % are exact "
+        f"copies (real cells: {100 * of['exact_copies_real']:.1f} %)"
     )
     return [(f"{of['closer_to_training']:.0%}", text)]
 
@@ -172,7 +172,7 @@ def _response_tiles(evaluation: dict) -> list[tuple[str, str]]:
     for condition, response in drawn_responses(evaluation).items():
         slope = response["pooled"]["slope"]
         if slope["value"] is not None:
-            real = "" if slope["ceiling"] is None else f"; real cells: {number(slope['ceiling'], 2)}"
+            real = "" if slope["ceiling"] is None else f", real cells: {number(slope['ceiling'], 2)}"
             text = f"of the real change in response to {condition} (slope of log-fold changes: 1 is right{real})"
             out.append((number(slope["value"], 2), text))
     return out
@@ -230,7 +230,7 @@ def notes(e: dict) -> list[tuple[str, list[str]]]:
         n = len(set(those) - set(e["set_apart"]))
         if n == len(those):
             return ", which count in the pooled scores"
-        return f"; {n} of them count in the pooled scores" if n else ""
+        return f". {n} of them count in the pooled scores" if n else ""
 
     if e["scored_combinations"] and (small := small_groups(e)):
         text = f"Fewer than {e['config']['min_cells']} cells to compare, and so not scored one by one: "
@@ -272,7 +272,7 @@ def sizes(e: dict) -> dict[str, dict[str, int]]:
 
 
 def draws_text(e: dict) -> str:
-    """Over how many draws floor and baselines were taken; expensive metrics have fewer."""
+    """Over how many draws floor and baselines were taken. Expensive metrics have fewer."""
     n = {name: len(row["floor"]["draws"]) for name, row in e["pooled"].items()}
     most = max(n.values())
     fewer = [METRICS[name].title for name in n if n[name] < most]

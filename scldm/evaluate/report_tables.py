@@ -22,9 +22,9 @@ DASH = "\N{EN DASH}"
 
 
 def row_texts(row: dict) -> list[tuple[str, str]]:
-    """Generated score, floor and baselines of one metric as (mean, how far it reaches), all with the same decimals:
-    about three digits of the middle one, at most four decimals. The generated score reaches 1.96 standard errors, empty
-    where there is none. The others reach a standard deviation."""
+    """Generated score, floor and baselines of one metric as (mean, how far it reaches). All have the same decimals, at
+    most four, for about three digits of the middle one. The generated score reaches 1.96 standard errors, empty where
+    there is none. The others reach a standard deviation."""
     others = (row["floor"], *row["baselines"].values())
     digits = digits_of(row["score"], *(v["mean"] for v in others))
     reach = "" if row["error"] is None else number(REACH * row["error"], digits)

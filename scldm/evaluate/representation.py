@@ -58,8 +58,8 @@ def folds_of(labels_n: np.ndarray, groups_n: np.ndarray | None, seed: int) -> Fo
 
 
 def judged(labels_n: np.ndarray, groups_n: np.ndarray | None, seed: int) -> tuple[np.ndarray, Folds, list[dict]]:
-    """The rows of cells that are judged, folds of these rows, and the labels that are left out: those of fewer cells
-    than folds, and those of which some fold would have no training cell.
+    """The rows of cells that are judged, folds of these rows, and the labels that are left out. These have fewer cells
+    than folds, or some fold would have no training cell of them.
 
     Raises: InputError for fewer than two labels, or than two groups.
     """

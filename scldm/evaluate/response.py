@@ -65,8 +65,8 @@ def agreement(real: Pair, other: Pair) -> dict[str, float]:
 
 
 def ceilings(test: Pair, train: Pair | None) -> dict[str, float]:
-    """agreement of the test with the training cells. Without these, of the test cells' halves: r as it would be of
-    twice the cells, 2 r / (1 + r), the others as of half the cells, so that they are too low.
+    """agreement of the test with the training cells. Without these, of the two halves of the test cells. There r is as
+    it would be with twice the cells, 2 r / (1 + r). The others are as with half the cells, and so are too low.
     Source: Spearman 1910, Brown 1910."""
     if train is not None:
         return agreement(test, train)

@@ -1,7 +1,7 @@
 """One training run, or two beside each other, as one self-contained HTML page.
 
-The page is written from facts alone: of a run, its name, a headline, the sentences on where it is weak, rows of text by
-group, curves, settings and its last preview, a PNG. launch/report.py reads them from run folders.
+The page is written from facts alone, which launch/report.py reads from run folders. A run has a name, a headline,
+sentences on where it is weak, rows of text by group, curves, settings, and its last preview as a PNG.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from scldm.evaluate.report import environment
 from scldm.evaluate.report_tables import DASH, Cell, Head, Table
 
 ABOUT = {
-    "data": " The set as tracking noted it when the run began; without tracking, as it lies there now.",
+    "data": " The set as tracking noted it when the run began. Without tracking, as it lies there now.",
     "throughput": " Medians over the logged rows.",
     "environment": " Of the last start.",
 }

@@ -27,8 +27,8 @@ def check_splits(of_cell: np.ndarray, where: str, column: str) -> None:
 class Sample:
     """At most so many cells of each split, all of them where it has no more.
 
-    Of training and test cells the types have the shares at which they are compared, and a type that has not enough
-    leaves its place to the others: a uniform draw would have lost the rare ones. Validation cells are drawn uniformly.
+    Among training and test cells, each type has the share at which it is compared. A type with too few cells leaves its
+    place to the others. A uniform draw would have lost the rare types. Validation cells are drawn uniformly.
 
     n_cells: of a split at most
     generated: generated cells per type, which with the test cells say how many of a type are compared.

@@ -168,8 +168,8 @@ def table(
     as_floor: Collection[str] = (),
 ) -> dict:
     """metric -> score, its standard error, floor and baselines (mean and standard deviation over the draws), and per
-    baseline `normalised`. That is how much worse than the floor the score is, as a share of how much worse the baseline
-    is (Metric.beyond). 0 is as good as real training cells and 1 as poor as the baseline. Then `beats`.
+    baseline `normalised` and `beats`. `normalised` is how much worse than the floor the score is, as a share of how
+    much worse the baseline is (Metric.beyond). 0 is as good as real training cells, and 1 as poor as the baseline.
 
     Both are None where the metric does not find the baseline worse than the floor. It must be worse by three standard
     errors of the difference of their means, and not be the floor by construction (`as_floor`). Expensive metrics have

@@ -15,13 +15,14 @@ N_TREES = 50
 def classifier_auc(
     reference: sp.csr_matrix, other: sp.csr_matrix, seed: int = 0, n_trees: int = N_TREES, n_jobs: int = 1
 ) -> float:
-    """Area under the ROC curve of a random forest that tells the two sets apart by raw counts, on cells that it was not
-    trained on: 0.5 is indistinguishable, 1 is told apart. Trees only order values, so that there is no need of log1p.
+    """Area under the ROC curve of a random forest that tells the two sets apart by raw counts. It judges cells that it
+    was not trained on. 0.5 is indistinguishable, 1 is told apart. Trees only order values, and so need no log1p.
 
     Each of two forests learns on a half of both sets, and is scored on the other half. The mean counts. Given a forest,
     equal distributions have an AUC of 0.5 exactly on average, at any number of cells. Out-of-bag votes of one forest
-    cost the same and are not unbiased: a cell that is left out leaves its own set the smaller one (30 cells a side of
-    one distribution: AUC .447 out of bag, .490 in halves. 200 a side: .493 and .495. Error .01).
+    cost the same and are biased: a cell that is left out leaves its own set the smaller one. Two draws of one
+    distribution had an AUC of .447 out of bag and .490 in halves with 30 cells each, .493 and .495 with 200, to
+    within .01.
 
     Source: classifier two-sample test, Lopez-Paz & Oquab 2017. Forests, Breiman 2001.
     """

@@ -27,9 +27,9 @@ def headline_tables(evaluation: dict) -> list[dict]:
 
 
 def summary(evaluation: dict) -> dict:
-    """baselines: key -> on how many of all scores (metric by combination) generated cells are closer to the test cells,
-    of those on which the baseline is told apart from the floor. `like_real`: how many of all scores reach the floor
-    within their 95 % interval."""
+    """baselines: key -> on how many scores (metric by combination) generated cells are closer to the test cells. Only
+    scores count on which the baseline is told apart from the floor. `like_real`: how many of all scores reach the
+    floor within their 95 % interval."""
     tables = headline_tables(evaluation)
     keys = list(dict.fromkeys(key for t in tables for key in t["w2"]["baselines"]))
     beats = {key: [row["beats"].get(key) for t in tables for row in t.values()] for key in keys}
@@ -158,10 +158,11 @@ RISES = "If that loss rises, more training cells are needed."
 
 
 def what_limits(evaluation: dict) -> str:
-    """From cells that were encoded and decoded again: how much of what generated cells lack do they lack too? It is the
-    median of (part - floor) / (generated - floor), at equal numbers of cells, over those of MMD2, W2 and FD by which
-    generated cells differ from training cells by more than draws of these do. Training cells are taken where they are
-    there: reconstructed test cells lie nearer to the test cells than others do, as they are made of the same ones."""
+    """From cells that were encoded and decoded again: how much of what generated cells lack do they lack too?
+
+    It is the median of (part - floor) / (generated - floor) over MMD2, W2 and FD, at equal numbers of cells. A distance
+    counts where generated cells differ from training cells by more than draws of training cells do. Encoded training
+    cells are taken if there are any. Encoded test cells lie too near to the test cells, which they are made of."""
     part = evaluation["parts"].get("from_training") or evaluation["parts"].get("reconstructed")
     if part is None:
         return "`scldm evaluate` with model=FOLDER tells whether the autoencoder or the diffusion model limits."

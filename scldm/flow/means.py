@@ -1,14 +1,14 @@
-"""How far apart the cells of two combinations of labels lie: the way between their mean latents, of combinations that
-were never trained too.
+"""How far apart the cells of two combinations of labels lie: the way between their mean latents. It is also known for
+combinations that were never trained.
 
 A mean is the sum of its labels' shifts, and what the labels do together beyond that, their interaction. Training has
-measured the interactions of trained combinations (`DiT.fit_means`). Three of these say one of y: n, with another label
-a in one condition, and a pair r and s that differ as y and n do, r with y's label and s with a. What this label does to
-r, it does to y: interaction(y) = interaction(n) + interaction(r) - interaction(s). This is the latent arithmetic of
-scGen (Lotfollahi et al. 2019). All such parallelograms are averaged, near ones most, as a near relative responds most
-alike (inverse distance weighting, Shepard 1968). What comes from few cells is drawn to 0 (empirical Bayes).
-Where there is no parallelogram, as where no donor has both treatments, both ends of the way are taken without one of
-the conditions, and so on down to two. What is left out then goes by its shift.
+measured the interactions of trained combinations (`DiT.fit_means`). Three of these give that of an untrained y. One is
+n, which has another label a in one condition. The others are a pair r and s that differ as y and n do: r has y's label,
+and s has a. What this label does to r, it does to y: interaction(y) = interaction(n) + interaction(r) - interaction(s).
+This is the latent arithmetic of scGen (Lotfollahi et al. 2019). All such parallelograms are averaged, near ones most,
+as a near relative responds most alike (inverse distance weighting, Shepard 1968). What comes from few cells is drawn to
+0 (empirical Bayes). There may be no parallelogram, as where no donor has both treatments. Then both ends of the way are
+taken without one of the conditions, and so on down to two. What is left out goes by its shift.
 Conditions given as a number or a vector have no shifts, and those that are not given say nothing: both are left out.
 Reading order: CombinationMeans, _Table.
 """

@@ -2,7 +2,7 @@
 
 ODE: dz/dt = v(z, t). SDE, with the same distribution at every t: dz = (v - g^2/2 * score) dt + g dW, run backwards. On
 the linear path the score is -(z + (1 - t) v) / t, so that g^2 = diffusion * t keeps every term finite. 0 is the ODE.
-Source: Ma et al. 2024 (SiT), Eq. 5 and section 3.5, whose choice "w = sigma" is diffusion = 1.
+Source: Ma et al. 2024 (SiT), Eq. 5 and section 3.5. Its choice "w = sigma" is diffusion = 1.
 """
 
 from __future__ import annotations

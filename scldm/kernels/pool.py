@@ -3,8 +3,8 @@
 Forward: a program takes a head of a few cells, and goes over all genes with an online softmax. Of each block it holds
 the scores (cells x M x genes) and adds `p r values` to what is read. Nothing is written but the result. With few cells,
 programs take parts of the genes, and what they read is combined. A count's K
-functions phi are made from its position where they are needed. What they are multiplied with is of each cell apart, and
-all cells of a program go through one product: the first factor is alpha in a cell's own columns and 0 in the others'.
+functions phi are made from its position where they are needed. Each cell has its own factor for them, and yet all
+cells of a program go through one product: the first factor is alpha in a cell's own columns and 0 in the others'.
 Backward: a program takes a head of a block of genes, and goes over all cells, making scores again from the
 log of their sum. So a gene's gradients are summed in registers. Where each cell has its own set, a table's
 row has genes of several cells, and their gradients meet in atomic additions, in no fixed order.

@@ -1,7 +1,7 @@
 """Latent tokens -> genes: attention, LayerNorm, SwiGLU and head of the decoder, one number per gene and cell.
 
-Forward: a program takes a block of genes of one cell. It makes their weights over the latent tokens, then what they
-read, for its variance (both with D in pieces), and goes over the hidden layer in pieces, each of which is summed as
+Forward: a program takes a block of genes of one cell. It makes their weights over the latent tokens. Then it makes
+what they read, for its variance. Both have D in pieces. Then it goes over the hidden layer in pieces, and sums each as
 soon as it is made.
 Backward: a chunk of genes at a time, the weights are made again in torch (`weights`). The hidden layer is made again in
 tiles. Three kernels sum it: over cells for the tables of genes, over genes for those of cells, and over itself for the

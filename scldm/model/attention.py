@@ -34,10 +34,10 @@ def fastest(device: str, dtype: torch.dtype, refusal: str) -> Choice:
     2. `factorised` everywhere else: on a CPU, in float32, and for shapes that the kernels refuse.
 
     `plain` and `sdpa` are never it. Both make keys, values and a hidden layer for every cell and gene. By a roofline
-    model of an H100 a step of vae/20m in bf16 (8,192 genes) takes them more time than `factorised` at 32 and at 128
-    cells, with one set for all and with a set each. Their memory grows with cells x genes, while that of `factorised`
-    is a share of the device's (`tiles.TILE_SHARE`) beside the tables. In float32 a multiprocessor has room for one
-    block of the kernels, and not for two (benchmarks/kernels-compiled.json).
+    model of an H100, a step of vae/20m in bf16 (8,192 genes) takes them more time than `factorised`. That holds at 32
+    and at 128 cells, with one set for all and with a set each. Their memory grows with cells x genes, while
+    that of `factorised` is a share of the device's (`tiles.TILE_SHARE`) beside the tables. In float32 a multiprocessor
+    has room for one block of the kernels, and not for two (benchmarks/kernels-compiled.json).
 
     device: a torch device's type
     dtype: of matrix products

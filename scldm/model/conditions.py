@@ -188,7 +188,7 @@ class CombinationTokens(nn.Module):
     def index(self, label_ids_BC: Tensor) -> Tensor:
         """Which of the trained combinations each row is, (B,) int64. Their number where it is none.
 
-        Condition after condition, a row is told by the first combination that has the same labels so far, so that its
+        Condition after condition, a row is known by the first combination that has the same labels so far. So its
         number stays small however many conditions and labels there are.
         """
         B, K = len(label_ids_BC), len(self.labels_KC)

@@ -44,9 +44,9 @@ class DiTConfig(Checked):
         linear, or log for doses and times over decades
     combination_tokens: besides the sum of all conditions' embeddings, one more for each combination that was trained
     condition_means: the network is told latents less the mean that their conditions predict, each by a shift of its
-        own, and learns the rest: a combination that was never trained has its parts' shifts
+        own, and learns the rest. A combination that was never trained has its parts' shifts
     library_size: the network is told a cell's library size. Latents know it, so that without this the latent that is
-        drawn and the library size that is drawn do not fit each other. The paper does not have it; CFGen does
+        drawn and the library size that is drawn do not fit each other. The paper does not have it. CFGen does
     attention: how attention is computed, never what: plain (the formula), sdpa (torch's kernels)
     compile: torch.compile the transformer blocks. On a CPU that needs a C++ compiler
     recompute: keep a transformer block's input only, and compute the rest again in backward
@@ -291,8 +291,8 @@ class DiT(nn.Module):
     ) -> Tensor:
         """Velocity dz/dt at standardised z and flow time t, (B, L, Z).
 
-        With `condition_means` m the path of z - m is (1 - t) m beside that of z, and its velocity -m beside: the same
-        flow in other words, of which the network sees the part around 0.
+        With `condition_means` m the path of z - m differs from that of z by (1 - t) m, and its velocity by -m. The flow
+        is the same, and the network sees the part of it around 0.
 
         conditions: of each of the model's conditions, label ids (B,), of continuous ones values. `null` if not given
         with_token_B: cells that may use the token of their combination, where the model has such. None lets all

@@ -41,7 +41,7 @@ def expressed_flops(config: VAEConfig, n_genes: int, n_expressed: int) -> int:
     in float64 counts twice, as it takes twice as long."""
     D, L, N, S, X = config.width, config.n_latents, config.n_heads, n_genes, n_expressed
     R, K = N * L, N_BINS if config.token == "bins" else 1
-    read = X * (2 * K * R + K * K) + (X + K) * L * D  # scores, sums of phi, deviations; values
+    read = X * (2 * K * R + K * K) + (X + K) * L * D  # scores, sums of phi, deviations, and values
     taken_away = 2 * X * L * D
     out = L * (D * D + 3 * D * hidden_width(D))
     direct = D * (S + D) if config.direct else 0

@@ -12,9 +12,9 @@ class GeneToken(nn.Module):
     """e_g + sum over k of phi_k(count) u_k, with e_g = W E_g + b of the gene's embedding E_g.
 
     phi are few functions of the count (scldm/count_basis.py), and every u_k is a parameter of its own. Eq. 9 projects
-    [repeat_D(c), E_g], so that the count meets the *sum* of D columns, which an optimizer that takes equal steps in all
-    of them moves D times as fast as a gene's vector. Trained so, a token shows that a gene is expressed and no longer
-    how much. `linear` is the same function with the sum as the parameter.
+    [repeat_D(c), E_g], so that the count meets the *sum* of D columns. An optimizer that takes equal steps in all of
+    them moves the sum D times as fast as a gene's vector. Trained so, a token shows that a gene is expressed and no
+    longer how much. `linear` is the same function with the sum as the parameter.
 
     Soft bins rather than hard ones: neighbouring counts share vectors, as they mean much the same.
     """

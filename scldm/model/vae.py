@@ -157,8 +157,9 @@ class Predicted(NamedTuple):
     dropout_BQ: Tensor | None = None
 
     def expected(self, library_size_B: Tensor) -> Tensor:
-        """Mean of a gene's count, (B, Q): share x library size, the total over the asked genes, or over those that
-        shares are of. gaussian: of a normal value, 0 where it is negative, scaled back from the cell's whole total.
+        """Mean of a gene's count, (B, Q): share x library size. That is the total over the asked genes, or over those
+        that shares are of. For gaussian it is the mean of a normal value, which counts as 0 where it is negative,
+        scaled back from the cell's whole total.
         """
         if self.likelihood != "gaussian":
             return self.value_BQ.exp() * library_size_B[:, None]

@@ -151,7 +151,7 @@ def check_overrides(overrides: Mapping[str, Any]) -> None:
 
 def _nearest(name: str, known: tuple[str, ...]) -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"; did you mean {', '.join(near)}?" if near else f"; there are: {', '.join(sorted(known))}"
+    return f". Did you mean {', '.join(near)}?" if near else f". There are: {', '.join(sorted(known))}"
 
 
 def _prefixes(key: str) -> Iterator[str]:

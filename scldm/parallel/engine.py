@@ -31,7 +31,7 @@ def check_engine(
 ) -> Literal["plain", "deepspeed", "fsdp"]:
     """Which engine runs.
 
-    Raises: InputError where another version of what it needs is installed, or none; and for a CPU where a GPU is
+    Raises: InputError where another version of what it needs is installed, or none. Also for a CPU where a GPU is
     required.
     """
     if hardware.require_gpu and world.device.type == "cpu":

@@ -1,7 +1,7 @@
 """A connection of every rank to the first one, over which ranks say why they stop.
 
 The kernel closes it when the process at the other end dies, and its keep-alive finds a host that is gone. So a busy
-interpreter is never taken for a dead one, as a heartbeat of ours would. torch's TCPStore can't stand in for it: the
+interpreter is never taken for a dead one, as a heartbeat of ours would. torch's TCPStore can't stand in for it. The
 store tells nobody whose connection ended, and it listens on every interface.
 """
 

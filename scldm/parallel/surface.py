@@ -30,14 +30,14 @@ class HardwareConfig(Checked):
         them around every layer, model.compile gains nothing there under DeepSpeed. fsdp has 2 and 3, and gathers around
         every block
     offload_optimizer: keep master weights, moments and EMA in the host's memory, and step there
-    precision: fp32, or bf16 (autocast, master weights stay float32). On an NVIDIA GPU bf16 has TF32 beside it: float32
-        products of backward take it, and forward those of what depends on the gene or the latent token alone. fp32
-        takes TF32 nowhere
+    precision: fp32, or bf16 (autocast, master weights stay float32). On an NVIDIA GPU bf16 has TF32 beside it.
+        Float32 products of backward take it. Forward, only those of what depends on the gene or the latent token alone
+        do. fp32 takes TF32 nowhere
     threads: CPU threads per rank for torch
-    peak_tflops: of a rank's device at the precision, dense, for MFU; 0 takes that of a GPU known by its name
+    peak_tflops: of a rank's device at the precision, dense, for MFU. 0 takes that of a GPU known by its name
     require_gpu: refuse to train on CPUs. Presets for GPUs set it
-    collective_timeout_s: longest wait of a rank for the others within one exchange, in seconds; a minute more than
-        train.hang_s at least
+    collective_timeout_s: longest wait of a rank for the others within one exchange, in seconds. It is at least a minute
+        more than train.hang_s
     """
 
     engine: Literal["auto", "deepspeed", "fsdp", "plain"] = "auto"

@@ -229,7 +229,7 @@ class Watch:
         return f"rank {rank} ({self._names[rank]})" if self._names else f"rank {rank}"
 
     def _where_stacks_are(self) -> str:
-        return f"; stacks of all ranks: {self.folder / 'stacks'}" if self.folder else ""
+        return f". Stacks of all ranks: {self.folder / 'stacks'}" if self.folder else ""
 
     def _note(self, text: str) -> None:
         """Why this rank ended, into the run's folder."""
@@ -254,8 +254,8 @@ class Watch:
 
 
 def _in_collective(frames: Iterable[tuple[FrameType, int]]) -> bool:
-    """Whether a stack passes through torch.distributed, DeepSpeed's layer over it, or ours; or waits in DeepSpeed for
-    what torch's own code, which has no frames here, is to bring: a parameter's parts, under ZeRO-3."""
+    """Whether a stack passes through torch.distributed, DeepSpeed's layer over it, or ours. So does one that waits in
+    DeepSpeed for a parameter's parts, under ZeRO-3: torch's own code brings them, and has no frames here."""
     places = (os.path.join("torch", "distributed", ""), os.path.join("deepspeed", "comm", ""), dist.__file__)
     zero = os.path.join("deepspeed", "runtime", "zero", "")
     for frame, _ in frames:

@@ -212,8 +212,8 @@ def _arrays(taken: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
 
 
 def check_sampler(dit: DiT, asked: dict[str, np.ndarray], sampler: SamplerConfig, origin: dict[str, Any]) -> None:
-    """Raises: InputError where guidance names unknown conditions, or asks the model for a subset of conditions of a
-    kind that it never saw in training, as far as the model's origin tells.
+    """Raises: InputError where guidance names unknown conditions. Also where it asks the model for a subset of
+    conditions of a kind that it never saw in training, as far as the model's origin tells.
 
     asked: what the network is asked for, combination by combination
     """

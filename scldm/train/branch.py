@@ -70,11 +70,11 @@ def named(text: str) -> tuple[Path, Path]:
         raise InputError(f"branch_from={text}: {run} is not a run folder: it has no {CONFIG}")
     if step.isdecimal():
         there = {int(target.name.removeprefix("step-")): target for target in candidates(folder)}
-        target, said = there.get(int(step)), f"there are {', '.join(map(str, sorted(there))) or 'none'}"
+        target, said = there.get(int(step)), f"There are {', '.join(map(str, sorted(there))) or 'none'}"
     else:
-        target, said = pointed(folder / step), "train it first"
+        target, said = pointed(folder / step), "Train it first"
     if target is None:
-        raise InputError(f"branch_from={text}: the run has no checkpoint of step {step}; {said}")
+        raise InputError(f"branch_from={text}: the run has no checkpoint of step {step}. {said}")
     return run, target
 
 

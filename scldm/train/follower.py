@@ -23,14 +23,14 @@ from scldm.given_json import Count, typed
 
 METRICS, SYSTEM = "metrics.jsonl", "system.jsonl"
 SYSTEM_OF = "system"  # folder with a file of each node but the first, see machine.py
-ROWS_AT_ONCE = 200  # rows sent between two notes of how far; at 20 metrics a row 4 requests of MLflow
+ROWS_AT_ONCE = 200  # rows sent between two notes of how far. At 20 metrics a row, they are 4 requests of MLflow
 
 
 class Follower(ABC):
     """Made with the run's folder before training begins: what it lacks, such as a package, it says by raising there.
 
-    In the folder are config.json, tracked.json (parameters, tags, data sets, artifacts, the state; tracked.py says
-    how) and rows of metrics: {"step", "time", "split", NAME: number or null}. No secret is in any of them.
+    In the folder are config.json, tracked.json (parameters, tags, data sets, artifacts and the state, as tracked.py
+    says) and rows of metrics: {"step", "time", "split", NAME: number or null}. No secret is in any of them.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -51,7 +51,7 @@ class Follower(ABC):
         try:
             sent = typed(dict[str, Count], read_json(state), str(state)) if state.is_file() else {}
         except InputError as error:
-            say_once(state, f"{error}; all rows are sent again")
+            say_once(state, f"{error}. All rows are sent again")
         for name in row_files(self.folder):
             for rows, end in rows_from(self.folder / name, sent.get(name, 0)):
                 yield rows
@@ -60,7 +60,7 @@ class Follower(ABC):
 
 
 def follower_named(name: str) -> type[Follower]:
-    """Raises: InputError for a module that is not found, and for what is no Follower; ModuleNotFoundError where the
+    """Raises: InputError for a module that is not found, and for what is no Follower. ModuleNotFoundError where the
     module needs a package that is not there."""
     module, _, kind = name.partition(":")
     try:
@@ -123,7 +123,7 @@ def rows_from(path: Path, start: int) -> Iterator[tuple[list[dict[str, Any]], in
 
 
 def row_of(line: bytes, path: Path) -> dict[str, Any] | None:
-    """A row, as `log` writes them; none for a line that is not one, as a machine that went down may leave it. That is
+    """A row, as `log` writes them. None for a line that is not one, as a machine that went down may leave it. That is
     told once for a file: no run ends, and no other row is lost, for want of it."""
     try:
         row = json.loads(line)
@@ -131,7 +131,7 @@ def row_of(line: bytes, path: Path) -> dict[str, Any] | None:
             return row
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
-    say_once(path, f"{path} has lines that are no rows; they are passed over")
+    say_once(path, f"{path} has lines that are no rows. They are passed over")
     return None
 
 

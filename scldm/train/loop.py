@@ -114,8 +114,8 @@ def train(
 
     Collective: every rank calls it with its own loader.
 
-    Raises: Stopped where that was asked from outside, Diverged or InputError where training or saving can't go on; on
-        all ranks.
+    Raises, on all ranks: Stopped where that was asked from outside, Diverged or InputError where training or saving
+        can't go on.
     """
     ema, meter = EMA(engine, config.ema_decay), meter or Meter(world)
     state = RunState(config.steps, config.patience)

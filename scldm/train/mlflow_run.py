@@ -30,10 +30,10 @@ from scldm.files import write_json, written_aside
 from scldm.train.follower import Follower, row_files, rows_from, say
 from scldm.train.tracked import NOTE, NOTHING, STATE, followed_alone, parent_of, read_note, read_state, stamp_of
 
-METRICS_PER_BATCH, PER_BATCH = 1_000, 100  # MLflow's own limits of one log_batch; the second of params and tags
+METRICS_PER_BATCH, PER_BATCH = 1_000, 100  # MLflow's own limits of one log_batch. The second is of params and tags
 OLDER_LIMITS = (500, 250)  # characters of a parameter: MLflow before 2.10, and before 1.28
 SURE = 3  # a name that was refused alone so often is not sent again
-# A server that is gone would block one call for minutes by default; none of ours for more than some seconds.
+# A server that is gone would block one call for minutes by default. None of ours blocks for more than some seconds.
 # What the user has set stays.
 MLFLOW_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -220,7 +220,9 @@ class Sender(Follower):
         (entry,) = entries
         limit = next((n for n in OLDER_LIMITS if kind == "params" and len(entry.value) > n), 0)
         if limit:
-            say(f"MLflow at {self.place} refuses {entry.key} of {len(entry.value)} characters; cut to {limit} there")
+            say(
+                f"MLflow at {self.place} refuses {entry.key} of {len(entry.value)} characters, and gets {limit} of them"
+            )
             self._log(kind, [type(entry)(entry.key, entry.value[:limit])])
             return
         name = f"{kind} {entry.key}"
@@ -230,7 +232,7 @@ class Sender(Follower):
 
     def _tell_refused(self, what: str, error: Exception) -> None:
         why = cause_of(error, self.uri)
-        say(f"MLflow at {self.place} refuses {what} ({why}); it is in {self.folder} alone. All else is sent")
+        say(f"MLflow at {self.place} refuses {what} ({why}). It is in {self.folder} alone. All else is sent")
 
     def _rows(self, name: str) -> Iterator[tuple[list[Any], int]]:
         """Metrics of the complete rows that were not sent, some rows at a time, with the offset they end at.
@@ -257,7 +259,7 @@ class Sender(Follower):
 
 
 def _code_of(error: BaseException) -> int:
-    """The HTTP status of a failure, also of a store without HTTP; 0 where the server gave no answer."""
+    """The HTTP status of a failure, also of a store without HTTP. 0 where the server gave no answer."""
     found = re.search(r"failed with error code (\d{3})|too many (\d{3}) error responses", str(error))
     if found:
         return int(found[1] or found[2])
@@ -291,11 +293,11 @@ def cause_of(error: BaseException, uri: str = "") -> str:
     names = {type(e).__name__ for e in chain}
     server = without_passwords(uri)
     if code == 401:
-        kind = "HTTP 401, not logged in; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or _TOKEN"
+        kind = "HTTP 401, not logged in. Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or _TOKEN"
     elif code == 403:
         kind = "HTTP 403, this user may not do that"
     elif code >= 500:
-        kind = f"HTTP {code}, an error of the server; its log says more"
+        kind = f"HTTP {code}, an error of the server. Its log says more"
     elif code:
         kind = f"HTTP {code}"
     elif names & {"ConnectTimeout", "ReadTimeout", "ConnectTimeoutError", "ReadTimeoutError"}:
@@ -328,12 +330,12 @@ def with_password(place: str) -> str:
 
 
 def database_uri(database: Path) -> str:
-    """The URI of a SQLite file; what would mean something else there is quoted, as SQLAlchemy reads it since 2.1."""
+    """The URI of a SQLite file. What would mean something else there is quoted, as SQLAlchemy reads it since 2.1."""
     return f"sqlite:///{quote(str(database)) if set('%?#') & set(str(database)) else database}"
 
 
 def database_of(uri: str) -> Path | None:
-    """The file of a SQLite store; none of another, or where the URI says more than a path."""
+    """The file of a SQLite store. None for another store, or where the URI says more than a path."""
     path = uri.removeprefix("sqlite:///")
     return None if path == uri or "?" in path or path in ("", ":memory:") else Path(unquote(path)).resolve()
 
@@ -352,7 +354,7 @@ def _client(uri: str) -> Any:
 
 
 def _experiment(client: Any, uri: str, name: str) -> str:
-    """The experiment's id; one that we create in a SQLite file keeps its artifacts beside that file.
+    """The experiment's id. One that we create in a SQLite file keeps its artifacts beside that file.
 
     Raises: InputError for one that is deleted.
     """
@@ -372,7 +374,7 @@ def _experiment(client: Any, uri: str, name: str) -> str:
     if found.lifecycle_stage == "deleted":
         raise InputError(
             f"experiment {name!r} is deleted in MLflow: `mlflow experiments restore -x {found.experiment_id}` brings "
-            "it back, `mlflow gc` frees its name; or give another tracking.experiment"
+            "it back, and `mlflow gc` frees its name. Or give another tracking.experiment"
         )
     return found.experiment_id
 
@@ -380,8 +382,8 @@ def _experiment(client: Any, uri: str, name: str) -> str:
 def _create_database(path: Path) -> None:
     """Have MLflow make its tables in memory, and copy them to a file when they are whole.
 
-    It makes them by some fifty migrations, each of which SQLite keeps at once: a run that is stopped, or a machine that
-    goes down, between them would leave a store that MLflow can neither use nor mend.
+    It makes them by some fifty migrations, and SQLite keeps each at once. A run that is stopped between them, or a
+    machine that goes down, would leave a store that MLflow can neither use nor mend.
     """
     from mlflow import MlflowClient
 

@@ -102,8 +102,8 @@ class Previews:
         except TimeoutError as error:
             self._spent_s, self._last_s = self._spent_s + self.limit_s, self.limit_s
             self._make, self._was_late = None if self._was_late else self._make, True
-            then = "the next one waits longer" if self._make else "no more previews"
-            print(f"scldm: no preview of step {step}: {error}; {then}", file=sys.stderr, flush=True)
+            then = "The next one waits longer" if self._make else "There are no more previews"
+            print(f"scldm: no preview of step {step}: {error}. {then}", file=sys.stderr, flush=True)
             return
         except Exception as error:  # whatever it is: no preview is worth a run
             self._make = None

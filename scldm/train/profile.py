@@ -115,8 +115,8 @@ def part_of(doing: str) -> str:
 
 
 def table(profiler: profile, parts: list[str], n_steps: int) -> str:
-    """Milliseconds a step and share of each part on the CPU, and from its first to its last work on the GPU; then the
-    operations. Of what autograd's own thread has the GPU do, the part may know nothing: the trace shows that."""
+    """Milliseconds a step and share of each part on the CPU, and from its first to its last work on the GPU. Then the
+    operations follow. Of what autograd's own thread has the GPU do, the part may know nothing: the trace shows that."""
     averages = profiler.key_averages()
     cpu, gpu = dict.fromkeys(parts, 0.0), dict.fromkeys(parts, 0.0)
     for event in averages:  # with a GPU, a part has a row of each device

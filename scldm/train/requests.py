@@ -6,9 +6,10 @@
     a file `profile` in the run folder                     the first rank profiles some steps, see profile.py
 
 Ranks see a signal at different times, and the first rank alone looks for the files. So a step begins with one
-all-reduce of a few integers over gloo, on the CPU, that is on its way while the step is computed, and ends with its
-result: what any rank knew when it began the step, all know when they end it. A validation pass asks after every batch.
-Gloo's all-reduce is a ring of all ranks. Many ranks give it as many steps as take a second, and all act at one step.
+all-reduce of a few integers over gloo, on the CPU. It is on its way while the step is computed, and the step ends with
+its result: what any rank knew when it began the step, all know when they end it. A validation pass asks after every
+batch. Gloo's all-reduce is a ring of all ranks. Many ranks give it as many steps as take a second, and all act at one
+step.
 """
 
 from __future__ import annotations

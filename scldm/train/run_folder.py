@@ -2,14 +2,14 @@
 
 config.json       the resolved config, as given
 changes.json      what changed the course of the run, see changes.py
-environment.json  versions, commit, host, command line, how attention is computed; one entry per start. A damaged one
+environment.json  versions, commit, host, command line, how attention is computed: one entry per start. A damaged file
                   is begun again, and kept as environment.json.broken
 plan.json         what training this config was planned to take, see launch/planning/of_run.py
 metrics.jsonl     see tracking.py
 previews/         see previews.py
 tracked.json, mlflow_run.json, tracking.lock    see tracked.py
 system.jsonl, system/    see machine.py
-outcome.json      running, finished, stopped or failed; the exit code and why
+outcome.json      running, finished, stopped or failed, with the exit code and why
 checkpoints/      see checkpoint.py
 errors/rank-K.txt, stacks/rank-K.txt    see scldm/parallel/watch.py
 nonfinite.jsonl   the cells of every step that was skipped
@@ -71,14 +71,14 @@ def open_run_folder(
     allowed: tuple[str, ...] = (),
     branch: Branch | None = None,
 ) -> Iterator[None]:
-    """Make the folder, or check that the run in it has this config; what differs and may is printed. Within, no other
+    """Make the folder, or check that the run in it has this config. What differs and may is printed. Within, no other
     process may train in it.
 
     free: keys, or groups of keys, that a resume may change because they do not change the result
     notes: of this start, kept with its environment
     can_change: keys, or groups, that change the course of the same run
-    allowed: those that this start may change; they are noted in the run's history, with their step
-    branch: what the run begins with; its config may differ from the parent's in what can change
+    allowed: those that this start may change. They are noted in the run's history, with their step
+    branch: what the run begins with. Its config may differ from the parent's in what can change
 
     Raises: InputError where the folder holds another run, with the keys that differ, or another process trains in it.
     """
@@ -86,18 +86,18 @@ def open_run_folder(
     config = json.loads(json.dumps(config))
     changed: dict[str, tuple[Any, Any]] = {}
     if not path.is_file() and run_dir.is_dir() and any(not _may_lie_there(entry) for entry in run_dir.iterdir()):
-        raise InputError(f"{run_dir} is not empty and not a run folder; choose another run_dir")
+        raise InputError(f"{run_dir} is not empty and not a run folder. Choose another run_dir")
     if branch is not None:
         changed = _differing(branch.config, config, (*free, "init_from"))
         if wrong := [key for key in changed if not _within(key, can_change)]:
-            can = f"a branch may differ in {', '.join(can_change)}, and in what changes no result"
-            raise InputError(f"branch_from={branch}: {_told(changed, wrong)}; {can}")
+            can = f"A branch may differ in {', '.join(can_change)}, and in what changes no result"
+            raise InputError(f"branch_from={branch}: {_told(changed, wrong)}. {can}")
     elif path.is_file():
         changed = _differing(read_config(run_dir), config, free)
         if wrong := [key for key in changed if not _within(key, allowed)]:
             named = f", or name what may change: allow_changes={','.join(wrong)}"
             hint = named if all(_within(key, can_change) for key in wrong) else ""
-            raise InputError(f"{run_dir} holds another run: {_told(changed, wrong)}; choose another run_dir{hint}")
+            raise InputError(f"{run_dir} holds another run: {_told(changed, wrong)}. Choose another run_dir{hint}")
         if every := _differing(read_config(run_dir), config, ()):
             told = _told(every, list(every), len(every))
             print(f"scldm: {run_dir} goes on with: {told}", file=sys.stderr, flush=True)
@@ -156,7 +156,7 @@ def _may_lie_there(entry: Path) -> bool:
 
 
 def started_at(run_dir: Path) -> float:
-    """When the run was last started, in seconds since 1970; 0 where that is not noted."""
+    """When the run was last started, in seconds since 1970. 0 where that is not noted."""
     starts = starts_of(run_dir)
     return datetime.fromisoformat(starts[-1]["time"]).timestamp() if starts else 0.0
 
@@ -194,7 +194,7 @@ def _starts(run_dir: Path) -> list[Any]:
         names = (f"{ENVIRONMENT}{BROKEN}{k or ''}" for k in itertools.count())
         aside = next(path for name in names if not (path := run_dir / name).exists())
         put_in_place(run_dir / ENVIRONMENT, aside)
-        print(f"scldm: {error}; it is begun again, and what it held is now {aside}", file=sys.stderr, flush=True)
+        print(f"scldm: {error}. It is begun again, and what it held is now {aside}", file=sys.stderr, flush=True)
         return []
 
 
@@ -227,17 +227,17 @@ def is_trained(run_dir: Path) -> bool:
 
 
 def trained_on(run_dir: Path) -> str:
-    """The host that last trained in the folder; empty where that is not noted."""
+    """The host that last trained in the folder. Empty where that is not noted."""
     owner = _owner_in(run_dir / LOCK)
     return owner.host if owner else ""
 
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Within, no other process trains in this folder; the lock ends with the process, however that ends. It is waited
+    """Within, no other process trains in this folder. The lock ends with the process, however that ends. It is waited
     for: what a killed launcher left behind may train on for a while.
 
-    Raises: InputError where another process still trains in it; Busy where this one is a job that Slurm put back into
+    Raises: InputError where another process still trains in it. Busy where this one is a job that Slurm put back into
     the queue, whose earlier ranks may still be ending.
     """
     with (run_dir / LOCK).open("a+") as file:
@@ -246,10 +246,10 @@ def locked(run_dir: Path) -> Iterator[None]:
             who = f"{run_dir}: another process is training in it ({_named(run_dir / LOCK)})"
             if time.monotonic() > end:
                 kind = Busy if int(os.environ.get("SLURM_RESTART_COUNT") or 0) else InputError
-                raise kind(f"{who}; wait for it, or end it")
+                raise kind(f"{who}. Wait for it, or end it")
             if not told:
                 told = True
-                print(f"scldm: {who}; waiting for it, {WAIT_S:g} s at most", file=sys.stderr, flush=True)
+                print(f"scldm: {who}. This one waits for it, {WAIT_S:g} s at most", file=sys.stderr, flush=True)
             time.sleep(WAIT_S / 60)
         try:
             with outlived(run_dir / LOCK):
@@ -262,7 +262,7 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 def _try_lock(run_dir: Path, descriptor: int) -> Callable[[], None] | None:
-    """What gives the lock back; None where another process has it."""
+    """What gives the lock back. None where another process has it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return lambda: None  # with the file
@@ -292,7 +292,7 @@ def _try_lock(run_dir: Path, descriptor: int) -> Callable[[], None] | None:
 
 @dataclass(frozen=True)
 class _Owner:
-    """The process that holds a lock. job: of Slurm; empty for none"""
+    """The process that holds a lock. job: of Slurm, empty for none"""
 
     host: str
     pid: Annotated[int, range(1, 1 << 31)]
@@ -336,7 +336,7 @@ def _named(path: Path) -> str:
 
 @contextmanager
 def outcome_noted(run_dir: Path) -> Iterator[Callable[[str, int], None]]:
-    """Note that the run runs, and how it ended; yields what notes from another thread why it fails, with which code."""
+    """Note that the run runs, and how it ended. Yields what notes from another thread why it fails, with which code."""
 
     writing, known = threading.Lock(), False
 

@@ -2,7 +2,7 @@
 
     tracked.json     what MLflow is to get besides the rows: experiment, parameters, tags, artifacts, the final status
     metrics.jsonl    the rows, see tracking.py
-    system.jsonl     rows of the machine: processor, memory, GPU; those of other nodes in system/, see machine.py
+    system.jsonl     rows of the machine: processor, memory, GPU. Those of other nodes are in system/, see machine.py
     mlflow_run.json  what MLflow has got, and what it refused
     tracking.lock    held by the process that follows the run
 
@@ -36,10 +36,12 @@ def new_note(place: str, experiment: str, run_name: str) -> dict[str, Any]:
     """The note of a run that begins now.
 
     uri: of the store, without a password
-    parent: folder of the run that this one is nested in, from this folder; empty for none
-    params: of the first start; resumed: those that a later start changed
-    tags, datasets, artifacts: of MLflow; an artifact is (file, from this folder; folder in MLflow)
-    status: RUNNING until the run ends; started, ended: seconds since 1970
+    parent: folder of the run that this one is nested in, from this folder. Empty for none
+    params: of the first start
+    resumed: those that a later start changed
+    tags, datasets, artifacts: of MLflow. An artifact is (file from this folder, folder in MLflow)
+    status: RUNNING until the run ends
+    started, ended: seconds since 1970
     closed_by: of a parent that no process follows: the stage of the child whose end is its own end
     """
     return {
@@ -60,7 +62,7 @@ def new_note(place: str, experiment: str, run_name: str) -> dict[str, Any]:
 
 
 def read_note(folder: Path) -> dict[str, Any] | None:
-    """What MLflow is to get of the run in a folder; None where no run there is followed. Raises: InputError."""
+    """What MLflow is to get of the run in a folder. None where no run there is followed. Raises: InputError."""
     return read_checked(_Note, folder / NOTE)
 
 
@@ -112,7 +114,7 @@ def note_end(folder: Path, note: dict[str, Any], status: Status) -> None:
 
 
 def note_failed(parent: Path) -> bool:
-    """Note that a pipeline failed, where no process follows it and no stage has ended it; returns whether it was so."""
+    """Note that a pipeline failed, where no process follows it and no stage has ended it. Returns whether it was so."""
     note = read_note(parent)
     if note is None or not note["closed_by"] or note["status"] != "RUNNING":
         return False
@@ -145,8 +147,10 @@ def _rows_after(path: Path, offset: int) -> int:
 
 @dataclass(frozen=True)
 class _State:
-    """sent: bytes of each file of rows; artifacts: the `stamp_of` each; refused: how often, by name; the rest as in the
-    note"""
+    """sent: bytes of each file of rows
+    artifacts: the `stamp_of` each
+    refused: how often, by name
+    The rest is as in the note."""
 
     uri: str = ""
     run_id: str = ""
@@ -164,16 +168,16 @@ NOTHING = asdict(_State())
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What MLflow has got; nothing where that is not noted, or the note is damaged: then all is sent again."""
+    """What MLflow has got. Nothing where that is not noted, or the note is damaged: then all is sent again."""
     try:
         return {**NOTHING, **(read_checked(_State, folder / STATE) or {})}
     except InputError as error:
-        say_once(folder / STATE, f"{error}; all is sent again, to a new run of MLflow")
+        say_once(folder / STATE, f"{error}. All is sent again, to a new run of MLflow")
         return dict(NOTHING)
 
 
 def stamp_of(path: Path) -> list[int] | None:
-    """Size and time of a file, by which a changed one is sent again; None for one that is gone."""
+    """Size and time of a file, by which a changed one is sent again. None for one that is gone."""
     if not path.is_file():
         return None
     of = path.stat()

@@ -48,20 +48,20 @@ class TrackingConfig(Checked):
     """Where the metrics of a run go besides its own metrics.jsonl.
 
     enabled: forward to MLflow
-    uri: tracking server or database; empty means that of the parent, else $MLFLOW_TRACKING_URI, else mlflow.db in the
+    uri: tracking server or database. Empty means that of the parent, else $MLFLOW_TRACKING_URI, else mlflow.db in the
         run folder. A password in it is moved to that variable, and stands in no file of the run
-    experiment: name of the MLflow experiment; empty means that of the parent, else $MLFLOW_EXPERIMENT_NAME, else scldm
-    run_name: name of the MLflow run; empty means the stage's
-    parent: folder of the run that this one is nested in; empty means $SCLDM_PARENT, else none
+    experiment: name of the MLflow experiment. Empty means that of the parent, else $MLFLOW_EXPERIMENT_NAME, else scldm
+    run_name: name of the MLflow run. Empty means the stage's
+    parent: folder of the run that this one is nested in. Empty means $SCLDM_PARENT, else none
     parent_run_id: the same by the MLflow run's id, of a run that scldm does not follow
     every_s: seconds between two forwards
     close_s: longest wait for a server at the end of the run, in seconds. It is 5 for a run that was stopped or failed.
         A local database is waited for until all is there, at most 90 s
-    system_s: seconds between two samples of processor, memory and GPU of each node; 0 takes none. On more than 10
+    system_s: seconds between two samples of processor, memory and GPU of each node. 0 takes none. On more than 10
         nodes it is longer, by that number over 10
     attach: files that MLflow gets with the run, such as a protocol
     also: module:Class of a place where the run is followed too, with MLflow or without, as
-        scldm.train.tensorboard:TensorBoard; see scldm/train/follower.py for one of your own
+        scldm.train.tensorboard:TensorBoard. See scldm/train/follower.py for one of your own
     """
 
     enabled: bool = True
@@ -80,9 +80,9 @@ class TrackingConfig(Checked):
         super().__post_init__()
         check_uri("tracking.uri", self.uri)
         if self.parent and self.parent_run_id:
-            raise InputError(f"tracking.parent={self.parent} and tracking.parent_run_id name two parents; give one")
+            raise InputError(f"tracking.parent={self.parent} and tracking.parent_run_id name two parents. Give one")
         if len({Path(path).name for path in self.attach}) < len(self.attach):
-            raise InputError(f"tracking.attach={','.join(self.attach)}: two files of one name; MLflow would keep one")
+            raise InputError(f"tracking.attach={','.join(self.attach)}: two files of one name. MLflow would keep one")
         if self.also and not re.fullmatch(r"[\w.]+:\w+", self.also):
             raise InputError(f"tracking.also={self.also}: give module:Class, as scldm.train.tensorboard:TensorBoard")
 
@@ -90,10 +90,10 @@ class TrackingConfig(Checked):
 class Tracker(contextlib.AbstractContextManager["Tracker"]):
     """Writes metrics and forwards them. All ranks may make one. The active one does all but to sample other nodes.
 
-    run_dir: the run's folder; metrics.jsonl in it is appended to
+    run_dir: the run's folder. Rows are appended to its metrics.jsonl
     active: True on rank 0 alone
     place: where this rank runs
-    stage: what runs, as `train vae`; the MLflow run's name where the config gives none
+    stage: what runs, as `train vae`. The MLflow run's name where the config gives none
     params: the resolved config, nested mappings allowed. On a resume, values that differ become tags `resumed.KEY`
     tags: what else to note, besides user, command, commit, versions, host and job
     datasets: what is read, of MLflow: name, source, digest, context, profile
@@ -188,7 +188,7 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
             self._write_note()
 
     def log_on_parent(self, metrics: Mapping[str, Any], split: str) -> None:
-        """A row of the parent's, such as the scores by which whole pipelines are compared; nothing without a parent."""
+        """A row of the parent's, such as the scores by which pipelines are compared. Without a parent, nothing."""
         if self.parent is None or not (self.parent / tracked.NOTE).is_file():
             return
         with self._reported("writing", METRICS), (self.parent / METRICS).open("ab", buffering=0) as file:
@@ -242,7 +242,7 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         except (OSError, InputError) as error:
             if not self._warned:
                 self._warned = True
-                say(f"{doing} {self.run_dir / name} failed ({error}); training goes on without it")
+                say(f"{doing} {self.run_dir / name} failed ({error}). Training goes on without it")
 
 
 class _Background(threading.Thread, ABC):
@@ -277,7 +277,7 @@ class _Forwarder(_Background):
     def left(self) -> str:
         lacks = ", ".join(tracked.unsent(self.run_dir)) or "rows of runs below"
         replay = f"`scldm track replay {self.run_dir}` sends the rest"
-        return f"{self.place} (it lacks {lacks}); all is in {self.run_dir}: {replay}"
+        return f"{self.place} (it lacks {lacks}). All is in {self.run_dir}: {replay}"
 
     def run(self) -> None:
         while True:
@@ -304,14 +304,14 @@ class _Forwarder(_Background):
                     say(f"MLflow at {self.place} failed: {self.lacks}. {METRICS} goes on, sent later")
             else:
                 if failures:
-                    say(f"MLflow at {self.place} answers again; all rows are sent")
+                    say(f"MLflow at {self.place} answers again. All rows are sent")
                 failures, self.lacks = 0, ""
             wait_s = min(self.cfg.every_s * 2**failures, LONGEST_WAIT_S)
             if last:
                 tries = tries - 1 if self.lacks else 0
 
     def _send_below(self, last: bool) -> None:
-        """What stages left to this process; at the end also what is left of runs below that have ended."""
+        """What stages left to this process. At the end also what is left of runs below that have ended."""
         for folder in followed_in(self.run_dir if last else self.run_dir / OF_STAGES):
             stage = folder.is_relative_to(self.run_dir / OF_STAGES)
             note = None if folder == self.run_dir else tracked.read_note(folder)
@@ -333,7 +333,7 @@ class _Also(_Background):
         self.follower = follower
 
     def left(self) -> str:
-        return f"{self.name}; all is in {self.follower.folder}, and the next start there sends it"
+        return f"{self.name}. All is in {self.follower.folder}, and the next start there sends it"
 
     def run(self) -> None:
         warned, last = False, False
@@ -366,7 +366,7 @@ def begin_note(
     started: float = 0.0,
     closed_by: str = "",
 ) -> dict[str, Any]:
-    """Write what is known when a run starts, over what an earlier start has noted; returns the note.
+    """Write what is known when a run starts, over what an earlier start has noted. Returns the note.
 
     closed_by: of a pipeline, which no process follows: the stage that is its last
     """
@@ -411,7 +411,7 @@ def check_tracking(cfg: TrackingConfig, run_dir: Path) -> None:
     if missing and not (run_dir / "config.json").is_file():
         raise InputError(f"tracking.attach={','.join(missing)}: no such file")
     if missing:
-        say(f"tracking.attach={','.join(missing)}: gone since the run began; it goes on")
+        say(f"tracking.attach={','.join(missing)}: gone since the run began. The run goes on")
 
 
 def fail_parent(folder: Path) -> None:
@@ -453,10 +453,10 @@ def about_start(stage: str) -> dict[str, str]:
 
 
 def replay(folder: Path) -> str:
-    """Send what MLflow lacks of the run in a folder; returns a line about it. A run whose process ended without a word
+    """Send what MLflow lacks of the run in a folder. Returns a line about it. A run whose process ended without a word
     was killed.
 
-    Raises: InputError where its own process still follows it; else whatever MLflow raises.
+    Raises: InputError where its own process still follows it. Else whatever MLflow raises.
     """
     lacks = tracked.unsent(folder)
     with tracked.followed_alone(folder):
@@ -479,7 +479,7 @@ def followed_in(folder: Path) -> list[Path]:
 
 
 def read_metrics(run_dir: Path | str, split: str | None = None) -> list[dict[str, Any]]:
-    """The rows of a run in order of steps, of one split or of all; of a step that a resume repeated, the last."""
+    """The rows of a run in order of steps, of one split or of all. Of a step that a resume repeated, it is the last."""
     path = Path(run_dir) / METRICS
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     rows = [row for line in lines if line.endswith(b"\n") and (row := row_of(line, path)) is not None]

@@ -80,7 +80,7 @@ def test_counts_are_found(tmp_path, matrices, layer, found):
             {"x": scaled, "other": same},
             "",
             r"no counts in X, layers/counts, raw/X: X \(60 x 40, float32, from 0.5 to 35000, .* % of its values "
-            r"whole\); also there: layers/other. Choose another with source.layer=NAME",
+            r"whole\). Also there: layers/other. Choose another with source.layer=NAME",
         ),
         (
             {"x": same, "raw": lambda m: m * 2},
@@ -290,7 +290,7 @@ def test_labels():
         pd.Series(pd.Categorical(["a", None, "b"]), name="c"),
         pd.Series(["a", "", "b"], name="c"),
     ):
-        with pytest.raises(InputError, match=r"column 'c' has no value in 1 cells, first at position 1; missing=LABEL"):
+        with pytest.raises(InputError, match=r"column 'c' has no value in 1 cells, first at position 1. missing=LABEL"):
             as_labels(column, "x", "")
         assert as_labels(column, "x", "none").tolist() == ["a", "none", "b"]
     assert as_labels(pd.Series([1.0, np.nan], name="c"), "x", "none").tolist() == ["1", "none"]

@@ -156,9 +156,9 @@ def test_none_is_null_and_a_tuple_can_be_empty() -> None:
     "words, said",
     [
         (["steps=3"], "out must be given, as out=VALUE"),
-        (["out=a", "step=3"], "step=3: unknown key 'step'; did you mean steps"),
-        (["out=a", "optim.lrr=3"], "unknown key 'optim.lrr'; did you mean optim.lr"),
-        (["out=a", "lr=3"], "unknown key 'lr'; did you mean optim.lr"),
+        (["out=a", "step=3"], "step=3: unknown key 'step'. Did you mean steps"),
+        (["out=a", "optim.lrr=3"], "unknown key 'optim.lrr'. Did you mean optim.lr"),
+        (["out=a", "lr=3"], "unknown key 'lr'. Did you mean optim.lr"),
         (["out=a", "steps=x"], "steps=x: Value 'x'"),
         (["out=a", "steps=5e4"], "steps=5e4: "),
         (["out=a", "steps=[1"], "steps=[1: "),
@@ -173,8 +173,8 @@ def test_none_is_null_and_a_tuple_can_be_empty() -> None:
         (["out=a", "steps=0"], "steps: 0 must be at least 1"),
         (["out=a", "--steps"], "--steps needs a value"),
         (["--out", "--fresh"], "--out needs a value"),
-        (["out=a", "vae/tini"], "preset 'vae/tini' is unknown; there are: vae/other, vae/tiny, a path"),
-        (["out=a", "tiny"], "preset 'tiny' is unknown; there are: hardware/cpu, vae/other"),
+        (["out=a", "vae/tini"], "preset 'vae/tini' is unknown. There are: vae/other, vae/tiny, a path"),
+        (["out=a", "tiny"], "preset 'tiny' is unknown. There are: hardware/cpu, vae/other"),
         (["out=a", "none.yaml"], "preset 'none.yaml': no such file"),
         (["out=a", "=3"], "=3: unknown key ''"),
     ],
@@ -189,7 +189,7 @@ def test_a_mistake_is_one_line_with_its_key(presets: Path, words: list[str], sai
 @pytest.mark.parametrize(
     "content, said",
     [
-        (b"optim: {lrr: 1}", "unknown key 'optim.lrr'; did you mean optim.lr"),
+        (b"optim: {lrr: 1}", "unknown key 'optim.lrr'. Did you mean optim.lr"),
         (b"optim: {lr: fast}", "optim.lr: Value 'fast'"),
         (b"a: [1", "is not YAML"),
         (b"- 1", "must hold `key: value` lines"),

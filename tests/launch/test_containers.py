@@ -63,7 +63,7 @@ def test_a_folder_that_is_mounted_is_that_of_the_ranks(
     "key, value, said",
     [
         ("_RUNTIME", "docker", "SCLDM_CONTAINER_RUNTIME=docker: give one of pyxis, apptainer, singularity, podman"),
-        ("_MOUNTS", "/a,b:/c", "SCLDM_CONTAINER_MOUNTS: 'b:/c' is no mount of podman; give /data, /data:/inside or "),
+        ("_MOUNTS", "/a,b:/c", "SCLDM_CONTAINER_MOUNTS: 'b:/c' is no mount of podman. Give /data, /data:/inside or "),
         ("_MOUNTS", "/a:b", "'/a:b' is no mount of podman"),
         ("_MOUNTS", "/a:/b:ro,rw", "'rw' is no mount of podman"),
         ("", "", "SCLDM_CONTAINER_RUNTIME=podman needs SCLDM_CONTAINER, an image"),
@@ -230,7 +230,7 @@ def test_a_node_that_an_image_does_not_come_to_is_named(site: Site, runtime: str
     life = site.job(runtime, "scldm.sqsh", "--max-failures", "2")
     (site.fake / "broken").write_text("n2")
     assert life.start(0, step=5) == "REQUEUED"
-    why = f"image scldm.sqsh ({runtime}): {site.fake}/rank's python did not start in it on n2; see the log"
+    why = f"image scldm.sqsh ({runtime}): {site.fake}/rank's python did not start in it on n2. See the log"
     assert (life.notes / "state").read_text().endswith(f"\tby {why}, at 5\n")
     assert (life.notes / "bad_nodes").read_text().startswith("n2\t")
     (life.notes / "bad_nodes").unlink()
@@ -263,7 +263,7 @@ def test_a_runtime_that_is_on_no_node_is_not_tried_again(site: Site, code: int, 
     assert life.requeued == (state == "REQUEUED")
     assert not (life.notes / "bad_nodes").exists()
     if state == "FAILED":
-        assert f"did not start in it on n1, n2; see the log: exit code {code}, no such program" in life.done.stdout
+        assert f"did not start in it on n1, n2. See the log: exit code {code}, no such program" in life.done.stdout
 
 
 @pytest.mark.heavy
@@ -289,7 +289,7 @@ def test_a_node_that_hangs_while_its_image_comes_is_named_and_left_out(site: Sit
     assert (life.notes / "bad_nodes").read_text().endswith(f"\t{why} within 1 s (SCLDM_IMAGE_S)\n")
     assert [line for line in site.did() if line.startswith("verb")] == ["verb in pyxis on n1"] * (state == "DONE")
     if state == "REQUEUED":
-        assert f"by {why} on n2 within 1 s (SCLDM_IMAGE_S); see the log, at 5" in life.done.stdout
+        assert f"by {why} on n2 within 1 s (SCLDM_IMAGE_S). See the log, at 5" in life.done.stdout
 
 
 @pytest.mark.heavy

@@ -144,9 +144,9 @@ def test_what_no_branch_can_begin_with_is_refused_and_makes_no_folder(parent: di
     vae, new = parent["vae"], tmp_path / "new"
     for given, said in (
         (f"{vae}", "must be RUN@STEP, with a step, latest or best, as runs/vae@15000"),
-        (f"{vae}@12", "the run has no checkpoint of step 12; there are 5, 8, 10, 15, 16"),
+        (f"{vae}@12", "the run has no checkpoint of step 12. There are 5, 8, 10, 15, 16"),
         (f"{tmp_path}@5", "is not a run folder: it has no config.json"),
-        (f"{parent['ldm']}@5", "stage was 'ldm', now 'vae'; a branch may differ in optim, train"),
+        (f"{parent['ldm']}@5", "stage was 'ldm', now 'vae'. A branch may differ in optim, train"),
     ):
         with pytest.raises(InputError, match=said):
             faulty.train(config(new, branch_from=given))
@@ -202,11 +202,11 @@ def test_an_allowed_change_is_noted_and_needs_no_second_word(parent: dict[str, P
         faulty.train(config(tmp_path), Fault("SIGTERM", 0, (9,)))
     changed = config(tmp_path, optim=LOW, train={"steps": 20})
     said = (
-        "optim.lr was 0.003, now 0.0003; train.steps was 16, now 20; choose another run_dir, or name what may change: "
+        "optim.lr was 0.003, now 0.0003; train.steps was 16, now 20. Choose another run_dir, or name what may change: "
     )
     with pytest.raises(InputError, match=f"{said}allow_changes=optim.lr,train.steps"):
         faulty.train(changed)
-    with pytest.raises(InputError, match=r"train.steps was 16, now 20; choose .* allow_changes=train.steps"):
+    with pytest.raises(InputError, match=r"train.steps was 16, now 20. Choose .* allow_changes=train.steps"):
         faulty.train(dataclasses.replace(changed, allow_changes=["optim.lr"]))
     assert not (tmp_path / "changes.json").exists()
     allowed = dataclasses.replace(changed, allow_changes=["optim.lr", "train.steps"])
@@ -239,7 +239,7 @@ def test_cells_seen_go_on_where_the_batch_was_changed(parent: dict[str, Path], t
         ("model.width", "model.width can't change in a run: the weights have the shape"),
         ("model", "model.* can't change in a run: the weights have the shape"),
         ("data.seed", "data.seed can't change in a run: a run is of one set of cells, in one order"),
-        ("data.shard", "no such key; did you mean data.shards"),
+        ("data.shard", "no such key. Did you mean data.shards"),
     ],
 )
 def test_what_can_never_change_is_refused_when_named(kind: type, key: str, said: str) -> None:

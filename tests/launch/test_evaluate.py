@@ -93,7 +93,7 @@ def test_a_missing_value_is_the_label_of_training_for_the_verb_and_in_python(tmp
         write(tmp_path / f"{name}.h5ad", counts, obs, GENES_OF_MODEL.ids)
     words = ["generated=generated.h5ad", "real=real.h5ad", "split=part", "conditions=type", "out=out"]
     assert main(["evaluate", *words, "tracking.enabled=false", *FEW]) == 2
-    assert "obs column condition='type' has no value in 15 cells; leave them out or label" in capsys.readouterr().err
+    assert "obs column condition='type' has no value in 15 cells. Leave them out or label" in capsys.readouterr().err
     assert main(["evaluate", *words, "model=model", "tracking.enabled=false", *FEW]) == 0
     of_verb = json.loads((tmp_path / "out" / "evaluation.json").read_text())["cells"]
     generated, real = (ad.read_h5ad(f"{name}.h5ad") for name in ("generated", "real"))
@@ -257,7 +257,7 @@ def test_generated_cells_are_read_in_every_format_that_generate_writes(tmp_path,
     assert (found.counts != counts).nnz == 0
     assert found.types.tolist() == obs["kind"].tolist()
     assert found.genes == tuple(GENES)
-    with pytest.raises(InputError, match="obs has no column condition='tissue'; it has kind, part"):
+    with pytest.raises(InputError, match="obs has no column condition='tissue'. It has kind, part"):
         generated_cells(str(out), ["tissue"])
 
 
@@ -284,8 +284,8 @@ def test_no_count_of_a_shard_set_is_too_large(tmp_path, largest):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("real=R conditions=tissue split=part", "obs has no column condition='tissue'; it has kind, part"),
-        ("real=R conditions=kind", "obs has no column split='split'; it has kind, part"),
+        ("real=R conditions=tissue split=part", "obs has no column condition='tissue'. It has kind, part"),
+        ("real=R conditions=kind", "obs has no column split='split'. It has kind, part"),
         ("real=R conditions=kind split=kind", "split='kind' marks no train cells. It must say train, validation, test"),
         ("conditions=kind", "give real cells once: as shards=FOLDER, or real=FILE.h5ad"),
         ("real=R shards=S conditions=kind", "give real cells once"),

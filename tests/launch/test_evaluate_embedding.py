@@ -104,7 +104,7 @@ def test_counts_of_another_file_are_matched_by_name(path: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     "given, words",
     [
-        ({"label": "kind"}, "obs has no column label='kind'; it has cell_type, donor"),
+        ({"label": "kind"}, "obs has no column label='kind'. It has cell_type, donor"),
         ({"held_out_by": "batch"}, "obs has no column held_out_by='batch'"),
         ({"held_out_by": "cell_type"}, "is the label itself"),
         ({"key": "X_pca"}, "obsm has no key=X_pca. It has X_scldm, other"),

@@ -117,7 +117,7 @@ FAULTS: dict[str, tuple[Any, ...]] = {
         Fault("SIGSTOP"),
         {"hang_s": 5.0},
         (87, None),
-        ("rank 1 (*) hangs: it does not answer; stacks of all ranks: ", ""),
+        ("rank 1 (*) hangs: it does not answer. Stacks of all ranks: ", ""),
         {5, 8},
     ),
     "the loader of a rank": (

@@ -468,7 +468,7 @@ def test_a_preflight_that_leaves_no_node_says_why(fake: Path, tmp_path: Path) ->
     life = Life(fake, tmp_path, "--preflight", "true")
     before_the_step(fake, preflight_says("", r"every rank failed: KeyError: \"x\""))
     assert life.start(0, 1) == "FAILED"
-    assert 'preflight: every rank failed: KeyError: "x"; see preflight.json' in (life.notes / "state").read_text()
+    assert 'preflight: every rank failed: KeyError: "x". See preflight.json' in (life.notes / "state").read_text()
     assert len(life.steps()) == 1
 
 
@@ -498,7 +498,7 @@ def test_where_no_rank_of_a_preflight_came_up_no_node_is_named(fake: Path, tmp_p
     (life.notes / "preflight" / "n2").touch()
     write_json(life.notes / "preflight.json", {"use": ["n1"], "note": ""})
     assert life.start(0, 127) == "FAILED"
-    assert "no rank came up on any node; see the log" in (life.notes / "state").read_text()
+    assert "no rank came up on any node. See the log" in (life.notes / "state").read_text()
     assert not (life.notes / "bad_nodes").exists()
 
 
@@ -618,7 +618,7 @@ def test_what_is_refused_of_a_job_sent_by_hand(fake: Path, tmp_path: Path) -> No
     assert (done.returncode, "read no shards that could be staged" in done.stderr) == (2, True), done.stderr
     (tmp_path / "site.sh").write_text("SCLDM_PARTITON=x\n")
     done = by_hand(fake, *train(tmp_path))
-    assert (done.returncode, "did you mean SCLDM_PARTITION" in done.stderr) == (2, True), done.stderr
+    assert (done.returncode, "Did you mean SCLDM_PARTITION" in done.stderr) == (2, True), done.stderr
     assert not list(fake.glob("srun.*"))
 
 

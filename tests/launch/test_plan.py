@@ -40,7 +40,7 @@ def test_a_plan_for_1024_gpus_and_100_million_cells(capsys: pytest.CaptureFixtur
     for part in ("9.9 million parameters. 1,024 ranks x 8 cells x 1", "<- configured", "epochs of 100,000,000 cells"):
         assert part in table
     assert "FIT" not in table
-    assert "as data.lanes=256, a block is read by 4 ranks; data.lanes=1024: by one" in table
+    assert "as data.lanes=256, a block is read by 4 ranks, and by one with data.lanes=1024" in table
     assert main(["plan", *words, "json=true", "data.lanes=1024"]) == 0
     once = json.loads(capsys.readouterr().out)
     assert main(["plan", *words, "json=true"]) == 0
@@ -249,7 +249,7 @@ def test_no_step_is_promised_that_launching_and_the_optimizer_do_not_allow() -> 
 def test_what_the_floor_does_not_know_is_said() -> None:
     compiled = plan_of(read([*DIT, "model.compile=true", "hardware.offload_optimizer=true"]))
     assert (compiled.kernels, compiled.optimizer_s) == (None, None)
-    assert "launches that a compiled network has, not counted; the optimizer in the host's memory" in compiled.table()
+    assert "launches that a compiled network has, not counted, the optimizer in the host's memory" in compiled.table()
     small = ["vae/tiny", "n_genes=300", "n_cells=1000", "train.global_batch=64", "hardware.micro_batch=8"]
     plain, fused = (plan_of(read([*small, f"model.attention={kind}"])) for kind in ("plain", "fused"))
     assert plain.kernels == fused.kernels, "fused kernels launch no tiles"
@@ -334,7 +334,7 @@ def test_a_batch_that_can_not_be_split_is_planned_as_the_nearest_that_can(capsys
         assert main([*words, f"hardware.gpus_per_node={gpus}", "hardware.micro_batch=400"]) == 0
         out, err = capsys.readouterr()
         assert err == (
-            f"train.global_batch=1000 can't be split over {gpus} ranks with hardware.micro_batch=400; this is a plan "
+            f"train.global_batch=1000 can't be split over {gpus} ranks with hardware.micro_batch=400. This is a plan "
             f"of train.global_batch={batch} hardware.micro_batch={micro}\n"
         )
         assert json.loads(out)["accumulation"] == 1

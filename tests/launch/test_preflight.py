@@ -144,7 +144,7 @@ def test_of_a_single_node_what_some_of_its_ranks_meet_is_the_nodes_fault(notes: 
 
 def test_a_node_that_was_late_is_left_out_the_second_time(notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SCLDM_MIN_NODES", "1")
-    for expected in ({}, {"n2": "rank 2 did not come up in time; --preflight-s gives more"}):
+    for expected in ({}, {"n2": "rank 2 did not come up in time. --preflight-s gives more"}):
         report = report_of(notes)
         report.findings({rank: one for rank, one in findings().items() if rank not in (2, 3)})
         report.failures({2: ABSENT}, range(8))

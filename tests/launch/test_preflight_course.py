@@ -125,7 +125,7 @@ def test_a_port_that_is_taken_is_no_nodes_fault(tmp_path: Path) -> None:
     assert (tmp_path / "preflight.json").exists(), done.stderr
     use, note = map(json.loads((tmp_path / "preflight.json").read_text()).get, ("use", "note"))
     assert use == []
-    assert note.startswith(f"port {port} of n1 can't be served; where another program has it, submit again")
+    assert note.startswith(f"port {port} of n1 can't be served. Where another program has it, submit again")
 
 
 def test_six_sound_nodes_run(ranks: Ranks) -> None:
@@ -148,7 +148,7 @@ def test_each_rank_that_gives_no_result_is_named_with_what_it_did_and_no_other(r
     told = ranks.run()
     assert told == {
         "n0": ["rank 0 hangs: it computes a matrix product"],
-        "n1": ["rank 1 did not come up in time; --preflight-s gives more"],
+        "n1": ["rank 1 did not come up in time. --preflight-s gives more"],
         "n2": ["rank 2 hangs: it looks at its folders"],
         "n5": ["rank 5 failed: InputError: unknown key 'data.x'"],
     }

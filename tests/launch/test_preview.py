@@ -132,7 +132,7 @@ def test_a_missing_package_is_told_of(tmp_path: Path, monkeypatch, capsys) -> No
     keep_encoded_from(tmp_path, "vae", "best", "shards")
     assert of_ldm(trained("latents"), make_dit(), encoded_from(tmp_path), {}) is None
     assert (
-        "no previews, as the package sklearn is missing; scldm's extra 'evaluate' brings it" in capsys.readouterr().err
+        "no previews, as the package sklearn is missing. scldm's extra 'evaluate' brings it" in capsys.readouterr().err
     )
 
 

@@ -239,7 +239,7 @@ def test_a_users_own_file_goes_the_same_way(tmp_path: Path, monkeypatch: pytest.
 
     # other settings are another run, until it is told to start over
     assert main([*words[:-1], "20"]) == 2
-    assert "holds another run: top_genes was 30, now 20; --fresh starts over" in capfd.readouterr().err
+    assert "holds another run: top_genes was 30, now 20. --fresh starts over" in capfd.readouterr().err
     assert main(words) == 0
     assert "all is done" in capfd.readouterr().out
 
@@ -267,7 +267,7 @@ def two_that_differ(adata: Any) -> None:
 @pytest.mark.parametrize(
     "change, words, said",
     [
-        (None, ["--condition", "typ"], "obs of .* has no such column; it has .*type"),
+        (None, ["--condition", "typ"], "obs of .* has no such column. It has .*type"),
         (None, ["--condition", "type", "--condition", "sid"], "condition=sid: obs of .* has no such column"),
         (None, ["--condition", "type,sid"], "condition=sid: obs of .* has no such column"),
         (None, [], "h5ad and condition go together"),
@@ -310,6 +310,6 @@ def test_a_stage_that_is_told_to_stop_is_waited_for(tmp_path: Path, number: int)
         while not (tmp_path / "begun").exists() and time.monotonic() < until:
             time.sleep(0.1)
         of.send_signal(number)
-        assert "stopped in stage vae, which is saved; the same command goes on" in of.communicate(timeout=30)[1]
+        assert "stopped in stage vae, which is saved. The same command goes on" in of.communicate(timeout=30)[1]
         assert of.returncode == 85
     assert (tmp_path / "saved").exists()

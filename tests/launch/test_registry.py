@@ -106,7 +106,7 @@ def test_what_a_server_refuses_is_no_matter_of_another_try(folder: Path, tmp_pat
     monkeypatch.setattr(registry, "_registered", refuse)
     begin_note(tmp_path / "ldm", TrackingConfig(uri="http://127.0.0.1:9"), "train ldm", {})
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", MLFLOW_ENVIRONMENT["MLFLOW_HTTP_REQUEST_TIMEOUT"])
-    with pytest.raises(InputError, match=r"HTTP 403, this user may not do that.* mend that$") as error:
+    with pytest.raises(InputError, match=r"HTTP 403, this user may not do that.* Mend that$") as error:
         register(folder, tmp_path / "ldm", "small")
     assert not isinstance(error.value, Busy)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "7")

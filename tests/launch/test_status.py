@@ -205,8 +205,8 @@ def test_the_log_of_one_rank(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
 @pytest.mark.parametrize(
     "tasks, shown",
     [
-        ("COMPLETED|0:0\\nOUT_OF_MEMORY|0:125\\n", "OUT_OF_MEMORY, job 7: by Slurm's accounting, exit code 0:125; its"),
-        ("CANCELLED by 0|0:0\\n", "CANCELLED, job 7: by Slurm's accounting, exit code 0:0; its script"),
+        ("COMPLETED|0:0\\nOUT_OF_MEMORY|0:125\\n", "OUT_OF_MEMORY, job 7: by Slurm's accounting, exit code 0:125. Its"),
+        ("CANCELLED by 0|0:0\\n", "CANCELLED, job 7: by Slurm's accounting, exit code 0:0. Its script"),
         ("RUNNING|0:0\\n", "LOST, job 7: "),
     ],
 )

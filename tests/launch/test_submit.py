@@ -60,7 +60,7 @@ def test_a_site_file_is_read_and_never_run(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     "line, said",
     [
-        ("SCLDM_PARTITON=gpu", "line 1: unknown key SCLDM_PARTITON; did you mean SCLDM_PARTITION"),
+        ("SCLDM_PARTITON=gpu", "line 1: unknown key SCLDM_PARTITON. Did you mean SCLDM_PARTITION"),
         ("SCLDM_NCCL_=x", "unknown key SCLDM_NCCL_"),
         ("PATH=/x", "unknown key PATH"),
         ("SCLDM_QOS=a\nSCLDM_QOS=b", "line 2: SCLDM_QOS is given twice"),
@@ -199,7 +199,7 @@ def test_nodes_that_a_preflight_named_are_left_out(fake: Path, tmp_path: Path, c
 @pytest.mark.parametrize(
     "change, words, said",
     [
-        ("SCLDM_PARTITION=gpu", [], "SCLDM_PARTITION=gpu: partition 'gpu' is unknown; there are: cpu, low"),
+        ("SCLDM_PARTITION=gpu", [], "SCLDM_PARTITION=gpu: partition 'gpu' is unknown. There are: cpu, low"),
         ("", ["--", "-p", "none"], "partition 'none' is unknown"),
         ("", ["--", "-pnone"], "partition 'none' is unknown"),
         ("", ["train.stop_signals=[SIGHUP]"], "train.stop_signals=SIGHUP: a job is told to stop by SIGUSR1"),
@@ -214,11 +214,11 @@ def test_nodes_that_a_preflight_named_are_left_out(fake: Path, tmp_path: Path, c
         ("", ["--gpus-per-node", "a100:4"], "a node of partition low has 0 GPUs of type a100 (types there: h100)"),
         ("SCLDM_GPUS_PER_NODE=h100:9", [], "SCLDM_GPUS_PER_NODE=h100:9: train-vae wants 9 on a node"),
         ("", ["--gpus-per-node", "a100:"], "--gpus-per-node a100:: give a whole number, or a type too, as a100:4"),
-        ("", ["--", "-n4"], "--ntasks=4: submit sets this itself; give --gpus-per-node, or SCLDM_TASKS_PER_NODE"),
-        ("", ["--", "--gres", "gpu:4"], "--gres: submit sets this itself; give --gpus-per-node"),
-        ("", ["--", "--array=0-3"], "--array=0-3: submit sets this itself; give --tasks and --at-once"),
-        ("", ["--exclusive"], "--exclusive: neither submit nor train vae has it; words for sbatch stand at the end"),
-        ("", ["-t", "4:00"], "-t: neither submit nor train vae has it; words for sbatch stand at the end, after --"),
+        ("", ["--", "-n4"], "--ntasks=4: submit sets this itself. Give --gpus-per-node, or SCLDM_TASKS_PER_NODE"),
+        ("", ["--", "--gres", "gpu:4"], "--gres: submit sets this itself. Give --gpus-per-node"),
+        ("", ["--", "--array=0-3"], "--array=0-3: submit sets this itself. Give --tasks and --at-once"),
+        ("", ["--exclusive"], "--exclusive: neither submit nor train vae has it. Words for sbatch stand at the end"),
+        ("", ["-t", "4:00"], "-t: neither submit nor train vae has it. Words for sbatch stand at the end, after --"),
         (
             "SCLDM_GPUS_PER_NODE=0",
             ["hardware.require_gpu=true"],
@@ -227,7 +227,7 @@ def test_nodes_that_a_preflight_named_are_left_out(fake: Path, tmp_path: Path, c
         ("", ["--nodes", "7"], "--nodes 7: partition low has 6 nodes with 8 GPUs"),
         ("", ["--nodes", "9", "--gpus-per-node", "4"], "--nodes 9: partition low has 8 nodes"),
         ("", ["--nodes", "7", "--gpus-per-node", "h100:4"], "low has 6 nodes with 4 GPUs of type h100"),
-        ("", ["--nodes", "5-6", "train.global_batch=32"], "can use only 1, 2, 4 of nodes; change one of them"),
+        ("", ["--nodes", "5-6", "train.global_batch=32"], "can use only 1, 2, 4 of nodes. Change one of them"),
         ("", ["--nodes", "2", "train.global_batch=30"], "on nodes of 8 ranks can use no number of nodes"),
         ("", ["--nodes", "3", "train.global_batch=16", "--preflight", "false"], "and preflight chooses one"),
         ("SCLDM_SCRATCH=/disk\nSCLDM_CONTAINER=i", ["--stage"], "SCLDM_CONTAINER_MOUNTS needs /disk:/disk"),
@@ -235,7 +235,7 @@ def test_nodes_that_a_preflight_named_are_left_out(fake: Path, tmp_path: Path, c
         (
             "SCLDM_CONTAINER=i\nSCLDM_CONTAINER_RUNTIME=podman",
             [],
-            "50 % vae: Podman mounts no folder by itself; SCLDM_C",
+            "50 % vae: Podman mounts no folder by itself. SCLDM_C",
         ),
         ("", ["--nodes", "4-2"], "--nodes 4-2: give a number of nodes, or MIN-MAX"),
         ("", ["--nodes"], "--nodes needs a value"),
@@ -246,7 +246,7 @@ def test_nodes_that_a_preflight_named_are_left_out(fake: Path, tmp_path: Path, c
             "s3://b/set is no folder that the no",
         ),
         ("SCLDM_SHARED=/lustre", [], "is not below a folder that all nodes see: SCLDM_SHARED=/lustre"),
-        ("SCLDM_SHARED=", [], "each node's own; choose a folder on a shared file system"),
+        ("SCLDM_SHARED=", [], "each node's own. Choose a folder on a shared file system"),
         ("SCLDM_COLOR=red", [], "unknown key SCLDM_COLOR"),
         ("", ["train.stepz=9"], "unknown key 'train.stepz'"),
     ],
@@ -305,7 +305,7 @@ def test_a_run_has_one_job(fake: Path, tmp_path: Path, capsys) -> None:
     assert main(["submit", *train(tmp_path)]) == 0
     (fake / "squeue").write_text("101|FAILED|None\n101|RUNNING|None\n")  # tasks of an array
     assert main(["submit", *train(tmp_path)]) == 2
-    assert "job 101 of this run is RUNNING; wait for it, or scancel 101" in capsys.readouterr().err
+    assert "job 101 of this run is RUNNING. Wait for it, or scancel 101" in capsys.readouterr().err
     (fake / "squeue").write_text("101|TIMEOUT|None\n")
     assert main(["submit", *train(tmp_path)]) == 0
 
@@ -365,7 +365,7 @@ echo "$@" >>"$FAKE/sbatch"; echo $((100 + $(wc -l <"$FAKE/sbatch")))
         (fake / "sbatch").unlink(missing_ok=True)
         assert main(["submit", *PIPELINE, f"out={tmp_path}/{name}", "--tasks", "2"]) == 2
         err = capsys.readouterr().err.splitlines()[-1]
-        assert "QOSMaxSubmit; shards-finish was not submitted, the jobs before it (101, 102, 103) " in err
+        assert "QOSMaxSubmit. shards-finish was not submitted, the jobs before it (101, 102, 103) " in err
         assert err.endswith("are cancelled again" if name == "one" else "were, and can't be cancelled: scancel: away")
     assert (fake / "scancel").read_text() == "101 102 103\n"
     assert main(["status", f"{tmp_path}/one"]) == 0
@@ -486,7 +486,7 @@ def test_what_a_pipeline_refuses(fake: Path, capsys: pytest.CaptureFixture, word
 @pytest.mark.parametrize(
     "words, said",
     [
-        ("train vae vae/tiny data.shrds=x", "unknown key 'data.shrds'; did you mean data.shards"),
+        ("train vae vae/tiny data.shrds=x", "unknown key 'data.shrds'. Did you mean data.shards"),
         ("encode vae=runs/vae shards=set", "out must be given"),
         ("pipeline vae/tiny ldm/tiny out=o shards.source.paths=a.h5ad ldm.foo=3", "ldm: foo=3: unknown key 'foo'"),
         ("pipeline out=o ldm.train.steps=-1", "ldm: train.steps=-1 must be at least 1"),

@@ -37,7 +37,7 @@ def no_counts(adata: Any) -> None:
         (fractional, "conditions=type", "X"),
         (no_counts, "conditions=type", "X"),
         (None, "conditions=tpye", "tpye"),
-        (None, "condition=type", "unknown key 'condition'; did you mean conditions"),
+        (None, "condition=type", "unknown key 'condition'. Did you mean conditions"),
     ],
 )
 def test_cells_that_can_not_be_shards(tmp_path: Path, capsys, change, word: str, said: str) -> None:
@@ -54,8 +54,8 @@ def run_words(made: Path, stage: str, *more: str) -> list[str]:
 @pytest.mark.parametrize(
     "words, said",
     [
-        (lambda at: run_words(at, "vae", "vae/tinny"), "preset 'vae/tinny' is unknown; there are: "),
-        (lambda at: run_words(at, "vae", "train.step=3"), "unknown key 'train.step'; did you mean train.steps"),
+        (lambda at: run_words(at, "vae", "vae/tinny"), "preset 'vae/tinny' is unknown. There are: "),
+        (lambda at: run_words(at, "vae", "train.step=3"), "unknown key 'train.step'. Did you mean train.steps"),
         (lambda at: run_words(at, "vae", "train.steps=many"), "train.steps"),
         (
             lambda at: run_words(at, "vae", "data.given.n_genes=20"),

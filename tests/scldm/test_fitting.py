@@ -226,12 +226,12 @@ def test_a_column_of_numbers_is_asked_for_as_it_is_written_anywhere() -> None:
     [
         ({"conditions": "cell_type"}, r"conditions='cell_type' must be a list of obs columns, as conditions=\['cell"),
         ({"conditions": ["celltype"]}, "adata.obs has no column 'celltype'. It has cell_type, treatment"),
-        ({"conditions": [1]}, "conditions: 1 is of type int; obs columns are text"),
+        ({"conditions": [1]}, "conditions: 1 is of type int. obs columns are text"),
         ({"adata": np.zeros((3, 2))}, "adata is of type ndarray. It must be an AnnData, or the path of an h5ad file"),
         ({"adata": "nowhere.h5ad"}, "nowhere.h5ad: no such file"),
         ({"vae": "train.steps=9"}, "vae='train.steps=9' must be a preset, as vae/tiny, or a mapping"),
         ({"vae": 9}, "vae=9 must be a preset, a mapping of keys, or a list of both"),
-        ({"vae": {"train.stepps": 9}}, "train.stepps.*did you mean train.steps"),
+        ({"vae": {"train.stepps": 9}}, "train.stepps.*Did you mean train.steps"),
         ({"ldm": {"run_dir": "x"}}, "ldm: run_dir is set by fit itself: give the argument folder"),
         ({"ldm": {"tracking.uri": "x"}}, "ldm: tracking.uri is set by fit itself: leave it out"),
         ({"shards": "split.test=0.2"}, "shards='split.test=0.2' must be a preset"),
@@ -284,7 +284,7 @@ def test_missing_values_can_be_asked_for_as_they_were_trained(tmp_path: Path) ->
 def test_a_label_is_missing() -> None:
     adata = cells()
     adata.obs.loc["cell 3", "cell_type"] = np.nan
-    said = r"adata: column 'cell_type' has no value in 1 cells, .*; shards=\{'missing': LABEL\} gives them one"
+    said = r"adata: column 'cell_type' has no value in 1 cells, .*. shards=\{'missing': LABEL\} gives them one"
     with pytest.raises(InputError, match=said):
         scldm.fit(adata, ["cell_type"])
 
@@ -296,12 +296,12 @@ def test_a_label_is_missing() -> None:
         (
             "zstandard",
             "scldm.fit(cells(), ['cell_type'])",
-            "fit needs the package zstandard; scldm's extra 'shards' brings it",
+            "fit needs the package zstandard. scldm's extra 'shards' brings it",
         ),
         (
             "matplotlib",
             "Pretrained.evaluate(Mock(), cells(), cells())",
-            "evaluate needs the package matplotlib; scldm's extra 'evaluate' brings it",
+            "evaluate needs the package matplotlib. scldm's extra 'evaluate' brings it",
         ),
     ],
 )

@@ -20,19 +20,19 @@ def test_a_number_is_the_same_label_however_it_is_stored() -> None:
 
 @pytest.mark.parametrize(
     "column, said",
-    [("none", "x: obs has no column split='none'; it has dose, kind, gap"), ("gap", "'gap' has no value in 1 cells")],
+    [("none", "x: obs has no column split='none'. It has dose, kind, gap"), ("gap", "'gap' has no value in 1 cells")],
 )
 def test_what_is_no_label_is_refused(column: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
         labels_of(OBS, column, "x", "split")
-    with pytest.raises(InputError, match="it has a, b"):
+    with pytest.raises(InputError, match="It has a, b"):
         labels_of(OBS, "none", "x", "split", np.array(["a", "b"]))
 
 
 @pytest.mark.parametrize("gap", [None, "", "nan"])
 def test_a_missing_value_is_refused_or_labelled(gap: str | None) -> None:
     obs = pd.DataFrame({"drug": ["x", gap]})
-    with pytest.raises(InputError, match="x: obs column condition='drug' has no value in 1 cells; leave them out"):
+    with pytest.raises(InputError, match="x: obs column condition='drug' has no value in 1 cells. Leave them out"):
         labels_of(obs, "drug", "x", "condition")
     assert labels_of(obs, "drug", "x", "condition", missing="none").tolist() == ["x", "none"]
 

@@ -90,13 +90,13 @@ def test_how_many_genes_match_is_said_and_too_few_are_refused_with_a_guess() -> 
     mouse = GeneVocab(tuple(f"Gene{k}" for k in range(20)), "symbol")
     for of, given, said in (
         (vocab, ids[:1], r"a.h5ad: 1 of 20 genes matched \(5 %\), and at least 10 % are needed \(min_gene_share=0.1\)"),
-        (vocab, ["CD4"], "0 of 20 .*; they are named like 'CD4'.*; symbols here, Ensembl ids there"),
+        (vocab, ["CD4"], "0 of 20 .*. They are named like 'CD4'.*: symbols here, Ensembl ids there"),
         (
             vocab,
             [g.replace("ENSG", "ENSMUSG") for g in ids],
-            r"; ids of another species: ENSMUSG... here, ENSG... there",
+            r". Ids of another species: ENSMUSG... here, ENSG... there",
         ),
-        (mouse, [g.upper() for g in mouse.ids], "; 20 match but for upper and lower case"),
+        (mouse, [g.upper() for g in mouse.ids], ". 20 match but for upper and lower case"),
         (vocab, [*ids, f"{ids[3]}.2"], "a.h5ad: 'ENSG00000000003' and 'ENSG00000000003.2' are one gene"),
     ):
         with pytest.raises(InputError, match=said):

@@ -159,7 +159,7 @@ def test_gpus_that_are_not_there(
     site.write_text(text.replace("GPUS_PER_NODE=0", "GPUS_PER_NODE=2"))
     run = Run(cluster, "gpus", shards)
     assert run.ends() == "FAILED"
-    assert "FAILED: preflight: on every node: 0 GPUs are there, not 2; see preflight.json" in run.log
+    assert "FAILED: preflight: on every node: 0 GPUs are there, not 2. See preflight.json" in run.log
     assert (run.notes / "bad_nodes").read_text() == ""  # the setting is wrong, not the node
 
 

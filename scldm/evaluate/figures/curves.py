@@ -137,7 +137,7 @@ def run_panels(runs: Sequence[Curves]) -> list[tuple[str, str]]:
 
 
 def run_curves(runs: Mapping[str, Curves]) -> Figure:
-    """What each run logged against the cells seen, a colour a run; pale: each logged row."""
+    """What each run logged against the cells seen, a colour a run. Each logged row is pale."""
     panels = run_panels(list(runs.values()))
     columns = min(3, len(panels))
     fig = Figure(figsize=(WIDTH, 3.1 * -(-len(panels) // columns)))

@@ -56,10 +56,10 @@ def responses(evaluation: dict) -> Figure:
     ]
     for part, (condition, of) in zip(parts.ravel(), found.items(), strict=True):
         n, every = len(shown[condition]), len(of["contrasts"])
-        cut = f"; below, the {n} with most cells of {every}" if n < every else ""
+        cut = f", and below the {n} with most cells of {every}" if n < every else ""
         told = ", ".join(beside_ceiling(name, of["pooled"][name], interval=True) for name in ("slope", "r"))
         if of["unseen"]:
-            told += f"; unseen: {beside_ceiling('slope', of['unseen']['slope'], interval=True)}"
+            told += f", unseen: {beside_ceiling('slope', of['unseen']['slope'], interval=True)}"
         title = f"{label(condition)}, {'trained' if of['unseen'] else 'all'} contrasts: {told}{cut}"
         part.suptitle(title, x=0.01, ha="left", fontsize=11, weight="bold", color=BASELINE)
         axes = part.subplots(rows[condition], columns, squeeze=False).ravel()

@@ -129,8 +129,8 @@ def _values(evaluation: dict, section: str, name: str) -> dict[str, tuple[float,
 
 
 def place(row: dict) -> float | None:
-    """Where a score stands between the floor (0) and the best baseline (1): of those that the metric tells from the
-    floor, the one whose mean is nearest to it. None where it tells none."""
+    """Where a score stands between the floor (0) and the best baseline (1). Among those that the metric tells from the
+    floor, that is the one whose mean is nearest to it. None where it tells none."""
     told = [key for key, value in row["normalised"].items() if value is not None]
     if not told:
         return None

@@ -1,5 +1,5 @@
-"""From latent tokens to genes, where cells have gene sets of their own that hold a gene several times: the first
-product is taken once a gene of the vocabulary.
+"""From latent tokens to genes, where cells have own gene sets in which a gene stands several times. The first product
+is taken once for a gene of the vocabulary.
 
 Reading order: pays_by_table, by_table, _TimesRows, _HeadByTable.
 """
@@ -19,9 +19,10 @@ from scldm.model.factorised.tiles import Space, on_gpu
 from scldm.model.gene_rows import GeneRows
 from scldm.model.mcab import MCAB
 
-# what a number of a table's row costs a cell that fetches it and adds to its gradient, in multiply-accumulates: from
-# memory, and where the whole table stays in the cache. Measured, 1.20 times the speed of a step where 65,536 genes are
-# rows of 20,001 (width 256, 64 latent tokens), 0.94 with 32,768, and 1.28 with 12,660 of 1,268 (width 64, 8 tokens)
+# What a number of a table's row costs a cell that fetches it and adds to its gradient, in multiply-accumulates. FETCHED
+# is from memory, FETCHED_CACHED where the whole table stays in the cache. Measured speed of a step: times 1.20 where
+# 65,536 genes are rows of 20,001 (width 256, 64 latent tokens), 0.94 with 32,768, and 1.28 with 12,660 of 1,268 (width
+# 64, 8 tokens).
 FETCHED, FETCHED_CACHED = 60, 20
 CACHED = 1 << 22
 

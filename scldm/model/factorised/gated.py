@@ -15,8 +15,10 @@ from scldm.model.factorised.tiles import Space, kept_numbers
 
 
 def folded(mlp: SwiGLU, head: nn.Linear) -> list[tuple[Tensor, Tensor]]:
-    """For each of the head's numbers the SwiGLU's first product as weight (2F, D) and bias (2F,), its value's half
-    scaled so that the number is the plain sum of value * silu(gate): the last product and the head are both linear.
+    """The SwiGLU's first product for each of the head's numbers, as weight (2F, D) and bias (2F,).
+
+    The half of the value is scaled so that the number is the plain sum of value * silu(gate). That can be done, as the
+    last product and the head are both linear.
     """
     folded = []
     for w_F in head.weight @ mlp.out.weight:

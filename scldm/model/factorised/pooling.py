@@ -36,8 +36,8 @@ def pool(
     """`mcab(queries, tokens of the given genes, given.mask)`, (B, M, D).
 
     Per cell and gene it takes N M exponentials, 2 M D FLOPs, and 4 N M for each function of the count. What depends on
-    the gene alone is computed once for all cells that share a set, and for sets per cell once per gene of the
-    vocabulary where the cells hold more genes.
+    the gene alone is computed once for all cells that share a set. Where each cell has its own set, it is computed once
+    per gene of the vocabulary if the cells hold more genes than that.
 
     rows: embeddings of the given genes
     read: how the queries read the genes: `read_genes`, or that of `fused`

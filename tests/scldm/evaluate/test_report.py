@@ -192,10 +192,10 @@ def test_responses_show_the_largest_contrasts_and_say_so():
     assert "type 14\nstim against ctrl" in texts
     assert "type 2\nstim against ctrl" not in texts
     assert texts.count("slope 0.60 (real 1.02)\nr 0.80 (real 0.95)") == 12
-    wanted = "treatment, all contrasts: slope 0.60 [0.50, 0.70] (real 1.02), r 0.80 (real 0.95); "
-    assert wanted + "below, the 12 with most cells of 15" in texts
+    wanted = "treatment, all contrasts: slope 0.60 [0.50, 0.70] (real 1.02), r 0.80 (real 0.95), "
+    assert wanted + "and below the 12 with most cells of 15" in texts
     read = Reader(whole_page(e)).text
-    assert "treatment: the 12 contrasts with the most test cells of 15; all are in the table." in read
+    assert "treatment: the 12 contrasts with the most test cells of 15. All are in the table." in read
     assert "treatment: 1 contrast with fewer than 20 cells on some side is left out. type 15: stim against ctrl" in read
     assert "type 2: stim against ctrl" in read
 
@@ -227,7 +227,7 @@ def test_tiles_count_every_scored_metric_and_combination():
         (text,) = (t for t in told if f"baseline ({key})" in t)
         counts = e["summary"]["baselines"][key]
         assert told[text] == f"{counts['closer']} of {counts['judged']}"
-    assert told["combinations have cells enough to be scored one by one; 2 are too small"] == "4 of 6"
+    assert told["combinations have cells enough to be scored one by one. 2 are too small"] == "4 of 6"
     (copies,) = (figure for text, figure in told.items() if "memorisation check" in text)
     assert copies == "90%"
     (slope,) = (figure for text, figure in told.items() if "in response to treatment" in text)
@@ -245,7 +245,7 @@ def test_head_says_the_verdict_the_protocol_and_what_is_not_scored():
     assert "most labels: 1 combination. T cell · stim" in head
     e["set_apart"] = ["NK · stim"]
     text = Reader(whole_page(e).split("<nav>")[0]).text
-    assert "one by one: 2 combinations; 1 of them count in the pooled scores. NK · ctrl, NK · stim" in text
+    assert "one by one: 2 combinations. 1 of them count in the pooled scores. NK · ctrl, NK · stim" in text
     e["set_apart"] = ["NK · ctrl", "NK · stim"]
     assert "one by one: 2 combinations. NK" in Reader(whole_page(e).split("<nav>")[0]).text
 

@@ -49,8 +49,8 @@ def test_what_would_change_the_result_is_refused_by_name(key: str) -> None:
 @pytest.mark.parametrize(
     "key, said",
     [
-        ("steps_per_prin", "knows no key 'steps_per_prin'; did you mean steps_per_print"),
-        ("zero_optimization.overlapcomm", "zero_optimization has no key 'overlapcomm'; did you mean overlap_comm"),
+        ("steps_per_prin", "knows no key 'steps_per_prin'. Did you mean steps_per_print"),
+        ("zero_optimization.overlapcomm", "zero_optimization has no key 'overlapcomm'. Did you mean overlap_comm"),
         ("zero_optimization.offload_param.device", "weights stay on the device"),
     ],
 )

@@ -41,7 +41,7 @@ def test_what_a_place_missed_it_gets_once_also_from_the_next_start(tmp_path: Pat
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 4  # of two starts, why, and that it lacks rows
     assert told[0].startswith(f"tracking: {OURS} failed: https://place is away. metrics.jsonl goes on")
-    assert told[1].endswith(f"all is in {tmp_path}, and the next start there sends it")
+    assert told[1].endswith(f"All is in {tmp_path}, and the next start there sends it")
 
 
 def test_it_gets_rows_while_the_run_goes_on(tmp_path: Path) -> None:

@@ -132,13 +132,13 @@ def test_one_that_would_look_like_a_hang_is_given_up(tmp_path: Path, monkeypatch
         of = Previews(tmp_path, tracker, endless, 1.0, limit_s=20.0)
         of.at(3, 3)
         assert clock.now == 1_021
-        said = "scldm: no preview of step 3: it took more than 20 s; the next one waits longer\n"
+        said = "scldm: no preview of step 3: it took more than 20 s. The next one waits longer\n"
         assert capsys.readouterr().err == said
         of.at(4, 4)  # imports and compilations were the first one's
         of.at(5, 5)
     assert clock.now == 1_042
     assert capsys.readouterr().err == said.replace("step 3", "step 4").replace(
-        "the next one waits longer", "no more previews"
+        "The next one waits longer", "There are no more previews"
     )
 
 

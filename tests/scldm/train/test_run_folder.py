@@ -59,7 +59,7 @@ def test_what_is_free_may_change_and_is_noted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "config, said",
     [
-        (changed(optim={"lr": 2e-3}), "optim.lr was 0.001, now 0.002; choose another run_dir"),
+        (changed(optim={"lr": 2e-3}), "optim.lr was 0.001, now 0.002. Choose another run_dir"),
         (changed(train={"steps": 6}, optim={"betas": (0.8, 0.9)}), r"optim.betas was .*; train.steps was 5, now 6"),
         (changed(train={"keeper": 1}), "train.keeper was None, now 1"),
         (changed(data={"select": {"type": ["b"]}}), "data.select.type was None"),
