@@ -99,7 +99,7 @@ def facts(run: Path) -> dict[str, Any]:
     for path, evaluation in evaluations(run):
         scored, beyond = scores(path, evaluation)
         judged, wrong = judged | scored, wrong + beyond
-    trained = outcome(run, config, rows)
+    trained, preview = outcome(run, config, rows), max((run / PREVIEWS).glob("step-*.png"), default=None)
     groups = {
         "training": {**trained, **(described(config, starts))},
         "data": data(run, config),
@@ -114,7 +114,7 @@ def facts(run: Path) -> dict[str, Any]:
         "weak": wrong,
         "groups": groups,
         "curves": curves_of(rows),
-        "preview": last_preview(run),
+        "preview": preview.read_bytes() if preview else None,
         "settings": {key: str(value) for key, value in flat(config)},
     }
 
@@ -122,12 +122,6 @@ def facts(run: Path) -> dict[str, Any]:
 @dataclass(frozen=True)
 class _Data:
     shards: str
-
-
-def last_preview(run: Path) -> bytes | None:
-    """The PNG file of what the model made of held-out cells last."""
-    found = sorted((run / PREVIEWS).glob("step-*.png"))
-    return found[-1].read_bytes() if found else None
 
 
 def metric_of(config: Mapping[str, Any]) -> str:

@@ -36,12 +36,7 @@ def matches(frame: pd.DataFrame, expression: str, path: str, key: str) -> np.nda
     except SyntaxError as error:
         why = "an assignment. == compares" if re.search(r"(?<![=!<>])=(?!=)", text) else error.msg
         raise InputError(f"{what} can't be applied: {why}") from None
-    except (
-        TypeError,
-        ValueError,
-        RecursionError,
-        MemoryError,
-    ) as error:  # what is nested too deep is no memory's fault
+    except (TypeError, ValueError, RecursionError, MemoryError) as error:  # what is nested too deep may be any of them
         raise InputError(f"{what} can't be applied: {(str(error).splitlines() or ['nested too deep'])[0]}") from None
     return where_true(value if isinstance(value, pd.Series) else pd.Series([value] * len(frame)), what)
 

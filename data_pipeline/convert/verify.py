@@ -12,7 +12,6 @@ import zlib
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -140,8 +139,10 @@ def _read_index(url: str, manifest: Manifest) -> tuple[dict[str, np.ndarray] | N
     faults, arrays = [], {}
     entries = {entry.path: entry for entry in manifest.index}
     for path, kind in index_kinds(manifest).items():
-        data = _read_whole(url, path)
-        if data is None:
+        try:
+            with opened(f"{url.rstrip('/')}/{path}") as file:
+                data = file.read()
+        except FileNotFoundError:
             faults.append(Fault(path, "missing"))
             continue
         if len(data) != entries[path].bytes:
@@ -160,14 +161,6 @@ def _read_index(url: str, manifest: Manifest) -> tuple[dict[str, np.ndarray] | N
     if not faults:
         faults += [Fault(BLOCK_INDEX_PATH, wrong) for wrong in misfits_of_index(manifest, arrays["blocks"])]
     return (None if faults else arrays), faults
-
-
-def _read_whole(url: str, path: str) -> bytes | None:
-    try:
-        with opened(f"{url.rstrip('/')}/{path}") as file:
-            return file.read()
-    except FileNotFoundError:
-        return None
 
 
 # --- tars ----------------------------------------------------------------------------------------------------------
@@ -262,28 +255,23 @@ def _check_block(
         seen.whole = False
         yield Fault(where, str(error).removeprefix(f"{where}: "))
         return
-    first = int(record["first_cell"])
-    mine = slice(first, first + block.n_cells)
     totals = np.add.reduceat(np.append(block.counts.astype(np.uint64), np.uint64(0)), block.indptr[:-1])
-    stored = {
-        "n_cells": (block.n_cells, int(record["n_cells"])),
-        "split": (block.split, int(record["split"])),
-        "source": (block.sources, index["cells.source"][mine]),
-        "row": (block.rows, index["cells.row"][mine]),
-        "n_expressed": (np.diff(block.indptr), index["cells.n_expressed"][mine]),
-        "total_counts": (totals, index["cells.total_counts"][mine]),
-    }
-    for name, ids in zip(manifest.conditions.names, block.conditions):
-        stored[f"condition.{name}"] = (ids, index[f"cells.condition.{name}"][mine])
+    columns = {"source": block.sources, "row": block.rows, "n_expressed": np.diff(block.indptr), "total_counts": totals}
+    columns |= {f"condition.{name}": ids for name, ids in zip(manifest.conditions.names, block.conditions)}
     if len(block.conditions) != len(manifest.conditions.names):
         yield Fault(where, f"{len(block.conditions)} conditions, the manifest has {len(manifest.conditions.names)}")
-    yield from _unlike(where, stored)
+    yield from _unlike(where, record, index, block.split, columns)
     _add(seen, block)
 
 
-def _unlike(where: str, stored: dict[str, tuple[Any, Any]]) -> Iterator[Fault]:
-    """What a block says otherwise than the index: name -> (in the block, in the index)."""
-    for name, (in_block, in_index) in stored.items():
+def _unlike(
+    where: str, record: np.void, index: dict[str, np.ndarray], split: int, columns: dict[str, np.ndarray]
+) -> Iterator[Fault]:
+    """What a block says otherwise than the index. columns: of its cells, by the index's names"""
+    n, first = len(columns["row"]), int(record["first_cell"])
+    of_block = {"n_cells": (n, record["n_cells"]), "split": (split, record["split"])}
+    of_cells = {name: (values, index[f"cells.{name}"][first : first + n]) for name, values in columns.items()}
+    for name, (in_block, in_index) in {**of_block, **of_cells}.items():
         if not np.array_equal(in_block, in_index):
             yield Fault(where, f"its {name} is not the index's")
 
@@ -299,18 +287,11 @@ def _check_latents(
         seen.whole = False
         yield Fault(where, str(error).removeprefix(f"{where}: "))
         return
-    n, first = int(slots.n_cells[0]), int(record["first_cell"])
-    mine = slice(first, first + n)
-    stored = {
-        "n_cells": (n, int(record["n_cells"])),
-        "split": (int(np.frombuffer(data, LATENT_HEADER, count=1)["split"][0]), int(record["split"])),
-        "source": (slots.identity[0, :n, 0], index["cells.source"][mine]),
-        "row": (slots.identity[0, :n, 1], index["cells.row"][mine]),
-        "total_counts": (slots.total_counts[0, :n], index["cells.total_counts"][mine]),
-    }
-    for k, name in enumerate(manifest.conditions.names):
-        stored[f"condition.{name}"] = (slots.labels[0, :n, k], index[f"cells.condition.{name}"][mine])
-    yield from _unlike(where, stored)
+    n, split = int(slots.n_cells[0]), int(np.frombuffer(data, LATENT_HEADER, count=1)["split"][0])
+    columns = {"source": slots.identity[0, :n, 0], "row": slots.identity[0, :n, 1]}
+    columns["total_counts"] = slots.total_counts[0, :n]
+    columns |= {f"condition.{name}": slots.labels[0, :n, k] for k, name in enumerate(manifest.conditions.names)}
+    yield from _unlike(where, record, index, split, columns)
     latent_BLZ = slots.latent[0, :n]
     if not np.isfinite(latent_BLZ).all():
         seen.whole = False

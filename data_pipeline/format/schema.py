@@ -7,7 +7,6 @@ set.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import io
 import json
@@ -243,8 +242,7 @@ class Manifest:
         return names.index(name)
 
     def to_json(self) -> dict[str, Any]:
-        obj = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        return {"format": FORMAT, "version": VERSION, **obj}
+        return {"format": FORMAT, "version": VERSION, **json.loads(json.dumps(vars(self), default=_plain))}
 
     def file(self) -> bytes:
         """What the set's manifest.json holds."""
@@ -268,14 +266,8 @@ class Manifest:
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses and vocabularies as what JSON holds."""
-    if isinstance(value, (GeneVocab, ConditionVocab)):
-        return value.to_json()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value
+    """A vocabulary, or a dataclass of the manifest, as what JSON holds."""
+    return value.to_json() if isinstance(value, (GeneVocab, ConditionVocab)) else vars(value)
 
 
 # --- whether the parts fit each other ------------------------------------------------------------------------------

@@ -258,11 +258,9 @@ def notes(evaluation: Mapping[str, Any]) -> list[str]:
         "10,000.",
         f"draw: one draw of counts a cell, genes correlated within batches of {pcc['batch']} cells, as the published "
         "code does. mean: expected counts, genes over all cells, cells over all genes.",
-    ]
-    lines.append(
         "The mean profile is the same for all cells, so that its expected counts have no correlation over cells. Its "
-        "draws have some, as small cells have other values per 10,000 than large ones."
-    )
+        "draws have some, as small cells have other values per 10,000 than large ones.",
+    ]
     if "published" in evaluation:
         data = evaluation["published"]
         lines.append(f"As published: {data['data']}, {data['note']}.")
