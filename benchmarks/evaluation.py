@@ -16,7 +16,8 @@ import scipy.sparse as sp
 
 from benchmarks.report import Report, Row, run_benchmark
 from scldm.evaluate.cells import Cells
-from scldm.evaluate.compare import EvaluateConfig, compare
+from scldm.evaluate.compare import compare
+from scldm.evaluate.config import EvaluateConfig
 
 PURPOSE = "Measure the time and the memory that an evaluation takes on an atlas of simulated cells."
 

@@ -19,8 +19,7 @@ from launch.evaluation.gate import RISE, line_of, read_gate
 from launch.followed import dataset_of
 from scldm.errors import InputError, json_of
 from scldm.evaluate.curves import curves_of
-from scldm.evaluate.figures import score_sections
-from scldm.evaluate.figures.scores import place
+from scldm.evaluate.figures.scores import place, score_sections
 from scldm.evaluate.intervals import WIDTH
 from scldm.evaluate.metrics import METRICS
 from scldm.evaluate.report_tables import row_texts

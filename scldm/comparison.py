@@ -18,11 +18,12 @@ from scldm.errors import InputError
 from scldm.evaluate.baselines import SHIFTED
 from scldm.evaluate.cells import Cells
 from scldm.evaluate.changes import Blocks, Pair
-from scldm.evaluate.compare import EvaluateConfig, compare
+from scldm.evaluate.compare import compare
+from scldm.evaluate.config import EvaluateConfig
 from scldm.evaluate.curves import curves_of
-from scldm.evaluate.figures import FIGURES, has, score_sections
+from scldm.evaluate.figures import FIGURES, has
 from scldm.evaluate.figures.looks import style
-from scldm.evaluate.figures.scores import all_baselines_of
+from scldm.evaluate.figures.scores import all_baselines_of, score_sections
 from scldm.evaluate.intervals import WIDTH
 from scldm.evaluate.metrics import METRICS
 from scldm.evaluate.protocols import PROTOCOLS

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from scldm.checked import Checked, checked
-from scldm.evaluate.compare import EvaluateConfig
+from scldm.evaluate.config import EvaluateConfig
 from scldm.networks import BATCH_CELLS, Precision
 from scldm.train.tracking import TrackingConfig
 

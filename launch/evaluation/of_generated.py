@@ -20,14 +20,16 @@ from launch.followed import dataset_of
 from scldm.environment import made_with
 from scldm.errors import InputError
 from scldm.evaluate.baselines import rows_per_type
+from scldm.evaluate.beside import Part
 from scldm.evaluate.cells import Cells
-from scldm.evaluate.compare import Part, compare
+from scldm.evaluate.compare import compare
 from scldm.evaluate.curves import curves_of
-from scldm.evaluate.figures import baselines_of, score_sections
+from scldm.evaluate.figures.scores import baselines_of, score_sections
 from scldm.evaluate.intervals import WIDTH
 from scldm.evaluate.memorisation import MEMORISATION
 from scldm.evaluate.metrics import METRICS
-from scldm.evaluate.report import drawn_text, matched_text, row_texts, tiles, write_report
+from scldm.evaluate.report import drawn_text, matched_text, tiles, write_report
+from scldm.evaluate.report_tables import row_texts
 from scldm.evaluate.sample import Sample
 from scldm.files import write_bytes
 from scldm.train.tracking import Tracker, check_tracking, read_metrics

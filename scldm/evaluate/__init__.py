@@ -3,7 +3,8 @@
 Reading order, for generated cells: cells.py (sets of cells and their conditions), space.py (where they are compared),
 distances.py, neighbours.py, genes.py and two_sample.py (formulas), metrics.py (the table of scores), protocols.py,
 intervals.py, baselines.py, scores.py (at every level), memorisation.py, changes.py and response.py, markers.py,
-named.py, compare.py (all of it, as a JSON-ready dict), verdict.py, figures and report.py (that dict, drawn).
+named.py, config.py, beside.py (all scores beside floor, baselines and parts), compare.py (all of it, as a JSON-ready
+dict), verdict.py, figures and report.py (that dict, drawn).
 For an autoencoder: reconstruction.py. For an embedding: representation.py.
 """
 

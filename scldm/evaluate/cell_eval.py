@@ -59,8 +59,7 @@ def cell_eval_scores(
         raise InputError(f"{pert_col}={control!r} is no label of the real cells: {', '.join(sorted(labels['real']))}")
     if odd := sorted(labels["real"] ^ labels["generated"]):
         raise InputError(f"cell-eval needs the same labels of {pert_col} on both sides. On one only: {', '.join(odd)}")
-    errors = io.StringIO()
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(errors), _quiet():
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()), _quiet():
         evaluator = evaluate(
             adata_pred=sides["generated"],
             adata_real=sides["real"],

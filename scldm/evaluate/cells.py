@@ -102,8 +102,7 @@ class Cells:
 
     def numbers(self) -> dict[str, int]:
         """Cells per combination, most first."""
-        labels, n = np.unique(self.types, return_counts=True)
-        return {str(labels[k]): int(n[k]) for k in np.argsort(-n, kind="stable")}
+        return numbers_of(self.types)
 
     def combinations(self) -> dict[str, tuple[str, ...]]:
         """Its labels by the name of each combination, in the order of the conditions. A set without labels has one
@@ -143,6 +142,12 @@ def with_genes(cells: Cells, genes: tuple[str, ...]) -> Cells:
 
 
 # --- numbers -------------------------------------------------------------------------------------------------------
+
+
+def numbers_of(labels_n: np.ndarray) -> dict[str, int]:
+    """Cells of each label, most first."""
+    labels, n = np.unique(labels_n, return_counts=True)
+    return {str(labels[k]): int(n[k]) for k in np.argsort(-n, kind="stable")}
 
 
 def matched_numbers(train: Cells, test: Cells, generated: Cells) -> dict[str, int]:

@@ -23,7 +23,7 @@ import numpy as np
 import scipy.sparse as sp
 from scipy.stats import t as student
 
-from scldm.evaluate.space import TARGET_SUM
+from scldm.evaluate.space import normalise, shape_of
 
 EPS = 1.0  # counts per 10,000, added to both means of a change
 N_RESPONDING = 100  # genes of the largest Welch t that a slope is fitted over. A fifth of the genes where that is fewer
@@ -84,14 +84,11 @@ class Blocks:
     @classmethod
     def of_counts(cls, counts: sp.csr_matrix, rng: np.random.Generator) -> Blocks:
         """Blocks drawn at random, of equal size but for one cell."""
-        per_10k = sp.csr_matrix(counts, dtype=np.float64, copy=True)
-        total = np.asarray(per_10k.sum(1)).ravel()
-        per_10k.data *= np.repeat(TARGET_SUM / np.maximum(total, 1), np.diff(per_10k.indptr))
-        return cls.of(per_10k[rng.permutation(len(total))])
+        return cls.of(normalise(counts)[rng.permutation(shape_of(counts)[0])])
 
     @classmethod
     def of(cls, per_10k: sp.csr_matrix) -> Blocks:
-        n = len(per_10k.indptr) - 1
+        n = shape_of(per_10k)[0]
         block = np.arange(n) % N_BLOCKS
         member = sp.csr_matrix((np.ones(n), (block, np.arange(n))), shape=(N_BLOCKS, n))
         log = per_10k.copy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -39,10 +40,13 @@ def cell_map(profiles: Mapping[str, Profile], labels: Mapping[str, Mapping[str, 
 
 def umap_coordinates(components: np.ndarray, seed: int) -> np.ndarray:
     """2-D UMAP coordinates, (cells, 2): 15 neighbours, minimum distance 0.3, Euclidean. The same for the same seed."""
+    return _umap(len(components), seed).fit_transform(components)
+
+
+def _umap(n_cells: int, seed: int) -> Any:
     import umap  # compiles for seconds
 
-    neighbours = min(15, len(components) - 1)
-    return umap.UMAP(n_neighbors=neighbours, min_dist=0.3, random_state=seed, n_jobs=1).fit_transform(components)
+    return umap.UMAP(n_neighbors=min(15, n_cells - 1), min_dist=0.3, random_state=seed, n_jobs=1)
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,8 @@ class FixedMap:
     @classmethod
     def of(cls, components: np.ndarray, seed: int) -> FixedMap:
         try:
-            import umap  # compiles for seconds
+            umap = _umap(len(components), seed)
         except ModuleNotFoundError:
             return cls("PC", lambda of_cells: of_cells[:, :2])
-        neighbours = min(15, len(components) - 1)
-        fitted = umap.UMAP(n_neighbors=neighbours, min_dist=0.3, random_state=seed, n_jobs=1).fit(components)
+        fitted = umap.fit(components)
         return cls("UMAP", lambda of_cells: np.asarray(fitted.transform(of_cells)))

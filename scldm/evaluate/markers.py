@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import scipy.sparse as sp
+
+from scldm.evaluate.cells import Cells, numbers_of
+from scldm.evaluate.space import log_normalise
 
 N_MARKERS = 5
 MIN_CELLS = 3
@@ -57,7 +61,7 @@ def log2_fold_change(log: sp.csr_matrix, types: np.ndarray, label: str, genes: l
 
 
 def check(
-    train: tuple[sp.csr_matrix, np.ndarray], sources: dict[str, tuple[sp.csr_matrix, np.ndarray]], genes: list[str]
+    train: tuple[sp.csr_matrix, np.ndarray], sources: dict[str, tuple[sp.csr_matrix, np.ndarray]], genes: Sequence[str]
 ) -> list[Marker]:
     """The markers chosen on the training cells with their fold changes in every source (name -> log matrix, types).
     Types of which some source has fewer than 3 cells inside or outside are left out."""
@@ -75,3 +79,41 @@ def check(
 
 def _sums(log: sp.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(log.sum(0)).ravel(), np.asarray(log.multiply(log).sum(0)).ravel()
+
+
+# --- as JSON -------------------------------------------------------------------------------------------------------
+
+
+def compared(train: Cells, judged: Mapping[str, Cells]) -> dict:
+    """Marker genes of the labels of the first condition: what sets cell types apart, not treatments within them."""
+
+    def first(cells: Cells) -> np.ndarray:
+        return next(iter(cells.labels.values())) if cells.labels else cells.types
+
+    sources = {name: (log_normalise(cells.counts), first(cells)) for name, cells in judged.items()}
+    found = check((log_normalise(train.counts), first(train)), sources, train.genes)
+    n_cells = numbers_of(first(judged["real"]))
+    order = list(n_cells)
+    found.sort(key=lambda m: order.index(m.type))  # stable: a label's own order stays
+    return {
+        "markers": [asdict(m) for m in found],
+        "markers_of": {"condition": next(iter(judged["real"].labels), ""), "n_cells": n_cells},
+        "expression": _expression(sources, train.genes, found),
+    }
+
+
+def _expression(
+    sources: Mapping[str, tuple[sp.csr_matrix, np.ndarray]], genes: Sequence[str], found: list[Marker]
+) -> dict:
+    """Mean log expression and fraction of cells > 0 of every marker in every label that has markers: source -> (labels,
+    genes)."""
+    types = list(dict.fromkeys(m.type for m in found))
+    columns = [genes.index(g) for g in dict.fromkeys(m.gene for m in found)]
+    out: dict = {"types": types, "genes": [genes[c] for c in columns]}
+    for name, (log, of) in sources.items():
+        values = [log[np.flatnonzero(of == t)][:, columns] for t in types]
+        out[name] = {
+            "mean": [np.asarray(v.mean(0)).ravel().round(4).tolist() for v in values],
+            "fraction": [np.asarray((v > 0).mean(0)).ravel().round(4).tolist() for v in values],
+        }
+    return out

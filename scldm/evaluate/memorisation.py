@@ -5,6 +5,7 @@ A set of copies scores better than anything else in every other metric, so that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -130,9 +131,12 @@ def memorisation(
 ) -> dict[str, float]:
     """Every metric of MEMORISATION, by name: `reference` are held-out real cells, `other` the generated ones. Equal
     numbers of both, at most `max_cells`."""
+    return memorisation_scores(*_both(train, reference, other, max_cells, seed))
+
+
+def _both(train: Profile, reference: Profile, other: Profile, max_cells: int, seed: int) -> tuple[Nearness, Nearness]:
     n = min(len(reference), len(other), max_cells)
-    held_out, generated = nearness(train, reference, n, seed), nearness(train, other, n, seed, reference)
-    return memorisation_scores(held_out, generated)
+    return nearness(train, reference, n, seed), nearness(train, other, n, seed, reference)
 
 
 def memorisation_scores(held_out: Nearness, generated: Nearness) -> dict[str, float]:
@@ -160,6 +164,20 @@ def _scores(held_out: Nearness, generated: Nearness) -> dict[str, float]:
         "exact_copies": float(generated.copied.mean()),
         "exact_copies_real": float(held_out.copied.mean()),
     }
+
+
+def memorisation_table(
+    train: Profile, reference: Profile, other: Profile, max_cells: int, seed: int, n_halves: int
+) -> tuple[dict, list[str]]:
+    """metric -> score and standard error, of the same arguments. Empty where they can't be told, with a sentence on
+    why."""
+    both = _both(train, reference, other, max_cells, seed)
+    try:
+        values, errors = memorisation_scores(*both), memorisation_errors(*both, seed, n_halves)
+    except InputError as error:
+        return {}, [f"{error}."]
+    told = {name: error if math.isfinite(error) else None for name, error in errors.items()}
+    return {name: {"score": v, "error": told[name]} for name, v in values.items() if math.isfinite(v)}, []
 
 
 # --- standard errors -----------------------------------------------------------------------------------------------

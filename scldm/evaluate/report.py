@@ -32,12 +32,9 @@ from scldm.evaluate.figures.scores import (
 from scldm.evaluate.memorisation import MEMORISATION
 from scldm.evaluate.metrics import METRICS
 from scldm.evaluate.protocols import PUBLISHED_NOTE
-from scldm.evaluate.report_tables import normalised_text, row_texts
 from scldm.evaluate.verdict import headline_tables
 from scldm.files import write_page
 from scldm.progress import Progress
-
-__all__ = ["drawn_text", "normalised_text", "page", "row_texts", "tiles", "write_report"]
 
 TEMPLATES = Path(__file__).parent / "templates"
 

@@ -87,7 +87,7 @@ def count(n: int) -> Cell:
     return Cell(f"{n:,}", value=n)
 
 
-def _with_reach(mean: str, reach: str, value: float, kind: str = "") -> Cell:
+def _with_reach(mean: str, reach: str, value: float | None, kind: str = "") -> Cell:
     return Cell(mean, f"± {reach}" if reach else "", value=value, kind=kind)
 
 
@@ -210,8 +210,7 @@ def response_table(response: dict) -> Table:
             reach = number(s["high"] - s["value"], 2) if "high" in s else ""
             made = DASH if s["value"] is None else number(s["value"], 2)
             real = DASH if s["ceiling"] is None else number(s["ceiling"], 2)
-            out += [Cell(made, f"± {reach}" if reach else "", value=s["value"], kind="generated edge")]
-            out += [Cell(real, value=s["ceiling"])]
+            out += [_with_reach(made, reach, s["value"], "generated edge"), Cell(real, value=s["ceiling"])]
         return out
 
     def sizes(contrast: dict) -> Cell:

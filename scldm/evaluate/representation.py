@@ -24,6 +24,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from scldm.errors import InputError
+from scldm.evaluate.cells import numbers_of
 from scldm.evaluate.space import fit_pca, log_normalise, subsample
 
 N_FOLDS = 5
@@ -238,14 +239,14 @@ def probe(
         found, converged = predictions(of, true, folds)
         scores[name] = {classifier: scored(true, predicted, folds) for classifier, predicted in found.items()}
         not_converged += [] if converged else [name]
-    names, n = np.unique(true, return_counts=True)
+    labels = numbers_of(true)
     return Probe(
         scores=scores,
-        labels={str(names[k]): int(n[k]) for k in np.argsort(-n, kind="stable")},
+        labels=labels,
         left_out=left_out,
         n_folds=len(folds),
         groups=None if of_drawn is None else [sorted(set(map(str, of_drawn[rows][test]))) for _, test in folds],
-        most_frequent=float(n.max() / n.sum()),
+        most_frequent=max(labels.values()) / len(true),
         drawn_of=len(labels_n) if len(drawn) < len(labels_n) else 0,
         not_converged=not_converged,
     )

@@ -121,16 +121,6 @@ class Contrast:
         return {**{name: getattr(self, name) for name in kept}, "scores": scores}
 
 
-def contrast_scores(
-    test: Pair, generated: Pair, train: Pair | None, covariances: Covariances, r_S: np.ndarray
-) -> dict[str, Score]:
-    """slope and `agreement`, with ceilings. The error of r is by the delete-half jackknife, as that of the slope."""
-    errors = {"r": float(r_S.std())}
-    made, real = agreement(test, generated), ceilings(test, train)
-    scores = {name: Score(value, real.get(name), errors.get(name)) for name, value in made.items()}
-    return {"slope": slope([covariances], [1.0], [()]), **scores}
-
-
 def figure_genes(genes: Sequence[str], of: Mapping[str, Pair]) -> dict[str, list]:
     """At most 500 genes with their changes in each source: half of them of the largest |z| in test cells, largest
     first, and others drawn evenly."""
@@ -260,13 +250,15 @@ def _contrast(
     test, generated, train = of["test"], of["generated"], of.get("train")
     covariances = Covariances.of(test, generated, train, halves_SK)
     r_S = np.array([pearson(x, y) for x, y in zip(test.changes(HALVES), generated.changes(halves_SK), strict=True)])
+    errors, real = {"r": float(r_S.std())}, ceilings(test, train)  # of r by the delete-half jackknife, as of the slope
+    scores = {name: Score(v, real.get(name), errors.get(name)) for name, v in agreement(test, generated).items()}
     return Contrast(
         **about,
         n_cells=numbers,
         of_halves=train is None,
         covariances=covariances,
         r_S=r_S,
-        scores=contrast_scores(test, generated, train, covariances, r_S),
+        scores={"slope": slope([covariances], [1.0], [()]), **scores},
         genes=figure_genes(genes, of),
     )
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scldm.evaluate.figures import drawn, run_curves
-from scldm.evaluate.figures.curves import run_panels
+from scldm.evaluate.figures import drawn
+from scldm.evaluate.figures.curves import run_curves, run_panels
 from scldm.evaluate.report import environment
 from scldm.evaluate.report_tables import DASH, Cell, Head, Table
 

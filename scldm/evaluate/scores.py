@@ -1,6 +1,6 @@
 """Scores of a set of cells at every level: all cells at once, each combination, each label of a condition, and means.
 
-Reading order: levels, scores, standard errors, the table.
+Reading order: levels, scores and their standard errors, the table.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from scipy.spatial.distance import pdist
 
 from scldm.evaluate.intervals import IntervalConfig, standard_errors
 from scldm.evaluate.metrics import MEASURES, METRICS, score
@@ -18,6 +19,7 @@ from scldm.evaluate.space import Profile
 
 Values = dict[str, float]
 CHEAP = tuple(name for m in MEASURES if not m.expensive for name in m.names)
+COINCIDE = 0.3  # at half of all pairs a group has no width. Its halves reach that sooner
 NOT_OF_LABELS = ("auc",)  # a forest for each label of each condition costs more than all other scores together
 
 # --- levels --------------------------------------------------------------------------------------------------------
@@ -55,6 +57,12 @@ class Levels:
             out |= {(condition, label): np.flatnonzero(np.isin(profile.types, ts)) for label, ts in of.items()}
         return out
 
+    def of_copies(self, real: Profile) -> list[tuple[str, str]]:
+        """The combinations and labels, named as `rows` does, of whose test cells three in ten pairs or more coincide,
+        as cells without counts do. They have no distances to judge by."""
+        of = {key: real.components[rows[: self.max_cells]] for key, rows in self.rows(real).items()}
+        return [key for key, components in of.items() if (pdist(components, "sqeuclidean") == 0).mean() > COINCIDE]
+
 
 def scored_labels(
     conditions: Sequence[str], combinations: Mapping[str, tuple[str, ...]], numbers: Mapping[str, int], min_cells: int
@@ -87,45 +95,6 @@ class Scores:
     mean: dict[str, Values]
 
 
-def score_sets(
-    test: Profile,
-    other: Profile,
-    levels: Levels,
-    protocol: Protocol,
-    max_cells: int,
-    seed: int,
-    only: Collection[str] | None = None,
-) -> Scores:
-    """All metrics, or `only` some, of a set of cells against the test cells."""
-
-    def of(test: Profile, other: Profile, level: tuple[str, str] | None) -> Values:
-        wanted = only if level is None else _of_level(level, only)
-        return score(test, other, max_cells if level is None else levels.max_cells, seed, wanted)
-
-    return _at_levels(test, other, levels, of, protocol.mean)
-
-
-def _at_levels(
-    test: Profile,
-    other: Profile,
-    levels: Levels,
-    of: Callable[[Profile, Profile, tuple[str, str] | None], Values],
-    mean: Callable[[Mapping[str, Values], Mapping[str, int]], Values],
-) -> Scores:
-    """`of` the cells of every level (None: of all cells), and the `mean` over each condition's labels."""
-    rows, others = levels.rows(test), levels.rows(other)
-    by = {key: of(test.select(rows[key]), other.select(others[key]), key) for key in rows}
-    means = {}
-    for condition in dict.fromkeys(condition for condition, _ in by):
-        keys = [key for key in by if key[0] == condition and (condition or key[1] not in levels.apart)]
-        if not keys:  # all combinations stand apart
-            continue
-        means[condition] = mean({x: by[_, x] for _, x in keys}, {x: len(rows[_, x]) for _, x in keys})
-    if levels.apart:
-        test, other = (s.select(np.flatnonzero(~np.isin(s.types, list(levels.apart)))) for s in (test, other))
-    return Scores(of(test, other, None), by, means)
-
-
 def _of_level(key: tuple[str, str], only: Collection[str] | None) -> list[str]:
     """The metrics of a combination, or of a label."""
     condition, _ = key
@@ -133,28 +102,60 @@ def _of_level(key: tuple[str, str], only: Collection[str] | None) -> list[str]:
     return [name for name in METRICS if name in wanted and not (condition and name in NOT_OF_LABELS)]
 
 
-# --- standard errors -----------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Scorer:
+    """Scores sets of cells against the test cells, at the same levels.
 
+    max_cells: of all cells at once, scores that compare every cell with every other take at most so many a side
+    """
 
-def errors_of(
-    test: Profile,
-    other: Profile,
-    levels: Levels,
-    protocol: Protocol,
-    max_cells: int,
-    seed: int,
-    config: IntervalConfig,
-) -> Scores:
-    """Standard errors in the place of scores. Of combinations and labels, from half as many parts."""
-    parts = {name: max(2, getattr(config, name) // 2) for name in ("n_parts", "n_parts_expensive")}
-    halved = replace(config, **parts)
+    test: Profile
+    levels: Levels
+    protocol: Protocol
+    max_cells: int
+    seed: int
 
-    def of(test: Profile, other: Profile, level: tuple[str, str] | None) -> Values:
-        if level is None:
-            return standard_errors(test, other, max_cells, seed, config)
-        return standard_errors(test, other, levels.max_cells, seed, halved, _of_level(level, None))
+    def scores(self, other: Profile, only: Collection[str] | None = None) -> Scores:
+        """All metrics, or `only` some, of a set of cells."""
 
-    return _at_levels(test, other, levels, of, protocol.mean_error)
+        def of(test: Profile, other: Profile, level: tuple[str, str] | None) -> Values:
+            if level is None:
+                return score(test, other, self.max_cells, self.seed, only)
+            return score(test, other, self.levels.max_cells, self.seed, _of_level(level, only))
+
+        return self._at_levels(other, of, self.protocol.mean)
+
+    def errors(self, other: Profile, config: IntervalConfig) -> Scores:
+        """Standard errors in the place of scores. Of combinations and labels, from half as many parts."""
+        parts = {name: max(2, getattr(config, name) // 2) for name in ("n_parts", "n_parts_expensive")}
+        halved = replace(config, **parts)
+
+        def of(test: Profile, other: Profile, level: tuple[str, str] | None) -> Values:
+            if level is None:
+                return standard_errors(test, other, self.max_cells, self.seed, config)
+            return standard_errors(test, other, self.levels.max_cells, self.seed, halved, _of_level(level, None))
+
+        return self._at_levels(other, of, self.protocol.mean_error)
+
+    def _at_levels(
+        self,
+        other: Profile,
+        of: Callable[[Profile, Profile, tuple[str, str] | None], Values],
+        mean: Callable[[Mapping[str, Values], Mapping[str, int]], Values],
+    ) -> Scores:
+        """`of` the cells of every level (None: of all cells), and the `mean` over each condition's labels."""
+        test, apart = self.test, self.levels.apart
+        rows, others = self.levels.rows(test), self.levels.rows(other)
+        by = {key: of(test.select(rows[key]), other.select(others[key]), key) for key in rows}
+        means = {}
+        for condition in dict.fromkeys(condition for condition, _ in by):
+            keys = [key for key in by if key[0] == condition and (condition or key[1] not in apart)]
+            if not keys:  # all combinations stand apart
+                continue
+            means[condition] = mean({x: by[_, x] for _, x in keys}, {x: len(rows[_, x]) for _, x in keys})
+        if apart:
+            test, other = (s.select(np.flatnonzero(~np.isin(s.types, list(apart)))) for s in (test, other))
+        return Scores(of(test, other, None), by, means)
 
 
 # --- the table -----------------------------------------------------------------------------------------------------

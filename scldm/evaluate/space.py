@@ -14,12 +14,18 @@ TARGET_SUM = 10_000
 N_COMPONENTS = 10
 
 
-def log_normalise(counts: sp.csr_matrix | sp.csr_array) -> sp.csr_matrix:
-    """log1p of counts per 10,000, CSR float64 (cells, genes). A cell without counts stays all zero."""
-    log = sp.csr_matrix(counts, dtype=np.float64, copy=True)
-    total = np.asarray(log.sum(1)).ravel()
+def normalise(counts: sp.csr_matrix | sp.csr_array) -> sp.csr_matrix:
+    """Counts per 10,000, CSR float64 (cells, genes). A cell without counts stays all zero."""
+    scaled = sp.csr_matrix(counts, dtype=np.float64, copy=True)
+    total = np.asarray(scaled.sum(1)).ravel()
     scale = np.divide(TARGET_SUM, total, out=np.zeros_like(total), where=total > 0)
-    log.data *= np.repeat(scale, np.diff(log.indptr))
+    scaled.data *= np.repeat(scale, np.diff(scaled.indptr))
+    return scaled
+
+
+def log_normalise(counts: sp.csr_matrix | sp.csr_array) -> sp.csr_matrix:
+    """log1p of counts per 10,000."""
+    log = normalise(counts)
     np.log1p(log.data, out=log.data)
     return log
 

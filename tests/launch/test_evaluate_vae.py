@@ -25,7 +25,7 @@ from launch.export import ExportConfig
 from launch.export import main as export
 from scldm.errors import InputError
 from scldm.evaluate.cells import Cells
-from scldm.evaluate.compare import EvaluateConfig
+from scldm.evaluate.config import EvaluateConfig
 from scldm.evaluate.reconstruction import fit_mean_profile, log_profile, nb_nll
 from scldm.evaluate.sample import Sample
 from scldm.model.vae import VAEConfig

@@ -11,13 +11,11 @@ from collections.abc import Callable, Mapping
 from matplotlib.figure import Figure
 
 from scldm.evaluate.figures.cells import library_sizes, umap
-from scldm.evaluate.figures.curves import drawn_panels, loss_curves, run_curves
+from scldm.evaluate.figures.curves import drawn_panels, loss_curves
 from scldm.evaluate.figures.genes import genes, marker_changes, marker_dots
 from scldm.evaluate.figures.looks import style
 from scldm.evaluate.figures.response import drawn_responses, responses
-from scldm.evaluate.figures.scores import baselines_of, heat_map, score_sections, scores
-
-__all__ = ["FIGURES", "baselines_of", "drawn", "has", "png", "run_curves", "score_sections"]
+from scldm.evaluate.figures.scores import heat_map, scores
 
 FIGURES: Mapping[str, Callable[[dict], Figure]] = {
     "scores": scores,

@@ -13,8 +13,10 @@ import scipy.sparse as sp
 
 from scldm.errors import InputError
 from scldm.evaluate import map_of_cells, metrics
+from scldm.evaluate.beside import Part
 from scldm.evaluate.cells import NO_TYPE, Cells, combination_names
-from scldm.evaluate.compare import EvaluateConfig, Part, compare, known_controls
+from scldm.evaluate.compare import compare, known_controls
+from scldm.evaluate.config import EvaluateConfig
 from scldm.evaluate.curves import curves_of
 from scldm.evaluate.intervals import IntervalConfig
 from scldm.evaluate.two_sample import classifier_auc

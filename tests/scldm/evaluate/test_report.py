@@ -14,16 +14,16 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from scldm.evaluate.figures import FIGURES, baselines_of, has, png, score_sections
+from scldm.evaluate.figures import FIGURES, has, png
 from scldm.evaluate.figures.cells import LIBRARY_ROWS, library_groups
 from scldm.evaluate.figures.curves import loss_curves
 from scldm.evaluate.figures.genes import spread
 from scldm.evaluate.figures.looks import N_LOOKS, OTHERS, STYLE, condition_looks, label, labels, style
-from scldm.evaluate.figures.scores import HEAT_ROWS, all_baselines_of, place
+from scldm.evaluate.figures.scores import HEAT_ROWS, all_baselines_of, baselines_of, place, score_sections
 from scldm.evaluate.metrics import METRICS
 from scldm.evaluate.protocols import PROTOCOLS
-from scldm.evaluate.report import SECTIONS, drawn_text, normalised_text, page, row_texts, tiles, write_report
-from scldm.evaluate.report_tables import parts_table, published_table, score_table
+from scldm.evaluate.report import SECTIONS, drawn_text, page, tiles, write_report
+from scldm.evaluate.report_tables import normalised_text, parts_table, published_table, row_texts, score_table
 from tests.scldm.evaluate.made_up import GENES, TWO, evaluation
 
 STRANGE = [r"T $\foo$ cell", "a_b^c", "<b>&\"'", "% {{ x }}", "_hidden", "\U0001f9ec 肝", "עברית", "x" * 200, "x" * 199]

@@ -9,7 +9,7 @@ import scipy.sparse as sp
 from scldm.evaluate.intervals import IntervalConfig
 from scldm.evaluate.metrics import METRICS, score
 from scldm.evaluate.protocols import PROTOCOLS
-from scldm.evaluate.scores import CHEAP, Levels, errors_of, score_sets, scored_labels, table
+from scldm.evaluate.scores import CHEAP, Levels, Scorer, scored_labels, table
 from scldm.evaluate.space import Profile, Space, fit_pca, log_normalise
 
 COMBINATIONS = {"A · x": ("A", "x"), "A · y": ("A", "y"), "B · x": ("B", "x")}
@@ -36,7 +36,7 @@ def test_labels_of_enough_cells_are_scored_and_one_condition_has_none_beside_its
 def test_each_level_is_scored_on_its_own_cells_and_means_are_weighed_as_the_protocol_says(name: str) -> None:
     real, other = profile(0), profile(1)
     levels = Levels(["A · x", "B · x"], scored_labels(["type", "drug"], COMBINATIONS, NUMBERS, 20))
-    found = score_sets(real, other, levels, PROTOCOLS[name], 2_000, 0, CHEAP)
+    found = Scorer(real, levels, PROTOCOLS[name], 2_000, 0).scores(other, CHEAP)
     assert set(found.by) == {("", "A · x"), ("", "B · x"), ("type", "A"), ("type", "B"), ("drug", "x")}
     rows = np.flatnonzero(np.isin(real.types, ["A · x", "B · x"]))
     assert found.by["drug", "x"] == score(real.select(rows), other.select(rows), 2_000, 0, CHEAP)
@@ -51,7 +51,7 @@ def test_each_level_is_scored_on_its_own_cells_and_means_are_weighed_as_the_prot
 def test_errors_stand_where_the_scores_do() -> None:
     real, other = profile(0), profile(1)
     config = IntervalConfig(n_parts=4, n_parts_expensive=2)
-    found = errors_of(real, other, Levels(["A · x", "B · x"]), PROTOCOLS["scldm"], 2_000, 0, config)
+    found = Scorer(real, Levels(["A · x", "B · x"]), PROTOCOLS["scldm"], 2_000, 0).errors(other, config)
     assert set(found.pooled) == set(METRICS)
     a, b = (found.by["", t]["fd"] for t in ("A · x", "B · x"))
     assert found.mean[""]["fd"] == pytest.approx(np.hypot(40 * a, 25 * b) / 65)
