@@ -41,7 +41,8 @@ from scldm.flow.generate import generate_latents
 from scldm.flow.sampler import SamplerConfig
 from scldm.library_size import LibrarySizeModel, LogNormal
 from scldm.model.dit import DiT, DiTConfig
-from scldm.model.vae import VAE, Predicted, VAEConfig
+from scldm.model.predicted import Predicted
+from scldm.model.vae import VAE, VAEConfig
 from scldm.model_folder import save_pretrained
 from scldm.networks import Precision, written
 from scldm.pretrained import Pretrained

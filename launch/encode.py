@@ -24,7 +24,8 @@ from scldm.checked import Checked, checked
 from scldm.errors import InputError
 from scldm.files import write_json
 from scldm.model.all_genes import encoder_of
-from scldm.model.vae import VAE, Posterior
+from scldm.model.predicted import Posterior
+from scldm.model.vae import VAE
 from scldm.networks import AskedPrecision, precision_on
 from scldm.parallel.dist import World, close_world, world_of_environment
 from scldm.progress import Progress

@@ -28,7 +28,8 @@ from launch.trained import check_given, checkpoint_of, trained_vae
 from scldm.batch import GeneCounts
 from scldm.errors import InputError
 from scldm.model.dit import DiT, DiTConfig
-from scldm.model.vae import VAE, Posterior
+from scldm.model.predicted import Posterior
+from scldm.model.vae import VAE
 from scldm.parallel.dist import World
 from scldm.train.init_from import dit_from
 from scldm.train.losses import FlowConfig, GuidanceConfig, LDMStage

@@ -26,7 +26,8 @@ from scldm.flow.sampler import SamplerConfig
 from scldm.library_size import LibrarySizeModel
 from scldm.model.attention import Choice
 from scldm.model.dit import DiT
-from scldm.model.vae import VAE, Predicted, VAEConfig, chosen
+from scldm.model.predicted import Predicted
+from scldm.model.vae import VAE, VAEConfig, chosen
 from scldm.request import labels as asked
 from scldm.request.told_sizes import ToldSizes
 from scldm.request.wanted import Wanted, distinct

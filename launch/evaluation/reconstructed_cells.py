@@ -30,7 +30,7 @@ from scldm.errors import InputError
 from scldm.evaluate.baselines import rows_per_type
 from scldm.evaluate.cells import Cells, with_genes
 from scldm.model.all_genes import encoder_of
-from scldm.model.vae import Predicted
+from scldm.model.predicted import Predicted
 from scldm.pretrained import Pretrained, written
 
 LEAST_CELLS = 10  # of a combination that has a covariance of its own

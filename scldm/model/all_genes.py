@@ -18,7 +18,8 @@ from torch import Tensor
 from scldm.batch import GeneCounts
 from scldm.model import factorised
 from scldm.model.gene_rows import rows_of
-from scldm.model.vae import VAE, Posterior
+from scldm.model.predicted import Posterior
+from scldm.model.vae import VAE
 
 PREVALENT = 0.2  # share of cells. A gene expressed in more of them is summed in each cell by itself
 # sum of what is added over what remains: beyond it float64 sums of float32 terms (6e-8 each) keep too few digits

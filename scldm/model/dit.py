@@ -201,14 +201,13 @@ class DiT(nn.Module):
             n_C = torch.tensor(list(n_labels.values()), device=labels_KC.device)
             if labels_KC.shape[1:] != n_C.shape or not ((labels_KC >= 0) & (labels_KC < n_C)).all():
                 raise InputError(f"combinations.labels_KC {tuple(labels_KC.shape)} are not labels of {list(n_labels)}")
-        values, features = tables["values_K"], tables["features_KF"]
         return cls(
             config,
             n_latents,
             latent_width,
             n_labels,
-            values=values,
-            features=features,
+            values=tables["values_K"],
+            features=tables["features_KF"],
             combinations_KC=labels_KC,
             interactions="combinations.interaction_KLZ" in tensors,
         )

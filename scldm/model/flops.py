@@ -1,7 +1,7 @@
 """What a forward pass of the autoencoder takes: floating-point operations of its matrix products, by the formula.
 
 Twice the multiply-accumulates. A training step is three forward passes. Whatever path computes it, this is the work
-that it is credited with. Reading order: vae_flops, expressed_flops.
+that it is credited with.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ from scldm.batch import CellBatch, GeneCounts, LatentBatch
 from scldm.checked import Checked, checked
 from scldm.flow.loss import drop_conditions, velocity_loss_B
 from scldm.model.dit import DiT
-from scldm.model.vae import VAE, Posterior
+from scldm.model.predicted import Posterior
+from scldm.model.vae import VAE
 
 
 @dataclass(frozen=True)
@@ -178,10 +179,3 @@ class LDMStage:
             return batch.latent_BLZ
         assert self.encode is not None
         return self.encode(batch.given).mean_BLZ.float()
-
-
-def cells_of(batch: CellBatch | LatentBatch) -> str:
-    """The identities of a batch's cells, for a message: `source:row`."""
-    ids = batch.cell_ids_B2
-    shown = ", ".join(f"{source}:{row}" for source, row in ids[:8].tolist())
-    return shown + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")

@@ -19,7 +19,7 @@ from torch import Tensor
 from scldm.files import outlived
 from scldm.parallel.dist import World
 from scldm.parallel.surface import Engine
-from scldm.train.losses import Draws, Stage, cells_of
+from scldm.train.losses import Draws, Stage
 
 FILE = "nonfinite.jsonl"
 
@@ -87,4 +87,6 @@ def note(run_dir: Path, step: int, culprits: list[Culprit]) -> None:
 
 
 def _culprit(world: World, what: str, batch: Any) -> Culprit:
-    return Culprit(world.rank, what, cells_of(batch), batch.cell_ids_B2.tolist())
+    cells = batch.cell_ids_B2.tolist()
+    shown = ", ".join(f"{source}:{row}" for source, row in cells[:8])
+    return Culprit(world.rank, what, shown + (f" and {len(cells) - 8} more" if len(cells) > 8 else ""), cells)

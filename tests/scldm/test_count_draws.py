@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 from scldm import count_draws, draws
-from scldm.model.vae import Predicted
+from scldm.model.predicted import Predicted
 
 N = 40_000
 

@@ -18,7 +18,7 @@ from scldm.flow.generate import generate_latents
 from scldm.flow.sampler import SamplerConfig
 from scldm.library_size import LibrarySizeModel, LogNormal
 from scldm.model.dit import DiT, DiTConfig
-from scldm.model.vae import Predicted
+from scldm.model.predicted import Predicted
 from scldm.pretrained import Pretrained, written
 from scldm.request.wanted import distinct
 from tests.scldm.small_model import FEW, GENES, G, L, Z, of_doses, wanted

@@ -1,7 +1,5 @@
 """From latent tokens to genes, where cells have own gene sets in which a gene stands several times. The first product
 is taken once for a gene of the vocabulary.
-
-Reading order: pays_by_table, by_table, _TimesRows, _HeadByTable.
 """
 
 from __future__ import annotations

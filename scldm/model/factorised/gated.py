@@ -1,7 +1,4 @@
-"""The decoder's SwiGLU with the head folded into it: of its hidden layer only sums leave a tile.
-
-Reading order: folded, Head, gated_sum.
-"""
+"""The decoder's SwiGLU with the head folded into it: of its hidden layer only sums leave a tile."""
 
 from __future__ import annotations
 

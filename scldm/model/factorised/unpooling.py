@@ -1,7 +1,4 @@
-"""From latent tokens to the asked genes: `unpool`, by gene or by latent token.
-
-Reading order: unpool, heads_out, pays_by_latents, _by_latents, _HeadByLatents.
-"""
+"""From latent tokens to the asked genes: `unpool`, by gene or by latent token."""
 
 from __future__ import annotations
 
