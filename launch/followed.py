@@ -24,7 +24,8 @@ def followed(verb: str, config: Any) -> Iterator[None]:
         yield
         return
     from scldm.train.machine import place_from_environment
-    from scldm.train.tracking import OF_STAGES, Tracker, TrackingConfig, fail_parent
+    from scldm.train.sending import OF_STAGES, fail_parent
+    from scldm.train.tracking import Tracker, TrackingConfig
 
     folder, place = Path(parent) / OF_STAGES / verb.replace(" ", "-"), place_from_environment()
     if not is_first_rank():
@@ -53,7 +54,7 @@ def refused_early(verb: str) -> None:
     """A verb was refused before its config was whole: what it is a stage of has failed."""
     parent = os.environ.get("SCLDM_PARENT", "")
     if parent and verb in STAGES and is_first_rank():
-        from scldm.train.tracking import fail_parent
+        from scldm.train.sending import fail_parent
 
         fail_parent(Path(parent))
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from launch.config import compose, with_folders
 from scldm.errors import InputError
 from scldm.train.mlflow_run import cause_of
+from scldm.train.sending import followed_in, replay
 from scldm.train.tracked import is_followed, read_note
-from scldm.train.tracking import followed_in, replay
 
 PURPOSE = """Send to MLflow what it lacks of runs: rows, artifacts, the final state. A server that was away gets all.
 Safe to repeat, also from cron. A run that its own process still follows is left to that process. A run whose process

@@ -6,19 +6,22 @@
     mlflow_run.json  what MLflow has got, and what it refused
     tracking.lock    held by the process that follows the run
 
-Reading order: the note, what MLflow lacks, who follows the run.
+Reading order: TrackingConfig, the note, what MLflow lacks, who follows the run.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from scldm.checked import Checked, checked
+from scldm.environment import check_uri
 from scldm.errors import InputError
 from scldm.files import locked, write_json
 from scldm.given_json import Count, read_checked, typed
@@ -27,6 +30,50 @@ from scldm.train.follower import row_files, say_once
 NOTE, STATE, LOCK = "tracked.json", "mlflow_run.json", "tracking.lock"
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+
+
+@dataclass(frozen=True)
+class TrackingConfig(Checked):
+    """Where the metrics of a run go besides its own metrics.jsonl.
+
+    enabled: forward to MLflow
+    uri: tracking server or database. Empty means that of the parent, else $MLFLOW_TRACKING_URI, else mlflow.db in the
+        run folder. A password in it is moved to that variable, and stands in no file of the run
+    experiment: name of the MLflow experiment. Empty means that of the parent, else $MLFLOW_EXPERIMENT_NAME, else scldm
+    run_name: name of the MLflow run. Empty means the stage's
+    parent: folder of the run that this one is nested in. Empty means $SCLDM_PARENT, else none
+    parent_run_id: the same by the MLflow run's id, of a run that scldm does not follow
+    every_s: seconds between two forwards
+    close_s: longest wait for a server at the end of the run, in seconds. It is 5 for a run that was stopped or failed.
+        A local database is waited for until all is there, at most 90 s
+    system_s: seconds between two samples of processor, memory and GPU of each node. 0 takes none. On more than 10
+        nodes it is longer, by that number over 10
+    attach: files that MLflow gets with the run, such as a protocol
+    also: module:Class of a place where the run is followed too, with MLflow or without, as
+        scldm.train.tensorboard:TensorBoard. See scldm/train/follower.py for one of your own
+    """
+
+    enabled: bool = True
+    uri: str = ""
+    experiment: str = ""
+    run_name: str = ""
+    parent: str = ""
+    parent_run_id: str = ""
+    every_s: float = checked(5.0, above=0)
+    close_s: float = checked(30.0, at_least=0)
+    system_s: float = checked(10.0, at_least=0)
+    attach: list[str] = field(default_factory=list)
+    also: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_uri("tracking.uri", self.uri)
+        if self.parent and self.parent_run_id:
+            raise InputError(f"tracking.parent={self.parent} and tracking.parent_run_id name two parents. Give one")
+        if len({Path(path).name for path in self.attach}) < len(self.attach):
+            raise InputError(f"tracking.attach={','.join(self.attach)}: two files of one name. MLflow would keep one")
+        if self.also and not re.fullmatch(r"[\w.]+:\w+", self.also):
+            raise InputError(f"tracking.also={self.also}: give module:Class, as scldm.train.tensorboard:TensorBoard")
 
 
 # --- the note ------------------------------------------------------------------------------------------------------

@@ -1,13 +1,13 @@
 """Metrics of a run: always to `metrics.jsonl` in its folder, from there to MLflow.
 
 A row is written and flushed before `log` returns. All else that MLflow is to get lies in `tracked.json` before any work
-begins. A background thread sends what MLflow lacks, see mlflow_run.py. What it can't send stays in the folder: the next
+begins. A background thread sends what MLflow lacks, see sending.py. What it can't send stays in the folder: the next
 verb there sends it, or `scldm track replay`. Nothing that MLflow does or fails to do reaches the training thread.
 
     with Tracker(run_dir, config.tracking, active=rank == 0, stage="train vae", params=asdict(config)) as tracker:
         tracker.log(step, {"loss": loss}, split="train", cells_seen=cells_seen)
 
-Reading order: TrackingConfig, Tracker, _Forwarder, _Also, replay, read_metrics.
+Reading order: Tracker, begin_note, check_tracking, read_metrics.
 """
 
 from __future__ import annotations
@@ -16,75 +16,23 @@ import contextlib
 import getpass
 import os
 import re
-import threading
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from scldm.checked import Checked, checked
 from scldm.environment import check_uri, describe, without_passwords
 from scldm.errors import InputError
 from scldm.files import flat, write_json
 from scldm.train import tracked
-from scldm.train.follower import METRICS, Follower, append_row, follower_named, row_of, say
+from scldm.train.follower import METRICS, append_row, follower_named, rows_from, say
 from scldm.train.machine import Place, Sampler
-from scldm.train.mlflow_run import Sender, cause_of, database_of, database_uri
+from scldm.train.mlflow_run import database_uri
+from scldm.train.sending import Also, Forwarder
+from scldm.train.tracked import TrackingConfig
 
 PARENT = "SCLDM_PARENT"  # variable: the folder of the run that all runs started here are nested in
-OF_STAGES = "tracking"  # folder in a run's own, of stages whose folders are not theirs to write in
-LONGEST_WAIT_S = 60.0  # between two tries while the server is away
-# for all to reach a local database: it is there, and slow at most. srun kills a rank 120 s after another has ended
-DATABASE_S = 90.0
-LAST_TRIES = 3  # of a local database, which another process may hold for a moment
 ALONE = Place()
-HURRY_S = 5.0  # for the last rows of a run that was stopped or failed: who ended it may kill what does not end soon
-
-
-@dataclass(frozen=True)
-class TrackingConfig(Checked):
-    """Where the metrics of a run go besides its own metrics.jsonl.
-
-    enabled: forward to MLflow
-    uri: tracking server or database. Empty means that of the parent, else $MLFLOW_TRACKING_URI, else mlflow.db in the
-        run folder. A password in it is moved to that variable, and stands in no file of the run
-    experiment: name of the MLflow experiment. Empty means that of the parent, else $MLFLOW_EXPERIMENT_NAME, else scldm
-    run_name: name of the MLflow run. Empty means the stage's
-    parent: folder of the run that this one is nested in. Empty means $SCLDM_PARENT, else none
-    parent_run_id: the same by the MLflow run's id, of a run that scldm does not follow
-    every_s: seconds between two forwards
-    close_s: longest wait for a server at the end of the run, in seconds. It is 5 for a run that was stopped or failed.
-        A local database is waited for until all is there, at most 90 s
-    system_s: seconds between two samples of processor, memory and GPU of each node. 0 takes none. On more than 10
-        nodes it is longer, by that number over 10
-    attach: files that MLflow gets with the run, such as a protocol
-    also: module:Class of a place where the run is followed too, with MLflow or without, as
-        scldm.train.tensorboard:TensorBoard. See scldm/train/follower.py for one of your own
-    """
-
-    enabled: bool = True
-    uri: str = ""
-    experiment: str = ""
-    run_name: str = ""
-    parent: str = ""
-    parent_run_id: str = ""
-    every_s: float = checked(5.0, above=0)
-    close_s: float = checked(30.0, at_least=0)
-    system_s: float = checked(10.0, at_least=0)
-    attach: list[str] = field(default_factory=list)
-    also: str = ""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_uri("tracking.uri", self.uri)
-        if self.parent and self.parent_run_id:
-            raise InputError(f"tracking.parent={self.parent} and tracking.parent_run_id name two parents. Give one")
-        if len({Path(path).name for path in self.attach}) < len(self.attach):
-            raise InputError(f"tracking.attach={','.join(self.attach)}: two files of one name. MLflow would keep one")
-        if self.also and not re.fullmatch(r"[\w.]+:\w+", self.also):
-            raise InputError(f"tracking.also={self.also}: give module:Class, as scldm.train.tensorboard:TensorBoard")
 
 
 class Tracker(contextlib.AbstractContextManager["Tracker"]):
@@ -132,7 +80,7 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         if cfg.enabled:
             uri_of_environment()  # to be refused. What fails from here on is told, and training goes on
         if cfg.also:
-            self._also = _Also(follower_named(cfg.also)(self.run_dir), cfg)
+            self._also = Also(follower_named(cfg.also)(self.run_dir), cfg)
         with self._reported("opening"):
             self.run_dir.mkdir(parents=True, exist_ok=True)
             drop_torn_line(self.path)
@@ -151,7 +99,7 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
             if by_parent and self.parent is not None and tracked.is_followed(self.parent):
                 self._alive.enter_context(tracked.followed_alone(self.run_dir))
             else:
-                self._forwarder = _Forwarder(self.run_dir, cfg, self.note["uri"])
+                self._forwarder = Forwarder(self.run_dir, cfg, self.note["uri"])
                 self._forwarder.start()
                 self._start_sampler(cfg, place, is_first=True)
 
@@ -245,110 +193,6 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
                 say(f"{doing} {self.run_dir / name} failed ({error}). Training goes on without it")
 
 
-class _Background(threading.Thread, ABC):
-    """Sends what a place lacks, beside training.
-
-    lacks: why not all is sent
-    """
-
-    def __init__(self, name: str, cfg: TrackingConfig, close_s: float) -> None:
-        super().__init__(name=name, daemon=True)  # never keeps a finished program alive
-        self.cfg, self.close_s, self.closing, self.lacks = cfg, close_s, threading.Event(), ""
-
-    def close(self, in_a_hurry: bool) -> None:
-        self.closing.set()
-        self.join(min(self.cfg.close_s, HURRY_S) if in_a_hurry else self.close_s)
-        if self.is_alive() or self.lacks:
-            say(f"not everything reached {self.left()}")
-
-    @abstractmethod
-    def left(self) -> str:
-        """The place that lacks something, where it is, and what sends it."""
-
-
-class _Forwarder(_Background):
-    """Sends to MLflow, and tries again."""
-
-    def __init__(self, run_dir: Path, cfg: TrackingConfig, place: str) -> None:
-        super().__init__("mlflow", cfg, DATABASE_S if database_of(place) else cfg.close_s)
-        self.run_dir, self.place = run_dir, place
-        self.uri = cfg.uri if cfg.uri != place and without_passwords(cfg.uri) == place else ""
-
-    def left(self) -> str:
-        lacks = ", ".join(tracked.unsent(self.run_dir)) or "rows of runs below"
-        replay = f"`scldm track replay {self.run_dir}` sends the rest"
-        return f"{self.place} (it lacks {lacks}). All is in {self.run_dir}: {replay}"
-
-    def run(self) -> None:
-        while True:
-            try:
-                with tracked.followed_alone(self.run_dir):
-                    return self._follow()
-            except InputError as error:  # a replay that is not done, or an earlier process that still ends
-                self.lacks = str(error)
-                if self.closing.wait(0.5):
-                    return None
-
-    def _follow(self) -> None:
-        sender, warned, failures, wait_s = Sender(self.run_dir, self.uri), False, 0, 0.0
-        tries = LAST_TRIES if database_of(self.place) else 1
-        while tries:
-            last = self.closing.wait(wait_s)
-            try:
-                sender.send()
-                self._send_below(last)
-            except Exception as error:  # whatever MLflow raises: none of it may end the run
-                failures, self.lacks = failures + 1, cause_of(error, self.uri or sender.uri)
-                if not warned:
-                    warned = True
-                    say(f"MLflow at {self.place} failed: {self.lacks}. {METRICS} goes on, sent later")
-            else:
-                if failures:
-                    say(f"MLflow at {self.place} answers again. All rows are sent")
-                failures, self.lacks = 0, ""
-            wait_s = min(self.cfg.every_s * 2**failures, LONGEST_WAIT_S)
-            if last:
-                tries = tries - 1 if self.lacks else 0
-
-    def _send_below(self, last: bool) -> None:
-        """What stages left to this process. At the end also what is left of runs below that have ended."""
-        for folder in followed_in(self.run_dir if last else self.run_dir / OF_STAGES):
-            stage = folder.is_relative_to(self.run_dir / OF_STAGES)
-            note = None if folder == self.run_dir else tracked.read_note(folder)
-            lost = last and note is not None and note["status"] == "RUNNING"
-            if note is None or not (lost or tracked.unsent(folder)):
-                continue
-            followed = (lost or not stage) and tracked.is_followed(folder)
-            if lost and not followed:
-                tracked.note_end(folder, note, "KILLED")  # its process is gone, and said nothing
-            if stage or not followed:
-                Sender(folder, self.uri).send()
-
-
-class _Also(_Background):
-    """Sends to another place than MLflow, each in a thread of its own: none waits for another's server."""
-
-    def __init__(self, follower: Follower, cfg: TrackingConfig) -> None:
-        super().__init__(cfg.also, cfg, cfg.close_s)
-        self.follower = follower
-
-    def left(self) -> str:
-        return f"{self.name}. All is in {self.follower.folder}, and the next start there sends it"
-
-    def run(self) -> None:
-        warned, last = False, False
-        while not last:
-            last = self.closing.wait(self.cfg.every_s)
-            try:
-                self.follower.send()
-                self.lacks = ""
-            except Exception as error:  # whatever it raises: none of it may end the run
-                self.lacks = without_passwords(str(error)) or type(error).__name__
-                if not warned:
-                    warned = True
-                    say(f"{self.name} failed: {self.lacks}. {METRICS} goes on, sent later")
-
-
 def uri_of_environment() -> str:
     """Raises: InputError where it can't be told what in it is a password."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
@@ -414,22 +258,6 @@ def check_tracking(cfg: TrackingConfig, run_dir: Path) -> None:
         say(f"tracking.attach={','.join(missing)}: gone since the run began. The run goes on")
 
 
-def fail_parent(folder: Path) -> None:
-    """Note and send that a pipeline failed, where no process follows it and no run of a stage says so."""
-    try:
-        if not tracked.note_failed(folder):
-            return
-    except (OSError, InputError) as error:  # the failure of the stage is what is to be told
-        say(f"{folder} is not noted as failed: {error}")
-        return
-    try:
-        with tracked.followed_alone(folder):
-            Sender(folder).send()
-    except Exception as error:
-        place = (tracked.read_note(folder) or {}).get("uri", "")
-        say(f"{folder}: MLflow at {place} failed: {cause_of(error, place)}")
-
-
 def about_start(stage: str) -> dict[str, str]:
     """Who started what where, as MLflow's own tags where it has such. Its UI shows of a source what follows the last
     slash, so that is no place for a command."""
@@ -452,37 +280,9 @@ def about_start(stage: str) -> dict[str, str]:
     return {key: value for key, value in tags.items() if value}
 
 
-def replay(folder: Path) -> str:
-    """Send what MLflow lacks of the run in a folder. Returns a line about it. A run whose process ended without a word
-    was killed.
-
-    Raises: InputError where its own process still follows it. Else whatever MLflow raises.
-    """
-    lacks = tracked.unsent(folder)
-    with tracked.followed_alone(folder):
-        note = tracked.read_note(folder)
-        assert note is not None
-        if note["status"] == "RUNNING" and not note["closed_by"]:
-            tracked.note_end(folder, note, "KILLED")
-            if parent := tracked.parent_of(folder, note):
-                tracked.note_failed(parent)  # a stage of it is gone
-            lacks = tracked.unsent(folder)
-        if not lacks:
-            return f"{folder}: MLflow at {note['uri']} has all"
-        Sender(folder).send()
-        return f"{folder}: sent {', '.join(lacks)} to {note['uri']}"
-
-
-def followed_in(folder: Path) -> list[Path]:
-    """The folders of the runs that are followed below a folder, a parent before its children."""
-    return sorted(path.parent for path in folder.rglob(tracked.NOTE))
-
-
 def read_metrics(run_dir: Path | str, split: str | None = None) -> list[dict[str, Any]]:
     """The rows of a run in order of steps, of one split or of all. Of a step that a resume repeated, it is the last."""
-    path = Path(run_dir) / METRICS
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    rows = [row for line in lines if line.endswith(b"\n") and (row := row_of(line, path)) is not None]
+    rows = [row for some, _ in rows_from(Path(run_dir) / METRICS, 0) for row in some]
     last = {(row["step"], row["split"]): row for row in rows if split in (None, row["split"])}
     return [last[key] for key in sorted(last)]
 

@@ -20,10 +20,11 @@ from typing import Any
 import pytest
 
 from scldm.errors import InputError
-from scldm.train import mlflow_run, tracking
+from scldm.train import mlflow_run, sending
 from scldm.train.mlflow_run import database_of, database_uri
+from scldm.train.sending import replay
 from scldm.train.tracked import followed_alone, read_note, unsent
-from scldm.train.tracking import PARENT, Tracker, TrackingConfig, begin_note, read_metrics, replay
+from scldm.train.tracking import PARENT, Tracker, TrackingConfig, begin_note, read_metrics
 
 OFF = TrackingConfig(enabled=False)
 
@@ -89,14 +90,14 @@ def test_a_local_store_is_waited_for_a_server_for_a_time_and_who_was_stopped_hur
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # whoever stopped it kills what has not ended half a minute later, and the exit code with it
-    monkeypatch.setattr(tracking, "HURRY_S", 0.2)
+    monkeypatch.setattr(sending, "HURRY_S", 0.2)
     waits: list[float | None] = []
-    monkeypatch.setattr(tracking._Forwarder, "run", lambda self: self.closing.wait(60))
-    monkeypatch.setattr(tracking._Forwarder, "join", lambda self, timeout=None: waits.append(timeout))
+    monkeypatch.setattr(sending.Forwarder, "run", lambda self: self.closing.wait(60))
+    monkeypatch.setattr(sending.Forwarder, "join", lambda self, timeout=None: waits.append(timeout))
     for uri in ("", "http://127.0.0.1:1"):
         for status in ("FINISHED", "FAILED", "KILLED"):
             Tracker(tmp_path, TrackingConfig(uri=uri, close_s=9.0)).close(status)
-    assert waits == [tracking.DATABASE_S, 0.2, 0.2, 9.0, 0.2, 0.2]
+    assert waits == [sending.DATABASE_S, 0.2, 0.2, 9.0, 0.2, 0.2]
 
 
 @pytest.mark.slow
@@ -424,8 +425,8 @@ def test_what_a_child_could_not_send_is_sent_by_its_parent_at_the_end(tmp_path: 
     from mlflow import MlflowClient
 
     with Tracker(tmp_path, TrackingConfig(every_s=0.1), stage="quickstart"):
-        monkeypatch.setattr(tracking._Forwarder, "start", lambda self: None)
-        monkeypatch.setattr(tracking._Forwarder, "join", lambda self, timeout=None: None)
+        monkeypatch.setattr(sending.Forwarder, "start", lambda self: None)
+        monkeypatch.setattr(sending.Forwarder, "join", lambda self, timeout=None: None)
         with Tracker(tmp_path / "vae", TrackingConfig(parent=str(tmp_path)), stage="train vae") as child:
             child.log(1, {"loss": 1.0})
         monkeypatch.undo()
