@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, redirect_stdout
+from contextlib import closing, contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,7 +109,8 @@ def fit(
         raise InputError(f"fit runs in one process, and this is one of {n_ranks}. `scldm train` runs on many")
     if start_from is not None and not isinstance(start_from, Pretrained):
         start_from = load(folder_of("start_from", start_from))
-    with _place(folder) as work:
+    with nullcontext(folder) if folder else tempfile.TemporaryDirectory(prefix="scldm-fit-") as place:
+        work = Path(place)
         settings = {"conditions": list(names), "layer": layer or "", "seed": seed}
         settings |= {name: [*of.presets, *of.keys] for name, of in words.items()}
         used = " ".join([*names, *words["shards"].keys])
@@ -239,16 +240,6 @@ def _fitting(config: Any, words: Words) -> Any:
     whole, most = config.train.global_batch, config.hardware.micro_batch
     fits = max(m for m in range(1, min(whole, most) + 1) if whole % m == 0)
     return replace(config, hardware=replace(config.hardware, micro_batch=fits))
-
-
-@contextmanager
-def _place(folder: str | os.PathLike[str] | None) -> Iterator[Path]:
-    """The folder of all files: one that stays, or one that is removed."""
-    if folder is not None:
-        yield Path(folder)
-        return
-    with tempfile.TemporaryDirectory(prefix="scldm-fit-") as made:
-        yield Path(made)
 
 
 def _note(work: Path, settings: dict[str, Any]) -> None:

@@ -42,7 +42,11 @@ def known_of(kind: type[Kind], value: Any, where: str) -> Kind:
     """The same of a document that may say more than the dataclass has fields for."""
     if not isinstance(value, dict):
         return typed(kind, value, where)
-    return typed(kind, {field.name: value[field.name] for field in _fields(kind) if field.name in value}, where)
+    return typed(
+        kind,
+        {field.name: value[field.name] for field in dataclasses.fields(typing.cast(Any, kind)) if field.name in value},
+        where,
+    )
 
 
 def read_known(kind: type[Kind], path: Path) -> Kind:
@@ -65,10 +69,6 @@ def read_checked(kind: type, path: Path) -> dict[str, Any] | None:
     value = read_json(path)
     known_of(kind, value, str(path))
     return value
-
-
-def _fields(kind: Any) -> tuple[dataclasses.Field, ...]:
-    return dataclasses.fields(kind)
 
 
 def _typed(kind: Any, value: Any, where: str, key: str) -> Any:

@@ -10,7 +10,6 @@ as a near relative responds most alike (inverse distance weighting, Shepard 1968
 0 (empirical Bayes). There may be no parallelogram, as where no donor has both treatments. Then both ends of the way are
 taken without one of the conditions, and so on down to two. What is left out goes by its shift.
 Conditions given as a number or a vector have no shifts, and those that are not given say nothing: both are left out.
-Reading order: CombinationMeans, _Table.
 """
 
 from __future__ import annotations

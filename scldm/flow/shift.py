@@ -2,7 +2,6 @@
 
 A cell of an unseen combination is one of a trained combination, moved by the way between the two's means
 (`CombinationMeans`). Conditions given as a number or a vector have no shifts: they are left to the network.
-Reading order: nearest_trained, way, ways, stays.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 from scldm.errors import InputError
@@ -19,12 +20,7 @@ ELSEWHERE = {
     "gradient_clipping": "optim.clip",
     "optimizer": "optim",
     "scheduler": "optim.schedule",
-    "torch_autocast": "hardware.precision",
-    "fp16": "hardware.precision",
-    "bf16": "hardware.precision",
-    "amp": "hardware.precision",
-    "fp32": "hardware.precision",
-    "data_types": "hardware.precision",
+    **dict.fromkeys(("torch_autocast", "fp16", "bf16", "amp", "fp32", "data_types"), "hardware.precision"),
     "activation_checkpointing": "model.recompute",
     "zero_optimization.stage": "hardware.zero_stage",
     "zero_optimization.offload_optimizer.device": "hardware.offload_optimizer",
@@ -134,7 +130,7 @@ def deepspeed_json(
 def check_overrides(overrides: Mapping[str, Any]) -> None:
     """Raises: InputError for the first key that is another key's of ours, would change the result, or is unknown."""
     for key, value in flat(overrides):
-        for name in _prefixes(key):
+        for name in accumulate(key.split("."), "{}.{}".format):  # `a`, `a.b` and `a.b.c` of `a.b.c`
             if name in ELSEWHERE:
                 raise InputError(f"deepspeed.{key}={value}: {ELSEWHERE[name]} says this")
             if name in RESULT:
@@ -152,13 +148,6 @@ def check_overrides(overrides: Mapping[str, Any]) -> None:
 def _nearest(name: str, known: tuple[str, ...]) -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f". Did you mean {', '.join(near)}?" if near else f". There are: {', '.join(sorted(known))}"
-
-
-def _prefixes(key: str) -> Iterator[str]:
-    """`a`, `a.b` and `a.b.c` of `a.b.c`."""
-    parts = key.split(".")
-    for n in range(1, len(parts) + 1):
-        yield ".".join(parts[:n])
 
 
 def _merged(ours: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

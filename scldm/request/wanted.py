@@ -1,7 +1,4 @@
-"""Which cells are asked for: a table of conditions as its distinct rows, and a number a cell.
-
-Reading order: Ways, Wanted, distinct.
-"""
+"""Which cells are asked for: a table of conditions as its distinct rows, and a number a cell."""
 
 from __future__ import annotations
 

@@ -124,14 +124,6 @@ def dit_from(dit: DiT, conditions: ConditionVocab, trained: DiT, trained_conditi
     return report
 
 
-def joined_rows(table: Tensor, trained: Tensor, rows: Tensor) -> Tensor:
-    """The table with row k from row `rows[k]` of the trained one. As it is where that is -1."""
-    known = (rows >= 0).nonzero()[:, 0]
-    out = table.clone()
-    out[known] = trained[rows[known]].to(out)
-    return out
-
-
 def _join(what: str, names: Sequence[str], trained: Sequence[str]) -> tuple[Joined, Tensor]:
     at = {name: k for k, name in enumerate(trained)}
     rows = torch.tensor([at.get(name, -1) for name in names], dtype=torch.int64)
@@ -146,7 +138,7 @@ def _copy(
 ) -> None:
     """Copy every parameter that the trained network has.
 
-    tables: parameter -> the rows of the trained one that its rows are
+    tables: parameter -> the rows of the trained one that its rows are. One stays as it is where that is -1
     renamed: prefix -> that in the trained network. None where it has none
     """
     for name, parameter in network.named_parameters():
@@ -163,4 +155,8 @@ def _copy(
                 f"init_from: its {name} is {'missing' if found is None else tuple(found.shape)}, that of model is "
                 f"{tuple(parameter.shape)}. Give model the shape that was trained"
             )
-        parameter.copy_(joined_rows(parameter, found, tables[name]) if is_table else found)
+        if is_table:
+            known = (tables[name] >= 0).nonzero()[:, 0]
+            parameter[known] = found[tables[name][known]].to(parameter)
+        else:
+            parameter.copy_(found)

@@ -191,11 +191,8 @@ class Sender(Follower):
         """What a child's start and end are to its parent, where no process follows that one."""
         if self.parent is None:
             return
-        try:
-            with followed_alone(self.parent.folder):
-                self.parent.send()
-        except InputError:
-            pass
+        with contextlib.suppress(InputError), followed_alone(self.parent.folder):
+            self.parent.send()
 
     def _log(self, kind: str, entries: Sequence[Any]) -> None:
         """Entries of one kind. A request that is refused is cut in two until the refused entries are alone."""

@@ -14,8 +14,6 @@ step.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -122,8 +120,7 @@ class Requests:
         if self.world.is_first:
             for wanted, name in ((asked.stop == STOPPED, STOP_FILE), (asked.save, SAVE_FILE)):
                 if wanted:
-                    with contextlib.suppress(FileNotFoundError):
-                        os.unlink(self.run_dir / name)
+                    (self.run_dir / name).unlink(missing_ok=True)
         self._looked_at = 0.0
         if asked.stop and more:
             raise Stopped(asked.stop, asked.reason)

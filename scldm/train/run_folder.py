@@ -103,7 +103,8 @@ def open_run_folder(
             print(f"scldm: {run_dir} goes on with: {told}", file=sys.stderr, flush=True)
     run_dir.mkdir(parents=True, exist_ok=True)
     with locked(run_dir):
-        _clean(run_dir)
+        for folder in (run_dir, run_dir / DIFFS, run_dir / PREVIEWS):  # in others, verbs may be writing
+            remove_left(folder)
         begins = branch is not None and _latest(run_dir) is None
         # before the config: what changed can be told from the two of them, and from nothing later
         if branch is not None and begins:
@@ -119,13 +120,6 @@ def open_run_folder(
             begin(branch, run_dir)
             print(f"scldm: {run_dir} {changes.told(changes.read(run_dir)[0])}", file=sys.stderr, flush=True)
         yield
-
-
-def _clean(run_dir: Path) -> None:
-    """Remove what killed starts left in the folder and in those that only training writes. In others, verbs may be
-    writing."""
-    for folder in (run_dir, run_dir / DIFFS, run_dir / PREVIEWS):
-        remove_left(folder)
 
 
 def step_of(run_dir: Path) -> int:
