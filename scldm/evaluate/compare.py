@@ -60,14 +60,15 @@ def compare(
     both = {"real": test, "generated": generated}
     judged = {name: drawn(of, sides.numbers, config.rng(k)) for k, (name, of) in enumerate(both.items())}
     profiles = {name: Profile.of(cells.counts, cells.types, space) for name, cells in judged.items()}
-    alike = sides.levels.of_copies(profiles["real"])
+    real, made = profiles["real"], profiles["generated"]
+    alike = sides.levels.of_copies(real)
     not_scored = [*sides.not_scored, *(label for condition, label in alike if not condition)]
     sides = replace(sides, levels=sides.levels.less(alike), not_scored=not_scored)
-    scorer = Scorer(profiles["real"], sides.levels, chosen, config.max_cells, config.seed)
+    scorer = Scorer(real, sides.levels, chosen, config.max_cells, config.seed)
     judge = Judge(scorer, space, sides, config)
-    tables = judge.tables(train, profiles["generated"], control)
-    trained, n_parts = Profile.of(train.counts, train.types, space), config.intervals.n_parts
-    memorised, told = memorisation_table(trained, *profiles.values(), config.max_cells, config.seed, n_parts)
+    tables = judge.tables(train, made, control)
+    trained = Profile.of(train.counts, train.types, space)
+    memorised, told = memorisation_table(trained, real, made, config.max_cells, config.seed, config.intervals.n_parts)
     answers = responses(train, test, generated, control, config.min_cells, config.seed)
     notes = []
     if alike:
@@ -95,7 +96,7 @@ def compare(
         "memorisation": memorised,
         "notes": [*notes, *told],
         "response": {c: of.as_json() for c, of in answers.items()},
-        **judge.parts(parts or {}, genes, profiles["generated"]),
+        **judge.parts(parts or {}, genes, made),
         "genes": {
             "ids": list(genes) if space.genes is None else [genes[k] for k in space.genes],
             **{name: _moments(p) for name, p in profiles.items()},
