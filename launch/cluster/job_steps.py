@@ -39,6 +39,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import IO, NoReturn
 
 from launch.cluster import commands as slurm
@@ -47,7 +48,8 @@ from launch.cluster.job_end import JobEnd
 from launch.cluster.notes import BAD_NODES, CAME, IMAGE, REPORT, note_nodes
 from launch.cluster.site import PASSED_ON, gpus_of_node
 from scldm.environment import without_passwords
-from scldm.errors import LOST, REFUSED, REQUEUE, STOPPED, InputError, read_json
+from scldm.errors import LOST, REFUSED, REQUEUE, STOPPED, InputError
+from scldm.given_json import read_known
 
 # of the shell that submitted, were they to come along: ranks are Slurm's here
 NOT_FOR_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_DISTRIBUTION", "SCLDM_STAGED")
@@ -71,7 +73,7 @@ def main(words: Sequence[str]) -> int:
     try:
         job = JobSteps(words, settings_of(words))
     except InputError as error:
-        print(f"scldm: error: {error}", file=sys.stderr)
+        print(f"scldm: error: {without_passwords(str(error))}", file=sys.stderr)
         return REFUSED
     try:
         job.run()
@@ -90,6 +92,14 @@ def settings_of(words: Sequence[str]) -> dict[str, str]:
     from launch.cluster.job import settings_by_hand  # which reads the verb's config, with all its packages
 
     return settings_by_hand(words) | given
+
+
+@dataclass(frozen=True)
+class _Preflight:
+    """What the job reads of preflight's report, which says more."""
+
+    use: list[str]
+    note: str
 
 
 class JobSteps(JobEnd):
@@ -212,11 +222,11 @@ class JobSteps(JobEnd):
             if len(self.hosts) > 1:  # of a single node, it may be the job
                 note_nodes(self.notes / BAD_NODES, {self.hosts[0]: "its first rank gave no report in preflight"})
             self.fail(f"preflight, exit code {code}: the first rank, on {self.hosts[0]}, gave no report")
-        told = read_json(report)
-        if not told["use"]:
-            why = f"{told['note']}; " if told["note"] else ""
+        told = read_known(_Preflight, report)
+        if not told.use:
+            why = f"{told.note}; " if told.note else ""
             self.fail(f"preflight: {why}see {REPORT} and {BAD_NODES} in {self.notes}")
-        return told["use"]
+        return told.use
 
     def stage(self) -> None:
         """Copy the shards; the ranks read the copies, but what they note of the run names the set itself."""
@@ -275,7 +285,7 @@ class JobSteps(JobEnd):
                 time.sleep(0.5)
             os.listdir(self.notes)
             if self.failure.exists():
-                told, _, why = self.failure.read_text().partition("\t")
+                told, _, why = self.failure.read_text(errors="replace").partition("\t")
                 return int(told.strip() or 1), why
         return None
 
@@ -351,7 +361,8 @@ class JobSteps(JobEnd):
         return ["srun", "--overlap", *self.on_hosts(1)]
 
     def on_hosts(self, per_node: int) -> list[str]:
-        self.env |= {"MASTER_ADDR": self.hosts[0], "SCLDM_HOSTS": " ".join(self.hosts)}
+        address = self.hosts[0] if len(self.hosts) > 1 else "127.0.0.1"  # where nobody from elsewhere comes
+        self.env |= {"MASTER_ADDR": address, "SCLDM_HOSTS": " ".join(self.hosts)}
         n = len(self.hosts)
         place = [f"--nodelist={','.join(self.hosts)}", f"--nodes={n}"]
         return [*place, f"--ntasks={n * per_node}", f"--ntasks-per-node={per_node}"]
