@@ -30,7 +30,7 @@ import scipy.sparse as sp
 from anndata.io import read_elem, sparse_dataset, write_elem
 
 from data_pipeline.read_cells import LAYER, MEASUREMENT
-from scldm.errors import InputError, read_json
+from scldm.errors import InputError
 from scldm.files import (
     disk_explained,
     locked,
@@ -41,7 +41,7 @@ from scldm.files import (
     write_json,
     written_aside,
 )
-from scldm.given_json import typed
+from scldm.given_json import read_sealed, sealed
 from scldm.hdf5 import hdf5_made
 from scldm.progress import Progress
 
@@ -90,8 +90,7 @@ class CellWriter:
         if self.finished:
             self._refuse_others(_made_by(self.out), "exists and holds other cells")
         elif (self.parts / "made_by.json").is_file():
-            note = self.parts / "made_by.json"
-            before = typed(dict[str, Any], read_json(note), str(note))
+            before = read_sealed(dict[str, Any], self.parts / "made_by.json")
             self._refuse_others(before, "is unfinished and of another command", self.parts)
         elif self.parts.exists() and any(of.name != "lock" and of.name[0] != "." for of in self.parts.iterdir()):
             raise InputError(f"{self.parts} is in the way of unfinished cells. Remove it, or choose another out")
@@ -134,7 +133,7 @@ class CellWriter:
                 busy = f"{self.parts}: another process is making these cells. Wait for it, or end it"
                 stack.enter_context(locked(self.parts / "lock", busy))
                 remove_left(self.parts)
-                write_json(self.parts / "made_by.json", self.made_by)
+                write_json(self.parts / "made_by.json", sealed(self.made_by))
             yield
 
     def rows(self, part: int) -> range:

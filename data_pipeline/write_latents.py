@@ -38,9 +38,9 @@ from data_pipeline.format.latent_block import encode_latent_block
 from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.format.schema import OfLatents, ShardEntry
 from data_pipeline.stream.gene_set_config import GeneSetConfig
-from scldm.errors import InputError, read_json
+from scldm.errors import InputError
 from scldm.files import disk_explained, locked, remove_left, remove_marked, sha256_of, write_bytes, written_aside
-from scldm.given_json import Count, typed
+from scldm.given_json import Count, read_sealed, sealed
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class _Written:
 
     blocks: list[_Block]
     bytes: Count
-    sha256: str
+    tar_sha256: str
     sum: list[list[float]]
     sum_of_squares: list[list[float]]
 
@@ -65,7 +65,7 @@ def noted(out: Path) -> dict[str, Any] | None:
     note = out / "parts" / "set.json"
     if (out / schema.MANIFEST).is_file():
         return schema.read_manifest(str(out)).extra
-    return typed(dict[str, Any], read_json(note), str(note)) if note.is_file() else None
+    return read_sealed(dict[str, Any], note) if note.is_file() else None
 
 
 def precision_of(out: str) -> str:
@@ -130,7 +130,7 @@ class LatentWriter:
         with locked(self.parts / "lock", busy):
             for folder in (self.out, self.parts, self.out / "shards", self.out / "index"):
                 remove_left(folder)
-            self._write(self.parts / "set.json", json.dumps(self.identity).encode())
+            self._write(self.parts / "set.json", json.dumps(sealed(self.identity)).encode())
             yield
 
     def missing_shards(self) -> list[int]:
@@ -186,7 +186,7 @@ class LatentWriter:
             assert next(pieces, None) is None, f"shard {shard}: more latents than its {entry.n_cells} cells"
         size, sha = sha256_of(path)
         note = _Written(blocks, size, sha, total.tolist(), total_of_squares.tolist())
-        self._write(self._note(shard), json.dumps(asdict(note)).encode())
+        self._write(self._note(shard), json.dumps(sealed(asdict(note))).encode())
 
     def finish(self) -> None:
         """Writes index and manifest, once every shard is there. Does nothing where they are."""
@@ -199,7 +199,7 @@ class LatentWriter:
         shards: list[ShardEntry] = []
         index = np.array(self.cells.blocks)
         for entry, note in zip(source.shards, notes):
-            shards.append(replace(entry, bytes=note.bytes, sha256=note.sha256))
+            shards.append(replace(entry, bytes=note.bytes, sha256=note.tar_sha256))
             at = 0
             for block, made in enumerate(note.blocks, entry.first_block):
                 record = index[block]
@@ -239,9 +239,13 @@ class LatentWriter:
         return self.parts / f"{shard:06d}.json"
 
     def written(self, shard: int) -> _Written:
-        """What is noted of a shard that is written. Raises: InputError for a note that is damaged."""
-        path = self._note(shard)
-        return typed(_Written, read_json(path), str(path))
+        """What is noted of a shard that is written. Raises: InputError for a note that is damaged or changed."""
+        try:
+            return read_sealed(_Written, self._note(shard))
+        except InputError as error:
+            raise InputError(
+                f"{error}. Remove this file and run the same command again: it encodes the shard anew"
+            ) from None
 
     def _write(self, path: Path, data: bytes | memoryview) -> None:
         with disk_explained(str(self.out)):

@@ -17,7 +17,7 @@ def found_checkpoint(at: str, which: str) -> Path:
     if (path / STATE).is_file():
         return path
     folder = folder_of_checkpoints(path)
-    if which.isdigit():
+    if which.isdecimal():
         target = folder / f"step-{int(which):08d}"
     elif which in ("latest", "best"):
         target = pointed(folder / which) or folder / which

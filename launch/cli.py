@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         verb, rest = find_verb(words)
     except InputError as error:
-        print(f"scldm: error: {error}", file=sys.stderr)
+        print(f"scldm: error: {without_passwords(str(error))}", file=sys.stderr)
         return REFUSED
     if verb is None:
         print(overview())
@@ -117,7 +117,8 @@ def of_disk(error: Exception, made: str) -> str:
     made: what the command makes, which is named where the error names no file
     """
     place = getattr(error, "filename", None) or (f"{made}, or a temporary file" if made else "a file")
-    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES):
+    refusals = (errno.EROFS, errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+    if isinstance(error, OSError) and error.errno in refusals:
         return f"{place}: {os.strerror(error.errno)}"
     return no_space(error, place)
 

@@ -322,14 +322,14 @@ def public(key: str, text: str) -> str:
 
     Raises: InputError for a key whose password has no place there.
     """
-    if key in KEEPS_PASSWORD:
+    if key in KEEPS_PASSWORD or re.match(r"[\w+.-]+://[^/?#@:\s]*:[^/?#]*\s", text):
         check_uri(key, text)
     without = without_passwords(text)
     if without != text:
         if key not in KEEPS_PASSWORD:
             raise InputError(
                 f"{key}={without}: a password in it would be kept in files. Give it where its client looks for it: in "
-                "an environment variable, or a file of your own"
+                "an environment variable, or a file of your own. An `@` that ends none is written %40"
             )
         os.environ[KEEPS_PASSWORD[key]] = text
     return without

@@ -52,12 +52,15 @@ def made_with(inputs: Mapping[str, Any], packages: Sequence[str] = ()) -> dict[s
     }
 
 
-# of URLs: who logs in, up to the last `@` of the host's part, and what signs a query
-_USER = re.compile(r"([\w+.-]+://)([^\s/?#]*)@")
-# the same where the password ends what looks like host and port: `user:pa/ss@host`
-_BARE = re.compile(r"([\w+.-]+://)(?!\[)[^\s/?#@:]*:(?!\d*[/?#])[^\s/?#@]*[/?#]\S*@")
-# of a URL whose user may be a token, also without a password. Elsewhere a name says where something lies
-_WEB = re.compile(r"https?://$", re.IGNORECASE)
+# of URLs: who logs in, up to the last `@`, since a password may hold any character; and what signs a query.
+# 4,096: a search to the end of the text for each of many URLs would take for ever
+_LOGIN = re.compile(
+    r"(?<=[\w+.-]://)(?:"
+    r"(?!\[[\da-fA-F:.]*\])[^\s/?#:]*:(?!\d*[/?#])\S{0,4096}@"  # user:password. No [::1]:5000
+    r"|[^\s/?#:\[]*:\d*[/?#][^\s'\",]{0,4096}@"  # host:port/a@b, or a password that begins as a port does
+    # a user may be a token. Elsewhere a name without a password says where something lies
+    r"|(?:(?<=(?i:http://))|(?<=(?i:https://)))[^\s/?#@]+@(?:\S{0,4096}@)?)"
+)
 _SIGNED = re.compile(
     r"(?<=[?&;#])([\w-]*(?:password|passwd|pwd|secret|token|signature|credential"
     r"|(?:api|access|account|secret|private|signing)[-_]?key(?:[-_]?id)?)|key|sig|odbc_connect)="
@@ -70,25 +73,21 @@ def without_passwords(text: str) -> str:
     """Text as it may stand in files and messages: without who logs in, and by what, in the URLs of it."""
     if "://" not in text:
         return text
-    return _SIGNED.sub(r"\1=...", _USER.sub(_without_user, _BARE.sub(r"\1", text)))
+    return _SIGNED.sub(r"\1=...", _LOGIN.sub("", text))
 
 
 def check_uri(what: str, uri: str) -> None:
-    """Raises: InputError for a URI of a server in which an `@` stands after the first `/`, `?` or `#`.
+    """Raises: InputError for a URI of a server in which an `@` stands after the first `/`, `?`, `#` or space.
 
     It may end a password that holds such a character. Nobody can tell, so it would be kept. The message has no part of
     the URI.
     """
-    if re.match(r"[\w+.-]+://[^\s/?#]+[/?#].*@", uri):
+    if re.match(r"[\w+.-]+://[^\s/?#]+[\s/?#].*@", uri, re.DOTALL):
         raise InputError(
-            f"{what}: an `@` stands after a `/`, `?` or `#`, so that it can't be told what is a password. Write these "
-            "characters percent-encoded, but for those that part host, path and query: / as %2F, ? as %3F, # as %23, "
-            "@ as %40"
+            f"{what}: an `@` stands after a `/`, `?`, `#` or space, so that it can't be told what is a password. Write "
+            "these characters percent-encoded, but for those that part host, path and query: / as %2F, ? as %3F, # as "
+            "%23, @ as %40, a space as %20"
         )
-
-
-def _without_user(found: re.Match[str]) -> str:
-    return found[1] if ":" in found[2] or _WEB.search(found[1]) else found[0]
 
 
 def cpu_maker() -> str:

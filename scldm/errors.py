@@ -54,8 +54,16 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} is missing") from None
 
 
-def json_of(text: bytes, path: Path) -> Any:
-    """What a JSON file holds that was read. Raises: InputError where it is no JSON."""
+def read_text(path: Path) -> str:
+    """A text file that somebody gave, with a byte order mark or without. Raises: InputError where it is no UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no text in UTF-8 ({error}). Save it in that encoding") from None
+
+
+def json_of(text: bytes, path: Path | str) -> Any:
+    """What a JSON file holds, or another place, that was read. Raises: InputError where it is no JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError, JSONDecodeError. Or lists in lists in lists

@@ -182,8 +182,10 @@ def write_json(path: Path, value: Any) -> None:
 def write_page(path: Path, content: bytes) -> None:
     """Write a page or a figure whole or not at all. What a killed process left of it goes, that of a living one stays.
 
-    Raises: InputError where the disk refuses it.
+    Raises: InputError where there is no such folder, or the disk refuses it.
     """
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: {path.parent} is no folder. Make it, or name another file")
     with disk_explained(str(path)):
         remove_left(path.parent, path.name)
         write_bytes(path, content)

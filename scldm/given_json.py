@@ -184,6 +184,7 @@ def sorted_json(document: Any) -> bytes:
 
 def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
     """The document with the SHA-256 of all that it says."""
+    assert SEAL not in document, f"{SEAL} is the key of the hash"
     return {**document, SEAL: hash_of(document)}
 
 
@@ -197,3 +198,8 @@ def unsealed(document: Any, where: str) -> dict[str, Any]:
     if document[SEAL] != hash_of(rest):
         raise InputError(f"{where}: its SHA-256 is not that of what it says: damaged or changed")
     return rest
+
+
+def read_sealed(kind: type[Kind], path: Path) -> Kind:
+    """What a file with a hash of its own says, as `typed`."""
+    return typed(kind, unsealed(read_json(path), str(path)), str(path))

@@ -33,7 +33,7 @@ from data_pipeline.format.page import describe_html
 from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.format.schema import CELL_COLUMNS, GENE_COLUMNS, read_manifest, vocab_tag
 from data_pipeline.write_cells import CellWriter
-from data_pipeline.write_latents import LatentWriter
+from data_pipeline.write_latents import LatentWriter, noted
 from launch import quickstart
 from launch.cluster.notes import find_notes, submitted
 from launch.cluster.status import state_of_run, training
@@ -42,7 +42,7 @@ from launch.report import evaluations, facts
 from launch.run_data import encoded_from, kept_data
 from launch.shards_write import report_lines
 from scldm.errors import InputError
-from scldm.given_json import sealed
+from scldm.given_json import read_sealed, sealed
 from scldm.model_folder import save_pretrained
 from scldm.train.checkpoint import read_ema
 from scldm.train.tracked import new_note, unsent
@@ -237,6 +237,10 @@ def cells_in(folder: Path) -> CellWriter:
     return CellWriter(folder / "o.h5ad", 3, ["a"], np.int32, {"model": "m", "sampler": json.dumps({"n_steps": 2})})
 
 
+def began_as(folder: Path) -> dict[str, Any]:
+    return read_sealed(dict[str, Any], folder / "o.h5ad.parts" / "made_by.json")
+
+
 def begun_quickstart(at: Path) -> Path:
     quickstart.open_folder(QuickstartConfig(), at)
     return at
@@ -253,13 +257,6 @@ def begun_quickstart(at: Path) -> Path:
         (followed_run, "slurm/job.json", lambda run: submitted(run / "slurm")),
         (followed_run, "chain/chain.json", lambda run: find_notes(run / "chain")),
         (followed_run, "evaluation.json", lambda run: list(evaluations(run))),
-        (begun_latents, "parts/set.json", unfinished_latents),
-        (begun_latents, "parts/000000.json", written_latents),
-        (begun_shards, "plan/plan.json", lambda work: str(Plan.load(work / "plan"))),
-        (begun_shards, "plan/gene_ids.0.json", lambda work: Plan.load(work / "plan").gene_ids(0)),
-        (begun_shards, "genes.json", ChosenGenes.load),
-        (begun_shards, "layout.json", lambda work: str(Layout.load(work))),
-        (begun_cells, "o.h5ad.parts/made_by.json", lambda folder: cells_in(folder).missing),
         (begun_quickstart, "quickstart.json", lambda folder: quickstart.open_folder(QuickstartConfig(), folder)),
     ],
 )
@@ -267,6 +264,25 @@ def test_a_harmed_file_of_a_verb_is_taken_or_refused(tmp_path: Path, make, path:
     folder = make(tmp_path / "at")
     read(folder)
     assert check_taken_or_refused(folder / path, lambda: read(folder), n) > n // 8
+
+
+@pytest.mark.parametrize("n", [FEW, pytest.param(MANY, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "make, path, read",
+    [
+        (begun_latents, "parts/set.json", lambda folder: (noted(folder), unfinished_latents(folder))),
+        (begun_latents, "parts/000000.json", written_latents),
+        (begun_shards, "plan/plan.json", lambda work: str(Plan.load(work / "plan"))),
+        (begun_shards, "plan/gene_ids.0.json", lambda work: Plan.load(work / "plan").gene_ids(0)),
+        (begun_shards, "genes.json", ChosenGenes.load),
+        (begun_shards, "layout.json", lambda work: str(Layout.load(work))),
+        (begun_cells, "o.h5ad.parts/made_by.json", lambda folder: (cells_in(folder).missing, began_as(folder))),
+    ],
+)
+def test_no_harmed_file_of_unfinished_work_is_read_as_sound(tmp_path: Path, make, path: str, read, n: int) -> None:
+    folder = make(tmp_path / "at")
+    assert check_every_harm(folder / path, lambda: read(folder), n) > n // 4
+    assert check_nothing_else_is_raised(folder / path, lambda: read(folder), "", n) > n // 8
 
 
 @pytest.mark.parametrize("n", [FEW, pytest.param(MANY, marks=pytest.mark.exhaustive)])

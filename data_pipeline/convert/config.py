@@ -159,7 +159,7 @@ class ShardsWriteConfig(Checked):
         i, slash, n = self.task.partition("/")
         if not self.task:
             return 0, 1
-        if not (slash and i.isdigit() and n.isdigit() and int(i) < int(n)):
+        if not (slash and i.isdecimal() and n.isdecimal() and int(i) < int(n)):
             raise InputError(f"task={self.task!r} must be i/n with 0 <= i < n, such as 0/8")
         return int(i), int(n)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from data_pipeline.convert.config import Join
-from scldm.errors import InputError
+from scldm.errors import InputError, read_text
 from scldm.label_text import texts
 from scldm.vocab import MIN_GENE_SHARE, GeneVocab, Namespace, namespace_of, why_few, without_version
 
@@ -133,11 +134,10 @@ def _read_table(path: Path, to: Namespace) -> dict[str, str]:
     """Gene id of the other namespace -> id of this one. Ids that the table gives twice are left out."""
     if not path.is_file():
         raise InputError(f"source.gene_table: {path}: no such file")
-    with path.open(newline="", encoding="utf-8-sig") as file:  # Excel begins a table with a byte order mark
-        reader = csv.DictReader(file)
-        if not {"ensembl", "symbol"} <= set(reader.fieldnames or ()):
-            raise InputError(f"source.gene_table: {path}: needs columns ensembl and symbol, has {reader.fieldnames}")
-        rows = [(without_version(row["ensembl"]), row["symbol"]) for row in reader if row["ensembl"] and row["symbol"]]
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    if not {"ensembl", "symbol"} <= set(reader.fieldnames or ()):
+        raise InputError(f"source.gene_table: {path}: needs columns ensembl and symbol, has {reader.fieldnames}")
+    rows = [(without_version(row["ensembl"]), row["symbol"]) for row in reader if row["ensembl"] and row["symbol"]]
     pairs = {(s, e) if to == "ensembl" else (e, s) for e, s in rows}
     times = Counter(old for old, _ in pairs)
     return {old: new for old, new in pairs if times[old] == 1}
@@ -161,7 +161,6 @@ def in_list(vocab: GeneVocab, path: Path) -> tuple[np.ndarray, list[str]]:
     """Which genes of a vocabulary a file names (one id a line), and those of its ids that the vocabulary lacks."""
     if not path.is_file():
         raise InputError(f"filter.gene_list: {path}: no such file")
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
-    wanted = {without_version(line.strip()) for line in lines if line.strip()}
+    wanted = {without_version(line.strip()) for line in read_text(path).splitlines() if line.strip()}
     keep = np.fromiter((g in wanted for g in vocab.ids), bool, vocab.n_genes)
     return keep, sorted(wanted - set(vocab.ids))

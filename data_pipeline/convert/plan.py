@@ -27,9 +27,9 @@ from data_pipeline.convert.shuffle import set_positions
 from data_pipeline.convert.source import SourceSpec
 from data_pipeline.convert.splits import columns_of, draw_splits
 from data_pipeline.format.schema import VERSION, condition_dtype
-from scldm.errors import InputError, read_json
+from scldm.errors import InputError
 from scldm.files import flat, made_aside, sha256_of
-from scldm.given_json import sealed, typed, unsealed
+from scldm.given_json import read_sealed, sealed
 from scldm.vocab import ConditionVocab, GeneVocab
 
 UNIT_CELLS = 1 << 15  # cells that one process reads and scatters before it notes that they are done
@@ -97,6 +97,13 @@ class _Chosen:
     report: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class _GeneIds:
+    """What gene_ids.N.json says."""
+
+    ids: list[str]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan(_Chosen):
     """A plan, read from its folder. The arrays are memory-mapped."""
@@ -145,14 +152,13 @@ class Plan(_Chosen):
         return self.array(f"column_of.{source}")
 
     def gene_ids(self, source: int) -> list[str]:
-        path = self.folder / f"gene_ids.{source}.json"
-        return typed(list[str], read_json(path), str(path))
+        """Of its columns. Raises: InputError for a file that is damaged."""
+        return read_sealed(_GeneIds, self.folder / f"gene_ids.{source}.json").ids
 
     @classmethod
     def load(cls, folder: Path) -> Plan:
         """Raises: InputError for a file that is damaged."""
-        path = folder / "plan.json"
-        return cls(folder=folder, **vars(typed(_Chosen, unsealed(read_json(path), str(path)), str(path))))
+        return cls(folder=folder, **vars(read_sealed(_Chosen, folder / "plan.json")))
 
 
 def make_plan(config: ShardsWriteConfig, folder: Path) -> Plan:
@@ -227,7 +233,7 @@ def _draft_plan(config: ShardsWriteConfig, settings: dict[str, Any], folder: Pat
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
     for number, s in enumerate(sources):
-        (folder / f"gene_ids.{number}.json").write_text(json.dumps(s.genes.ids))
+        (folder / f"gene_ids.{number}.json").write_text(json.dumps(sealed({"ids": s.genes.ids})))
     obj = {
         "settings": settings,
         "tools": tool_versions(),

@@ -34,9 +34,9 @@ from data_pipeline.convert.variable_genes import add_moments
 from data_pipeline.format.block import encode_block
 from data_pipeline.format.schema import BLOCK_INDEX, ShardEntry, member_name, vocab_tag
 from data_pipeline.stores import file_system, local_folder, store_explained
-from scldm.errors import InputError, read_json
+from scldm.errors import InputError
 from scldm.files import disk_explained, made_aside, put_in_place, write_bytes, written_aside
-from scldm.given_json import Count, sealed, typed, unsealed
+from scldm.given_json import Count, read_sealed, sealed
 from scldm.vocab import GeneVocab
 
 STAGES = ("transpose", "scan", "clip", "scatter", "gather")
@@ -254,8 +254,7 @@ class ChosenGenes:
     @classmethod
     def load(cls, work: Path) -> ChosenGenes:
         """Raises: InputError for a file that is damaged."""
-        path = work / "genes.json"
-        return typed(cls, unsealed(read_json(path), str(path)), str(path))
+        return read_sealed(cls, work / "genes.json")
 
 
 # --- layout: which cells are in which tar --------------------------------------------------------------------------
@@ -296,8 +295,7 @@ class Layout:
     @classmethod
     def load(cls, work: Path) -> Layout:
         """Raises: InputError for a file that is damaged."""
-        path = work / "layout.json"
-        of = typed(_Shards, unsealed(read_json(path), str(path)), str(path))
+        of = read_sealed(_Shards, work / "layout.json")
         return cls(of.shards, of.n_runs, of.cell_bytes, np.load(work / "kept.npy", mmap_mode="r"))
 
 

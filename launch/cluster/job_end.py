@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from launch.cluster import commands as slurm
+from scldm.environment import without_passwords
 from scldm.errors import InputError, read_json
 from scldm.files import write_json, written_aside
 from scldm.train.tracked import note_failed
@@ -200,7 +201,7 @@ class StartedJob:
         """How often in a row this job, or those that handed on to it, has failed since it came so far."""
         path = self.notes / f"history{self.part}"
         n, chain = 0, {self.id}
-        for event, job, _, at in reversed([line.split("\t") for line in path.read_text().splitlines()]):
+        for event, job, _, at in reversed([line.split("\t") for line in path.read_text(errors="replace").splitlines()]):
             if event == "next" and at in chain:
                 chain.add(job)
             elif event != "next" and job in chain:
@@ -215,7 +216,7 @@ class StartedJob:
 
     def note(self, state: str, reason: str) -> None:
         """What `scldm status` shows."""
-        reason, now = " ".join(reason.split()), time.strftime("%Y-%m-%d %H:%M:%S")
+        reason, now = without_passwords(" ".join(reason.split())), time.strftime("%Y-%m-%d %H:%M:%S")
         with written_aside(self.notes / f"state{self.part}") as file:
             file.write(f"{state}\t{self.id}\t{int(time.time())}\t{self.restart}\t{reason}\n".encode())
         self.say(f"{state}{': ' if reason else ''}{reason}", now)

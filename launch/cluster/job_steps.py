@@ -39,6 +39,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import IO, NoReturn
 
 from launch.cluster import commands as slurm
@@ -47,7 +48,8 @@ from launch.cluster.job_end import StartedJob
 from launch.cluster.notes import BAD_NODES, CAME, IMAGE, REPORT, note_nodes
 from launch.cluster.site import PASSED_ON, gpus_of_node
 from scldm.environment import without_passwords
-from scldm.errors import LOST, REFUSED, REQUEUE, STOPPED, InputError, read_json
+from scldm.errors import LOST, REFUSED, REQUEUE, STOPPED, InputError
+from scldm.given_json import read_known
 
 # of the shell that submitted, were they to come along: ranks are Slurm's here
 NOT_FOR_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_DISTRIBUTION", "SCLDM_STAGED")
@@ -73,7 +75,7 @@ def main(words: Sequence[str]) -> int:
         job = StartedJob(settings_of(words), trains=words[0] == "train")
         steps = JobSteps(words, job)
     except InputError as error:
-        print(f"scldm: error: {error}", file=sys.stderr)
+        print(f"scldm: error: {without_passwords(str(error))}", file=sys.stderr)
         return REFUSED
     try:
         steps.run()
@@ -92,6 +94,14 @@ def settings_of(words: Sequence[str]) -> dict[str, str]:
     from launch.cluster.job import settings_by_hand  # which reads the verb's config, with all its packages
 
     return settings_by_hand(words) | given
+
+
+@dataclass(frozen=True)
+class _Preflight:
+    """What the job reads of preflight's report, which says more."""
+
+    use: list[str]
+    note: str
 
 
 class JobSteps:
@@ -215,11 +225,11 @@ class JobSteps:
             if len(self.hosts) > 1:  # of a single node, it may be the job
                 note_nodes(self.notes / BAD_NODES, {self.hosts[0]: "its first rank gave no report in preflight"})
             self.job.fail(f"preflight, exit code {code}: the first rank, on {self.hosts[0]}, gave no report")
-        told = read_json(report)
-        if not told["use"]:
-            see = f"{told['note']}. See" if told["note"] else "see"
+        told = read_known(_Preflight, report)
+        if not told.use:
+            see = f"{told.note}. See" if told.note else "see"
             self.job.fail(f"preflight: {see} {REPORT} and {BAD_NODES} in {self.notes}")
-        return told["use"]
+        return told.use
 
     def stage(self) -> None:
         """Copy the shards. The ranks read the copies, but what they note of the run names the set itself."""
@@ -280,7 +290,7 @@ class JobSteps:
                 time.sleep(0.5)
             os.listdir(self.notes)
             if self.failure.exists():
-                told, _, why = self.failure.read_text().partition("\t")
+                told, _, why = self.failure.read_text(errors="replace").partition("\t")
                 return int(told.strip() or 1), why
         return None
 
@@ -357,7 +367,8 @@ class JobSteps:
         return ["srun", "--overlap", *self.on_hosts(1)]
 
     def on_hosts(self, per_node: int) -> list[str]:
-        self.env |= {"MASTER_ADDR": self.hosts[0], "SCLDM_HOSTS": " ".join(self.hosts)}
+        address = self.hosts[0] if len(self.hosts) > 1 else "127.0.0.1"  # where nobody from elsewhere comes
+        self.env |= {"MASTER_ADDR": address, "SCLDM_HOSTS": " ".join(self.hosts)}
         n = len(self.hosts)
         place = [f"--nodelist={','.join(self.hosts)}", f"--nodes={n}"]
         return [*place, f"--ntasks={n * per_node}", f"--ntasks-per-node={per_node}"]

@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,23 @@ from scldm.given_json import Count, known_of, read_known
 MATMUL_S, MATMUL_ROUNDS = 0.15, 3
 LEAST_DISK = 1 << 30  # bytes free on a node's own disk
 
-# gpu: troubles of this rank's GPU for which the site's settings may be the reason
-# broken: those that no setting makes
-# folders: what is wrong with folders and disk (of a node's first rank alone, like the next)
-# same: what must be the same on all nodes
-Findings = dict[str, Any]
+
+@dataclass(frozen=True)
+class Findings:
+    """What one rank found.
+
+    gpu: troubles of this rank's GPU, for which the site's settings may be the reason
+    broken: those that no setting makes
+    same: what must be the same on all nodes. Of a node's first rank alone, as the next two
+    folders: what is wrong with folders and disk. None of other ranks
+    disk_gb: what is free of the node's own disk
+    """
+
+    gpu: list[str]
+    broken: list[str]
+    same: dict[str, str | None] = field(default_factory=dict)
+    folders: list[str] | None = None
+    disk_gb: float | None = None
 
 
 def findings_of(config: Any, notes: Path, node: str, local: int, tell: Callable[[str], None]) -> Findings:
@@ -42,24 +54,16 @@ def findings_of(config: Any, notes: Path, node: str, local: int, tell: Callable[
     tell("looks at its GPU")
     gpu, broken = gpu_troubles(local)
     if local:
-        return {"same": {}, "gpu": gpu, "broken": broken}
+        return Findings(gpu, broken)
     tell("looks at its versions")
     here = describe()
     config_json = json.dumps(asdict(config), sort_keys=True, default=str)
     tell("looks at its folders")
     folders = folder_troubles(config, notes, node)
-    return {
-        "same": {
-            "python": here["python"],
-            "commit": here["git"],
-            "config": hashlib.sha256(config_json.encode()).hexdigest()[:12],
-            **here["versions"],
-        },
-        "gpu": gpu,
-        "broken": broken,
-        "folders": folders,
-        "disk_gb": round(shutil.disk_usage(own_disk()).free / 1e9, 1) if os.path.isdir(own_disk()) else 0.0,
-    }
+    config_hash = hashlib.sha256(config_json.encode()).hexdigest()[:12]
+    same = {"python": here["python"], "commit": here["git"], "config": config_hash, **here["versions"]}
+    free_gb = round(shutil.disk_usage(own_disk()).free / 1e9, 1) if os.path.isdir(own_disk()) else 0.0
+    return Findings(gpu, broken, same, folders, free_gb)
 
 
 def gpu_troubles(local: int) -> tuple[list[str], list[str]]:

@@ -112,12 +112,12 @@ class Report:
         """What each rank found on its node, and in what a node differs from the others."""
         self.found = found
         for rank, one in found.items():
-            for trouble in one["broken"]:
+            for trouble in one.broken:
                 self.add(self.course.node(rank), trouble)
-        self.hold({rank: one["gpu"] for rank, one in found.items()})
-        self.hold({rank: one["folders"] for rank, one in found.items() if "folders" in one})
-        for what in sorted({key for one in found.values() for key in one["same"]}):
-            values = {rank: one["same"].get(what) for rank, one in sorted(found.items()) if one["same"]}
+        self.hold({rank: one.gpu for rank, one in found.items()})
+        self.hold({rank: one.folders for rank, one in found.items() if one.folders is not None})
+        for what in sorted({key for one in found.values() for key in one.same}):
+            values = {rank: one.same.get(what) for rank, one in sorted(found.items()) if one.same}
             (usual, _), *_ = Counter(values.values()).most_common()  # of equally many, the one that the first rank has
             for rank, value in values.items():
                 if value != usual:
@@ -199,12 +199,12 @@ class Report:
                 "node": node,
                 "matmul_ms": _ms(self.product_s.get(node)),
                 "all_reduce_ms": _ms(self.all_reduce_s.get(node)),
-                "disk_gb": self.found.get(course.ranks([node])[0], {}).get("disk_gb"),
+                "disk_gb": first.disk_gb if (first := self.found.get(course.ranks([node])[0])) else None,
                 "troubles": self.troubles[node],
             }
             for node in course.hosts
         ]
-        same = next((one["same"] for _, one in sorted(self.found.items()) if one["same"]), {})
+        same = next((one.same for _, one in sorted(self.found.items()) if one.same), {})
         seconds = time.monotonic() - course.began
         whole = {"seconds": round(seconds, 1), "nodes": rows, "use": use, "note": "; ".join(self.notes), "same": same}
         told = {node: self.troubles[node] for node in course.hosts if self.troubles[node]}

@@ -73,7 +73,7 @@ def submitted(notes: Path) -> str:
 
 def state_of(notes: Path) -> State:
     """The state of the job that was submitted last."""
-    told = [path.read_text().strip("\n").split("\t") for path in sorted(notes.glob("state*"))]
+    told = [path.read_text(errors="replace").strip("\n").split("\t") for path in sorted(notes.glob("state*"))]
     told = [line for line in told if len(line) == 5]
     if (notes / "job.json").is_file():
         job = submitted(notes)
@@ -105,7 +105,7 @@ _ORDER = ("FAILED", "TIMEOUT", "CANCELLED", "STOPPED", "REQUEUED", "RUNNING", "D
 
 def nodes_in(path: Path) -> dict[str, tuple[str, str]]:
     """Node -> when and why it was noted. A line that is not whole, as where a disk was full, is passed over."""
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     rows = [line.split("\t", 2) for line in lines]
     return {row[0]: (row[1], row[2]) for row in rows if len(row) == 3}
 

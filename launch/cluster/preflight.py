@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from datetime import timedelta
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,9 @@ from launch.cluster.node_checks import Findings, device_of, findings_of, time_al
 from launch.cluster.node_judgement import ABSENT, Course, Outcomes, Report
 from launch.cluster.notes import leave_word
 from launch.verbs import VERBS
-from scldm.parallel.dist import address_from_environment
+from scldm.errors import InputError, json_of
+from scldm.given_json import Kind, typed
+from scldm.parallel.dist import address_from_environment, open_store
 
 JOIN = 0.5  # of the time that there is: a rank that has not given its findings by then is missing
 PRODUCT_S = 6.0
@@ -64,7 +66,7 @@ def main(words: Sequence[str]) -> int:
     if rank:
         return take_part(course, config, rank, local)
     try:
-        store = open_store(serves=True)
+        store = store_of_job(serves=True)
     except RuntimeError as error:
         why = " ".join(str(error).split())[:200]
         report, port = Report(course), f"port {os.environ['MASTER_PORT']} of {course.hosts[0]}"
@@ -75,11 +77,16 @@ def main(words: Sequence[str]) -> int:
     return lead(course, config, store)
 
 
-def open_store(serves: bool = False) -> dist.TCPStore:
+def store_of_job(serves: bool = False) -> dist.TCPStore:
     """A connection of its own: one that waits for a word holds up all that share it."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    limit = timedelta(seconds=limit_s() - 5)  # one that can't reach the first must still leave word of it
-    return dist.TCPStore(address, port, None, serves, limit, wait_for_workers=False)
+    limit = limit_s() - 5  # one that can't reach the first must still leave word of it
+    return open_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), serves, limit)
+
+
+def read_word(store: dist.TCPStore, key: str, kind: type[Kind], who: str) -> Kind:
+    """What the store has at a key, once it is there. Raises: InputError with the key and who gave it, for no `kind`."""
+    where = f"preflight: {key} of {who}"
+    return typed(kind, json_of(store.get(key), where), where)
 
 
 def rounds_of(nodes: Sequence[str]) -> list[list[tuple[str, str]]]:
@@ -101,13 +108,13 @@ def lead(course: Course, config: Any, store: dist.TCPStore) -> int:
     """The first rank's part: the word for each stage, the judgement, the report. Returns the exit code."""
     report = Report(course)
     everyone = course.ranks(course.hosts)
-    found, missing = collect(store, "findings", everyone, course.began + JOIN * limit_s())
+    found, missing = collect(store, "findings", Findings, everyone, course.began + JOIN * limit_s())
     report.failures(missing, everyone)
     report.findings(found)
 
-    computing = [node for node in course.hosts if all(r in found and not found[r]["gpu"] for r in course.ranks([node]))]
+    computing = [node for node in course.hosts if all(r in found and not found[r].gpu for r in course.ranks([node]))]
     store.set("product", json.dumps(computing))
-    products, missing = collect(store, "product", course.ranks(computing), time.monotonic() + PRODUCT_S)
+    products, missing = collect(store, "product", float, course.ranks(computing), time.monotonic() + PRODUCT_S)
     report.failures(missing, course.ranks(computing))
     report.products(products)
 
@@ -123,7 +130,7 @@ def lead(course: Course, config: Any, store: dist.TCPStore) -> int:
         limit = min(left, PAIR_S)
         store.set(f"round/{number}", json.dumps(limit))
         ranks = course.ranks(node for pair in pairs for node in pair)
-        reduced, missing = collect(store, f"pair/{number}", ranks, time.monotonic() + limit + 2 * BEAT_S)
+        reduced, missing = collect(store, f"pair/{number}", float, ranks, time.monotonic() + limit + 2 * BEAT_S)
         for pair in pairs:
             of_pair = {*course.ranks(pair)}
             done = {rank: seconds for rank, seconds in reduced.items() if rank in of_pair}
@@ -135,21 +142,26 @@ def lead(course: Course, config: Any, store: dist.TCPStore) -> int:
 
 
 def collect(
-    store: dist.TCPStore, what: str, ranks: Sequence[int], until: float
-) -> tuple[dict[int, Any], dict[int, str]]:
+    store: dist.TCPStore, what: str, kind: type[Kind], ranks: Sequence[int], until: float
+) -> tuple[dict[int, Kind], dict[int, str]]:
     """What these ranks came to, by rank. Of those without a result, what became of them, in words."""
-    told: dict[int, dict[str, Any]] = {}
+    found, missing = dict[int, Kind](), dict[int, str]()
     while True:
         late = time.monotonic() > until  # before a last look: this process, too, may have stood still until now
         for rank in ranks:
-            if rank not in told and store.check([f"{what}/{rank}"]):
-                told[rank] = json.loads(store.get(f"{what}/{rank}"))
-        if late or len(told) == len(ranks):
+            if rank not in found and rank not in missing and store.check([f"{what}/{rank}"]):
+                try:
+                    told = read_word(store, f"{what}/{rank}", dict[str, Any], f"rank {rank}")
+                    if "failed" in told:
+                        missing[rank] = typed(str, told["failed"], f"preflight: {what}/{rank}: failed")
+                    else:
+                        found[rank] = typed(kind, told.get("is"), f"preflight: {what}/{rank}")
+                except InputError as error:
+                    missing[rank] = f"gave what is no result: {error}"
+        if late or len(found) + len(missing) == len(ranks):
             break
         time.sleep(0.05)
-    found = {rank: one["is"] for rank, one in told.items() if "is" in one}
-    missing = {rank: one["failed"] for rank, one in told.items() if "is" not in one}
-    return found, missing | silent(store, [rank for rank in ranks if rank not in told])
+    return found, missing | silent(store, [rank for rank in ranks if rank not in found and rank not in missing])
 
 
 def silent(store: dist.TCPStore, ranks: Sequence[int]) -> dict[int, str]:
@@ -160,7 +172,7 @@ def silent(store: dist.TCPStore, ranks: Sequence[int]) -> dict[int, str]:
         time.sleep(4 * BEAT_S)
     words = dict.fromkeys(ranks, ABSENT)
     for rank in came:
-        at = store.get(f"at/{rank}").decode()
+        at = store.get(f"at/{rank}").decode(errors="replace")
         alive = store.add(f"beats/{rank}", 0) > before[rank]
         words[rank] = f"hangs: it {at}" if alive else f"died or froze: it {at}"
     return words
@@ -174,9 +186,9 @@ def take_part(course: Course, config: Any, rank: int, local: int) -> int:
 
     config: the verb's, or what was raised instead
     """
-    node = course.node(rank)
+    node, first = course.node(rank), f"the first rank, on {course.hosts[0]}"
     try:
-        store = open_store()
+        store = store_of_job()
     except RuntimeError:
         return _first_is_gone(course, rank)
 
@@ -193,7 +205,8 @@ def take_part(course: Course, config: Any, rank: int, local: int) -> int:
 
         def tell_result() -> None:
             try:
-                told = {"is": result()}
+                is_ = result()
+                told = {"is": asdict(is_) if isinstance(is_, Findings) else is_}
             except Exception as error:
                 told = {"failed": " ".join(f"failed: {type(error).__name__}: {error}".split())[:300]}
             store.set(f"{key}/{rank}", json.dumps(told))
@@ -209,29 +222,34 @@ def take_part(course: Course, config: Any, rank: int, local: int) -> int:
     done = threading.Event()
     threading.Thread(target=_beat, args=(course, rank, done), daemon=True).start()
     give("findings", look)
-    if node in json.loads(store.get("product")):
-        tell("computes a matrix product")
-        give("product", lambda: time_matmul(device_of(local)))
-    ring = json.loads(store.get("ring"))
-    for number, pairs in enumerate(rounds_of(ring) if node in ring else []):
-        for pair in [pair for pair in pairs if node in pair]:
-            seconds = json.loads(store.get(f"round/{number}"))
-            tell(f"takes part in an all-reduce of {' and '.join(dict.fromkeys(pair))}")
-            give(f"pair/{number}", partial(reduce, course, number, pair, rank, local), seconds)
-    done.set()
+    try:
+        if node in read_word(store, "product", list[str], first):
+            tell("computes a matrix product")
+            give("product", lambda: time_matmul(device_of(local)))
+        ring = read_word(store, "ring", list[str], first)
+        for number, pairs in enumerate(rounds_of(ring) if node in ring else []):
+            for pair in [pair for pair in pairs if node in pair]:
+                seconds = read_word(store, f"round/{number}", float, first)
+                tell(f"takes part in an all-reduce of {' and '.join(dict.fromkeys(pair))}")
+                give(f"pair/{number}", partial(reduce, course, number, pair, rank, local), min(seconds, PAIR_S))
+    except InputError as error:
+        print(f"preflight: rank {rank} on {node} ends: {error}", flush=True)
+        return 3
+    finally:
+        done.set()
     return 0
 
 
 def reduce(course: Course, number: int, pair: tuple[str, str], rank: int, local: int) -> float:
     ranks = course.ranks(pair)
-    store = dist.PrefixStore(f"all-reduce/{number}/{pair[0]}", open_store())
+    store = dist.PrefixStore(f"all-reduce/{number}/{pair[0]}", store_of_job())
     return time_all_reduce(device_of(local), store, ranks.index(rank), len(ranks))
 
 
 def _beat(course: Course, rank: int, done: threading.Event) -> None:
     """Send heartbeats. End this process where the first rank is gone."""
     try:
-        store = open_store()
+        store = store_of_job()
         while True:
             store.add(f"beats/{rank}", 1)
             time.sleep(BEAT_S)

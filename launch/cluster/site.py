@@ -19,7 +19,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from scldm.errors import REFUSED, InputError
+from scldm.errors import REFUSED, InputError, read_text
 
 # key -> what it says. A site gives those that it needs
 KEYS = {
@@ -69,7 +69,7 @@ def read_site(path: Path) -> dict[str, str]:
     Raises: InputError with the line, for an unknown key, a second value, or what is not of the grammar.
     """
     found: dict[str, str] = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         line, where = line.strip(), f"{path}, line {number}"
         if not line or line.startswith("#"):
             continue

@@ -18,6 +18,7 @@ from scldm.given_json import LARGEST, Count, known_of
 from scldm.parallel import START_S
 from scldm.train import changes
 from scldm.train.run_folder import is_trained, outcome_of, read_config, started_at, trained_on
+from scldm.train.steps import pointed
 from scldm.train.tracking import read_metrics
 
 PURPOSE = """How far a run is: its job's state, step, cells/s, time left, last checkpoint, last error of each rank.
@@ -145,14 +146,14 @@ def training(run: Path, with_outcome: bool) -> list[tuple[str, str]]:
     if with_outcome and (outcome := outcome_of(run)) and outcome.reason:
         lines.append(("outcome", f"{outcome.state}: {outcome.reason}"))
     pointer = run / "checkpoints" / "latest"
-    if pointer.is_file():
+    if target := pointed(pointer):
         written = ago(time.time() - pointer.stat().st_mtime)
-        lines.append(("checkpoint", f"step {int(pointer.read_text().strip().split('-')[1]):,}, {written}"))
+        lines.append(("checkpoint", f"step {int(target.name.removeprefix('step-')):,}, {written}"))
     lines += [("changed", changes.told(entry)) for entry in changes.read(run)]
     if found := line_of(run):
         lines.append(("autoencoder", found))
-    for path in sorted((run / "errors").glob("rank-*.txt"), key=lambda p: int(p.stem.split("-")[1])):
-        told = [line for line in path.read_text().splitlines() if line.strip()]
+    for path in sorted((run / "errors").glob("rank-*.txt"), key=lambda p: (len(p.stem), p.stem)):
+        told = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
         if told and path.stat().st_mtime >= started_at(run):
             lines.append((path.stem, f"{told[-1].strip()} ({ago(time.time() - path.stat().st_mtime)})"))
     return lines

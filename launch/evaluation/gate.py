@@ -30,6 +30,7 @@ from scldm.errors import InputError
 from scldm.files import outlived, write_json
 from scldm.given_json import read_checked
 from scldm.train.run_state import comparable
+from scldm.train.steps import pointed
 from scldm.train.tracking import Tracker, read_metrics
 
 if TYPE_CHECKING:  # what an evaluation imports takes seconds, and a node that trains may lack it
@@ -70,10 +71,10 @@ def gate_of(folder: Path, weights: str) -> dict[str, Any] | None:
 
 def line_of(run: Path) -> str:
     """The finding as `scldm status` shows it, and whether it is of an earlier checkpoint. Empty where there is none."""
-    gate, pointer = read_gate(run), run / "checkpoints" / "best"
+    gate, best_of = read_gate(run), pointed(run / "checkpoints" / "best")
     if gate is None:
         return ""
-    best = int(pointer.read_text().strip().removeprefix("step-")) if pointer.is_file() else gate["step"]
+    best = int(best_of.name.removeprefix("step-")) if best_of else gate["step"]
     stale = (
         "" if best == gate["step"] else f" (found at step {gate['step']}, the best checkpoint is of step {best} now)"
     )

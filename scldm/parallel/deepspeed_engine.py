@@ -52,6 +52,7 @@ class DeepSpeedEngine:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         backend = "nccl" if world.device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=hardware.collective_timeout_s)
+        world.alone()
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
         self.world, self.stage, self.is_bf16 = world, hardware.zero_stage, hardware.precision == "bf16"
         self.accumulation = hardware.accumulation(global_batch, world.size)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 # torch's variable, of every group of gloo: ranks connect when they first exchange something, which few pairs do. By
 # default each of N ranks has N - 1 connections in every group
 LAZY = "TORCH_GLOO_LAZY_INIT"
+LOOPBACK = "127.0.0.1"  # where nobody but this host comes
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,31 @@ class World:
         if self.size > 1 and not dist.is_initialized():
             os.environ.setdefault(LAZY, "1")
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+            dist.init_process_group(
+                backend,
+                timeout=timedelta(seconds=timeout_s),
+                store=self._own_store(timeout_s),
+                rank=self.rank,
+                world_size=self.size,
+            )
             # whoever connects asks the launcher's store, which the first rank may hold: not once that one has ended
             self.begin_max([0])()
             self.gather(None)
             self.barrier()
+
+    def _own_store(self, timeout_s: float) -> dist.TCPStore | None:
+        """The launcher's store, where all ranks are on this host and no agent of torchrun has it. None leaves it to
+        torch."""
+        address = os.environ.get("MASTER_ADDR")
+        if address != LOOPBACK or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return None
+        return open_store(address, int(os.environ["MASTER_PORT"]), self.is_first, timeout_s, self.size)
+
+    def alone(self) -> None:
+        """A group of this process, for an engine that needs one. No store of it listens."""
+        if self.size == 1 and not dist.is_initialized():
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
     def sum(self, values: dict[str, float]) -> dict[str, float]:
         """The sum over ranks of each value, in float64. All ranks give the same names and get the same sums."""
@@ -120,7 +141,7 @@ def world_of_environment() -> World:
         device = torch.device("cpu")
     place = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local)}
     if size == 1:
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        place |= {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(_free_port())}
     elif "MASTER_ADDR" not in os.environ and "SLURM_JOB_NODELIST" in os.environ:
         # jobs that share a node must not share a port. These lie below Linux's ephemeral ports, from 32,768 on
         port = 12_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000
@@ -129,6 +150,33 @@ def world_of_environment() -> World:
     os.environ.update({name: place[name] for name in missing})
     _ours.update(missing)
     return World(rank, size, device)
+
+
+def open_store(address: str, port: int, serves: bool, timeout_s: float, size: int | None = None) -> dist.TCPStore:
+    """A connection to torch's store at this address. With `serves`, the store too.
+
+    At the address LOOPBACK it listens on that interface alone. At others it listens on all, as torch does: by which one
+    other hosts come is known only when they have met, and they meet in this store.
+
+    size: ranks to wait for. None waits for nobody
+
+    Raises: RuntimeError for a port that is taken, and for a store that can't be reached.
+    """
+    listening = None
+    if serves and address == LOOPBACK:
+        try:
+            listening = socket.create_server((address, port)).detach()  # the store closes it
+        except OSError as error:
+            raise RuntimeError(f"{address}:{port}: {error.strerror}") from error
+    return dist.TCPStore(
+        address,
+        port,
+        size,
+        serves,
+        timedelta(seconds=timeout_s),
+        wait_for_workers=size is not None,
+        master_listen_fd=listening,
+    )
 
 
 def wait_at_most(timeout: timedelta) -> None:
@@ -146,7 +194,7 @@ def _first_host(nodelist: str) -> str:
 
 def _free_port() -> int:
     with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
+        s.bind((LOOPBACK, 0))
         return s.getsockname()[1]
 
 

@@ -58,8 +58,7 @@ class FSDPEngine:
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
         world.join(hardware.collective_timeout_s)
         on_gpu = world.device.type == "cuda"
-        if world.size == 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if on_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        world.alone()
         self.world, self.clip, self.is_bf16 = world, clip, hardware.precision == "bf16"
         self.frees_blocks = hardware.zero_stage == 3
         self.accumulation, self.n_done = hardware.accumulation(global_batch, world.size), 0

@@ -133,6 +133,17 @@ def test_a_byte_order_mark_begins_no_name(tmp_path):
     assert join_genes([ensembl, symbol], "union", None, str(tmp_path / "table.csv")).vocab.ids == ("ENSG00000000001",)
 
 
+def test_a_table_that_is_no_utf8_is_refused_by_its_name(tmp_path):
+    """As a spreadsheet may save it."""
+    path = tmp_path / "table.csv"
+    path.write_bytes("ensembl,symbol\nENSG00000000001,Aé\n".encode("latin-1"))
+    with pytest.raises(InputError, match=r"table\.csv is no text in UTF-8 .*\. Save it in that encoding"):
+        in_list(GeneVocab(("G1",), "symbol"), path)
+    ensembl, symbol = SourceGenes("e", ("ENSG00000000001",), "ensembl"), SourceGenes("s", ("A",), "symbol")
+    with pytest.raises(InputError, match=r"table\.csv is no text in UTF-8"):
+        join_genes([ensembl, symbol], "union", None, str(path))
+
+
 @pytest.mark.heavy
 def test_a_file_under_several_names_is_read_once(tmp_path, monkeypatch):
     """Twice the same cells could lie in training and in test."""

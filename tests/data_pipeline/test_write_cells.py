@@ -100,6 +100,16 @@ def test_parts_in_any_order_are_one_file(tmp_path: Path, suffix: str, dtype: typ
     assert (again.finished, again.missing) == (True, [])
 
 
+def test_a_changed_note_makes_no_parts_another_commands(tmp_path: Path) -> None:
+    of = writer(tmp_path / "cells.h5ad")
+    begin(of)
+    note = of.parts / "made_by.json"
+    note.write_text(note.read_text().replace('"seed": 7', '"seed": 8'))
+    for seed in (7, 8):
+        with pytest.raises(InputError, match=r"cells\.h5ad\.parts/made_by\.json: its SHA-256 is not that of what"):
+            writer(of.out, seed=seed)
+
+
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_what_is_of_another_command_is_refused_by_what_differs(tmp_path: Path, suffix: str) -> None:
     out = tmp_path / f"cells{suffix}"

@@ -17,7 +17,7 @@ from data_pipeline.format.latent_block import LatentSlots, encode_latent_block
 from data_pipeline.format.read_shards import ShardSet
 from data_pipeline.stream.gene_set_config import GeneSetConfig
 from data_pipeline.stream.loader import CellLoader, LatentLoader, LoaderConfig, StreamConfig, shard_batches
-from data_pipeline.write_latents import LatentWriter
+from data_pipeline.write_latents import LatentWriter, precision_of
 from scldm.errors import InputError
 from scldm.given_json import SEAL, sealed
 from tests.data_pipeline.small_sets import known_cells, write_set
@@ -148,9 +148,32 @@ def test_latents_of_two_precisions_are_never_one_set(cells, tmp_path, done):
     name = schema.MANIFEST if done else "parts/set.json"
     told = json.loads((tmp_path / "out" / name).read_text())
     assert (told["extra"] if done else told).pop("precision") == "float32"
-    (tmp_path / "out" / name).write_text(json.dumps(sealed({k: told[k] for k in told if k != SEAL}) if done else told))
+    (tmp_path / "out" / name).write_text(json.dumps(sealed({k: told[k] for k in told if k != SEAL})))
     with pytest.raises(InputError, match=r"precision is None, not 'float32'\. Give another folder, or"):
         LatentWriter(tmp_path / "out", cells, "model", SHAPE, precision="float32")
+
+
+def test_notes_of_unfinished_latents_that_were_changed_are_refused_by_their_names(cells, tmp_path):
+    """Both as a resumed encode acts on them. A shard whose note is removed is encoded again."""
+    writer = writer_of(tmp_path / "out", cells)
+    write(writer, writer.missing_shards())
+    whole = writer.parts / "set.json"
+    kept = whole.read_text()
+    whole.write_text(kept.replace('"model"', '"other"'))
+    for read in (lambda: writer_of(tmp_path / "out", cells, "other"), lambda: precision_of(str(tmp_path / "out"))):
+        with pytest.raises(InputError, match=r"parts/set\.json: its SHA-256 is not that .*changed$"):
+            read()
+    whole.write_text(kept)
+    part = writer.parts / "000002.json"
+    told = json.loads(part.read_text())
+    told["sum"][0][0] += 1.0
+    part.write_text(json.dumps(told))
+    with pytest.raises(InputError, match=r"parts/000002\.json: its SHA-256 .*\. Remove this file and run"):
+        writer.finish()
+    part.unlink()
+    assert writer.missing_shards() == [2]
+    write(writer, [2])
+    writer.finish()
 
 
 @pytest.mark.heavy

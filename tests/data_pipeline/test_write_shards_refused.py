@@ -101,6 +101,7 @@ def test_no_space_left(tmp_path, source, monkeypatch):
         ({"memory": "300MiB"}, r"memory=300MiB is too little for workers=1: at least 384MiB"),
         ({"memory": "much"}, r"memory='much' is no amount of memory"),
         ({"task": "3/3"}, r"task='3/3' must be i/n"),
+        ({"task": "²/3"}, r"task='²/3' must be i/n"),
         ({"shard_cells": 100}, r"shard_cells=100 must be a multiple of block_cells=32"),
         ({"conditions": ("donor", "donor")}, r"conditions: 'donor' stands twice"),
         ({"conditions": ("donour",)}, r"obs has no column 'donour'. It has cell_type, donor, batch"),

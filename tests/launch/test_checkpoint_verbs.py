@@ -40,6 +40,8 @@ def test_inspect_tells_what_a_checkpoint_holds(run: Path, capsys: pytest.Capture
     assert "step: 8\n" in capsys.readouterr().out
     assert scldm(["checkpoint", "inspect", f"at={run}", "which=9"]) == 2
     assert "no checkpoint which=9. It has steps 8, 12" in capsys.readouterr().err
+    assert scldm(["checkpoint", "inspect", f"at={run}", "which=²"]) == 2  # a digit that int() does not know
+    assert "which=²: it must be latest, best or the number of a step" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["part-0-of-1.safetensors", "state.json", "config.json"])

@@ -354,6 +354,9 @@ NO_SPACE = "no space left (No space left on device). Make room, then run the sam
         ),
         (OSError(30, "Read-only file system", "runs/vae"), "runs/vae: Read-only file system"),
         (PermissionError(13, "Permission denied", "out"), "out: Permission denied"),
+        (IsADirectoryError(21, "Is a directory", "run/metrics.jsonl"), "run/metrics.jsonl: Is a directory"),
+        (NotADirectoryError(20, "Not a directory", "a.h5ad/x"), "a.h5ad/x: Not a directory"),
+        (OSError(36, "File name too long", "x" * 300), f"{'x' * 300}: File name too long"),
     ],
 )
 def test_a_disk_that_takes_nothing_is_one_line(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,8 +30,7 @@ def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def findings(n_ranks: int = 8) -> dict[int, Findings]:
     """Of nodes with two ranks, the first of which tells versions."""
     same = {"numpy": "2.4", "config": "abc"}
-    first = [{"same": dict(same), "gpu": [], "broken": [], "folders": []} for _ in range(0, n_ranks, 2)]
-    return {rank: {"same": {}, "gpu": [], "broken": []} if rank % 2 else first[rank // 2] for rank in range(n_ranks)}
+    return {rank: Findings([], []) if rank % 2 else Findings([], [], dict(same), []) for rank in range(n_ranks)}
 
 
 def report_of(notes: Path, hosts: list[str] = HOSTS) -> Report:
@@ -53,12 +53,12 @@ def test_equal_nodes_are_fit(notes: Path) -> None:
 
 def test_the_odd_one_out_is_named_and_of_two_the_one_that_is_not_first(notes: Path) -> None:
     found = findings()
-    found[0]["same"]["numpy"] = "1.26"
+    found[0].same["numpy"] = "1.26"
     assert judged(found, notes) == {"n1": ["numpy is 1.26, on other nodes 2.4"]}
-    del found[2]["same"]["config"]
+    del found[2].same["config"]
     assert judged(found, notes)["n2"] == ["config is missing, on other nodes abc"]
     found = findings(4)
-    found[2]["same"]["config"] = "xyz"
+    found[2].same["config"] = "xyz"
     assert judged(found, notes, HOSTS[:2]) == {"n2": ["config is xyz, on other nodes abc"]}
 
 
@@ -112,11 +112,11 @@ def test_a_mistake_in_the_job_excludes_no_node_from_the_next_submission(notes: P
     for words in (["typo: no shard set is seen here"] * 4, disk):
         report, found = report_of(notes), findings()
         for rank, trouble in zip((0, 2, 4, 6), words):
-            found[rank]["folders"] = [trouble]
+            found[rank] = replace(found[rank], folders=[trouble])
         report.findings(found)
         assert report.write(SimpleNamespace()) == []
         assert bad_nodes(notes) == {}
-        assert report.notes == [f"on every node: {found[0]['folders'][0]}"]
+        assert report.notes == [f"on every node: {words[0]}"]
 
 
 @pytest.mark.parametrize("setting", [True, False])
@@ -124,7 +124,8 @@ def test_gpus_that_no_node_has_are_a_wrong_setting_and_memory_errors_are_not(not
     for hosts in (HOSTS, HOSTS[:1]):
         report, found = report_of(notes, hosts), findings(2 * len(hosts))
         for rank in found:
-            found[rank]["gpu" if setting else "broken"] = [f"{rank} GPUs are there" if setting else "GPU 0: 3 errors"]
+            trouble = [f"{rank} GPUs are there"] if setting else ["GPU 0: 3 errors"]
+            found[rank] = replace(found[rank], **{"gpu" if setting else "broken": trouble})
         report.findings(found)
         assert report.hopeless == setting
         assert list(troubles_of(report)) == ([] if setting else hosts)
@@ -132,7 +133,7 @@ def test_gpus_that_no_node_has_are_a_wrong_setting_and_memory_errors_are_not(not
 
 def test_of_a_single_node_what_some_of_its_ranks_meet_is_the_nodes_fault(notes: Path) -> None:
     report, found = report_of(notes, HOSTS[:1]), findings(2)
-    found[1]["gpu"] = ["its GPU of rank 1: gone"]
+    found[1] = replace(found[1], gpu=["its GPU of rank 1: gone"])
     report.findings(found)
     report.failures({0: "hangs: it computes a matrix product"}, [0, 1])
     assert not report.hopeless

@@ -48,7 +48,7 @@ class Ranks:
         tell("looks at its folders")
         leave_word(notes, node)
         self.at("findings", local)
-        return {"same": {"numpy": "2.4"}, "gpu": [], "broken": [], "folders": [], "disk_gb": 1.0}
+        return Findings([], [], {"numpy": "2.4"}, [], 1.0)
 
     def product(self, rank: int) -> float:
         self.at("product", rank)
@@ -64,12 +64,12 @@ class Ranks:
         return 0.01
 
     def beat(self, course: Course, rank: int, done: threading.Event) -> None:
-        store = preflight.open_store()
+        store = preflight.store_of_job()
         while rank not in self.dead and not self.released.wait(0.05):
             store.add(f"beats/{rank}", 1)
 
     def run(self) -> dict[str, list[str]]:
-        store = preflight.open_store(serves=True)
+        store = preflight.store_of_job(serves=True)
         STORES.append(store)
         self.course = replace(self.course, began=time.monotonic())
         for rank in set(range(6)) - self.absent:
@@ -153,6 +153,43 @@ def test_each_rank_that_gives_no_result_is_named_with_what_it_did_and_no_other(r
         "n5": ["rank 5 failed: InputError: unknown key 'data.x'"],
     }
     assert ranks.use == ["n3", "n4"]
+
+
+RUBBISH = [
+    (b"{", "not JSON"),
+    (b"\xff\xfe", "not JSON"),
+    (b"[" * 100_000, "not JSON"),
+    (b"5", "it is 5, must be a mapping"),
+    (b"{}", "it is a NoneType, must be a mapping"),
+    (b'{"failed": 5}', "failed: it is 5, must be text"),
+    (b'{"is": {"gpu": [], "broken": 3}}', "broken is 3, must be a list"),
+    (b'{"is": {"gpu": [], "broken": [], "disk_gb": NaN}}', "disk_gb is nan, must be a finite number"),
+]
+
+
+@pytest.mark.parametrize("value, said", RUBBISH)
+def test_what_no_rank_would_write_is_held_against_its_node_in_words(ranks: Ranks, value: bytes, said: str) -> None:
+    store = preflight.store_of_job(serves=True)
+    for rank in (0, 1):
+        store.set(f"findings/{rank}", json.dumps({"is": {"gpu": [], "broken": []}}) if rank else value)
+    found, missing = preflight.collect(store, "findings", Findings, [0, 1], time.monotonic() + 5)
+    assert found == {1: Findings([], [])}
+    assert missing[0].startswith("gave what is no result: preflight: findings/0")
+    assert said in missing[0]
+
+
+@pytest.mark.parametrize("key, value", [("product", b"{"), ("ring", b"3"), ("round/0", b"NaN"), ("round/0", b'"x"')])
+def test_a_rank_ends_in_words_where_the_first_ones_are_rubbish(
+    ranks: Ranks, capsys: pytest.CaptureFixture, key: str, value: bytes
+) -> None:
+    store = preflight.store_of_job(serves=True)
+    STORES.append(store)
+    for name, word in {"product": "[]", "ring": '["n0", "n1"]', key: value}.items():
+        store.set(name, word)
+    assert preflight.take_part(ranks.course, SimpleNamespace(), 1, 1) == 3
+    said = capsys.readouterr().out
+    assert said.startswith(f"preflight: rank 1 on n1 ends: preflight: {key} of the first rank, on n0")
+    assert said.count("\n") == 1
 
 
 def test_a_rank_that_hangs_or_died_in_an_all_reduce_is_named_and_its_neighbours_are_not(ranks: Ranks) -> None:

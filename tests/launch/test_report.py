@@ -111,6 +111,11 @@ def test_a_run_that_logged_nothing_has_a_page(at: Path, tmp_path: Path) -> None:
     assert "It was never validated." in text
 
 
+def test_a_page_in_no_folder_is_refused_by_what_was_given(at: Path, tmp_path: Path, capsys) -> None:
+    assert main(["report", str(at / "vae"), f"out={tmp_path}/no/page.html"]) == 2
+    assert f"{tmp_path}/no/page.html: {tmp_path}/no is no folder. Make it, or" in capsys.readouterr().err
+
+
 def test_what_is_no_run_is_refused(at: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     three = [tmp_path, tmp_path / "b", tmp_path / "c"]
     for run in three:

@@ -120,6 +120,21 @@ def test_a_run_without_a_job_has_a_status_too(run: Path, capsys: pytest.CaptureF
     assert not any(name.startswith("rank") for name, _ in told(capsys, "status", str(run)))
 
 
+def test_notes_that_are_no_text_are_passed_over_and_a_damaged_pointer_is_named(
+    run: Path, capsys: pytest.CaptureFixture
+) -> None:
+    note(run / "slurm", "FAILED", "exit code 1")
+    (run / "slurm" / "state-1").write_bytes(b"\xff\xfe\t\t\n")
+    (run / "slurm" / "bad_nodes").write_bytes(b"\xff\n")
+    (run / "errors" / "rank-x.txt").write_bytes(b"\xff no cells\n")
+    lines = told(capsys, "status", str(run))
+    assert lines[0] == ("state", "FAILED, job 7: exit code 1")
+    assert dict(lines)["rank-x"].endswith(" no cells (0 s ago)")
+    (run / "checkpoints" / "latest").write_text("none")
+    assert main(["status", str(run)]) == 2
+    assert "checkpoints/latest is damaged: it holds 'none', must be a checkpoint" in capsys.readouterr().err
+
+
 def test_a_job_that_sbatch_submitted_has_a_status_too(run: Path, capsys: pytest.CaptureFixture) -> None:
     note(run / "slurm", "FAILED", "exit code 1", job="9")
     (run / "slurm" / "job.json").unlink()

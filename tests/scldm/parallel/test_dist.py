@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import os
+import socket
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from scldm.parallel.dist import address_from_environment, close_world, world_of_environment
+from scldm.parallel.dist import (
+    LOOPBACK,
+    World,
+    address_from_environment,
+    close_world,
+    open_store,
+    world_of_environment,
+)
 
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -22,6 +32,30 @@ def test_a_world_that_was_closed_leaves_the_place_that_was_given_and_no_other(
     assert all(name in os.environ for name in PLACE)  # DeepSpeed reads them
     close_world()
     assert {name: os.environ[name] for name in PLACE if name in os.environ} == given
+
+
+def test_a_store_for_this_host_alone_takes_no_connection_from_elsewhere() -> None:
+    """127.0.0.2 is another interface of this host."""
+    with socket.create_server((LOOPBACK, 0)) as free:
+        port = free.getsockname()[1]
+    store = open_store(LOOPBACK, port, serves=True, timeout_s=20)
+    other = open_store(LOOPBACK, port, serves=False, timeout_s=20)
+    other.set("a", "b")
+    assert store.get("a") == b"b"
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", port), timeout=5)
+    with pytest.raises(RuntimeError, match=f"127.0.0.1:{port}: Address already in use"):
+        open_store(LOOPBACK, port, serves=True, timeout_s=20)
+
+
+def test_a_group_of_one_needs_no_store_that_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in PLACE:
+        monkeypatch.delenv(name, raising=False)
+    World(0, 1, torch.device("cpu")).alone()
+    try:
+        assert dist.get_world_size() == 1
+    finally:
+        close_world()
 
 
 @pytest.mark.parametrize(
