@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ class Figure:
 def main(config: PlanCheckConfig) -> Report:
     """Print the table; returns it."""
     report = Report("plan_check", save=config.save)
-    for figure in (*of_steps(), *of_engines(), *of_sustained_run(), *of_verbs(), *published_autoencoder()):
+    for figure in chain(of_steps(), of_engines(), of_sustained_run(), of_verbs(), published_autoencoder()):
         report.add(Row(f"{figure.name}: measured", figure.measured, figure.unit))
         report.add(Row(f"{figure.name}: planned", figure.planned, figure.unit))
         report.add(Row(f"{figure.name}: planned / measured", figure.planned / figure.measured, "x"))
@@ -274,7 +275,7 @@ def published_transformer() -> Iterator[Row]:
 
 
 def planned_rate(cost: StepCost, n_gpus: int) -> float:
-    """Cells/s of a network that is not ours, by the arithmetic of `plan_of`: data parallel, exchange beside the pass."""
+    """Cells/s of this network by the arithmetic of `plan_of`: data parallel, with the exchange beside the pass."""
     hardware = PlannedHardware(engine="deepspeed", precision="bf16", gpus_per_node=n_gpus)
     pass_s = max(cost.flops / (hardware.peak * hardware.mfu), 1e-6 * hardware.launch_us * cost.kernels)
     exchange_s = sent_bytes(cost, 1, n_gpus, 1) / hardware.ring
