@@ -28,6 +28,14 @@ from scldm.model.vae import VAE, VAEConfig
 LossOf = Callable[[nn.Module], Tensor]
 SHARED = (False, False)  # genes given and asked that all cells of a micro-batch have
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+_ATEN = torch.ops.aten
+# torch counts attention by the kernels of a GPU alone. A trace meets the CPU's, which make the same products
+FLOPS_OF = flop_registry | {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[_ATEN._scaled_dot_product_flash_attention],
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _ATEN._scaled_dot_product_flash_attention_backward
+    ],
+}
 
 
 @dataclass(frozen=True)
@@ -195,7 +203,7 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        count = flop_registry.get(func._overloadpacket)
+        count = FLOPS_OF.get(func._overloadpacket)
         if count is not None:
             self.flops += count(*args, **kwargs, out_val=out)
         inputs = {id(x.untyped_storage()) for x in _tensors((args, kwargs))}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from scldm.count_basis import N_BINS
+from scldm.model.attention import sdpa
 from scldm.model.dit import DiTConfig
 from scldm.model.flops import vae_flops
 from scldm.model.vae import VAEConfig
@@ -44,6 +45,19 @@ def test_kernels_are_counted_and_views_are_not() -> None:
     cost = step_cost(lambda: nn.Sequential(nn.Linear(4, 5), nn.GELU()), loss_of)
     inputs = 1
     assert cost.kernels == inputs + 3 + 4
+
+
+def test_torchs_attention_counts_as_the_products_that_it_makes() -> None:
+    """Two forward, and in backward four and the scores again. A trace meets the CPU's kernel, which torch does not
+    count."""
+    B, L, K, D = 3, 8, 16, 32
+
+    def loss_of(run: nn.Module) -> Tensor:
+        x = run(torch.ones(B, L, D))
+        return sdpa(x, x[:, :1].expand(B, K, D), x[:, :1].expand(B, K, D), 2).sum()
+
+    linear = 2 * 2 * B * L * D * D  # forward, and the weights' gradient
+    assert step_cost(lambda: nn.Linear(D, D), loss_of).flops == linear + 7 * 2 * B * L * K * D
 
 
 def test_gradients_of_a_table_that_is_read_twice_are_added_in_place() -> None:
