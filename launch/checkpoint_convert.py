@@ -69,7 +69,7 @@ def main(config: CheckpointConvertConfig) -> Path:
     if out.is_dir() or (out.exists() and (config.makes_folder or of_the_run)):  # which may be anybody's
         raise InputError(f"out={out} exists already")
     from scldm.train.checkpoint import Checkpoint  # with torch, once there is something to read
-    from scldm.train.converted import repartition, write_weights
+    from scldm.train.converted import repartition, write_plain
 
     checkpoint = Checkpoint(found)
     checkpoint.check()
@@ -77,6 +77,6 @@ def main(config: CheckpointConvertConfig) -> Path:
         repartition(checkpoint, out, config.parts)
     else:
         kind = "ema" if config.weights == "ema" else "weight"
-        write_weights(checkpoint, out, config.to, kind, int(1e9 * config.file_gb))
+        write_plain(checkpoint, out, config.to, kind, int(1e9 * config.file_gb))
     print(f"{checkpoint.folder.name} -> {out}")
     return out

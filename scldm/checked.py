@@ -1,8 +1,10 @@
 """Numbers of a config. Each field declares its range, and a config with a number outside of it can't be made.
 
-@dataclass(frozen=True)
-class TrainConfig(Checked):
-    steps: int = checked(100_000, at_least=1)
+    @dataclass(frozen=True)
+    class TrainConfig(Checked):
+        steps: int = checked(100_000, at_least=1)
+
+Reading order: Range, checked, Checked, check_ranges, check_divides.
 """
 
 from __future__ import annotations

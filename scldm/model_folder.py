@@ -26,7 +26,7 @@ from scldm.model.dit import DiT, DiTConfig
 from scldm.model.vae import VAE, VAEConfig
 from scldm.model_files import CONFIG, GENE_COLUMNS, HISTORY, TABLES, check_names
 from scldm.vocab import ConditionVocab, GeneVocab
-from scldm.weights import weights_hash, write_weights
+from scldm.weights import hash_of_file, write_weights
 
 FORMAT_VERSION = 4
 
@@ -118,7 +118,7 @@ def save_pretrained(
             "ldm": None if dit is None else asdict(dit.config),
             "conditions": list(conditions.names) if dit is None else list(dit.n_labels),
             "origin": json.loads(json.dumps(origin)),
-            "weights": weights_hash(tensors),
+            "weights": hash_of_file(part / "model.safetensors"),
             "files": {name: sha256_of(part / name)[1] for name in TABLES if (part / name).is_file()},
         }
         write_json(part / CONFIG, sealed(config))

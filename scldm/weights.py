@@ -6,12 +6,12 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -54,19 +54,19 @@ def write_weights(
     """
     order = sorted(empty, key=lambda name: (-empty[name].element_size(), name))  # each at a multiple of its size
     with path.open("wb") as file:
-        file.write(header_of({name: empty[name] for name in order}, noted))
+        file.write(header_of(((name, empty[name].dtype, empty[name].shape) for name in order), noted))
         for name in order:
             file.write(bytes_of(tensors[name]))
         file.flush()
         os.fsync(file.fileno())
 
 
-def header_of(tensors: Mapping[str, Tensor], noted: Mapping[str, str]) -> bytes:
-    """The first bytes of a safetensors file that holds these in their order. They may be on the meta device."""
+def header_of(tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]], noted: Mapping[str, str]) -> bytes:
+    """The first bytes of a safetensors file that holds tensors of these names, types and shapes, in this order."""
     header, at = dict[str, Any](__metadata__=dict(noted)), 0
-    for name, tensor in tensors.items():
-        ends = [at, at + tensor.nbytes]
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": ends}
+    for name, dtype, shape in tensors:
+        ends = [at, at + math.prod(shape) * dtype.itemsize]
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": ends}
         at = ends[1]
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -143,8 +143,18 @@ def _kind(tensor: Tensor | None) -> str:
 
 def weights_hash(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names and values of all weights."""
+    return _hash_of(tensors, tensors.__getitem__)
+
+
+def hash_of_file(path: Path) -> str:
+    """The same of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return _hash_of(file.keys(), file.get_tensor)
+
+
+def _hash_of(names: Iterable[str], tensor_of: Callable[[str], Tensor]) -> str:
     digest = hashlib.sha256()
-    for key in sorted(tensors):
-        digest.update(key.encode())
-        digest.update(bytes_of(tensors[key]))
+    for name in sorted(names):
+        digest.update(name.encode())
+        digest.update(bytes_of(tensor_of(name)))
     return digest.hexdigest()

@@ -113,7 +113,7 @@ def join_genes(
         why = why_few([g for g in sources[fewest].ids if g], [g for g in sources[other].ids if g])
         raise InputError(
             f"{len(ids):,} of {named:,} genes of {sources[fewest].uri} are in all {len(sources)} sources "
-            f"(source.join=intersection), less than source.min_gene_share={min_share:g}{why}"
+            f"(source.join=intersection), less than what is needed (source.min_gene_share={min_share:g}){why}"
         )
     place = {g: k for k, g in enumerate(ids)}
     column_of = tuple(

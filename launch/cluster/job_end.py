@@ -152,7 +152,7 @@ class StartedJob:
             try:
                 slurm.call("scontrol", "update", f"jobid={one}", f"dependency=afterok:{number}")
             except InputError as error:  # it must not run now
-                code, failed = 1, f". {name} does not wait for it ({error})"
+                code, failed = 1, f", and {name} does not wait for it ({error})"
         self.end(code, "REQUEUED", f"as job {number}, by {why}, at {now}: Slurm lets this one not requeue{failed}")
 
     def end_with(self, told: Mapping[str, str], why: str) -> None:

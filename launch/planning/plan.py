@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from data_pipeline.stream.order import reads_of_a_block
-from launch.planning.config import GB, PlanConfig, PlanLDMConfig, PlanVAEConfig, is_of_latents
+from launch.planning.config import GB, PlanConfig, PlanLDMConfig, PlannedHardware, PlanVAEConfig, is_of_latents
 from launch.planning.of_encode import EncodePlan, encode_of
 from launch.train_vae import genes_of, sets_per_cell
 from launch.training import whole_cells
@@ -202,11 +202,11 @@ class Plan:
         formula = f" (by the formula {self.formula_flops / 1e9:,.2f} G)" if self.formula_flops else ""
         epochs = n_steps * batch / config.n_cells
         loader, read = self.cells_per_s / hardware.nodes, self.loader_bytes / hardware.nodes / 1e6
-        launches = "launches that a compiled network has, not counted"
+        launches = "launches (not counted for a compiled network)"
         if self.kernels is not None:
             took = f"{self.launch_s * 1e3:,.1f} ms of launching {self.kernels:,} kernels"
             launches = f"{took} in {hardware.launch_us:g} us each if that is more"
-        optimizer = "the optimizer in the host's memory, not counted"
+        optimizer = "the optimizer (not counted in the host's memory)"
         if self.optimizer_s is not None:
             optimizer = f"{self.optimizer_s * 1e3:,.1f} ms of the optimizer"
         lines += [
@@ -289,7 +289,7 @@ def validation_s_of(config: PlanConfig) -> float:
     if isinstance(config, PlanVAEConfig):
         G, bf16 = config.n_genes, hardware.precision == "bf16"
         n_cells = whole_cells(n_cells, max(genes_of(config.data, G)), G)
-        cost = _vae(config.model, G, n_cells, G, G, bf16=bf16, memory_gb=hardware.memory_gb)
+        cost = _vae(config.model, G, n_cells, G, G, bf16=bf16, **tiles_of(hardware))
     launch_s = 0.0 if config.model.compile else 1e-6 * hardware.launch_us * cost.kernels / 3
     forward_s = max(cost.flops / 3 / (hardware.peak * hardware.mfu), launch_s)
     return validated(config) / hardware.n_ranks / n_cells * forward_s
@@ -307,8 +307,13 @@ def cost_of(config: PlanConfig) -> StepCost:
     if isinstance(config, PlanVAEConfig):
         sizes = (config.n_genes, n_cells, *genes_of(config.data, config.n_genes))
         per_cell = sets_per_cell(config.data, config.n_genes)
-        return _vae(config.model, *sizes, per_cell, bf16=bf16, memory_gb=config.hardware.memory_gb)
+        return _vae(config.model, *sizes, per_cell, bf16=bf16, **tiles_of(config.hardware))
     return _dit(config.model, config.n_latents, config.latent_width, n_cells, bf16)
+
+
+def tiles_of(hardware: PlannedHardware) -> dict[str, Any]:
+    """The device by whose tiles factorised attention computes."""
+    return {"device": "cpu"} if hardware.gpu == "CPU" else {"device": "cuda", "memory_gb": hardware.memory_gb}
 
 
 def kernels_of(config: PlanConfig) -> int:
@@ -374,7 +379,8 @@ def trained_memory(config: PlanConfig) -> Memory:
     if hardware.engine == "fsdp":
         accumulation = config.train.global_batch // (hardware.n_ranks * hardware.micro_batch)
         return fsdp_memory(cost, hardware.zero_stage, hardware.n_ranks, accumulation, offload)
-    found = rank_memory(cost, hardware.zero_stage, hardware.n_ranks, bf16, offload, overlap, int(bucket))
+    lazy = hardware.gpu == "CPU"
+    found = rank_memory(cost, hardware.zero_stage, hardware.n_ranks, bf16, offload, overlap, int(bucket), lazy)
     return replace(found, weights=found.weights + 4 * cost.n_parameters / kept) if kept > 1 else found
 
 

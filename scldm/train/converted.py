@@ -12,14 +12,14 @@ from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from scldm.files import PARTIAL, made_aside, write_json
+from scldm.files import made_aside, write_json
 from scldm.train.checkpoint import Checkpoint, Weights
 from scldm.train.parts import layouts
-from scldm.train.saver import commit
-from scldm.weights import write_weights as write_file
+from scldm.train.saver import complete
+from scldm.weights import write_weights
 
 
-def write_weights(checkpoint: Checkpoint, out: Path, to: str, kind: str, file_bytes: int) -> None:
+def write_plain(checkpoint: Checkpoint, out: Path, to: str, kind: str, file_bytes: int) -> None:
     """Weights and buffers by name, float32, whole or not at all. One tensor at a time is in memory.
 
     to: safetensors or dcp
@@ -34,7 +34,7 @@ def write_weights(checkpoint: Checkpoint, out: Path, to: str, kind: str, file_by
         elif file_bytes:
             save_files(weights, part, file_bytes, noted)
         else:
-            write_file(part, weights, weights.empty, noted)
+            write_weights(part, weights, weights.empty, noted)
 
 
 def save_files(weights: Weights, folder: Path, most_bytes: int, noted: dict[str, str]) -> None:
@@ -50,7 +50,7 @@ def save_files(weights: Weights, folder: Path, most_bytes: int, noted: dict[str,
     where: dict[str, str] = {}
     for k, names in enumerate(groups, 1):
         file = f"model-{k:05d}-of-{len(groups):05d}.safetensors"
-        write_file(folder / file, weights, {name: weights.empty[name] for name in names}, noted)
+        write_weights(folder / file, weights, {name: weights.empty[name] for name in names}, noted)
         where |= dict.fromkeys(names, file)
     total = sum(empty.nbytes for empty in weights.empty.values())
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
@@ -81,9 +81,8 @@ def repartition(checkpoint: Checkpoint, out: Path, n_parts: int) -> None:
     bounds = {name: [n * k // n_parts for k in range(n_parts + 1)] for name, n in sizes.items()}
     held = [{name: of for name, at in bounds.items() if (of := (at[k], at[k + 1]))[0] < of[1]} for k in range(n_parts)]
     parts = layouts([str(k) for k in range(n_parts)], held)
-    for part in parts:
-        part.write(
-            out.with_suffix(PARTIAL), 0, lambda kind, name, of=part.ranges[0]: checkpoint.read(kind, name, *of[name])
-        )
     state = {key: value for key, value in checkpoint.state.items() if key not in ("format", "parts", "files")}
-    commit(out, parts, checkpoint.buffers(), state, checkpoint.folder)
+    with made_aside(out) as folder:
+        for part in parts:
+            part.write(folder, 0, lambda kind, name, of=part.ranges[0]: checkpoint.read(kind, name, *of[name]))
+        complete(folder, parts, checkpoint.buffers(), state, checkpoint.folder)

@@ -31,6 +31,9 @@ from scldm.weights import bytes_of, header_of
 KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")
 CHUNK = 8 << 20  # bytes hashed and written in turn
 UNWRITTEN = "-" * 64  # where a SHA-256 goes
+SUMS, LENGTH = "sha256", 8  # a safetensors file begins with the length of its header
+BEGINS = f'{{"__metadata__": {{"{SUMS}": "'.encode()
+SUMS_AT = LENGTH + len(BEGINS)
 Ranges = Mapping[str, tuple[int, int]]  # parameter name -> start and stop of its flattened numbers
 
 
@@ -46,23 +49,18 @@ class Layout:
 
     @cached_property
     def header(self) -> bytes:
-        tensors = {
-            f"{k}/{kind}/{name}": torch.empty(stop - start, device="meta")
+        tensors = (
+            (f"{k}/{kind}/{name}", torch.float32, (stop - start,))
             for k, ranges in enumerate(self.ranges)
             for name, (start, stop) in ranges.items()
             for kind in KINDS
-        }
-        return header_of(tensors, {"sha256": UNWRITTEN * len(self.ranges)})
+        )
+        return header_of(tensors, {SUMS: UNWRITTEN * len(self.ranges)})
 
-    @cached_property
-    def ends(self) -> list[int]:
+    def ends(self, header_bytes: int) -> list[int]:
         """Bytes from the file's start to the end of the header, and of each stretch."""
         sizes = (sum(stop - start for start, stop in ranges.values()) for ranges in self.ranges)
-        return list(itertools.accumulate((4 * len(KINDS) * size for size in sizes), initial=len(self.header)))
-
-    @property
-    def _sums_at(self) -> int:
-        return self.header.index(UNWRITTEN.encode())
+        return list(itertools.accumulate((4 * len(KINDS) * size for size in sizes), initial=header_bytes))
 
     def write(self, folder: Path, k: int, tensor_of: Callable[[str, str], Tensor]) -> None:
         """Write stretch k, durable when this returns. The first rank writes the header around the hashes.
@@ -70,9 +68,9 @@ class Layout:
         tensor_of: kind and parameter name -> its numbers in this stretch, on the CPU
         """
         folder.mkdir(parents=True, exist_ok=True)
-        digest, sums = hashlib.sha256(), slice(self._sums_at, self._sums_at + len(UNWRITTEN) * len(self.ranges))
+        digest, sums = hashlib.sha256(), slice(SUMS_AT, SUMS_AT + len(UNWRITTEN) * len(self.ranges))
         with open(os.open(folder / self.name, os.O_WRONLY | os.O_CREAT, 0o666), "wb", buffering=1 << 20) as file:
-            file.seek(self.ends[k])
+            file.seek(self.ends(len(self.header))[k])
             for name, kind in itertools.product(self.ranges[k], KINDS):
                 block = bytes_of(tensor_of(kind, name))
                 for first in range(0, len(block), CHUNK):
@@ -89,22 +87,24 @@ class Layout:
             os.fsync(file.fileno())
 
     def noted(self, folder: Path) -> dict[str, Any]:
-        """What state.json says of the part, once all its ranks have written it.
+        """What state.json says of the part, once all its ranks have written it into a folder that was new.
 
-        Raises: InputError where one has not.
+        The header is taken from the file. To make that of every node again would take the first rank a minute.
+
+        Raises: InputError where a rank has not.
         """
         path, n = folder / self.name, len(UNWRITTEN)
         with path.open("rb") as file:
-            header, n_bytes = file.read(len(self.header)), os.fstat(file.fileno()).st_size
-        start, stop = self._sums_at, self._sums_at + n * len(self.ranges)
-        written, others = header[start:stop], header[:start] + header[stop:]
-        if others != self.header[:start] + self.header[stop:] or n_bytes != self.ends[-1]:
-            raise InputError(f"{path} is not as its {len(self.ranges)} ranks were to write it")
-        sums = [written[n * k : n * k + n].decode("ascii", "replace") for k in range(len(self.ranges))]
+            begin = file.read(LENGTH)
+            header, n_bytes = begin + file.read(int.from_bytes(begin, "little")), os.fstat(file.fileno()).st_size
+        ends = self.ends(len(header))
+        if n_bytes != ends[-1] or not header[LENGTH:].startswith(BEGINS):
+            raise InputError(f"{path} is not as the {len(self.ranges)} ranks of its node were to write it")
+        sums = [header[SUMS_AT + n * k :][:n].decode("ascii", "replace") for k in range(len(self.ranges))]
         if missing := [k for k, found in enumerate(sums) if not set(found) <= set("0123456789abcdef")]:
-            raise InputError(f"{path}: its rank {missing[0]} has not written it")
+            raise InputError(f"{path}: rank {missing[0]} of its node has not written it")
         sums.insert(0, hashlib.sha256(header).hexdigest())
-        return {"bytes": n_bytes, "ends": self.ends, "sha256": sums, "ranges": self._bounds()}
+        return {"bytes": n_bytes, "ends": ends, "sha256": sums, "ranges": self._bounds()}
 
     def _bounds(self) -> dict[str, list[int]]:
         """Parameter name -> where the numbers of stretch 0, 1, .. begin, and where the last ones end."""

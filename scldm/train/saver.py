@@ -9,7 +9,7 @@
 No rank gathers another's tensors. Before the first save all hear once which numbers each holds. After that no message
 but the step's own is sent. A failure on any rank is raised on all.
 
-Reading order: Saver, own_share, commit.
+Reading order: Saver, own_share, complete.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
         self.engine, self.ema, self.world = engine, ema, world
         self.keep, self.keep_every = keep, keep_every
         self._host: dict[str, Tensor] = {}
-        self._layouts: list[Layout] = []
+        self._own: tuple[Layout, int] | None = None
+        self._parts: list[Layout] = []
         self._phase: Literal["idle", "parts", "commit"] = "idle"
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -83,10 +84,12 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
         self._copy()
         self._state = {**state, "n_updates": self.ema.n_updates}
         self._is_best, self._phase = is_best, "parts"
-        if not self._layouts:
+        if self._own is None:
             ranges = {piece.name: (piece.start, piece.stop) for piece in self.engine.pieces}
-            self._layouts = layouts(*zip(*self.world.gather((node(), ranges)), strict=True))
-        part, k = [(part, k) for part in self._layouts for k in range(len(part.ranges))][self.world.rank]
+            parts = layouts(*zip(*self.world.gather((node(), ranges)), strict=True))
+            self._own = [(part, k) for part in parts for k in range(len(part.ranges))][self.world.rank]
+            self._parts = parts if self.world.is_first else []  # of a thousand ranks they take 30 MB
+        part, k = self._own
         self._start(lambda: part.write(self._aside, k, lambda kind, name: self._host[f"{kind}/{name}"]))
 
     def advance(self, failed: bool, unfinished: bool) -> None:
@@ -144,7 +147,8 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
     def _commit(self) -> None:
         shapes = {name: list(shape) for name, shape in self.engine.shapes.items()}
         buffers = {name: self._host[f"buffer/{name}"] for name, _ in self.engine.module.named_buffers()}
-        commit(self._target, self._layouts, buffers, {**self._state, "shapes": shapes}, self.run_dir)
+        complete(self._aside, self._parts, buffers, {**self._state, "shapes": shapes}, self.run_dir)
+        put_in_place(self._aside, self._target)  # which may be there, of a run that went on from an earlier step
         if self._is_best:
             steps.point(self.folder / "best", self._target)
         steps.point(self.folder / "latest", self._target)
@@ -177,15 +181,14 @@ def own_share(engine: Engine, ema: EMA, world: World) -> dict[str, Tensor]:
     return share
 
 
-def commit(
-    target: Path, parts: Sequence[Layout], buffers: Mapping[str, Tensor], state: dict[str, Any], run_dir: Path
+def complete(
+    aside: Path, parts: Sequence[Layout], buffers: Mapping[str, Tensor], state: dict[str, Any], run_dir: Path
 ) -> None:
-    """Make a checkpoint of the parts that lie aside: it is there when this returns, and is not if it does not.
+    """Make a checkpoint of a folder in which the parts lie. It is one, once it has its name.
 
     run_dir: where the config and the vocabularies are
     """
-    aside, files = target.with_suffix(PARTIAL), {}
-    noted = {part.name: part.noted(aside) for part in parts}
+    noted, files = {part.name: part.noted(aside) for part in parts}, {}
     write_weights(aside / BUFFERS, buffers, buffers, {"format": "pt"})
     for name in steps.BESIDE:
         with contextlib.suppress(FileNotFoundError):
@@ -198,4 +201,3 @@ def commit(
     text = sorted_json({**state, "parts": noted, "files": files})  # once: training waits for the interpreter meanwhile
     sealed = f'{{"sha256": "{hashlib.sha256(text).hexdigest()}", "state": '.encode() + text + b"}"
     write_bytes(aside / steps.STATE, sealed)
-    put_in_place(aside, target)  # which may be there, of a run that went on from an earlier step

@@ -113,7 +113,9 @@ def test_sources_that_share_few_genes_are_refused_with_a_guess():
     human, mouse = (
         SourceGenes(k, tuple(f(f"Gene{n}") for n in range(20)), "symbol") for k, f in (("h", str.upper), ("m", str))
     )
-    said = r"0 of 20 genes of h are in all 2 .*less than source.min_gene_share=0.1. 20 match but for upper and lower"
+    said = (
+        r"0 of 20 genes of h .*less than what is needed .source.min_gene_share=0.1.. 20 match but for upper and lower"
+    )
     with pytest.raises(InputError, match=said):
         join_genes([human, mouse], "intersection", None, "")
     few = SourceGenes("f", (*human.ids[:1], *(f"X{k}" for k in range(19))), "symbol")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
-from launch.config import compose, public_words
+from launch.config import compose, public, public_words
 from launch.train_vae import CONFIG
 from scldm.environment import describe, without_passwords
 from scldm.errors import InputError
@@ -92,6 +92,14 @@ def test_the_config_has_none_and_the_tracker_has_it(tmp_path: Path, monkeypatch:
         assert with_password(config.tracking.uri) == SERVER
     monkeypatch.setattr(sys, "argv", ["scldm", "train", "vae", f"tracking.uri={SERVER}"])
     assert describe()["command"] == "scldm train vae tracking.uri=https://mlflow.lab:5000/x"
+
+
+@pytest.mark.parametrize("word", [f"12/a,b{WORD}", f'12?"{WORD}', f"12#'{WORD}", WORD * 800])
+@pytest.mark.parametrize("key", ["data.shards", "tracking.uri"])
+def test_no_password_that_was_not_found_is_kept(key: str, word: str) -> None:
+    with pytest.raises(InputError, match=f"{key}: ") as refusal:
+        public(key, f"s3://ann:{word}@host/set")
+    assert WORD not in str(refusal.value)
 
 
 @pytest.mark.parametrize("bare", ["x/", "x?", "x#", "5000/", "a@b/", "x "])

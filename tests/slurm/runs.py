@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from launch.cluster import submit
 from launch.cluster.notes import state_of
+from scldm.train.checkpoint import Checkpoint
+from scldm.train.parts import KINDS
+from scldm.train.steps import pointed
 from scldm.train.tracking import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -90,11 +92,10 @@ class Run:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    latest = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
-    parts = [load_file(path) for path in sorted(latest.glob("*.safetensors"))]
-    names = {name for part in parts for name in part}
-    # each rank holds a piece of every flattened parameter, in the order of the ranks
-    return {name: torch.cat([part[name].flatten() for part in parts if name in part]) for name in names}
+    latest = pointed(run / "checkpoints" / "latest")
+    assert latest is not None
+    held = Checkpoint(latest)
+    return {f"{kind}/{name}": held.whole(kind, name) for kind in KINDS for name in held.shapes} | held.buffers()
 
 
 def assert_same_weights(run: Path, other: Path) -> None:

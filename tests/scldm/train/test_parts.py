@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from scldm.errors import InputError
 from scldm.train.checkpoint import Checkpoint, Damaged
-from scldm.train.converted import repartition, write_weights
+from scldm.train.converted import repartition, write_plain
 from scldm.train.parts import KINDS, Layout, Ranges, layouts
-from scldm.train.saver import commit
+from scldm.train.saver import complete
 from tests.scldm.train.small_runs import tensors_at_a_time
 
 SIZES = {"a": 1_001, "b": 7, "c": 0, "d": 1} | {f"e{k}": 40 + k for k in range(9)}
@@ -50,8 +50,8 @@ def written(folder: Path, nodes: list[str], seed: int = 0) -> Checkpoint:
     for rank in ranks:
         rank.join()
     state = {"step": 3, "n_updates": 3, "shapes": {name: [n] for name, n in SIZES.items()}}
-    commit(folder / "step-00000003", parts, {"mean": torch.ones(2)}, state, folder)
-    return Checkpoint(folder / "step-00000003")
+    complete(aside, parts, {"mean": torch.ones(2)}, state, folder)
+    return Checkpoint(aside.rename(folder / "step-00000003"))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,11 @@ def test_each_stretch_is_compared_by_one_rank(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "ranks, said",
-    [((0, 1), "its rank 2 has not written it"), ((1, 2), "is not as its 3 ranks"), ((0, 2), "its rank 1 has")],
+    [
+        ((0, 1), "rank 2 of its node has not written it"),
+        ((1, 2), "is not as the 3 ranks of its node"),
+        ((0, 2), "rank 1 of its node has not"),
+    ],
 )
 def test_a_part_that_a_rank_has_not_written_is_no_part(tmp_path: Path, ranks: tuple[int, ...], said: str) -> None:
     (part,) = layouts(["x"] * 3, [{"a": (0, 3)}, {"a": (3, 900)}, {"a": (900, 901)}])
@@ -112,7 +116,7 @@ def test_a_part_that_a_rank_has_not_written_is_no_part(tmp_path: Path, ranks: tu
         write(part, tmp_path, k)
     if 2 not in ranks:  # a file of its full size
         with (tmp_path / part.name).open("r+b") as file:
-            file.truncate(part.ends[-1])
+            file.truncate(part.ends(len(part.header))[-1])
     with pytest.raises(InputError, match=said):
         part.noted(tmp_path)
 
@@ -138,8 +142,6 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.M
     if to == "checkpoint":
         repartition(checkpoint, tmp_path / "out", 1)
     else:
-        write_weights(
-            checkpoint, tmp_path / "out", "dcp" if to == "dcp" else "safetensors", "ema", 50 * (to == "files")
-        )
+        write_plain(checkpoint, tmp_path / "out", "dcp" if to == "dcp" else "safetensors", "ema", 50 * (to == "files"))
     assert len(at_a_time) >= len(SIZES) - 1
     assert max(at_a_time) <= 2, "the one before it, until the next has its name"
