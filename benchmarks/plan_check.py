@@ -2,7 +2,8 @@
 
 Nothing is measured here. Figures of a CPU are those of the JSON files of this folder. Published ones stand below with
 their sources.
-Reading order: PlanCheckConfig, main; figures of this folder; published_autoencoder; published_transformer.
+
+Reading order: PlanCheckConfig, main, figures of this folder, published_autoencoder, published_transformer.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Figure:
 
 
 def main(config: PlanCheckConfig) -> Report:
-    """Print the table; returns it."""
+    """Print the table. Returns it."""
     report = Report("plan_check", save=config.save)
     for figure in chain(of_steps(), of_engines(), of_sustained_run(), of_verbs(), published_autoencoder()):
         report.add(Row(f"{figure.name}: measured", figure.measured, figure.unit))
@@ -146,7 +147,7 @@ def of_sustained_run() -> Iterator[Figure]:
 
 
 def of_verbs() -> Iterator[Figure]:
-    """Encoding anew, by the shape of vae/tiny; the stages of the foundation run as foretold before it began."""
+    """Encoding anew, by the shape of vae/tiny. The stages of the foundation run as foretold before it began."""
     file = "encode-cpu.json"
     settings = json.loads((FOLDER / file).read_text())["settings"]
     told = plan("vae/tiny", "hardware/cpu", n_genes=settings["genes"], n_cells=settings["cells"],

@@ -52,7 +52,7 @@ def made_with(inputs: Mapping[str, Any], packages: Sequence[str] = ()) -> dict[s
     }
 
 
-# of URLs: who logs in, up to the last `@`, since a password may hold any character; and what signs a query.
+# of URLs: who logs in, up to the last `@`, since a password may hold any character, and what signs a query.
 # 4,096: a search to the end of the text for each of many URLs would take for ever
 _LOGIN = re.compile(
     r"(?<=[\w+.-]://)(?:"

@@ -63,9 +63,8 @@ def save_distributed(weights: Weights, folder: Path) -> None:
         def lookup_object(self, index: MetadataIndex) -> Tensor:
             return weights[index.fqn]
 
-    writer = FileSystemWriter(
-        folder, single_file_per_rank=False
-    )  # torch keeps all tensors of a file until it is written
+    # torch keeps all tensors of a file until it is written: here each has its own
+    writer = FileSystemWriter(folder, single_file_per_rank=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is meant
         try:
