@@ -310,7 +310,7 @@ def read_ema(run_dir: Path, which: Which) -> Weights:
 def resume(folder: Path, engine: Engine, ema: EMA, world: World) -> dict[str, Any] | None:
     """Load the last whole checkpoint below `folder`. Returns its state, None where there is none yet. Collective.
 
-    The first rank reads state.json for all, which may be 3.6 MB at a thousand ranks. They share the reading of all other
+    The first rank reads state.json for all: at a thousand ranks it has 3.6 MB. They share the reading of all other
     bytes. A damaged checkpoint is passed over, by name, for the one before it, and is renamed to `.broken`, so that
     nothing counts it. It is not renamed where some rank just does not see it.
 
