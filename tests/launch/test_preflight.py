@@ -293,12 +293,12 @@ def test_in_no_round_a_node_is_in_two_pairs(n: int) -> None:
     [
         (4, 2, 15, 4, ""),
         (3, 2, 20, 3, ""),
-        (3, 2, 15, 2, "train.global_batch=120 with hardware.micro_batch=15 can't be split over 3 nodes of 2 ranks;"),
+        (3, 2, 15, 2, "train.global_batch=120 with hardware.micro_batch=15 can't be split over 3 nodes of 2 ranks."),
         (1, 2, 15, 0, "1 nodes are fit, 2 are needed"),
         (2, 1, 7, 0, "train.global_batch=120 with hardware.micro_batch=7 can't be split over 1 to 2 nodes of 2 ranks"),
         (3, 3, 15, 0, "train.global_batch=120 with hardware.micro_batch=15 can't be split over 3 nodes of 2 ranks"),
         (3, 0, 15, 0, "3 nodes are fit, 4 are needed"),
-        (4, 0, 20, 3, "train.global_batch=120 with hardware.micro_batch=20 can't be split over 4 nodes of 2 ranks;"),
+        (4, 0, 20, 3, "train.global_batch=120 with hardware.micro_batch=20 can't be split over 4 nodes of 2 ranks."),
     ],
 )
 def test_the_nodes_to_use(monkeypatch, n_fit: int, least: int, micro_batch: int, used: int, note: str) -> None:
