@@ -193,9 +193,9 @@ def checkpoint_rows(report: Report, n: int, genes: int) -> None:
         for part in parts:
             with (aside / part.name).open("wb") as file:
                 file.write(part.header.replace(UNWRITTEN.encode(), SHA256))
-                file.truncate(part.ends(len(part.header))[-1])  # a hole, which takes no room
+                file.truncate(part.ends[-1])  # a hole, which takes no room
         state = {"step": 1, "n_updates": 1, "shapes": shapes}
-        parts = layouts([str(k // PER_NODE) for k in range(n)], held)  # anew: the first rank makes one header alone
+        parts = layouts([str(k // PER_NODE) for k in range(n)], held)  # anew: it has made no header yet
         commit_s = timed(lambda: complete(aside, parts, {}, state, Path(scratch)))
         read_s = timed(lambda: checkpoint.Checkpoint(aside.rename(target)))
         n_bytes = (target / steps.STATE).stat().st_size

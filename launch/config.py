@@ -325,7 +325,9 @@ def public(key: str, text: str) -> str:
     if key in KEEPS_PASSWORD or re.match(r"[\w+.-]+://[^/?#@:\s]*:[^/?#]*\s", text):
         check_uri(key, text)
     without = without_passwords(text)
-    if re.match(r"[\w+.-]+://[^\s/?#:@\[]*:.*@", without, re.DOTALL):  # whatever was not taken for a password
+    if re.search(
+        r"://(?!\[[\da-fA-F:.]*\])[^\s/?#:]*:.*@", without, re.DOTALL
+    ):  # whatever was not taken for a password
         raise InputError(
             f"{key}: what stands between its first `:` and its last `@` may be a password, and would be kept in files. "
             "Write a quote as %27, a comma as %2C, / as %2F, ? as %3F, # as %23, an `@` that ends no password as %40"

@@ -145,7 +145,8 @@ def world_of_environment() -> World:
     elif "MASTER_ADDR" not in os.environ and "SLURM_JOB_NODELIST" in os.environ:
         # jobs that share a node must not share a port. These lie below Linux's ephemeral ports, from 32,768 on
         port = 12_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000
-        on_one_node = os.environ.get("SLURM_STEP_NUM_NODES") == "1"
+        step = [os.environ.get(f"SLURM_STEP_NUM_{of}") for of in ("NODES", "TASKS")]
+        on_one_node = step == ["1", str(size)]  # of many such steps, each is not all
         address = LOOPBACK if on_one_node else _first_host(os.environ["SLURM_JOB_NODELIST"])
         place |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
     missing = place.keys() - os.environ.keys()

@@ -31,9 +31,8 @@ from scldm.weights import bytes_of, header_of
 KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")
 CHUNK = 8 << 20  # bytes hashed and written in turn
 UNWRITTEN = "-" * 64  # where a SHA-256 goes
-SUMS, LENGTH = "sha256", 8  # a safetensors file begins with the length of its header
-BEGINS = f'{{"__metadata__": {{"{SUMS}": "'.encode()
-SUMS_AT = LENGTH + len(BEGINS)
+SUMS = "sha256"
+SUMS_AT = 8 + len(f'{{"__metadata__": {{"{SUMS}": "')  # a safetensors file begins with its header's length, in 8 bytes
 Ranges = Mapping[str, tuple[int, int]]  # parameter name -> start and stop of its flattened numbers
 
 
@@ -47,8 +46,9 @@ class Layout:
     name: str
     ranges: Sequence[Ranges]
 
-    @cached_property
+    @property
     def header(self) -> bytes:
+        """As it is before anybody has written his hash."""
         tensors = (
             (f"{k}/{kind}/{name}", torch.float32, (stop - start,))
             for k, ranges in enumerate(self.ranges)
@@ -57,10 +57,25 @@ class Layout:
         )
         return header_of(tensors, {SUMS: UNWRITTEN * len(self.ranges)})
 
-    def ends(self, header_bytes: int) -> list[int]:
+    @cached_property
+    def outline(self) -> tuple[int, str]:
+        """Bytes of the header, and the SHA-256 of all of it but the hashes. The first rank keeps one for each node, and
+        no header, which has a megabyte."""
+        header = self.header
+        return len(header), self._hash_but_sums(header)
+
+    @cached_property
+    def ends(self) -> list[int]:
         """Bytes from the file's start to the end of the header, and of each stretch."""
         sizes = (sum(stop - start for start, stop in ranges.values()) for ranges in self.ranges)
-        return list(itertools.accumulate((4 * len(KINDS) * size for size in sizes), initial=header_bytes))
+        return list(itertools.accumulate((4 * len(KINDS) * size for size in sizes), initial=self.outline[0]))
+
+    @property
+    def _sums(self) -> slice:
+        return slice(SUMS_AT, SUMS_AT + len(UNWRITTEN) * len(self.ranges))
+
+    def _hash_but_sums(self, header: bytes) -> str:
+        return hashlib.sha256(header[: self._sums.start] + header[self._sums.stop :]).hexdigest()
 
     def write(self, folder: Path, k: int, tensor_of: Callable[[str, str], Tensor]) -> None:
         """Write stretch k, durable when this returns. The first rank writes the header around the hashes.
@@ -68,9 +83,9 @@ class Layout:
         tensor_of: kind and parameter name -> its numbers in this stretch, on the CPU
         """
         folder.mkdir(parents=True, exist_ok=True)
-        digest, sums = hashlib.sha256(), slice(SUMS_AT, SUMS_AT + len(UNWRITTEN) * len(self.ranges))
+        digest, sums = hashlib.sha256(), self._sums
         with open(os.open(folder / self.name, os.O_WRONLY | os.O_CREAT, 0o666), "wb", buffering=1 << 20) as file:
-            file.seek(self.ends(len(self.header))[k])
+            file.seek(self.ends[k])
             for name, kind in itertools.product(self.ranges[k], KINDS):
                 block = bytes_of(tensor_of(kind, name))
                 for first in range(0, len(block), CHUNK):
@@ -79,32 +94,29 @@ class Layout:
             file.seek(sums.start + len(UNWRITTEN) * k)
             file.write(digest.hexdigest().encode())
             if k == 0:
+                header = self.header
                 file.seek(0)
-                file.write(self.header[: sums.start])
+                file.write(header[: sums.start])
                 file.seek(sums.stop)
-                file.write(self.header[sums.stop :])
+                file.write(header[sums.stop :])
             file.flush()
             os.fsync(file.fileno())
 
     def noted(self, folder: Path) -> dict[str, Any]:
         """What state.json says of the part, once all its ranks have written it into a folder that was new.
 
-        The header is taken from the file. To make it takes up to 0.3 s, and there is one for each node.
-
         Raises: InputError where a rank has not.
         """
         path, n = folder / self.name, len(UNWRITTEN)
         with path.open("rb") as file:
-            begin = file.read(LENGTH)
-            header, n_bytes = begin + file.read(int.from_bytes(begin, "little")), os.fstat(file.fileno()).st_size
-        ends = self.ends(len(header))
-        if n_bytes != ends[-1] or not header[LENGTH:].startswith(BEGINS):
+            header, n_bytes = file.read(self.outline[0]), os.fstat(file.fileno()).st_size
+        if n_bytes != self.ends[-1] or self._hash_but_sums(header) != self.outline[1]:
             raise InputError(f"{path} is not as the {len(self.ranges)} ranks of its node were to write it")
         sums = [header[SUMS_AT + n * k :][:n].decode("ascii", "replace") for k in range(len(self.ranges))]
         if missing := [k for k, found in enumerate(sums) if not set(found) <= set("0123456789abcdef")]:
             raise InputError(f"{path}: rank {missing[0]} of its node has not written it")
         sums.insert(0, hashlib.sha256(header).hexdigest())
-        return {"bytes": n_bytes, "ends": ends, "sha256": sums, "ranges": self._bounds()}
+        return {"bytes": n_bytes, "ends": self.ends, "sha256": sums, "ranges": self._bounds()}
 
     def _bounds(self) -> dict[str, list[int]]:
         """Parameter name -> where the numbers of stretch 0, 1, .. begin, and where the last ones end."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from scldm.parallel import dist as dist_of_ours
 from scldm.parallel.dist import (
     LOOPBACK,
     World,
@@ -86,3 +87,19 @@ def test_only_what_was_started_is_waited_for(given, address, said, monkeypatch, 
     told = capsys.readouterr().err
     assert said in told
     assert bool(said) == bool(told)
+
+
+@pytest.mark.parametrize("nodes, tasks, address", [("1", "2", "127.0.0.1"), ("2", "2", "n1"), ("1", "1", "n1")])
+def test_ranks_of_one_node_meet_where_no_other_host_comes(
+    monkeypatch: pytest.MonkeyPatch, nodes: str, tasks: str, address: str
+) -> None:
+    """The last are two steps of one node each, whose ranks are told by other variables."""
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    told = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}
+    for name, value in {**told, "SLURM_STEP_NUM_NODES": nodes, "SLURM_STEP_NUM_TASKS": tasks}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist_of_ours, "_first_host", lambda _: "n1")
+    dist_of_ours.world_of_environment()
+    assert os.environ["MASTER_ADDR"] == address
+    dist_of_ours.close_world()

@@ -116,7 +116,7 @@ def test_a_part_that_a_rank_has_not_written_is_no_part(tmp_path: Path, ranks: tu
         write(part, tmp_path, k)
     if 2 not in ranks:  # a file of its full size
         with (tmp_path / part.name).open("r+b") as file:
-            file.truncate(part.ends(len(part.header))[-1])
+            file.truncate(part.ends[-1])
     with pytest.raises(InputError, match=said):
         part.noted(tmp_path)
 
@@ -133,6 +133,34 @@ def test_a_stretch_written_again_is_the_last_one(tmp_path: Path) -> None:
         write(again, tmp_path / "new", k)
     assert part.noted(tmp_path) == again.noted(tmp_path / "new")
     assert (tmp_path / part.name).read_bytes() == (tmp_path / "new" / part.name).read_bytes()
+
+
+def test_a_header_that_is_not_as_it_was_to_be_is_no_part(tmp_path: Path) -> None:
+    (part,) = layouts(["x"] * 2, held_by(2))
+    for k in (0, 1):
+        write(part, tmp_path, k)
+    path = tmp_path / part.name
+    sound = path.read_bytes()
+    for harmed in (sound.replace(b"1/exp_avg/a", b"1/exp_avg/b"), b"\xff" * 8 + sound[8:]):
+        path.write_bytes(harmed)
+        with pytest.raises(InputError, match="is not as the 2 ranks of its node"):
+            part.noted(tmp_path)
+
+
+def test_a_conversion_cut_short_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = written(tmp_path, list("xxy"))
+    read, n_read = Checkpoint.read, iter(range(9))
+
+    def fails(self: Checkpoint, *what) -> torch.Tensor:
+        if next(n_read) == 8:
+            raise OSError("no more")
+        return read(self, *what)
+
+    monkeypatch.setattr(Checkpoint, "read", fails)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OSError, match="no more"):
+        repartition(checkpoint, tmp_path / "out" / "moved", 2)
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("to", ["safetensors", "files", "dcp", "checkpoint"])
