@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -224,11 +225,12 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def stamp_of(path: Path) -> list[int] | None:
-    """Size and time of a file, by which a changed one is sent again. None for one that is gone."""
-    if not path.is_file():
+    """Size and time of a file, by which a changed one is sent again. None for one that is gone, or can't be one."""
+    try:
+        of = path.stat()
+    except (OSError, ValueError):  # also a name that no file system takes
         return None
-    of = path.stat()
-    return [of.st_size, of.st_mtime_ns]
+    return [of.st_size, of.st_mtime_ns] if stat.S_ISREG(of.st_mode) else None
 
 
 # --- who follows the run ----------------------------------------------------------------------------------------------

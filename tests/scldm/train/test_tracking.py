@@ -23,7 +23,7 @@ from scldm.errors import InputError
 from scldm.train import mlflow_run, sending
 from scldm.train.mlflow_run import database_of, database_uri
 from scldm.train.sending import replay
-from scldm.train.tracked import followed_alone, read_note, unsent
+from scldm.train.tracked import followed_alone, read_note, stamp_of, unsent
 from scldm.train.tracking import PARENT, Tracker, TrackingConfig, begin_note, read_metrics
 
 OFF = TrackingConfig(enabled=False)
@@ -664,3 +664,10 @@ def test_a_run_folders_name_is_no_part_of_a_uri(name: str, tmp_path: Path) -> No
     uri = database_uri(database)
     assert make_url(uri).database == str(database)
     assert database_of(uri) == database
+
+
+@pytest.mark.parametrize("name", ["gone", "n" * 5_000, "a\0b", "."])
+def test_what_can_be_no_file_has_no_stamp(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("x")
+    assert stamp_of(tmp_path / "file") is not None
+    assert stamp_of(tmp_path / name) is None
