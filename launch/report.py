@@ -25,7 +25,7 @@ from scldm.evaluate.metrics import METRICS
 from scldm.evaluate.report_tables import row_texts
 from scldm.evaluate.run_page import run_page
 from scldm.files import flat, write_page
-from scldm.given_json import Count, known_of, read_checked, read_known
+from scldm.given_json import Count, PathText, known_of, read_checked, read_known
 from scldm.train.follower import row_files, row_of
 from scldm.train.run_folder import PREVIEWS, outcome_of, starts_of
 from scldm.train.run_state import comparable
@@ -257,14 +257,14 @@ class _Evaluation:
 
 @dataclass(frozen=True)
 class _MadeWith:
-    vae: str = ""
-    ldm: str = ""
-    model: str = ""
+    vae: PathText = ""
+    ldm: PathText = ""
+    model: PathText = ""
 
 
 @dataclass(frozen=True)
 class _Judged:
-    folder: str = ""
+    folder: PathText = ""
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,7 @@ class _Exported:
 
 @dataclass(frozen=True)
 class _Origin:
-    run: str = ""
+    run: PathText = ""
 
 
 def evaluations(run: Path) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -19,7 +19,7 @@ from data_pipeline.format.schema import Manifest
 from scldm.environment import without_passwords
 from scldm.errors import InputError, read_json
 from scldm.files import write_json
-from scldm.given_json import typed
+from scldm.given_json import PathText, typed
 from scldm.library_size import LibrarySizeModel, LogNormal
 from scldm.vocab import GeneVocab
 
@@ -159,9 +159,9 @@ class EncodedFrom(NamedTuple):
 
 @dataclass(frozen=True)
 class _Noted:
-    vae: str
+    vae: PathText
     which: Literal["best", "latest"]
-    shards: str
+    shards: PathText
 
 
 def keep_encoded_from(latents: Path, vae: str, which: str, shards: str) -> None:

@@ -18,6 +18,19 @@ from scldm.errors import InputError, read_json
 Kind = TypeVar("Kind")
 LARGEST = 2**63  # numbers go into int64
 Count = Annotated[int, range(LARGEST)]
+
+
+class _Paths:
+    """Texts that a file system may take as a path, with room for a folder before it."""
+
+    right = "a path of at most 2,000 bytes, with names of at most 255, and without NUL"
+
+    def __contains__(self, text: str) -> bool:
+        path = text.encode()
+        return b"\0" not in path and len(path) <= 2000 and all(len(name) <= 255 for name in path.split(b"/"))
+
+
+PathText = Annotated[str, _Paths()]
 SEAL = "sha256"
 
 
@@ -28,7 +41,7 @@ def typed(kind: type[Kind], value: Any, where: str) -> Kind:
     """`value` as a `kind`: a dataclass (every key known, every field that has no default given), or a type of a field.
 
     Nothing is converted, but lists to tuples and whole numbers to floats. Numbers are finite. `Annotated[int, range]`
-    bounds a number. A field of a class with a `from_json` is left to that.
+    bounds a number, `PathText` a path. A field of a class with a `from_json` is left to that.
 
     where: the file
     Raises: InputError with the file and the dotted key.
@@ -78,10 +91,12 @@ def _typed(kind: Any, value: Any, where: str, key: str) -> Any:
         return InputError(f"{where}: {key or 'it'} is {reprlib.repr(value)}, must be {right}")
 
     if origin is Annotated:
-        number = _typed(inner[0], value, where, key)
-        if number not in inner[1]:
-            raise wrong(f"from {inner[1].start} to {inner[1].stop - 1}")
-        return number
+        found = _typed(inner[0], value, where, key)
+        if found not in inner[1]:
+            raise wrong(
+                inner[1].right if isinstance(inner[1], _Paths) else f"from {inner[1].start} to {inner[1].stop - 1}"
+            )
+        return found
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in inner:
             return None

@@ -334,3 +334,12 @@ def test_a_pointer_names_a_checkpoint_beside_it(sound: dict[str, Path], tmp_path
         (folder / "checkpoints" / which).write_text(text)
         with pytest.raises(InputError, match=f"checkpoints/{which} is damaged: it holds "):
             read_ema(folder, which)
+
+
+@pytest.mark.parametrize("name", ["n" * 256, "a/" * 1_001, "a\0b"])
+def test_a_path_that_no_file_system_takes_is_refused_with_the_file_that_says_it(tmp_path: Path, name: str) -> None:
+    (tmp_path / "evaluation.json").write_text(json.dumps({"made_with": {"model": name}}))
+    with pytest.raises(
+        InputError, match=r"evaluation.json: made_with: model is .* must be a path of at most 2,000 bytes"
+    ):
+        list(evaluations(tmp_path))

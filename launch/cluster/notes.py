@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from launch.cluster import commands as slurm
 from scldm.errors import InputError, read_json
-from scldm.given_json import read_known, typed
+from scldm.given_json import PathText, read_known, typed
 
 BAD_NODES, LATE_NODES, CAME, REPORT, IMAGE = "bad_nodes", "late_nodes", "preflight", "preflight.json", "image"
 ENDED = ("DONE", "STOPPED", "LOST", "NOT SUBMITTED", *slurm.ENDED)  # by the job's own word, by nobody's, by Slurm's
@@ -55,7 +55,7 @@ def find_notes(path: Path) -> list[Path]:
             return [place]
         if (place / "chain.json").is_file():
             chain = place / "chain.json"
-            return [Path(folder) for folder in typed(list[str], read_json(chain), str(chain))]
+            return [Path(folder) for folder in typed(list[PathText], read_json(chain), str(chain))]
     raise InputError(f"{path}: no job was submitted for it. `scldm submit` notes its jobs in the folder of the run")
 
 

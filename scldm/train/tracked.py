@@ -25,7 +25,7 @@ from scldm.checked import Checked, checked
 from scldm.environment import check_uri
 from scldm.errors import InputError
 from scldm.files import locked, write_json
-from scldm.given_json import Count, read_checked, typed
+from scldm.given_json import Count, PathText, read_checked, typed
 from scldm.train.follower import row_files, say_once
 
 NOTE, STATE, LOCK = "tracked.json", "mlflow_run.json", "tracking.lock"
@@ -134,7 +134,7 @@ class _Note:
     uri: str
     experiment: str
     run_name: str
-    parent: str
+    parent: PathText
     closed_by: str
     started: float
     ended: float | None
@@ -143,7 +143,7 @@ class _Note:
     resumed: dict[str, str]
     tags: dict[str, str]
     datasets: list[_Dataset]
-    artifacts: list[tuple[str, str]]
+    artifacts: list[tuple[PathText, str]]
 
 
 def check_followed(run: Path) -> None:

