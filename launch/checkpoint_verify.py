@@ -45,8 +45,6 @@ def main(config: CheckpointVerifyConfig) -> None:
         try:
             checkpoint = Checkpoint(target)
             checkpoint.check()
-            for name in checkpoint.shapes:  # every number is in some part
-                checkpoint.holds(name)
         except Damaged as error:
             damaged.append(target.name)
             print(f"{target.name}: DAMAGED: {error}")

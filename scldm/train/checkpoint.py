@@ -166,7 +166,10 @@ class Checkpoint:
         return sum(len(part.ends) - 1 for part in self.held.parts.values())
 
     def check(self, share: slice = slice(None)) -> None:
-        """Read all of its files, or a share of their stretches, and compare. Raises: Damaged, with the file."""
+        """Read all of its files, or a share of their stretches, and compare. Raises: Damaged, with the file.
+
+        Every number must be in one part: what `load` would miss is damage, for which a run goes back to an earlier one.
+        """
         if added := [name for name in BESIDE if name not in self.files and (self.folder / name).exists()]:
             # its weights may be sound: a run that goes on puts damaged checkpoints aside, and not this one
             raise InputError(f"{self.folder / added[0]} is not noted in {STATE}: it was added later. Remove it")
@@ -183,6 +186,12 @@ class Checkpoint:
                 raise kind(f"{path} is damaged: it has {size} bytes of {n_bytes}")
             if sha256_of(path, start=start, most=stop - start)[1] != sha256:
                 raise Damaged(f"{path} is damaged: its SHA-256 is not the one noted in {STATE}")
+        for name, shape in self.held.shapes.items():
+            reached = 0
+            for start, stop in sorted((start, stop) for *_, start, stop in self._where.get(name, ())):
+                reached = stop if start == reached else -1
+            if reached != math.prod(shape):
+                raise Damaged(f"{self.folder}: its parts do not hold every number of {name} once")
 
     def read(self, kind: str, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Numbers start to stop of a flattened parameter, float32 (stop - start,)."""
@@ -200,17 +209,6 @@ class Checkpoint:
         if n_read != stop - start:
             raise Damaged(f"{self.folder} holds {n_read} of {stop - start} numbers of {kind}/{name}")
         return out
-
-    def holds(self, name: str) -> None:
-        """Raises: Damaged where some numbers of a parameter are in no part, or in two."""
-        ends = sorted((start, stop) for *_, start, stop in self._where.get(name, ()))
-        expected = 0
-        for start, stop in ends:
-            if start != expected:
-                break
-            expected = stop
-        if expected != math.prod(self.shapes[name]):
-            raise Damaged(f"{self.folder}: its parts do not hold every number of {name} once")
 
     def whole(self, kind: str, name: str) -> Tensor:
         """A parameter's weight, EMA or moment in its shape."""

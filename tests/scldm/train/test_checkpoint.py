@@ -57,6 +57,13 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def lose(at: Path) -> None:
+    """Its part no longer says that it has a parameter, and the hash agrees."""
+    stored = json.loads((at / "state.json").read_text())
+    del stored["state"]["parts"]["part-0-of-1.safetensors"]["ranges"]["token.count"]
+    (at / "state.json").write_text(json.dumps({**stored, "sha256": hash_of(stored["state"])}))
+
+
 HARMS = [
     (lambda at: damage(at / "part-0-of-1.safetensors"), "part-0-of-1.safetensors is damaged: its SHA-256"),
     (lambda at: cut(at / "part-0-of-1.safetensors"), "part-0-of-1.safetensors is damaged: it has"),
@@ -64,6 +71,7 @@ HARMS = [
     (lambda at: (at / "state.json").unlink(), "not a whole checkpoint: state.json is missing"),
     (lambda at: (at / "state.json").write_text('{"step": 1'), "state.json is damaged"),
     (lambda at: (at / "state.json").write_text((at / "state.json").read_text().replace("12", "13")), "state.json"),
+    (lose, "its parts do not hold every number of token.count once"),
     (lambda at: at.rename(at.with_name("gone")), "step-00000012 is not a whole checkpoint"),
 ]
 
