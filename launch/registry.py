@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import re
@@ -17,7 +18,7 @@ from scldm.errors import Busy, InputError
 from scldm.model_folder import read_config
 from scldm.pretrained import Pretrained
 from scldm.train.mlflow_run import MLFLOW_ENVIRONMENT, Sender, cause_of, may_pass
-from scldm.train.tracked import check_followed, followed_alone, read_note
+from scldm.train.tracked import check_followed, check_trusted, followed_alone, read_note
 
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 
@@ -47,7 +48,7 @@ def register(folder: Path, run: Path, name: str, alias: str = "") -> str:
 def _registered(folder: Path, run: Path, name: str, alias: str) -> str:
     at = f"model-{read_config(folder).weights[:12]}"  # a version stays what it was
     with followed_alone(run):
-        sender = Sender(run)
+        sender = Sender(run, check=functools.partial(check_trusted, run))
         sender.send()  # the run may be new to the store
         client = sender.client
         from mlflow.exceptions import MlflowException

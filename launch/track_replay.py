@@ -16,7 +16,8 @@ from scldm.train.tracked import is_followed, read_note
 PURPOSE = """Send to MLflow what it lacks of runs: rows, artifacts, the final state. A server that was away gets all.
 Safe to repeat, also from cron. A run that its own process still follows is left to that process. A run whose process
 was killed gets the state KILLED. Exit code 1 where something could not be sent.
-A password comes from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or in the URI in MLFLOW_TRACKING_URI."""
+A password comes from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or in the URI in MLFLOW_TRACKING_URI. Only
+the server in MLFLOW_TRACKING_URI gets one."""
 EXAMPLE = """
 scldm track replay runs/vae runs/ldm
 scldm track replay runs/pipeline
@@ -28,9 +29,11 @@ class TrackReplayConfig:
     """What to send.
 
     folders: run folders, or folders that hold some, as a pipeline's. They are given as the first words
+    outside: send files too that a run names and that lie in none of these folders, as tracking.attach may name some
     """
 
     folders: tuple[str, ...]
+    outside: bool = False
 
 
 CONFIG = TrackReplayConfig
@@ -45,16 +48,16 @@ def read(words: Sequence[str]) -> TrackReplayConfig:
 def main(config: TrackReplayConfig) -> None:
     """Send, a line for each run. Raises: SystemExit(1) for a folder without a run, and where a server did not take it
     all."""
-    runs, failed = list[Path](), False
+    runs, failed = dict[Path, Path](), False
     for folder in config.folders:
         try:
-            runs += runs_in(Path(folder))
+            runs = dict.fromkeys(runs_in(Path(folder)), Path(folder)) | runs
         except InputError as error:  # the others are sent
             print(error, file=sys.stderr, flush=True)
             failed = True
-    for run in dict.fromkeys(runs):
+    for run, within in runs.items():
         try:
-            print(replay(run), flush=True)
+            print(replay(run, None if config.outside else within), flush=True)
         except InputError as error:  # as of an experiment that is deleted
             print(error, file=sys.stderr, flush=True)
             failed |= not is_followed(run)

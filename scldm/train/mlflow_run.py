@@ -19,7 +19,7 @@ import re
 import socket
 import sqlite3
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -30,6 +30,7 @@ from scldm.files import write_json, written_aside
 from scldm.train.follower import Follower, row_files, rows_from, say
 from scldm.train.tracked import NOTE, NOTHING, STATE, followed_alone, parent_of, read_note, read_state, stamp_of
 
+Check = Callable[[Path, Mapping[str, Any]], None]
 METRICS_PER_BATCH, PER_BATCH = 1_000, 100  # MLflow's own limits of one log_batch. The second is of params and tags
 OLDER_LIMITS = (500, 250)  # characters of a parameter: MLflow before 2.10, and before 1.28
 SURE = 3  # a name that was refused alone so often is not sent again
@@ -56,11 +57,12 @@ class Sender(Follower):
     """Sends what is in one folder to MLflow.
 
     uri: of the store, where it has a password that the environment does not tell
+    check: of a folder's note, before anything is sent: for notes that somebody else may have written
     """
 
-    def __init__(self, folder: Path, uri: str = "") -> None:
+    def __init__(self, folder: Path, uri: str = "", check: Check | None = None) -> None:
         super().__init__(folder)
-        self.given = uri
+        self.given, self.check = uri, check
         self.client: Any = None
         self.uri = self.place = self.run_id = ""
         self.state = read_state(folder)
@@ -99,6 +101,8 @@ class Sender(Follower):
         """Find the run that the folder notes, or create it. Of two processes that do so at once, one creates it."""
         if self.client is not None:
             return
+        if self.check:
+            self.check(self.folder, note)
         self.place = note["uri"]
         self.uri = self.given or with_password(self.place)
         client = _client(self.uri)
@@ -134,7 +138,7 @@ class Sender(Follower):
             where = of["uri"] if of else f"no store: {folder} has no {NOTE}"
             say(f"{self.folder}: its run is not nested: it goes to {self.place}, its parent to {where}")
             return ""
-        self.parent = Sender(folder, self.given)
+        self.parent = Sender(folder, self.given, self.check)
         self.parent.begin(of)
         return self.parent.run_id
 

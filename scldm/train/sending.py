@@ -6,6 +6,7 @@ Reading order: Forwarder (to MLflow), Also (to another place), fail_parent, repl
 
 from __future__ import annotations
 
+import functools
 import threading
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -145,11 +146,13 @@ def fail_parent(folder: Path) -> None:
         say(f"{folder}: MLflow at {place} failed: {cause_of(error, place)}")
 
 
-def replay(folder: Path) -> str:
+def replay(folder: Path, within: Path | None = None) -> str:
     """Send what MLflow lacks of the run in a folder. Returns a line about it. A run whose process ended without a word
     was killed.
 
-    Raises: InputError where its own process still follows it. Else whatever MLflow raises.
+    within: the folder whose files may be sent, as may the run's own. None: all may
+
+    Raises: InputError where its own process still follows it, and as `check_trusted`. Else whatever MLflow raises.
     """
     lacks = tracked.unsent(folder)
     with tracked.followed_alone(folder):
@@ -162,7 +165,7 @@ def replay(folder: Path) -> str:
             lacks = tracked.unsent(folder)
         if not lacks:
             return f"{folder}: MLflow at {note['uri']} has all"
-        Sender(folder).send()
+        Sender(folder, check=functools.partial(tracked.check_trusted, within)).send()
         return f"{folder}: sent {', '.join(lacks)} to {note['uri']}"
 
 

@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from scldm.checked import Checked, checked
-from scldm.environment import check_uri
+from scldm.environment import check_uri, without_passwords
 from scldm.errors import InputError
 from scldm.files import locked, write_json
 from scldm.given_json import Count, PathText, read_checked, typed
 from scldm.train.follower import row_files, say_once
 
 NOTE, STATE, LOCK = "tracked.json", "mlflow_run.json", "tracking.lock"
+SECRETS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
@@ -147,9 +148,33 @@ class _Note:
 
 
 def check_followed(run: Path) -> None:
-    """Raises: InputError for a run that MLflow does not have."""
-    if read_note(run) is None:
+    """Raises: InputError for a run that MLflow does not have, and as `check_trusted`."""
+    if (note := read_note(run)) is None:
         raise InputError(f"register: {run} was trained without MLflow: it has no {NOTE}. Leave register out")
+    check_trusted(run, run, note)
+
+
+def check_trusted(within: Path | None, folder: Path, note: Mapping[str, Any]) -> None:
+    """Of a note that somebody else may have written, before anything is sent by it.
+
+    within: the folder whose files may be sent, as may the run's own. None: all may
+
+    Raises: InputError where a file lies elsewhere, and where the environment has a password, of which it does not say
+        that the note's server may have it: MLflow would give it to any.
+    """
+    sent = read_state(folder)["artifacts"]
+    roots = [root.resolve() for root in (folder, within) if root]
+    for name, _ in note["artifacts"] if within else ():
+        path = (folder / name).resolve()
+        if sent.get(name) != stamp_of(path) and not any(map(path.is_relative_to, roots)):
+            raise InputError(
+                f"{folder}: it is to send {path}, which is not in {within}. Where it may be sent: "
+                f"`scldm track replay {folder} outside=true`"
+            )
+    uri, named = note["uri"], without_passwords(os.environ.get("MLFLOW_TRACKING_URI", ""))
+    secret = next((name for name in SECRETS if os.environ.get(name)), "")
+    if secret and uri.startswith(("http://", "https://")) and named != uri:
+        raise InputError(f"{folder}: its server is {uri}. Set MLFLOW_TRACKING_URI={uri} where it may have {secret}")
 
 
 def parent_of(folder: Path, note: Mapping[str, Any]) -> Path | None:

@@ -63,6 +63,47 @@ def test_what_can_not_be_sent_is_told_and_is_exit_code_1(tmp_path: Path, capsys)
     assert main(["track", "replay"]) == 2
 
 
+def replayed(capsys: pytest.CaptureFixture, *words: str) -> tuple[int, str]:
+    """Exit code, and what was told."""
+    try:
+        code = main(["track", "replay", *words])
+    except SystemExit as end:
+        code = int(str(end.code))
+    return code, "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("by_link", [False, True])
+def test_a_run_of_somebody_else_has_no_other_files_sent(tmp_path: Path, by_link: bool, capsys) -> None:
+    store, run = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "shared" / "run"
+    note = begin_note(run, TrackingConfig(uri=store), "vae", {})
+    (tmp_path / "key").write_text("mine")
+    (run / "plan.json").symlink_to(tmp_path / "key")
+    (tmp_path / "shared" / "scores.png").write_text("a page beside the run, as of an evaluation")
+    note["artifacts"] = [["plan.json" if by_link else "../../key", ""], ["../scores.png", ""]]
+    (run / NOTE).write_text(json.dumps(note))
+    begin_note(run / "child", TrackingConfig(uri=store, parent=str(run)), "child", {})
+    code, told = replayed(capsys, str(run.parent))
+    assert code == 1
+    assert told.count(f"{run}: it is to send {tmp_path}/key, which is not in {run.parent}. Where it may") == 2
+    assert not list(tmp_path.rglob("artifacts/*"))
+    assert replayed(capsys, str(run), "outside=true")[0] == 0
+    assert {path.name for path in tmp_path.rglob("artifacts/*")} == {Path(note["artifacts"][0][0]).name, "scores.png"}
+
+
+def test_a_password_goes_to_the_server_that_the_user_names(tmp_path: Path, monkeypatch, capsys) -> None:
+    uri = f"http://127.0.0.1:{free_port()}"
+    begin_note(tmp_path / "run", TrackingConfig(uri=uri), "vae", {})
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hidden")
+    for named in ("", "http://127.0.0.1:1", f"{uri}0"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", named)
+        code, told = replayed(capsys, str(tmp_path))
+        assert code == 1
+        assert f"its server is {uri}. Set MLFLOW_TRACKING_URI={uri} where it may have MLFLOW_TRACKING_PASSWORD" in told
+    for named in (uri, uri.replace("//", "//me:hidden@")):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", named)
+        assert "connection refused" in replayed(capsys, str(tmp_path))[1]
+
+
 def test_a_verb_that_makes_something_is_a_run_of_its_parent(tmp_path: Path, monkeypatch, capsys) -> None:
     write_cells(tmp_path / "cells.h5ad")
     words = ["shards", "write", f"source.paths={tmp_path}/cells.h5ad", f"out={tmp_path}/shards", "block_cells=32"]

@@ -602,6 +602,7 @@ def test_a_server_that_fails_is_told_apart_and_gets_all_when_it_works(
     if mode == "auth":  # by the environment alone
         monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ann")
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "geheim")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", front)
     else:
         monkeypatch.setattr(Front, "mode", "")
     assert "sent" in replay(tmp_path)
