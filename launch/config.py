@@ -114,6 +114,8 @@ def load_preset(name: str) -> dict[str, Any]:
         raise InputError(f"preset {name!r}: {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(preset, dict):
         raise InputError(f"preset {name!r}: {path} must hold `key: value` lines")
+    if with_nul := [key for key, text in _texts(preset) if "\0" in text]:
+        raise InputError(f"preset {name!r}: {path}: {with_nul[0]} holds a NUL")
     return preset
 
 

@@ -135,9 +135,12 @@ def _read_table(path: Path, to: Namespace) -> dict[str, str]:
     if not path.is_file():
         raise InputError(f"source.gene_table: {path}: no such file")
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
-    if not {"ensembl", "symbol"} <= set(reader.fieldnames or ()):
-        raise InputError(f"source.gene_table: {path}: needs columns ensembl and symbol, has {reader.fieldnames}")
-    rows = [(without_version(row["ensembl"]), row["symbol"]) for row in reader if row["ensembl"] and row["symbol"]]
+    try:
+        if not {"ensembl", "symbol"} <= set(reader.fieldnames or ()):
+            raise InputError(f"source.gene_table: {path}: needs columns ensembl and symbol, has {reader.fieldnames}")
+        rows = [(without_version(row["ensembl"]), row["symbol"]) for row in reader if row["ensembl"] and row["symbol"]]
+    except csv.Error as error:
+        raise InputError(f"source.gene_table: {path}: row {reader.line_num + 1}: no CSV: {error}") from None
     pairs = {(s, e) if to == "ensembl" else (e, s) for e, s in rows}
     times = Counter(old for old, _ in pairs)
     return {old: new for old, new in pairs if times[old] == 1}

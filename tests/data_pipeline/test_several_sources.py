@@ -135,7 +135,7 @@ def test_a_byte_order_mark_begins_no_name(tmp_path):
     assert join_genes([ensembl, symbol], "union", None, str(tmp_path / "table.csv")).vocab.ids == ("ENSG00000000001",)
 
 
-def test_a_table_that_is_no_utf8_is_refused_by_its_name(tmp_path):
+def test_a_table_that_can_not_be_read_is_refused_by_its_name(tmp_path):
     """As a spreadsheet may save it."""
     path = tmp_path / "table.csv"
     path.write_bytes("ensembl,symbol\nENSG00000000001,Aé\n".encode("latin-1"))
@@ -143,6 +143,9 @@ def test_a_table_that_is_no_utf8_is_refused_by_its_name(tmp_path):
         in_list(GeneVocab(("G1",), "symbol"), path)
     ensembl, symbol = SourceGenes("e", ("ENSG00000000001",), "ensembl"), SourceGenes("s", ("A",), "symbol")
     with pytest.raises(InputError, match=r"table\.csv is no text in UTF-8"):
+        join_genes([ensembl, symbol], "union", None, str(path))
+    path.write_text(f"ensembl,symbol\nENSG00000000001,{'A' * 200_000}\n")
+    with pytest.raises(InputError, match=r"table\.csv: row 2: no CSV: field larger than"):
         join_genes([ensembl, symbol], "union", None, str(path))
 
 

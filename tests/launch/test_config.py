@@ -194,6 +194,7 @@ def test_a_mistake_is_one_line_with_its_key(presets: Path, words: list[str], sai
         (b"a: [1", "is not YAML"),
         (b"- 1", "must hold `key: value` lines"),
         (b"\xff\xfe\x00", "is not YAML"),
+        (b'optim: {lr: 1}\nby: ["b", "a\\0b"]', "by holds a NUL"),
     ],
 )
 def test_a_broken_preset_is_named(tmp_path: Path, content: bytes, said: str) -> None:
