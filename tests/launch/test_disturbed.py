@@ -34,7 +34,7 @@ FEW, MANY = 3, 40
 STEPS = ["train.steps=60", "train.validate_every=20", "train.save_every=4", "train.log_every=10"]
 WRITE = ["conditions=type", "block_cells=8", "shard_cells=16", "split.validation=0.2", "split.test=0.2"]
 VERBS = ("write", "train", "encode", "generate")
-CONVERT = ("safetensors", "torch", "dcp")
+CONVERT = ("safetensors", "dcp")
 AFTER = ("export", "evaluate", "report", "embed", *CONVERT)
 
 
@@ -67,7 +67,8 @@ def result(verb: str, out: Path) -> Any:
         told = json.loads((out / "evaluation.json").read_text())
         return told["pooled"], sorted(path.name for path in out.iterdir())
     if verb in CONVERT:
-        return max(path.stat().st_size for path in [*out.rglob("*"), out] if path.is_file())  # that of the weights
+        files = [path for path in [*out.rglob("*"), out] if path.is_file()]
+        return sorted(path.read_bytes() for path in files if path.name != ".metadata")  # which names its place
     if verb == "report":
         return len(Path(f"{out}.html").read_text()) > 1_000
     if verb == "train":
