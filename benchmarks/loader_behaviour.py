@@ -31,6 +31,7 @@ from data_pipeline.stream.loader import CellLoader, LoaderConfig
 from data_pipeline.stream.order import Balance, Units, rank_slice
 from scldm.errors import InputError
 from scldm.files import made_aside
+from scldm.given_json import sealed
 from scldm.vocab import ConditionVocab, GeneVocab
 
 
@@ -151,7 +152,7 @@ def write_index(folder: Path, n_cells: int) -> None:
     files = [FileEntry(path, 0, sha256) for path in schema.index_kinds(manifest)]
     files[0] = replace(files[0], bytes=(folder / schema.BLOCK_INDEX_PATH).stat().st_size)
     manifest = replace(manifest, index=tuple(files))
-    (folder / schema.MANIFEST).write_text(json.dumps(manifest.to_json()))
+    (folder / schema.MANIFEST).write_text(json.dumps(sealed(manifest.to_json())))
 
 
 def scale_task(config: BenchLoaderConfig) -> dict[str, Any]:
