@@ -32,7 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 from scldm.checked import check_ranges
 from scldm.environment import check_uri, without_passwords
 from scldm.errors import InputError
-from scldm.files import flat
+from scldm.files import check_path, flat
 
 Config = TypeVar("Config")
 DOLLAR = "\ue000{"  # stands for `${` while OmegaConf reads YAML: a character of nobody's text
@@ -58,6 +58,7 @@ def preset_path(name: str) -> Path:
 
     Raises: InputError with the presets of that group.
     """
+    check_path("preset", name)
     if name.endswith((".yaml", ".yml")):
         if not Path(name).is_file():
             raise InputError(f"preset {name!r}: no such file")
@@ -110,7 +111,7 @@ def load_preset(name: str) -> dict[str, Any]:
     path = preset_path(name)
     try:
         preset = _read(lambda text: OmegaConf.load(io.StringIO(text)), path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, RecursionError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
         raise InputError(f"preset {name!r}: {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(preset, dict):
         raise InputError(f"preset {name!r}: {path} must hold `key: value` lines")

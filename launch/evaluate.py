@@ -6,7 +6,7 @@ from pathlib import Path
 
 from launch.evaluation.config import EvaluateVerbConfig
 from launch.judged import check_judged
-from scldm.files import write_json
+from scldm.files import check_evaluation, write_json
 
 PURPOSE = """
 generated=FILE judges generated cells. Their distances to the test cells stand beside those of the training cells (the
@@ -35,6 +35,8 @@ FIRST = (
 def main(config: EvaluateVerbConfig) -> dict:
     """Returns the evaluation, as in evaluation.json."""
     check_judged(config)
+    if config.out:
+        check_evaluation("out", config.out)
     if config.generated:
         from launch.evaluation.of_generated import evaluate_generated
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 
 import scldm
 from data_pipeline.write_cells import N_EVALUATIONS, CellWriter, require_room
-from launch.together import WRITES, check_generate, no_table
+from launch.together import WRITES, check_generate, read_table
 from scldm.cells_file import read_obs
 from scldm.cells_opened import check_out
 from scldm.checked import SEEDS, Checked, checked
@@ -193,7 +192,7 @@ def wanted_cells(config: GenerateConfig) -> pd.DataFrame:
     if not path.exists():
         raise InputError(f"{'conditions' if config.conditions else 'like'}={path}: no such file")
     if config.conditions:
-        table = read_table(path)
+        table = read_table("conditions", path, dtype="category", index_col=False)
         if "n_cells" not in table:
             return table
         # 1e12 and 10.0 are whole numbers too
@@ -204,13 +203,3 @@ def wanted_cells(config: GenerateConfig) -> pd.DataFrame:
         rows = np.repeat(np.arange(len(table)), numbers.astype(int))
         return table.drop(columns="n_cells").iloc[rows].reset_index(drop=True)
     return read_obs(path, config.by)
-
-
-def read_table(path: Path) -> pd.DataFrame:
-    """A CSV file as text: a label may be called `NA`. Raises: InputError for a file that is none."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
-            return pd.read_csv(path, dtype="category", keep_default_na=False, index_col=False)
-    except (ValueError, OSError, pd.errors.ParserWarning) as error:  # ParserError and EmptyDataError are ValueErrors
-        raise no_table(path, error) from None

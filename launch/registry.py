@@ -41,7 +41,7 @@ def register(folder: Path, run: Path, name: str, alias: str = "") -> str:
         kind, what = (Busy, "Run the same command again") if may_pass(error) else (InputError, "Mend that")
         raise kind(
             f"register={name}: the model folder {folder} is written, MLflow at {uri} failed: "
-            f"{cause_of(error, uri)}. {what}"
+            f"{cause_of(error, uri).rstrip('.')}. {what}"
         ) from error
 
 
@@ -85,15 +85,15 @@ def save_pyfunc(folder: Path, out: Path) -> None:
 
 
 def signature_of(model: Pretrained) -> Any:
-    """Conditions, none of which must be given, and counts of all genes."""
+    """Conditions and library sizes, none of which must be given, and counts of all genes. Other columns are dropped."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
     assert model.dit is not None
     numbers = model.dit.config.continuous
-    columns: Any = [
-        ColSpec("double" if name in numbers else "string", name, required=False) for name in model.dit.n_labels
-    ]
+    kinds = {name: "double" if name in numbers else "string" for name in model.dit.n_labels}
+    kinds["library_size"] = "double"
+    columns: Any = [ColSpec(kind, name, required=False) for name, kind in kinds.items()]
     counts = TensorSpec(np.dtype("int32"), (-1, model.genes.n_genes))
     return ModelSignature(Schema(columns), Schema([counts]), ParamSchema([ParamSpec("seed", "long", 0)]))
 

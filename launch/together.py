@@ -6,6 +6,7 @@ judged.py.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,23 @@ def check_generate(config: Any) -> None:
         raise InputError("like needs by: the columns of its obs that are conditions of the model, as by=cell_type")
 
 
-def no_table(path: str | Path, error: Exception) -> InputError:
-    """What is said of a table of conditions that can't be read."""
-    return InputError(f"conditions={path}: not a readable CSV file: {' '.join(str(error).split())}")
+def no_table(path: str | Path, error: Exception, key: str = "conditions") -> InputError:
+    """What is said of a table that can't be read."""
+    why = " ".join(str(error).split()) or type(error).__name__
+    return InputError(f"{key}={path}: not a readable CSV file: {why}")
+
+
+def read_table(key: str, path: str | Path, **how: Any) -> Any:
+    """A CSV file as pandas reads it, packed or not. A label may be called `NA`. Raises: InputError for a file that is
+    none."""
+    import pandas as pd  # takes long
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
+            return pd.read_csv(path, keep_default_na=False, **how)
+    except Exception as error:  # pandas', and those of what unpacks a file or fetches it, which have no common kind
+        raise no_table(path, error, key) from None
 
 
 def moves_of(config: Any) -> dict[str, str]:
@@ -56,12 +71,20 @@ def check_device(config: Any) -> None:
 
 def check_export(config: Any) -> None:
     """Raises: InputError for a model that MLflow's registry does not take."""
-    if config.register and not config.ldm:
-        raise InputError(f"register={config.register} needs ldm: an autoencoder alone generates no cells")
-    if config.alias and not config.register:
-        raise InputError(f"alias={config.alias} needs register=NAME, the model that it is an alias of")
-    if config.alias and not re.fullmatch(r"(?!latest$|v\d+$)[\w-]+", config.alias, re.ASCII):
-        raise InputError(f"alias={config.alias}: give letters, digits, _ and -, and not latest or v1")
+    name, alias = config.register, config.alias
+    if name and not (name.isprintable() and re.fullmatch(r"(?! *$|\.$|\.\.)[^/:]{1,256}", name)):
+        raise InputError(
+            f"register={name!r:.60}: give a name of at most 256 printable letters, not blank, without / and :, and not "
+            "one that begins with .."
+        )
+    if alias and not re.fullmatch(r"(?!latest$|v\d+$)[\w-]{1,255}", alias, re.ASCII | re.IGNORECASE):
+        raise InputError(
+            f"alias={alias!r:.60}: give letters, digits, _ and -, at most 255, and not latest or v1, however written"
+        )
+    if name and not config.ldm:
+        raise InputError(f"register={name} needs ldm: an autoencoder alone generates no cells")
+    if alias and not name:
+        raise InputError(f"alias={alias} needs register=NAME, the model that it is an alias of")
 
 
 def check_sampler(config: Any) -> None:

@@ -24,6 +24,7 @@ from launch.evaluation.gate import gate_of, warn
 from launch.evaluation.preview import Trained, of_ldm
 from launch.run_data import EncodedFrom, check_encodes, data_of, encoded_from, library_sizes_of
 from launch.staged import at_hand
+from launch.together import read_table
 from launch.trained import check_given, checkpoint_of, trained_vae
 from scldm.batch import GeneCounts
 from scldm.errors import InputError
@@ -281,12 +282,16 @@ def described(vocab: ConditionVocab, files: dict[str, str]) -> tuple[ConditionVo
     for name, path in files.items():
         key = f"label_embeddings.{name}={path}"
         vocab.require(name, key)
+        table = read_table(f"label_embeddings.{name}", path, index_col=0, dtype={0: str})
+        if table.columns.empty:
+            raise InputError(f"{key}: no column of numbers beside that of the labels")
         try:
-            table = pd.read_csv(path, index_col=0, dtype={0: str}, keep_default_na=False)
             vectors = table.to_numpy("float32")
-        except (OSError, ValueError) as error:  # ParserError and EmptyDataError are ValueErrors
+        except (TypeError, ValueError) as error:
             raise InputError(f"{key}: not a CSV file of labels and numbers: {' '.join(str(error).split())}") from None
         table.index = table.index.astype(str)
+        if "" in table.index:
+            raise InputError(f"{key}: row {table.index.tolist().index('') + 1} has no label. Name it, or leave it out")
         if table.index.has_duplicates:
             raise InputError(f"{key}: label {table.index[table.index.duplicated()][0]!r} stands twice")
         missing = [label for label in labels[name] if label not in table.index]

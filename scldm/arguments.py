@@ -13,6 +13,7 @@ import numpy as np
 
 from scldm.checked import SEEDS
 from scldm.errors import InputError
+from scldm.files import check_path
 
 
 def one_of(name: str, value: Any, choices: Any) -> None:
@@ -25,10 +26,12 @@ def one_of(name: str, value: Any, choices: Any) -> None:
     raise InputError(f"{name}={value!r} must be one of {', '.join(map(repr, known))}{guess}")
 
 
-def whole_of(name: str, value: Any, at_least: int = 1) -> int:
+def whole_of(name: str, value: Any, at_least: int = 1, at_most: int | None = None) -> int:
     """A whole number, as of numpy too. Raises: InputError for any other value."""
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < at_least:
         raise InputError(f"{name}={value!r} must be a whole number, at least {at_least}")
+    if at_most is not None and int(value) > at_most:
+        raise InputError(f"{name}={value!r} must be at most {at_most:,}")
     return int(value)
 
 
@@ -98,6 +101,7 @@ def folder_of(name: str, value: Any) -> Path:
     """The path of a folder. Raises: InputError for what is no path, and for a file."""
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
         raise InputError(f"{name}={value!r} must be the path of a folder")
+    check_path(name, os.fspath(value))
     if Path(value).is_file():
         raise InputError(f"{name}={value} is a file. Name a folder")
     return Path(value)

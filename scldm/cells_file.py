@@ -23,6 +23,7 @@ from anndata.experimental import write_dispatched
 from anndata.io import read_elem, sparse_dataset, write_elem
 
 from scldm.cells_opened import check_columns, frame_of, is_array, open_cells, reading
+from scldm.count_matrix import Damaged
 from scldm.errors import InputError
 from scldm.hdf5 import hdf5_made
 
@@ -92,6 +93,8 @@ def cells_in_file(path: str | Path) -> Iterator[ad.AnnData]:
             made_storable(adata)
         try:
             yield adata
+        except Damaged as error:
+            raise InputError(f"{path}: {error}") from None
         except (OSError, RuntimeError) as error:
             if not any(of_damage in str(error) for of_damage in ("read data", "decompress")):  # of HDF5, and of zarr
                 raise
@@ -130,6 +133,8 @@ def storable(table: pd.DataFrame) -> pd.DataFrame:
     and columns are plain strings, or categories where values are missing."""
     out = table.copy(deep=False)
     out.index = pd.Index(out.index.astype(str).astype(object), name=out.index.name)
+    if len(twice := out.columns[out.columns.duplicated()]):
+        raise InputError(f"column {str(twice[0])!r} of the cells or genes stands twice. Rename one")
     for name in out.columns:
         values = pd.Series(out[name])
         if isinstance(values.dtype, pd.StringDtype):

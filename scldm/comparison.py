@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from scldm.arguments import folder_of
 from scldm.count_matrix import count_matrix, rows_in_memory, table_in_memory
 from scldm.environment import made_with
 from scldm.errors import InputError
@@ -29,7 +30,7 @@ from scldm.evaluate.metrics import METRICS
 from scldm.evaluate.protocols import PROTOCOLS
 from scldm.evaluate.report import matched_text, write_report
 from scldm.evaluate.sample import SPLITS, check_splits
-from scldm.files import write_json
+from scldm.files import check_evaluation, write_json
 from scldm.label_text import labels_of
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def evaluation(
 
     model: its loss curves and hash are kept, and it knows the labels of missing values
     """
-    if protocol not in PROTOCOLS:
+    if not isinstance(protocol, str) or protocol not in PROTOCOLS:
         raise InputError(f"protocol={protocol!r} must be one of {', '.join(map(repr, PROTOCOLS))}")
     of_cell = labels_of(table_in_memory(real.obs), split, "real", "split")
     check_splits(of_cell, "real", split)
@@ -135,10 +136,15 @@ class Evaluation:
             return FIGURES[name](self.numbers)
 
     def save(self, folder: str | Path) -> Path:
-        """Write report.html, its figures and evaluation.json. Returns the page."""
-        page = write_report(self.numbers, Path(folder))[0]
-        write_json(page.parent / "evaluation.json", self.numbers)
-        return page
+        """Write report.html, its figures and evaluation.json. Returns the page.
+
+        Raises: InputError for a folder where this would replace what no evaluation has made.
+        """
+        folder = folder_of("folder", folder)
+        check_evaluation("folder", str(folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "evaluation.json", self.numbers)  # which says that the others are its own
+        return write_report(self.numbers, folder)[0]
 
     def __repr__(self) -> str:
         tables = (f"{name}\n{table.to_string(float_format='{:.3g}'.format)}" for name, table in self.tables.items())

@@ -4,7 +4,7 @@ file (anndata's backed="r") or lazy (anndata.experimental.read_lazy), and are re
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,10 @@ from scldm.errors import InputError
 LOOKED_FOR = ("X", "layers/counts", "raw/X")
 FILE_ROWS = 4096  # of a file, read at once: 4,096 cells x 60,000 genes x 4 B = 1 GB where it is dense
 PROBE_ROWS = 100  # cells looked at, in each of three places, to tell counts from anything else
+
+
+class Damaged(InputError):
+    """A matrix that can't be: reading it would read other memory."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,8 @@ def check_adata(adata: Any, name: str = "adata") -> None:
 def _matrices(adata: ad.AnnData) -> dict[str, Any]:
     there = {} if (x := x_of(adata)) is None else {"X": x}
     there |= {f"layers/{name}": matrix for name, matrix in adata.layers.items()}
-    return there if adata.raw is None else there | {"raw/X": adata.raw.X}
+    there |= {} if adata.raw is None else {"raw/X": adata.raw.X}
+    return {name: sound(matrix, name) for name, matrix in there.items()}
 
 
 def _found(adata: ad.AnnData, name: str, there: dict[str, Any]) -> CountMatrix:
@@ -93,8 +98,49 @@ def _values(matrix: Any) -> np.ndarray:
 
 
 def _rows(matrix: Any, start: int, stop: int) -> sp.csr_matrix:
-    part = matrix[start:stop]
-    return sp.csr_matrix(part.compute() if hasattr(part, "compute") else part)
+    part = _read(lambda: matrix[start:stop])
+    return _csr(part.compute() if hasattr(part, "compute") else part)
+
+
+def _read(read: Callable[[], Any]) -> Any:
+    """A sound part of a matrix in a file. Raises: Damaged."""
+    try:
+        part = read()
+    except (ValueError, IndexError) as error:  # of anndata and scipy, which look at some of it
+        raise Damaged(f"the matrix is damaged: {error}") from None
+    return sound(part)
+
+
+def _csr(matrix: Any) -> sp.csr_matrix:
+    if sound(matrix).dtype.kind not in "biuf":
+        raise InputError(f"counts are of type {matrix.dtype}. They must be numbers")
+    return sp.csr_matrix(matrix.astype(np.float32) if matrix.dtype == np.float16 else matrix)
+
+
+def sound(matrix: Any, name: str = "the matrix") -> Any:
+    """The same matrix. Of one in a file, only where its rows begin is looked at.
+
+    Raises: Damaged for places outside of a sparse one, which scipy would look up all the same.
+    """
+    if getattr(matrix, "format", "") not in ("csr", "csc"):
+        return matrix
+    in_file = getattr(getattr(matrix, "matrix", matrix), "group", None)
+    ends = matrix.indptr if in_file is None else in_file["indptr"][:]
+    if (ends[1:] < ends[:-1]).any():
+        raise Damaged(f"{name} is damaged: its indptr falls")
+    if in_file is not None:
+        return matrix
+    places = matrix.indices
+    n, n_places = matrix.shape if matrix.format == "csr" else matrix.shape[::-1]
+    n_stored = min(len(places), len(matrix.data))
+    if len(ends) != n + 1 or ends[0] != 0 or ends[-1] > n_stored:
+        raise Damaged(f"{name} is damaged: its indptr does not fit its {n_stored} values")
+    used = places[: ends[-1]]
+    if len(used) and not (0 <= used.min() and used.max() < n_places):
+        wrong = used[(used < 0) | (used >= n_places)][0]
+        kind = "gene column" if matrix.format == "csr" else "row"
+        raise Damaged(f"{name} is damaged: it has {kind} {wrong} of {n_places}")
+    return matrix
 
 
 class _ViewOfFile:
@@ -106,10 +152,10 @@ class _ViewOfFile:
 
     def __getitem__(self, rows: slice) -> Any:
         at_n, of_row = np.unique(self.row_n[rows], return_inverse=True)  # HDF5 reads in ascending order
-        return sp.csr_matrix(self.matrix[at_n])[of_row][:, self.column_n]
+        return _csr(_read(lambda: self.matrix[at_n]))[of_row][:, self.column_n]
 
     def to_memory(self) -> Any:
-        return self.matrix.to_memory()[self.row_n][:, self.column_n]
+        return _read(self.matrix.to_memory)[self.row_n][:, self.column_n]
 
 
 def x_of(adata: Any) -> Any:
@@ -129,9 +175,9 @@ def row_blocks(matrix: Any, batch: int = 1) -> Iterator[sp.csr_matrix]:
     batch: each block has a multiple of so many rows, but for the last
     """
     if is_in_memory(matrix):
-        yield sp.csr_matrix(matrix)
+        yield _csr(matrix)
     elif _by_columns(matrix):
-        yield sp.csr_matrix(in_memory(matrix))
+        yield _csr(in_memory(matrix))
     else:
         step = max(FILE_ROWS // batch, 1) * batch
         for start in range(0, matrix.shape[0], step):
@@ -146,7 +192,7 @@ def _by_columns(matrix: Any) -> bool:
 def rows_in_memory(matrix: Any, rows: np.ndarray) -> sp.csr_matrix:
     """Some rows, in ascending order, of a matrix wherever it lies."""
     if is_in_memory(matrix):
-        return sp.csr_matrix(matrix[rows])
+        return _csr(sound(matrix)[rows])
     parts, start = [], 0
     block: Any  # scipy's stubs give no shape
     for block in row_blocks(matrix):
@@ -165,7 +211,7 @@ def in_memory(matrix: Any) -> Any:
     if is_in_memory(matrix):
         return matrix
     read = getattr(matrix, "to_memory", getattr(matrix, "compute", None))
-    return read() if read else matrix[:]
+    return _read(read or (lambda: matrix[:]))
 
 
 def table_in_memory(table: Any) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,17 @@ class Stopped(SystemExit):
     def __init__(self, exit_code: int, reason: str) -> None:
         super().__init__(exit_code)
         self.exit_code, self.reason = exit_code, reason
+
+
+def path_must_be(text: str) -> str:
+    """What a text must be to name a file or folder. Empty where it is."""
+    try:
+        path = os.fsencode(text)
+    except UnicodeEncodeError:
+        path = b"\0"
+    if b"\0" not in path and len(path) <= 2000 and all(len(name) <= 255 for name in path.split(b"/")):
+        return ""
+    return "a path of at most 2,000 bytes, with names of at most 255, and without NUL"
 
 
 def read_json(path: Path) -> Any:

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import reprlib
 import shutil
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from scldm.errors import InputError
+from scldm.errors import InputError, path_must_be
 
 PARTIAL = ".partial"  # ends the name of what was never finished
 PAGE = b"<!doctype html"  # begins every page that we write
@@ -38,7 +39,10 @@ def check_writable(key: str, value: str, is_file: bool = False) -> None:
 
     key, value: that name it. It need not exist
     """
+    check_path(key, value)
     path = Path(value).absolute()
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"{key}={value} is a link to {os.readlink(path)}, which is not there. Name another")
     folder = next(at for at in [path, *path.parents][is_file:] if os.path.exists(at))
     try:
         with tempfile.TemporaryFile(dir=folder):  # without a name: nobody who lists the folder sees it
@@ -61,6 +65,30 @@ def check_page(key: str, value: str) -> None:
             begins = file.read(len(PAGE))
         if begins and begins.lower() != PAGE:
             raise InputError(f"{key}={value} exists and is no HTML page, which would be lost. Name another file")
+
+
+def check_path(key: str, value: str) -> None:
+    """Raises: InputError for a text that no file system takes as a path, by what key it was given."""
+    if right := path_must_be(value):
+        raise InputError(f"{key}={reprlib.repr(value)} must be {right}")
+
+
+def check_evaluation(key: str, value: str) -> None:
+    """Raises: InputError for a folder in which an evaluation can't be written, or would replace what none has made."""
+    check_writable(key, value)
+    folder = Path(value)
+    of_ours = [folder / "evaluation.json", folder / "report.html", *sorted(folder.glob("figures/*.png"))]
+    if (there := next((path for path in of_ours if path.exists()), None)) is None:
+        return
+    try:
+        made = json.loads(of_ours[0].read_bytes())
+    except (OSError, ValueError, RecursionError):
+        made = None
+    if not isinstance(made, dict) or "made_with" not in made:
+        raise InputError(
+            f"{key}={value}: {there} is there, and evaluation.json of `scldm evaluate` is not. It might be lost. Name "
+            "another folder"
+        )
 
 
 def check_new(out: str) -> None:
@@ -375,4 +403,4 @@ def flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
         if isinstance(value, Mapping) and value:
             yield from flat(value, f"{prefix}{key}.")
         else:
-            yield prefix + key, value
+            yield f"{prefix}{key}", value

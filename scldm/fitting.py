@@ -1,20 +1,19 @@
 """An AnnData in, a trained model out: `scldm.fit`. It runs what the verbs run, one after another, in this process.
 
-This module alone of the library knows the data pipeline and the verbs. It imports them when `fit` is called, so that
-whoever loads a model needs neither.
+Of the library this module and cells_to_fit.py alone know the data pipeline and the verbs. They import them when `fit`
+is called, so that whoever loads a model needs neither.
 
-Reading order: fit, the stages, the cells, presets and keys.
+Reading order: fit, its folder, the stages, presets and keys.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,14 +24,21 @@ import pandas as pd
 import torch
 
 from scldm.arguments import folder_of, names_of, seed_of, text_of
-from scldm.cells_file import made_storable, read_frame, read_names, write_cells
-from scldm.cells_opened import frame_of, open_cells, reading
-from scldm.count_matrix import FILE_ROWS, row_blocks, table_in_memory, x_of
+from scldm.cells_to_fit import (
+    SPLIT,
+    Tables,
+    digest_of,
+    gene_columns,
+    n_cells_in,
+    path_of,
+    splits_of,
+    tables_of,
+    write_slim,
+)
 from scldm.environment import install_hint
 from scldm.errors import InputError, read_json
-from scldm.files import flat, made_aside, write_json
+from scldm.files import check_writable, flat, remove, write_json
 from scldm.given_json import typed
-from scldm.label_text import texts
 from scldm.parallel.dist import address_from_environment
 from scldm.pretrained import Pretrained, load
 
@@ -42,7 +48,8 @@ if TYPE_CHECKING:
 Keys = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]  # of a stage: presets and keys, merged in order
 
 NOTE = "fit.json"
-SPLIT = "scldm_split"  # the obs column that says which cells were trained on
+CELLS = "cells.h5ad"
+PARTS = ("shards", "vae", "latents", "ldm", "model", "start")  # folders
 MOST_THREADS = 4  # beyond it steps of the small presets are no faster
 FEW_CELLS = 100  # to train on. With fewer, fit warns
 SMALL = 10_000  # cells. With fewer, blocks are small too, so that there are many to shuffle
@@ -98,39 +105,101 @@ def fit(
     Raises: InputError that names the argument, the value and what would be right.
     """
     names = names_of("conditions", conditions, "obs columns", '["cell_type"]')
-    path = _checked(adata, names)
+    path = path_of(adata, names)
     words = {name: _words(name, given) for name, given in (("shards", shards or {}), ("vae", vae), ("ldm", ldm))}
     if words["shards"].presets:
         raise InputError(f"shards={shards!r} must be a mapping of keys, as shards={{'split.validation': 0.2}}")
-    seed, folder = seed_of(seed), None if folder is None else folder_of("folder", folder)
+    seed = seed_of(seed)
     if layer is not None:
         text_of("layer", layer, "counts")
     if (n_ranks := address_from_environment()[1]) > 1:
         raise InputError(f"fit runs in one process, and this is one of {n_ranks}. `scldm train` runs on many")
     if start_from is not None and not isinstance(start_from, Pretrained):
         start_from = load(folder_of("start_from", start_from))
-    with nullcontext(folder) if folder else tempfile.TemporaryDirectory(prefix="scldm-fit-") as place:
-        work = Path(place)
-        settings = {"conditions": list(names), "layer": layer or "", "seed": seed}
+    with _in_folder(folder) as work:
+        file = str(path or work.resolve() / CELLS)
+        settings: dict[str, Any] = {"conditions": names, "layer": layer or "", "seed": seed}
         settings |= {name: [*of.presets, *of.keys] for name, of in words.items()}
-        used = " ".join([*names, *words["shards"].keys])
-        settings |= {"start_from": start_from.hash if start_from else "", "cells": _digest(adata, path, used)}
-        _note(work, json.loads(json.dumps(settings)))
         try:
-            with _calm():
-                model = _train(adata, path, names, layer or "", words, start_from, seed, work)
+            n_cells = adata.n_obs if isinstance(adata, ad.AnnData) else n_cells_in(Path(adata))
+            config = _checked_keys(words, settings, n_cells, file, work)
+            tables = tables_of(adata, config) if isinstance(adata, ad.AnnData) else None
+            settings |= {"start_from": start_from.hash if start_from else "", "cells": digest_of(adata, file, tables)}
+            with _noted(work, settings), _calm():
+                model = _train(adata, tables, config, words, start_from, seed, work)
         except InputError as error:
-            cells = "adata" if isinstance(adata, ad.AnnData) else str(adata)
-            said = str(error).replace(str(work / "cells.h5ad"), cells)
-            for key, here in SAID:
+            said = str(error).replace(file, "adata" if isinstance(adata, ad.AnnData) else str(adata))
+            for key, here in (*SAID, *([(f"{work}/", "")] if folder is None else [])):
                 said = said.replace(key, here)
             raise InputError(said) from None
         except ModuleNotFoundError as error:
             package = str(error.name).partition(".")[0]
             raise InputError(f"fit needs the package {package}. {install_hint(package)}") from error
         if isinstance(adata, ad.AnnData):
-            adata.obs[SPLIT] = pd.Categorical(_splits(work / "shards", adata.n_obs))
+            adata.obs[SPLIT] = pd.Categorical(splits_of(work / "shards", adata.n_obs))
     return model
+
+
+# --- its folder -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _in_folder(given: Any) -> Iterator[Path]:
+    """Where all files go. A new one in which a refused call leaves nothing is removed.
+
+    Raises: InputError where there can be no such folder.
+    """
+    if given is None:
+        with tempfile.TemporaryDirectory(prefix="scldm-fit-") as place:
+            yield Path(place)
+        return
+    try:
+        work = folder_of("folder", given)
+        check_writable("folder", str(work))
+        new = [path for path in (work, *work.parents) if not path.exists()]
+        work.mkdir(parents=True, exist_ok=True)
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(f"folder={str(given)!r} can't be made or read ({error}). Choose another") from None
+    try:
+        yield work
+    except InputError:
+        with suppress(OSError):  # what holds anything stays
+            for path in new:
+                path.rmdir()
+        raise
+
+
+def _has_begun(work: Path, stage: str) -> bool:
+    return (work / stage / "config.json").is_file()
+
+
+@contextmanager
+def _noted(work: Path, settings: dict[str, Any]) -> Iterator[None]:
+    """Note in the folder what it is of. Keys of a stage may change until it has begun. Where a call is refused before
+    anything is trained, what it made goes.
+
+    Raises: InputError where the folder holds what another call made, or anything else.
+    """
+    note, settings = work / NOTE, json.loads(json.dumps(settings))
+    is_new = not note.is_file()
+    if not is_new:
+        before = typed(dict[str, Any], read_json(note), str(note))
+        fixed = [key for key in settings if key not in ("vae", "ldm") or _has_begun(work, key)]
+        differ = [key for key in fixed if before.get(key) != settings[key]]
+        if differ:
+            told = "; ".join(f"{key} was {before.get(key)!r}, now {settings[key]!r}" for key in differ)
+            raise InputError(f"folder={work} holds another fit: {told}. Choose another folder")
+    elif any(work.iterdir()):
+        raise InputError(f"folder={work} is not empty and no folder of scldm.fit. Choose another")
+    write_json(note, settings)
+    try:
+        yield
+    except InputError:
+        for name in (NOTE, CELLS, *PARTS) if is_new and not _has_begun(work, "vae") else ():
+            remove(work / name)
+        raise
 
 
 # --- the stages ----------------------------------------------------------------------------------------------------
@@ -144,57 +213,67 @@ class Words:
     keys: list[str]
 
 
+def _checked_keys(
+    words: Mapping[str, Words], settings: dict[str, Any], n_cells: int, file: str, work: Path
+) -> ShardsWriteConfig:
+    """How shards of the cells are written. Raises: InputError for what is wrong with the keys of any stage."""
+    from data_pipeline.convert.config import ShardsWriteConfig
+    from launch import train_ldm, train_vae
+    from launch.config import check_presets, compose
+
+    for name, verb in (("vae", train_vae), ("ldm", train_ldm)):
+        presets = _presets_of(name, words[name], f"{name}/tiny", [])
+        try:
+            check_presets(f"{name}=", presets, (name, "hardware"))
+            config: Any = compose(verb.CONFIG, [*presets, *words[name].keys, "data.shards=-", "run_dir=-"])
+            for key, table in config.label_embeddings.items() if name == "ldm" else ():
+                if "://" not in table and not os.path.isfile(table):
+                    raise InputError(f"label_embeddings.{key}={table}: no such file")
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
+    given, conditions = words["shards"].keys, json.dumps(settings["conditions"])
+    defaults = [f"seed={settings['seed']}"]
+    if not {word.partition("=")[0] for word in given} & {"split.by", "split.stratify", "split.held_out"}:
+        defaults += [f"split.stratify={conditions}"]
+    if n_cells <= SMALL:
+        defaults += ["block_cells=64", "shard_cells=1024"]
+    own = [f"out={work / 'shards'}", f"conditions={conditions}", f"source.layer={settings['layer']}"]
+    return compose(ShardsWriteConfig, [*defaults, *given, *own, f"source.paths={json.dumps([file])}"])
+
+
 def _train(
     adata: ad.AnnData | str | os.PathLike[str],
-    path: Path | None,
-    conditions: tuple[str, ...],
-    layer: str,
+    tables: Tables | None,
+    shards: ShardsWriteConfig,
     words: Mapping[str, Words],
     start_from: Pretrained | None,
     seed: int,
     work: Path,
 ) -> Pretrained:
     """Every stage as its verb does it. Each goes on where it stopped."""
-    from data_pipeline.convert.config import ShardsWriteConfig
     from data_pipeline.format.schema import read_manifest
     from data_pipeline.stream.gene_set_config import as_whole_cells
     from launch import encode, export, shards_write, train_ldm, train_vae
-    from launch.config import check_presets, compose
+    from launch.config import compose
     from launch.evaluation.gate import read_gate, told_by_the_caller
 
-    given = words["shards"].keys
-    chosen = {word.partition("=")[0] for word in given}
-    n_cells = adata.n_obs if isinstance(adata, ad.AnnData) else _n_cells(Path(adata))
-    defaults = [f"seed={seed}"]
-    if not chosen & {"split.by", "split.stratify", "split.held_out"}:
-        defaults += [f"split.stratify={json.dumps(conditions)}"]
-    if n_cells <= SMALL:
-        defaults += ["block_cells=64", "shard_cells=1024"]
-    out = {name: str(work / name) for name in ("shards", "vae", "latents", "ldm", "model", "start")}
-    own = [f"out={out['shards']}", f"conditions={json.dumps(conditions)}", f"source.layer={layer}"]
-    for name, verb in (("vae", train_vae), ("ldm", train_ldm)):  # before anything is made
-        presets = words[name].presets or [f"{name}/tiny"]
-        try:
-            check_presets(f"{name}=", presets, (name, "hardware"))
-            compose(verb.CONFIG, [*presets, *words[name].keys, "data.shards=-", "run_dir=-"])
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from None
-    file = str(path or work.resolve() / "cells.h5ad")
-    config = compose(ShardsWriteConfig, [*defaults, *given, *own, f"source.paths={json.dumps([file])}"])
-    if path is None:
+    if tables is not None:
         assert isinstance(adata, ad.AnnData)
-        _write_cells(adata, config, Path(config.source.paths[0]))
+        write_slim(adata, tables, shards, Path(shards.source.paths[0]))
     with _unsaid():
-        shards_write.main(config)
+        shards_write.main(shards)
 
-    splits = {split.name: split.n_cells for split in read_manifest(out["shards"]).splits}
+    out = {name: str(work / name) for name in PARTS}
+    manifest = read_manifest(out["shards"])
+    splits = {split.name: split.n_cells for split in manifest.splits}
     on_gpu = torch.cuda.is_available()
     first, second = _presets(splits["train"], on_gpu)
     if splits["train"] < FEW_CELLS:
         few = f"{splits['train']} cells to train on are few: a model of fewer than {FEW_CELLS} learns little of them"
         print(f"scldm.fit: WARNING: {few}", file=sys.stderr)
     threads = max(1, min(MOST_THREADS, torch.get_num_threads()))
-    common = ["hardware/one_gpu" if on_gpu else "hardware/cpu", "hardware.engine=plain", f"hardware.threads={threads}"]
+    machine = ["hardware/one_gpu" if on_gpu else "hardware/cpu"]
+    common = ["hardware.engine=plain", f"hardware.threads={threads}"]
     common += ["tracking.enabled=false", "train.hang_s=0", "train.stop_signals=[]"]
     common += [f"train.seed={seed}", f"data.seed={seed}"]
     shape: list[str] = []
@@ -203,14 +282,15 @@ def _train(
         shape = [f"model.{key}={_text('vae', key, value)}" for key, value in asdict(start_from.vae.config).items()]
         shape += [f"init_from={out['start']}"]
     of_vae, of_ldm = words["vae"], words["ldm"]
-    presets = of_vae.presets or [first], of_ldm.presets or [second]
-    print(
-        f"scldm.fit: {splits['train']:,} cells to train on, {', '.join([*presets[0], *presets[1]])}, "
-        f"on a {'GPU' if on_gpu else 'CPU'}",
-        file=sys.stderr,
-    )
+    of_stages = _presets_of("vae", of_vae, first, machine), _presets_of("ldm", of_ldm, second, machine)
+    told = [preset for of in of_stages for preset in of if not preset.startswith("hardware/")]
+    told = [f"{splits['train']:,} cells to train on", *told, f"on a {'GPU' if on_gpu else 'CPU'}"]
+    print(f"scldm.fit: {', '.join(told)}", file=sys.stderr)
     place = [f"data.shards={out['shards']}", f"run_dir={out['vae']}"]
-    vae = compose(train_vae.TrainVAEConfig, [*presets[0], *common, *shape, *of_vae.presets[1:], *of_vae.keys, *place])
+    vae = compose(train_vae.TrainVAEConfig, [*of_stages[0], *common, *shape, *of_vae.keys, *place])
+    place = [f"data.shards={out['latents']}", f"run_dir={out['ldm']}"]
+    ldm = compose(train_ldm.TrainLDMConfig, [*of_stages[1], *common, *of_ldm.keys, *place])
+    train_ldm.values_of(train_ldm.described(manifest.conditions, ldm.label_embeddings)[0], ldm)  # before hours pass
     with _unsaid(), told_by_the_caller():
         train_vae.main(_fitting(vae, of_vae))
         if (gate := read_gate(work / "vae")) and gate["passed"] is not None:
@@ -218,12 +298,10 @@ def _train(
             print(f"scldm.fit: {failed}the autoencoder is {gate['line']}", file=sys.stderr)
         genes = as_whole_cells(vae.data.given)
         encode.main(encode.EncodeConfig(out["vae"], out["shards"], out["latents"], genes=genes, threads=threads))
-        place = [f"data.shards={out['latents']}", f"run_dir={out['ldm']}"]
-        ldm = compose(train_ldm.TrainLDMConfig, [*presets[1], *common, *of_ldm.presets[1:], *of_ldm.keys, *place])
         train_ldm.main(_fitting(ldm, of_ldm))
         export.main(export.ExportConfig(out["vae"], out["model"], out["ldm"]))
     model = load(out["model"], "cuda" if on_gpu else "cpu")
-    model = replace(model, gene_columns=_gene_columns(adata, model.genes.ids))
+    model = replace(model, gene_columns=gene_columns(adata, model.genes.ids))
     model.save(out["model"])
     return model
 
@@ -233,6 +311,18 @@ def _presets(n_cells: int, on_gpu: bool) -> tuple[str, str]:
     return next(found for most, *found in PRESETS if n_cells <= most or not on_gpu)  # pyright: ignore[reportReturnType]
 
 
+def _presets_of(stage: str, words: Words, chosen: str, machine: list[str]) -> list[str]:
+    """A stage's presets: the chosen one first, unless one that was given says what the network is.
+
+    machine: what `fit` knows of it goes before the presets that may say otherwise
+    """
+    presets = words.presets
+    if not any(of.startswith(f"{stage}/") or of.endswith((".yaml", ".yml")) for of in presets):
+        presets = [chosen, *presets]
+    at = next((k for k, of in enumerate(presets) if not of.startswith(f"{stage}/")), len(presets))
+    return [*presets[:at], *machine, *presets[at:]]
+
+
 def _fitting(config: Any, words: Words) -> Any:
     """With the largest micro-batch that divides the global batch, unless one was asked for."""
     if any(word.startswith("hardware.micro_batch=") for word in words.keys):
@@ -240,22 +330,6 @@ def _fitting(config: Any, words: Words) -> Any:
     whole, most = config.train.global_batch, config.hardware.micro_batch
     fits = max(m for m in range(1, min(whole, most) + 1) if whole % m == 0)
     return replace(config, hardware=replace(config.hardware, micro_batch=fits))
-
-
-def _note(work: Path, settings: dict[str, Any]) -> None:
-    """Raises: InputError where the folder holds what another call made, or anything else."""
-    note = work / NOTE
-    if note.is_file():
-        before = typed(dict[str, Any], read_json(note), str(note))
-        differ = [key for key in settings if before.get(key) != settings[key]]
-        if differ:
-            told = "; ".join(f"{key} was {before.get(key)!r}, now {settings[key]!r}" for key in differ)
-            raise InputError(f"folder={work} holds another fit: {told}. Choose another folder")
-    elif work.is_dir() and any(work.iterdir()):
-        raise InputError(f"folder={work} is not empty and no folder of scldm.fit. Choose another")
-    else:
-        work.mkdir(parents=True, exist_ok=True)
-        write_json(note, settings)
 
 
 @contextmanager
@@ -275,120 +349,6 @@ def _unsaid() -> Iterator[None]:
     """Without the verbs' lines on stdout, which name files. Progress and warnings go to stderr."""
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         yield
-
-
-# --- the cells -----------------------------------------------------------------------------------------------------
-
-
-def _checked(adata: Any, conditions: tuple[str, ...]) -> Path | None:
-    """The file with the cells, or None where they are in memory. Raises: InputError for what are no cells, or an obs
-    without these columns."""
-    if isinstance(adata, ad.AnnData):
-        if adata.isbacked and adata.is_view:
-            raise InputError(
-                f'adata is a view of a file, whose obs can\'t get the column "{SPLIT}". Give adata.to_memory()'
-            )
-        for name in conditions:
-            if name not in adata.obs:
-                there = ", ".join(map(str, adata.obs.columns)) or "none"
-                raise InputError(f"conditions: adata.obs has no column {name!r}. It has {there}")
-        return None
-    if not isinstance(adata, str | os.PathLike):
-        raise InputError(f"adata is of type {type(adata).__name__}. It must be an AnnData, or the path of an h5ad file")
-    path = Path(adata)
-    with open_cells(path) as file:  # which says what it is, if it is no such file
-        frame_of(file, "obs", path)
-    return path.resolve()
-
-
-def _n_cells(path: Path) -> int:
-    with open_cells(path) as file, reading(path):
-        return len(read_names(frame_of(file, "obs", path)))
-
-
-def _write_cells(adata: ad.AnnData, config: ShardsWriteConfig, path: Path) -> None:
-    """What training needs of the cells as a file, unless an earlier call wrote it: it would be another file."""
-    if path.exists():
-        return
-    from data_pipeline.convert.splits import columns_of
-
-    columns = list(dict.fromkeys([*config.conditions, *columns_of(config.split)]))
-    missing = [name for name in columns if name not in adata.obs]
-    if missing:
-        raise InputError(f"shards: adata.obs has no column {missing[0]!r}. It has {', '.join(map(str, adata.obs))}")
-    obs = table_in_memory(adata.obs)
-    obs = obs if config.source.obs_filter else obs[columns]
-    for name in columns:
-        column = pd.Series(obs[name])
-        obs = obs.assign(**{name: texts(column).where(column.notna()).astype("category")})
-    parts: dict[str, Any] = {"obs": obs}
-    var = table_in_memory(adata.var)
-    parts["var"] = var if config.source.var_filter or config.source.gene_column else var[[]]
-    wanted = {"counts", config.source.layer.removeprefix("layers/")}
-    kept = {name: matrix for name, matrix in adata.layers.items() if name in wanted}
-    slim = ad.AnnData(x_of(adata), **parts, layers=kept)
-    if adata.raw is not None:
-        names = {"obs": adata.obs_names, "var": adata.raw.var_names}
-        frames: dict[str, Any] = {of: pd.DataFrame(index=index) for of, index in names.items()}
-        slim.raw = ad.AnnData(adata.raw.X, **frames)
-    with made_aside(path) as part:
-        write_cells(made_storable(slim), part, compression=None)
-
-
-def _digest(adata: ad.AnnData | str | os.PathLike[str], path: Path | None, used: str) -> str:
-    """What tells cells apart: of a file its name, size and time, of an AnnData its genes, counts and labels.
-
-    used: the words that name the columns of obs and var that matter
-    """
-    if path is not None:
-        from data_pipeline.convert.source import size_and_time
-
-        size, modified_ns = size_and_time(str(path))
-        return f"{path} {size} {modified_ns}"
-    assert isinstance(adata, ad.AnnData)
-    digest = hashlib.sha256("\n".join([*map(str, adata.var_names), *map(str, adata.obs_names)]).encode())
-    for table in map(table_in_memory, (adata.obs, adata.var)):  # of var, those that choose or name genes
-        for name in table:
-            if str(name) in used and name != SPLIT:
-                digest.update("\n".join([str(name), *table[name].astype(str)]).encode())
-    raw: list[Any] = [] if adata.raw is None else [adata.raw.X]
-    matrices: list[Any] = [x_of(adata), *(adata.layers[name] for name in sorted(adata.layers)), *raw]
-    blocks: Any = (block for matrix in matrices if matrix is not None for block in row_blocks(matrix))
-    for block in blocks:
-        for start in range(0, block.shape[0], FILE_ROWS):  # the same in memory as in a file
-            rows = block[start : start + FILE_ROWS]
-            for part in (rows.data, rows.indices.astype(np.int64), rows.indptr.astype(np.int64)):
-                digest.update(np.ascontiguousarray(part).data)
-    return digest.hexdigest()
-
-
-def _gene_columns(adata: ad.AnnData | str | os.PathLike[str], ids: Sequence[str]) -> pd.DataFrame:
-    """The text columns of var, such as symbols beside ids, for the genes that the model has."""
-    if isinstance(adata, ad.AnnData):
-        var = table_in_memory(adata.var)
-    else:
-        path = Path(adata)
-        with open_cells(path) as file, reading(path):
-            var = read_frame(frame_of(file, "var", path))
-    columns = {
-        str(name): column.astype(str)
-        for name, column in var.items()
-        if isinstance(column.dtype, pd.CategoricalDtype | pd.StringDtype) or column.map(type).eq(str).all()
-    }
-    found = pd.DataFrame(columns, index=var.index)
-    return found.reindex(list(ids)) if set(ids) <= set(var.index) else pd.DataFrame(index=pd.Index(ids))
-
-
-def _splits(shards: Path, n_cells: int) -> np.ndarray:
-    """The split of every cell, in the order of the cells."""
-    from data_pipeline.format.read_shards import ShardSet
-
-    out = np.full(n_cells, "left out", object)
-    with closing(ShardSet(str(shards))) as cells:
-        row = cells.cell_column("row")
-        for split in cells.manifest.splits:
-            out[row[split.first_cell :][: split.n_cells]] = split.name
-    return out
 
 
 # --- presets and keys ----------------------------------------------------------------------------------------------

@@ -13,24 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from scldm.errors import InputError, read_json
+from scldm.errors import InputError, path_must_be, read_json
 
 Kind = TypeVar("Kind")
 LARGEST = 2**63  # numbers go into int64
 Count = Annotated[int, range(LARGEST)]
-
-
-class _Paths:
-    """Texts that a file system may take as a path, with room for a folder before it."""
-
-    right = "a path of at most 2,000 bytes, with names of at most 255, and without NUL"
-
-    def __contains__(self, text: str) -> bool:
-        path = text.encode()
-        return b"\0" not in path and len(path) <= 2000 and all(len(name) <= 255 for name in path.split(b"/"))
-
-
-PathText = Annotated[str, _Paths()]
+PathText = Annotated[str, path_must_be]
 SEAL = "sha256"
 
 
@@ -92,10 +80,12 @@ def _typed(kind: Any, value: Any, where: str, key: str) -> Any:
 
     if origin is Annotated:
         found = _typed(inner[0], value, where, key)
-        if found not in inner[1]:
-            raise wrong(
-                inner[1].right if isinstance(inner[1], _Paths) else f"from {inner[1].start} to {inner[1].stop - 1}"
-            )
+        if callable(inner[1]):
+            right = inner[1](found)
+        else:
+            right = "" if found in inner[1] else f"from {inner[1].start} to {inner[1].stop - 1}"
+        if right:
+            raise wrong(right)
         return found
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in inner:

@@ -36,7 +36,10 @@ def texts(values: pd.Series) -> pd.Series:
 
 def _text(value: object) -> str:
     if isinstance(value, bytes):  # text of fixed length in older files
-        return value.decode()
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            raise InputError(f"the label {value!r} is no text in UTF-8") from None
     if isinstance(value, (float, np.floating)) and np.isfinite(value) and value == np.floor(value):
         return str(int(value))
     return str(value)
@@ -95,6 +98,8 @@ def labels_of(
 
     if column not in obs:
         raise obs_lacks(column, where, key, obs.columns if there is None else there)
+    if list(obs.columns).count(column) > 1:
+        raise InputError(f"{where}: obs column {_named(column, key)} stands twice")
     values = pd.Series(obs[column])
     if n := 0 if missing else int(_absent(values, texts(values)).sum()):
         raise InputError(

@@ -26,6 +26,7 @@ from scldm.cells_file import storable
 from scldm.count_matrix import check_adata, count_matrix, table_in_memory
 from scldm.environment import install_hint
 from scldm.errors import InputError
+from scldm.files import check_writable
 from scldm.flow.generate import solve
 from scldm.flow.guidance import GuidedField
 from scldm.flow.sampler import SamplerConfig
@@ -40,7 +41,7 @@ from scldm.networks import AskedPrecision, Kind, Networks, batch_on, precision_o
 from scldm.own_cells import Given, before, given_cells, kept_beside, var_of
 from scldm.progress import Progress
 from scldm.request import labels as asked
-from scldm.request.cells import Asked, table_of
+from scldm.request.cells import MOST_CELLS, Asked, table_of
 from scldm.request.told_sizes import USUALLY_FAR, ToldSizes
 from scldm.shown import as_html, as_text
 from scldm.vocab import MIN_GENE_SHARE, ConditionVocab, GeneMatch, GeneVocab
@@ -124,6 +125,7 @@ class Pretrained(Networks):
     def save(self, folder: str | Path) -> None:
         """Write the model as a folder that `scldm.load` reads. A model that is there is replaced."""
         folder = check.folder_of("folder", folder)
+        check_writable("folder", str(folder))
         if folder.exists() and not (folder / "config.json").is_file() and any(folder.iterdir()):
             raise InputError(f"folder={folder} is not empty and not a model folder. Choose another")
         rows = {stage: json.loads(str(table.to_json(orient="records"))) for stage, table in self.history.items()}
@@ -450,7 +452,7 @@ class Pretrained(Networks):
 
         by, dit = check.names_of("by", by, "conditions", '["cell_type"]'), self._dit()
         condition = check.text_of("condition", condition, "treatment")
-        n, seed, sampler = check.whole_of("n", n, 2), check.seed_of(seed), _sampler(sampler)
+        n, seed, sampler = check.whole_of("n", n, 2, MOST_CELLS // 2), check.seed_of(seed), _sampler(sampler)
         a, b = check.label_of("a", a), check.label_of("b", b)
         for name in (condition, *by):
             if name not in dit.n_labels:
@@ -459,10 +461,12 @@ class Pretrained(Networks):
             raise InputError(f"by names {condition!r}, which is the condition that changes. Leave it out")
         columns = [list(dit.n_labels).index(name) for name in by]
         trained = dit.combinations.labels_KC[:, columns].unique(dim=0).tolist() if by else [[]]
+        if not trained:
+            raise InputError(f"by={list(by)}: the model knows no combination that a training cell had. Leave by out")
         tables = []
         for ids in trained:
             own = {name: self.conditions.labels[name][k] for name, k in zip(by, ids, strict=True)}
-            asked_of = pd.DataFrame([{**own, condition: label} for label in (a, b) for _ in range(n)])
+            asked_of = pd.DataFrame([{**own, condition: label} for label in (a, b)]).iloc[np.repeat([0, 1], n)]
             cells = self.generate(asked_of, seed=seed, sampler=sampler, genes=genes)
             table = gene_changes(cast(sp.csr_matrix, cells.X), cells.var_names, n)
             tables.append(table.assign(**own)[[*by, *table.columns]])

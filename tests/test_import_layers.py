@@ -65,7 +65,7 @@ ABOVE_VERBS = {"launch.quickstart"}
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES - EVERYWHERE},
     "scldm.evaluate": {"scldm.label_text", "scldm.likelihood", "scldm.vocab"},
-    "scldm.cells_file": {"scldm.cells_opened"},
+    "scldm.cells_file": {"scldm.cells_opened", "scldm.count_matrix"},
     "scldm.count_matrix": {"scldm.cells_opened"},
     "scldm.vocab": {"scldm.label_text"},
     "scldm.kernels": {"scldm.count_basis", "scldm.tf32"},
@@ -82,10 +82,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scldm.pretrained": LEAVES
     | {"scldm.comparison", "scldm.flow", "scldm.model", "scldm.model_folder", "scldm.networks", "scldm.own_cells"}
     | {"scldm.request", "scldm.shown"},
-    # what trains an AnnData is what the verbs run: the one place of the library that knows them, and when called alone
-    "scldm.fitting": {"scldm.pretrained", "data_pipeline", *LEAVES, *LAUNCH, "launch"},
+    # what trains an AnnData is what the verbs run. fit and its cells alone know them, when called
+    "scldm.fitting": {"scldm.cells_to_fit", "scldm.pretrained", "data_pipeline", *LEAVES, *LAUNCH, "launch"},
+    "scldm.cells_to_fit": {"data_pipeline", *LEAVES},
     "scldm.examples": set(),
-    "scldm.served": {"scldm.pretrained"},
+    "scldm.served": {"scldm.arguments", "scldm.pretrained"},
     "scldm": {"scldm.fitting", "scldm.flow", "scldm.pretrained"},  # scldm/__init__.py, when a name is first used
     "data_pipeline.stores": set(),
     "data_pipeline.format": FOR_DATA | {"data_pipeline.stores"},

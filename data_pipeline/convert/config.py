@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -147,10 +148,15 @@ class ShardsWriteConfig(Checked):
         if self.shard_cells % self.block_cells:
             raise InputError(f"shard_cells={self.shard_cells} must be a multiple of block_cells={self.block_cells}")
         for name in self.conditions:
-            if not SPLIT_NAME.fullmatch(name.replace("-", "_").replace(" ", "_").replace(".", "_")):
+            if not SPLIT_NAME.fullmatch(re.sub("[- .]", "_", name)) or not name.strip("."):
                 raise InputError(f"conditions: {name!r} can't be part of a file name")
             if self.conditions.count(name) > 1:
                 raise InputError(f"conditions: {name!r} stands twice")
+            if name in ("library_size", "n_cells"):
+                raise InputError(
+                    f"conditions: {name!r} has another meaning in the tables of conditions that cells are generated "
+                    "from, so nobody could ask for it. Rename the column of obs"
+                )
         _ = self.share
 
     @property
@@ -186,5 +192,5 @@ def parse_bytes(text: str, key: str) -> int:
     unit = text.strip().lower()[len(number) :].strip()
     try:
         return int(float(number) * units[unit])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):  # of infinity
         raise InputError(f"{key}={text!r} is no amount of memory. Write 2GiB or 500MB") from None

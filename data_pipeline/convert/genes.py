@@ -25,6 +25,14 @@ def gene_names(names: Iterable[object]) -> tuple[str, ...]:
     return tuple("" if gone else without_version(text.strip()) for text, gone in zip(texts(values), values.isna()))
 
 
+def check_whole(place: str, ids: Iterable[str]) -> None:
+    """Raises: InputError for ids that are no line of a file."""
+    if broken := [g for g in ids if g.splitlines() not in ([g], []) or "\0" in g]:
+        raise InputError(
+            f"{place}: {len(broken)} gene ids hold a line break or NUL, such as {broken[0]!r}. Rename them"
+        )
+
+
 @dataclass(frozen=True)
 class SourceGenes:
     """The gene ids of a source's columns, in their order, as `gene_names` gives them. An empty one is dropped.
@@ -53,10 +61,7 @@ class SourceGenes:
                 f"{self.uri}: {len(twice)} gene ids stand more than once, such as {some} (Ensembl ids without their "
                 "version). Name a column of var with unique ids as source.gene_column, or make them unique"
             )
-        if broken := [g for g in self.ids if g.splitlines() not in ([g], [])]:
-            raise InputError(
-                f"{self.uri}: {len(broken)} gene ids hold a line break, such as {broken[0]!r}. Rename them"
-            )
+        check_whole(self.uri, self.ids)
         if not any(self.ids):
             raise InputError(f"{self.uri}: no gene has a name. Give source.gene_column, a column of var with ids")
 
@@ -135,13 +140,21 @@ def _read_table(path: Path, to: Namespace) -> dict[str, str]:
     if not path.is_file():
         raise InputError(f"source.gene_table: {path}: no such file")
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    pairs = set()
     try:
-        if not {"ensembl", "symbol"} <= set(reader.fieldnames or ()):
-            raise InputError(f"source.gene_table: {path}: needs columns ensembl and symbol, has {reader.fieldnames}")
-        rows = [(without_version(row["ensembl"]), row["symbol"]) for row in reader if row["ensembl"] and row["symbol"]]
+        columns = list(reader.fieldnames or ())
+        if not columns.count("ensembl") == columns.count("symbol") == 1:
+            raise InputError(f"source.gene_table: {path}: needs a column ensembl and a column symbol, has {columns}")
+        for row in reader:
+            at = f"source.gene_table: {path}: row {reader.line_num}"
+            if None in row or None in row.values():
+                raise InputError(f"{at}: not as many values as there are columns, {len(columns)}. Mend that row")
+            check_whole(at, (row["ensembl"], row["symbol"]))
+            if row["ensembl"] and row["symbol"]:
+                e, s = without_version(row["ensembl"]), row["symbol"]
+                pairs.add((s, e) if to == "ensembl" else (e, s))
     except csv.Error as error:
         raise InputError(f"source.gene_table: {path}: row {reader.line_num + 1}: no CSV: {error}") from None
-    pairs = {(s, e) if to == "ensembl" else (e, s) for e, s in rows}
     times = Counter(old for old, _ in pairs)
     return {old: new for old, new in pairs if times[old] == 1}
 

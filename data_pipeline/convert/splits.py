@@ -16,6 +16,8 @@ from scldm.errors import InputError
 from scldm.label_text import known_label
 
 BASE = ("train", "validation", "test")
+UNDRAWN = 255  # of a cell, until its split is drawn
+MOST_SPLITS = 252  # besides these three
 
 
 def columns_of(config: SplitConfig) -> tuple[str, ...]:
@@ -52,7 +54,7 @@ def draw_splits(
     obs: the columns of columns_of(config), as strings, a row per cell
     Raises: InputError for a value or a combination that no cell has.
     """
-    split = np.full(len(source), 255, np.uint8)
+    split = np.full(len(source), UNDRAWN, np.uint8)
     names: list[str] = list(BASE)
     rule: dict[str, Any] = {"validation": config.validation, "test": config.test}
     explicit: set[str] = set()
@@ -73,7 +75,7 @@ def draw_splits(
                 )
             taken |= labels
             rule[f"{name}_values"] = {config.by: list(values)}
-    left = np.flatnonzero(split == 255)
+    left = np.flatnonzero(split == UNDRAWN)
     shares = {name: getattr(config, name) for name in ("validation", "test") if name not in explicit}
     if config.by:
         rule["whole_values_of"] = config.by
@@ -115,7 +117,11 @@ def read_held_out(path: str) -> pd.DataFrame:
         table["split"] = "test"
     wrong = [s for s in table["split"] if not SPLIT_NAME.fullmatch(s) or s == "train"]
     if wrong:
-        raise InputError(f"split.held_out: {path}: {wrong[0]!r} is no name for a held-out split (letters, digits, _)")
+        raise InputError(
+            f"split.held_out: {path}: {wrong[0]!r} is no name for a held-out split (up to 100 letters, digits, _)"
+        )
+    if (n := len(set(table["split"]) - set(BASE))) > MOST_SPLITS:
+        raise InputError(f"split.held_out: {path}: {n} splits. There can be {MOST_SPLITS}")
     return table
 
 
@@ -144,7 +150,7 @@ def _by_values(split: np.ndarray, column: str, values: tuple[str, ...], obs: pd.
             raise InputError(
                 f"split.by={column}: no cell has {value!r}. There are {len(known)} values, such as {known[:5]}"
             )
-    split[np.isin(present, list(found.values())) & (split == 255)] = number
+    split[np.isin(present, list(found.values())) & (split == UNDRAWN)] = number
     return set(found.values())
 
 

@@ -27,7 +27,7 @@ FORMAT = "scldm-shards"
 VERSION = 3
 BLOCK_CELLS = 256
 MANIFEST = "manifest.json"
-SPLIT_NAME = re.compile(r"[A-Za-z0-9_]+")
+SPLIT_NAME = re.compile(r"[A-Za-z0-9_]{1,100}")
 
 Setkind = Literal["cells", "latents"]
 Codec = Literal["none", "lz4", "zstd"]

@@ -22,6 +22,7 @@ from data_pipeline.format.schema import column_dtype, count_dtype, vocab_tag
 from data_pipeline.read_cells import read_soma
 from scldm.cells_file import read_column, read_names
 from scldm.cells_opened import column_names, frame_of, open_cells, reading
+from scldm.count_matrix import sound
 from scldm.errors import InputError
 from scldm.evaluate.baselines import rows_per_type
 from scldm.evaluate.cells import Cells, combination_names
@@ -280,7 +281,7 @@ def _read(path: str, layer: str, columns: Sequence[str]) -> tuple[sp.csr_matrix,
         obs = pd.DataFrame(there, index=read_names(group))
         obs.attrs["columns"] = column_names(group)  # of the file, to name where one is missing
         genes = read_names(file["raw/var" if name == "raw/X" else "var"])
-        counts: Any = read_elem(file[name])
+        counts: Any = sound(read_elem(file[name]), f"{path}: {name}")
     return sp.csr_matrix(counts), obs, tuple(genes)
 
 

@@ -57,6 +57,8 @@ def fit_pca(log: sp.csr_matrix, n_components: int = N_COMPONENTS, seed: int = 0,
             f"{n_components} principal components need at least {n_components + 1} {which} cells and genes. "
             f"There are {n_cells} cells x {n_genes} genes"
         )
+    if not log.count_nonzero():
+        raise InputError(f"{which} cells have no count in any gene that is judged")
     return PCA(n_components, svd_solver="arpack", random_state=seed).fit(log)
 
 

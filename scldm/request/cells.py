@@ -13,6 +13,7 @@ import pandas as pd
 from scldm.arguments import mapping_of, whole_of
 from scldm.count_matrix import table_in_memory
 from scldm.errors import InputError
+from scldm.vocab import stands_twice
 
 MOST_CELLS = 100_000_000  # that a call can be asked for: no memory holds more
 Asked = pd.DataFrame | Mapping[str, str | float] | ad.AnnData | None
@@ -30,6 +31,10 @@ def table_of(conditions: Asked, n: int | None, names: Sequence[str]) -> pd.DataF
         if n is not None:
             raise InputError(f"n={n} can't be given with a table of cells: it has {len(conditions)} rows, one for each")
         if isinstance(conditions, pd.DataFrame):
+            if wrong := [name for name in conditions.columns if not isinstance(name, str)]:
+                raise InputError(f"conditions: column {wrong[0]!r} is no text, so it names no condition")
+            if (twice := stands_twice(list(conditions.columns))) is not None:
+                raise InputError(f"conditions: column {twice!r} stands twice")
             return conditions
         obs = table_in_memory(conditions.obs)
         found = [name for name in names if name in obs]

@@ -127,7 +127,10 @@ def distinct(conditions: pd.DataFrame, missing: Mapping[str, str]) -> tuple[np.n
     code_n = np.zeros(len(conditions), np.int64)
     columns: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for name in map(str, conditions.columns):
-        value_n, values = pd.factorize(conditions[name])
+        try:
+            value_n, values = pd.factorize(conditions[name])
+        except TypeError:  # of a list, say, which is no label
+            raise InputError(f"column {name} holds what is no label: labels are texts or numbers") from None
         if (value_n < 0).any() and name not in missing:
             raise InputError(
                 f"column {name}, row {(value_n < 0).argmax()}: no label is given, and the model was trained on no "

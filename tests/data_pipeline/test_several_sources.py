@@ -71,6 +71,23 @@ def test_namespaces_need_a_table(tmp_path):
     assert [c.tolist() for c in back.column_of] == [[0, 1, -1, -1, -1], [0, 1, 2, 3]]
 
 
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("ensembl,symbol,symbol\nENSG0,A,B\n", "needs a column ensembl and a column symbol, has .*'symbol', 'symbol'"),
+        ('ensembl,symbol\nENSG0,"A\nB"\n', r"row 3: 1 gene ids hold a line break or NUL, such as 'A\\nB'"),
+        ("ensembl,symbol\nENSG0,A\0\n", r"row 2: 1 gene ids hold a line break or NUL, such as 'A\\x00'"),
+        ("ensembl,symbol\nENSG0,A,B\n", "row 2: not as many values as there are columns, 2"),
+        ("ensembl,symbol\nENSG0,A\nENSG1\n", "row 3: not as many values as there are columns, 2"),
+    ],
+)
+def test_a_gene_table_says_each_thing_once(tmp_path, text, said):
+    (tmp_path / "table.csv").write_text(text)
+    sources = [SourceGenes("e.h5ad", ("ENSG0",), "ensembl"), SourceGenes("s.h5ad", ("A",), "symbol")]
+    with pytest.raises(InputError, match=rf"^source.gene_table: {tmp_path}/table.csv: {said}"):
+        join_genes(sources, "intersection", None, str(tmp_path / "table.csv"))
+
+
 @pytest.mark.heavy
 def test_versions_of_ensembl_ids_are_one_gene(tmp_path):
     ids = [f"ENSG{k:011d}" for k in range(30)]
@@ -103,7 +120,7 @@ def test_genes_without_a_name_are_dropped_and_counted(tmp_path):
     assert manifest.report["genes"]["without_name"] == {str(tmp_path / "a.h5ad"): 3}
     for (_, row), cell in read_set(str(tmp_path / "set"))[1].items():
         assert cell["counts"] == {g: n for g, n in row_counts(adata, row).items() if g in set(manifest.genes.ids)}
-    with pytest.raises(InputError, match=r"a.h5ad: 1 gene ids hold a line break, such as 'A\\nB'"):
+    with pytest.raises(InputError, match=r"a.h5ad: 1 gene ids hold a line break or NUL, such as 'A\\nB'"):
         SourceGenes("a.h5ad", gene_names(["A\nB", "C"]), "symbol")
     with pytest.raises(InputError, match="a.h5ad: no gene has a name. Give source.gene_column"):
         SourceGenes("a.h5ad", gene_names([None, ""]), "symbol")

@@ -102,6 +102,8 @@ def test_values_and_combinations(tmp_path):
         (b"type,donor\na\n", r"t.csv: row 2 has 1 fields, the header 2"),
         (b"type,donor\n\xe9,d1\n", r"t.csv: can't be read as CSV in UTF-8"),
         (b"type,type\na,b\n", r"t.csv: column 'type' stands twice"),
+        (b"type,split\na," + b"s" * 101, r"t.csv: 's{101}' is no name for a held-out split \(up to 100"),
+        ("\n".join(["type,split", *(f"k{k},s{k}" for k in range(253))]).encode(), r"253 splits. There can be 252"),
     ],
 )
 def test_held_out_tables_that_can_not_be_read(tmp_path, content, message):

@@ -195,6 +195,9 @@ def test_a_mistake_is_one_line_with_its_key(presets: Path, words: list[str], sai
         (b"- 1", "must hold `key: value` lines"),
         (b"\xff\xfe\x00", "is not YAML"),
         (b'optim: {lr: 1}\nby: ["b", "a\\0b"]', "by holds a NUL"),
+        (b"steps: " + b"9" * 5_000, "is not YAML: Exceeds the limit"),
+        (b"1: 2", "unknown key '1'"),
+        (b"optim: {1: 2}", "unknown key 'optim.1'"),
     ],
 )
 def test_a_broken_preset_is_named(tmp_path: Path, content: bytes, said: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from launch.cli import main
 from launch.config import compose
 from launch.evaluation.cells import cells_of_shards, labels_of_split
 from launch.generate import GenerateConfig, wanted_cells
+from launch.train_ldm import described
 from scldm import networks as networks_module
 from scldm.errors import InputError
 from scldm.flow.sampler import SamplerConfig
@@ -352,6 +354,16 @@ def test_cells_of_a_file_are_taken_to_another_condition(
         assert main([*words, *more]) == 2
         assert said in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cells.h5ad", "made.h5ad"]
+
+
+@pytest.mark.parametrize("ending", ["zip", "gz", "xz", "zst", "tar"])
+def test_a_table_that_is_not_packed_as_it_says_is_refused(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"wanted.csv.{ending}"
+    path.write_bytes(gzip.compress(b"type,n_cells\nT,3\n" * 99)[:-12] if ending == "gz" else b"type\nT\n")
+    with pytest.raises(InputError, match=rf"^conditions={path}: not a readable CSV file: \S"):
+        wanted_cells(GenerateConfig(model="m", out=f"{tmp_path}/o.h5ad", conditions=str(path)))
+    with pytest.raises(InputError, match=rf"^label_embeddings.type={path}: not a readable CSV file: \S"):
+        described(ConditionVocab({"type": ("T",)}), {"type": str(path)})
 
 
 @pytest.mark.parametrize(

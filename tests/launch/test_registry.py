@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -17,6 +19,7 @@ from launch.cli import main
 from launch.registry import register, requirements
 from scldm.errors import Busy, InputError
 from scldm.model_folder import save_pretrained
+from scldm.served import _load_pyfunc
 from scldm.train.mlflow_run import MLFLOW_ENVIRONMENT
 from scldm.train.tracking import Tracker, TrackingConfig, begin_note
 from tests.launch.test_track_replay import client_of
@@ -27,11 +30,14 @@ pytestmark = pytest.mark.heavy
 
 LOAD = """
 import sys
-import mlflow, pandas as pd
+import mlflow, numpy as np, pandas as pd
 mlflow.set_tracking_uri(sys.argv[1])
 model = mlflow.pyfunc.load_model(sys.argv[2])
-made = model.predict(pd.read_csv(sys.argv[3], dtype=str), params={"seed": 3})
+table = pd.read_csv(sys.argv[3], dtype={"type": str, "donor": str})
+made = model.predict(table, params={"seed": 3})
+assert made.equals(model.predict(table, params={"seed": np.int64(3)}))
 made.to_csv(sys.argv[4], index=False)
+model.predict(table.drop(columns="library_size"))
 import scldm
 assert "/artifacts/model-" in scldm.__file__, scldm.__file__
 unwanted = {"deepspeed", "tiledbsoma", "launch", "data_pipeline"} & {name.split(".")[0] for name in sys.modules}
@@ -59,8 +65,8 @@ def test_a_registered_model_gives_cells_to_who_has_mlflow_alone(folder: Path, tm
     store.set_registered_model_alias("small", "champion", "2")
     register(folder, run, "small", "champion")
     assert str(store.get_model_version_by_alias("small", "champion").version) == "3"
-    first = {name: [CONDITIONS.labels[name][0]] * 3 for name in CONDITIONS.names}
-    table = pd.DataFrame(first)
+    first: dict[str, Any] = {name: [CONDITIONS.labels[name][0]] * 3 for name in CONDITIONS.names}
+    table = pd.DataFrame({**first, "library_size": [9000.0] * 3})
     table.to_csv(tmp_path / "wanted.csv", index=False)
     words = [f"sqlite:///{run}/mlflow.db", "models:/small/1", tmp_path / "wanted.csv", tmp_path / "made.csv"]
     command = [sys.executable, "-P", "-c", LOAD, *map(str, words)]
@@ -71,6 +77,21 @@ def test_a_registered_model_gives_cells_to_who_has_mlflow_alone(folder: Path, tm
     assert (made.to_numpy() == expected.X.toarray()).all()  # type: ignore[union-attr]
 
 
+def test_only_a_table_and_a_seed_are_taken(folder: Path) -> None:
+    model, table = _load_pyfunc(str(folder)), pd.DataFrame({"type": ["T cell"]})
+    wrong: Any
+    for wrong in (None, [table], {"type": ["T cell"]}, np.zeros((1, 1)), "T cell"):
+        with pytest.raises(InputError, match=r"^conditions of type \w+ must be a DataFrame"):
+            model.predict(wrong)
+    for wrong in ("x", "3", None, [1], float("nan"), 2.7, True, -1):
+        with pytest.raises(InputError, match="^seed=.* must be a whole number"):
+            model.predict(table, {"seed": wrong})
+    wrong = 3
+    with pytest.raises(InputError, match="^params=3 must map names to values"):
+        model.predict(table, wrong)
+    assert model.predict(table, {"seed": np.int64(3)}).equals(model.predict(table, {"seed": 3}))
+
+
 def test_what_can_not_be_registered_is_said_before_anything_is_written(tmp_path: Path, capsys) -> None:
     (tmp_path / "ldm").mkdir()
     for run in (tmp_path, tmp_path / "ldm"):
@@ -78,9 +99,12 @@ def test_what_can_not_be_registered_is_said_before_anything_is_written(tmp_path:
     words = ["export", f"vae={tmp_path}", f"out={tmp_path}/model", "register=small"]
     assert main(words) == 2
     assert "register=small needs ldm" in capsys.readouterr().err
-    for alias in ("latest", "v1", "a b"):
+    for alias in ("latest", "LATEST", "v1", "V1", "a b", "a\n", "x" * 256):
         assert main([*words, f"ldm={tmp_path}/ldm", f"alias={alias}"]) == 2
-        assert f"alias={alias}: give letters" in capsys.readouterr().err
+        assert f"alias={alias!r:.60}: give letters" in capsys.readouterr().err
+    for name in ("a/b", "a:b", "a\nb", " ", ".", "..a", "\udcff", "x" * 257):
+        assert main([*words[:-1], f"ldm={tmp_path}/ldm", f"register={name}"]) == 2
+        assert f"register={name!r:.60}: give a name" in capsys.readouterr().err
     assert main(["export", f"vae={tmp_path}", "out=x", "alias=champion"]) == 2
     assert "alias=champion needs register=NAME" in capsys.readouterr().err
     assert main([*words, f"ldm={tmp_path}/ldm"]) == 2
@@ -101,7 +125,7 @@ def test_what_a_server_refuses_is_no_matter_of_another_try(folder: Path, tmp_pat
 
     def refuse(*_: object) -> str:
         seen.append(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"])
-        raise RuntimeError("API request to endpoint x failed with error code 403 != 200")
+        raise RuntimeError("API request to endpoint x failed with error code 403 != 200.")
 
     monkeypatch.setattr(registry, "_registered", refuse)
     begin_note(tmp_path / "ldm", TrackingConfig(uri="http://127.0.0.1:9"), "train ldm", {})
@@ -110,7 +134,7 @@ def test_what_a_server_refuses_is_no_matter_of_another_try(folder: Path, tmp_pat
         register(folder, tmp_path / "ldm", "small")
     assert not isinstance(error.value, Busy)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "7")
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=r"[^.]\. Mend that$"):
         register(folder, tmp_path / "ldm", "small")
     assert seen == ["120", "7"]
 

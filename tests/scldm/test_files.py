@@ -18,6 +18,7 @@ from scldm.cells_opened import check_out
 from scldm.errors import InputError
 from scldm.files import (
     PARTIAL,
+    check_evaluation,
     check_page,
     check_writable,
     made_aside,
@@ -81,6 +82,30 @@ def test_a_page_replaces_nothing_but_a_page(tmp_path: Path) -> None:
     page.write_text("{}")
     with pytest.raises(InputError, match=f"^out={page} exists and is no HTML page, which would be lost"):
         check_page("out", str(page))
+
+
+def test_an_evaluation_replaces_nothing_but_an_evaluation(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    check_evaluation("out", out)
+    for name in ("evaluation.json", "report.html", "figures/scores.png"):
+        path = tmp_path / "out" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("[1]")
+        with pytest.raises(InputError, match=f"out={out}: {path} is there, and evaluation.json of"):
+            check_evaluation("out", out)
+        path.unlink()
+    (tmp_path / "out" / "thesis.txt").write_text("not of its names")
+    check_evaluation("out", out)
+    path.write_text("a figure")
+    (tmp_path / "out" / "evaluation.json").write_text('{"made_with": {}}')
+    check_evaluation("out", out)
+
+
+@pytest.mark.parametrize("name", ["gone", "n" * 256, "a\0b"])
+def test_what_can_be_no_folder_is_known_before(tmp_path: Path, name: str) -> None:
+    (tmp_path / "gone").symlink_to(tmp_path / "nothing")
+    with pytest.raises(InputError, match=r"out=.* (is a link to .*/nothing, which is not|must be a path of at most)"):
+        check_writable("out", str(tmp_path / name))
 
 
 def test_a_page_takes_what_a_killed_one_left_with_it(tmp_path: Path) -> None:

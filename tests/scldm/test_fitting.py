@@ -16,7 +16,8 @@ import scipy.sparse as sp
 import torch
 
 import scldm
-from scldm import count_matrix, fitting
+from scldm import cells_to_fit, count_matrix, fitting
+from scldm.cells_to_fit import digest_of
 from scldm.errors import InputError
 from scldm.pretrained import Pretrained
 
@@ -113,7 +114,7 @@ def test_cells_that_stay_in_a_file_train_the_same_model(
 
 
 def test_the_cells_are_the_same_wherever_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "FILE_ROWS", 7)
+    monkeypatch.setattr(cells_to_fit, "FILE_ROWS", 7)
     monkeypatch.setattr(count_matrix, "FILE_ROWS", 7)
     adata = cells()
     adata.X = None  # counts in a layer alone
@@ -121,9 +122,10 @@ def test_the_cells_are_the_same_wherever_they_lie(tmp_path: Path, monkeypatch: p
     backed = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")
     dense = adata.copy()
     dense.layers["counts"] = dense.layers["counts"].toarray()
-    assert fitting._digest(adata, None, "") == fitting._digest(backed, None, "") == fitting._digest(dense, None, "")
+    of_all = [digest_of(of, "", (adata.obs, adata.var)) for of in (adata, backed, dense)]
+    assert of_all == of_all[:1] * 3
     adata.layers["counts"][3, 0] += 1
-    assert fitting._digest(adata, None, "") != fitting._digest(backed, None, "")
+    assert digest_of(adata, "", (adata.obs, adata.var)) != of_all[0]
     with pytest.raises(InputError, match=r"adata is a view of a file, .* Give adata.to_memory\(\)"):
         scldm.fit(backed[:20], ["cell_type"])
     backed.file.close()

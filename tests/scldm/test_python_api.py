@@ -51,6 +51,17 @@ def labelled(n: int = 6) -> Any:
 # --- which cells ---
 
 
+def twice(column: str, values: list[Any]) -> pd.DataFrame:
+    table = pd.DataFrame({"a": values, "b": values})
+    table.columns = [column, column]
+    return table
+
+
+def with_twice(adata: Any, column: str) -> Any:
+    adata.obs = twice(column, ["T cell"] * adata.n_obs).set_axis(adata.obs_names)
+    return adata
+
+
 def test_all_ways_to_ask_make_the_same_cells(known: Pretrained) -> None:
     table = pd.DataFrame({"type": ["T cell"] * 4})
     like = ad.AnnData(obs=pd.DataFrame({"type": ["T cell"] * 4, "batch": "x"}, index=list("abcd")))
@@ -87,6 +98,11 @@ def test_all_ways_to_ask_make_the_same_cells(known: Pretrained) -> None:
         ),
         ({"conditions": {"type": "T cell"}, "n": 3, "genes": "ENSG00001"}, r"genes='ENSG00001' must be a list of gene"),
         ({"conditions": {"type": "T cell"}, "n": 3, "sampler": {"n_steps": 2}}, "must be a scldm.SamplerConfig"),
+        ({"conditions": twice("type", ["T cell"])}, "conditions: column 'type' stands twice"),
+        ({"conditions": twice("library_size", [50.0])}, "conditions: column 'library_size' stands twice"),
+        ({"conditions": pd.DataFrame({0: ["T cell"]})}, "conditions: column 0 is no text, so it names no condition"),
+        ({"conditions": pd.DataFrame({"type": [["T cell"]]})}, "column type holds what is no label"),
+        ({"conditions": pd.DataFrame({"type": [b"\xff\xfe"]})}, r"label b'\\xff\\xfe' is no text in UTF-8"),
     ],
 )
 def test_what_generate_refuses(known: Pretrained, given: dict[str, Any], said: str) -> None:
@@ -120,7 +136,18 @@ def test_what_generate_refuses(known: Pretrained, given: dict[str, Any], said: s
         (lambda m: m.evaluate(cells(2), cells(2)[:0]), "real: there are no cells"),
         (lambda m: m.evaluate(cells(2), cells(2), seed=1 << 31), r"seed=2147483648 must be .* below 2\^31"),
         (lambda m: m.evaluate(cells(2), cells(2), split=["x"]), r"split=\['x'\] must be one text"),
+        (
+            lambda m: m.log_fold_changes("type", "T cell", "B cell", n=10**12),
+            "n=1000000000000 must be at most 50,0",
+        ),
+        (lambda m: m.evaluate(cells(2), cells(2), protocol=["scldm"]), r"protocol=\['scldm'\] must be one of 'scldm'"),
+        (lambda m: m.evaluate(cells(2), with_twice(cells(2), "split"), split="split"), "split='split' stands twice"),
+        (lambda m: m.transform(with_twice(cells(2), "type"), {"type": "NK"}), "column 'type' of the cells or genes st"),
         (lambda m: m.save(__file__), "is a file. Name a folder"),
+        (lambda m: m.save("a\0b"), r"folder='a\\x00b' must be a path of at most"),
+        (lambda m: m.save("/dev/null"), "folder=/dev/null: /dev/null can't be written to"),
+        (lambda m: m.save(f"{__file__}/x"), "can't be written to"),
+        (lambda m: scldm.load("n" * 300), "folder='nnn.* must be a path of at most 2,000 bytes, with names of at mos"),
         (lambda m: scldm.load(3), "folder=3 must be the path of a folder"),
         (lambda m: scldm.load("x", batch="a"), "batch='a' must be a whole number, at least 1"),
         (lambda m: scldm.load("x", min_gene_share="a"), "min_gene_share='a' must be a number from 0 to 1"),
