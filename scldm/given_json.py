@@ -81,7 +81,7 @@ def _typed(kind: Any, value: Any, where: str, key: str) -> Any:
     if origin is Annotated:
         found = _typed(inner[0], value, where, key)
         if callable(inner[1]):
-            right = inner[1](found)
+            right = str(inner[1](found))
         else:
             right = "" if found in inner[1] else f"from {inner[1].start} to {inner[1].stop - 1}"
         if right:
