@@ -36,7 +36,7 @@ def main(config: EvaluateVerbConfig) -> dict:
     """Returns the evaluation, as in evaluation.json."""
     check_judged(config)
     if config.out:
-        check_evaluation("out", config.out)
+        check_evaluation("out", config.out, has_page=bool(config.generated))
     if config.generated:
         from launch.evaluation.of_generated import evaluate_generated
 

@@ -6,6 +6,7 @@ judged.py.
 from __future__ import annotations
 
 import re
+import reprlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -74,12 +75,13 @@ def check_export(config: Any) -> None:
     name, alias = config.register, config.alias
     if name and not (name.isprintable() and re.fullmatch(r"(?! *$|\.$|\.\.)[^/:]{1,256}", name)):
         raise InputError(
-            f"register={name!r:.60}: give a name of at most 256 printable letters, not blank, without / and :, and not "
-            "one that begins with .."
+            f"register={reprlib.repr(name)}: give a name of at most 256 printable letters, not blank, without / and "
+            ":, and not . or one that begins with .."
         )
     if alias and not re.fullmatch(r"(?!latest$|v\d+$)[\w-]{1,255}", alias, re.ASCII | re.IGNORECASE):
         raise InputError(
-            f"alias={alias!r:.60}: give letters, digits, _ and -, at most 255, and not latest or v1, however written"
+            f"alias={reprlib.repr(alias)}: give letters, digits, _ and -, at most 255, and not latest or v1, however "
+            "written"
         )
     if name and not config.ldm:
         raise InputError(f"register={name} needs ldm: an autoencoder alone generates no cells")

@@ -48,16 +48,17 @@ def read(words: Sequence[str]) -> TrackReplayConfig:
 def main(config: TrackReplayConfig) -> None:
     """Send, a line for each run. Raises: SystemExit(1) for a folder without a run, and where a server did not take it
     all."""
-    runs, failed = dict[Path, Path](), False
+    runs, failed = list[Path](), False
     for folder in config.folders:
         try:
-            runs = dict.fromkeys(runs_in(Path(folder)), Path(folder)) | runs
+            runs += runs_in(Path(folder))
         except InputError as error:  # the others are sent
             print(error, file=sys.stderr, flush=True)
             failed = True
-    for run, within in runs.items():
+    roots = None if config.outside else [Path(folder) for folder in config.folders]
+    for run in dict.fromkeys(runs):
         try:
-            print(replay(run, None if config.outside else within), flush=True)
+            print(replay(run, roots), flush=True)
         except InputError as error:  # as of an experiment that is deleted
             print(error, file=sys.stderr, flush=True)
             failed |= not is_followed(run)

@@ -291,7 +291,7 @@ def described(vocab: ConditionVocab, files: dict[str, str]) -> tuple[ConditionVo
             raise InputError(f"{key}: not a CSV file of labels and numbers: {' '.join(str(error).split())}") from None
         table.index = table.index.astype(str)
         if "" in table.index:
-            raise InputError(f"{key}: row {table.index.tolist().index('') + 1} has no label. Name it, or leave it out")
+            raise InputError(f"{key}: row {table.index.tolist().index('') + 2} has no label. Name it, or leave it out")
         if table.index.has_duplicates:
             raise InputError(f"{key}: label {table.index[table.index.duplicated()][0]!r} stands twice")
         missing = [label for label in labels[name] if label not in table.index]

@@ -53,7 +53,7 @@ def count_matrix(adata: ad.AnnData, layer: str | None = None, what: str = "the c
         if name not in there:
             raise InputError(f"{what}: layer {layer!r} is not there. There are {', '.join(there) or 'none'}")
         return _found(adata, name, there)
-    looks = {name: _values(there[name]) for name in LOOKED_FOR if name in there}
+    looks = {name: _values(sound(there[name], name)) for name in LOOKED_FOR if name in there}
     counts = [name for name, values in looks.items() if not len(_wrong(values))]
     if not counts:
         held = "; ".join(f"{name} holds {_wrong(values)[0]:g}, which is not a count" for name, values in looks.items())
@@ -77,12 +77,12 @@ def _matrices(adata: ad.AnnData) -> dict[str, Any]:
     there = {} if (x := x_of(adata)) is None else {"X": x}
     there |= {f"layers/{name}": matrix for name, matrix in adata.layers.items()}
     there |= {} if adata.raw is None else {"raw/X": adata.raw.X}
-    return {name: sound(matrix, name) for name, matrix in there.items()}
+    return there
 
 
 def _found(adata: ad.AnnData, name: str, there: dict[str, Any]) -> CountMatrix:
     of = adata.raw if name == "raw/X" else adata
-    return CountMatrix(name, there[name], list(map(str, of.var_names)))
+    return CountMatrix(name, sound(there[name], name), list(map(str, of.var_names)))
 
 
 def _values(matrix: Any) -> np.ndarray:
@@ -98,21 +98,26 @@ def _values(matrix: Any) -> np.ndarray:
 
 
 def _rows(matrix: Any, start: int, stop: int) -> sp.csr_matrix:
-    part = _read(lambda: matrix[start:stop])
-    return _csr(part.compute() if hasattr(part, "compute") else part)
+    def read() -> Any:
+        part = matrix[start:stop]
+        return part.compute() if hasattr(part, "compute") else part
+
+    return _csr(_read(read))
 
 
 def _read(read: Callable[[], Any]) -> Any:
     """A sound part of a matrix in a file. Raises: Damaged."""
     try:
         part = read()
+    except InputError:
+        raise
     except (ValueError, IndexError) as error:  # of anndata and scipy, which look at some of it
         raise Damaged(f"the matrix is damaged: {error}") from None
     return sound(part)
 
 
 def _csr(matrix: Any) -> sp.csr_matrix:
-    if sound(matrix).dtype.kind not in "biuf":
+    if matrix.dtype.kind not in "biuf":
         raise InputError(f"counts are of type {matrix.dtype}. They must be numbers")
     return sp.csr_matrix(matrix.astype(np.float32) if matrix.dtype == np.float16 else matrix)
 
@@ -175,7 +180,7 @@ def row_blocks(matrix: Any, batch: int = 1) -> Iterator[sp.csr_matrix]:
     batch: each block has a multiple of so many rows, but for the last
     """
     if is_in_memory(matrix):
-        yield _csr(matrix)
+        yield _csr(sound(matrix))
     elif _by_columns(matrix):
         yield _csr(in_memory(matrix))
     else:

@@ -73,20 +73,26 @@ def check_path(key: str, value: str) -> None:
         raise InputError(f"{key}={reprlib.repr(value)} must be {right}")
 
 
-def check_evaluation(key: str, value: str) -> None:
-    """Raises: InputError for a folder in which an evaluation can't be written, or would replace what none has made."""
+def check_evaluation(key: str, value: str, has_page: bool = True) -> None:
+    """Raises: InputError for a folder in which an evaluation can't be written, or would replace what none has made.
+
+    has_page: a page with figures is written beside evaluation.json
+    """
     check_writable(key, value)
     folder = Path(value)
-    of_ours = [folder / "evaluation.json", folder / "report.html", *sorted(folder.glob("figures/*.png"))]
-    if (there := next((path for path in of_ours if path.exists()), None)) is None:
+    page = [folder / "report.html", *sorted(folder.glob("figures/*.png"))] if has_page else []
+    there = [path for path in (folder / "evaluation.json", *page) if path.exists()]
+    if not there:
         return
     try:
-        made = json.loads(of_ours[0].read_bytes())
+        made = json.loads((folder / "evaluation.json").read_bytes())
     except (OSError, ValueError, RecursionError):
         made = None
-    if not isinstance(made, dict) or "made_with" not in made:
+    # an evaluation of an autoencoder or an embedding has no page, so that one beside it is of something else
+    known = {"made_with", "pooled"} if there[-1] in page else {"made_with"}
+    if not isinstance(made, dict) or not known <= made.keys():
         raise InputError(
-            f"{key}={value}: {there} is there, and evaluation.json of `scldm evaluate` is not. It might be lost. Name "
+            f"{key}={value}: {there[-1]} is there, and evaluation.json of what made it is not. It might be lost. Name "
             "another folder"
         )
 

@@ -146,11 +146,8 @@ def _read_table(path: Path, to: Namespace) -> dict[str, str]:
         if not columns.count("ensembl") == columns.count("symbol") == 1:
             raise InputError(f"source.gene_table: {path}: needs a column ensembl and a column symbol, has {columns}")
         for row in reader:
-            at = f"source.gene_table: {path}: row {reader.line_num}"
-            if None in row or None in row.values():
-                raise InputError(f"{at}: not as many values as there are columns, {len(columns)}. Mend that row")
-            check_whole(at, (row["ensembl"], row["symbol"]))
             if row["ensembl"] and row["symbol"]:
+                check_whole(f"source.gene_table: {path}: row {reader.line_num}", (row["ensembl"], row["symbol"]))
                 e, s = without_version(row["ensembl"]), row["symbol"]
                 pairs.add((s, e) if to == "ensembl" else (e, s))
     except csv.Error as error:

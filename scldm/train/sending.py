@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 
 from scldm.environment import without_passwords
 from scldm.errors import InputError
 from scldm.train import tracked
-from scldm.train.follower import METRICS, Follower, say
+from scldm.train.follower import METRICS, Follower, say, say_once
 from scldm.train.mlflow_run import Sender, cause_of, database_of
 from scldm.train.tracked import TrackingConfig
 
@@ -57,7 +58,8 @@ class Forwarder(_Background):
 
     def left(self) -> str:
         lacks = ", ".join(tracked.unsent(self.run_dir)) or "rows of runs below"
-        replay = f"`scldm track replay {self.run_dir}` sends the rest"
+        note = tracked.read_note(self.run_dir) or {"artifacts": []}
+        replay = f"`{tracked.replay_of(self.run_dir, note)}` sends the rest"
         return f"{self.place} (it lacks {lacks}). All is in {self.run_dir}: {replay}"
 
     def run(self) -> None:
@@ -103,7 +105,11 @@ class Forwarder(_Background):
             if lost and not followed:
                 tracked.note_end(folder, note, "KILLED")  # its process is gone, and said nothing
             if stage or not followed:
-                Sender(folder, self.uri).send()
+                check = functools.partial(tracked.check_trusted, [self.run_dir], self.place)
+                try:
+                    Sender(folder, self.uri, check).send()
+                except tracked.Untrusted as error:  # which somebody else may have put there
+                    say_once(folder / tracked.NOTE, str(error))
 
 
 class Also(_Background):
@@ -146,11 +152,11 @@ def fail_parent(folder: Path) -> None:
         say(f"{folder}: MLflow at {place} failed: {cause_of(error, place)}")
 
 
-def replay(folder: Path, within: Path | None = None) -> str:
+def replay(folder: Path, roots: Sequence[Path] | None = None) -> str:
     """Send what MLflow lacks of the run in a folder. Returns a line about it. A run whose process ended without a word
     was killed.
 
-    within: the folder whose files may be sent, as may the run's own. None: all may
+    roots: folders whose files may be sent, as may the run's own. None: all may
 
     Raises: InputError where its own process still follows it, and as `check_trusted`. Else whatever MLflow raises.
     """
@@ -165,7 +171,7 @@ def replay(folder: Path, within: Path | None = None) -> str:
             lacks = tracked.unsent(folder)
         if not lacks:
             return f"{folder}: MLflow at {note['uri']} has all"
-        Sender(folder, check=functools.partial(tracked.check_trusted, within)).send()
+        Sender(folder, check=functools.partial(tracked.check_trusted, roots, "")).send()
         return f"{folder}: sent {', '.join(lacks)} to {note['uri']}"
 
 

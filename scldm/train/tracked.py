@@ -16,10 +16,11 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from scldm.checked import Checked, checked
 from scldm.environment import check_uri, without_passwords
@@ -29,7 +30,9 @@ from scldm.given_json import Count, PathText, read_checked, typed
 from scldm.train.follower import row_files, say_once
 
 NOTE, STATE, LOCK = "tracked.json", "mlflow_run.json", "tracking.lock"
-SECRETS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+# what MLflow and its databases take from the environment
+SECRETS = tuple(f"MLFLOW_TRACKING_{name}" for name in ("PASSWORD", "TOKEN", "AUTH", "AWS_SIGV4", "CLIENT_CERT_PATH"))
+SECRETS += ("PGPASSWORD", "MYSQL_PWD")
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
@@ -147,34 +150,57 @@ class _Note:
     artifacts: list[tuple[PathText, str]]
 
 
+class Untrusted(InputError):
+    """A note by which something would be sent that its user may not want to be sent."""
+
+
 def check_followed(run: Path) -> None:
     """Raises: InputError for a run that MLflow does not have, and as `check_trusted`."""
     if (note := read_note(run)) is None:
         raise InputError(f"register: {run} was trained without MLflow: it has no {NOTE}. Leave register out")
-    check_trusted(run, run, note)
+    check_trusted([], "", run, note)
 
 
-def check_trusted(within: Path | None, folder: Path, note: Mapping[str, Any]) -> None:
+def check_trusted(roots: Sequence[Path] | None, store: str, folder: Path, note: Mapping[str, Any]) -> None:
     """Of a note that somebody else may have written, before anything is sent by it.
 
-    within: the folder whose files may be sent, as may the run's own. None: all may
+    roots: folders whose files may be sent, as may the run's own. None: all may
+    store: that the user names, besides the one in the environment
 
-    Raises: InputError where a file lies elsewhere, and where the environment has a password, of which it does not say
-        that the note's server may have it: MLflow would give it to any.
+    Raises: Untrusted where a file lies elsewhere, and where MLflow would find a password for the note's server that
+        the user may not have meant for it: it gives one to any server.
     """
-    sent = read_state(folder)["artifacts"]
-    roots = [root.resolve() for root in (folder, within) if root]
-    for name, _ in note["artifacts"] if within else ():
-        path = (folder / name).resolve()
-        if sent.get(name) != stamp_of(path) and not any(map(path.is_relative_to, roots)):
-            raise InputError(
-                f"{folder}: it is to send {path}, which is not in {within}. Where it may be sent: "
-                f"`scldm track replay {folder} outside=true`"
-            )
-    uri, named = note["uri"], without_passwords(os.environ.get("MLFLOW_TRACKING_URI", ""))
-    secret = next((name for name in SECRETS if os.environ.get(name)), "")
-    if secret and uri.startswith(("http://", "https://")) and named != uri:
-        raise InputError(f"{folder}: its server is {uri}. Set MLFLOW_TRACKING_URI={uri} where it may have {secret}")
+    if roots is not None and (files := unsent_from_elsewhere(folder, note, roots)):
+        raise Untrusted(
+            f"{folder}: it is to send {files[0]}, which is in no folder that was given. Where it may be sent: "
+            f"`{replay_of(folder, note)}`"
+        )
+    uri, named = note["uri"], (store, without_passwords(os.environ.get("MLFLOW_TRACKING_URI", "")))
+    if uri not in named and (at := secret_for(uri)):
+        raise Untrusted(f"{folder}: its server is {uri}. Set MLFLOW_TRACKING_URI={uri} where it may have {at}")
+
+
+def unsent_from_elsewhere(folder: Path, note: Mapping[str, Any], roots: Sequence[Path] = ()) -> list[Path]:
+    """Files of a run that MLflow lacks, and that lie neither in its folder nor in one of `roots`."""
+    sent, within = read_state(folder)["artifacts"], [root.resolve() for root in (folder, *roots)]
+    paths = [(folder / name).resolve() for name, _ in note["artifacts"] if sent.get(name) != stamp_of(folder / name)]
+    return [path for path in paths if not any(map(path.is_relative_to, within))]
+
+
+def replay_of(folder: Path, note: Mapping[str, Any]) -> str:
+    """The command that sends what MLflow lacks of a run."""
+    return f"scldm track replay {folder}{' outside=true' * bool(unsent_from_elsewhere(folder, note))}"
+
+
+def secret_for(uri: str) -> str:
+    """Where MLflow would find a password or such for a store. Empty where it has none, and for a local store."""
+    scheme, kept = urlsplit(uri.strip()).scheme.lower(), Path("~/.mlflow/credentials").expanduser()
+    if scheme in ("", "file", "sqlite"):
+        return ""
+    names = [
+        name for name in SECRETS if os.environ.get(name) and name.startswith("MLFLOW_") == scheme.startswith("http")
+    ]
+    return names[0] if names else str(kept) if scheme.startswith("http") and kept.exists() else ""
 
 
 def parent_of(folder: Path, note: Mapping[str, Any]) -> Path | None:

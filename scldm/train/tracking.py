@@ -232,6 +232,7 @@ def begin_note(
         "resumed": note["resumed"] | {k: v for k, v in now.items() if first.get(k, v) != v},
         "tags": note["tags"] | about_start(stage) | _texts(tags or {}),
         "datasets": list(datasets) or note["datasets"],
+        "artifacts": [of for of in note["artifacts"] if (run_dir / of[0]).resolve().is_relative_to(run_dir.resolve())],
         "closed_by": closed_by,
     }
     if cfg.parent_run_id:

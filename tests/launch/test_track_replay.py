@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -84,24 +85,73 @@ def test_a_run_of_somebody_else_has_no_other_files_sent(tmp_path: Path, by_link:
     begin_note(run / "child", TrackingConfig(uri=store, parent=str(run)), "child", {})
     code, told = replayed(capsys, str(run.parent))
     assert code == 1
-    assert told.count(f"{run}: it is to send {tmp_path}/key, which is not in {run.parent}. Where it may") == 2
+    assert told.count(f"{run}: it is to send {tmp_path}/key, which is in no folder that was given. Where") == 2
     assert not list(tmp_path.rglob("artifacts/*"))
     assert replayed(capsys, str(run), "outside=true")[0] == 0
     assert {path.name for path in tmp_path.rglob("artifacts/*")} == {Path(note["artifacts"][0][0]).name, "scores.png"}
 
 
-def test_a_password_goes_to_the_server_that_the_user_names(tmp_path: Path, monkeypatch, capsys) -> None:
-    uri = f"http://127.0.0.1:{free_port()}"
-    begin_note(tmp_path / "run", TrackingConfig(uri=uri), "vae", {})
-    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hidden")
-    for named in ("", "http://127.0.0.1:1", f"{uri}0"):
+@pytest.mark.parametrize("secret", ["MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_AUTH", ".mlflow/credentials"])
+@pytest.mark.parametrize("scheme", ["http://", "HTTP://", " http://"])
+def test_a_password_goes_to_the_server_that_the_user_names(
+    tmp_path: Path, monkeypatch, capsys, scheme: str, secret: str
+) -> None:
+    uri = f"{scheme}127.0.0.1:{free_port()}"
+    note = begin_note(tmp_path / "run", TrackingConfig(uri="http://127.0.0.1"), "vae", {})
+    (tmp_path / "run" / NOTE).write_text(json.dumps(note | {"uri": uri}))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if secret.startswith("."):
+        (tmp_path / secret).parent.mkdir()
+        (tmp_path / secret).write_text("[mlflow]")
+    else:
+        monkeypatch.setenv(secret, "hidden")
+    for named in ("", "http://127.0.0.1:1", f"{uri.strip()}0"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", named)
         code, told = replayed(capsys, str(tmp_path))
         assert code == 1
-        assert f"its server is {uri}. Set MLFLOW_TRACKING_URI={uri} where it may have MLFLOW_TRACKING_PASSWORD" in told
-    for named in (uri, uri.replace("//", "//me:hidden@")):
+        assert f"its server is {uri}. Set MLFLOW_TRACKING_URI={uri} where it may have " in told
+        assert secret in told
+    for named in (uri, uri.replace("//", "//me:hidden@")) if scheme == "http://" else ():
         monkeypatch.setenv("MLFLOW_TRACKING_URI", named)
-        assert "connection refused" in replayed(capsys, str(tmp_path))[1]
+        assert f"MLflow at {uri} failed: " in replayed(capsys, str(tmp_path))[1]  # nobody listens there
+
+
+def test_files_of_any_folder_that_is_given_are_sent_in_that_order(tmp_path: Path, capsys) -> None:
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    for name in ("b", "a"):
+        note = begin_note(tmp_path / name, TrackingConfig(uri=store), name, {})
+        (tmp_path / name / "page.txt").write_text(name)
+        note["artifacts"] = [["../a/page.txt", ""], ["../b/page.txt", ""]]
+        (tmp_path / name / NOTE).write_text(json.dumps(note))
+    code, told = replayed(capsys, str(tmp_path / "b"), str(tmp_path / "a"))
+    assert code == 0
+    assert [line.partition(":")[0] for line in told.splitlines() if "sent" in line] == [
+        f"{tmp_path}/b",
+        f"{tmp_path}/a",
+    ]
+
+
+def test_the_command_that_is_told_sends_what_lies_beside_a_run(tmp_path: Path, capsys) -> None:
+    """As of an evaluation, whose page lies beside its run's folder."""
+    (tmp_path / "report.html").write_text("a page")
+    with Tracker(tmp_path / "run", TrackingConfig(uri=f"http://127.0.0.1:{free_port()}", close_s=0.1)) as tracker:
+        tracker.log_artifact(tmp_path / "report.html")
+    told = capsys.readouterr().err
+    assert f"`scldm track replay {tmp_path}/run outside=true` sends the rest" in told
+
+
+def test_a_run_goes_by_nothing_that_somebody_else_noted(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Neither in its own folder, nor in those below."""
+    store, run = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "run"
+    (tmp_path / "key").write_text("mine")
+    for folder in (run, run / "below"):
+        note = begin_note(folder, TrackingConfig(uri=store), "vae", {}) | {"status": "FINISHED", "ended": 1.0}
+        note["artifacts"] = [[os.path.relpath(tmp_path / "key", folder), ""]]
+        (folder / NOTE).write_text(json.dumps(note))
+    with Tracker(run, TrackingConfig(uri=store)) as tracker:
+        tracker.log(1, {"loss": 1.0})
+    assert f"{run}/below: it is to send {tmp_path}/key, which is in no folder" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("artifacts/*"))
 
 
 def test_a_verb_that_makes_something_is_a_run_of_its_parent(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -206,7 +206,7 @@ def test_the_files_labels_come_behind_those_of_the_set(tmp_path: Path) -> None:
         ("drug", "label,x\na,1\nb,high\n", "not a CSV file of labels and numbers"),
         ("drug", "label,x\na,1\nb,inf\n", "not all of its numbers are finite"),
         ("drug", "label\na\nb\n", "no column of numbers"),
-        ("drug", "label,x\na,1\n,3\nb,2\n", "row 2 has no label"),
+        ("drug", "label,x\na,1\n,3\nb,2\n", "row 3 has no label"),
         ("drug", "", "not a readable CSV file"),
         ("drug", None, "not a readable CSV file: .*No such file"),
     ],

@@ -91,13 +91,17 @@ def test_an_evaluation_replaces_nothing_but_an_evaluation(tmp_path: Path) -> Non
         path = tmp_path / "out" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("[1]")
-        with pytest.raises(InputError, match=f"out={out}: {path} is there, and evaluation.json of"):
+        with pytest.raises(InputError, match=f"out={out}: {path} is there, and evaluation.json of what"):
             check_evaluation("out", out)
         path.unlink()
     (tmp_path / "out" / "thesis.txt").write_text("not of its names")
     check_evaluation("out", out)
     path.write_text("a figure")
     (tmp_path / "out" / "evaluation.json").write_text('{"made_with": {}}')
+    check_evaluation("out", out, has_page=False)
+    with pytest.raises(InputError, match=f"{path} is there"):  # of an autoencoder, which has no figure
+        check_evaluation("out", out)
+    (tmp_path / "out" / "evaluation.json").write_text('{"made_with": {}, "pooled": {}}')
     check_evaluation("out", out)
 
 

@@ -68,7 +68,6 @@ def test_the_ranks_of_a_node_write_one_file_and_every_number_is_found(
     checkpoint.check()
     rng = np.random.default_rng(seed)
     for (kind, name), whole in WHOLE.items():
-        checkpoint.holds(name)
         assert torch.equal(checkpoint.read(kind, name), whole)
         start, stop = sorted(rng.integers(0, SIZES[name] + 1, 2).tolist())
         assert torch.equal(checkpoint.read(kind, name, start, stop), whole[start:stop])
