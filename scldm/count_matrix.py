@@ -76,8 +76,7 @@ def check_adata(adata: Any, name: str = "adata") -> None:
 def _matrices(adata: ad.AnnData) -> dict[str, Any]:
     there = {} if (x := x_of(adata)) is None else {"X": x}
     there |= {f"layers/{name}": matrix for name, matrix in adata.layers.items()}
-    there |= {} if adata.raw is None else {"raw/X": adata.raw.X}
-    return there
+    return there if adata.raw is None else there | {"raw/X": adata.raw.X}
 
 
 def _found(adata: ad.AnnData, name: str, there: dict[str, Any]) -> CountMatrix:
