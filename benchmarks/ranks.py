@@ -195,7 +195,9 @@ def checkpoint_rows(report: Report, n: int, genes: int) -> None:
                 file.write(part.header.replace(UNWRITTEN.encode(), SHA256))
                 file.truncate(part.ends[-1])  # a hole, which takes no room
         state = {"step": 1, "n_updates": 1, "shapes": shapes}
-        parts = layouts([str(k // PER_NODE) for k in range(n)], held)  # anew: it has made no header yet
+        written, parts = parts, layouts([str(k // PER_NODE) for k in range(n)], held)  # anew: it has made no header
+        for part, known in zip(parts, written, strict=True):
+            part.take_outline(known.outline)  # as the node that wrote it tells
         commit_s = timed(lambda: complete(aside, parts, {}, state, Path(scratch)))
         put_in_place(aside, target)
         read_s = timed(lambda: checkpoint.Checkpoint(target))

@@ -329,7 +329,7 @@ def public(key: str, text: str) -> str:
         check_uri(key, text)
     without = without_passwords(text)
     if re.search(
-        r"://(?!\[[\da-fA-F:.]*\])[^\s/?#:]*:.*@", without, re.DOTALL
+        r"://(?!\[[\da-fA-F.]*:[\da-fA-F:.]*\](:\d+)?(/[^@]*)?$)[^\s/?#:]*:.*@", without, re.DOTALL
     ):  # whatever was not taken for a password
         raise InputError(
             f"{key}: what stands between its first `:` and its last `@` may be a password, and would be kept in files. "

@@ -213,7 +213,7 @@ def is_in_memory(matrix: Any) -> bool:
 def in_memory(matrix: Any) -> Any:
     """The whole matrix, of the kind that it is: sparse or dense."""
     if is_in_memory(matrix):
-        return matrix
+        return sound(matrix)
     read = getattr(matrix, "to_memory", getattr(matrix, "compute", None))
     return _read(read or (lambda: matrix[:]))
 

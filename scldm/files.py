@@ -41,7 +41,7 @@ def check_writable(key: str, value: str, is_file: bool = False) -> None:
     """
     check_path(key, value)
     path = Path(value).absolute()
-    if path.is_symlink() and not path.exists():
+    if path.is_symlink() and not is_file and not path.exists():  # no folder can be made there
         raise InputError(f"{key}={value} is a link to {os.readlink(path)}, which is not there. Name another")
     folder = next(at for at in [path, *path.parents][is_file:] if os.path.exists(at))
     try:

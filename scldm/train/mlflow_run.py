@@ -88,6 +88,8 @@ class Sender(Follower):
                     for k in range(0, len(metrics), METRICS_PER_BATCH):
                         self._log("metrics", metrics[k : k + METRICS_PER_BATCH])
                     self._noted(sent=self.state["sent"] | {name: end})
+            if self.check:  # again, by what the store is known to have: `begin` may have found that it has nothing
+                self.check(self.folder, note)
             trouble = self._send_artifacts(note["artifacts"])
             self._send_status(note)
         except Exception as error:

@@ -88,7 +88,11 @@ class Saver(contextlib.AbstractContextManager["Saver"]):
             ranges = {piece.name: (piece.start, piece.stop) for piece in self.engine.pieces}
             parts = layouts(*zip(*self.world.gather((node(), ranges)), strict=True))
             self._own = [(part, k) for part in parts for k in range(len(part.ranges))][self.world.rank]
+            part, k = self._own
+            outlines = self.world.gather(part.outline if k == 0 else None)  # each made once, where it is written
             self._parts = parts if self.world.is_first else []  # of a thousand ranks they take 30 MB
+            for part, outline in zip(self._parts, (of for of in outlines if of), strict=False):
+                part.take_outline(outline)
         part, k = self._own
         self._start(lambda: part.write(self._aside, k, lambda kind, name: self._host[f"{kind}/{name}"]))
 

@@ -195,12 +195,11 @@ def replay_of(folder: Path, note: Mapping[str, Any]) -> str:
 def secret_for(uri: str) -> str:
     """Where MLflow would find a password or such for a store. Empty where it has none, and for a local store."""
     scheme, kept = urlsplit(uri.strip()).scheme.lower(), Path("~/.mlflow/credentials").expanduser()
-    if scheme in ("", "file", "sqlite"):
+    if scheme in ("file", "sqlite") or (not scheme and not uri.strip().lower().startswith(("databricks", "uc"))):
         return ""
-    names = [
-        name for name in SECRETS if os.environ.get(name) and name.startswith("MLFLOW_") == scheme.startswith("http")
-    ]
-    return names[0] if names else str(kept) if scheme.startswith("http") and kept.exists() else ""
+    is_sql = scheme.partition("+")[0] in ("mssql", "mysql", "postgres", "postgresql")
+    names = [name for name in SECRETS if os.environ.get(name) and name.startswith("MLFLOW_") != is_sql]
+    return names[0] if names else str(kept) if kept.exists() and not is_sql else ""
 
 
 def parent_of(folder: Path, note: Mapping[str, Any]) -> Path | None:

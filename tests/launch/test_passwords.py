@@ -96,7 +96,9 @@ def test_the_config_has_none_and_the_tracker_has_it(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("word", [f"12/a,b{WORD}", f'12?"{WORD}', f"12#'{WORD}", WORD * 800])
 @pytest.mark.parametrize("key", ["data.shards", "tracking.uri"])
-@pytest.mark.parametrize("before", ["s3://ann", "s3://ann@corp", "s3://a[b", "simplecache::s3://ann", " s3://ann"])
+@pytest.mark.parametrize(
+    "before", ["s3://ann", "s3://ann@corp", "s3://a[b", "s3://[ab]", "simplecache::s3://ann", " s3://ann"]
+)
 def test_no_password_that_was_not_found_is_kept(key: str, word: str, before: str) -> None:
     with pytest.raises(InputError, match=f"{key}: ") as refusal:
         public(key, f"{before}:{word}@host/set")

@@ -11,7 +11,7 @@ import pytest
 
 from launch.cli import main
 from launch.followed import dataset_of
-from scldm.train.tracked import NOTE
+from scldm.train.tracked import NOTE, STATE, stamp_of
 from scldm.train.tracking import PARENT, Tracker, TrackingConfig, begin_note
 from tests.launch.small_verbs import write_cells
 from tests.scldm.train.test_tracking import free_port, run_id_of
@@ -74,7 +74,8 @@ def replayed(capsys: pytest.CaptureFixture, *words: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("by_link", [False, True])
-def test_a_run_of_somebody_else_has_no_other_files_sent(tmp_path: Path, by_link: bool, capsys) -> None:
+@pytest.mark.parametrize("forged", [False, True])
+def test_a_run_of_somebody_else_has_no_other_files_sent(tmp_path: Path, by_link: bool, forged: bool, capsys) -> None:
     store, run = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "shared" / "run"
     note = begin_note(run, TrackingConfig(uri=store), "vae", {})
     (tmp_path / "key").write_text("mine")
@@ -82,6 +83,10 @@ def test_a_run_of_somebody_else_has_no_other_files_sent(tmp_path: Path, by_link:
     (tmp_path / "shared" / "scores.png").write_text("a page beside the run, as of an evaluation")
     note["artifacts"] = [["plan.json" if by_link else "../../key", ""], ["../scores.png", ""]]
     (run / NOTE).write_text(json.dumps(note))
+    if forged:  # another store has the file, says a state that lies beside the note
+        stamp = stamp_of(tmp_path / "key")
+        state = {"uri": "sqlite:///other.db", "artifacts": {note["artifacts"][0][0]: stamp}}
+        (run / STATE).write_text(json.dumps(state))
     begin_note(run / "child", TrackingConfig(uri=store, parent=str(run)), "child", {})
     code, told = replayed(capsys, str(run.parent))
     assert code == 1
@@ -92,7 +97,7 @@ def test_a_run_of_somebody_else_has_no_other_files_sent(tmp_path: Path, by_link:
 
 
 @pytest.mark.parametrize("secret", ["MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_AUTH", ".mlflow/credentials"])
-@pytest.mark.parametrize("scheme", ["http://", "HTTP://", " http://"])
+@pytest.mark.parametrize("scheme", ["http://", "HTTP://", " http://", "plugin-http://"])
 def test_a_password_goes_to_the_server_that_the_user_names(
     tmp_path: Path, monkeypatch, capsys, scheme: str, secret: str
 ) -> None:
